@@ -1,0 +1,1 @@
+"""Autoencoders, and the data path around them: shards in, latent tables out."""

@@ -1,0 +1,42 @@
+"""The one batch type: what a loader hands out, what a model's `loss` and `latents` take."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The part of one global batch that one rank works on; n rows, possibly all of it.
+
+    Attributes:
+        x: `[n, ...]` samples in the stored dtype (uint8 images as `[n, C, H, W]`) until a transform makes them float.
+        ordinals: `[n]` int64, planned position of each sample in its split; keys are looked up in the index, not carried.
+        positions: `[n]` int64, position of each row in the global batch; noise drawn for the whole batch is sliced by it.
+        num_global: rows of the global batch over all ranks.
+        x2, label, mask, lengths: second view, class ids, valid instances, sequence lengths; None where there are none.
+    """
+
+    x: Tensor
+    ordinals: Tensor
+    positions: Tensor
+    num_global: int
+    x2: Tensor | None = None
+    label: Tensor | None = None
+    mask: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """Return the batch with its sample tensors on `device` (ordinals and positions stay where they are)."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=non_blocking)
+
+        x = self.x.to(device, non_blocking=non_blocking)
+        return Batch(
+            x, self.ordinals, self.positions, self.num_global, move(self.x2), move(self.label), move(self.mask), move(self.lengths)
+        )

@@ -1,0 +1,52 @@
+"""Errors that a user can act on, each with the exit code of the command line.
+
+A message says the value seen, what was expected or the known choices, and the next action. `assert` is left for our own
+invariants; anything that is not an `AecoreError` and reaches the command line is a bug of ours and shows its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AecoreError(Exception):
+    """Base of all errors that a user can act on; `exit_code` is what `aepipe` returns for it."""
+
+    exit_code = 1
+
+
+class RunFailed(AecoreError):
+    """The work started and could not finish (a part failed for good, the loss became NaN, a worker kept dying)."""
+
+    exit_code = 1
+
+
+class ConfigError(AecoreError):
+    """A key, a value or a combination that cannot work, or an output that belongs to another configuration."""
+
+    exit_code = 2
+
+
+class DataError(AecoreError):
+    """Input data that is missing, damaged or does not fit."""
+
+    exit_code = 3
+
+
+class StoreError(AecoreError):
+    """The storage refused or could not be reached: permissions, space, credentials, unknown URL scheme."""
+
+    exit_code = 4
+
+
+class ClusterError(AecoreError):
+    """The cluster cannot be reached or cannot give the resources that were asked for."""
+
+    exit_code = 5
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    guess = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f" ({guess}known: {', '.join(names) or 'none'})"

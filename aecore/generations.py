@@ -1,0 +1,152 @@
+"""The commit protocol that datasets, tables and runs share: claim a generation, record parts, publish a manifest LAST.
+
+    run.NNNNNN.json        put-if-absent: generation N belongs to this identity; the same identity continues it
+    records/<part>.json    the commit point of one part
+    <stem>.NNNNNN.json     the manifest; a reader takes the highest one, and it names everything that exists for a reader
+
+A manifest's number is its parent's plus one, so of two concurrent appends exactly one gets the name; the other one is told to
+run again. Claims are numbered on their own (a dead claim leaves a gap); part names carry the claim's number.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.store import AlreadyExists, FileRef, Store, canonical_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """One finished part: its files, its rows, and what the manifest says of it. Timings are kept here, never in a manifest.
+
+    `detail` is a pure function of the part's content (plain JSON); `timings` are seconds by step.
+    """
+
+    part: str
+    files: tuple[FileRef, ...]
+    rows: int
+    quarantined: int = 0
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    def file(self, suffix: str) -> FileRef:
+        """Return the file whose name ends in `suffix`; KeyError if there is none."""
+        for ref in self.files:
+            if ref.name.endswith(suffix):
+                return ref
+        raise KeyError(suffix)
+
+
+def part_stem(prefix: str, claim: int, number: int) -> str:
+    """Return `train-000000` for claim 1, `train-g000002-000000` for claim 2."""
+    return f"{prefix}-{number:06d}" if claim == 1 else f"{prefix}-g{claim:06d}-{number:06d}"
+
+
+def newest_number(store: Store, stem: str) -> int | None:
+    """Return the highest N of `<stem>.NNNNNN.json`, None if there is none."""
+    pattern = re.compile(re.escape(stem) + r"\.(\d{6})\.json")
+    numbers = [int(match[1]) for name in store.list() if (match := pattern.fullmatch(name))]
+    return max(numbers, default=None)
+
+
+def read_json(store: Store, name: str) -> dict[str, Any]:
+    """Return one of our JSON files; DataError if it is missing, damaged or of a newer format."""
+    try:
+        data = json.loads(store.read(name))
+    except ValueError as error:
+        raise DataError(f"{store.url}/{name} is not valid JSON ({error}): it is damaged or not ours") from error
+    if not isinstance(data, dict) or data.get("format", 0) > FORMAT_VERSION:
+        raise DataError(f"{store.url}/{name} has format {data.get('format')!r}, this version reads up to {FORMAT_VERSION}: upgrade aecore")
+    return data
+
+
+def read_newest(store: Store, stem: str) -> tuple[int, dict[str, Any]] | None:
+    """Return number and content of the highest manifest `<stem>.NNNNNN.json`, None if there is none."""
+    number = newest_number(store, stem)
+    return None if number is None else (number, read_json(store, f"{stem}.{number:06d}.json"))
+
+
+def claim_generation(store: Store, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
+    """Return the number of the claim of `identity`: an earlier one of the same identity, else a new one.
+
+    `info` (addresses, versions) is recorded beside the identity and never compared.
+    """
+    wanted = canonical_json(identity)
+    number = newest_number(store, "run") or 0
+    for known in range(number, 0, -1):
+        if store.size(f"run.{known:06d}.json") is None:
+            continue
+        if canonical_json(read_json(store, f"run.{known:06d}.json")["identity"]) == wanted:
+            return known
+    while True:
+        number += 1
+        claim = {"format": FORMAT_VERSION, "claim": number, "identity": identity, "info": info}
+        try:
+            store.put(f"run.{number:06d}.json", canonical_json(claim), role="run")
+            return number
+        except AlreadyExists:  # somebody else took this number just now: the same work, or other work?
+            if canonical_json(read_json(store, f"run.{number:06d}.json")["identity"]) == wanted:
+                return number
+
+
+def write_record(store: Store, record: PartRecord) -> PartRecord:
+    """Commit one part; if another attempt was first, return ITS record (same part, so the caller's files equal its files)."""
+    data = {"format": FORMAT_VERSION, **dataclasses.asdict(record)}
+    try:
+        store.put(f"records/{record.part}.json", canonical_json(data), role="record")
+        return record
+    except AlreadyExists:
+        known = read_record(store, record.part)
+        assert known is not None
+        return known
+
+
+def read_record(store: Store, part: str) -> PartRecord | None:
+    """Return the record of a part whose files are all there with their sizes; None if it was never committed.
+
+    A committed part with a missing or truncated file is a DataError: it existed once, so somebody removed it.
+    """
+    if store.size(f"records/{part}.json") is None:
+        return None
+    data = read_json(store, f"records/{part}.json")
+    files = tuple(FileRef(**ref) for ref in data["files"])
+    for ref in files:
+        store.local(ref)
+    return PartRecord(data["part"], files, data["rows"], data["quarantined"], data["detail"], data["timings"])
+
+
+def commit_manifest(store: Store, stem: str, parent: int, manifest: Mapping[str, Any]) -> int:
+    """Publish `<stem>.<parent+1>.json`; RunFailed if another append was committed since `parent` (0: none) was read."""
+    number = parent + 1
+    try:
+        store.put(f"{stem}.{number:06d}.json", canonical_json({"format": FORMAT_VERSION, "number": number, **manifest}), role="manifest")
+    except AlreadyExists:
+        raise RunFailed(
+            f"{store.url}: another append was committed as {stem}.{number:06d}.json while this one ran; run the same command again to append to it"
+        ) from None
+    return number
+
+
+def require_same(url: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """ConfigError that shows the differing fields (dotted) with both values, unless the two identities are equal."""
+    mine, known = dict(_flatten(ours)), dict(_flatten(theirs))
+    differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
+    if differing:
+        lines = "".join(f"\n  {key}: there {known.get(key)!r}, asked {mine.get(key)!r}" for key in differing)
+        raise ConfigError(f"{url} holds another {what}:{lines}\nwrite to another URL, or use the values that are there")
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", list(value) if isinstance(value, tuple) else value))
+    return rows

@@ -1,0 +1,165 @@
+"""kind -> frozen spec -> built part. Adding a part (a model, a backbone, a source) is adding one file.
+
+A spec is a frozen dataclass made with `@spec`; its fields are `knob`s with a default, a bound and one line of description.
+The same spec is what YAML holds, what a checkpoint's config.json holds and what Python users write. A `Registry` finds parts by
+importing the modules of the packages it was given, when somebody first asks: nothing is listed in a second place.
+Specs never name import paths, so reading one cannot execute anything that is not already part of the program.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+from aecore.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+BuildFn = TypeVar("BuildFn", bound=Callable[..., Any])
+
+
+def knob(
+    default: Any,  # any: a dataclass field's default has the field's type
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    identity: bool = True,
+) -> Any:
+    """Declare one field of a `@spec`: default, description, inclusive (`ge`, `le`) or strict (`gt`) bounds.
+
+    `identity=False` marks a field that cannot change the artefact (cache sizes, intervals): recorded, but not hashed.
+    """
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "identity": identity}
+    if isinstance(default, dict | list):
+        kind = type(default)
+        return dataclasses.field(default_factory=lambda: kind(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(knob, dataclasses.field))
+def spec(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen keyword-only dataclass whose construction checks bounds and literals (ConfigError)."""
+    own_check: Callable[[T], None] | None = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: T) -> None:
+        _check_fields(self)
+        if own_check is not None:
+            own_check(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]  # added for the dataclass machinery
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # read by pipelines.config; plain data here
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _check_fields(instance: Any) -> None:  # any: every spec type passes here
+    hints = _hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value, name = getattr(instance, field.name), f"{type(instance).__name__}.{field.name}"
+        hint = hints[field.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{name} is {value!r}{did_you_mean(str(value), map(str, get_args(hint)))}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            _check_bound(name, number, field.metadata)
+
+
+def _check_bound(name: str, number: float, bounds: Mapping[str, Any]) -> None:
+    ge, gt, le = bounds.get("ge"), bounds.get("gt"), bounds.get("le")
+    if number != number or (ge is not None and number < ge) or (gt is not None and number <= gt) or (le is not None and number > le):
+        limits = [f"{sign} {limit}" for sign, limit in ((">=", ge), (">", gt), ("<=", le)) if limit is not None]
+        raise ConfigError(f"{name} is {number}, expected {' and '.join(limits) or 'a number'}")
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
+
+
+def to_dict(instance: Any, *, identity_only: bool = False) -> dict[str, Any]:  # any: every spec type
+    """Return a spec (or a tree of specs) as plain JSON data; with `identity_only` without the `identity=False` fields."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        if identity_only and not field.metadata.get("identity", True):
+            continue
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value, identity_only=identity_only)
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Build a spec from plain JSON data; an unknown key is a ConfigError that names the nearest known one."""
+    hints = _hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(f"unknown key {key!r} in {cls.__name__}{did_you_mean(key, hints)}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+class Registry:
+    """Parts of one noun ("model", "backbone", "source"), found by importing the modules of `packages` once."""
+
+    def __init__(self, noun: str, packages: tuple[str, ...]) -> None:
+        self.noun = noun
+        self._packages = packages
+        self._parts: dict[str, tuple[type, Callable[..., Any]]] = {}
+        self._discovered = False
+
+    def register(self, spec_type: type) -> Callable[[BuildFn], BuildFn]:
+        """Decorate the function `build(spec, ...)` of a part; the kind is the default of the spec's `kind` field."""
+
+        def decorate(build: BuildFn) -> BuildFn:
+            kind = next(field.default for field in dataclasses.fields(spec_type) if field.name == "kind")
+            known = self._parts.get(kind)
+            if known is not None and known[0].__qualname__ != spec_type.__qualname__:
+                raise ConfigError(f"{self.noun} kind {kind!r} is already taken by {known[0].__qualname__}: choose another name")
+            self._parts[kind] = (spec_type, build)
+            return build
+
+        return decorate
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        for package in self._packages:
+            module = importlib.import_module(package)
+            for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
+                importlib.import_module(f"{package}.{info.name}")
+
+    def kinds(self) -> list[str]:
+        """Return the known kinds, sorted."""
+        self._discover()
+        return sorted(self._parts)
+
+    def spec_type(self, kind: str) -> type:
+        """Return the spec class of `kind`; an unknown kind is a ConfigError that names the nearest known one."""
+        self._discover()
+        if kind not in self._parts:
+            raise ConfigError(f"unknown {self.noun} kind {kind!r}{did_you_mean(kind, self._parts)}")
+        return self._parts[kind][0]
+
+    def from_dict(self, data: Mapping[str, Any]) -> Any:  # any: the spec type is chosen by `kind`
+        """Build the spec named by `data["kind"]`."""
+        if "kind" not in data:
+            raise ConfigError(f"a {self.noun} needs a `kind` (known: {', '.join(self.kinds())})")
+        return from_dict(self.spec_type(data["kind"]), data)
+
+    def build(self, part_spec: Any, *args: Any, **kwargs: Any) -> Any:  # any: the parts decide what they take and give
+        """Build the part of a spec: `build(spec, *args, **kwargs)` of the file that registered its kind."""
+        self.spec_type(part_spec.kind)
+        return self._parts[part_spec.kind][1](part_spec, *args, **kwargs)
+
+
+MODELS = Registry("model", ("aecore.vanilla", "aecore.variational"))
+BACKBONES = Registry("backbone", ("aecore.nn",))
+SOURCES = Registry("source", ("aecore.data.sources",))
