@@ -38,7 +38,7 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(knob, dataclasses.field))
+@dataclass_transform(frozen_default=True, kw_only_default=True)  # no field_specifiers: to a type checker `= knob(...)` is a default
 def spec(cls: type[T]) -> type[T]:
     """Make `cls` a frozen keyword-only dataclass whose construction checks bounds and literals (ConfigError)."""
     own_check: Callable[[T], None] | None = cls.__dict__.get("__post_init__")
@@ -118,7 +118,7 @@ class Registry:
         """Decorate the function `build(spec, ...)` of a part; the kind is the default of the spec's `kind` field."""
 
         def decorate(build: BuildFn) -> BuildFn:
-            kind = next(field.default for field in dataclasses.fields(spec_type) if field.name == "kind")
+            kind = next(str(field.default) for field in dataclasses.fields(spec_type) if field.name == "kind")
             known = self._parts.get(kind)
             if known is not None and known[0].__qualname__ != spec_type.__qualname__:
                 raise ConfigError(f"{self.noun} kind {kind!r} is already taken by {known[0].__qualname__}: choose another name")

@@ -251,5 +251,3 @@ def _storage_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{doing}: {error.strerror or error}") from error
-
-

@@ -1,0 +1,21 @@
+# THE two commands: `make demo` and `make test`. Each sets up everything by itself (infra/bootstrap.py; also callable without make).
+# Arguments go on with ARGS: make test ARGS="-k shard -x"
+PYTHON ?= python3
+BOOTSTRAP = $(PYTHON) infra/bootstrap.py
+
+.PHONY: help setup demo test lint accept bench clean
+help:
+	@echo "make demo    set up, then generated images -> shards -> VAE -> latent table, in about a minute"
+	@echo "make test    set up, then lint and all tests"
+	@echo "make lint    ruff, ruff format, mypy"
+	@echo "make accept  full-size acceptance on real data (AECORE_DATA; long)"
+	@echo "make bench   benchmarks (tests/benchmarks/README.md)"
+	@echo "make setup   only the set-up of .venv"
+	@echo "make clean   remove the demo's output and caches (not .venv)"
+
+setup demo test lint accept bench:
+	@$(BOOTSTRAP) $@ $(ARGS)
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find aecore pipelines tests infra -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,58 @@
+"""What the trainer and the encoder ask of a model; they never look at its type. Legend: n rows, S samples, D latent."""
+
+from abc import abstractmethod
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from aecore._base.base import BaseAutoencoder
+from aecore._base.batch import Batch
+from aecore.loss import LossResult
+
+
+class Trainable(BaseAutoencoder):
+    """An autoencoder that the jobs can train and encode with. `batch.x` is float and on the model's device.
+
+    Attributes:
+        train_inputs, encode_inputs: names of the `Batch` fields that `loss` and `latents` read.
+    """
+
+    train_inputs: ClassVar[tuple[str, ...]] = ("x",)
+    encode_inputs: ClassVar[tuple[str, ...]] = ("x",)
+
+    @abstractmethod
+    def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:
+        """Shape of the noise that `loss` takes for one sample, such as (S, D); None if it takes none."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
+        """Forward and loss of one batch; means over its n rows.
+
+        `eps` is `[n, *noise_shape(S)]` standard normal noise; without it the model draws its own from torch's global generator.
+        """
+
+    @abstractmethod
+    def latents(self, batch: Batch) -> dict[str, Tensor]:
+        """Columns of the latent table: name -> `[n, D]` float32, without sampling, under `torch.inference_mode()`."""
+
+    @abstractmethod
+    def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
+        """Expected input in data space `[n, *shape]`, float32, from the latent without sampling, under `torch.inference_mode()`."""
+
+
+class ModelSpec(Protocol):
+    """What the trainer asks of a model's spec."""
+
+    @property
+    def kind(self) -> str:
+        """Name in the registry."""
+        ...
+
+    @property
+    def likelihood(self) -> str:
+        """Name of log p(x|z)."""
+        ...
+
+    def beta_at(self, step: int) -> float:
+        """Return the weight of the regularizer at optimizer step 1, 2, ...; 1 for a model without one."""
+        ...

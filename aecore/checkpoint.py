@@ -1,0 +1,245 @@
+"""config.json + safetensors, never a pickle: what a run leaves, and how a model comes back from it.
+
+A checkpoint is a folder whose `checkpoint.json` is written last and lists every other file with size and sha256: no valid list, no
+checkpoint. `config.json` holds the specs (plain data: a kind and numbers), so loading builds registered parts only and executes
+nothing from the file. `model/` is the same format without the optimizer's state: what encode, evaluate and users load.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from aecore._base.trainable import ModelSpec, Trainable
+from aecore.data.transform import TransformSpec
+from aecore.errors import DataError
+from aecore.generations import FORMAT_VERSION, read_json
+from aecore.registry import BACKBONES, MODELS, from_dict, to_dict
+from aecore.store import FileRef, Store, canonical_json, open_store
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+_FOLDER = re.compile(r"step-(\d{8})-[0-9a-z]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Everything that is needed to build a model again; `input_shape` is `(C, H, W)`, `(F,)` or whatever the data has."""
+
+    model: ModelSpec
+    backbone: Any  # any: the spec class registered for its kind
+    transform: TransformSpec
+    input_shape: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON data."""
+        return {
+            "format": FORMAT_VERSION,
+            "model": to_dict(self.model),
+            "backbone": to_dict(self.backbone),
+            "transform": to_dict(self.transform),
+            "input_shape": list(self.input_shape),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
+        """Read the plain data back; an unknown kind or key is a ConfigError."""
+        return cls(
+            MODELS.from_dict(data["model"]),
+            BACKBONES.from_dict(data["backbone"]),
+            from_dict(TransformSpec, data["transform"]),
+            tuple(data["input_shape"]),
+        )
+
+    def build(self) -> Trainable:
+        """Build the model with fresh weights (drawn from torch's global generator)."""
+        model: Trainable = MODELS.build(self.model, self.backbone, self.input_shape)
+        return model
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A committed checkpoint: `sha256` is that of its checkpoint.json, `metrics` the metric parts of steps 1..step."""
+
+    name: str
+    step: int
+    sha256: str
+    files: tuple[FileRef, ...]
+    metrics: tuple[str, ...] = ()
+    best: Mapping[str, Any] | None = None
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def file(self, suffix: str) -> FileRef:
+        """Return the file whose name ends in `suffix`; DataError if the checkpoint has none."""
+        for ref in self.files:
+            if ref.name.endswith(suffix):
+                return ref
+        raise DataError(f"checkpoint {self.name} has no {suffix}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode with what it was trained on and how its input is prepared."""
+
+    model: Trainable
+    config: ModelConfig
+    checkpoint: CheckpointRef
+    url: str
+
+    @property
+    def sha256(self) -> str:
+        """Return the sha256 of checkpoint.json, which covers every other file."""
+        return self.checkpoint.sha256
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the state dict on the CPU, without the `module.` and `_orig_mod.` prefixes of wrappers."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        clean = name.replace("_orig_mod.", "")
+        weights[clean.removeprefix("module.")] = tensor.detach().to("cpu").contiguous()
+    return weights
+
+
+def write_checkpoint(
+    store: Store,
+    name: str,
+    model: torch.nn.Module,
+    config: ModelConfig,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+    metrics: tuple[str, ...] = (),
+    best: Mapping[str, Any] | None = None,
+    info: Mapping[str, Any],
+) -> CheckpointRef:
+    """Commit the folder `name` of `store`: weights, config, optimizer state, and last of all checkpoint.json."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    files = (
+        store.put(f"{name}/model.safetensors", save_safetensors(weights_of(model)), role="weights"),
+        store.put(f"{name}/config.json", canonical_json(config.to_dict()), role="config"),
+        store.put(f"{name}/state.pt", buffer.getvalue(), role="state"),
+    )
+    return _commit(store, CheckpointRef(name, step, "", files, metrics, best, info))
+
+
+def publish_model(store: Store, checkpoint: CheckpointRef) -> CheckpointRef:
+    """Copy the weights and config of a committed checkpoint to `model/`: the run's result.
+
+    The bytes depend on the weights, the config and the data only, so a run that was killed and resumed publishes the same ones.
+    """
+    files = []
+    for suffix in ("model.safetensors", "config.json"):
+        ref = checkpoint.file(suffix)
+        files.append(store.put(f"model/{suffix}", store.read(ref.name, ref=ref), role="model"))
+    return _commit(store, CheckpointRef("model", checkpoint.step, "", tuple(files), info=checkpoint.info))
+
+
+def _commit(store: Store, ref: CheckpointRef) -> CheckpointRef:
+    content = {
+        "format": FORMAT_VERSION,
+        "step": ref.step,
+        "files": [{**dataclasses.asdict(file), "name": file.name.removeprefix(f"{ref.name}/")} for file in ref.files],
+        "metrics": list(ref.metrics),
+        "best": ref.best,
+        "info": ref.info,
+    }
+    committed = store.put(f"{ref.name}/{MANIFEST}", canonical_json(content), role="checkpoint")
+    return dataclasses.replace(ref, sha256=committed.sha256)
+
+
+def read_checkpoint(store: Store, name: str, *, verify: bool = True) -> CheckpointRef:
+    """Read the checkpoint `name`; DataError if it is unfinished or (with `verify`) if a file is damaged."""
+    prefix = f"{name}/" if name else ""
+    data = read_json(store, prefix + MANIFEST)
+    files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
+    for file in files:
+        store.local(file, verify=verify)
+    sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
+    return CheckpointRef(name, data["step"], sha256, files, tuple(data["metrics"]), data["best"], data["info"])
+
+
+def committed_checkpoints(store: Store) -> list[tuple[int, str]]:
+    """Return (step, name) of all checkpoints with a checkpoint.json, newest first (ties: smallest name first)."""
+    found = []
+    for folder in store.list("checkpoints"):
+        match = _FOLDER.fullmatch(folder)
+        if match and store.size(f"checkpoints/{folder}/{MANIFEST}") is not None:
+            found.append((-int(match[1]), f"checkpoints/{folder}"))
+    return [(-step, name) for step, name in sorted(found)]
+
+
+def newest_checkpoint(store: Store) -> CheckpointRef | None:
+    """Return the newest checkpoint whose every file matches its sha256; damaged ones are skipped with a warning."""
+    for _, name in committed_checkpoints(store):
+        try:
+            return read_checkpoint(store, name)
+        except DataError as error:
+            logger.warning("skipping a damaged checkpoint: %s", error)
+    return None
+
+
+def remove_checkpoint(store: Store, name: str) -> None:
+    """Remove a checkpoint that this run wrote; checkpoint.json goes first, so a half-removed one is no checkpoint."""
+    files = read_json(store, f"{name}/{MANIFEST}")["files"]
+    store.remove(f"{name}/{MANIFEST}")
+    for file in files:
+        store.remove(f"{name}/{file['name']}")
+
+
+def load_weights(model: torch.nn.Module, store: Store, checkpoint: CheckpointRef) -> None:
+    """Load the weights of a checkpoint (strict); DataError if names or shapes do not fit the model."""
+    ref = checkpoint.file("model.safetensors")
+    try:
+        model.load_state_dict(load_safetensors(store.read(ref.name, ref=ref)))
+    except RuntimeError as error:
+        raise DataError(f"{store.url}/{checkpoint.name} does not fit the model that its config describes: {error}") from error
+
+
+def load_state(store: Store, checkpoint: CheckpointRef) -> dict[str, Any]:
+    """Load the optimizer's state: plain types and tensors only (`weights_only=True`)."""
+    ref = checkpoint.file("state.pt")
+    state: dict[str, Any] = torch.load(io.BytesIO(store.read(ref.name, ref=ref)), weights_only=True, map_location="cpu")
+    return state
+
+
+def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
+    """Load the result of a run, ready for use (eval mode).
+
+    `url` is a run (its `model/` is taken), a run's `model` folder, or one checkpoint folder. Reads and verifies the files; raises
+    DataError if there is none, ConfigError if a part it names is not known here.
+    """
+    store = open_store(url)
+    name = "model" if store.size(f"model/{MANIFEST}") is not None else ""
+    if not name and store.size(MANIFEST) is None:
+        if store.size("run.000001.json") is not None:
+            raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
+        raise DataError(f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder")
+    checkpoint = read_checkpoint(store, name)
+    config_ref = checkpoint.file("config.json")
+    config = ModelConfig.from_dict(json.loads(store.read(config_ref.name, ref=config_ref)))
+    with torch.random.fork_rng(devices=[]):
+        model = config.build()
+    load_weights(model, store, checkpoint)
+    return LoadedModel(model.to(device).eval(), config, checkpoint, f"{store.url}/{name}".rstrip("/"))
+
+
+def require_fit(dataset_url: str, dataset_shape: tuple[int, ...], loaded: LoadedModel) -> None:
+    """DataError unless the dataset's samples have the shape that the checkpoint expects."""
+    if tuple(dataset_shape) != loaded.config.input_shape:
+        raise DataError(
+            f"dataset {dataset_url} holds samples of shape {tuple(dataset_shape)}; checkpoint {loaded.url} expects "
+            f"{loaded.config.input_shape}: shard the data again with a fitting shards.resize and shards.mode, or pick another checkpoint"
+        )

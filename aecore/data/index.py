@@ -1,0 +1,128 @@
+"""The Parquet table beside each shard: one row per sample with its place in the tar, its hash and its metadata.
+
+Two hashes, two purposes: the sha256 of the file finds damage, the content hash (over canonical rows) is what a dataset's identity
+is made of, so another Parquet version or compression level does not make another dataset. Pages carry checksums.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aecore.errors import DataError
+
+MEMBERS = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
+_INDEX_COLUMNS: dict[str, pa.DataType] = {
+    "key": pa.string(),
+    "ordinal": pa.int64(),
+    "label": pa.int32(),
+    "label_name": pa.string(),
+    "source": pa.string(),
+    "sha256": pa.string(),
+    "members": MEMBERS,
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "mode": pa.string(),
+    "group": pa.string(),
+    "length": pa.int32(),
+}
+_QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
+    "source": pa.string(),
+    "key": pa.string(),
+    "ordinal": pa.int64(),
+    "split": pa.string(),
+    "stage": pa.string(),
+    "reason": pa.string(),
+    "message": pa.string(),
+    "sha256": pa.string(),
+}
+INDEX_SCHEMA, QUARANTINE_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS)
+_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]
+
+
+def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> pa.Table:  # any: lists or arrays
+    """Return a table of all columns of `schema` (null where not given) and the further ones of `columns` after them."""
+    names = [*schema.names, *(name for name in columns if name not in schema.names)]
+    arrays = []
+    for name in names:
+        wanted = schema.field(name).type if name in schema.names else None
+        values = columns.get(name)
+        arrays.append(pa.nulls(num_rows, wanted) if values is None else _array(values, wanted))
+    return pa.table(arrays, names=names)
+
+
+def _array(values: Any, wanted: pa.DataType | None) -> Any:  # any: list, numpy array or arrow array
+    if isinstance(values, pa.Array):
+        return values
+    try:
+        return pa.array(values, wanted)
+    except UnicodeEncodeError:  # file names that are no UTF-8 arrive with lone surrogates
+        return pa.array([text.encode("utf-8", "backslashreplace").decode() for text in values], wanted)
+
+
+def table_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:  # any: plain JSON data
+    """Return the table as Parquet (zstd, page checksums), with `metadata` as JSON under the key `aecore`."""
+    sink = pa.BufferOutputStream()
+    described = table.replace_schema_metadata({"aecore": json.dumps(metadata, sort_keys=True)})
+    leaves = set(_leaf_names(table.schema))
+    dictionaries: Any = [name for name in _REPEATED if name in leaves]  # any: pyarrow's stubs know only the boolean
+    pq.write_table(
+        described, sink, compression="zstd", use_dictionary=dictionaries, write_statistics=["key", "ordinal"], write_page_checksum=True
+    )
+    return bytes(sink.getvalue())
+
+
+def _leaf_names(schema: pa.Schema) -> Iterator[str]:
+    for column in schema:
+        if column.type == MEMBERS:
+            yield from (f"{column.name}.list.element.{part}" for part in ("ext", "offset", "size"))
+        else:
+            yield column.name
+
+
+def read_table(data: bytes, where: str) -> pa.Table:
+    """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged."""
+    try:
+        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
+
+
+def content_sha256(table: pa.Table) -> str:
+    """Return the hash of the rows: column names, types and values, independent of Parquet, chunks and column order.
+
+    Per column (by name): type, validity bytes, then values; strings and lists as int64 lengths and their joined contents; nulls are zeros.
+    """
+    digest = hashlib.sha256(f"{table.num_rows} rows".encode())
+    for name in sorted(table.column_names):
+        column = table.column(name)
+        digest.update(f"\n{name}\n".encode())
+        _update(digest, pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type))
+    return digest.hexdigest()
+
+
+def _update(digest: Any, array: Any) -> None:  # any: hashlib's object has no public type, pyarrow's stubs know no flatten
+    kind = array.type
+    digest.update(type(kind).__name__.encode() if pa.types.is_nested(kind) else str(kind).encode())  # how Parquet names list items varies
+    digest.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        array = array.fill_null("" if pa.types.is_string(kind) else b"")
+        offsets = np.frombuffer(array.buffers()[1] or b"\0\0\0\0", "<i4")[array.offset : array.offset + len(array) + 1]
+        digest.update(np.diff(offsets).astype("<i8").tobytes())
+        digest.update(memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]])
+    elif pa.types.is_list(kind):
+        digest.update(pc.list_value_length(array).fill_null(0).to_numpy().astype("<i8").tobytes())
+        _update(digest, array.flatten())
+    elif pa.types.is_struct(kind):
+        for child in array.flatten():
+            _update(digest, child)
+    elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        values = array.fill_null(False if pa.types.is_boolean(kind) else 0).to_numpy(zero_copy_only=False)
+        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+    elif not pa.types.is_null(kind):
+        raise DataError(f"an index column of type {kind} has no canonical form: use strings, booleans or numbers")

@@ -1,0 +1,215 @@
+"""`shard_dataset`: a source becomes a data set, or the next generation of one.
+
+List, compare with what is there, plan, write the shards (anywhere: see `fanout`), publish the manifest. Everything but the
+manifest may be half done when the process dies: the same command finds its claim again and continues. Nothing is overwritten;
+a sample that is there already, in a shard or in quarantine, is never written again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from aecore.data.index import make_table, read_table, table_bytes
+from aecore.data.manifest import STEM, DatasetManifest, read_listings, read_manifest
+from aecore.data.manifest_build import next_manifest
+from aecore.data.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
+from aecore.data.shard import write_shard
+from aecore.data.sources import Listing
+from aecore.data.splits import SplitSpec, resolve_splits
+from aecore.data.tasks import ShardSpec, ShardTask
+from aecore.errors import DataError
+from aecore.fanout import FanOut, OnPart, collect, serial
+from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, require_same
+from aecore.registry import SOURCES, to_dict
+from aecore.store import FileRef, Store, absolute_url, open_store
+
+logger = logging.getLogger(__name__)
+_LISTING_FIELDS: list[tuple[str, pa.DataType]] = [("key", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
+LISTING_SCHEMA = pa.schema(_LISTING_FIELDS)
+SHOWN = 5  # examples in an error
+
+
+class ShardWorker:
+    """Writes shards of one data set: opens the output and the source once, in the process it works in."""
+
+    def __init__(self, out: str, source: Any) -> None:  # any: every source kind has its own spec class
+        self._store = open_store(out)
+        self._source = SOURCES.build(source)
+
+    def __call__(self, task: ShardTask) -> PartRecord:
+        return write_shard(self._store, task, self._source)
+
+
+def shard_dataset(
+    source: Any,  # any: every source kind has its own spec class
+    out: str,
+    splits: SplitSpec | None = None,
+    shards: ShardSpec | None = None,
+    *,
+    fan_out: FanOut = serial,
+    dry_run: bool = False,
+    on_part: OnPart | None = None,
+) -> DatasetManifest | PlanSummary:
+    """Write the samples of `source` that the data set at `out` does not have yet, as its next generation.
+
+    Parameters
+    ----------
+    source : spec
+        A source spec, for example `FolderSpec(url="./mnist")`.
+    out : str
+        URL of the data set; made if it is not there.
+    fan_out : FanOut
+        Who writes the shards; the bytes do not depend on it.
+    dry_run : bool
+        Return the plan's summary; nothing is written.
+    on_part : callable, optional
+        `on_part(record, done, total)` after every shard.
+
+    Returns
+    -------
+    DatasetManifest or PlanSummary
+        The new generation; the newest one if there is nothing new; the summary for a dry run.
+
+    Raises
+    ------
+    ConfigError
+        If `out` was written with another source kind or other splits or shards (the differing fields are shown).
+    DataError
+        If the source is missing or empty, a known sample changed, or more than `shards.max_bad` of the samples are bad
+        (then there is no new manifest; the shards that were written are kept for a rerun).
+    """
+    work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec())
+    if dry_run:
+        return work.plan(claim=1).summary(known=len(work.listing) - len(work.fresh))
+    if work.parent is not None and not len(work.fresh):
+        logger.info("%s: nothing new in %d samples, generation %d stays", work.store.url, len(work.listing), work.parent.number)
+        return work.parent
+    return _write(work, fan_out, on_part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What there is to do: the newest generation, everything listed, and the samples of it that are new."""
+
+    store: Store
+    source: Any  # any: every source kind has its own spec class
+    asked: SplitSpec
+    splits: SplitSpec  # resolved
+    shards: ShardSpec
+    parent: DatasetManifest | None
+    listing: Listing
+    fresh: Listing
+    identity: Mapping[str, Any]  # any: plain JSON data
+
+    def plan(self, claim: int) -> DatasetPlan:
+        """Return the plan of the new samples, its notes starting with what `auto` means here."""
+        plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source)
+        chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
+        return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
+
+
+def _compare(source: Any, out: str, asked: SplitSpec, shards: ShardSpec) -> _Work:  # any: every source kind has its own spec class
+    store = open_store(out)
+    listing: Listing = SOURCES.build(source).listing()
+    require_unique(listing)
+    newest = newest_number(store, STEM)
+    parent = None if newest is None else read_manifest(store, newest)
+    splits = resolve_splits(listing, asked)
+    identity = {"source": to_dict(source, identity_only=True), "splits": to_dict(splits), "shards": to_dict(shards, identity_only=True)}
+    if parent is None:
+        return _Work(store, source, asked, splits, shards, None, listing, listing, identity)
+    require_same(store.url, "data set", identity, parent.identity)
+    fresh = listing.take(_new_rows(store, parent, listing))
+    return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity)
+
+
+def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:
+    started = time.perf_counter()
+    store, parent = work.store, work.parent
+    generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
+    claim = claim_generation(store, generation, {"source": to_dict(work.source)})
+    plan = work.plan(claim)
+    for note in plan.notes:
+        logger.info("%s: %s", store.url, note)
+    listed = _put_listing(store, claim, work.fresh)
+    make_worker = functools.partial(ShardWorker, store.url, work.source)
+    records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
+    _require_good(store, records, work.shards.max_bad)
+    manifest = next_manifest(parent, work.identity, plan.classes, records, listed)
+    commit_manifest(store, STEM, manifest.parent, manifest.to_json())
+    counts = sum(record.rows for record in records), sum(record.quarantined for record in records)
+    seconds = time.perf_counter() - started
+    logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
+    return manifest
+
+
+def _absolute(source: Any) -> Any:  # any: every source kind has its own spec class
+    """Return the spec with an absolute `url`, if it has one: workers have another working directory."""
+    urls = {field.name for field in dataclasses.fields(source)} & {"url"}
+    return dataclasses.replace(source, **{name: absolute_url(getattr(source, name), f"source.{name}") for name in urls})
+
+
+def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
+    """Commit keys, sources and source sizes of the planned samples: what the next append compares with."""
+    name = f"listings/{claim:06d}.parquet"
+    if store.size(name) is not None:  # our earlier attempt; the claim stands for the same rows, Parquet's bytes may differ
+        data = store.read(name)
+        return FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+    return store.put(name, table_bytes(_listing_table(listing), {"claim": claim}), role="listing")
+
+
+def _listing_table(listing: Listing) -> pa.Table:
+    return make_table(LISTING_SCHEMA, {"key": listing.keys, "source": listing.sources, "bytes": listing.sizes}, len(listing))
+
+
+def _new_rows(store: Store, parent: DatasetManifest, listing: Listing) -> NDArray[np.int64]:
+    """Return the rows whose keys the data set does not know; DataError if a known sample changed."""
+    known, asked = read_listings(store, parent), _listing_table(listing)
+    at = pc.index_in(asked["key"].combine_chunks(), value_set=known["key"].combine_chunks())
+    is_known = at.is_valid().to_numpy(zero_copy_only=False)
+    before = known["bytes"].combine_chunks().take(at.drop_null()).to_numpy()
+    changed = np.flatnonzero(is_known)[before != listing.sizes[is_known]]
+    if len(changed):
+        raise DataError(_changed(store, listing, changed, "other sizes than when they were sharded"))
+    is_there = pc.is_in(asked["source"].combine_chunks(), value_set=known["source"].combine_chunks()).to_numpy(zero_copy_only=False)
+    moved = np.flatnonzero(is_there & ~is_known)
+    if len(moved):  # `a.jpg` came beside `a.png`, so `a` would become `a%2Epng` and be written twice
+        raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem came)"))
+    return np.flatnonzero(~is_known)
+
+
+def _changed(store: Store, listing: Listing, rows: NDArray[np.int64], what: str) -> str:
+    examples = ", ".join(repr(listing.sources[row]) for row in rows[:SHOWN].tolist())
+    more = ", ..." if len(rows) > SHOWN else ""
+    return (
+        f"{len(rows)} samples have {what}: {examples}{more}. A data set only grows: give changed files new names, "
+        f"restore the old ones, or write to another URL than {store.url}"
+    )
+
+
+def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:
+    bad = sum(record.quarantined for record in records)
+    planned = sum(record.detail["planned"] for record in records)
+    if bad <= max_bad * planned:
+        return
+    refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
+    rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
+    for ref in refs:
+        if len(rows) < SHOWN:
+            rows += read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}").slice(0, SHOWN - len(rows)).to_pylist()
+    lines = "".join(f"\n  {row['source']}: {row['reason']}: {row['message']}" for row in rows)
+    raise DataError(
+        f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows; no manifest was written. First of them:{lines}\n"
+        f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
+        "remove these files, or accept them with a higher shards.max_bad, and run the command again; repaired files need another output URL"
+    )

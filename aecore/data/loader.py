@@ -1,0 +1,166 @@
+"""From a data set to batches: training order with a cursor, contiguous ranges for validation, one shard after another for encoding.
+
+Batches hold stored values (`Transform` scales them on the device), planned ordinals, labels and positions in the global batch.
+One thread works ahead. Its price: it shares the interpreter with the training loop, which is what small images on few cores want;
+nothing is copied between processes.
+"""
+
+from collections.abc import Generator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from aecore._base.batch import Batch
+from aecore.data.decode import DecodeError
+from aecore.data.manifest import Dataset, ShardRef
+from aecore.data.order import EpochOrder, Int64s, check_lanes, locate
+from aecore.data.prefetch import prefetched
+from aecore.data.rows import Rows, SplitRows
+from aecore.data.transform import TransformSpec
+from aecore.errors import DataError
+from aecore.registry import knob, spec
+
+
+@spec
+class InputSpec:
+    """How batches are read (`input.*` of a recipe); only `reader` could change what is read."""
+
+    reader: Literal["lanes"] = knob("lanes", "lanes: our shards by offset, the same batches on any number of ranks")
+    cache: Literal["auto", "ram", "none"] = knob("auto", "keep decoded samples in RAM: auto if the split fits cache_bytes", identity=False)
+    cache_bytes: int = knob(2 << 30, "bytes of RAM for decoded samples, per rank", ge=0, identity=False)
+    prefetch: int = knob(2, "batches read ahead by a thread; 0 reads in the training loop", ge=0, identity=False)
+
+
+class BadRow(NamedTuple):
+    """A sample that does not decode: its row in the shard's index, a short reason, a message for people."""
+
+    row: int
+    reason: str
+    message: str
+
+
+class ShardBatch(NamedTuple):
+    """Some rows of one shard: the batch of the good ones (may be empty), their rows in the index, and the bad ones."""
+
+    batch: Batch
+    rows: Int64s
+    bad: tuple[BadRow, ...]
+
+
+class Loader:
+    """Batches of one split. Opens nothing before the first batch; `close` (or `with`) closes files and is safe to repeat.
+
+    Args:
+        dataset, split: what is read.
+        transform: names the decoder.
+        spec: cache and prefetch.
+        seed, lanes, block, global_batch: the training order (see `aecore.data.order`).
+        rank, world: which part of every global batch is read here.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        transform: TransformSpec | None = None,
+        spec: InputSpec | None = None,
+        seed: int = 0,
+        lanes: int = 16,
+        block: int = 4096,
+        global_batch: int = 128,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        check_lanes(global_batch, lanes, world)
+        self.spec = spec or InputSpec()
+        self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes)
+        self.num_samples = self.rows.num_samples
+        self.global_batch, self.rank, self.world = global_batch, rank, world
+        self._order_args = (self.rows.counts.tolist(), dataset.manifest.training_key(split), seed)
+        self._lanes, self._block = lanes, block
+        self.steps_per_epoch = self.order(0).num_steps(global_batch)
+
+    def order(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+        counts, key, seed = self._order_args
+        return EpochOrder(counts, key, seed, epoch, self._lanes, self._block)
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
+        """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.
+
+        A rank without a sample in a short last step gets one repeated row with empty `positions` and `ordinals`: run it, count it 0.
+        """
+        return prefetched(self._training(start_step, stop_step), self.spec.prefetch)
+
+    def range_batches(self, start_row: int, stop_row: int, batch: int) -> Generator[Batch, None, None]:
+        """Yield samples [start_row, stop_row) of the split in stored order, `batch` at a time; every batch counts as a global one."""
+        if not 0 <= start_row <= stop_row <= self.num_samples or batch < 1:
+            raise DataError(f"rows [{start_row}, {stop_row}) by {batch} do not lie in the {self.num_samples} samples of split {self.rows.split!r}")
+        return prefetched(self._range(start_row, stop_row, batch), self.spec.prefetch)
+
+    def shard_batches(self, shard: ShardRef, batch: int, start: int = 0, stop: int | None = None) -> Generator[ShardBatch, None, None]:
+        """Yield rows [start, stop) of one shard, cut every `batch` rows; rows that do not decode are reported instead of raised.
+
+        `positions` are places in the cut, bad rows included, so noise sliced by them does not depend on what decodes.
+        """
+        return prefetched(self._shard(self._number(shard), start, shard.samples if stop is None else stop, batch), self.spec.prefetch)
+
+    def index(self, shard: ShardRef) -> pa.Table:
+        """Return the index of one shard, read and verified once while the shard is open."""
+        return self.rows.reader(self._number(shard)).index
+
+    def _number(self, shard: ShardRef) -> int:
+        for number, known in enumerate(self.rows.shards):
+            if known.stem == shard.stem:
+                return number
+        raise DataError(f"{self.rows.dataset.url}: split {self.rows.split!r} has no shard {shard.stem!r}")
+
+    def close(self) -> None:
+        """Close the open shards."""
+        self.rows.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _training(self, step: int, stop: int | None) -> Generator[Batch, None, None]:
+        known, order = -1, self.order(0)
+        while stop is None or step < stop:
+            epoch, step_in_epoch = locate(step, self.steps_per_epoch)
+            if epoch != known:
+                known, order = epoch, self.order(epoch)
+            part = order.step(step_in_epoch, self.rank, self.world, self.global_batch)
+            if len(part.indices):
+                yield self._batch(self.rows.read(part.indices), part.positions, part.num_global)
+            else:
+                rows = self.rows.read(np.zeros(1, np.int64))
+                yield self._batch(rows._replace(ordinals=rows.ordinals[:0]), part.positions, part.num_global)
+            step += 1
+
+    def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:
+        for begin in range(start, stop, batch):
+            indices = np.arange(begin, min(begin + batch, stop))
+            yield self._batch(self.rows.read(indices), np.arange(len(indices)), len(indices))
+
+    def _shard(self, number: int, first: int, last: int, batch: int) -> Generator[ShardBatch, None, None]:
+        for start in range(first, last, batch):
+            stop, errors = min(start + batch, last), list[DecodeError]()
+            rows = self.rows.read_shard(number, start, stop, errors.append)
+            places = np.arange(stop - start)
+            if errors:
+                places = np.delete(places, [error.row for error in errors])
+                rows = Rows(*(column[places] for column in rows))
+            bad = tuple(BadRow(start + error.row, error.reason, str(error)) for error in errors)
+            yield ShardBatch(self._batch(rows, places, stop - start), start + places, bad)
+
+    def _batch(self, rows: Rows, positions: Int64s, num_global: int) -> Batch:
+        x = torch.from_numpy(rows.pixels)
+        if self.rows.sample.image:
+            x = x.permute(0, 3, 1, 2)
+        label = torch.from_numpy(rows.labels) if self.rows.labelled else None
+        return Batch(x, torch.from_numpy(rows.ordinals), torch.from_numpy(positions), num_global, label=label)

@@ -1,0 +1,252 @@
+"""`dataset.NNNNNN.json`: all that a reader may open, with its size and hash, and what is in it.
+
+A manifest is a pure function of the part records and of its parent: no times, no addresses, so the same data and config give
+the same bytes. Generations only add: the shards of the parent come first in every split, `classes` grows at its end.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aecore.errors import DataError
+from aecore.generations import newest_number, read_json
+from aecore.store import FileRef, Store, open_store, sha256_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from aecore.data.shard import ShardReader
+
+STEM = "dataset"
+SPLIT_ORDER = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRef:
+    """One shard of a manifest: `samples` of `planned` are in the tar, `quarantined` are not; ordinals start at `first_ordinal`."""
+
+    split: str
+    stem: str
+    samples: int
+    planned: int
+    first_ordinal: int
+    tar: FileRef
+    index: FileRef
+    index_content_sha256: str
+    quarantine: FileRef | None = None
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedPart:
+    """A planned shard of which not one sample was good: there is no tar, all `planned` samples are in its quarantine."""
+
+    split: str
+    stem: str
+    planned: int
+    first_ordinal: int
+    quarantine: FileRef
+
+
+@dataclass(frozen=True, slots=True)
+class SplitStatistics:
+    """Counts of one split: samples in shards, quarantined ones, bytes of its tars, samples per class name."""
+
+    samples: int
+    quarantined: int
+    bytes: int
+    classes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInfo:
+    """What one sample is: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
+
+    extensions: Mapping[str, int]
+    shapes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetManifest:
+    """One generation of a data set and all before it.
+
+    `parent` is the number of the generation it adds to (0: none). `listings` has one file per generation: the keys and source
+    sizes that were planned, so that an append knows what is already here or in quarantine. `reasons` counts the quarantine.
+    """
+
+    number: int
+    parent: int
+    parent_sha256: str | None
+    identity: Mapping[str, Any]
+    classes: tuple[str, ...]
+    splits: Mapping[str, tuple[ShardRef, ...]]
+    rejected: tuple[RejectedPart, ...]
+    listings: tuple[FileRef, ...]
+    sample: SampleInfo
+    statistics: Mapping[str, SplitStatistics]
+    reasons: Mapping[str, int]
+    dataset_sha256: str
+
+    @property
+    def shards(self) -> tuple[ShardRef, ...]:
+        """All shards in manifest order: train, val, test, other splits by name; inside a split by generation."""
+        return tuple(shard for shards in self.splits.values() for shard in shards)
+
+    @property
+    def quarantined(self) -> int:
+        """Number of samples that are in quarantine instead of in a shard."""
+        return sum(shard.quarantined for shard in self.shards) + sum(part.planned for part in self.rejected)
+
+    def split(self, name: str) -> tuple[ShardRef, ...]:
+        """Return the shards of a split; DataError with the known splits if there is none of that name."""
+        if name not in self.splits:
+            known = ", ".join(self.splits) or "none"
+            raise DataError(f"the data set (generation {self.number}) has no split {name!r} (it has: {known}); see splits.*")
+        return self.splits[name]
+
+    def num_samples(self, split: str | None = None) -> int:
+        """Return the number of samples of a split, of all splits if None."""
+        return sum(shard.samples for shard in (self.shards if split is None else self.split(split)))
+
+    def num_planned(self, split: str) -> int:
+        """Return the number of samples ever planned for a split: the ordinal of the next one (0 for a new split)."""
+        rejected = sum(part.planned for part in self.rejected if part.split == split)
+        return rejected + sum(shard.planned for shard in self.splits.get(split, ()))
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ."""
+        dims = {tensor_shape(shape) for shape in self.sample.shapes}
+        if not dims:
+            raise DataError(f"dataset generation {self.number} has no samples: there is no input shape")
+        if len(dims) > 1:
+            counts = Counter(self.sample.shapes).most_common(3)
+            shown = ", ".join(f"{shape} ({count})" for shape, count in counts)
+            raise DataError(
+                f"the samples have {len(dims)} different shapes ({shown}): training needs one; shard again with "
+                "shards.resize=<side> (and shards.mode=L or RGB if the channels differ)"
+            )
+        return dims.pop()
+
+    def training_key(self, split: str = "train") -> str:
+        """Return the hash that keys the order of a split: of its shards alone, so appends to other splits do not change it."""
+        return content_sha256(self.split(split), ())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
+        data["classes"] = list(self.classes)
+        data["rejected"] = [dataclasses.asdict(part) for part in self.rejected]
+        data["listings"] = [dataclasses.asdict(ref) for ref in self.listings]
+        data["sample"] = dataclasses.asdict(self.sample)
+        data["statistics"] = {name: dataclasses.asdict(counts) for name, counts in self.statistics.items()}
+        data["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
+        data["quarantined"] = self.quarantined
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "DatasetManifest":
+        """Return the manifest of what `to_json` gave; KeyError or TypeError if it is something else."""
+        return cls(
+            number=data["number"],
+            parent=data["parent"],
+            parent_sha256=data["parent_sha256"],
+            identity=data["identity"],
+            classes=tuple(data["classes"]),
+            splits=in_order(_shard_from_json(shard) for shard in data["shards"]),
+            rejected=tuple(RejectedPart(**{**part, "quarantine": FileRef(**part["quarantine"])}) for part in data["rejected"]),
+            listings=tuple(FileRef(**ref) for ref in data["listings"]),
+            sample=SampleInfo(**data["sample"]),
+            statistics={name: SplitStatistics(**counts) for name, counts in data["statistics"].items()},
+            reasons=data["reasons"],
+            dataset_sha256=data["dataset_sha256"],
+        )
+
+
+def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
+    quarantine = data["quarantine"]
+    files = {"tar": FileRef(**data["tar"]), "index": FileRef(**data["index"]), "quarantine": FileRef(**quarantine) if quarantine else None}
+    return ShardRef(**{**data, **files})
+
+
+def tensor_shape(name: str) -> tuple[int, ...]:
+    """Return the shape that a sample has in a batch: `28x28x1/L` is `(1, 28, 28)`, an array `3x32x32/float32` stays `(3, 32, 32)`."""
+    dims, _, mode = name.partition("/")
+    sizes = tuple(int(size) for size in dims.split("x") if size)
+    return sizes if mode.islower() else (sizes[2], sizes[0], sizes[1])  # dtypes are lower case, image modes are not
+
+
+def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
+    """Return shards by split in manifest order, keeping their order inside a split."""
+    found: dict[str, list[ShardRef]] = {}
+    for shard in shards:
+        found.setdefault(shard.split, []).append(shard)
+    names = [*(name for name in SPLIT_ORDER if name in found), *sorted(name for name in found if name not in SPLIT_ORDER)]
+    return {name: tuple(found[name]) for name in names}
+
+
+def content_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
+    """Return the hash of the contents of shards in this order, and of the class names: independent of Parquet's encoding."""
+    rows = [[shard.split, shard.stem, shard.samples, shard.tar.sha256, shard.index_content_sha256] for shard in shards]
+    return sha256_json({"shards": rows, "classes": list(classes)})
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """An opened data set: where it is, and the generation that is read."""
+
+    store: Store
+    manifest: DatasetManifest
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def reader(self, shard: ShardRef) -> "ShardReader":
+        """Return the strict reader of one shard of this manifest."""
+        from aecore.data.shard import ShardReader  # shard.py imports ShardRef from here
+
+        return ShardReader(self.store, shard)
+
+
+def read_manifest(store: Store, number: int) -> DatasetManifest:
+    """Return one generation; DataError if the file is missing, damaged or not a dataset manifest."""
+    name = f"{STEM}.{number:06d}.json"
+    try:
+        return DatasetManifest.from_json(read_json(store, name))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{store.url}/{name} is not a dataset manifest ({error!r}): it is damaged or was not written by aecore") from error
+
+
+def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
+    """Return key, source and source bytes of every sample that was ever planned, quarantined ones too; verified."""
+    import pyarrow as pa  # only where tables are read: `aepipe show` needs none
+
+    from aecore.data.index import read_table
+
+    return pa.concat_tables([read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}") for ref in manifest.listings])
+
+
+def open_dataset(url: str, number: int | None = None) -> Dataset:
+    """Open the newest generation of the data set at `url`, or generation `number`; reads the manifest and nothing else.
+
+    Raises
+    ------
+    DataError
+        If there is no manifest (it says whether an unfinished run is there), or not that one.
+    """
+    store = open_store(url)
+    newest = newest_number(store, STEM)
+    if newest is None:
+        raise DataError(_nothing_here(store))
+    if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
+        raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
+    return Dataset(store, read_manifest(store, newest if number is None else number))
+
+
+def _nothing_here(store: Store) -> str:
+    if newest_number(store, "run") is None:
+        return f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address"
+    parts = sum(name.endswith(".json") for name in store.list("records"))
+    return f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"

@@ -1,0 +1,158 @@
+"""PURE: listing + config -> which sample goes to which shard of which split. No file is opened, no worker is known.
+
+The write-time shuffle sorts by a hash of (seed, split, key), or of the group: it depends neither on the listing's order nor on
+any library's random stream. Samples of a group stay adjacent, in one shard. A bad sample found later leaves a short shard;
+nothing moves up.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.manifest import DatasetManifest
+from aecore.data.sources import Listing, take
+from aecore.data.splits import SplitSpec, assign_splits, hashes, resolve_splits
+from aecore.data.tasks import ShardSpec, ShardTask
+from aecore.errors import DataError
+from aecore.generations import part_stem
+
+__all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """Counts of a plan, as `--dry-run` shows them: samples and shards by split, bytes to read, class names, notes."""
+
+    samples: Mapping[str, int]
+    shards: Mapping[str, int]
+    bytes: int
+    known: int
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPlan:
+    """The shards to write: tasks in manifest order, all class names (the parent's first), the splits that were chosen."""
+
+    tasks: tuple[ShardTask, ...]
+    classes: tuple[str, ...]
+    splits: SplitSpec
+    bytes: int
+    notes: tuple[str, ...]
+
+    def summary(self, known: int = 0) -> PlanSummary:
+        """Return the counts; `known` is the number of listed samples that the data set has already."""
+        samples: dict[str, int] = {}
+        shards: dict[str, int] = {}
+        for task in self.tasks:
+            samples[task.split] = samples.get(task.split, 0) + len(task)
+            shards[task.split] = shards.get(task.split, 0) + 1
+        return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes)
+
+
+def plan_dataset(
+    listing: Listing, splits: SplitSpec, shards: ShardSpec, parent: DatasetManifest | None, claim: int, source: Any
+) -> DatasetPlan:  # any: every source kind has its own spec class
+    """Return the plan for the samples of `listing`, all of them new to `parent`.
+
+    Raises
+    ------
+    DataError
+        If two samples have one key, or a folder or column value cannot name a split.
+    ConfigError
+        If the source does not have what `splits` asks for.
+    """
+    require_unique(listing)
+    chosen = resolve_splits(listing, splits)
+    members = assign_splits(listing, chosen)
+    names = _label_names(listing, chosen)
+    classes = _grown(parent.classes if parent else (), names)
+    ids = None if names is None else _ids(names, classes)
+    labelled = dataclasses.replace(listing, label_names=names)
+    tasks: list[ShardTask] = []
+    for split in members:
+        rows = _order(listing, members[split], split, shards)
+        first = parent.num_planned(split) if parent else 0
+        for number, (start, stop) in enumerate(_cut(listing, rows, shards)):
+            part = labelled.take(rows[start:stop])
+            task = ShardTask(
+                split=split,
+                stem=part_stem(split, claim, number),
+                source=source,
+                keys=part.keys,
+                sources=part.sources,
+                ordinals=np.arange(first + start, first + stop, dtype=np.int64),
+                labels=None if ids is None else ids[rows[start:stop]],
+                label_names=part.label_names,
+                groups=part.groups,
+                columns=part.columns,
+                shards=shards,
+            )
+            tasks.append(task)
+    counts = ", ".join(f"{split} {len(rows)}" for split, rows in members.items())
+    return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), (f"splits.by={chosen.by}: {counts}", *listing.notes))
+
+
+def require_unique(listing: Listing) -> None:
+    """DataError that names both sources if two samples of a listing (in whatever splits) have one key."""
+    if len(set(listing.keys)) == len(listing):
+        return
+    seen: dict[str, str] = {}
+    for key, source in zip(listing.keys, listing.sources, strict=True):
+        if key in seen:
+            raise DataError(f"{seen[key]!r} and {source!r} have one key {key!r}: rename one of them")
+        seen[key] = source
+
+
+def _label_names(listing: Listing, splits: SplitSpec) -> list[str] | None:
+    """Return the class of each sample ("": none), relative to its split folder; None if no sample has one."""
+    names = listing.label_names
+    if names is not None and listing.splits is not None and splits.by == "folders":
+        names = [name[len(top) + 1 :] for name, top in zip(names, listing.splits, strict=True)]
+    return names if names is not None and any(names) else None
+
+
+def _grown(classes: Sequence[str], names: list[str] | None) -> tuple[str, ...]:
+    return (*classes, *sorted(set(names or ()) - {*classes, ""}))
+
+
+def _ids(names: list[str], classes: Sequence[str]) -> NDArray[np.int32]:
+    numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
+    return np.fromiter((numbers[name] for name in names), dtype=np.int32, count=len(names))
+
+
+def _order(listing: Listing, rows: NDArray[np.int64], split: str, shards: ShardSpec) -> NDArray[np.int64]:
+    """Return the rows in the order of writing: by hash of key or group if shuffled, groups adjacent in any case."""
+    if listing.groups is None:
+        return rows[np.argsort(hashes(take(listing.keys, rows), f"order {shards.seed} {split}"), kind="stable")] if shards.shuffle else rows
+    groups = take(listing.groups, rows)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    codes = np.fromiter((numbers[group] for group in groups), dtype=np.int64, count=len(groups))
+    if not shards.shuffle:
+        return rows[np.argsort(codes, kind="stable")]
+    return rows[np.lexsort((codes, hashes(groups, f"order {shards.seed} {split}")))]  # the code parts groups of equal hashes
+
+
+def _cut(listing: Listing, rows: NDArray[np.int64], shards: ShardSpec) -> list[tuple[int, int]]:
+    """Return [start, stop) of each shard: as many units as fit both limits, at least one (a unit is a sample or a whole group)."""
+    ends = np.arange(1, len(rows) + 1)
+    if listing.groups is not None:
+        groups = take(listing.groups, rows)
+        last = [left != right for left, right in itertools.pairwise(groups)]
+        ends = np.append(np.flatnonzero(last) + 1, len(rows))
+    num = np.concatenate([[0], ends])  # samples, and bytes, before each unit
+    size = np.concatenate([[0], np.cumsum(listing.sizes[rows])])[num]
+    cuts, unit = [], 0
+    while unit < len(ends):
+        fit_num = np.searchsorted(num, num[unit] + shards.max_samples, side="right") - 1
+        fit_bytes = np.searchsorted(size, size[unit] + shards.max_bytes, side="right") - 1
+        stop = max(int(min(fit_num, fit_bytes)), unit + 1)
+        cuts.append((int(num[unit]), int(num[stop])))
+        unit = stop
+    return cuts

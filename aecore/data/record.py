@@ -1,0 +1,137 @@
+"""One sample as it stands in a shard: a key and named byte members, and the short list of extensions a member may have.
+
+Keys are made so that webdataset groups them back exactly: no dot, no leading underscore in a component, only `[A-Za-z0-9_%/-]`.
+Nothing here can execute code: `.npy` headers are read as literals and object arrays are refused.
+"""
+
+import ast
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from aecore.data.image import IMAGE_EXTENSIONS, MAX_PIXELS, BadSample, ImageHeader, image_header
+from aecore.errors import DataError
+
+__all__ = [
+    "ALLOWED_EXTENSIONS",
+    "DATA_EXTENSIONS",
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "ArrayHeader",
+    "BadSample",
+    "ImageHeader",
+    "Sample",
+    "array_header",
+    "encode_key",
+    "image_header",
+    "require_allowed",
+]
+
+DATA_EXTENSIONS = IMAGE_EXTENSIONS | {"npy"}
+ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
+MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
+_USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
+
+_UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
+_SHORTENED = re.compile(r".{40}-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of a shard: `members` maps extension to bytes; `label` is the class id, None where there is none."""
+
+    key: str
+    members: Mapping[str, bytes]
+    label: int | None = None
+
+    @property
+    def data(self) -> tuple[str, bytes]:
+        """Return extension and bytes of the data member (the one that is not `cls`, `txt` or `json`)."""
+        for ext, value in self.members.items():
+            if ext in DATA_EXTENSIONS:
+                return ext, value
+        raise DataError(f"sample {self.key!r} has no data member, only {', '.join(self.members) or 'nothing'}")
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayHeader:
+    """Shape and dtype of a `.npy` member, and the byte at which its values start."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    start: int
+    width: None = field(default=None, init=False)  # what an image header has and an array does not
+    height: None = field(default=None, init=False)
+    mode: None = field(default=None, init=False)
+    ext: str = field(default="npy", init=False)
+
+    @property
+    def form(self) -> str:
+        """Return for example `3x32x32/float32`."""
+        return f"{'x'.join(map(str, self.shape))}/{self.dtype.name}"
+
+
+def require_allowed(ext: str, where: str) -> None:
+    """DataError that names the allow-list unless members of extension `ext` may be read."""
+    if ext not in ALLOWED_EXTENSIONS:
+        raise DataError(f"{where} has the extension {ext!r}, which is not read (allowed: {', '.join(sorted(ALLOWED_EXTENSIONS))})")
+
+
+def encode_key(path: str) -> str:
+    """Return the key of a relative path without its extension; different paths have different keys (up to sha256).
+
+    Bytes outside `[A-Za-z0-9_-]` and a leading `_` of a component are percent-encoded. A component over 80 bytes, a key over 200 and a
+    key that no USTAR header can hold become their first 40 bytes + `-` + 32 hex of the sha256 of what they replace; so does
+    a path that already looks like that, which keeps the encoding injective.
+    """
+    components = [_shorten(_encode(part), MAX_COMPONENT_BYTES) for part in path.split("/")]
+    key = "/".join(components)
+    if len(components) == 1:
+        return key
+    return _shorten(key, MAX_KEY_BYTES if _fits_header(key) else 0)
+
+
+def _encode(component: str) -> str:
+    if not component:
+        return "%"  # no other component encodes to a lone percent sign
+    raw = component.encode("utf-8", "surrogateescape")
+    text = _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], raw).decode()
+    return "%5F" + text[1:] if text[0] == "_" else text
+
+
+def _shorten(text: str, limit: int) -> str:
+    if len(text) <= limit and not _SHORTENED.fullmatch(text):
+        return text
+    return f"{text[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _fits_header(key: str) -> bool:
+    if len(key) + _LONGEST_SUFFIX <= _USTAR_NAME:
+        return True
+    slashes = [at for at, char in enumerate(key) if char == "/"]
+    return any(at <= _USTAR_PREFIX and len(key) - at - 1 + _LONGEST_SUFFIX <= _USTAR_NAME for at in slashes)
+
+
+def array_header(data: bytes) -> ArrayHeader:
+    """Return shape and dtype of a `.npy` file after checking its size; BadSample if it is damaged or holds Python objects."""
+    if not data:
+        raise BadSample("empty", "the file has no bytes")
+    if not data.startswith(b"\x93NUMPY") or len(data) < 12:
+        raise BadSample("format", "not a .npy file")
+    start = 10 if data[6] == 1 else 12
+    length = int.from_bytes(data[8:start], "little")
+    try:
+        fields = ast.literal_eval(data[start : start + length].decode("latin1"))
+        dtype, shape = np.dtype(fields["descr"]), tuple(int(side) for side in fields["shape"])
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise BadSample("format", f".npy header is damaged ({type(error).__name__})") from error
+    if dtype.kind not in "biufc" or dtype.fields is not None:
+        raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read")
+    expected = start + length + math.prod(shape) * dtype.itemsize
+    if any(side < 0 for side in shape) or len(data) != expected:
+        raise BadSample("truncated", f".npy of {len(data)} bytes, its header promises {expected}")
+    return ArrayHeader(shape, dtype, start + length)

@@ -1,0 +1,101 @@
+"""Where raw samples come from. One file per kind; each lists its samples cheaply and reads the bytes of one when asked.
+
+A source never decodes, resizes or filters by content: what it lists is planned, and a sample that turns out to be damaged goes
+to the quarantine. Adding a source is adding a file here: a `@spec` with `kind`, and a build function registered in `SOURCES`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All samples of a source, by column: n rows in the source's own, stable order; no bytes.
+
+    Attributes
+    ----------
+    keys, sources : list of str
+        n encoded keys (see `record.encode_key`), and the n names that `Source.read` takes.
+    sizes : int64 array
+        Bytes of each sample in the source.
+    label_names : list of str, optional
+        Class of each sample, "" where it has none. Where `splits` is given these are paths below the source's root, so they
+        begin with the top folder (`train/Greek/character01`): whether that is a split or a part of the class, the plan decides.
+    splits : list of str, optional
+        Top folder of each sample ("" directly below the root), for sources that have folders.
+    groups : list of str, optional
+        Bag of each sample: rows of one group stay adjacent, in one shard and one split.
+    columns : mapping
+        Further columns for the index (factors, metadata), n values each.
+    notes : tuple of str
+        What the user should know of the listing (files that were skipped).
+    """
+
+    keys: list[str]
+    sources: list[str]
+    sizes: NDArray[np.int64]
+    label_names: list[str] | None = None
+    splits: list[str] | None = None
+    groups: list[str] | None = None
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, *self.columns.values()]
+        assert all(column is None or len(column) == len(self.keys) for column in columns), "columns of a listing differ in length"
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: NDArray[np.int64]) -> "Listing":
+        """Return these rows, in this order."""
+        return Listing(
+            take(self.keys, rows),
+            take(self.sources, rows),
+            self.sizes[rows],
+            take(self.label_names, rows),
+            take(self.splits, rows),
+            take(self.groups, rows),
+            {name: column[rows] for name, column in self.columns.items()},
+            self.notes,
+        )
+
+    def sha256(self) -> str:
+        """Return the hash of everything that the plan depends on: all columns, in order."""
+        digest = hashlib.sha256()
+        columns: list[tuple[str, Sequence[Any] | None]] = [  # any: strings or numbers
+            ("keys", self.keys),
+            ("sources", self.sources),
+            ("sizes", self.sizes.tolist()),
+            ("label_names", self.label_names),
+            ("splits", self.splits),
+            ("groups", self.groups),
+            *((f"columns.{name}", self.columns[name].tolist()) for name in sorted(self.columns)),
+        ]
+        for name, values in columns:
+            if values is not None:
+                digest.update(json.dumps([name, values]).encode())  # ASCII: file names may hold lone surrogates
+        return digest.hexdigest()
+
+
+def take(values: list[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None stays None, a list stays a list
+    """Return `values` at `rows` as a list; None if there are no values."""
+    return None if values is None else [values[row] for row in rows.tolist()]
+
+
+class Source(Protocol):
+    """What the registry `SOURCES` builds from a spec; made in every worker, so it opens nothing until it is asked."""
+
+    def listing(self) -> Listing:
+        """List all samples. DataError if the source is missing, unreadable or empty."""
+
+    def read(self, source: str) -> tuple[str, bytes]:
+        """Return extension (lower case, no dot) and bytes of one listed sample; OSError if it cannot be read."""

@@ -1,0 +1,126 @@
+"""A folder tree of images (or `.npy` arrays): class folders, optionally below split folders, read as they lie there.
+
+Skipped and counted: hidden files and folders, files of other extensions, and symbolic links that leave the tree or lead to
+folders (a folder would be listed twice, or for ever). Everything else is listed by name and size; nothing is opened.
+"""
+
+import os
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_key
+from aecore.data.sources import Listing
+from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.registry import SOURCES, knob, spec
+from aecore.store import absolute_url
+
+
+@spec
+class FolderSpec:
+    """Images in folders; the label is the path below the split folder (`train/Greek/character01/0709_01.png`)."""
+
+    kind: Literal["folder"] = "folder"
+    url: str = knob("", "folder that holds the class folders or the split folders", identity=False)
+    extensions: tuple[str, ...] = knob(tuple(sorted(IMAGE_EXTENSIONS)), "file extensions that are samples, without the dot")
+
+    def __post_init__(self) -> None:
+        for ext in self.extensions:
+            if ext not in DATA_EXTENSIONS:
+                raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, DATA_EXTENSIONS)}")
+
+
+@SOURCES.register(FolderSpec)
+class FolderSource:
+    """The files below the `url` of a `FolderSpec`; sources are paths relative to it, with `/`."""
+
+    def __init__(self, folder: FolderSpec) -> None:
+        self._root = Path(absolute_url(folder.url, "source.url"))
+        self._extensions = frozenset(folder.extensions)
+
+    def listing(self) -> Listing:
+        """List all files of the known extensions, sorted by relative path.
+
+        Raises
+        ------
+        DataError
+            If the folder is missing, is a file (an archive must be unpacked), cannot be read, or holds no such file.
+        """
+        self._require_folder()
+        skipped: Counter[str] = Counter()
+        found = sorted(self._walk("", skipped))
+        notes = tuple(f"skipped {count} {what}" for what, count in sorted(skipped.items()))
+        if not found:
+            raise DataError(
+                f"source.url {self._root} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
+                + (f" ({'; '.join(notes)})" if notes else "")
+                + ": check the address, or set source.extensions"
+            )
+        paths = [path for path, _ in found]
+        sizes = np.fromiter((size for _, size in found), dtype=np.int64, count=len(found))
+        folders = [sys.intern(path.rpartition("/")[0]) for path in paths]
+        tops = [sys.intern(folder.partition("/")[0]) for folder in folders]
+        return Listing(_keys(paths), paths, sizes, label_names=folders, splits=tops, notes=notes)
+
+    def read(self, source: str) -> tuple[str, bytes]:
+        """Return extension and bytes of one file; OSError if it cannot be read."""
+        with open(f"{self._root}/{source}", "rb") as file:
+            return source.rpartition(".")[2].lower(), file.read()
+
+    def _require_folder(self) -> None:
+        if self._root.is_dir():
+            return
+        if not self._root.exists():
+            raise DataError(f"source.url {self._root} does not exist: check the address")
+        if zipfile.is_zipfile(self._root):
+            target = self._root.with_suffix("")
+            unpack = f"unpack it (`unzip {self._root} -d {target}`) and give the folder {target}"
+            raise DataError(f"source.url {self._root} is a zip file: {unpack}")
+        raise DataError(f"source.url {self._root} is a file: source.kind=folder reads a folder (unpack an archive first)")
+
+    def _walk(self, folder: str, skipped: Counter[str]) -> Iterator[tuple[str, int]]:
+        try:
+            with os.scandir(self._root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.name.startswith("."):
+                        skipped["hidden files or folders"] += 1
+                    elif entry.is_dir(follow_symlinks=False):
+                        yield from self._walk(_class_name(path, self._root), skipped)
+                    elif self._is_sample(entry, skipped):
+                        yield path, entry.stat().st_size
+        except OSError as error:
+            where = error.filename or self._root / folder
+            raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
+
+    def _is_sample(self, entry: os.DirEntry[str], skipped: Counter[str]) -> bool:
+        stem, dot, ext = entry.name.rpartition(".")
+        if not (stem and dot and ext.lower() in self._extensions):
+            skipped["files of other extensions"] += 1
+            return False
+        if entry.is_symlink():
+            target = Path(os.path.realpath(entry.path))
+            if not (target.is_file() and target.is_relative_to(os.path.realpath(self._root))):
+                skipped["symbolic links that leave the folder or lead to none of its files"] += 1
+                return False
+        return True
+
+
+def _keys(paths: list[str]) -> list[str]:
+    """Return the key of each path: without its extension, unless two files of one folder differ in nothing else."""
+    stems = [path.rpartition(".")[0] for path in paths]
+    shared = {stem for stem, count in Counter(stems).items() if count > 1}
+    return [encode_key(path if stem in shared else stem) for path, stem in zip(paths, stems, strict=True)]
+
+
+def _class_name(folder: str, root: Path) -> str:
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the folder name {os.fsencode(folder)!r} below {root} is not UTF-8 and would name a class: rename it") from None
+    return folder

@@ -1,0 +1,55 @@
+"""What travels to a worker that writes one shard: plain lists, arrays and specs, no sample bytes and no open files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.registry import knob, spec
+
+
+@spec
+class ShardSpec:
+    """How samples become shards: how many per shard, in which order, in which form (`shards.*` of a recipe)."""
+
+    max_samples: int = knob(10_000, "samples per shard at most", ge=1)
+    max_bytes: int = knob(256 << 20, "source bytes per shard at most (one larger sample gets a shard of its own)", ge=1)
+    resize: int | None = knob(None, "side of the square that images are resized to; none keeps the original bytes", ge=1)
+    mode: Literal["keep", "L", "RGB"] = knob("keep", "pixel mode that images are converted to; keep keeps the original bytes")
+    shuffle: bool = knob(True, "shuffle the samples of a split before they are cut into shards")
+    seed: int = knob(0, "seed of that shuffle", ge=0)
+    check: Literal["header", "decode"] = knob("header", "header checks structure and checksums, decode also decodes every image")
+    max_bad: float = knob(0.01, "share of the samples that may be quarantined before the run fails", ge=0.0, le=1.0, identity=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One shard to write: n planned samples of one split, in order; picklable, and a pure function of the plan.
+
+    Attributes:
+        split, stem: names of the split and of the part (`train`, `train-000000`).
+        source: spec of the source that reads the bytes.
+        keys, sources: n encoded keys, and n names that the source reads from.
+        ordinals: `[n]` int64, planned position of each sample in its split.
+        labels, label_names: `[n]` int32 class ids and n names, None where the data has no labels.
+        groups: n names of bags, None where there are none.
+        columns: further index columns (factors, metadata), each `[n]`.
+        shards: resize, mode and check of the shards.
+    """
+
+    split: str
+    stem: str
+    source: Any  # any: every source kind has its own spec class
+    keys: list[str]
+    sources: list[str]
+    ordinals: NDArray[np.int64]
+    labels: NDArray[np.int32] | None = None
+    label_names: list[str] | None = None
+    groups: list[str] | None = None
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
+    shards: ShardSpec = field(default_factory=ShardSpec)
+
+    def __len__(self) -> int:
+        return len(self.keys)

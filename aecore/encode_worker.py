@@ -1,0 +1,188 @@
+"""The worker of `encode`: loads the model once, then turns rows of one shard into one Parquet part.
+
+One thread reads and decodes the next batch while the model works on this one. Output buffers are allocated once per part and
+filled in place; Arrow takes them as they are.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aecore.checkpoint import LoadedModel, load_model
+from aecore.data.decode import decoder_version
+from aecore.data.loader import InputSpec, Loader
+from aecore.data.manifest import ShardRef, open_dataset
+from aecore.data.transform import preprocessing_sha256
+from aecore.encoder import Encoder, EncodeSpec
+from aecore.errors import DataError
+from aecore.generations import PartRecord, read_record, write_record
+from aecore.store import canonical_json, open_store
+from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_name, part_table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTask:
+    """One part to make: the rows `[row_start, row_stop)` of one shard; picklable."""
+
+    stem: str
+    shard: ShardRef
+    row_start: int
+    row_stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeSetup:
+    """What every worker needs: addresses, the pinned checkpoint and dataset generation, the table's columns; picklable."""
+
+    model_url: str
+    checkpoint_sha256: str
+    data_url: str
+    dataset_number: int
+    out_url: str
+    spec: EncodeSpec
+    columns: Mapping[str, Any]
+    device: str
+    threads: int
+
+
+class EncodeWorker:
+    """Makes parts. Opens its stores and loads the model when it is made, once per process."""
+
+    def __init__(self, setup: EncodeSetup) -> None:
+        torch.set_num_threads(setup.threads)
+        self.setup = setup
+        self.store = open_store(setup.out_url)
+        self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
+        loaded = load_model(setup.model_url, device=setup.device)
+        if loaded.sha256 != setup.checkpoint_sha256:
+            raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
+        self.encoder = Encoder(loaded, setup.spec, setup.device)
+        self.loaders: dict[str, Loader] = {}
+        self.encoded_by = encoded_by(loaded, setup)
+        self.metadata = _metadata(loaded, setup, self.encoded_by)
+
+    def __call__(self, task: EncodeTask) -> PartRecord:
+        """Encode and commit one part, or return its record if it is there already (a rerun)."""
+        known = read_record(self.store, task.stem)
+        if known is not None:
+            return known
+        started = time.perf_counter()
+        shard = task.shard
+        with self._loader(shard.split) as loader:  # closes the shard; the loader is kept
+            values = _PartValues(task.row_stop - task.row_start, self.setup.columns)
+            self._fill(values, task, loader)
+            index = loader.index(shard)
+        values.drop_not_finite()
+        encoded = time.perf_counter()
+        rows = values.rows[: values.filled]
+        metadata = {**self.metadata, "shard": shard.stem, "shard_sha256": shard.tar.sha256, "row_start": str(task.row_start)}
+        table = part_table(index, rows, shard.stem, values.filled_columns(), metadata)
+        quarantine = commit_quarantine(self.store, task.stem, shard.stem, index, values.refused)
+        compression = self.setup.spec.compression
+        file, written_by = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
+        detail = {
+            "split": shard.split,
+            "shard": shard.stem,
+            "shard_sha256": shard.tar.sha256,
+            "row_start": task.row_start,
+            "row_stop": task.row_stop,
+            "encoded_by": {name: written_by[name] for name in self.encoded_by},
+        }
+        timings = {"encode_s": encoded - started, "commit_s": time.perf_counter() - encoded}
+        logger.info("part %s: %d rows, %d quarantined, %.2f s", task.stem, len(rows), len(values.refused), time.perf_counter() - started)
+        files = (file,) if quarantine is None else (file, quarantine)
+        return write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))
+
+    def _loader(self, split: str) -> Loader:
+        if split not in self.loaders:
+            transform = self.encoder.transform.spec
+            self.loaders[split] = Loader(self.dataset, split, transform=transform, spec=InputSpec(cache="none"))
+        return self.loaders[split]
+
+    def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:
+        size = self.setup.spec.batch
+        with closing(loader.shard_batches(task.shard, size, task.row_start, task.row_stop)) as batches:
+            for number, (batch, rows, bad) in enumerate(batches, start=task.row_start // size):
+                values.refused += [RefusedRow(row.row, "decode", row.reason, row.message) for row in bad]
+                if len(rows):
+                    values.add(rows, self.encoder.columns(batch, self.encoder.noise(batch, number, task.shard.tar.sha256)))
+
+
+class _PartValues:
+    """The output buffers of one part, allocated once; rows are filled from the front."""
+
+    def __init__(self, capacity: int, columns: Mapping[str, Any]) -> None:
+        self.rows = np.empty(capacity, np.int64)
+        self.columns = {
+            name: np.empty((capacity, info["dim"]) if info["dim"] else capacity, info["dtype"]) for name, info in columns.items()
+        }
+        self.filled = 0
+        self.refused: list[RefusedRow] = []
+
+    def add(self, rows: NDArray[np.int64], found: Mapping[str, Tensor]) -> None:
+        """Copy the columns of a batch (any device, converted to the column's type) behind the rows that are there."""
+        assert found.keys() == self.columns.keys(), "the model gives other columns than it was planned with"
+        stop = self.filled + len(rows)
+        self.rows[self.filled : stop] = rows
+        for name, tensor in found.items():
+            torch.from_numpy(self.columns[name][self.filled : stop]).copy_(tensor)
+        self.filled = stop
+
+    def filled_columns(self) -> dict[str, NDArray[Any]]:  # any: float32, float16 or int32
+        """Return the columns of the filled rows, as views."""
+        return {name: column[: self.filled] for name, column in self.columns.items()}
+
+    def drop_not_finite(self) -> None:
+        """Move rows with a value that is not finite (in the column's type: float16 ends at 65,504) to the refused ones."""
+        good = np.ones(self.filled, np.bool_)
+        for name, column in self.filled_columns().items():
+            finite = np.isfinite(column) if column.ndim == 1 else np.isfinite(column).all(1)
+            message = f"{name} is not finite as {column.dtype}"
+            self.refused += [RefusedRow(row, "encode", "not_finite", message) for row in self.rows[: self.filled][good & ~finite].tolist()]
+            good &= finite
+        if not good.all():
+            kept = int(good.sum())
+            self.rows[:kept] = self.rows[: self.filled][good]
+            for name, column in self.filled_columns().items():
+                self.columns[name][:kept] = column[good]
+            self.filled = kept
+
+
+def encoded_by(loaded: LoadedModel, setup: EncodeSetup) -> dict[str, str]:
+    """Return what the last bits of the latents depend on besides the inputs: device, threads, versions."""
+    if setup.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(setup.device)
+    else:
+        device = f"{setup.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    decoder = decoder_version(loaded.config.transform.decoder)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pyarrow": pa.__version__}
+    return {"device": device, "threads": str(setup.threads), "versions": canonical_json({**versions, "decoder": decoder}).decode()}
+
+
+def _metadata(loaded: LoadedModel, setup: EncodeSetup, producer: Mapping[str, str]) -> dict[str, str]:
+    """Return the key-value metadata that all parts share."""
+    config = loaded.config
+    latents = {name: [info["dim"]] for name, info in setup.columns.items() if info["dim"]}
+    return {
+        "checkpoint_sha256": loaded.sha256,
+        "checkpoint_step": str(loaded.checkpoint.step),
+        "config": canonical_json(config.to_dict()).decode(),
+        "preprocessing_sha256": preprocessing_sha256(config.transform),
+        "latent_shape": canonical_json(latents).decode(),
+        "dtype": setup.spec.dtype,
+        "batch": str(setup.spec.batch),
+        **({"seed": str(setup.spec.seed)} if setup.spec.sample else {}),
+        **producer,
+    }

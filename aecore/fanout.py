@@ -1,0 +1,118 @@
+"""Map parts over workers: the seam between what a job does and who runs it.
+
+A job makes a list of tasks and a picklable factory of workers; a `FanOut` decides where the workers live (this process, Ray
+actors) and yields one outcome per task, in any order. A part that fails does not stop the others: its failure is a value, and
+`collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
+"""
+
+import contextlib
+import logging
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aecore import errors
+from aecore.errors import AecoreError, RunFailed
+from aecore.generations import PartRecord
+
+logger = logging.getLogger(__name__)
+SHOWN = 5  # failures spelled out in the error; the log has all of them
+
+
+class Task(Protocol):
+    """One part to make: picklable, named by `stem`, unique in its job."""
+
+    @property
+    def stem(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PartFailure:
+    """A part that could not be made: the name of the error's class, its message, the traceback if it was no `AecoreError`."""
+
+    part: str
+    error_type: str
+    message: str
+    traceback: str = ""
+
+
+Worker = Callable[[Any], PartRecord]  # any: a worker takes the tasks of its own job (ShardTask, EncodeTask)
+MakeWorker = Callable[[], Worker]
+Outcome = PartRecord | PartFailure
+FanOut = Callable[[MakeWorker, Sequence[Any]], Iterator[Outcome]]
+OnPart = Callable[[PartRecord, int, int], None]
+
+
+def attempt(worker: Worker, task: Task) -> Outcome:
+    """Return the worker's record, or its error as a value; KeyboardInterrupt and SystemExit pass through."""
+    try:
+        return worker(task)
+    except AecoreError as error:
+        return PartFailure(task.stem, type(error).__name__, str(error))
+    except Exception as error:  # a bug in one part must not cost the others; `collect` reports it
+        return PartFailure(task.stem, type(error).__name__, str(error), traceback.format_exc())
+
+
+def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
+    """Run all tasks one after the other with one worker in this process."""
+    worker = make_worker()
+    for task in tasks:
+        yield attempt(worker, task)
+
+
+def collect(
+    fan_out: FanOut, make_worker: MakeWorker, tasks: Sequence[Any], *, what: str = "parts", on_part: OnPart | None = None
+) -> list[PartRecord]:
+    """Run all tasks and return their records in the order of the tasks.
+
+    Parameters
+    ----------
+    what : str
+        Plural noun of the parts, for the error.
+    on_part : callable, optional
+        Called as `on_part(record, done, total)` when a part is finished (in the order of finishing).
+
+    Raises
+    ------
+    AecoreError
+        If any part failed: of the parts' own type where they agree on one (DataError stays DataError), else RunFailed.
+        Raised after every task had its turn: finished parts are recorded and kept.
+    """
+    stems = [task.stem for task in tasks]
+    assert len(set(stems)) == len(stems), "two tasks of one job have one stem"
+    records: dict[str, PartRecord] = {}
+    failures: list[PartFailure] = []
+    outcomes = fan_out(make_worker, tasks)
+    with contextlib.ExitStack() as stack:
+        if isinstance(outcomes, Generator):  # an interrupted job must not leave workers running
+            stack.callback(outcomes.close)
+        for outcome in outcomes:
+            if isinstance(outcome, PartFailure):
+                logger.error("%s failed: %s: %s\n%s", outcome.part, outcome.error_type, outcome.message, outcome.traceback)
+                failures.append(outcome)
+                continue
+            records[outcome.part] = outcome
+            if on_part is not None:
+                on_part(outcome, len(records), len(tasks))
+    if failures:
+        raise _failed(failures, len(tasks), what)
+    lost = [stem for stem in stems if stem not in records]
+    if lost:
+        raise RunFailed(f"{len(lost)} of {len(tasks)} {what} came back without a record ({_some(lost)}): run the same command again")
+    return [records[stem] for stem in stems]
+
+
+def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
+    kinds = {failure.error_type for failure in failures}
+    kind = getattr(errors, kinds.pop(), RunFailed) if len(kinds) == 1 else RunFailed
+    if not (isinstance(kind, type) and issubclass(kind, AecoreError)):
+        kind = RunFailed
+    lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
+    more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
+    return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; run the same command again to finish")
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:SHOWN]) + (", ..." if len(first) > SHOWN else "")

@@ -1,0 +1,76 @@
+"""Metrics of a run: one line a step, in parts that checkpoints list.
+
+    metrics/<first>-<last>-<attempt>.jsonl
+
+A part is committed before the checkpoint that names it; parts of a killed attempt that no checkpoint names are not part of the run.
+Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aecore.errors import RunFailed
+from aecore.ranks import Rank, all_sum
+from aecore.store import Store, canonical_json
+
+
+@dataclass
+class MetricLog:
+    """Collects one rank's sums and writes the parts (rank 0). `parts` names the committed parts of steps 1..now."""
+
+    store: Store
+    rank: Rank
+    attempt: str
+    parts: list[str] = field(default_factory=list)
+    _names: tuple[str, ...] = ()
+    _sums: list[Tensor] = field(default_factory=list)
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, row: Mapping[str, Any], means: Mapping[str, Tensor], rows: int) -> None:
+        """Record one step: `means` over this rank's `rows` samples (0 rows: none of it counts). No device sync."""
+        self._names = tuple(means)
+        self._sums.append(torch.stack([mean.detach().float() for mean in means.values()]) * rows)
+        self._rows.append(dict(row))
+
+    def flush(self, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Reduce and write what was added; return the last step's row. RunFailed at a loss that is not finite."""
+        if not self._rows:
+            return {}
+        totals = all_sum(self.rank, torch.stack(self._sums))
+        for row, total in zip(self._rows, totals.tolist(), strict=True):
+            row.update({name: value / row["samples"] for name, value in zip(self._names, total, strict=True)})
+        rows, self._rows, self._sums = self._rows, [], []
+        bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
+        if bad is not None:
+            raise RunFailed(
+                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): training stopped, the checkpoints before "
+                "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, and write to another out"
+            )
+        if validation is not None:
+            rows[-1]["validation"] = dict(validation)
+        self._write(rows)
+        return rows[-1]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
+        if self.rank.index == 0:
+            self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics")
+        self.parts.append(name)
+
+
+def read_rows(store: Store, parts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the rows of the named parts, in order."""
+    return [json.loads(line) for part in parts for line in store.read(part).splitlines()]
+
+
+def last_row(store: Store) -> dict[str, Any] | None:
+    """Return the row of the highest step that any attempt has written so far, None before the first: for progress only."""
+    parts = [name for name in store.list("metrics") if name.endswith(".jsonl")]
+    newest = max(parts, key=lambda name: name.split("-")[1], default=None)
+    return None if newest is None else read_rows(store, (f"metrics/{newest}",))[-1]

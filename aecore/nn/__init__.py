@@ -1,0 +1,5 @@
+"""Backbones: encoder and decoder networks for samples of any shape, each kind one file that registers its spec."""
+
+from aecore.nn._backbone import Backbone
+
+__all__ = ["Backbone"]

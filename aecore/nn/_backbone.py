@@ -1,0 +1,72 @@
+"""What a backbone is, and the layers that backbones share. Legend: B batch, N latents, D latent, F features."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from aecore.errors import ConfigError
+
+Activation = Literal["relu", "leaky_relu", "silu", "tanh"]
+Norm = Literal["group", "batch", "none"]
+Output = Literal["identity", "sigmoid"]
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """An encoder and a decoder without the layer that makes the latent; the model adds that.
+
+    Attributes:
+        encoder: `[B, *input_shape]` -> `[B, num_features]`.
+        decoder: `[N, latent_dim]` -> `[N, *input_shape]`.
+        num_features: F, width of the encoder's output.
+        bounded: the decoder's output is already squashed to [0, 1], so it cannot be read as logits.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    num_features: int
+    bounded: bool = False
+
+    def check_likelihood(self, likelihood: str) -> None:
+        """Raise ConfigError where the likelihood takes logits and the decoder ends in a sigmoid: it would be applied twice."""
+        if self.bounded and likelihood == "bernoulli":
+            raise ConfigError(
+                "model.likelihood=bernoulli takes logits, but backbone.output=sigmoid squashes them: "
+                "set backbone.output=identity, or model.likelihood=gaussian"
+            )
+
+
+def activation(name: Activation) -> nn.Module:
+    """Return a new activation layer; leaky_relu has slope 0.2."""
+    if name == "leaky_relu":
+        return nn.LeakyReLU(0.2)
+    return {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}[name]()
+
+
+def hidden(layer: nn.Module, channels: int, *, act: Activation, norm: Norm, dropout: float, num_axes: int = 0) -> list[nn.Module]:
+    """Return `layer`, its normalisation, activation and dropout; `channels` out, `num_axes` spatial axes (0: vectors)."""
+    layers = [layer]
+    if norm == "group":
+        layers.append(nn.GroupNorm(num_groups(channels), channels))
+    elif norm == "batch":
+        layers.append(_BATCH_NORMS[num_axes](channels))
+    layers.append(activation(act))
+    if dropout > 0:
+        layers.append(nn.Dropout(dropout))
+    return layers
+
+
+def num_groups(channels: int) -> int:
+    """Return the largest divisor of `channels`, at most 8, that leaves 4 or more channels per group (else 1).
+
+    A group of one channel on a 1x1 map would normalise its only value to zero.
+    """
+    return max((groups for groups in range(1, 9) if channels % groups == 0 and channels // groups >= 4), default=1)
+
+
+def output_layers(output: Output) -> list[nn.Module]:
+    """Return what follows the decoder's last linear map."""
+    return [nn.Sigmoid()] if output == "sigmoid" else []

@@ -1,0 +1,18 @@
+"""float32 where half precision would lie: KL divergences, sampling and sums of squares.
+
+A KL computed in bfloat16 comes out as 0 or negative. Networks may run under autocast; what these two functions touch does not.
+Double precision is left alone, so gradients can be checked in float64.
+"""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """Return `value`, as float32 if it is float16 or bfloat16."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def without_autocast(value: Tensor) -> torch.autocast:
+    """Return a context that switches autocast off on the device of `value`."""
+    return torch.autocast(device_type=value.device.type, enabled=False)

@@ -1,0 +1,137 @@
+"""verify: is a latent table what its manifest says, and does it hold every sample of its dataset exactly once?
+
+Without `read_data`: every file there with its size, footers agree with the manifest (rows, shard, checkpoint). With it: every
+file's sha256, every page's checksum, keys unique, every row of a part on the part's shard. With a dataset: the keys of rows and
+quarantine together are, shard by shard and in order, the keys of the dataset's indexes. All problems are collected, then raised.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from aecore.data.manifest import Dataset, ShardRef, open_dataset
+from aecore.errors import DataError
+from aecore.table import LatentTable
+from aecore.table_manifest import TablePart
+from aecore.table_write import part_metadata, read_part
+
+SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TableReport:
+    """What was checked: counts of the table, and the dataset it was compared with (None: it was not)."""
+
+    url: str
+    generation: int
+    parts: int
+    num_rows: int
+    quarantined: int
+    read_data: bool
+    dataset: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain JSON data."""
+        return dataclasses.asdict(self)
+
+
+def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None) -> TableReport:
+    """Check a table and return what was counted.
+
+    `dataset_url` names the dataset whose indexes are compared; the generation is the one that the table's manifest names.
+
+    Raises
+    ------
+    DataError
+        With all the problems found (the first 20 spelled out).
+    """
+    problems: list[str] = []
+    keys: list[pa.ChunkedArray[Any]] = []
+    dataset = None if dataset_url is None else open_dataset(dataset_url, number=table.manifest.lineage["dataset"]["number"])
+    shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
+    for part in table.parts:
+        try:
+            problems += _footer_problems(table, part)
+            if read_data or dataset is not None:
+                rows = read_part(table.store, part.file, ["key", "shard", "ordinal"])
+                keys.append(rows.column("key"))
+                problems += _row_problems(table, part, rows, read_data)
+            if dataset is not None:
+                problems += _index_problems(table, part, rows, dataset, shards.get((part.split, part.shard)))
+        except DataError as error:
+            problems.append(str(error))
+    problems += _coverage_problems(table, list(shards.values()))
+    if keys and (
+        doubled := sum(map(len, keys)) - pc.count_distinct(pa.chunked_array([c for k in keys for c in k.chunks], pa.string())).as_py()
+    ):
+        problems.append(f"{doubled} rows have a key that another row has too")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+        raise DataError(
+            f"table {table.url} is not what its manifest says, {len(problems)} problems:{lines}\nencode to a new URL, or restore the files"
+        )
+    quarantined = sum(part.quarantined for part in table.parts)
+    return TableReport(table.url, table.manifest.number, len(table.parts), table.num_rows, quarantined, read_data, dataset_url)
+
+
+def _footer_problems(table: LatentTable, part: TablePart) -> Iterator[str]:
+    name = part.file.name
+    if part.quarantine is not None:
+        table.store.local(part.quarantine)
+    path = table.store.local(part.file)
+    try:
+        footer = pq.read_metadata(path)
+        metadata = part_metadata(footer.schema.to_arrow_schema())
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({error})") from error
+    if footer.num_rows != part.rows:
+        yield f"{name} has {footer.num_rows} rows, the manifest says {part.rows}"
+    span = part.row_stop - part.row_start
+    if part.rows + part.quarantined != span:
+        yield f"{name} has {part.rows} rows and {part.quarantined} quarantined of {span} samples"
+    wanted = {"checkpoint_sha256": table.manifest.identity["checkpoint_sha256"], "shard": part.shard, "shard_sha256": part.shard_sha256}
+    for key, value in wanted.items():
+        if metadata.get(key) != value:
+            yield f"{name} says {key} {metadata.get(key)!r}, the manifest {value!r}"
+
+
+def _row_problems(table: LatentTable, part: TablePart, rows: pa.Table, read_data: bool) -> Iterator[str]:
+    if rows.column("shard").unique().to_pylist() not in ([], [part.shard]):
+        yield f"{part.file.name} has rows of another shard than {part.shard}"
+    if read_data:
+        read_part(table.store, part.file, verify=True)  # every page of every column
+        refused = 0 if part.quarantine is None else len(read_part(table.store, part.quarantine, verify=True))
+        if refused != part.quarantined:
+            yield f"quarantine of {part.stem} has {refused} rows, the manifest says {part.quarantined}"
+
+
+def _index_problems(table: LatentTable, part: TablePart, rows: pa.Table, dataset: Dataset, shard: ShardRef | None) -> Iterator[str]:
+    if shard is None or shard.tar.sha256 != part.shard_sha256:
+        yield f"{part.file.name} was encoded from a shard {part.shard} (sha256 {part.shard_sha256[:12]}) that the dataset does not have"
+        return
+    index = dataset.reader(shard).index.select(["key", "ordinal"]).slice(part.row_start, part.row_stop - part.row_start)
+    if part.quarantine is not None:
+        refused = read_part(table.store, part.quarantine, ["key"]).column("key")
+        index = index.filter(pc.invert(pc.is_in(index.column("key"), value_set=refused.combine_chunks())))
+    for column in ("key", "ordinal"):
+        if index.column(column).to_pylist() != rows.column(column).to_pylist():
+            yield f"{part.file.name}: the {column}s differ from those in {shard.index.name}"
+
+
+def _coverage_problems(table: LatentTable, shards: Sequence[ShardRef]) -> Iterator[str]:
+    spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for part in table.manifest.parts:
+        spans.setdefault((part.split, part.shard), []).append((part.row_start, part.row_stop))
+    for (split, shard), found in spans.items():
+        starts = [0, *(stop for _, stop in sorted(found))]
+        if [start for start, _ in sorted(found)] != starts[:-1]:
+            yield f"the parts of shard {split}/{shard} overlap or leave rows out: {sorted(found)}"
+    for ref in shards:
+        covered = max((stop for _, stop in spans.get((ref.split, ref.stem), [])), default=-1)
+        if covered != ref.samples:
+            yield f"shard {ref.split}/{ref.stem} has {ref.samples} samples, the table covers {max(covered, 0)} of them"

@@ -1,0 +1,260 @@
+"""fit(): train one model on one dataset, on any number of ranks, with the same result.
+
+A step is one global batch in the order of `aecore.data.order`; its noise is drawn for the whole batch and sliced by position; a rank
+multiplies its mean loss by n_r W / n_global, so DDP's average over ranks is the mean over the batch. Learning rate and beta are pure
+functions of the step, so the cursor of a run is one integer. Losses stay on the device until a flush (one all-reduce for all steps
+since the last), so no step waits for a log line; a NaN is therefore seen at the next flush, before a checkpoint could hold it.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from aecore._base.batch import Batch
+from aecore._base.trainable import Trainable
+from aecore.checkpoint import (
+    CheckpointRef,
+    ModelConfig,
+    committed_checkpoints,
+    load_model,
+    load_state,
+    load_weights,
+    newest_checkpoint,
+    publish_model,
+    read_checkpoint,
+    remove_checkpoint,
+    require_fit,
+    write_checkpoint,
+)
+from aecore.data.loader import Loader
+from aecore.data.manifest import Dataset
+from aecore.data.transform import Transform
+from aecore.errors import ConfigError
+from aecore.loss import LossResult
+from aecore.metrics import MetricLog
+from aecore.noise import seed_of
+from aecore.objective import Objective, noise_for
+from aecore.optim import build_optimizer, lr_at, set_lr
+from aecore.ranks import Rank, from_rank_zero, require_equal_parameters
+from aecore.run import CheckpointSpec, RunResult, TrainJob, TrainSpec, claim_run, finished_run, pinned_dataset, total_steps
+from aecore.store import Store, open_store
+from aecore.validation import validate
+
+__all__ = ["CheckpointSpec", "OnCheckpoint", "Rank", "RunResult", "TrainJob", "TrainSpec", "fit"]
+
+logger = logging.getLogger(__name__)
+
+
+OnCheckpoint = Callable[[CheckpointRef | None, Mapping[str, Any]], None]
+
+
+def fit(job: TrainJob, *, rank: Rank = Rank(), on_checkpoint: OnCheckpoint | None = None) -> RunResult:  # noqa: B008  # frozen
+    """Train to the end (from the newest checkpoint if there is one) and publish `<out>/model/`.
+
+    Every rank calls it with the same job; with `rank.world > 1` the default process group must exist. Killed at any instant and
+    called again, it ends with the same losses and weights (bit-equal for the same world size and threads). A finished run returns
+    at once. `on_checkpoint(ref, metrics)` is called on every rank at the same steps; `ref` is None on all ranks but 0.
+
+    Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), RunFailed (loss or
+    weights not finite).
+    """
+    store = open_store(job.out)
+    if rank.index == 0:
+        claim_run(job, store, pinned_dataset(job, store))
+    from_rank_zero(rank, None)  # the other ranks open the dataset generation that the claim names
+    dataset = pinned_dataset(job, store)
+    done = from_rank_zero(rank, "done" if finished_run(store) is not None else None)
+    if not done:
+        with closing(_Training(job, store, dataset, rank, on_checkpoint)) as training:
+            training.run()
+    result = finished_run(store)
+    assert result is not None
+    return result
+
+
+class _Training:
+    """One attempt of a run on one rank."""
+
+    def __init__(self, job: TrainJob, store: Store, dataset: Dataset, rank: Rank, on_checkpoint: OnCheckpoint | None) -> None:
+        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
+        self.on_checkpoint = on_checkpoint
+        self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
+        self.config = ModelConfig(job.model, job.backbone, job.transform, dataset.manifest.input_shape())
+        self.loader = self._loader(job.train.split)
+        self.val_loader = None if job.train.val_split is None else self._loader(job.train.val_split)
+        if job.checkpoint.best and self.val_loader is None:
+            raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
+        self.total_steps = total_steps(job, dataset)
+        self.log = MetricLog(store, rank, self.attempt)
+        self.best: dict[str, Any] | None = None
+        self.objective = Objective(self._build(), Transform(job.transform), job.model.likelihood).to(rank.device)
+        self.optimizer = build_optimizer(job.optim, self.objective)
+        self.step = self._resume()
+        self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
+
+    def close(self) -> None:
+        """Free the readers of both splits."""
+        for loader in (self.loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+
+    def _loader(self, split: str) -> Loader:
+        train = self.job.train
+        return Loader(
+            self.dataset,
+            split,
+            transform=self.job.transform,
+            spec=self.job.input,
+            seed=train.seed,
+            lanes=train.lanes,
+            block=train.block,
+            global_batch=train.global_batch,
+            rank=self.rank.index,
+            world=self.rank.world,
+        )
+
+    def _build(self) -> Trainable:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of("weights", self.job.train.seed))
+            model = self.config.build()
+        if self.job.train.init_from is not None:
+            loaded = load_model(self.job.train.init_from)
+            require_fit(self.dataset.store.url, self.config.input_shape, loaded)
+            model.load_state_dict(loaded.model.state_dict())
+        return model
+
+    def _resume(self) -> int:
+        """Load the newest valid checkpoint (rank 0 chooses) and return its step; 0 if there is none."""
+        newest = newest_checkpoint(self.store) if self.rank.index == 0 else None
+        name = from_rank_zero(self.rank, None if newest is None else newest.name)
+        if name is None:
+            return 0
+        checkpoint = read_checkpoint(self.store, name)
+        load_weights(self.objective.model, self.store, checkpoint)
+        self.optimizer.load_state_dict(load_state(self.store, checkpoint)["optimizer"])
+        self.log.parts = list(checkpoint.metrics)
+        self.best = None if checkpoint.best is None else dict(checkpoint.best)
+        if self.rank.index == 0:
+            logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
+        return checkpoint.step
+
+    def run(self) -> None:
+        """Take every remaining step, then publish the chosen weights."""
+        started = time.perf_counter()
+        self.objective.train()
+        with closing(self.loader.batches(start_step=self.step, stop_step=self.total_steps)) as batches:
+            for batch in batches:
+                self._train_step(batch.to(self.rank.device))
+                self.step += 1
+                if self._after_step(started):
+                    started = time.perf_counter()
+        if self.rank.index == 0:
+            self._publish()
+        from_rank_zero(self.rank, None)  # nobody returns before the model is published
+
+    def _train_step(self, batch: Batch) -> None:
+        job, step = self.job, self.step + 1
+        samples = len(batch.positions)
+        lr = lr_at(job.optim, step, self.total_steps)
+        beta = job.model.beta_at(step)
+        set_lr(self.optimizer, lr)
+        torch.manual_seed(seed_of("step", job.train.seed, step, self.rank.index))  # dropout in user nets resumes exactly
+        result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
+        self.optimizer.zero_grad(set_to_none=True)
+        (result.objective * (samples * self.rank.world / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
+        if job.optim.clip:
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), job.optim.clip)
+        self.optimizer.step()
+        row = {"step": step, "epoch": self.step // self.loader.steps_per_epoch, "samples": batch.num_global, "lr": lr, "beta": beta}
+        self.log.add(row, {"loss": result.objective, **result.tensors}, samples)
+
+    def _loss(self, batch: Batch, eps: Tensor | None, beta: float) -> LossResult:
+        weight = torch.tensor(beta, device=self.rank.device)  # a tensor: a new Python float would compile again at every step
+        bf16 = self.job.train.precision == "bf16"
+        with torch.autocast(torch.device(self.rank.device).type, torch.bfloat16, enabled=bf16):
+            result: LossResult = self.wrapped(batch, eps, weight)
+        return result
+
+    def _after_step(self, started: float) -> bool:
+        """Flush, validate and checkpoint where this step asks for it; True at an epoch's end."""
+        job, last = self.job, self.step == self.total_steps
+        epoch_end = self.step % self.loader.steps_per_epoch == 0 or last
+        every = job.checkpoint.every_steps
+        due = last or (self.step % every == 0 if every else epoch_end) or (epoch_end and job.checkpoint.best)
+        if not (due or epoch_end or self.step % job.train.log_every_steps == 0):
+            return False
+        validation = self._validate() if epoch_end and self.val_loader is not None else None
+        row = self.log.flush(validation)
+        if epoch_end:
+            require_equal_parameters(self.rank, self.objective, self.step)
+            self._say(row, time.perf_counter() - started)
+        if due:
+            self._checkpoint(row)
+        return epoch_end
+
+    def _validate(self) -> dict[str, float]:
+        assert self.val_loader is not None
+        train = self.job.train
+        return validate(self.objective, self.val_loader, seed=seed_of("validation", train.seed), batch=train.global_batch, rank=self.rank)
+
+    def _say(self, row: Mapping[str, Any], seconds: float) -> None:
+        if self.rank.index == 0:
+            validation = f", validation {row['validation']['loss']:.4f}" if "validation" in row else ""
+            text = "epoch %d: step %d of %d, loss %.4f%s, %.1f s"
+            logger.info(text, row["epoch"] + 1, self.step, self.total_steps, row["loss"], validation, seconds)
+
+    def _checkpoint(self, row: Mapping[str, Any]) -> None:
+        require_equal_parameters(self.rank, self.objective, self.step)
+        ref = None
+        if self.rank.index == 0:
+            name = f"checkpoints/step-{self.step:08d}-{self.attempt}"
+            if self.job.checkpoint.best and "validation" in row:
+                loss = row["validation"]["loss"]
+                if self.best is None or loss < self.best["loss"]:
+                    self.best = {"name": name, "step": self.step, "loss": loss}
+            ref = write_checkpoint(
+                self.store,
+                name,
+                self.objective.model,
+                self.config,
+                step=self.step,
+                state={"step": self.step, "optimizer": self.optimizer.state_dict()},
+                metrics=tuple(self.log.parts),
+                best=self.best,
+                info=self._lineage(),
+            )
+            self._retain()
+        if self.on_checkpoint is not None:
+            self.on_checkpoint(ref, row)
+
+    def _lineage(self) -> dict[str, Any]:
+        manifest = self.dataset.manifest
+        return {
+            "dataset_sha256": manifest.dataset_sha256,
+            "dataset_number": manifest.number,
+            "train_split": self.job.train.split,
+            "total_steps": self.total_steps,
+        }
+
+    def _retain(self) -> None:
+        """Remove our older checkpoints, but the newest `keep` steps and the best one."""
+        found = committed_checkpoints(self.store)
+        kept = {name for _, name in found[: self.job.checkpoint.keep]} | ({self.best["name"]} if self.best else set())
+        for _, name in found:
+            if name not in kept:
+                remove_checkpoint(self.store, name)
+
+    def _publish(self) -> None:
+        newest = newest_checkpoint(self.store)
+        assert newest is not None
+        assert newest.step == self.total_steps
+        chosen = newest if newest.best is None else read_checkpoint(self.store, newest.best["name"])
+        model = publish_model(self.store, chosen)
+        logger.info("published step %d as %s/model (%s)", model.step, self.store.url, model.sha256[:12])

@@ -1,0 +1,236 @@
+"""`aepipe`: the only place that prints and that turns errors into exit codes.
+
+    aepipe VERB ARGUMENTS [key.path=value ...] [--json] [--dry-run]
+
+Words of the form `key.path=value` are overrides of the recipe and may stand anywhere. Results go to standard output, progress
+and errors to standard error. Heavy imports happen inside the verb that needs them. Exit codes: 0 ok, 1 the run failed, 2 usage or
+config, 3 input data, 4 storage, 5 cluster or resources, 130 interrupted.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aecore.errors import AecoreError
+
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+Args = argparse.Namespace
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args([word for word in words if not OVERRIDE.match(word)])
+    args.overrides = [word for word in words if OVERRIDE.match(word)]
+    _log(args.debug)
+    try:
+        args.verb(args)
+    except KeyboardInterrupt:
+        print("aepipe: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except AecoreError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"aepipe: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone, as in `aepipe show x | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's own flush at exit does not fail
+        return 0
+    return 0
+
+
+def _shard(args: Args) -> None:
+    kind, colon, _ = args.src.partition(":")
+    is_kind = (colon and not args.src.startswith("/")) or (not os.path.exists(args.src) and args.src.isidentifier())
+    if "://" in args.src or not is_kind:
+        source = {"kind": "folder", "url": args.src}
+    else:
+        source = {"kind": kind}
+    _step("shard", args, {"source": source, "out": args.dataset}, ("source", "splits", "shards", "cluster"))
+
+
+def _train(args: Args) -> None:
+    sections = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "cluster")
+    _step("train", args, {}, sections)
+
+
+def _encode(args: Args) -> None:
+    _step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table}, ("encode", "cluster"))
+
+
+def _evaluate(args: Args) -> None:
+    _step("evaluate", args, {"run": args.run, "data": args.dataset}, ("evaluate", "cluster"))
+
+
+def _step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]) -> None:
+    """Run one step: directly, or as its flow where a Prefect server is configured."""
+    from pipelines import steps, text
+    from pipelines.config import load_recipe
+    from pipelines.progress import both, terminal
+
+    recipe = load_recipe(args.recipe, args.overrides, base=base)
+    dry_run = getattr(args, "dry_run", False)
+    if os.environ.get("PREFECT_API_URL") and not dry_run:
+        summary = _flow(name, args.debug)(recipe.travelling())
+    else:
+        summary = steps.STEPS[name](recipe, both(terminal(), _milestones()), dry_run=dry_run)
+    if dry_run:
+        summary = {**summary, "recipe": recipe.resolved(sections)}
+    _print(args, summary, text.of_step)
+
+
+def _run(args: Args) -> None:
+    from pipelines import steps, text
+    from pipelines.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    recipe.require("out")
+    if args.dry_run:
+        names = steps.stages(recipe)
+        plan = {"stages": {name: steps.stage(recipe, name).tree["out"] for name in names}, "recipe": recipe.resolved()}
+        if names[0] == "shard":
+            plan["shard"] = steps.shard(steps.stage(recipe, "shard"), dry_run=True)
+        return _print(args, plan, text.of_tree)
+    return _print(args, _flow("pipeline", args.debug)(recipe.travelling()), text.of_pipeline)
+
+
+DEMO = """A pile of images becomes a table of latents: 3,072 sprites are drawn and sharded, a small VAE is trained on two Ray workers,
+every image is encoded, the test split is scored; as one Prefect flow, under {out}
+"""
+DEMO_END = """
+Where things are:
+  {out}/dataset   WebDataset shards with a Parquet index      aepipe show {out}/dataset
+  {out}/run       checkpoints, metrics, the model             aepipe show {out}/run
+  {out}/table     one row of latents per image                aepipe verify {out}/table --read-data
+A query to try (DuckDB; python -c "import duckdb; duckdb.sql('...').show()"):
+  SELECT label, count(*) AS images, avg(kl) AS kl, avg(mu[1]) AS mu_1 FROM '{out}/table/data/**/*.parquet' GROUP BY label ORDER BY label"""
+
+
+def _demo(args: Args) -> None:
+    from pipelines import text
+    from pipelines.config import load_recipe
+
+    args.overrides = args.overrides if any(word.startswith("out=") for word in args.overrides) else ["out=./demo", *args.overrides]
+    recipe = load_recipe("demo", args.overrides)
+    out = recipe.require("out")
+    print(DEMO.format(out=out), file=sys.stderr)
+    summaries = _flow("pipeline", args.debug)(recipe.travelling())
+    _print(args, summaries, lambda found: f"{text.of_pipeline(found)}\n{DEMO_END.format(out=out)}")
+
+
+def _show(args: Args) -> None:
+    from pipelines import show, text
+
+    _print(args, show.show(args.url), text.of_tree)
+
+
+def _verify(args: Args) -> None:
+    from pipelines import show, text
+
+    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset)
+    _print(args, report, lambda found: f"ok\n{text.of_tree(found)}")
+
+
+def _list(args: Args) -> None:
+    from pipelines import catalog, text
+
+    _print(args, catalog.parts(args.what), text.of_parts)
+
+
+def _serve(args: Args) -> None:
+    from pipelines import deploy
+    from pipelines.config import load_recipe
+
+    recipes = [load_recipe(name, args.overrides) for name in args.recipes]
+    deploy.serve(recipes, cron=args.cron)
+
+
+def _flow(name: str, debug: bool) -> Callable[..., Any]:
+    """Return a Prefect flow; its console keeps tracebacks for `--debug` (Prefect's own record has them always)."""
+    from importlib import import_module
+
+    module = import_module(f"pipelines.flows.{name}")
+    if not debug:
+        import_module("pipelines.flows.console").hide_tracebacks()
+    flow: Callable[..., Any] = getattr(module, f"{name}_flow")
+    return flow
+
+
+def _milestones() -> Any:
+    from pipelines.progress import log_to
+
+    return log_to(logging.getLogger("pipelines"))
+
+
+def _print(args: Args, data: Any, as_text: Callable[[Any], str]) -> None:
+    print(json.dumps(data, indent=2, default=str) if args.json else as_text(data))
+
+
+def _log(debug: bool) -> None:
+    """Log to standard error: lines of progress where there is no terminal to draw on, warnings where there is one."""
+    level = logging.DEBUG if debug else logging.WARNING if sys.stderr.isatty() else logging.INFO
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if debug else "%(message)s"))
+    for name in ("aecore", "pipelines"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers = [handler]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aepipe", description="Raw data to a table of latents.", epilog="key.path=value sets any key of a recipe"
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(function: Callable[[Args], Any], about: str, *, writes: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(function.__name__.strip("_"), help=about, description=about, epilog=parser.epilog)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
+        if writes:
+            sub.add_argument("--dry-run", action="store_true", help="check and say what would be done; write nothing")
+        sub.set_defaults(verb=function)
+        return sub
+
+    sub = verb(_shard, "write a folder of images (or the source kind `sprites`) as a dataset, or append what is new", writes=True)
+    _positional(sub, src="folder, or a source kind", dataset="where the dataset is or goes")
+    sub.add_argument("--recipe", help="recipe whose other sections are used")
+    sub = verb(_train, "train a recipe: data=... out=...", writes=True)
+    sub.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file or shipped recipe")
+    sub = verb(_encode, "encode a dataset with a trained run into a latent table", writes=True)
+    _positional(sub, run="trained run", dataset="dataset", table="where the table is or goes")
+    sub.add_argument("--recipe", help="recipe whose encode and cluster sections are used")
+    sub = verb(_evaluate, "score a trained run on a split (evaluate.split=test)")
+    _positional(sub, run="trained run", dataset="dataset")
+    sub.add_argument("--recipe", help="recipe whose evaluate section is used")
+    sub = verb(_run, "shard, train, encode and evaluate a recipe as one flow: out=...", writes=True)
+    _positional(sub, recipe="recipe file or shipped recipe")
+    sub = verb(_show, "say what lies at a URL")
+    _positional(sub, url="dataset, run, table, or a root of all three")
+    sub = verb(_verify, "check what lies at a URL")
+    _positional(sub, url="dataset, run or table")
+    sub.add_argument("--read-data", action="store_true", help="read every byte and compare the hashes")
+    sub.add_argument("--dataset", help="dataset of a table: look every row up in its indexes")
+    sub = verb(_list, "list models, backbones, sources or recipes")
+    sub.add_argument("what", choices=("models", "backbones", "sources", "recipes"))
+    sub = verb(_serve, "wait for scheduled and manual runs of the flows (Prefect)")
+    sub.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipe files or shipped recipes")
+    sub.add_argument("--cron", help="cron expression for the pipelines of the recipes, for example '0 3 * * *'")
+    verb(_demo, "make a small table of latents from generated sprites, under ./demo or out=...")
+    return parser
+
+
+def _positional(parser: argparse.ArgumentParser, **arguments: str) -> None:
+    for name, about in arguments.items():
+        parser.add_argument(name, metavar=name.upper(), help=about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Map parts over a pool of Ray actors: one worker per actor, made once; results in the order of finishing.
+
+An actor holds one part at a time. If its process dies, Ray starts it again and gives it the same part twice more (a part is
+safe to run again: its files are put-if-absent and its record says whether it is done); a part that kills its worker every time
+becomes a `PartFailure`, and the actor, started again, takes the next one. Only tasks and records travel, never sample bytes.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from aecore.errors import AecoreError, ClusterError
+from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, attempt, serial
+from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, worker_resources
+from pipelines.config import ClusterSpec
+
+logger = logging.getLogger(__name__)
+TASK_RETRIES = 2
+
+
+class PartWorker:
+    """What runs in an actor: makes the job's worker at its first call and keeps it."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._worker: Worker | None = None
+
+    def prepare(self, make_worker: MakeWorker) -> AecoreError | None:
+        """Make the worker; return an error that the user can act on as a value (it keeps its type that way)."""
+        import sys
+
+        try:
+            self._worker = make_worker()
+        except AecoreError as error:
+            return error
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(self._threads)
+        return None
+
+    def run(self, make_worker: MakeWorker, task: Any) -> Outcome:
+        """Make one part. A restarted actor has lost its worker and makes it again."""
+        if self._worker is None:
+            error = self.prepare(make_worker)
+            if error is not None:
+                return PartFailure(task.stem, type(error).__name__, str(error))
+        assert self._worker is not None
+        return attempt(self._worker, task)
+
+
+def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
+    """Return a fan-out over `cluster.num_workers` Ray actors, or `serial` for 0. Ray starts when there is a task.
+
+    `urls` are the addresses that the workers read and write: on several nodes they must not be local paths.
+    """
+    if cluster.num_workers == 0:
+        return serial
+
+    def fan_out(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
+        if not tasks:
+            return
+        connect(cluster)
+        require_local_urls_fit(*urls)
+        num_workers = min(cluster.num_workers, len(tasks))
+        require_resources(cluster, num_workers)
+        yield from _run(cluster, num_workers, make_worker, tasks)
+
+    return fan_out
+
+
+def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
+    import ray
+
+    resources = worker_resources(cluster)
+    cpus, gpus = resources.pop("CPU", 0.0), resources.pop("GPU", 0.0)
+    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "max_restarts": -1, "max_task_retries": TASK_RETRIES}
+    remote = ray.remote(PartWorker).options(**options)
+    factory = ray.put(make_worker)
+    actors = [remote.remote(cluster.threads_per_worker) for _ in range(num_workers)]
+    try:
+        _prepare(ray, actors, factory, cluster.timeout_s)
+        waiting, busy = deque(tasks), {}
+        for actor in actors:
+            task = waiting.popleft()
+            busy[actor.run.remote(factory, task)] = (actor, task)
+        while busy:
+            (done,), _ = ray.wait(list(busy), num_returns=1)
+            actor, task = busy.pop(done)
+            outcome = _outcome(ray, done, task)
+            if waiting:
+                following = waiting.popleft()
+                busy[actor.run.remote(factory, following)] = (actor, following)
+            yield outcome
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _prepare(ray: Any, actors: Sequence[Any], factory: Any, timeout_s: float) -> None:
+    """Wait until every actor has made its worker; raise what kept one from it."""
+    refs = [actor.prepare.remote(factory) for actor in actors]
+    ready, late = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+    for ref in ready:
+        try:
+            error = ray.get(ref)
+        except ray.exceptions.RayActorError as died:
+            raise ClusterError(
+                f"a worker died while it started, {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?"
+            ) from died
+        if error is not None:
+            raise error
+    if late:
+        raise ClusterError(
+            f"{len(late)} of {len(refs)} workers did not start within cluster.timeout_s={timeout_s:.0f}: ask for fewer workers, or raise it"
+        )
+
+
+def _outcome(ray: Any, ref: Any, task: Any) -> Outcome:
+    try:
+        outcome: Outcome = ray.get(ref)
+        return outcome
+    except ray.exceptions.RayActorError as died:
+        message = f"its worker process died {TASK_RETRIES + 1} times ({_first_line(died)})"
+        return PartFailure(task.stem, "RunFailed", message)
+    except ray.exceptions.RayError as error:  # the task or its record could not travel: a bug of ours, of this part only
+        return PartFailure(task.stem, type(error).__name__, str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

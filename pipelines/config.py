@@ -1,0 +1,274 @@
+"""One tree for every verb: YAML file, command line and Prefect parameter hold the same `Recipe`. The only place with pydantic.
+
+    defaults < file < key.path=value
+
+The sections are the frozen specs of `aecore`; nothing is declared a second time. A section is validated, and its module
+imported, when the tree holds it or a verb asks for it: `aepipe shard` imports no torch. Values are checked strictly (the text
+"8" is no number), unknown keys are refused and the nearest known one is named.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NotRequired,  # pydantic refuses the ones of typing before Python 3.12
+    get_type_hints,
+)
+
+import pydantic
+from typing_extensions import TypedDict
+
+from aecore.errors import ConfigError, did_you_mean
+from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
+from aecore.store import absolute_url
+from pipelines.tree import Tree, apply_overrides, read_recipe
+
+if TYPE_CHECKING:
+    from aecore.data.loader import InputSpec
+    from aecore.data.splits import SplitSpec
+    from aecore.data.tasks import ShardSpec
+    from aecore.data.transform import TransformSpec
+    from aecore.encode_worker import EncodeSpec
+    from aecore.optim import OptimSpec
+    from aecore.train import CheckpointSpec, TrainSpec
+
+
+@spec
+class ClusterSpec:
+    """Where the work runs; never part of an artefact's identity."""
+
+    kind: Literal["local"] = knob("local", "this process or a Ray of ours; RAY_ADDRESS connects to a running cluster", identity=False)
+    num_workers: int = knob(2, "Ray workers; 0 stays in this process", ge=0, identity=False)
+    use_gpu: bool = knob(False, "one GPU per worker", identity=False)
+    resources_per_worker: dict[str, float] | None = knob(None, "Ray resources per worker, for example {CPU: 2}", identity=False)
+    threads_per_worker: int = knob(1, "torch threads per worker; also its CPUs unless resources_per_worker says them", ge=1, identity=False)
+    max_failures: int = knob(2, "how often training is restarted after a worker died", ge=0, identity=False)
+    timeout_s: float = knob(120.0, "longest wait for a cluster or for its resources, in seconds", gt=0, identity=False)
+
+
+@spec
+class EvaluateSpec:
+    """What is evaluated."""
+
+    split: str = knob("test", "split of the dataset")
+    batch: int = knob(512, "samples per batch; the noise depends on it", ge=1)
+    seed: int = knob(0, "seed of the noise", ge=0)
+
+
+@spec
+class ScheduleSpec:
+    """When `aepipe serve` runs the recipe."""
+
+    cron: str | None = knob(None, "cron expression, for example '0 3 * * *'", identity=False)
+    timezone: str = knob("UTC", "time zone of the cron expression", identity=False)
+
+
+TOP: dict[str, str] = {"name": "mnist-nightly", "data": "./dataset", "run": "./run", "out": "./out"}
+SECTIONS: dict[str, str | Registry] = {
+    "source": SOURCES,
+    "splits": "aecore.data.splits:SplitSpec",
+    "shards": "aecore.data.tasks:ShardSpec",
+    "model": MODELS,
+    "backbone": BACKBONES,
+    "transform": "aecore.data.transform:TransformSpec",
+    "optim": "aecore.optim:OptimSpec",
+    "train": "aecore.train:TrainSpec",
+    "checkpoint": "aecore.train:CheckpointSpec",
+    "input": "aecore.data.loader:InputSpec",
+    "encode": "aecore.encode_worker:EncodeSpec",
+    "evaluate": "pipelines.config:EvaluateSpec",
+    "cluster": "pipelines.config:ClusterSpec",
+    "schedule": "pipelines.config:ScheduleSpec",
+}
+DEFAULT_KINDS = {"source": "folder", "model": "vae", "backbone": "mlp"}
+EXAMPLES = {"source.url": "/data/images"}
+
+
+class MissingKey(ConfigError):
+    """A key without default that nobody gave."""
+
+
+class Recipe:
+    """A validated tree; each section is an attribute that gives its spec (`recipe.train.epochs`).
+
+    `tree` holds what was given (plain JSON: it is what travels to a flow), `resolved()` all values including the defaults.
+    """
+
+    if TYPE_CHECKING:
+        source: Any
+        splits: SplitSpec
+        shards: ShardSpec
+        model: Any
+        backbone: Any
+        transform: TransformSpec
+        optim: OptimSpec
+        train: TrainSpec
+        checkpoint: CheckpointSpec
+        input: InputSpec
+        encode: EncodeSpec
+        evaluate: EvaluateSpec
+        cluster: ClusterSpec
+        schedule: ScheduleSpec
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        self.tree: Tree = json.loads(json.dumps(tree))
+        self._sections: dict[str, Any] = {}
+        for key, value in self.tree.items():
+            if key in TOP:
+                if value is not None and not isinstance(value, str):
+                    raise ConfigError(f"{key} is {value!r} ({type(value).__name__}), expected text, for example {key}={TOP[key]}")
+            elif key not in SECTIONS:
+                raise ConfigError(_unknown(key, self.tree))
+        for name in SECTIONS:
+            if name in self.tree:
+                with contextlib.suppress(MissingKey):  # the verb that needs the section asks again
+                    getattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in SECTIONS:
+            raise AttributeError(name)
+        if name not in self._sections:
+            self._sections[name] = build_section(name, self.tree.get(name))
+        return self._sections[name]
+
+    @property
+    def name(self) -> str:
+        """Return `name`, or the last folder of `out`."""
+        return self.tree.get("name") or (self.tree.get("out") or "aepipe").rstrip("/").rsplit("/", 1)[-1]
+
+    def require(self, key: Literal["data", "run", "out"]) -> str:
+        """Return the top-level URL `key`, absolute; ConfigError that shows an example if it is not set."""
+        if not self.tree.get(key):
+            raise ConfigError(f"{key} is missing: add {key}=..., for example {key}={TOP[key]}")
+        return absolute_url(self.tree[key], key)
+
+    def travelling(self) -> Tree:
+        """Return the tree with absolute addresses: a flow or a worker has another working directory."""
+        tree = json.loads(json.dumps(self.tree))
+        for key in ("data", "run", "out"):
+            if tree.get(key):
+                tree[key] = absolute_url(tree[key], key)
+        if isinstance(tree.get("source"), dict) and tree["source"].get("url"):
+            tree["source"]["url"] = absolute_url(tree["source"]["url"], "source.url")
+        return tree
+
+    def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:
+        """Return the whole tree with every default filled in, for the named sections."""
+        top = {key: self.tree[key] for key in TOP if self.tree.get(key)}
+        return top | {name: to_dict(getattr(self, name)) for name in sections}
+
+
+def load_recipe(name: str | None = None, overrides: Iterable[str] = (), *, base: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a file or shipped name (None: only defaults) with `base`, then the overrides, on top.
+
+    Raises
+    ------
+    ConfigError
+        Unknown recipe, key or kind, a value of the wrong type or out of its bounds.
+    """
+    file = read_recipe(name) if name is not None else {}
+    before = _merge(file, base or {})
+    tree = apply_overrides(before, overrides)
+    try:
+        return Recipe(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_kind_note(before, tree)}") from None
+
+
+def section_type(name: str, kind: str | None = None) -> type:
+    """Return the spec class of a section; for source, model and backbone that of `kind`."""
+    where = SECTIONS[name]
+    if isinstance(where, Registry):
+        return where.spec_type(kind or DEFAULT_KINDS[name])
+    module, _, cls = where.partition(":")
+    found: type = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def build_section(name: str, given: Any) -> Any:
+    """Validate one section; ConfigError names the full dotted path of everything that is wrong with it."""
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {name}.{_a_key(name)}")
+    values = dict(given or {})
+    if isinstance(SECTIONS[name], Registry):
+        kind = values.setdefault("kind", DEFAULT_KINDS[name])
+        if not isinstance(kind, str):
+            raise ConfigError(f"{name}.kind is {kind!r} ({type(kind).__name__}), expected one of {', '.join(SECTIONS[name].kinds())}")
+        cls = section_type(name, kind)
+    else:
+        cls = section_type(name)
+    try:
+        return cls(**_types(cls).validate_json(json.dumps(values), strict=True))
+    except pydantic.ValidationError as error:
+        problems = error.errors(include_url=False)
+        kind_of_error = MissingKey if all(problem["type"] == "missing" for problem in problems) else ConfigError
+        raise kind_of_error("\n".join(_message(name, cls, problem) for problem in problems)) from None
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{cls.__name__}.", f"{name}.")) from None
+
+
+@functools.cache
+def _types(cls: type) -> pydantic.TypeAdapter[Any]:
+    """Return the validator of the types alone; bounds are checked by the spec itself, whose `ge` pydantic would apply to tuples."""
+    hints = get_type_hints(cls)
+    required = {field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING}
+    fields = {name: hint if name in required else NotRequired[hint] for name, hint in hints.items()}
+    shape = TypedDict(cls.__name__, fields)  # type: ignore[misc, operator]  # made from the spec's fields
+    shape.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+    return pydantic.TypeAdapter(shape)
+
+
+def _message(section: str, cls: type, problem: Any) -> str:
+    path = ".".join([section, *map(str, problem["loc"])])
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{did_you_mean(path, [f'{section}.{known}' for known in fields])}"
+    if problem["type"] == "missing":
+        return f"{path} is missing: add {path}={EXAMPLES.get(path, '...')} ({fields[key].metadata.get('help', '')})"
+    value, expected = problem["input"], problem["msg"].removeprefix("Input should be ")
+    return f"{path} is {value!r} ({type(value).__name__}), expected {expected} ({fields[key].metadata.get('help', '')})"
+
+
+def _unknown(key: str, tree: Mapping[str, Any]) -> str:
+    owners = [name for name in SECTIONS if key in {field.name for field in dataclasses.fields(section_type(name, _kind(tree, name)))}]
+    if owners:
+        return f"unknown key {key!r}: did you mean {' or '.join(f'{name}.{key}' for name in owners)}?"
+    return f"unknown key {key!r}{did_you_mean(key, [*TOP, *SECTIONS])}"
+
+
+def _kind(tree: Mapping[str, Any], name: str) -> str | None:
+    section = tree.get(name)
+    kind = section.get("kind") if isinstance(section, dict) else None
+    known = SECTIONS[name]
+    return kind if isinstance(known, Registry) and kind in known.kinds() else None
+
+
+def _kind_note(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    for name in DEFAULT_KINDS:
+        old, new = _kind(before, name), _kind(after, name)
+        if old and new and old != new:
+            return (
+                f"\n{name}.kind was changed from {old!r} to {new!r}, and the recipe's other {name} keys stayed: "
+                f"replace the whole section, '{name}={{kind: {new}}}'"
+            )
+    return ""
+
+
+def _merge(tree: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
+    out = dict(tree)
+    for key, value in top.items():
+        inner = out.get(key)
+        out[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return out
+
+
+def _a_key(name: str) -> str:
+    field = dataclasses.fields(section_type(name))[-1]
+    return f"{field.name}=..."

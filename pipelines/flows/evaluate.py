@@ -1,0 +1,13 @@
+"""Prefect flow: a model scored on a split of a dataset."""
+
+from typing import Any
+
+from prefect import flow
+
+from pipelines.flows.stages import run_step
+
+
+@flow(name="aepipe-evaluate", persist_result=False)
+def evaluate_flow(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Run the step `evaluate` of a recipe (a tree of plain JSON) and return its summary."""
+    return run_step("evaluate", recipe)

@@ -1,0 +1,83 @@
+"""What the flows share: one task per step, with retries where another attempt can help, its progress in the run's log.
+
+Every step may run again after a kill (files are put-if-absent, records say what is done), so a task is retried after storage,
+cluster or unknown errors; a wrong config or damaged data would fail again and is not. Progress is pulled by the driver, since
+nothing that Ray workers print reaches Prefect. Prefect's cache is off: what is done is decided by the records on disk.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from aecore.errors import ConfigError, DataError
+from pipelines.config import Recipe
+from pipelines.progress import both, log_to, terminal
+from pipelines.steps import STEPS
+
+RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
+
+
+def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+    """Return whether a failed task may succeed when it is run again."""
+    try:
+        state.result()
+    except (ConfigError, DataError):
+        return False
+    except Exception:
+        return True
+    return False
+
+
+def run_step(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one step as a Prefect task and return its summary."""
+    summary: dict[str, Any] = _TASKS[name](recipe)
+    return summary
+
+
+def _make(name: str) -> Any:
+    @task(
+        name=name,
+        retries=RETRIES,
+        retry_delay_seconds=list(RETRY_DELAY_S),
+        retry_condition_fn=worth_another_try,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    def step(recipe: dict[str, Any]) -> dict[str, Any]:
+        logger = get_run_logger()
+        summary = STEPS[name](Recipe(recipe), both(terminal(), log_to(logger)))
+        logger.info("%s done in %.1f s", name, summary["seconds"])
+        leave_artifacts(name, summary)
+        return summary
+
+    return step
+
+
+def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
+    """Leave counts or metrics as a table and the address as a link on the run's page."""
+    rows = [{"what": key, "value": value} for key, value in _flat(summary)]
+    create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"what `{name}` made")
+    url = next((summary[key] for key in ("dataset", "model", "table") if key in summary), None)
+    if url is not None and name != "evaluate":
+        create_link_artifact(link=f"file://{url}" if url.startswith("/") else url, link_text=url, key=f"aepipe-{name}-url")
+
+
+def leave_report(title: str, text: str) -> None:
+    """Leave a markdown page on the run."""
+    create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value if isinstance(value, int | float | str) else str(value)))
+    return rows
+
+
+_TASKS = {name: _make(name) for name in STEPS}

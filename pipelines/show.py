@@ -1,0 +1,127 @@
+"""What lies at a URL, and whether it is whole: a dataset, a run, a latent table, or a root that holds all three. Reads only."""
+
+import dataclasses
+
+from aecore.errors import DataError
+from aecore.generations import newest_number, read_json
+from aecore.store import Store, open_store
+from pipelines.tree import Tree
+
+STAGE_FOLDERS = ("dataset", "run", "table")
+
+
+def kind_of(store: Store) -> str:
+    """Return dataset, table, run, unfinished or root; DataError if the place holds none of our artefacts."""
+    for kind in ("dataset", "table"):
+        if newest_number(store, kind) is not None:
+            return kind
+    if store.size("run.000001.json") is not None:
+        return "run" if "model" in read_json(store, "run.000001.json")["identity"] else "unfinished"
+    if any(open_store(f"{store.url}/{name}").list() for name in STAGE_FOLDERS):
+        return "root"
+    raise DataError(f"{store.url} holds no dataset, run or table: check the address; `aepipe shard`, `train` and `encode` write them")
+
+
+def show(url: str) -> Tree:
+    """Return a summary of the artefact at `url` (plain JSON): manifests are read, data is not."""
+    store = open_store(url)
+    kind = kind_of(store)
+    if kind == "root":
+        found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
+        return {"kind": kind, "url": store.url, **{name: show(f"{store.url}/{name}") for name in found}}
+    return {"kind": kind, "url": store.url, **_SHOW[kind](store)}
+
+
+def _dataset(store: Store) -> Tree:
+    from aecore.data.manifest import open_dataset
+    from pipelines.steps import dataset_summary
+
+    manifest = open_dataset(store.url).manifest
+    return {
+        **dataset_summary(manifest),
+        "shapes": dict(manifest.sample.shapes),
+        "extensions": dict(manifest.sample.extensions),
+        "class_names": list(manifest.classes),
+        "identity": dict(manifest.identity),
+    }
+
+
+def _table(store: Store) -> Tree:
+    from aecore.table import open_table
+    from pipelines.steps import table_summary
+
+    return table_summary(open_table(store.url).manifest)
+
+
+def _run(store: Store) -> Tree:
+    from aecore.checkpoint import committed_checkpoints
+    from aecore.metrics import last_row
+    from aecore.train import finished_run
+
+    claim, done = read_json(store, "run.000001.json"), finished_run(store)
+    return {
+        "finished": done is not None,
+        "step": done.step if done else (last_row(store) or {}).get("step", 0),
+        "total_steps": claim["info"]["total_steps"],
+        "model": done.model_url if done else None,
+        "checkpoint_sha256": done.checkpoint_sha256 if done else None,
+        "metrics": dict(done.metrics) if done else last_row(store),
+        "checkpoints": [name for _, name in committed_checkpoints(store)],
+        "data": claim["info"]["data"],
+        "identity": claim["identity"],
+    }
+
+
+def _unfinished(store: Store) -> Tree:
+    return {
+        "recorded_parts": sum(name.endswith(".json") for name in store.list("records")),
+        "identity": read_json(store, "run.000001.json")["identity"],
+    }
+
+
+_SHOW = {"dataset": _dataset, "table": _table, "run": _run, "unfinished": _unfinished}
+
+
+def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> Tree:
+    """Check the artefact at `url` and return what was checked; DataError that lists everything that is wrong.
+
+    Without `read_data` names and sizes are checked, with it every byte against its sha256. `dataset` is where the dataset of a
+    table lies now: then each row is looked up in its indexes.
+    """
+    store = open_store(url)
+    kind = kind_of(store)
+    if kind == "dataset":
+        from aecore.data.manifest import open_dataset
+        from aecore.data.verify import verify_dataset
+
+        found = verify_dataset(open_dataset(store.url), read_data=read_data)
+        if found.problems:
+            raise DataError("\n".join(found.problems))
+        return {"kind": kind, "url": store.url, **dataclasses.asdict(found)}
+    if kind == "table":
+        from aecore.table import open_table
+
+        return {"kind": kind, **open_table(store.url).verify(read_data=read_data, dataset=dataset).to_dict()}
+    if kind == "run":
+        return {"kind": kind, "url": store.url, **_verify_run(store)}
+    if kind == "root":
+        found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
+        return {"kind": kind, "url": store.url, **{name: verify(f"{store.url}/{name}", read_data=read_data) for name in found}}
+    raise DataError(f"{store.url} is unfinished: run the command that wrote it again to finish it")
+
+
+def _verify_run(store: Store) -> Tree:
+    """Check every file of every committed checkpoint and of the published model (they are small: always by sha256)."""
+    from aecore.checkpoint import committed_checkpoints, read_checkpoint
+    from aecore.train import finished_run
+
+    problems, checked = [], 0
+    names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished_run(store) else [])
+    for name in names:
+        try:
+            checked += len(read_checkpoint(store, name).files)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return {"checkpoints": names, "files": checked, "finished": "model" in names}

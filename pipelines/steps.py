@@ -1,0 +1,201 @@
+"""One function per verb: a recipe in, a plain JSON summary out. Command line and flows call the same ones.
+
+A step picks its sections of the recipe, asks `cluster/` for the workers and calls the function of `aecore`. It imports what it
+needs when it is called. Every step may be called again after a kill: what is committed is found, not made again.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aecore.errors import ConfigError
+from aecore.store import open_store
+from pipelines.config import Recipe
+from pipelines.progress import Report, TrainWatch, on_part, silent
+from pipelines.tree import Tree
+
+Step = Callable[..., Tree]
+
+
+def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    """Write `source` as a dataset to `out`, or append its new samples."""
+    from aecore.data.job import shard_dataset
+    from aecore.data.manifest import DatasetManifest
+    from pipelines.cluster.fanout import ray_fan_out
+
+    started, source, out = time.perf_counter(), recipe.source, recipe.require("out")
+    if getattr(source, "url", None) == "":
+        raise ConfigError("source.url is missing: add source.url=..., for example source.url=/data/images")
+    workers = recipe.cluster.num_workers
+    urls = [url for url in (getattr(source, "url", ""), out) if url]
+    made = shard_dataset(
+        source,
+        out,
+        recipe.splits,
+        recipe.shards,
+        fan_out=ray_fan_out(recipe.cluster, *urls),
+        dry_run=dry_run,
+        on_part=on_part("shard", "shards", report, milestones=workers > 0),
+    )
+    facts = dataset_summary(made) if isinstance(made, DatasetManifest) else dataclasses.asdict(made)
+    return {"step": "shard", "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
+
+
+def dataset_summary(manifest: Any) -> Tree:
+    """Return the counts of a dataset manifest as plain JSON."""
+    return {
+        "generation": manifest.number,
+        "samples": {split: manifest.num_samples(split) for split in manifest.splits},
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.tar.bytes for shard in manifest.shards),
+        "classes": len(manifest.classes),
+        "quarantined": manifest.quarantined,
+        "reasons": dict(manifest.reasons),
+        "dataset_sha256": manifest.dataset_sha256,
+    }
+
+
+def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    """Train on `data` and publish the model under `out`."""
+    from pipelines.cluster.train import train as train_job
+
+    started, job, cluster = time.perf_counter(), train_job_of(recipe), recipe.cluster
+    if dry_run:
+        return _train_plan(job)
+    store = open_store(job.out)
+    watch = TrainWatch(store, report, milestones=cluster.num_workers > 0)
+    result = train_job(job, cluster, watch)
+    watch.look()
+    numbers = {name: value for name, value in result.metrics.items() if name not in ("step", "epoch", "samples")}
+    return {
+        "step": "train",
+        "run": job.out,
+        "model": result.model_url,
+        "steps": result.step,
+        "metrics": numbers,
+        "checkpoint_sha256": result.checkpoint_sha256,
+        "seconds": _since(started),
+    }
+
+
+def train_job_of(recipe: Recipe) -> Any:
+    """Return the `aecore.train.TrainJob` of a recipe."""
+    from aecore.train import TrainJob
+
+    parts = {name: getattr(recipe, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input")}
+    return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
+
+
+def _train_plan(job: Any) -> Tree:
+    """Return what `train` would do: checks dataset, shapes and the owner of `out`, builds the model, writes nothing."""
+    from aecore.checkpoint import ModelConfig
+    from aecore.generations import read_json, require_same
+    from aecore.train import _total_steps, finished_run, pinned_dataset
+
+    store = open_store(job.out)
+    dataset = pinned_dataset(job, store)
+    if store.size("run.000001.json") is not None:
+        require_same(store.url, "run", job.identity(dataset), read_json(store, "run.000001.json")["identity"])
+    shape = dataset.manifest.input_shape()
+    model = ModelConfig(job.model, job.backbone, job.transform, shape).build()
+    return {
+        "step": "train",
+        "run": job.out,
+        "dry_run": True,
+        "finished": finished_run(store) is not None,
+        "samples": dataset.manifest.num_samples(job.train.split),
+        "input_shape": list(shape),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": _total_steps(job, dataset),
+    }
+
+
+def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    """Encode `data` with the model of `run` into the table at `out`."""
+    from aecore.encode import encode_dataset
+    from aecore.table_manifest import TableManifest
+    from pipelines.cluster.fanout import ray_fan_out
+
+    started, cluster = time.perf_counter(), recipe.cluster
+    run, data, out = recipe.require("run"), recipe.require("data"), recipe.require("out")
+    _here(recipe)
+    made = encode_dataset(
+        run,
+        data,
+        out,
+        recipe.encode,
+        device=_device(recipe),
+        threads=cluster.threads_per_worker,
+        fan_out=ray_fan_out(cluster, run, data, out),
+        dry_run=dry_run,
+        on_part=on_part("encode", "parts", report, milestones=cluster.num_workers > 0),
+    )
+    facts = table_summary(made) if isinstance(made, TableManifest) else made.to_dict()
+    return {"step": "encode", "table": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
+
+
+def table_summary(manifest: Any) -> Tree:
+    """Return the counts of a table manifest as plain JSON."""
+    return {
+        "generation": manifest.number,
+        "rows": manifest.num_rows,
+        "parts": len(manifest.parts),
+        "quarantined": manifest.quarantined,
+        "columns": dict(manifest.columns),
+        "lineage": dict(manifest.lineage),
+    }
+
+
+def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    """Evaluate the model of `run` on one split of `data`; writes nothing."""
+    from aecore.evaluate import evaluate_run
+
+    started, spec = time.perf_counter(), recipe.evaluate
+    run, data = recipe.require("run"), recipe.require("data")
+    _here(recipe)
+    result = evaluate_run(run, data, spec.split, device=_device(recipe), seed=spec.seed, batch=spec.batch)
+    return {"step": "evaluate", "run": run, "dataset": data, **result.to_dict(), "seconds": _since(started)}
+
+
+STEPS: dict[str, Step] = {"shard": shard, "train": train, "encode": encode, "evaluate": evaluate}
+
+
+def stage(recipe: Recipe, name: str) -> Recipe:
+    """Return the recipe of one stage of a pipeline: `out` is a root that holds `dataset/`, `run/` and `table/`.
+
+    A pipeline with `data` trains on that dataset and has no shard stage.
+    """
+    root = recipe.require("out")
+    data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
+    places = {
+        "shard": {"data": None, "out": data},
+        "train": {"data": data, "out": f"{root}/run"},
+        "encode": {"run": f"{root}/run", "data": data, "out": f"{root}/table"},
+        "evaluate": {"run": f"{root}/run", "data": data},
+    }
+    return Recipe(recipe.travelling() | places[name])
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """Return the stages of a pipeline that come before evaluate, in order."""
+    return ["train", "encode"] if recipe.tree.get("data") else ["shard", "train", "encode"]
+
+
+def _device(recipe: Recipe) -> str:
+    return "cuda" if recipe.cluster.use_gpu else "cpu"
+
+
+def _here(recipe: Recipe) -> None:
+    """Set torch's threads where this process does the work."""
+    import torch
+
+    from pipelines.cluster.session import require_gpu_is_there
+
+    if recipe.cluster.num_workers == 0:
+        require_gpu_is_there(recipe.cluster)
+        torch.set_num_threads(recipe.cluster.threads_per_worker)
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 2)

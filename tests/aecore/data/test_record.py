@@ -1,0 +1,174 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from aecore.data.image import MAX_PIXELS, BadSample, image_header
+from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, require_allowed
+from aecore.data.tar import end_of_archive, member
+from aecore.errors import DataError
+
+parts = st.one_of(
+    st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), max_size=12),
+    st.sampled_from(["a", "A", "_a", "__a__", "a.b", "a..b", ".a", "%2E", "%", "a%2Eb", "-", "a" * 80, "a" * 81, "é" * 40, "字" * 90, "_" * 200]),
+)
+paths = st.lists(parts, min_size=1, max_size=6).map("/".join)
+
+
+def encoded(pixels: np.ndarray, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def picture(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def as_webdataset_reads(names: list[tuple[str, bytes]]) -> list[dict]:
+    packed = b"".join(b"".join(member(name.encode(), data)) for name, data in names)
+    stream = io.BytesIO(packed + end_of_archive(len(packed)))
+    return list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": stream}])))
+
+
+def reason(data: bytes, ext: str = "png") -> str:
+    with pytest.raises(BadSample) as caught:
+        image_header(data, ext)
+    return caught.value.reason
+
+
+class TestKeys:
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(paths, min_size=1, max_size=20, unique=True))
+    def test_keys_are_different_and_come_back_through_webdataset_as_one_sample_each(self, given_paths):
+        keys = [encode_key(path) for path in given_paths]
+        assert len(set(keys)) == len(keys)
+        read = as_webdataset_reads([(f"{key}.{ext}", key.encode()) for key in keys for ext in ("cls", "jpeg")])
+        assert [sample["__key__"] for sample in read] == keys
+        assert all(sample["cls"] == sample["jpeg"] == sample["__key__"].encode() for sample in read)
+
+    def test_a_plain_path_is_its_own_key_and_other_characters_are_percent_encoded(self):
+        assert encode_key("train/Greek/character01/0709_01") == "train/Greek/character01/0709_01"
+        assert encode_key("_a/b.v1/ü x") == "%5Fa/b%2Ev1/%C3%BC%20x"
+
+    def test_long_names_keep_40_bytes_and_get_a_hash(self):
+        key = encode_key("a/" + "b" * 81)
+        assert key.startswith("a/" + "b" * 40 + "-") and len(key) == 2 + 40 + 1 + 32
+        assert len(encode_key("/".join(["c" * 60] * 5))) == 73
+
+    def test_a_file_named_like_a_shortened_key_does_not_collide_with_it(self):
+        for path in ("b" * 81, "/".join(["c" * 60] * 5), "/".join(["d" * 80] * 2 + ["e" * 38])):
+            key = encode_key(path)
+            assert encode_key(key) != key
+
+    def test_a_file_name_that_is_no_utf8_has_a_key(self):
+        assert encode_key(b"a\xff".decode("utf-8", "surrogateescape")) == "a%FF"
+
+
+class TestPNG:
+    modes = {"1": picture(9, 7) > 99, "L": picture(9, 7), "RGB": picture(9, 7, 3), "RGBA": picture(9, 7, 4), "LA": picture(9, 7, 2)}
+
+    @pytest.mark.parametrize("mode", modes)
+    def test_the_mode_is_what_pillow_says(self, mode):
+        data = encoded(self.modes[mode], "PNG")
+        header = image_header(data, "png")
+        assert (header.width, header.height, header.mode, header.ext) == (7, 9, mode, "png")
+        assert Image.open(io.BytesIO(data)).mode == mode
+
+    def test_sixteen_bits_and_palettes_are_told_apart(self):
+        assert image_header(encoded(np.full((4, 4), 300, np.uint16), "PNG"), "png").form == "4x4x1/I;16"
+        palette = io.BytesIO()
+        Image.fromarray(picture(4, 4, 3)).quantize(5).save(palette, "PNG")
+        assert image_header(palette.getvalue(), "png").form == "4x4x3/P"
+
+    def test_every_truncation_and_every_flipped_bit_is_found(self):
+        data = encoded(picture(8, 8), "PNG")
+        image_header(data, "png")
+        for end in range(len(data)):
+            reason(data[:end])
+        for bit in range(8 * len(data)):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            reason(bytes(damaged))
+
+    def test_an_empty_file_and_no_image_have_their_own_reasons(self):
+        assert reason(b"") == "empty"
+        assert reason(b"no image at all") == "decode"
+
+    def test_a_decompression_bomb_is_refused_by_its_header(self):
+        data = bytearray(encoded(picture(4, 4), "PNG"))
+        data[16:24] = struct.pack(">II", 1 << 15, (MAX_PIXELS >> 15) + 1)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        assert reason(bytes(data)) == "too_large"
+
+
+class TestJPEG:
+    @pytest.mark.parametrize(("mode", "shape"), [("L", (9, 7)), ("RGB", (9, 7, 3))])
+    @pytest.mark.parametrize("progressive", [False, True])
+    def test_size_and_mode_are_read_from_the_frame(self, mode, shape, progressive):
+        header = image_header(encoded(picture(*shape), "JPEG", progressive=progressive), "jpeg")
+        assert (header.width, header.height, header.mode, header.ext) == (7, 9, mode, "jpeg")
+
+    def test_every_truncation_is_found(self):
+        data = encoded(picture(16, 16, 3), "JPEG")
+        for end in range(len(data) - 1):
+            reason(data[:end], "jpg")
+
+    def test_bytes_after_the_end_marker_are_allowed(self):
+        image_header(encoded(picture(16, 16), "JPEG") + bytes(100), "jpg")
+
+    def test_an_end_marker_in_a_thumbnail_does_not_hide_a_truncation(self):
+        thumbnail = encoded(picture(8, 8), "JPEG")
+        data = encoded(picture(16, 16), "JPEG")
+        segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+        assert reason(data[:2] + segment + data[2:-2], "jpg") == "truncated"
+
+
+class TestOtherImages:
+    @pytest.mark.parametrize(("format", "ext"), [("WEBP", "webp"), ("BMP", "bmp"), ("TIFF", "tif"), ("GIF", "gif")])
+    def test_the_header_is_read_by_pillow(self, format, ext):
+        header = image_header(encoded(picture(9, 7), format), ext)
+        assert (header.width, header.height, header.ext) == (7, 9, ext)
+
+    def test_the_content_decides_the_extension(self):
+        assert image_header(encoded(picture(8, 8), "JPEG"), "png").ext == "jpg"
+        assert image_header(encoded(picture(8, 8), "PNG"), "jpeg").ext == "png"
+        assert image_header(encoded(picture(8, 8), "WEBP"), "bmp").ext == "webp"
+
+
+class TestArrays:
+    def test_shape_and_dtype_are_read_without_numpy_load(self):
+        file = io.BytesIO()
+        np.save(file, np.zeros((3, 4), np.float32))
+        header = array_header(file.getvalue())
+        assert (header.shape, header.form, header.start) == ((3, 4), "3x4/float32", 128)
+
+    def test_objects_truncations_and_rubbish_are_refused(self):
+        file = io.BytesIO()
+        np.save(file, np.array([{"a": 1}]), allow_pickle=True)
+        with pytest.raises(BadSample, match="unsupported"):
+            array_header(file.getvalue())
+        file = io.BytesIO()
+        np.save(file, np.zeros(5))
+        for end in range(len(file.getvalue())):
+            with pytest.raises(BadSample):
+                array_header(file.getvalue()[:end])
+
+
+class TestAllowList:
+    @pytest.mark.parametrize("ext", ["pkl", "pickle", "pyd", "pth", "pt", "gz", "py", ""])
+    def test_members_that_could_execute_or_inflate_are_refused_by_name(self, ext):
+        with pytest.raises(DataError, match="allowed: bmp, cls, gif"):
+            require_allowed(ext, "a member")
+        assert ext not in ALLOWED_EXTENSIONS
+
+    def test_the_data_member_is_the_one_that_is_no_label(self):
+        assert Sample("a", {"cls": b"1", "png": b"x"}, 1).data == ("png", b"x")
+        with pytest.raises(DataError, match="no data member"):
+            _ = Sample("a", {"cls": b"1"}).data

@@ -1,0 +1,195 @@
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aecore.data.record import image_header
+from aecore.data.sources.folder import FolderSource, FolderSpec
+from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
+from aecore.errors import ConfigError, DataError
+from aecore.registry import SOURCES
+
+
+def tree(root, *paths, data=b"x"):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    return root
+
+
+def folder(root, **options):
+    return FolderSource(FolderSpec(url=str(root), **options))
+
+
+def test_sources_are_found_by_kind():
+    assert {"folder", "sprites"} <= set(SOURCES.kinds())
+    assert SOURCES.from_dict({"kind": "sprites", "size": 16}) == SpritesSpec(size=16)
+
+
+def test_a_folder_is_listed_sorted_with_keys_labels_and_sizes(tmp_path):
+    tree(tmp_path, "train/b/2.png", "train/a/10.PNG", "test/a/1.jpg", data=b"four")
+    listing = folder(tmp_path).listing()
+    assert listing.sources == ["test/a/1.jpg", "train/a/10.PNG", "train/b/2.png"]
+    assert listing.keys == ["test/a/1", "train/a/10", "train/b/2"]
+    assert listing.label_names == ["test/a", "train/a", "train/b"]
+    assert listing.splits == ["test", "train", "train"]
+    assert listing.sizes.tolist() == [4, 4, 4]
+
+
+def test_reading_gives_the_lower_case_extension_and_the_bytes(tmp_path):
+    tree(tmp_path, "a/10.PNG", data=b"four")
+    assert folder(tmp_path).read("a/10.PNG") == ("png", b"four")
+    with pytest.raises(FileNotFoundError):
+        folder(tmp_path).read("a/11.png")
+
+
+def test_hidden_files_and_other_extensions_are_skipped_and_counted(tmp_path):
+    tree(tmp_path, "a/1.png", "a/.2.png", ".git/3.png", "a/notes.txt", "README", ".png")
+    listing = folder(tmp_path).listing()
+    assert listing.sources == ["a/1.png"]
+    assert listing.notes == ("skipped 2 files of other extensions", "skipped 3 hidden files or folders")
+
+
+def test_links_are_followed_to_files_of_the_tree_only(tmp_path):
+    root = tree(tmp_path / "in", "a/1.png")
+    tree(tmp_path / "out", "2.png")
+    os.symlink(root / "a/1.png", root / "a/inside.png")
+    os.symlink(tmp_path / "out/2.png", root / "a/outside.png")
+    os.symlink(tmp_path / "nowhere.png", root / "a/broken.png")
+    os.symlink(root, root / "a/loop")
+    listing = folder(root).listing()
+    assert listing.sources == ["a/1.png", "a/inside.png"]
+    assert any("2 symbolic links" in note for note in listing.notes)
+
+
+def test_two_files_of_one_stem_keep_their_extensions_in_the_key(tmp_path):
+    tree(tmp_path, "a/1.png", "a/1.jpg", "a/2.png", "a/v.1.png", "b/1.png")
+    assert folder(tmp_path).listing().keys == ["a/1%2Ejpg", "a/1%2Epng", "a/2", "a/v%2E1", "b/1"]
+
+
+def test_names_that_are_not_utf8_are_samples_but_no_classes(tmp_path):
+    tree(tmp_path, "a/1.png")
+    with open(os.fsencode(tmp_path) + b"/a/\xff.png", "wb"):
+        pass
+    listing = folder(tmp_path).listing()
+    assert listing.keys == ["a/1", "a/%FF"]
+    assert len(listing.sha256()) == 64
+    os.mkdir(os.fsencode(tmp_path) + b"/\xfe")
+    with pytest.raises(DataError, match="rename it"):
+        folder(tmp_path).listing()
+
+
+def test_a_missing_folder_an_empty_one_and_an_archive_say_what_to_do(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        folder(tmp_path / "no").listing()
+    tree(tmp_path / "empty", "a/1.txt")
+    with pytest.raises(DataError, match=r"holds no file with one of the extensions .*skipped 1 files of other extensions.*check the address"):
+        folder(tmp_path / "empty").listing()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", b"x")
+    with pytest.raises(DataError, match=r"is a zip file: unpack it \(`unzip "):
+        folder(tmp_path / "x.zip").listing()
+    tree(tmp_path, "y.tar")
+    with pytest.raises(DataError, match="reads a folder"):
+        folder(tmp_path / "y.tar").listing()
+    with pytest.raises(ConfigError, match=r"source\.url is empty"):
+        folder("")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_folder_is_named(tmp_path):
+    tree(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(DataError, match="cannot read .*/b"):
+        folder(tmp_path).listing()
+
+
+def test_a_folder_that_vanishes_while_listing_is_a_data_error(tmp_path, monkeypatch):
+    tree(tmp_path, "a/1.png")
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match=r"cannot read .*/a: Permission denied; make it readable"):
+        folder(tmp_path).listing()
+
+
+def test_an_extension_outside_the_allow_list_is_refused():
+    with pytest.raises(ConfigError, match="'pickle', which is not read"):
+        FolderSpec(url="x", extensions=("pickle",))
+
+
+def test_sprites_are_the_whole_grid_with_its_factors():
+    listing = SpritesSource(SpritesSpec()).listing()
+    assert len(listing) == 3 * 4 * 16 * 16
+    assert len(set(listing.keys)) == len(listing)
+    assert set(listing.columns) == {"factor_shape", "factor_scale", "factor_x", "factor_y"}
+    assert [int(listing.columns[f"factor_{name}"].max()) for name in ("shape", "scale", "x", "y")] == [2, 3, 15, 15]
+    assert len(set(zip(*(column.tolist() for column in listing.columns.values()), strict=True))) == len(listing)
+    names = list(SHAPES)
+    assert listing.label_names == [names[shape] for shape in listing.columns["factor_shape"]]
+
+
+def test_every_sprite_is_another_picture_and_reads_the_same_in_another_source():
+    first, second = SpritesSource(SpritesSpec(scales=2, positions=5)), SpritesSource(SpritesSpec(scales=2, positions=5))
+    listing = first.listing()
+    images = [first.read(source)[1] for source in listing.sources]
+    assert len(set(images)) == len(listing)
+    assert [second.read(source)[1] for source in reversed(listing.sources)] == images[::-1]
+    assert listing.sizes.tolist() == [len(image) for image in images]
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 300])
+def test_a_sprite_is_a_grey_png_of_what_was_drawn(size):
+    source = SpritesSource(SpritesSpec(size=size, scales=1, positions=2, orientations=3))
+    for name in source.listing().sources[:: 1 if size < 100 else 9]:
+        ext, data = source.read(name)
+        assert image_header(data, ext).shape == f"{size}x{size}x1/L"
+        shape, _, rest = name.partition("/")
+        with Image.open(io.BytesIO(data)) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), source.draw(shape, *(int(part[1:]) for part in rest.split("-"))))
+
+
+def test_factors_move_and_grow_the_sprite_as_their_names_say():
+    source = SpritesSource(SpritesSpec(orientations=4))
+
+    def centre(image):
+        rows, columns = np.nonzero(image)
+        return rows.mean(), columns.mean()
+
+    for shape in SHAPES:
+        base = source.draw(shape, 0, 0, 3, 3)
+        assert centre(source.draw(shape, 0, 0, 9, 3))[1] > centre(base)[1] + 5
+        assert centre(source.draw(shape, 0, 0, 3, 9))[0] > centre(base)[0] + 5
+        assert source.draw(shape, 3, 0, 3, 3).sum() > 2 * base.sum()
+    turned = [source.draw("heart", 3, quarter, 8, 8) for quarter in range(4)]
+    assert len({image.tobytes() for image in turned}) == 4
+
+
+def test_part_of_the_grid_is_spread_over_all_shapes():
+    listing = SpritesSource(SpritesSpec(num_samples=30)).listing()
+    assert len(listing) == 30
+    assert set(listing.label_names) == set(SHAPES)
+
+
+@pytest.mark.parametrize("name", ["cube/s00-o000-x000-y000", "heart/s09-o000-x000-y000", "heart/s00", "heart", "heart/sxx-o000-x000-y000"])
+def test_a_name_outside_the_grid_is_refused(name):
+    with pytest.raises(DataError, match="no sprite of this grid"):
+        SpritesSource(SpritesSpec()).read(name)
+
+
+def test_listing_hash_sees_every_column():
+    listing = SpritesSource(SpritesSpec(positions=2)).listing()
+    rows = np.arange(len(listing))
+    assert listing.take(rows).sha256() == listing.sha256()
+    assert listing.take(rows[::-1]).sha256() != listing.sha256()
+    other = SpritesSource(SpritesSpec(positions=2)).listing()
+    other.columns["factor_x"][0] += 1
+    assert other.sha256() != listing.sha256()

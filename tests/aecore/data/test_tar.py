@@ -1,0 +1,72 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aecore.data.record import encode_key
+from aecore.data.tar import end_of_archive, member, split_name
+from aecore.errors import DataError
+
+SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
+
+
+def ours(samples: list[dict]) -> bytes:
+    packed = b"".join(
+        b"".join(member(f"{sample['__key__']}.{ext}".encode(), sample[ext])) for sample in samples for ext in sorted(sample) if ext != "__key__"
+    )
+    return packed + end_of_archive(len(packed))
+
+
+def theirs(samples: list[dict]) -> bytes:
+    file = io.BytesIO()
+    with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return file.getvalue()
+
+
+def random_samples(seed: int, count: int) -> list[dict]:
+    random = np.random.default_rng(seed)
+    names = ["".join(random.choice(list("abcXYZ019-%"), random.integers(1, 90))) for _ in range(count)]
+    return [
+        {"__key__": name, "cls": b"%d" % random.integers(1000), "jpeg": random.bytes(int(random.choice([*SIZES, random.integers(100_000)])))}
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_bytes_are_those_of_webdatasets_own_writer(seed):
+    samples = random_samples(seed, 40)
+    assert ours(samples) == theirs(samples)
+
+
+@pytest.mark.parametrize("length", [1, 95, 96])
+def test_names_up_to_100_bytes_are_those_of_webdataset_too(length):
+    samples = [{"__key__": "k" * length, "png": b"x"}]
+    assert ours(samples) == theirs(samples)
+
+
+@pytest.mark.parametrize("total", range(8, 30))
+def test_the_end_of_the_archive_is_filled_up_to_a_record(total):
+    samples = [{"__key__": "a", "png": bytes(512 * total)}]
+    assert ours(samples) == theirs(samples) and len(ours(samples)) % 10240 == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.sampled_from("abc_."), min_size=1, max_size=90), min_size=1, max_size=8).map("/".join))
+def test_long_names_are_stored_as_tarfile_stores_them_in_ustar(path):
+    name = f"{encode_key(path)}.jpeg"
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname, info.mtime = 3, 0o444, "bigdata", "bigdata", 0
+    assert b"".join(member(name.encode(), b"abc")[:3]) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_name_that_fits_no_header_is_an_error():
+    with pytest.raises(DataError, match="does not fit"):
+        split_name(b"a" * 101)
+    with pytest.raises(DataError, match="does not fit"):
+        member(b"a/" * 128 + b"b", b"")

@@ -1,0 +1,168 @@
+"""Laws that hold for every registered model on every registered backbone, for samples of several shapes."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aecore._base import Batch
+from aecore.registry import BACKBONES, MODELS
+
+SHAPES = [(1, 28, 28), (3, 32, 32), (1, 105, 105), (17,)]
+KINDS = list(itertools.product(MODELS.kinds(), BACKBONES.kinds()))
+N, LATENT = 4, 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(model: str, backbone: str, shape: tuple[int, ...]) -> nn.Module:
+    spec = MODELS.from_dict({"kind": model, "latent_dim": LATENT, "likelihood": "bernoulli"})
+    built: nn.Module = MODELS.build(spec, BACKBONES.spec_type(backbone)(), shape)
+    return built
+
+
+def batch_of(*shape: int) -> Batch:
+    rows = torch.arange(shape[0])
+    return Batch(torch.rand(shape), rows, rows, shape[0])
+
+
+def noise(model: nn.Module, rows: int, num_samples: int = 1) -> Tensor | None:
+    shape = model.noise_shape(num_samples)
+    return None if shape is None else torch.randn(rows, *shape)
+
+
+every = pytest.mark.parametrize(("kind", "backbone"), KINDS, ids=lambda value: value)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@every
+@every_shape
+def test_built_model_gives_back_the_shape_and_finite_flat_float32_latents(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    assert not any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters())
+    for rows in (N, 1):
+        batch = batch_of(rows, *shape)
+        reconstruction = model.eval().reconstruct(batch, likelihood="bernoulli")
+        assert (reconstruction.shape, reconstruction.dtype) == ((rows, *shape), torch.float32)
+        assert 0 <= reconstruction.min() <= reconstruction.max() <= 1
+        for latent in model.latents(batch).values():
+            assert (latent.shape, latent.dtype) == ((rows, LATENT), torch.float32)
+            assert latent.isfinite().all()
+        assert model(batch.x).x_hat.shape[-len(shape) :] == shape
+
+
+@every
+@every_shape
+def test_gradient_reaches_every_parameter(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    model.loss(batch_of(N, *shape), eps=noise(model, N), likelihood="bernoulli").objective.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert without == []
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@every
+def test_evaluation_is_deterministic_and_leaves_the_model_as_it_was(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (1, 28, 28)).eval(), batch_of(N, 1, 28, 28)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, second = model.latents(batch), model.latents(batch)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(model.reconstruct(batch), model.reconstruct(batch))
+    assert torch.equal(model(batch.x).x_hat, model(batch.x).x_hat)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@every
+def test_rows_do_not_depend_on_their_batch(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (3, 32, 32)).eval(), batch_of(N, 3, 32, 32)
+    alone = model.latents(Batch(batch.x[:1], batch.ordinals[:1], batch.positions[:1], 1))
+    for name, latent in model.latents(batch).items():
+        torch.testing.assert_close(latent[:1], alone[name], rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_mean_loss_of_two_halves_is_the_loss_of_the_whole(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (17,)), batch_of(N, 17)
+    eps = noise(model, N, num_samples=3)
+
+    def loss(rows: slice) -> Tensor:
+        part = Batch(batch.x[rows], batch.ordinals[rows], batch.positions[rows], N)
+        return model.loss(part, eps=None if eps is None else eps[rows], likelihood="bernoulli").objective
+
+    torch.testing.assert_close(loss(slice(0, 1)) / 4 + 3 * loss(slice(1, N)) / 4, loss(slice(0, N)))
+
+
+@every
+def test_loss_of_many_samples_is_the_mean_of_the_losses_of_each(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (17,)), batch_of(N, 17)
+    eps = noise(model, N, num_samples=3)
+    together = model.loss(batch, eps=eps).objective
+    each = [model.loss(batch, eps=None if eps is None else eps[:, s : s + 1]).objective for s in range(3)]
+    torch.testing.assert_close(together, torch.stack(each).mean())
+
+
+@every
+def test_saved_and_loaded_model_is_equal_to_the_bit(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (1, 28, 28)), batch_of(N, 1, 28, 28)
+    other = make(kind, backbone, (1, 28, 28))
+    assert not all(torch.equal(a, b) for a, b in zip(model.latents(batch).values(), other.latents(batch).values(), strict=True))
+    result = other.load_state_dict(model.state_dict())
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    expected, loaded = model.eval().latents(batch), other.eval().latents(batch)
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    assert torch.equal(model.reconstruct(batch), other.reconstruct(batch))
+
+
+@every
+@every_shape
+def test_one_optimizer_step_lowers_the_loss(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model, batch = make(kind, backbone, shape), batch_of(N, *shape)
+    eps, optimizer = noise(model, N), torch.optim.Adam(model.parameters(), lr=1e-4)
+    before = model.loss(batch, eps=eps, likelihood="bernoulli").objective
+    before.backward()
+    optimizer.step()
+    assert model.loss(batch, eps=eps, likelihood="bernoulli").objective < before
+
+
+@every
+def test_bf16_autocast_stays_finite_with_a_kl_that_is_not_negative(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (1, 28, 28)), batch_of(N, 1, 28, 28)
+    eps = noise(model, N)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model.loss(batch, eps=eps, likelihood="bernoulli")
+        latents = model.latents(batch)
+    assert result.objective.dtype == torch.float32
+    result.objective.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(latent.dtype == torch.float32 and latent.isfinite().all() for latent in latents.values())
+    assert result.diagnostics.get("kl_divergence", 0.0) >= 0
+    full = model.loss(batch, eps=eps, likelihood="bernoulli").objective
+    torch.testing.assert_close(result.objective, full, rtol=0.02, atol=0)
+
+
+@every
+def test_forward_and_loss_compile_to_one_graph_for_every_beta(kind: str, backbone: str) -> None:
+    model, batch = make(kind, backbone, (1, 28, 28)), batch_of(N, 1, 28, 28)
+    eps, graphs = noise(model, N), 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda beta: model.loss(batch, eps=eps, beta=beta, likelihood="bernoulli"), backend=count, fullgraph=True)
+    for beta in (torch.tensor(0.5), torch.tensor(2.0)):
+        result, expected = compiled(beta), model.loss(batch, eps=eps, beta=beta, likelihood="bernoulli")
+        torch.testing.assert_close(result.objective, expected.objective)
+        assert dict(result.diagnostics) == pytest.approx(dict(expected.diagnostics))
+    assert graphs == 1

@@ -1,0 +1,110 @@
+import logging
+import pickle
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from aecore.errors import ConfigError, DataError, RunFailed, StoreError
+from aecore.fanout import PartFailure, collect, serial
+from aecore.generations import PartRecord
+
+
+@dataclass(frozen=True)
+class Task:
+    stem: str
+    raises: BaseException | None = None
+
+
+class Worker:
+    made = 0
+
+    def __init__(self, rows: int = 1) -> None:
+        self.rows = rows
+        Worker.made += 1
+
+    def __call__(self, task: Task) -> PartRecord:
+        if task.raises is not None:
+            raise task.raises
+        return PartRecord(task.stem, (), self.rows)
+
+
+def reverse(make_worker, tasks):
+    """A fan-out with a worker per task that finishes in the opposite order."""
+    for task in reversed(tasks):
+        yield from serial(make_worker, [task])
+
+
+@pytest.mark.parametrize("fan_out", [serial, reverse])
+def test_records_come_in_the_order_of_the_tasks_whoever_runs_them(fan_out):
+    tasks = [Task(f"part-{number}") for number in range(5)]
+    seen = []
+    records = collect(fan_out, partial(Worker, 3), tasks, on_part=lambda record, done, total: seen.append((record.part, done, total)))
+    assert records == [PartRecord(task.stem, (), 3) for task in tasks]
+    assert sorted(part for part, _, _ in seen) == [task.stem for task in tasks]
+    assert [(done, total) for _, done, total in seen] == [(number, 5) for number in range(1, 6)]
+
+
+def test_serial_makes_one_worker_for_all_tasks():
+    Worker.made = 0
+    collect(serial, Worker, [Task("a"), Task("b")])
+    assert Worker.made == 1
+
+
+def test_a_failed_part_does_not_stop_the_others():
+    seen = []
+    with pytest.raises(RunFailed, match=r"1 of 3 shards failed:\n  b: ValueError: no\n.*run the same command again"):
+        collect(
+            serial,
+            Worker,
+            [Task("a"), Task("b", ValueError("no")), Task("c")],
+            what="shards",
+            on_part=lambda record, done, total: seen.append(record.part),
+        )
+    assert seen == ["a", "c"]
+
+
+@pytest.mark.parametrize("error", [DataError, StoreError, ConfigError])
+def test_failures_of_one_kind_keep_their_type_and_exit_code(error):
+    with pytest.raises(error) as raised:
+        collect(serial, Worker, [Task("a", error("x")), Task("b", error("y")), Task("c")])
+    assert "x" in str(raised.value)
+    assert "y" in str(raised.value)
+
+
+def test_failures_of_different_kinds_are_a_failed_run():
+    with pytest.raises(RunFailed):
+        collect(serial, Worker, [Task("a", DataError("x")), Task("b", StoreError("y"))])
+
+
+def test_a_bug_in_a_part_is_logged_with_its_traceback(caplog):
+    with caplog.at_level(logging.ERROR), pytest.raises(RunFailed):
+        collect(serial, Worker, [Task("a", ZeroDivisionError("bug"))])
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt(), SystemExit(3)])
+def test_an_interrupt_passes_through_and_closes_the_fan_out(signal):
+    closed = []
+
+    def watched(make_worker, tasks):
+        try:
+            yield from serial(make_worker, tasks)
+        finally:
+            closed.append(True)
+
+    with pytest.raises(type(signal)):
+        collect(watched, Worker, [Task("a", signal)])
+    with pytest.raises(type(signal)):
+        collect(watched, Worker, [Task("a")], on_part=lambda *_: (_ for _ in ()).throw(signal))
+    assert closed == [True, True]
+
+
+def test_a_part_that_never_came_back_is_a_failed_run():
+    with pytest.raises(RunFailed, match="came back without a record"):
+        collect(lambda make_worker, tasks: serial(make_worker, tasks[:1]), Worker, [Task("a"), Task("b")])
+
+
+def test_outcomes_travel_between_processes():
+    failure = PartFailure("a", "DataError", "x")
+    assert pickle.loads(pickle.dumps(failure)) == failure

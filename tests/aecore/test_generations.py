@@ -1,0 +1,117 @@
+import json
+import threading
+
+import pytest
+
+from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.generations import (
+    PartRecord,
+    claim_generation,
+    commit_manifest,
+    newest_number,
+    part_stem,
+    read_newest,
+    read_record,
+    require_same,
+    write_record,
+)
+from aecore.store import open_store
+
+
+def test_the_same_identity_continues_its_claim_and_another_takes_the_next_number(tmp_path):
+    store = open_store(tmp_path)
+    assert claim_generation(store, {"a": 1}, {"when": "first"}) == 1
+    assert claim_generation(store, {"a": 2}, {}) == 2
+    assert claim_generation(store, {"a": 1}, {"when": "later"}) == 1
+    assert json.loads((tmp_path / "run.000001.json").read_text())["info"] == {"when": "first"}
+
+
+def test_claims_survive_a_gap_in_the_numbers(tmp_path):
+    store = open_store(tmp_path)
+    for number in range(3):
+        claim_generation(store, {"a": number}, {})
+    (tmp_path / "run.000002.json").unlink()
+    assert claim_generation(store, {"a": 0}, {}) == 1
+    assert claim_generation(store, {"a": 9}, {}) == 4
+
+
+def test_concurrent_claims_of_different_work_get_different_numbers(tmp_path):
+    numbers = []
+    threads = [threading.Thread(target=lambda i=i: numbers.append(claim_generation(open_store(tmp_path), {"a": i}, {}))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 9))
+
+
+def test_of_concurrent_appends_exactly_one_is_committed(tmp_path):
+    outcomes = []
+
+    def append(i: int) -> None:
+        try:
+            outcomes.append(commit_manifest(open_store(tmp_path), "dataset", 0, {"parts": [i]}))
+        except RunFailed as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=append, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(1) == 1
+    assert sum("another append was committed" in str(outcome) for outcome in outcomes) == 7
+
+
+def test_readers_take_the_highest_manifest(tmp_path):
+    store = open_store(tmp_path)
+    assert read_newest(store, "dataset") is None
+    commit_manifest(store, "dataset", 0, {"x": 1})
+    commit_manifest(store, "dataset", 1, {"x": 2})
+    (tmp_path / "dataset.000009.json.part").write_text("{")
+    assert newest_number(store, "dataset") == 2
+    number, manifest = read_newest(store, "dataset")
+    assert (number, manifest["x"]) == (2, 2)
+
+
+def test_a_record_comes_back_as_written_and_another_attempts_record_wins(tmp_path):
+    store = open_store(tmp_path)
+    file = store.put("data/p.bin", b"abc", role="part")
+    record = PartRecord("p", (file,), 3, 1, {"split": "train"}, {"write_s": 0.5})
+    assert read_record(store, "p") is None
+    assert write_record(store, record) == record
+    assert read_record(store, "p") == record
+    late = PartRecord("p", (file,), 3, 1, {"split": "train"}, {"write_s": 9.0})
+    assert write_record(store, late) == record
+
+
+def test_a_record_whose_file_is_gone_is_an_error_not_a_silent_rewrite(tmp_path):
+    store = open_store(tmp_path)
+    write_record(store, PartRecord("p", (store.put("data/p.bin", b"abc", role="part"),), 3))
+    (tmp_path / "data/p.bin").unlink()
+    with pytest.raises(DataError, match="is missing"):
+        read_record(store, "p")
+
+
+def test_stems_carry_the_claim_from_the_second_on():
+    assert part_stem("train", 1, 0) == "train-000000"
+    assert part_stem("train", 2, 7) == "train-g000002-000007"
+
+
+def test_differing_fields_are_shown_with_both_values():
+    with pytest.raises(ConfigError) as error:
+        require_same("out", "dataset", {"shards": {"seed": 1, "max": [1, 2]}}, {"shards": {"seed": 0, "max": (1, 2)}})
+    assert "shards.seed: there 0, asked 1" in str(error.value)
+    assert "max" not in str(error.value)
+
+
+def test_a_manifest_of_a_newer_format_asks_for_an_upgrade(tmp_path):
+    (tmp_path / "dataset.000001.json").write_text('{"format": 99}')
+    with pytest.raises(DataError, match="upgrade aecore"):
+        read_newest(open_store(tmp_path), "dataset")
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    (tmp_path / "dataset.000001.json").write_text('{"format": 1, ')
+    with pytest.raises(DataError, match=r"dataset\.000001\.json is not valid JSON"):
+        read_newest(open_store(tmp_path), "dataset")

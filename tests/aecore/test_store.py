@@ -1,0 +1,136 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aecore.errors import ConfigError, DataError, StoreError
+from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, canonical_json, open_store, sha256_file
+
+
+def test_put_then_read_returns_the_bytes_and_their_hash(tmp_path):
+    store = open_store(tmp_path / "a")
+    ref = store.put("deep/er/name.bin", b"hello", role="part")
+    assert store.read("deep/er/name.bin", ref=ref) == b"hello"
+    assert ref.bytes == 5
+    assert ref.sha256 == sha256_file(tmp_path / "a/deep/er/name.bin")
+
+
+def test_opening_and_reading_a_store_creates_nothing(tmp_path):
+    store = open_store(tmp_path / "nothing")
+    assert store.list() == []
+    assert store.size("x") is None
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_putting_the_same_bytes_again_is_success_and_leaves_the_file_alone(tmp_path):
+    store = open_store(tmp_path)
+    first = store.put("name", b"same", role="part")
+    inode = (tmp_path / "name").stat().st_ino
+    assert store.put("name", b"same", role="part") == first
+    assert (tmp_path / "name").stat().st_ino == inode
+
+
+def test_putting_other_bytes_is_refused_and_the_old_ones_stay(tmp_path):
+    store = open_store(tmp_path)
+    store.put("name", b"old", role="part")
+    with pytest.raises(AlreadyExists, match="exists with other content"):
+        store.put("name", b"new", role="part")
+    assert (tmp_path / "name").read_bytes() == b"old"
+
+
+def test_zero_bytes_do_not_truncate_an_existing_file(tmp_path):
+    store = open_store(tmp_path)
+    store.put("name", b"old", role="part")
+    with pytest.raises(AlreadyExists):
+        store.put("name", b"", role="part")
+    assert (tmp_path / "name").read_bytes() == b"old"
+
+
+def test_nothing_is_left_in_the_staging_folder_after_success_or_failure(tmp_path):
+    store = open_store(tmp_path)
+    store.put("name", b"old", role="part")
+    with pytest.raises(AlreadyExists):
+        store.put("name", b"new", role="part")
+    with pytest.raises(RuntimeError, match="in the middle"), store.stage() as staged:
+        staged.write_bytes(b"half")
+        raise RuntimeError("in the middle")
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("size_change", [b"", b"hell", b"hello world"])
+def test_a_changed_size_is_found_without_reading(tmp_path, size_change):
+    store = open_store(tmp_path)
+    ref = store.put("name", b"hello", role="part")
+    (tmp_path / "name").write_bytes(size_change)
+    with pytest.raises(DataError, match="the manifest says 5"):
+        store.local(ref)
+
+
+def test_a_flipped_bit_is_found_by_reading(tmp_path):
+    store = open_store(tmp_path)
+    ref = store.put("name", b"hello", role="part")
+    (tmp_path / "name").write_bytes(b"hellp")
+    store.local(ref)
+    for read in (lambda: store.read("name", ref=ref), lambda: store.local(ref, verify=True)):
+        with pytest.raises(DataError, match="is damaged"):
+            read()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="gone is missing"):
+        open_store(tmp_path).local(FileRef("gone", 3, "0" * 64))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
+def test_names_cannot_leave_the_artefact(tmp_path, name):
+    with pytest.raises(DataError, match="leads out of"):
+        open_store(tmp_path).read(name)
+
+
+@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "http://x/y", "gs://b/k", "", "file://otherhost/x"])
+def test_only_paths_and_file_urls_are_accepted(url):
+    with pytest.raises(ConfigError):
+        absolute_url(url)
+
+
+def test_file_urls_and_relative_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_url("out") == str(tmp_path / "out")
+    assert absolute_url((tmp_path / "a b").as_uri()) == str(tmp_path / "a b")
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot write"):
+        open_store(tmp_path / "file").put("x", b"1", role="part")
+
+
+def test_remove_takes_its_empty_folder_along_and_nothing_else(tmp_path):
+    store = open_store(tmp_path)
+    store.put("f/a", b"1", role="part")
+    store.put("f/b", b"2", role="part")
+    store.remove("f/a")
+    assert store.list("f") == ["b"]
+    store.remove("f/b")
+    store.remove("f/b")
+    assert not (tmp_path / "f").exists()
+
+
+def test_canonical_json_does_not_depend_on_key_order_and_refuses_nan():
+    assert canonical_json({"b": 1, "a": [1.5, "é"]}) == canonical_json({"a": [1.5, "é"], "b": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json({"x": float("nan")})
+
+
+@pytest.mark.parametrize("stage", FAULT_STAGES)
+def test_a_process_killed_inside_put_leaves_all_or_nothing_under_the_name(tmp_path, stage):
+    code = f"from aecore.store import open_store; open_store({str(tmp_path)!r}).put('name', b'x' * 1000, role='part')"
+    environment = {**os.environ, "AECORE_FAULT": f"part.{stage}"}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "name").exists() or (tmp_path / "name").stat().st_size == 1000
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert Path(tmp_path / "name").read_bytes() == b"x" * 1000

@@ -1,0 +1,241 @@
+import dataclasses
+import io
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aecore.checkpoint import committed_checkpoints, load_model
+from aecore.data.manifest import open_dataset
+from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.nn.mlp import MLPSpec
+from aecore.optim import OptimSpec, lr_at
+from aecore.store import open_store
+from aecore.train import fit
+from aecore.vanilla import AESpec
+from aecore.variational import VAESpec
+from tests.aecore.training import fit_on, losses, published_weights, small_job, sprites_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return sprites_dataset(tmp_path_factory.mktemp("train") / "sprites", val=0.1)
+
+
+def test_a_run_learns_and_publishes_a_loadable_model(data, tmp_path):
+    result = fit(small_job(data, tmp_path / "run", epochs=4, val_split="val"))
+    rows = losses(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, result.step + 1))
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert result.metrics["validation"]["loss"] < 0.6 * rows[0]["loss"]
+    loaded = load_model(str(tmp_path / "run"))
+    assert loaded.sha256 == result.checkpoint_sha256
+    assert not loaded.model.training
+
+
+def test_every_epoch_counts_every_sample_once(data, tmp_path):
+    fit(small_job(data, tmp_path / "run", epochs=2))
+    rows = losses(tmp_path / "run")
+    counts = [sum(row["samples"] for row in rows if row["epoch"] == epoch) for epoch in (0, 1)]
+    assert counts == [open_dataset(data).manifest.num_samples("train")] * 2
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world):
+    for number in (1, world):
+        fit_on(small_job(data, tmp_path / str(number), epochs=2, val_split="val"), number)
+    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world))
+    for name in ("loss", "log_likelihood", "kl_divergence", "samples"):
+        np.testing.assert_allclose([row[name] for row in many], [row[name] for row in one], rtol=1e-5, err_msg=name)
+    for name, value in one[-1]["validation"].items():
+        assert many[-1]["validation"][name] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_finished_run_returns_at_once_and_changes_nothing(data, tmp_path):
+    job = small_job(data, tmp_path / "run")
+    first = fit(job)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert fit(job) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "model").iterdir()}
+
+
+@pytest.mark.parametrize("role", ["run", "metrics", "weights", "config", "state", "checkpoint", "model"])
+@pytest.mark.parametrize("stage", ["staged", "synced", "linked"])
+def test_a_run_killed_at_any_fault_point_ends_like_an_uninterrupted_one(data, tmp_path, tmp_path_factory, role, stage):
+    whole = tmp_path_factory.getbasetemp() / "whole-run"
+    options = {"every_steps": 15, "epochs": 2, "max_steps": 50, "log_every_steps": 10}
+    if not (whole / "model/checkpoint.json").exists():
+        fit(small_job(data, whole, **options))
+    job = small_job(data, tmp_path / "run", **options)
+    occurrences = {"run": (1,), "model": (1, 2)}.get(role, (1, 2, 4))
+    for number in occurrences:
+        assert _killed(job, f"{role}.{stage}:{number}") in (True, None)
+    fit(job)
+    assert losses(tmp_path / "run") == losses(whole)
+    assert _files(tmp_path / "run") == _files(whole)
+    assert [step for step, _ in committed_checkpoints(open_store(tmp_path / "run"))][0] == 50
+
+
+def _killed(job, fault: str) -> bool | None:
+    """Run `fit` in a child that dies at `fault`: True if it died there, None if it finished before."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ["AECORE_FAULT"] = fault
+        logging.disable(logging.CRITICAL)
+        try:
+            fit(job)
+        except BaseException:  # the child must never return into pytest
+            os._exit(9)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) == signal.SIGKILL
+    assert os.WEXITSTATUS(status) == 0, f"the run failed instead of being killed at {fault}"
+    return None
+
+
+def test_a_run_resumes_in_the_middle_of_an_epoch_on_another_number_of_ranks(data, tmp_path):
+    options = {"every_steps": 20, "epochs": 2, "log_every_steps": 10}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job = small_job(data, tmp_path / "run", **options)
+    assert _killed(job, "checkpoint.linked:2") is True
+    fit_on(job, 3)
+    whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    np.testing.assert_allclose([row["loss"] for row in resumed], [row["loss"] for row in whole], rtol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(data, tmp_path, caplog):
+    options = {"every_steps": 10, "max_steps": 30}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job = small_job(data, tmp_path / "run", **options)
+    assert _killed(job, "checkpoint.linked:2") is True
+    newest = tmp_path / "run" / committed_checkpoints(open_store(tmp_path / "run"))[0][1] / "model.safetensors"
+    flipped = bytearray(newest.read_bytes())
+    flipped[-1] ^= 1
+    newest.write_bytes(flipped)
+    fit(job)
+    assert "skipping a damaged checkpoint" in caplog.text
+    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+def test_retention_keeps_the_newest_and_the_best(data, tmp_path):
+    fit(small_job(data, tmp_path / "run", epochs=4, val_split="val", keep=1, best=True))
+    rows = [row for row in losses(tmp_path / "run") if "validation" in row]
+    best = min(rows, key=lambda row: row["validation"]["loss"])["step"]
+    steps = {step for step, _ in committed_checkpoints(open_store(tmp_path / "run"))}
+    assert steps == {best, rows[-1]["step"]}
+    assert load_model(str(tmp_path / "run")).checkpoint.step == best
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    job = small_job(data, tmp_path / "run", every_steps=1, epochs=20, optim=OptimSpec(lr=1e18))
+    with pytest.raises(RunFailed, match=r"not finite|the loss is (nan|inf)"):
+        fit(job)
+    assert not (tmp_path / "run/model").exists()
+    for _, name in committed_checkpoints(open_store(tmp_path / "run")):
+        model = load_model(str(tmp_path / "run" / name)).model
+        assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_an_output_of_another_job_is_refused_with_the_differing_fields(data, tmp_path):
+    job = small_job(data, tmp_path / "run")
+    fit(job)
+    other = dataclasses.replace(job, optim=OptimSpec(lr=5e-4), backbone=MLPSpec(hidden=(16,)))
+    with pytest.raises(ConfigError, match=r"optim.lr: there 0.001, asked 0.0005"):
+        fit(other)
+    with pytest.raises(ConfigError, match=r"backbone.hidden: there \[32\], asked \[16\]"):
+        fit(other)
+
+
+def test_fields_outside_the_identity_may_change_between_attempts(data, tmp_path):
+    job = small_job(data, tmp_path / "run")
+    assert fit(job) == fit(dataclasses.replace(job, checkpoint=dataclasses.replace(job.checkpoint, keep=5)))
+
+
+def test_a_new_run_can_start_from_another_runs_weights(data, tmp_path):
+    first = fit(small_job(data, tmp_path / "first", epochs=3))
+    fit(small_job(data, tmp_path / "second", init_from=first.url))
+    assert losses(tmp_path / "second")[0]["loss"] < 0.7 * losses(tmp_path / "first")[0]["loss"]
+
+
+def test_an_autoencoder_trains_through_the_same_loop(data, tmp_path):
+    fit(small_job(data, tmp_path / "run", epochs=4, model=AESpec(latent_dim=4, likelihood="bernoulli")))
+    rows = losses(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert "kl_divergence" not in rows[0]
+
+
+def test_bf16_trains_to_about_the_same_loss(data, tmp_path):
+    for precision in ("fp32", "bf16"):
+        fit(small_job(data, tmp_path / precision, epochs=2, precision=precision))
+    assert losses(tmp_path / "bf16")[-1]["loss"] == pytest.approx(losses(tmp_path / "fp32")[-1]["loss"], rel=0.05)
+
+
+def test_beta_warms_up_linearly_and_the_learning_rate_follows_one_cycle(data, tmp_path):
+    job = small_job(
+        data,
+        tmp_path / "run",
+        max_steps=40,
+        model=VAESpec(latent_dim=4, beta=2.0, beta_warmup_steps=20, likelihood="bernoulli"),
+        optim=OptimSpec(lr=1e-3, schedule="one_cycle", clip=5.0),
+    )
+    fit(job)
+    rows = losses(tmp_path / "run")
+    assert [row["beta"] for row in rows[:20]] == pytest.approx([0.1 * step for step in range(1, 21)])
+    assert rows[-1]["beta"] == 2.0
+    reference = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD([torch.zeros(1)]), max_lr=1e-3, total_steps=40)
+    expected = []
+    for _ in range(40):
+        expected.append(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step() if len(expected) < 40 else None
+    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-9)
+    assert lr_at(OptimSpec(lr=3e-3), 17, 40) == 3e-3
+
+
+def test_one_cycle_takes_runs_of_any_length():
+    for total in range(1, 8):
+        rates = [lr_at(OptimSpec(lr=1.0, schedule="one_cycle"), step, total) for step in range(1, total + 1)]
+        assert all(0 < rate <= 1.0 for rate in rates)
+
+
+def test_an_unknown_split_names_the_known_ones(data, tmp_path):
+    with pytest.raises((ConfigError, DataError), match="train"):
+        fit(small_job(data, tmp_path / "run", split="trian"))
+
+
+def test_best_without_validation_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.val_split"):
+        fit(small_job(data, tmp_path / "run", best=True))
+
+
+def test_an_unfinished_run_cannot_be_loaded_as_a_model(data, tmp_path):
+    job = small_job(data, tmp_path / "run")
+    assert _killed(job, "checkpoint.linked:1") is True
+    with pytest.raises(DataError, match="has not finished"):
+        load_model(job.out)
+    with pytest.raises(DataError, match="holds no trained model"):
+        load_model(str(tmp_path))
+
+
+def test_a_checkpoint_is_never_a_pickle_that_runs(data, tmp_path):
+    job = small_job(data, tmp_path / "run", max_steps=3)
+    fit(job)
+    folder = tmp_path / "run" / committed_checkpoints(open_store(tmp_path / "run"))[0][1]
+
+    class Evil:
+        def __reduce__(self):
+            return (sys.exit, (3,))
+
+    torch.save({"optimizer": Evil()}, folder / "state.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(io.BytesIO((folder / "state.pt").read_bytes()), weights_only=True)

@@ -1,0 +1,92 @@
+"""What the training tests share: a small sprites dataset, a small job, and N gloo processes that run `fit`."""
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aecore.checkpoint import newest_checkpoint
+from aecore.data.job import shard_dataset
+from aecore.data.plan import SplitSpec
+from aecore.data.sources.sprites import SpritesSpec
+from aecore.data.tasks import ShardSpec
+from aecore.metrics import read_rows
+from aecore.nn.mlp import MLPSpec
+from aecore.optim import OptimSpec
+from aecore.ranks import Rank
+from aecore.store import open_store
+from aecore.train import CheckpointSpec, TrainJob, TrainSpec, fit
+from aecore.variational import VAESpec
+
+
+def sprites_dataset(folder: Path, *, val: float = 0.0, max_samples: int = 700) -> str:
+    """Shard the 3,072 default sprites (or reuse `folder`)."""
+    shard_dataset(SpritesSpec(), str(folder), SplitSpec(by="hash", val=val), ShardSpec(max_samples=max_samples))
+    return str(folder)
+
+
+def small_job(data: str, out: str | Path, **changes: Any) -> TrainJob:
+    """Return a job of a small VAE; `changes` are fields of TrainSpec, CheckpointSpec or TrainJob."""
+    train = {key: value for key, value in changes.items() if key in {field.name for field in dataclasses.fields(TrainSpec)}}
+    checkpoint = {key: value for key, value in changes.items() if key in {field.name for field in dataclasses.fields(CheckpointSpec)}}
+    rest = {key: value for key, value in changes.items() if key not in train and key not in checkpoint}
+    job = TrainJob(
+        data=data,
+        out=str(out),
+        model=VAESpec(latent_dim=4, likelihood="bernoulli"),
+        backbone=MLPSpec(hidden=(32,)),
+        optim=OptimSpec(lr=1e-3),
+        train=TrainSpec(**{"global_batch": 64, "lanes": 16, "epochs": 1, "block": 64, **train}),
+        checkpoint=CheckpointSpec(**checkpoint),
+    )
+    return dataclasses.replace(job, **rest)
+
+
+def losses(out: str | Path) -> list[dict[str, Any]]:
+    """Return all rows of metrics that the newest checkpoint of a run names."""
+    store = open_store(out)
+    checkpoint = newest_checkpoint(store)
+    assert checkpoint is not None
+    return read_rows(store, checkpoint.metrics)
+
+
+def published_weights(out: str | Path) -> bytes:
+    """Return the bytes of the published weights."""
+    return (Path(out) / "model/model.safetensors").read_bytes()
+
+
+def _rank_main(job: TrainJob, index: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world)
+        fit(job, rank=Rank(index, world))
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"error-{index}").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+def fit_on(job: TrainJob, world: int) -> None:
+    """Run `fit` on `world` processes joined by gloo; world 1 runs in this process."""
+    if world == 1:
+        fit(job)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pickle.dumps(job)  # a job must be able to travel
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_rank_main, args=(job, index, world, folder)) for index in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+        errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
+        assert not errors, errors[0]
+        assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]

@@ -1,0 +1,81 @@
+"""What every test shares: one torch thread, private and offline homes for Ray, Prefect and Hugging Face, real data if it is there.
+
+The environment is set when pytest loads this file, before anything imports Ray or Prefect, so that sub-processes inherit it too.
+With `-n 2 --dist loadgroup` (pytest-xdist) tests that start services stay in one process, so they never meet each other.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.realdata import unpack_real
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = Path(tempfile.mkdtemp(prefix="aecore-tests-"))
+
+for name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "RAY_ADDRESS", "AECORE_FAULT"):
+    os.environ.pop(name, None)
+os.environ.update(
+    PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # sub-processes and Ray workers find the sources
+    PREFECT_HOME=str(HOME / "prefect"),
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    DO_NOT_TRACK="1",
+    RAY_AUTH_MODE="disabled",  # else ray.init writes a token into the user's home
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    HF_HOME=str(HOME / "huggingface"),
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("AECORE_ACCEPT") != "1":
+        full_size = [item for item in items if item.get_closest_marker("accept")]
+        items[:] = [item for item in items if item not in set(full_size)]
+        config.hook.pytest_deselected(items=full_size)
+    for item in items:
+        if item.get_closest_marker("ray") or item.get_closest_marker("prefect"):
+            item.add_marker(pytest.mark.xdist_group("services"))
+
+
+def pytest_unconfigure() -> None:
+    logging.raiseExceptions = False  # Prefect's server says good-bye at exit, when pytest has closed the captured streams
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """The bits of a CPU matmul depend on the number of threads; tests that compare bits need one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_mnist_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real MNIST, 3,000 training and 500 test images of all classes, as class folders; read only."""
+    return unpack_real("mnist", tmp_path_factory.mktemp("mnist"), train_per_class=300, test_per_class=50)
+
+
+@pytest.fixture(scope="session")
+def real_cifar10_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real CIFAR-10, 1,000 training and 200 test images of all classes, as class folders; read only."""
+    return unpack_real("cifar10", tmp_path_factory.mktemp("cifar10"), train_per_class=100, test_per_class=20)
+
+
+@pytest.fixture(scope="session")
+def real_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 70,000 images of MNIST as class folders; for tests marked `accept`."""
+    return unpack_real("mnist", tmp_path_factory.mktemp("mnist-full"))
+
+
+@pytest.fixture(scope="session")
+def real_cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 60,000 images of CIFAR-10 as class folders; for tests marked `accept`."""
+    return unpack_real("cifar10", tmp_path_factory.mktemp("cifar10-full"))

@@ -1,0 +1,145 @@
+"""The arrows of the design: an import may only point down, heavy packages wait inside the functions that need them."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# aecore, from the bottom: base, then data and models beside each other, then the jobs (everything that is named in none of these)
+BASE = ("_base", "errors", "fanout", "generations", "loss", "noise", "precision", "registry", "store")
+DATA = ("data",)
+MODELS = ("mil", "nn", "vanilla", "variational")
+MAY_IMPORT = {
+    "base": {"base"},
+    "data": {"base", "data"},
+    "models": {"base", "models"},
+    "jobs": {"base", "data", "models", "jobs"},
+}
+# pipelines, from the bottom; a room that is not named here is between cluster and flows
+LEVEL = {"tree": 0, "config": 1, "cluster": 2, "flows": 4, "deploy": 5, "cli": 6}
+ORCHESTRATION = {"ray", "prefect", "pydantic"}
+ONLY_IN = {"prefect": {"flows", "deploy"}, "ray": {"cluster"}, "pydantic": {"config"}}
+LAZY_IN_AECORE = {"s3fs", "fsspec", "botocore", "webdataset", "imagecodecs", "PIL", "pandas"}
+HEAVY = {"torch", "ray", "prefect", "pyarrow", "pandas", "webdataset", "s3fs", "fastapi"}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # who imports
+    target: str  # what, dotted
+    line: int
+    top_level: bool  # runs when the module is imported
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+def modules(package: str) -> list[tuple[str, Path]]:
+    paths = sorted((ROOT / package).rglob("*.py"))
+    return [(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path) for path in paths]
+
+
+def imports(package: str) -> Iterator[Import]:
+    for module, path in modules(package):
+        tree = ast.parse(path.read_text(), str(path))
+        yield from found_in(tree, module, path.name == "__init__.py", True)
+
+
+def found_in(node: ast.AST, module: str, is_package: bool, top_level: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(module, alias.name, child.lineno, top_level) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            parts = module.split(".")
+            home = parts[: len(parts) - child.level + is_package] if child.level else []
+            source = ".".join([*home, *filter(None, [child.module])])
+            yield from (Import(module, f"{source}.{alias.name}", child.lineno, top_level) for alias in child.names)
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            yield from found_in(child, module, is_package, False)
+        else:
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from found_in(child, module, is_package, top_level and not is_function)
+
+
+def layer(dotted: str) -> str:
+    room = dotted.split(".")[1] if "." in dotted else ""
+    for name, rooms in (("base", BASE), ("data", DATA), ("models", MODELS)):
+        if room in rooms:
+            return name
+    return "jobs"
+
+
+def room(dotted: str) -> str:
+    return dotted.split(".")[1] if "." in dotted else ""
+
+
+def root(dotted: str) -> str:
+    return dotted.split(".")[0]
+
+
+def test_aecore_imports_no_orchestration_and_no_pipelines() -> None:
+    assert not [str(i) for i in imports("aecore") if root(i.target) in ORCHESTRATION | {"pipelines", "tests"}]
+
+
+def test_imports_in_aecore_point_down() -> None:
+    ours = [i for i in imports("aecore") if root(i.target) == "aecore" and i.module != "aecore"]
+    assert ours, "no imports found: is the package where this test looks?"
+    assert not [str(i) for i in ours if layer(i.target) not in MAY_IMPORT[layer(i.module)]]
+
+
+def test_optional_and_slow_packages_are_imported_inside_functions_of_aecore() -> None:
+    assert not [str(i) for i in imports("aecore") if i.top_level and root(i.target) in LAZY_IN_AECORE]
+
+
+@pytest.mark.parametrize("package", sorted(ONLY_IN))
+def test_orchestration_package_is_imported_only_in_its_room(package: str) -> None:
+    assert not [str(i) for i in imports("pipelines") if root(i.target) == package and room(i.module) not in ONLY_IN[package]]
+
+
+def test_imports_in_pipelines_point_down() -> None:
+    ours = [i for i in imports("pipelines") if root(i.target) == "pipelines" and i.module != "pipelines"]
+    assert ours, "no imports found: is the package where this test looks?"
+    assert not [str(i) for i in ours if LEVEL.get(room(i.target), 3) > LEVEL.get(room(i.module), 3)]
+
+
+def test_command_line_imports_nothing_heavy_at_its_top() -> None:
+    assert not [str(i) for i in imports("pipelines") if room(i.module) == "cli" and i.top_level and root(i.target) in HEAVY]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_of_aecore_imports_where_orchestration_and_optional_packages_are_missing() -> None:
+    names = [name for name, _ in modules("aecore")]
+    blocked = sorted(ORCHESTRATION | LAZY_IN_AECORE)
+    out = python(
+        "import importlib, sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {blocked!r}: raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print('all imported')\n"
+    )
+    assert out.strip() == "all imported"
+
+
+def test_help_of_the_command_line_loads_nothing_heavy() -> None:
+    out = python(
+        "import sys\n"
+        "sys.argv = ['aepipe', '--help']\n"
+        "from pipelines.cli import main\n"
+        "try: status = main()\n"
+        "except SystemExit as end: status = end.code\n"
+        f"print(status or 0, sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))\n"
+    )
+    assert out.splitlines()[-1] == "0 []"
