@@ -5,7 +5,6 @@ sampled columns take their noise from (seed, shard, batch). A row that does not 
 quarantine with a reason. Shards that the table already knows are not read again: an append encodes the new ones only.
 """
 
-import functools
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ import torch
 
 from aecore.checkpoint import LoadedModel, load_model, require_fit
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
-from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker
+from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, RunFailed
 from aecore.fanout import FanOut, OnPart, collect, serial
@@ -39,6 +38,7 @@ class EncodePlan:
     """
 
     setup: EncodeSetup
+    make_worker: MakeEncodeWorker
     identity: Mapping[str, Any]
     lineage: Mapping[str, Any]
     shards: tuple[ShardRef, ...]
@@ -96,7 +96,7 @@ def encode_dataset(
     tasks = [task for task in plan.tasks if task.stem not in done]
     known_threads = torch.get_num_threads()
     try:
-        made = collect(fan_out, functools.partial(EncodeWorker, plan.setup), tasks, what="parts", on_part=on_part)
+        made = collect(fan_out, plan.make_worker, tasks, what="parts", on_part=on_part)
     finally:
         torch.set_num_threads(known_threads)
     made_by_stem = {**done, **{record.part: record for record in made}}
@@ -110,9 +110,9 @@ def encode_dataset(
 def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: str = "cpu", threads: int = 1) -> EncodePlan:
     """Load the checkpoint and the manifests, check that all fit, and return what is to be done; writes nothing."""
     dataset = open_dataset(absolute_url(data, "data"))
-    loaded = load_model(absolute_url(run, "run"), device=device)
+    loaded = load_model(absolute_url(run, "run"))  # on the CPU: the workers' device may not be on this machine
     require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
-    columns = Encoder(loaded, spec, device).describe()
+    columns = Encoder(loaded, spec, "cpu").describe()
     store = open_store(out)
     identity = _identity(loaded, spec, columns)
     parent, parent_sha256 = _parent(store)
@@ -123,7 +123,8 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     tasks = [task for shard in shards if (shard.split, shard.stem) not in known for task in part_tasks(shard, spec)]
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
-    return EncodePlan(setup, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256)
+    make_worker = MakeEncodeWorker(setup, loaded)
+    return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256)
 
 
 def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:

@@ -60,12 +60,12 @@ class EncodeSetup:
 class EncodeWorker:
     """Makes parts. Opens its stores and loads the model when it is made, once per process."""
 
-    def __init__(self, setup: EncodeSetup) -> None:
+    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None) -> None:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.store = open_store(setup.out_url)
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
-        loaded = load_model(setup.model_url, device=setup.device)
+        loaded = loaded or load_model(setup.model_url, device=setup.device)
         if loaded.sha256 != setup.checkpoint_sha256:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
         self.encoder = Encoder(loaded, setup.spec, setup.device)
@@ -118,6 +118,20 @@ class EncodeWorker:
                 values.refused += [RefusedRow(row.row, "decode", row.reason, row.message) for row in bad]
                 if len(rows):
                     values.add(rows, self.encoder.columns(batch, self.encoder.noise(batch, number, task.shard.tar.sha256)))
+
+
+class MakeEncodeWorker:
+    """Makes workers. In the process of the plan they share its model; a copy that travelled to another process loads its own."""
+
+    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None) -> None:
+        self.setup = setup
+        self.loaded = loaded if setup.device == "cpu" else None
+
+    def __call__(self) -> EncodeWorker:
+        return EncodeWorker(self.setup, self.loaded)
+
+    def __reduce__(self) -> tuple[type["MakeEncodeWorker"], tuple[EncodeSetup]]:
+        return MakeEncodeWorker, (self.setup,)
 
 
 class _PartValues:

@@ -3,13 +3,12 @@
 It asks the model for `latents`, `reconstruct` and `noise_shape` only, so it does not know which model it is.
 """
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import Trainable
 from aecore.checkpoint import LoadedModel
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
@@ -36,7 +35,7 @@ class Encoder:
     """A loaded model as a function: transformed batch in, columns of the table out."""
 
     def __init__(self, loaded: LoadedModel, spec: EncodeSpec, device: str) -> None:
-        self.model = cast(Trainable, loaded.model)  # every registered model is one
+        self.model = loaded.model
         self.likelihood: str = loaded.config.model.likelihood
         self.transform = Transform(loaded.config.transform)
         self.input_shape = loaded.config.input_shape

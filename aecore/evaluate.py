@@ -9,13 +9,12 @@ import dataclasses
 import logging
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import Trainable
 from aecore.checkpoint import LoadedModel, load_model, require_fit
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
@@ -116,7 +115,7 @@ def _sums(loaded: LoadedModel, loader: Loader, device: str, seed: int, size: int
 
 def _terms(loaded: LoadedModel, batch: Batch, eps: Tensor | None) -> dict[str, Tensor]:
     """Return sums over the rows of a batch: the model's own terms, squared error, KL and moments per dimension."""
-    model = cast(Trainable, loaded.model)  # every registered model is one
+    model = loaded.model
     likelihood = loaded.config.model.likelihood
     result = model.loss(batch, eps=eps, beta=1.0, likelihood=likelihood)
     terms = {name: value.double() * len(batch) for name, value in result.tensors.items()}

@@ -128,7 +128,8 @@ def commit_manifest(store: Store, stem: str, parent: int, manifest: Mapping[str,
         store.put(f"{stem}.{number:06d}.json", canonical_json({"format": FORMAT_VERSION, "number": number, **manifest}), role="manifest")
     except AlreadyExists:
         raise RunFailed(
-            f"{store.url}: another append was committed as {stem}.{number:06d}.json while this one ran; run the same command again to append to it"
+            f"{store.url}: another append was committed as {stem}.{number:06d}.json while this one ran; "
+            "run the same command again to append to it"
         ) from None
     return number
 

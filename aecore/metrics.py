@@ -3,11 +3,13 @@
     metrics/<first>-<last>-<attempt>.jsonl
 
 A part is committed before the checkpoint that names it; parts of a killed attempt that no checkpoint names are not part of the run.
-Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one.
+Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one. All ranks must flush at the same
+step, but a part is due by time: each flush carries rank 0's estimate of the step of the next one to the other ranks.
 """
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +29,13 @@ class MetricLog:
     store: Store
     rank: Rank
     attempt: str
+    every_s: float
     parts: list[str] = field(default_factory=list)
     _names: tuple[str, ...] = ()
     _sums: list[Tensor] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
+    _due_rows: int = 1
+    _since: float = field(default_factory=time.monotonic)
 
     def add(self, row: Mapping[str, Any], means: Mapping[str, Tensor], rows: int) -> None:
         """Record one step: `means` over this rank's `rows` samples (0 rows: none of it counts). No device sync."""
@@ -38,24 +43,41 @@ class MetricLog:
         self._sums.append(torch.stack([mean.detach().float() for mean in means.values()]) * rows)
         self._rows.append(dict(row))
 
+    @property
+    def due(self) -> bool:
+        """Whether so many steps were added that about `every_s` seconds must have passed; the same on all ranks."""
+        return len(self._rows) >= self._due_rows
+
     def flush(self, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Reduce and write what was added; return the last step's row. RunFailed at a loss that is not finite."""
         if not self._rows:
             return {}
-        totals = all_sum(self.rank, torch.stack(self._sums))
-        for row, total in zip(self._rows, totals.tolist(), strict=True):
+        sums = torch.stack(self._sums)
+        totals = all_sum(self.rank, torch.cat([sums.flatten(), sums.new_tensor([self._next_due()])])).tolist()
+        self._due_rows, self._since = int(totals.pop()), time.monotonic()
+        width = len(self._names)
+        for number, row in enumerate(self._rows):
+            total = totals[number * width : (number + 1) * width]
             row.update({name: value / row["samples"] for name, value in zip(self._names, total, strict=True)})
         rows, self._rows, self._sums = self._rows, [], []
         bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
         if bad is not None:
             raise RunFailed(
                 f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): training stopped, the checkpoints before "
-                "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, and write to another out"
+                "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, "
+                "and write to another out"
             )
         if validation is not None:
             rows[-1]["validation"] = dict(validation)
         self._write(rows)
         return rows[-1]
+
+    def _next_due(self) -> int:
+        """Return rank 0's estimate of the steps that `every_s` seconds hold; 0 on the other ranks, so that the sum is the estimate."""
+        if self.rank.index != 0:
+            return 0
+        seconds = max(time.monotonic() - self._since, 1e-6)
+        return max(1, min(100_000, round(self.every_s * len(self._rows) / seconds)))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"

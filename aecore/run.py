@@ -32,7 +32,7 @@ class TrainSpec:
     seed: int = knob(0, "seed of weights, order and noise", ge=0)
     precision: Literal["fp32", "bf16"] = knob("fp32", "fp32, or bf16 autocast (heads and losses stay fp32)")
     init_from: str | None = knob(None, "run or checkpoint whose weights are the start")
-    log_every_steps: int = knob(100, "steps between metric parts (at checkpoints and epoch ends in any case)", ge=1, identity=False)
+    log_every_s: float = knob(10.0, "seconds between metric parts (at checkpoints and epoch ends in any case)", ge=0, identity=False)
 
 
 @spec

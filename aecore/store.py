@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from aecore.errors import ConfigError, DataError, StoreError
@@ -167,10 +167,10 @@ class LocalStore:
             try:
                 os.link(staged, target)
             except FileExistsError:
-                if target.stat().st_size != ref.bytes or sha256_file(target) != ref.sha256:
-                    raise AlreadyExists(
-                        f"{target} exists with other content (sha256 {sha256_file(target)[:12]}, ours {ref.sha256[:12]}): nothing was overwritten"
-                    ) from None
+                there = sha256_file(target)
+                if there != ref.sha256:
+                    ours = f"(sha256 {there[:12]}, ours {ref.sha256[:12]})"
+                    raise AlreadyExists(f"{target} exists with other content {ours}: nothing was overwritten") from None
             fault_point(f"{role}.linked")
             _fsync(target.parent)
         return ref

@@ -20,7 +20,7 @@ from aecore.errors import DataError, did_you_mean
 from aecore.generations import newest_number
 from aecore.store import Store, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
-from aecore.table_write import Column, fixed_size_list, numpy_view, part_metadata, read_part
+from aecore.table_write import Column, fixed_size_list, numpy_view, part_metadata, read_footer, read_part
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,11 @@ class LatentTable:
     @cached_property
     def schema(self) -> pa.Schema:
         """All columns of all parts (an append may add metadata columns); reads the parts' footers."""
-        schemas = [pq.read_schema(self.store.local(part.file)).remove_metadata() for part in self.parts]
+        schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
+
+    def _schema_of(self, part: TablePart) -> pa.Schema:
+        return read_footer(self.store, part.file).schema.to_arrow_schema()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -93,7 +96,7 @@ class LatentTable:
             raise DataError(f"table {self.url} has no column {name!r}{did_you_mean(name, self.columns)}")
         wanted = self.schema.field(name).type
         for part in self.parts:
-            if name in self.manifest.columns or name in pq.read_schema(self.store.local(part.file)).names:
+            if name in self.manifest.columns or name in self._schema_of(part).names:
                 yield self.read(part, [name]).column(name)
             else:  # a metadata column that came with a later generation
                 yield pa.chunked_array([pa.nulls(part.rows, wanted)])
@@ -154,8 +157,8 @@ class LatentTable:
         Reads the key column of the parts whose key statistics admit the key.
         """
         for part in self.parts:
-            path = self.store.local(part.file)
-            if not _may_hold(path, key):
+            footer = read_footer(self.store, part.file)
+            if not _may_hold(footer, key):
                 continue
             table = self.read(part, ["key", "ordinal"])
             row = pc.index(table.column("key"), pa.scalar(key, table.schema.field("key").type)).as_py()
@@ -167,7 +170,7 @@ class LatentTable:
                     "part": part.file.name,
                     "part_sha256": part.file.sha256,
                 }
-                return {**where, "shard": shard, **self.manifest.lineage, "produced_by": part_metadata(pq.read_schema(path))}
+                return {**where, "shard": shard, **self.manifest.lineage, "produced_by": part_metadata(footer.schema.to_arrow_schema())}
         raise DataError(f"table {self.url} has no row with the key {key!r}: it may be in quarantine/, or not in the dataset")
 
     def verify(self, *, read_data: bool = False, dataset: str | None = None) -> "TableReport":
@@ -177,10 +180,9 @@ class LatentTable:
         return verify_table(self, read_data=read_data, dataset_url=dataset)
 
 
-def _may_hold(path: Any, key: str) -> bool:  # any: a path
-    metadata = pq.read_metadata(path)
-    for group in range(metadata.num_row_groups):
-        statistics: Any = metadata.row_group(group).column(0).statistics  # any: minimum and maximum have the column's type
+def _may_hold(footer: pq.FileMetaData, key: str) -> bool:
+    for group in range(footer.num_row_groups):
+        statistics: Any = footer.row_group(group).column(0).statistics  # any: minimum and maximum have the column's type
         if statistics is None or not statistics.has_min_max or statistics.min <= key <= statistics.max:
             return True
     return False

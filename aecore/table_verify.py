@@ -12,13 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
 from aecore.errors import DataError
 from aecore.table import LatentTable
 from aecore.table_manifest import TablePart
-from aecore.table_write import part_metadata, read_part
+from aecore.table_write import part_metadata, read_footer, read_part
 
 SHOWN = 20
 
@@ -56,7 +55,7 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     for part in table.parts:
         try:
-            problems += _footer_problems(table, part)
+            problems += _footer_problems(table, part, read_data)
             if read_data or dataset is not None:
                 rows = read_part(table.store, part.file, ["key", "shard", "ordinal"])
                 keys.append(rows.column("key"))
@@ -79,16 +78,13 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     return TableReport(table.url, table.manifest.number, len(table.parts), table.num_rows, quarantined, read_data, dataset_url)
 
 
-def _footer_problems(table: LatentTable, part: TablePart) -> Iterator[str]:
+def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> Iterator[str]:
     name = part.file.name
-    if part.quarantine is not None:
-        table.store.local(part.quarantine)
-    path = table.store.local(part.file)
-    try:
-        footer = pq.read_metadata(path)
-        metadata = part_metadata(footer.schema.to_arrow_schema())
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is damaged ({error})") from error
+    for ref in (part.file, part.quarantine):
+        if ref is not None:
+            table.store.local(ref, verify=read_data)
+    footer = read_footer(table.store, part.file)
+    metadata = part_metadata(footer.schema.to_arrow_schema())
     if footer.num_rows != part.rows:
         yield f"{name} has {footer.num_rows} rows, the manifest says {part.rows}"
     span = part.row_stop - part.row_start
@@ -104,8 +100,8 @@ def _row_problems(table: LatentTable, part: TablePart, rows: pa.Table, read_data
     if rows.column("shard").unique().to_pylist() not in ([], [part.shard]):
         yield f"{part.file.name} has rows of another shard than {part.shard}"
     if read_data:
-        read_part(table.store, part.file, verify=True)  # every page of every column
-        refused = 0 if part.quarantine is None else len(read_part(table.store, part.quarantine, verify=True))
+        read_part(table.store, part.file)  # every page of every column
+        refused = 0 if part.quarantine is None else len(read_part(table.store, part.quarantine))
         if refused != part.quarantined:
             yield f"quarantine of {part.stem} has {refused} rows, the manifest says {part.quarantined}"
 

@@ -6,9 +6,11 @@ A part of GPU floats may differ in its last bits between two attempts: the attem
 part there is the same one (metadata, columns, keys, checksums) and records that one.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -147,17 +149,28 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
 
 def part_metadata(schema: pa.Schema) -> dict[str, str]:
     """Return our key-value metadata of a part's schema, without the prefix."""
-    pairs = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
 
 
-def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, *, verify: bool = False) -> pa.Table:
-    """Read columns of a committed part, every page checked; with `verify` the file's sha256 too. DataError if it is damaged."""
-    path = store.local(ref, verify=verify)
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        table: pa.Table = pq.read_table(
-            path, columns=None if columns is None else list(columns), partitioning=None, memory_map=True, page_checksum_verification=True
-        )
-    except (OSError, pa.ArrowException) as error:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is damaged ({error}): restore it, or encode to another URL") from error
+
+
+def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read columns of a committed part, every page checked against its checksum; DataError if it is damaged."""
+    path, wanted = store.local(ref), None if columns is None else list(columns)
+    with _damage_named(path):
+        table: pa.Table = pq.read_table(path, columns=wanted, partitioning=None, memory_map=True, page_checksum_verification=True)
     return table
+
+
+def read_footer(store: Store, ref: FileRef) -> pq.FileMetaData:
+    """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged."""
+    path = store.local(ref)
+    with _damage_named(path):
+        return pq.read_metadata(path)

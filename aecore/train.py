@@ -92,7 +92,7 @@ class _Training:
         if job.checkpoint.best and self.val_loader is None:
             raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
         self.total_steps = total_steps(job, dataset)
-        self.log = MetricLog(store, rank, self.attempt)
+        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
         self.best: dict[str, Any] | None = None
         self.objective = Objective(self._build(), Transform(job.transform), job.model.likelihood).to(rank.device)
         self.optimizer = build_optimizer(job.optim, self.objective)
@@ -188,7 +188,7 @@ class _Training:
         epoch_end = self.step % self.loader.steps_per_epoch == 0 or last
         every = job.checkpoint.every_steps
         due = last or (self.step % every == 0 if every else epoch_end) or (epoch_end and job.checkpoint.best)
-        if not (due or epoch_end or self.step % job.train.log_every_steps == 0):
+        if not (due or epoch_end or self.log.due):
             return False
         validation = self._validate() if epoch_end and self.val_loader is not None else None
         row = self.log.flush(validation)

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args([word for word in words if not OVERRIDE.match(word)])
     args.overrides = [word for word in words if OVERRIDE.match(word)]
     _log(args.debug)
+    if threading.current_thread() is threading.main_thread():  # `docker stop` and cluster schedulers end like Ctrl-C: workers too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.verb(args)
     except KeyboardInterrupt:
@@ -91,7 +95,7 @@ def _run(args: Args) -> None:
     from pipelines.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    recipe.require("out")
+    steps.check_pipeline(recipe)
     if args.dry_run:
         names = steps.stages(recipe)
         plan = {"stages": {name: steps.stage(recipe, name).tree["out"] for name in names}, "recipe": recipe.resolved()}
@@ -157,6 +161,8 @@ def _flow(name: str, debug: bool) -> Callable[..., Any]:
     from importlib import import_module
 
     module = import_module(f"pipelines.flows.{name}")
+    for logger in ("aecore", "pipelines"):  # Prefect's own handlers take them from here on
+        logging.getLogger(logger).handlers = []
     if not debug:
         import_module("pipelines.flows.console").hide_tracebacks()
     flow: Callable[..., Any] = getattr(module, f"{name}_flow")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aecore.data.transform import TransformSpec
     from aecore.encode_worker import EncodeSpec
     from aecore.optim import OptimSpec
-    from aecore.train import CheckpointSpec, TrainSpec
+    from aecore.run import CheckpointSpec, TrainSpec
 
 
 @spec
@@ -78,8 +78,8 @@ SECTIONS: dict[str, str | Registry] = {
     "backbone": BACKBONES,
     "transform": "aecore.data.transform:TransformSpec",
     "optim": "aecore.optim:OptimSpec",
-    "train": "aecore.train:TrainSpec",
-    "checkpoint": "aecore.train:CheckpointSpec",
+    "train": "aecore.run:TrainSpec",
+    "checkpoint": "aecore.run:CheckpointSpec",
     "input": "aecore.data.loader:InputSpec",
     "encode": "aecore.encode_worker:EncodeSpec",
     "evaluate": "pipelines.config:EvaluateSpec",

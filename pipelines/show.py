@@ -56,7 +56,7 @@ def _table(store: Store) -> Tree:
 def _run(store: Store) -> Tree:
     from aecore.checkpoint import committed_checkpoints
     from aecore.metrics import last_row
-    from aecore.train import finished_run
+    from aecore.run import finished_run
 
     claim, done = read_json(store, "run.000001.json"), finished_run(store)
     return {
@@ -113,7 +113,7 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
 def _verify_run(store: Store) -> Tree:
     """Check every file of every committed checkpoint and of the published model (they are small: always by sha256)."""
     from aecore.checkpoint import committed_checkpoints, read_checkpoint
-    from aecore.train import finished_run
+    from aecore.run import finished_run
 
     problems, checked = [], 0
     names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished_run(store) else [])

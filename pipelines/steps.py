@@ -24,9 +24,8 @@ def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
     from aecore.data.manifest import DatasetManifest
     from pipelines.cluster.fanout import ray_fan_out
 
+    check_source(recipe)
     started, source, out = time.perf_counter(), recipe.source, recipe.require("out")
-    if getattr(source, "url", None) == "":
-        raise ConfigError("source.url is missing: add source.url=..., for example source.url=/data/images")
     workers = recipe.cluster.num_workers
     urls = [url for url in (getattr(source, "url", ""), out) if url]
     made = shard_dataset(
@@ -40,6 +39,12 @@ def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
     )
     facts = dataset_summary(made) if isinstance(made, DatasetManifest) else dataclasses.asdict(made)
     return {"step": "shard", "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
+
+
+def check_source(recipe: Recipe) -> None:
+    """ConfigError that shows an example if the source needs an address and has none."""
+    if getattr(recipe.source, "url", None) == "":
+        raise ConfigError("source.url is missing: add source.url=..., for example source.url=/data/images")
 
 
 def dataset_summary(manifest: Any) -> Tree:
@@ -80,8 +85,8 @@ def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
 
 
 def train_job_of(recipe: Recipe) -> Any:
-    """Return the `aecore.train.TrainJob` of a recipe."""
-    from aecore.train import TrainJob
+    """Return the `aecore.run.TrainJob` of a recipe."""
+    from aecore.run import TrainJob
 
     parts = {name: getattr(recipe, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input")}
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
@@ -91,7 +96,7 @@ def _train_plan(job: Any) -> Tree:
     """Return what `train` would do: checks dataset, shapes and the owner of `out`, builds the model, writes nothing."""
     from aecore.checkpoint import ModelConfig
     from aecore.generations import read_json, require_same
-    from aecore.train import _total_steps, finished_run, pinned_dataset
+    from aecore.run import finished_run, pinned_dataset, total_steps
 
     store = open_store(job.out)
     dataset = pinned_dataset(job, store)
@@ -107,7 +112,7 @@ def _train_plan(job: Any) -> Tree:
         "samples": dataset.manifest.num_samples(job.train.split),
         "input_shape": list(shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": _total_steps(job, dataset),
+        "steps": total_steps(job, dataset),
     }
 
 
@@ -175,6 +180,13 @@ def stage(recipe: Recipe, name: str) -> Recipe:
         "evaluate": {"run": f"{root}/run", "data": data},
     }
     return Recipe(recipe.travelling() | places[name])
+
+
+def check_pipeline(recipe: Recipe) -> None:
+    """ConfigError for what would stop a pipeline only after its first stages."""
+    recipe.require("out")
+    if "shard" in stages(recipe):
+        check_source(recipe)
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.realdata import unpack_real
 
@@ -32,6 +33,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
 )
+
+# a shared machine stalls now and then; in CI the same examples every time
+settings.register_profile("aecore", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("aecore")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ as well. Nothing is downloaded: where the data are absent, tests that want them 
 
 import os
 import re
+import shutil
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -29,14 +30,14 @@ def data_folder() -> Path:
 def unpack(name: str, target: Path, *, train_per_class: int | None = None, test_per_class: int | None = None) -> Path:
     """Write `<split>/<class>/<image>` of data set `name` below `target` and return it; NoRealData if it is absent.
 
-    The limits take the first images of each class by name; None takes all. A folder that is unpacked already is linked to, not copied.
+    The limits take the first images of each class by name; None takes all. An unpacked folder is copied: sources follow no links.
     """
     folder, archive = data_folder() / ARCHIVES[name], data_folder() / f"{ARCHIVES[name]}.zip"
     limits = {"train": train_per_class, "test": test_per_class}
     if folder.is_dir():
         for member in _chosen([path.relative_to(folder).as_posix() for path in folder.glob("*/*/*")], limits):
             (target / member).parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(folder.resolve() / member, target / member)
+            shutil.copyfile(folder / member, target / member)
         return target
     if not archive.is_file():
         raise NoRealData(f"no {archive.name} in {data_folder()}: set AECORE_DATA to the folder that holds it")

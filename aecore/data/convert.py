@@ -26,6 +26,8 @@ def prepare(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:
     header = image_header(data, ext)
     if shards.check == "decode":
         load_image(data, header)
+    if shards.resize is None and shards.mode == "keep":
+        return header, data
     if (shards.resize is None or header.width == header.height == shards.resize) and shards.mode in ("keep", header.mode):
         return header, data
     return _converted(data, header, shards)

@@ -25,7 +25,8 @@ PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMP
 MODE_DTYPES = {
     **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA"), "u1"),
     **dict.fromkeys(("I;16", "RGB;16", "LA;16", "RGBA;16"), "u2"),
-    **{"I": "i4", "F": "f4"},
+    "I": "i4",
+    "F": "f4",
 }
 
 
@@ -181,8 +182,8 @@ def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
         return importlib.import_module("PIL.Image" if name == "pillow" else name)
     except ImportError as error:
         raise ConfigError(
-            f"transform.decoder={name} needs the Python package {name} ({error}): install it (pip install {name}), or choose the other decoder "
-            "(imagecodecs, pillow; JPEG pixels then differ by a few levels)"
+            f"transform.decoder={name} needs the Python package {name} ({error}): install it (pip install {name}), "
+            "or choose the other decoder of imagecodecs and pillow (JPEG pixels then differ by a few levels)"
         ) from error
 
 

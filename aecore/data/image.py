@@ -75,7 +75,7 @@ def _png_header(data: bytes) -> ImageHeader:
     header = _headers_seen.get(data[:33]) or _png_start(data)
     position, size, has_pixels = 33, len(data), False
     try:
-        while True:
+        while data[position:] != _PNG_END:  # almost always true at the first IEND; else its own CRC is checked like any other
             length, kind = _chunk_head(data, position)
             end = position + 8 + length
             if zlib.crc32(data[position + 4 : end]) != _chunk_crc(data, end)[0]:

@@ -93,13 +93,21 @@ class Loader:
 
         A rank without a sample in a short last step gets one repeated row with empty `positions` and `ordinals`: run it, count it 0.
         """
-        return prefetched(self._training(start_step, stop_step), self.spec.prefetch)
+        step = start_step
+        while stop_step is None or step < stop_step:
+            ahead = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+            stop = ahead if stop_step is None else min(ahead, stop_step)
+            # a thread costs more than taking rows from RAM: 0.93 instead of 0.99 of the loop on data in RAM (MNIST, MLP)
+            yield from prefetched(self._epoch(step, stop), 0 if self.rows.in_ram else self.spec.prefetch)
+            step = stop
 
     def range_batches(self, start_row: int, stop_row: int, batch: int) -> Generator[Batch, None, None]:
         """Yield samples [start_row, stop_row) of the split in stored order, `batch` at a time; every batch counts as a global one."""
         if not 0 <= start_row <= stop_row <= self.num_samples or batch < 1:
-            raise DataError(f"rows [{start_row}, {stop_row}) by {batch} do not lie in the {self.num_samples} samples of split {self.rows.split!r}")
-        return prefetched(self._range(start_row, stop_row, batch), self.spec.prefetch)
+            raise DataError(
+                f"rows [{start_row}, {stop_row}) by {batch} do not lie in the {self.num_samples} samples of split {self.rows.split!r}"
+            )
+        return prefetched(self._range(start_row, stop_row, batch), 0 if self.rows.in_ram else self.spec.prefetch)
 
     def shard_batches(self, shard: ShardRef, batch: int, start: int = 0, stop: int | None = None) -> Generator[ShardBatch, None, None]:
         """Yield rows [start, stop) of one shard, cut every `batch` rows; rows that do not decode are reported instead of raised.
@@ -128,19 +136,16 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _training(self, step: int, stop: int | None) -> Generator[Batch, None, None]:
-        known, order = -1, self.order(0)
-        while stop is None or step < stop:
-            epoch, step_in_epoch = locate(step, self.steps_per_epoch)
-            if epoch != known:
-                known, order = epoch, self.order(epoch)
-            part = order.step(step_in_epoch, self.rank, self.world, self.global_batch)
+    def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        epoch, first = locate(start, self.steps_per_epoch)
+        order = self.order(epoch)
+        for step in range(first, first + stop - start):
+            part = order.step(step, self.rank, self.world, self.global_batch)
             if len(part.indices):
                 yield self._batch(self.rows.read(part.indices), part.positions, part.num_global)
             else:
                 rows = self.rows.read(np.zeros(1, np.int64))
                 yield self._batch(rows._replace(ordinals=rows.ordinals[:0]), part.positions, part.num_global)
-            step += 1
 
     def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:
         for begin in range(start, stop, batch):

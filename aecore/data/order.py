@@ -42,7 +42,8 @@ def check_lanes(global_batch: int, lanes: int, world: int = 1) -> None:
         fits = max(c for c in range(1, min(lanes, global_batch) + 1) if global_batch % c == 0)
         batches = f"{below} or {above}" if below else str(above)
         raise ConfigError(
-            f"train.global_batch is {global_batch}, which train.lanes={lanes} does not divide: use train.global_batch={batches}, or train.lanes={fits}"
+            f"train.global_batch is {global_batch}, which train.lanes={lanes} does not divide: "
+            f"use train.global_batch={batches}, or train.lanes={fits}"
         )
     if world > lanes:
         raise ConfigError(f"{world} ranks need at least as many lanes, train.lanes is {lanes}: use fewer workers or train.lanes>={world}")

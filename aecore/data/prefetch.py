@@ -18,11 +18,7 @@ def prefetched(source: Generator[T, None, None], depth: int) -> Generator[T, Non
     `source` is closed at the end in either case.
     """
     if depth == 0:
-        with_close = source
-        try:
-            yield from with_close
-        finally:
-            with_close.close()
+        yield from source
         return
     items: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
     room = threading.Semaphore(depth)

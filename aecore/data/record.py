@@ -36,8 +36,10 @@ ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
 MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
 _USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
 
+_PLAIN = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*(?:/[A-Za-z0-9-][A-Za-z0-9_-]*)*")
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_-]")
 _SHORTENED = re.compile(r".{40}-[0-9a-f]{32}")
+_SHORTENED_BYTES = 73
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ def encode_key(path: str) -> str:
     key that no USTAR header can hold become their first 40 bytes + `-` + 32 hex of the sha256 of what they replace; so does
     a path that already looks like that, which keeps the encoding injective.
     """
+    if len(path) < _SHORTENED_BYTES and _PLAIN.fullmatch(path):  # nearly all paths: nothing to encode, nothing to shorten
+        return path
     components = [_shorten(_encode(part), MAX_COMPONENT_BYTES) for part in path.split("/")]
     key = "/".join(components)
     if len(components) == 1:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class SplitRows:
                 for column, values in zip(cache, self._load(missing), strict=True):
                     column[missing] = values
                 self._filled[missing] = True
-                if self._filled.all():
+                if self.in_ram:
                     self.close()
             return Rows(*(column[indices] for column in cache))
 
@@ -84,6 +84,11 @@ class SplitRows:
             members = shard.reader.read_rows(np.arange(start, stop))
             ordinals, labels = shard.ordinals[start:stop].copy(), shard.labels[start:stop].copy()
         return Rows(self._decoder.batch(members, on_bad), ordinals, labels)
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether every sample is in the cache: nothing is read or decoded any more."""
+        return bool(len(self._filled)) and bool(self._filled.all())
 
     def reader(self, number: int) -> ShardReader:
         """Return the open reader of one shard: its index is read and verified once."""
@@ -144,5 +149,7 @@ class SplitRows:
 
 def _use_cache(mode: CacheMode, needed: int, limit: int) -> bool:
     if mode == "ram" and needed > limit:
-        raise ConfigError(f"input.cache=ram needs {needed} bytes for the decoded split, input.cache_bytes is {limit}: raise it, or use input.cache=none")
+        raise ConfigError(
+            f"input.cache=ram needs {needed} bytes for the decoded split, input.cache_bytes is {limit}: raise it, or use input.cache=none"
+        )
     return mode != "none" and needed <= limit

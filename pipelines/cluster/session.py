@@ -10,6 +10,8 @@ import logging
 import math
 import os
 import secrets
+import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,18 +31,17 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
-_started_here = False
 
 
 def connect(cluster: ClusterSpec) -> None:
     """Make sure that this process is connected to Ray; ClusterError if that fails or takes too long."""
-    for name, value in _SETTINGS.items():
+    address = os.environ.get("RAY_ADDRESS")
+    for name, value in (_SETTINGS if address else _SETTINGS | _own_token()).items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
     started = time.perf_counter()
     try:
         if address:
@@ -50,19 +51,16 @@ def connect(cluster: ClusterSpec) -> None:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+        why = str(error).strip().splitlines()[0]
         raise ClusterError(
-            f"cannot {'reach' if address else 'start'} {where}: {error}; check the address (and RAY_AUTH_MODE / RAY_AUTH_TOKEN), "
+            f"cannot {'reach' if address else 'start'} {where}: {why}; check the address (and RAY_AUTH_MODE / RAY_AUTH_TOKEN), "
             "or unset RAY_ADDRESS to start one here, or set cluster.num_workers=0 to work in this process"
         ) from error
     logger.info("%s Ray in %.1f s: %s", "connected to" if address else "started", time.perf_counter() - started, _says(_totals(ray)))
 
 
 def _start_local(ray: Any) -> None:
-    global _started_here
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    _make_importable()
+    make_importable()
     ray.init(
         address="local",
         include_dashboard=False,
@@ -71,21 +69,23 @@ def _start_local(ray: Any) -> None:
         logging_level=logging.WARNING,
         configure_logging=True,
     )
-    _started_here = True
+
+
+def _own_token() -> dict[str, str]:
+    """Return a token for a Ray of ours, unless the user set one up. Ray reads it at its import, and not again."""
+    if "ray" in sys.modules or any(name.startswith("RAY_AUTH_") for name in os.environ):
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def disconnect() -> None:
-    """End a Ray that `connect` started and all work in it; leave any other cluster (its jobs of ours end with us)."""
-    global _started_here
-    import sys
-
+    """End our work and leave the cluster; one that `connect` started ends with it, any other goes on."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
-    _started_here = False
 
 
-def _make_importable() -> None:
+def make_importable() -> None:
     """Let workers import what we import: they have another working directory, so the folder of our packages goes into PYTHONPATH."""
     roots = []
     for package in ("aecore", "pipelines"):
@@ -98,8 +98,6 @@ def _make_importable() -> None:
 
 def _require_reachable(address: str, timeout_s: float) -> None:
     """Try the port of `host:port` first: ray.init waits for minutes at an address where nothing listens."""
-    import socket
-
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # "auto" and the like: Ray's own look-up, which fails at once

@@ -17,8 +17,9 @@ from typing import Any
 
 from aecore.errors import AecoreError, ClusterError, RunFailed
 from aecore.ranks import Rank
+from aecore.run import RunResult, TrainJob, finished_run
 from aecore.store import open_store
-from aecore.train import RunResult, TrainJob, finished_run, fit
+from aecore.train import fit
 from pipelines.cluster.session import (
     connect,
     disconnect,

@@ -21,6 +21,7 @@ def set_defaults() -> None:
     """Set what the environment does not say already."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last level only, and hangs if it cannot
 
 
 set_defaults()

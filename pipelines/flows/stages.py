@@ -5,6 +5,7 @@ cluster or unknown errors; a wrong config or damaged data would fail again and i
 nothing that Ray workers print reaches Prefect. Prefect's cache is off: what is done is decided by the records on disk.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,8 @@ def _make(name: str) -> Any:
     )
     def step(recipe: dict[str, Any]) -> dict[str, Any]:
         logger = get_run_logger()
+        for package in ("aecore", "pipelines"):  # what they log in this process belongs to the run's log
+            logging.getLogger(package).setLevel(logging.INFO)
         summary = STEPS[name](Recipe(recipe), both(terminal(), log_to(logger)))
         logger.info("%s done in %.1f s", name, summary["seconds"])
         leave_artifacts(name, summary)

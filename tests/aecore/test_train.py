@@ -72,7 +72,7 @@ def _files(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("stage", ["staged", "synced", "linked"])
 def test_a_run_killed_at_any_fault_point_ends_like_an_uninterrupted_one(data, tmp_path, tmp_path_factory, role, stage):
     whole = tmp_path_factory.getbasetemp() / "whole-run"
-    options = {"every_steps": 15, "epochs": 2, "max_steps": 50, "log_every_steps": 10}
+    options = {"every_steps": 15, "epochs": 2, "max_steps": 50, "log_every_s": 0.05}
     if not (whole / "model/checkpoint.json").exists():
         fit(small_job(data, whole, **options))
     job = small_job(data, tmp_path / "run", **options)
@@ -104,7 +104,7 @@ def _killed(job, fault: str) -> bool | None:
 
 
 def test_a_run_resumes_in_the_middle_of_an_epoch_on_another_number_of_ranks(data, tmp_path):
-    options = {"every_steps": 20, "epochs": 2, "log_every_steps": 10}
+    options = {"every_steps": 20, "epochs": 2, "log_every_s": 0.05}
     fit(small_job(data, tmp_path / "whole", **options))
     job = small_job(data, tmp_path / "run", **options)
     assert _killed(job, "checkpoint.linked:2") is True

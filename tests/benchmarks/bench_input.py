@@ -1,18 +1,14 @@
-"""Share of a training loop's speed that each way of reading the data keeps: the same net, batch size and samples, an epoch at a time.
+"""How fast an epoch from shards is, against the same loop on data in RAM, webdataset's loader and a folder of images; one torch thread.
 
-    python -m tests.benchmarks.bench_input [--data mnist|jpeg256] [--nets mlp,conv,none] [--images 10000] [--pairs 5]
-
-Sides: ram (decoded samples indexed in RAM: 1.0 by definition), ours from shards (cold: decoded anew), ours from the RAM cache (warm),
-webdataset's own WebLoader, a folder of images with Pillow behind a DataLoader. Rounds are interleaved; a ratio is taken inside a round,
-the median over rounds is shown with the lowest and highest. `read` compares raw reading with checksums with webdataset's reading.
+"Decoded anew" reads and decodes every sample in every epoch; "RAM cache" is the default for a split that fits `input.cache_bytes`,
+from its second epoch on. webdataset runs its WebLoader, the folder torch's DataLoader, both with Pillow and in this process
+(their worker processes do not help on 2 cores). `reading` takes the bytes alone.
 """
 
-import argparse
+import functools
 import io
-import os
-import statistics
+import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +21,10 @@ from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.sources.folder import FolderSpec
+from tests.benchmarks.pairs import HEADER, compare
 from tests.realdata import unpack
+
+MNIST_IMAGES, JPEG_IMAGES, JPEG_STEPS, PAIRS = 10_000, 1_000, 8, 5  # a 256x256 step takes long: the first steps of an epoch stand for it
 
 Epoch = Callable[[], Iterable[Tensor]]  # uint8 batches [n, C, H, W] of one epoch
 
@@ -74,7 +73,9 @@ def webdataset_loader(dataset: Dataset, batch: int, ext: str) -> Epoch:
     tars = [f"{dataset.url}/{shard.tar.name}" for shard in dataset.manifest.split("train")]
 
     def epoch() -> Iterator[Tensor]:
-        source = wds.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).to_tuple(ext).map_tuple(pixels).batched(batch, collation_fn=None)
+        source = (
+            wds.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).to_tuple(ext).map_tuple(pixels).batched(batch, collation_fn=None)
+        )
         return (torch.stack([sample[0] for sample in samples]) for samples in wds.WebLoader(source, batch_size=None, num_workers=0))
 
     return epoch
@@ -98,16 +99,17 @@ def folder_loader(root: Path, batch: int) -> Epoch:
 def make_net(kind: str, shape: tuple[int, ...]) -> nn.Module:
     size = int(np.prod(shape))
     if kind == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 20), nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, size))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 20), nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, size)
+        )
     down = [nn.Conv2d(shape[0], 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()]
     up = [nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, shape[0], 4, 2, 1), nn.Flatten()]
     return nn.Sequential(*down, *up)
 
 
-def seconds(epoch: Epoch, net: nn.Module | None, expected: int) -> float:
-    """Train one epoch (only read, without a net) and return how long it took."""
-    optimizer = torch.optim.Adam(net.parameters(), fused=True) if net else None
-    began, seen = time.perf_counter(), 0
+def train(epoch: Epoch, net: nn.Module | None, expected: int) -> None:
+    """Train one epoch (only read it, without a net)."""
+    optimizer, seen = torch.optim.Adam(net.parameters(), fused=True) if net else None, 0
     for stored in epoch():
         seen += len(stored)
         if net and optimizer:
@@ -117,85 +119,73 @@ def seconds(epoch: Epoch, net: nn.Module | None, expected: int) -> float:
             loss.backward()
             optimizer.step()
     assert seen == expected
-    return time.perf_counter() - began
 
 
-def peak_mib(work: Callable[[], object]) -> float:
-    """Return by how many MiB the process grew at most while `work` ran (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work()
-    return (_status("VmHWM") - before) / 1024
+def first(epoch: Epoch, steps: int) -> Epoch:
+    def shortened() -> Iterator[Tensor]:
+        batches = iter(epoch())
+        yield from itertools.islice(batches, steps)
+
+    return shortened
 
 
-def _status(name: str) -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+def show(name: str, ours: Callable[[], None], theirs: Callable[[], None], units: int, asked: str = "") -> None:
+    print(compare(name, ours, theirs, units=units, pairs=PAIRS).row(asked), flush=True)
 
 
-def compare(sides: dict[str, Epoch], kind: str, shape: tuple[int, ...], pairs: int, samples: int) -> None:
-    torch.manual_seed(0)
-    net = None if kind == "none" else make_net(kind, shape)
-    peaks = {name: peak_mib(lambda epoch=epoch: seconds(epoch, net, samples)) for name, epoch in sides.items()}  # also the warm-up
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(pairs):
-        for name, epoch in sides.items():
-            times[name].append(seconds(epoch, net, samples))
-    for name, taken in times.items():
-        ratios = sorted(ram / own for ram, own in zip(times["ram"], taken, strict=True))
-        speed = samples / statistics.median(taken)
-        shown = f"{statistics.median(ratios):5.2f} of ram ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        print(f"| {kind:4} | {name:10} | {speed:9,.0f} samples/s | {shown} | +{peaks[name]:.0f} MiB |", flush=True)
+def epochs(dataset: Dataset, folder: Path) -> None:
+    """Loops with a net against the loop on data in RAM; reading alone against webdataset's and a folder's loader."""
+    shape, samples = dataset.manifest.input_shape(), dataset.manifest.num_samples("train")
+    large = shape[1] == 256
+    batch, size = 16 if large else 128, f"{shape[1]}x{shape[2]}"
+    ram, cold, warm = in_ram(dataset, batch), ours(dataset, batch, "none"), ours(dataset, batch, "ram")
+    peers = {"webdataset": webdataset_loader(dataset, batch, "jpg" if large else "png"), "folder of images": folder_loader(folder, batch)}
+    for kind, asked in (("conv", "0.95"),) if large else (("mlp", "0.90"), ("conv", "0.95")):
+        torch.manual_seed(0)
+        net, units = make_net(kind, shape), JPEG_STEPS * batch if large else samples
+
+        def side(epoch: Epoch, net: nn.Module = net, units: int = units) -> Callable[[], None]:
+            return lambda: train(first(epoch, JPEG_STEPS) if large else epoch, net, units)
+
+        show(f"epoch of {size} images, {kind} net: decoded anew, against data in RAM", side(cold), side(ram), units, asked)
+        show(f"epoch of {size} images, {kind} net: RAM cache, against data in RAM", side(warm), side(ram), units, asked)
+        for peer, epoch in () if large else peers.items():
+            show(f"epoch of {size} images, {kind} net: decoded anew, against {peer}", side(cold), side(epoch), units)
+    for peer, epoch in peers.items():
+        other = functools.partial(train, epoch, None, samples)
+        show(f"only reading {size} images: decoded anew, against {peer}", lambda: train(cold, None, samples), other, samples)
 
 
-def compare_reading(dataset: Dataset, pairs: int) -> None:
+def reading(dataset: Dataset) -> None:
+    """Bytes of all samples, decoded by nobody: our verified readers against webdataset's."""
     import webdataset as wds
 
-    shards = dataset.manifest.split("train")
+    shards, samples = dataset.manifest.split("train"), dataset.manifest.num_samples("train")
     tars = [f"{dataset.url}/{shard.tar.name}" for shard in shards]
-    sides: dict[str, Callable[[], int]] = {
-        "webdataset": lambda: sum(1 for _ in wds.WebDataset(tars, shardshuffle=False)),
-        "ours, all verified": lambda: sum(1 for shard in shards for _ in dataset.reader(shard).iterate()),
-        "ours by offset": lambda: sum(len(dataset.reader(shard).read_rows(np.arange(shard.samples))) for shard in shards),
-    }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(pairs + 1):
-        for name, read in sides.items():
-            began = time.perf_counter()
-            assert read() == dataset.manifest.num_samples("train")
-            times[name].append(time.perf_counter() - began)
-    for name, taken in times.items():
-        ratios = sorted(peer / own for peer, own in zip(times["webdataset"][1:], taken[1:], strict=True))
-        speed = dataset.manifest.num_samples("train") / statistics.median(taken[1:])
-        print(f"| read | {name:18} | {speed:9,.0f} samples/s | {statistics.median(ratios):.1f} x webdataset ({ratios[0]:.1f}-{ratios[-1]:.1f}) |", flush=True)
+
+    def peer() -> None:
+        assert sum(1 for _ in wds.WebDataset(tars, shardshuffle=False)) == samples
+
+    def strict() -> None:
+        assert sum(1 for shard in shards for _ in dataset.reader(shard).iterate()) == samples
+
+    def by_offset() -> None:
+        assert sum(len(dataset.reader(shard).read_rows(np.arange(shard.samples))) for shard in shards) == samples
+
+    show("read with checksums, every byte, against webdataset", strict, peer, samples, "5")
+    show("read with checksums, by offset, against webdataset", by_offset, peer, samples, "5")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=["mnist", "jpeg256"], default="mnist")
-    parser.add_argument("--nets", default="mlp,conv,none")
-    parser.add_argument("--images", type=int, default=0, help="default: 10000 of mnist, 200 of jpeg256")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--sides", default="ram,cold,warm,webdataset,folder")
-    args = parser.parse_args()
     torch.set_num_threads(1)
-    images, batch = args.images or {"mnist": 10_000, "jpeg256": 200}[args.data], {"mnist": 128, "jpeg256": 16}[args.data]
-    with tempfile.TemporaryDirectory(prefix="bench-input-") as scratch:
-        folder = make_folder(args.data, images, Path(scratch))
-        shard_dataset(FolderSpec(url=str(folder)), f"{scratch}/dataset")
-        dataset = open_dataset(f"{scratch}/dataset")
-        samples = dataset.manifest.num_samples("train")
-        print(f"{args.data}: {samples} images {dataset.manifest.input_shape()}, batch {batch}, {os.cpu_count()} cores, 1 torch thread", flush=True)
-        makers: dict[str, Callable[[], Epoch]] = {
-            "ram": lambda: in_ram(dataset, batch),
-            "cold": lambda: ours(dataset, batch, "none"),
-            "warm": lambda: ours(dataset, batch, "ram"),
-            "webdataset": lambda: webdataset_loader(dataset, batch, "png" if args.data == "mnist" else "jpg"),
-            "folder": lambda: folder_loader(folder, batch),
-        }
-        sides = {name: makers[name]() for name in args.sides.split(",")}
-        for kind in args.nets.split(","):
-            compare(sides, kind, dataset.manifest.input_shape(), args.pairs, samples)
-        compare_reading(dataset, args.pairs)
+    print(HEADER, flush=True)
+    for kind, images in (("mnist", MNIST_IMAGES), ("jpeg256", JPEG_IMAGES)):
+        with tempfile.TemporaryDirectory(prefix="bench-input-") as scratch:
+            folder = make_folder(kind, images, Path(scratch))
+            shard_dataset(FolderSpec(url=str(folder)), f"{scratch}/dataset")
+            dataset = open_dataset(f"{scratch}/dataset")
+            reading(dataset)
+            epochs(dataset, folder)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,15 @@
-"""One local Ray and one Prefect home for all tests of the pipelines."""
+"""One local Ray, and small artefacts that only readers use."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from pipelines.cluster.session import connect, disconnect
 from pipelines.config import ClusterSpec
 
-
-@pytest.fixture(scope="session", autouse=True)
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep Prefect's database out of the user's home, and servers and clusters of the user out of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        for name in ("PREFECT_API_URL", "RAY_ADDRESS"):
-            patch.delenv(name, raising=False)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        yield
+SMALL = ("source.num_samples=384", "splits.by=hash", "splits.test=0.1", "shards.max_samples=100")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +19,14 @@ def two_workers() -> Iterator[ClusterSpec]:
     connect(cluster)
     yield cluster
     disconnect()
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a dataset of 384 sprites in five shards (train and test); tests only read it."""
+    from pipelines.config import load_recipe
+    from pipelines.steps import shard
+
+    out = tmp_path_factory.mktemp("sprites") / "dataset"
+    shard(load_recipe(None, [f"out={out}", "source.kind=sprites", *SMALL, "cluster.num_workers=0"]))
+    return out

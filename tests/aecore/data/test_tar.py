@@ -16,7 +16,10 @@ SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
 
 def ours(samples: list[dict]) -> bytes:
     packed = b"".join(
-        b"".join(member(f"{sample['__key__']}.{ext}".encode(), sample[ext])) for sample in samples for ext in sorted(sample) if ext != "__key__"
+        b"".join(member(f"{sample['__key__']}.{ext}".encode(), sample[ext]))
+        for sample in samples
+        for ext in sorted(sample)
+        if ext != "__key__"
     )
     return packed + end_of_archive(len(packed))
 
@@ -33,7 +36,11 @@ def random_samples(seed: int, count: int) -> list[dict]:
     random = np.random.default_rng(seed)
     names = ["".join(random.choice(list("abcXYZ019-%"), random.integers(1, 90))) for _ in range(count)]
     return [
-        {"__key__": name, "cls": b"%d" % random.integers(1000), "jpeg": random.bytes(int(random.choice([*SIZES, random.integers(100_000)])))}
+        {
+            "__key__": name,
+            "cls": b"%d" % random.integers(1000),
+            "jpeg": random.bytes(int(random.choice([*SIZES, random.integers(100_000)]))),
+        }
         for name in names
     ]
 

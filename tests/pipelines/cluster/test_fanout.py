@@ -47,7 +47,7 @@ def tries(folder: Path, stem: str) -> int:
     return len((folder / stem).read_text().splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_its_part_is_made(two_workers: ClusterSpec, tmp_path: Path) -> None:
     tasks = [Job(f"part-{number}", "die once" if number == 2 else "work") for number in range(6)]
     records = collect(ray_fan_out(two_workers), functools.partial(Worker, tmp_path), tasks)
@@ -57,7 +57,7 @@ def test_a_killed_worker_is_replaced_and_its_part_is_made(two_workers: ClusterSp
     assert len(list(tmp_path.glob("start-*"))) == 3, "the worker is made once per process: two, and one for the killed one"
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_a_part_that_always_kills_its_worker_fails_alone(two_workers: ClusterSpec, tmp_path: Path) -> None:
     tasks = [Job("part-0", "die always"), *(Job(f"part-{number}") for number in range(1, 5)), Job("part-5", "bad")]
     outcomes = {}
@@ -70,13 +70,13 @@ def test_a_part_that_always_kills_its_worker_fails_alone(two_workers: ClusterSpe
     assert (failed["part-5"].error_type, failed["part-5"].message) == ("DataError", "part-5 is damaged")
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_an_error_of_the_factory_keeps_its_type(two_workers: ClusterSpec, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such model"):
         list(ray_fan_out(two_workers)(functools.partial(refuse, tmp_path), [Job("part-0")]))
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_more_workers_than_the_cluster_has_are_refused_at_once(two_workers: ClusterSpec, tmp_path: Path) -> None:
     cluster = ClusterSpec(num_workers=64, timeout_s=5)
     tasks = [Job(f"part-{number}") for number in range(64)]
@@ -86,7 +86,7 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(two_workers: Clus
         list(ray_fan_out(ClusterSpec(num_workers=1, use_gpu=True))(functools.partial(Worker, tmp_path), tasks))
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_an_address_where_nothing_listens_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import ray
 

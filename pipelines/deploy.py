@@ -1,0 +1,124 @@
+"""Serve all flows from this process: runs are started by cron, from Prefect's page, or by `prefect deployment run`.
+
+Needs neither pool nor worker: right for one machine. Each recipe becomes one deployment per flow, with the recipe as its parameter;
+the pipeline gets the schedule. Without PREFECT_API_URL a server is started for as long as we serve, on loopback, with its SQLite
+file under PREFECT_HOME: the temporary server that a single flow gets has no scheduler, so cron ticks would never fire.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aecore.errors import ClusterError, ConfigError
+from pipelines.cluster.session import make_importable
+from pipelines.config import Recipe
+from pipelines.flows import set_defaults
+from pipelines.steps import check_pipeline, stage
+
+logger = logging.getLogger(__name__)
+SERVER_TIMEOUT_S = 120.0
+PORT = 4200  # Prefect's own; another free one if it is taken
+
+
+def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
+    """Serve until interrupted. `cron` overrides the recipes' `schedule.cron`; ConfigError if a recipe could never run."""
+    if cron is not None and not recipes:
+        raise ConfigError("--cron needs a recipe to run: aepipe serve RECIPE out=... --cron '0 3 * * *'")
+    for recipe in recipes:
+        check_pipeline(recipe)
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two recipes have one name ({', '.join(names)}): give each its own `name:` and `out:`")
+    set_defaults()
+    make_importable()  # scheduled runs are processes of their own
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get("PREFECT_API_URL"):
+            stack.enter_context(local_server())
+        import prefect
+
+        prefect.serve(*[deployment for recipe in recipes or [None] for deployment in deployments(recipe, cron)])
+
+
+def deployments(recipe: Recipe | None, cron: str | None = None) -> list[Any]:
+    """Return one Prefect deployment per flow for a recipe; without one, flows that ask for their recipe."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import EntrypointType
+    from prefect.schedules import Cron
+
+    from pipelines.flows.encode import encode_flow
+    from pipelines.flows.evaluate import evaluate_flow
+    from pipelines.flows.pipeline import pipeline_flow
+    from pipelines.flows.shard import shard_flow
+    from pipelines.flows.train import train_flow
+
+    flows = {"shard": shard_flow, "train": train_flow, "encode": encode_flow, "evaluate": evaluate_flow, "pipeline": pipeline_flow}
+    one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    made = []
+    for name, flow in flows.items():
+        options: dict[str, Any] = {"entrypoint_type": EntrypointType.MODULE_PATH, "tags": ["aepipe"]}
+        if recipe is not None:
+            tree = recipe.travelling() if name == "pipeline" else stage(recipe, name).tree
+            options |= {"parameters": {"recipe": tree}, "concurrency_limit": one_at_a_time}
+            when = cron or recipe.schedule.cron
+            if name == "pipeline" and when:
+                try:
+                    options["schedule"] = Cron(when, timezone=recipe.schedule.timezone)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"schedule.cron={when!r} (timezone {recipe.schedule.timezone!r}) cannot be scheduled: {error}"
+                    ) from None
+        made.append(flow.to_deployment(name="manual" if recipe is None else recipe.name, **options))
+    return made
+
+
+@contextlib.contextmanager
+def local_server() -> Iterator[str]:
+    """Start a Prefect server on loopback, set PREFECT_API_URL to it, end it at the end; yields the address of its page."""
+    port = _free_port()
+    page = f"http://127.0.0.1:{port}"
+    log = Path(os.environ["PREFECT_HOME"]) / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        _wait_for(page, server, log)
+        os.environ["PREFECT_API_URL"] = f"{page}/api"
+        logger.warning("Prefect server at %s (its log: %s)", page, log)
+        yield page
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        server.terminate()
+        try:
+            server.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _wait_for(page: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + SERVER_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{page}/api/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise ClusterError(f"the Prefect server did not start in {SERVER_TIMEOUT_S:.0f} s, see {log}; or set PREFECT_API_URL to a running one")
+
+
+def _free_port() -> int:
+    for port in (PORT, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise ClusterError("no free port on 127.0.0.1 for a Prefect server: set PREFECT_API_URL to a running one")

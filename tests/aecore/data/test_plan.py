@@ -1,0 +1,240 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, in_order
+from aecore.data.plan import plan_dataset
+from aecore.data.sources import Listing
+from aecore.data.splits import SplitSpec, assign_splits, resolve_splits
+from aecore.data.tasks import ShardSpec
+from aecore.errors import ConfigError, DataError
+from aecore.store import FileRef
+
+FILE = FileRef("f", 1, "0" * 64)
+
+
+def listing_of(paths, sizes=None, groups=None, **columns):
+    """A listing as source `folder` makes it, of paths without extension."""
+    folders = [path.rpartition("/")[0] for path in paths]
+    sizes = np.array([10] * len(paths) if sizes is None else sizes, dtype=np.int64)
+    columns = {name: np.array(values) for name, values in columns.items()}
+    return Listing(list(paths), [f"{path}.png" for path in paths], sizes, folders, [f.partition("/")[0] for f in folders], groups, columns)
+
+
+def plain(num, **options):
+    return listing_of([f"a/{number:05d}" for number in range(num)], **options)
+
+
+def plan(listing, splits=None, parent=None, claim=1, **shards):
+    return plan_dataset(listing, splits or SplitSpec(), ShardSpec(**shards), parent, claim, None)
+
+
+def by_split(made):
+    return {
+        split: [key for task in made.tasks if task.split == split for key in task.keys] for split in {task.split for task in made.tasks}
+    }
+
+
+def parent_with(planned, classes=()):
+    shards = [ShardRef(split, f"{split}-000000", num, num, 0, FILE, FILE, "c") for split, num in planned.items()]
+    return DatasetManifest(1, 0, None, {}, classes, in_order(shards), (), (FILE,), SampleInfo({}, {}), {}, {}, "d")
+
+
+samples = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 4)), min_size=1, max_size=80)  # size in bytes, group
+
+
+@given(samples, st.integers(1, 12), st.integers(1, 120), st.booleans(), st.booleans(), st.integers(0, 3), st.sampled_from([0.0, 0.3]))
+def test_every_sample_is_planned_once_and_the_limits_hold(rows, max_samples, max_bytes, shuffle, grouped, seed, val):
+    groups = [f"bag {group}" for _, group in rows] if grouped else None
+    listing = plain(len(rows), sizes=[size for size, _ in rows], groups=groups)
+    made = plan(listing, SplitSpec(val=val), max_samples=max_samples, max_bytes=max_bytes, shuffle=shuffle, seed=seed)
+    assert sorted(key for task in made.tasks for key in task.keys) == listing.keys
+    size_of = dict(zip(listing.keys, listing.sizes.tolist(), strict=True))
+    for split in {task.split for task in made.tasks}:
+        tasks = [task for task in made.tasks if task.split == split]
+        np.testing.assert_array_equal(np.concatenate([task.ordinals for task in tasks]), np.arange(sum(map(len, tasks))))
+        for task, following in zip(tasks, [*tasks[1:], None], strict=True):
+            unit_limit = len(set(task.groups)) == 1 if grouped else len(task) == 1
+            assert unit_limit or (len(task) <= max_samples and sum(size_of[key] for key in task.keys) <= max_bytes)
+            if following is not None and not grouped:  # full: the next sample would not have fitted
+                next_size = size_of[following.keys[0]]
+                assert len(task) == max_samples or sum(size_of[key] for key in task.keys) + next_size > max_bytes
+    if grouped:
+        for group in set(groups):
+            homes = [(number, row) for number, task in enumerate(made.tasks) for row, name in enumerate(task.groups) if name == group]
+            assert len({number for number, _ in homes}) == 1
+            assert [row for _, row in homes] == list(range(homes[0][1], homes[0][1] + len(homes)))
+
+
+@given(st.permutations(range(30)), st.integers(0, 5))
+def test_the_shuffled_plan_does_not_depend_on_the_order_of_the_listing(order, seed):
+    listing = plain(30)
+    expected = plan(listing, SplitSpec(val=0.2, test=0.2, seed=seed), max_samples=7, seed=seed)
+    made = plan(listing.take(np.array(order)), SplitSpec(val=0.2, test=0.2, seed=seed), max_samples=7, seed=seed)
+    assert [(task.stem, task.keys, task.sources, task.labels.tolist()) for task in made.tasks] == [
+        (task.stem, task.keys, task.sources, task.labels.tolist()) for task in expected.tasks
+    ]
+
+
+def test_shuffle_mixes_the_classes_and_the_seed_changes_it():
+    listing = listing_of([f"{label}/{number:03d}" for label in "ab" for number in range(200)])
+    first, other = plan(listing).tasks[0], plan(listing, seed=1).tasks[0]
+    assert 60 < sum(key.startswith("a") for key in first.keys[:200]) < 140
+    assert first.keys != other.keys
+    assert plan(listing, shuffle=False).tasks[0].keys == listing.keys
+
+
+def test_columns_labels_and_sources_stay_with_their_key():
+    listing = listing_of([f"{number % 3}/{number}" for number in range(40)], factor=list(range(40)))
+    made = plan(listing, max_samples=6)
+    assert made.classes == ("0", "1", "2")
+    for task in made.tasks:
+        for row, key in enumerate(task.keys):
+            number = int(key.split("/")[1])
+            assert task.columns["factor"][row] == number
+            assert task.sources[row] == f"{key}.png"
+            assert (task.label_names[row], task.labels[row]) == (str(number % 3), number % 3)
+
+
+def test_stems_carry_the_claim():
+    assert [task.stem for task in plan(plain(3), max_samples=2).tasks] == ["train-000000", "train-000001"]
+    assert [task.stem for task in plan(plain(3), max_samples=2, claim=12).tasks] == ["train-g000012-000000", "train-g000012-000001"]
+
+
+def test_an_append_continues_ordinals_and_adds_classes_at_the_end():
+    parent = parent_with({"train": 7, "test": 2}, classes=("m", "b"))
+    made = plan(listing_of(["train/z/1", "train/a/2", "train/b/3", "test/b/4"]), parent=parent, claim=2)
+    assert made.classes == ("m", "b", "a", "z")
+    assert {task.split: task.ordinals.tolist() for task in made.tasks} == {"train": [7, 8, 9], "test": [2]}
+    labels = {key: int(label) for task in made.tasks for key, label in zip(task.keys, task.labels, strict=True)}
+    assert labels == {"train/z/1": 3, "train/a/2": 2, "train/b/3": 1, "test/b/4": 1}
+
+
+def test_auto_takes_split_folders_and_labels_below_them():
+    made = plan(listing_of(["train/Greek/c1/1", "train/x/2", "val/x/3", "test/x/4"]))
+    assert made.splits.by == "folders"
+    assert by_split(made) == {"train": made.tasks[0].keys, "val": ["val/x/3"], "test": ["test/x/4"]}
+    assert [task.split for task in made.tasks] == ["train", "val", "test"]
+    assert made.classes == ("Greek/c1", "x")
+    assert made.notes[0] == "splits.by=folders: train 2, val 1, test 1"
+
+
+@pytest.mark.parametrize("paths", [["train/a/1", "other/2"], ["train/a/1", "2"], ["cat/1", "dog/2"]])
+def test_auto_is_none_if_any_top_folder_is_no_split(paths):
+    made = plan(listing_of(paths))
+    assert made.splits.by == "none"
+    assert sorted(by_split(made)["train"]) == sorted(paths)
+    assert made.classes == tuple(sorted({path.rpartition("/")[0] for path in paths} - {""}))
+
+
+def test_auto_with_fractions_is_hash_without_split_folders():
+    assert resolve_splits(plain(3), SplitSpec(val=0.5)).by == "hash"
+    assert resolve_splits(listing_of(["train/1"]), SplitSpec(val=0.5)).by == "folders"
+
+
+def test_samples_without_a_class_folder_have_label_minus_one_or_no_labels_at_all():
+    mixed = plan(listing_of(["train/1", "train/x/2"]), shuffle=False).tasks[0]
+    assert (mixed.labels.tolist(), mixed.label_names) == ([-1, 0], ["", "x"])
+    plain_task = plan(listing_of(["train/1", "train/2"])).tasks[0]
+    assert plain_task.labels is None
+    assert plain_task.label_names is None
+
+
+def test_a_validation_split_is_carved_out_of_the_train_folder_only():
+    listing = listing_of([f"{split}/a/{number}" for split, num in (("train", 2000), ("test", 300)) for number in range(num)])
+    rows = assign_splits(listing, resolve_splits(listing, SplitSpec(val=0.1)))
+    assert list(rows) == ["train", "val", "test"]
+    assert 150 < len(rows["val"]) < 250
+    assert all(listing.splits[row] == "train" for row in rows["val"])
+    assert all(listing.splits[row] == "test" for row in rows["test"])
+    assert len(rows["test"]) == 300
+
+
+def test_carving_a_test_split_leaves_the_own_val_folder_alone():
+    listing = listing_of([f"{split}/{number}" for split in ("train", "val") for number in range(100)])
+    rows = assign_splits(listing, SplitSpec(by="folders", test=0.3))
+    assert len(rows["val"]) == 100
+    assert 10 < len(rows["test"]) < 60
+
+
+def test_a_split_that_the_source_has_is_not_carved_too():
+    with pytest.raises(ConfigError, match=r"its own split 'val' \(1 samples\): set splits\.val=0"):
+        plan(listing_of(["train/1", "val/2"]), SplitSpec(val=0.5))
+
+
+def test_hash_shares_are_right_and_do_not_move_when_the_data_grows():
+    small, large = plain(3000), plain(6000)
+    spec = SplitSpec(by="hash", val=0.2, test=0.1)
+    first, second = (
+        {name: {listing.keys[row] for row in rows} for name, rows in assign_splits(listing, spec).items()} for listing in (small, large)
+    )
+    assert abs(len(first["val"]) / 3000 - 0.2) < 0.03
+    assert abs(len(first["test"]) / 3000 - 0.1) < 0.03
+    assert all(first[name] <= second[name] for name in first)
+    other = assign_splits(small, dataclasses.replace(spec, seed=1))
+    assert {small.keys[row] for row in other["val"]} != first["val"]
+
+
+def test_hash_keeps_groups_together():
+    listing = plain(300, groups=[f"g{number // 10}" for number in range(300)])
+    rows = assign_splits(listing, SplitSpec(by="hash", val=0.5))
+    assert not {listing.groups[row] for row in rows["train"]} & {listing.groups[row] for row in rows["val"]}
+    assert len(rows["val"]) % 10 == 0
+    assert 0 < len(rows["val"]) < 300
+
+
+def test_splits_by_column():
+    listing = plain(4, part=["train", "dev", "dev", "train"])
+    assert {name: rows.tolist() for name, rows in assign_splits(listing, SplitSpec(by="column", column="part")).items()} == {
+        "train": [0, 3],
+        "dev": [1, 2],
+    }
+    with pytest.raises(ConfigError, match=r"'prt' is no column of the source \(did you mean 'part'"):
+        plan(listing, SplitSpec(by="column", column="prt"))
+
+
+def test_a_folder_that_cannot_name_a_split_is_a_data_error():
+    with pytest.raises(DataError, match="the top folder 'my data' of 'my data/1.png' cannot name a split"):
+        plan(listing_of(["my data/1"]), SplitSpec(by="folders"))
+    with pytest.raises(DataError, match="the top folder ''"):
+        plan(listing_of(["1"]), SplitSpec(by="folders"))
+    with pytest.raises(ConfigError, match="no folders"):
+        plan(dataclasses.replace(plain(2), splits=None), SplitSpec(by="folders"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val": 0.5, "test": 0.5}, "expected < 1"),
+        ({"by": "hash"}, "needs splits.val or splits.test"),
+        ({"by": "none", "val": 0.1}, "by=hash to use"),
+        ({"by": "column"}, "both by=column and a column"),
+        ({"column": "x"}, "both by=column and a column"),
+        ({"by": "folder"}, "did you mean 'folders'"),
+        ({"val": -0.1}, ">= 0"),
+    ],
+)
+def test_impossible_splits_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SplitSpec(**options)
+
+
+def test_one_key_twice_names_both_sources_also_across_splits():
+    listing = dataclasses.replace(listing_of(["train/a/1", "test/a/1"]), keys=["a/1", "a/1"])
+    with pytest.raises(DataError, match=r"'train/a/1.png' and 'test/a/1.png' have one key 'a/1'"):
+        plan(listing)
+
+
+def test_the_summary_counts_what_will_be_written():
+    summary = plan(listing_of(["train/a/1", "train/a/2", "test/b/3"]), max_samples=1).summary(known=4)
+    assert summary.samples == {"train": 2, "test": 1}
+    assert summary.shards == {"train": 2, "test": 1}
+    assert (summary.bytes, summary.known, summary.classes) == (30, 4, ("a", "b"))
+
+
+def test_a_large_plan_is_fast_enough():
+    made = plan(plain(50_000), SplitSpec(val=0.1))
+    assert sum(map(len, made.tasks)) == 50_000

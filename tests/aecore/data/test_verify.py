@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from aecore.data.job import shard_dataset
+from aecore.data.manifest import open_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.splits import SplitSpec
+from aecore.data.tasks import ShardSpec
+from aecore.data.verify import verify_dataset
+from tests.aecore.data.tiny import encoded, image
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """12 images in two generations, one of them quarantined."""
+    source = tmp_path / "in"
+    for number in range(12):
+        path = source / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image(number)))
+        if number == 7:
+            path.write_bytes(b"broken")
+        if number in (8, 11):
+            shard_dataset(FolderSpec(url=str(source)), str(tmp_path / "out"), SplitSpec(val=0.3), ShardSpec(max_samples=3, max_bad=0.5))
+    return tmp_path / "out"
+
+
+def problems(url, **options):
+    return verify_dataset(open_dataset(str(url)), **options).problems
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_whole_data_set_has_no_problems(dataset):
+    found = verify_dataset(open_dataset(str(dataset)), read_data=True)
+    assert found.ok
+    assert (found.samples, found.quarantined, found.data_read) == (11, 1, True)
+    assert found.files == 2 * len(open_dataset(str(dataset)).manifest.shards) + 1 + 2
+
+
+@pytest.mark.parametrize("pattern", ["shards/*.tar", "shards/*.parquet", "quarantine/*.parquet", "listings/000002.parquet"])
+def test_a_missing_or_truncated_file_is_found_by_its_size(dataset, pattern):
+    path = sorted(dataset.glob(pattern))[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    (problem,) = problems(dataset)
+    assert path.name in problem
+    path.unlink()
+    (problem,) = problems(dataset)
+    assert "is missing" in problem
+
+
+@pytest.mark.parametrize("pattern", ["shards/*.tar", "shards/*.parquet", "quarantine/*.parquet", "listings/000002.parquet"])
+def test_a_flipped_bit_is_found_by_reading(dataset, pattern):
+    path = sorted(dataset.glob(pattern))[0]
+    flip(path, path.stat().st_size // 2)
+    assert problems(dataset) == ()
+    assert any(path.stem in problem for problem in problems(dataset, read_data=True))
+
+
+def test_all_problems_are_listed_not_only_the_first(dataset):
+    tars = sorted(dataset.glob("shards/*.tar"))
+    for path in tars[:2]:
+        flip(path, 600)
+    assert len(problems(dataset, read_data=True)) == 2
+
+
+def test_a_manifest_that_was_changed_by_hand_is_found(dataset):
+    path = dataset / "dataset.000002.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "classes": ["b", "a"]}))
+    assert "dataset_sha256" in problems(dataset)[0]
+    path.write_text(json.dumps({**data, "parent_sha256": "0" * 64}))
+    assert "another generation 1" in problems(dataset)[0]
+    shards = [{**shard, "planned": 99} for shard in data["shards"][:1]] + data["shards"][1:]
+    path.write_text(json.dumps({**data, "shards": shards}))
+    assert "99 planned" in problems(dataset)[0]
+
+
+def test_keys_that_are_planned_but_nowhere_are_found(dataset):
+    path = dataset / "dataset.000002.json"
+    data = json.loads(path.read_text())
+    data["listings"] = data["listings"][:1]
+    path.write_text(json.dumps(data))
+    assert "neither in a shard nor in quarantine" in problems(dataset, read_data=True)[0]
+
+
+def test_a_shard_named_twice_has_repeated_keys(dataset):
+    path = dataset / "dataset.000002.json"
+    data = json.loads(path.read_text())
+    data["shards"].append({**data["shards"][0], "stem": "train-000009"})
+    path.write_text(json.dumps(data))
+    assert any("train-000009: keys are not unique" in problem for problem in problems(dataset, read_data=True))

@@ -1,0 +1,376 @@
+"""encode: every sample of the dataset is one row or one quarantined row, whoever does the work and however often it is killed."""
+
+import io
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from aecore.checkpoint import load_model
+from aecore.data.manifest import open_dataset
+from aecore.encode import EncodePlan, EncodeSpec, encode_dataset, plan_encoding
+from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.generations import read_record
+from aecore.noise import seed_of, step_noise
+from aecore.registry import from_dict
+from aecore.store import FAULT_STAGES, open_store
+from aecore.table import open_table
+from aecore.table_write import fixed_size_list, numpy_view, part_metadata
+from tests.aecore.encoding import (
+    DIM,
+    ae_config,
+    encode,
+    folder_dataset,
+    image_folder,
+    model_config,
+    saved_run,
+    sprites_dataset,
+    three_workers,
+    tree,
+    undecodable_png,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sprites_dataset(tmp_path_factory.mktemp("encode") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_run(tmp_path_factory.mktemp("encode") / "run")
+
+
+def stored_pixels(data: str) -> tuple[list[str], torch.Tensor]:
+    """All keys and pixels (0 to 1) of a dataset in manifest order, read without the loader."""
+    dataset, keys, pixels = open_dataset(data), [], []
+    for shard in dataset.manifest.shards:
+        reader = dataset.reader(shard)
+        keys += reader.keys
+        pixels += [np.asarray(Image.open(io.BytesIO(member))) for member in reader.read_rows(list(range(shard.samples)))]
+    return keys, torch.from_numpy(np.stack(pixels)).float().unsqueeze(1) / 255
+
+
+def test_rows_are_the_datasets_samples_with_the_posterior_of_each(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table")
+    keys, pixels = stored_pixels(data)
+    expected: Any = load_model(run).model.encode(pixels, sample=False)
+    assert table.keys.to_pylist() == keys
+    torch.testing.assert_close(table.torch("mu"), expected.mu, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(table.torch("log_var"), expected.log_var, rtol=1e-5, atol=1e-6)
+
+
+def test_index_metadata_passes_through_and_byte_facts_stay_behind(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table")
+    dataset = open_dataset(data)
+    indexes = [dataset.reader(shard).index for shard in dataset.manifest.shards]
+    for name in ("ordinal", "label", "label_name", "factor_scale", "factor_x"):
+        assert table.arrow(name).to_pylist() == [value for index in indexes for value in index[name].to_pylist()], name
+    assert table.arrow("shard").to_pylist() == [shard.stem for shard in dataset.manifest.shards for _ in range(shard.samples)]
+    assert not {"source", "sha256", "members", "width", "height", "mode"} & set(table.columns)
+
+
+def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, data: str, run: str) -> None:
+    spec = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True)
+    encode(run, data, tmp_path / "one", spec)
+    encode(run, data, tmp_path / "three", spec, fan_out=three_workers)
+    one, three = (tree(tmp_path / name, without=("records", ".tmp")) for name in ("one", "three"))
+    assert one.keys() == three.keys()
+    assert [name for name in one if one[name] != three[name]] == []
+
+
+def test_ranges_of_a_shard_hold_the_same_bits_as_the_whole(tmp_path: Path, data: str, run: str) -> None:
+    whole = encode(run, data, tmp_path / "whole", EncodeSpec(batch=8, sample=True))
+    ranges = encode(run, data, tmp_path / "ranges", EncodeSpec(batch=8, sample=True, rows_per_part=10))
+    assert [part.row_start for part in ranges.parts[:2]] == [0, 16], "10 rows are rounded up to two batches of 8"
+    assert ranges.parts[1].file.name == "data/split=train/train-000000-r000001.parquet"
+    assert ranges.keys.to_pylist() == whole.keys.to_pylist()
+    for name in ("mu", "log_var", "z"):
+        assert np.array_equal(ranges.numpy(name), whole.numpy(name)), name
+    ranges.verify(read_data=True, dataset=data)
+
+
+def test_nothing_new_changes_nothing(tmp_path: Path, data: str, run: str) -> None:
+    first = encode(run, data, tmp_path / "table")
+    before = tree(tmp_path / "table")
+    assert encode(run, data, tmp_path / "table").manifest == first.manifest
+    assert tree(tmp_path / "table") == before
+
+
+def test_an_append_encodes_the_new_shards_only(tmp_path: Path, run: str) -> None:
+    images = image_folder(tmp_path / "images", "train", range(40))
+    data = folder_dataset(images, tmp_path / "dataset")
+    old = encode(run, data, tmp_path / "table")
+    before = tree(tmp_path / "table")
+    folder_dataset(image_folder(image_folder(images, "train", range(40, 70)), "test", range(70, 80)), tmp_path / "dataset")
+    made: list[str] = []
+    new = encode(run, data, tmp_path / "table", on_part=lambda record, done, total: made.append(record.part))
+    assert (old.num_rows, new.num_rows, new.manifest.number) == (40, 80, 2)
+    known = {part.stem for part in old.parts}
+    assert made == [part.stem for part in new.parts if part.stem not in known]
+    assert [part for part in new.parts if part.stem in known] == list(old.parts)
+    after = tree(tmp_path / "table")
+    assert {name: after[name] for name in before} == before
+    assert [shard.stem for shard in open_dataset(data).manifest.shards] == [part.shard for part in new.parts]
+    new.verify(read_data=True, dataset=data)
+    assert open_table(str(tmp_path / "table"), number=1).keys.to_pylist() == old.keys.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"batch": 8}, "batch"), ({"dtype": "float16"}, "dtype"), ({"kl": True}, "columns.kl"), ({"rows_per_part": 16}, "rows_per_part")],
+)
+def test_a_table_of_another_identity_is_refused_and_the_fields_are_named(
+    tmp_path: Path, data: str, run: str, changes: Any, field: str
+) -> None:
+    encode(run, data, tmp_path / "table")
+    before = tree(tmp_path / "table")
+    with pytest.raises(ConfigError, match=rf"holds another table:(.|\n)*{field}"):
+        encode_dataset(run, data, str(tmp_path / "table"), from_dict(EncodeSpec, {"batch": 16, **changes}))
+    assert tree(tmp_path / "table") == before
+
+
+def test_another_checkpoint_is_another_table_also_before_the_first_commit(tmp_path: Path, data: str, run: str) -> None:
+    def fail(make_worker: Any, tasks: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(run, data, str(tmp_path / "table"), fan_out=fail)
+    other = saved_run(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match="checkpoint_sha256: there '"):
+        encode_dataset(other, data, str(tmp_path / "table"))
+
+
+def test_another_dataset_is_refused(tmp_path: Path, data: str, run: str) -> None:
+    encode(run, data, tmp_path / "table")
+    other = sprites_dataset(tmp_path / "other", num_samples=60)
+    with pytest.raises(ConfigError, match="a table belongs to one dataset"):
+        encode(run, other, tmp_path / "table")
+
+
+def test_data_that_does_not_fit_the_checkpoint_is_refused_before_any_work(tmp_path: Path, data: str) -> None:
+    run = saved_run(tmp_path / "run", model_config(shape=(3, 32, 32)))
+    with pytest.raises(DataError, match=r"of shape \(1, 12, 12\); checkpoint .* expects \(3, 32, 32\)"):
+        encode_dataset(run, data, str(tmp_path / "table"))
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path, data: str, run: str) -> None:
+    plan = encode_dataset(run, data, str(tmp_path / "table"), dry_run=True)
+    assert isinstance(plan, EncodePlan)
+    assert (plan.to_dict()["new_rows"], plan.to_dict()["new_parts"]) == (120, len(open_dataset(data).manifest.shards))
+    assert not (tmp_path / "table").exists()
+
+
+def test_rows_that_do_not_decode_are_quarantined_and_accounted_for(tmp_path: Path, run: str) -> None:
+    images = image_folder(tmp_path / "images", "train", range(40))
+    for name in ("square/bad-1.png", "square/bad-2.png"):
+        (images / "train" / name).write_bytes(undecodable_png())
+    data = folder_dataset(images, tmp_path / "dataset", max_samples=42)
+    table = encode(run, data, tmp_path / "table", EncodeSpec(batch=16, sample=True))
+    assert (table.num_rows, table.manifest.quarantined) == (40, 2)
+    refused = pq.read_table(tmp_path / "table/quarantine/train-000000.parquet")
+    assert sorted(refused["key"].to_pylist()) == ["train/square/bad-1", "train/square/bad-2"]
+    assert set(refused["stage"].to_pylist()) == {"decode"}
+    index = open_dataset(data).reader(open_dataset(data).manifest.shards[0]).index
+    bytes_sha256 = dict(zip(index["key"].to_pylist(), index["sha256"].to_pylist(), strict=True))
+    assert refused["sha256"].to_pylist() == [bytes_sha256[key] for key in refused["key"].to_pylist()]
+    report = table.verify(read_data=True, dataset=data)
+    assert report.num_rows + report.quarantined == open_dataset(data).manifest.num_samples()
+
+
+def test_latents_beyond_float16_are_quarantined_not_written_as_infinity(tmp_path: Path, data: str, run: str) -> None:
+    largest = np.abs(encode(run, data, tmp_path / "float32").numpy("mu")).max(1)
+
+    def blow_up(model: Any) -> None:
+        model.sampling_layer.mu.weight.mul_(65504 / np.median(largest))
+        model.sampling_layer.mu.bias.mul_(65504 / np.median(largest))
+
+    big = saved_run(tmp_path / "big", change=blow_up)
+    table = encode(big, data, tmp_path / "float16", EncodeSpec(batch=16, dtype="float16"))
+    assert 40 < table.num_rows < 80
+    assert np.isfinite(table.numpy("mu")).all()
+    assert table.numpy("mu").dtype == np.float16
+    table.verify(read_data=True, dataset=data)
+
+
+def test_a_model_without_a_finite_latent_makes_no_table(tmp_path: Path, data: str) -> None:
+    run = saved_run(tmp_path / "run", change=lambda model: model.sampling_layer.mu.weight.fill_(float("nan")))
+    with pytest.raises(RunFailed, match="all 120 rows were refused"):
+        encode_dataset(run, data, str(tmp_path / "table"))
+    with pytest.raises(DataError, match="unfinished encoding"):
+        open_table(str(tmp_path / "table"))
+
+
+def test_a_damaged_shard_fails_its_part_and_keeps_the_others(tmp_path: Path, run: str) -> None:
+    data = sprites_dataset(tmp_path / "dataset")
+    victim = tmp_path / "dataset/shards/train-000001.tar"
+    good = victim.read_bytes()
+    place = pq.read_table(tmp_path / "dataset/shards/train-000001.parquet")["members"][0].as_py()
+    damaged = bytearray(good)
+    damaged[next(member["offset"] for member in place if member["ext"] == "png") + 60] ^= 1
+    victim.write_bytes(damaged)
+    with pytest.raises(DataError, match="1 of 4 parts failed(.|\n)*train-000001"):
+        encode(run, data, tmp_path / "table")
+    victim.write_bytes(good)
+    made: list[str] = []
+    table = encode(run, data, tmp_path / "table", on_part=lambda record, done, total: made.append(record.part))
+    assert made == ["train-000001"]
+    table.verify(read_data=True, dataset=data)
+
+
+def test_sampled_latents_follow_from_seed_shard_and_batch(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table", EncodeSpec(batch=16, sample=True, seed=5))
+    part = table.parts[0]
+    mu, log_var, z = (table.numpy(name)[: part.rows] for name in ("mu", "log_var", "z"))
+    cuts = [(number, min(16, part.rows - 16 * number)) for number in range(-(-part.rows // 16))]
+    eps = torch.cat([step_noise(seed_of("encode", 5, part.shard_sha256), number, (rows, 1, DIM)) for number, rows in cuts]).squeeze(1)
+    np.testing.assert_allclose(z, mu + np.exp(log_var / 2) * eps.numpy(), rtol=1e-5)
+    other = encode(run, data, tmp_path / "other", EncodeSpec(batch=16, sample=True, seed=6))
+    assert np.array_equal(other.numpy("mu"), table.numpy("mu"))
+    assert not np.array_equal(other.numpy("z"), table.numpy("z"))
+
+
+def test_optional_columns_are_what_their_names_say(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table", EncodeSpec(batch=16, reconstruction=True, kl=True))
+    pixels = stored_pixels(data)[1]
+    model: Any = load_model(run).model
+    with torch.no_grad():
+        error = (model(pixels, sample=False).x_hat.squeeze(1) - pixels).square().flatten(1).mean(1)
+    posterior = torch.distributions.Normal(table.torch("mu"), (table.torch("log_var") / 2).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(table.torch("recon_error"), error, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(table.torch("kl"), kl, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plain_autoencoder_gives_z_and_refuses_what_needs_a_posterior(tmp_path: Path, data: str) -> None:
+    run = saved_run(tmp_path / "ae", ae_config())
+    table = encode(run, data, tmp_path / "table")
+    assert dict(table.manifest.columns) == {"z": {"dtype": "float32", "dim": DIM}}
+    assert table.numpy("z").shape == (120, DIM)
+    with pytest.raises(ConfigError, match="has no posterior"):
+        encode_dataset(run, data, str(tmp_path / "other"), EncodeSpec(kl=True))
+
+
+def test_every_part_says_what_it_was_made_of(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table")
+    loaded = load_model(run)
+    for part in table.parts:
+        metadata = part_metadata(pq.read_schema(tmp_path / "table" / part.file.name))
+        assert metadata["checkpoint_sha256"] == loaded.sha256
+        assert metadata["shard_sha256"] == part.shard_sha256
+        assert {
+            "checkpoint_step",
+            "config",
+            "preprocessing_sha256",
+            "latent_shape",
+            "dtype",
+            "batch",
+            "device",
+            "threads",
+            "versions",
+        } <= metadata.keys()
+    lineage = table.metadata["lineage"]
+    assert lineage["checkpoint"]["sha256"] == loaded.sha256
+    assert lineage["dataset"] == {"url": data, "number": 1, "sha256": open_dataset(data).manifest.dataset_sha256}
+
+
+def test_a_part_of_other_floats_from_a_lost_attempt_is_taken_as_it_is(tmp_path: Path, data: str, run: str) -> None:
+    """A GPU attempt that wrote its part and died before the record: the bytes there stay, and are the ones recorded."""
+    table = encode(run, data, tmp_path / "first")
+    name = table.parts[0].file.name
+    there = table.read(table.parts[0])
+    other = fixed_size_list(np.nextafter(numpy_view(there["mu"]), np.float32(9)))
+    place = there.schema.get_field_index("mu")
+    (tmp_path / "second" / name).parent.mkdir(parents=True)
+    pq.write_table(there.set_column(place, there.schema.field(place), other), tmp_path / "second" / name, write_page_checksum=True)
+    left = (tmp_path / "second" / name).read_bytes()
+    second = encode(run, data, tmp_path / "second")
+    assert (tmp_path / "second" / name).read_bytes() == left
+    assert (second.numpy("mu")[:3] > table.numpy("mu")[:3]).all()
+    assert second.parts[0].file.bytes == len(left)
+    second.verify(read_data=True, dataset=data)
+
+
+def test_a_part_name_taken_by_other_rows_is_refused(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "first")
+    name = table.parts[0].file.name
+    (tmp_path / "second" / name).parent.mkdir(parents=True)
+    pq.write_table(table.read(table.parts[0]).slice(1), tmp_path / "second" / name, write_page_checksum=True)
+    with pytest.raises(DataError, match="is another part \\(differs in keys\\): nothing was overwritten"):
+        encode(run, data, tmp_path / "second")
+
+
+def _die_at(fault: str, run: str, data: str, out: str) -> None:
+    os.environ["AECORE_FAULT"] = fault
+    torch.set_num_threads(1)
+    encode_dataset(run, data, out, EncodeSpec(batch=16))
+    os._exit(0)
+
+
+def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, run: str) -> None:
+    images = image_folder(tmp_path / "images", "train", range(40))
+    (images / "train/square/bad.png").write_bytes(undecodable_png())
+    data = folder_dataset(images, tmp_path / "dataset", max_samples=21)
+    expected = encode(run, data, tmp_path / "whole")
+    whole = tree(tmp_path / "whole", without=("records", ".tmp"))
+    points = [f"{role}.{stage}" for role in ("run", "part", "quarantine", "record", "manifest") for stage in FAULT_STAGES]
+    context = multiprocessing.get_context("fork")
+    for fault in [*points, "part.linked:2", "record.staged:2", "record.linked:2"]:
+        out = tmp_path / fault
+        process = context.Process(target=_die_at, args=(fault, run, data, str(out)))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -9, f"{fault} was not reached"
+        if not fault.startswith("manifest.linked"):
+            with pytest.raises(DataError, match="unfinished encoding|no latent table"):
+                open_table(str(out))
+        assert encode(run, data, out).keys.to_pylist() == expected.keys.to_pylist()
+        again = tree(out, without=("records", ".tmp"))
+        assert again.keys() == whole.keys(), fault
+        assert [name for name in whole if again[name] != whole[name]] == [], fault
+
+
+def test_finished_parts_of_a_killed_attempt_are_not_made_again(tmp_path: Path, data: str, run: str) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die_after_two(record: Any, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        encode_dataset(run, data, str(tmp_path / "table"), EncodeSpec(batch=16), on_part=die_after_two)
+    made: list[str] = []
+    table = encode(run, data, tmp_path / "table", on_part=lambda record, done, total: made.append(record.part))
+    assert made == [part.stem for part in table.parts[2:]]
+
+
+def test_records_hold_times_and_the_manifest_none(tmp_path: Path, data: str, run: str) -> None:
+    table = encode(run, data, tmp_path / "table")
+    record = read_record(open_store(str(tmp_path / "table")), table.parts[0].stem)
+    assert record is not None
+    assert set(record.timings) == {"encode_s", "commit_s"}
+    assert b'_s"' not in (tmp_path / "table/table.000001.json").read_bytes()
+
+
+def test_workers_share_the_model_in_this_process_and_load_their_own_elsewhere(tmp_path: Path, data: str, run: str) -> None:
+    plan = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec())
+    here, travelled = plan.make_worker, pickle.loads(pickle.dumps(plan.make_worker))
+    assert here().encoder.model is here().encoder.model
+    assert len(pickle.dumps(here)) < 5000
+    assert travelled().encoder.model is not here().encoder.model
+
+
+def test_thread_count_is_restored_and_recorded(tmp_path: Path, data: str, run: str) -> None:
+    torch.set_num_threads(1)
+    table = encode(run, data, tmp_path / "table", threads=2)
+    assert torch.get_num_threads() == 1
+    assert table.lineage(table.keys[0].as_py())["produced_by"]["threads"] == "2"

@@ -1,0 +1,175 @@
+"""How fast encoding is, everything included, against what one writes first and against floors of the same work; one torch thread.
+
+The naive job: webdataset, Pillow, one float tensor per image, the same forward pass, `tolist`, one Parquet file; no checksums, no
+lineage, nothing that survives a kill. The floors do one thing each on data in RAM: the decode loop of the best library, the
+forward pass, `np.save` of the latents; the slowest of them counts. Our side opens the model, verifies every sample's hash, writes
+parts, records and manifest, fsyncs. "Two processes" are forked workers on the machine's cores; the floors stay on one.
+"""
+
+import io
+import itertools
+import multiprocessing
+import tempfile
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aecore._base.batch import Batch
+from aecore.checkpoint import ModelConfig, load_model, publish_model, write_checkpoint
+from aecore.data.job import shard_dataset
+from aecore.data.manifest import Dataset, open_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.tasks import ShardSpec
+from aecore.data.transform import TransformSpec
+from aecore.encode import EncodeSpec, encode_dataset
+from aecore.fanout import MakeWorker, Outcome, attempt, serial
+from aecore.nn.conv import ConvSpec
+from aecore.nn.mlp import MLPSpec
+from aecore.store import open_store
+from aecore.variational import VAESpec
+from tests.benchmarks.bench_input import make_folder
+from tests.benchmarks.pairs import HEADER, compare
+
+PAIRS = 5
+CASES = (("mnist", 10_000, "mlp", 512), ("mnist", 10_000, "conv", 512), ("jpeg256", 400, "conv", 64))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dataset with one random model."""
+
+    name: str
+    root: Path
+    dataset: Dataset
+    run: str
+    batch: int
+
+    @property
+    def samples(self) -> int:
+        return self.dataset.manifest.num_samples()
+
+
+def make_case(kind: str, net: str, batch: int, root: Path) -> Case:
+    data = open_dataset(str(root / f"{kind}-dataset"))
+    small = data.manifest.input_shape()[1] < 256
+    backbone: Any = MLPSpec() if net == "mlp" else ConvSpec(channels=(32, 64) if small else (16, 32, 64, 64))
+    config = ModelConfig(VAESpec(latent_dim=20), backbone, TransformSpec(), data.manifest.input_shape())
+    torch.manual_seed(0)
+    store = open_store(str(root / f"{kind}-{net}-run"))
+    publish_model(store, write_checkpoint(store, "checkpoints/step-00000001-aa", config.build(), config, step=1, state={}, info={}))
+    side = data.manifest.input_shape()[1]
+    return Case(f"{side}x{side} images, {net} net", root, data, store.url, batch)
+
+
+def _work(make_worker: MakeWorker, tasks: Any, outcomes: Any) -> None:
+    worker = make_worker()
+    for task in iter(tasks.get, None):
+        outcomes.put(attempt(worker, task))
+
+
+def two_processes(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
+    """Fan out over two forked processes."""
+    context = multiprocessing.get_context("fork")
+    todo, done = context.SimpleQueue(), context.SimpleQueue()
+    workers = [context.Process(target=_work, args=(make_worker, todo, done)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for task in [*tasks, None, None]:
+        todo.put(task)
+    yield from (done.get() for _ in tasks)
+    for worker in workers:
+        worker.join()
+
+
+def ours(case: Case, numbers: Iterator[int], fan_out: Any = serial) -> None:
+    out = str(case.root / f"table-{next(numbers)}")
+    manifest: Any = encode_dataset(case.run, case.dataset.url, out, EncodeSpec(batch=case.batch), fan_out=fan_out)
+    assert manifest.num_rows == case.samples
+
+
+def to_tensor(data: bytes) -> Tensor:
+    pixels = np.array(Image.open(io.BytesIO(data)), dtype=np.float32) / 255
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1).contiguous()
+
+
+def naive(case: Case, numbers: Iterator[int]) -> None:
+    import webdataset as wds
+
+    model: Any = load_model(case.run).model
+    ext = next(iter(case.dataset.manifest.sample.extensions))
+    tars = [f"{case.dataset.url}/{shard.tar.name}" for shard in case.dataset.manifest.shards]
+    rows: dict[str, list[Any]] = {"key": [], "mu": [], "log_var": []}
+    source = wds.WebDataset(tars, shardshuffle=False).to_tuple("__key__", ext).map_tuple(None, to_tensor)
+    for batch in source.batched(case.batch, collation_fn=None):
+        latent = model.encode(torch.stack([x for _, x in batch]), sample=False)
+        rows["key"] += [key for key, _ in batch]
+        rows["mu"] += latent.mu.tolist()
+        rows["log_var"] += latent.log_var.tolist()
+    assert len(rows["key"]) == case.samples
+    pq.write_table(pa.table(rows), case.root / f"naive-{next(numbers)}.parquet")
+
+
+def floors(case: Case, numbers: Iterator[int]) -> dict[str, Callable[[], object]]:
+    """Return the bare loops: decode, forward, save."""
+    import imagecodecs
+
+    readers = [case.dataset.reader(shard) for shard in case.dataset.manifest.shards]
+    members = [member for reader in readers for member in reader.read_rows(np.arange(len(reader)))]
+    decode = imagecodecs.png_decode if members[0].startswith(b"\x89PNG") else imagecodecs.jpeg8_decode
+    pixels = torch.from_numpy(np.stack([decode(member) for member in members]))
+    pixels = (pixels if pixels.ndim == 4 else pixels.unsqueeze(-1)).permute(0, 3, 1, 2).contiguous()
+    model = load_model(case.run).model
+    one = torch.zeros(1, dtype=torch.int64)
+
+    def forward() -> np.ndarray:
+        latents = [model.latents(Batch(rows.float().div_(255), one, one, 1)) for rows in pixels.split(case.batch)]
+        return torch.cat([torch.cat([part["mu"], part["log_var"]], 1) for part in latents]).numpy()
+
+    values = forward()
+    return {
+        "bare decode loop": lambda: [decode(member) for member in members],
+        "forward on data in RAM": forward,
+        "np.save": lambda: np.save(case.root / f"floor-{next(numbers)}.npy", values),
+    }
+
+
+def slowest(sides: dict[str, Callable[[], object]]) -> tuple[str, Callable[[], object]]:
+    """Return the name and the function that takes longest, the best of three runs each."""
+    seconds = {name: min(timeit.repeat(side, number=1, repeat=3)) for name, side in sides.items()}
+    name = max(seconds, key=seconds.__getitem__)
+    return name, sides[name]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-encode-") as scratch:
+        root, numbers = Path(scratch), itertools.count()
+        for kind, images in {case[:2] for case in CASES}:
+            folder = make_folder(kind, images, root / "images")
+            shard_dataset(FolderSpec(url=str(folder)), str(root / f"{kind}-dataset"), shards=ShardSpec(max_samples=images // 4))
+        for kind, _, net, batch in CASES:
+            case = make_case(kind, net, batch, root)
+            one, two = partial(ours, case, numbers), partial(ours, case, numbers, two_processes)
+            print(
+                compare(f"encode {case.name}, naive job", one, partial(naive, case, numbers), units=case.samples, pairs=PAIRS).row("4"),
+                flush=True,
+            )
+            floor = slowest(floors(case, numbers))
+            for way, side in (("one process", one), ("two processes", two)):
+                pairs = compare(f"encode {case.name}, {way}, {floor[0]}", side, floor[1], units=case.samples, pairs=PAIRS)
+                print(pairs.row("0.8"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

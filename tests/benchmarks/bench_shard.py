@@ -1,0 +1,110 @@
+"""Writing and reading shards against webdataset's own writer and reader, and against `tar cf`.
+
+`python -m tests.benchmarks shard`. One process; everything is included on our side: listing, reading the files, checks, hashes, index,
+fsync. All sides work on the same files in the page cache. The peer writes and reads the same members (image and `.cls`) without index,
+hashes, checks or fsync, and `tar` copies the image files alone.
+"""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import webdataset
+from PIL import Image
+
+from aecore.data.job import shard_dataset
+from aecore.data.manifest import open_dataset
+from aecore.data.sources.folder import FolderSpec
+from tests.benchmarks.pairs import HEADER, Side, compare
+from tests.realdata import unpack
+
+PAIRS = 9
+
+
+def mnist(target: Path) -> int:
+    """10,000 PNGs of about 300 bytes."""
+    unpack("mnist", target, train_per_class=1000, test_per_class=0)
+    return 10_000
+
+
+def jpeg256(target: Path) -> int:
+    """1,000 JPEGs of 256x256, about 19 kB: CIFAR-10 scaled up."""
+    with tempfile.TemporaryDirectory() as small:
+        unpack("cifar10", Path(small), train_per_class=100, test_per_class=0)
+        for path in Path(small).rglob("*.jpg"):
+            large = target / path.relative_to(small)
+            large.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((256, 256), Image.Resampling.BICUBIC).save(large, quality=95)
+    return 1000
+
+
+def write_ours(files: Path, scratch: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        shard_dataset(FolderSpec(url=str(files)), out)
+
+
+def write_peer(files: Path, scratch: Path) -> None:
+    """What people write today: a walk, a class list, ShardWriter with reproducible headers."""
+    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(files) for name in names)
+    names = sorted({path.split("/")[-2] for path in paths})
+    classes = {name: str(number).encode() for number, name in enumerate(names)}
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as out,
+        webdataset.ShardWriter(f"{out}/train-%06d.tar", maxcount=10_000, mtime=0, verbose=0) as writer,
+    ):
+        for path in paths:
+            with open(path, "rb") as file:
+                data = file.read()
+            key, _, ext = path[len(str(files)) + 1 :].rpartition(".")
+            writer.write({"__key__": key, ext: data, "cls": classes[path.split("/")[-2]]})
+
+
+def write_tar(files: Path, scratch: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        subprocess.run(["tar", "cf", f"{out}/all.tar", "-C", str(files), "."], check=True)
+
+
+def read_ours(dataset: Path) -> int:
+    opened = open_dataset(str(dataset))
+    return sum(1 for shard in opened.manifest.split("train") for _ in opened.reader(shard).iterate())
+
+
+def read_peer(dataset: Path) -> int:
+    shards = sorted(str(path) for path in (dataset / "shards").glob("*.tar"))
+    return sum(1 for _ in webdataset.WebDataset(shards, shardshuffle=False))
+
+
+def row(name: str, ours: Side, theirs: Side, units: int, asked: str) -> str:
+    """Times are taken in this process; peak memory (imports included) by one run of each side in its own."""
+    pairs = compare(name, ours, theirs, units=units, pairs=PAIRS)
+    peaks = compare(name, ours, theirs, units=units, pairs=1, own_process=True)
+    return dataclasses.replace(pairs, ours_peak_mib=peaks.ours_peak_mib, theirs_peak_mib=peaks.theirs_peak_mib).row(asked)
+
+
+def rows(name: str, prepare: Callable[[Path], int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files, scratch, dataset = (Path(folder) / part for part in ("files", "out", "dataset"))
+        scratch.mkdir()
+        units = prepare(files)
+        shard_dataset(FolderSpec(url=str(files)), str(dataset))
+        ours, peer, tar = (functools.partial(side, files, scratch) for side in (write_ours, write_peer, write_tar))
+        print(row(f"{name}: write, ShardWriter(mtime=0)", ours, peer, units, ">= 4.5"), flush=True)
+        print(row(f"{name}: write, tar cf", ours, tar, units, ">= 0.45"), flush=True)
+        print(
+            row(f"{name}: read, webdataset", functools.partial(read_ours, dataset), functools.partial(read_peer, dataset), units, ">= 5"),
+            flush=True,
+        )
+
+
+def main() -> None:
+    print(HEADER)
+    rows("mnist", mnist)
+    rows("jpeg256", jpeg256)
+
+
+if __name__ == "__main__":
+    main()

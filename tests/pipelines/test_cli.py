@@ -1,0 +1,192 @@
+"""`aepipe`: every verb, its exit codes, and what a person reads when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main
+
+HERE = "cluster.num_workers=0"
+COUNTS = {"train": 166, "test": 34}  # the hash of the keys decides
+SPRITES = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "shards.max_samples=100", HERE)
+TINY = ("model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=2", "train.global_batch=32", HERE)
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+    """Run a verb and return its standard output, or its message where a failure is expected."""
+    capsys.readouterr()
+    got = main(argv)
+    output = capsys.readouterr()
+    assert got == code, output.err
+    return output.err if code else output.out
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a root with dataset, run and table, made by the single verbs."""
+    root = tmp_path_factory.mktemp("walk")
+    data, run, table = (str(root / name) for name in ("dataset", "run", "table"))
+    assert main(["shard", "sprites", data, *SPRITES]) == 0
+    assert main(["train", f"data={data}", f"out={run}", *TINY]) == 0
+    assert main(["encode", run, data, table, HERE]) == 0
+    return root
+
+
+def test_the_help_imports_nothing_heavy() -> None:
+    code = "import sys; from pipelines.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'ray', 'prefect', 'pydantic', 'pyarrow') if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+    for verb in ("shard", "train", "encode", "evaluate", "run", "show", "verify", "list", "serve", "demo"):
+        assert f"\n    {verb}" in output
+
+
+def test_every_stage_is_shown_and_verified(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kind in (("dataset", "dataset"), ("run", "run"), ("table", "table"), ("", "root")):
+        shown = json.loads(said(capsys, "show", str(walk / name), "--json"))
+        assert shown["kind"] == kind
+        assert said(capsys, "verify", str(walk / name), "--read-data").startswith("ok\n")
+    whole = json.loads(said(capsys, "show", str(walk), "--json"))
+    assert whole["dataset"]["samples"] == COUNTS
+    assert whole["run"]["finished"]
+    assert whole["table"]["rows"] == 200
+    assert whole["table"]["lineage"]["checkpoint"]["sha256"] == whole["run"]["checkpoint_sha256"]
+    assert "samples:" in said(capsys, "show", str(walk / "dataset"))
+    assert said(capsys, "verify", str(walk / "table"), "--dataset", str(walk / "dataset")).startswith("ok\n")
+
+
+def test_evaluate_gives_the_elbo_of_the_test_split(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), "--json", HERE))
+    assert result["num_samples"] == COUNTS["test"]
+    assert result["elbo"] == pytest.approx(result["log_likelihood"] - result["kl"], rel=1e-5)
+    assert "elbo" in said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), HERE)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run, out = str(walk / "dataset"), str(walk / "run"), str(tmp_path / "out")
+    sharding = json.loads(said(capsys, "shard", "sprites", out, *SPRITES, "--dry-run", "--json"))
+    assert sharding["samples"] == COUNTS
+    training = json.loads(said(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run", "--json"))
+    assert (training["steps"], training["input_shape"], training["recipe"]["train"]["epochs"]) == (12, [1, 32, 32], 2)
+    encoding = json.loads(said(capsys, "encode", run, data, out, HERE, "--dry-run", "--json"))
+    assert encoding["new_rows"] == 200
+    running = json.loads(said(capsys, "run", "demo", f"out={out}", *SPRITES, "--dry-run", "--json"))
+    assert running["stages"] == {"shard": f"{out}/dataset", "train": f"{out}/run", "encode": f"{out}/table"}
+    assert said(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run").startswith("would train:")
+    assert not Path(out).exists()
+
+
+def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in walk.rglob("*") if path.is_file()}
+
+    before = files()
+    data, run = str(walk / "dataset"), str(walk / "run")
+    assert "generation 1" in said(capsys, "shard", "sprites", data, *SPRITES)
+    said(capsys, "train", f"data={data}", f"out={run}", *TINY)
+    said(capsys, "encode", run, data, str(walk / "table"), HERE)
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["train", "data=./x", "out=./y", "train.epoch=3"], 2, "unknown key 'train.epoch' (did you mean 'train.epochs'?"),
+        (["train", "mnist_vea"], 2, "did you mean 'mnist_vae'?"),
+        (["train", "mnist_vae"], 2, "data is missing: add data=..."),
+        (["run", "mnist_vae", "out=./y", HERE], 2, "source.url is missing: add source.url=..."),
+        (["shard", "{tmp}/no-such-folder", "{tmp}/out", HERE], 3, "no-such-folder"),
+        (["shard", "sprites", "pipe:cat", HERE], 2, "would run a command"),
+        (["shard", "sprites", "s3://bucket/x", HERE], 2, "has the scheme 's3'"),
+        (["train", "data={tmp}/none", "out={tmp}/y", HERE], 3, "holds no data set"),
+        (["encode", "{tmp}/none", "{walk}/dataset", "{tmp}/t", HERE], 3, "holds no trained model"),
+        (["evaluate", "{walk}/run", "{walk}/dataset", "evaluate.split=val", HERE], 3, "has no split 'val' (it has: train, test)"),
+        (["show", "{tmp}"], 3, "holds no dataset, run or table"),
+        (["train", "data={walk}/dataset", "out={walk}/run", *TINY, "optim.lr=0.5"], 2, "optim.lr: there 0.001, asked 0.5"),
+        (["shard", "sprites", "{walk}/dataset", *SPRITES, "shards.max_samples=50"], 2, "shards.max_samples: there 100, asked 50"),
+        (["serve", "--cron", "* * * * *"], 2, "--cron needs a recipe"),
+        (["shard", "{tmp}", "/proc/nothing/here", HERE], 3, "{tmp}"),
+        (["shard", "sprites", "/proc/nothing/here", *SPRITES], 4, "cannot write under /proc/nothing/here"),
+    ],
+)
+def test_bad_input_ends_with_its_exit_code_and_one_message(
+    argv: list[str], code: int, message: str, walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"tmp": str(tmp_path), "walk": str(walk)}
+    error = said(capsys, *[word.replace("{tmp}", places["tmp"]).replace("{walk}", places["walk"]) for word in argv], code=code)
+    assert message.replace("{tmp}", places["tmp"]) in error
+    assert "Traceback" not in error
+    assert [line for line in error.splitlines() if line.startswith("aepipe: ")], error
+
+
+def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["shard", "only-one"])
+    assert stopped.value.code == 2
+    assert "DATASET" in capsys.readouterr().err
+
+
+def test_damage_is_found(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.copytree(walk, tmp_path / "copy")
+    tar = next((tmp_path / "copy" / "dataset").rglob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[1000] ^= 1
+    tar.write_bytes(content)
+    assert said(capsys, "verify", str(tmp_path / "copy" / "dataset")).startswith("ok"), "sizes are right"
+    assert tar.name in said(capsys, "verify", str(tmp_path / "copy" / "dataset"), "--read-data", code=3)
+    tar.unlink()
+    assert "is missing" in said(capsys, "verify", str(tmp_path / "copy" / "dataset"), code=3)
+    weights = next((tmp_path / "copy" / "run" / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert weights.name in said(capsys, "verify", str(tmp_path / "copy" / "run"), code=3)
+
+
+def test_a_folder_of_images_is_sharded_by_its_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for number, name in enumerate(("train/cat/1", "train/dog/1", "test/cat/2")):
+        path = tmp_path / "raw" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number * 50).save(path)
+    result = json.loads(said(capsys, "shard", str(tmp_path / "raw"), str(tmp_path / "out"), "--json", HERE))
+    assert (result["samples"], result["classes"]) == ({"train": 2, "test": 1}, 2)
+
+
+@pytest.mark.parametrize("what", ["models", "backbones", "sources", "recipes"])
+def test_list_names_what_there_is(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"models": "vae", "backbones": "mlp", "sources": "sprites", "recipes": "mnist_vae"}[what]
+    parts = json.loads(said(capsys, "list", what, "--json"))
+    assert parts[known]["about"]
+    assert f"{known}: " in said(capsys, "list", what)
+
+
+def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", str(tmp_path / "out"), "--json", *SPRITES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["shards"] == 3
+    assert sum("samples" in line and "train-0000" in line for line in done.stderr.splitlines()) == 2
+    assert "\r" not in done.stderr
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(walk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    long = [*TINY, "train.epochs=100", "checkpoint.every_steps=20"]
+    command = [sys.executable, "-m", "pipelines.cli", "train", f"data={walk}/dataset", f"out={out}", *long]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/*/checkpoint.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; what is finished is kept" in error
+    assert "Traceback" not in error
+    assert main(command[3:]) == 0

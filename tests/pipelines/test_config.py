@@ -1,0 +1,139 @@
+"""The recipe tree: one object from YAML, command line and JSON, and errors that name path, value and the nearest known key."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aecore.errors import ConfigError
+from pipelines.config import SECTIONS, Recipe, load_recipe
+from pipelines.tree import apply_overrides, dump_yaml, parse_yaml, shipped_recipes
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="ascii"))
+)
+SECTION = st.dictionaries(st.text("abc", min_size=1), SCALARS)
+TREES = st.dictionaries(st.text("abcxyz_", min_size=1), SCALARS | st.lists(SCALARS, max_size=3) | SECTION)
+
+
+@given(TREES)
+def test_a_tree_written_as_yaml_is_read_back_equal(tree: dict) -> None:
+    assert parse_yaml(dump_yaml(tree), "here") == tree
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_are_valid_and_survive_json(name: str) -> None:
+    recipe = load_recipe(name, ["out=./out"])
+    again = Recipe(json.loads(json.dumps(recipe.resolved())))
+    assert again.resolved() == recipe.resolved()
+    assert Recipe(recipe.travelling()).resolved()["train"] == recipe.resolved()["train"]
+
+
+def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 7, global_batch: 32}\noptim: {lr: 1e-2}\n")
+    recipe = load_recipe(str(file), ["train.epochs=3", "optim.clip=.5", "backbone.hidden=[8, 4]"])
+    assert (recipe.train.epochs, recipe.train.global_batch, recipe.train.seed) == (3, 32, 0)
+    assert (recipe.optim.lr, recipe.optim.clip, recipe.backbone.hidden) == (0.01, 0.5, (8, 4))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"unknown key 'train.epoch' \(did you mean 'train.epochs'\?"),
+        ("traen.epochs=3", r"unknown key 'traen' \(did you mean 'train'\?"),
+        ("lr=1e-3", r"unknown key 'lr': did you mean optim.lr\?"),
+        ("model.kind=vea", r"unknown model kind 'vea' \(did you mean 'vae'\?"),
+        ("source.kind=floder", r"unknown source kind 'floder' \(did you mean 'folder'\?"),
+        ("train.epochs=three", r"train.epochs is 'three' \(str\), expected a valid integer"),
+        ("train.epochs=1.5", r"train.epochs is 1.5 \(float\), expected a valid integer"),
+        ("train.epochs=true", r"train.epochs is True \(bool\), expected a valid integer"),
+        ('train.epochs="3"', r"train.epochs is '3' \(str\), expected a valid integer"),
+        ("train.epochs=0", r"train.epochs is 0, expected >= 1"),
+        ("optim.lr=-1e-3", r"optim.lr is -0.001, expected > 0"),
+        ("backbone.hidden=[8, x]", r"backbone.hidden.1 is 'x' \(str\), expected a valid integer"),
+        ("train.precision=fp8", r"train.precision is 'fp8' \(str\), expected 'fp32' or 'bf16'"),
+        ("train=3", r"train is 3 \(int\), expected a section"),
+        ("train.epochs.more=3", r"sets a key below train.epochs, but train.epochs is 5, not a section"),
+        ("cluster.num_workers=-1", r"cluster.num_workers is -1, expected >= 0"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_path_and_what_was_expected(override: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 5}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(file), [override])
+
+
+def test_all_problems_of_a_section_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)train.epochs is 'x'.*train.lanes is 'y'"):
+        load_recipe(None, ["train.epochs=x", "train.lanes=y"])
+
+
+def test_another_kind_does_not_inherit_the_files_keys_silently() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)unknown key 'model.beta'.*changed from 'vae' to 'ae'.*'model=\{kind: ae\}'"):
+        load_recipe(None, ["model.kind=ae"], base={"model": {"kind": "vae", "beta": 4.0}})
+    assert load_recipe(None, ["model={kind: ae}"], base={"model": {"kind": "vae", "beta": 4.0}}).model.kind == "ae"
+
+
+def test_what_is_missing_is_asked_for_with_an_example() -> None:
+    with pytest.raises(ConfigError, match=r"data is missing: add data=..., for example data=./dataset"):
+        load_recipe(None, ["out=./x"]).require("data")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [", "is not valid YAML"),
+        ("train: {epochs: 1, epochs: 2}", "the key 'epochs' stands twice"),
+        ("- 1\n- 2", "holds list, expected sections"),
+        ("train: !!python/object/apply:os.system [echo]", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(file))
+
+
+def test_an_unknown_recipe_names_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'mnist_vea'.*did you mean 'mnist_vae'\?"):
+        load_recipe("mnist_vea")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("1E5", 1e5), ("3", 3), ("null", None), ("[1, a]", [1, "a"]), ("a: b: c", "a: b: c")]
+)
+def test_override_values_are_yaml(text: str, value: object) -> None:
+    assert apply_overrides({}, [f"a.b={text}"]) == {"a": {"b": value}}
+
+
+def test_addresses_stay_text_and_travel_absolute() -> None:
+    recipe = load_recipe(None, ["out=2026", "source.url=./raw"])
+    assert recipe.tree["out"] == "2026"
+    assert recipe.travelling() == {"out": str(Path("2026").absolute()), "source": {"url": str(Path("raw").absolute())}}
+
+
+def test_an_address_that_runs_a_command_is_refused() -> None:
+    with pytest.raises(ConfigError, match="would run a command"):
+        load_recipe(None, ["out=pipe:rm"]).require("out")
+
+
+def test_parsing_a_shard_recipe_imports_no_torch() -> None:
+    code = """
+import sys
+from pipelines.config import load_recipe
+recipe = load_recipe(None, ["source.kind=sprites"])
+recipe.source, recipe.shards, recipe.splits
+print([name for name in ("torch", "ray", "prefect") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_section_has_defaults() -> None:
+    assert set(Recipe({}).resolved()) == set(SECTIONS)
