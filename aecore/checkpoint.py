@@ -135,6 +135,21 @@ def write_checkpoint(
     return _commit(store, CheckpointRef(name, step, "", files, metrics, best, info))
 
 
+def same_as_published(store: Store, chosen: CheckpointRef) -> CheckpointRef:
+    """Return `chosen`, or the checkpoint of the same step whose weights already lie in `model/`.
+
+    Two attempts at once (on other numbers of ranks, say) may end with weights that differ in the last bits; if one of them was
+    killed while it published, its checkpoint has to be the one that is finished.
+    """
+    if store.size("model/model.safetensors") is None:
+        return chosen
+    published = hashlib.sha256(store.read("model/model.safetensors")).hexdigest()
+    for step, name in committed_checkpoints(store):
+        if step == chosen.step and (known := read_checkpoint(store, name, verify=False)).file("model.safetensors").sha256 == published:
+            return known
+    return chosen
+
+
 def publish_model(store: Store, checkpoint: CheckpointRef) -> CheckpointRef:
     """Copy the weights and config of a committed checkpoint to `model/`: the run's result.
 

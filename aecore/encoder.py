@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.trainable import ModelSpec
 from aecore.checkpoint import LoadedModel
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
@@ -31,6 +32,15 @@ class EncodeSpec:
     compression: Literal["zstd", "none"] = knob("zstd", "compression of the parts", identity=False)
 
 
+def require_posterior(model: ModelSpec, spec: EncodeSpec) -> None:
+    """ConfigError if columns are asked for that only a model with a posterior can give."""
+    if (spec.kl or spec.sample) and not {"mu", "log_var"} <= set(model.columns):
+        raise ConfigError(
+            f"model.kind={model.kind} has no posterior (its latents are {', '.join(model.columns)}): encode.kl and encode.sample need a "
+            "model of the VAE family; set both to false"
+        )
+
+
 class Encoder:
     """A loaded model as a function: transformed batch in, columns of the table out."""
 
@@ -41,9 +51,7 @@ class Encoder:
         self.input_shape = loaded.config.input_shape
         self.spec = spec
         self.device = device
-        stochastic = self.model.noise_shape() is not None
-        if not stochastic and (spec.kl or spec.sample):
-            raise ConfigError(f"checkpoint {loaded.url} has no posterior: encode.kl and encode.sample need a model of the VAE family")
+        require_posterior(loaded.config.model, spec)
 
     @torch.inference_mode()
     def columns(self, batch: Batch, eps: Tensor | None) -> dict[str, Tensor]:

@@ -20,6 +20,10 @@ class RunFailed(AecoreError):
     exit_code = 1
 
 
+class Diverged(RunFailed):
+    """A loss or weight became NaN or infinite: running the same again would end the same."""
+
+
 class ConfigError(AecoreError):
     """A key, a value or a combination that cannot work, or an output that belongs to another configuration."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aecore.errors import RunFailed
+from aecore.errors import Diverged
 from aecore.ranks import Rank, all_sum
 from aecore.store import Store, canonical_json
 
@@ -49,7 +49,7 @@ class MetricLog:
         return len(self._rows) >= self._due_rows
 
     def flush(self, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Reduce and write what was added; return the last step's row. RunFailed at a loss that is not finite."""
+        """Reduce and write what was added; return the last step's row. Diverged at a loss that is not finite."""
         if not self._rows:
             return {}
         sums = torch.stack(self._sums)
@@ -62,7 +62,7 @@ class MetricLog:
         rows, self._rows, self._sums = self._rows, [], []
         bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
         if bad is not None:
-            raise RunFailed(
+            raise Diverged(
                 f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): training stopped, the checkpoints before "
                 "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, "
                 "and write to another out"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aecore.errors import RunFailed
+from aecore.errors import Diverged, RunFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def from_rank_zero(rank: Rank, value: str | None) -> str | None:
 
 
 def require_equal_parameters(rank: Rank, model: nn.Module, step: int) -> None:
-    """RunFailed if the parameters differ between ranks or are not finite: a model that must not be saved."""
+    """RunFailed if the parameters differ between ranks, Diverged if they are not finite: a model that must not be saved."""
     with torch.no_grad():
         sums = torch.stack([parameter.double().sum() for parameter in model.parameters()]).sum().reshape(1)
     lowest, highest = sums.clone(), sums.clone()
@@ -46,7 +46,7 @@ def require_equal_parameters(rank: Rank, model: nn.Module, step: int) -> None:
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
     if not bool(torch.isfinite(sums)):
-        raise RunFailed(
+        raise Diverged(
             f"weights are not finite after step {step}: the checkpoints before it are kept; "
             "lower optim.lr or set optim.clip, and write to another out"
         )

@@ -54,7 +54,7 @@ def spec(cls: type[T]) -> type[T]:
 
 
 def _check_fields(instance: Any) -> None:  # any: every spec type passes here
-    hints = _hints(type(instance))
+    hints = field_types(type(instance))
     for field in dataclasses.fields(instance):
         value, name = getattr(instance, field.name), f"{type(instance).__name__}.{field.name}"
         hint = hints[field.name]
@@ -74,13 +74,10 @@ def _check_bound(name: str, number: float, bounds: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} is {number}, expected {' and '.join(limits) or 'a number'}")
 
 
-_HINTS: dict[type, dict[str, Any]] = {}
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    if cls not in _HINTS:
-        _HINTS[cls] = get_type_hints(cls)
-    return _HINTS[cls]
+def field_types(cls: type) -> dict[str, Any]:
+    """Return name -> type of the fields of a spec class (class variables are no fields)."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def to_dict(instance: Any, *, identity_only: bool = False) -> dict[str, Any]:  # any: every spec type
@@ -98,7 +95,7 @@ def to_dict(instance: Any, *, identity_only: bool = False) -> dict[str, Any]:  #
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     """Build a spec from plain JSON data; an unknown key is a ConfigError that names the nearest known one."""
-    hints = _hints(cls)
+    hints = field_types(cls)
     for key in data:
         if key not in hints:
             raise ConfigError(f"unknown key {key!r} in {cls.__name__}{did_you_mean(key, hints)}")

@@ -31,6 +31,7 @@ from aecore.checkpoint import (
     read_checkpoint,
     remove_checkpoint,
     require_fit,
+    same_as_published,
     write_checkpoint,
 )
 from aecore.data.loader import Loader
@@ -62,7 +63,7 @@ def fit(job: TrainJob, *, rank: Rank = Rank(), on_checkpoint: OnCheckpoint | Non
     called again, it ends with the same losses and weights (bit-equal for the same world size and threads). A finished run returns
     at once. `on_checkpoint(ref, metrics)` is called on every rank at the same steps; `ref` is None on all ranks but 0.
 
-    Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), RunFailed (loss or
+    Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), Diverged (loss or
     weights not finite).
     """
     store = open_store(job.out)
@@ -256,5 +257,6 @@ class _Training:
         assert newest is not None
         assert newest.step == self.total_steps
         chosen = newest if newest.best is None else read_checkpoint(self.store, newest.best["name"])
+        chosen = same_as_published(self.store, chosen)
         model = publish_model(self.store, chosen)
         logger.info("published step %d as %s/model (%s)", model.step, self.store.url, model.sha256[:12])

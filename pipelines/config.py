@@ -18,14 +18,13 @@ from typing import (
     Any,
     Literal,
     NotRequired,  # pydantic refuses the ones of typing before Python 3.12
-    get_type_hints,
 )
 
 import pydantic
 from typing_extensions import TypedDict
 
 from aecore.errors import ConfigError, did_you_mean
-from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
+from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, field_types, knob, spec, to_dict
 from aecore.store import absolute_url
 from pipelines.tree import Tree, apply_overrides, read_recipe
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from aecore.data.splits import SplitSpec
     from aecore.data.tasks import ShardSpec
     from aecore.data.transform import TransformSpec
-    from aecore.encode_worker import EncodeSpec
+    from aecore.encoder import EncodeSpec
     from aecore.optim import OptimSpec
     from aecore.run import CheckpointSpec, TrainSpec
 
@@ -81,7 +80,7 @@ SECTIONS: dict[str, str | Registry] = {
     "train": "aecore.run:TrainSpec",
     "checkpoint": "aecore.run:CheckpointSpec",
     "input": "aecore.data.loader:InputSpec",
-    "encode": "aecore.encode_worker:EncodeSpec",
+    "encode": "aecore.encoder:EncodeSpec",
     "evaluate": "pipelines.config:EvaluateSpec",
     "cluster": "pipelines.config:ClusterSpec",
     "schedule": "pipelines.config:ScheduleSpec",
@@ -195,11 +194,11 @@ def build_section(name: str, given: Any) -> Any:
     """Validate one section; ConfigError names the full dotted path of everything that is wrong with it."""
     if given is not None and not isinstance(given, dict):
         raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {name}.{_a_key(name)}")
-    values = dict(given or {})
-    if isinstance(SECTIONS[name], Registry):
+    values, parts = dict(given or {}), SECTIONS[name]
+    if isinstance(parts, Registry):
         kind = values.setdefault("kind", DEFAULT_KINDS[name])
         if not isinstance(kind, str):
-            raise ConfigError(f"{name}.kind is {kind!r} ({type(kind).__name__}), expected one of {', '.join(SECTIONS[name].kinds())}")
+            raise ConfigError(f"{name}.kind is {kind!r} ({type(kind).__name__}), expected one of {', '.join(parts.kinds())}")
         cls = section_type(name, kind)
     else:
         cls = section_type(name)
@@ -216,10 +215,11 @@ def build_section(name: str, given: Any) -> Any:
 @functools.cache
 def _types(cls: type) -> pydantic.TypeAdapter[Any]:
     """Return the validator of the types alone; bounds are checked by the spec itself, whose `ge` pydantic would apply to tuples."""
-    hints = get_type_hints(cls)
+    hints = field_types(cls)
     required = {field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING}
     fields = {name: hint if name in required else NotRequired[hint] for name, hint in hints.items()}
-    shape = TypedDict(cls.__name__, fields)  # type: ignore[misc, operator]  # made from the spec's fields
+    make: Any = TypedDict  # any: a type checker wants the fields written out
+    shape = make(cls.__name__, fields)
     shape.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
     return pydantic.TypeAdapter(shape)
 

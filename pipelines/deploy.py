@@ -45,14 +45,15 @@ def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
             stack.enter_context(local_server())
         import prefect
 
-        prefect.serve(*[deployment for recipe in recipes or [None] for deployment in deployments(recipe, cron)])
+        wanted: Sequence[Recipe | None] = recipes or [None]
+        prefect.serve(*[deployment for recipe in wanted for deployment in deployments(recipe, cron)])
 
 
 def deployments(recipe: Recipe | None, cron: str | None = None) -> list[Any]:
     """Return one Prefect deployment per flow for a recipe; without one, flows that ask for their recipe."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.deployments.runner import EntrypointType
     from prefect.schedules import Cron
+    from prefect.types.entrypoint import EntrypointType
 
     from pipelines.flows.encode import encode_flow
     from pipelines.flows.evaluate import evaluate_flow

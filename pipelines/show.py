@@ -94,10 +94,10 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
         from aecore.data.manifest import open_dataset
         from aecore.data.verify import verify_dataset
 
-        found = verify_dataset(open_dataset(store.url), read_data=read_data)
-        if found.problems:
-            raise DataError("\n".join(found.problems))
-        return {"kind": kind, "url": store.url, **dataclasses.asdict(found)}
+        checked = verify_dataset(open_dataset(store.url), read_data=read_data)
+        if checked.problems:
+            raise DataError("\n".join(checked.problems))
+        return {"kind": kind, "url": store.url, **dataclasses.asdict(checked)}
     if kind == "table":
         from aecore.table import open_table
 

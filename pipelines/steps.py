@@ -173,7 +173,7 @@ def stage(recipe: Recipe, name: str) -> Recipe:
     """
     root = recipe.require("out")
     data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
-    places = {
+    places: dict[str, Tree] = {
         "shard": {"data": None, "out": data},
         "train": {"data": data, "out": f"{root}/run"},
         "encode": {"run": f"{root}/run", "data": data, "out": f"{root}/table"},

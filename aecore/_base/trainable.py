@@ -53,6 +53,11 @@ class ModelSpec(Protocol):
         """Name of log p(x|z)."""
         ...
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what `latents` returns; a model with `mu` and `log_var` has a posterior."""
+        ...
+
     def beta_at(self, step: int) -> float:
         """Return the weight of the regularizer at optimizer step 1, 2, ...; 1 for a model without one."""
         ...

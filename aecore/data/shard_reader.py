@@ -1,7 +1,7 @@
 """Read one shard strictly: what the manifest, the index and the tar say must agree to the last bit, else DataError.
 
-`iterate` builds every header and padding again from the index and compares it with the file, and hashes every data member: no flipped bit
-and no truncation passes. `read_rows` reads members by offset (one descriptor, thread-safe `pread`), each verified by its sha256.
+`iterate` compares every header and padding with what the index implies, and every data member with its sha256: no flipped bit and no
+truncation passes. `read_rows` reads members by offset (one descriptor, thread-safe `pread`), each verified by its sha256.
 """
 
 import bisect
@@ -107,7 +107,7 @@ class ShardReader:
             window = self._pread(starts[row], starts[stop] - starts[row])
             samples = self._cut(window, row, stop)
             if verify:
-                self._check(window, samples, row)
+                self._check(window, samples, row, starts[row])
             yield from samples
             row = stop
         end = end_of_archive(starts[num])
@@ -140,21 +140,29 @@ class ShardReader:
             samples.append(Sample(layout.keys[row], members, labels[row]))
         return samples
 
-    def _check(self, window: bytes, samples: list[Sample], first: int) -> None:
-        """DataError naming the first damaged sample unless these samples, packed again, are the window, and their hashes fit."""
-        layout, sha256, parts = self._layout, hashlib.sha256, list[bytes]()
+    def _check(self, window: bytes, samples: list[Sample], first: int, base: int) -> None:
+        """DataError naming the first damaged sample unless all hashes, labels, headers and paddings are what the index implies.
+
+        `base` is the place of the window in the tar; the samples (row `first` and on) were cut from it.
+        """
+        layout, sha256, expected, found = self._layout, hashlib.sha256, list[bytes](), list[bytes]()
+        ext, begins, ends, firsts = layout.ext, layout.begins, layout.ends, layout.firsts
         for row, sample in enumerate(samples, first):
-            for ext, data in sample.members.items():
-                parts += member(f"{sample.key}.{ext}".encode(), data)
             members, label = sample.members, sample.label
             if sha256(members[layout.data_ext[row]]).hexdigest() != layout.hashes[row]:
                 raise self._damaged(row)
             if label is not None and members.get("cls") != b"%d" % label:
                 raise self._damaged(row)
-        packed = b"".join(parts)
-        if packed != window:
-            differing = next((at for at, (ours, theirs) in enumerate(zip(packed, window, strict=False)) if ours != theirs), len(window))
-            raise self._damaged(min(bisect.bisect_right(layout.starts, layout.starts[first] + differing) - 1, self.shard.samples - 1))
+            for at in range(firsts[row], firsts[row + 1]):
+                name, field, tail, _, pad = member(f"{sample.key}.{ext[at]}".encode(), members[ext[at]])
+                begin, end = begins[at] - base, ends[at] - base
+                expected += (name, field, tail, pad)
+                found += (window[begin - BLOCK : begin], window[end : end + len(pad)])
+        if b"".join(expected) != b"".join(found):
+            if len(samples) == 1:
+                raise self._damaged(first)
+            for row, sample in enumerate(samples, first):
+                self._check(window, [sample], row, base)
 
     def _damaged(self, row: int) -> DataError:
         return DataError(f"{self._name} is damaged at sample {self._layout.keys[row]!r} (row {row}): {REMEDY}")
@@ -187,12 +195,14 @@ def _layout(index: pa.Table, where: str) -> _Layout:
     data = np.flatnonzero([name in DATA_EXTENSIONS for name in extensions])
     if not np.array_equal(np.searchsorted(firsts, data, side="right") - 1, np.arange(index.num_rows)):
         raise DataError(f"the index of {where} does not name one data member per sample: {REMEDY}")
-    end = int((BLOCK + lengths + -lengths % BLOCK).sum())
+    ends = np.cumsum(BLOCK + lengths + -lengths % BLOCK)
+    if not np.array_equal(begins + lengths + -lengths % BLOCK, ends):
+        raise DataError(f"the members in the index of {where} do not follow each other without gaps: {REMEDY}")
     return _Layout(
         keys=strings["key"],
         labels=list(index.column("label").to_pylist()),
         hashes=strings["sha256"],
-        starts=[*(begins[firsts[:-1]] - BLOCK).tolist(), end],
+        starts=[*(begins[firsts[:-1]] - BLOCK).tolist(), *ends[-1:].tolist()],
         firsts=firsts.tolist(),
         data_ext=[extensions[at] for at in data.tolist()],
         data_offsets=begins[data].tolist(),

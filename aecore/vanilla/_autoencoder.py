@@ -1,7 +1,7 @@
 """The plain autoencoder: z = f(x), x_hat = g(z). Legend: B batch, D latent, n rows."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ class AE(Trainable):
 class AESpec:
     """Autoencoder of a backbone and a linear bottleneck."""
 
+    columns: ClassVar[tuple[str, ...]] = ("z",)
     kind: Literal["ae"] = "ae"
     latent_dim: int = knob(32, "size of the latent vector", ge=1)
     likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")

@@ -1,7 +1,7 @@
 """The variational autoencoder of Kingma & Welling (2013). Legend: B batch, S samples, D latent, n rows."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,7 @@ class VAE(Trainable):
 class VAESpec:
     """Variational autoencoder of a backbone; beta other than 1 makes it a beta-VAE."""
 
+    columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
     kind: Literal["vae"] = "vae"
     latent_dim: int = knob(20, "size of the latent vector", ge=1)
     beta: float = knob(1.0, "weight of the KL divergence", ge=0)

@@ -76,10 +76,10 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
     options = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "max_restarts": -1, "max_task_retries": TASK_RETRIES}
     remote = ray.remote(PartWorker).options(**options)
     factory = ray.put(make_worker)
-    actors = [remote.remote(cluster.threads_per_worker) for _ in range(num_workers)]
+    actors: list[Any] = [remote.remote(cluster.threads_per_worker) for _ in range(num_workers)]
     try:
         _prepare(ray, actors, factory, cluster.timeout_s)
-        waiting, busy = deque(tasks), {}
+        waiting, busy = deque(tasks), dict[Any, tuple[Any, Any]]()
         for actor in actors:
             task = waiting.popleft()
             busy[actor.run.remote(factory, task)] = (actor, task)

@@ -10,8 +10,10 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +45,7 @@ def connect(cluster: ClusterSpec) -> None:
     if ray.is_initialized():
         return
     started = time.perf_counter()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             _require_reachable(address, cluster.timeout_s)
@@ -56,6 +59,8 @@ def connect(cluster: ClusterSpec) -> None:
             f"cannot {'reach' if address else 'start'} {where}: {why}; check the address (and RAY_AUTH_MODE / RAY_AUTH_TOKEN), "
             "or unset RAY_ADDRESS to start one here, or set cluster.num_workers=0 to work in this process"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own there, which ends the process where Prefect or we would clean up
     logger.info("%s Ray in %.1f s: %s", "connected to" if address else "started", time.perf_counter() - started, _says(_totals(ray)))
 
 

@@ -103,7 +103,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    best = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
+    best: dict[str, Any] = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
     return TorchTrainer(
         _rank_loop,
         train_loop_config={"job": job, "threads": cluster.threads_per_worker},

@@ -1,7 +1,10 @@
 import dataclasses
+import hashlib
 import io
+import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ from aecore.data.manifest import open_dataset
 from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec, lr_at
-from aecore.store import open_store
+from aecore.store import canonical_json, open_store
 from aecore.train import fit
 from aecore.vanilla import AESpec
 from aecore.variational import VAESpec
@@ -125,6 +128,24 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(data, tmp_path, caplog):
     fit(job)
     assert "skipping a damaged checkpoint" in caplog.text
     assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+def test_a_publication_that_another_attempt_began_is_finished_with_its_weights(data, tmp_path):
+    job = small_job(data, tmp_path / "run", max_steps=10)
+    assert _killed(job, "checkpoint.linked:1") is True  # the last step of a first attempt is committed, nothing is published
+    store = open_store(tmp_path / "run")
+    name = committed_checkpoints(store)[0][1]
+    other = tmp_path / "run/checkpoints/step-00000010-zzzzzzzz"
+    shutil.copytree(tmp_path / "run" / name, other)  # a second attempt, whose weights differ in the last bits
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    manifest = json.loads((other / "checkpoint.json").read_text())
+    manifest["files"][0]["sha256"] = hashlib.sha256(weights).hexdigest()
+    (other / "checkpoint.json").write_bytes(canonical_json(manifest))
+    store.put("model/model.safetensors", bytes(weights), role="model")  # ... and which was killed while it published
+    fit(job)
+    assert published_weights(tmp_path / "run") == bytes(weights)
 
 
 def test_retention_keeps_the_newest_and_the_best(data, tmp_path):

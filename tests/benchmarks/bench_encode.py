@@ -30,7 +30,7 @@ from aecore.data.job import shard_dataset
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec
+from aecore.data.transform import Transform, TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
 from aecore.fanout import MakeWorker, Outcome, attempt, serial
 from aecore.nn.conv import ConvSpec
@@ -41,7 +41,7 @@ from tests.benchmarks.bench_input import make_folder
 from tests.benchmarks.pairs import HEADER, compare
 
 PAIRS = 5
-CASES = (("mnist", 10_000, "mlp", 512), ("mnist", 10_000, "conv", 512), ("jpeg256", 400, "conv", 64))
+CASES = (("mnist", 30_000, "mlp", 512), ("mnist", 30_000, "conv", 512), ("jpeg256", 400, "conv", 64))
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def floors(case: Case, numbers: Iterator[int]) -> dict[str, Callable[[], object]
     readers = [case.dataset.reader(shard) for shard in case.dataset.manifest.shards]
     members = [member for reader in readers for member in reader.read_rows(np.arange(len(reader)))]
     decode = imagecodecs.png_decode if members[0].startswith(b"\x89PNG") else imagecodecs.jpeg8_decode
-    pixels = torch.from_numpy(np.stack([decode(member) for member in members]))
-    pixels = (pixels if pixels.ndim == 4 else pixels.unsqueeze(-1)).permute(0, 3, 1, 2).contiguous()
-    model = load_model(case.run).model
-    one = torch.zeros(1, dtype=torch.int64)
+    stacked = np.stack([decode(member) for member in members])
+    pixels = torch.from_numpy(stacked.reshape(*stacked.shape[:3], -1)).permute(0, 3, 1, 2)  # the loader's memory layout: convolutions care
+    loaded = load_model(case.run)
+    transform, one = Transform(loaded.config.transform), torch.zeros(1, dtype=torch.int64)
 
     def forward() -> np.ndarray:
-        latents = [model.latents(Batch(rows.float().div_(255), one, one, 1)) for rows in pixels.split(case.batch)]
+        latents = [loaded.model.latents(transform(Batch(rows, one, one, 1))) for rows in pixels.split(case.batch)]
         return torch.cat([torch.cat([part["mu"], part["log_var"]], 1) for part in latents]).numpy()
 
     values = forward()

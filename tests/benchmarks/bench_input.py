@@ -161,7 +161,7 @@ def reading(dataset: Dataset) -> None:
     import webdataset as wds
 
     shards, samples = dataset.manifest.split("train"), dataset.manifest.num_samples("train")
-    tars = [f"{dataset.url}/{shard.tar.name}" for shard in shards]
+    tars, size = [f"{dataset.url}/{shard.tar.name}" for shard in shards], "x".join(map(str, dataset.manifest.input_shape()[1:]))
 
     def peer() -> None:
         assert sum(1 for _ in wds.WebDataset(tars, shardshuffle=False)) == samples
@@ -172,8 +172,8 @@ def reading(dataset: Dataset) -> None:
     def by_offset() -> None:
         assert sum(len(dataset.reader(shard).read_rows(np.arange(shard.samples))) for shard in shards) == samples
 
-    show("read with checksums, every byte, against webdataset", strict, peer, samples, "5")
-    show("read with checksums, by offset, against webdataset", by_offset, peer, samples, "5")
+    show(f"read {size} images with checksums, every byte, against webdataset", strict, peer, samples, "5")
+    show(f"read {size} images with checksums, by offset, against webdataset", by_offset, peer, samples, "5")
 
 
 def main() -> None:

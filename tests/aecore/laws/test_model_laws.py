@@ -54,6 +54,7 @@ def test_built_model_gives_back_the_shape_and_finite_flat_float32_latents(kind: 
         reconstruction = model.eval().reconstruct(batch, likelihood="bernoulli")
         assert (reconstruction.shape, reconstruction.dtype) == ((rows, *shape), torch.float32)
         assert 0 <= reconstruction.min() <= reconstruction.max() <= 1
+        assert tuple(model.latents(batch)) == MODELS.spec_type(kind)().columns
         for latent in model.latents(batch).values():
             assert (latent.shape, latent.dtype) == ((rows, LATENT), torch.float32)
             assert latent.isfinite().all()

@@ -1,0 +1,96 @@
+"""`aepipe serve` against a real Prefect server on SQLite: a cron tick fires, the scheduled pipeline completes, verbs report to it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
+HERE = "cluster.num_workers=0"
+
+
+def ended(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> int:
+    """End a process that this test started, and return its exit code."""
+    if process.poll() is None:
+        process.send_signal(how)
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait(10)
+
+
+def ask(api: str, path: str, **body: Any) -> Any:
+    request = urllib.request.Request(f"{api}/{path}", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return json.load(response)
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[str]:
+    """Give the API address of a Prefect server of our own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"PREFECT_HOME": str(tmp_path / "server")}
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}/api"
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() < deadline, "the server did not start"
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.3)
+        yield address
+    finally:
+        ended(server)
+
+
+@pytest.mark.prefect
+@pytest.mark.slow
+def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(api: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PREFECT_API_URL": api, "PREFECT_HOME": str(tmp_path / "client")}
+    aepipe = [sys.executable, "-m", "pipelines.cli"]
+    out = tmp_path / "out"
+    with (tmp_path / "serve.log").open("wb") as log:
+        command = [*aepipe, "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"]
+        serving = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        verb = [*aepipe, "shard", "sprites", str(tmp_path / "alone"), *TINY[:3], HERE]
+        subprocess.run(verb, env=environment, check=True, capture_output=True, timeout=90)
+        runs = ask(api, "flow_runs/filter", flows={"name": {"any_": ["aepipe-shard"]}})
+        assert [run["state"]["type"] for run in runs] == ["COMPLETED"]
+
+        deadline, done = time.monotonic() + 130, []
+        while not done and time.monotonic() < deadline:
+            assert serving.poll() is None, (tmp_path / "serve.log").read_text()
+            runs = ask(api, "flow_runs/filter", flows={"name": {"any_": ["aepipe-pipeline"]}})
+            done = [run for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
+            time.sleep(0.5)
+        log_text = (tmp_path / "serve.log").read_text()
+        assert done, f"no cron tick fired: {log_text}"
+        assert done[0]["state"]["type"] == "COMPLETED", log_text
+        assert done[0]["auto_scheduled"]
+        assert done[0]["parameters"]["recipe"]["out"] == str(out)
+        assert (out / "table" / "table.000001.json").exists()
+        served = {deployment["name"] for deployment in ask(api, "deployments/filter")}
+        assert served == {"demo"}
+        assert len(ask(api, "deployments/filter")) == 5
+    finally:
+        code = ended(serving, signal.SIGINT)
+    assert code == 0, (tmp_path / "serve.log").read_text()

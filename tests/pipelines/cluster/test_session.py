@@ -1,0 +1,82 @@
+"""Clusters that others started: used, limited in time, never shut down."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=30")
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20})
+second = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(second)
+cluster.wait_for_nodes()
+print("one node", flush=True)
+sys.stdin.readline()
+print("dead" if cluster.head_node.dead_processes() else "alive", flush=True)
+cluster.shutdown()
+"""
+
+
+@dataclass
+class Other:
+    """A Ray of two nodes on this machine that another process started."""
+
+    address: str
+    orders: IO[str]
+    answers: IO[str]
+
+    def says(self) -> str:
+        self.orders.write("\n")
+        self.orders.flush()
+        return self.answers.readline().strip()
+
+
+@pytest.fixture
+def other_cluster() -> Iterator[Other]:
+    with subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield Other(process.stdout.readline().strip(), process.stdin, process.stdout)
+        finally:
+            process.stdin.close()
+            process.terminate()
+
+
+def shard(out: Path, address: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", str(out), *SPRITES]
+    return subprocess.run(command, env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_path: Path) -> None:
+    refused = shard(tmp_path / "out", other_cluster.address)
+    assert refused.returncode == 5, refused.stderr
+    assert "the Ray cluster has 2 nodes, each with its own disk" in refused.stderr
+    assert not list((tmp_path / "out").glob("dataset.*"))
+
+    assert other_cluster.says() == "one node"
+    done = shard(tmp_path / "out", other_cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert "connected to Ray" in done.stderr
+    assert "3 shards" in done.stdout
+    assert other_cluster.says() == "alive"
+
+
+@pytest.mark.ray
+def test_an_address_where_nothing_listens_is_a_cluster_error(tmp_path: Path) -> None:
+    done = shard(tmp_path / "out", "127.0.0.1:1")
+    assert done.returncode == 5
+    assert "cannot reach the Ray cluster at RAY_ADDRESS=127.0.0.1:1: nothing answers" in done.stderr
+    assert "Traceback" not in done.stderr

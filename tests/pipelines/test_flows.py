@@ -1,0 +1,102 @@
+"""The flows: a real (temporary) Prefect server, the whole walk, what is recorded of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cli import main
+from pipelines.config import ClusterSpec
+from pipelines.flows import set_defaults
+from tests.pipelines.conftest import SMALL
+
+TINY = (*SMALL, "train.epochs=2", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32")
+
+
+def newest_run(flow: str) -> tuple[Any, list[str], set[str]]:
+    """Return the newest flow run of a flow, its log lines and the keys of its artifacts, as the server has them."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName, LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        named = FlowFilter(name=FlowFilterName(any_=[flow]))
+        run = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), limit=200, offset=0)
+        response = client._client.post("/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(run.id)]}}})
+        return run, [log.message for log in logs], {artifact["key"] for artifact in response.json()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def prefect_console() -> None:
+    """Let Prefect take the standard error of the whole session, not the one that a test's `capsys` closes."""
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+
+
+@pytest.mark.prefect
+@pytest.mark.slow
+def test_a_pipeline_runs_as_one_flow_and_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["run", "demo", f"out={out}", *TINY, "cluster.num_workers=0", "--json"]) == 0
+    output = capsys.readouterr()
+    summaries = json.loads(output.out)
+    assert list(summaries) == ["shard", "train", "encode", "evaluate"]
+    assert summaries["encode"]["rows"] == sum(summaries["shard"]["samples"].values()) == 384
+    assert summaries["encode"]["lineage"]["checkpoint"]["sha256"] == summaries["train"]["checkpoint_sha256"]
+    assert main(["verify", out, "--read-data"]) == 0
+    capsys.readouterr()
+
+    run, _, artifacts = newest_run("aepipe-pipeline")
+    assert run.state.is_completed()
+    assert run.parameters["recipe"]["out"] == out
+    assert artifacts >= {"aepipe-shard", "aepipe-train", "aepipe-encode", "aepipe-evaluate", "aepipe-pipeline"}
+
+    assert main(["run", "demo", f"out={out}", *TINY, "cluster.num_workers=0", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    for summary in (*summaries.values(), *again.values()):
+        summary.pop("seconds")
+    assert again == summaries, "a second run finds everything done"
+
+
+@pytest.mark.prefect
+def test_an_error_in_a_flow_keeps_its_exit_code_and_is_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    command = [sys.executable, "-m", "pipelines.cli", "run", "mnist_vae", f"source.url={tmp_path}/raw", f"out={tmp_path}/out"]
+    done = subprocess.run([*command, "cluster.num_workers=0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "aepipe: source.url" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "AwaitingRetry" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.prefect
+@pytest.mark.slow
+def test_a_pipeline_on_two_ray_workers_makes_the_same_dataset(two_workers: ClusterSpec, sprites: Path, tmp_path: Path) -> None:
+    cpus = (two_workers.resources_per_worker or {})["CPU"]
+    overrides = (*TINY, "train.epochs=1", "cluster.num_workers=2", f"cluster.resources_per_worker={{CPU: {cpus}}}")
+    assert main(["run", "demo", f"out={tmp_path}/out", *overrides]) == 0
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out" / "dataset").glob("**/*.tar")}
+    assert made == {path.name: path.read_bytes() for path in sprites.glob("**/*.tar")}
+    wanted, seen, deadline = {"shard", "train", "encode"}, set(), time.monotonic() + 20
+    while not wanted <= seen and time.monotonic() < deadline:  # logs are sent in batches
+        run, lines, _ = newest_run("aepipe-pipeline")
+        seen = {line.partition(": ")[0] for line in lines}
+    assert run.state.is_completed()
+    assert wanted <= seen, "progress of the workers stands in the run's log"
+    assert main(["verify", f"{tmp_path}/out", "--read-data"]) == 0
+
+
+def test_the_defaults_leave_the_users_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", "/somewhere/mine")
+    monkeypatch.delenv("PREFECT_LOGGING_EXTRA_LOGGERS", raising=False)
+    set_defaults()
+    assert os.environ["PREFECT_HOME"] == "/somewhere/mine"
+    assert os.environ["PREFECT_LOGGING_EXTRA_LOGGERS"] == "aecore,pipelines"
