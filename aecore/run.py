@@ -8,7 +8,9 @@ from aecore._base.trainable import ModelSpec
 from aecore.checkpoint import newest_checkpoint, read_checkpoint
 from aecore.data.loader import InputSpec
 from aecore.data.manifest import Dataset, open_dataset
+from aecore.data.order import check_lanes
 from aecore.data.transform import TransformSpec
+from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_same
 from aecore.metrics import read_rows
 from aecore.optim import OptimSpec
@@ -44,6 +46,13 @@ class CheckpointSpec:
     best: bool = knob(False, "publish the weights of the epoch with the lowest validation loss instead of the last ones")
 
 
+def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: int = 1) -> None:
+    """ConfigError for combinations that cannot work, whatever the data: known before anything is read."""
+    check_lanes(train.global_batch, train.lanes, max(num_workers, 1))
+    if checkpoint.best and train.val_split is None:
+        raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """Everything that decides a run. `data` is a dataset's URL, `out` the run's; the rest are specs."""
@@ -57,6 +66,9 @@ class TrainJob:
     train: TrainSpec = field(default_factory=TrainSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     input: InputSpec = field(default_factory=InputSpec)
+
+    def __post_init__(self) -> None:
+        require_possible(self.train, self.checkpoint)
 
     def identity(self, dataset: Dataset) -> dict[str, Any]:
         """Return what can change the weights: the specs and the content of the splits that are read."""

@@ -37,7 +37,6 @@ from aecore.checkpoint import (
 from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
 from aecore.data.transform import Transform
-from aecore.errors import ConfigError
 from aecore.loss import LossResult
 from aecore.metrics import MetricLog
 from aecore.noise import seed_of
@@ -90,8 +89,6 @@ class _Training:
         self.config = ModelConfig(job.model, job.backbone, job.transform, dataset.manifest.input_shape())
         self.loader = self._loader(job.train.split)
         self.val_loader = None if job.train.val_split is None else self._loader(job.train.val_split)
-        if job.checkpoint.best and self.val_loader is None:
-            raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
         self.total_steps = total_steps(job, dataset)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
         self.best: dict[str, Any] | None = None

@@ -38,7 +38,7 @@ _SETTINGS = {
 def connect(cluster: ClusterSpec) -> None:
     """Make sure that this process is connected to Ray; ClusterError if that fails or takes too long."""
     address = os.environ.get("RAY_ADDRESS")
-    for name, value in (_SETTINGS if address else _SETTINGS | _own_token()).items():
+    for name, value in (_SETTINGS if address else _SETTINGS | _own_token() | _own_folder()).items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -81,6 +81,14 @@ def _own_token() -> dict[str, str]:
     if "ray" in sys.modules or any(name.startswith("RAY_AUTH_") for name in os.environ):
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _own_folder() -> dict[str, str]:
+    """Return a folder for the sessions of our Rays. In Ray's own, /tmp/ray, the address of a cluster that died may lie: every
+    TorchTrainer.fit then ends 12 s later, since its clean-up asks there which cluster is running. Short: sockets lie in it."""
+    folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return {"RAY_TMPDIR": str(folder)} if folder.stat().st_uid == os.getuid() else {}
 
 
 def disconnect() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,14 @@ class Other:
 
 @pytest.fixture
 def other_cluster() -> Iterator[Other]:
-    with subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
+        command, environment = [sys.executable, "-c", CLUSTER], os.environ | {"RAY_TMPDIR": folder}
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
             yield Other(process.stdout.readline().strip(), process.stdin, process.stdout)
-        finally:
-            process.stdin.close()
-            process.terminate()
+            process.stdin.close()  # whatever it waits for: it goes on, and shuts its cluster down
+            assert process.wait(60) == 0
 
 
 def shard(out: Path, address: str) -> "subprocess.CompletedProcess[str]":
