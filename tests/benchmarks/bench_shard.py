@@ -26,20 +26,20 @@ PAIRS = 9
 
 
 def mnist(target: Path) -> int:
-    """10,000 PNGs of about 300 bytes."""
-    unpack("mnist", target, train_per_class=1000, test_per_class=0)
-    return 10_000
+    """30,000 PNGs of about 300 bytes."""
+    unpack("mnist", target, train_per_class=3000, test_per_class=0)
+    return 30_000
 
 
 def jpeg256(target: Path) -> int:
-    """1,000 JPEGs of 256x256, about 19 kB: CIFAR-10 scaled up."""
+    """2,000 JPEGs of 256x256, about 19 kB: CIFAR-10 scaled up."""
     with tempfile.TemporaryDirectory() as small:
-        unpack("cifar10", Path(small), train_per_class=100, test_per_class=0)
+        unpack("cifar10", Path(small), train_per_class=200, test_per_class=0)
         for path in Path(small).rglob("*.jpg"):
             large = target / path.relative_to(small)
             large.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).resize((256, 256), Image.Resampling.BICUBIC).save(large, quality=95)
-    return 1000
+    return 2000
 
 
 def write_ours(files: Path, scratch: Path) -> None:

@@ -19,7 +19,7 @@ from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url
 
-READ_BYTES = 1 << 16
+FIRST_READ_BYTES = 1 << 13
 
 
 @spec
@@ -66,16 +66,17 @@ class FolderSource:
         paths = [path for path, _ in found]
         sizes = np.fromiter((size for _, size in found), dtype=np.int64, count=len(found))
         folders = [sys.intern(path.rpartition("/")[0]) for path in paths]
-        tops = [sys.intern(folder.partition("/")[0]) for folder in folders]
+        top_of = {folder: folder.partition("/")[0] for folder in set(folders)}
+        tops = [top_of[folder] for folder in folders]
         return Listing(_keys(paths), paths, sizes, label_names=folders, splits=tops, notes=notes)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one file; OSError if it cannot be read."""
         descriptor = os.open(self._prefix + source, os.O_RDONLY | os.O_NONBLOCK)  # half the time of `open`; a FIFO reads as empty
         try:
-            data = os.read(descriptor, READ_BYTES)
-            while len(data) % READ_BYTES == 0 and (more := os.read(descriptor, READ_BYTES)):
-                data += more
+            data = os.read(descriptor, FIRST_READ_BYTES)  # a small buffer: a large one costs as much as the rest
+            if len(data) == FIRST_READ_BYTES:
+                data += _rest(descriptor)
         finally:
             os.close(descriptor)
         return source.rpartition(".")[2].lower(), data
@@ -100,28 +101,33 @@ class FolderSource:
             try:
                 with os.scandir(self._root / prefix) as entries:
                     for entry in entries:
-                        if entry.name.startswith("."):
+                        name = entry.name
+                        if name[0] == ".":
                             skipped["hidden files or folders"] += 1
                         elif entry.is_dir(follow_symlinks=False):
-                            folders.append(_class_name(f"{prefix}{entry.name}/", self._root))
-                        elif self._is_sample(entry, skipped):
-                            found.append((prefix + entry.name, entry.stat().st_size))
+                            folders.append(_class_name(f"{prefix}{name}/", self._root))
+                        elif "." not in name or name.rpartition(".")[2].lower() not in self._extensions:
+                            skipped["files of other extensions"] += 1
+                        elif entry.is_symlink() and not self._stays_inside(entry):
+                            skipped["symbolic links that leave the folder or lead to none of its files"] += 1
+                        else:
+                            found.append((prefix + name, entry.stat().st_size))
             except OSError as error:
                 where = error.filename or self._root / prefix
                 raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
         return found
 
-    def _is_sample(self, entry: os.DirEntry[str], skipped: Counter[str]) -> bool:
-        stem, dot, ext = entry.name.rpartition(".")
-        if not (stem and dot and ext.lower() in self._extensions):
-            skipped["files of other extensions"] += 1
-            return False
-        if entry.is_symlink():
-            target = Path(os.path.realpath(entry.path))
-            if not (target.is_file() and target.is_relative_to(os.path.realpath(self._root))):
-                skipped["symbolic links that leave the folder or lead to none of its files"] += 1
-                return False
-        return True
+    def _stays_inside(self, link: os.DirEntry[str]) -> bool:
+        target = Path(os.path.realpath(link.path))
+        return target.is_file() and target.is_relative_to(os.path.realpath(self._root))
+
+
+def _rest(descriptor: int) -> bytes:
+    """Return what is left to read of a file, in one read where its size is told truthfully."""
+    pieces = []
+    while piece := os.read(descriptor, max(os.fstat(descriptor).st_size, FIRST_READ_BYTES)):
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _keys(paths: list[str]) -> list[str]:
