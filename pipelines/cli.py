@@ -160,6 +160,8 @@ def _flow(name: str, debug: bool) -> Callable[..., Any]:
     """Return a Prefect flow; its console keeps tracebacks for `--debug` (Prefect's own record has them always)."""
     from importlib import import_module
 
+    flows: Any = import_module("pipelines.flows")
+    flows.require_server()
     module = import_module(f"pipelines.flows.{name}")
     for logger in ("aecore", "pipelines"):  # Prefect's own handlers take them from here on
         logging.getLogger(logger).handlers = []

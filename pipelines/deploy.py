@@ -21,7 +21,7 @@ from typing import Any
 from aecore.errors import ClusterError, ConfigError
 from pipelines.cluster.session import make_importable
 from pipelines.config import Recipe
-from pipelines.flows import set_defaults
+from pipelines.flows import require_server, set_defaults
 from pipelines.steps import check_pipeline, stage
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
     with contextlib.ExitStack() as stack:
         if not os.environ.get("PREFECT_API_URL"):
             stack.enter_context(local_server())
+        require_server()
         import prefect
 
         wanted: Sequence[Recipe | None] = recipes or [None]
@@ -90,7 +91,8 @@ def local_server() -> Iterator[str]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        environment = os.environ | {"PREFECT_SERVER_UI_API_URL": f"{page}/api"}  # the page asks port 4200 unless it is told otherwise
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
         _wait_for(page, server, log)
         os.environ["PREFECT_API_URL"] = f"{page}/api"

@@ -121,10 +121,12 @@ def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) ->
     from aecore.encode import encode_dataset
     from aecore.table_manifest import TableManifest
     from pipelines.cluster.fanout import ray_fan_out
+    from pipelines.cluster.session import require_gpu_is_there
 
     started, cluster = time.perf_counter(), recipe.cluster
     run, data, out = recipe.require("run"), recipe.require("data"), recipe.require("out")
-    _here(recipe)
+    if cluster.num_workers == 0:
+        require_gpu_is_there(cluster)
     made = encode_dataset(
         run,
         data,
@@ -153,12 +155,16 @@ def table_summary(manifest: Any) -> Tree:
 
 
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Evaluate the model of `run` on one split of `data`; writes nothing."""
+    """Evaluate the model of `run` on one split of `data`, in this process; writes nothing."""
+    import torch
+
     from aecore.evaluate import evaluate_run
+    from pipelines.cluster.session import require_gpu_is_there
 
     started, spec = time.perf_counter(), recipe.evaluate
     run, data = recipe.require("run"), recipe.require("data")
-    _here(recipe)
+    require_gpu_is_there(recipe.cluster)
+    torch.set_num_threads(recipe.cluster.threads_per_worker)
     result = evaluate_run(run, data, spec.split, device=_device(recipe), seed=spec.seed, batch=spec.batch)
     return {"step": "evaluate", "run": run, "dataset": data, **result.to_dict(), "seconds": _since(started)}
 
@@ -201,17 +207,6 @@ def stages(recipe: Recipe) -> list[str]:
 
 def _device(recipe: Recipe) -> str:
     return "cuda" if recipe.cluster.use_gpu else "cpu"
-
-
-def _here(recipe: Recipe) -> None:
-    """Set torch's threads where this process does the work."""
-    import torch
-
-    from pipelines.cluster.session import require_gpu_is_there
-
-    if recipe.cluster.num_workers == 0:
-        require_gpu_is_there(recipe.cluster)
-        torch.set_num_threads(recipe.cluster.threads_per_worker)
 
 
 def _since(started: float) -> float:

@@ -1,61 +1,70 @@
-"""USTAR members, byte for byte what `webdataset.TarWriter(mtime=0)` writes, from templates instead of `tarfile`.
+"""USTAR members, byte for byte what `webdataset.TarWriter(mtime=0)` writes, many at once and without `tarfile`.
 
-A member is five byte strings whose join is header + data + padding; the writer joins many of them at once, the strict reader
-builds them again from the index and compares. Names over 100 bytes use USTAR's prefix field (webdataset writes PAX there).
+The writer packs the members of a chunk, the strict reader builds their headers again from the index and compares. Names over
+100 bytes use USTAR's prefix field (webdataset writes PAX there).
 """
 
-import zlib
+import numpy as np
+from numpy.typing import NDArray
 
 from aecore.errors import DataError
 
 BLOCK, RECORD = 512, 10240
 OWNER = b"bigdata"  # what webdataset writes as user and group
-_NAME, _PREFIX = 100, 155
+_NAME, _PREFIX, _MAX_SIZE = 100, 155, 0o77777777777
 _MODE = b"0000444\0" + b"0000000\0" * 2  # mode, uid, gid
 _MTIME = b"00000000000\0"
 _MAGIC = b"0" + bytes(100) + b"ustar\x0000" + OWNER.ljust(32, b"\0") * 2
-_PADS = tuple(bytes(-rest % BLOCK) for rest in range(BLOCK))
-_CACHE = 1 << 14
-
-Member = tuple[bytes, bytes, bytes, bytes, bytes]
-_sizes: dict[int, tuple[bytes, int]] = {}
-_tails: dict[int, bytes] = {}
+_SIZE_AT, _SUM_AT, _PREFIX_AT = 124, 148, 345
+# a header without name and prefix, of size 0, with 8 spaces for the checksum: what they count as in its sum
+_BLANK = (bytes(_NAME) + _MODE + b"0" * 11 + b"\0" + _MTIME + b" " * 8 + _MAGIC).ljust(BLOCK, b"\0")
+_SHIFTS = np.arange(30, -3, -3)  # of the 11 octal digits of a size, the last 6 are those of a checksum
 
 
-def _size_field(size: int) -> tuple[bytes, int]:
-    """Return the bytes from mode to mtime, and the sum of all header bytes but name, prefix and checksum's own digits."""
-    if size > 0o77777777777:
-        raise DataError(f"a member of {size} bytes does not fit a USTAR header (8 GiB at most)")
-    field = _MODE + b"%011o\0" % size + _MTIME
-    if len(_sizes) >= _CACHE:
-        _sizes.clear()
-    # 8 spaces stand for the checksum in its own sum; adler32's low half is 1 + the sum of the name, hence the -1
-    _sizes[size] = found = (field, sum(field) + sum(_MAGIC) + 8 * 32 - 1)
-    return found
+def headers(names: list[bytes], sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return the header blocks `[N, 512]` of N files; DataError if no USTAR header can hold a name or size."""
+    blocks = np.empty((len(names), BLOCK), np.uint8)
+    blocks[:] = np.frombuffer(_BLANK, np.uint8)
+    field = np.array(names, f"S{_NAME}").view(np.uint8).reshape(-1, _NAME)  # cuts long names
+    digits = _octal(sizes, _SHIFTS)
+    blocks[:, :_NAME] = field
+    blocks[:, _SIZE_AT : _SIZE_AT + 11] = digits
+    if len(max(names, key=len, default=b"")) > _NAME or sizes.max(initial=0) > _MAX_SIZE:
+        _store_long(blocks, names, sizes)
+        sums = blocks.sum(axis=1, dtype=np.int64)
+    else:
+        sums = field.sum(axis=1, dtype=np.int64) + digits.sum(axis=1, dtype=np.int64) + (sum(_BLANK) - 11 * ord("0"))
+    blocks[:, _SUM_AT : _SUM_AT + 6] = _octal(sums, _SHIFTS[5:])
+    blocks[:, _SUM_AT + 6] = 0
+    return blocks
 
 
-def _tail(total: int) -> bytes:
-    tail = _tails[total] = (b"%06o\0 " % total + _MAGIC).ljust(BLOCK - 148, b"\0")
-    return tail
+def _octal(values: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    return ((values[:, None] >> shifts & 7) + ord("0")).astype(np.uint8)
 
 
-def member(name: bytes, data: bytes) -> Member:
-    """Return header (in three pieces), data and padding of the file `name`; DataError if no USTAR header can hold the name."""
-    size = len(data)
-    if len(name) > _NAME:
-        return _long_member(name, data)
-    field, base = _sizes.get(size) or _size_field(size)
-    total = base + (zlib.adler32(name) & 0xFFFF)
-    return name.ljust(_NAME, b"\0"), field, _tails.get(total) or _tail(total), data, _PADS[size % BLOCK]
+def _store_long(blocks: NDArray[np.uint8], names: list[bytes], sizes: NDArray[np.int64]) -> None:
+    if sizes.max() > _MAX_SIZE:
+        raise DataError(f"a member of {sizes.max()} bytes does not fit a USTAR header (8 GiB at most)")
+    for row, name in enumerate(names):
+        if len(name) > _NAME:
+            prefix, short = split_name(name)
+            blocks[row, :_NAME] = np.frombuffer(short.ljust(_NAME, b"\0"), np.uint8)
+            blocks[row, _PREFIX_AT : _PREFIX_AT + len(prefix)] = np.frombuffer(prefix, np.uint8)
 
 
-def _long_member(name: bytes, data: bytes) -> Member:
-    prefix, short = split_name(name)
-    field, base = _size_field(len(data))
-    total = base + 1 + sum(short) + sum(prefix)
-    tail = b"%06o\0 " % total + _MAGIC
-    tail = tail.ljust(345 - 148, b"\0") + prefix.ljust(BLOCK - 345, b"\0")
-    return short.ljust(_NAME, b"\0"), field, tail, data, _PADS[len(data) % BLOCK]
+def pack(names: list[bytes], contents: list[bytes]) -> memoryview:
+    """Return the files as they stand in a tar, one after the other: header, bytes, zeros up to a full block."""
+    sizes = np.fromiter(map(len, contents), np.int64, len(contents))
+    ends = np.cumsum(stored_size(sizes))
+    out = np.zeros(ends[-1] if len(ends) else 0, np.uint8)
+    starts = ends - stored_size(sizes)
+    out.reshape(-1, BLOCK)[starts // BLOCK] = headers(names, sizes)
+    view = memoryview(out)
+    begins = starts + BLOCK
+    for begin, end, content in zip(begins.tolist(), (begins + sizes).tolist(), contents, strict=True):
+        view[begin:end] = content
+    return view
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
@@ -68,9 +77,9 @@ def split_name(name: bytes) -> tuple[bytes, bytes]:
     raise DataError(f"the name {name!r} does not fit a USTAR header: components of at most {_NAME} bytes, {_PREFIX + _NAME + 1} in all")
 
 
-def stored_size(size: int) -> int:
-    """Return the bytes that a member of `size` data bytes takes, header and padding included."""
-    return BLOCK + size + (-size % BLOCK)
+def stored_size(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bytes that members of `sizes` data bytes take, header and padding included."""
+    return BLOCK + sizes + -sizes % BLOCK
 
 
 def end_of_archive(size: int) -> bytes:

@@ -130,15 +130,16 @@ def worker_resources(cluster: ClusterSpec) -> dict[str, float]:
 
 
 def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
-    """ClusterError unless the cluster can place `num_workers` workers now, or within `cluster.timeout_s` if it is busy."""
+    """ClusterError unless the cluster has room for `cluster.num_workers` workers at all, and for `num_workers` of them now or
+    within `cluster.timeout_s` (other work may hold it)."""
     import ray
 
     need = worker_resources(cluster)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(_fits(node, need) for node in nodes)
-    if room < num_workers:
+    if room < cluster.num_workers:
         raise ClusterError(
-            f"cluster.num_workers={num_workers} workers of {_says(need)} each do not fit: the cluster has {_says(_totals(ray))} on "
+            f"cluster.num_workers={cluster.num_workers} workers of {_says(need)} each do not fit: the cluster has {_says(_totals(ray))} on "
             f"{len(nodes)} node(s), room for {room}; set cluster.num_workers={room} or less, or a smaller share for each, for example "
             f"'cluster.resources_per_worker={{CPU: 0.5}}'{'' if 'GPU' not in need else ', or cluster.use_gpu=false'}"
         )

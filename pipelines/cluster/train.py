@@ -8,6 +8,7 @@ and hash. `CheckpointConfig.num_to_keep` stays unset, because Ray would delete w
 
 import concurrent.futures
 import json
+import os
 import tempfile
 import threading
 import uuid
@@ -54,8 +55,7 @@ def train(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None = None) ->
 def _train_here(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None) -> RunResult:
     import torch
 
-    if cluster.use_gpu:
-        require_gpu_is_there(cluster)
+    require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
     stop = threading.Event()
     watcher = threading.Thread(target=_poll_until, args=(stop, on_poll or (lambda: None)), daemon=True)
@@ -103,6 +103,8 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.timeout_s))
+    placing: dict[str, Any] = {"controller_failure_limit": cluster.max_failures}  # Ray's default: try for ever
     best: dict[str, Any] = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
     return TorchTrainer(
         _rank_loop,
@@ -114,7 +116,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
         run_config=RunConfig(
             name=f"{Path(job.out).name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(max_failures=cluster.max_failures, **placing),
             checkpoint_config=CheckpointConfig(**best),
             callbacks=[_stop_callback()],
         ),
@@ -180,7 +182,7 @@ def _typed(error: Exception) -> AecoreError:
         return ours
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     message = lines[-1] if lines else type(error).__name__
-    if "startup" in type(error).__name__.lower() or "WorkerGroupStartup" in str(error):
+    if "Startup" in type(getattr(error, "controller_failure", None)).__name__:  # Ray's own classes for it are private
         return ClusterError(f"the workers did not start: {message}; ask for fewer workers, or raise cluster.timeout_s")
     return RunFailed(
         f"training failed for good after cluster.max_failures restarts: {message}; its checkpoints are kept, run the same command again"

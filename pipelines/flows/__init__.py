@@ -5,7 +5,11 @@ their defaults here, before its first import: a home of our own, so that another
 """
 
 import os
+import urllib.error
+import urllib.request
 from pathlib import Path
+
+from aecore.errors import ClusterError
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 SETTINGS = {
@@ -22,6 +26,21 @@ def set_defaults() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last level only, and hangs if it cannot
+
+
+def require_server(timeout_s: float = 10.0) -> None:
+    """ClusterError if PREFECT_API_URL is set and nothing answers there; Prefect itself would show a traceback."""
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s).close()
+    except urllib.error.HTTPError:
+        return  # it answers: what it wants (a password) is between it and Prefect
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Prefect server answers at PREFECT_API_URL={url} ({error}): start it, correct the address, or unset it to work without one"
+        ) from error
 
 
 set_defaults()

@@ -1,8 +1,9 @@
 """What the flows share: one task per step, with retries where another attempt can help, its progress in the run's log.
 
-Every step may run again after a kill (files are put-if-absent, records say what is done), so a task is retried after storage,
-cluster or unknown errors; a wrong config, damaged data or a loss that became NaN would fail again and is not. Progress is pulled by
-the driver, since nothing that Ray workers print reaches Prefect. Prefect's cache is off: the records on disk decide what is done.
+Every step may run again after a kill (files are put-if-absent, records say what is done), so a task is retried after storage or
+unknown errors; a wrong config, damaged data or a loss that became NaN would fail again and is not, and a cluster had its
+`cluster.timeout_s`. Progress is pulled by the driver, since nothing that Ray workers print reaches Prefect. Prefect's cache is
+off: the records on disk decide what is done.
 """
 
 import logging
@@ -13,7 +14,7 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from aecore.errors import ConfigError, DataError, Diverged
+from aecore.errors import ClusterError, ConfigError, DataError, Diverged
 from pipelines.config import Recipe
 from pipelines.progress import both, log_to, terminal
 from pipelines.steps import STEPS
@@ -25,7 +26,7 @@ def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when it is run again."""
     try:
         state.result()
-    except (ConfigError, DataError, Diverged):
+    except (ClusterError, ConfigError, DataError, Diverged):
         return False
     except Exception:
         return True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def ended(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> int:
@@ -42,7 +44,7 @@ def api(tmp_path: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"PREFECT_HOME": str(tmp_path / "server")}
+    environment = os.environ | {"PREFECT_HOME": str(tmp_path / "server"), "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
     with (tmp_path / "server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/api"
@@ -59,6 +61,30 @@ def api(tmp_path: Path) -> Iterator[str]:
         yield address
     finally:
         ended(server)
+
+
+def look_at_the_page(api: str, folder: Path) -> None:
+    """Open Prefect's page of the runs in headless Chromium: it must name the flow, and the picture must show something."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine: all but Prefect's page was seen")
+    picture = Path(os.environ.get("AECORE_PICTURES", folder)) / "prefect-runs.png"
+    page = api.removesuffix("/api") + "/runs"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    options += [
+        "--disable-component-update",
+        f"--user-data-dir={folder / 'browser'}",
+        "--window-size=1280,900",
+        "--virtual-time-budget=20000",
+    ]
+    subprocess.run([browser, *options, f"--screenshot={picture}", page], capture_output=True, timeout=90, check=True)
+    shown = subprocess.run([browser, *options, "--dump-dom", page], capture_output=True, text=True, timeout=90, check=True).stdout
+    assert "aepipe-pipeline" in shown
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert colours is not None and len(colours) > 50, "the page is blank"
 
 
 @pytest.mark.prefect
@@ -91,6 +117,7 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(api: str, tmp_pat
         served = {deployment["name"] for deployment in ask(api, "deployments/filter")}
         assert served == {"demo"}
         assert len(ask(api, "deployments/filter")) == 5
+        look_at_the_page(api, tmp_path)
     finally:
         code = ended(serving, signal.SIGINT)
     assert code == 0, (tmp_path / "serve.log").read_text()

@@ -125,6 +125,15 @@ def test_bad_input_ends_with_its_exit_code_and_one_message(
     assert [line for line in error.splitlines() if line.startswith("aepipe: ")], error
 
 
+def test_a_prefect_server_that_does_not_answer_is_a_cluster_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    for argv in (["shard", "sprites", str(tmp_path / "out"), *SPRITES], ["serve", "demo", f"out={tmp_path}/out"]):
+        assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in said(capsys, *argv, code=5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["shard", "only-one"])

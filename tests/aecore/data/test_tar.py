@@ -8,19 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecore.data.record import encode_key
-from aecore.data.tar import end_of_archive, member, split_name
+from aecore.data.tar import end_of_archive, headers, pack, split_name
 from aecore.errors import DataError
 
 SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
 
 
 def ours(samples: list[dict]) -> bytes:
-    packed = b"".join(
-        b"".join(member(f"{sample['__key__']}.{ext}".encode(), sample[ext]))
-        for sample in samples
-        for ext in sorted(sample)
-        if ext != "__key__"
-    )
+    members = [(f"{sample['__key__']}.{ext}".encode(), sample[ext]) for sample in samples for ext in sorted(sample) if ext != "__key__"]
+    packed = pack([name for name, _ in members], [content for _, content in members]).tobytes()
     return packed + end_of_archive(len(packed))
 
 
@@ -69,11 +65,19 @@ def test_long_names_are_stored_as_tarfile_stores_them_in_ustar(path):
     name = f"{encode_key(path)}.jpeg"
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.uname, info.gname, info.mtime = 3, 0o444, "bigdata", "bigdata", 0
-    assert b"".join(member(name.encode(), b"abc")[:3]) == info.tobuf(tarfile.USTAR_FORMAT)
+    assert headers([b"a.cls", name.encode()], np.array([1, 3]))[1].tobytes() == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_a_name_that_fits_no_header_is_an_error():
     with pytest.raises(DataError, match="does not fit"):
         split_name(b"a" * 101)
     with pytest.raises(DataError, match="does not fit"):
-        member(b"a/" * 128 + b"b", b"")
+        headers([b"a/" * 128 + b"b"], np.array([0]))
+
+
+def test_the_largest_size_fits_and_a_larger_one_is_an_error():
+    info = tarfile.TarInfo("a.png")
+    info.size, info.mode, info.uname, info.gname, info.mtime = 8**11 - 1, 0o444, "bigdata", "bigdata", 0
+    assert headers([b"a.png"], np.array([8**11 - 1])).tobytes() == info.tobuf(tarfile.USTAR_FORMAT)
+    with pytest.raises(DataError, match="8 GiB"):
+        headers([b"a.png"], np.array([8**11]))

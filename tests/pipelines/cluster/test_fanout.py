@@ -79,7 +79,7 @@ def test_an_error_of_the_factory_keeps_its_type(two_workers: ClusterSpec, tmp_pa
 @pytest.mark.ray
 def test_more_workers_than_the_cluster_has_are_refused_at_once(two_workers: ClusterSpec, tmp_path: Path) -> None:
     cluster = ClusterSpec(num_workers=64, timeout_s=5)
-    tasks = [Job(f"part-{number}") for number in range(64)]
+    tasks = [Job("part-0"), Job("part-1")]
     with pytest.raises(ClusterError, match=r"num_workers=64 .* room for \d+; set cluster.num_workers="):
         list(ray_fan_out(cluster)(functools.partial(Worker, tmp_path), tasks))
     with pytest.raises(ClusterError, match=r"1 GPU.*cluster.use_gpu=false"):
