@@ -1,11 +1,13 @@
 """verify: is a latent table what its manifest says, and does it hold every sample of its dataset exactly once?
 
 Without `read_data`: every file there with its size, footers agree with the manifest (rows, shard, checkpoint). With it: every
-file's sha256, every page's checksum, keys unique, every row of a part on the part's shard. With a dataset: the keys of rows and
-quarantine together are, shard by shard and in order, the keys of the dataset's indexes. All problems are collected, then raised.
+file's sha256, every page's checksum, keys unique, every row of a part on the part's shard. The chain goes on where its other ends
+still lie: the keys of rows and quarantine together are, shard by shard and in order, the keys of the dataset's indexes, and the
+checkpoint has the hash that the rows name. All problems are collected, then raised.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ import pyarrow.compute as pc
 
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
 from aecore.errors import DataError
+from aecore.generations import newest_number
+from aecore.store import open_store
 from aecore.table import LatentTable
 from aecore.table_manifest import TablePart
 from aecore.table_write import part_metadata, read_footer, read_part
@@ -24,7 +28,7 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class TableReport:
-    """What was checked: counts of the table, and the dataset it was compared with (None: it was not)."""
+    """What was checked: counts of the table, and the dataset and checkpoint it was compared with (None: not there any more)."""
 
     url: str
     generation: int
@@ -33,6 +37,7 @@ class TableReport:
     quarantined: int
     read_data: bool
     dataset: str | None = None
+    checkpoint: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON data."""
@@ -42,7 +47,8 @@ class TableReport:
 def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None) -> TableReport:
     """Check a table and return what was counted.
 
-    `dataset_url` names the dataset whose indexes are compared; the generation is the one that the table's manifest names.
+    `dataset_url` names the dataset whose indexes are compared, by default the one of the lineage if it still lies there; the
+    generation is the one that the table's manifest names.
 
     Raises
     ------
@@ -51,7 +57,8 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     """
     problems: list[str] = []
     keys: list[pa.ChunkedArray[Any]] = []
-    dataset = None if dataset_url is None else open_dataset(dataset_url, number=table.manifest.lineage["dataset"]["number"])
+    dataset = _dataset(table, dataset_url)
+    checkpoint = _checkpoint(table, problems)
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     for part in table.parts:
         try:
@@ -75,7 +82,27 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
             f"table {table.url} is not what its manifest says, {len(problems)} problems:{lines}\nencode to a new URL, or restore the files"
         )
     quarantined = sum(part.quarantined for part in table.parts)
-    return TableReport(table.url, table.manifest.number, len(table.parts), table.num_rows, quarantined, read_data, dataset_url)
+    where = None if dataset is None else dataset.url
+    return TableReport(table.url, table.manifest.number, len(table.parts), table.num_rows, quarantined, read_data, where, checkpoint)
+
+
+def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
+    lineage = table.manifest.lineage["dataset"]
+    if url is None and newest_number(open_store(lineage["url"]), "dataset") is None:
+        return None  # moved or removed: the table stands on its own
+    return open_dataset(url or lineage["url"], number=lineage["number"])
+
+
+def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
+    """Return where the checkpoint of the rows lies, None if it lies there no more; another one in its place is a problem."""
+    url, wanted = table.manifest.lineage["checkpoint"]["url"], table.manifest.identity["checkpoint_sha256"]
+    store = open_store(url)
+    if store.size("checkpoint.json") is None:
+        return None
+    found = hashlib.sha256(store.read("checkpoint.json")).hexdigest()
+    if found != wanted:
+        problems.append(f"{url} is another checkpoint (sha256 {found[:12]}) than the one that made the rows ({wanted[:12]})")
+    return str(url)
 
 
 def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> Iterator[str]:

@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(_verify, "check what lies at a URL")
     _positional(sub, url="dataset, run or table")
     sub.add_argument("--read-data", action="store_true", help="read every byte and compare the hashes")
-    sub.add_argument("--dataset", help="dataset of a table: look every row up in its indexes")
+    sub.add_argument("--dataset", help="where the dataset of a table lies now, if not where it was encoded from")
     sub = verb(_list, "list models, backbones, sources or recipes")
     sub.add_argument("what", choices=("models", "backbones", "sources", "recipes"))
     sub = verb(_serve, "wait for scheduled and manual runs of the flows (Prefect)")

@@ -86,7 +86,7 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
     """Check the artefact at `url` and return what was checked; DataError that lists everything that is wrong.
 
     Without `read_data` names and sizes are checked, with it every byte against its sha256. `dataset` is where the dataset of a
-    table lies now: then each row is looked up in its indexes.
+    table lies now, if not where it was encoded from: each row is looked up in its indexes.
     """
     store = open_store(url)
     kind = kind_of(store)
@@ -106,7 +106,9 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
         return {"kind": kind, "url": store.url, **_verify_run(store)}
     if kind == "root":
         found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
-        return {"kind": kind, "url": store.url, **{name: verify(f"{store.url}/{name}", read_data=read_data) for name in found}}
+        here = f"{store.url}/dataset" if dataset is None and "dataset" in found else dataset  # a root may have been moved as a whole
+        stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=here) for name in found}
+        return {"kind": kind, "url": store.url, **stages}
     raise DataError(f"{store.url} is unfinished: run the command that wrote it again to finish it")
 
 

@@ -211,6 +211,25 @@ def test_verify_counts_rows_and_quarantine_against_the_dataset(table: LatentTabl
     assert table.verify().read_data is False
 
 
+def test_verify_follows_the_lineage_and_says_where_it_ended(table: LatentTable, data: str) -> None:
+    report = table.verify()
+    assert report.dataset == data
+    assert report.checkpoint == table.manifest.lineage["checkpoint"]["url"]
+    elsewhere = {**table.manifest.lineage, "dataset": {**table.manifest.lineage["dataset"], "url": "/moved/away"}}
+    moved = LatentTable(table.store, dataclasses.replace(table.manifest, lineage=elsewhere))
+    assert moved.verify().dataset is None
+    assert moved.verify(dataset=data).dataset == data
+
+
+def test_verify_finds_another_checkpoint_in_the_place_of_the_first(table: LatentTable, tmp_path: Path) -> None:
+    lineage = {**table.manifest.lineage, "checkpoint": {**table.manifest.lineage["checkpoint"], "url": str(tmp_path)}}
+    moved = LatentTable(table.store, dataclasses.replace(table.manifest, lineage=lineage))
+    assert moved.verify().checkpoint is None
+    (tmp_path / "checkpoint.json").write_text("{}")
+    with pytest.raises(DataError, match="is another checkpoint"):
+        moved.verify()
+
+
 def test_every_flipped_bit_is_found(own_table: LatentTable) -> None:
     path = path_of(own_table, 1)
     good = path.read_bytes()
