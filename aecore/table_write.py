@@ -165,7 +165,7 @@ def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None) 
     """Read columns of a committed part, every page checked against its checksum; DataError if it is damaged."""
     path, wanted = store.local(ref), None if columns is None else list(columns)
     with _damage_named(path):
-        table: pa.Table = pq.read_table(path, columns=wanted, partitioning=None, memory_map=True, page_checksum_verification=True)
+        table: pa.Table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=wanted)
     return table
 
 

@@ -4,6 +4,10 @@ A step is one global batch in the order of `aecore.data.order`; its noise is dra
 multiplies its mean loss by n_r W / n_global, so DDP's average over ranks is the mean over the batch. Learning rate and beta are pure
 functions of the step, so the cursor of a run is one integer. Losses stay on the device until a flush (one all-reduce for all steps
 since the last), so no step waits for a log line; a NaN is therefore seen at the next flush, before a checkpoint could hold it.
+
+The same number of ranks gives the same bits. Between different numbers only rounding differs: 1e-7 of a loss over 500 steps with a smooth
+activation (the default). Behind ReLU a unit that is dead but for one sample on the kink has a gradient of zero here and not there,
+and Adam scales both to whole steps: 1e-5 after 100 steps, 1e-2 after 500 (measured on MNIST, 784-256-256-20).
 """
 
 import logging

@@ -9,6 +9,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from aecore.data.index import content_sha256, read_table
 from aecore.data.record import DATA_EXTENSIONS, Sample, require_allowed
-from aecore.data.tar import BLOCK, end_of_archive, member
+from aecore.data.tar import BLOCK, different_headers, end_of_archive
 from aecore.errors import DataError
 from aecore.store import Store
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aecore.data.manifest import ShardRef
 
 WINDOW_BYTES = 1 << 20
+LARGE_SAMPLE = 1 << 13
 REMEDY = "restore it or write the data set again"
 
 
@@ -101,17 +103,20 @@ class ShardReader:
 
     def iterate(self, *, verify: bool = True) -> Iterator[Sample]:
         """Yield all samples in order; nothing of a damaged window is yielded. Without `verify` only the size is checked."""
-        starts, num, row = self._layout.starts, self.shard.samples, 0
-        while row < num:
-            stop = max(row + 1, bisect.bisect_right(starts, starts[row] + WINDOW_BYTES, row, num) - 1)
-            window = self._pread(starts[row], starts[stop] - starts[row])
-            samples = self._cut(window, row, stop)
-            if verify:
-                self._check(window, samples, row, starts[row])
-            yield from samples
-            row = stop
+        starts, num, row, buffer = self._layout.starts, self.shard.samples, 0, bytearray()
+        with ThreadPoolExecutor(1) as helper:  # starts its thread only when asked
+            while row < num:
+                stop = max(row + 1, bisect.bisect_right(starts, starts[row] + WINDOW_BYTES, row, num) - 1)
+                if len(buffer) < starts[stop] - starts[row]:
+                    buffer = bytearray(max(starts[stop] - starts[row], WINDOW_BYTES))
+                window = self._read(memoryview(buffer)[: starts[stop] - starts[row]], starts[row])
+                samples = self._cut(window, row, stop)
+                if verify:
+                    self._check(window, samples, row, helper)
+                yield from samples
+                row = stop
         end = end_of_archive(starts[num])
-        if verify and self._pread(starts[num], len(end) + 1) != end:
+        if verify and self._read(memoryview(bytearray(len(end) + 1)), starts[num]) != end:
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")
 
     def verify(self) -> None:
@@ -123,46 +128,50 @@ class ShardReader:
             found, expected = self.quarantine.num_rows, self.shard.quarantined
             raise DataError(f"{self._name}: {found} rows in quarantine, the manifest says {expected}: {REMEDY}")
 
-    def _pread(self, offset: int, size: int) -> bytes:
-        """Read up to `size` bytes; a short result at the end of the file is the caller's to notice."""
-        pieces = []
-        while size > 0 and (piece := os.pread(self._descriptor, size, offset)):
-            pieces.append(piece)
-            size, offset = size - len(piece), offset + len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def _read(self, window: memoryview, offset: int) -> memoryview:
+        """Fill `window`, or a part of it at the end of the file: that is the caller's to notice. Return what was filled."""
+        done = 0
+        while done < len(window) and (num := os.preadv(self._descriptor, [window[done:]], offset + done)):
+            done += num
+        return window[:done]
 
-    def _cut(self, window: bytes, first: int, stop: int) -> list[Sample]:
+    def _cut(self, window: memoryview, first: int, stop: int) -> list[Sample]:
         layout, base = self._layout, self._layout.starts[first]
         ext, begins, ends, firsts, labels = layout.ext, layout.begins, layout.ends, layout.firsts, layout.labels
         samples = []
         for row in range(first, stop):
-            members = {ext[at]: window[begins[at] - base : ends[at] - base] for at in range(firsts[row], firsts[row + 1])}
+            members = {ext[at]: bytes(window[begins[at] - base : ends[at] - base]) for at in range(firsts[row], firsts[row + 1])}
             samples.append(Sample(layout.keys[row], members, labels[row]))
         return samples
 
-    def _check(self, window: bytes, samples: list[Sample], first: int, base: int) -> None:
-        """DataError naming the first damaged sample unless all hashes, labels, headers and paddings are what the index implies.
+    def _check(self, window: memoryview, samples: list[Sample], first: int, helper: Executor) -> None:
+        """DataError naming a damaged sample unless all hashes, labels, headers and paddings are what the index implies.
 
-        `base` is the place of the window in the tar; the samples (row `first` and on) were cut from it.
+        `window` starts at the first header of the samples (row `first` and on), which were cut from it.
         """
-        layout, sha256, expected, found = self._layout, hashlib.sha256, list[bytes](), list[bytes]()
-        ext, begins, ends, firsts = layout.ext, layout.begins, layout.ends, layout.firsts
+        layout, base = self._layout, self._layout.starts[first]
+        # hashing lets other threads run above 2047 bytes: 25 us become 20 for an image of 19 kB if two cores are free
+        half = len(samples) // 2 if len(window) > LARGE_SAMPLE * len(samples) else len(samples)
+        rest = helper.submit(self._check_contents, samples[half:], first + half) if half < len(samples) else None
+        self._check_contents(samples[:half], first)
+        if rest is not None:
+            rest.result()
+        last = first + len(samples)
+        if len(window) < layout.starts[last] - base:  # all contents are there: what is cut off is the last padding
+            raise self._damaged(last - 1)
+        members_of = slice(layout.firsts[first], layout.firsts[last])
+        begins, ends = (np.array(places[members_of]) - base for places in (layout.begins, layout.ends))
+        names = [f"{sample.key}.{ext}".encode() for sample in samples for ext in sample.members]
+        wrong = different_headers(np.frombuffer(window, np.uint8), names, begins, ends)
+        if len(wrong):
+            raise self._damaged(bisect.bisect_right(layout.firsts, members_of.start + int(wrong[0])) - 1)
+
+    def _check_contents(self, samples: list[Sample], first: int) -> None:
+        data_ext, hashes, sha256 = self._layout.data_ext, self._layout.hashes, hashlib.sha256
         for row, sample in enumerate(samples, first):
             members, label = sample.members, sample.label
-            if sha256(members[layout.data_ext[row]]).hexdigest() != layout.hashes[row]:
+            if sha256(members[data_ext[row]]).hexdigest() != hashes[row] or (label is not None and members.get("cls") != b"%d" % label):
                 raise self._damaged(row)
-            if label is not None and members.get("cls") != b"%d" % label:
-                raise self._damaged(row)
-            for at in range(firsts[row], firsts[row + 1]):
-                name, field, tail, _, pad = member(f"{sample.key}.{ext[at]}".encode(), members[ext[at]])
-                begin, end = begins[at] - base, ends[at] - base
-                expected += (name, field, tail, pad)
-                found += (window[begin - BLOCK : begin], window[end : end + len(pad)])
-        if b"".join(expected) != b"".join(found):
-            if len(samples) == 1:
-                raise self._damaged(first)
-            for row, sample in enumerate(samples, first):
-                self._check(window, [sample], row, base)
 
     def _damaged(self, row: int) -> DataError:
         return DataError(f"{self._name} is damaged at sample {self._layout.keys[row]!r} (row {row}): {REMEDY}")

@@ -25,7 +25,7 @@ class ConvSpec:
 
     kind: Literal["conv"] = "conv"
     channels: tuple[int, ...] = knob((32, 64), "output channels of the stages, each of which halves the image", ge=1)
-    activation: Activation = knob("relu", "after each hidden layer")
+    activation: Activation = knob("silu", "after each hidden layer; smooth ones keep runs on other numbers of ranks equal")
     norm: Norm = knob("group", "before each activation; results with batch depend on the batch")
     dropout: float = knob(0.0, "share of hidden values dropped in training", ge=0, le=0.95)
     output: Output = knob("identity", "the decoder's last step; sigmoid keeps it in [0, 1]")

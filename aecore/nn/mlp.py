@@ -16,7 +16,7 @@ class MLPSpec:
 
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[int, ...] = knob((256, 256), "widths of the encoder's layers; the decoder has them in reverse", ge=1)
-    activation: Activation = knob("relu", "after each hidden layer")
+    activation: Activation = knob("silu", "after each hidden layer; smooth ones keep runs on other numbers of ranks equal")
     norm: Norm = knob("none", "before each activation; results with batch depend on the batch")
     dropout: float = knob(0.0, "share of hidden units dropped in training", ge=0, le=0.95)
     output: Output = knob("identity", "the decoder's last step; sigmoid keeps it in [0, 1]")

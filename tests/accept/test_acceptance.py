@@ -119,7 +119,7 @@ def _mnist_job(data: str, out: Path, steps: int) -> TrainJob:
         data=data,
         out=str(out),
         model=VAESpec(latent_dim=20, likelihood="bernoulli"),
-        backbone=MLPSpec(hidden=(256, 256)),
+        backbone=MLPSpec(hidden=(256, 256)),  # silu: see aecore/train.py on ReLU
         optim=OptimSpec(lr=1e-3),
         train=TrainSpec(epochs=2, max_steps=steps, global_batch=128),
     )

@@ -32,14 +32,14 @@ def mnist(target: Path) -> int:
 
 
 def jpeg256(target: Path) -> int:
-    """2,000 JPEGs of 256x256, about 19 kB: CIFAR-10 scaled up."""
+    """6,000 JPEGs of 256x256, about 19 kB: CIFAR-10 scaled up."""
     with tempfile.TemporaryDirectory() as small:
-        unpack("cifar10", Path(small), train_per_class=200, test_per_class=0)
+        unpack("cifar10", Path(small), train_per_class=600, test_per_class=0)
         for path in Path(small).rglob("*.jpg"):
             large = target / path.relative_to(small)
             large.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).resize((256, 256), Image.Resampling.BICUBIC).save(large, quality=95)
-    return 2000
+    return 6000
 
 
 def write_ours(files: Path, scratch: Path) -> None:

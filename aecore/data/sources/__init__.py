@@ -6,7 +6,7 @@ to the quarantine. Adding a source is adding a file here: a `@spec` with `kind`,
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -70,19 +70,15 @@ class Listing:
 
     def sha256(self) -> str:
         """Return the hash of everything that the plan depends on: all columns, in order."""
-        digest = hashlib.sha256()
-        columns: list[tuple[str, Sequence[Any] | None]] = [  # any: strings or numbers
-            ("keys", self.keys),
-            ("sources", self.sources),
-            ("sizes", self.sizes.tolist()),
-            ("label_names", self.label_names),
-            ("splits", self.splits),
-            ("groups", self.groups),
-            *((f"columns.{name}", self.columns[name].tolist()) for name in sorted(self.columns)),
-        ]
-        for name, values in columns:
+        digest = hashlib.sha256(f"{len(self)} rows".encode())
+        texts = {"keys": self.keys, "sources": self.sources, "label_names": self.label_names, "splits": self.splits, "groups": self.groups}
+        for name, values in texts.items():
             if values is not None:
-                digest.update(json.dumps([name, values]).encode())  # ASCII: file names may hold lone surrogates
+                joined = "\0".join(values).encode("utf-8", "surrogatepass")  # file names may hold lone surrogates, and no NUL
+                digest.update(f"\n{name} {len(joined)}\n".encode() + joined)
+        numbers = {"sizes": self.sizes, **{f"columns.{name}": self.columns[name] for name in sorted(self.columns)}}
+        for name, column in numbers.items():
+            digest.update(json.dumps([name, column.tolist()]).encode())
         return digest.hexdigest()
 
 

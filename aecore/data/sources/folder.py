@@ -8,18 +8,20 @@ import os
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_key
+from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url
 
-FIRST_READ_BYTES = 1 << 13
+FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
+_READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # a FIFO reads as empty
 
 
 @spec
@@ -44,6 +46,7 @@ class FolderSource:
         self._root = Path(absolute_url(folder.url, "source.url"))
         self._prefix = f"{self._root}/"
         self._extensions = frozenset(folder.extensions)
+        self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
         """List all files of the known extensions, sorted by relative path.
@@ -55,7 +58,7 @@ class FolderSource:
         """
         self._require_folder()
         skipped: Counter[str] = Counter()
-        found = sorted(self._walk(skipped))
+        found = self._walk(skipped)
         notes = tuple(f"skipped {count} {what}" for what, count in sorted(skipped.items()))
         if not found:
             raise DataError(
@@ -63,19 +66,20 @@ class FolderSource:
                 + (f" ({'; '.join(notes)})" if notes else "")
                 + ": check the address, or set source.extensions"
             )
-        paths = [path for path, _ in found]
-        sizes = np.fromiter((size for _, size in found), dtype=np.int64, count=len(found))
-        folders = [sys.intern(path.rpartition("/")[0]) for path in paths]
-        top_of = {folder: folder.partition("/")[0] for folder in set(folders)}
-        tops = [top_of[folder] for folder in folders]
-        return Listing(_keys(paths), paths, sizes, label_names=folders, splits=tops, notes=notes)
+        paths = sorted(found)
+        sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(found))
+        folders = [path.rpartition("/")[0] for path in paths]
+        names = {folder: (sys.intern(folder), sys.intern(folder.partition("/")[0])) for folder in set(folders)}
+        tops = [names[folder][1] for folder in folders]
+        return Listing(_keys(paths), paths, sizes, label_names=[names[folder][0] for folder in folders], splits=tops, notes=notes)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one file; OSError if it cannot be read."""
-        descriptor = os.open(self._prefix + source, os.O_RDONLY | os.O_NONBLOCK)  # half the time of `open`; a FIFO reads as empty
+        descriptor = os.open(self._prefix + source, _READ_FLAGS)  # half the time of `open`
         try:
-            data = os.read(descriptor, FIRST_READ_BYTES)  # a small buffer: a large one costs as much as the rest
-            if len(data) == FIRST_READ_BYTES:
+            data = os.read(descriptor, self._first_read)
+            if len(data) == self._first_read:
+                self._first_read = LARGE_READ_BYTES
                 data += _rest(descriptor)
         finally:
             os.close(descriptor)
@@ -92,30 +96,36 @@ class FolderSource:
             raise DataError(f"source.url {self._root} is a zip file: {unpack}")
         raise DataError(f"source.url {self._root} is a file: source.kind=folder reads a folder (unpack an archive first)")
 
-    def _walk(self, skipped: Counter[str]) -> list[tuple[str, int]]:
-        """Return relative path and bytes of every sample, unsorted."""
-        found: list[tuple[str, int]] = []
+    def _walk(self, skipped: Counter[str]) -> dict[str, int]:
+        """Return the bytes of every sample by its relative path, unsorted."""
+        found: dict[str, int] = {}  # strings and numbers: the garbage collector would walk a list of tuples again and again
         folders = [""]
         while folders:
             prefix = folders.pop()
             try:
                 with os.scandir(self._root / prefix) as entries:
-                    for entry in entries:
-                        name = entry.name
-                        if name[0] == ".":
-                            skipped["hidden files or folders"] += 1
-                        elif entry.is_dir(follow_symlinks=False):
-                            folders.append(_class_name(f"{prefix}{name}/", self._root))
-                        elif "." not in name or name.rpartition(".")[2].lower() not in self._extensions:
-                            skipped["files of other extensions"] += 1
-                        elif entry.is_symlink() and not self._stays_inside(entry):
-                            skipped["symbolic links that leave the folder or lead to none of its files"] += 1
-                        else:
-                            found.append((prefix + name, entry.stat().st_size))
+                    folders += self._scan(prefix, entries, found, skipped)
             except OSError as error:
                 where = error.filename or self._root / prefix
                 raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
         return found
+
+    def _scan(self, prefix: str, entries: Iterable[os.DirEntry[str]], found: dict[str, int], skipped: Counter[str]) -> list[str]:
+        """Add the samples of one folder to `found`; return the folders in it."""
+        extensions, folders = self._extensions, []
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                skipped["hidden files or folders"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(_class_name(f"{prefix}{name}/", self._root))
+            elif "." not in name or name.rpartition(".")[2].lower() not in extensions:
+                skipped["files of other extensions"] += 1
+            elif entry.is_symlink() and not self._stays_inside(entry):
+                skipped["symbolic links that leave the folder or lead to none of its files"] += 1
+            else:
+                found[prefix + name] = entry.stat().st_size
+        return folders
 
     def _stays_inside(self, link: os.DirEntry[str]) -> bool:
         target = Path(os.path.realpath(link.path))
@@ -124,8 +134,8 @@ class FolderSource:
 
 def _rest(descriptor: int) -> bytes:
     """Return what is left to read of a file, in one read where its size is told truthfully."""
-    pieces = []
-    while piece := os.read(descriptor, max(os.fstat(descriptor).st_size, FIRST_READ_BYTES)):
+    size, pieces = max(os.fstat(descriptor).st_size, LARGE_READ_BYTES), list[bytes]()
+    while piece := os.read(descriptor, size):
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -133,8 +143,10 @@ def _rest(descriptor: int) -> bytes:
 def _keys(paths: list[str]) -> list[str]:
     """Return the key of each path: without its extension, unless two files of one folder differ in nothing else."""
     stems = [path.rpartition(".")[0] for path in paths]
+    if len(set(stems)) == len(stems):
+        return encode_keys(stems)
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
-    return [encode_key(path if stem in shared else stem) for path, stem in zip(paths, stems, strict=True)]
+    return encode_keys([path if stem in shared else stem for path, stem in zip(paths, stems, strict=True)])
 
 
 def _class_name(folder: str, root: Path) -> str:

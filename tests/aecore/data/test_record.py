@@ -10,8 +10,8 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from aecore.data.image import MAX_PIXELS, BadSample, image_header
-from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, require_allowed
-from aecore.data.tar import end_of_archive, member
+from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, encode_keys, require_allowed
+from aecore.data.tar import Packer, end_of_archive
 from aecore.errors import DataError
 
 parts = st.one_of(
@@ -34,7 +34,7 @@ def picture(*shape: int) -> np.ndarray:
 
 
 def as_webdataset_reads(names: list[tuple[str, bytes]]) -> list[dict]:
-    packed = b"".join(b"".join(member(name.encode(), data)) for name, data in names)
+    packed = Packer()([name.encode() for name, _ in names], [data for _, data in names]).tobytes()
     stream = io.BytesIO(packed + end_of_archive(len(packed)))
     return list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": stream}])))
 
@@ -172,3 +172,12 @@ class TestAllowList:
         assert Sample("a", {"cls": b"1", "png": b"x"}, 1).data == ("png", b"x")
         with pytest.raises(DataError, match="no data member"):
             _ = Sample("a", {"cls": b"1"}).data
+
+
+PLAIN_PATHS = st.from_regex(r"[a-z0-9]{1,4}(/[a-z0-9-]{1,80}){0,3}", fullmatch=True)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.one_of(st.text(alphabet="ab_/-.9é", max_size=12), PLAIN_PATHS), max_size=6))
+def test_keys_of_many_paths_are_the_keys_of_each(paths: list[str]) -> None:
+    assert encode_keys(paths) == [encode_key(path) for path in paths]

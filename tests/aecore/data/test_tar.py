@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecore.data.record import encode_key
-from aecore.data.tar import end_of_archive, headers, pack, split_name
+from aecore.data.tar import Packer, end_of_archive, headers, split_name
 from aecore.errors import DataError
 
 SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
@@ -16,7 +16,7 @@ SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
 
 def ours(samples: list[dict]) -> bytes:
     members = [(f"{sample['__key__']}.{ext}".encode(), sample[ext]) for sample in samples for ext in sorted(sample) if ext != "__key__"]
-    packed = pack([name for name, _ in members], [content for _, content in members]).tobytes()
+    packed = Packer()([name for name, _ in members], [content for _, content in members]).tobytes()
     return packed + end_of_archive(len(packed))
 
 
@@ -45,6 +45,13 @@ def random_samples(seed: int, count: int) -> list[dict]:
 def test_the_bytes_are_those_of_webdatasets_own_writer(seed):
     samples = random_samples(seed, 40)
     assert ours(samples) == theirs(samples)
+
+
+def test_chunks_that_reuse_the_buffers_hold_nothing_of_earlier_ones():
+    packer, samples = Packer(), [random_samples(seed, 30) for seed in (8, 9, 10, 11)]
+    for chunk in samples + samples[::-1]:
+        names = [f"{sample['__key__']}.jpeg".encode() for sample in chunk]
+        assert packer(names, [sample["jpeg"] for sample in chunk]) == Packer()(names, [sample["jpeg"] for sample in chunk])
 
 
 @pytest.mark.parametrize("length", [1, 95, 96])
