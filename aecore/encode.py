@@ -191,7 +191,7 @@ def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | 
 
 def _claim(store: Store, plan: EncodePlan) -> None:
     identity = {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
-    claim_generation(store, identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
+    claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
     _require_same_table(store, plan.identity, plan.parent)  # somebody else may have claimed the same URL at the same time
 
 

@@ -72,11 +72,13 @@ def read_newest(store: Store, stem: str) -> tuple[int, dict[str, Any]] | None:
     return None if number is None else (number, read_json(store, f"{stem}.{number:06d}.json"))
 
 
-def claim_generation(store: Store, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
+def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
     """Return the number of the claim of `identity`: an earlier one of the same identity, else a new one.
 
-    `info` (addresses, versions) is recorded beside the identity and never compared.
+    `info` (addresses, versions) is recorded beside the identity and never compared. ConfigError if the place belongs to an artefact of
+    another `kind` ("dataset", "run", "table").
     """
+    require_kind(store, kind)
     wanted = canonical_json(identity)
     number = newest_number(store, "run") or 0
     for known in range(number, 0, -1):
@@ -86,13 +88,21 @@ def claim_generation(store: Store, identity: Mapping[str, Any], info: Mapping[st
             return known
     while True:
         number += 1
-        claim = {"format": FORMAT_VERSION, "claim": number, "identity": identity, "info": info}
+        claim = {"format": FORMAT_VERSION, "kind": kind, "claim": number, "identity": identity, "info": info}
         try:
             store.put(f"run.{number:06d}.json", canonical_json(claim), role="run")
             return number
         except AlreadyExists:  # somebody else took this number just now: the same work, or other work?
             if canonical_json(read_json(store, f"run.{number:06d}.json")["identity"]) == wanted:
                 return number
+
+
+def require_kind(store: Store, kind: str) -> None:
+    """ConfigError if another kind of artefact lives at this address."""
+    number = newest_number(store, "run")
+    there = kind if number is None else read_json(store, f"run.{number:06d}.json").get("kind", kind)
+    if there != kind:
+        raise ConfigError(f"{store.url} holds a {there}, not a {kind}: write the {kind} to another URL")
 
 
 def write_record(store: Store, record: PartRecord) -> PartRecord:

@@ -110,7 +110,7 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
         "dataset_sha256": dataset.manifest.dataset_sha256,
         "total_steps": total_steps(job, dataset),
     }
-    claim_generation(store, identity, info)
+    claim_generation(store, "run", identity, info)
     require_same(store.url, "run", identity, read_json(store, CLAIM)["identity"])
 
 

@@ -137,7 +137,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     started = time.perf_counter()
     store, parent = work.store, work.parent
     generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
-    claim = claim_generation(store, generation, {"source": to_dict(work.source)})
+    claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
     plan = work.plan(claim)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)

@@ -20,24 +20,27 @@ from aecore.store import open_store
 
 def test_the_same_identity_continues_its_claim_and_another_takes_the_next_number(tmp_path):
     store = open_store(tmp_path)
-    assert claim_generation(store, {"a": 1}, {"when": "first"}) == 1
-    assert claim_generation(store, {"a": 2}, {}) == 2
-    assert claim_generation(store, {"a": 1}, {"when": "later"}) == 1
+    assert claim_generation(store, "dataset", {"a": 1}, {"when": "first"}) == 1
+    assert claim_generation(store, "dataset", {"a": 2}, {}) == 2
+    assert claim_generation(store, "dataset", {"a": 1}, {"when": "later"}) == 1
     assert json.loads((tmp_path / "run.000001.json").read_text())["info"] == {"when": "first"}
 
 
 def test_claims_survive_a_gap_in_the_numbers(tmp_path):
     store = open_store(tmp_path)
     for number in range(3):
-        claim_generation(store, {"a": number}, {})
+        claim_generation(store, "dataset", {"a": number}, {})
     (tmp_path / "run.000002.json").unlink()
-    assert claim_generation(store, {"a": 0}, {}) == 1
-    assert claim_generation(store, {"a": 9}, {}) == 4
+    assert claim_generation(store, "dataset", {"a": 0}, {}) == 1
+    assert claim_generation(store, "dataset", {"a": 9}, {}) == 4
 
 
 def test_concurrent_claims_of_different_work_get_different_numbers(tmp_path):
     numbers = []
-    threads = [threading.Thread(target=lambda i=i: numbers.append(claim_generation(open_store(tmp_path), {"a": i}, {}))) for i in range(8)]
+    threads = [
+        threading.Thread(target=lambda i=i: numbers.append(claim_generation(open_store(tmp_path), "dataset", {"a": i}, {})))
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -115,3 +118,10 @@ def test_a_damaged_manifest_is_named(tmp_path):
     (tmp_path / "dataset.000001.json").write_text('{"format": 1, ')
     with pytest.raises(DataError, match=r"dataset\.000001\.json is not valid JSON"):
         read_newest(open_store(tmp_path), "dataset")
+
+
+def test_another_kind_of_artefact_is_refused(tmp_path):
+    store = open_store(tmp_path)
+    claim_generation(store, "run", {"a": 1}, {})
+    with pytest.raises(ConfigError, match="holds a run, not a dataset"):
+        claim_generation(store, "dataset", {"a": 1}, {})

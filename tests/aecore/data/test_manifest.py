@@ -159,7 +159,7 @@ def test_opening_without_a_manifest_says_whether_a_run_is_unfinished(tmp_path):
     with pytest.raises(DataError, match="holds no data set: write one with `aepipe shard"):
         open_dataset(str(tmp_path / "new"))
     store = open_store(tmp_path)
-    claim_generation(store, {"a": 1}, {})
+    claim_generation(store, "dataset", {"a": 1}, {})
     store.put("records/train-000000.json", b"{}", role="record")
     with pytest.raises(DataError, match=r"unfinished run \(1 parts recorded, no manifest\): run the command that wrote it again"):
         open_dataset(str(tmp_path))
