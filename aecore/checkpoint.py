@@ -5,6 +5,7 @@ checkpoint. `config.json` holds the specs (plain data: a kind and numbers), so l
 nothing from the file. `model/` is the same format without the optimizer's state: what encode, evaluate and users load.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -76,7 +77,7 @@ class CheckpointRef:
     step: int
     sha256: str
     files: tuple[FileRef, ...]
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[FileRef, ...] = ()
     best: Mapping[str, Any] | None = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -120,7 +121,7 @@ def write_checkpoint(
     *,
     step: int,
     state: Mapping[str, Any],
-    metrics: tuple[str, ...] = (),
+    metrics: tuple[FileRef, ...] = (),
     best: Mapping[str, Any] | None = None,
     info: Mapping[str, Any],
 ) -> CheckpointRef:
@@ -145,8 +146,11 @@ def same_as_published(store: Store, chosen: CheckpointRef) -> CheckpointRef:
         return chosen
     published = hashlib.sha256(store.read("model/model.safetensors")).hexdigest()
     for step, name in committed_checkpoints(store):
-        if step == chosen.step and (known := read_checkpoint(store, name, verify=False)).file("model.safetensors").sha256 == published:
-            return known
+        if step == chosen.step:
+            with contextlib.suppress(DataError):  # a damaged one is not the one to finish
+                known = read_checkpoint(store, name)
+                if known.file("model.safetensors").sha256 == published:
+                    return known
     return chosen
 
 
@@ -167,7 +171,7 @@ def _commit(store: Store, ref: CheckpointRef) -> CheckpointRef:
         "format": FORMAT_VERSION,
         "step": ref.step,
         "files": [{**dataclasses.asdict(file), "name": file.name.removeprefix(f"{ref.name}/")} for file in ref.files],
-        "metrics": list(ref.metrics),
+        "metrics": [dataclasses.asdict(part) for part in ref.metrics],
         "best": ref.best,
         "info": ref.info,
     }
@@ -183,7 +187,16 @@ def read_checkpoint(store: Store, name: str, *, verify: bool = True) -> Checkpoi
     for file in files:
         store.local(file, verify=verify)
     sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
-    return CheckpointRef(name, data["step"], sha256, files, tuple(data["metrics"]), data["best"], data["info"])
+    metrics = tuple(FileRef(**part) for part in data["metrics"])
+    return CheckpointRef(name, data["step"], sha256, files, metrics, data["best"], data["info"])
+
+
+def verify_checkpoint(store: Store, name: str) -> CheckpointRef:
+    """Read the checkpoint `name` and compare every file and every metric part with its hash (DataError)."""
+    checkpoint = read_checkpoint(store, name)
+    for part in checkpoint.metrics:
+        store.local(part, verify=True)
+    return checkpoint
 
 
 def committed_checkpoints(store: Store) -> list[tuple[int, str]]:
@@ -196,19 +209,33 @@ def committed_checkpoints(store: Store) -> list[tuple[int, str]]:
     return [(-step, name) for step, name in sorted(found)]
 
 
-def newest_checkpoint(store: Store) -> CheckpointRef | None:
-    """Return the newest checkpoint whose every file matches its sha256; damaged ones are skipped with a warning."""
+def newest_checkpoint(store: Store, run_sha256: str | None = None) -> CheckpointRef | None:
+    """Return the newest checkpoint whose every file matches its sha256; damaged ones are skipped with a warning.
+
+    With `run_sha256` (the hash of the run's identity) those of another run, copied here, are skipped as well.
+    """
     for _, name in committed_checkpoints(store):
         try:
-            return read_checkpoint(store, name)
-        except DataError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
+            checkpoint = read_checkpoint(store, name)
+        except (DataError, KeyError, TypeError) as error:
+            logger.warning("skipping a damaged checkpoint: %s (%s)", name, error)
+            continue
+        if run_sha256 is None or checkpoint.info.get("run_sha256") == run_sha256:
+            return checkpoint
+        logger.warning("skipping %s/%s: it is of another run (another config or dataset)", store.url, name)
     return None
 
 
 def remove_checkpoint(store: Store, name: str) -> None:
-    """Remove a checkpoint that this run wrote; checkpoint.json goes first, so a half-removed one is no checkpoint."""
-    files = read_json(store, f"{name}/{MANIFEST}")["files"]
+    """Remove a checkpoint that this run wrote; checkpoint.json goes first, so a half-removed one is no checkpoint.
+
+    One that is damaged (we cannot tell what is ours in it) or that another attempt is removing is left alone with a warning.
+    """
+    try:
+        files = read_json(store, f"{name}/{MANIFEST}")["files"]
+    except (DataError, KeyError) as error:
+        logger.warning("not removing an old checkpoint: %s", error)
+        return
     store.remove(f"{name}/{MANIFEST}")
     for file in files:
         store.remove(f"{name}/{file['name']}")

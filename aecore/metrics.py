@@ -10,16 +10,16 @@ step, but a part is due by time: each flush carries rank 0's estimate of the ste
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aecore.errors import Diverged
+from aecore.errors import DataError, Diverged
 from aecore.ranks import Rank, all_sum
-from aecore.store import Store, canonical_json
+from aecore.store import FileRef, Store, canonical_json
 
 
 @dataclass
@@ -30,7 +30,7 @@ class MetricLog:
     rank: Rank
     attempt: str
     every_s: float
-    parts: list[str] = field(default_factory=list)
+    parts: list[FileRef] = field(default_factory=list)
     _names: tuple[str, ...] = ()
     _sums: list[Tensor] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
@@ -68,6 +68,7 @@ class MetricLog:
                 "and write to another out"
             )
         if validation is not None:
+            _require_finite(validation, rows[-1]["step"])
             rows[-1]["validation"] = dict(validation)
         self._write(rows)
         return rows[-1]
@@ -82,17 +83,37 @@ class MetricLog:
     def _write(self, rows: list[dict[str, Any]]) -> None:
         name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
         if self.rank.index == 0:
-            self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics")
-        self.parts.append(name)
+            self.parts.append(self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics"))
 
 
-def read_rows(store: Store, parts: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the rows of the named parts, in order."""
-    return [json.loads(line) for part in parts for line in store.read(part).splitlines()]
+def _require_finite(validation: Mapping[str, float], step: int) -> None:
+    for name, value in validation.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"validation {name} is {value} after step {step}: training stopped, the checkpoints before it are kept; "
+                "check the validation split for values that are not finite, and transform.scale and model.likelihood"
+            )
+
+
+def read_rows(store: Store, parts: Iterable[FileRef]) -> list[dict[str, Any]]:
+    """Return the rows of committed parts, in order; DataError if one is missing or damaged."""
+    return [json.loads(line) for part in parts for line in store.read(part.name, ref=part).splitlines()]
+
+
+def row_of(store: Store, parts: Iterable[FileRef], step: int) -> dict[str, Any]:
+    """Return the row of one step; DataError if no part holds it."""
+    for part in parts:
+        first, last = part.name.removeprefix("metrics/").split("-")[:2]
+        if int(first) <= step <= int(last):
+            return next(row for row in read_rows(store, [part]) if row["step"] == step)
+    raise DataError(f"{store.url} has no metrics of step {step}: its newest checkpoint does not list them")
 
 
 def last_row(store: Store) -> dict[str, Any] | None:
     """Return the row of the highest step that any attempt has written so far, None before the first: for progress only."""
     parts = [name for name in store.list("metrics") if name.endswith(".jsonl")]
     newest = max(parts, key=lambda name: name.split("-")[1], default=None)
-    return None if newest is None else read_rows(store, (f"metrics/{newest}",))[-1]
+    if newest is None:
+        return None
+    row: dict[str, Any] = json.loads(store.read(f"metrics/{newest}").splitlines()[-1])
+    return row

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from aecore._base.trainable import ModelSpec
-from aecore.checkpoint import newest_checkpoint, read_checkpoint
+from aecore._base.trainable import ModelSpec, Trainable
+from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint
 from aecore.data.loader import InputSpec
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import check_lanes
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
-from aecore.generations import claim_generation, read_json, require_same
-from aecore.metrics import read_rows
+from aecore.generations import claim_generation, read_json, require_kind, require_same
+from aecore.metrics import row_of
 from aecore.optim import OptimSpec
 from aecore.registry import knob, spec, to_dict
 from aecore.store import Store
@@ -33,7 +33,7 @@ class TrainSpec:
     block: int = knob(4096, "samples that are shuffled together inside a lane", ge=1)
     seed: int = knob(0, "seed of weights, order and noise", ge=0)
     precision: Literal["fp32", "bf16"] = knob("fp32", "fp32, or bf16 autocast (heads and losses stay fp32)")
-    init_from: str | None = knob(None, "run or checkpoint whose weights are the start")
+    init_from: str | None = knob(None, "run or checkpoint whose weights are the start (its hash is what counts)", identity=False)
     log_every_s: float = knob(10.0, "seconds between metric parts (at checkpoints and epoch ends in any case)", ge=0, identity=False)
 
 
@@ -70,19 +70,20 @@ class TrainJob:
     def __post_init__(self) -> None:
         require_possible(self.train, self.checkpoint)
 
-    def identity(self, dataset: Dataset) -> dict[str, Any]:
-        """Return what can change the weights: the specs and the content of the splits that are read."""
+    def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
+        """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
         parts = {name: getattr(self, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input")}
         splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
         return {
             **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
             "data": {split: dataset.manifest.training_key(split) for split in splits},
+            "init_sha256": init_sha256,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What `fit` leaves behind: the published model, its step, the last row of metrics (with `validation` if there was any)."""
+    """What `fit` leaves behind: the published model, its step and that step's row of metrics (with `validation` if there was any)."""
 
     url: str
     model_url: str
@@ -98,12 +99,28 @@ def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
     return open_dataset(job.data, number=read_json(store, CLAIM)["info"]["dataset_number"])
 
 
+def is_claimed(job: TrainJob, store: Store, dataset: Dataset) -> bool:
+    """Return whether `out` belongs to this job already; ConfigError with the differing fields if it belongs to another."""
+    require_kind(store, "run")
+    if store.size(CLAIM) is None:
+        return False
+    claimed = read_json(store, CLAIM)["identity"]
+    init = claimed["init_sha256"] if job.train.init_from is not None else None  # a run in progress does not need the weights again
+    require_same(store.url, "run", job.identity(dataset, init), claimed)
+    return True
+
+
 def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
-    """Claim `out` for this job, or continue it; ConfigError with the differing fields if another job owns it."""
-    identity = job.identity(dataset)
-    if store.size(CLAIM) is not None:
-        require_same(store.url, "run", identity, read_json(store, CLAIM)["identity"])
+    """Claim `out` for this job, or continue it; ConfigError with the differing fields if another job owns it.
+
+    What cannot be trained at all (a split that is not there, weights of `init_from` that do not fit) is refused before the claim.
+    """
+    if is_claimed(job, store, dataset):
         return
+    loaded = None if job.train.init_from is None else load_model(job.train.init_from)
+    if loaded is not None:
+        start_from(model_config(job, dataset).build(), loaded)
+    identity = job.identity(dataset, None if loaded is None else loaded.sha256)
     info = {
         "data": job.data,
         "dataset_number": dataset.manifest.number,
@@ -112,6 +129,21 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
     }
     claim_generation(store, "run", identity, info)
     require_same(store.url, "run", identity, read_json(store, CLAIM)["identity"])
+
+
+def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
+    """Return the config of the model that this job trains on this dataset."""
+    return ModelConfig(job.model, job.backbone, job.transform, dataset.manifest.input_shape())
+
+
+def start_from(model: Trainable, loaded: LoadedModel) -> None:
+    """Copy the weights of a loaded model; ConfigError if they do not fit."""
+    try:
+        model.load_state_dict(loaded.model.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.init_from {loaded.url} does not fit this model: {error}; give model.* and backbone.* as that run has them"
+        ) from error
 
 
 def total_steps(job: TrainJob, dataset: Dataset) -> int:
@@ -125,6 +157,6 @@ def finished_run(store: Store) -> RunResult | None:
     if store.size("model/checkpoint.json") is None:
         return None
     model = read_checkpoint(store, "model")
-    newest = newest_checkpoint(store)
-    rows = read_rows(store, newest.metrics[-1:]) if newest is not None else []
-    return RunResult(store.url, f"{store.url}/model", model.step, rows[-1] if rows else {}, model.sha256)
+    newest = newest_checkpoint(store, model.info.get("run_sha256"))
+    row = {} if newest is None else row_of(store, newest.metrics, model.step)
+    return RunResult(store.url, f"{store.url}/model", model.step, row, model.sha256)

@@ -25,7 +25,7 @@ from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.checkpoint import (
     CheckpointRef,
-    ModelConfig,
+    LoadedModel,
     committed_checkpoints,
     load_model,
     load_state,
@@ -34,21 +34,34 @@ from aecore.checkpoint import (
     publish_model,
     read_checkpoint,
     remove_checkpoint,
-    require_fit,
     same_as_published,
     write_checkpoint,
 )
 from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
 from aecore.data.transform import Transform
+from aecore.errors import ConfigError
+from aecore.generations import read_json
 from aecore.loss import LossResult
 from aecore.metrics import MetricLog
 from aecore.noise import seed_of
 from aecore.objective import Objective, noise_for
 from aecore.optim import build_optimizer, lr_at, set_lr
 from aecore.ranks import Rank, from_rank_zero, require_equal_parameters
-from aecore.run import CheckpointSpec, RunResult, TrainJob, TrainSpec, claim_run, finished_run, pinned_dataset, total_steps
-from aecore.store import Store, open_store
+from aecore.run import (
+    CLAIM,
+    CheckpointSpec,
+    RunResult,
+    TrainJob,
+    TrainSpec,
+    claim_run,
+    finished_run,
+    model_config,
+    pinned_dataset,
+    start_from,
+    total_steps,
+)
+from aecore.store import Store, open_store, sha256_json
 from aecore.validation import validate
 
 __all__ = ["CheckpointSpec", "OnCheckpoint", "Rank", "RunResult", "TrainJob", "TrainSpec", "fit"]
@@ -90,12 +103,14 @@ class _Training:
         self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
         self.on_checkpoint = on_checkpoint
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
-        self.config = ModelConfig(job.model, job.backbone, job.transform, dataset.manifest.input_shape())
+        self.config = model_config(job, dataset)
+        self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
         self.loader = self._loader(job.train.split)
         self.val_loader = None if job.train.val_split is None else self._loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
         self.best: dict[str, Any] | None = None
+        self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
         self.objective = Objective(self._build(), Transform(job.transform), job.model.likelihood).to(rank.device)
         self.optimizer = build_optimizer(job.optim, self.objective)
         self.step = self._resume()
@@ -125,19 +140,17 @@ class _Training:
     def _build(self) -> Trainable:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of("weights", self.job.train.seed))
-            model = self.config.build()
-        if self.job.train.init_from is not None:
-            loaded = load_model(self.job.train.init_from)
-            require_fit(self.dataset.store.url, self.config.input_shape, loaded)
-            model.load_state_dict(loaded.model.state_dict())
-        return model
+            return self.config.build()
 
     def _resume(self) -> int:
         """Load the newest valid checkpoint (rank 0 chooses) and return its step; 0 if there is none."""
-        newest = newest_checkpoint(self.store) if self.rank.index == 0 else None
+        newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.index == 0 else None
         name = from_rank_zero(self.rank, None if newest is None else newest.name)
         if name is None:
+            if self.job.train.init_from is not None:
+                start_from(self.objective.model, self._initial(self.job.train.init_from))
             return 0
+        self.kept = [name]
         checkpoint = read_checkpoint(self.store, name)
         load_weights(self.objective.model, self.store, checkpoint)
         self.optimizer.load_state_dict(load_state(self.store, checkpoint)["optimizer"])
@@ -146,6 +159,14 @@ class _Training:
         if self.rank.index == 0:
             logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
         return checkpoint.step
+
+    def _initial(self, url: str) -> LoadedModel:
+        loaded = load_model(url)
+        claimed = read_json(self.store, CLAIM)["identity"]["init_sha256"]
+        if loaded.sha256 != claimed:
+            hashes = f"now {loaded.sha256[:12]}, when this run began {claimed[:12]}"
+            raise ConfigError(f"train.init_from {url} is another checkpoint than before ({hashes}): write to another out")
+        return loaded
 
     def run(self) -> None:
         """Take every remaining step, then publish the chosen weights."""
@@ -232,6 +253,7 @@ class _Training:
                 best=self.best,
                 info=self._lineage(),
             )
+            self.kept.append(name)
             self._retain()
         if self.on_checkpoint is not None:
             self.on_checkpoint(ref, row)
@@ -243,18 +265,20 @@ class _Training:
             "dataset_number": manifest.number,
             "train_split": self.job.train.split,
             "total_steps": self.total_steps,
+            "run_sha256": self.run_sha256,
         }
 
     def _retain(self) -> None:
-        """Remove our older checkpoints, but the newest `keep` steps and the best one."""
-        found = committed_checkpoints(self.store)
-        kept = {name for _, name in found[: self.job.checkpoint.keep]} | ({self.best["name"]} if self.best else set())
-        for _, name in found:
-            if name not in kept:
+        """Keep the newest `keep` of what this attempt wrote (it knows that they are good) and the best one; remove all older steps."""
+        self.kept = self.kept[-self.job.checkpoint.keep :]
+        oldest = int(self.kept[0].split("-")[1])
+        spared = {*self.kept, *([self.best["name"]] if self.best else [])}
+        for step, name in committed_checkpoints(self.store):
+            if step < oldest and name not in spared:
                 remove_checkpoint(self.store, name)
 
     def _publish(self) -> None:
-        newest = newest_checkpoint(self.store)
+        newest = newest_checkpoint(self.store, self.run_sha256)
         assert newest is not None
         assert newest.step == self.total_steps
         chosen = newest if newest.best is None else read_checkpoint(self.store, newest.best["name"])

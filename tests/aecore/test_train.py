@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.checkpoint import committed_checkpoints, load_model
+from aecore.checkpoint import committed_checkpoints, load_model, verify_checkpoint
 from aecore.data.manifest import open_dataset
 from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.nn.mlp import MLPSpec
@@ -260,3 +260,90 @@ def test_a_checkpoint_is_never_a_pickle_that_runs(data, tmp_path):
     torch.save({"optimizer": Evil()}, folder / "state.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(io.BytesIO((folder / "state.pt").read_bytes()), weights_only=True)
+
+
+def _damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "checkpoint.json"])
+def test_a_damaged_newest_checkpoint_costs_no_progress_with_keep_1(data, tmp_path, victim):
+    options = {"every_steps": 5, "max_steps": 30, "keep": 1}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job = small_job(data, tmp_path / "run", **{**options, "keep": 2})
+    assert _killed(job, "checkpoint.linked:3") is True
+    _damage(tmp_path / "run" / committed_checkpoints(open_store(tmp_path / "run"))[0][1] / victim)
+    fit(small_job(data, tmp_path / "run", **options))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert _files(tmp_path / "run") == _files(tmp_path / "whole")
+
+
+def test_two_attempts_at_once_end_with_one_result(data, tmp_path):
+    options = {"every_steps": 1, "max_steps": 40, "keep": 1}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job = small_job(data, tmp_path / "run", **options)
+    children = []
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            logging.disable(logging.CRITICAL)
+            try:
+                fit(job)
+            except BaseException:
+                os._exit(9)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+    assert _files(tmp_path / "run") == _files(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(data, tmp_path, caplog):
+    fit(small_job(data, tmp_path / "other", max_steps=40, seed=5))
+    job = small_job(data, tmp_path / "run", max_steps=20)
+    shutil.copytree(tmp_path / "other/checkpoints", tmp_path / "run/checkpoints")
+    fit(job)
+    assert "it is of another run" in caplog.text
+    fit(small_job(data, tmp_path / "alone", max_steps=20))
+    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "alone")
+
+
+def test_damaged_metrics_are_found(data, tmp_path):
+    fit(small_job(data, tmp_path / "run", max_steps=5))
+    store = open_store(tmp_path / "run")
+    name = committed_checkpoints(store)[0][1]
+    verify_checkpoint(store, name)
+    _damage(next((tmp_path / "run/metrics").iterdir()))
+    with pytest.raises(DataError, match="is damaged"):
+        verify_checkpoint(store, name)
+
+
+def test_the_result_tells_of_the_published_step(data, tmp_path):
+    result = fit(small_job(data, tmp_path / "run", epochs=3, val_split="val", best=True, optim=OptimSpec(lr=0.05)))
+    assert result.metrics["step"] == result.step
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_claim(data, tmp_path):
+    first = fit(small_job(data, tmp_path / "first", max_steps=3))
+    job = small_job(data, tmp_path / "second", init_from=first.url, model=VAESpec(latent_dim=3, likelihood="bernoulli"))
+    with pytest.raises(ConfigError, match="does not fit this model"):
+        fit(job)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_run_goes_on_when_the_weights_it_started_from_are_gone(data, tmp_path):
+    first = fit(small_job(data, tmp_path / "first", max_steps=3))
+    job = small_job(data, tmp_path / "second", init_from=first.url, every_steps=5, max_steps=20)
+    assert _killed(job, "checkpoint.linked:2") is True
+    shutil.rmtree(tmp_path / "first")
+    assert fit(job).step == 20
+
+
+def test_runs_that_start_from_different_weights_are_different_runs(data, tmp_path):
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+        fit(small_job(data, tmp_path / "first", max_steps=3, seed=seed))
+        fit(small_job(data, tmp_path / str(seed), max_steps=3, init_from=str(tmp_path / "first")))
+    one, two = (json.loads((tmp_path / name / "run.000001.json").read_text())["identity"] for name in ("1", "2"))
+    assert one["init_sha256"] != two["init_sha256"]
