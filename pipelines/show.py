@@ -114,14 +114,14 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
 
 def _verify_run(store: Store) -> Tree:
     """Check every file of every committed checkpoint and of the published model (they are small: always by sha256)."""
-    from aecore.checkpoint import committed_checkpoints, read_checkpoint
+    from aecore.checkpoint import committed_checkpoints, verify_checkpoint
     from aecore.run import finished_run
 
     problems, checked = [], 0
     names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished_run(store) else [])
     for name in names:
         try:
-            checked += len(read_checkpoint(store, name).files)
+            checked += len(verify_checkpoint(store, name).files)
         except DataError as error:
             problems.append(str(error))
     if problems:

@@ -95,13 +95,11 @@ def train_job_of(recipe: Recipe) -> Any:
 def _train_plan(job: Any) -> Tree:
     """Return what `train` would do: checks dataset, shapes and the owner of `out`, builds the model, writes nothing."""
     from aecore.checkpoint import ModelConfig
-    from aecore.generations import read_json, require_same
-    from aecore.run import finished_run, pinned_dataset, total_steps
+    from aecore.run import finished_run, is_claimed, pinned_dataset, total_steps
 
     store = open_store(job.out)
     dataset = pinned_dataset(job, store)
-    if store.size("run.000001.json") is not None:
-        require_same(store.url, "run", job.identity(dataset), read_json(store, "run.000001.json")["identity"])
+    is_claimed(job, store, dataset)  # refused if it belongs to another job
     shape = dataset.manifest.input_shape()
     model = ModelConfig(job.model, job.backbone, job.transform, shape).build()
     return {
