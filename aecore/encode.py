@@ -16,11 +16,11 @@ import torch
 
 from aecore.checkpoint import LoadedModel, load_model, require_fit
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
-from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker
+from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, RunFailed
 from aecore.fanout import FanOut, OnPart, collect, serial
-from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, read_record, require_same
+from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, require_same
 from aecore.registry import to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -34,7 +34,7 @@ __all__ = ["EncodePlan", "EncodeSpec", "EncodeTask", "EncodeWorker", "encode_dat
 class EncodePlan:
     """What one call of `encode_dataset` does: the parts to make, those that exist, and what the table will be.
 
-    `parent` is the newest manifest (None: a new table); `done` are records of an earlier attempt that was not committed.
+    `parent` is the newest manifest (None: a new table); `done` are the records, by stem, of an earlier attempt that was not committed.
     """
 
     setup: EncodeSetup
@@ -45,6 +45,7 @@ class EncodePlan:
     tasks: tuple[EncodeTask, ...]
     parent: TableManifest | None
     parent_sha256: str | None
+    done: Mapping[str, PartRecord]
 
     @property
     def up_to_date(self) -> bool:
@@ -81,7 +82,8 @@ def encode_dataset(
     DataError
         No or unfitting data, a damaged shard, every row refused.
     ConfigError
-        `out` belongs to another checkpoint, preprocessing or choice of columns (the differing fields are shown).
+        `out` belongs to another checkpoint, preprocessing or choice of columns (the differing fields are shown), or holds parts of
+        another dataset.
     RunFailed
         A part failed for good (the others are kept), or another append was committed meanwhile.
     """
@@ -92,14 +94,13 @@ def encode_dataset(
         return plan.parent
     store = open_store(out)
     _claim(store, plan)
-    done = {task.stem: record for task in plan.tasks if (record := read_record(store, task.stem)) is not None}
-    tasks = [task for task in plan.tasks if task.stem not in done]
+    tasks = [task for task in plan.tasks if task.stem not in plan.done]
     known_threads = torch.get_num_threads()
     try:
         made = collect(fan_out, plan.make_worker, tasks, what="parts", on_part=on_part)
     finally:
         torch.set_num_threads(known_threads)
-    made_by_stem = {**done, **{record.part: record for record in made}}
+    made_by_stem = {**plan.done, **{record.part: record for record in made}}
     manifest = _manifest(plan, [made_by_stem[task.stem] for task in plan.tasks])
     _warn(store, manifest)
     commit_manifest(store, STEM, manifest.parent, manifest.to_json())
@@ -121,10 +122,11 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     known = set() if parent is None else {(part.split, part.shard) for part in parent.parts}
     shards = dataset.manifest.shards
     tasks = [task for shard in shards if (shard.split, shard.stem) not in known for task in part_tasks(shard, spec)]
+    done = {task.stem: record for task in tasks if (record := recorded_part(store, task, loaded.sha256)) is not None}
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
     make_worker = MakeEncodeWorker(setup, loaded)
-    return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256)
+    return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256, done)
 
 
 def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:

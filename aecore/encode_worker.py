@@ -24,12 +24,14 @@ from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import ShardRef, open_dataset
 from aecore.data.transform import preprocessing_sha256
 from aecore.encoder import Encoder, EncodeSpec
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.generations import PartRecord, read_record, write_record
-from aecore.store import canonical_json, open_store
+from aecore.store import Store, canonical_json, open_store
 from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_name, part_table
 
 logger = logging.getLogger(__name__)
+
+IN_METADATA = ("shard", "shard_sha256", "index_content_sha256", "row_start")  # of the part's identity; the split is its folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,37 @@ class EncodeTask:
     shard: ShardRef
     row_start: int
     row_stop: int
+
+    def identity(self, checkpoint_sha256: str) -> dict[str, Any]:
+        """Return what the part is made of; two datasets have shards of one name, so a name alone says nothing."""
+        return {
+            "split": self.shard.split,
+            "shard": self.shard.stem,
+            "shard_sha256": self.shard.tar.sha256,
+            "index_content_sha256": self.shard.index_content_sha256,
+            "row_start": self.row_start,
+            "row_stop": self.row_stop,
+            "checkpoint_sha256": checkpoint_sha256,
+        }
+
+
+def recorded_part(store: Store, task: EncodeTask, checkpoint_sha256: str) -> PartRecord | None:
+    """Return the record of an earlier attempt at this part, None if there is none; ConfigError if it is of other data."""
+    record = read_record(store, task.stem)
+    return None if record is None else _require_made_of(store, record, task, checkpoint_sha256)
+
+
+def _require_made_of(store: Store, record: PartRecord, task: EncodeTask, checkpoint_sha256: str) -> PartRecord:
+    wanted = task.identity(checkpoint_sha256)
+    differing = [name for name, value in wanted.items() if record.detail.get(name) != value]
+    if differing:
+        there = str(record.detail.get("shard_sha256"))
+        raise ConfigError(
+            f"{store.url} holds parts of another dataset, from an encoding that was not finished: part {task.stem} there was made of a "
+            f"shard with sha256 {there[:12]}, the shard of this dataset has {task.shard.tar.sha256[:12]} "
+            f"(they differ in {', '.join(differing)}): write to another URL"
+        )
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +108,7 @@ class EncodeWorker:
 
     def __call__(self, task: EncodeTask) -> PartRecord:
         """Encode and commit one part, or return its record if it is there already (a rerun)."""
-        known = read_record(self.store, task.stem)
+        known = recorded_part(self.store, task, self.setup.checkpoint_sha256)
         if known is not None:
             return known
         started = time.perf_counter()
@@ -87,23 +120,18 @@ class EncodeWorker:
         values.drop_not_finite()
         encoded = time.perf_counter()
         rows = values.rows[: values.filled]
-        metadata = {**self.metadata, "shard": shard.stem, "shard_sha256": shard.tar.sha256, "row_start": str(task.row_start)}
+        identity = task.identity(self.setup.checkpoint_sha256)
+        metadata = {**self.metadata, **{name: str(identity[name]) for name in IN_METADATA}}
         table = part_table(index, rows, shard.stem, values.filled_columns(), metadata)
         quarantine = commit_quarantine(self.store, task.stem, shard.stem, index, values.refused)
         compression = self.setup.spec.compression
         file, written_by = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
-        detail = {
-            "split": shard.split,
-            "shard": shard.stem,
-            "shard_sha256": shard.tar.sha256,
-            "row_start": task.row_start,
-            "row_stop": task.row_stop,
-            "encoded_by": {name: written_by[name] for name in self.encoded_by},
-        }
+        detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}}
         timings = {"encode_s": encoded - started, "commit_s": time.perf_counter() - encoded}
         logger.info("part %s: %d rows, %d quarantined, %.2f s", task.stem, len(rows), len(values.refused), time.perf_counter() - started)
         files = (file,) if quarantine is None else (file, quarantine)
-        return write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))
+        record = write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))
+        return _require_made_of(self.store, record, task, self.setup.checkpoint_sha256)  # another attempt may have been first
 
     def _loader(self, split: str) -> Loader:
         if split not in self.loaders:

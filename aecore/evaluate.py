@@ -7,6 +7,7 @@ mean over the data is above 0.01 (Burda et al. 2015, "Importance Weighted Autoen
 
 import dataclasses
 import logging
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -64,18 +65,31 @@ class _Sums:
     terms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     lowest: float = float("inf")
     highest: float = float("-inf")
+    data_finite: bool = True
 
     def add(self, batch: Batch, terms: dict[str, Tensor]) -> None:
         """Add sums over the rows of one batch (scalars or `[D]`)."""
         self.count += len(batch)
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-        self.lowest = min(self.lowest, float(batch.x.min()))
-        self.highest = max(self.highest, float(batch.x.max()))
+        lowest, highest = (float(value) for value in torch.aminmax(batch.x))  # NaN if there is one
+        self.data_finite = self.data_finite and math.isfinite(lowest) and math.isfinite(highest)
+        self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
 
     def mean(self, name: str) -> Tensor | None:
         """Return the mean of one term; None if the model has no such term."""
         return self.terms[name] / self.count if name in self.terms else None
+
+    def require_finite(self, split: str) -> None:
+        """Raise DataError that names the terms whose mean is not finite, and whether the data or the model made them so."""
+        bad = [name for name, value in self.terms.items() if not value.isfinite().all()]
+        if bad:
+            cause = (
+                "every sample is finite, so the model gives NaN or infinity: evaluate another checkpoint"
+                if self.data_finite
+                else "samples hold NaN or infinity: shard the source again with shards.check=decode, which leaves them out"
+            )
+            raise DataError(f"split {split!r} has no finite mean of {', '.join(bad)}: {cause}")
 
 
 def evaluate_run(run: str, data: str, split: str = "test", *, device: str = "cpu", seed: int = 0, batch: int = 512) -> Evaluation:
@@ -84,7 +98,8 @@ def evaluate_run(run: str, data: str, split: str = "test", *, device: str = "cpu
     Raises
     ------
     DataError
-        No such split, samples of another shape, a damaged or undecodable sample, or a count that is not the manifest's.
+        No such split, samples of another shape, a damaged or undecodable sample, a count that is not the manifest's, or means
+        that are not finite.
     """
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=device)
@@ -97,6 +112,7 @@ def evaluate_run(run: str, data: str, split: str = "test", *, device: str = "cpu
             f"{sums.count} samples were read, the manifest of {dataset.url} says {dataset.manifest.num_samples(split)}: "
             f"run `aepipe verify {dataset.url} --read-data`"
         )
+    sums.require_finite(split)
     evaluation = _evaluation(loaded, dataset, split, sums, seed, batch)
     for warning in evaluation.warnings:
         logger.warning(warning)

@@ -8,6 +8,7 @@ Specs never name import paths, so reading one cannot execute anything that is no
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
@@ -40,7 +41,7 @@ def knob(
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)  # no field_specifiers: to a type checker `= knob(...)` is a default
 def spec(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen keyword-only dataclass whose construction checks bounds and literals (ConfigError)."""
+    """Make `cls` a frozen keyword-only dataclass whose construction checks bounds, literals and that numbers are finite (ConfigError)."""
     own_check: Callable[[T], None] | None = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: T) -> None:
@@ -60,7 +61,7 @@ def _check_fields(instance: Any) -> None:  # any: every spec type passes here
         hint = hints[field.name]
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{name} is {value!r}{did_you_mean(str(value), map(str, get_args(hint)))}")
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
@@ -69,9 +70,11 @@ def _check_fields(instance: Any) -> None:  # any: every spec type passes here
 
 def _check_bound(name: str, number: float, bounds: Mapping[str, Any]) -> None:
     ge, gt, le = bounds.get("ge"), bounds.get("gt"), bounds.get("le")
-    if number != number or (ge is not None and number < ge) or (gt is not None and number <= gt) or (le is not None and number > le):
+    if number != number or abs(number) == math.inf:
+        raise ConfigError(f"{name} is {number}, expected a finite number")
+    if (ge is not None and number < ge) or (gt is not None and number <= gt) or (le is not None and number > le):
         limits = [f"{sign} {limit}" for sign, limit in ((">=", ge), (">", gt), ("<=", le)) if limit is not None]
-        raise ConfigError(f"{name} is {number}, expected {' and '.join(limits) or 'a number'}")
+        raise ConfigError(f"{name} is {number}, expected {' and '.join(limits)}")
 
 
 def field_types(cls: type) -> dict[str, Any]:

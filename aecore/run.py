@@ -93,7 +93,8 @@ class RunResult:
 
 
 def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
-    """Open the dataset generation that the run started with (the newest one for a new run)."""
+    """Open the dataset generation that the run started with (the newest one for a new run); ConfigError if `store` holds no run."""
+    require_kind(store, "run")
     if store.size(CLAIM) is None:
         return open_dataset(job.data)
     return open_dataset(job.data, number=read_json(store, CLAIM)["info"]["dataset_number"])

@@ -3,6 +3,10 @@
 A reader opens the parts that the manifest names and nothing else; page checksums are on whenever a part is read. Rows stand in
 the order of the dataset's manifest. One part is handed out as a view of Arrow's memory; more than one is filled, part by part,
 into one array.
+
+Parts get their names before the manifest that names them, so a reader that globs `data/**` (DuckDB, Polars, pandas) also sees
+the parts of a generation that is being written or was never finished; `open_table(url).dataset()` sees only what the manifest
+names. All of `data/**` is the table when no encoding runs and the last one was committed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -189,7 +193,10 @@ def _may_hold(footer: pq.FileMetaData, key: str) -> bool:
 
 
 def open_table(url: str, number: int | None = None) -> LatentTable:
-    """Open the newest generation of the table at `url`, or generation `number`; reads the manifest and nothing else."""
+    """Open the newest generation of the table at `url`, or generation `number`; reads the manifest and nothing else.
+
+    Only parts that the manifest names are seen; a glob over `data/**` also finds those of an unfinished generation.
+    """
     store = open_store(url)
     newest = newest_number(store, STEM)
     if newest is None:

@@ -2,7 +2,7 @@
 
 A manifest names every part with its size and hash, and the chain of custody: checkpoint, dataset generation, shards. It is a
 pure function of the part records and of the inputs: no times, so the same work gives the same bytes. Parts stand in the order of
-the dataset's manifest; generations only add.
+the dataset's manifest; generations only add. `sha256` is the hash of the rest, so that a changed byte does not pass for lineage.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.errors import DataError
-from aecore.generations import PartRecord, read_json
-from aecore.store import FileRef, Store
+from aecore.generations import FORMAT_VERSION, PartRecord, read_json
+from aecore.store import FileRef, Store, sha256_json
 
 STEM = "table"
 
@@ -80,10 +80,11 @@ class TableManifest:
         return sum(part.quarantined for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data; `from_json` reads it back."""
-        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return plain JSON data, complete as it is committed, with its own hash; `from_json` reads it back."""
+        data: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["parts"] = [dataclasses.asdict(part) for part in self.parts]
-        return {**data, "num_rows": self.num_rows, "quarantined": self.quarantined}
+        data |= {"format": FORMAT_VERSION, "num_rows": self.num_rows, "quarantined": self.quarantined}
+        return {**data, "sha256": sha256_json(data)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TableManifest":
@@ -96,6 +97,19 @@ def read_table_manifest(store: Store, number: int) -> TableManifest:
     """Return one generation's manifest; DataError if it is missing, damaged or not of a table."""
     name = f"{STEM}.{number:06d}.json"
     try:
-        return TableManifest.from_json(read_json(store, name))
-    except (KeyError, TypeError, AttributeError) as error:
+        data = read_json(store, name)
+        manifest = TableManifest.from_json(data)
+        intact = _is_intact(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{store.url}/{name} is not a table manifest ({error!r}): it is damaged or was not written by aecore") from error
+    if not intact:
+        raise DataError(f"{store.url}/{name} is damaged: its content is not what it was written with; restore it, or encode to another URL")
+    return manifest
+
+
+def _is_intact(data: Mapping[str, Any]) -> bool:
+    """Return whether the hash of a manifest is that of the rest. Early ones have none, and no other key either."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    if "sha256" in data:
+        return bool(data["sha256"] == sha256_json(rest))
+    return rest.keys() == {field.name for field in dataclasses.fields(TableManifest)} | {"format", "num_rows", "quarantined"}

@@ -1,9 +1,10 @@
 """verify: is a latent table what its manifest says, and does it hold every sample of its dataset exactly once?
 
-Without `read_data`: every file there with its size, footers agree with the manifest (rows, shard, checkpoint). With it: every
-file's sha256, every page's checksum, keys unique, every row of a part on the part's shard. The chain goes on where its other ends
-still lie: the keys of rows and quarantine together are, shard by shard and in order, the keys of the dataset's indexes, and the
-checkpoint has the hash that the rows name. All problems are collected, then raised.
+Without `read_data`: every file there with its size, footers agree with the manifest (rows, shard, checkpoint, who encoded them),
+and the manifest with itself. With it: every file's sha256, every page's checksum, keys unique, every row of a part on the part's
+shard. The chain goes on where its other ends still lie: the dataset's generation has the hash that the lineage names, the keys of
+rows and quarantine together are, shard by shard and in order, the keys of its indexes, and the checkpoint has the hash that the
+rows name. All problems are collected, then raised.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from aecore.generations import newest_number
 from aecore.store import open_store
 from aecore.table import LatentTable
 from aecore.table_manifest import TablePart
-from aecore.table_write import part_metadata, read_footer, read_part
+from aecore.table_write import PRODUCER, part_metadata, read_footer, read_part
 
 SHOWN = 20
 
@@ -59,6 +60,7 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     keys: list[pa.ChunkedArray[Any]] = []
     dataset = _dataset(table, dataset_url)
     checkpoint = _checkpoint(table, problems)
+    problems += _lineage_problems(table, dataset)
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     for part in table.parts:
         try:
@@ -105,6 +107,16 @@ def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
     return str(url)
 
 
+def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[str]:
+    lineage, identity = table.manifest.lineage, table.manifest.identity
+    made_by, wanted = lineage["checkpoint"]["sha256"], identity["checkpoint_sha256"]
+    if made_by != wanted:
+        yield f"the lineage names the checkpoint with sha256 {made_by[:12]}, the table's identity the one with {wanted[:12]}"
+    if dataset is not None and (found := dataset.manifest.dataset_sha256) != lineage["dataset"]["sha256"]:
+        known = lineage["dataset"]["sha256"][:12]
+        yield f"generation {dataset.manifest.number} of {dataset.url} has dataset_sha256 {found[:12]}, the lineage names {known}"
+
+
 def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> Iterator[str]:
     name = part.file.name
     for ref in (part.file, part.quarantine):
@@ -117,10 +129,21 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> It
     span = part.row_stop - part.row_start
     if part.rows + part.quarantined != span:
         yield f"{name} has {part.rows} rows and {part.quarantined} quarantined of {span} samples"
-    wanted = {"checkpoint_sha256": table.manifest.identity["checkpoint_sha256"], "shard": part.shard, "shard_sha256": part.shard_sha256}
+    lineage, identity = table.manifest.lineage, table.manifest.identity
+    wanted = {
+        "checkpoint_sha256": identity["checkpoint_sha256"],
+        "checkpoint_step": str(lineage["checkpoint"]["step"]),
+        "dtype": identity["dtype"],
+        "batch": str(identity["batch"]),
+        "shard": part.shard,
+        "shard_sha256": part.shard_sha256,
+        "row_start": str(part.row_start),
+    }
     for key, value in wanted.items():
         if metadata.get(key) != value:
             yield f"{name} says {key} {metadata.get(key)!r}, the manifest {value!r}"
+    if {key: metadata.get(key) for key in PRODUCER} not in lineage["encoded_by"]:
+        yield f"{name} was encoded on {metadata.get('device')!r} with versions that the lineage does not name"
 
 
 def _row_problems(table: LatentTable, part: TablePart, rows: pa.Table, read_data: bool) -> Iterator[str]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from aecore.errors import DataError
+from aecore.errors import DataError, StoreError
 from aecore.store import AlreadyExists, FileRef, Store
 
 Compression = Literal["zstd", "none"]
@@ -101,15 +101,16 @@ def part_table(
 def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str]]:
     """Write and commit one part; return it with its metadata (those of an equal part that another attempt committed first)."""
     with store.stage() as path:
-        pq.write_table(
-            table,
-            path,
-            compression=compression,
-            use_dictionary=["shard"],  # type: ignore[arg-type]  # the stubs know only bool
-            write_statistics=["key"],
-            write_page_checksum=True,
-            row_group_size=max(1, len(table)),
-        )
+        with _refusal_named(f"{store.url}/{name}"):
+            pq.write_table(
+                table,
+                path,
+                compression=compression,
+                use_dictionary=["shard"],  # type: ignore[arg-type]  # the stubs know only bool
+                write_statistics=["key"],
+                write_page_checksum=True,
+                row_group_size=max(1, len(table)),
+            )
         try:
             return store.put_staged(name, path, role="part"), part_metadata(table.schema)
         except AlreadyExists:
@@ -142,15 +143,25 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
     taken = index.select(["key", "ordinal", "sha256"]).take(pa.array([row.row for row in rows], pa.int64()))
     columns: dict[str, Column] = {"key": taken["key"], "shard": [shard] * len(rows), "ordinal": taken["ordinal"], "sha256": taken["sha256"]}
     columns |= {name: [getattr(row, name) for row in rows] for name in ("stage", "reason", "message")}
+    name = f"quarantine/{stem}.parquet"
     with store.stage() as path:
-        pq.write_table(pa.table(columns, schema=QUARANTINE_SCHEMA), path, compression="none", write_page_checksum=True)
-        return store.put_staged(f"quarantine/{stem}.parquet", path, role="quarantine")
+        with _refusal_named(f"{store.url}/{name}"):
+            pq.write_table(pa.table(columns, schema=QUARANTINE_SCHEMA), path, compression="none", write_page_checksum=True)
+        return store.put_staged(name, path, role="quarantine")
 
 
 def part_metadata(schema: pa.Schema) -> dict[str, str]:
     """Return our key-value metadata of a part's schema, without the prefix."""
     pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
+
+
+@contextlib.contextmanager
+def _refusal_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # no space, a quota, a limit on file sizes
+        raise StoreError(f"cannot write {where}: {error.strerror or error}; nothing was committed under this name") from error
 
 
 @contextlib.contextmanager

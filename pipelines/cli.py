@@ -3,23 +3,24 @@
     aepipe VERB ARGUMENTS [key.path=value ...] [--json] [--dry-run]
 
 Words of the form `key.path=value` are overrides of the recipe and may stand anywhere. Results go to standard output, progress
-and errors to standard error. Heavy imports happen inside the verb that needs them. Exit codes: 0 ok, 1 the run failed, 2 usage or
-config, 3 input data, 4 storage, 5 cluster or resources, 130 interrupted.
+and errors to standard error; what `--json` prints is always valid JSON. Heavy imports happen inside the verb that needs them.
+Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 input data, 4 storage, 5 cluster or resources, 130 interrupted.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from aecore.errors import AecoreError
+from aecore.errors import AecoreError, ConfigError, DataError, did_you_mean
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 Args = argparse.Namespace
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # `docker stop` and cluster schedulers end like Ctrl-C: workers too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        _require_used(args)
         args.verb(args)
     except KeyboardInterrupt:
         print("aepipe: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
@@ -50,14 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _require_used(args: Args) -> None:
+    """ConfigError for overrides that the verb would not read."""
+    name = args.verb.__name__.strip("_")
+    if args.overrides and (not args.reads_recipe or (name == "serve" and not args.recipes)):
+        here = "has no recipe to change" if args.reads_recipe else "reads no recipe"
+        raise ConfigError(
+            f"`aepipe {name}` {here}, so {' '.join(map(repr, args.overrides))} would change nothing: leave it out "
+            f"(options: aepipe {name} --help; a path with '=' in it is written with ./ in front)"
+        )
+
+
 def _shard(args: Args) -> None:
-    kind, colon, _ = args.src.partition(":")
-    is_kind = (colon and not args.src.startswith("/")) or (not os.path.exists(args.src) and args.src.isidentifier())
-    if "://" in args.src or not is_kind:
-        source = {"kind": "folder", "url": args.src}
-    else:
-        source = {"kind": kind}
-    _step("shard", args, {"source": source, "out": args.dataset}, ("source", "splits", "shards", "cluster"))
+    base = {"source": _source(args.src), "out": args.dataset}
+    _step("shard", args, base, ("source", "splits", "shards", "cluster"))
+
+
+def _source(word: str) -> dict[str, str]:
+    """Return the section of SRC: a bare word that is a source kind means the kind, also where a folder has its name."""
+    from aecore.registry import SOURCES
+
+    if word.isidentifier():
+        if word in SOURCES.kinds():
+            return {"kind": word}
+        if not os.path.exists(word):
+            raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
+    return {"kind": "folder", "url": word}
 
 
 def _train(args: Args) -> None:
@@ -79,6 +99,7 @@ def _step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str
     from pipelines.config import load_recipe
     from pipelines.progress import both, terminal
 
+    _require_no_conflict(base, args.overrides)
     recipe = load_recipe(args.recipe, args.overrides, base=base)
     dry_run = getattr(args, "dry_run", False)
     if os.environ.get("PREFECT_API_URL") and not dry_run:
@@ -88,6 +109,31 @@ def _step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str
     if dry_run:
         summary = {**summary, "recipe": recipe.resolved(sections)}
     _print(args, summary, text.of_step)
+
+
+def _require_no_conflict(base: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """ConfigError if an override gives another value than the argument that stands for the same key."""
+    from aecore.store import absolute_url
+    from pipelines.tree import apply_overrides
+
+    for path, said in _leaves(base):
+        value: Any = apply_overrides(base, overrides)
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        same = value == said or (path[-1] != "kind" and bool(value) and absolute_url(str(value)) == absolute_url(said))
+        if not same:
+            key = ".".join(path)
+            raise ConfigError(
+                f"{key} is given twice: {said!r} as an argument and {value!r} as an override ({key}=...): leave out one of them"
+            )
+
+
+def _leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
 
 
 def _run(args: Args) -> None:
@@ -178,7 +224,24 @@ def _milestones() -> Any:
 
 
 def _print(args: Args, data: Any, as_text: Callable[[Any], str]) -> None:
-    print(json.dumps(data, indent=2, default=str) if args.json else as_text(data))
+    print(_json(data) if args.json else as_text(data))
+
+
+def _json(data: Any) -> str:
+    """Return the result as JSON, which has no NaN and no infinity: DataError that names where they are."""
+    try:
+        return json.dumps(data, indent=2, default=str, allow_nan=False)
+    except ValueError:
+        found = "; ".join(f"{path} is {value}" for path, value in _not_finite(data, ""))
+        raise DataError(f"the result holds numbers that JSON cannot say: {found}; look at it without --json, and check the data") from None
+
+
+def _not_finite(data: Any, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(data, float) and not math.isfinite(data):
+        yield path, data
+    elif isinstance(data, Mapping | list | tuple):
+        for key, value in data.items() if isinstance(data, Mapping) else enumerate(data):
+            yield from _not_finite(value, f"{path}.{key}" if path else str(key))
 
 
 def _log(debug: bool) -> None:
@@ -198,17 +261,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(function: Callable[[Args], Any], about: str, *, writes: bool = False) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(function.__name__.strip("_"), help=about, description=about, epilog=parser.epilog)
+    def verb(function: Callable[[Args], Any], about: str, *, writes: bool = False, recipe: bool = True) -> argparse.ArgumentParser:
+        epilog = parser.epilog if recipe else None
+        sub = verbs.add_parser(function.__name__.strip("_"), help=about, description=about, epilog=epilog)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
         if writes:
             sub.add_argument("--dry-run", action="store_true", help="check and say what would be done; write nothing")
-        sub.set_defaults(verb=function)
+        sub.set_defaults(verb=function, reads_recipe=recipe)
         return sub
 
     sub = verb(_shard, "write a folder of images (or the source kind `sprites`) as a dataset, or append what is new", writes=True)
-    _positional(sub, src="folder, or a source kind", dataset="where the dataset is or goes")
+    _positional(
+        sub,
+        src="folder, or a source kind (a bare word that is both means the kind: write ./sprites for the folder)",
+        dataset="where the dataset is or goes",
+    )
     sub.add_argument("--recipe", help="recipe whose other sections are used")
     sub = verb(_train, "train a recipe: data=... out=...", writes=True)
     sub.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file or shipped recipe")
@@ -220,13 +288,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", help="recipe whose evaluate section is used")
     sub = verb(_run, "shard, train, encode and evaluate a recipe as one flow: out=...", writes=True)
     _positional(sub, recipe="recipe file or shipped recipe")
-    sub = verb(_show, "say what lies at a URL")
+    sub = verb(_show, "say what lies at a URL", recipe=False)
     _positional(sub, url="dataset, run, table, or a root of all three")
-    sub = verb(_verify, "check what lies at a URL")
-    _positional(sub, url="dataset, run or table")
+    sub = verb(_verify, "check what lies at a URL", recipe=False)
+    _positional(sub, url="dataset, run, table, or a root of all three")
     sub.add_argument("--read-data", action="store_true", help="read every byte and compare the hashes")
-    sub.add_argument("--dataset", help="where the dataset of a table lies now, if not where it was encoded from")
-    sub = verb(_list, "list models, backbones, sources or recipes")
+    sub.add_argument("--dataset", help="where the dataset of a table lies now (else: where it was encoded from; in a root: its dataset/)")
+    sub = verb(_list, "list models, backbones, sources or recipes", recipe=False)
     sub.add_argument("what", choices=("models", "backbones", "sources", "recipes"))
     sub = verb(_serve, "wait for scheduled and manual runs of the flows (Prefect)")
     sub.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipe files or shipped recipes")

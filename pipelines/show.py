@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.generations import newest_number, read_json
-from aecore.store import Store, open_store
+from aecore.store import Store, absolute_url, open_store
 from pipelines.tree import Tree
 
 STAGE_FOLDERS = ("dataset", "run", "table")
@@ -86,10 +86,17 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
     """Check the artefact at `url` and return what was checked; DataError that lists everything that is wrong.
 
     Without `read_data` names and sizes are checked, with it every byte against its sha256. `dataset` is where the dataset of a
-    table lies now, if not where it was encoded from: each row is looked up in its indexes.
+    table lies now, if not where it was encoded from (in a root: its own `dataset/`): each row is looked up in its indexes.
+
+    Raises
+    ------
+    ConfigError
+        `dataset` is given where there is no table to compare with it.
     """
     store = open_store(url)
     kind = kind_of(store)
+    if dataset is not None:
+        _require_comparable(store, kind, dataset)
     if kind == "dataset":
         from aecore.data.manifest import open_dataset
         from aecore.data.verify import verify_dataset
@@ -106,10 +113,22 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
         return {"kind": kind, "url": store.url, **_verify_run(store)}
     if kind == "root":
         found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
-        here = f"{store.url}/dataset" if dataset is None and "dataset" in found else dataset  # a root may have been moved as a whole
-        stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=here) for name in found}
+        own = f"{store.url}/dataset" if "dataset" in found else None  # a root may have been moved as a whole
+        places = {"table": dataset if dataset is not None else own}
+        stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name)) for name in found}
         return {"kind": kind, "url": store.url, **stages}
     raise DataError(f"{store.url} is unfinished: run the command that wrote it again to finish it")
+
+
+def _require_comparable(store: Store, kind: str, dataset: str) -> None:
+    """Refuse a dataset that nothing would be compared with, or that is not there, before anything is read."""
+    from aecore.data.manifest import open_dataset
+
+    if kind in ("dataset", "run") or (kind == "root" and not open_store(f"{store.url}/table").list()):
+        raise ConfigError(
+            f"--dataset {dataset} says where the dataset of a table lies, but {store.url} is a {kind} without a table: leave it out"
+        )
+    open_dataset(absolute_url(dataset, "--dataset"))
 
 
 def _verify_run(store: Store) -> Tree:

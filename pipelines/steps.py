@@ -93,22 +93,26 @@ def train_job_of(recipe: Recipe) -> Any:
 
 
 def _train_plan(job: Any) -> Tree:
-    """Return what `train` would do: checks dataset, shapes and the owner of `out`, builds the model, writes nothing."""
-    from aecore.checkpoint import ModelConfig
-    from aecore.run import finished_run, is_claimed, pinned_dataset, total_steps
+    """Return what `train` would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
+    from aecore.checkpoint import load_model
+    from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, start_from, total_steps
 
     store = open_store(job.out)
     dataset = pinned_dataset(job, store)
-    is_claimed(job, store, dataset)  # refused if it belongs to another job
-    shape = dataset.manifest.input_shape()
-    model = ModelConfig(job.model, job.backbone, job.transform, shape).build()
+    for split in (job.train.split, job.train.val_split):
+        if split is not None:
+            dataset.manifest.split(split)
+    config = model_config(job, dataset)
+    model = config.build()
+    if not is_claimed(job, store, dataset) and job.train.init_from is not None:
+        start_from(model, load_model(job.train.init_from))
     return {
         "step": "train",
         "run": job.out,
         "dry_run": True,
         "finished": finished_run(store) is not None,
         "samples": dataset.manifest.num_samples(job.train.split),
-        "input_shape": list(shape),
+        "input_shape": list(config.input_shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": total_steps(job, dataset),
     }

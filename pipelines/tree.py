@@ -39,10 +39,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+
 def parse_yaml(text: str, where: str) -> Any:
     """Return the data of a YAML text as plain JSON types; ConfigError with line and column if it is not YAML."""
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        return json.loads(json.dumps(yaml.load(text, _Loader), default=str))  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    return json.loads(json.dumps(data, default=str))
+    except (ValueError, TypeError, RecursionError) as error:  # an alias inside of its own anchor, a date as a key or out of the calendar
+        raise ConfigError(f"{where} is YAML, but not plain data (keys of text, no alias inside of its own anchor): {error}") from None
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Where size and mode are right already the original bytes are kept. Else the image goes through Pillow: PNG stays PNG, JPEG stays JPEG
 (quality 95), every other format becomes PNG. Images are resized to a square without keeping their aspect; alpha is dropped by
-`mode`; 16-bit grey is scaled by 255/65535 (Pillow's own conversion clips it). Equal versions of Pillow give equal bytes.
+`mode`; 16-bit grey is scaled by 255/65535 (Pillow's own conversion clips it). 32-bit integer and float images have no fixed range, so they
+are kept or quarantined, never changed. Equal versions of Pillow give equal bytes.
 """
 
 import io
@@ -45,6 +46,12 @@ def _prepare_array(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, by
 
 
 def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Header, bytes]:
+    if header.mode.startswith(("I", "F")) and not header.mode.startswith("I;16"):
+        raise BadSample(
+            "unsupported",
+            f"an image of mode {header.mode} (32-bit integers or floats) has no fixed range to convert from: write it as 8 or 16 bits, "
+            "or keep the original bytes (no shards.resize, shards.mode=keep)",
+        )
     image = _to_mode(load_image(data, header), shards.mode)
     if shards.resize is not None and image.size != (shards.resize, shards.resize):
         image = _resized(image, shards.resize)
@@ -63,12 +70,12 @@ def _to_mode(image: Any, mode: str) -> Any:  # any: PIL.Image.Image
     if mode == "keep":
         steps = {"P": "RGBA" if "transparency" in image.info else "RGB", "1": "L"}  # modes that cannot be interpolated
         return image.convert(steps[image.mode]) if image.mode in steps else image
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith("I"):  # 16 bits: others were refused
         image = Image.fromarray(_to_bytes(np.asarray(image)))
     return image if image.mode == mode else image.convert(mode)
 
 
-def _to_bytes(values: Any) -> Any:  # any: numpy array of a 16-bit, 32-bit or float image
+def _to_bytes(values: Any) -> Any:  # any: numpy array of a 16-bit image
     return np.rint(np.clip(values.astype(np.float64), 0, 65535) * (255 / 65535)).astype(np.uint8)
 
 

@@ -96,7 +96,7 @@ class Decoder:
         targets = out.reshape(len(members), *self._decoded)
         for row, data in enumerate(members):
             try:
-                self._into(targets[row], data)
+                self._into(targets[row, ...], data)  # `...`: a view also where a sample is one number
             except MemoryError:
                 raise
             except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError
-from aecore.generations import newest_number, read_json
+from aecore.generations import FORMAT_VERSION, newest_number, read_json
 from aecore.store import FileRef, Store, open_store, sha256_json
 
 if TYPE_CHECKING:
@@ -134,7 +134,10 @@ class DatasetManifest:
         return content_sha256(self.split(split), ())
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order."""
+        """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order.
+
+        `sha256` is the hash of all the rest: `read_manifest` finds a damaged file by it.
+        """
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
         data["classes"] = list(self.classes)
         data["rejected"] = [dataclasses.asdict(part) for part in self.rejected]
@@ -143,7 +146,8 @@ class DatasetManifest:
         data["statistics"] = {name: dataclasses.asdict(counts) for name, counts in self.statistics.items()}
         data["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
         data["quarantined"] = self.quarantined
-        return data
+        data["format"] = FORMAT_VERSION
+        return {**data, "sha256": sha256_json(data)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "DatasetManifest":
@@ -214,8 +218,12 @@ def read_manifest(store: Store, number: int) -> DatasetManifest:
     """Return one generation; DataError if the file is missing, damaged or not a dataset manifest."""
     name = f"{STEM}.{number:06d}.json"
     try:
-        return DatasetManifest.from_json(read_json(store, name))
-    except (KeyError, TypeError, AttributeError) as error:
+        data = read_json(store, name)
+        expected = data.pop("sha256", None)  # the first data sets have none
+        if expected is not None and expected != sha256_json(data):
+            raise DataError(f"{store.url}/{name} is damaged (its content does not have the sha256 it states): restore it from a copy")
+        return DatasetManifest.from_json(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{store.url}/{name} is not a dataset manifest ({error!r}): it is damaged or was not written by aecore") from error
 
 

@@ -37,6 +37,7 @@ DATA_EXTENSIONS = IMAGE_EXTENSIONS | {"npy"}
 ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
 MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
 _USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
+_MAX_ARRAY_HEADER = 10_000  # characters; numpy reads no longer ones
 
 _PLAIN = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*(?:/[A-Za-z0-9-][A-Za-z0-9_-]*)*")
 _PLAIN_BYTES = f"{string.ascii_letters}{string.digits}_/-".encode()
@@ -133,21 +134,41 @@ def _fits_header(key: str) -> bool:
 
 
 def array_header(data: bytes) -> ArrayHeader:
-    """Return shape and dtype of a `.npy` file after checking its size; BadSample if it is damaged or holds Python objects."""
+    """Return shape and dtype of a `.npy` file after checking its size; BadSample if it is damaged or is one that `Decoder` does not read.
+
+    Read are files of version 1.0 in C order with booleans or numbers of this machine's byte order: what `np.save` writes by default.
+    """
     if not data:
         raise BadSample("empty", "the file has no bytes")
     if not data.startswith(b"\x93NUMPY") or len(data) < 12:
         raise BadSample("format", "not a .npy file")
-    start = 10 if data[6] == 1 else 12
-    length = int.from_bytes(data[8:start], "little")
+    if data[6:8] != b"\x01\x00":
+        raise BadSample(
+            "unsupported", f".npy of version {data[6]}.{data[7]}: only version 1.0 is read; save the plain array again with np.save"
+        )
+    start, length = 10, int.from_bytes(data[8:10], "little")
     try:
-        fields = ast.literal_eval(data[start : start + length].decode("latin1"))
-        dtype, shape = np.dtype(fields["descr"]), tuple(int(side) for side in fields["shape"])
+        dtype, shape, fortran = _array_fields(data[start : start + length].decode("latin1"))
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise BadSample("format", f".npy header is damaged ({type(error).__name__})") from error
     if dtype.kind not in "biufc" or dtype.fields is not None:
         raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read")
+    if fortran:
+        raise BadSample("unsupported", ".npy in Fortran order: only C order is read; save np.ascontiguousarray(array)")
+    if dtype != np.dtype(dtype.name):
+        raise BadSample("unsupported", f".npy of dtype {dtype.str} (foreign byte order): save array.astype({dtype.name!r})")
     expected = start + length + math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(data) != expected:
         raise BadSample("truncated", f".npy of {len(data)} bytes, its header promises {expected}")
     return ArrayHeader(shape, dtype, start + length)
+
+
+def _array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
+    """Return dtype, shape and Fortran order of a header's text; as strict as numpy's own reader, but nothing warns."""
+    fields = ast.literal_eval(text)
+    descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
+    if len(text) > _MAX_ARRAY_HEADER or len(fields) != 3 or not (isinstance(descr, str | list) and isinstance(fortran, bool)):
+        raise ValueError(text[:80])
+    if not isinstance(shape, tuple) or not all(isinstance(side, int) for side in shape):
+        raise ValueError(shape)
+    return np.dtype(descr), shape, fortran

@@ -19,6 +19,7 @@ from aecore.data.index import content_sha256, read_table, table_bytes
 from aecore.data.pack import Pack
 from aecore.data.shard_reader import ShardReader
 from aecore.data.tasks import ShardTask
+from aecore.errors import ConfigError
 from aecore.generations import PartRecord, read_record, write_record
 from aecore.store import AlreadyExists, FileRef, Store
 
@@ -33,10 +34,12 @@ _log = logging.getLogger(__name__)
 def write_shard(store: Store, task: ShardTask, source: "Source") -> PartRecord:
     """Write and commit one shard, or return its record if it is there already (a rerun).
 
-    Raises StoreError if the output cannot be written; never for a bad sample (see the record's `quarantined`).
+    Raises StoreError if the output cannot be written, ConfigError if the record there is of another task; never for a bad sample (see the
+    record's `quarantined`).
     """
     known = read_record(store, task.stem)
     if known is not None:
+        _require_of_task(store, known, task)
         return known
     started = time.perf_counter()
     pack = Pack(task)
@@ -47,12 +50,28 @@ def write_shard(store: Store, task: ShardTask, source: "Source") -> PartRecord:
     if pack.bad:
         name, metadata = f"quarantine/{task.stem}.parquet", {"format": 1, "split": task.split, "stem": task.stem}
         files.append(_put_table(store, name, pack.quarantine(), metadata, "quarantine"))
-    detail |= {"split": task.split, "samples": len(pack.positions), "planned": len(task), "quarantined": len(pack.bad)}
-    detail |= {"first_ordinal": int(task.ordinals[0]) if len(task) else 0, "reasons": dict(Counter(bad[2] for bad in pack.bad))}
+    detail |= _place(task) | {"samples": len(pack.positions), "quarantined": len(pack.bad)}
+    detail |= {"reasons": dict(Counter(bad[2] for bad in pack.bad))}
     ended = time.perf_counter()
     timings = {"pack_s": packed - started, "commit_s": ended - packed}
     _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.positions), len(pack.bad), ended - started)
     return write_record(store, PartRecord(task.stem, tuple(files), len(pack.positions), len(pack.bad), detail, timings))
+
+
+def _place(task: ShardTask) -> dict[str, Any]:
+    """Return what of a task's record is known before a byte is read."""
+    return {"split": task.split, "planned": len(task), "first_ordinal": int(task.ordinals[0]) if len(task) else 0}
+
+
+def _require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
+    """ConfigError if the record was written for other samples: another version planned other shards under this name."""
+    asked = _place(task)
+    there = {name: known.detail.get(name) for name in asked}
+    if there != asked:
+        raise ConfigError(
+            f"{store.url}: the recorded shard {task.stem} is of other samples than this plan gives it (there {there}, asked {asked}): "
+            "another version of this package may have written it; write to another URL"
+        )
 
 
 def _commit(store: Store, pack: Pack, staged: Path, background: Executor) -> tuple[list[FileRef], dict[str, Any]]:

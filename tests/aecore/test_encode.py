@@ -1,13 +1,17 @@
 """encode: every sample of the dataset is one row or one quarantined row, whoever does the work and however often it is killed."""
 
+import dataclasses
+import errno
 import io
 import multiprocessing
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,13 +20,14 @@ from PIL import Image
 from aecore.checkpoint import load_model
 from aecore.data.manifest import open_dataset
 from aecore.encode import EncodePlan, EncodeSpec, encode_dataset, plan_encoding
-from aecore.errors import ConfigError, DataError, RunFailed
-from aecore.generations import read_record
+from aecore.errors import ConfigError, DataError, RunFailed, StoreError
+from aecore.fanout import serial
+from aecore.generations import PartRecord, read_record, write_record
 from aecore.noise import seed_of, step_noise
 from aecore.registry import from_dict
 from aecore.store import FAULT_STAGES, open_store
 from aecore.table import open_table
-from aecore.table_write import fixed_size_list, numpy_view, part_metadata
+from aecore.table_write import RefusedRow, commit_quarantine, fixed_size_list, numpy_view, part_metadata
 from tests.aecore.encoding import (
     DIM,
     ae_config,
@@ -338,19 +343,105 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, run:
         assert [name for name in whole if again[name] != whole[name]] == [], fault
 
 
-def test_finished_parts_of_a_killed_attempt_are_not_made_again(tmp_path: Path, data: str, run: str) -> None:
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    """The end of a process, as far as the work in it can tell."""
 
-    def die_after_two(record: Any, done: int, total: int) -> None:
-        if done == 2:
+
+def killed_after(parts: int, run: str, data: str, out: Path) -> None:
+    """Start to encode, and be killed after some parts."""
+
+    def die(record: Any, done: int, total: int) -> None:
+        if done == parts:
             raise Killed
 
     with pytest.raises(Killed):
-        encode_dataset(run, data, str(tmp_path / "table"), EncodeSpec(batch=16), on_part=die_after_two)
+        encode_dataset(run, data, str(out), EncodeSpec(batch=16), on_part=die)
+
+
+def test_finished_parts_of_a_killed_attempt_are_not_made_again(tmp_path: Path, data: str, run: str) -> None:
+    killed_after(2, run, data, tmp_path / "table")
     made: list[str] = []
     table = encode(run, data, tmp_path / "table", on_part=lambda record, done, total: made.append(record.part))
     assert made == [part.stem for part in table.parts[2:]]
+
+
+def test_parts_of_another_dataset_from_a_killed_attempt_are_refused(tmp_path: Path, data: str, run: str) -> None:
+    other = sprites_dataset(tmp_path / "other", num_samples=60)
+    killed_after(1, run, data, tmp_path / "table")
+    before = tree(tmp_path / "table")
+    there, ours = (open_dataset(url).manifest.shards[0].tar.sha256[:12] for url in (data, other))
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=f"parts of another dataset.* train-000000 (.*){there}(.*){ours}(.*)write to another URL"):
+            encode_dataset(run, other, str(tmp_path / "table"), EncodeSpec(batch=16), dry_run=dry_run)
+    assert tree(tmp_path / "table") == before
+    encode(run, data, tmp_path / "table").verify(read_data=True, dataset=data)
+
+
+def test_an_append_of_another_dataset_with_the_same_first_shards_is_refused(tmp_path: Path, run: str) -> None:
+    urls = []
+    for name, new in (("one", range(40, 70)), ("two", range(80, 110))):
+        images = image_folder(tmp_path / f"images-{name}", "train", range(40))
+        urls.append(folder_dataset(images, tmp_path / name))
+        if name == "one":
+            first = encode(run, urls[0], tmp_path / "table")
+        folder_dataset(image_folder(images, "train", new), tmp_path / name)
+    killed_after(1, run, urls[0], tmp_path / "table")
+    with pytest.raises(ConfigError, match="parts of another dataset"):
+        encode(run, urls[1], tmp_path / "table")
+    table = encode(run, urls[0], tmp_path / "table")
+    assert table.num_rows > first.num_rows
+    table.verify(read_data=True, dataset=urls[0])
+
+
+@pytest.mark.parametrize("field", ["split", "shard_sha256", "index_content_sha256", "row_start", "row_stop", "checkpoint_sha256"])
+def test_a_record_is_reused_only_if_it_is_of_the_same_rows_and_checkpoint(tmp_path: Path, data: str, run: str, field: str) -> None:
+    killed_after(1, run, data, tmp_path / "table")
+    store = open_store(str(tmp_path / "table"))
+    record = read_record(store, "train-000000")
+    assert record is not None
+    store.remove("records/train-000000.json")
+    write_record(store, dataclasses.replace(record, detail={**record.detail, field: "another"}))
+    with pytest.raises(ConfigError, match=f"differ in {field}\\)"):
+        encode(run, data, tmp_path / "table")
+
+
+def test_a_record_that_another_attempt_wrote_meanwhile_is_checked_too(
+    tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec(batch=16))
+
+    def late(store: Any, record: PartRecord) -> PartRecord:
+        return dataclasses.replace(record, detail={**record.detail, "shard_sha256": "0" * 64})
+
+    monkeypatch.setattr("aecore.encode_worker.write_record", late)
+    with pytest.raises(ConfigError, match="parts of another dataset"):
+        plan.make_worker()(plan.tasks[0])
+
+
+def test_storage_that_takes_no_more_bytes_is_a_storage_error(tmp_path: Path, data: str, run: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(make_worker: Any, tasks: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            yield from serial(make_worker, tasks)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.raises(StoreError, match=r"4 of 4 parts failed(.|\n)*cannot write .*/split=train/train-000000.parquet: .*File too large"):
+        encode_dataset(run, data, str(tmp_path / "table"), EncodeSpec(batch=16), fan_out=limited)
+    assert list((tmp_path / "table/.tmp").iterdir()) == []
+    encode(run, data, tmp_path / "table").verify(read_data=True, dataset=data)
+
+
+def test_a_quarantine_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq, "write_table", full)
+    index = pa.table({"key": ["a"], "ordinal": [0], "sha256": ["0"]})
+    with pytest.raises(StoreError, match=r"cannot write .*quarantine/train-000000.parquet: No space left"):
+        commit_quarantine(open_store(str(tmp_path)), "train-000000", "train-000000", index, [RefusedRow(0, "decode", "format", "")])
 
 
 def test_records_hold_times_and_the_manifest_none(tmp_path: Path, data: str, run: str) -> None:

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from aecore.checkpoint import load_model
+from aecore.data.job import shard_dataset
 from aecore.data.manifest import open_dataset
+from aecore.data.plan import SplitSpec
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.tasks import ShardSpec
 from aecore.errors import DataError
 from aecore.evaluate import evaluate_run
 from aecore.noise import step_noise
@@ -106,6 +111,34 @@ def test_bernoulli_on_data_outside_zero_and_one_is_warned_of(tmp_path: Path, dat
     outside = saved_run(tmp_path / "outside", model_config(model, scale="symmetric"), change=wide)
     assert evaluate_run(inside, data).warnings == ()
     assert "the scaled data lie in [-1, 1]" in evaluate_run(outside, data).warnings[0]
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path, data: str) -> None:
+    def break_decoder(model: Any) -> None:
+        for parameter in model.decoder.parameters():
+            parameter.fill_(float("nan"))
+
+    broken = saved_run(tmp_path / "run", change=break_decoder)
+    with pytest.raises(DataError, match="split 'test' has no finite mean of .*log_likelihood.*mse.*: every sample is finite, so the model"):
+        evaluate_run(broken, data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_hold_nan_are_refused_and_no_collapse_is_made_of_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    for number in range(4):
+        array = np.full((6,), number, np.float32)
+        array[0] = value if number == 2 else 0.0
+        path = tmp_path / f"arrays/test/{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+    source = FolderSpec(url=str(tmp_path / "arrays"), extensions=("npy",))
+    shard_dataset(source, str(tmp_path / "dataset"), SplitSpec(by="folders"), ShardSpec())
+    run = saved_run(tmp_path / "run", model_config(shape=(6,)))
+    with pytest.raises(DataError, match="split 'test' has no finite mean of .*mse.*: samples hold NaN or infinity"):
+        evaluate_run(run, str(tmp_path / "dataset"), batch=2)
+    assert "collapse" not in caplog.text
 
 
 def test_a_split_that_is_not_there_and_data_that_do_not_fit_are_refused(tmp_path: Path, data: str, run: str) -> None:

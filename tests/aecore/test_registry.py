@@ -17,13 +17,15 @@ class OuterSpec:
     inner: InnerSpec = knob(InnerSpec(), "inner")
     sizes: tuple[int, ...] = knob((1, 2), "sizes", ge=1)
     share: float = knob(0.5, "share", gt=0, le=1)
+    free: float = knob(0.0, "any finite number")
+    table: dict[str, float] | None = knob(None, "numbers by name")
     cache: int = knob(7, "cache", identity=False)
 
 
 def test_specs_round_trip_through_plain_data():
     outer = OuterSpec(sizes=(4, 5), share=1.0)
     data = to_dict(outer)
-    assert data == {"inner": {"kind": "inner", "width": 3}, "sizes": [4, 5], "share": 1.0, "cache": 7}
+    assert data == {"inner": {"kind": "inner", "width": 3}, "sizes": [4, 5], "share": 1.0, "free": 0.0, "table": None, "cache": 7}
     data["inner"] = from_dict(InnerSpec, data["inner"])
     assert from_dict(OuterSpec, data) == outer
 
@@ -32,7 +34,18 @@ def test_fields_that_cannot_change_the_artefact_are_not_part_of_the_identity():
     assert "cache" not in to_dict(OuterSpec(), identity_only=True)
 
 
-@pytest.mark.parametrize("bad", [{"share": 0.0}, {"share": 1.1}, {"share": float("nan")}, {"sizes": (0,)}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"share": 0.0},
+        {"share": 1.1},
+        {"share": float("nan")},
+        {"free": float("inf")},
+        {"free": float("-inf")},
+        {"table": {"a": float("nan")}},
+        {"sizes": (0,)},
+    ],
+)
 def test_values_out_of_bounds_are_refused_with_the_value_and_the_bound(bad):
     with pytest.raises(ConfigError, match=r"OuterSpec\.\w+ is .*, expected"):
         OuterSpec(**bad)

@@ -230,6 +230,64 @@ def test_verify_finds_another_checkpoint_in_the_place_of_the_first(table: Latent
         moved.verify()
 
 
+def changed_lineage(table: LatentTable, name: str, **fields: Any) -> LatentTable:
+    lineage = {**table.manifest.lineage, name: {**table.manifest.lineage[name], **fields}}
+    return LatentTable(table.store, dataclasses.replace(table.manifest, lineage=lineage))
+
+
+def test_verify_finds_a_lineage_that_is_not_that_of_the_rows(table: LatentTable) -> None:
+    unnamed = LatentTable(table.store, dataclasses.replace(table.manifest, lineage={**table.manifest.lineage, "encoded_by": []}))
+    cases = {
+        r"has dataset_sha256 .*, the lineage names 000000000000": changed_lineage(table, "dataset", sha256="0" * 64),
+        r"lineage names the checkpoint with sha256 000000000000, ": changed_lineage(table, "checkpoint", sha256="0" * 64),
+        r"says checkpoint_step '0', the manifest '7'": changed_lineage(table, "checkpoint", step=7),
+        r"was encoded on 'cpu .*' with versions that the lineage does not name": unnamed,
+    }
+    for problem, changed in cases.items():
+        with pytest.raises(DataError, match=problem):
+            changed.verify()
+
+
+def test_verify_finds_another_dataset_in_the_place_of_the_first(table: LatentTable, tmp_path: Path) -> None:
+    other = sprites_dataset(tmp_path / "other", NUM // 2)
+    with pytest.raises(DataError, match="has dataset_sha256 "):
+        table.verify(dataset=other)
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(own_table: LatentTable) -> None:
+    path = Path(own_table.url) / "table.000001.json"
+    good = path.read_bytes()
+    assert json.loads(good) == own_table.manifest.to_json()
+    generator = np.random.default_rng(0)
+    for place in [good.rindex(b'"sha256":') + 2, *generator.integers(0, len(good), 100).tolist()]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match="damaged|upgrade aecore"):
+            open_table(own_table.url)
+    path.write_bytes(good)
+    open_table(own_table.url)
+
+
+def test_a_changed_manifest_is_refused_and_an_early_one_without_a_hash_is_read(own_table: LatentTable) -> None:
+    path = Path(own_table.url) / "table.000001.json"
+    data = json.loads(path.read_bytes())
+    data["lineage"]["run"] = "/somewhere/else"
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"table.000001.json is damaged"):
+        open_table(own_table.url)
+    del data["sha256"]
+    path.write_text(json.dumps(data))
+    assert open_table(own_table.url).manifest.lineage["run"] == "/somewhere/else"
+
+
+def test_an_unfinished_generation_is_not_part_of_the_table(own_table: LatentTable) -> None:
+    rows = own_table.read(own_table.parts[0])
+    commit_part(own_table.store, "data/split=train/train-g000002-000000.parquet", rows, compression="none")
+    assert pq.read_table(f"{own_table.url}/data").num_rows == NUM + len(rows)
+    assert open_table(own_table.url).dataset().to_table().num_rows == NUM
+
+
 def test_every_flipped_bit_is_found(own_table: LatentTable) -> None:
     path = path_of(own_table, 1)
     good = path.read_bytes()

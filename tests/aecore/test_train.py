@@ -234,6 +234,11 @@ def test_an_unknown_split_names_the_known_ones(data, tmp_path):
         fit(small_job(data, tmp_path / "run", split="trian"))
 
 
+def test_a_run_cannot_be_written_over_its_dataset(data):
+    with pytest.raises(ConfigError, match="holds a dataset, not a run"):
+        fit(small_job(data, data))
+
+
 def test_best_without_validation_is_refused(data, tmp_path):
     with pytest.raises(ConfigError, match=r"train\.val_split"):
         fit(small_job(data, tmp_path / "run", best=True))

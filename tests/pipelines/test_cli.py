@@ -112,6 +112,36 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["shard", "sprites", "{walk}/dataset", *SPRITES, "shards.max_samples=50"], 2, "shards.max_samples: there 100, asked 50"),
         (["serve", "--cron", "* * * * *"], 2, "--cron needs a recipe"),
         (["shard", "{tmp}", "/proc/nothing/here", HERE], 3, "{tmp}"),
+        (["shard", "sprtes", "{tmp}/out", HERE], 2, "no folder 'sprtes' here and no source kind of that name (did you mean 'sprites'?"),
+        (["show", "{walk}/table", "nonsense.key=3"], 2, "`aepipe show` reads no recipe, so 'nonsense.key=3' would change nothing"),
+        (["verify", "{walk}/table", "read_data=true"], 2, "`aepipe verify` reads no recipe, so 'read_data=true' would change nothing"),
+        (["list", "models", "a=1", "b=2"], 2, "`aepipe list` reads no recipe, so 'a=1' 'b=2' would change nothing"),
+        (["serve", "train.epochs=3"], 2, "`aepipe serve` has no recipe to change"),
+        (
+            ["shard", "sprites", "{tmp}/w1", "out={tmp}/w2", *SPRITES],
+            2,
+            "'{tmp}/w1' as an argument and '{tmp}/w2' as an override (out=...)",
+        ),
+        (
+            ["shard", "sprites", "{tmp}/w1", "source={kind: folder, url: x}"],
+            2,
+            "source.kind is given twice: 'sprites' as an argument and 'folder'",
+        ),
+        (["shard", "{tmp}/raw", "{tmp}/w1", "source.url={tmp}/other"], 2, "source.url is given twice: '{tmp}/raw' as an argument"),
+        (
+            ["encode", "{walk}/run", "{walk}/dataset", "{tmp}/t", "run={tmp}/r", HERE],
+            2,
+            "as an argument and '{tmp}/r' as an override (run=...)",
+        ),
+        (["evaluate", "{walk}/run", "{walk}/dataset", "data={tmp}/d", HERE], 2, "as an argument and '{tmp}/d' as an override (data=...)"),
+        (["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "optim.lr=.inf"], 2, "optim.lr is inf, expected a finite number"),
+        (["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "train.val_split=nope", "--dry-run"], 3, "has no split 'nope'"),
+        (["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "train.split=nope", "--dry-run"], 3, "has no split 'nope'"),
+        (["verify", "{walk}/dataset", "--dataset", "{walk}/dataset"], 2, "is a dataset without a table: leave it out"),
+        (["verify", "{walk}/run", "--dataset", "{walk}/dataset"], 2, "is a run without a table: leave it out"),
+        (["verify", "{walk}", "--dataset", "{tmp}/none"], 3, "{tmp}/none holds no data set"),
+        (["verify", "{walk}/table", "--dataset", "{tmp}/none"], 3, "{tmp}/none holds no data set"),
+        (["verify", "{walk}", "--dataset", ""], 2, "--dataset is empty"),
         (["shard", "sprites", "/proc/nothing/here", *SPRITES], 4, "cannot write under /proc/nothing/here"),
     ],
 )
@@ -156,6 +186,45 @@ def test_damage_is_found(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     weights = next((tmp_path / "copy" / "run" / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert weights.name in said(capsys, "verify", str(tmp_path / "copy" / "run"), code=3)
+
+
+def test_a_root_is_checked_against_its_own_dataset_or_the_one_that_is_given(
+    walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(walk, moved)
+    assert main(["shard", "sprites", str(other), *SPRITES, "source.size=16", "splits.test=0.5"]) == 0
+    assert said(capsys, "verify", str(moved)).startswith("ok")
+    assert said(capsys, "verify", str(moved), "--dataset", str(walk / "dataset")).startswith("ok")
+    assert "has 88 samples, the table covers 34" in said(capsys, "verify", str(moved), "--dataset", str(other), code=3)
+    shutil.rmtree(moved / "dataset")
+    shutil.copytree(other, moved / "dataset")
+    assert "has 88 samples" in said(capsys, "verify", str(moved), code=3), "where it was encoded from does not count: the root is one thing"
+    shutil.rmtree(moved / "table")
+    assert "is a root without a table" in said(capsys, "verify", str(moved), "--dataset", str(other), code=2)
+
+
+def test_a_bare_word_means_the_source_kind_also_beside_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert "generation 1" in said(capsys, "shard", "sprites", "./sprites", *SPRITES)
+    assert "sprites holds no file with one of the extensions" in said(capsys, "shard", "./sprites", "./again", HERE, code=3)
+    same = ("out=sprites", "source.kind=sprites")
+    assert "generation 1" in said(capsys, "shard", "sprites", "./sprites", *same, *SPRITES), "the same value twice is no conflict"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_json_output_is_never_invalid(value: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines import steps
+
+    monkeypatch.setitem(steps.STEPS, "evaluate", lambda *_, **__: {"elbo": value, "per": [{"mse": value}], "kl": 1.0})
+    error = said(capsys, "evaluate", "./run", "./data", "--json", HERE, code=3)
+    assert f"elbo is {value}; per.0.mse is {value};" in error
+    assert "Traceback" not in error
 
 
 def test_a_folder_of_images_is_sharded_by_its_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,10 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("train.precision=fp8", r"train.precision is 'fp8' \(str\), expected 'fp32' or 'bf16'"),
         ("train=3", r"train is 3 \(int\), expected a section"),
         ("train.epochs.more=3", r"sets a key below train.epochs, but train.epochs is 5, not a section"),
+        ("optim.lr=.inf", r"optim.lr is inf, expected a finite number"),
+        ("optim.clip=.nan", r"optim.clip is nan, expected a finite number"),
+        ("optim.weight_decay=1e999", r"optim.weight_decay is inf, expected a finite number"),
+        ("cluster.resources_per_worker={CPU: .inf}", r"cluster.resources_per_worker is inf, expected a finite number"),
         ("cluster.num_workers=-1", r"cluster.num_workers is -1, expected >= 0"),
     ],
 )
@@ -91,6 +95,10 @@ def test_what_is_missing_is_asked_for_with_an_example() -> None:
         ("train: [", "is not valid YAML"),
         ("train: {epochs: 1, epochs: 2}", "the key 'epochs' stands twice"),
         ("- 1\n- 2", "holds list, expected sections"),
+        ("name: &a [*a]", "is YAML, but not plain data"),
+        ("train: &a {epochs: *a}", "no alias inside of its own anchor"),
+        ("2026-01-01: 3", "is YAML, but not plain data"),
+        pytest.param("name: " + "[" * 1100, "is YAML, but not plain data", id="deep"),
         ("train: !!python/object/apply:os.system [echo]", "is not valid YAML"),
     ],
 )

@@ -149,6 +149,52 @@ def test_a_file_that_gives_a_known_one_another_key_is_a_data_error(tmp_path):
         shard(source, tmp_path / "out")
 
 
+def test_known_keys_from_another_address_give_a_warning(tmp_path, caplog):
+    monday, tuesday = images(tmp_path / "monday", range(4)), images(tmp_path / "tuesday", range(4))
+    shard(monday, tmp_path / "out")
+    shard(monday, tmp_path / "out")
+    assert not caplog.records
+    for extra in ((), [7]):  # nothing new, and an append
+        images(tmp_path / "tuesday", extra)
+        shard(tuesday, tmp_path / "out")
+        (warning,) = caplog.records
+        assert warning.levelno == logging.WARNING
+        assert f"4 samples of {tuesday.url} have the keys of samples that came from {monday.url}" in caplog.text
+        assert "compared by key and size only" in caplog.text
+        caplog.clear()
+    shard(images(tmp_path / "wednesday", [8, 9]), tmp_path / "out")
+    assert not caplog.records
+
+
+def test_a_file_that_grew_between_listing_and_reading_is_no_change(tmp_path):
+    source, path = images(tmp_path / "in", range(4)), tmp_path / "in/a/002.png"
+
+    def grows(make_worker, tasks):
+        path.write_bytes(encoded(image(2, side=9)))
+        yield from serial(make_worker, tasks)
+
+    made = shard(source, tmp_path / "out", SplitSpec(), grows)
+    assert shard(source, tmp_path / "out") == made
+    path.write_bytes(encoded(image(2, side=20)))
+    with pytest.raises(DataError, match="1 samples have other sizes"):
+        shard(source, tmp_path / "out")
+
+
+def test_an_append_of_another_shape_gives_a_warning(tmp_path, caplog):
+    source = images(tmp_path / "in", range(4))
+    shard(source, tmp_path / "out")
+    images(tmp_path / "in", [4])
+    shard(source, tmp_path / "out")
+    assert not caplog.records
+    for number in (5, 6):  # only the first of them is news
+        (tmp_path / f"in/a/{number:03d}.png").write_bytes(encoded(image(number, side=9)))
+        made = shard(source, tmp_path / "out")
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert "4x4x1/L (5), 9x9x1/L (1)" in caplog.text and "shards.resize=" in caplog.text
+    assert (made.number, made.num_samples()) == (4, 7)
+
+
 def test_quarantined_samples_are_not_tried_again(tmp_path):
     source = images(tmp_path / "in", range(10), bad=[2, 4])
     first = shard(source, tmp_path / "out", max_bad=0.5)

@@ -1,8 +1,10 @@
+import contextlib
 import json
 
+import numpy as np
 import pytest
 
-from aecore.data.manifest import DatasetManifest, open_dataset, read_listings, tensor_shape
+from aecore.data.manifest import DatasetManifest, open_dataset, read_listings, read_manifest, tensor_shape
 from aecore.data.manifest_build import next_manifest
 from aecore.errors import DataError
 from aecore.generations import PartRecord, claim_generation, commit_manifest
@@ -170,6 +172,33 @@ def test_a_damaged_manifest_is_a_data_error(tmp_path, content):
     (tmp_path / "dataset.000001.json").write_text(content)
     with pytest.raises(DataError, match=r"dataset\.000001\.json"):
         open_dataset(str(tmp_path))
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    store, made = open_store(tmp_path), manifest(record("train-000000"), record("test-000000"))
+    commit_manifest(store, "dataset", 0, made.to_json())
+    path = tmp_path / "dataset.000001.json"
+    data = path.read_bytes()
+    path.chmod(0o644)
+    random = np.random.default_rng(0)
+    assert read_manifest(store, 1) == made
+    for bit in random.choice(8 * len(data), 300, replace=False):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            assert read_manifest(store, 1) == made
+
+
+def test_a_changed_count_is_called_damage_and_a_manifest_without_a_hash_is_read(tmp_path):
+    store, made = open_store(tmp_path), manifest(record("train-000000"))
+    plain = {name: value for name, value in made.to_json().items() if name != "sha256"}
+    path = tmp_path / "dataset.000001.json"
+    path.write_bytes(canonical_json(plain))
+    assert read_manifest(store, 1) == made
+    path.write_bytes(canonical_json({**made.to_json(), "number": 7}))
+    with pytest.raises(DataError, match=r"dataset\.000001\.json is damaged"):
+        read_manifest(store, 1)
 
 
 def test_a_damaged_listing_is_found(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.image import MAX_PIXELS, BadSample, image_header
 from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, encode_keys, require_allowed
 from aecore.data.tar import Packer, end_of_archive
@@ -159,6 +160,59 @@ class TestArrays:
         for end in range(len(file.getvalue())):
             with pytest.raises(BadSample):
                 array_header(file.getvalue()[:end])
+
+    def test_an_array_is_accepted_exactly_if_training_can_decode_it(self):
+        def saved(values, version=(1, 0)):
+            file = io.BytesIO()
+            np.lib.format.write_array(file, values, version)
+            return file.getvalue()
+
+        def headed(text, data=bytes(24), pad=64):
+            return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + pad) + text.encode() + b" " * pad + data
+
+        grid = np.arange(6.0).reshape(2, 3)
+        good = [saved(grid.astype(dtype)) for dtype in ("<f4", "<f8", "<i8", "u1", "<u2", "?", "<c8", "<f2")]
+        good += [saved(np.float32(3)), saved(np.zeros((0, 3))), saved(np.zeros(4)), saved(grid[:, :1])]
+        good += [headed("{'descr': '<f4', 'fortran_order': False, 'shape': (6,)}")]
+        bad = [
+            saved(np.asfortranarray(grid)),
+            saved(grid, (2, 0)),
+            saved(grid, (3, 0)),
+            saved(np.zeros(3, "M8[s]")),
+            saved(np.zeros(3, "S4")),
+        ]
+        bad += [saved(grid.astype(dtype)) for dtype in (">f4", ">i8", ">u2", ">c8")]
+        bad += [
+            headed(f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}}}")
+            for descr, fortran, shape in [
+                ("None", False, (3,)),
+                ("'<f4'", 0, (6,)),
+                ("'<f4'", True, (6,)),
+                ("'<f4'", False, [6]),
+                ("'<f4'", False, 6),
+            ]
+        ]
+        bad += [headed("{'descr': '<f4', 'fortran_order': False, 'shape': (6,), 'more': 1}"), headed("{'descr': '<f4', 'shape': (6,)}")]
+        bad += [headed("{'descr': '<f4', 'fortran_order': False, 'shape': (6,)}", pad=10_000)]
+        for data in good:
+            pixels = Decoder("pillow", SampleFormat.of({array_header(data).form: 1})).batch([data])
+            np.testing.assert_array_equal(pixels[0], np.load(io.BytesIO(data)))
+        for data in bad:
+            with pytest.raises(BadSample):
+                array_header(data)
+        for data in bad[:5]:
+            with pytest.raises(DecodeError):
+                Decoder("pillow", SampleFormat((2, 3), np.dtype("f8"), image=False)).batch([data])
+
+    def test_what_to_do_about_the_order_is_said(self):
+        for values, match in (
+            (np.ones((2, 3), order="F"), "ascontiguousarray"),
+            (np.ones(3, ">f4"), r"foreign byte order.*astype\('float32'\)"),
+        ):
+            file = io.BytesIO()
+            np.save(file, values)
+            with pytest.raises(BadSample, match=match):
+                array_header(file.getvalue())
 
 
 class TestAllowList:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -122,6 +123,36 @@ class TestWriting:
         files = pictures(5)
         record = write_shard(open_store(tmp_path), task_of(list(files)), MemorySource(files))
         assert write_shard(open_store(tmp_path), task_of(list(files)), MemorySource({})) == record
+
+    def test_a_record_of_other_samples_is_refused_with_both_values(self, tmp_path):
+        files = pictures(5)
+        write_shard(open_store(tmp_path), task_of(list(files)), MemorySource(files))
+        task = task_of(list(files)[:4])
+        with pytest.raises(
+            ConfigError, match=r"train-000000 is of other samples .*there .*'planned': 5.*asked .*'planned': 4.*another URL"
+        ):
+            write_shard(open_store(tmp_path), task, MemorySource(files))
+        for other in ({"split": "val"}, {"ordinals": np.arange(5)}):
+            with pytest.raises(ConfigError, match="'first_ordinal': 7"):
+                write_shard(open_store(tmp_path), dataclasses.replace(task_of(list(files)), **other), MemorySource(files))
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+    @pytest.mark.parametrize("shards", [{"mode": "L"}, {"mode": "RGB"}, {"resize": 2}])
+    def test_images_without_a_range_are_kept_or_quarantined_never_changed(self, tmp_path, dtype, shards):
+        files = {"a.tif": encoded(np.linspace(0, 1, 16).reshape(4, 4).astype(dtype), "TIFF"), "b.png": encoded(image(1, 2))}
+        assert shard_of(tmp_path / "kept", files).read_rows([0]) == [files["a.tif"]]
+        assert len(shard_of(tmp_path / "changed", files, shards=ShardSpec(**shards))) == 1
+        (bad,) = quarantine_of(tmp_path / "changed")
+        assert (bad["source"], bad["reason"]) == ("a.tif", "unsupported") and "shards.mode=keep" in bad["message"]
+
+    def test_sixteen_bits_are_scaled_to_eight(self, tmp_path):
+        values = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+        for number, format in enumerate(("PNG", "TIFF")):
+            reader = shard_of(
+                tmp_path / format, {f"a.{'png' if number == 0 else 'tif'}": encoded(values, format)}, shards=ShardSpec(mode="L")
+            )
+            found = np.asarray(Image.open(io.BytesIO(reader.read_rows([0])[0])))
+            np.testing.assert_array_equal(found, np.rint(values / 257))
 
     def test_arrays_are_stored_with_their_values(self, tmp_path):
         file = io.BytesIO()

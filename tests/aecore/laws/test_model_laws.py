@@ -125,12 +125,13 @@ def test_saved_and_loaded_model_is_equal_to_the_bit(kind: str, backbone: str) ->
 
 @every
 @every_shape
-def test_one_optimizer_step_lowers_the_loss(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+def test_a_small_step_against_the_gradient_lowers_the_loss(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
     model, batch = make(kind, backbone, shape), batch_of(N, *shape)
-    eps, optimizer = noise(model, N), torch.optim.Adam(model.parameters(), lr=1e-4)
+    eps = noise(model, N)
     before = model.loss(batch, eps=eps, likelihood="bernoulli").objective
     before.backward()
-    optimizer.step()
+    slope = sum(parameter.grad.square().sum() for parameter in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=(1e-4 * before / slope).item()).step()  # to the first order, the loss falls by a ten-thousandth
     assert model.loss(batch, eps=eps, likelihood="bernoulli").objective < before
 
 
