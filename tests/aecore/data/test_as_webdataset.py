@@ -7,7 +7,11 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from aecore.data import as_webdataset
-from aecore.data.manifest import STEM, Dataset
+from aecore.data.job import shard_dataset
+from aecore.data.manifest import STEM, Dataset, open_dataset
+from aecore.data.plan import SplitSpec
+from aecore.data.sources.sprites import SpritesSpec
+from aecore.data.tasks import ShardSpec
 from aecore.data.webdataset import decode_members
 from aecore.errors import ConfigError, DataError
 from aecore.generations import commit_manifest
@@ -110,3 +114,16 @@ def test_commands_and_unknown_splits_are_refused(url):
         as_webdataset("pipe:cat /etc/passwd")
     with pytest.raises(DataError, match="'test'"):
         as_webdataset(url, split="test")
+
+
+def test_hf_datasets_reads_the_shards_as_they_are(tmp_path):
+    from datasets import load_dataset
+
+    shard_dataset(SpritesSpec(num_samples=60), str(tmp_path / "out"), SplitSpec(), ShardSpec(max_samples=25))
+    files = str(tmp_path / "out/shards/train-*.tar")
+    rows = load_dataset("webdataset", data_files={"train": files}, split="train", cache_dir=str(tmp_path / "cache"))
+    manifest = open_dataset(str(tmp_path / "out")).manifest
+    assert len(rows) == manifest.num_samples("train") == 60
+    assert rows[0]["png"].size == (32, 32)
+    classes = sorted({int(row["cls"]) for row in rows.select_columns(["cls"])})
+    assert classes == list(range(len(manifest.classes)))
