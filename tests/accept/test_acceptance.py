@@ -222,7 +222,7 @@ def polling(out: Path, verb: str) -> Iterator[list[str]]:
 
 
 FAULTS = {
-    "shard": ["tar", "index", "quarantine", "record", "run", "manifest"],
+    "shard": ["run", "listing", "tar", "index", "quarantine", "record", "manifest"],
     "train": ["run", "metrics", "weights", "config", "state", "checkpoint", "model"],
     "encode": ["part", "record", "run", "manifest"],
 }
