@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,8 +142,8 @@ class SplitRows:
             indexed -= self.shards[oldest].samples
         reader = self.dataset.reader(self.shards[number])
         index = reader.index
-        labels = np.array([-1 if label is None else label for label in index["label"].to_pylist()], np.int64)
-        self._open[number] = shard = _OpenShard(reader, index["ordinal"].to_numpy().astype(np.int64), labels)
+        labels: Any = index["label"]  # any: pyarrow's stubs know no `fill_null` of a chunked array
+        self._open[number] = shard = _OpenShard(reader, index["ordinal"].to_numpy().astype(np.int64), labels.fill_null(-1).to_numpy().astype(np.int64))
         return shard
 
 

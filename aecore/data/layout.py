@@ -1,0 +1,106 @@
+"""Where everything of a shard stands, from its index: arrays to read by offset, plain lists to read in order.
+
+An index is refused (DataError) if it names members that are not read, a sample without exactly one data member, members that do not
+follow each other without gaps, or hashes that are none. The lists are made when they are first asked for.
+"""
+
+import itertools
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from aecore.data.record import DATA_EXTENSIONS, require_allowed
+from aecore.data.tar import BLOCK, stored_size
+from aecore.errors import DataError
+
+REMEDY = "restore it or write the data set again"
+DIGEST_BYTES = 32
+Int64s = NDArray[np.int64]
+
+
+class Layout:
+    """Places in a tar of N samples and M members, in file order; `where` names the tar in errors.
+
+    Attributes
+    ----------
+    data_ext, data_begins, data_ends : list of N str, `[N]` int64
+        Extension and bytes of the data member (the image or array) of each sample.
+    digests : `[N, 32]` uint8
+        The sha256 of each data member.
+    begins, ends : `[M]` int64
+        Bytes of each member.
+    firsts : `[N+1]` int64
+        Number of each sample's first member, and M.
+    starts : `[N+1]` int64
+        First byte of each sample's first header, and of the end of the archive.
+    """
+
+    def __init__(self, index: pa.Table, where: str) -> None:
+        self._index = index
+        members: Any = index.column("members").combine_chunks()  # any: pyarrow's stubs give no flatten
+        names, begins, sizes = members.flatten().flatten()
+        codes = names.dictionary_encode()
+        self._names: list[str] = codes.dictionary.to_pylist()
+        for name in sorted(self._names):
+            require_allowed(name, f"a member of {where}")
+        self._codes: Int64s = codes.indices.to_numpy().astype(np.int64)
+        self.begins: Int64s = begins.to_numpy()
+        self.ends: Int64s = self.begins + sizes.to_numpy()
+        self.firsts: Int64s = np.concatenate([[0], np.cumsum(members.value_lengths().to_numpy())])
+        is_data = np.array([name in DATA_EXTENSIONS for name in self._names], bool)
+        data = np.flatnonzero(is_data[self._codes])
+        if not np.array_equal(np.searchsorted(self.firsts, data, side="right") - 1, np.arange(index.num_rows)):
+            raise DataError(f"the index of {where} does not name one data member per sample: {REMEDY}")
+        ends = np.cumsum(stored_size(self.ends - self.begins))
+        if not np.array_equal(np.concatenate([[0], ends[:-1]])[: len(ends)] + BLOCK, self.begins):
+            raise DataError(f"the members in the index of {where} do not follow each other without gaps: {REMEDY}")
+        self.data_ext = [self._names[code] for code in self._codes[data].tolist()]
+        self.data_begins, self.data_ends = self.begins[data], self.ends[data]
+        self.starts: Int64s = np.concatenate([self.begins[self.firsts[:-1]] - BLOCK, ends[-1:]])
+        self.digests = _digests(index.column("sha256"), where)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Keys of the N samples."""
+        keys: Any = self._index.column("key").to_pylist()  # any: pyarrow's stubs make them optional
+        return list(keys)
+
+    @cached_property
+    def labels(self) -> list[int | None]:
+        """Class ids of the N samples."""
+        return list(self._index.column("label").to_pylist())
+
+    @cached_property
+    def classes(self) -> list[bytes | None]:
+        """Contents of the `.cls` members of the N samples, None where a sample has no label."""
+        contents = {label: None if label is None else b"%d" % label for label in set(self.labels)}
+        return [contents[label] for label in self.labels]
+
+    @cached_property
+    def names(self) -> list[bytes]:
+        """Names of the M members."""
+        suffixes = [f".{name}".encode() for name in self._names]
+        keys = zip(self.keys, np.diff(self.firsts).tolist(), strict=True)
+        owners = [key for text, count in keys for key in [text.encode()] * count]
+        return [owner + suffixes[code] for owner, code in zip(owners, self._codes.tolist(), strict=True)]
+
+    @cached_property
+    def members(self) -> list[tuple[tuple[str, int, int], ...]]:
+        """Extension, first and last byte of the members of each of the N samples."""
+        names = [self._names[code] for code in self._codes.tolist()]
+        flat = list(zip(names, self.begins.tolist(), self.ends.tolist(), strict=True))
+        bounds = self.firsts.tolist()
+        return [tuple(flat[first:last]) for first, last in itertools.pairwise(bounds)]
+
+
+def _digests(column: Any, where: str) -> NDArray[np.uint8]:  # any: a chunked array of strings
+    try:
+        digests = bytes.fromhex("".join(column.to_pylist()))
+    except (TypeError, ValueError):  # a null, or something else than hex digits
+        digests = b""
+    if len(digests) != DIGEST_BYTES * len(column):
+        raise DataError(f"the index of {where} does not give a sha256 for every sample: {REMEDY}")
+    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
