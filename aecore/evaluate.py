@@ -7,23 +7,24 @@ mean over the data is above 0.01 (Burda et al. 2015, "Importance Weighted Autoen
 
 import dataclasses
 import logging
-import math
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.trainable import Trainable
 from aecore.checkpoint import LoadedModel, load_model, require_fit
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.transform import Transform
 from aecore.errors import DataError
 from aecore.loss import kl_divergence_diag_gaussian
-from aecore.objective import noise_for
+from aecore.objective import Objective
+from aecore.ranks import Rank
 from aecore.store import absolute_url
+from aecore.validation import split_means
 
 logger = logging.getLogger(__name__)
 
@@ -57,43 +58,18 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
-@dataclass
-class _Sums:
-    """Float64 sums over the samples so far; `moments` are of the posterior mean."""
-
-    count: int = 0
-    terms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    lowest: float = float("inf")
-    highest: float = float("-inf")
-    data_finite: bool = True
-
-    def add(self, batch: Batch, terms: dict[str, Tensor]) -> None:
-        """Add sums over the rows of one batch (scalars or `[D]`)."""
-        self.count += len(batch)
-        for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-        lowest, highest = (float(value) for value in torch.aminmax(batch.x))  # NaN if there is one
-        self.data_finite = self.data_finite and math.isfinite(lowest) and math.isfinite(highest)
-        self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
-
-    def mean(self, name: str) -> Tensor | None:
-        """Return the mean of one term; None if the model has no such term."""
-        return self.terms[name] / self.count if name in self.terms else None
-
-    def require_finite(self, split: str) -> None:
-        """Raise DataError that names the terms whose mean is not finite, and whether the data or the model made them so."""
-        bad = [name for name, value in self.terms.items() if not value.isfinite().all()]
-        if bad:
-            cause = (
-                "every sample is finite, so the model gives NaN or infinity: evaluate another checkpoint"
-                if self.data_finite
-                else "samples hold NaN or infinity: shard the source again with shards.check=decode, which leaves them out"
-            )
-            raise DataError(f"split {split!r} has no finite mean of {', '.join(bad)}: {cause}")
-
-
-def evaluate_run(run: str, data: str, split: str = "test", *, device: str = "cpu", seed: int = 0, batch: int = 512) -> Evaluation:
+def evaluate_run(
+    run: str,
+    data: str,
+    split: str = "test",
+    *,
+    seed: int = 0,
+    batch: int = 512,
+    rank: Rank = Rank(),  # noqa: B008  # frozen
+) -> Evaluation:
     """Evaluate a finished run (or one checkpoint) on a split of a dataset; reads every sample once and writes nothing.
+
+    Every rank calls it with the same arguments and gets the same result; with `rank.world > 1` the default process group must exist.
 
     Raises
     ------
@@ -102,41 +78,23 @@ def evaluate_run(run: str, data: str, split: str = "test", *, device: str = "cpu
         that are not finite.
     """
     dataset = open_dataset(absolute_url(data, "data"))
-    loaded = load_model(absolute_url(run, "run"), device=device)
+    loaded = load_model(absolute_url(run, "run"), device=rank.device)
     require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
-    loader = Loader(dataset, split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
-    with loader:
-        sums = _sums(loaded, loader, device, seed, batch)
-    if sums.count != dataset.manifest.num_samples(split):
-        raise DataError(
-            f"{sums.count} samples were read, the manifest of {dataset.url} says {dataset.manifest.num_samples(split)}: "
-            f"run `aepipe verify {dataset.url} --read-data`"
-        )
-    sums.require_finite(split)
-    evaluation = _evaluation(loaded, dataset, split, sums, seed, batch)
-    for warning in evaluation.warnings:
+    config = loaded.config
+    objective = Objective(loaded.model, Transform(config.transform), config.model.likelihood).eval()
+    with Loader(dataset, split, transform=config.transform, spec=InputSpec(cache="none")) as loader:
+        means = split_means(objective, loader, seed=seed, batch=batch, rank=rank, extra=_posterior_and_data)
+    _require_finite(split, means)
+    evaluation = _evaluation(loaded, dataset, split, means, seed, batch)
+    for warning in evaluation.warnings if rank.index == 0 else ():
         logger.warning(warning)
     return evaluation
 
 
-@torch.inference_mode()
-def _sums(loaded: LoadedModel, loader: Loader, device: str, seed: int, size: int) -> _Sums:
-    transform, sums = Transform(loaded.config.transform), _Sums()
-    with closing(loader.range_batches(0, loader.num_samples, size)) as batches:
-        for number, stored in enumerate(batches):
-            batch = transform(stored.to(device))
-            sums.add(batch, _terms(loaded, batch, noise_for(loaded.model, batch, seed, number)))
-    return sums
-
-
-def _terms(loaded: LoadedModel, batch: Batch, eps: Tensor | None) -> dict[str, Tensor]:
-    """Return sums over the rows of a batch: the model's own terms, squared error, KL and moments per dimension."""
-    model = loaded.model
-    likelihood = loaded.config.model.likelihood
-    result = model.loss(batch, eps=eps, beta=1.0, likelihood=likelihood)
-    terms = {name: value.double() * len(batch) for name, value in result.tensors.items()}
-    error = model.reconstruct(batch, likelihood=likelihood) - batch.x
-    terms["mse"] = error.double().square().flatten(1).mean(1).sum()
+def _posterior_and_data(model: Trainable, batch: Batch) -> dict[str, Tensor]:
+    """Return sums over the rows of a batch: samples that are not finite or not in [0, 1], KL and moments of mu per dimension `[D]`."""
+    x = batch.x.flatten(1)
+    terms = {"not_finite": (~x.isfinite()).any(1).sum(), "outside_unit": ((x < 0) | (x > 1)).any(1).sum()}
     latents = model.latents(batch)
     if {"mu", "log_var"} <= latents.keys():
         mu = latents["mu"].double()
@@ -145,22 +103,28 @@ def _terms(loaded: LoadedModel, batch: Batch, eps: Tensor | None) -> dict[str, T
     return terms
 
 
-def _evaluation(loaded: LoadedModel, dataset: Dataset, split: str, sums: _Sums, seed: int, batch: int) -> Evaluation:
-    def mean(name: str) -> float | None:
-        value = sums.mean(name)
-        return None if value is None else float(value)
+def _require_finite(split: str, means: Mapping[str, Tensor]) -> None:
+    """Raise DataError that names the terms whose mean is not finite, and whether the data or the model made them so."""
+    bad = [name for name, mean in means.items() if not mean.isfinite().all()]
+    if bad:
+        cause = (
+            "samples hold NaN or infinity: shard the source again with shards.check=decode, which leaves them out"
+            if means["not_finite"] > 0
+            else "every sample is finite, so the model gives NaN or infinity: evaluate another checkpoint"
+        )
+        raise DataError(f"split {split!r} has no finite mean of {', '.join(bad)}: {cause}")
 
-    per_dimension, active = sums.mean("kl_per_dimension"), _active_units(sums)
-    likelihood = loaded.config.model.likelihood
-    log_likelihood, mse = mean("log_likelihood"), mean("mse")
-    assert log_likelihood is not None and mse is not None, "every model's loss names its log likelihood"
+
+def _evaluation(loaded: LoadedModel, dataset: Dataset, split: str, means: Mapping[str, Tensor], seed: int, batch: int) -> Evaluation:
+    num_samples, likelihood = dataset.manifest.num_samples(split), loaded.config.model.likelihood
+    active, per_dimension = _active_units(means), means.get("kl_per_dimension")
     return Evaluation(
         split=split,
-        num_samples=sums.count,
-        log_likelihood=log_likelihood,
-        mse=mse,
-        elbo=mean("elbo"),
-        kl=mean("kl_divergence"),
+        num_samples=num_samples,
+        log_likelihood=float(means["log_likelihood"]),
+        mse=float(means["mse"]),
+        elbo=float(means["elbo"]) if "elbo" in means else None,
+        kl=float(means["kl_divergence"]) if "kl_divergence" in means else None,
         kl_per_dimension=None if per_dimension is None else tuple(per_dimension.tolist()),
         active_units=active,
         likelihood=likelihood,
@@ -170,28 +134,30 @@ def _evaluation(loaded: LoadedModel, dataset: Dataset, split: str, sums: _Sums, 
             "checkpoint": {"sha256": loaded.sha256, "step": loaded.checkpoint.step, "url": loaded.url},
             "dataset": {"url": dataset.url, "number": dataset.manifest.number, "sha256": dataset.manifest.dataset_sha256},
         },
-        warnings=_warnings(likelihood, sums, active, per_dimension),
+        warnings=(*_likelihood_warnings(likelihood, means, num_samples), *_collapse_warnings(means, active)),
     )
 
 
-def _active_units(sums: _Sums) -> int | None:
-    mean, squared = sums.mean("mu"), sums.mean("mu_squared")
-    if mean is None or squared is None:
+def _active_units(means: Mapping[str, Tensor]) -> int | None:
+    if "mu" not in means:
         return None
-    return int((squared - mean.square() > ACTIVE_VARIANCE).sum())
+    return int((means["mu_squared"] - means["mu"].square() > ACTIVE_VARIANCE).sum())
 
 
-def _warnings(likelihood: str, sums: _Sums, active: int | None, per_dimension: Tensor | None) -> tuple[str, ...]:
-    found = []
-    if likelihood == "bernoulli" and (sums.lowest < 0 or sums.highest > 1):
-        found.append(
-            f"the bernoulli likelihood is a probability of values in [0, 1], the scaled data lie in [{sums.lowest:g}, {sums.highest:g}]: "
-            "train with model.likelihood=gaussian or transform.scale=unit"
-        )
-    latent_dim = 0 if per_dimension is None else len(per_dimension)
-    if active is not None and active < max(1.0, COLLAPSED_SHARE * latent_dim):
-        found.append(
-            f"posterior collapse: {active} of {latent_dim} latent dimensions are active (variance of mu above {ACTIVE_VARIANCE}): "
-            "lower model.beta, or raise it slowly with model.beta_warmup_steps"
-        )
-    return tuple(found)
+def _likelihood_warnings(likelihood: str, means: Mapping[str, Tensor], num_samples: int) -> list[str]:
+    outside = round(float(means["outside_unit"]) * num_samples)
+    if likelihood != "bernoulli" or not outside:
+        return []
+    return [
+        f"the bernoulli likelihood is a probability of values in [0, 1], {outside} of {num_samples} scaled samples hold others: "
+        "train with model.likelihood=gaussian or transform.scale=unit"
+    ]
+
+
+def _collapse_warnings(means: Mapping[str, Tensor], active: int | None) -> list[str]:
+    if active is None or active >= max(1.0, COLLAPSED_SHARE * len(means["mu"])):
+        return []
+    return [
+        f"posterior collapse: {active} of {len(means['mu'])} latent dimensions are active (variance of mu above {ACTIVE_VARIANCE}): "
+        "lower model.beta, or raise it slowly with model.beta_warmup_steps"
+    ]

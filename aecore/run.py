@@ -8,7 +8,7 @@ from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint
 from aecore.data.loader import InputSpec
 from aecore.data.manifest import Dataset, open_dataset
-from aecore.data.order import check_lanes
+from aecore.data.order import TrainingOrder
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
@@ -36,6 +36,10 @@ class TrainSpec:
     init_from: str | None = knob(None, "run or checkpoint whose weights are the start (its hash is what counts)", identity=False)
     log_every_s: float = knob(10.0, "seconds between metric parts (at checkpoints and epoch ends in any case)", ge=0, identity=False)
 
+    def order(self, rank: int = 0, world: int = 1) -> TrainingOrder:
+        """Return the input order as `rank` of `world` reads it; ConfigError if lanes, batch and ranks do not fit each other."""
+        return TrainingOrder(seed=self.seed, lanes=self.lanes, block=self.block, global_batch=self.global_batch, rank=rank, world=world)
+
 
 @spec
 class CheckpointSpec:
@@ -48,7 +52,7 @@ class CheckpointSpec:
 
 def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: int = 1) -> None:
     """ConfigError for combinations that cannot work, whatever the data: known before anything is read."""
-    check_lanes(train.global_batch, train.lanes, max(num_workers, 1))
+    train.order(world=max(num_workers, 1))
     if checkpoint.best and train.val_split is None:
         raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
 
@@ -148,8 +152,7 @@ def start_from(model: Trainable, loaded: LoadedModel) -> None:
 
 
 def total_steps(job: TrainJob, dataset: Dataset) -> int:
-    per_epoch = -(-dataset.manifest.num_samples(job.train.split) // job.train.global_batch)
-    steps = job.train.epochs * per_epoch
+    steps = job.train.epochs * job.train.order().num_steps(dataset.manifest.num_samples(job.train.split))
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
 
 

@@ -39,6 +39,7 @@ from aecore.checkpoint import (
 )
 from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
+from aecore.data.order import TrainingOrder
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
 from aecore.generations import read_json
@@ -105,7 +106,7 @@ class _Training:
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
         self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
-        self.loader = self._loader(job.train.split)
+        self.loader = self._loader(job.train.split, job.train.order(rank.index, rank.world))
         self.val_loader = None if job.train.val_split is None else self._loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
@@ -122,20 +123,8 @@ class _Training:
             if loader is not None:
                 loader.close()
 
-    def _loader(self, split: str) -> Loader:
-        train = self.job.train
-        return Loader(
-            self.dataset,
-            split,
-            transform=self.job.transform,
-            spec=self.job.input,
-            seed=train.seed,
-            lanes=train.lanes,
-            block=train.block,
-            global_batch=train.global_batch,
-            rank=self.rank.index,
-            world=self.rank.world,
-        )
+    def _loader(self, split: str, order: TrainingOrder | None = None) -> Loader:
+        return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input, order=order)
 
     def _build(self) -> Trainable:
         with torch.random.fork_rng(devices=[]):

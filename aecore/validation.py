@@ -4,58 +4,77 @@ The ELBO is sampled (S = 1, beta 1) with noise from (seed, batch index), never t
 MNIST. The batch size is part of the definition of the noise, not of who computes it: any number of ranks gives the same numbers.
 """
 
+from collections.abc import Callable, Iterable
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.trainable import Trainable
 from aecore.data.loader import Loader
 from aecore.errors import DataError
 from aecore.objective import Objective, noise_for
 from aecore.ranks import Rank, all_sum
 
+Terms = Callable[[Trainable, Batch], dict[str, Tensor]]  # a model and a scaled batch in; out: name -> sums over its rows, any shape
+
 
 def validate(objective: Objective, loader: Loader, *, seed: int, batch: int, rank: Rank) -> dict[str, float]:
-    """Return the means over the loader's split: `loss` (at beta 1), the model's own terms, and `mse` at the posterior mean.
+    """Return `split_means` as floats: `loss` (at beta 1), the model's own terms, and `mse` at the posterior mean."""
+    return {name: float(mean) for name, mean in split_means(objective, loader, seed=seed, batch=batch, rank=rank).items()}
+
+
+def split_means(
+    objective: Objective, loader: Loader, *, seed: int, batch: int, rank: Rank, extra: Terms | None = None
+) -> dict[str, Tensor]:
+    """Return the means over the loader's split (float64, on the CPU, the same on all ranks): those of `validate`, then `extra`.
 
     Every sample counts exactly once; DataError if the count is not the manifest's. `batch` is in samples per global batch.
     """
     num_batches = -(-loader.num_samples // batch)
     first, last = rank.index * num_batches // rank.world, (rank.index + 1) * num_batches // rank.world
     weight = 1.0
-    if first == last:  # more ranks than batches: this one still has to know the names of the terms
+    if first == last:  # more ranks than batches: this one still has to know the names and shapes of the terms
         first, last, weight = 0, 1, 0.0
-    names, total = _sums(objective, loader, range(first, last), seed, batch, rank)
-    everything = all_sum(rank, total * weight)
-    if int(everything[0]) != loader.num_samples:
+    with closing(loader.range_batches(first * batch, min(last * batch, loader.num_samples), batch)) as batches:
+        sums = _sums(objective, enumerate(batches, first), seed, rank.device, extra)
+    packed = all_sum(rank, torch.cat([value.flatten() for value in sums.values()]) * weight)
+    totals = dict(zip(sums, torch.split(packed, [value.numel() for value in sums.values()]), strict=True))
+    if (count := int(totals.pop("count"))) != loader.num_samples:
+        dataset, split = loader.rows.dataset.url, loader.rows.split
         raise DataError(
-            f"validation read {int(everything[0])} samples, the manifest says {loader.num_samples}: run `aepipe verify` on the dataset"
+            f"{count} samples of split {split!r} were read, the manifest of {dataset} says {loader.num_samples}: "
+            f"run `aepipe verify {dataset} --read-data`"
         )
-    return {name: value / loader.num_samples for name, value in zip(names, everything[1:].tolist(), strict=True)}
+    return {name: total.reshape(sums[name].shape) / loader.num_samples for name, total in totals.items()}
 
 
 @torch.no_grad()
-def _sums(objective: Objective, loader: Loader, batches: range, seed: int, batch: int, rank: Rank) -> tuple[list[str], Tensor]:
-    """Return the names of the terms, and `[1 + terms]` sums: the count first."""
+def _sums(objective: Objective, batches: Iterable[tuple[int, Batch]], seed: int, device: str, extra: Terms | None) -> dict[str, Tensor]:
+    """Return the float64 sums over numbered stored batches, on `device`; no batch waits for the sums of the one before."""
     was_training = objective.training
     objective.eval()
-    names: list[str] = []
-    sums = []
+    sums: dict[str, Tensor] = {}
     try:
-        rows = loader.range_batches(batches.start * batch, min(batches.stop * batch, loader.num_samples), batch)
-        for number, one in zip(batches, rows, strict=True):
-            moved = one.to(rank.device)
-            result = objective(moved, noise_for(objective.model, moved, seed, number), 1.0)
-            means = {"loss": result.objective, **result.tensors, "mse": _mse(objective, moved)}
-            names = list(means)
-            values = torch.stack([mean.double() for mean in means.values()])
-            sums.append(torch.cat([values.new_ones(1), values]) * len(one))
+        for number, stored in batches:
+            ready = objective.transform(stored.to(device))
+            terms = _terms(objective, ready, noise_for(objective.model, ready, seed, number))
+            if extra is not None:
+                terms |= extra(objective.model, ready)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.to(device, torch.float64)
     finally:
         objective.train(was_training)
-    return names, torch.stack(sums).sum(0)
+    return sums
 
 
-def _mse(objective: Objective, batch: Batch) -> Tensor:
-    """Return the mean squared error of the reconstruction at the posterior mean, per element of the (scaled) data."""
-    ready = objective.transform(batch)
-    difference = objective.model.reconstruct(ready, likelihood=objective.likelihood) - ready.x.float()
-    return difference.square().mean()
+def _terms(objective: Objective, ready: Batch, eps: Tensor | None) -> dict[str, Tensor]:
+    """Return sums over the rows of a scaled batch: how many, the loss at beta 1 and its terms, squared error per element at z = mu."""
+    result = objective.model.loss(ready, eps=eps, beta=1.0, likelihood=objective.likelihood)
+    error = objective.model.reconstruct(ready, likelihood=objective.likelihood) - ready.x
+    return {
+        "count": ready.x.new_full((), len(ready), dtype=torch.float64),
+        **{name: mean.double() * len(ready) for name, mean in {"loss": result.objective, **result.tensors}.items()},
+        "mse": error.double().square().flatten(1).mean(1).sum(),
+    }

@@ -161,13 +161,14 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
     import torch
 
     from aecore.evaluate import evaluate_run
+    from aecore.ranks import Rank
     from pipelines.cluster.session import require_gpu_is_there
 
     started, spec = time.perf_counter(), recipe.evaluate
     run, data = recipe.require("run"), recipe.require("data")
     require_gpu_is_there(recipe.cluster)
     torch.set_num_threads(recipe.cluster.threads_per_worker)
-    result = evaluate_run(run, data, spec.split, device=_device(recipe), seed=spec.seed, batch=spec.batch)
+    result = evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=Rank(device=_device(recipe)))
     return {"step": "evaluate", "run": run, "dataset": data, **result.to_dict(), "seconds": _since(started)}
 
 

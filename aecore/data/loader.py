@@ -15,11 +15,11 @@ import torch
 from aecore._base.batch import Batch
 from aecore.data.decode import DecodeError
 from aecore.data.manifest import Dataset, ShardRef
-from aecore.data.order import EpochOrder, Int64s, check_lanes, locate
+from aecore.data.order import EpochOrder, Int64s, TrainingOrder, locate
 from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.registry import knob, spec
 
 
@@ -56,8 +56,7 @@ class Loader:
         dataset, split: what is read.
         transform: names the decoder.
         spec: cache and prefetch.
-        seed, lanes, block, global_batch: the training order (see `aecore.data.order`).
-        rank, world: which part of every global batch is read here.
+        order: what `batches` follows; who reads ranges and shards only needs none.
     """
 
     def __init__(
@@ -67,29 +66,31 @@ class Loader:
         *,
         transform: TransformSpec | None = None,
         spec: InputSpec | None = None,
-        seed: int = 0,
-        lanes: int = 16,
-        block: int = 4096,
-        global_batch: int = 128,
-        rank: int = 0,
-        world: int = 1,
+        order: TrainingOrder | None = None,
     ) -> None:
-        check_lanes(global_batch, lanes, world)
         self.spec = spec or InputSpec()
         self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes)
         self.num_samples = self.rows.num_samples
-        self.global_batch, self.rank, self.world = global_batch, rank, world
-        self._order_args = (self.rows.counts.tolist(), dataset.manifest.training_key(split), seed)
-        self._lanes, self._block = lanes, block
-        self.steps_per_epoch = self.order(0).num_steps(global_batch)
+        self._order = order
 
-    def order(self, epoch: int) -> EpochOrder:
-        """Return the order of one epoch."""
-        counts, key, seed = self._order_args
-        return EpochOrder(counts, key, seed, epoch, self._lanes, self._block)
+    @property
+    def order(self) -> TrainingOrder:
+        """The training order; ConfigError if this loader was made without one."""
+        if self._order is None:
+            raise ConfigError(f"this Loader of split {self.rows.split!r} has no training order: give it order=TrainingOrder(...)")
+        return self._order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the training order's epochs."""
+        return self.order.num_steps(self.num_samples)
+
+    def epoch_order(self, epoch: int) -> EpochOrder:
+        """Return one epoch of the training order."""
+        return EpochOrder(self.rows.counts.tolist(), self.rows.dataset.manifest.training_key(self.rows.split), self.order, epoch)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
-        """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.
+        """Yield this rank's part of the order's global batches [start_step, stop_step), on and on if `stop_step` is None.
 
         A rank without a sample in a short last step gets one repeated row with empty `positions` and `ordinals`: run it, count it 0.
         """
@@ -138,9 +139,9 @@ class Loader:
 
     def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
         epoch, first = locate(start, self.steps_per_epoch)
-        order = self.order(epoch)
+        order = self.epoch_order(epoch)
         for step in range(first, first + stop - start):
-            part = order.step(step, self.rank, self.world, self.global_batch)
+            part = order.step(step)
             if len(part.indices):
                 yield self._batch(self.rows.read(part.indices), part.positions, part.num_global)
             else:

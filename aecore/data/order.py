@@ -18,6 +18,57 @@ from aecore.errors import ConfigError
 Int64s = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOrder:
+    """How the samples of a split become global batches, and which part of each of them one rank reads.
+
+    Attributes:
+        seed: chooses the shuffle, together with the epoch and what the samples are.
+        lanes: C, the largest possible number of ranks; divides `global_batch`.
+        block: samples of a lane that are shuffled together.
+        global_batch: G, samples of a step over all ranks.
+        rank, world: who reads here.
+
+    Raises:
+        ConfigError: numbers that do not fit each other; it names some that do.
+    """
+
+    seed: int = 0
+    lanes: int = 16
+    block: int = 4096
+    global_batch: int = 128
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        batch, lanes = self.global_batch, self.lanes
+        if min(batch, lanes, self.block) < 1:
+            raise ConfigError(f"train.global_batch is {batch}, train.lanes {lanes} and train.block {self.block}: all must be at least 1")
+        if batch % lanes:
+            below, above = batch // lanes * lanes, -(-batch // lanes) * lanes
+            fits = max(c for c in range(1, min(lanes, batch) + 1) if batch % c == 0)
+            batches = f"{below} or {above}" if below else str(above)
+            raise ConfigError(
+                f"train.global_batch is {batch}, which train.lanes={lanes} does not divide: "
+                f"use train.global_batch={batches}, or train.lanes={fits}"
+            )
+        if self.world > lanes:
+            raise ConfigError(
+                f"{self.world} ranks need at least as many lanes, train.lanes is {lanes}: use fewer workers or train.lanes>={self.world}"
+            )
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank {self.rank} of {self.world} ranks: expected 0 to {self.world - 1}")
+
+    @property
+    def own_lanes(self) -> range:
+        """The lanes that this rank reads."""
+        return range(self.rank * self.lanes // self.world, (self.rank + 1) * self.lanes // self.world)
+
+    def num_steps(self, num_samples: int) -> int:
+        """Return the steps of an epoch; only the last one may be short."""
+        return -(-num_samples // self.global_batch)
+
+
 @dataclass(frozen=True, slots=True)
 class StepRows:
     """The n rows of one global batch that one rank works on; n may be 0 in the short last step of an epoch.
@@ -33,73 +84,43 @@ class StepRows:
     num_global: int
 
 
-def check_lanes(global_batch: int, lanes: int, world: int = 1) -> None:
-    """ConfigError unless `lanes` divides `global_batch` and there are no more ranks than lanes."""
-    if lanes < 1 or global_batch < 1:
-        raise ConfigError(f"train.global_batch is {global_batch} and train.lanes is {lanes}: both must be at least 1")
-    if global_batch % lanes:
-        below, above = global_batch // lanes * lanes, -(-global_batch // lanes) * lanes
-        fits = max(c for c in range(1, min(lanes, global_batch) + 1) if global_batch % c == 0)
-        batches = f"{below} or {above}" if below else str(above)
-        raise ConfigError(
-            f"train.global_batch is {global_batch}, which train.lanes={lanes} does not divide: "
-            f"use train.global_batch={batches}, or train.lanes={fits}"
-        )
-    if world > lanes:
-        raise ConfigError(f"{world} ranks need at least as many lanes, train.lanes is {lanes}: use fewer workers or train.lanes>={world}")
-
-
 def locate(step: int, steps_per_epoch: int) -> tuple[int, int]:
     """Return (epoch, step in that epoch) of a training step: all that a resumed run has to know."""
     return divmod(step, steps_per_epoch)
 
 
 class EpochOrder:
-    """The order of one epoch. Blocks of lanes are computed when a step first needs them: memory is O(lanes * block + shards).
+    """One epoch of a training order. Blocks of lanes are computed when a step first needs them: memory is O(lanes * block + shards).
 
     Args:
         counts: samples of each shard in manifest order; empty shards are fine.
         key: what the samples are (the training split's hash); other data, other order.
-        seed, epoch: numbers that choose the shuffle.
-        lanes: C, see `check_lanes`.
-        block: samples of a lane that are shuffled together.
+        order: seed, lanes and who reads.
+        epoch: its number.
     """
 
-    def __init__(self, counts: Sequence[int], key: str, seed: int, epoch: int, lanes: int, block: int) -> None:
-        if lanes < 1 or block < 1:
-            raise ConfigError(f"train.lanes is {lanes} and train.block is {block}: both must be at least 1")
+    def __init__(self, counts: Sequence[int], key: str, order: TrainingOrder, epoch: int) -> None:
         sizes = np.asarray(counts, np.int64)
-        self.num_samples = int(sizes.sum())
-        self._key = f"{key}|{seed}|{epoch}"
-        self._lanes, self._block_len = lanes, block
-        self._bounds = np.array([i * self.num_samples // lanes for i in range(lanes + 1)], np.int64)
+        num_samples = int(sizes.sum())
+        self.num_steps = order.num_steps(num_samples)
+        self._order = order
+        self._key = f"{key}|{order.seed}|{epoch}"
+        self._bounds = np.array([i * num_samples // order.lanes for i in range(order.lanes + 1)], np.int64)
+        self._num_rows = -(-num_samples // order.lanes)  # samples of the longest lane
         shards = _permutation(f"{self._key}|shards", len(sizes))
         self._stream_starts = _starts(sizes[shards])
         self._shard_starts = _starts(sizes)[shards]
-        self._cached: tuple[tuple[int, int, int], Int64s] | None = None
+        self._cached: tuple[int, Int64s] | None = None
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the epoch: samples of the longest lane."""
-        return -(-self.num_samples // self._lanes)
-
-    def num_steps(self, global_batch: int) -> int:
-        """Return the steps of the epoch; only the last one may be short."""
-        check_lanes(global_batch, self._lanes)
-        return -(-self.num_rows // (global_batch // self._lanes))
-
-    def step(self, step: int, rank: int, world: int, global_batch: int) -> StepRows:
-        """Return the rows of `rank` in one step of this epoch, by position in the global batch."""
-        check_lanes(global_batch, self._lanes, world)
-        steps, lanes = self.num_steps(global_batch), self._lanes
-        if not (0 <= step < steps and 0 <= rank < world):
-            raise IndexError(f"step {step} of {steps}, rank {rank} of {world}")
-        first, last = rank * lanes // world, (rank + 1) * lanes // world
-        rows = global_batch // lanes
-        start, stop = step * rows, min((step + 1) * rows, self.num_rows)
-        indices = self._rows(first, last, start, stop)
+    def step(self, step: int) -> StepRows:
+        """Return the rank's rows in one step of this epoch, by position in the global batch."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        own, rows = self._order.own_lanes, self._order.global_batch // self._order.lanes
+        start, stop = step * rows, min((step + 1) * rows, self._num_rows)
+        indices = self._rows(start, stop)
         present = indices >= 0
-        return StepRows(indices[present], self._positions(start, stop)[:, first:last][present], self._num_present(start, stop))
+        return StepRows(indices[present], self._positions(start, stop)[:, own.start : own.stop][present], self._num_present(start, stop))
 
     def _num_present(self, start: int, stop: int) -> int:
         return int(np.minimum(np.diff(self._bounds), stop).sum() - np.minimum(np.diff(self._bounds), start).sum())
@@ -109,27 +130,28 @@ class EpochOrder:
         present = np.arange(start, stop)[:, None] < np.diff(self._bounds)[None, :]
         return present.ravel().cumsum().reshape(present.shape) - 1
 
-    def _rows(self, first: int, last: int, start: int, stop: int) -> Int64s:
+    def _rows(self, start: int, stop: int) -> Int64s:
         """Return `[rows, lanes of the rank]` sample numbers, -1 where a lane has ended."""
         pieces = []
         while start < stop:
-            block, offset = divmod(start, self._block_len)
-            length = min(self._block_len - offset, stop - start)
-            pieces.append(self._block(first, last, block)[:, offset : offset + length])
+            block, offset = divmod(start, self._order.block)
+            length = min(self._order.block - offset, stop - start)
+            pieces.append(self._block(block)[:, offset : offset + length])
             start += length
         return np.concatenate(pieces, axis=1).T
 
-    def _block(self, first: int, last: int, block: int) -> Int64s:
-        if self._cached is None or self._cached[0] != (first, last, block):
-            begin = block * self._block_len
-            out = np.full((last - first, min(self._block_len, self.num_rows - begin)), -1, np.int64)
-            for lane in range(first, last):
+    def _block(self, block: int) -> Int64s:
+        if self._cached is None or self._cached[0] != block:
+            own, size = self._order.own_lanes, self._order.block
+            begin = block * size
+            out = np.full((len(own), min(size, self._num_rows - begin)), -1, np.int64)
+            for row, lane in zip(out, own, strict=True):
                 start = self._bounds[lane] + begin
-                length = max(0, min(int(self._bounds[lane + 1] - start), self._block_len))
+                length = max(0, min(int(self._bounds[lane + 1] - start), size))
                 stream = start + _permutation(f"{self._key}|{lane}|{block}", length)
                 shard = np.searchsorted(self._stream_starts, stream, side="right") - 1
-                out[lane - first, :length] = self._shard_starts[shard] + stream - self._stream_starts[shard]
-            self._cached = (first, last, block), out
+                row[:length] = self._shard_starts[shard] + stream - self._stream_starts[shard]
+            self._cached = block, out
         return self._cached[1]
 
 

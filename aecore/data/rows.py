@@ -141,9 +141,9 @@ class SplitRows:
             shard.reader.close()
             indexed -= self.shards[oldest].samples
         reader = self.dataset.reader(self.shards[number])
-        index = reader.index
-        labels: Any = index["label"]  # any: pyarrow's stubs know no `fill_null` of a chunked array
-        self._open[number] = shard = _OpenShard(reader, index["ordinal"].to_numpy().astype(np.int64), labels.fill_null(-1).to_numpy().astype(np.int64))
+        index: Any = reader.index  # any: pyarrow's stubs know no `fill_null` of a column
+        ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy()
+        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels.astype(np.int64))
         return shard
 
 

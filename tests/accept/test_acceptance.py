@@ -21,6 +21,7 @@ from aecore.checkpoint import committed_checkpoints
 from aecore.data.job import shard_dataset
 from aecore.data.loader import Loader
 from aecore.data.manifest import open_dataset
+from aecore.data.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
 from aecore.errors import DataError
 from aecore.metrics import last_row
@@ -131,7 +132,7 @@ def test_1_2_and_3_ranks_see_the_same_batches_and_losses_over_500_steps(whole, t
     for world in (1, 2, 3):
         steps: dict[int, dict[int, int]] = {}
         for rank in range(world):
-            with Loader(open_dataset(data), "train", rank=rank, world=world) as loader:
+            with Loader(open_dataset(data), "train", order=TrainingOrder(rank=rank, world=world)) as loader:
                 for step, batch in enumerate(loader.batches(0, 500)):
                     steps.setdefault(step, {}).update(zip(batch.positions.tolist(), batch.ordinals.tolist(), strict=True))
         ordinals = [[steps[step][position] for position in sorted(steps[step])] for step in range(500)]

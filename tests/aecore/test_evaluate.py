@@ -1,5 +1,6 @@
 """evaluate: means over every sample of the split, once; the ELBO is sampled, the reconstruction error is at z = mu."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from aecore.data.plan import SplitSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec
 from aecore.errors import DataError
-from aecore.evaluate import evaluate_run
-from aecore.noise import step_noise
+from aecore.evaluate import Evaluation, evaluate_run
+from aecore.noise import seed_of, step_noise
+from aecore.train import fit
 from aecore.variational import VAESpec
 from tests.aecore.encoding import DIM, ae_config, model_config, saved_run, sprites_dataset
 from tests.aecore.test_encode import stored_pixels
+from tests.aecore.training import on_ranks, small_job
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,32 @@ def test_sums_are_exact_for_any_batch_size_and_repeat_to_the_bit(data: str, run:
     assert evaluate_run(run, data, "test", batch=7) == pieces
 
 
+def numbers(found: Evaluation) -> dict[str, Any]:
+    """The means of an evaluation by name."""
+    scalars = {name: getattr(found, name) for name in ("log_likelihood", "mse", "elbo", "kl")}
+    return scalars | {f"kl_{dimension}": kl for dimension, kl in enumerate(found.kl_per_dimension or ())}
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 7), (3, 20)])  # 27 samples: uneven ranges, and a rank without a batch
+def test_any_number_of_ranks_gives_the_means_of_one(data: str, run: str, world: int, batch: int) -> None:
+    alone = evaluate_run(run, data, batch=batch)
+    ranks = on_ranks(functools.partial(evaluate_run, run, data, batch=batch), world)
+    assert ranks == [ranks[0]] * world
+    assert numbers(ranks[0]) == pytest.approx(numbers(alone), rel=1e-6)
+    same = {"log_likelihood", "mse", "elbo", "kl", "kl_per_dimension"}
+    assert all(value == alone.to_dict()[name] for name, value in ranks[0].to_dict().items() if name not in same)
+
+
+def test_the_means_are_those_of_the_validation_in_training(tmp_path: Path, data: str) -> None:
+    job = small_job(data, tmp_path / "run", val_split="test", global_batch=16)
+    validation = fit(job).metrics["validation"]
+    found = evaluate_run(job.out, data, "test", seed=seed_of("validation", job.train.seed), batch=16)
+    assert (found.elbo, found.log_likelihood, found.kl, found.mse) == tuple(
+        validation[name] for name in ("elbo", "log_likelihood", "kl_divergence", "mse")
+    )
+    assert found.elbo == -validation["loss"]
+
+
 def test_the_elbo_is_sampled_with_the_seed(data: str, run: str) -> None:
     zero, one = evaluate_run(run, data, seed=0), evaluate_run(run, data, seed=1)
     assert zero.elbo != one.elbo
@@ -110,7 +139,7 @@ def test_bernoulli_on_data_outside_zero_and_one_is_warned_of(tmp_path: Path, dat
     inside = saved_run(tmp_path / "inside", model_config(model), change=wide)
     outside = saved_run(tmp_path / "outside", model_config(model, scale="symmetric"), change=wide)
     assert evaluate_run(inside, data).warnings == ()
-    assert "the scaled data lie in [-1, 1]" in evaluate_run(outside, data).warnings[0]
+    assert "values in [0, 1], 27 of 27 scaled samples hold others" in evaluate_run(outside, data).warnings[0]
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, data: str) -> None:

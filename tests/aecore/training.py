@@ -1,12 +1,14 @@
-"""What the training tests share: a small sprites dataset, a small job, and N gloo processes that run `fit`."""
+"""What the training tests share: a small sprites dataset, a small job, and N gloo processes that work as ranks."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import pickle
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from aecore.ranks import Rank
 from aecore.store import open_store
 from aecore.train import CheckpointSpec, TrainJob, TrainSpec, fit
 from aecore.variational import VAESpec
+
+RankWork = Callable[..., Any]  # takes `rank`
 
 
 def sprites_dataset(folder: Path, *, val: float = 0.0, max_samples: int = 700) -> str:
@@ -63,26 +67,32 @@ def published_weights(out: str | Path) -> bytes:
     return (Path(out) / "model/model.safetensors").read_bytes()
 
 
-def _rank_main(job: TrainJob, index: int, world: int, folder: str) -> None:
+def _rank_main(work: RankWork, index: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world)
-        fit(job, rank=Rank(index, world))
+        result = work(rank=Rank(index, world))
         dist.destroy_process_group()
+        Path(folder, f"result-{index}").write_bytes(pickle.dumps(result))
     except BaseException:
         Path(folder, f"error-{index}").write_text(traceback.format_exc())
         os._exit(1)
 
 
 def fit_on(job: TrainJob, world: int) -> None:
-    """Run `fit` on `world` processes joined by gloo; world 1 runs in this process."""
+    """Run `fit` on `world` ranks; world 1 runs in this process."""
     if world == 1:
         fit(job)
-        return
+    else:
+        on_ranks(functools.partial(fit, job), world)
+
+
+def on_ranks(work: RankWork, world: int) -> list[Any]:
+    """Return what `work(rank=...)` returns on each of `world` processes joined by gloo."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pickle.dumps(job)  # a job must be able to travel
+    pickle.dumps(work)  # a job must be able to travel
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank_main, args=(job, index, world, folder)) for index in range(world)]
+        processes = [context.Process(target=_rank_main, args=(work, index, world, folder)) for index in range(world)]
         for process in processes:
             process.start()
         for process in processes:
@@ -90,3 +100,4 @@ def fit_on(job: TrainJob, world: int) -> None:
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
         assert not errors, errors[0]
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+        return [pickle.loads(Path(folder, f"result-{index}").read_bytes()) for index in range(world)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
+from aecore.data.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
 from tests.benchmarks.pairs import HEADER, compare
 from tests.realdata import unpack
@@ -49,7 +50,7 @@ def in_ram(dataset: Dataset, batch: int) -> Epoch:
 
 def ours(dataset: Dataset, batch: int, cache: str) -> Epoch:
     spec = InputSpec(cache=cache)  # type: ignore[arg-type]  # ram or none
-    loader = Loader(dataset, "train", spec=spec, global_batch=batch)
+    loader = Loader(dataset, "train", spec=spec, order=TrainingOrder(global_batch=batch))
     epochs = iter(range(10**6))
 
     def epoch() -> Iterator[Tensor]:

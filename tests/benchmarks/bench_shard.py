@@ -1,12 +1,12 @@
 """Writing and reading shards against webdataset's own writer and reader, and against `tar cf`.
 
-`python -m tests.benchmarks shard`. One process; everything is included on our side: listing, reading the files, checks, hashes, index,
+`python -m tests.benchmarks shard`. Everything is included on our side: listing, reading the files, checks, hashes, index,
 fsync. All sides work on the same files in the page cache. The peer writes and reads the same members (image and `.cls`) without index,
 hashes, checks or fsync, and `tar` copies the image files alone.
 """
 
-import dataclasses
 import functools
+import hashlib
 import os
 import subprocess
 import tempfile
@@ -19,16 +19,18 @@ from PIL import Image
 from aecore.data.job import shard_dataset
 from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
-from tests.benchmarks.pairs import HEADER, Side, compare
+from aecore.data.tar import BLOCK
+from aecore.data.tasks import ShardSpec
+from tests.benchmarks.pairs import HEADER, Side, compare, two_processes
 from tests.realdata import unpack
 
 PAIRS = 9
 
 
 def mnist(target: Path) -> int:
-    """30,000 PNGs of about 300 bytes."""
-    unpack("mnist", target, train_per_class=3000, test_per_class=0)
-    return 30_000
+    """50,000 PNGs of about 300 bytes."""
+    unpack("mnist", target, train_per_class=5000, test_per_class=0)
+    return 50_000
 
 
 def jpeg256(target: Path) -> int:
@@ -45,6 +47,33 @@ def jpeg256(target: Path) -> int:
 def write_ours(files: Path, scratch: Path) -> None:
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         shard_dataset(FolderSpec(url=str(files)), out)
+
+
+def write_ours_twice(files: Path, scratch: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        shards = ShardSpec(max_samples=sum(1 for _ in files.glob("train/*/*")) // 6 + 1)
+        shard_dataset(FolderSpec(url=str(files)), out, shards=shards, fan_out=two_processes)
+
+
+def write_floor(files: Path, scratch: Path) -> None:
+    """The least that our promises need in Python on one core: the size of every file, its bytes, both hashes, one durable file."""
+    with tempfile.TemporaryDirectory(dir=scratch) as out, open(f"{out}/all", "wb", buffering=0) as target:
+        paths, whole, chunk = list[str](), hashlib.sha256(), list[bytes]()
+        for folder, _, _ in os.walk(files):
+            with os.scandir(folder) as entries:
+                paths += [entry.path for entry in entries if entry.is_file(follow_symlinks=False) and entry.stat().st_size]
+        for number, path in enumerate(paths, 1):
+            descriptor = os.open(path, os.O_RDONLY)
+            data = os.read(descriptor, 1 << 17)
+            os.close(descriptor)
+            hashlib.sha256(data).digest()
+            chunk += (bytes(BLOCK), data, bytes(-len(data) % BLOCK))
+            if number % 500 == 0 or number == len(paths):
+                packed = b"".join(chunk)
+                whole.update(packed)
+                target.write(packed)
+                chunk.clear()
+        os.fsync(target.fileno())
 
 
 def write_peer(files: Path, scratch: Path) -> None:
@@ -78,26 +107,25 @@ def read_peer(dataset: Path) -> int:
     return sum(1 for _ in webdataset.WebDataset(shards, shardshuffle=False))
 
 
-def row(name: str, ours: Side, theirs: Side, units: int, asked: str) -> str:
-    """Times are taken in this process; peak memory (imports included) by one run of each side in its own."""
-    pairs = compare(name, ours, theirs, units=units, pairs=PAIRS)
-    peaks = compare(name, ours, theirs, units=units, pairs=1, own_process=True)
-    return dataclasses.replace(pairs, ours_peak_mib=peaks.ours_peak_mib, theirs_peak_mib=peaks.theirs_peak_mib).row(asked)
-
-
 def rows(name: str, prepare: Callable[[Path], int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files, scratch, dataset = (Path(folder) / part for part in ("files", "out", "dataset"))
         scratch.mkdir()
         units = prepare(files)
         shard_dataset(FolderSpec(url=str(files)), str(dataset))
-        ours, peer, tar = (functools.partial(side, files, scratch) for side in (write_ours, write_peer, write_tar))
-        print(row(f"{name}: write, ShardWriter(mtime=0)", ours, peer, units, ">= 4.5"), flush=True)
-        print(row(f"{name}: write, tar cf", ours, tar, units, ">= 0.45"), flush=True)
-        print(
-            row(f"{name}: read, webdataset", functools.partial(read_ours, dataset), functools.partial(read_peer, dataset), units, ">= 5"),
-            flush=True,
+        one, two, peer, tar, floor = (
+            functools.partial(side, files, scratch) for side in (write_ours, write_ours_twice, write_peer, write_tar, write_floor)
         )
+
+        def show(what: str, ours: Side, theirs: Side, asked: str = "") -> None:
+            print(compare(f"{name}: {what}", ours, theirs, units=units, pairs=PAIRS).row(asked), flush=True)
+
+        show("write, one process; ShardWriter(mtime=0)", one, peer, ">= 4.5")
+        show("write, one process; tar cf", one, tar, ">= 0.45")
+        show("write, two processes; one ShardWriter", two, peer, ">= 8")
+        show("write, two processes; tar cf", two, tar, ">= 0.75")
+        show("write, one process; floor: list, read, 2 sha256, write, fsync", one, floor)
+        show("read; webdataset", functools.partial(read_ours, dataset), functools.partial(read_peer, dataset), ">= 5")
 
 
 def main() -> None:

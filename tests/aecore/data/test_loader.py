@@ -15,6 +15,7 @@ import torch
 from aecore.data import rows as rows_module
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset
+from aecore.data.order import TrainingOrder
 from aecore.data.prefetch import prefetched
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data import tiny
@@ -28,8 +29,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def loader(dataset: Dataset, **options: object) -> Loader:
-    settings = {"lanes": 4, "block": 4, "global_batch": 8, "seed": 5, **options}
-    return Loader(dataset, "train", **settings)  # type: ignore[arg-type]  # options of the test
+    """A loader of the train split; `options` are `spec` and fields of the order."""
+    spec = options.pop("spec", None)
+    order = TrainingOrder(**{"lanes": 4, "block": 4, "global_batch": 8, "seed": 5, **options})  # type: ignore[arg-type]  # test
+    return Loader(dataset, "train", spec=spec, order=order)  # type: ignore[arg-type]  # options of the test
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,7 +67,7 @@ def test_a_batch_holds_the_pixels_ordinals_and_labels_of_its_samples(dataset: Da
 
 def test_batches_are_the_order_of_the_epoch(dataset: Dataset) -> None:
     with loader(dataset) as source:
-        expected = source.order(1).step(2, 0, 1, 8)
+        expected = source.epoch_order(1).step(2)
         batch = next(source.batches(source.steps_per_epoch + 2))
         np.testing.assert_array_equal(batch.ordinals, expected.indices)  # nothing was quarantined: ordinal = number
         np.testing.assert_array_equal(batch.positions, expected.positions)
@@ -232,13 +235,11 @@ def test_jpeg_colour_images_come_as_channels_first(tmp_path: Path) -> None:
     assert (x.float().mean((0, 2, 3)) - torch.tensor([200.0, 100, 50])).abs().max() < 4
 
 
-def test_no_samples_an_unknown_split_and_lanes_that_do_not_fit_are_refused(dataset: Dataset) -> None:
+def test_an_unknown_split_an_unknown_shard_and_batches_without_an_order_are_refused(dataset: Dataset) -> None:
     with pytest.raises(DataError, match="no split 'validation'"):
         Loader(dataset, "validation")
-    with pytest.raises(ConfigError, match="global_batch"):
-        loader(dataset, global_batch=10)
-    with pytest.raises(ConfigError, match="5 ranks"):
-        loader(dataset, world=5)
+    with pytest.raises(ConfigError, match="split 'train' has no training order: give it order="):
+        next(Loader(dataset, "train").batches())
     with pytest.raises(DataError, match="no shard 'test-000000'"):
         other = dataset.manifest.split("train")[0]
         loader(dataset).shard_batches(type(other)(**{**{name: getattr(other, name) for name in other.__slots__}, "stem": "test-000000"}), 4)

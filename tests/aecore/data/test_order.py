@@ -1,28 +1,30 @@
 """Laws of the epoch order: every sample once, the same batches for any number of ranks, resumable at any step."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aecore.data.order import EpochOrder, check_lanes, locate
+from aecore.data.order import EpochOrder, TrainingOrder, locate
 from aecore.errors import ConfigError
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
+def cases(draw: st.DrawFn) -> tuple[list[int], TrainingOrder]:
     counts = draw(st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(sum))
     lanes = draw(st.integers(1, 12))
-    return counts, lanes, draw(st.integers(1, 20)), lanes * draw(st.integers(1, 4))
+    return counts, TrainingOrder(seed=1, lanes=lanes, block=draw(st.integers(1, 20)), global_batch=lanes * draw(st.integers(1, 4)))
 
 
-def batches(order: EpochOrder, world: int, global_batch: int) -> list[list[int]]:
+def batches(counts: list[int], order: TrainingOrder, world: int = 1, key: str = "k", epoch: int = 0) -> list[list[int]]:
     """All global batches as lists, put together from the ranks' parts by position (checks that positions are 0..n-1)."""
     out = []
-    for step in range(order.num_steps(global_batch)):
-        parts = [order.step(step, rank, world, global_batch) for rank in range(world)]
+    ranks = [EpochOrder(counts, key, replace(order, rank=rank, world=world), epoch) for rank in range(world)]
+    for step in range(ranks[0].num_steps):
+        parts = [rank.step(step) for rank in ranks]
         positions = np.concatenate([part.positions for part in parts])
         indices = np.concatenate([part.indices for part in parts])
         assert {part.num_global for part in parts} == {len(indices)}
@@ -34,43 +36,44 @@ def batches(order: EpochOrder, world: int, global_batch: int) -> list[list[int]]
 
 @settings(max_examples=25, deadline=None)
 @given(cases())
-def test_every_sample_comes_exactly_once_for_any_number_of_ranks(case: tuple[list[int], int, int, int]) -> None:
-    counts, lanes, block, global_batch = case
-    reference = batches(EpochOrder(counts, "k", 1, 0, lanes, block), 1, global_batch)
+def test_every_sample_comes_exactly_once_for_any_number_of_ranks(case: tuple[list[int], TrainingOrder]) -> None:
+    counts, order = case
+    reference = batches(counts, order)
     assert sorted(sum(reference, [])) == list(range(sum(counts)))
-    for world in range(2, lanes + 1):
-        assert batches(EpochOrder(counts, "k", 1, 0, lanes, block), world, global_batch) == reference
+    for world in range(2, order.lanes + 1):
+        assert batches(counts, order, world) == reference
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_only_the_last_step_is_short_and_none_is_empty(case: tuple[list[int], int, int, int]) -> None:
-    counts, lanes, block, global_batch = case
-    sizes = [len(batch) for batch in batches(EpochOrder(counts, "k", 1, 0, lanes, block), 1, global_batch)]
-    assert all(size == global_batch for size in sizes[:-1])
-    assert 0 < sizes[-1] <= global_batch
+def test_only_the_last_step_is_short_and_none_is_empty(case: tuple[list[int], TrainingOrder]) -> None:
+    counts, order = case
+    sizes = [len(batch) for batch in batches(counts, order)]
+    assert all(size == order.global_batch for size in sizes[:-1])
+    assert 0 < sizes[-1] <= order.global_batch
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.data())
-def test_any_step_is_found_without_walking_to_it(case: tuple[list[int], int, int, int], data: st.DataObject) -> None:
-    counts, lanes, block, global_batch = case
-    walked = EpochOrder(counts, "k", 1, 3, lanes, block)
-    world = data.draw(st.integers(1, lanes))
-    start = data.draw(st.integers(0, walked.num_steps(global_batch) - 1))
-    steps = [walked.step(step, world - 1, world, global_batch) for step in range(start + 1)]
-    fresh = EpochOrder(counts, "k", 1, 3, lanes, block).step(start, world - 1, world, global_batch)
+def test_any_step_is_found_without_walking_to_it(case: tuple[list[int], TrainingOrder], data: st.DataObject) -> None:
+    counts, order = case
+    world = data.draw(st.integers(1, order.lanes))
+    last_rank = replace(order, rank=world - 1, world=world)
+    walked = EpochOrder(counts, "k", last_rank, 3)
+    start = data.draw(st.integers(0, walked.num_steps - 1))
+    steps = [walked.step(step) for step in range(start + 1)]
+    fresh = EpochOrder(counts, "k", last_rank, 3).step(start)
     np.testing.assert_array_equal(fresh.indices, steps[-1].indices)
     np.testing.assert_array_equal(fresh.positions, steps[-1].positions)
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_lanes_are_equal_ranges_of_the_permuted_stream(case: tuple[list[int], int, int, int]) -> None:
-    counts, lanes, block, _ = case
-    order = EpochOrder(counts, "k", 1, 0, lanes, block)
-    columns = [[order.step(row, lane, lanes, lanes).indices for row in range(order.num_rows)] for lane in range(lanes)]
-    drawn = [np.concatenate(column) for column in columns]
+def test_lanes_are_equal_ranges_of_the_permuted_stream(case: tuple[list[int], TrainingOrder]) -> None:
+    counts, order = case
+    lanes, block = order.lanes, order.block
+    ranks = [EpochOrder(counts, "k", replace(order, rank=lane, world=lanes, global_batch=lanes), 0) for lane in range(lanes)]
+    drawn = [np.concatenate([rank.step(row).indices for row in range(rank.num_steps)]) for rank in ranks]
     sizes = [len(lane) for lane in drawn]
     assert max(sizes) - min(sizes) <= 1
     shard_of = np.repeat(np.arange(len(counts)), counts)
@@ -85,7 +88,7 @@ def test_lanes_are_equal_ranges_of_the_permuted_stream(case: tuple[list[int], in
 
 def test_epochs_seeds_and_data_give_other_orders() -> None:
     def order(key: str = "k", seed: int = 0, epoch: int = 0) -> list[list[int]]:
-        return batches(EpochOrder([40, 30, 30], key, seed, epoch, 4, 16), 1, 8)
+        return batches([40, 30, 30], TrainingOrder(seed=seed, lanes=4, block=16, global_batch=8), key=key, epoch=epoch)
 
     orders = [order(), order(epoch=1), order(seed=1), order(key="other")]
     assert order() == orders[0]
@@ -95,15 +98,15 @@ def test_epochs_seeds_and_data_give_other_orders() -> None:
 def test_shards_are_permuted() -> None:
     counts, firsts = [10] * 20, set()
     for epoch in range(10):
-        order = EpochOrder(counts, "k", 0, epoch, 1, 5)
-        firsts.add(int(order.step(0, 0, 1, 1).indices[0]) // 10)
+        order = EpochOrder(counts, "k", TrainingOrder(lanes=1, block=5, global_batch=1), epoch)
+        firsts.add(int(order.step(0).indices[0]) // 10)
     assert len(firsts) > 4
 
 
 def test_the_order_is_frozen_for_all_versions() -> None:
     """A run resumed with another numpy or a later aecore sees the batches it would have seen; changing this breaks runs on disk."""
-    order = EpochOrder([5, 0, 9, 3], "key", 7, 2, 3, 4)
-    assert batches(order, 1, 6) == FROZEN
+    order = TrainingOrder(seed=7, lanes=3, block=4, global_batch=6)
+    assert batches([5, 0, 9, 3], order, key="key", epoch=2) == FROZEN
 
 
 FROZEN = [[2, 8, 14, 1, 5, 11], [3, 7, 12, 0, 6, 13], [4, 10, 15, 9, 16]]
@@ -111,28 +114,30 @@ FROZEN = [[2, 8, 14, 1, 5, 11], [3, 7, 12, 0, 6, 13], [4, 10, 15, 9, 16]]
 
 def test_an_epoch_of_imagenet_size_costs_seconds_not_minutes() -> None:
     began = time.perf_counter()
-    order = EpochOrder([10_000] * 1281, "k", 0, 0, 64, 8192)
-    seen = sum(len(order.step(step, 3, 8, 4096).indices) for step in range(order.num_steps(4096)))
+    order = EpochOrder([10_000] * 1281, "k", TrainingOrder(lanes=64, block=8192, global_batch=4096, rank=3, world=8), 0)
+    seen = sum(len(order.step(step).indices) for step in range(order.num_steps))
     assert seen == pytest.approx(12_810_000 / 8, abs=16)
     assert time.perf_counter() - began < 5
 
 
 def test_an_epoch_without_samples_has_no_steps() -> None:
-    assert EpochOrder([0, 0], "k", 0, 0, 4, 8).num_steps(8) == 0
-    assert EpochOrder([], "k", 0, 0, 4, 8).num_steps(8) == 0
+    assert EpochOrder([0, 0], "k", TrainingOrder(), 0).num_steps == 0
+    assert EpochOrder([], "k", TrainingOrder(), 0).num_steps == 0
 
 
 def test_a_batch_that_the_lanes_do_not_divide_names_values_that_work() -> None:
     with pytest.raises(ConfigError, match=r"train.global_batch=96 or 112, or train.lanes=10"):
-        check_lanes(100, 16)
+        TrainingOrder(global_batch=100, lanes=16)
     with pytest.raises(ConfigError, match=r"train.global_batch=16, or train.lanes=10"):
-        check_lanes(10, 16)
+        TrainingOrder(global_batch=10, lanes=16)
 
 
-def test_more_ranks_than_lanes_is_refused() -> None:
-    check_lanes(128, 16, 16)
+def test_more_ranks_than_lanes_and_a_rank_that_is_not_there_are_refused() -> None:
+    TrainingOrder(global_batch=128, lanes=16, world=16)
     with pytest.raises(ConfigError, match="17 ranks.*train.lanes>=17"):
-        check_lanes(16, 16, 17)
+        TrainingOrder(global_batch=16, lanes=16, world=17)
+    with pytest.raises(ConfigError, match="rank 2 of 2 ranks"):
+        TrainingOrder(rank=2, world=2)
 
 
 def test_a_step_is_an_epoch_and_a_step_in_it() -> None:

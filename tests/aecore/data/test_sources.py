@@ -103,14 +103,14 @@ def test_a_missing_folder_an_empty_one_and_an_archive_say_what_to_do(tmp_path):
 
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
     tree(tmp_path, "a/1.png")
-    scandir = os.scandir
+    opened = os.open
 
-    def failing(path):
+    def failing(path, *args, **kwargs):
         if str(path).endswith("/a"):
             raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "scandir", failing)
+    monkeypatch.setattr(os, "open", failing)
     with pytest.raises(DataError, match=r"cannot read .*/a: Permission denied; make it readable"):
         folder(tmp_path).listing()
 
