@@ -1,32 +1,24 @@
-"""One tree for every verb: YAML file, command line and Prefect parameter hold the same `Recipe`. The only place with pydantic.
+"""One tree for every verb: YAML file, command line and Prefect parameter hold the same `Recipe`.
 
     defaults < file < key.path=value
 
 The sections are the frozen specs of `aecore`; nothing is declared a second time. A section is validated, and its module
-imported, when the tree holds it or a verb asks for it: `aepipe shard` imports no torch. Values are checked strictly (the text
-"8" is no number), unknown keys are refused and the nearest known one is named.
+imported, when the tree holds it or a verb asks for it: `aepipe shard` imports no torch. How a section is validated: `validate.py`.
+Unknown keys are refused, at the top as inside a section, and the nearest known one is named.
 """
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NotRequired,  # pydantic refuses the ones of typing before Python 3.12
-)
-
-import pydantic
-from typing_extensions import TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from aecore.errors import ConfigError, did_you_mean
-from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, field_types, knob, spec, to_dict
+from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
 from aecore.store import absolute_url
 from pipelines.tree import Tree, apply_overrides, read_recipe
+from pipelines.validate import MissingKey, build_spec
 
 if TYPE_CHECKING:
     from aecore.data.loader import InputSpec
@@ -86,11 +78,6 @@ SECTIONS: dict[str, str | Registry] = {
     "schedule": "pipelines.config:ScheduleSpec",
 }
 DEFAULT_KINDS = {"source": "folder", "model": "vae", "backbone": "mlp"}
-EXAMPLES = {"source.url": "/data/images"}
-
-
-class MissingKey(ConfigError):
-    """A key without default that nobody gave."""
 
 
 class Recipe:
@@ -202,38 +189,7 @@ def build_section(name: str, given: Any) -> Any:
         cls = section_type(name, kind)
     else:
         cls = section_type(name)
-    try:
-        return cls(**_types(cls).validate_json(json.dumps(values), strict=True))
-    except pydantic.ValidationError as error:
-        problems = error.errors(include_url=False)
-        kind_of_error = MissingKey if all(problem["type"] == "missing" for problem in problems) else ConfigError
-        raise kind_of_error("\n".join(_message(name, cls, problem) for problem in problems)) from None
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(f"{cls.__name__}.", f"{name}.")) from None
-
-
-@functools.cache
-def _types(cls: type) -> pydantic.TypeAdapter[Any]:
-    """Return the validator of the types alone; bounds are checked by the spec itself, whose `ge` pydantic would apply to tuples."""
-    hints = field_types(cls)
-    required = {field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING}
-    fields = {name: hint if name in required else NotRequired[hint] for name, hint in hints.items()}
-    make: Any = TypedDict  # any: a type checker wants the fields written out
-    shape = make(cls.__name__, fields)
-    shape.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
-    return pydantic.TypeAdapter(shape)
-
-
-def _message(section: str, cls: type, problem: Any) -> str:
-    path = ".".join([section, *map(str, problem["loc"])])
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{did_you_mean(path, [f'{section}.{known}' for known in fields])}"
-    if problem["type"] == "missing":
-        return f"{path} is missing: add {path}={EXAMPLES.get(path, '...')} ({fields[key].metadata.get('help', '')})"
-    value, expected = problem["input"], problem["msg"].removeprefix("Input should be ")
-    return f"{path} is {value!r} ({type(value).__name__}), expected {expected} ({fields[key].metadata.get('help', '')})"
+    return build_spec(name, cls, values)
 
 
 def _unknown(key: str, tree: Mapping[str, Any]) -> str:

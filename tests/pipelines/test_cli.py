@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.arguments import Verb
 from pipelines.cli import main
+from pipelines.verbs import VERBS
 
 HERE = "cluster.num_workers=0"
 COUNTS = {"train": 166, "test": 34}  # the hash of the keys decides
@@ -45,6 +47,25 @@ def test_the_help_imports_nothing_heavy() -> None:
     assert output.splitlines()[-1] == "[]"
     for verb in ("shard", "train", "encode", "evaluate", "run", "show", "verify", "list", "serve", "demo"):
         assert f"\n    {verb}" in output
+
+
+@pytest.mark.parametrize("verb", list(VERBS), ids=lambda verb: verb.name)
+def test_the_help_of_a_verb_names_every_option_and_whether_it_reads_a_recipe(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb.name, "--help"])
+    output = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for option in ("--json", "--debug", *(name for name, _ in verb.arguments if name.startswith("-"))):
+        assert f"\n  {option}" in output
+    assert ("--dry-run" in output) == verb.writes
+    assert ("key.path=value sets any key of a recipe" in output) == verb.reads_recipe
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if not verb.reads_recipe], ids=lambda verb: verb.name)
+def test_a_verb_without_a_recipe_refuses_every_override(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [settings.get("choices", ["x"])[0] for name, settings in verb.arguments if not name.startswith("-")]
+    message = said(capsys, verb.name, *words, "train.epochs=3", code=2)
+    assert f"`aepipe {verb.name}` reads no recipe, so 'train.epochs=3' would change nothing" in message
 
 
 def test_every_stage_is_shown_and_verified(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,140 @@
+"""The verbs of `aepipe`, in the order of its help: to add one is to add a function here.
+
+A verb says its arguments, imports what it needs when it is called, and returns a `Result` that `cli.py` prints (None: there is
+nothing to print). Thin on purpose: what lasts longer than a few lines is a function of the room that does it.
+"""
+
+import os
+
+from aecore.errors import ConfigError, did_you_mean
+from pipelines import launch, overrides
+from pipelines.arguments import Args, Result, Verbs, argument
+
+VERBS = Verbs()
+URL = argument("url", "dataset, run, table, or a root of all three")
+
+
+@VERBS.register(
+    "shard",
+    "write a folder of images (or the source kind `sprites`) as a dataset, or append what is new",
+    argument("src", "folder, or a source kind (a bare word that is both means the kind: write ./sprites for the folder)"),
+    argument("dataset", "where the dataset is or goes"),
+    argument("--recipe", "recipe whose other sections are used"),
+    writes=True,
+)
+def _shard(args: Args) -> Result:
+    base = {"source": _source(args.src), "out": args.dataset}
+    return launch.step("shard", args, base, ("source", "splits", "shards", "cluster"))
+
+
+def _source(word: str) -> dict[str, str]:
+    """Return the section of SRC: a bare word that is a source kind means the kind, also where a folder has its name."""
+    from aecore.registry import SOURCES
+
+    if word.isidentifier():
+        if word in SOURCES.kinds():
+            return {"kind": word}
+        if not os.path.exists(word):
+            raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
+    return {"kind": "folder", "url": word}
+
+
+@VERBS.register(
+    "train",
+    "train a recipe: data=... out=...",
+    argument("recipe", "recipe file or shipped recipe", nargs="?"),
+    writes=True,
+)
+def _train(args: Args) -> Result:
+    sections = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "cluster")
+    return launch.step("train", args, {}, sections)
+
+
+@VERBS.register(
+    "encode",
+    "encode a dataset with a trained run into a latent table",
+    argument("run", "trained run"),
+    argument("dataset", "dataset"),
+    argument("table", "where the table is or goes"),
+    argument("--recipe", "recipe whose encode and cluster sections are used"),
+    writes=True,
+)
+def _encode(args: Args) -> Result:
+    return launch.step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table}, ("encode", "cluster"))
+
+
+@VERBS.register(
+    "evaluate",
+    "score a trained run on a split (evaluate.split=test)",
+    argument("run", "trained run"),
+    argument("dataset", "dataset"),
+    argument("--recipe", "recipe whose evaluate section is used"),
+)
+def _evaluate(args: Args) -> Result:
+    return launch.step("evaluate", args, {"run": args.run, "data": args.dataset}, ("evaluate", "cluster"))
+
+
+@VERBS.register(
+    "run",
+    "shard, train, encode and evaluate a recipe as one flow: out=...",
+    argument("recipe", "recipe file or shipped recipe"),
+    writes=True,
+)
+def _run(args: Args) -> Result:
+    return launch.pipeline(args)
+
+
+@VERBS.register("show", "say what lies at a URL", URL, recipe=False)
+def _show(args: Args) -> Result:
+    from pipelines import show, text
+
+    return Result(show.show(args.url), text.of_tree)
+
+
+@VERBS.register(
+    "verify",
+    "check what lies at a URL",
+    URL,
+    argument("--read-data", "read every byte and compare the hashes", action="store_true"),
+    argument("--dataset", "where the dataset of a table lies now (else: where it was encoded from; in a root: its dataset/)"),
+    recipe=False,
+)
+def _verify(args: Args) -> Result:
+    from pipelines import show, text
+
+    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset)
+    return Result(report, lambda found: f"ok\n{text.of_tree(found)}")
+
+
+@VERBS.register(
+    "list",
+    "list models, backbones, sources or recipes",
+    argument("what", choices=("models", "backbones", "sources", "recipes")),
+    recipe=False,
+)
+def _list(args: Args) -> Result:
+    from pipelines import catalog, text
+
+    return Result(catalog.parts(args.what), text.of_parts)
+
+
+@VERBS.register(
+    "serve",
+    "wait for scheduled and manual runs of the flows (Prefect)",
+    argument("recipes", "recipe files or shipped recipes", nargs="*", metavar="RECIPE"),
+    argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
+)
+def _serve(args: Args) -> None:
+    from pipelines import deploy
+    from pipelines.config import load_recipe
+
+    if not args.recipes:
+        overrides.refuse("serve", args.overrides, "has no recipe to change")
+    deploy.serve([load_recipe(name, args.overrides) for name in args.recipes], cron=args.cron)
+
+
+@VERBS.register("demo", "make a small table of latents from generated sprites, under ./demo or out=...")
+def _demo(args: Args) -> Result:
+    from pipelines.demo import demo
+
+    return demo(args)
