@@ -161,6 +161,7 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
     import torch
 
     from aecore.evaluate import evaluate_run
+    from aecore.memory import keep_freed_memory
     from aecore.ranks import Rank
     from pipelines.cluster.session import require_gpu_is_there
 
@@ -168,6 +169,7 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
     run, data = recipe.require("run"), recipe.require("data")
     require_gpu_is_there(recipe.cluster)
     torch.set_num_threads(recipe.cluster.threads_per_worker)
+    keep_freed_memory()
     result = evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=Rank(device=_device(recipe)))
     return {"step": "evaluate", "run": run, "dataset": data, **result.to_dict(), "seconds": _since(started)}
 

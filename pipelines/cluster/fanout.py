@@ -12,6 +12,7 @@ from typing import Any
 
 from aecore.errors import AecoreError, ClusterError
 from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, attempt, serial
+from aecore.memory import keep_freed_memory
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, worker_resources
 from pipelines.config import ClusterSpec
 
@@ -23,6 +24,7 @@ class PartWorker:
     """What runs in an actor: makes the job's worker at its first call and keeps it."""
 
     def __init__(self, threads: int) -> None:
+        keep_freed_memory()
         self._threads = threads
         self._worker: Worker | None = None
 
@@ -54,6 +56,7 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
     `urls` are the addresses that the workers read and write: on several nodes they must not be local paths.
     """
     if cluster.num_workers == 0:
+        keep_freed_memory()
         return serial
 
     def fan_out(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:

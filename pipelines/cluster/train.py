@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import AecoreError, ClusterError, RunFailed
+from aecore.memory import keep_freed_memory
 from aecore.ranks import Rank
 from aecore.run import RunResult, TrainJob, finished_run
 from aecore.store import open_store
@@ -57,6 +58,7 @@ def _train_here(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None) -> 
 
     require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
+    keep_freed_memory()
     stop = threading.Event()
     watcher = threading.Thread(target=_poll_until, args=(stop, on_poll or (lambda: None)), daemon=True)
     watcher.start()
@@ -130,6 +132,7 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(config["threads"])
+    keep_freed_memory()
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
 

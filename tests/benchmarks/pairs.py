@@ -10,15 +10,19 @@ import os
 import pickle
 import platform
 import re
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from aecore.fanout import MakeWorker, Outcome, Worker, attempt
+from aecore.memory import keep_freed_memory
 
 Side = Callable[[], object]
 
@@ -93,22 +97,83 @@ def peak_mib(side: Side) -> float:
 
     What they share with this process (imported packages, data prepared here) is not counted. Looked at every 10 ms.
     """
-    child = multiprocessing.get_context("fork").Process(target=side)
+    if isinstance(side, HomeSide):
+        return side.peak_mib()
+    child = multiprocessing.get_context("fork").Process(target=_run_alone, args=(side,))
     child.start()
-    peak = 0
-    while child.is_alive():
-        peak = max(peak, sum(_private_kib(pid) for pid in _family(child.pid)))
-        child.join(0.01)
+    assert child.pid is not None
+    peak = _highest(child.pid, child)
     assert child.exitcode == 0, "the side failed"
     return peak / 1024
 
 
-def _family(pid: int | None) -> list[int]:
+def _highest(pid: int, running: BaseProcess | threading.Thread) -> int:
+    peak = 0
+    while running.is_alive():
+        peak = max(peak, _family_kib(pid))
+        running.join(0.01)
+    return peak
+
+
+def _family_kib(pid: int) -> int:
+    return sum(_private_kib(member) for member in _family(pid))
+
+
+class Home:
+    """A process for one side alone, started once and kept: what the side does to its process helps no other side.
+
+    The calls of a home give sides that take no time but their own; what they run must be picklable. `with` ends the process.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin)
+        self.pid: int = self._pool.submit(os.getpid).result()
+        self.begun_kib = _family_kib(self.pid)
+
+    def __call__(self, side: Side) -> "HomeSide":
+        return HomeSide(self, side)
+
+    def run(self, side: Side) -> None:
+        self._pool.submit(side).result()
+
+    def __enter__(self) -> "Home":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in reversed(_family(self.pid)):
+            os.kill(pid, signal.SIGKILL)
+        self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class HomeSide:
+    """A side that runs in its home."""
+
+    home: Home
+    side: Side
+
+    def __call__(self) -> None:
+        self.home.run(self.side)
+
+    def peak_mib(self) -> float:
+        """Run once and return how much private memory the home and what it started take, above what the home began with."""
+        running = threading.Thread(target=self)
+        running.start()
+        return (_highest(self.home.pid, running) - self.home.begun_kib) / 1024
+
+
+def _run_alone(side: Side) -> None:
+    side()
+    if (pool := _pools.get(os.getpid())) is not None:
+        pool.shutdown()  # else the process waits for workers that wait for work
+
+
+def _family(pid: int) -> list[int]:
     try:
         children = [int(child) for tasks in Path(f"/proc/{pid}/task").iterdir() for child in (tasks / "children").read_text().split()]
     except OSError:  # it ended
         return []
-    return [int(pid or 0), *(member for child in children for member in _family(child))]
+    return [pid, *(member for child in children for member in _family(child))]
 
 
 def _private_kib(pid: int) -> int:
@@ -119,15 +184,15 @@ def _private_kib(pid: int) -> int:
 
 
 def two_processes(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
-    """Fan out over two forked processes. They are started once and kept, as the workers of a cluster are: starting them is not timed."""
-    pool = _pools.setdefault(os.getpid(), None) or ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
+    """Fan out over two processes. They are started once and kept, as the workers of a cluster are: starting them is not timed."""
+    pool = _pools.get(os.getpid()) or ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=keep_freed_memory)
     _pools[os.getpid()] = pool
     made = pickle.dumps(make_worker)
     for future in as_completed([pool.submit(_part, made, task) for task in tasks]):
         yield future.result()
 
 
-_pools: dict[int, ProcessPoolExecutor | None] = {}
+_pools: dict[int, ProcessPoolExecutor] = {}  # by process: a forked one makes its own
 _workers: dict[bytes, Worker] = {}
 
 
