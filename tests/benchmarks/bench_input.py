@@ -25,7 +25,7 @@ from aecore.data.sources.folder import FolderSpec
 from tests.benchmarks.pairs import HEADER, compare
 from tests.realdata import unpack
 
-MNIST_IMAGES, JPEG_IMAGES, JPEG_STEPS, PAIRS = 10_000, 1_000, 8, 5  # a 256x256 step takes long: the first steps of an epoch stand for it
+MNIST_IMAGES, JPEG_IMAGES, JPEG_STEPS, PAIRS = 10_000, 1_000, 12, 5  # a 256x256 step takes long: the first steps of an epoch stand for it
 
 Epoch = Callable[[], Iterable[Tensor]]  # uint8 batches [n, C, H, W] of one epoch
 
@@ -141,7 +141,7 @@ def epochs(dataset: Dataset, folder: Path) -> None:
     batch, size = 16 if large else 128, f"{shape[1]}x{shape[2]}"
     ram, cold, warm = in_ram(dataset, batch), ours(dataset, batch, "none"), ours(dataset, batch, "ram")
     peers = {"webdataset": webdataset_loader(dataset, batch, "jpg" if large else "png"), "folder of images": folder_loader(folder, batch)}
-    for kind, asked in (("conv", "0.95"),) if large else (("mlp", "0.90"), ("conv", "0.95")):
+    for kind, asked in (("conv", ">= 0.95"),) if large else (("mlp", ">= 0.90"), ("conv", ">= 0.95")):
         torch.manual_seed(0)
         net, units = make_net(kind, shape), JPEG_STEPS * batch if large else samples
 
@@ -167,14 +167,10 @@ def reading(dataset: Dataset) -> None:
     def peer() -> None:
         assert sum(1 for _ in wds.WebDataset(tars, shardshuffle=False)) == samples
 
-    def strict() -> None:
-        assert sum(1 for shard in shards for _ in dataset.reader(shard).iterate()) == samples
-
     def by_offset() -> None:
         assert sum(len(dataset.reader(shard).read_rows(np.arange(shard.samples))) for shard in shards) == samples
 
-    show(f"read {size} images with checksums, every byte, against webdataset", strict, peer, samples, "5")
-    show(f"read {size} images with checksums, by offset, against webdataset", by_offset, peer, samples, "5")
+    show(f"read {size} images with checksums, by offset, against webdataset", by_offset, peer, samples, ">= 5")
 
 
 def main() -> None:

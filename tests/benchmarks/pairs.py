@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -105,6 +105,25 @@ def peak_mib(side: Side) -> float:
     peak = _highest(child.pid, child)
     assert child.exitcode == 0, "the side failed"
     return peak / 1024
+
+
+def peak_mib_here(side: Side) -> float:
+    """Run `side` in this process and return how much private memory it and the processes that it starts take, above what it has now."""
+    begun_kib, ended = _family_kib(os.getpid()), threading.Event()
+
+    def watch() -> int:
+        peak = begun_kib
+        while not ended.wait(0.01):
+            peak = max(peak, _family_kib(os.getpid()))
+        return peak
+
+    with ThreadPoolExecutor(1) as watcher:
+        peak = watcher.submit(watch)
+        try:
+            side()
+        finally:
+            ended.set()
+        return (peak.result() - begun_kib) / 1024
 
 
 def _highest(pid: int, running: BaseProcess | threading.Thread) -> int:
