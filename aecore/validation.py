@@ -13,7 +13,7 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.data.loader import Loader
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.objective import Objective, noise_for
 from aecore.ranks import Rank, all_sum
 
@@ -32,6 +32,8 @@ def split_means(
 
     Every sample counts exactly once; DataError if the count is not the manifest's. `batch` is in samples per global batch.
     """
+    if batch < 1:
+        raise ConfigError(f"validation in batches of {batch} samples: expected at least 1")
     num_batches = -(-loader.num_samples // batch)
     first, last = rank.index * num_batches // rank.world, (rank.index + 1) * num_batches // rank.world
     weight = 1.0

@@ -1,7 +1,7 @@
 """Where everything of a shard stands, from its index: arrays to read by offset, plain lists to read in order.
 
-An index is refused (DataError) if it names members that are not read, a sample without exactly one data member, members that do not
-follow each other without gaps, or hashes that are none. The lists are made when they are first asked for.
+An index is refused (DataError) if it lacks a value, names members that are not read, a sample without exactly one data member, members
+that do not follow each other without gaps, or hashes that are none. The lists are made when they are first asked for.
 """
 
 import itertools
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from aecore.data.index import INDEX_SCHEMA
 from aecore.data.record import DATA_EXTENSIONS, require_allowed
 from aecore.data.tar import BLOCK, stored_size
 from aecore.errors import DataError
@@ -39,9 +41,12 @@ class Layout:
     """
 
     def __init__(self, index: pa.Table, where: str) -> None:
+        _require_columns(index, where)
         self._index = index
         members: Any = index.column("members").combine_chunks()  # any: pyarrow's stubs give no flatten
         names, begins, sizes = members.flatten().flatten()
+        if names.null_count or begins.null_count or sizes.null_count:
+            raise DataError(f"the index of {where} has members without extension, offset or size: {REMEDY}")
         codes = names.dictionary_encode()
         self._names: list[str] = codes.dictionary.to_pylist()
         for name in sorted(self._names):
@@ -96,11 +101,18 @@ class Layout:
         return [tuple(flat[first:last]) for first, last in itertools.pairwise(bounds)]
 
 
+def _require_columns(index: pa.Table, where: str) -> None:
+    """DataError unless the columns that are read have their types, and a value in every row (a label may be missing)."""
+    for name in ("key", "ordinal", "label", "sha256", "members"):
+        wanted = INDEX_SCHEMA.field(name).type
+        found = index.schema.field(name).type if name in index.column_names else None
+        if found != wanted:
+            raise DataError(f"the index of {where} has the column {name!r} of type {found}, expected {wanted}: {REMEDY}")
+        if name != "label" and index.column(name).null_count:
+            raise DataError(f"the index of {where} has rows without {name}: {REMEDY}")
+
+
 def _digests(column: Any, where: str) -> NDArray[np.uint8]:  # any: a chunked array of strings
-    try:
-        digests = bytes.fromhex("".join(column.to_pylist()))
-    except (TypeError, ValueError):  # a null, or something else than hex digits
-        digests = b""
-    if len(digests) != DIGEST_BYTES * len(column):
+    if not pc.all(pc.match_substring_regex(column, f"^[0-9a-f]{{{2 * DIGEST_BYTES}}}$"), min_count=0).as_py():
         raise DataError(f"the index of {where} does not give a sha256 for every sample: {REMEDY}")
-    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+    return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), np.uint8).reshape(-1, DIGEST_BYTES)

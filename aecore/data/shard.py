@@ -75,14 +75,17 @@ def _require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
 
 
 def _commit(store: Store, pack: Pack, staged: Path, background: Executor) -> tuple[list[FileRef], dict[str, Any]]:
-    """Commit tar and index, both at once: the record says that they belong together."""
+    """Commit the tar, then the index, which is built while the tar goes to the disk (fsync).
+
+    In this order: an index without its tar would bind a rerun to samples that it may find changed.
+    """
     stem, sha256 = pack.task.stem, pack.digest.hexdigest()
     committing = background.submit(store.put_staged, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
     index = pack.index()
-    metadata = {"format": 1, "split": pack.task.split, "stem": stem, "tar_sha256": sha256}
-    indexed = _put_table(store, f"shards/{stem}.parquet", index, metadata, "index")
     detail = {"content_sha256": content_sha256(index), **pack.counts()}
-    return [committing.result(), indexed], detail
+    tar = committing.result()
+    metadata = {"format": 1, "split": pack.task.split, "stem": stem, "tar_sha256": sha256}
+    return [tar, _put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 
 
 def _put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:

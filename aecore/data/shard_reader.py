@@ -82,7 +82,13 @@ class ShardReader:
 
     @cached_property
     def _layout(self) -> Layout:
-        return Layout(self.index, self._name)
+        layout = Layout(self.index, self._name)
+        end = int(layout.starts[-1])
+        if end + len(end_of_archive(end)) != self.shard.tar.bytes:
+            raise DataError(
+                f"the index of {self._name} describes a tar of another size than the manifest ({self.shard.tar.bytes} bytes): {REMEDY}"
+            )
+        return layout
 
     @property
     def _name(self) -> str:
@@ -105,10 +111,11 @@ class ShardReader:
         """Yield all samples in order; nothing of a damaged window is yielded. Without `verify` only the size is checked."""
         starts, bounds = self._layout.starts, _windows(self._layout.starts)
         with ThreadPoolExecutor(1) as helper:  # starts its thread only when asked
-            ahead = Future[bytes]()
+            ahead: Future[bytes] | None = None
             for number, (first, stop) in enumerate(bounds):
-                window = ahead.result() if number else self._read(starts[0], starts[stop])
-                if number + 1 < len(bounds):
+                window = self._read(starts[first], starts[stop]) if ahead is None else ahead.result()
+                ahead = None
+                if number + 1 < len(bounds) and starts[bounds[number + 1][1]] - starts[stop] <= WINDOW_BYTES:  # three huge ones are many
                     ahead = helper.submit(self._read, starts[stop], starts[bounds[number + 1][1]])
                 samples = self._cut(window, first, stop)
                 if verify:

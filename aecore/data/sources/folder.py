@@ -138,7 +138,7 @@ class FolderSource:
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[int]:
     """Open a folder as a descriptor: the sizes of its files are then asked without walking the whole path (0.4 us less each)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield descriptor
     finally:

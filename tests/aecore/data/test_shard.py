@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -18,7 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from aecore.data import pack as pack_module
 from aecore.data.image import BadSample
-from aecore.data.index import INDEX_SCHEMA, QUARANTINE_SCHEMA, content_sha256
+from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, content_sha256
 from aecore.data.manifest import ShardRef
 from aecore.data.shard import write_shard
 from aecore.data.shard_reader import ShardReader
@@ -210,6 +211,18 @@ class TestQuarantine:
         with pytest.raises(StoreError):
             write_shard(Full(tmp_path), task_of(["k000.png"]), MemorySource(pictures(1)))
 
+    def test_a_tar_that_could_not_be_committed_does_not_bind_the_next_attempt(self, tmp_path):
+        class Full(LocalStore):
+            def put_staged(self, name: str, staged: Path, **options: str) -> FileRef:
+                if name.endswith(".tar"):
+                    raise StoreError("no space left")
+                return super().put_staged(name, staged, **options)
+
+        files = pictures(3)
+        with pytest.raises(StoreError):
+            write_shard(Full(tmp_path), task_of(list(files)), MemorySource({**files, "k001.png": b""}))
+        assert write_shard(open_store(tmp_path), task_of(list(files)), MemorySource(files)).rows == 3
+
     def test_too_many_open_files_is_no_bad_sample(self, tmp_path):
         class Exhausted(MemorySource):
             def read(self, source: str) -> tuple[str, bytes]:
@@ -356,6 +369,33 @@ class TestStrictReading:
         mixed = ShardReader(other._store, ShardRef(**{**as_dict(other.shard), "index_content_sha256": one.shard.index_content_sha256}))
         with pytest.raises(DataError, match="does not hold the rows"):
             _ = mixed.index
+
+    @pytest.mark.parametrize(
+        ("column", "values", "message"),
+        [
+            ("sha256", pa.array(["a" * 128, "", "b" * 64]), "sha256 for every sample"),
+            ("sha256", pa.array(["A" * 64] * 3), "sha256 for every sample"),
+            ("key", pa.array(["a", None, "c"]), "rows without key"),
+            ("ordinal", pa.array([0, None, 2]), "rows without ordinal"),
+            ("members", pa.array([None] * 3, MEMBERS), "rows without members"),
+            ("members", pa.array([[{"ext": "png", "offset": None, "size": 5}]] * 3, MEMBERS), "without extension, offset or size"),
+            ("members", pa.array([1, 2, 3]), "'members' of type int64"),
+            ("members", pa.array([[{"ext": "png", "offset": 512, "size": 1 << 40}], [], []], MEMBERS), "one data member per sample"),
+            ("label", pa.array(["a", "b", "c"]), "'label' of type string"),
+        ],
+    )
+    def test_an_index_that_cannot_be_right_is_refused_although_its_hashes_fit(self, tmp_path, column, values, message):
+        reader = shard_of(tmp_path, pictures(3))
+        wrong = reader.index.set_column(reader.index.column_names.index(column), column, values)
+        reader.__dict__["index"] = wrong  # as if the manifest had named it
+        with pytest.raises(DataError, match=message):
+            list(reader.iterate())
+
+    def test_an_index_of_a_longer_tar_is_refused(self, tmp_path):
+        reader = shard_of(tmp_path, pictures(3))
+        reader.__dict__["index"] = shard_of(tmp_path / "other", pictures(20)).index
+        with pytest.raises(DataError, match="another size than the manifest"):
+            reader.read_rows([0])
 
     def test_webdataset_reads_the_shard(self, reader, tmp_path):
         stream = io.BytesIO((tmp_path / reader.shard.tar.name).read_bytes())
