@@ -103,7 +103,7 @@ class SplitRows:
 
     def _make_cache(self) -> Rows:
         self._filled = np.zeros(self.num_samples, np.bool_)
-        pixels = np.zeros((self.num_samples, *self.sample.shape), self.sample.dtype)  # zero pages: RAM is taken as it fills
+        pixels = np.zeros((self.num_samples, *self.sample.shape), self.sample.dtype)  # mostly zero pages: RAM is taken as it fills
         self._cache = Rows(pixels, np.zeros(self.num_samples, np.int64), np.zeros(self.num_samples, np.int64))
         return self._cache
 
