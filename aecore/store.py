@@ -170,7 +170,10 @@ class LocalStore:
                 there = sha256_file(target)
                 if there != ref.sha256:
                     ours = f"(sha256 {there[:12]}, ours {ref.sha256[:12]})"
-                    raise AlreadyExists(f"{target} exists with other content {ours}: nothing was overwritten") from None
+                    raise AlreadyExists(
+                        f"{target} exists with other content {ours}: nothing was overwritten. An earlier attempt made it from other "
+                        "inputs: restore what has changed since, or write to another URL"
+                    ) from None
             fault_point(f"{role}.linked")
             _fsync(target.parent)
         return ref
