@@ -50,7 +50,7 @@ def spec(cls: type[T]) -> type[T]:
             own_check(self)
 
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]  # added for the dataclass machinery
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # read by pipelines.config; plain data here
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # read by pydantic; plain data here
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 

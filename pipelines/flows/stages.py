@@ -28,7 +28,7 @@ def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
         state.result()
     except (ClusterError, ConfigError, DataError, Diverged):
         return False
-    except Exception:
+    except Exception:  # only looked at here: Prefect raises it where the last try has failed
         return True
     return False
 
