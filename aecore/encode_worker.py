@@ -4,6 +4,7 @@ One thread reads and decodes the next batch while the model works on this one. O
 filled in place; Arrow takes them as they are.
 """
 
+import functools
 import logging
 import platform
 import time
@@ -25,6 +26,7 @@ from aecore.data.manifest import ShardRef, open_dataset
 from aecore.data.transform import preprocessing_sha256
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, DataError
+from aecore.fanout import Commit
 from aecore.generations import PartRecord, read_record, write_record
 from aecore.store import Store, canonical_json, open_store
 from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_name, part_table
@@ -106,19 +108,21 @@ class EncodeWorker:
         self.encoded_by = encoded_by(loaded, setup)
         self.metadata = _metadata(loaded, setup, self.encoded_by)
 
-    def __call__(self, task: EncodeTask) -> PartRecord:
-        """Encode and commit one part, or return its record if it is there already (a rerun)."""
+    def __call__(self, task: EncodeTask) -> Commit:
+        """Encode one part and return the call that commits it; an earlier attempt's record is returned as it is (a rerun)."""
         known = recorded_part(self.store, task, self.setup.checkpoint_sha256)
         if known is not None:
-            return known
+            return lambda: known
         started = time.perf_counter()
-        shard = task.shard
-        with self._loader(shard.split) as loader:  # closes the shard; the loader is kept
+        with self._loader(task.shard.split) as loader:  # closes the shard; the loader is kept
             values = _PartValues(task.row_stop - task.row_start, self.setup.columns)
             self._fill(values, task, loader)
-            index = loader.index(shard)
+            index = loader.index(task.shard)
+        return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
+
+    def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
+        started, shard = time.perf_counter(), task.shard
         values.drop_not_finite()
-        encoded = time.perf_counter()
         rows = values.rows[: values.filled]
         identity = task.identity(self.setup.checkpoint_sha256)
         metadata = {**self.metadata, **{name: str(identity[name]) for name in IN_METADATA}}
@@ -127,8 +131,8 @@ class EncodeWorker:
         compression = self.setup.spec.compression
         file, written_by = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
         detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}}
-        timings = {"encode_s": encoded - started, "commit_s": time.perf_counter() - encoded}
-        logger.info("part %s: %d rows, %d quarantined, %.2f s", task.stem, len(rows), len(values.refused), time.perf_counter() - started)
+        timings = {"encode_s": encode_s, "commit_s": time.perf_counter() - started}
+        logger.info("part %s: %d rows, %d quarantined, %.2f s", task.stem, len(rows), len(values.refused), sum(timings.values()))
         files = (file,) if quarantine is None else (file, quarantine)
         record = write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))
         return _require_made_of(self.store, record, task, self.setup.checkpoint_sha256)  # another attempt may have been first

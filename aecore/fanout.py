@@ -1,21 +1,25 @@
 """Map parts over workers: the seam between what a job does and who runs it.
 
 A job makes a list of tasks and a picklable factory of workers; a `FanOut` decides where the workers live (this process, Ray
-actors) and yields one outcome per task, in any order. A part that fails does not stop the others: its failure is a value, and
-`collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
+actors) and yields one outcome per task, in any order. A worker makes a part and returns the call that commits it: the commit
+(fsync, or an upload) goes on in a second thread while the next part is made. A part that fails does not stop the others: its failure
+is a value, and `collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
 """
 
 import contextlib
+import functools
 import logging
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aecore import errors
 from aecore.errors import AecoreError, RunFailed
 from aecore.generations import PartRecord
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SHOWN = 5  # failures spelled out in the error; the log has all of them
 
@@ -37,28 +41,49 @@ class PartFailure:
     traceback: str = ""
 
 
-Worker = Callable[[Any], PartRecord]  # any: a worker takes the tasks of its own job (ShardTask, EncodeTask)
+Commit = Callable[[], PartRecord]
+Worker = Callable[[Any], Commit]  # any: a worker takes the tasks of its own job (ShardTask, EncodeTask)
 MakeWorker = Callable[[], Worker]
 Outcome = PartRecord | PartFailure
 FanOut = Callable[[MakeWorker, Sequence[Any]], Iterator[Outcome]]
 OnPart = Callable[[PartRecord, int, int], None]
 
 
-def attempt(worker: Worker, task: Task) -> Outcome:
-    """Return the worker's record, or its error as a value; KeyboardInterrupt and SystemExit pass through."""
+def attempt(call: Callable[[], T], task: Task) -> T | PartFailure:
+    """Return what `call` gives (making or committing the task's part), or its error as a value.
+
+    KeyboardInterrupt and SystemExit pass through.
+    """
     try:
-        return worker(task)
+        return call()
     except AecoreError as error:
         return PartFailure(task.stem, type(error).__name__, str(error))
     except Exception as error:  # a bug in one part must not cost the others; `collect` reports it
         return PartFailure(task.stem, type(error).__name__, str(error), traceback.format_exc())
 
 
+def make_part(worker: Worker, task: Any) -> Outcome:
+    """Make and commit one part."""
+    return attempt(lambda: worker(task)(), task)
+
+
 def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
-    """Run all tasks one after the other with one worker in this process."""
+    """Make all parts one after the other with one worker in this process; each is committed while the next one is made.
+
+    Closed or interrupted, it lets the commit that is under way end.
+    """
     worker = make_worker()
-    for task in tasks:
-        yield attempt(worker, task)
+    with ThreadPoolExecutor(1, "commit") as background:
+        committing: Future[Outcome] | None = None
+        for task in tasks:
+            commit = attempt(functools.partial(worker, task), task)
+            if committing is not None:
+                yield committing.result()
+            committing = None if isinstance(commit, PartFailure) else background.submit(attempt, commit, task)
+            if isinstance(commit, PartFailure):
+                yield commit
+        if committing is not None:
+            yield committing.result()
 
 
 def collect(

@@ -26,12 +26,12 @@ from aecore.data.manifest import STEM, DatasetManifest, read_listings, read_mani
 from aecore.data.manifest_build import next_manifest
 from aecore.data.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
 from aecore.data.record import DATA_EXTENSIONS
-from aecore.data.shard import write_shard
+from aecore.data.shard import pack_shard
 from aecore.data.sources import Listing, take
 from aecore.data.splits import SplitSpec, resolve_splits
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import DataError
-from aecore.fanout import FanOut, OnPart, collect, serial
+from aecore.fanout import Commit, FanOut, OnPart, collect, serial
 from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, require_same
 from aecore.registry import SOURCES, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store
@@ -49,8 +49,8 @@ class ShardWorker:
         self._store = open_store(out)
         self._source = SOURCES.build(source)
 
-    def __call__(self, task: ShardTask) -> PartRecord:
-        return write_shard(self._store, task, self._source)
+    def __call__(self, task: ShardTask) -> Commit:
+        return pack_shard(self._store, task, self._source)
 
 
 def shard_dataset(

@@ -5,11 +5,13 @@ leaves a hole in the ordinals; an error of the output store ends the shard. If n
 and no index, only the quarantine and a record of 0 rows.
 """
 
+import contextlib
+import functools
 import hashlib
 import logging
 import time
 from collections import Counter
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +22,20 @@ from aecore.data.pack import Pack
 from aecore.data.shard_reader import ShardReader
 from aecore.data.tasks import ShardTask
 from aecore.errors import ConfigError
+from aecore.fanout import Commit
 from aecore.generations import PartRecord, read_record, write_record
 from aecore.store import AlreadyExists, FileRef, Store
 
 if TYPE_CHECKING:
     from aecore.data.sources import Source
 
-__all__ = ["ShardReader", "write_shard"]
+__all__ = ["ShardReader", "pack_shard"]
 
 _log = logging.getLogger(__name__)
 
 
-def write_shard(store: Store, task: ShardTask, source: "Source") -> PartRecord:
-    """Write and commit one shard, or return its record if it is there already (a rerun).
+def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
+    """Pack one shard and return the call that commits it; an earlier attempt's record is returned as it is (a rerun).
 
     Raises StoreError if the output cannot be written, ConfigError if the record there is of another task; never for a bad sample (see the
     record's `quarantined`).
@@ -40,21 +43,27 @@ def write_shard(store: Store, task: ShardTask, source: "Source") -> PartRecord:
     known = read_record(store, task.stem)
     if known is not None:
         _require_of_task(store, known, task)
-        return known
+        return lambda: known
     started = time.perf_counter()
     pack = Pack(task)
-    with store.stage() as staged, ThreadPoolExecutor(1) as background:
-        pack.write(staged, source, background)
-        packed = time.perf_counter()
-        files, detail = _commit(store, pack, staged, background) if pack.positions else ([], {})
+    with contextlib.ExitStack() as stack:
+        staged = stack.enter_context(store.stage())
+        with ThreadPoolExecutor(1) as background:
+            pack.write(staged, source, background)
+        return functools.partial(_commit, store, pack, staged, stack.pop_all(), time.perf_counter() - started)
+
+
+def _commit(store: Store, pack: Pack, staged: Path, release: contextlib.ExitStack, pack_s: float) -> PartRecord:
+    started, task = time.perf_counter(), pack.task
+    with release:
+        files, detail = _put_shard(store, pack, staged) if pack.positions else ([], {})
     if pack.bad:
         name, metadata = f"quarantine/{task.stem}.parquet", {"format": 1, "split": task.split, "stem": task.stem}
         files.append(_put_table(store, name, pack.quarantine(), metadata, "quarantine"))
     detail |= _place(task) | {"samples": len(pack.positions), "quarantined": len(pack.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in pack.bad))}
-    ended = time.perf_counter()
-    timings = {"pack_s": packed - started, "commit_s": ended - packed}
-    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.positions), len(pack.bad), ended - started)
+    timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
+    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.positions), len(pack.bad), sum(timings.values()))
     return write_record(store, PartRecord(task.stem, tuple(files), len(pack.positions), len(pack.bad), detail, timings))
 
 
@@ -74,16 +83,17 @@ def _require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
         )
 
 
-def _commit(store: Store, pack: Pack, staged: Path, background: Executor) -> tuple[list[FileRef], dict[str, Any]]:
+def _put_shard(store: Store, pack: Pack, staged: Path) -> tuple[list[FileRef], dict[str, Any]]:
     """Commit the tar, then the index, which is built while the tar goes to the disk (fsync).
 
     In this order: an index without its tar would bind a rerun to samples that it may find changed.
     """
     stem, sha256 = pack.task.stem, pack.digest.hexdigest()
-    committing = background.submit(store.put_staged, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
-    index = pack.index()
-    detail = {"content_sha256": content_sha256(index), **pack.counts()}
-    tar = committing.result()
+    with ThreadPoolExecutor(1) as background:
+        committing = background.submit(store.put_staged, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
+        index = pack.index()
+        detail = {"content_sha256": content_sha256(index), **pack.counts()}
+        tar = committing.result()
     metadata = {"format": 1, "split": pack.task.split, "stem": stem, "tar_sha256": sha256}
     return [tar, _put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aecore.errors import AecoreError, ClusterError
-from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, attempt, serial
+from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.memory import keep_freed_memory
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, worker_resources
 from pipelines.config import ClusterSpec
@@ -47,7 +47,7 @@ class PartWorker:
             if error is not None:
                 return PartFailure(task.stem, type(error).__name__, str(error))
         assert self._worker is not None
-        return attempt(self._worker, task)
+        return make_part(self._worker, task)
 
 
 def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:

@@ -16,7 +16,7 @@ from aecore.data.sources.sprites import SpritesSource, SpritesSpec
 from aecore.data.tasks import ShardSpec
 from aecore.data.transform import TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
-from aecore.fanout import MakeWorker, Outcome, attempt
+from aecore.fanout import MakeWorker, Outcome, make_part
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store
 from aecore.table import LatentTable, open_table
@@ -98,7 +98,7 @@ def three_workers(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Out
     """Fan out over three workers, last task first."""
     workers = [make_worker() for _ in range(3)]
     for number, task in enumerate(reversed(tasks)):
-        yield attempt(workers[number % 3], task)
+        yield make_part(workers[number % 3], task)
 
 
 def tree(folder: Path | str, *, without: tuple[str, ...] = (".tmp",)) -> dict[str, bytes]:

@@ -415,7 +415,7 @@ def test_a_record_that_another_attempt_wrote_meanwhile_is_checked_too(
 
     monkeypatch.setattr("aecore.encode_worker.write_record", late)
     with pytest.raises(ConfigError, match="parts of another dataset"):
-        plan.make_worker()(plan.tasks[0])
+        plan.make_worker()(plan.tasks[0])()
 
 
 def test_storage_that_takes_no_more_bytes_is_a_storage_error(tmp_path: Path, data: str, run: str) -> None:

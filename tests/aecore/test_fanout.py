@@ -1,12 +1,14 @@
 import logging
 import pickle
+import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.fanout import PartFailure, collect, serial
+from aecore.fanout import Commit, PartFailure, collect, serial
 from aecore.generations import PartRecord
 
 
@@ -14,6 +16,7 @@ from aecore.generations import PartRecord
 class Task:
     stem: str
     raises: BaseException | None = None
+    late: bool = False  # raised by the commit
 
 
 class Worker:
@@ -23,7 +26,12 @@ class Worker:
         self.rows = rows
         Worker.made += 1
 
-    def __call__(self, task: Task) -> PartRecord:
+    def __call__(self, task: Task) -> Commit:
+        if task.raises is not None and not task.late:
+            raise task.raises
+        return partial(self.commit, task)
+
+    def commit(self, task: Task) -> PartRecord:
         if task.raises is not None:
             raise task.raises
         return PartRecord(task.stem, (), self.rows)
@@ -75,6 +83,52 @@ def test_failures_of_one_kind_keep_their_type_and_exit_code(error):
 def test_failures_of_different_kinds_are_a_failed_run():
     with pytest.raises(RunFailed):
         collect(serial, Worker, [Task("a", DataError("x")), Task("b", StoreError("y"))])
+
+
+def test_a_part_is_committed_while_the_next_one_is_made():
+    events, committing, made_next = [], threading.Event(), threading.Event()
+
+    def worker(task):
+        events.append(f"make {task.stem}")
+        if task.stem == "b":
+            assert committing.wait(10), "the commit of the part before did not begin"
+            made_next.set()
+
+        def commit():
+            committing.set()
+            assert made_next.wait(10), "the next part had to wait for this commit"
+            events.append(f"commit {task.stem}")
+            return PartRecord(task.stem, (), 1)
+
+        return commit
+
+    collect(serial, lambda: worker, [Task("a"), Task("b")])
+    assert events == ["make a", "make b", "commit a", "commit b"]
+
+
+def test_a_commit_that_fails_is_the_failure_of_its_part():
+    seen = []
+    with pytest.raises(StoreError, match=r"1 of 3 parts failed:\n  a: StoreError: full"):
+        collect(
+            serial,
+            Worker,
+            [Task("a", StoreError("full"), late=True), Task("b"), Task("c")],
+            on_part=lambda record, *_: seen.append(record.part),
+        )
+    assert seen == ["b", "c"]
+
+
+def test_an_interrupt_lets_the_running_commit_end():
+    ended = []
+
+    def worker(task):
+        if task.stem == "b":
+            raise KeyboardInterrupt
+        return lambda: time.sleep(0.2) or ended.append(task.stem) or PartRecord(task.stem, (), 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(serial, lambda: worker, [Task("a"), Task("b")])
+    assert ended == ["a"]
 
 
 def test_a_bug_in_a_part_is_logged_with_its_traceback(caplog):

@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from aecore.fanout import MakeWorker, Outcome, Worker, attempt
+from aecore.fanout import MakeWorker, Outcome, Worker, make_part
 from aecore.memory import keep_freed_memory
 
 Side = Callable[[], object]
@@ -219,4 +219,4 @@ def _part(made: bytes, task: Any) -> Outcome:
     if made not in _workers:
         _workers.clear()
         _workers[made] = pickle.loads(made)()
-    return attempt(_workers[made], task)
+    return make_part(_workers[made], task)

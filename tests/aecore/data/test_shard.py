@@ -21,7 +21,7 @@ from aecore.data import pack as pack_module
 from aecore.data.image import BadSample
 from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, content_sha256
 from aecore.data.manifest import ShardRef
-from aecore.data.shard import write_shard
+from aecore.data.shard import pack_shard
 from aecore.data.shard_reader import ShardReader
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, StoreError
@@ -62,6 +62,10 @@ def ref_of(record: PartRecord) -> ShardRef:
         quarantine,
         record.quarantined,
     )
+
+
+def write_shard(store: LocalStore, task: ShardTask, source: MemorySource) -> PartRecord:
+    return pack_shard(store, task, source)()
 
 
 def pictures(count: int, ext: str = "png") -> dict[str, bytes]:
@@ -443,11 +447,11 @@ class TestIndexContent:
 
 KILLED = """
 import sys
-from aecore.data.shard import write_shard
+from aecore.data.shard import pack_shard
 from aecore.store import open_store
 from tests.aecore.data.test_shard import MemorySource, pictures, task_of
 files = {**pictures(20), "bad.png": b""}
-write_shard(open_store(sys.argv[1]), task_of(list(files)), MemorySource(files))
+pack_shard(open_store(sys.argv[1]), task_of(list(files)), MemorySource(files))()
 """
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from aecore.data.manifest import Dataset
 from aecore.data.manifest_build import next_manifest
-from aecore.data.shard import write_shard
+from aecore.data.shard import pack_shard
 from aecore.data.sources import Listing
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.generations import PartRecord
@@ -61,7 +61,7 @@ def write(url: Path, shards: Sequence[Sequence[bytes]], split: str = "train", la
             label_names=[f"class {ordinal % 3}" for ordinal in ordinals] if labels else None,
             shards=ShardSpec(),
         )
-        records.append(write_shard(store, task, MemorySource(dict(zip(names, members, strict=True)))))
+        records.append(pack_shard(store, task, MemorySource(dict(zip(names, members, strict=True))))())
         first += len(members)
     listing = store.put("listing.json", b"{}", role="listing")
     classes = [f"class {label}" for label in range(3)] if labels else []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aecore.errors import ClusterError, DataError
-from aecore.fanout import PartFailure, collect
+from aecore.fanout import Commit, PartFailure, collect
 from aecore.generations import PartRecord
 from pipelines.cluster.fanout import ray_fan_out
 from pipelines.config import ClusterSpec
@@ -28,7 +28,7 @@ class Worker:
         self.folder = folder
         (folder / f"start-{os.getpid()}").touch()
 
-    def __call__(self, task: Job) -> PartRecord:
+    def __call__(self, task: Job) -> Commit:
         log = self.folder / task.stem
         with log.open("a") as file:
             file.write(f"{os.getpid()}\n")
@@ -36,7 +36,7 @@ class Worker:
             os.kill(os.getpid(), signal.SIGKILL)
         if task.how == "bad":
             raise DataError(f"{task.stem} is damaged")
-        return PartRecord(task.stem, (), 1)
+        return lambda: PartRecord(task.stem, (), 1)
 
 
 def refuse(folder: Path) -> Worker:
