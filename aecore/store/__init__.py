@@ -1,0 +1,41 @@
+"""URL in, bytes out; put-if-absent. The only module that touches storage.
+
+Every file of an artefact appears under its final name at once and complete, or not at all: written to a temporary file under
+`<artefact>/.tmp/`, fsynced, hard-linked to the final name (which fails if the name is taken), folder fsynced. Nothing is ever
+overwritten: a name that is taken by the same bytes is success (our own earlier attempt), by other bytes it is `AlreadyExists`.
+No locks and no mutable pointers. A process killed at any instant leaves at most a file under `.tmp/`, which no reader looks at.
+
+`Store` is what the rest of the code sees; `LocalStore` is the one implementation so far (an S3 store fits the same calls).
+Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` ends it by SIGKILL at the third record linked.
+"""
+
+from aecore.store._base import (
+    FAULT_STAGES,
+    AlreadyExists,
+    FileRef,
+    Files,
+    Store,
+    canonical_json,
+    fault_point,
+    sha256_file,
+    sha256_json,
+)
+from aecore.store._local import LocalFiles, LocalStore
+from aecore.store._open import absolute_url, open_files, open_store
+
+__all__ = [
+    "FAULT_STAGES",
+    "AlreadyExists",
+    "FileRef",
+    "Files",
+    "LocalFiles",
+    "LocalStore",
+    "Store",
+    "absolute_url",
+    "canonical_json",
+    "fault_point",
+    "open_files",
+    "open_store",
+    "sha256_file",
+    "sha256_json",
+]

@@ -1,0 +1,166 @@
+"""An artefact, or files to read, in a folder of a local (or mounted) file system that knows hard links."""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from aecore.errors import DataError, StoreError
+from aecore.store._base import AlreadyExists, FileRef, damaged, fault_point, sha256_file
+
+
+class LocalStore:
+    """An artefact in a folder of a local (or mounted) file system that knows hard links."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def __repr__(self) -> str:
+        return f"LocalStore({self.url!r})"
+
+    def _path(self, name: str) -> Path:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
+        return self.root / name
+
+    @contextlib.contextmanager
+    def stage(self) -> Iterator[Path]:
+        folder = self.root / ".tmp"
+        with _storage_errors(f"cannot write under {self.url}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / uuid.uuid4().hex
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def put(self, name: str, data: bytes, *, role: str) -> FileRef:
+        with self.stage() as staged:
+            with _storage_errors(f"cannot write {name} under {self.url}"):
+                staged.write_bytes(data)
+            return self.put_staged(name, staged, role=role, sha256=hashlib.sha256(data).hexdigest())
+
+    def put_staged(self, name: str, staged: Path, *, role: str, sha256: str | None = None) -> FileRef:
+        target = self._path(name)
+        ref = FileRef(name, staged.stat().st_size, sha256 or sha256_file(staged))
+        fault_point(f"{role}.staged")
+        with _storage_errors(f"cannot write {target}"):
+            _fsync(staged)
+            fault_point(f"{role}.synced")
+            _make_folder(target.parent)
+            try:
+                os.link(staged, target)
+            except FileExistsError:
+                there = sha256_file(target)
+                if there != ref.sha256:
+                    ours = f"(sha256 {there[:12]}, ours {ref.sha256[:12]})"
+                    raise AlreadyExists(
+                        f"{target} exists with other content {ours}: nothing was overwritten. An earlier attempt made it from other "
+                        "inputs: restore what has changed since, or write to another URL"
+                    ) from None
+            fault_point(f"{role}.linked")
+            _fsync(target.parent)
+        return ref
+
+    def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
+        path = self._path(name)
+        if ref is not None:
+            self.local(ref)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        if ref is not None and hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise damaged(path, ref, hashlib.sha256(data).hexdigest())
+        return data
+
+    def local(self, ref: FileRef, *, verify: bool = False) -> Path:
+        path = self._path(ref.name)
+        size = self.size(ref.name)
+        if size is None:
+            raise DataError(f"{path} is missing: the manifest names it ({ref.bytes} bytes); restore it or write the artefact again")
+        if size != ref.bytes:
+            raise DataError(f"{path} has {size} bytes, the manifest says {ref.bytes}: it was truncated or changed; restore it")
+        if verify and (found := sha256_file(path)) != ref.sha256:
+            raise damaged(path, ref, found)
+        return path
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._path(name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
+
+    def list(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self._path(folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise StoreError(f"cannot list {self._path(folder)}: {error.strerror}") from error
+
+    def remove(self, name: str) -> None:
+        path = self._path(name)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder is ours and goes with its last file
+            path.parent.rmdir()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create `folder` durably: each new level is fsynced into its parent."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    _fsync(folder.parent)
+
+
+@contextlib.contextmanager
+def _storage_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{doing}: {error.strerror or error}") from error
+
+
+class LocalFiles:
+    """The files below a folder; hidden ones and links to folders are left out."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def sizes(self) -> dict[str, int]:
+        if not self.root.is_dir():
+            raise DataError(f"{self.url} {'is a file' if self.root.exists() else 'does not exist'}: give a folder")
+        found: dict[str, int] = {}
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(folder, name) for name in names if not name.startswith(".")):
+                if path.is_file():
+                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        if not found:
+            raise DataError(f"{self.url} holds no file: check the address")
+        return dict(sorted(found.items()))
+
+    def read(self, name: str) -> bytes:
+        return self.local(name).read_bytes()
+
+    def local(self, name: str) -> Path:
+        return self.root / name
