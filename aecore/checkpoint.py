@@ -185,7 +185,7 @@ def read_checkpoint(store: Store, name: str, *, verify: bool = True) -> Checkpoi
     data = read_json(store, prefix + MANIFEST)
     files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
     for file in files:
-        store.local(file, verify=verify)
+        store.check(file, verify=verify)
     sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
     metrics = tuple(FileRef(**part) for part in data["metrics"])
     return CheckpointRef(name, data["step"], sha256, files, metrics, data["best"], data["info"])
@@ -195,7 +195,7 @@ def verify_checkpoint(store: Store, name: str) -> CheckpointRef:
     """Read the checkpoint `name` and compare every file and every metric part with its hash (DataError)."""
     checkpoint = read_checkpoint(store, name)
     for part in checkpoint.metrics:
-        store.local(part, verify=True)
+        store.check(part, verify=True)
     return checkpoint
 
 

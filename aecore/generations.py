@@ -127,7 +127,7 @@ def read_record(store: Store, part: str) -> PartRecord | None:
     data = read_json(store, f"records/{part}.json")
     files = tuple(FileRef(**ref) for ref in data["files"])
     for ref in files:
-        store.local(ref)
+        store.check(ref)
     return PartRecord(data["part"], files, data["rows"], data["quarantined"], data["detail"], data["timings"])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -145,15 +146,10 @@ class LatentTable:
 
     def dataset(self) -> pads.Dataset:
         """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned."""
-        paths = [str(self.store.local(part.file)) for part in self.parts]
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-        return pads.dataset(
-            paths,
-            schema=self.schema.append(pa.field("split", pa.string())),
-            format=pads.ParquetFileFormat(default_fragment_scan_options=options),
-            partitioning=pads.partitioning(pa.schema([pa.field("split", pa.string())]), flavor="hive"),
-            partition_base_dir=paths[0].removesuffix(self.parts[0].file.name) + "data" if paths else None,
-        )
+        form, here = pads.ParquetFileFormat(default_fragment_scan_options=options), pafs.LocalFileSystem()
+        fragments = [form.make_fragment(str(self.store.local(part.file)), here, pc.field("split") == part.split) for part in self.parts]
+        return pads.FileSystemDataset(fragments, self.schema.append(pa.field("split", pa.string())), form, here)
 
     def lineage(self, key: str) -> dict[str, Any]:
         """Return the chain of custody of one row: part, shard, dataset, checkpoint, run. DataError if no row has this key.

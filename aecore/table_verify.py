@@ -121,7 +121,7 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> It
     name = part.file.name
     for ref in (part.file, part.quarantine):
         if ref is not None:
-            table.store.local(ref, verify=read_data)
+            table.store.check(ref, verify=read_data)
     footer = read_footer(table.store, part.file)
     metadata = part_metadata(footer.schema.to_arrow_schema())
     if footer.num_rows != part.rows:

@@ -8,12 +8,16 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from aecore.store._s3_client import close_clients
 from tests.realdata import unpack_real
+from tests.s3 import S3, s3_environment, start_server
+from tests.s3.proxy import FaultProxy
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="aecore-tests-"))
@@ -60,6 +64,40 @@ def one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a real S3 server that this test run started."""
+    with start_server(tmp_path_factory.mktemp("s3")) as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """A new, empty bucket; the environment has its endpoint and credentials, and a cache of its own."""
+    yield _bucket(s3_server, s3_server, tmp_path, monkeypatch)
+    close_clients()
+
+
+@pytest.fixture
+def s3_proxy(s3_server: int) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server that spoils what it is told to."""
+    with FaultProxy(s3_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bad_s3(s3_server: int, s3_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """As `s3`, reached through `s3_proxy`."""
+    yield _bucket(s3_server, s3_proxy.port, tmp_path, monkeypatch)
+    close_clients()
+
+
+def _bucket(server: int, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
+    for name, value in s3_environment(port, tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    return S3(server, port).with_bucket()
 
 
 @pytest.fixture(scope="session")

@@ -53,8 +53,7 @@ class ShardReader:
 
     @cached_property
     def _descriptor(self) -> int:
-        path = self._store.local(self.shard.tar)
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = self._store.open(self.shard.tar)
         self._close = weakref.finalize(self, os.close, descriptor)
         return descriptor
 
@@ -129,7 +128,7 @@ class ShardReader:
         """Read everything (tar, index, quarantine) and compare it with the manifest; DataError names what is damaged."""
         for _ in self.iterate():
             pass
-        self._store.local(self.shard.tar, verify=True)
+        self._store.check(self.shard.tar, verify=True)
         if self.quarantine is not None and self.quarantine.num_rows != self.shard.quarantined:
             found, expected = self.quarantine.num_rows, self.shard.quarantined
             raise DataError(f"{self._name}: {found} rows in quarantine, the manifest says {expected}: {REMEDY}")

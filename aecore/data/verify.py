@@ -67,7 +67,7 @@ def _structure(dataset: Dataset) -> Iterator[str]:
 def _sizes(store: Store, refs: list[FileRef]) -> Iterator[str]:
     for ref in refs:
         try:
-            store.local(ref)
+            store.check(ref)
         except DataError as error:
             yield str(error)
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,8 +74,17 @@ class Store(Protocol):
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
         """Return the bytes of `name`; with `ref`, DataError unless size and sha256 agree. DataError if missing."""
 
-    def local(self, ref: FileRef, *, verify: bool = False) -> Path:
-        """Return a local path that holds `ref`: size checked always, sha256 if `verify` (DataError)."""
+    def check(self, ref: FileRef, *, verify: bool = False) -> None:
+        """DataError unless `ref` is there with its size, and with its sha256 if `verify` (then every byte is read)."""
+
+    def local(self, ref: FileRef) -> Path:
+        """Return a path on this machine that holds `ref`, for use at once; DataError if it is missing or has another size."""
+
+    def open(self, ref: FileRef) -> int:
+        """Return a descriptor to read `ref` with `pread`, as `local`; the caller closes it."""
+
+    def prefetch(self, refs: Sequence[FileRef]) -> None:
+        """Begin to bring these files near, in this order, in the background; a hint that never fails."""
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, None if there is no such file."""
@@ -97,9 +107,31 @@ class Files(Protocol):
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; OSError if it cannot be read."""
 
+    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+        """Return `read` for who reads exactly these names in this order: where reading takes long it works ahead."""
+
     def local(self, name: str) -> Path:
         """Return a path on this machine that holds the file (an object is fetched once); OSError if it cannot be read."""
 
 
-def damaged(path: Path, ref: FileRef, found: str) -> DataError:
-    return DataError(f"{path} is damaged: sha256 {found[:12]}, the manifest says {ref.sha256[:12]}; restore it or write the artefact again")
+def damaged(where: object, ref: FileRef, found: str) -> DataError:
+    """Return the error about a file whose bytes have another sha256 than `ref`."""
+    return DataError(
+        f"{where} is damaged: sha256 {found[:12]}, the manifest says {ref.sha256[:12]}; restore it or write the artefact again"
+    )
+
+
+def require_size(where: object, ref: FileRef, size: int | None) -> None:
+    """DataError unless `size` (None: there is no such file) is the size of `ref`."""
+    if size is None:
+        raise DataError(f"{where} is missing: the manifest names it ({ref.bytes} bytes); restore it or write the artefact again")
+    if size != ref.bytes:
+        raise DataError(f"{where} has {size} bytes, the manifest says {ref.bytes}: it was truncated or changed; restore it")
+
+
+def other_content(where: object, ref: FileRef, there: str) -> AlreadyExists:
+    """Return the error about a name that is taken by bytes with the sha256 `there`."""
+    return AlreadyExists(
+        f"{where} exists with other content (sha256 {there[:12]}, ours {ref.sha256[:12]}): nothing was overwritten. An earlier attempt "
+        "made it from other inputs: restore what has changed since, or write to another URL"
+    )

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import DataError, StoreError
-from aecore.store._base import AlreadyExists, FileRef, damaged, fault_point, sha256_file
+from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
 
 class LocalStore:
@@ -56,11 +56,7 @@ class LocalStore:
             except FileExistsError:
                 there = sha256_file(target)
                 if there != ref.sha256:
-                    ours = f"(sha256 {there[:12]}, ours {ref.sha256[:12]})"
-                    raise AlreadyExists(
-                        f"{target} exists with other content {ours}: nothing was overwritten. An earlier attempt made it from other "
-                        "inputs: restore what has changed since, or write to another URL"
-                    ) from None
+                    raise other_content(target, ref, there) from None
             fault_point(f"{role}.linked")
             _fsync(target.parent)
         return ref
@@ -68,7 +64,7 @@ class LocalStore:
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
         path = self._path(name)
         if ref is not None:
-            self.local(ref)
+            self.check(ref)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -79,16 +75,21 @@ class LocalStore:
             raise damaged(path, ref, hashlib.sha256(data).hexdigest())
         return data
 
-    def local(self, ref: FileRef, *, verify: bool = False) -> Path:
+    def check(self, ref: FileRef, *, verify: bool = False) -> None:
         path = self._path(ref.name)
-        size = self.size(ref.name)
-        if size is None:
-            raise DataError(f"{path} is missing: the manifest names it ({ref.bytes} bytes); restore it or write the artefact again")
-        if size != ref.bytes:
-            raise DataError(f"{path} has {size} bytes, the manifest says {ref.bytes}: it was truncated or changed; restore it")
+        require_size(path, ref, self.size(ref.name))
         if verify and (found := sha256_file(path)) != ref.sha256:
             raise damaged(path, ref, found)
-        return path
+
+    def local(self, ref: FileRef) -> Path:
+        self.check(ref)
+        return self._path(ref.name)
+
+    def open(self, ref: FileRef) -> int:
+        return os.open(self.local(ref), os.O_RDONLY)
+
+    def prefetch(self, refs: Sequence[FileRef]) -> None:
+        """Nothing to do: the files are near."""
 
     def size(self, name: str) -> int | None:
         try:
@@ -161,6 +162,9 @@ class LocalFiles:
 
     def read(self, name: str) -> bytes:
         return self.local(name).read_bytes()
+
+    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+        return self.read
 
     def local(self, name: str) -> Path:
         return self.root / name

@@ -10,30 +10,62 @@ from aecore.store._local import LocalFiles, LocalStore
 
 
 def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
-    """Return a local path (or `file://` URL) as an absolute path; ConfigError for any scheme but file.
+    """Return a local path (or `file://` URL) as an absolute path, an `s3://` URL without a slash at its end.
 
-    Workers have another working directory, so addresses are made absolute before they travel.
+    Workers have another working directory, so addresses are made absolute before they travel. ConfigError for any other scheme.
     """
     text = os.fspath(url)
     if not text:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")
     if text.startswith("pipe:"):
-        raise ConfigError(f"{what} {text!r} would run a command: only paths and file:// URLs are read")
+        raise ConfigError(f"{what} {text!r} would run a command: only paths, file:// and s3:// URLs are read")
     parts = urlsplit(text)
+    if parts.scheme == "s3" and "://" in text:
+        profile, bucket, prefix = _s3_parts(text, what)
+        at = f"{profile}@" if profile else ""
+        return f"s3://{at}{bucket}/{prefix}".rstrip("/")
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{what} {text!r} names the host {parts.netloc!r}: write file:///path")
         text = unquote(parts.path)
     elif "://" in text:
-        raise ConfigError(f"{what} {text!r} has the scheme {parts.scheme!r}: this version reads and writes paths and file:// URLs")
+        raise ConfigError(f"{what} has the scheme {parts.scheme!r}: paths, file:// and s3:// URLs are read and written")
     return str(Path(text).expanduser().absolute())
 
 
+def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
+    """Return profile, bucket and prefix of `s3://[profile@]bucket/prefix`; ConfigError that never repeats what could be a secret."""
+    place, _, prefix = text.removeprefix("s3://").partition("/")
+    profile, at, bucket = place.rpartition("@")
+    if ":" in profile or (at and not profile):
+        raise ConfigError(
+            f"{what} has something else than the name of a profile before the @: write s3://profile@{bucket}/... with a profile of "
+            "~/.aws/config; keys belong there or into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, never into a URL"
+        )
+    if not bucket:
+        raise ConfigError(f"{what} {text!r} names no bucket: write s3://bucket/prefix")
+    if any(part in (".", "..", "") for part in prefix.rstrip("/").split("/")) and prefix.rstrip("/"):
+        raise ConfigError(f"{what} {text!r} has an empty part, a . or a .. below the bucket: S3 takes them as they are, so leave them out")
+    return profile or None, bucket, prefix.rstrip("/")
+
+
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """Return the store of the artefact at `url` (nothing is created before the first put)."""
-    return LocalStore(Path(absolute_url(url)))
+    """Return the store of the artefact at `url` (nothing is created before the first put, nothing is asked before the first call)."""
+    where = absolute_url(url)
+    if not where.startswith("s3://"):
+        return LocalStore(Path(where))
+    from aecore.store._s3 import S3Store
+
+    profile, bucket, prefix = _s3_parts(where, "URL")
+    return S3Store(where, bucket, prefix, profile)
 
 
 def open_files(url: str | os.PathLike[str]) -> Files:
     """Return the files below `url`, to read."""
-    return LocalFiles(Path(absolute_url(url)))
+    where = absolute_url(url)
+    if not where.startswith("s3://"):
+        return LocalFiles(Path(where))
+    from aecore.store._s3 import S3Files
+
+    profile, bucket, prefix = _s3_parts(where, "URL")
+    return S3Files(where, bucket, prefix, profile)

@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_found_by_reading(tmp_path):
     ref = store.put("name", b"hello", role="part")
     (tmp_path / "name").write_bytes(b"hellp")
     store.local(ref)
-    for read in (lambda: store.read("name", ref=ref), lambda: store.local(ref, verify=True)):
+    for read in (lambda: store.read("name", ref=ref), lambda: store.check(ref, verify=True)):
         with pytest.raises(DataError, match="is damaged"):
             read()
 

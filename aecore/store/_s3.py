@@ -1,0 +1,361 @@
+"""An artefact, or files to read, below `s3://[profile@]bucket/prefix` of any S3-compatible service.
+
+A file is staged on this machine and appears by ONE conditional create (`If-None-Match: *`, its sha256 as metadata), in parts if it is
+large. "Exists" with the same sha256 is success: our own lost acknowledgement, or another attempt. Whole objects are read: into
+memory, or into the cache of this machine (`_cache.py`), where they are checked against their sha256 as they arrive.
+"""
+
+import asyncio
+import base64
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import tempfile
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aecore.errors import DataError, StoreError
+from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
+from aecore.store._cache import ObjectCache
+from aecore.store._s3_client import Answered, Client, ShortBody, client, code_of, retried
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
+
+PART_BYTES, MAX_PARTS = 16 << 20, 9_000  # a service takes 10,000 parts
+PARTS_AT_ONCE, FETCHES_AT_ONCE = 4, 4
+READ_BYTES, PAGE = 1 << 20, 1000
+AHEAD_FILES = 48  # small files of a source in flight
+
+
+class _Place:
+    """A bucket and a prefix, and the client that reaches them."""
+
+    def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
+        self.url, self._bucket, self._prefix, self._profile = url, bucket, prefix, profile
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    @property
+    def _client(self) -> Client:
+        return client(self._profile)
+
+    def _key(self, name: str) -> str:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
+        return f"{self._prefix}/{name}".strip("/")
+
+    def _where(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def _at(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._key(name)}
+
+    def _head(self, name: str) -> dict[str, Any] | None:  # any: S3's answer
+        try:
+            answer: dict[str, Any] = self._client.call(self._where(name), "look at", "head_object", **self._at(name))
+        except Answered as error:
+            if error.missing:
+                return None
+            raise
+        return answer
+
+    def _pages(self, **arguments: Any) -> Iterator[dict[str, Any]]:  # any: as above
+        more: dict[str, str] = {}
+        while True:
+            page = self._client.call(self.url, "list", "list_objects_v2", Bucket=self._bucket, MaxKeys=PAGE, **arguments, **more)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _get(self, name: str) -> bytes:
+        return self._client.run(lambda filesystem: self._body(filesystem, name))
+
+    async def _body(self, filesystem: "S3FileSystem", name: str) -> bytes:
+        async def once() -> bytes:
+            pieces: list[bytes] = []
+            await _stream(filesystem, self._at(name), pieces.append)
+            return b"".join(pieces)
+
+        return await retried(once, self._where(name), "read")
+
+    def _download(self, name: str, target: Path) -> str:
+        """Write an object to `target`; return its sha256."""
+
+        async def all_of_it(filesystem: "S3FileSystem") -> str:
+            async def once() -> str:
+                digest = hashlib.sha256()
+                with target.open("wb", buffering=0) as file:
+
+                    def take(piece: bytes) -> None:
+                        file.write(piece)
+                        digest.update(piece)
+
+                    await _stream(filesystem, self._at(name), take)
+                return digest.hexdigest()
+
+            return await retried(once, self._where(name), "read")
+
+        return self._client.run(all_of_it)
+
+
+async def _stream(filesystem: "S3FileSystem", at: dict[str, str], take: Callable[[bytes], object]) -> None:
+    answer = await filesystem._call_s3("get_object", **at)
+    expected, received = answer["ContentLength"], 0
+    async with answer["Body"] as body:
+        while piece := await body.read(READ_BYTES):
+            received += len(piece)
+            take(piece)
+    if received != expected:
+        raise ShortBody(f"{received} of {expected} bytes arrived")
+
+
+class S3Store(_Place):
+    """One artefact in a bucket."""
+
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, str, str | None]]:
+        return S3Store, (self.url, self._bucket, self._prefix, self._profile)
+
+    @contextlib.contextmanager
+    def stage(self) -> Iterator[Path]:
+        path = _scratch() / f"{os.getpid()}-{uuid.uuid4().hex}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def put(self, name: str, data: bytes, *, role: str) -> FileRef:
+        ref = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+        fault_point(f"{role}.staged")
+        self._create(ref, lambda filesystem: self._put_whole(filesystem, ref, data), role)
+        return ref
+
+    def put_staged(self, name: str, staged: Path, *, role: str, sha256: str | None = None) -> FileRef:
+        ref = FileRef(name, staged.stat().st_size, sha256 or sha256_file(staged))
+        fault_point(f"{role}.staged")
+        if ref.bytes <= 2 * PART_BYTES:
+            data = staged.read_bytes()
+            self._create(ref, lambda filesystem: self._put_whole(filesystem, ref, data), role)
+        else:
+            self._create(ref, lambda filesystem: self._put_parts(filesystem, ref, staged), role)
+        return ref
+
+    def _create(self, ref: FileRef, upload: Any, role: str) -> None:  # any: a coroutine function of the file system
+        assert ref.bytes, f"{ref.name} has no bytes"
+        fault_point(f"{role}.synced")
+        try:
+            self._client.run(upload)
+        except Answered as error:
+            if not error.taken:
+                raise
+            there = self._sha256_of(ref.name)
+            if there != ref.sha256:
+                raise other_content(self._where(ref.name), ref, there) from None
+        fault_point(f"{role}.linked")
+
+    def _sha256_of(self, name: str) -> str:
+        head = self._head(name)
+        if head is None:
+            raise StoreError(f"{self._where(name)} was there when we wrote it and is gone now: who removes files below {self.url}?")
+        return _written_sha256(head) or hashlib.sha256(self._get(name)).hexdigest()
+
+    async def _put_whole(self, filesystem: "S3FileSystem", ref: FileRef, data: bytes) -> None:
+        arguments = {"Body": data, "ContentMD5": _md5(data), "Metadata": {"sha256": ref.sha256}, "IfNoneMatch": "*"}
+        await retried(lambda: filesystem._call_s3("put_object", **self._at(ref.name), **arguments), self._where(ref.name), "write")
+
+    async def _put_parts(self, filesystem: "S3FileSystem", ref: FileRef, staged: Path) -> None:
+        at, where = self._at(ref.name), self._where(ref.name)
+        metadata = {"sha256": ref.sha256}
+        begun = await retried(lambda: filesystem._call_s3("create_multipart_upload", **at, Metadata=metadata), where, "write")
+        upload = {**at, "UploadId": begun["UploadId"]}
+        try:
+            parts = await self._upload_parts(filesystem, upload, ref, staged)
+            complete = {"MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
+            await retried(lambda: self._complete(filesystem, upload, complete, ref), where, "write")
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error counts; what stays is an unfinished upload that nobody sees
+                await filesystem._call_s3("abort_multipart_upload", **upload)
+            raise
+
+    async def _upload_parts(self, filesystem: "S3FileSystem", upload: dict[str, str], ref: FileRef, staged: Path) -> list[dict[str, Any]]:
+        size = max(PART_BYTES, -(-ref.bytes // MAX_PARTS))
+        room = asyncio.Semaphore(PARTS_AT_ONCE)
+
+        async def part(number: int) -> dict[str, Any]:  # any: an entry of S3's list of parts
+            async with room:
+                with staged.open("rb") as file:
+                    file.seek((number - 1) * size)
+                    data = file.read(size)
+                arguments = {"Body": data, "ContentMD5": _md5(data), "PartNumber": number}
+                done = await retried(
+                    lambda: filesystem._call_s3("upload_part", **upload, **arguments), self._where(ref.name), f"write part {number} of"
+                )
+                return {"PartNumber": number, "ETag": done["ETag"]}
+
+        tasks = [asyncio.create_task(part(number + 1)) for number in range(-(-ref.bytes // size))]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # nothing is sent any more when the upload is aborted
+
+    async def _complete(self, filesystem: "S3FileSystem", upload: dict[str, str], complete: dict[str, Any], ref: FileRef) -> None:
+        try:
+            await filesystem._call_s3("complete_multipart_upload", **upload, **complete)
+        except OSError as error:
+            if code_of(error) != "NoSuchUpload":  # else an earlier attempt completed it and its answer was lost, or somebody aborted it
+                raise
+            try:
+                head = await filesystem._call_s3("head_object", **self._at(ref.name))
+            except OSError:
+                head = {}
+            if _written_sha256(head) != ref.sha256:
+                raise StoreError(f"the upload of {self._where(ref.name)} was ended by somebody else: run the same command again") from error
+
+    def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
+        try:
+            data = self._get(name)
+        except Answered as error:
+            if error.missing:
+                raise DataError(f"{self._where(name)} is missing") from None
+            raise
+        if ref is not None:
+            require_size(self._where(name), ref, len(data))
+            if (found := hashlib.sha256(data).hexdigest()) != ref.sha256:
+                raise damaged(self._where(name), ref, found)
+        return data
+
+    def check(self, ref: FileRef, *, verify: bool = False) -> None:
+        require_size(self._where(ref.name), ref, self.size(ref.name))
+        if verify:
+            with self.stage() as copy:
+                if (found := self._download(ref.name, copy)) != ref.sha256:
+                    raise damaged(self._where(ref.name), ref, found)
+
+    def local(self, ref: FileRef) -> Path:
+        return self._cache.path(ref, self._fetch)
+
+    def open(self, ref: FileRef) -> int:
+        return self._cache.open(ref, self._fetch)
+
+    def prefetch(self, refs: Sequence[FileRef]) -> None:
+        self._cache.prefetch(refs, self._fetch)
+
+    @cached_property
+    def _cache(self) -> ObjectCache:
+        return ObjectCache()
+
+    def _fetch(self, ref: FileRef, target: Path) -> None:
+        """Write the object of `ref` to `target`, verified (DataError)."""
+        try:
+            found = self._download(ref.name, target)
+        except Answered as error:
+            if error.missing:
+                require_size(self._where(ref.name), ref, None)
+            raise
+        require_size(self._where(ref.name), ref, target.stat().st_size)
+        if found != ref.sha256:
+            raise damaged(self._where(ref.name), ref, found)
+
+    def size(self, name: str) -> int | None:
+        head = self._head(name)
+        return None if head is None else int(head["ContentLength"])
+
+    def list(self, folder: str = "") -> list[str]:
+        prefix = f"{self._key(folder)}/" if self._key(folder) else ""
+        found: list[str] = []
+        for page in self._pages(Prefix=prefix, Delimiter="/"):
+            found += [entry["Key"][len(prefix) :] for entry in page.get("Contents", ())]
+            found += [entry["Prefix"][len(prefix) : -1] for entry in page.get("CommonPrefixes", ())]
+        return sorted(name for name in found if name)
+
+    def remove(self, name: str) -> None:
+        self._client.call(self._where(name), "remove", "delete_object", **self._at(name))
+
+
+class S3Files(_Place):
+    """Files of somebody else below a prefix."""
+
+    def sizes(self) -> dict[str, int]:
+        prefix, found = f"{self._prefix}/" if self._prefix else "", dict[str, int]()
+        for page in self._pages(Prefix=prefix):
+            found |= {entry["Key"][len(prefix) :]: entry["Size"] for entry in page.get("Contents", ())}
+        found = {name: size for name, size in found.items() if not any(part.startswith(".") or not part for part in name.split("/"))}
+        if not found:
+            raise DataError(f"{self.url} holds no object: check the address")
+        return dict(sorted(found.items()))
+
+    def read(self, name: str) -> bytes:
+        return self._result(self._client.submit(lambda filesystem: self._body(filesystem, name)), name)
+
+    def _result(self, future: Future[bytes], name: str) -> bytes:
+        try:
+            return future.result()
+        except Answered as error:
+            if error.missing:
+                raise FileNotFoundError(errno.ENOENT, "the object is not there any more", self._where(name)) from None
+            raise
+
+    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+        """Return `read` for these names in this order, with `AHEAD_FILES` of them in flight."""
+        waiting, flying = iter(names), deque[tuple[str, Future[bytes]]]()
+
+        def send(name: str) -> None:
+            flying.append((name, self._client.submit(lambda filesystem: self._body(filesystem, name))))
+
+        def read(name: str) -> bytes:
+            for following in itertools.islice(waiting, AHEAD_FILES - len(flying)):
+                send(following)
+            sent, future = flying.popleft() if flying else (name, None)
+            assert sent == name, "files are read in the order that was said"
+            return self.read(name) if future is None else self._result(future, name)
+
+        return read
+
+    def local(self, name: str) -> Path:
+        head = self._head(name)
+        if head is None:
+            raise FileNotFoundError(2, "no such object", self._where(name))
+        return ObjectCache().unverified(
+            f"{self._where(name)} {head['ETag']}", int(head["ContentLength"]), lambda to: self._download(name, to)
+        )
+
+
+def _written_sha256(head: dict[str, Any]) -> str | None:  # any: S3's answer
+    """Return the sha256 that the writer of an object left in its metadata; services differ in the case of names."""
+    return next((str(value) for name, value in head.get("Metadata", {}).items() if name.lower() == "sha256"), None)
+
+
+def _md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+_cleaned: set[int] = set()
+_cleaning = threading.Lock()
+
+
+def _scratch() -> Path:
+    """Return this user's folder for staged files; what processes that are gone left there is removed, once per process."""
+    folder = Path(tempfile.gettempdir(), f"aecore-staged-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StoreError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
+    with _cleaning:
+        if os.getpid() not in _cleaned:
+            _cleaned.add(os.getpid())
+            for path in folder.iterdir():
+                pid = path.name.partition("-")[0]
+                if pid.isdigit() and not Path("/proc", pid).exists():
+                    path.unlink(missing_ok=True)
+    return folder

@@ -1,0 +1,259 @@
+"""Calls to an S3 service through s3fs: tried again in bounded time, many at once, errors that say what to do.
+
+Credentials, region and endpoint come from where every S3 tool looks: `AWS_*` variables, or a profile of `~/.aws`. They stay inside
+the session that botocore makes from them: nothing here keeps, pickles or shows them. s3fs's own retries and those of botocore
+multiply (26 requests at a permanent 503); both are off, and `Client.retried` is the one place that tries again.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from aecore.errors import AecoreError, StoreError
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
+
+T = TypeVar("T")
+ATTEMPTS, BUDGET_S = 6, 60.0  # the last attempt begins within the budget
+FIRST_PAUSE_S = 0.2
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
+LOOPS = 4  # one event loop carries a quarter of what a network of 10 Gbit/s does
+_RETRIED_CODES = frozenset(
+    {
+        "BadDigest",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
+        "InternalError",
+        "OperationAborted",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_clients: dict[tuple[int, str | None], "Client"] = {}
+_making = threading.Lock()
+
+
+class ShortBody(OSError):
+    """A response that ended before its length."""
+
+
+class Answered(StoreError):
+    """The service answered with a code that a caller may expect: the object is missing, the name is taken."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.missing = code in ("404", "NoSuchKey", "NotFound")
+        self.taken = code in ("412", "PreconditionFailed")
+        self.code = code
+
+
+class Client:
+    """Sessions of one profile; made once per process (see `client`)."""
+
+    def __init__(self, profile: str | None) -> None:
+        self.profile = profile
+        self._sessions: list[tuple[asyncio.AbstractEventLoop, S3FileSystem]] = []
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def submit(self, work: "Callable[[S3FileSystem], Coroutine[Any, Any, T]]") -> Future[T]:
+        """Run `work(filesystem)` in an event loop of ours."""
+        loop, filesystem = self._session()
+        return asyncio.run_coroutine_threadsafe(work(filesystem), loop)
+
+    def run(self, work: "Callable[[S3FileSystem], Coroutine[Any, Any, T]]") -> T:
+        """Return what `work(filesystem)` gives; KeyboardInterrupt cancels it."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def call(self, url: str, doing: str, method: str, **arguments: Any) -> Any:  # any: S3's answers are plain dicts
+        """Return the answer of one S3 call, tried again where that can help."""
+        return self.run(lambda filesystem: retried(lambda: filesystem._call_s3(method, **arguments), url, doing))
+
+    def _session(self) -> "tuple[asyncio.AbstractEventLoop, S3FileSystem]":
+        with self._lock:
+            if len(self._sessions) < LOOPS:
+                self._sessions.append(self._connected())
+            self._next = (self._next + 1) % len(self._sessions)
+            return self._sessions[self._next]
+
+    def close(self) -> None:
+        """Close all connections; a later call opens new ones."""
+        with self._lock:
+            sessions, self._sessions = self._sessions, []
+        for loop, filesystem in sessions:
+            asyncio.run_coroutine_threadsafe(_close(filesystem), loop).result(10)
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _connected(self) -> "tuple[asyncio.AbstractEventLoop, S3FileSystem]":
+        from s3fs import S3FileSystem
+
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=_serve, args=(loop,), name="aecore-s3", daemon=True).start()
+        filesystem = S3FileSystem(
+            profile=self.profile,
+            loop=loop,
+            asynchronous=True,
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
+                "max_pool_connections": 64,
+                "request_checksum_calculation": "when_required",  # other services than Amazon's know no checksum trailers
+                "response_checksum_validation": "when_required",
+            },
+        )
+        filesystem.retries = 1
+        return loop, filesystem
+
+
+def client(profile: str | None) -> Client:
+    """Return this process's client of a profile (None: the default credentials); threads of a forked parent are not there."""
+    with _making:
+        return _clients.setdefault((os.getpid(), profile), Client(profile))
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+async def _close(filesystem: "S3FileSystem") -> None:
+    opened = getattr(filesystem, "_s3creator", None)
+    if opened is not None:
+        await opened.__aexit__(None, None, None)
+
+
+@atexit.register
+def close_clients() -> None:
+    """Close the connections of this process."""
+    with _making:
+        mine = [key for key in _clients if key[0] == os.getpid()]
+        for key in mine:
+            with contextlib.suppress(Exception):  # the service may be gone, and nothing is lost
+                _clients.pop(key).close()
+
+
+async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
+    """Await `work()` until it succeeds; give up at an error that no repetition mends, or when attempts or time are used up.
+
+    Raises Answered for what a caller may expect, StoreError for what a user must mend.
+    """
+    started = time.monotonic()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await work()
+        except Exception as error:
+            if not _passing(error):
+                raise told(error, url, doing) from error
+            if attempt == ATTEMPTS or time.monotonic() - started > BUDGET_S:
+                raise told(error, url, doing, attempt, time.monotonic() - started) from error
+        await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+    raise AssertionError("not reached")
+
+
+def code_of(error: BaseException | None) -> str:
+    """Return S3's code for an error (`PreconditionFailed`, `404`), "" if the service said nothing. s3fs translates, the cause knows."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            code = str(response.get("Error", {}).get("Code", ""))
+            return code or str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        error = error.__cause__
+    return ""
+
+
+def _status(error: BaseException | None) -> int:
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        error = error.__cause__
+    return 0
+
+
+def _passing(error: Exception) -> bool:
+    from aiohttp import ClientError
+    from botocore import exceptions
+
+    if code := code_of(error):
+        return code in _RETRIED_CODES or _status(error) in (429, 500, 502, 503, 504)
+    passing = (exceptions.HTTPClientError, exceptions.ResponseStreamingError, ClientError, ConnectionError, TimeoutError, ShortBody)
+    return isinstance(error, passing)
+
+
+_EXPECTED = frozenset({"PreconditionFailed", "412", "NoSuchKey", "404", "NotFound", "NoSuchUpload"})
+_REMEDIES = {
+    "NoSuchBucket": "there is no such bucket at {endpoint}: create it, or check the URL and the endpoint (AWS_ENDPOINT_URL)",
+    "InvalidBucketName": "the bucket's name is not a valid one: check the URL",
+    "InvalidAccessKeyId": "the service does not know the access key: check the credentials{profile} and the endpoint {endpoint}",
+    "SignatureDoesNotMatch": "the secret key is wrong: check the credentials{profile}",
+    "AccessDenied": "the credentials{profile} may not do this: ask for the right to read, list and write below this URL",
+    "ExpiredToken": "the session token has expired: get new credentials{profile} and run the same command again",
+    "InvalidToken": "the session token is not valid: get new credentials{profile} and run the same command again",
+    "RequestTimeTooSkewed": "this machine's clock is wrong by minutes: set it",
+    "NotImplemented": "the service at {endpoint} does not know a call that is needed: {doing} needs conditional creates (If-None-Match)",
+}
+_REMEDIES |= {"403": _REMEDIES["AccessDenied"], "Forbidden": _REMEDIES["AccessDenied"], "ExpiredTokenException": _REMEDIES["ExpiredToken"]}
+
+
+def told(error: Exception, url: str, doing: str, attempts: int = 0, seconds: float = 0.0) -> AecoreError:
+    """Return the error to raise, in words that name the remedy."""
+    from botocore import exceptions
+
+    if isinstance(error, AecoreError):
+        return error
+    code = code_of(error)
+    if code in _EXPECTED:
+        return Answered(f"cannot {doing} {url}: the service answered {code}", code)
+    where = {"endpoint": endpoint(), "profile": _profile(url), "doing": doing}
+    tried = f" (tried {attempts} times in {seconds:.0f} s)" if attempts else ""
+    if code in _REMEDIES:
+        why = f"{_REMEDIES[code].format(**where)} [{code}]"
+    elif code:
+        why = f"the service answered {code}: run the same command again when it is well"
+    elif isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+        why = (
+            "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws "
+            "in the URL (s3://profile@bucket/...)"
+        )
+    elif isinstance(error, exceptions.ProfileNotFound):
+        why = "there is no such profile in ~/.aws/config or ~/.aws/credentials: check the name before the @"
+    elif isinstance(error, (exceptions.HTTPClientError, ConnectionError, TimeoutError)):
+        why = f"nothing answers at {where['endpoint']}: check AWS_ENDPOINT_URL (or the profile's endpoint_url) and the network"
+    elif isinstance(error, (ValueError, exceptions.BotoCoreError)):
+        why = f"{type(error).__name__}: check AWS_ENDPOINT_URL, AWS_REGION and the profile"
+    else:
+        why = f"{type(error).__name__}: run the same command again"
+    return StoreError(f"cannot {doing} {url}{tried}: {why}")
+
+
+def endpoint() -> str:
+    """Return the host and port of the endpoint in the environment, without anything that could be a secret."""
+    text = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    parts = urlsplit(text)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "the endpoint of the profile or of Amazon"
+
+
+def _profile(url: str) -> str:
+    name, at, _ = url.removeprefix("s3://").partition("/")[0].rpartition("@")
+    return f" of the profile {name!r}" if at else ""

@@ -1,0 +1,322 @@
+"""The store in a bucket, against a real S3 server, and through a proxy that spoils what passes."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from aecore.errors import ConfigError, DataError, StoreError
+from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
+from aecore.store import _s3 as s3_module
+from aecore.store import _s3_client as client_module
+
+
+def ref_of(name: str, data: bytes) -> FileRef:
+    return FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(s3_module, "PART_BYTES", 1 << 20)
+
+
+class TestAddresses:
+    def test_an_s3_url_stays_itself(self):
+        assert absolute_url("s3://bucket/a/b/") == "s3://bucket/a/b"
+        assert absolute_url("s3://work@bucket/a") == "s3://work@bucket/a"
+
+    def test_keys_in_a_url_are_refused_and_not_repeated(self):
+        with pytest.raises(ConfigError, match="never into a URL") as raised:
+            absolute_url("s3://AKIA:verysecret@bucket/a")
+        assert "verysecret" not in str(raised.value)
+
+    @pytest.mark.parametrize("url", ["s3:///a", "s3://bucket/a/../b", "s3://bucket//a", "gs://bucket/a"])
+    def test_others_are_refused(self, url):
+        with pytest.raises(ConfigError):
+            absolute_url(url)
+
+
+class TestFiles:
+    def test_what_is_put_is_read_listed_and_sized(self, s3):
+        store = open_store(f"{s3.url}/table")
+        ref = store.put("records/a.json", b"{}", role="record")
+        assert ref == ref_of("records/a.json", b"{}")
+        assert store.read("records/a.json", ref=ref) == b"{}"
+        assert store.size("records/a.json") == 2
+        assert store.size("records/b.json") is None
+        store.put("top.json", b"1", role="record")
+        assert store.list() == ["records", "top.json"]
+        assert store.list("records") == ["a.json"]
+        assert store.list("nothing") == []
+        head = s3.raw.head_object(Bucket=s3.bucket, Key="table/records/a.json")
+        assert {name.lower(): value for name, value in head["Metadata"].items()} == {"sha256": ref.sha256}
+        store.remove("top.json")
+        store.remove("top.json")
+        assert store.list() == ["records"]
+
+    def test_many_names_are_listed_page_by_page(self, s3, monkeypatch):
+        monkeypatch.setattr(s3_module, "PAGE", 10)
+        store = open_store(s3.url)
+        names = [f"n{number:04d}" for number in range(35)]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda name: store.put(name, b"x", role="record"), names))
+        assert store.list() == names
+        assert list(open_files(s3.url).sizes()) == names
+
+    def test_the_same_again_is_success_other_bytes_are_refused(self, s3):
+        store = open_store(f"{s3.url}/x")
+        store.put("a", b"one", role="part")
+        store.put("a", b"one", role="part")
+        with pytest.raises(AlreadyExists, match="nothing was overwritten"):
+            store.put("a", b"two", role="part")
+        assert store.read("a") == b"one"
+
+    def test_a_name_taken_by_somebody_without_metadata_is_compared_by_content(self, s3):
+        s3.raw.put_object(Bucket=s3.bucket, Key="x/a", Body=b"one")
+        store = open_store(f"{s3.url}/x")
+        store.put("a", b"one", role="part")
+        with pytest.raises(AlreadyExists):
+            store.put("a", b"two", role="part")
+
+    def test_writers_at_once_leave_one_whole_object_and_late_ones_are_refused(self, s3):
+        """How many of those that begin at once are told "created" is the service's doing: Swift tells several, Amazon one."""
+        store = open_store(s3.url)
+
+        def write(number):
+            try:
+                return store.put("a", b"%d" % number * 1000, role="part")
+            except AlreadyExists:
+                return None
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [ref for ref in pool.map(write, range(8)) if ref]
+        kept = store.read("a")
+        assert ref_of("a", kept) in winners
+        assert all(write(number) is None for number in range(8) if kept != b"%d" % number * 1000)
+        assert store.read("a") == kept
+
+    def test_a_large_file_goes_in_parts_and_comes_back(self, s3, small_parts):
+        data = os.urandom((5 << 20) + 17)
+        store = open_store(f"{s3.url}/big")
+        for _ in range(2):  # the second is refused by the service and found equal
+            with store.stage() as staged:
+                staged.write_bytes(data)
+                ref = store.put_staged("shards/a.tar", staged, role="tar")
+            assert not staged.exists()
+        assert ref == ref_of("shards/a.tar", data)
+        assert store.local(ref).read_bytes() == data
+        store.check(ref, verify=True)
+        with store.stage() as staged, pytest.raises(AlreadyExists):
+            staged.write_bytes(data[::-1])
+            store.put_staged("shards/a.tar", staged, role="tar")
+        assert not s3.raw.list_multipart_uploads(Bucket=s3.bucket).get("Uploads")
+
+    def test_damage_and_loss_are_found(self, s3):
+        store = open_store(s3.url)
+        ref = store.put("a", b"content", role="part")
+        s3.raw.put_object(Bucket=s3.bucket, Key="a", Body=b"CONTENT")
+        for read in (lambda: store.read("a", ref=ref), lambda: store.check(ref, verify=True), lambda: store.local(ref)):
+            with pytest.raises(DataError, match="damaged"):
+                read()
+        store.check(ref)
+        s3.raw.put_object(Bucket=s3.bucket, Key="a", Body=b"short")
+        for read in (lambda: store.check(ref), lambda: store.local(ref), lambda: store.read("a", ref=ref)):
+            with pytest.raises(DataError, match=r"5 bytes, the manifest says 7"):
+                read()
+        s3.raw.delete_object(Bucket=s3.bucket, Key="a")
+        for read in (lambda: store.check(ref), lambda: store.local(ref), lambda: store.read("a")):
+            with pytest.raises(DataError, match="missing"):
+                read()
+
+    def test_a_store_travels_without_credentials(self, s3):
+        store = open_store(f"{s3.url}/x")
+        store.put("a", b"1", role="part")  # its session is open
+        travelled = pickle.dumps(store)
+        assert b"testing" not in travelled and b"tester" not in travelled
+        assert pickle.loads(travelled).read("a") == b"1"
+
+    def test_files_of_a_source_are_listed_and_read_ahead(self, s3):
+        for number in range(120):
+            s3.raw.put_object(Bucket=s3.bucket, Key=f"in/c/{number:03d}.png", Body=b"%d" % number)
+        s3.raw.put_object(Bucket=s3.bucket, Key="in/.hidden/x.png", Body=b"x")
+        files = open_files(f"{s3.url}/in")
+        sizes = files.sizes()
+        assert list(sizes) == [f"c/{number:03d}.png" for number in range(120)]
+        read = files.ahead(list(sizes))
+        assert [read(name) for name in sizes] == [b"%d" % number for number in range(120)]
+        s3.raw.delete_object(Bucket=s3.bucket, Key="in/c/007.png")
+        read, found = files.ahead(list(sizes)), []
+        for name in sizes:
+            try:
+                found.append(read(name))
+            except FileNotFoundError:
+                found.append(None)
+        assert found[7] is None and found[8] == b"8" and len(found) == 120
+        assert files.local("c/001.png").read_bytes() == b"1"
+        with pytest.raises(DataError, match="no object"):
+            open_files(f"{s3.url}/nothing").sizes()
+
+
+KILLED = """
+import sys
+from aecore.store import open_store
+store = open_store(sys.argv[1])
+with store.stage() as staged:
+    staged.write_bytes(b"x" * 100)
+    store.put_staged("a", staged, role="part")
+"""
+
+
+@pytest.mark.parametrize("stage", FAULT_STAGES)
+def test_a_killed_writer_leaves_nothing_or_everything(s3, tmp_path, stage):
+    environment = os.environ | {"AECORE_FAULT": f"part.{stage}", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", KILLED, s3.url]
+    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    assert s3.objects() == ({"a": b"x" * 100} if stage == "linked" else {})
+    assert len(list(tmp_path.glob("aecore-staged-*/*"))) == 1
+    subprocess.run(command, env={**environment, "AECORE_FAULT": ""}, check=True)
+    assert s3.objects() == {"a": b"x" * 100}
+    assert not list(tmp_path.glob("aecore-staged-*/*")), "what the killed process left on this machine is removed"
+
+
+class TestFaults:
+    """Each fault is survived, or refused in bounded time with the object whole or absent."""
+
+    def test_passing_503s_and_resets_are_survived(self, bad_s3, s3_proxy):
+        store = open_store(bad_s3.url)
+        s3_proxy.add("PUT", "status", code="SlowDown", times=2)
+        s3_proxy.add("GET", "reset", times=2)
+        ref = store.put("a", b"content", role="part")
+        assert store.read("a", ref=ref) == b"content"
+        assert s3_proxy.seen("PUT") == 3 and s3_proxy.seen("GET") == 3
+
+    @pytest.mark.parametrize("how", ["close", "abort"])
+    def test_a_cut_body_is_read_again(self, bad_s3, s3_proxy, how):
+        store, data = open_store(bad_s3.url), os.urandom(300_000)
+        ref = store.put("a", data, role="part")
+        s3_proxy.add("GET", "cut", after=100_000, seconds=float(how == "abort"), times=2)
+        assert store.read("a", ref=ref) == data
+        s3_proxy.add("GET", "cut", after=100_000, seconds=float(how == "abort"), times=2)
+        assert store.local(ref).read_bytes() == data
+        assert s3_proxy.seen("GET") == 6
+
+    def test_a_lost_acknowledgement_of_a_create_is_our_success(self, bad_s3, s3_proxy):
+        store = open_store(bad_s3.url)
+        s3_proxy.add("PUT", "lost_ack")
+        assert store.put("a", b"content", role="part") == ref_of("a", b"content")
+        assert bad_s3.objects() == {"a": b"content"}
+        assert s3_proxy.seen("HEAD") == 1, "the name was taken, by us"
+
+    def test_a_failed_part_is_sent_again(self, bad_s3, s3_proxy, small_parts):
+        store, data = open_store(bad_s3.url), os.urandom(5 << 20)
+        s3_proxy.add(r"PUT .*partNumber=2", "status", code="InternalError", status=500, times=2)
+        s3_proxy.add(r"PUT .*partNumber=3", "reset")
+        s3_proxy.add(r"POST .*uploadId", "lost_ack")
+        with store.stage() as staged:
+            staged.write_bytes(data)
+            ref = store.put_staged("a", staged, role="tar")
+        assert bad_s3.objects() == {"a": data}
+        store.check(ref, verify=True)
+
+    def test_a_part_that_fails_for_good_leaves_nothing(self, bad_s3, s3_proxy, small_parts):
+        store = open_store(bad_s3.url)
+        s3_proxy.add(r"PUT .*partNumber=2", "status", code="InternalError", status=500, times=None)
+        with store.stage() as staged, pytest.raises(StoreError, match=r"cannot write part 2 of .*InternalError"):
+            staged.write_bytes(os.urandom(5 << 20))
+            store.put_staged("a", staged, role="tar")
+        assert bad_s3.objects() == {}
+        assert not bad_s3.raw.list_multipart_uploads(Bucket=bad_s3.bucket).get("Uploads"), "the upload was aborted"
+
+    def test_a_permanent_503_is_given_up_in_bounded_time(self, bad_s3, s3_proxy, monkeypatch):
+        monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.2)
+        s3_proxy.add(".", "status", code="ServiceUnavailable", times=None)
+        started = time.monotonic()
+        with pytest.raises(StoreError, match=r"tried 6 times in \d+ s\): the service answered ServiceUnavailable"):
+            open_store(bad_s3.url).put("a", b"1", role="part")
+        assert time.monotonic() - started < 20
+        assert len(s3_proxy.log) == client_module.ATTEMPTS, "nobody else tries again"
+
+    def test_a_delay_is_waited_for_and_silence_is_not(self, bad_s3, s3_proxy, monkeypatch):
+        store = open_store(bad_s3.url)
+        s3_proxy.add("PUT", "delay", seconds=1.0)
+        store.put("a", b"1", role="part")
+        monkeypatch.setattr(client_module, "READ_TIMEOUT_S", 1)
+        monkeypatch.setattr(client_module, "ATTEMPTS", 2)
+        client_module.close_clients()
+        s3_proxy.add("GET", "delay", seconds=30.0, times=None)
+        started = time.monotonic()
+        with pytest.raises(StoreError, match=r"tried 2 times .*nothing answers at http://127.0.0.1"):
+            open_store(bad_s3.url).read("a")
+        assert time.monotonic() - started < 15
+
+    @pytest.mark.parametrize(
+        ("code", "status", "says"),
+        [
+            ("ExpiredToken", 400, "get new credentials"),
+            ("AccessDenied", 403, "may not do this"),
+            ("SignatureDoesNotMatch", 403, "secret key is wrong"),
+            ("InvalidAccessKeyId", 403, "does not know the access key"),
+            ("NotImplemented", 501, "conditional creates"),
+        ],
+    )
+    def test_what_a_user_must_mend_fails_at_once(self, bad_s3, s3_proxy, code, status, says):
+        s3_proxy.add("PUT", "status", code=code, status=status, times=None)
+        with pytest.raises(StoreError, match=says):
+            open_store(bad_s3.url).put("a", b"1", role="part")
+        assert s3_proxy.seen("PUT") == 1
+
+    def test_a_conflict_of_two_creates_is_tried_again(self, bad_s3, s3_proxy):
+        s3_proxy.add("PUT", "status", code="ConditionalRequestConflict", status=409)
+        open_store(bad_s3.url).put("a", b"1", role="part")
+        assert bad_s3.objects() == {"a": b"1"}
+
+
+class TestMistakes:
+    def test_a_wrong_secret(self, s3, monkeypatch):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-secret")
+        with pytest.raises(StoreError, match="secret key is wrong") as raised:
+            open_store(s3.url).list()
+        assert "wrong-and-secret" not in str(raised.value)
+
+    def test_no_credentials(self, s3, monkeypatch):
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with pytest.raises(StoreError, match="no credentials were found: set AWS_ACCESS_KEY_ID"):
+            open_store(s3.url).list()
+
+    def test_a_missing_bucket(self, s3):
+        with pytest.raises(StoreError, match=r"cannot list s3://no-such-bucket/x: there is no such bucket at http://127.0.0.1"):
+            open_store("s3://no-such-bucket/x").list()
+
+    def test_a_wrong_endpoint(self, s3, monkeypatch):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
+        with pytest.raises(StoreError, match=r"nothing answers at http://127.0.0.1:9: check AWS_ENDPOINT_URL") as raised:
+            open_store(s3.url).list()
+        assert "hidden" not in str(raised.value)
+
+    def test_an_unknown_profile(self, s3):
+        with pytest.raises(StoreError, match=r"there is no such profile"):
+            open_store(f"s3://nobody@{s3.bucket}/x").list()
+
+    def test_a_profile_gives_endpoint_and_keys(self, s3, tmp_path, monkeypatch):
+        config = tmp_path / "config"
+        config.write_text(
+            f"[profile lab]\nendpoint_url = http://127.0.0.1:{s3.port}\naws_access_key_id = test:tester\n"
+            "aws_secret_access_key = testing\nregion = us-east-1\n"
+        )
+        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+        open_store(f"s3://lab@{s3.bucket}/x").put("a", b"1", role="part")
+        assert s3.objects() == {"x/a": b"1"}

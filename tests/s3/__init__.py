@@ -1,0 +1,98 @@
+"""A real S3 server (`server.py`), and a proxy that injects faults (`proxy.py`)."""
+
+import contextlib
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REGION, ACCESS_KEY, SECRET_KEY = "us-east-1", "test:tester", "testing"
+_numbers = itertools.count(1)
+
+
+@contextlib.contextmanager
+def start_server(folder: Path) -> Iterator[int]:
+    """Start the server in a process of its own and give its port; it ends with the block, or with this process."""
+    server = Path(__file__).with_name("server.py")
+    errors = (folder / "errors").open("wb")
+    with (
+        errors,
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(server), str(folder / "server")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        line = process.stdout.readline().split()
+        if line[:1] != [b"ready"]:
+            raise RuntimeError(f"the S3 server did not start: {(folder / 'errors').read_text()[-2000:]}")
+        try:
+            yield int(line[1])
+        finally:
+            process.stdin.close()
+            process.wait(20)
+
+
+def s3_environment(port: int, cache: Path) -> dict[str, str]:
+    """Return the variables that lead every S3 tool to the server behind `port`."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AECORE_CACHE": str(cache),
+    }
+
+
+@functools.cache
+def _raw_client(port: int) -> Any:
+    import botocore.session
+
+    keys = {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY, "region_name": REGION}
+    return botocore.session.Session().create_client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys)
+
+
+@dataclass(frozen=True)
+class S3:
+    """A server, the port that tests reach it by, and a bucket; `raw` is a plain client that passes by any proxy."""
+
+    server: int
+    port: int
+    bucket: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}"
+
+    @property
+    def raw(self) -> Any:
+        return _raw_client(self.server)
+
+    def with_bucket(self) -> "S3":
+        name = f"bucket-{os.getpid()}-{next(_numbers)}"
+        self.raw.create_bucket(Bucket=name)
+        return S3(self.server, self.port, name)
+
+    def objects(self, prefix: str = "") -> dict[str, bytes]:
+        """Return all objects of the bucket below `prefix` by name."""
+        client, found = self.raw, dict[str, bytes]()
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+            for entry in page.get("Contents", ()):
+                found[entry["Key"].removeprefix(prefix)] = client.get_object(Bucket=self.bucket, Key=entry["Key"])["Body"].read()
+        return found
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Put all files below `folder` into the bucket."""
+        client = self.raw
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                client.put_object(Bucket=self.bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())

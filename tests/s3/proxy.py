@@ -1,0 +1,170 @@
+"""A proxy on loopback that spoils what passes between a client and an S3 server, by rule.
+
+    with FaultProxy(port) as proxy:
+        proxy.add("PUT .*train-000000.tar", "status", status=503, code="SlowDown", times=2)
+
+A rule spoils the requests whose first line matches, `times` of them (None: all): `status` answers by itself, `reset` drops the
+connection, `delay` waits before it passes the request on, `cut` ends the answer's body early, `lost_ack` lets the server work and
+drops its answer. `log` holds the first line of every request and what was done to it.
+"""
+
+import asyncio
+import re
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+BUFFER = 1 << 16
+
+
+@dataclass
+class Rule:
+    match: str
+    do: str
+    times: int | None = 1
+    status: int = 503
+    code: str = "ServiceUnavailable"
+    seconds: float = 0.0
+    after: int = 0  # bytes of the body before it is cut
+
+
+class FaultProxy:
+    def __init__(self, upstream_port: int, *, delay_s: float = 0.0) -> None:
+        self.upstream_port = upstream_port
+        self.delay_s = delay_s  # of every request
+        self.rules: list[Rule] = []
+        self.log: list[tuple[str, str]] = []
+        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
+        self.port = 0
+
+    def add(self, match: str, do: str, **options: object) -> None:
+        with self._lock:
+            self.rules.append(Rule(match, do, **options))  # type: ignore[arg-type]
+
+    def seen(self, match: str) -> int:
+        return sum(1 for line, _ in list(self.log) if re.search(match, line))
+
+    def clear(self) -> None:
+        with self._lock:
+            self.rules.clear()
+            self.log.clear()
+
+    def __enter__(self) -> "FaultProxy":
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 20))
+        self.port = server.sockets[0].getsockname()[1]
+        self._started.set()
+        self._loop.run_forever()
+        server.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    def _rule_for(self, line: str) -> Rule | None:
+        with self._lock:
+            for rule in self.rules:
+                if rule.times != 0 and re.search(rule.match, line):
+                    if rule.times is not None:
+                        rule.times -= 1
+                    return rule
+        return None
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            answers, upstream = await asyncio.open_connection("127.0.0.1", self.upstream_port, limit=1 << 20)
+            while await self._exchange(reader, writer, answers, upstream):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+            if upstream is not None:
+                upstream.close()
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: asyncio.StreamReader, upstream: asyncio.StreamWriter
+    ) -> bool:
+        """Pass one request and its answer on; return whether the connection goes on."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        line = head.split(b"\r\n", 1)[0].decode("latin1")
+        rule = self._rule_for(line)
+        do = rule.do if rule else ""
+        self.log.append((line, do))
+        if re.search(rb"(?i)\r\nexpect: *100-continue", head):
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            head = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head)
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        if rule and do == "delay":
+            await asyncio.sleep(rule.seconds)
+        if do == "reset":
+            writer.transport.abort()
+            return False
+        if rule and do == "status":
+            await _pass_body(head, reader, None)
+            writer.write(_answer(rule))
+            await writer.drain()
+            return True
+        upstream.write(head)
+        await _pass_body(head, reader, upstream)
+        answer = await answers.readuntil(b"\r\n\r\n")
+        while answer.startswith(b"HTTP/1.1 100"):
+            answer = await answers.readuntil(b"\r\n\r\n")
+        has_body = not line.startswith("HEAD") and not re.match(rb"HTTP/1.1 (204|304)", answer)
+        if do == "lost_ack":
+            await _pass_body(answer, answers, None, has_body)
+            writer.transport.abort()
+            return False
+        writer.write(answer)
+        if rule and do == "cut":
+            writer.write(await answers.readexactly(rule.after))
+            await writer.drain()
+            writer.transport.abort() if rule.seconds else writer.close()
+            return False
+        await _pass_body(answer, answers, writer, has_body)
+        return True
+
+
+def _answer(rule: Rule) -> bytes:
+    body = f"<?xml version='1.0'?><Error><Code>{rule.code}</Code><Message>injected</Message></Error>".encode()
+    return f"HTTP/1.1 {rule.status} X\r\ncontent-type: application/xml\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def _pass_body(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter | None, has_body: bool = True) -> None:
+    """Pass the body that `head` announces on to `writer` (None: drop it)."""
+    if not has_body:
+        return
+    if re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
+        while True:
+            size = await reader.readline()
+            chunk = await reader.readexactly(int(size.split(b";")[0], 16) + 2)
+            if writer:
+                writer.write(size + chunk)
+                await writer.drain()
+            if len(chunk) == 2:
+                return
+    match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    left = int(match[1]) if match else 0
+    while left:
+        piece = await reader.read(min(left, BUFFER))
+        if not piece:
+            raise ConnectionError("the other side closed early")
+        left -= len(piece)
+        if writer:
+            writer.write(piece)
+            await writer.drain()

@@ -1,0 +1,106 @@
+"""A real S3 server for tests: OpenStack Swift with its s3api, all four servers in one process on loopback.
+
+`python -m tests.s3.server FOLDER` prints `ready PORT` and serves until it is ended. It checks signatures and digests, knows
+multipart uploads and conditional creates. The folder needs a file system with user xattrs.
+"""
+
+# ruff: noqa: E402
+import eventlet
+
+eventlet.monkey_patch()  # before anything else is imported: it changes what others would hold already
+
+import os
+import sys
+from pathlib import Path
+
+from eventlet import listen, tpool, wsgi
+
+REGION, SECRET_KEY = "us-east-1", "testing"
+SERVERS = ("account", "container", "object")
+STORAGE_CONF = """\
+[DEFAULT]
+swift_dir = {etc}
+devices = {devices}
+mount_check = false
+bind_ip = 127.0.0.1
+bind_port = {port}
+log_level = ERROR
+fallocate_reserve = 0
+disable_fallocate = true
+[pipeline:main]
+pipeline = {name}-server
+[app:{name}-server]
+use = egg:swift#{name}
+"""
+PROXY_CONF = """\
+[DEFAULT]
+swift_dir = {etc}
+bind_ip = 127.0.0.1
+bind_port = {port}
+log_level = ERROR
+[pipeline:main]
+pipeline = catch_errors cache listing_formats s3api tempauth bulk slo proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+allow_account_management = true
+account_autocreate = true
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:1
+[filter:listing_formats]
+use = egg:swift#listing_formats
+[filter:bulk]
+use = egg:swift#bulk
+[filter:slo]
+use = egg:swift#slo
+[filter:s3api]
+use = egg:swift#s3api
+s3_acl = no
+location = {region}
+auth_pipeline_check = false
+dns_compliant_bucket_names = true
+min_segment_size = 1
+[filter:tempauth]
+use = egg:swift#tempauth
+user_test_tester = {secret} .admin
+"""
+
+
+def serve(root: Path) -> None:
+    etc, devices = root / "etc", root / "devices"
+    etc.mkdir(parents=True)
+    (devices / "disk").mkdir(parents=True)
+    (etc / "swift.conf").write_text(
+        "[swift-hash]\nswift_hash_path_prefix = a\nswift_hash_path_suffix = b\n[storage-policy:0]\nname = only\ndefault = yes\n"
+    )
+    import swift.common.utils
+
+    swift.common.utils.SWIFT_CONF_FILE = str(etc / "swift.conf")
+    from swift.common import storage_policy
+    from swift.common.ring.builder import RingBuilder
+    from swift.common.wsgi import loadapp
+
+    storage_policy.reload_storage_policies()
+    sockets = {name: listen(("127.0.0.1", 0), backlog=512) for name in (*SERVERS, "proxy")}
+    ports = {name: socket.getsockname()[1] for name, socket in sockets.items()}
+    for name in SERVERS:
+        ring = RingBuilder(2, 1, 0)
+        place = {"ip": "127.0.0.1", "port": ports[name], "replication_ip": "127.0.0.1", "replication_port": ports[name]}
+        ring.add_dev({"id": 0, "region": 1, "zone": 1, "weight": 1, "device": "disk", "meta": "", **place})
+        ring.rebalance()
+        ring.get_ring().save(str(etc / f"{name}.ring.gz"))
+        (etc / f"{name}.conf").write_text(STORAGE_CONF.format(etc=etc, devices=devices, port=ports[name], name=name))
+    (etc / "proxy.conf").write_text(PROXY_CONF.format(etc=etc, port=ports["proxy"], region=REGION, secret=SECRET_KEY))
+    with open(os.devnull, "w") as nothing:
+        for name in (*SERVERS, "proxy"):
+            app = loadapp(str(etc / f"{name}.conf"))
+            eventlet.spawn(wsgi.server, sockets[name], app, log=nothing, log_output=False, max_size=512)
+        print("ready", ports["proxy"], flush=True)
+        tpool.execute(sys.stdin.buffer.read)  # until it ends: the server never outlives the test run that started it
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
+    os._exit(0)
