@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from aecore.data.sources import Source
 
 T = TypeVar("T")
+Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
 CHUNK_BYTES = 1 << 20
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the sample's fault
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
@@ -60,10 +62,11 @@ class Pack:
             raise StoreError(f"cannot write {path}: {error.strerror}") from error
         try:
             packed, position, flushed = Packer(), 0, Future[None]()
+            read = source.ahead(self.task.sources)
             flushed.set_result(None)
             while position < len(self.task):
                 names, contents = list[bytes](), list[bytes]()
-                position = self._fill(names, contents, position, source)
+                position = self._fill(names, contents, position, read)
                 chunk = packed(names, contents)
                 flushed.result()
                 flushed = background.submit(self._flush, descriptor, chunk, path)
@@ -72,10 +75,10 @@ class Pack:
         finally:
             os.close(descriptor)
 
-    def _fill(self, names: list[bytes], contents: list[bytes], first: int, source: "Source") -> int:
+    def _fill(self, names: list[bytes], contents: list[bytes], first: int, read: Read) -> int:
         """Append members from position `first` on until a chunk is full; return the next position."""
         keys, sources, shards, labels = self.task.keys, self.task.sources, self.task.shards, self.digits
-        read, sha256, free = source.read, hashlib.sha256, CHUNK_BYTES
+        sha256, free = hashlib.sha256, CHUNK_BYTES
         add_position, add_code, add_hash, add_size = self.positions.append, self.codes.append, self.hashes.append, self.sizes.append
         last, code, headers = None, 0, self.headers
         for position in range(first, len(keys)):

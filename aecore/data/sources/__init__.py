@@ -6,7 +6,7 @@ to the quarantine. Adding a source is adding a file here: a `@spec` with `kind`,
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -95,3 +95,6 @@ class Source(Protocol):
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension (lower case, no dot) and bytes of one listed sample; OSError if it cannot be read."""
+
+    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        """Return `read` for who reads exactly these sources in this order: where reading takes long it works ahead."""

@@ -1,4 +1,4 @@
-"""A folder tree of images (or `.npy` arrays): class folders, optionally below split folders, read as they lie there.
+"""A folder tree of images (or `.npy` arrays), on a disk or in a bucket: class folders, optionally below split folders.
 
 Skipped and counted: hidden files and folders, files of other extensions, and symbolic links that leave the tree or lead to
 folders (a folder would be listed twice, or for ever). Everything else is listed by name and size; nothing is opened.
@@ -9,7 +9,7 @@ import os
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url
+from aecore.store import absolute_url, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # a FIFO reads as empty
@@ -40,12 +40,17 @@ class FolderSpec:
 
 
 @SOURCES.register(FolderSpec)
+def _open_folder(folder: FolderSpec) -> "FolderSource":
+    return (BucketSource if absolute_url(folder.url, "source.url").startswith("s3://") else FolderSource)(folder)
+
+
 class FolderSource:
     """The files below the `url` of a `FolderSpec`; sources are paths relative to it, with `/`."""
 
     def __init__(self, folder: FolderSpec) -> None:
-        self._root = Path(absolute_url(folder.url, "source.url"))
-        self._prefix = f"{self._root}/"
+        self._url = absolute_url(folder.url, "source.url")
+        self._root = Path(self._url)
+        self._prefix = f"{self._url}/"
         self._extensions = frozenset(folder.extensions)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
@@ -63,7 +68,7 @@ class FolderSource:
         notes = tuple(f"skipped {count} {what}" for what, count in sorted(skipped.items()))
         if not found:
             raise DataError(
-                f"source.url {self._root} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
+                f"source.url {self._url} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
                 + (f" ({'; '.join(notes)})" if notes else "")
                 + ": check the address, or set source.extensions"
             )
@@ -84,7 +89,11 @@ class FolderSource:
                 data += _rest(descriptor)
         finally:
             os.close(descriptor)
-        return source.rpartition(".")[2].lower(), data
+        return _extension(source), data
+
+    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        """Return `read` for who reads exactly these sources in this order."""
+        return self.read
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -133,6 +142,35 @@ class FolderSource:
     def _stays_inside(self, link: str) -> bool:
         target = Path(os.path.realpath(self._root / link))
         return target.is_file() and target.is_relative_to(os.path.realpath(self._root))
+
+
+class BucketSource(FolderSource):
+    """The objects below an `s3://` URL, listed and named as the same files in a folder would be."""
+
+    def __init__(self, folder: FolderSpec) -> None:
+        super().__init__(folder)
+        self._files = open_files(self._url)
+
+    def read(self, source: str) -> tuple[str, bytes]:
+        return _extension(source), self._files.read(source)
+
+    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        read = self._files.ahead(sources)
+        return lambda source: (_extension(source), read(source))
+
+    def _require_folder(self) -> None:
+        """What is missing is found by listing it."""
+
+    def _walk(self, skipped: Counter[str]) -> dict[str, int]:
+        found = self._files.sizes()
+        known = {name: size for name, size in found.items() if "." in name and _extension(name) in self._extensions}
+        if len(known) < len(found):
+            skipped["files of other extensions"] = len(found) - len(known)
+        return known
+
+
+def _extension(source: str) -> str:
+    return source.rpartition(".")[2].lower()
 
 
 @contextlib.contextmanager
