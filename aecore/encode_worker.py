@@ -120,6 +120,10 @@ class EncodeWorker:
             index = loader.index(task.shard)
         return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
 
+    def ahead(self, task: EncodeTask) -> None:
+        """Begin to bring the shard of a later task near."""
+        self.dataset.store.prefetch([task.shard.index, task.shard.tar])
+
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
         started, shard = time.perf_counter(), task.shard
         values.drop_not_finite()

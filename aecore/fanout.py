@@ -8,6 +8,7 @@ is a value, and `collect` raises when everything else is done and recorded, so t
 
 import contextlib
 import functools
+import itertools
 import logging
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -70,12 +71,16 @@ def make_part(worker: Worker, task: Any) -> Outcome:
 def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     """Make all parts one after the other with one worker in this process; each is committed while the next one is made.
 
+    A worker that has a method `ahead(task)` is told before which task comes next.
     Closed or interrupted, it lets the commit that is under way end.
     """
     worker = make_worker()
     with ThreadPoolExecutor(1, "commit") as background:
         committing: Future[Outcome] | None = None
-        for task in tasks:
+        ahead = getattr(worker, "ahead", None)
+        for task, following in itertools.zip_longest(tasks, tasks[1:]):
+            if ahead is not None and following is not None:
+                ahead(following)
             commit = attempt(functools.partial(worker, task), task)
             if committing is not None:
                 yield committing.result()

@@ -74,6 +74,7 @@ class LatentTable:
     @cached_property
     def schema(self) -> pa.Schema:
         """All columns of all parts (an append may add metadata columns); reads the parts' footers."""
+        self.store.prefetch([part.file for part in self.parts])
         schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
 

@@ -140,7 +140,11 @@ class Loader:
     def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
         epoch, first = locate(start, self.steps_per_epoch)
         order = self.epoch_order(epoch)
+        block = -1
         for step in range(first, first + stop - start):
+            if order.block_of(step) != block:
+                block = order.block_of(step)
+                self.rows.prefetch(*order.shards_from(step))
             part = order.step(step)
             if len(part.indices):
                 yield self._batch(self.rows.read(part.indices), part.positions, part.num_global)
@@ -149,6 +153,7 @@ class Loader:
                 yield self._batch(rows._replace(ordinals=rows.ordinals[:0]), part.positions, part.num_global)
 
     def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:
+        self.rows.prefetch(self.rows.shards_of(start, stop))
         for begin in range(start, stop, batch):
             indices = np.arange(begin, min(begin + batch, stop))
             yield self._batch(self.rows.read(indices), np.arange(len(indices)), len(indices))

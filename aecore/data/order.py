@@ -108,6 +108,7 @@ class EpochOrder:
         self._bounds = np.array([i * num_samples // order.lanes for i in range(order.lanes + 1)], np.int64)
         self._num_rows = -(-num_samples // order.lanes)  # samples of the longest lane
         shards = _permutation(f"{self._key}|shards", len(sizes))
+        self._shards = shards
         self._stream_starts = _starts(sizes[shards])
         self._shard_starts = _starts(sizes)[shards]
         self._cached: tuple[int, Int64s] | None = None
@@ -121,6 +122,29 @@ class EpochOrder:
         indices = self._rows(start, stop)
         present = indices >= 0
         return StepRows(indices[present], self._positions(start, stop)[:, own.start : own.stop][present], self._num_present(start, stop))
+
+    def block_of(self, step: int) -> int:
+        """Return the number of the block that a step begins in."""
+        return step * (self._order.global_batch // self._order.lanes) // self._order.block
+
+    def shards_from(self, step: int) -> tuple[Int64s, Int64s]:
+        """Return the numbers of the shards that the rank reads in the block of `step`, and of those that it first needs later.
+
+        Both in the order of need, as far as blocks tell: inside a block samples are shuffled.
+        """
+        block, begin = self._order.block, self.block_of(step) * self._order.block
+        needed: dict[int, int] = {}  # shard -> first block
+        for lane in self._order.own_lanes:
+            first, last = int(self._bounds[lane]) + begin, int(self._bounds[lane + 1])
+            if first < last:
+                low, high = np.searchsorted(self._stream_starts, [first, last - 1], side="right").tolist()
+                for place in range(low - 1, high):
+                    at = max(0, int(self._stream_starts[place]) - first) // block
+                    shard = int(self._shards[place])
+                    needed[shard] = min(at, needed.get(shard, at))
+        order = sorted(needed, key=needed.__getitem__)
+        now = sum(at == 0 for at in needed.values())
+        return np.array(order[:now], np.int64), np.array(order[now:], np.int64)
 
     def _num_present(self, start: int, stop: int) -> int:
         return int(np.minimum(np.diff(self._bounds), stop).sum() - np.minimum(np.diff(self._bounds), start).sum())

@@ -95,6 +95,21 @@ class SplitRows:
         with self._lock:
             return self._shard(number).reader
 
+    def prefetch(self, now: Int64s, later: Int64s | None = None) -> None:
+        """Begin to bring these shards near, in this order, where the data set is far away; let go of files that are not read `now`."""
+        if self.in_ram:
+            return
+        with self._lock:
+            for number in self._open.keys() - set(now.tolist()):
+                self._open[number].reader.close()  # its index is kept; a file that nobody has open may leave a full cache
+        shards = [self.shards[number] for number in (*now.tolist(), *(() if later is None else later.tolist()))]
+        self.dataset.store.prefetch([ref for shard in shards for ref in (shard.index, shard.tar)])
+
+    def shards_of(self, start: int, stop: int) -> Int64s:
+        """Return the numbers of the shards that hold the samples [start, stop)."""
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        return np.arange(first, last + 1)
+
     def close(self) -> None:
         """Close the open shards; a later read opens them again."""
         with self._lock:

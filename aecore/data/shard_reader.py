@@ -129,6 +129,7 @@ class ShardReader:
         for _ in self.iterate():
             pass
         self._store.check(self.shard.tar, verify=True)
+        self._store.check(self.shard.index, verify=True)  # where it lies: what was read above may be a copy on this machine
         if self.quarantine is not None and self.quarantine.num_rows != self.shard.quarantined:
             found, expected = self.quarantine.num_rows, self.shard.quarantined
             raise DataError(f"{self._name}: {found} rows in quarantine, the manifest says {expected}: {REMEDY}")

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
 DEFAULT_BYTES = 16 << 30
 KEPT_S = 60.0  # an object whose path was given out may be opened this much later
-FETCHERS = 4
+FETCHERS = 8
 
 
 class ObjectCache:
@@ -97,7 +97,7 @@ class ObjectCache:
     def _make_room(self, needed: int) -> None:
         """Evict what was not asked for the longest time until `needed` more bytes fit."""
         with _locked(self.root / "lock"):
-            found = [(entry.stat(), Path(entry)) for entry in os.scandir(self.root) if entry.name != "lock"]
+            found = _objects(self.root)
             total = sum(state.st_size for state, _ in found)
             for state, path in sorted(found, key=lambda item: item[0].st_mtime):
                 abandoned = path.suffix == ".part"
@@ -109,6 +109,16 @@ class ObjectCache:
             logger.warning(
                 "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", self.root, total, needed, self.limit
             )
+
+
+def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:
+    """Return what lies in the cache; an object that arrives meanwhile changes its name."""
+    found = []
+    for name in os.listdir(root):
+        with contextlib.suppress(FileNotFoundError):
+            if name != "lock":
+                found.append(((root / name).stat(), root / name))
+    return found
 
 
 def _remove_unused(path: Path) -> bool:

@@ -106,6 +106,17 @@ def test_a_part_is_committed_while_the_next_one_is_made():
     assert events == ["make a", "make b", "commit a", "commit b"]
 
 
+def test_a_worker_that_wants_to_know_is_told_what_comes_next():
+    told = []
+
+    class Foresighted(Worker):
+        def ahead(self, task):
+            told.append(task.stem)
+
+    collect(serial, Foresighted, [Task("a"), Task("b"), Task("c")])
+    assert told == ["b", "c"]
+
+
 def test_a_commit_that_fails_is_the_failure_of_its_part():
     seen = []
     with pytest.raises(StoreError, match=r"1 of 3 parts failed:\n  a: StoreError: full"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ class S3:
 
     def upload(self, folder: Path, prefix: str) -> None:
         """Put all files below `folder` into the bucket."""
-        client = self.raw
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                client.put_object(Bucket=self.bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+        client, paths = self.raw, [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+        def put(path: Path) -> None:
+            client.put_object(Bucket=self.bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put, paths))

@@ -142,3 +142,24 @@ def test_more_ranks_than_lanes_and_a_rank_that_is_not_there_are_refused() -> Non
 
 def test_a_step_is_an_epoch_and_a_step_in_it() -> None:
     assert [locate(step, 3) for step in (0, 2, 3, 7)] == [(0, 0), (0, 2), (1, 0), (2, 1)]
+
+
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    lanes=st.sampled_from([1, 2, 4]),
+    rows=st.integers(1, 3),
+    block=st.integers(1, 20),
+    data=st.data(),
+)
+def test_the_shards_to_come_are_those_that_the_rank_reads(counts, lanes, rows, block, data):
+    world = data.draw(st.integers(1, lanes))
+    order = TrainingOrder(lanes=lanes, block=block, global_batch=lanes * rows, rank=data.draw(st.integers(0, world - 1)), world=world)
+    epoch, starts = EpochOrder(counts, "key", order, 0), np.cumsum(counts) - counts
+    read = [set((np.searchsorted(starts, epoch.step(step).indices, side="right") - 1).tolist()) for step in range(epoch.num_steps)]
+    for step in range(epoch.num_steps):
+        now, later = ([shard for shard in shards.tolist() if counts[shard]] for shards in epoch.shards_from(step))
+        assert len(now + later) == len({*now, *later})
+        assert set().union(*read[step:]) <= {*now, *later}
+        same_block = [other for other in range(step, epoch.num_steps) if epoch.block_of(other) == epoch.block_of(step)]
+        assert set().union(*(read[other] for other in same_block[:-1])) <= set(now), "the last step may reach into the next block"
+    assert set().union(*read) == {shard for shards in epoch.shards_from(0) for shard in shards.tolist() if counts[shard]}

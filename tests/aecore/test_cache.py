@@ -1,0 +1,158 @@
+"""The cache of whole objects: shared by threads and processes, verified once, bounded, safe to lose."""
+
+import hashlib
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from aecore.errors import ConfigError, DataError
+from aecore.store import FileRef
+from aecore.store._cache import ObjectCache
+
+
+class Origin:
+    """Objects of `size` bytes by name; counts what is fetched from it."""
+
+    def __init__(self, size: int = 1000, pause_s: float = 0.0) -> None:
+        self.size, self.pause_s, self.fetched = size, pause_s, list[str]()
+
+    def data(self, name: str) -> bytes:
+        return (name.encode() * self.size)[: self.size]
+
+    def ref(self, name: str) -> FileRef:
+        return FileRef(name, self.size, hashlib.sha256(self.data(name)).hexdigest())
+
+    def fetch(self, ref: FileRef, target: Path) -> None:
+        self.fetched.append(ref.name)
+        time.sleep(self.pause_s)
+        target.write_bytes(self.data(ref.name))
+
+
+def read(cache: ObjectCache, origin: Origin, name: str) -> bytes:
+    with os.fdopen(cache.open(origin.ref(name), origin.fetch), "rb") as file:
+        return file.read()
+
+
+def held(cache: ObjectCache) -> int:
+    return sum(path.stat().st_size for path in cache.root.iterdir())
+
+
+def test_an_object_is_fetched_once_whoever_asks(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 1 << 20), Origin(pause_s=0.05)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda number: read(cache, origin, "ab"[number % 2]), range(64)))
+    assert found == [origin.data("ab"[number % 2]) for number in range(64)]
+    assert sorted(origin.fetched) == ["a", "b"]
+
+
+def _read_in_process(root: Path, log: Path) -> None:
+    origin = Origin(pause_s=0.2)
+    assert read(ObjectCache(root, 1 << 20), origin, "a") == origin.data("a")
+    with log.open("a") as file:
+        file.write("".join(f"{name}\n" for name in origin.fetched))
+
+
+def test_processes_share_it(tmp_path):
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=_read_in_process, args=(tmp_path / "c", tmp_path / "log")) for _ in "123"
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "a\n"
+
+
+def test_what_was_not_asked_for_the_longest_time_goes_first(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+    for name in "abc":
+        read(cache, origin, name)
+        time.sleep(0.01)
+    read(cache, origin, "a")
+    read(cache, origin, "d")
+    assert held(cache) == 3000
+    for name in "acd":
+        read(cache, origin, name)
+    assert origin.fetched == ["a", "b", "c", "d"]
+    read(cache, origin, "b")
+    assert held(cache) == 3000
+
+
+def test_an_open_object_is_not_evicted_and_readable_to_its_end(tmp_path, caplog):
+    cache, origin = ObjectCache(tmp_path / "cache", 1000), Origin()
+    descriptor = cache.open(origin.ref("a"), origin.fetch)
+    read(cache, origin, "b")
+    assert held(cache) == 2000 and "in use" in caplog.text
+    assert os.pread(descriptor, 2000, 0) == origin.data("a")
+    os.close(descriptor)
+    read(cache, origin, "c")
+    assert held(cache) == 1000
+
+
+def test_a_path_stays_for_a_while(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 1000), Origin()
+    path = cache.path(origin.ref("a"), origin.fetch)
+    read(cache, origin, "b")
+    assert path.read_bytes() == origin.data("a")
+
+
+def test_many_readers_of_a_small_cache_get_what_they_ask_for(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+    names = [chr(ord("a") + number % 9) for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda name: read(cache, origin, name), names)) == [origin.data(name) for name in names]
+    assert held(cache) <= 8 * 1000, "what eight readers have open at once"
+
+
+def test_a_fetch_that_fails_leaves_nothing_and_is_told(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+
+    def broken(ref, target):
+        target.write_bytes(b"half")
+        raise DataError("damaged")
+
+    with pytest.raises(DataError):
+        cache.open(origin.ref("a"), broken)
+    assert held(cache) == 0
+    assert read(cache, origin, "a") == origin.data("a")
+
+
+def test_leftovers_and_damage_of_a_killed_process_are_no_harm(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+    ref = origin.ref("a")
+    cache.root.mkdir()
+    (cache.root / f"{ref.sha256}.part").write_bytes(b"x" * 500)
+    (cache.root / f"{'0' * 64}.part").write_bytes(b"x" * 500)
+    (cache.root / ref.sha256).write_bytes(b"cut off")
+    assert read(cache, origin, "a") == origin.data("a")
+    assert held(cache) == 1000, "parts that nobody writes any more are removed"
+
+
+def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 8000), Origin()
+    failed = threading.Event()
+
+    def broken(ref, target):
+        failed.set()
+        raise DataError("gone")
+
+    cache.prefetch([origin.ref("x")], broken)
+    assert failed.wait(10)
+    cache.prefetch([origin.ref(name) for name in "abcdefgh"], origin.fetch)
+    deadline = time.monotonic() + 10
+    while len(origin.fetched) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(origin.fetched) == ["a", "b", "c", "d"], "half the cache, in order"
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("AECORE_CACHE_BYTES", "lots")
+    with pytest.raises(ConfigError, match="expected a number of bytes"):
+        ObjectCache()

@@ -1,0 +1,139 @@
+"""The whole chain in a bucket: the same bytes as in a folder, killed anywhere, cache bounded, first batch without a queue."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aecore.data.job import shard_dataset
+from aecore.data.loader import InputSpec, Loader
+from aecore.data.manifest import open_dataset
+from aecore.data.order import TrainingOrder
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.splits import SplitSpec
+from aecore.data.tasks import ShardSpec
+from aecore.data.verify import verify_dataset
+from aecore.encode import encode_dataset
+from aecore.encoder import EncodeSpec
+from aecore.table import open_table
+from aecore.train import fit
+from tests.aecore.encoding import image_folder
+from tests.aecore.training import losses, small_job
+
+SHARDS = ShardSpec(max_samples=20)
+PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", ".tmp/")  # they hold times, addresses, names of attempts
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """150 images in the splits train and test, one of them truncated."""
+    folder = image_folder(image_folder(tmp_path_factory.mktemp("images"), "train", range(120)), "test", range(120, 150))
+    bad = sorted(folder.rglob("*.png"))[7]
+    bad.write_bytes(bad.read_bytes()[:-20])
+    return folder
+
+
+def chain(source: str, out: str) -> None:
+    """Shard, train and encode below `out`."""
+    shard_dataset(FolderSpec(url=source), f"{out}/dataset", SplitSpec(by="folders"), SHARDS)
+    fit(small_job(f"{out}/dataset", f"{out}/run", epochs=3, every_steps=6))
+    encode_dataset(f"{out}/run", f"{out}/dataset", f"{out}/table", EncodeSpec(batch=16))
+
+
+def content(objects: dict[str, bytes]) -> dict[str, str]:
+    """Return name -> sha256 of everything but what belongs to the place; of a table's manifest only parts count (it names addresses)."""
+    kept = {name: data for name, data in objects.items() if not name.partition("/")[2].startswith(PER_PLACE)}
+    kept.pop("table/table.000001.json")
+    return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def local(images, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("local")
+    chain(str(images), str(out))
+    return out
+
+
+def test_the_chain_in_a_bucket_gives_the_bytes_of_the_chain_in_a_folder(s3, images, local):
+    s3.upload(images, "images")
+    chain(f"{s3.url}/images", f"{s3.url}/out")
+    found = content(s3.objects("out/"))
+    assert found == content(files(local))
+    assert "dataset/quarantine/train-000000.parquet" in found or any("quarantine" in name for name in found)
+    assert losses(f"{s3.url}/out/run") == losses(local / "run")
+    table, there = open_table(f"{s3.url}/out/table"), open_table(str(local / "table"))
+    assert table.keys.equals(there.keys)
+    assert table.dataset().count_rows() == there.dataset().count_rows() == 149
+    assert set(table.dataset().to_table(columns=["split"])["split"].to_pylist()) == {"train", "test"}
+    assert table.lineage(table.keys[5].as_py())["shard"] == there.lineage(there.keys[5].as_py())["shard"]
+    assert not verify_dataset(open_dataset(f"{s3.url}/out/dataset"), read_data=True).problems
+    table.verify(read_data=True, dataset=f"{s3.url}/out/dataset")
+
+
+def test_an_append_in_a_bucket_writes_only_what_is_new(s3, images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    source, out = FolderSpec(url=str(folder)), f"{s3.url}/dataset"
+    shard_dataset(source, out, SplitSpec(by="folders"), SHARDS)
+    before = s3.objects("dataset/")
+    image_folder(folder, "train", range(200, 210))
+    manifest = shard_dataset(source, out, SplitSpec(by="folders"), SHARDS)
+    assert manifest.number == 2 and manifest.num_samples() == 159
+    after = s3.objects("dataset/")
+    assert {name: after[name] for name in before} == before
+    assert [name for name in sorted(set(after) - set(before)) if name.endswith(".tar")] == ["shards/train-g000002-000000.tar"]
+
+
+KILLED = """
+import sys
+from tests.aecore.test_on_s3 import chain
+chain(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("fault", ["tar.linked:3", "checkpoint.synced:2", "part.linked:3"])  # `make accept` has all of them
+def test_killed_and_run_again_gives_the_same_bytes(s3, images, local, fault):
+    environment = os.environ | {"AECORE_FAULT": fault, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED, str(images), f"{s3.url}/out"]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -9
+    chain(str(images), f"{s3.url}/out")
+    assert content(s3.objects("out/")) == content(files(local))
+    assert losses(f"{s3.url}/out/run") == losses(local / "run")
+
+
+def test_a_damaged_shard_in_a_bucket_is_found_also_when_a_good_copy_is_cached(s3, images):
+    shard_dataset(FolderSpec(url=str(images)), f"{s3.url}/dataset", SplitSpec(by="folders"), SHARDS)
+    assert not verify_dataset(open_dataset(f"{s3.url}/dataset"), read_data=True).problems
+    name = "dataset/shards/train-000001.tar"
+    data = bytearray(s3.objects(name)[""])
+    data[1000] ^= 1
+    s3.raw.put_object(Bucket=s3.bucket, Key=name, Body=bytes(data))
+    (problem,) = verify_dataset(open_dataset(f"{s3.url}/dataset"), read_data=True).problems
+    assert "train-000001.tar is damaged" in problem
+
+
+def test_an_epoch_through_a_small_cache_reads_everything_once_per_stay(bad_s3, s3_proxy, images, monkeypatch, tmp_path):
+    out = f"{bad_s3.url}/dataset"
+    shard_dataset(FolderSpec(url=str(images)), out, SplitSpec(by="folders"), SHARDS)
+    dataset = open_dataset(out)
+    stored = sum(shard.tar.bytes + shard.index.bytes for shard in dataset.manifest.split("train"))
+    batches = {}
+    for name, limit in (("large", stored * 4), ("small", stored // 2)):
+        monkeypatch.setenv("AECORE_CACHE", str(tmp_path / name))
+        monkeypatch.setenv("AECORE_CACHE_BYTES", str(limit))
+        s3_proxy.clear()
+        order = TrainingOrder(global_batch=16, lanes=2, block=8)
+        with Loader(open_dataset(out), "train", order=order, spec=InputSpec(cache="none")) as loader:
+            batches[name] = [batch.ordinals.tolist() for batch in loader.batches(0, loader.steps_per_epoch)]
+        held = sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+        assert held <= limit
+        if name == "large":
+            assert s3_proxy.seen(r"GET .*\.tar") == len(dataset.manifest.split("train")), "each shard is fetched once"
+    assert batches["small"] == batches["large"]
