@@ -17,14 +17,14 @@ _numbers = itertools.count(1)
 
 
 @contextlib.contextmanager
-def start_server(folder: Path) -> Iterator[int]:
+def start_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
     """Start the server in a process of its own and give its port; it ends with the block, or with this process."""
     server = Path(__file__).with_name("server.py")
     errors = (folder / "errors").open("wb")
     with (
         errors,
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(server), str(folder / "server")],
+            [sys.executable, "-W", "ignore", str(server), str(folder / "server"), str(latency_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

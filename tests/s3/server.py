@@ -1,6 +1,6 @@
 """A real S3 server for tests: OpenStack Swift with its s3api, all four servers in one process on loopback.
 
-`python -m tests.s3.server FOLDER` prints `ready PORT` and serves until it is ended. It checks signatures and digests, knows
+`server.py FOLDER [LATENCY]` prints `ready PORT` and serves until its standard input ends; every request waits LATENCY seconds.
 multipart uploads and conditional creates. The folder needs a file system with user xattrs.
 """
 
@@ -12,6 +12,7 @@ eventlet.monkey_patch()  # before anything else is imported: it changes what oth
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from eventlet import listen, tpool, wsgi
 
@@ -68,7 +69,17 @@ user_test_tester = {secret} .admin
 """
 
 
-def serve(root: Path) -> None:
+def late(app: Any, latency_s: float) -> Any:
+    """Return the WSGI application, answering `latency_s` later."""
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        eventlet.sleep(latency_s)
+        return app(environ, start_response)
+
+    return answer
+
+
+def serve(root: Path, latency_s: float) -> None:
     etc, devices = root / "etc", root / "devices"
     etc.mkdir(parents=True)
     (devices / "disk").mkdir(parents=True)
@@ -96,11 +107,13 @@ def serve(root: Path) -> None:
     with open(os.devnull, "w") as nothing:
         for name in (*SERVERS, "proxy"):
             app = loadapp(str(etc / f"{name}.conf"))
+            if name == "proxy" and latency_s:
+                app = late(app, latency_s)
             eventlet.spawn(wsgi.server, sockets[name], app, log=nothing, log_output=False, max_size=512)
         print("ready", ports["proxy"], flush=True)
         tpool.execute(sys.stdin.buffer.read)  # until it ends: the server never outlives the test run that started it
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
     os._exit(0)
