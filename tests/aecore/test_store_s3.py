@@ -14,6 +14,7 @@ from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
 from aecore.store import _s3 as s3_module
 from aecore.store import _s3_client as client_module
+from tests.s3 import ACCESS_KEY, SECRET_KEY
 
 
 def ref_of(name: str, data: bytes) -> FileRef:
@@ -142,7 +143,7 @@ class TestFiles:
         store = open_store(f"{s3.url}/x")
         store.put("a", b"1", role="part")  # its session is open
         travelled = pickle.dumps(store)
-        assert b"testing" not in travelled and b"tester" not in travelled
+        assert SECRET_KEY.encode() not in travelled and ACCESS_KEY.encode() not in travelled
         assert pickle.loads(travelled).read("a") == b"1"
 
     def test_files_of_a_source_are_listed_and_read_ahead(self, s3):
@@ -312,8 +313,8 @@ class TestMistakes:
     def test_a_profile_gives_endpoint_and_keys(self, s3, tmp_path, monkeypatch):
         config = tmp_path / "config"
         config.write_text(
-            f"[profile lab]\nendpoint_url = http://127.0.0.1:{s3.port}\naws_access_key_id = test:tester\n"
-            "aws_secret_access_key = testing\nregion = us-east-1\n"
+            f"[profile lab]\nendpoint_url = http://127.0.0.1:{s3.port}\naws_access_key_id = {ACCESS_KEY}\n"
+            f"aws_secret_access_key = {SECRET_KEY}\nregion = us-east-1\n"
         )
         for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.delenv(name)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REGION, ACCESS_KEY, SECRET_KEY = "us-east-1", "test:tester", "testing"
+REGION, ACCESS_KEY = "us-east-1", "test:tester"
+SECRET_KEY = f"canary{secrets.token_hex(12)}"  # no artefact, log, pickle or database may hold it
 _numbers = itertools.count(1)
 
 
@@ -25,6 +27,7 @@ def start_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
         errors,
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(server), str(folder / "server"), str(latency_s)],
+            env={**os.environ, "TEST_S3_REGION": REGION, "TEST_S3_SECRET": SECRET_KEY},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

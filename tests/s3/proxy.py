@@ -89,7 +89,7 @@ class FaultProxy:
             answers, upstream = await asyncio.open_connection("127.0.0.1", self.upstream_port, limit=1 << 20)
             while await self._exchange(reader, writer, answers, upstream):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             writer.close()

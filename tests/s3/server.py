@@ -16,7 +16,7 @@ from typing import Any
 
 from eventlet import listen, tpool, wsgi
 
-REGION, SECRET_KEY = "us-east-1", "testing"
+REGION, SECRET_KEY = os.environ["TEST_S3_REGION"], os.environ["TEST_S3_SECRET"]
 SERVERS = ("account", "container", "object")
 STORAGE_CONF = """\
 [DEFAULT]

@@ -1,0 +1,61 @@
+"""The command with everything in a bucket: Ray workers, the flow, what `show` and `verify` say, and no credential anywhere."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.s3 import ACCESS_KEY, S3, SECRET_KEY
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = ("source.num_samples=512", "splits.by=hash", "splits.test=0.1", "shards.max_samples=100", "train.max_steps=12")
+PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", "table.", ".tmp/")  # they hold times, addresses, names of attempts
+
+
+def aepipe(*arguments: object, home: Path) -> tuple[Any, str]:
+    """Run the command with `--json`; return its answer and everything that it printed."""
+    environment = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "TMPDIR": str(home)}
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), done.stdout + done.stderr
+
+
+def content(objects: dict[str, bytes]) -> dict[str, str]:
+    kept = {name: data for name, data in objects.items() if not name.partition("/")[2].startswith(PER_PLACE)}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
+
+
+@pytest.mark.ray
+@pytest.mark.prefect
+@pytest.mark.slow
+def test_a_pipeline_on_two_workers_with_everything_in_a_bucket(s3: S3, tmp_path: Path) -> None:
+    sizes = ("cluster.num_workers=2", "cluster.resources_per_worker={CPU: 0.5}")
+    home = tmp_path / "home"
+    home.mkdir()
+    in_bucket, printed = aepipe("run", "demo", f"out={s3.url}/out", *SMALL, *sizes, home=home)
+    aepipe("run", "demo", f"out={tmp_path}/out", *SMALL, "cluster.num_workers=0", home=home)
+    objects = s3.objects("out/")
+    files = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    same = {name for name in files if name.startswith("dataset/")}
+    assert {name: value for name, value in content(objects).items() if name in same} == {
+        name: value for name, value in content(files).items() if name in same
+    }, "shards do not depend on workers or places"
+    assert in_bucket["encode"]["rows"] == 512
+
+    shown, more = aepipe("show", f"{s3.url}/out", home=home)
+    assert shown["kind"] == "root" and shown["table"]["rows"] == 512
+    verified, most = aepipe("verify", f"{s3.url}/out", "--read-data", home=home)
+    assert verified
+
+    canaries = (SECRET_KEY.encode(), ACCESS_KEY.encode())
+    everything = {"printed": (printed + more + most).encode(), **{f"s3 {name}": data for name, data in objects.items()}}
+    everything |= {str(path): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    everything |= {str(path): path.read_bytes() for path in Path(f"/tmp/aepipe-ray-{os.getuid()}").rglob("*") if path.is_file()}
+    assert any("prefect.db" in name for name in everything) and any("session_" in name for name in everything)
+    assert not [name for name, data in everything.items() if any(canary in data for canary in canaries)]
