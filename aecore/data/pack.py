@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +22,10 @@ from aecore.data.convert import Header, prepare
 from aecore.data.image import BadSample
 from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.record import DATA_EXTENSIONS
+from aecore.data.sources import Source, reader
 from aecore.data.tar import BLOCK, Packer, end_of_archive
 from aecore.data.tasks import ShardTask
 from aecore.errors import StoreError
-
-if TYPE_CHECKING:
-    from aecore.data.sources import Source
 
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
@@ -54,7 +52,7 @@ class Pack:
         digits = {label: b"%d" % label if label >= 0 else None for label in set(self.labels or ())}
         self.digits = None if self.labels is None else [digits[label] for label in self.labels]  # contents of the `.cls` members
 
-    def write(self, path: Path, source: "Source", background: Executor) -> None:
+    def write(self, path: Path, source: Source, background: Executor) -> None:
         """Write the whole tar to `path`; `background` hashes and writes, which release the interpreter lock."""
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -62,7 +60,7 @@ class Pack:
             raise StoreError(f"cannot write {path}: {error.strerror}") from error
         try:
             packed, position, flushed = Packer(), 0, Future[None]()
-            read = source.ahead(self.task.sources)
+            read = reader(source, self.task.sources)
             flushed.set_result(None)
             while position < len(self.task):
                 names, contents = list[bytes](), list[bytes]()

@@ -96,5 +96,8 @@ class Source(Protocol):
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension (lower case, no dot) and bytes of one listed sample; OSError if it cannot be read."""
 
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        """Return `read` for who reads exactly these sources in this order: where reading takes long it works ahead."""
+
+def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+    """Return what reads exactly these samples in this order: `source.ahead(names)` where a source works ahead, else `source.read`."""
+    ahead: Callable[[Sequence[str]], Callable[[str], tuple[str, bytes]]] | None = getattr(source, "ahead", None)
+    return source.read if ahead is None else ahead(names)

@@ -91,10 +91,6 @@ class FolderSource:
             os.close(descriptor)
         return _extension(source), data
 
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        """Return `read` for who reads exactly these sources in this order."""
-        return self.read
-
     def _require_folder(self) -> None:
         if self._root.is_dir():
             return

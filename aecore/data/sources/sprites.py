@@ -8,7 +8,7 @@ deflated, since deflate output differs between zlib builds (a 32x32 image takes 
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -71,9 +71,6 @@ class SpritesSource:
         labels = [names[k] for k in factors[0].tolist()]
         sizes = np.full(wanted, len(self.read(keys[0])[1]), dtype=np.int64)
         return Listing(keys, list(keys), sizes, label_names=labels, columns=columns)
-
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        return self.read
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Draw one image; DataError if the name is not one of this grid."""

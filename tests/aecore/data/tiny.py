@@ -1,7 +1,7 @@
 """Data sets with chosen shard sizes, written by the real writer: for tests of what reads them."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,6 @@ class MemorySource:
 
     def listing(self) -> Listing:
         return Listing(list(self.files), list(self.files), np.array([len(data) for data in self.files.values()], np.int64))
-
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        return self.read
 
     def read(self, source: str) -> tuple[str, bytes]:
         return source.rpartition(".")[2] if "." in source else "png", self.files[source]
