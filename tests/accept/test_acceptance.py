@@ -205,8 +205,8 @@ def polling(out: Path, verb: str) -> Iterator[list[str]]:
                 if verb == "shard":
                     dataset = open_dataset(str(out))
                     for shard in dataset.manifest.shards:
-                        dataset.store.local(shard.tar, verify=True)
-                        dataset.store.local(shard.index, verify=True)
+                        dataset.store.check(shard.tar, verify=True)
+                        dataset.store.check(shard.index, verify=True)
                 else:
                     assert open_table(str(out)).num_rows == 1099
             except (DataError, AssertionError) as error:
