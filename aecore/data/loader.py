@@ -6,6 +6,7 @@ nothing is copied between processes.
 """
 
 from collections.abc import Generator
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,9 +14,10 @@ import pyarrow as pa
 import torch
 
 from aecore._base.batch import Batch
-from aecore.data.decode import DecodeError
+from aecore.data.decode import DecodeError, Pixels
 from aecore.data.manifest import Dataset, ShardRef
 from aecore.data.order import EpochOrder, Int64s, TrainingOrder, locate
+from aecore.data.pairs import PairSpec, Partners, find_partners
 from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
@@ -57,6 +59,7 @@ class Loader:
         transform: names the decoder.
         spec: cache and prefetch.
         order: what `batches` follows; who reads ranges and shards only needs none.
+        pairs: gives every batch of `batches` partners in `x2`; None: there is no `x2`.
     """
 
     def __init__(
@@ -67,11 +70,13 @@ class Loader:
         transform: TransformSpec | None = None,
         spec: InputSpec | None = None,
         order: TrainingOrder | None = None,
+        pairs: PairSpec | None = None,
     ) -> None:
         self.spec = spec or InputSpec()
         self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes)
         self.num_samples = self.rows.num_samples
         self._order = order
+        self._pairs = pairs
 
     @property
     def order(self) -> TrainingOrder:
@@ -79,6 +84,11 @@ class Loader:
         if self._order is None:
             raise ConfigError(f"this Loader of split {self.rows.split!r} has no training order: give it order=TrainingOrder(...)")
         return self._order
+
+    @cached_property
+    def partners(self) -> Partners | None:
+        """What draws the partners, None without `pairs`; when first asked it reads the split's indexes (see `find_partners`)."""
+        return None if self._pairs is None else find_partners(self.rows, self._pairs, self.order.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,11 +156,17 @@ class Loader:
                 block = order.block_of(step)
                 self.rows.prefetch(*order.shards_from(step))
             part = order.step(step)
-            if len(part.indices):
-                yield self._batch(self.rows.read(part.indices), part.positions, part.num_global)
-            else:
-                rows = self.rows.read(np.zeros(1, np.int64))
-                yield self._batch(rows._replace(ordinals=rows.ordinals[:0]), part.positions, part.num_global)
+            rows, x2 = self._read(part.indices if len(part.indices) else np.zeros(1, np.int64), epoch)
+            if not len(part.indices):
+                rows = rows._replace(ordinals=rows.ordinals[:0])
+            yield self._batch(rows, part.positions, part.num_global, x2)
+
+    def _read(self, indices: Int64s, epoch: int) -> tuple[Rows, Pixels | None]:
+        """Return samples and the pixels of their partners, all read together; None without `pairs`."""
+        if self.partners is None:
+            return self.rows.read(indices), None
+        both = self.rows.read(np.concatenate([indices, self.partners.of(indices, epoch)]))
+        return Rows(*(column[: len(indices)] for column in both)), both.pixels[len(indices) :]
 
     def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:
         self.rows.prefetch(self.rows.shards_of(start, stop))
@@ -169,9 +185,11 @@ class Loader:
             bad = tuple(BadRow(start + error.row, error.reason, str(error)) for error in errors)
             yield ShardBatch(self._batch(rows, places, stop - start), start + places, bad)
 
-    def _batch(self, rows: Rows, positions: Int64s, num_global: int) -> Batch:
-        x = torch.from_numpy(rows.pixels)
-        if self.rows.sample.image:
-            x = x.permute(0, 3, 1, 2)
+    def _batch(self, rows: Rows, positions: Int64s, num_global: int, x2: Pixels | None = None) -> Batch:
+        x, partners = self._tensor(rows.pixels), None if x2 is None else self._tensor(x2)
         label = torch.from_numpy(rows.labels) if self.rows.labelled else None
-        return Batch(x, torch.from_numpy(rows.ordinals), torch.from_numpy(positions), num_global, label=label)
+        return Batch(x, torch.from_numpy(rows.ordinals), torch.from_numpy(positions), num_global, x2=partners, label=label)
+
+    def _tensor(self, pixels: Pixels) -> torch.Tensor:
+        tensor = torch.from_numpy(pixels)
+        return tensor.permute(0, 3, 1, 2) if self.rows.sample.image else tensor
