@@ -1,4 +1,4 @@
-"""AdaGVAE: the seeds' snippets, which dimensions are shared and how they are averaged, its numerics. Legend: B batch, S samples, D latent."""
+"""AdaGVAE: the documented snippets, what is shared and how it is averaged, its numerics. Legend: B batch, S samples, D latent."""
 
 import math
 
