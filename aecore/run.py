@@ -18,7 +18,7 @@ from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
 from aecore.metrics import row_of
 from aecore.optim import OptimSpec
-from aecore.registry import knob, spec, to_dict
+from aecore.registry import MODELS, knob, spec, to_dict
 from aecore.store import Store
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,17 @@ def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: 
     train.order(world=max(num_workers, 1))
     if checkpoint.best and train.val_split is None:
         raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
+
+
+def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] | None = None) -> None:
+    """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
+    if pairs == PairSpec():
+        return
+    built = MODELS.built_type(kind) if model is None else model
+    if not isinstance(built, type) or not issubclass(built, Trainable) or "x2" in built.train_inputs:
+        return
+    asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(pairs).items())
+    raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
 
 
 @dataclass(frozen=True)
@@ -166,13 +177,8 @@ def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | Non
 
 def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader:
     """Return the loader of the training split, with pairs if the model takes them; ConfigError if it takes none and they are asked for."""
-    paired = "x2" in model.train_inputs
-    if job.pairs != PairSpec() and not paired:
-        asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(job.pairs).items())
-        raise ConfigError(
-            f"{asked} draws pairs, but model.kind={job.model.kind} trains on single samples: remove pairs.*, or use model.kind=adagvae"
-        )
-    order, pairs = job.train.order(rank, world), job.pairs if paired else None
+    require_pairs_are_taken(job.pairs, job.model.kind, type(model))
+    order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
     return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
 
 

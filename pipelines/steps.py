@@ -195,13 +195,14 @@ def stage(recipe: Recipe, name: str) -> Recipe:
 def check_pipeline(recipe: Recipe) -> None:
     """ConfigError for what would stop a pipeline only after its first stages."""
     from aecore.encoder import require_posterior
-    from aecore.run import require_possible
+    from aecore.run import require_pairs_are_taken, require_possible
 
     recipe.require("out")
     if "shard" in stages(recipe):
         check_source(recipe)
     require_possible(recipe.train, recipe.checkpoint, recipe.cluster.num_workers)
     require_posterior(recipe.model, recipe.encode)
+    require_pairs_are_taken(recipe.pairs, recipe.model.kind)
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -5,6 +5,7 @@ One thread works ahead. Its price: it shares the interpreter with the training l
 nothing is copied between processes.
 """
 
+import itertools
 from collections.abc import Generator
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -16,13 +17,15 @@ import torch
 from aecore._base.batch import Batch
 from aecore.data.decode import DecodeError, Pixels
 from aecore.data.manifest import Dataset, ShardRef
-from aecore.data.order import EpochOrder, Int64s, TrainingOrder, locate
+from aecore.data.order import EpochOrder, Int64s, StepRows, TrainingOrder, locate
 from aecore.data.pairs import PairSpec, Partners, find_partners
 from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import knob, spec
+
+DRAWN_AT_ONCE = 4096  # samples of a global batch whose partners are drawn in one go
 
 
 @spec
@@ -149,23 +152,39 @@ class Loader:
 
     def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
         epoch, first = locate(start, self.steps_per_epoch)
-        order = self.epoch_order(epoch)
-        block = -1
-        for step in range(first, first + stop - start):
+        order, block = self.epoch_order(epoch), -1
+        steps = range(first, first + stop - start)
+        for step, (part, indices, partners) in zip(steps, self._steps(order, epoch, steps), strict=True):
             if order.block_of(step) != block:
                 block = order.block_of(step)
-                self.rows.prefetch(*order.shards_from(step))
-            part = order.step(step)
-            rows, x2 = self._read(part.indices if len(part.indices) else np.zeros(1, np.int64), epoch)
+                self._prefetch(*order.shards_from(step))
+            rows, x2 = self._read(indices, partners)
             if not len(part.indices):
                 rows = rows._replace(ordinals=rows.ordinals[:0])
             yield self._batch(rows, part.positions, part.num_global, x2)
 
-    def _read(self, indices: Int64s, epoch: int) -> tuple[Rows, Pixels | None]:
-        """Return samples and the pixels of their partners, all read together; None without `pairs`."""
-        if self.partners is None:
+    def _prefetch(self, now: Int64s, later: Int64s) -> None:
+        """Begin to bring shards near; partners may lie in any of them, so with pairs all are needed now."""
+        paired = self.partners is not None
+        self.rows.prefetch(np.concatenate([now, np.setdiff1d(np.arange(len(self.rows.shards)), now)]) if paired else now, later)
+
+    def _steps(self, order: EpochOrder, epoch: int, steps: range) -> Generator[tuple[StepRows, Int64s, Int64s | None], None, None]:
+        """Yield steps with the samples to read and their partners, which are drawn for many steps at once: that costs a fifth."""
+        at_once = max(1, DRAWN_AT_ONCE // self.order.global_batch)
+        for begin in range(0, len(steps), at_once):
+            parts = [order.step(step) for step in steps[begin : begin + at_once]]
+            indices = [part.indices if len(part.indices) else np.zeros(1, np.int64) for part in parts]
+            if self.partners is None:
+                yield from zip(parts, indices, itertools.repeat(None))
+            else:
+                drawn = self.partners.of(np.concatenate(indices), epoch)
+                yield from zip(parts, indices, np.split(drawn, np.cumsum([len(own) for own in indices])[:-1]), strict=True)
+
+    def _read(self, indices: Int64s, partners: Int64s | None) -> tuple[Rows, Pixels | None]:
+        """Return samples and the pixels of their partners, all read together; None without partners."""
+        if partners is None:
             return self.rows.read(indices), None
-        both = self.rows.read(np.concatenate([indices, self.partners.of(indices, epoch)]))
+        both = self.rows.read(np.concatenate([indices, partners]))
         return Rows(*(column[: len(indices)] for column in both)), both.pixels[len(indices) :]
 
     def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:

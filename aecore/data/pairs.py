@@ -2,7 +2,7 @@
 
 A partner is a pure function of (training split, seed, epoch, ordinal of the sample), so it does not depend on ranks, batches or
 resuming. It shares the label, or all factors (`factor_*` columns of the index) but k. The price: labels or factors of the whole split
-are held in memory on every rank (about 16 bytes per sample and column), and the indexes are read once before the first step.
+are held in memory on every rank (about 50 bytes per sample and 8 more per factor), and the indexes are read before the first step.
 
 A sample without a fitting partner (alone in its class, a hole in the grid of factors) is paired with itself: nothing is left out of
 an epoch, and two equal posteriors teach nothing wrong. A note says how many there are; if it is all of them, that is an error.
@@ -65,7 +65,7 @@ def find_partners(rows: "SplitRows", pairs: PairSpec, seed: int) -> Partners:
         `pairs.k` is not possible with the factors that are there.
     """
     where = f"split {rows.split!r} of {rows.dataset.url}"
-    tables: list[Any] = [rows.reader(number).index for number in np.flatnonzero(rows.counts).tolist()]  # any: as in rows.py
+    tables = [_needed(rows.reader(number).index) for number in np.flatnonzero(rows.counts).tolist()]
     key = f"{rows.dataset.manifest.training_key(rows.split)}|{seed}"
     draws = Draws(key, np.concatenate([table["ordinal"].to_numpy() for table in tables]))
     names = [name for name in tables[0].column_names if name.startswith(FACTOR)]
@@ -239,7 +239,12 @@ class FactorPartners:
         return int(index[0])
 
 
-def _levels(where: str, tables: list[pa.Table], names: list[str]) -> dict[str, Int64s]:
+def _needed(index: pa.Table) -> Any:  # any: pyarrow's stubs know no `fill_null` of a column
+    """Return the few columns of an index that pairs are drawn by; the others are let go when the shard is closed."""
+    return index.select([name for name in index.column_names if name in ("ordinal", "label") or name.startswith(FACTOR)])
+
+
+def _levels(where: str, tables: list[Any], names: list[str]) -> dict[str, Int64s]:
     """Return the factors as level numbers, in the order of their values."""
     levels = {}
     for name in names:

@@ -168,6 +168,7 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
             2,
             "pairs.by=label, pairs.k=random draws pairs, but model.kind=vae trains on single samples",
         ),
+        (["run", "sprites_vae", "out={tmp}/y", "pairs.k=1", HERE], 2, "draws pairs, but model.kind=vae trains on single samples"),
         (
             ["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "model.kind=adagvae", "pairs.k=7", "--dry-run"],
             2,

@@ -76,6 +76,11 @@ def test_built_model_gives_back_the_shape_and_finite_flat_float32_latents(kind: 
 
 
 @every
+def test_a_build_function_says_which_class_it_returns(kind: str, backbone: str) -> None:
+    assert MODELS.built_type(kind) is type(make(kind, backbone, (17,)))
+
+
+@every
 @every_shape
 def test_gradient_reaches_every_parameter(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
     model = make(kind, backbone, shape)
