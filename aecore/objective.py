@@ -36,11 +36,13 @@ class Objective(nn.Module):
 def noise_for(model: Trainable, batch: Batch, seed: int, index: int) -> Tensor | None:
     """Return the noise of `batch`'s rows `[n, S, D]` on its device: drawn for the whole global batch from (seed, index), then sliced.
 
-    None if the model takes none. A rank without a sample (no positions, one repeated row) gets the noise of row 0.
+    `[n, 2, S, D]` for a batch of pairs. None if the model takes none. A rank without a sample (no positions, one repeated row) gets
+    the noise of row 0.
     """
     shape = model.noise_shape()
     if shape is None:
         return None
-    noise = step_noise(seed, index, (batch.num_global, *shape))
+    views = () if batch.x2 is None else (2,)
+    noise = step_noise(seed, index, (batch.num_global, *views, *shape))
     rows = noise[batch.positions] if len(batch.positions) else noise[:1]
     return rows.to(batch.x.device)

@@ -148,6 +148,12 @@ class Registry:
             raise ConfigError(f"unknown {self.noun} kind {kind!r}{did_you_mean(kind, self._parts)}")
         return self._parts[kind][0]
 
+    def built_type(self, kind: str) -> Any:  # any: a class, or another type that the build function says it returns
+        """Return what the build function of `kind` says it returns (None if it says nothing), without building one."""
+        self.spec_type(kind)
+        build = self._parts[kind][1]
+        return build if isinstance(build, type) else get_type_hints(build).get("return")
+
     def from_dict(self, data: Mapping[str, Any]) -> Any:  # any: the spec type is chosen by `kind`
         """Build the spec named by `data["kind"]`."""
         if "kind" not in data:

@@ -1,21 +1,27 @@
 """What a run is: its specs, its identity, its claim on a folder, and its result."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint
-from aecore.data.loader import InputSpec
+from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
+from aecore.data.pairs import PairSpec
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
 from aecore.metrics import row_of
 from aecore.optim import OptimSpec
-from aecore.registry import knob, spec, to_dict
+from aecore.registry import MODELS, knob, spec, to_dict
 from aecore.store import Store
+
+logger = logging.getLogger(__name__)
 
 CLAIM = "run.000001.json"
 
@@ -57,6 +63,17 @@ def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: 
         raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
 
 
+def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] | None = None) -> None:
+    """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
+    if pairs == PairSpec():
+        return
+    built = MODELS.built_type(kind) if model is None else model
+    if not isinstance(built, type) or not issubclass(built, Trainable) or "x2" in built.train_inputs:
+        return
+    asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(pairs).items())
+    raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """Everything that decides a run. `data` is a dataset's URL, `out` the run's; the rest are specs."""
@@ -70,6 +87,7 @@ class TrainJob:
     train: TrainSpec = field(default_factory=TrainSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     input: InputSpec = field(default_factory=InputSpec)
+    pairs: PairSpec = field(default_factory=PairSpec)
 
     def __post_init__(self) -> None:
         require_possible(self.train, self.checkpoint)
@@ -77,6 +95,8 @@ class TrainJob:
     def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
         """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
         parts = {name: getattr(self, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input")}
+        if self.pairs != PairSpec():  # left out where it is the default: most models draw no pairs
+            parts["pairs"] = self.pairs
         splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
         return {
             **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
@@ -118,13 +138,12 @@ def is_claimed(job: TrainJob, store: Store, dataset: Dataset) -> bool:
 def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
     """Claim `out` for this job, or continue it; ConfigError with the differing fields if another job owns it.
 
-    What cannot be trained at all (a split that is not there, weights of `init_from` that do not fit) is refused before the claim.
+    What cannot be trained at all is refused before the claim (see `require_trainable`).
     """
     if is_claimed(job, store, dataset):
         return
     loaded = None if job.train.init_from is None else load_model(job.train.init_from)
-    if loaded is not None:
-        start_from(model_config(job, dataset).build(), loaded)
+    require_trainable(job, dataset, loaded)
     identity = job.identity(dataset, None if loaded is None else loaded.sha256)
     info = {
         "data": job.data,
@@ -139,6 +158,28 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
 def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
     """Return the config of the model that this job trains on this dataset."""
     return ModelConfig(job.model, job.backbone, job.transform, dataset.manifest.input_shape())
+
+
+def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | None = None) -> Trainable:
+    """Build and return the job's model, unless the dataset, its pairs or the weights of `init_from` do not fit it.
+
+    Raises ConfigError or DataError; reads the indexes of the split if the model trains on pairs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = model_config(job, dataset).build()
+    if loaded is not None:
+        start_from(model, loaded)
+    with train_loader(job, dataset, model) as loader:
+        for note in () if loader.partners is None else loader.partners.notes:
+            logger.info(note)
+    return model
+
+
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader:
+    """Return the loader of the training split, with pairs if the model takes them; ConfigError if it takes none and they are asked for."""
+    require_pairs_are_taken(job.pairs, job.model.kind, type(model))
+    order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
+    return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
 
 
 def start_from(model: Trainable, loaded: LoadedModel) -> None:

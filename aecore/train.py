@@ -39,7 +39,6 @@ from aecore.checkpoint import (
 )
 from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
-from aecore.data.order import TrainingOrder
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
 from aecore.generations import read_json
@@ -61,6 +60,7 @@ from aecore.run import (
     pinned_dataset,
     start_from,
     total_steps,
+    train_loader,
 )
 from aecore.store import Store, open_store, sha256_json
 from aecore.validation import validate
@@ -106,13 +106,14 @@ class _Training:
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
         self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
-        self.loader = self._loader(job.train.split, job.train.order(rank.index, rank.world))
-        self.val_loader = None if job.train.val_split is None else self._loader(job.train.val_split)
+        model = self._build()
+        self.loader = train_loader(job, dataset, model, rank.index, rank.world)
+        self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
-        self.objective = Objective(self._build(), Transform(job.transform), job.model.likelihood).to(rank.device)
+        self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
         self.optimizer = build_optimizer(job.optim, self.objective)
         self.step = self._resume()
         self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
@@ -123,8 +124,8 @@ class _Training:
             if loader is not None:
                 loader.close()
 
-    def _loader(self, split: str, order: TrainingOrder | None = None) -> Loader:
-        return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input, order=order)
+    def _val_loader(self, split: str) -> Loader:
+        return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input)
 
     def _build(self) -> Trainable:
         with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,10 @@
 """Exact sums over a split: contiguous ranges cut on batch boundaries, the unwrapped model, one all-reduce, a count that must agree.
 
 The ELBO is sampled (S = 1, beta 1) with noise from (seed, batch index), never taken at z = mu, which reads 5-6 nats too good on
-MNIST. The batch size is part of the definition of the noise, not of who computes it: any number of ranks gives the same numbers.
+MNIST. Samples are scored one by one, also by a model that trains on pairs: then it is the ELBO of the VAE inside, while the training
+objective sums over both inputs of a pair.
+
+The batch size is part of the definition of the noise, not of who computes it: any number of ranks gives the same numbers.
 """
 
 from collections.abc import Callable, Iterable

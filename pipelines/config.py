@@ -22,6 +22,7 @@ from pipelines.validate import MissingKey, build_spec
 
 if TYPE_CHECKING:
     from aecore.data.loader import InputSpec
+    from aecore.data.pairs import PairSpec
     from aecore.data.splits import SplitSpec
     from aecore.data.tasks import ShardSpec
     from aecore.data.transform import TransformSpec
@@ -72,6 +73,7 @@ SECTIONS: dict[str, str | Registry] = {
     "train": "aecore.run:TrainSpec",
     "checkpoint": "aecore.run:CheckpointSpec",
     "input": "aecore.data.loader:InputSpec",
+    "pairs": "aecore.data.pairs:PairSpec",
     "encode": "aecore.encoder:EncodeSpec",
     "evaluate": "pipelines.config:EvaluateSpec",
     "cluster": "pipelines.config:ClusterSpec",
@@ -97,6 +99,7 @@ class Recipe:
         train: TrainSpec
         checkpoint: CheckpointSpec
         input: InputSpec
+        pairs: PairSpec
         encode: EncodeSpec
         evaluate: EvaluateSpec
         cluster: ClusterSpec

@@ -88,31 +88,30 @@ def train_job_of(recipe: Recipe) -> Any:
     """Return the `aecore.run.TrainJob` of a recipe."""
     from aecore.run import TrainJob
 
-    parts = {name: getattr(recipe, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input")}
+    parts = {name: getattr(recipe, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")}
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
 
 
 def _train_plan(job: Any) -> Tree:
     """Return what `train` would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
     from aecore.checkpoint import load_model
-    from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, start_from, total_steps
+    from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, require_trainable, total_steps
 
     store = open_store(job.out)
     dataset = pinned_dataset(job, store)
     for split in (job.train.split, job.train.val_split):
         if split is not None:
             dataset.manifest.split(split)
-    config = model_config(job, dataset)
-    model = config.build()
-    if not is_claimed(job, store, dataset) and job.train.init_from is not None:
-        start_from(model, load_model(job.train.init_from))
+    claimed = is_claimed(job, store, dataset)
+    loaded = None if claimed or job.train.init_from is None else load_model(job.train.init_from)
+    model = require_trainable(job, dataset, loaded)
     return {
         "step": "train",
         "run": job.out,
         "dry_run": True,
         "finished": finished_run(store) is not None,
         "samples": dataset.manifest.num_samples(job.train.split),
-        "input_shape": list(config.input_shape),
+        "input_shape": list(model_config(job, dataset).input_shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": total_steps(job, dataset),
     }
@@ -196,13 +195,14 @@ def stage(recipe: Recipe, name: str) -> Recipe:
 def check_pipeline(recipe: Recipe) -> None:
     """ConfigError for what would stop a pipeline only after its first stages."""
     from aecore.encoder import require_posterior
-    from aecore.run import require_possible
+    from aecore.run import require_pairs_are_taken, require_possible
 
     recipe.require("out")
     if "shard" in stages(recipe):
         check_source(recipe)
     require_possible(recipe.train, recipe.checkpoint, recipe.cluster.num_workers)
     require_posterior(recipe.model, recipe.encode)
+    require_pairs_are_taken(recipe.pairs, recipe.model.kind)
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -6,10 +6,14 @@ pydantic checks the types, strictly (the text "8" is no number), and refuses unk
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import (
     Any,
     NotRequired,  # pydantic refuses the ones of typing before Python 3.12
+    Union,
+    get_args,
+    get_origin,
 )
 
 import pydantic
@@ -32,7 +36,7 @@ def build_spec(section: str, cls: type, values: Mapping[str, Any]) -> Any:
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
         kind_of_error = MissingKey if all(problem["type"] == "missing" for problem in problems) else ConfigError
-        raise kind_of_error("\n".join(_message(section, cls, problem) for problem in problems)) from None
+        raise kind_of_error("\n".join(_message(section, cls, problem) for problem in _joined(cls, problems))) from None
     except ConfigError as error:
         raise ConfigError(str(error).replace(f"{cls.__name__}.", f"{section}.")) from None
 
@@ -47,6 +51,18 @@ def _types(cls: type) -> pydantic.TypeAdapter[Any]:
     shape = make(cls.__name__, fields)
     shape.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
     return pydantic.TypeAdapter(shape)
+
+
+def _joined(cls: type, problems: Sequence[Any]) -> list[Any]:
+    """Return the problems, those of one field of several types (`int | Literal["random"]`) as one: pydantic reports each type alone."""
+    joined: dict[tuple[Any, ...], Any] = {}
+    for problem in problems:
+        hint = field_types(cls).get(problem["loc"][0]) if problem["loc"] else None
+        several = get_origin(hint) in (Union, UnionType) and len([kind for kind in get_args(hint) if kind is not type(None)]) > 1
+        loc = problem["loc"][:1] if several else problem["loc"]
+        before = f"{joined[loc]['msg']} or " if loc in joined else ""
+        joined[loc] = {**problem, "loc": loc, "msg": before + problem["msg"].removeprefix("Input should be ")}
+    return list(joined.values())
 
 
 def _message(section: str, cls: type, problem: Any) -> str:

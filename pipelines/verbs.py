@@ -46,7 +46,7 @@ def _source(word: str) -> dict[str, str]:
     writes=True,
 )
 def _train(args: Args) -> Result:
-    sections = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "cluster")
+    sections = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs", "cluster")
     return launch.step("train", args, {}, sections)
 
 

@@ -14,7 +14,7 @@ class Trainable(BaseAutoencoder):
     """An autoencoder that the jobs can train and encode with. `batch.x` is float and on the model's device.
 
     Attributes:
-        train_inputs, encode_inputs: names of the `Batch` fields that `loss` and `latents` read.
+        train_inputs, encode_inputs: names of the `Batch` fields that `loss` (in training mode) and `latents` read.
     """
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x",)
@@ -22,13 +22,14 @@ class Trainable(BaseAutoencoder):
 
     @abstractmethod
     def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:
-        """Shape of the noise that `loss` takes for one sample, such as (S, D); None if it takes none."""
+        """Shape of the noise that `loss` takes for one input, such as (S, D); None if it takes none."""
 
     @abstractmethod
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
         """Forward and loss of one batch; means over its n rows.
 
-        `eps` is `[n, *noise_shape(S)]` standard normal noise; without it the model draws its own from torch's global generator.
+        `eps` is `[n, *noise_shape(S)]` standard normal noise, `[n, 2, *noise_shape(S)]` for a batch of pairs (`x2` is there); without it
+        the model draws its own from torch's global generator. In evaluation mode every model takes single samples.
         """
 
     @abstractmethod

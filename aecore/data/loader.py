@@ -5,7 +5,9 @@ One thread works ahead. Its price: it shares the interpreter with the training l
 nothing is copied between processes.
 """
 
+import itertools
 from collections.abc import Generator
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,14 +15,17 @@ import pyarrow as pa
 import torch
 
 from aecore._base.batch import Batch
-from aecore.data.decode import DecodeError
+from aecore.data.decode import DecodeError, Pixels
 from aecore.data.manifest import Dataset, ShardRef
-from aecore.data.order import EpochOrder, Int64s, TrainingOrder, locate
+from aecore.data.order import EpochOrder, Int64s, StepRows, TrainingOrder, locate
+from aecore.data.pairs import PairSpec, Partners, find_partners
 from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import knob, spec
+
+DRAWN_AT_ONCE = 4096  # samples of a global batch whose partners are drawn in one go
 
 
 @spec
@@ -57,6 +62,7 @@ class Loader:
         transform: names the decoder.
         spec: cache and prefetch.
         order: what `batches` follows; who reads ranges and shards only needs none.
+        pairs: gives every batch of `batches` partners in `x2`; None: there is no `x2`.
     """
 
     def __init__(
@@ -67,11 +73,13 @@ class Loader:
         transform: TransformSpec | None = None,
         spec: InputSpec | None = None,
         order: TrainingOrder | None = None,
+        pairs: PairSpec | None = None,
     ) -> None:
         self.spec = spec or InputSpec()
         self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes)
         self.num_samples = self.rows.num_samples
         self._order = order
+        self._pairs = pairs
 
     @property
     def order(self) -> TrainingOrder:
@@ -79,6 +87,11 @@ class Loader:
         if self._order is None:
             raise ConfigError(f"this Loader of split {self.rows.split!r} has no training order: give it order=TrainingOrder(...)")
         return self._order
+
+    @cached_property
+    def partners(self) -> Partners | None:
+        """What draws the partners, None without `pairs`; when first asked it reads the split's indexes (see `find_partners`)."""
+        return None if self._pairs is None else find_partners(self.rows, self._pairs, self.order.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -139,18 +152,40 @@ class Loader:
 
     def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
         epoch, first = locate(start, self.steps_per_epoch)
-        order = self.epoch_order(epoch)
-        block = -1
-        for step in range(first, first + stop - start):
+        order, block = self.epoch_order(epoch), -1
+        steps = range(first, first + stop - start)
+        for step, (part, indices, partners) in zip(steps, self._steps(order, epoch, steps), strict=True):
             if order.block_of(step) != block:
                 block = order.block_of(step)
-                self.rows.prefetch(*order.shards_from(step))
-            part = order.step(step)
-            if len(part.indices):
-                yield self._batch(self.rows.read(part.indices), part.positions, part.num_global)
+                self._prefetch(*order.shards_from(step))
+            rows, x2 = self._read(indices, partners)
+            if not len(part.indices):
+                rows = rows._replace(ordinals=rows.ordinals[:0])
+            yield self._batch(rows, part.positions, part.num_global, x2)
+
+    def _prefetch(self, now: Int64s, later: Int64s) -> None:
+        """Begin to bring shards near; partners may lie in any of them, so with pairs all are needed now."""
+        paired = self.partners is not None
+        self.rows.prefetch(np.concatenate([now, np.setdiff1d(np.arange(len(self.rows.shards)), now)]) if paired else now, later)
+
+    def _steps(self, order: EpochOrder, epoch: int, steps: range) -> Generator[tuple[StepRows, Int64s, Int64s | None], None, None]:
+        """Yield steps with the samples to read and their partners, which are drawn for many steps at once: that costs a fifth."""
+        at_once = max(1, DRAWN_AT_ONCE // self.order.global_batch)
+        for begin in range(0, len(steps), at_once):
+            parts = [order.step(step) for step in steps[begin : begin + at_once]]
+            indices = [part.indices if len(part.indices) else np.zeros(1, np.int64) for part in parts]
+            if self.partners is None:
+                yield from zip(parts, indices, itertools.repeat(None))
             else:
-                rows = self.rows.read(np.zeros(1, np.int64))
-                yield self._batch(rows._replace(ordinals=rows.ordinals[:0]), part.positions, part.num_global)
+                drawn = self.partners.of(np.concatenate(indices), epoch)
+                yield from zip(parts, indices, np.split(drawn, np.cumsum([len(own) for own in indices])[:-1]), strict=True)
+
+    def _read(self, indices: Int64s, partners: Int64s | None) -> tuple[Rows, Pixels | None]:
+        """Return samples and the pixels of their partners, all read together; None without partners."""
+        if partners is None:
+            return self.rows.read(indices), None
+        both = self.rows.read(np.concatenate([indices, partners]))
+        return Rows(*(column[: len(indices)] for column in both)), both.pixels[len(indices) :]
 
     def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:
         self.rows.prefetch(self.rows.shards_of(start, stop))
@@ -169,9 +204,11 @@ class Loader:
             bad = tuple(BadRow(start + error.row, error.reason, str(error)) for error in errors)
             yield ShardBatch(self._batch(rows, places, stop - start), start + places, bad)
 
-    def _batch(self, rows: Rows, positions: Int64s, num_global: int) -> Batch:
-        x = torch.from_numpy(rows.pixels)
-        if self.rows.sample.image:
-            x = x.permute(0, 3, 1, 2)
+    def _batch(self, rows: Rows, positions: Int64s, num_global: int, x2: Pixels | None = None) -> Batch:
+        x, partners = self._tensor(rows.pixels), None if x2 is None else self._tensor(x2)
         label = torch.from_numpy(rows.labels) if self.rows.labelled else None
-        return Batch(x, torch.from_numpy(rows.ordinals), torch.from_numpy(positions), num_global, label=label)
+        return Batch(x, torch.from_numpy(rows.ordinals), torch.from_numpy(positions), num_global, x2=partners, label=label)
+
+    def _tensor(self, pixels: Pixels) -> torch.Tensor:
+        tensor = torch.from_numpy(pixels)
+        return tensor.permute(0, 3, 1, 2) if self.rows.sample.image else tensor

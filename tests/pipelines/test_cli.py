@@ -163,6 +163,23 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["verify", "{walk}", "--dataset", "{tmp}/none"], 3, "{tmp}/none holds no data set"),
         (["verify", "{walk}/table", "--dataset", "{tmp}/none"], 3, "{tmp}/none holds no data set"),
         (["verify", "{walk}", "--dataset", ""], 2, "--dataset is empty"),
+        (
+            ["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "pairs.by=label"],
+            2,
+            "pairs.by=label, pairs.k=random draws pairs, but model.kind=vae trains on single samples",
+        ),
+        (["run", "sprites_vae", "out={tmp}/y", "pairs.k=1", HERE], 2, "draws pairs, but model.kind=vae trains on single samples"),
+        (
+            ["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "model.kind=adagvae", "pairs.k=7", "--dry-run"],
+            2,
+            "pairs.k is 7, expected",
+        ),
+        (["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "model.kind=adagvae", "pairs.by=lable"], 2, "pairs.by is 'lable'"),
+        (
+            ["train", "data={walk}/dataset", "out={tmp}/y", *TINY, "pairs.k=two"],
+            2,
+            "pairs.k is 'two' (str), expected a valid integer or 'random' (",
+        ),
         (["shard", "sprites", "/proc/nothing/here", *SPRITES], 4, "cannot write under /proc/nothing/here"),
     ],
 )
@@ -174,6 +191,20 @@ def test_bad_input_ends_with_its_exit_code_and_one_message(
     assert message.replace("{tmp}", places["tmp"]) in error
     assert "Traceback" not in error
     assert [line for line in error.splitlines() if line.startswith("aepipe: ")], error
+
+
+def test_a_model_on_pairs_trains_encodes_and_is_evaluated_like_any_other(
+    walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, table, data = str(tmp_path / "run"), str(tmp_path / "table"), str(walk / "dataset")
+    trained = json.loads(said(capsys, "train", f"data={data}", f"out={run}", *TINY, "model.kind=adagvae", "pairs.k=2", "--json"))
+    assert {"elbo", "log_likelihood_x1", "kl_divergence_x2"} <= set(trained["metrics"])
+    assert json.loads(said(capsys, "encode", run, data, table, HERE, "--json"))["rows"] == 200
+    scores = json.loads(said(capsys, "evaluate", run, data, HERE, "--json"))
+    assert scores["elbo"] == pytest.approx(scores["log_likelihood"] - scores["kl"])
+    assert said(capsys, "verify", table, "--read-data").startswith("ok")
+    knobs = json.loads(said(capsys, "list", "models", "--json"))["adagvae"]["knobs"]
+    assert {"latent_dim", "beta", "likelihood", "averaging", "divergence"} <= set(knobs)
 
 
 def test_a_prefect_server_that_does_not_answer_is_a_cluster_error(

@@ -1,0 +1,227 @@
+"""The adaptive group VAE of Locatello et al. (2020), "Weakly-Supervised Disentanglement Without Compromises".
+
+Two inputs that share some unknown factors are encoded; latent dimensions in which their posteriors are close are taken as shared and
+averaged. That happens in training only: a trained model encodes single inputs, by the VAE that it wraps.
+Legend: B batch, S samples, D latent, n rows.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from aecore._base.base import ModelOutput
+from aecore._base.batch import Batch
+from aecore._base.trainable import Trainable
+from aecore.loss import LikelihoodType, LossResult, kl_divergence_diag_gaussian
+from aecore.loss.schedules import beta_at
+from aecore.precision import at_least_float32, without_autocast
+from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.variational._vae import VAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
+
+AVERAGINGS = ("gvae", "mlvae")
+DIVERGENCES = ("kl", "symmetric")
+Posterior = tuple[Tensor, Tensor]  # mu and log_var, [B, D] each
+
+
+@dataclass(slots=True, eq=False)
+class AdaGVAEOutput(ModelOutput):
+    """One `VAEOutput` per input of the pair; in training their posteriors are the adapted ones."""
+
+    output1: VAEOutput
+    output2: VAEOutput
+
+
+class AdaGVAE(Trainable):
+    r"""A VAE trained on pairs whose close posterior dimensions are averaged. State dict: that of the VAE, prefixed with `vae.`.
+
+    Per pair and dimension :math:`\delta_d = KL(q_1 \| q_2)`; dimensions with :math:`\delta_d < (\max_d \delta_d + \min_d \delta_d) / 2`
+    are shared. The objective of a pair is the sum of both negative ELBOs, so it is about twice that of one input.
+
+    Args:
+        vae: encodes and decodes; also the model for single inputs.
+        averaging: of a shared dimension. `gvae`: mean of the means and of the variances (Hosoya 2019). `mlvae`: normalised geometric
+            mean of the posteriors, that is precision-weighted mean and harmonic mean of the variances (Bouchacourt et al. 2018).
+        divergence: `kl` as above, or `symmetric`: the mean of KL(q1 || q2) and KL(q2 || q1).
+
+    >>> model = AdaGVAE(VAE(nn.Linear(12, 8), nn.Linear(4, 12), latent_dim=4))
+    >>> model.build(torch.zeros(1, 12))
+    >>> model((torch.zeros(2, 12), torch.ones(2, 12)), S=3).output2.z.shape
+    torch.Size([2, 3, 4])
+    """
+
+    train_inputs: ClassVar[tuple[str, ...]] = ("x", "x2")
+
+    def __init__(self, vae: VAE, averaging: str = "gvae", divergence: str = "kl") -> None:
+        super().__init__()
+        for name, value, known in (("averaging", averaging, AVERAGINGS), ("divergence", divergence, DIVERGENCES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        self.vae = vae
+        self.averaging = averaging
+        self.divergence = divergence
+
+    def build(self, input_sample: Any) -> None:  # any: a tensor or a pair of them
+        """Materialise lazy layers with one input batch `[B, ...]` or a pair of them; modes are restored, also on failure."""
+        if isinstance(input_sample, Tensor):
+            self.vae.build(input_sample)
+        else:
+            super().build(input_sample)
+
+    def _encode(self, x: Tensor, S: int = 1, sample: bool | None = None, eps: Tensor | None = None) -> VAEEncodeOutput:
+        return self.vae._encode(x, S, sample, eps)
+
+    def _decode(self, z: Tensor) -> VAEDecodeOutput:
+        return self.vae._decode(z)
+
+    def forward(self, pair: tuple[Tensor, Tensor], S: int = 1, sample: bool | None = None, eps: Tensor | None = None) -> AdaGVAEOutput:
+        """Encode both inputs, average what they share (training mode only), draw S latents of each and decode them.
+
+        Args:
+            pair: inputs `x1` and `x2`, both `[B, ...]`.
+            S: latents per input, at least 1.
+            sample: True draws, False takes z = mu; None draws in training mode and takes the mean in evaluation mode.
+            eps: standard normal noise `[B, 2, S, D]`, of x1 and x2; None takes it from torch's global generator.
+
+        Raises:
+            ValueError: not a pair, two shapes, or `eps` of another shape.
+        """
+        x1, x2 = _require_pair(pair)
+        eps1, eps2 = (None, None) if eps is None else _noise_of_each(eps)
+        if not self.training:
+            return AdaGVAEOutput(self.vae(x1, S, sample, eps1), self.vae(x2, S, sample, eps2))
+        q1, q2 = self._adapt(self._posterior(x1), self._posterior(x2))
+        drawn = sample is None or sample
+        return AdaGVAEOutput(self._decoded(q1, S, drawn, eps1), self._decoded(q2, S, drawn, eps2))
+
+    def _posterior(self, x: Tensor) -> Posterior:
+        return self.vae.sampling_layer.get_params(self.vae.encoder(x))
+
+    def _decoded(self, q: Posterior, S: int, drawn: bool, eps: Tensor | None) -> VAEOutput:
+        mu, log_var = q
+        noise = eps if drawn else mu.new_zeros(len(mu), S, mu.shape[1])
+        z = self.vae.sampling_layer.reparametrize(mu, log_var, S, noise)
+        return VAEOutput(self.vae._decode(z).x_hat, z, mu, log_var)
+
+    def _adapt(self, q1: Posterior, q2: Posterior) -> tuple[Posterior, Posterior]:
+        """Return both posteriors with their shared dimensions averaged; which are shared has no gradient."""
+        with torch.no_grad():
+            delta = kl_divergence_diag_gaussian(*q1, *q2, reduce_sum=False)
+            if self.divergence == "symmetric":
+                delta = (delta + kl_divergence_diag_gaussian(*q2, *q1, reduce_sum=False)) / 2
+            tau = (delta.amax(1, keepdim=True) + delta.amin(1, keepdim=True)) / 2
+            shared = delta < tau
+        average = _average_gvae if self.averaging == "gvae" else _average_mlvae
+        with without_autocast(q1[0]):
+            mu, log_var = average(*map(at_least_float32, (*q1, *q2)))
+            return (
+                (torch.where(shared, mu, q1[0]), torch.where(shared, log_var, q1[1])),
+                (torch.where(shared, mu, q2[0]), torch.where(shared, log_var, q2[1])),
+            )
+
+    def compute_loss(
+        self,
+        pair: tuple[Tensor, Tensor],
+        output: AdaGVAEOutput,
+        beta: float | Tensor = 1.0,
+        likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN,
+    ) -> LossResult:
+        """Sum of the negative ELBOs of both inputs, each as `VAE.compute_loss` has it.
+
+        Diagnostics: `elbo` (of the pair, with `beta`), `log_likelihood_x1`, `log_likelihood_x2`, `kl_divergence_x1`, `kl_divergence_x2`.
+
+        Raises:
+            ValueError: not a pair, two shapes, or an `x_hat` that is not `[B, S, *x.shape[1:]]`.
+        """
+        x1, x2 = _require_pair(pair)
+        first = self.vae.compute_loss(x1, output.output1, beta, likelihood)
+        second = self.vae.compute_loss(x2, output.output2, beta, likelihood)
+        objective = first.objective + second.objective
+        terms = ((name, view, part) for name in ("log_likelihood", "kl_divergence") for view, part in ((1, first), (2, second)))
+        return LossResult(objective, {"elbo": -objective, **{f"{name}_x{view}": part.tensors[name] for name, view, part in terms}})
+
+    def noise_shape(self, num_samples: int = 1) -> tuple[int, int]:
+        """Return (S, D), for each input of a pair."""
+        return (num_samples, self.vae.latent_dim)
+
+    def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
+        """Forward and loss of the pairs `(batch.x, batch.x2)`, always sampled; `eps` is `[n, 2, S, D]`, None draws one latent per row.
+
+        In evaluation mode a batch without `x2` is scored as the VAE of single inputs, with its terms and `eps [n, S, D]`: so are
+        validation and evaluation.
+
+        Raises:
+            ValueError: a batch without `x2` in training mode.
+        """
+        if batch.x2 is None:
+            if self.training:
+                raise ValueError("AdaGVAE trains on pairs and batch.x2 is None: give the Loader pairs=PairSpec(), or call .vae.loss")
+            return self.vae.loss(batch, eps=eps, beta=beta, likelihood=likelihood)
+        pair = (batch.x, batch.x2)
+        output = self(pair, S=1 if eps is None else eps.shape[-2], sample=True, eps=eps)
+        return self.compute_loss(pair, output, beta, likelihood)
+
+    def latents(self, batch: Batch) -> dict[str, Tensor]:
+        """Return `{"mu": [n, D], "log_var": [n, D]}` of `batch.x`, float32."""
+        return self.vae.latents(batch)
+
+    def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
+        """Return the expected inputs `[n, ...]` of `batch.x` at z = mu, through a sigmoid if the likelihood is Bernoulli."""
+        return self.vae.reconstruct(batch, likelihood=likelihood)
+
+
+def _require_pair(pair: Any) -> tuple[Tensor, Tensor]:  # any: what a caller gave
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+        given = f"a tensor of shape {tuple(pair.shape)}" if isinstance(pair, Tensor) else type(pair).__name__
+        raise ValueError(f"AdaGVAE takes a pair (x1, x2) of tensors, got {given}: for single inputs use model.encode(x) or model.vae(x)")
+    x1, x2 = pair
+    if x1.shape != x2.shape:
+        raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+    return x1, x2
+
+
+def _noise_of_each(eps: Tensor) -> tuple[Tensor, Tensor]:
+    if eps.ndim != 4 or eps.shape[1] != 2:
+        raise ValueError(f"the noise of a pair must have the shape [B, 2, S, D], got {tuple(eps.shape)}")
+    return eps[:, 0], eps[:, 1]
+
+
+def _average_gvae(mu1: Tensor, log_var1: Tensor, mu2: Tensor, log_var2: Tensor) -> Posterior:
+    """Mean of the means and of the variances, the latter without leaving logarithms."""
+    return (mu1 + mu2) / 2, torch.logaddexp(log_var1, log_var2) - math.log(2)
+
+
+def _average_mlvae(mu1: Tensor, log_var1: Tensor, mu2: Tensor, log_var2: Tensor) -> Posterior:
+    """Precision-weighted mean and harmonic mean of the variances."""
+    share = torch.sigmoid(log_var2 - log_var1)  # precision of q1 over the sum of both
+    return torch.lerp(mu2, mu1, share), math.log(2) - torch.logaddexp(-log_var1, -log_var2)
+
+
+@spec
+class AdaGVAESpec:
+    """Adaptive group VAE of a backbone: a VAE trained on pairs that share factors (see `pairs.*`), for disentangled latents."""
+
+    columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
+    kind: Literal["adagvae"] = "adagvae"
+    latent_dim: int = knob(10, "size of the latent vector", ge=1)
+    beta: float = knob(1.0, "weight of the KL divergence", ge=0)
+    beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", ge=0)
+    likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")
+    averaging: Literal["gvae", "mlvae"] = knob("gvae", "of shared dimensions: gvae averages mean and variance, mlvae by precision")
+    divergence: Literal["kl", "symmetric"] = knob("kl", "by which shared dimensions are found: KL(q1|q2), or the mean of both directions")
+
+    def beta_at(self, step: int) -> float:
+        """Return the weight of the KL divergence at optimizer step 1, 2, ..."""
+        return beta_at(self.beta, self.beta_warmup_steps, step)
+
+
+@MODELS.register(AdaGVAESpec)
+def build(model: AdaGVAESpec, backbone: object, input_shape: tuple[int, ...]) -> AdaGVAE:
+    """Build the model of two specs for samples of `input_shape`; weights come from torch's global generator."""
+    nets = BACKBONES.build(backbone, input_shape, model.latent_dim)
+    nets.check_likelihood(model.likelihood)
+    adagvae = AdaGVAE(VAE(nets.encoder, nets.decoder, model.latent_dim), model.averaging, model.divergence)
+    adagvae.build(torch.zeros(1, *input_shape))
+    return adagvae
