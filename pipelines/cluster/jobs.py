@@ -1,0 +1,295 @@
+"""Ray jobs: submit one to the job server of a cluster, or join the one that runs already; follow it, stop it.
+
+A job has a key, a function of what it makes. Its attempts are called KEY, KEY-2, KEY-3: while one is pending or running every submit
+of that key joins it, when it has ended the next submit takes the next name. Ray refuses a name that is taken, so of two clients
+at once one submits and the other one joins. All of it goes over HTTP: this process starts no Ray and needs none of the cluster's ports
+but the dashboard's. Requests end after REQUEST_S, waits after `cluster.timeout_s`; following lasts as long as the job does.
+No environment of this process goes into a job but the names in PASSED: credentials are those of the cluster's machines.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from aecore.errors import ClusterError, ConfigError, RunFailed
+from pipelines.cluster.session import local_paths
+from pipelines.cluster.tail import LogTail
+from pipelines.config import ClusterSpec
+
+logger = logging.getLogger(__name__)
+
+REQUEST_S, POLL_S, LOOK_S, ASK_S = 20.0, 0.2, 1.0, 3.0
+PASSED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # no secret can be in them
+_ADDRESS_LOCK = threading.Lock()
+
+
+class JobStopped(RunFailed):
+    """Somebody stopped the job: to run it again is for them to decide, so nothing tries again by itself."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What is to run: `python ARGUMENTS` on the head node. `urls` are the addresses it reads and writes."""
+
+    key: str
+    arguments: tuple[str, ...]
+    urls: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: Ray's word (SUCCEEDED, FAILED, STOPPED), its exit code if the command ran, and what Ray says of it."""
+
+    id: str
+    status: str
+    exit_code: int | None
+    message: str
+
+
+def job_address(cluster: ClusterSpec) -> str:
+    """Return the address of the job server; ConfigError if there is none, or if it is none."""
+    names = {"cluster.address": cluster.address} | {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    name, address = next(((name, value) for name, value in names.items() if value), (None, None))
+    if name is None or address is None:
+        raise ConfigError(
+            "cluster.kind=job, and no address: add cluster.address=http://host:8265 (the dashboard of the head), "
+            "or set RAY_API_SERVER_ADDRESS"
+        )
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"{name}={address} is not the address of a job server: jobs go to the dashboard of the head, cluster.address=http://host:8265"
+        )
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(f"{name} holds a user name, a password or a query: write http://host:8265, a token goes into RAY_AUTH_TOKEN")
+    return address.rstrip("/")
+
+
+def is_here(host: str) -> bool:
+    """Return whether `host` is this machine: only its own addresses can be bound."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
+class JobServer:
+    """The job server of a cluster; ClusterError if it cannot be reached, refuses us, or is something else."""
+
+    def __init__(self, cluster: ClusterSpec) -> None:
+        self.address = job_address(cluster)
+        self._cluster, self._host = cluster, urlsplit(self.address).hostname or ""
+        with self._answers():
+            self._client = _connect(self.address)
+        _say_versions(self.address, self._client)
+
+    def submit(self, job: JobSpec) -> tuple[str, bool]:
+        """Return the id of the attempt that runs this job, and whether it is a new one."""
+        self._require_urls_fit(job)
+        deadline = time.monotonic() + self._cluster.timeout_s
+        while True:
+            with self._answers():
+                number, newest = max(self._attempts(job.key).items(), default=(0, None))
+                if newest is not None and not newest.status.is_terminal():
+                    return str(newest.submission_id), False
+                name = job.key if number == 0 else f"{job.key}-{number + 1}"
+                try:
+                    self._client.submit_job(
+                        entrypoint=self.entrypoint(job),
+                        submission_id=name,
+                        runtime_env={"env_vars": self.environment()},
+                        metadata=dict(job.metadata),
+                        entrypoint_num_gpus=1 if self._cluster.use_gpu and self._cluster.num_workers == 0 else None,
+                    )
+                    return name, True
+                except RuntimeError as error:
+                    if "already exists" in str(error):  # submitted by somebody else since we looked
+                        return name, False
+                    if "agent" not in str(error) or time.monotonic() > deadline:  # a head that starts has no agent yet
+                        raise
+            time.sleep(LOOK_S)
+
+    def entrypoint(self, job: JobSpec) -> str:
+        """Return the command line of a job: an explicit interpreter, every word quoted, no shell left around it."""
+        python = self._cluster.python or (sys.executable if is_here(self._host) else "python")
+        return "exec " + shlex.join([python, *job.arguments])
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment that travels: PASSED, and where our packages are if the head is this machine."""
+        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+        return passed | ({"PYTHONPATH": _package_folders()} if is_here(self._host) else {})
+
+    def running(self, key: str) -> str | None:
+        """Return the id of the attempt that is pending or running, if there is one."""
+        with self._answers():
+            _, newest = max(self._attempts(key).items(), default=(0, None))
+        return None if newest is None or newest.status.is_terminal() else str(newest.submission_id)
+
+    def stop(self, job_id: str) -> str:
+        """Stop a job, wait until it has ended, and return how; a job that has ended already is left as it is."""
+        deadline = time.monotonic() + self._cluster.timeout_s
+        while True:
+            info = self._look(job_id)
+            if info.status.is_terminal():
+                return str(info.status.value)
+            if time.monotonic() > deadline:
+                raise ClusterError(f"Ray job {job_id} did not stop in {self._cluster.timeout_s:.0f} s: look at {self.address}/#/jobs")
+            with self._answers():
+                self._client.stop_job(job_id)
+            time.sleep(POLL_S)
+
+    def follow(self, job_id: str, on_line: Callable[[str], None], stop_asked: Callable[[], bool] = lambda: False) -> Ended:
+        """Hand on every line that the job prints until it has ended; stop it when `stop_asked` says so."""
+        seen = asked = time.monotonic()
+        with LogTail(self._client, job_id) as tail:
+            while True:
+                tail.hand_on(on_line, LOOK_S)
+                try:
+                    info, seen = self._look(job_id), time.monotonic()
+                except _Unreachable as error:
+                    if time.monotonic() - seen > self._cluster.timeout_s:
+                        raise ClusterError(f"{error}; Ray job {job_id} may go on: the same command joins it again") from error
+                    continue
+                if info.status.is_terminal():
+                    tail.hand_on_rest(on_line)
+                    return Ended(job_id, str(info.status.value), info.driver_exit_code, info.message or "")
+                self._require_started(info)
+                if time.monotonic() - asked > ASK_S:
+                    asked = time.monotonic()
+                    if stop_asked():
+                        self.stop(job_id)
+
+    def log(self, job_id: str) -> str:
+        """Return everything that the job has printed so far."""
+        with self._answers():
+            return str(self._client.get_job_logs(job_id))
+
+    def _attempts(self, key: str) -> dict[int, Any]:
+        pattern = re.compile(re.escape(key) + r"(?:-(\d+))?")
+        jobs = [(job, pattern.fullmatch(job.submission_id or "")) for job in self._client.list_jobs()]
+        return {int(match[1] or 1): job for job, match in jobs if match is not None}
+
+    def _look(self, job_id: str) -> Any:
+        with self._answers():
+            try:
+                return self._client.get_job_info(job_id)
+            except RuntimeError as error:
+                if "status code 404" in str(error):
+                    raise ClusterError(
+                        f"{self.address} does not know Ray job {job_id} any more (was the cluster started again?): "
+                        "run the same command again to submit it anew"
+                    ) from None
+                raise
+
+    def _require_started(self, info: Any) -> None:
+        """ClusterError, and the job is stopped, if the cluster had no room for its driver within `cluster.timeout_s`."""
+        waited = time.time() - (info.start_time or 0) / 1000
+        if info.status.value != "PENDING" or waited < self._cluster.timeout_s:
+            return
+        self.stop(info.submission_id)
+        need = "a GPU for its driver (cluster.num_workers=0)" if self._cluster.use_gpu else "a process on the head node"
+        raise ClusterError(
+            f"Ray job {info.submission_id} waited {waited:.0f} s for {need} and was stopped; the cluster has {self._resources()}: "
+            "wait for other work, ask for less, or raise cluster.timeout_s"
+        )
+
+    def _resources(self) -> str:
+        with contextlib.suppress(Exception):  # only the end of an error message, from an interface that Ray does not promise
+            data = self._client._do_request("GET", "/api/cluster_status").json()["data"]
+            usage = data["clusterStatus"]["loadMetricsReport"]["usage"]
+            return ", ".join(f"{total:g} {name} ({used:g} in use)" for name, (used, total) in usage.items() if name in ("CPU", "GPU"))
+        return "what its dashboard shows"
+
+    def _require_urls_fit(self, job: JobSpec) -> None:
+        local = local_paths(self._cluster, *job.urls)
+        if local and not is_here(self._host):
+            raise ClusterError(
+                f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
+                "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"
+            )
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Turn what goes wrong between us and the server into a ClusterError."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise ClusterError(
+                f"the job server at {self.address} refuses us ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+                "or RAY_AUTH_TOKEN_PATH to the token that the head was started with"
+            ) from None
+        except OSError as error:  # those of `requests` are OSErrors too
+            raise _Unreachable(
+                f"no job server answers at {self.address} ({_last_line(error)}): check the address, that the head runs with its dashboard "
+                "(ray start --head --dashboard-host=...), and that its port can be reached from here"
+            ) from error
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ClusterError(
+                f"the job server at {self.address} could not do it: {_last_line(error)}; is it the dashboard of Ray?"
+            ) from error
+
+
+class _Unreachable(ClusterError):
+    """No answer; the next request may have one."""
+
+
+def _connect(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        """Ray's client waits for an answer for ever."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **({"timeout": REQUEST_S} | options))
+
+    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    with _ADDRESS_LOCK:  # Ray's own variables win over the argument
+        before = os.environ.get("RAY_API_SERVER_ADDRESS")
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
+        try:
+            return Client(address)
+        finally:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+            if before is not None:
+                os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _say_versions(address: str, client: Any) -> None:
+    import ray
+
+    theirs = client._server_ray_version
+    if theirs != ray.__version__:
+        logger.warning(
+            "%s runs Ray %s, here is Ray %s: the job's interpreter (cluster.python) must have %s", address, theirs, ray.__version__, theirs
+        )
+
+
+def _package_folders() -> str:
+    specs: Sequence[Any] = [importlib.util.find_spec(package) for package in ("aecore", "pipelines")]
+    roots = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin is not None]
+    return os.pathsep.join(dict.fromkeys([*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    return lines[-1] if lines else type(error).__name__
