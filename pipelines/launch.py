@@ -26,6 +26,7 @@ def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]
 
     require_no_conflict(base, args.overrides)
     recipe = load_recipe(args.recipe, args.overrides, base=base)
+    steps.check_address(recipe)
     if os.environ.get("PREFECT_API_URL") and not args.dry_run:
         summary = flow(name, debug=args.debug)(recipe.travelling())
     elif recipe.cluster.kind == "job" and not args.dry_run:

@@ -220,10 +220,22 @@ def check_pipeline(recipe: Recipe) -> None:
     from aecore.run import require_possible
 
     recipe.require("out")
+    check_address(recipe)
     if "shard" in stages(recipe):
         check_source(recipe)
     require_possible(recipe.train, recipe.checkpoint, recipe.cluster.num_workers)
     require_posterior(recipe.model, recipe.encode)
+
+
+def check_address(recipe: Recipe) -> None:
+    """ConfigError if no cluster or job server is named where the recipe needs one."""
+    from pipelines.cluster.jobs import job_address
+    from pipelines.cluster.session import cluster_address
+
+    if recipe.cluster.kind == "job":
+        job_address(recipe.cluster)
+    elif recipe.cluster.num_workers > 0:
+        cluster_address(recipe.cluster)
 
 
 def stages(recipe: Recipe) -> list[str]:

@@ -21,7 +21,6 @@ from pipelines.tree import Tree
 
 logger = logging.getLogger(__name__)
 OnLine = Callable[[str], None]
-_MISSING = ("No module named 'pipelines'", "No module named 'aecore'", "No module named pipelines")
 
 
 def job_of(name: str, recipe: Recipe) -> JobSpec:
@@ -58,8 +57,11 @@ def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_
     server = JobServer(recipe.cluster)
     job_id = submit(server, job_of(name, recipe))
     said: dict[str, Any] = {}
+    last = ""
 
     def listen(line: str) -> None:
+        nonlocal last
+        last = line.strip() or last
         result, progress = driver.result_of(line), from_line(line)
         if result is not None:
             said.update(result)
@@ -80,7 +82,7 @@ def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_
     if not said:  # its lines did not reach us (a proxy without websockets)
         found = [result for line in server.log(job_id).splitlines() if (result := driver.result_of(line)) is not None]
         said.update(found[-1] if found else {})
-    return _summary(ended, said)
+    return _summary(ended, said, last)
 
 
 def submit(server: JobServer, job: JobSpec) -> str:
@@ -110,7 +112,7 @@ def _left(job_id: str) -> str:
     return f"stopped watching; Ray job {job_id} goes on: the same command joins it again, `aepipe submit RECIPE ... --stop` stops it"
 
 
-def _summary(ended: Ended, said: dict[str, Any]) -> Tree:
+def _summary(ended: Ended, said: dict[str, Any], last: str) -> Tree:
     if ended.status == "SUCCEEDED" and isinstance(said.get("summary"), dict):
         summary: Tree = said["summary"]
         return summary
@@ -119,20 +121,18 @@ def _summary(ended: Ended, said: dict[str, Any]) -> Tree:
     if "error" in said:
         error = driver.error_of(said, ended.exit_code)
         raise type(error)(f"{error} (Ray job {ended.id})")
-    raise _failure(ended)
+    raise _failure(ended, last)
 
 
-def _failure(ended: Ended) -> AecoreError:
-    """Return the error of a job whose own last word is missing: it did not start, or its process was killed."""
-    message = ended.message.strip()
-    last = message.splitlines()[-1] if message else ended.status
-    if ended.exit_code in (126, 127) or any(mark in message for mark in _MISSING):
+def _failure(ended: Ended, last: str) -> AecoreError:
+    """Return the error of a job whose own last word is missing: it did not start, or its process was killed. `last`: its last line."""
+    if ended.exit_code in (126, 127) or "No module named" in last:
         return ClusterError(
             f"Ray job {ended.id}: its interpreter on the head node cannot run aecore ({last}): install this version there, "
             "and name the interpreter that has it in cluster.python"
         )
     if ended.exit_code is None:
-        return ClusterError(f"Ray job {ended.id} could not run: {last}")
+        return ClusterError(f"Ray job {ended.id} could not run: {(ended.message.strip() or ended.status).splitlines()[-1]}")
     if ended.exit_code in (-9, 137):
         return RunFailed(f"the process of Ray job {ended.id} was killed (is there enough memory on the head?): run the same command again")
     return RunFailed(f"Ray job {ended.id} ended with exit code {ended.exit_code}: {last}; its log: ray job logs {ended.id}")

@@ -262,7 +262,7 @@ def _connect(address: str) -> Any:
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **({"timeout": REQUEST_S} | options))
 
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it says when a log has ended
     with _ADDRESS_LOCK:  # Ray's own variables win over the argument
         before = os.environ.get("RAY_API_SERVER_ADDRESS")
         os.environ["RAY_API_SERVER_ADDRESS"] = address
