@@ -131,6 +131,8 @@ def _failure(ended: Ended, last: str) -> AecoreError:
             f"Ray job {ended.id}: its interpreter on the head node cannot run aecore ({last}): install this version there, "
             "and name the interpreter that has it in cluster.python"
         )
+    if ended.status == "SUCCEEDED":
+        return RunFailed(f"Ray job {ended.id} succeeded, and its log holds no result: run the same command again, what is made is found")
     if ended.exit_code is None:
         return ClusterError(f"Ray job {ended.id} could not run: {(ended.message.strip() or ended.status).splitlines()[-1]}")
     if ended.exit_code in (-9, 137):

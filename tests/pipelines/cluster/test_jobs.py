@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,11 +76,17 @@ def test_a_job_is_there_once_can_be_stopped_and_makes_the_table_that_is_made_her
     key = ids.pop()
     assert job_ids(head, key) == [key]
 
-    watching = submit(head, *words, "--json")
+    watching, leaving = (submit(head, *words, "--json") for _ in range(2))
     deadline = time.monotonic() + 90
     while not list((out / "run").glob("checkpoints/*/checkpoint.json")):
         assert time.monotonic() < deadline, "training did not begin"
         time.sleep(0.1)
+    leaving.send_signal(signal.SIGINT)
+    code, _, err = finished(leaving)
+    assert code == 130
+    assert f"stopped watching; Ray job {key} goes on" in err
+    assert head.processes("pipelines.driver")
+
     code, text, _ = finished(submit(head, *words, "--stop", "--json"))
     assert (code, json.loads(text)["status"]) == (0, "STOPPED")
     code, _, err = finished(watching)
@@ -130,6 +137,25 @@ def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp
     assert "cannot run aecore" in ended[-5][2] and "cluster.python" in ended[-5][2]
     assert "refuses us" in ended[-55][2] and "RAY_AUTH_TOKEN" in ended[-55][2]
     assert not list(tmp_path.glob("*/dataset/dataset.*"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_another_version_of_ray_is_named(head: Head, tmp_path: Path) -> None:
+    older = "import ray, sys; ray.__version__ = '2.50.0'; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["shard", "sprites", str(tmp_path / "out"), *SMALL[:1], "cluster.kind=address", f"cluster.address={head.address}"]
+    done = subprocess.run(
+        [sys.executable, "-c", older, *words], env=head.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 5, done.stderr
+    assert "Version mismatch" in done.stderr and "Ray: 2.50.0" in done.stderr and "install the cluster's versions" in done.stderr
+    words = ["submit", "demo", f"out={tmp_path}/out", "--stop", f"cluster.address={head.dashboard}"]
+    done = subprocess.run(
+        [sys.executable, "-c", older, *words], env=head.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "here is Ray 2.50.0: the job's interpreter (cluster.python) must have" in done.stderr
+    assert "nothing is running" in done.stdout
 
 
 @pytest.mark.ray
