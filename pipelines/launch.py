@@ -46,6 +46,7 @@ def pipeline(args: Args) -> Result:
 
     recipe = load_recipe(args.recipe, args.overrides)
     steps.check_pipeline(recipe)
+    steps.check_address(recipe)
     if not args.dry_run:
         return Result(flow("pipeline", debug=args.debug)(recipe.travelling()), text.of_pipeline)
     names = steps.stages(recipe)

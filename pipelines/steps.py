@@ -220,7 +220,6 @@ def check_pipeline(recipe: Recipe) -> None:
     from aecore.run import require_possible
 
     recipe.require("out")
-    check_address(recipe)
     if "shard" in stages(recipe):
         check_source(recipe)
     require_possible(recipe.train, recipe.checkpoint, recipe.cluster.num_workers)
@@ -228,7 +227,7 @@ def check_pipeline(recipe: Recipe) -> None:
 
 
 def check_address(recipe: Recipe) -> None:
-    """ConfigError if no cluster or job server is named where the recipe needs one."""
+    """ConfigError if no cluster or job server is named where the recipe needs one: in it, or in the environment of who runs it."""
     from pipelines.cluster.jobs import job_address
     from pipelines.cluster.session import cluster_address
 

@@ -81,7 +81,7 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
     options = _options(cluster) | {"max_retries": TASK_RETRIES}
     try:
         result = ray.get(ray.remote(_answer).options(**options).remote(function, cluster.threads_per_worker))
-    except ray.exceptions.WorkerCrashedError as died:
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
         raise RunFailed(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
     if isinstance(result, AecoreError):
         raise result

@@ -158,7 +158,7 @@ class JobServer:
 
     def follow(self, job_id: str, on_line: Callable[[str], None], stop_asked: Callable[[], bool] = lambda: False) -> Ended:
         """Hand on every line that the job prints until it has ended; stop it when `stop_asked` says so."""
-        seen = asked = time.monotonic()
+        began = seen = asked = time.monotonic()
         with LogTail(self._client, job_id) as tail:
             while True:
                 tail.hand_on(on_line, LOOK_S)
@@ -171,7 +171,8 @@ class JobServer:
                 if info.status.is_terminal():
                     tail.hand_on_rest(on_line)
                     return Ended(job_id, str(info.status.value), info.driver_exit_code, info.message or "")
-                self._require_started(info)
+                if info.status.value == "PENDING" and time.monotonic() - began > self._cluster.timeout_s:
+                    raise self._not_started(job_id)
                 if time.monotonic() - asked > ASK_S:
                     asked = time.monotonic()
                     if stop_asked():
@@ -199,15 +200,12 @@ class JobServer:
                     ) from None
                 raise
 
-    def _require_started(self, info: Any) -> None:
-        """ClusterError, and the job is stopped, if the cluster had no room for its driver within `cluster.timeout_s`."""
-        waited = time.time() - (info.start_time or 0) / 1000
-        if info.status.value != "PENDING" or waited < self._cluster.timeout_s:
-            return
-        self.stop(info.submission_id)
+    def _not_started(self, job_id: str) -> ClusterError:
+        """Stop a job that the cluster has no room for; return what to say of it."""
+        self.stop(job_id)
         need = "a GPU for its driver (cluster.num_workers=0)" if self._cluster.use_gpu else "a process on the head node"
-        raise ClusterError(
-            f"Ray job {info.submission_id} waited {waited:.0f} s for {need} and was stopped; the cluster has {self._resources()}: "
+        return ClusterError(
+            f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for {need} and was stopped; the cluster has {self._resources()}: "
             "wait for other work, ask for less, or raise cluster.timeout_s"
         )
 

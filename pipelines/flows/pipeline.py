@@ -11,13 +11,14 @@ from prefect import flow
 
 from pipelines.config import Recipe
 from pipelines.flows.stages import leave_report, run_step, stop_job
-from pipelines.steps import run_stages
+from pipelines.steps import check_address, run_stages
 
 
 @flow(name="aepipe-pipeline", persist_result=False, on_cancellation=[stop_job])
 def pipeline_flow(recipe: dict[str, Any]) -> dict[str, Any]:
     """Run all stages of a recipe (a tree of plain JSON) and return their summaries by name."""
     parsed = Recipe(recipe)
+    check_address(parsed)
     if parsed.cluster.kind == "job":
         summaries = run_step("pipeline", parsed.travelling())
     else:
