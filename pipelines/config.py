@@ -79,6 +79,11 @@ class ClusterSpec:
                 "ClusterSpec.num_workers is 0, which works in this process and leaves the cluster of kind=address idle: "
                 "set cluster.num_workers=1 or more, or cluster.kind=local"
             )
+        if self.kind == "job" and self.num_workers == 0 and self.use_gpu:
+            raise ConfigError(
+                "ClusterSpec.num_workers is 0, which leaves a job's work to its driver on the head, and use_gpu=true wants a GPU for it: "
+                "set cluster.num_workers=1 or more, so that it goes where the GPUs are"
+            )
         if self.python is not None and self.kind != "job":
             raise ConfigError(
                 f"ClusterSpec.python is {self.python!r}, and only a job has an interpreter to choose: add cluster.kind=job, or leave it out"

@@ -117,7 +117,6 @@ class JobServer:
                         submission_id=name,
                         runtime_env={"env_vars": self.environment()},
                         metadata=dict(job.metadata),
-                        entrypoint_num_gpus=1 if self._cluster.use_gpu and self._cluster.num_workers == 0 else None,
                     )
                     return name, True
                 except RuntimeError as error:
@@ -201,20 +200,13 @@ class JobServer:
                 raise
 
     def _not_started(self, job_id: str) -> ClusterError:
-        """Stop a job that the cluster has no room for; return what to say of it."""
-        self.stop(job_id)
-        need = "a GPU for its driver (cluster.num_workers=0)" if self._cluster.use_gpu else "a process on the head node"
+        """Ask Ray to stop a job that did not start (it does so once the job has started); return what to say of it."""
+        with self._answers():
+            self._client.stop_job(job_id)
         return ClusterError(
-            f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for {need} and was stopped; the cluster has {self._resources()}: "
-            "wait for other work, ask for less, or raise cluster.timeout_s"
+            f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for a process on the head node and was stopped: "
+            f"see what the head is doing at {self.address}, or raise cluster.timeout_s"
         )
-
-    def _resources(self) -> str:
-        with contextlib.suppress(Exception):  # only the end of an error message, from an interface that Ray does not promise
-            data = self._client._do_request("GET", "/api/cluster_status").json()["data"]
-            usage = data["clusterStatus"]["loadMetricsReport"]["usage"]
-            return ", ".join(f"{total:g} {name} ({used:g} in use)" for name, (used, total) in usage.items() if name in ("CPU", "GPU"))
-        return "what its dashboard shows"
 
     def _require_urls_fit(self, job: JobSpec) -> None:
         local = local_paths(self._cluster, *job.urls)

@@ -220,6 +220,7 @@ def test_a_local_path_is_refused_for_a_head_elsewhere(tmp_path: Path) -> None:
         (["cluster.kind=address", "cluster.address=http://host:8265"], "set cluster.kind=job"),
         (["cluster.kind=job", "cluster.address=host:6379"], r"write cluster.address=http://host:8265"),
         (["cluster.kind=address", "cluster.num_workers=0"], "set cluster.num_workers=1 or more, or cluster.kind=local"),
+        (["cluster.kind=job", "cluster.num_workers=0", "cluster.use_gpu=true"], "set cluster.num_workers=1 or more"),
         (["cluster.python=/usr/bin/python3"], "add cluster.kind=job"),
         (["cluster.shared_paths=[mnt]"], "expected folders as absolute paths"),
     ],
