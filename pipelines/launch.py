@@ -60,7 +60,8 @@ def submit(args: Args) -> Result:
     """Submit the pipeline of a recipe as a Ray job, or join the one that runs; follow it, unless `--no-wait`; or stop it (`--stop`)."""
     from pipelines import steps, text
     from pipelines import submit as jobs
-    from pipelines.cluster.jobs import JobServer, job_address
+    from pipelines.cluster.job_client import job_address
+    from pipelines.cluster.jobs import JobServer
     from pipelines.config import load_recipe
 
     recipe = load_recipe(args.recipe, ["cluster.kind=job", *args.overrides])

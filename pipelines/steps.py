@@ -228,7 +228,7 @@ def check_pipeline(recipe: Recipe) -> None:
 
 def check_address(recipe: Recipe) -> None:
     """ConfigError if no cluster or job server is named where the recipe needs one: in it, or in the environment of who runs it."""
-    from pipelines.cluster.jobs import job_address
+    from pipelines.cluster.job_client import job_address
     from pipelines.cluster.session import cluster_address
 
     if recipe.cluster.kind == "job":

@@ -3,36 +3,33 @@
 A job has a key, a function of what it makes. Its attempts are called KEY, KEY-2, KEY-3: while one is pending or running every submit
 of that key joins it, when it has ended the next submit takes the next name. Ray refuses a name that is taken, so of two clients
 at once one submits and the other one joins. All of it goes over HTTP: this process starts no Ray and needs none of the cluster's ports
-but the dashboard's. Requests end after REQUEST_S, waits after `cluster.timeout_s`; following lasts as long as the job does.
+but the dashboard's. Requests end after `job_client.REQUEST_S`, waits after `cluster.timeout_s`; following lasts as long as the job does.
 No environment of this process goes into a job but the names in PASSED: credentials are those of the cluster's machines.
 """
 
-import contextlib
 import importlib.util
 import logging
 import os
 import re
 import shlex
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from aecore.errors import ClusterError, ConfigError, RunFailed
+from aecore.errors import ClusterError, RunFailed
+from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_here, job_address
 from pipelines.cluster.session import local_paths
 from pipelines.cluster.tail import LogTail
 from pipelines.config import ClusterSpec
 
 logger = logging.getLogger(__name__)
 
-REQUEST_S, POLL_S, LOOK_S, ASK_S = 20.0, 0.2, 1.0, 3.0
+POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
 PASSED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # no secret can be in them
-_ADDRESS_LOCK = threading.Lock()
 
 
 class JobStopped(RunFailed):
@@ -61,52 +58,21 @@ class Ended:
     message: str
 
 
-def job_address(cluster: ClusterSpec) -> str:
-    """Return the address of the job server; ConfigError if there is none, or if it is none."""
-    names = {"cluster.address": cluster.address} | {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
-    name, address = next(((name, value) for name, value in names.items() if value), (None, None))
-    if name is None or address is None:
-        raise ConfigError(
-            "cluster.kind=job, and no address: add cluster.address=http://host:8265 (the dashboard of the head), "
-            "or set RAY_API_SERVER_ADDRESS"
-        )
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(
-            f"{name}={address} is not the address of a job server: jobs go to the dashboard of the head, cluster.address=http://host:8265"
-        )
-    if parts.username or parts.password or parts.query:
-        raise ConfigError(f"{name} holds a user name, a password or a query: write http://host:8265, a token goes into RAY_AUTH_TOKEN")
-    return address.rstrip("/")
-
-
-def is_here(host: str) -> bool:
-    """Return whether `host` is this machine: only its own addresses can be bound."""
-    try:
-        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind(place)
-    except OSError:
-        return False
-    return True
-
-
 class JobServer:
     """The job server of a cluster; ClusterError if it cannot be reached, refuses us, or is something else."""
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self.address = job_address(cluster)
         self._cluster, self._host = cluster, urlsplit(self.address).hostname or ""
-        with self._answers():
-            self._client = _connect(self.address)
-        _say_versions(self.address, self._client)
+        with answers(self.address):
+            self._client = connect_to_jobs(self.address)
 
     def submit(self, job: JobSpec) -> tuple[str, bool]:
         """Return the id of the attempt that runs this job, and whether it is a new one."""
         self._require_urls_fit(job)
         deadline = time.monotonic() + self._cluster.timeout_s
         while True:
-            with self._answers():
+            with answers(self.address):
                 number, newest = max(self._attempts(job.key).items(), default=(0, None))
                 if newest is not None and not newest.status.is_terminal():
                     return str(newest.submission_id), False
@@ -138,7 +104,7 @@ class JobServer:
 
     def running(self, key: str) -> str | None:
         """Return the id of the attempt that is pending or running, if there is one."""
-        with self._answers():
+        with answers(self.address):
             _, newest = max(self._attempts(key).items(), default=(0, None))
         return None if newest is None or newest.status.is_terminal() else str(newest.submission_id)
 
@@ -151,7 +117,7 @@ class JobServer:
                 return str(info.status.value)
             if time.monotonic() > deadline:
                 raise ClusterError(f"Ray job {job_id} did not stop in {self._cluster.timeout_s:.0f} s: look at {self.address}/#/jobs")
-            with self._answers():
+            with answers(self.address):
                 self._client.stop_job(job_id)
             time.sleep(POLL_S)
 
@@ -163,7 +129,7 @@ class JobServer:
                 tail.hand_on(on_line, LOOK_S)
                 try:
                     info, seen = self._look(job_id), time.monotonic()
-                except _Unreachable as error:
+                except Unreachable as error:
                     if time.monotonic() - seen > self._cluster.timeout_s:
                         raise ClusterError(f"{error}; Ray job {job_id} may go on: the same command joins it again") from error
                     continue
@@ -179,7 +145,7 @@ class JobServer:
 
     def log(self, job_id: str) -> str:
         """Return everything that the job has printed so far."""
-        with self._answers():
+        with answers(self.address):
             return str(self._client.get_job_logs(job_id))
 
     def _attempts(self, key: str) -> dict[int, Any]:
@@ -188,7 +154,7 @@ class JobServer:
         return {int(match[1] or 1): job for job, match in jobs if match is not None}
 
     def _look(self, job_id: str) -> Any:
-        with self._answers():
+        with answers(self.address):
             try:
                 return self._client.get_job_info(job_id)
             except RuntimeError as error:
@@ -201,7 +167,7 @@ class JobServer:
 
     def _not_started(self, job_id: str) -> ClusterError:
         """Ask Ray to stop a job that did not start (it does so once the job has started); return what to say of it."""
-        with self._answers():
+        with answers(self.address):
             self._client.stop_job(job_id)
         return ClusterError(
             f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for a process on the head node and was stopped: "
@@ -216,70 +182,8 @@ class JobServer:
                 "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"
             )
 
-    @contextlib.contextmanager
-    def _answers(self) -> Iterator[None]:
-        """Turn what goes wrong between us and the server into a ClusterError."""
-        from ray.exceptions import AuthenticationError
-
-        try:
-            yield
-        except AuthenticationError as error:
-            raise ClusterError(
-                f"the job server at {self.address} refuses us ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
-                "or RAY_AUTH_TOKEN_PATH to the token that the head was started with"
-            ) from None
-        except OSError as error:  # those of `requests` are OSErrors too
-            raise _Unreachable(
-                f"no job server answers at {self.address} ({_last_line(error)}): check the address, that the head runs with its dashboard "
-                "(ray start --head --dashboard-host=...), and that its port can be reached from here"
-            ) from error
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ClusterError(
-                f"the job server at {self.address} could not do it: {_last_line(error)}; is it the dashboard of Ray?"
-            ) from error
-
-
-class _Unreachable(ClusterError):
-    """No answer; the next request may have one."""
-
-
-def _connect(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    class Client(JobSubmissionClient):
-        """Ray's client waits for an answer for ever."""
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **({"timeout": REQUEST_S} | options))
-
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it says when a log has ended
-    with _ADDRESS_LOCK:  # Ray's own variables win over the argument
-        before = os.environ.get("RAY_API_SERVER_ADDRESS")
-        os.environ["RAY_API_SERVER_ADDRESS"] = address
-        try:
-            return Client(address)
-        finally:
-            del os.environ["RAY_API_SERVER_ADDRESS"]
-            if before is not None:
-                os.environ["RAY_API_SERVER_ADDRESS"] = before
-
-
-def _say_versions(address: str, client: Any) -> None:
-    import ray
-
-    theirs = client._server_ray_version
-    if theirs != ray.__version__:
-        logger.warning(
-            "%s runs Ray %s, here is Ray %s: the job's interpreter (cluster.python) must have %s", address, theirs, ray.__version__, theirs
-        )
-
 
 def _package_folders() -> str:
     specs: Sequence[Any] = [importlib.util.find_spec(package) for package in ("aecore", "pipelines")]
     roots = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin is not None]
     return os.pathsep.join(dict.fromkeys([*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
-    return lines[-1] if lines else type(error).__name__

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from aecore.errors import ClusterError, ConfigError
-from pipelines.cluster.jobs import JobServer, is_here, job_address
+from pipelines.cluster.job_client import is_here, job_address
+from pipelines.cluster.jobs import JobServer
 from pipelines.config import ClusterSpec, load_recipe
 from pipelines.steps import STEPS, run_stages
 from pipelines.submit import job_of
