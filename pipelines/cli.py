@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _run(args)
-    except KeyboardInterrupt:
-        print("aepipe: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"aepipe: {str(interrupt) or 'interrupted; what is finished is kept, the same command goes on from there'}", file=sys.stderr)
         return INTERRUPTED
     except AecoreError as error:
         if args.debug:

@@ -35,13 +35,63 @@ if TYPE_CHECKING:
 class ClusterSpec:
     """Where the work runs; never part of an artefact's identity."""
 
-    kind: Literal["local"] = knob("local", "this process or a Ray of ours; RAY_ADDRESS connects to a running cluster", identity=False)
+    kind: Literal["local", "address", "job"] = knob(
+        "local",
+        "local: this process or a Ray of ours (RAY_ADDRESS connects to a running one); address: a running cluster; "
+        "job: a Ray job of that cluster does it all, this process only watches",
+        identity=False,
+    )
+    address: str | None = knob(
+        None,
+        "address: host:port, auto or ray://host:port (else RAY_ADDRESS); "
+        "job: http://host:8265 of the dashboard (else RAY_API_SERVER_ADDRESS, RAY_ADDRESS)",
+        identity=False,
+    )
+    python: str | None = knob(
+        None, "job: interpreter on the head node that has aecore; this one where the head is this machine, else `python`", identity=False
+    )
+    shared_paths: tuple[str, ...] = knob((), "folders that every node sees under the same path (NFS)", identity=False)
     num_workers: int = knob(2, "Ray workers; 0 stays in this process", ge=0, identity=False)
     use_gpu: bool = knob(False, "one GPU per worker", identity=False)
     resources_per_worker: dict[str, float] | None = knob(None, "Ray resources per worker, for example {CPU: 2}", identity=False)
     threads_per_worker: int = knob(1, "torch threads per worker; also its CPUs unless resources_per_worker says them", ge=1, identity=False)
     max_failures: int = knob(2, "how often training is restarted after a worker died", ge=0, identity=False)
     timeout_s: float = knob(120.0, "longest wait for a cluster or for its resources, in seconds", gt=0, identity=False)
+
+    def __post_init__(self) -> None:
+        """ConfigError for a combination that cannot mean anything."""
+        address, job_server = self.address, (self.address or "").startswith(("http://", "https://"))
+        if address is not None and self.kind == "local":
+            kind = "job" if job_server else "address"
+            raise ConfigError(
+                f"ClusterSpec.address is {address!r}, which kind=local does not read: add cluster.kind={kind}, or leave it out"
+            )
+        if self.kind == "address" and job_server:
+            raise ConfigError(
+                f"ClusterSpec.address is {address!r}, a job server: set cluster.kind=job, or give the cluster's own host:port"
+            )
+        if self.kind == "job" and address is not None and not job_server:
+            raise ConfigError(
+                f"ClusterSpec.address is {address!r}, and jobs go to the dashboard of the head: "
+                "write cluster.address=http://host:8265, or set cluster.kind=address"
+            )
+        if self.kind == "address" and self.num_workers == 0:
+            raise ConfigError(
+                "ClusterSpec.num_workers is 0, which works in this process and leaves the cluster of kind=address idle: "
+                "set cluster.num_workers=1 or more, or cluster.kind=local"
+            )
+        if self.kind == "job" and self.num_workers == 0 and self.use_gpu:
+            raise ConfigError(
+                "ClusterSpec.num_workers is 0, which leaves a job's work to its driver on the head, and use_gpu=true wants a GPU for it: "
+                "set cluster.num_workers=1 or more, so that it goes where the GPUs are"
+            )
+        if self.python is not None and self.kind != "job":
+            raise ConfigError(
+                f"ClusterSpec.python is {self.python!r}, and only a job has an interpreter to choose: add cluster.kind=job, or leave it out"
+            )
+        for path in self.shared_paths:
+            if not path.startswith("/"):
+                raise ConfigError(f"ClusterSpec.shared_paths holds {path!r}, expected folders as absolute paths, for example /mnt/shared")
 
 
 @spec
@@ -145,6 +195,8 @@ class Recipe:
                 tree[key] = absolute_url(tree[key], key)
         if isinstance(tree.get("source"), dict) and tree["source"].get("url"):
             tree["source"]["url"] = absolute_url(tree["source"]["url"], "source.url")
+        if isinstance(tree.get("train"), dict) and tree["train"].get("init_from"):
+            tree["train"]["init_from"] = absolute_url(tree["train"]["init_from"], "train.init_from")
         return tree
 
     def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:

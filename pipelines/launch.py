@@ -6,11 +6,17 @@ here import what they need when they are called.
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from aecore.errors import ConfigError
 from pipelines.arguments import Args, Result
 from pipelines.overrides import require_no_conflict
+
+if TYPE_CHECKING:
+    from pipelines.config import Recipe
+    from pipelines.tree import Tree
 
 
 def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]) -> Result:
@@ -20,8 +26,11 @@ def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]
 
     require_no_conflict(base, args.overrides)
     recipe = load_recipe(args.recipe, args.overrides, base=base)
+    steps.check_address(recipe)
     if os.environ.get("PREFECT_API_URL") and not args.dry_run:
         summary = flow(name, debug=args.debug)(recipe.travelling())
+    elif recipe.cluster.kind == "job" and not args.dry_run:
+        summary = _as_job(name, recipe)
     else:
         report = progress.both(progress.terminal(), progress.log_to(logging.getLogger("pipelines")))
         summary = steps.STEPS[name](recipe, report, dry_run=args.dry_run)
@@ -37,6 +46,7 @@ def pipeline(args: Args) -> Result:
 
     recipe = load_recipe(args.recipe, args.overrides)
     steps.check_pipeline(recipe)
+    steps.check_address(recipe)
     if not args.dry_run:
         return Result(flow("pipeline", debug=args.debug)(recipe.travelling()), text.of_pipeline)
     names = steps.stages(recipe)
@@ -44,6 +54,38 @@ def pipeline(args: Args) -> Result:
     if names[0] == "shard":
         plan["shard"] = steps.shard(steps.stage(recipe, "shard"), dry_run=True)
     return Result(plan, text.of_tree)
+
+
+def submit(args: Args) -> Result:
+    """Submit the pipeline of a recipe as a Ray job, or join the one that runs; follow it, unless `--no-wait`; or stop it (`--stop`)."""
+    from pipelines import steps, text
+    from pipelines import submit as jobs
+    from pipelines.cluster.job_client import job_address
+    from pipelines.cluster.jobs import JobServer
+    from pipelines.config import load_recipe
+
+    recipe = load_recipe(args.recipe, ["cluster.kind=job", *args.overrides])
+    if recipe.cluster.kind != "job":
+        raise ConfigError(f"cluster.kind={recipe.cluster.kind}, and `aepipe submit` submits a job: leave it out, or use aepipe run")
+    steps.check_pipeline(recipe)
+    where = job_address(recipe.cluster)
+    if args.dry_run:
+        return Result({"address": where, **jobs.plan("pipeline", recipe), "recipe": recipe.resolved()}, text.of_tree)
+    if args.stop:
+        job_id, status = jobs.stop("pipeline", recipe)
+        return Result({"job": job_id, "address": where, "status": status}, text.of_tree)
+    if args.no_wait:
+        return Result({"job": jobs.submit(JobServer(recipe.cluster), jobs.job_of("pipeline", recipe)), "address": where}, text.of_tree)
+    return Result(_as_job("pipeline", recipe), text.of_pipeline)
+
+
+def _as_job(name: str, recipe: "Recipe") -> "Tree":
+    """Run a step or the pipeline as a Ray job; its lines go to standard error, its progress where ours would go."""
+    from pipelines import progress
+    from pipelines.submit import run_as_job
+
+    report = progress.terminal() if sys.stderr.isatty() else progress.log_to(logging.getLogger("pipelines"))
+    return run_as_job(name, recipe, report, progress.line_printer())
 
 
 def flow(name: str, *, debug: bool) -> Callable[..., Any]:

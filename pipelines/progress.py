@@ -5,6 +5,7 @@ again on a terminal, one INFO line per shard or epoch in a log (Prefect's run lo
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +29,13 @@ class Progress:
     text: str
     milestone: bool = True
 
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.done} of {self.total} {self.unit}, {self.text}"
+
 
 Report = Callable[[Progress], None]
+PASSING = "... "  # begins a line about progress that is no milestone
+_LINE = re.compile(r"(\.\.\. )?(\w+): (\d+) of (\d+) (\w+), (.*)")
 
 
 def silent(progress: Progress) -> None:
@@ -41,9 +47,33 @@ def log_to(logger: logging.Logger | logging.LoggerAdapter) -> Report:
 
     def report(progress: Progress) -> None:
         if progress.milestone:
-            logger.info("%s: %d of %d %s, %s", progress.stage, progress.done, progress.total, progress.unit, progress.text)
+            logger.info("%s", progress)
 
     return report
+
+
+def lines_to(stream: TextIO, every_s: float = 1.0) -> Report:
+    """Return a report for a reader far away: a line per milestone, and now and then one in between; `from_line` reads them back."""
+    last = -every_s
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress.milestone or now - last >= every_s:
+            last = now
+            stream.write(f"{'' if progress.milestone else PASSING}{progress}\n")
+            stream.flush()
+
+    return report
+
+
+def from_line(line: str) -> Progress | None:
+    """Return the progress that a line of `lines_to` says, None for any other line."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    passing, stage, done, total, unit, text = match.groups()
+    return Progress(stage, int(done), int(total), unit, text, milestone=passing is None)
 
 
 class TerminalLine:
@@ -71,6 +101,17 @@ class TerminalLine:
 def terminal() -> Report:
     """Return the line on a terminal, nothing where standard error is a file or a pipe."""
     return TerminalLine() if sys.stderr.isatty() else silent
+
+
+def line_printer() -> Callable[[str], None]:
+    """Return what shows a line of text on standard error, above the line of `terminal` that may be drawn there."""
+    before = "\r\x1b[2K" if sys.stderr.isatty() else ""
+
+    def show(line: str) -> None:
+        sys.stderr.write(f"{before}{line}\n")
+        sys.stderr.flush()
+
+    return show
 
 
 def both(first: Report, second: Report) -> Report:

@@ -5,17 +5,21 @@ needs when it is called. Every step may be called again after a kill: what is co
 """
 
 import dataclasses
+import functools
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 from aecore.errors import ConfigError
 from aecore.store import open_store
-from pipelines.config import Recipe
+from pipelines.config import ClusterSpec, EvaluateSpec, Recipe
 from pipelines.progress import Report, TrainWatch, on_part, silent
 from pipelines.tree import Tree
 
 Step = Callable[..., Tree]
+RunStage = Callable[[str, Recipe], Tree]
+logger = logging.getLogger(__name__)
 
 
 def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
@@ -156,7 +160,20 @@ def table_summary(manifest: Any) -> Tree:
 
 
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Evaluate the model of `run` on one split of `data`, in this process; writes nothing."""
+    """Evaluate the model of `run` on one split of `data`; writes nothing.
+
+    In this process, or on one worker of a cluster that is named: GPUs and memory are there, not where the driver waits.
+    """
+    from pipelines.cluster.fanout import call_on_worker
+
+    started, cluster = time.perf_counter(), recipe.cluster
+    run, data = recipe.require("run"), recipe.require("data")
+    here = functools.partial(_evaluate_here, run, data, recipe.evaluate, cluster)
+    result = call_on_worker(cluster, here, run, data) if cluster.kind == "address" else here()
+    return {"step": "evaluate", "run": run, "dataset": data, **result, "seconds": _since(started)}
+
+
+def _evaluate_here(run: str, data: str, spec: EvaluateSpec, cluster: ClusterSpec) -> Tree:
     import torch
 
     from aecore.evaluate import evaluate_run
@@ -164,16 +181,20 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
     from aecore.ranks import Rank
     from pipelines.cluster.session import require_gpu_is_there
 
-    started, spec = time.perf_counter(), recipe.evaluate
-    run, data = recipe.require("run"), recipe.require("data")
-    require_gpu_is_there(recipe.cluster)
-    torch.set_num_threads(recipe.cluster.threads_per_worker)
+    require_gpu_is_there(cluster)
+    torch.set_num_threads(cluster.threads_per_worker)
     keep_freed_memory()
-    result = evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=Rank(device=_device(recipe)))
-    return {"step": "evaluate", "run": run, "dataset": data, **result.to_dict(), "seconds": _since(started)}
+    rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
+    return evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=rank).to_dict()
 
 
 STEPS: dict[str, Step] = {"shard": shard, "train": train, "encode": encode, "evaluate": evaluate}
+SECTIONS: dict[str, tuple[str, ...]] = {  # what a step reads of a recipe, the cluster apart
+    "shard": ("source", "splits", "shards"),
+    "train": ("model", "backbone", "transform", "optim", "train", "checkpoint", "input"),
+    "encode": ("encode",),
+    "evaluate": ("evaluate",),
+}
 
 
 def stage(recipe: Recipe, name: str) -> Recipe:
@@ -205,9 +226,33 @@ def check_pipeline(recipe: Recipe) -> None:
     require_pairs_are_taken(recipe.pairs, recipe.model.kind)
 
 
+def check_address(recipe: Recipe) -> None:
+    """ConfigError if no cluster or job server is named where the recipe needs one: in it, or in the environment of who runs it."""
+    from pipelines.cluster.job_client import job_address
+    from pipelines.cluster.session import cluster_address
+
+    if recipe.cluster.kind == "job":
+        job_address(recipe.cluster)
+    elif recipe.cluster.num_workers > 0:
+        cluster_address(recipe.cluster)
+
+
 def stages(recipe: Recipe) -> list[str]:
     """Return the stages of a pipeline that come before evaluate, in order."""
     return ["train", "encode"] if recipe.tree.get("data") else ["shard", "train", "encode"]
+
+
+def run_stages(recipe: Recipe, run: RunStage) -> Tree:
+    """Run all stages of a pipeline with `run(name, recipe of the stage)`; evaluate where the dataset has the split. Summaries by name."""
+    from aecore.data.manifest import open_dataset
+
+    summaries = {name: run(name, stage(recipe, name)) for name in stages(recipe)}
+    last, split = stage(recipe, "evaluate"), recipe.evaluate.split
+    if split in open_dataset(last.require("data")).manifest.splits:
+        summaries["evaluate"] = run("evaluate", last)
+    else:
+        logger.info("no split %r in the dataset: nothing to evaluate on", split)
+    return summaries
 
 
 def _device(recipe: Recipe) -> str:

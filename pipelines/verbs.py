@@ -84,6 +84,19 @@ def _run(args: Args) -> Result:
     return launch.pipeline(args)
 
 
+@VERBS.register(
+    "submit",
+    "run a recipe as a job of a Ray cluster: out=... cluster.address=http://host:8265",
+    argument("recipe", "recipe file or shipped recipe"),
+    argument("--no-wait", "return the job's id at once; the same command without it joins the job", action="store_true"),
+    argument("--detach", "the same as --no-wait", action="store_true", dest="no_wait"),
+    argument("--stop", "stop the job of this recipe", action="store_true"),
+    writes=True,
+)
+def _submit(args: Args) -> Result:
+    return launch.submit(args)
+
+
 @VERBS.register("show", "say what lies at a URL", URL, recipe=False)
 def _show(args: Args) -> Result:
     from pipelines import show, text

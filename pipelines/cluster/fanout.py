@@ -7,10 +7,10 @@ becomes a `PartFailure`, and the actor, started again, takes the next one. Only 
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from aecore.errors import AecoreError, ClusterError
+from aecore.errors import AecoreError, ClusterError, RunFailed
 from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.memory import keep_freed_memory
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, worker_resources
@@ -63,7 +63,7 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
         if not tasks:
             return
         connect(cluster)
-        require_local_urls_fit(*urls)
+        require_local_urls_fit(cluster, *urls)
         num_workers = min(cluster.num_workers, len(tasks))
         require_resources(cluster, num_workers)
         yield from _run(cluster, num_workers, make_worker, tasks)
@@ -71,12 +71,44 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
     return fan_out
 
 
+def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str) -> Any:
+    """Return what `function` returns on one worker of the cluster (small plain data); it is run again if its worker dies."""
+    connect(cluster)
+    require_local_urls_fit(cluster, *urls)
+    require_resources(cluster, 1)
+    import ray
+
+    options = _options(cluster) | {"max_retries": TASK_RETRIES}
+    try:
+        result = ray.get(ray.remote(_answer).options(**options).remote(function, cluster.threads_per_worker))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
+        raise RunFailed(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
+    if isinstance(result, AecoreError):
+        raise result
+    return result
+
+
+def _answer(function: Callable[[], Any], threads: int) -> Any:
+    """Run on a worker; an error that the user can act on comes back as a value (it keeps its type that way)."""
+    import torch
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    try:
+        return function()
+    except AecoreError as error:
+        return error
+
+
+def _options(cluster: ClusterSpec) -> dict[str, Any]:
+    resources = worker_resources(cluster)
+    return {"num_cpus": resources.pop("CPU", 0.0), "num_gpus": resources.pop("GPU", 0.0), "resources": resources}
+
+
 def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     import ray
 
-    resources = worker_resources(cluster)
-    cpus, gpus = resources.pop("CPU", 0.0), resources.pop("GPU", 0.0)
-    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": resources, "max_restarts": -1, "max_task_retries": TASK_RETRIES}
+    options = _options(cluster) | {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
     remote = ray.remote(PartWorker).options(**options)
     factory = ray.put(make_worker)
     actors: list[Any] = [remote.remote(cluster.threads_per_worker) for _ in range(num_workers)]

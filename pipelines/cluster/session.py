@@ -1,4 +1,4 @@
-"""Connect to the Ray of RAY_ADDRESS, or start a local one: once per process, for all stages.
+"""Connect to a running Ray (`cluster.address`, RAY_ADDRESS), or start a local one: once per process, for all stages.
 
 A cluster that we did not start is never shut down. What a job needs is compared with what the cluster has BEFORE anything is
 placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait for ever, silently. A local Ray listens on loopback
@@ -35,33 +35,74 @@ _SETTINGS = {
 }
 
 
+class _Here:
+    """What this process is connected to by `connect`: an address, or LOCAL for a Ray of ours; None if somebody else connected it."""
+
+    LOCAL = "a local Ray"
+    address: str | None = None
+
+
+def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
+    """Return the running cluster to use and who named it (`cluster.address` or `RAY_ADDRESS`); None: a local Ray of ours.
+
+    ConfigError if `kind=address` has none, or if it is the address of a job server.
+    """
+    if cluster.kind == "job":
+        raise ConfigError("cluster.kind=job works through a Ray job (aepipe submit, or a flow); this step works itself: set another kind")
+    if cluster.address is not None:
+        return cluster.address, "cluster.address"
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(f"RAY_ADDRESS={address} is a job server: set cluster.kind=job, or RAY_ADDRESS to the cluster's own host:port")
+    if address and address != "local":
+        return address, "RAY_ADDRESS"
+    if cluster.kind == "address":
+        raise ConfigError(
+            "cluster.kind=address, and no address: add cluster.address=host:6379 (auto: the Ray of this machine), or set RAY_ADDRESS"
+        )
+    return None
+
+
 def connect(cluster: ClusterSpec) -> None:
     """Make sure that this process is connected to Ray; ClusterError if that fails or takes too long."""
-    address = os.environ.get("RAY_ADDRESS")
-    for name, value in (_SETTINGS if address else _SETTINGS | _own_token() | _own_folder()).items():
-        os.environ.setdefault(name, value)
+    found = cluster_address(cluster)
+    address, name = found or (_Here.LOCAL, "")
+    for key, value in (_SETTINGS if found else _SETTINGS | _own_token() | _own_folder()).items():
+        os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
-        return
+        if _Here.address in (None, address):
+            return
+        disconnect()
     started = time.perf_counter()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address:
+        if found:
             _require_reachable(address, cluster.timeout_s)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray"
-        why = str(error).strip().splitlines()[0]
-        raise ClusterError(
-            f"cannot {'reach' if address else 'start'} {where}: {why}; check the address (and RAY_AUTH_MODE / RAY_AUTH_TOKEN), "
-            "or unset RAY_ADDRESS to start one here, or set cluster.num_workers=0 to work in this process"
-        ) from error
+        raise ClusterError(_cannot_connect(error, address, name)) from error
+    _Here.address = address
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own there, which ends the process where Prefect or we would clean up
-    logger.info("%s Ray in %.1f s: %s", "connected to" if address else "started", time.perf_counter() - started, _says(_totals(ray)))
+    logger.info("%s Ray in %.1f s: %s", "connected to" if found else "started", time.perf_counter() - started, _says(_totals(ray)))
+
+
+def _cannot_connect(error: Exception, address: str, name: str) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if lines and lines[0].startswith("Version mismatch"):
+        return f"{address} ({name}): {' '.join(lines)}; install the cluster's versions of Ray and Python here"
+    why = lines[0] if lines else type(error).__name__
+    if not name:
+        return f"cannot start a local Ray: {why}; or set cluster.num_workers=0 to work in this process"
+    other = "unset RAY_ADDRESS" if name == "RAY_ADDRESS" else "set cluster.kind=local and cluster.address=null"
+    return (
+        f"cannot reach the Ray cluster at {name}={address}: {why}; check the address (and RAY_AUTH_MODE / RAY_AUTH_TOKEN), "
+        f"or {other} to start one here, or set cluster.num_workers=0 to work in this process"
+    )
 
 
 def _start_local(ray: Any) -> None:
@@ -96,6 +137,7 @@ def disconnect() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
+    _Here.address = None
 
 
 def make_importable() -> None:
@@ -154,17 +196,28 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
         time.sleep(0.2)
 
 
-def require_local_urls_fit(*urls: str) -> None:
-    """ClusterError if a local path would be read or written on several nodes: each would see its own disk."""
-    import ray
-
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    local = [url for url in urls if "://" not in url]
+def require_local_urls_fit(cluster: ClusterSpec, *urls: str) -> None:
+    """ClusterError if a local path outside of `cluster.shared_paths` would be used on several nodes: each would see its own disk."""
+    nodes, local = num_nodes(), local_paths(cluster, *urls)
     if nodes > 1 and local:
         raise ClusterError(
             f"{local[0]} is a path on this machine, and the Ray cluster has {nodes} nodes, each with its own disk: "
-            "use a storage that all of them see, or unset RAY_ADDRESS to work on this machine alone"
+            "use a storage that all of them see (a folder that they share: name it in cluster.shared_paths), "
+            "or set cluster.kind=local and unset RAY_ADDRESS to work on this machine alone"
         )
+
+
+def num_nodes() -> int:
+    """Return how many nodes of the cluster are alive."""
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])
+
+
+def local_paths(cluster: ClusterSpec, *urls: str) -> list[str]:
+    """Return those of the addresses that are paths, and in no folder of `cluster.shared_paths`."""
+    paths = [url for url in urls if url and "://" not in url]
+    return [path for path in paths if not any(Path(path).is_relative_to(shared) for shared in cluster.shared_paths)]
 
 
 def require_gpu_is_there(cluster: ClusterSpec) -> None:

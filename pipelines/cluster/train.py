@@ -3,7 +3,8 @@
 The run folder is the only truth: a restarted group resumes from our newest valid checkpoint, whatever Ray remembers, and the
 answer is what `fit` read from the run folder. Ray's own storage is a temporary folder under a name of this attempt (the same
 name would give back the metrics of a finished run). Checkpoints are reported by reference: a pointer file with our URL, step
-and hash. `CheckpointConfig.num_to_keep` stays unset, because Ray would delete what the pointers stand in; retention is ours.
+and hash; on several nodes only the metrics, since Ray would want a second storage that all of them see. `CheckpointConfig.num_to_keep`
+stays unset, because Ray would delete what the pointers stand in; retention is ours.
 """
 
 import concurrent.futures
@@ -25,6 +26,7 @@ from aecore.train import fit
 from pipelines.cluster.session import (
     connect,
     disconnect,
+    num_nodes,
     require_gpu_is_there,
     require_local_urls_fit,
     require_resources,
@@ -47,7 +49,7 @@ def train(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None = None) ->
     if cluster.num_workers == 0:
         return _train_here(job, cluster, on_poll)
     connect(cluster)
-    require_local_urls_fit(job.data, job.out)
+    require_local_urls_fit(cluster, job.data, job.out, job.train.init_from or "")
     require_resources(cluster, cluster.num_workers)
     with tempfile.TemporaryDirectory(prefix="aepipe-ray-", ignore_cleanup_errors=True) as folder:
         return _train_on_ray(job, cluster, Path(folder), on_poll)
@@ -110,7 +112,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
     best: dict[str, Any] = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
     return TorchTrainer(
         _rank_loop,
-        train_loop_config={"job": job, "threads": cluster.threads_per_worker},
+        train_loop_config={"job": job, "threads": cluster.threads_per_worker, "pointers": num_nodes() == 1},
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=worker_resources(cluster)
@@ -140,7 +142,7 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if "validation" in metrics:
             numbers |= {f"validation_{name}": value for name, value in metrics["validation"].items()}
-        if ref is None:
+        if ref is None or not config["pointers"]:
             ray.train.report(numbers)
             return
         with tempfile.TemporaryDirectory() as folder:

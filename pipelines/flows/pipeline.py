@@ -2,28 +2,27 @@
 
 `out` is a root that gets `dataset/`, `run/` and `table/`; with `data` set, that dataset is used and nothing is sharded.
 One Ray serves all stages. Run again after a kill, every stage continues what it finds.
+With `cluster.kind=job` all stages are one Ray job and this flow only watches it: a retry or the next run joins it while it runs.
 """
 
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 
-from aecore.data.manifest import open_dataset
 from pipelines.config import Recipe
-from pipelines.flows.stages import leave_report, run_step
-from pipelines.steps import stage, stages
+from pipelines.flows.stages import leave_report, run_step, stop_job
+from pipelines.steps import check_address, run_stages
 
 
-@flow(name="aepipe-pipeline", persist_result=False)
+@flow(name="aepipe-pipeline", persist_result=False, on_cancellation=[stop_job])
 def pipeline_flow(recipe: dict[str, Any]) -> dict[str, Any]:
     """Run all stages of a recipe (a tree of plain JSON) and return their summaries by name."""
     parsed = Recipe(recipe)
-    summaries = {name: run_step(name, stage(parsed, name).tree) for name in stages(parsed)}
-    split = parsed.evaluate.split
-    if split in open_dataset(stage(parsed, "evaluate").require("data")).manifest.splits:
-        summaries["evaluate"] = run_step("evaluate", stage(parsed, "evaluate").tree)
+    check_address(parsed)
+    if parsed.cluster.kind == "job":
+        summaries = run_step("pipeline", parsed.travelling())
     else:
-        get_run_logger().info("no split %r in the dataset: nothing to evaluate on", split)
+        summaries = run_stages(parsed, lambda name, part: run_step(name, part.tree))
     leave_report(parsed.name, report(summaries))
     return summaries
 

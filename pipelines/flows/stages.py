@@ -4,29 +4,35 @@ Every step may run again after a kill (files are put-if-absent, records say what
 unknown errors; a wrong config, damaged data or a loss that became NaN would fail again and is not, and a cluster had its
 `cluster.timeout_s`. Progress is pulled by the driver, since nothing that Ray workers print reaches Prefect. Prefect's cache is
 off: the records on disk decide what is done.
+
+With `cluster.kind=job` a task submits the step (or the whole pipeline) as a Ray job, or joins the one that runs, and watches it. A
+cancelled run stops its job: from here when we see it, and by the hook `stop_job`, which Prefect runs when it has ended our process.
 """
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from aecore.errors import ClusterError, ConfigError, DataError, Diverged
+from pipelines.cluster.jobs import JobStopped
 from pipelines.config import Recipe
 from pipelines.progress import both, log_to, terminal
 from pipelines.steps import STEPS
+from pipelines.submit import run_as_job, stop
 
 RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
+PIPELINE = "pipeline"
 
 
 def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when it is run again."""
     try:
         state.result()
-    except (ClusterError, ConfigError, DataError, Diverged):
+    except (ClusterError, ConfigError, DataError, Diverged, JobStopped):
         return False
     except Exception:  # only looked at here: Prefect raises it where the last try has failed
         return True
@@ -52,12 +58,41 @@ def _make(name: str) -> Any:
         logger = get_run_logger()
         for package in ("aecore", "pipelines"):  # what they log in this process belongs to the run's log
             logging.getLogger(package).setLevel(logging.INFO)
-        summary = STEPS[name](Recipe(recipe), both(terminal(), log_to(logger)))
-        logger.info("%s done in %.1f s", name, summary["seconds"])
-        leave_artifacts(name, summary)
+        parsed, report = Recipe(recipe), both(terminal(), log_to(logger))
+        if parsed.cluster.kind == "job":
+            summary = run_as_job(name, parsed, report, logger.info, _is_cancelled)
+        else:
+            summary = STEPS[name](parsed, report)
+            logger.info("%s done in %.1f s", name, summary["seconds"])
+        for made, part in summary.items() if name == PIPELINE else [(name, summary)]:
+            leave_artifacts(made, part)
         return summary
 
     return step
+
+
+def _is_cancelled() -> bool:
+    """Return whether somebody cancelled the flow run that we are in."""
+    from prefect.client.orchestration import get_client
+
+    run_id = runtime.flow_run.id
+    if run_id is None:
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(run_id).state
+    except Exception as error:  # the job goes on without the server; the next question may be answered
+        logging.getLogger(__name__).debug("Prefect does not say whether the run is cancelled: %s", error)
+        return False
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+
+def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
+    """Stop the Ray job of a cancelled flow run. Prefect calls it with these names, in another process than the run's."""
+    name, tree = flow.name.removeprefix("aepipe-"), (flow_run.parameters or {}).get("recipe")
+    if isinstance(tree, dict) and (recipe := Recipe(tree)).cluster.kind == "job":
+        job_id, status = stop(name, recipe)
+        logging.getLogger(__name__).info("cancelled: Ray job %s: %s", job_id, status)
 
 
 def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
@@ -84,4 +119,4 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-_TASKS = {name: _make(name) for name in STEPS}
+_TASKS = {name: _make(name) for name in (*STEPS, PIPELINE)}

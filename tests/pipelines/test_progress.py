@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from pipelines.progress import Progress, TerminalLine, log_to
+from pipelines.progress import Progress, TerminalLine, from_line, lines_to, log_to
 
 
 def test_the_terminal_line_shows_rate_and_time_left() -> None:
@@ -37,3 +37,21 @@ def test_a_log_gets_the_milestones_only(caplog: pytest.LogCaptureFixture) -> Non
     report(Progress("train", 1, 2, "steps", "news"))
     report(Progress("train", 2, 2, "steps", "no news", milestone=False))
     assert caplog.messages == ["train: 1 of 2 steps, news"]
+
+
+def test_lines_for_a_reader_far_away_say_the_same_and_are_few() -> None:
+    stream = io.StringIO()
+    report = lines_to(stream)
+    first = Progress("shard", 1, 300, "shards", "train-000000: 1,000 rows, 2 quarantined", milestone=True)
+    passing = Progress("train", 2, 10, "steps", "epoch 1, loss 3.0", milestone=False)
+    report(first)
+    for _ in range(50):
+        report(passing)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 1, "what passes is said once a second at most"
+    assert from_line(lines[0]) == first
+    stream = io.StringIO()
+    lines_to(stream)(passing)
+    assert from_line(stream.getvalue().rstrip()) == passing
+    assert from_line("table /x: generation 1, 3072 rows") is None
+    assert from_line("oh: 1 of many steps, x") is None

@@ -11,6 +11,10 @@ from typing import IO
 
 import pytest
 
+from aecore.errors import ConfigError
+from pipelines.cluster.session import cluster_address, local_paths
+from pipelines.config import ClusterSpec
+
 SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=30")
 CLUSTER = """
 import sys
@@ -73,6 +77,23 @@ def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_
     assert "connected to Ray" in done.stderr
     assert "3 shards" in done.stdout
     assert other_cluster.says() == "alive"
+
+
+def test_a_cluster_without_an_address_and_a_job_server_as_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no address: add cluster.address=host:6379"):
+        cluster_address(ClusterSpec(kind="address"))
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS=http://head:8265 is a job server: set cluster.kind=job"):
+        cluster_address(ClusterSpec())
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert cluster_address(ClusterSpec()) == cluster_address(ClusterSpec(kind="address")) == ("head:6379", "RAY_ADDRESS")
+    assert cluster_address(ClusterSpec(kind="address", address="auto")) == ("auto", "cluster.address")
+
+
+def test_a_path_is_local_unless_it_lies_in_a_folder_that_all_nodes_see() -> None:
+    shared = ClusterSpec(shared_paths=("/mnt/all",))
+    urls = ("/mnt/all/out", "/mnt/alllocal", "/tmp/x", "s3://bucket/x", "")
+    assert local_paths(shared, *urls) == ["/mnt/alllocal", "/tmp/x"]
 
 
 @pytest.mark.ray

@@ -1,0 +1,189 @@
+"""Ray jobs: submit one to the job server of a cluster, or join the one that runs already; follow it, stop it.
+
+A job has a key, a function of what it makes. Its attempts are called KEY, KEY-2, KEY-3: while one is pending or running every submit
+of that key joins it, when it has ended the next submit takes the next name. Ray refuses a name that is taken, so of two clients
+at once one submits and the other one joins. All of it goes over HTTP: this process starts no Ray and needs none of the cluster's ports
+but the dashboard's. Requests end after `job_client.REQUEST_S`, waits after `cluster.timeout_s`; following lasts as long as the job does.
+No environment of this process goes into a job but the names in PASSED: credentials are those of the cluster's machines.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from aecore.errors import ClusterError, RunFailed
+from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_here, job_address
+from pipelines.cluster.session import local_paths
+from pipelines.cluster.tail import LogTail
+from pipelines.config import ClusterSpec
+
+logger = logging.getLogger(__name__)
+
+POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
+PASSED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # no secret can be in them
+
+
+class JobStopped(RunFailed):
+    """Somebody stopped the job: to run it again is for them to decide, so nothing tries again by itself."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What is to run: `python ARGUMENTS` on the head node. `urls` are the addresses it reads and writes."""
+
+    key: str
+    arguments: tuple[str, ...]
+    urls: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: Ray's word (SUCCEEDED, FAILED, STOPPED), its exit code if the command ran, and what Ray says of it."""
+
+    id: str
+    status: str
+    exit_code: int | None
+    message: str
+
+
+class JobServer:
+    """The job server of a cluster; ClusterError if it cannot be reached, refuses us, or is something else."""
+
+    def __init__(self, cluster: ClusterSpec) -> None:
+        self.address = job_address(cluster)
+        self._cluster, self._host = cluster, urlsplit(self.address).hostname or ""
+        with answers(self.address):
+            self._client = connect_to_jobs(self.address)
+
+    def submit(self, job: JobSpec) -> tuple[str, bool]:
+        """Return the id of the attempt that runs this job, and whether it is a new one."""
+        self._require_urls_fit(job)
+        deadline = time.monotonic() + self._cluster.timeout_s
+        while True:
+            with answers(self.address):
+                number, newest = max(self._attempts(job.key).items(), default=(0, None))
+                if newest is not None and not newest.status.is_terminal():
+                    return str(newest.submission_id), False
+                name = job.key if number == 0 else f"{job.key}-{number + 1}"
+                try:
+                    self._client.submit_job(
+                        entrypoint=self.entrypoint(job),
+                        submission_id=name,
+                        runtime_env={"env_vars": self.environment()},
+                        metadata=dict(job.metadata),
+                    )
+                    return name, True
+                except RuntimeError as error:
+                    if "already exists" in str(error):  # submitted by somebody else since we looked
+                        return name, False
+                    if "agent" not in str(error) or time.monotonic() > deadline:  # a head that starts has no agent yet
+                        raise
+            time.sleep(LOOK_S)
+
+    def entrypoint(self, job: JobSpec) -> str:
+        """Return the command line of a job: an explicit interpreter, every word quoted, no shell left around it."""
+        python = self._cluster.python or (sys.executable if is_here(self._host) else "python")
+        return "exec " + shlex.join([python, *job.arguments])
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment that travels: PASSED, and where our packages are if the head is this machine."""
+        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+        return passed | ({"PYTHONPATH": _package_folders()} if is_here(self._host) else {})
+
+    def running(self, key: str) -> str | None:
+        """Return the id of the attempt that is pending or running, if there is one."""
+        with answers(self.address):
+            _, newest = max(self._attempts(key).items(), default=(0, None))
+        return None if newest is None or newest.status.is_terminal() else str(newest.submission_id)
+
+    def stop(self, job_id: str) -> str:
+        """Stop a job, wait until it has ended, and return how; a job that has ended already is left as it is."""
+        deadline = time.monotonic() + self._cluster.timeout_s
+        while True:
+            info = self._look(job_id)
+            if info.status.is_terminal():
+                return str(info.status.value)
+            if time.monotonic() > deadline:
+                raise ClusterError(f"Ray job {job_id} did not stop in {self._cluster.timeout_s:.0f} s: look at {self.address}/#/jobs")
+            with answers(self.address):
+                self._client.stop_job(job_id)
+            time.sleep(POLL_S)
+
+    def follow(self, job_id: str, on_line: Callable[[str], None], stop_asked: Callable[[], bool] = lambda: False) -> Ended:
+        """Hand on every line that the job prints until it has ended; stop it when `stop_asked` says so."""
+        began = seen = asked = time.monotonic()
+        with LogTail(self._client, job_id) as tail:
+            while True:
+                tail.hand_on(on_line, LOOK_S)
+                try:
+                    info, seen = self._look(job_id), time.monotonic()
+                except Unreachable as error:
+                    if time.monotonic() - seen > self._cluster.timeout_s:
+                        raise ClusterError(f"{error}; Ray job {job_id} may go on: the same command joins it again") from error
+                    continue
+                if info.status.is_terminal():
+                    tail.hand_on_rest(on_line)
+                    return Ended(job_id, str(info.status.value), info.driver_exit_code, info.message or "")
+                if info.status.value == "PENDING" and time.monotonic() - began > self._cluster.timeout_s:
+                    raise self._not_started(job_id)
+                if time.monotonic() - asked > ASK_S:
+                    asked = time.monotonic()
+                    if stop_asked():
+                        self.stop(job_id)
+
+    def log(self, job_id: str) -> str:
+        """Return everything that the job has printed so far."""
+        with answers(self.address):
+            return str(self._client.get_job_logs(job_id))
+
+    def _attempts(self, key: str) -> dict[int, Any]:
+        pattern = re.compile(re.escape(key) + r"(?:-(\d+))?")
+        jobs = [(job, pattern.fullmatch(job.submission_id or "")) for job in self._client.list_jobs()]
+        return {int(match[1] or 1): job for job, match in jobs if match is not None}
+
+    def _look(self, job_id: str) -> Any:
+        with answers(self.address):
+            try:
+                return self._client.get_job_info(job_id)
+            except RuntimeError as error:
+                if "status code 404" in str(error):
+                    raise ClusterError(
+                        f"{self.address} does not know Ray job {job_id} any more (was the cluster started again?): "
+                        "run the same command again to submit it anew"
+                    ) from None
+                raise
+
+    def _not_started(self, job_id: str) -> ClusterError:
+        """Ask Ray to stop a job that did not start (it does so once the job has started); return what to say of it."""
+        with answers(self.address):
+            self._client.stop_job(job_id)
+        return ClusterError(
+            f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for a process on the head node and was stopped: "
+            f"see what the head is doing at {self.address}, or raise cluster.timeout_s"
+        )
+
+    def _require_urls_fit(self, job: JobSpec) -> None:
+        local = local_paths(self._cluster, *job.urls)
+        if local and not is_here(self._host):
+            raise ClusterError(
+                f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
+                "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"
+            )
+
+
+def _package_folders() -> str:
+    specs: Sequence[Any] = [importlib.util.find_spec(package) for package in ("aecore", "pipelines")]
+    roots = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin is not None]
+    return os.pathsep.join(dict.fromkeys([*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))

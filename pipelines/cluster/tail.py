@@ -1,0 +1,95 @@
+"""The lines that a Ray job prints, while it prints them: a thread holds the connection, the caller takes the lines.
+
+A connection that breaks is made again; the server then sends everything from the start, and what was seen is skipped.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+AGAIN_S, REST_S = 1.0, 10.0
+_RAYS_OWN = (" -- Runtime env is setting up.", "Running entrypoint for job ")  # what Ray adds to the log of every job
+
+
+class LogTail:
+    """Follows the log of one job from entering the context to leaving it."""
+
+    def __init__(self, client: Any, job_id: str) -> None:
+        self._client, self._job_id = client, job_id
+        self._chunks: queue.Queue[str | None] = queue.Queue()
+        self._open, self._ended = "", False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=f"log of {job_id}", daemon=True)
+
+    def __enter__(self) -> "LogTail":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop has ended by itself
+            self._loop.call_soon_threadsafe(self._cancel)
+        self._thread.join(REST_S)
+
+    def hand_on(self, on_line: Callable[[str], None], wait_s: float) -> None:
+        """Give the lines of the next `wait_s` seconds to `on_line`."""
+        deadline = time.monotonic() + wait_s
+        while (left := deadline - time.monotonic()) > 0:
+            if self._ended:
+                time.sleep(left)
+                return
+            with contextlib.suppress(queue.Empty):
+                self._take(self._chunks.get(timeout=left), on_line)
+
+    def hand_on_rest(self, on_line: Callable[[str], None]) -> None:
+        """Give what is left of an ended job's log to `on_line`: its server closes the connection after the last line."""
+        deadline = time.monotonic() + REST_S
+        while not self._ended and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self._take(self._chunks.get(timeout=0.1), on_line)
+        self._take("\n" if self._open else "", on_line)
+
+    def _take(self, chunk: str | None, on_line: Callable[[str], None]) -> None:
+        self._ended = self._ended or chunk is None
+        *lines, self._open = (self._open + (chunk or "")).split("\n")
+        for line in lines:
+            if not any(mark in line for mark in _RAYS_OWN):
+                on_line(line)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._follow())
+        except (asyncio.CancelledError, Exception) as error:  # without its lines a job is followed all the same
+            logger.debug("the log of %s is not followed any more: %r", self._job_id, error)
+        finally:
+            self._chunks.put(None)
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    async def _follow(self) -> None:
+        import aiohttp
+
+        seen = 0
+        while True:
+            skip = seen
+            try:
+                chunks: AsyncIterator[str] = self._client.tail_job_logs(self._job_id)
+                async for chunk in chunks:
+                    new = chunk[skip:]
+                    skip = max(0, skip - len(chunk))
+                    seen += len(new)
+                    self._chunks.put(new)
+                return
+            except (aiohttp.ClientError, OSError, RuntimeError) as error:
+                logger.debug("the log of %s broke off: %s", self._job_id, error)
+                await asyncio.sleep(AGAIN_S)

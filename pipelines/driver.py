@@ -1,0 +1,92 @@
+"""What runs inside a Ray job: `python -m pipelines.driver STEP RECIPE`, RECIPE as JSON, on the cluster that runs the job.
+
+The same steps as everywhere, without Prefect: whoever watches has that. All it says are lines on standard output: what is logged,
+progress that the watcher reads back (`progress.from_line`), and at the end one line RESULT with the summary, or with the error; the exit
+code is that of `aepipe`.
+"""
+
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from aecore import errors
+from aecore.errors import AecoreError, RunFailed
+from pipelines import progress
+from pipelines.config import Recipe
+from pipelines.steps import STEPS, run_stages
+from pipelines.tree import Tree
+
+RESULT = "aepipe-result "
+INTERRUPTED = 130
+logger = logging.getLogger(__name__)
+
+
+def arguments(name: str, tree: Tree) -> tuple[str, ...]:
+    """Return the arguments of the interpreter that runs step `name` (or "pipeline") of a recipe inside a job.
+
+    In there the cluster is the one that RAY_ADDRESS names, which Ray sets; without workers the step stays in the job's own process.
+    """
+    cluster = {key: value for key, value in (tree.get("cluster") or {}).items() if key not in ("address", "python")}
+    cluster["kind"] = "local" if cluster.get("num_workers") == 0 else "address"
+    return ("-m", "pipelines.driver", name, json.dumps(tree | {"cluster": cluster}, separators=(",", ":")))
+
+
+def work(name: str, recipe: Recipe, report: progress.Report) -> Tree:
+    """Run one step, or all of a pipeline."""
+
+    def run(step: str, part: Recipe) -> Tree:
+        summary = STEPS[step](part, report)
+        logger.info("%s done in %.1f s", step, summary["seconds"])
+        return summary
+
+    return run_stages(recipe, run) if name == "pipeline" else run(name, recipe)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a step and return its exit code."""
+    name, text = sys.argv[1:] if argv is None else argv
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for package in ("aecore", "pipelines"):
+        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).handlers = [handler]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # that is how Ray stops a job
+    try:
+        return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, {"error": "RunFailed", "message": "the job was interrupted; what is finished is kept"})
+    except AecoreError as error:
+        return _end(error.exit_code, {"error": type(error).__name__, "message": str(error)})
+    except Exception as error:  # a bug of ours: its traceback goes to the log, as on the command line
+        traceback.print_exc(file=sys.stdout)
+        return _end(1, {"error": "RunFailed", "message": f"{type(error).__name__}: {error}"})
+
+
+def _end(exit_code: int, said: dict[str, Any]) -> int:
+    sys.stdout.write(f"{RESULT}{json.dumps(said, default=str)}\n")
+    sys.stdout.flush()
+    return exit_code
+
+
+def result_of(line: str) -> dict[str, Any] | None:
+    """Return what a line RESULT says, None for any other line."""
+    if not line.startswith(RESULT):
+        return None
+    said = json.loads(line.removeprefix(RESULT))
+    return said if isinstance(said, dict) else None
+
+
+def error_of(said: dict[str, Any], exit_code: int | None) -> AecoreError:
+    """Return the error that a line RESULT says, as the class it had; one that is unknown here as the first of its exit code."""
+    classes = [found for found in vars(errors).values() if isinstance(found, type) and issubclass(found, AecoreError)]
+    named = next((found for found in classes if found.__name__ == said.get("error")), None)
+    same_code = next((found for found in classes if found is not AecoreError and found.exit_code == exit_code), RunFailed)
+    return (named or same_code)(str(said.get("message")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

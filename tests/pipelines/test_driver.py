@@ -1,0 +1,67 @@
+"""What a job says, and how its watcher understands it."""
+
+import json
+import logging
+import signal
+from pathlib import Path
+
+import pytest
+
+from aecore.errors import DataError, Diverged, RunFailed, StoreError
+from pipelines import driver
+from pipelines.cluster.jobs import Ended, JobStopped
+from pipelines.config import load_recipe
+from pipelines.submit import _summary
+
+
+@pytest.fixture(autouse=True)
+def own_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the loggers back as they were: a job's log goes to its standard output."""
+    for package in ("aecore", "pipelines"):
+        monkeypatch.setattr(logging.getLogger(package), "handlers", [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"out={tmp_path}/dataset", "source.kind=sprites", "source.num_samples=20", "cluster.num_workers=0", "cluster.kind=job"]
+    *_, name, text = driver.arguments("shard", load_recipe(None, [*words, "cluster.address=http://host:8265"]).travelling())
+    assert driver.main([name, text]) == 0
+    said = driver.result_of(capsys.readouterr().out.splitlines()[-1])
+    assert said is not None
+    assert said["summary"]["samples"] == {"train": 20}
+
+    broken = json.loads(text) | {"source": {"kind": "folder", "url": f"{tmp_path}/nowhere"}}
+    assert driver.main([name, json.dumps(broken)]) == DataError.exit_code
+    said = driver.result_of(capsys.readouterr().out.splitlines()[-1])
+    assert said is not None
+    error = driver.error_of(said, 3)
+    assert type(error) is DataError
+    assert "does not exist" in str(error)
+
+
+def test_a_job_of_workers_uses_the_cluster_that_it_runs_on() -> None:
+    tree = {"out": "/x", "cluster": {"kind": "job", "address": "http://host:8265", "python": "/p", "num_workers": 3}}
+    *_, text = driver.arguments("train", tree)
+    assert json.loads(text)["cluster"] == {"kind": "address", "num_workers": 3}
+    *_, text = driver.arguments("train", {"cluster": {"kind": "job", "num_workers": 0}})
+    assert json.loads(text)["cluster"] == {"kind": "local", "num_workers": 0}
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "said", "last", "expected", "message"),
+    [
+        ("FAILED", 4, {"error": "StoreError", "message": "no space"}, "", StoreError, r"no space \(Ray job a\)"),
+        ("FAILED", 1, {"error": "Diverged", "message": "NaN"}, "", Diverged, "NaN"),
+        ("FAILED", 4, {"error": "Unknown", "message": "x"}, "", StoreError, "x"),
+        ("FAILED", -9, {}, "", RunFailed, "was killed"),
+        ("FAILED", 7, {}, "boom", RunFailed, "exit code 7: boom"),
+        ("SUCCEEDED", 0, {}, "", RunFailed, "holds no result"),
+        ("STOPPED", None, {"summary": {}}, "", JobStopped, "was stopped"),
+    ],
+)
+def test_the_end_of_a_job_becomes_the_error_that_it_had(
+    status: str, exit_code: int | None, said: dict[str, str], last: str, expected: type, message: str
+) -> None:
+    with pytest.raises(expected, match=message) as raised:
+        _summary(Ended("a", status, exit_code, ""), said, last)
+    assert type(raised.value) is expected
