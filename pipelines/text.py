@@ -79,3 +79,32 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     return "-" if value is None else str(value)
+
+
+def of_gc(report: Mapping[str, Any]) -> str:
+    """Return what was removed and why, what waits and what is not ours: a line for each reason."""
+    if "stages" in report:
+        lines = [of_gc(stage) for stage in report["stages"].values()]
+        return "\n".join([*lines, *_not_ours(report)])
+    done = "would remove" if report["dry_run"] else "removed"
+    lines = [f"{report['kind']} {report['url']}: {done} {report['files']:,} files, {_size(report['bytes'])}"]
+    for why in dict.fromkeys(item["why"] for item in report["garbage"]):
+        items = [item for item in report["garbage"] if item["why"] == why]
+        names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
+        lines.append(f"  {len(items):,} files, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
+    lines += [f"  left: {item['what']}, {item['files']:,} files, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]]
+    return "\n".join([*lines, *_not_ours(report)])
+
+
+def _not_ours(report: Mapping[str, Any]) -> list[str]:
+    names = report["not_ours"]
+    shown = ", ".join(names[:8]) + (f", ... ({len(names):,} in all)" if len(names) > 8 else "")
+    return [f"  not ours, left alone: {shown}"] if names else []
+
+
+def _size(num_bytes: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:,.0f} {units[0]}" if units[0] == "bytes" else f"{num_bytes:,.1f} {units[0]}"

@@ -107,6 +107,21 @@ def _verify(args: Args) -> Result:
 
 
 @VERBS.register(
+    "gc",
+    "remove what killed or overtaken attempts left and nobody needs (never what a manifest names)",
+    URL,
+    argument("--older-than", "leave alone what may still be written: anything younger than this, for example 7d", default="1d"),
+    argument("--unfinished", "also give up what the same command would continue", action="store_true"),
+    writes=True,
+    recipe=False,
+)
+def _gc(args: Args) -> Result:
+    from pipelines import gc, text
+
+    return Result(gc.gc(args.url, older_than=args.older_than, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
+
+
+@VERBS.register(
     "list",
     "list models, backbones, sources or recipes",
     argument("what", choices=("models", "backbones", "sources", "recipes")),

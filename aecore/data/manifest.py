@@ -95,6 +95,12 @@ class DatasetManifest:
         return tuple(shard for shards in self.splits.values() for shard in shards)
 
     @property
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file that the manifest names: shards, indexes, quarantine, listings."""
+        shards = [ref for shard in self.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
+        return (*shards, *(part.quarantine for part in self.rejected), *self.listings)
+
+    @property
     def quarantined(self) -> int:
         """Number of samples that are in quarantine instead of in a shard."""
         return sum(shard.quarantined for shard in self.shards) + sum(part.planned for part in self.rejected)

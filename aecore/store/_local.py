@@ -10,6 +10,8 @@ from pathlib import Path
 from aecore.errors import DataError, StoreError
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
+LINK_TRIES = 20
+
 
 class LocalStore:
     """An artefact in a folder of a local (or mounted) file system that knows hard links."""
@@ -50,9 +52,8 @@ class LocalStore:
         with _storage_errors(f"cannot write {target}"):
             _fsync(staged)
             fault_point(f"{role}.synced")
-            _make_folder(target.parent)
             try:
-                os.link(staged, target)
+                _link(staged, target)
             except FileExistsError:
                 there = sha256_file(target)
                 if there != ref.sha256:
@@ -99,6 +100,14 @@ class LocalStore:
         except OSError as error:
             raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
 
+    def modified(self, name: str) -> float | None:
+        try:
+            return self._path(name).stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
+
     def list(self, folder: str = "") -> list[str]:
         try:
             return sorted(os.listdir(self._path(folder)))
@@ -109,7 +118,10 @@ class LocalStore:
 
     def remove(self, name: str) -> None:
         path = self._path(name)
-        path.unlink(missing_ok=True)
+        with _storage_errors(f"cannot remove {path}"), contextlib.suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)
+        if path.parent in (self.root, self.root / ".tmp"):  # the first may be the user's, in the second somebody may be about to write
+            return
         with contextlib.suppress(OSError):  # the folder is ours and goes with its last file
             path.parent.rmdir()
 
@@ -120,6 +132,18 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _link(staged: Path, target: Path) -> None:
+    """Link `staged` to `target` and make the folder for it, again if `remove` takes the empty folder away in between."""
+    for left in range(LINK_TRIES, 0, -1):
+        try:
+            _make_folder(target.parent)
+            os.link(staged, target)
+            return
+        except FileNotFoundError:
+            if left == 1 or not staged.exists():
+                raise
 
 
 def _make_folder(folder: Path) -> None:
