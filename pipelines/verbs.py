@@ -96,13 +96,14 @@ def _show(args: Args) -> Result:
     "check what lies at a URL",
     URL,
     argument("--read-data", "read every byte and compare the hashes", action="store_true"),
+    argument("--read-data-subset", "read the k-th of n slices of the shards and parts: n nightly checks read all", metavar="K/N"),
     argument("--dataset", "where the dataset of a table lies now (else: where it was encoded from; in a root: its dataset/)"),
     recipe=False,
 )
 def _verify(args: Args) -> Result:
     from pipelines import show, text
 
-    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset)
+    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset, subset=args.read_data_subset)
     return Result(report, lambda found: f"ok\n{text.of_tree(found)}")
 
 
