@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from aecore.errors import DataError, did_you_mean
 from aecore.generations import newest_number
+from aecore.kinds import other_kind
 from aecore.slices import Slice
 from aecore.store import Store, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -198,6 +199,9 @@ def open_table(url: str, number: int | None = None) -> LatentTable:
     store = open_store(url)
     newest = newest_number(store, STEM)
     if newest is None:
+        other = other_kind(store, "table")
+        if other is not None:
+            raise DataError(other)
         unfinished = newest_number(store, "run") is not None
         state = (
             "an unfinished encoding: run the same command again to finish it"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, newest_number, read_json
+from aecore.kinds import other_kind
 from aecore.store import FileRef, Store, open_store, sha256_json
 
 if TYPE_CHECKING:
@@ -260,6 +261,9 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
 
 
 def _nothing_here(store: Store) -> str:
+    other = other_kind(store, "dataset")
+    if other is not None:
+        return other
     if newest_number(store, "run") is None:
         return f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address"
     parts = sum(name.endswith(".json") for name in store.list("records"))

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from aecore.errors import DataError, StoreError
+from aecore.errors import DataError, StoreError, disk_remedy
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
 LINK_TRIES = 20
@@ -161,7 +161,7 @@ def _storage_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{doing}: {error.strerror or error}") from error
+        raise StoreError(f"{doing}: {error.strerror or error}{disk_remedy(error)}") from error
 
 
 class LocalFiles:
