@@ -1,5 +1,6 @@
 """Summaries as text for people; `--json` prints the same summaries as they are."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,32 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     return "-" if value is None else str(value)
+
+
+def of_compare(tree: Mapping[str, Any]) -> str:
+    """Return what `aepipe compare` found: numbers of both sides on one line, hashes cut, empty answers left out."""
+    return of_tree(_compact(tree))
+
+
+def _compact(tree: Mapping[str, Any]) -> Tree:
+    shown: Tree = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value.keys() & {"a", "b"} and value.keys() <= {"a", "b", "delta"}:
+            change = f" ({value['delta']:+.6g})" if "delta" in value else ""
+            shown[key] = f"{_value(value['a'])} | {_value(value['b'])}{change}"
+        elif isinstance(value, Mapping):
+            inner = _compact(value)
+            if inner:
+                shown[key] = inner
+        elif value == [] or value is None:
+            continue
+        else:
+            shown[key] = [_short(each) for each in value] if isinstance(value, list) else _short(value)
+    return shown
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def of_gc(report: Mapping[str, Any]) -> str:

@@ -108,6 +108,20 @@ def _verify(args: Args) -> Result:
 
 
 @VERBS.register(
+    "compare",
+    "say in what two runs, tables, datasets or roots differ",
+    argument("a", "run, table, dataset, or a root of all three"),
+    argument("b", "another one of the same kind"),
+    recipe=False,
+)
+def _compare(args: Args) -> Result:
+    from aecore.compare import compare
+    from pipelines import text
+
+    return Result(compare(args.a, args.b), text.of_compare)
+
+
+@VERBS.register(
     "gc",
     "remove what killed or overtaken attempts left and nobody needs (never what a manifest names)",
     URL,
