@@ -108,6 +108,16 @@ def _short(value: Any) -> Any:
     return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
+def of_doctor(report: Mapping[str, Any]) -> str:
+    """Return a line for each check, with the remedy where there is something to do."""
+    lines = []
+    for check in report["checks"]:
+        remedy = f"; {check['remedy']}" if check["remedy"] else ""
+        lines.append(f"{check['state']:<8} {check['name']}: {check['said']}{remedy}")
+    counts = ", ".join(f"{report[state]} {state}" for state in ("ok", "warning", "failed", "skipped"))
+    return "\n".join([*lines, counts])
+
+
 def of_gc(report: Mapping[str, Any]) -> str:
     """Return what was removed and why, what waits and what is not ours: a line for each reason."""
     if "stages" in report:

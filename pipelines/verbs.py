@@ -137,6 +137,19 @@ def _gc(args: Args) -> Result:
 
 
 @VERBS.register(
+    "doctor",
+    "check this machine, the store at URL, the Ray cluster and the Prefect server",
+    argument("url", "where artefacts will be written", nargs="?"),
+    argument("--recipe", "recipe whose cluster section says what is needed"),
+)
+def _doctor(args: Args) -> Result:
+    from pipelines import doctor, text
+
+    found = doctor.doctor(args.url, args.recipe, tuple(args.overrides))
+    return Result(found, text.of_doctor, found["exit_code"])
+
+
+@VERBS.register(
     "list",
     "list models, backbones, sources or recipes",
     argument("what", choices=("models", "backbones", "sources", "recipes")),

@@ -136,14 +136,14 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
 
     need = worker_resources(cluster)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(_fits(node, need) for node in nodes)
+    room = sum(fits(node, need) for node in nodes)
     if room < cluster.num_workers:
         raise ClusterError(
             f"cluster.num_workers={cluster.num_workers} workers of {_says(need)} each do not fit: the cluster has {_says(_totals(ray))} on "
             f"{len(nodes)} node(s), room for {room}; {_smaller(nodes, need, room)}"
         )
     deadline = time.monotonic() + cluster.timeout_s
-    while _fits(ray.available_resources(), need) < num_workers:
+    while fits(ray.available_resources(), need) < num_workers:
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"waited {cluster.timeout_s:.0f} s for {num_workers} workers of {_says(need)} each: free are "
@@ -187,7 +187,8 @@ def require_gpu_is_there(cluster: ClusterSpec) -> None:
         raise ConfigError("cluster.use_gpu=true, and torch sees no GPU here: set cluster.use_gpu=false, or install the CUDA build of torch")
 
 
-def _fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
+def fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """Return how many workers of `need` a node (or what is free) has room for."""
     return min((math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount > 0), default=1 << 30)
 
 
