@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from aecore.errors import ClusterError
-from pipelines.cluster.session import worker_resources
+from pipelines.cluster.session import fits, worker_resources
 from pipelines.config import ClusterSpec
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
@@ -66,9 +66,7 @@ def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
 
 def _room(cluster: ClusterSpec, nodes: Sequence[Mapping[str, float]]) -> Finding:
     need = worker_resources(cluster)
-    room = sum(
-        min((math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount > 0), default=0) for node in nodes
-    )
+    room = sum(fits(node, need) for node in nodes)
     said = f"room for {room} workers of {_says(need)} each, the recipe asks for {cluster.num_workers}"
     if room < cluster.num_workers:
         return failed("ray: resources", said, f"set cluster.num_workers={room} or less, or cluster.resources_per_worker to a smaller share")
