@@ -358,3 +358,20 @@ def test_a_collection_that_is_killed_anywhere_can_be_run_again(tmp_path, monkeyp
         keys = {name: data for name, data in named(out).items() if name.endswith(".tar")}
         if unfinished:
             assert keys == {name: data for name, data in named(whole).items() if name.endswith(".tar")}
+
+
+def test_a_bucket_is_collected_as_a_folder_is(tmp_path, s3):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    image_folder(images, "train", range(4, 10))
+    assert died(lambda: shard(images, out), "record.linked:2")
+    image_folder(images, "train", range(10, 12))
+    shard(images, out)
+    shutil.rmtree(out / ".tmp")
+    s3.upload(out, "data")
+    there = collect_garbage(f"{s3.url}/data", now=time.time() + LATER)
+    here = later(out)
+    assert there.garbage == here.garbage
+    assert s3.objects("data/") == tree(out)
+    assert verify_dataset(open_dataset(f"{s3.url}/data"), read_data=True).ok
+    assert collect_garbage(f"{s3.url}/data", now=time.time() + LATER).garbage == ()
