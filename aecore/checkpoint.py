@@ -25,6 +25,7 @@ from aecore._base.trainable import ModelSpec, Trainable
 from aecore.data.transform import TransformSpec
 from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, read_json
+from aecore.kinds import other_kind
 from aecore.registry import BACKBONES, MODELS, from_dict, to_dict
 from aecore.store import FileRef, Store, canonical_json, open_store
 
@@ -266,6 +267,9 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     store = open_store(url)
     name = "model" if store.size(f"model/{MANIFEST}") is not None else ""
     if not name and store.size(MANIFEST) is None:
+        other = other_kind(store, "run")
+        if other is not None:
+            raise DataError(other)
         if store.size("run.000001.json") is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
         raise DataError(f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder")

@@ -20,7 +20,7 @@ from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEnco
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, RunFailed
 from aecore.fanout import FanOut, OnPart, collect, serial
-from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, require_same
+from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, require_kind, require_same
 from aecore.registry import to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -115,6 +115,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
     columns = Encoder(loaded, spec, "cpu").describe()
     store = open_store(out)
+    require_kind(store, "table")
     identity = _identity(loaded, spec, columns)
     parent, parent_sha256 = _parent(store)
     _require_same_table(store, identity, parent)

@@ -5,7 +5,18 @@ invariants; anything that is not an `AecoreError` and reaches the command line i
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_REMEDIES = {
+    errno.ENOSPC: "; what is finished is kept: free space there (`aepipe gc` finds what killed runs left), then run the same command again",
+    errno.EDQUOT: "; what is finished is kept: free space or raise the quota, then run the same command again",
+    errno.EROFS: "; it is mounted read-only: write to another URL",
+    errno.EACCES: "; this user may not write there: write to another URL, or have the folder's owner allow it",
+    errno.EPERM: "; the file system refuses it: write to another URL (it has to know hard links)",
+    errno.ENOTDIR: "; a part of the path is a file: write to another URL",
+    errno.EOPNOTSUPP: "; the file system knows no hard links: write to another URL",
+}
 
 
 class AecoreError(Exception):
@@ -54,3 +65,8 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     guess = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f" ({guess}known: {', '.join(names) or 'none'})"
+
+
+def disk_remedy(error: OSError) -> str:
+    """Return "; what to do", the ending of an error about a file that could not be written; "" if nothing is known."""
+    return _REMEDIES.get(error.errno or 0, "")

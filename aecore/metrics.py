@@ -110,10 +110,20 @@ def row_of(store: Store, parts: Iterable[FileRef], step: int) -> dict[str, Any]:
 
 
 def last_row(store: Store) -> dict[str, Any] | None:
-    """Return the row of the highest step that any attempt has written so far, None before the first: for progress only."""
-    parts = [name for name in store.list("metrics") if name.endswith(".jsonl")]
-    newest = max(parts, key=lambda name: name.split("-")[1], default=None)
-    if newest is None:
-        return None
-    row: dict[str, Any] = json.loads(store.read(f"metrics/{newest}").splitlines()[-1])
-    return row
+    """Return the row of the highest step that any attempt has written so far, None before the first: for progress only.
+
+    A part that `gc` removes between the listing and the reading is not the newest any more: the listing is read again.
+    """
+    for _ in range(5):
+        parts = [name for name in store.list("metrics") if name.endswith(".jsonl")]
+        newest = max(parts, key=lambda name: name.split("-")[1], default=None)
+        if newest is None:
+            return None
+        try:
+            row: dict[str, Any] = json.loads(store.read(f"metrics/{newest}").splitlines()[-1])
+        except DataError:
+            if store.size(f"metrics/{newest}") is not None:
+                raise
+            continue
+        return row
+    return None

@@ -75,6 +75,11 @@ class TableManifest:
         return sum(part.rows for part in self.parts)
 
     @property
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file that the manifest names: parts and quarantine."""
+        return tuple(ref for part in self.parts for ref in (part.file, part.quarantine) if ref is not None)
+
+    @property
     def quarantined(self) -> int:
         """Number of samples that are in quarantine instead of in a part."""
         return sum(part.quarantined for part in self.parts)

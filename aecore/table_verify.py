@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
 from aecore.errors import DataError
 from aecore.generations import newest_number
+from aecore.slices import Slice
 from aecore.store import open_store
 from aecore.table import LatentTable
 from aecore.table_manifest import TablePart
@@ -39,17 +40,20 @@ class TableReport:
     read_data: bool
     dataset: str | None = None
     checkpoint: str | None = None
+    slice: str | None = None  # k/n: of all parts only those of one slice were read
+    parts_read: int = 0
+    bytes_read: int = 0
 
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON data."""
         return dataclasses.asdict(self)
 
 
-def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None) -> TableReport:
+def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None, only: Slice | None = None) -> TableReport:
     """Check a table and return what was counted.
 
     `dataset_url` names the dataset whose indexes are compared, by default the one of the lineage if it still lies there; the
-    generation is the one that the table's manifest names.
+    generation is the one that the table's manifest names. `only` reads, and compares with the dataset, the parts of one slice.
 
     Raises
     ------
@@ -62,14 +66,17 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     checkpoint = _checkpoint(table, problems)
     problems += _lineage_problems(table, dataset)
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
+    chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
+    stems = {part.stem for part in chosen}
     for part in table.parts:
+        read = part.stem in stems
         try:
-            problems += _footer_problems(table, part, read_data)
-            if read_data or dataset is not None:
+            problems += _footer_problems(table, part, read)
+            if read or (only is None and dataset is not None):
                 rows = read_part(table.store, part.file, ["key", "shard", "ordinal"])
                 keys.append(rows.column("key"))
-                problems += _row_problems(table, part, rows, read_data)
-            if dataset is not None:
+                problems += _row_problems(table, part, rows, read)
+            if dataset is not None and (only is None or read):
                 problems += _index_problems(table, part, rows, dataset, shards.get((part.split, part.shard)))
         except DataError as error:
             problems.append(str(error))
@@ -85,7 +92,20 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
         )
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
-    return TableReport(table.url, table.manifest.number, len(table.parts), table.num_rows, quarantined, read_data, where, checkpoint)
+    read_bytes = sum(ref.bytes for part in chosen for ref in (part.file, part.quarantine) if ref is not None)
+    return TableReport(
+        table.url,
+        table.manifest.number,
+        len(table.parts),
+        table.num_rows,
+        quarantined,
+        read_data,
+        where,
+        checkpoint,
+        slice=None if only is None else str(only),
+        parts_read=len(chosen),
+        bytes_read=read_bytes,
+    )
 
 
 def _dataset(table: LatentTable, url: str | None) -> Dataset | None:

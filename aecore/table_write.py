@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from aecore.errors import DataError, StoreError
+from aecore.errors import DataError, StoreError, disk_remedy
 from aecore.store import AlreadyExists, FileRef, Store
 
 Compression = Literal["zstd", "none"]
@@ -161,7 +161,9 @@ def _refusal_named(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # no space, a quota, a limit on file sizes
-        raise StoreError(f"cannot write {where}: {error.strerror or error}; nothing was committed under this name") from error
+        raise StoreError(
+            f"cannot write {where}: {error.strerror or error}; nothing was committed under this name{disk_remedy(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ RECIPE_NOTE = "key.path=value sets any key of a recipe"
 
 
 class Result(NamedTuple):
-    """What a verb found or made: plain JSON, and the function that says it to people."""
+    """What a verb found or made: plain JSON, the function that says it to people, and the exit code that it ends with."""
 
     data: Any
     as_text: Callable[[Any], str]
+    exit_code: int = 0
 
 
 class Argument(NamedTuple):

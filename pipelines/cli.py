@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # `docker stop` and cluster schedulers end like Ctrl-C: workers too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _run(args)
+        return _run(args)
     except KeyboardInterrupt as interrupt:
         print(f"aepipe: {str(interrupt) or 'interrupted; what is finished is kept, the same command goes on from there'}", file=sys.stderr)
         return INTERRUPTED
@@ -47,15 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `aepipe show x | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's own flush at exit does not fail
         return 0
-    return 0
 
 
-def _run(args: Args) -> None:
+def _run(args: Args) -> int:
     if not args.verb.reads_recipe:
         overrides.refuse(args.verb.name, args.overrides, "reads no recipe")
     result = args.verb.run(args)
-    if result is not None:
-        print(_json(result.data) if args.json else result.as_text(result.data))
+    if result is None:
+        return 0
+    print(_json(result.data) if args.json else result.as_text(result.data))
+    return result.exit_code
 
 
 def _json(data: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 
 from aecore.errors import ConfigError, DataError
 from aecore.generations import newest_number, read_json
+from aecore.slices import parse_slice
 from aecore.store import Store, absolute_url, open_store
 from pipelines.tree import Tree
 
@@ -82,17 +83,21 @@ def _unfinished(store: Store) -> Tree:
 _SHOW = {"dataset": _dataset, "table": _table, "run": _run, "unfinished": _unfinished}
 
 
-def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> Tree:
+def verify(url: str, *, read_data: bool = False, dataset: str | None = None, subset: str | None = None) -> Tree:
     """Check the artefact at `url` and return what was checked; DataError that lists everything that is wrong.
 
-    Without `read_data` names and sizes are checked, with it every byte against its sha256. `dataset` is where the dataset of a
-    table lies now, if not where it was encoded from (in a root: its own `dataset/`): each row is looked up in its indexes.
+    Without `read_data` names and sizes are checked, with it every byte against its sha256, with `subset` (`k/n`) those of the shards
+    and parts of one slice; the small files of a run are always read. `dataset` is where the dataset of a table lies now, if not
+    where it was encoded from (in a root: its own `dataset/`): each row is looked up in its indexes.
 
     Raises
     ------
     ConfigError
-        `dataset` is given where there is no table to compare with it.
+        `dataset` is given where there is no table to compare with it, `subset` is no `k/n` or comes with `read_data`.
     """
+    if subset is not None and read_data:
+        raise ConfigError(f"--read-data reads everything and --read-data-subset {subset} a part of it: leave out one of them")
+    only = None if subset is None else parse_slice(subset)
     store = open_store(url)
     kind = kind_of(store)
     if dataset is not None:
@@ -101,21 +106,21 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None) -> 
         from aecore.data.manifest import open_dataset
         from aecore.data.verify import verify_dataset
 
-        checked = verify_dataset(open_dataset(store.url), read_data=read_data)
+        checked = verify_dataset(open_dataset(store.url), read_data=read_data, only=only)
         if checked.problems:
             raise DataError("\n".join(checked.problems))
         return {"kind": kind, "url": store.url, **dataclasses.asdict(checked)}
     if kind == "table":
         from aecore.table import open_table
 
-        return {"kind": kind, **open_table(store.url).verify(read_data=read_data, dataset=dataset).to_dict()}
+        return {"kind": kind, **open_table(store.url).verify(read_data=read_data, dataset=dataset, only=only).to_dict()}
     if kind == "run":
         return {"kind": kind, "url": store.url, **_verify_run(store)}
     if kind == "root":
         found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
         own = f"{store.url}/dataset" if "dataset" in found else None  # a root may have been moved as a whole
         places = {"table": dataset if dataset is not None else own}
-        stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name)) for name in found}
+        stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name), subset=subset) for name in found}
         return {"kind": kind, "url": store.url, **stages}
     raise DataError(f"{store.url} is unfinished: run the command that wrote it again to finish it")
 

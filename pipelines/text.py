@@ -1,5 +1,6 @@
 """Summaries as text for people; `--json` prints the same summaries as they are."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,3 +80,68 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     return "-" if value is None else str(value)
+
+
+def of_compare(tree: Mapping[str, Any]) -> str:
+    """Return what `aepipe compare` found: numbers of both sides on one line, hashes cut, empty answers left out."""
+    return of_tree(_compact(tree))
+
+
+def _compact(tree: Mapping[str, Any]) -> Tree:
+    shown: Tree = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value.keys() & {"a", "b"} and value.keys() <= {"a", "b", "delta"}:
+            change = f" ({value['delta']:+.6g})" if "delta" in value else ""
+            shown[key] = f"{_value(value['a'])} | {_value(value['b'])}{change}"
+        elif isinstance(value, Mapping):
+            inner = _compact(value)
+            if inner:
+                shown[key] = inner
+        elif value == [] or value is None:
+            continue
+        else:
+            shown[key] = [_short(each) for each in value] if isinstance(value, list) else _short(value)
+    return shown
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
+def of_doctor(report: Mapping[str, Any]) -> str:
+    """Return a line for each check, with the remedy where there is something to do."""
+    lines = []
+    for check in report["checks"]:
+        remedy = f"; {check['remedy']}" if check["remedy"] else ""
+        lines.append(f"{check['state']:<8} {check['name']}: {check['said']}{remedy}")
+    counts = ", ".join(f"{report[state]} {state}" for state in ("ok", "warning", "failed", "skipped"))
+    return "\n".join([*lines, counts])
+
+
+def of_gc(report: Mapping[str, Any]) -> str:
+    """Return what was removed and why, what waits and what is not ours: a line for each reason."""
+    if "stages" in report:
+        lines = [of_gc(stage) for stage in report["stages"].values()]
+        return "\n".join([*lines, *_not_ours(report)])
+    done = "would remove" if report["dry_run"] else "removed"
+    lines = [f"{report['kind']} {report['url']}: {done} {report['files']:,} files, {_size(report['bytes'])}"]
+    for why in dict.fromkeys(item["why"] for item in report["garbage"]):
+        items = [item for item in report["garbage"] if item["why"] == why]
+        names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
+        lines.append(f"  {len(items):,} files, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
+    lines += [f"  left: {item['what']}, {item['files']:,} files, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]]
+    return "\n".join([*lines, *_not_ours(report)])
+
+
+def _not_ours(report: Mapping[str, Any]) -> list[str]:
+    names = report["not_ours"]
+    shown = ", ".join(names[:8]) + (f", ... ({len(names):,} in all)" if len(names) > 8 else "")
+    return [f"  not ours, left alone: {shown}"] if names else []
+
+
+def _size(num_bytes: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:,.0f} {units[0]}" if units[0] == "bytes" else f"{num_bytes:,.1f} {units[0]}"

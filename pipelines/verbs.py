@@ -109,14 +109,57 @@ def _show(args: Args) -> Result:
     "check what lies at a URL",
     URL,
     argument("--read-data", "read every byte and compare the hashes", action="store_true"),
+    argument("--read-data-subset", "read the k-th of n slices of the shards and parts: n nightly checks read all", metavar="K/N"),
     argument("--dataset", "where the dataset of a table lies now (else: where it was encoded from; in a root: its dataset/)"),
     recipe=False,
 )
 def _verify(args: Args) -> Result:
     from pipelines import show, text
 
-    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset)
+    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset, subset=args.read_data_subset)
     return Result(report, lambda found: f"ok\n{text.of_tree(found)}")
+
+
+@VERBS.register(
+    "compare",
+    "say in what two runs, tables, datasets or roots differ",
+    argument("a", "run, table, dataset, or a root of all three"),
+    argument("b", "another one of the same kind"),
+    recipe=False,
+)
+def _compare(args: Args) -> Result:
+    from aecore.compare import compare
+    from pipelines import text
+
+    return Result(compare(args.a, args.b), text.of_compare)
+
+
+@VERBS.register(
+    "gc",
+    "remove what killed or overtaken attempts left and nobody needs (never what a manifest names)",
+    URL,
+    argument("--older-than", "leave alone what may still be written: anything younger than this, for example 7d", default="1d"),
+    argument("--unfinished", "also give up what the same command would continue", action="store_true"),
+    writes=True,
+    recipe=False,
+)
+def _gc(args: Args) -> Result:
+    from pipelines import gc, text
+
+    return Result(gc.gc(args.url, older_than=args.older_than, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
+
+
+@VERBS.register(
+    "doctor",
+    "check this machine, the store at URL, the Ray cluster and the Prefect server",
+    argument("url", "where artefacts will be written", nargs="?"),
+    argument("--recipe", "recipe whose cluster section says what is needed"),
+)
+def _doctor(args: Args) -> Result:
+    from pipelines import doctor, text
+
+    found = doctor.doctor(args.url, args.recipe, tuple(args.overrides))
+    return Result(found, text.of_doctor, found["exit_code"])
 
 
 @VERBS.register(

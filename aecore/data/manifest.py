@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, newest_number, read_json
+from aecore.kinds import other_kind
 from aecore.store import FileRef, Store, open_store, sha256_json
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ class DatasetManifest:
     def shards(self) -> tuple[ShardRef, ...]:
         """All shards in manifest order: train, val, test, other splits by name; inside a split by generation."""
         return tuple(shard for shards in self.splits.values() for shard in shards)
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file that the manifest names: shards, indexes, quarantine, listings."""
+        shards = [ref for shard in self.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
+        return (*shards, *(part.quarantine for part in self.rejected), *self.listings)
 
     @property
     def quarantined(self) -> int:
@@ -254,6 +261,9 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
 
 
 def _nothing_here(store: Store) -> str:
+    other = other_kind(store, "dataset")
+    if other is not None:
+        return other
     if newest_number(store, "run") is None:
         return f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address"
     parts = sum(name.endswith(".json") for name in store.list("records"))

@@ -25,7 +25,7 @@ from aecore.data.record import DATA_EXTENSIONS
 from aecore.data.sources import Source, reader
 from aecore.data.tar import BLOCK, Packer, end_of_archive
 from aecore.data.tasks import ShardTask
-from aecore.errors import StoreError
+from aecore.errors import StoreError, disk_remedy
 
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
@@ -57,7 +57,7 @@ class Pack:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}") from error
+            raise StoreError(f"cannot write {path}: {error.strerror}{disk_remedy(error)}") from error
         try:
             packed, position, flushed = Packer(), 0, Future[None]()
             read = reader(source, self.task.sources)
@@ -120,7 +120,7 @@ class Pack:
             while chunk:
                 chunk = chunk[os.write(descriptor, chunk) :]
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}") from error
+            raise StoreError(f"cannot write {path}: {error.strerror}{disk_remedy(error)}") from error
 
     def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes | None) -> None:
         self.bad.append((position, stage, reason, message, None if data is None else hashlib.sha256(data).hexdigest()))

@@ -1,17 +1,19 @@
 """`aepipe verify` of a data set: is everything there that the manifest names, and is it what was written?
 
 Sizes always (one stat per file). With `read_data` every byte: hashes, strict iteration of the tars, keys of tar, index,
-quarantine and listing against each other. Problems are collected, not raised: one look says all that is wrong.
+quarantine and listing against each other; with a slice those of its shards only. Problems are collected, not raised: one look
+says all that is wrong.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from aecore.data.index import read_table
-from aecore.data.manifest import Dataset, DatasetManifest, RejectedPart, ShardRef, content_sha256, read_listings, read_manifest
+from aecore.data.manifest import Dataset, RejectedPart, ShardRef, content_sha256, read_listings, read_manifest
 from aecore.errors import DataError
+from aecore.slices import Slice
 from aecore.store import FileRef, Store
 
 
@@ -25,26 +27,44 @@ class Verification:
     samples: int
     quarantined: int
     data_read: bool
+    slice: str | None = None  # k/n: of all shards only those of one slice were read
+    parts_read: int = 0
+    parts: int = 0
+    bytes_read: int = 0
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
 
-def verify_dataset(dataset: Dataset, *, read_data: bool = False) -> Verification:
-    """Check one generation (and all before it, whose shards it names); touches the disk only to read."""
-    manifest = dataset.manifest
-    refs = _files(manifest)
+def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: Slice | None = None) -> Verification:
+    """Check one generation (and all before it, whose shards it names); touches the disk only to read.
+
+    `only` reads the shards of one slice (and all listings, which say what was planned).
+    """
+    manifest, refs = dataset.manifest, dataset.manifest.files
+    parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
+    chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
     problems = [*_structure(dataset), *_sizes(dataset.store, refs)]
-    if read_data:
-        problems += [problem for problem in _contents(dataset) if problem not in problems]
-    num_bytes = sum(ref.bytes for ref in refs)
-    return Verification(tuple(problems), len(refs), num_bytes, manifest.num_samples(), manifest.quarantined, data_read=read_data)
+    if read_data or only is not None:
+        problems += [problem for problem in _contents(dataset, chosen) if problem not in problems]
+    return Verification(
+        tuple(problems),
+        files=len(refs),
+        bytes=sum(ref.bytes for ref in refs),
+        samples=manifest.num_samples(),
+        quarantined=manifest.quarantined,
+        data_read=read_data,
+        slice=None if only is None else str(only),
+        parts_read=len(chosen),
+        parts=len(parts),
+        bytes_read=sum(ref.bytes for part in chosen for ref in _files_of(part)) + sum(ref.bytes for ref in manifest.listings if chosen),
+    )
 
 
-def _files(manifest: DatasetManifest) -> list[FileRef]:
-    shards = [ref for shard in manifest.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
-    return [*shards, *(part.quarantine for part in manifest.rejected), *manifest.listings]
+def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
+    refs = [part.quarantine] if isinstance(part, RejectedPart) else [part.tar, part.index, part.quarantine]
+    return [ref for ref in refs if ref is not None]
 
 
 def _structure(dataset: Dataset) -> Iterator[str]:
@@ -64,7 +84,7 @@ def _structure(dataset: Dataset) -> Iterator[str]:
             yield f"{dataset.url}: generation {manifest.number} was added to another generation {manifest.parent} than is there"
 
 
-def _sizes(store: Store, refs: list[FileRef]) -> Iterator[str]:
+def _sizes(store: Store, refs: Iterable[FileRef]) -> Iterator[str]:
     for ref in refs:
         try:
             store.check(ref)
@@ -72,11 +92,10 @@ def _sizes(store: Store, refs: list[FileRef]) -> Iterator[str]:
             yield str(error)
 
 
-def _contents(dataset: Dataset) -> Iterator[str]:
+def _contents(dataset: Dataset, chosen: Sequence[ShardRef | RejectedPart]) -> Iterator[str]:
     stems: dict[str, str] = {}  # key -> part that holds it
     damaged = False
-    parts: list[ShardRef | RejectedPart] = [*dataset.manifest.shards, *dataset.manifest.rejected]
-    for part in parts:
+    for part in chosen:
         try:
             keys = _keys(dataset, part)
         except DataError as error:
@@ -92,7 +111,8 @@ def _contents(dataset: Dataset) -> Iterator[str]:
     except DataError as error:
         yield str(error)
         return
-    differing = [] if damaged else sorted(planned ^ stems.keys())
+    everything = len(chosen) == len(dataset.manifest.shards) + len(dataset.manifest.rejected)
+    differing = [] if damaged else sorted(planned ^ stems.keys() if everything else stems.keys() - planned)
     if differing:
         yield f"{len(differing)} keys are planned but neither in a shard nor in quarantine, or the other way round, first {differing[0]!r}"
 

@@ -89,11 +89,14 @@ class Store(Protocol):
     def size(self, name: str) -> int | None:
         """Return the size in bytes, None if there is no such file."""
 
+    def modified(self, name: str) -> float | None:
+        """Return when `name` was written, in seconds since the epoch by the storage's clock; None if there is no such file."""
+
     def list(self, folder: str = "") -> list[str]:
         """Return the names directly below `folder` ("" is the artefact itself), sorted; empty if there is none."""
 
     def remove(self, name: str) -> None:
-        """Remove a file that this program created (retention of checkpoints); missing is fine."""
+        """Remove a file that this program created (retention of checkpoints, `gc`); missing is fine."""
 
 
 class Files(Protocol):

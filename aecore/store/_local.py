@@ -7,8 +7,10 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from aecore.errors import DataError, StoreError
+from aecore.errors import DataError, StoreError, disk_remedy
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
+
+LINK_TRIES = 20
 
 
 class LocalStore:
@@ -50,9 +52,8 @@ class LocalStore:
         with _storage_errors(f"cannot write {target}"):
             _fsync(staged)
             fault_point(f"{role}.synced")
-            _make_folder(target.parent)
             try:
-                os.link(staged, target)
+                _link(staged, target)
             except FileExistsError:
                 there = sha256_file(target)
                 if there != ref.sha256:
@@ -99,6 +100,14 @@ class LocalStore:
         except OSError as error:
             raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
 
+    def modified(self, name: str) -> float | None:
+        try:
+            return self._path(name).stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
+
     def list(self, folder: str = "") -> list[str]:
         try:
             return sorted(os.listdir(self._path(folder)))
@@ -109,7 +118,10 @@ class LocalStore:
 
     def remove(self, name: str) -> None:
         path = self._path(name)
-        path.unlink(missing_ok=True)
+        with _storage_errors(f"cannot remove {path}"), contextlib.suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)
+        if path.parent in (self.root, self.root / ".tmp"):  # the first may be the user's, in the second somebody may be about to write
+            return
         with contextlib.suppress(OSError):  # the folder is ours and goes with its last file
             path.parent.rmdir()
 
@@ -120,6 +132,18 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _link(staged: Path, target: Path) -> None:
+    """Link `staged` to `target` and make the folder for it, again if `remove` takes the empty folder away in between."""
+    for left in range(LINK_TRIES, 0, -1):
+        try:
+            _make_folder(target.parent)
+            os.link(staged, target)
+            return
+        except FileNotFoundError:
+            if left == 1 or not staged.exists():
+                raise
 
 
 def _make_folder(folder: Path) -> None:
@@ -137,7 +161,7 @@ def _storage_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{doing}: {error.strerror or error}") from error
+        raise StoreError(f"{doing}: {error.strerror or error}{disk_remedy(error)}") from error
 
 
 class LocalFiles:

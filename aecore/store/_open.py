@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 from aecore.errors import ConfigError
 from aecore.store._base import Files, Store
 from aecore.store._local import LocalFiles, LocalStore
+from aecore.store._typos import refuse_typos
 
 
 def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
@@ -19,6 +20,7 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")
     if text.startswith("pipe:"):
         raise ConfigError(f"{what} {text!r} would run a command: only paths, file:// and s3:// URLs are read")
+    refuse_typos(text, what)
     parts = urlsplit(text)
     if parts.scheme == "s3" and "://" in text:
         profile, bucket, prefix = _s3_parts(text, what)

@@ -270,6 +270,10 @@ class S3Store(_Place):
         head = self._head(name)
         return None if head is None else int(head["ContentLength"])
 
+    def modified(self, name: str) -> float | None:
+        head = self._head(name)
+        return None if head is None else float(head["LastModified"].timestamp())
+
     def list(self, folder: str = "") -> list[str]:
         prefix = f"{self._key(folder)}/" if self._key(folder) else ""
         found: list[str] = []

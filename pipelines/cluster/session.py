@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +178,14 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
 
     need = worker_resources(cluster)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(_fits(node, need) for node in nodes)
+    room = sum(fits(node, need) for node in nodes)
     if room < cluster.num_workers:
         raise ClusterError(
             f"cluster.num_workers={cluster.num_workers} workers of {_says(need)} each do not fit: the cluster has {_says(_totals(ray))} on "
-            f"{len(nodes)} node(s), room for {room}; set cluster.num_workers={room} or less, or a smaller share for each, for example "
-            f"'cluster.resources_per_worker={{CPU: 0.5}}'{'' if 'GPU' not in need else ', or cluster.use_gpu=false'}"
+            f"{len(nodes)} node(s), room for {room}; {_smaller(nodes, need, room)}"
         )
     deadline = time.monotonic() + cluster.timeout_s
-    while _fits(ray.available_resources(), need) < num_workers:
+    while fits(ray.available_resources(), need) < num_workers:
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"waited {cluster.timeout_s:.0f} s for {num_workers} workers of {_says(need)} each: free are "
@@ -194,6 +193,19 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
                 "wait for it, ask for fewer workers, or raise cluster.timeout_s"
             )
         time.sleep(0.2)
+
+
+def _smaller(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:
+    """Return what to ask for instead: fewer workers, a smaller share, or none of what no node has."""
+    missing = [name for name in need if need[name] > 0 and not any(node.get(name) for node in nodes)]
+    if "GPU" in missing:
+        return "no node has a GPU: set cluster.use_gpu=false, or connect to a cluster with GPUs (RAY_ADDRESS)"
+    if missing:
+        return f"no node has {', '.join(missing)}: correct cluster.resources_per_worker"
+    share = "a smaller share for each, for example 'cluster.resources_per_worker={CPU: 0.5}'"
+    without = ", or cluster.use_gpu=false" if "GPU" in need else ""
+    fewer = f"set cluster.num_workers={room} or less, or {share}" if room else f"ask for {share}, or fewer cluster.threads_per_worker"
+    return fewer + without
 
 
 def require_local_urls_fit(cluster: ClusterSpec, *urls: str) -> None:
@@ -228,7 +240,8 @@ def require_gpu_is_there(cluster: ClusterSpec) -> None:
         raise ConfigError("cluster.use_gpu=true, and torch sees no GPU here: set cluster.use_gpu=false, or install the CUDA build of torch")
 
 
-def _fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
+def fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """Return how many workers of `need` a node (or what is free) has room for."""
     return min((math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount > 0), default=1 << 30)
 
 

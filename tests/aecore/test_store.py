@@ -2,6 +2,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,44 @@ def test_a_process_killed_inside_put_leaves_all_or_nothing_under_the_name(tmp_pa
     assert not (tmp_path / "name").exists() or (tmp_path / "name").stat().st_size == 1000
     subprocess.run([sys.executable, "-c", code], check=True)
     assert Path(tmp_path / "name").read_bytes() == b"x" * 1000
+
+
+def test_a_put_survives_that_its_empty_folder_is_removed_meanwhile(tmp_path):
+    store, done = open_store(tmp_path), threading.Event()
+
+    def sweep() -> None:
+        while not done.is_set():
+            for name in store.list():
+                store.remove(f"{name}/none")
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        for number in range(200):
+            (tmp_path / f"part-{number}").mkdir()
+            store.put(f"part-{number}/file", b"x", role="part")
+    finally:
+        done.set()
+        sweeper.join()
+    assert len(store.list()) == 201
+
+
+def test_remove_takes_an_empty_folder_of_ours_along_and_never_the_artefact_or_the_staging_folder(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    store = open_store(tmp_path / "theirs")
+    store.put("a/b/one", b"1", role="part")
+    store.put("top", b"2", role="part")
+    (tmp_path / "theirs/.tmp/left").write_bytes(b"3")
+    for name in ("a/b/one", "top", ".tmp/left", "a/none"):
+        store.remove(name)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["theirs", "theirs/.tmp"]
+
+
+def test_modified_is_when_a_file_was_written(tmp_path):
+    store, before = open_store(tmp_path), time.time()
+    store.put("a/name", b"x", role="part")
+    written = store.modified("a/name")
+    assert written is not None
+    assert before - 2 <= written <= time.time() + 2
+    assert store.modified("a/none") is None
+    assert store.modified("a/name/below") is None

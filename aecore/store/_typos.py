@@ -1,0 +1,46 @@
+"""Addresses that were meant to be URLs: refused, since as a path each of them would become a folder of a strange name here."""
+
+import re
+
+from aecore.errors import ConfigError, did_you_mean
+
+SCHEMES = ("file", "s3")
+_SLIP = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9]{0,6})(?::/?(?!/)|;?//|;/|:\\+|:///+)(?P<rest>.*)", re.DOTALL)
+_ELSEWHERE = {
+    "gs": "Google's storage answers to S3 as well: set AWS_ENDPOINT_URL=https://storage.googleapis.com with an HMAC key, write s3://{rest}",
+    "gcs": "Google's storage answers to S3 as well: set AWS_ENDPOINT_URL=https://storage.googleapis.com with an HMAC key, write s3://{rest}",
+    "http": "the address of a store is an endpoint: set AWS_ENDPOINT_URL={scheme}://{host} and write s3://bucket/prefix",
+    "https": "the address of a store is an endpoint: set AWS_ENDPOINT_URL={scheme}://{host} and write s3://bucket/prefix",
+    "s3a": "write s3://{rest}",
+    "s3n": "write s3://{rest}",
+    "hdfs": "mount it, or copy it to one of these",
+    "az": "mount it, or copy it to one of these",
+    "abfs": "mount it, or copy it to one of these",
+}
+
+
+def refuse_typos(text: str, what: str) -> None:
+    """ConfigError for `s3:/bucket`, `s3//bucket` and the like, and for schemes that are not read; `./s3:` is a path."""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme.isalnum() and not rest.startswith("/"):
+        if scheme not in SCHEMES:
+            known = "paths, file:// and s3:// URLs are read and written"
+            raise ConfigError(f"{what} has the scheme {scheme!r}: {known}; {_advice(scheme, rest)}")
+        return
+    slip = _SLIP.match(text)
+    if slip is None or slip["scheme"].lower() not in (*SCHEMES, *_ELSEWHERE) or text.startswith("file:/"):
+        return
+    scheme, rest = slip["scheme"].lower(), slip["rest"].lstrip("/\\")
+    if "@" in text:  # what stands before it may be a secret
+        raise ConfigError(f"{what} is no URL: write {scheme}://profile@bucket/prefix")
+    raise ConfigError(
+        f"{what} {text!r} is neither a URL nor a likely path: did you mean {scheme}://{rest}? (a folder of that name is written ./{text})"
+    )
+
+
+def _advice(scheme: str, rest: str) -> str:
+    host = rest.partition("/")[0].rpartition("@")[2]  # what stands before the @ may be a secret
+    hint = _ELSEWHERE.get(scheme.lower())
+    if hint is not None:
+        return hint.format(scheme=scheme.lower(), rest=rest.rpartition("@")[2], host=host)
+    return f"write file:///path or s3://bucket/prefix{did_you_mean(scheme.lower(), SCHEMES)}"

@@ -1,0 +1,22 @@
+"""Ask a running Ray cluster what it has: `python -m pipelines.cluster.probe ADDRESS`, a process of its own that can be given up."""
+
+import json
+import logging
+import os
+import sys
+
+
+def main(address: str) -> None:
+    """Connect, print version, nodes and resources as JSON, disconnect."""
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sys.stdout.write(json.dumps({"version": ray.__version__, "nodes": nodes, "free": ray.available_resources()}) + "\n")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,27 @@
+"""`aepipe doctor`: is this place able to run what it is asked for? One line a check, each with its remedy.
+
+Every check has a bound: it works in a thread of its own that is left behind when the time is over. Nothing is changed; what the
+checks of a store write lies below one folder of its own, which they remove. What is not configured is skipped, and it is said why.
+"""
+
+from pipelines.doctor._check import Check, Finding, exit_code, run_checks
+from pipelines.doctor._environment import environment_checks
+from pipelines.doctor._machine import machine_checks
+from pipelines.doctor._prefect import prefect_checks
+from pipelines.doctor._ray import ray_checks
+from pipelines.doctor._store import store_checks
+from pipelines.tree import Tree
+
+__all__ = ["Check", "Finding", "doctor", "exit_code"]
+
+
+def doctor(url: str | None = None, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Tree:
+    """Run all checks. `recipe` (with overrides) says what the cluster has to give; an unknown recipe is a ConfigError."""
+    from pipelines.config import load_recipe
+
+    cluster = load_recipe(recipe, overrides).cluster
+    checks = [*environment_checks(), *machine_checks(cluster), *store_checks(url), *ray_checks(cluster), *prefect_checks()]
+    findings = run_checks(checks)
+    states = ("ok", "warning", "failed", "skipped")
+    counts = {state: sum(finding.state == state for finding in findings) for state in states}
+    return {**counts, "exit_code": exit_code(findings), "checks": [finding.to_dict() for finding in findings]}

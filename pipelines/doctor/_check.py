@@ -1,0 +1,87 @@
+"""What a check is, and how it is kept from hanging."""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from aecore.errors import AecoreError
+from pipelines.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found: `ok`, `warning`, `failed` or `skipped`; a remedy where there is something to do."""
+
+    name: str
+    state: str
+    said: str
+    remedy: str = ""
+    exit_code: int = 0
+
+    def to_dict(self) -> Tree:
+        """Return plain JSON data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A name, the work (it yields or returns findings), the longest time for it, and the class of error that its failure is."""
+
+    name: str
+    work: Callable[[], "Iterator[Finding] | Finding"]
+    error: type[AecoreError]
+    timeout_s: float = 20.0
+
+
+def ok(name: str, said: str) -> Finding:
+    return Finding(name, "ok", said)
+
+
+def skipped(name: str, said: str) -> Finding:
+    return Finding(name, "skipped", said)
+
+
+def warning(name: str, said: str, remedy: str) -> Finding:
+    return Finding(name, "warning", said, remedy)
+
+
+def failed(name: str, said: str, remedy: str) -> Finding:
+    return Finding(name, "failed", said, remedy)
+
+
+def run_checks(checks: Sequence[Check]) -> list[Finding]:
+    """Run the checks one after the other; one that raises or takes too long is a failed one."""
+    return [_with_code(finding, check) for check in checks for finding in _run(check)]
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """Return the code of the first failure, 0 if there is none."""
+    return next((finding.exit_code for finding in findings if finding.state == "failed"), 0)
+
+
+def _with_code(finding: Finding, check: Check) -> Finding:
+    return dataclasses.replace(finding, exit_code=check.error.exit_code) if finding.state == "failed" else finding
+
+
+def _run(check: Check) -> list[Finding]:
+    found: list[Finding] = []
+    trouble: list[Exception] = []
+
+    def work() -> None:
+        try:
+            result = check.work()
+            for finding in [result] if isinstance(result, Finding) else result:
+                found.append(finding)
+        except Exception as error:  # whatever it is, the other checks have their turn, and this one says what it was
+            trouble.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name=f"doctor: {check.name}")
+    thread.start()
+    thread.join(check.timeout_s)
+    if thread.is_alive():
+        return [*found, failed(check.name, f"no answer within {check.timeout_s:.0f} s", "see whether the service or disk behind it hangs")]
+    for error in trouble:
+        said = str(error) if isinstance(error, AecoreError) else f"{type(error).__name__}: {error}"
+        found.append(failed(check.name, said.strip() or type(error).__name__, ""))
+    return found

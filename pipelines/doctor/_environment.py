@@ -1,0 +1,128 @@
+"""Versions of Python and packages against what we need, and what torch sees."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from aecore.errors import ConfigError
+from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
+
+OLDEST = (3, 11)
+LOCK = Path(__file__).resolve().parent.parent.parent / "infra" / "requirements.lock"
+INSTALL = "set it up again with `python3 infra/bootstrap.py setup`, or install the versions of infra/requirements.lock"
+# importing shows none of these; each was seen with the Prefect that we pin
+KNOWN_BAD = (
+    ("prefect", "<3.9", "fastapi", ">=0.155", "every flow fails at its start", "fastapi>=0.139,<0.155"),
+    ("prefect", "<3.9", "sqlalchemy", ">=2.1", "cron schedules never fire", "sqlalchemy[asyncio]>=2.0,<2.1"),
+)
+
+
+def environment_checks() -> list[Check]:
+    return [
+        Check("python", python, ConfigError),
+        Check("packages", packages, ConfigError),
+        Check("known conflicts", conflicts, ConfigError),
+        Check("torch", torch, ConfigError, timeout_s=120),
+    ]
+
+
+def python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] < OLDEST:
+        return failed("python", f"Python {version}, needs {OLDEST[0]}.{OLDEST[1]} or newer", INSTALL)
+    return ok("python", f"Python {version}")
+
+
+def installed(name: str) -> Version | None:
+    """Return the version of an installed package, None if it is not there."""
+    try:
+        return Version(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def packages() -> Iterator[Finding]:
+    """Compare what is installed with what our package asks for, and with the lock where it lies beside us."""
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("aecore") or ()]
+    except metadata.PackageNotFoundError:
+        yield skipped("packages", "aecore runs from its sources and is not installed: no list of what it needs")
+        return
+    wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
+    fitting = 0
+    for need in wanted:
+        version = installed(need.name)
+        if version is None or not need.specifier.contains(version, prereleases=True):
+            there = "is not installed" if version is None else f"is {version}"
+            yield failed("packages", f"{need.name} {there}, needs {need.specifier}", INSTALL)
+        else:
+            fitting += 1
+    if fitting == len(wanted):
+        yield ok("packages", f"all {fitting} have versions that are asked for")
+    yield from _drift()
+
+
+def _drift() -> Iterator[Finding]:
+    if not LOCK.is_file():
+        return
+    pins = [Requirement(line.split("#")[0].strip()) for line in LOCK.read_text().splitlines() if "==" in line and line[0].isalnum()]
+    others = [f"{pin.name} {version} ({pin.specifier})" for pin in pins if (version := installed(pin.name)) and not _public(pin, version)]
+    if others:
+        more = f", and {len(others) - 5} more" if len(others) > 5 else ""
+        yield warning("packages", f"other versions than in the lock: {', '.join(others[:5])}{more}", INSTALL)
+
+
+def _public(pin: Requirement, version: Version) -> bool:
+    """Return whether a version is the pinned one, `+cpu` and the like apart."""
+    return pin.specifier.contains(version.public, prereleases=True) or pin.specifier.contains(version, prereleases=True)
+
+
+def conflicts() -> Iterator[Finding]:
+    """Look for pairs of versions that are known not to work together."""
+    clean = True
+    for owner, owner_range, name, bad, what, good in KNOWN_BAD:
+        first, second = installed(owner), installed(name)
+        if first is None or second is None:
+            continue
+        if _in(first, owner_range) and _in(second, bad):
+            clean = False
+            yield failed("known conflicts", f"{owner} {first} with {name} {second}: {what}", f"pip install '{good}'")
+    if clean:
+        yield ok("known conflicts", "none among " + ", ".join(f"{owner} and {name}" for owner, _, name, _, _, _ in KNOWN_BAD))
+
+
+def _in(version: Version, text: str) -> bool:
+    return Requirement(f"x{text}").specifier.contains(version, prereleases=True)
+
+
+def torch() -> Iterator[Finding]:
+    """Say which torch this is and which GPUs it sees."""
+    import torch
+
+    cuda, driver = torch.cuda.is_available(), _driver()
+    if cuda:
+        names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+        yield ok("torch", f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU: {names}")
+    elif driver:
+        build = f"its build is for CUDA {torch.version.cuda}" if torch.version.cuda else "it is a build for CPUs"
+        said = f"torch {torch.__version__} sees no GPU although the driver knows {driver}: {build}"
+        yield warning("torch", said, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
+    else:
+        yield ok("torch", f"torch {torch.__version__}, no GPU on this machine (cluster.use_gpu=false)")
+
+
+def _driver() -> str:
+    """Return the GPUs that the NVIDIA driver knows, "" if there are none."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return ", ".join(done.stdout.split("\n")).strip(", ") if done.returncode == 0 else ""

@@ -1,0 +1,96 @@
+"""Cores, memory, shared memory, disk and limits of this machine against what the workers will want."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from aecore.errors import ClusterError
+from pipelines.config import ClusterSpec
+from pipelines.doctor._check import Check, Finding, failed, ok, warning
+
+GB = 1 << 30
+WORKER_BYTES = GB // 2  # a process with torch and Ray
+SHM_BYTES = 128 << 20  # what a Ray of ours asks for
+TEMPORARY_BYTES = GB
+OPEN_FILES = 1024
+
+
+def machine_checks(cluster: ClusterSpec) -> list[Check]:
+    return [
+        Check("cores", lambda: cores(cluster), ClusterError),
+        Check("memory", lambda: memory(cluster), ClusterError),
+        Check("temporary disk", temporary_disk, ClusterError),
+        Check("open files", open_files, ClusterError),
+    ]
+
+
+def cores(cluster: ClusterSpec) -> Iterator[Finding]:
+    """Compare the threads of all workers with the cores; only where they work on this machine."""
+    number = len(os.sched_getaffinity(0))
+    share = _quota()
+    usable = min(number, share) if share else number
+    limit = f" (a quota allows {share:.1f})" if share and share < number else ""
+    threads = max(cluster.num_workers, 1) * cluster.threads_per_worker
+    if threads > usable and not os.environ.get("RAY_ADDRESS"):
+        asked = f"{cluster.num_workers} workers with {cluster.threads_per_worker} threads"
+        yield warning("cores", f"{number} cores{limit} for {asked}", "lower cluster.num_workers or cluster.threads_per_worker")
+    else:
+        yield ok("cores", f"{number} cores{limit}, {threads} threads asked for")
+
+
+def _quota() -> float | None:
+    """Return the cores that a container may use, None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else float(quota) / float(period)
+
+
+def memory(cluster: ClusterSpec) -> Iterator[Finding]:
+    """Compare the free memory, and the shared memory for Ray's object store, with what the workers take at least."""
+    free, needed = free_bytes(), max(cluster.num_workers, 1) * WORKER_BYTES
+    said = f"{free / GB:.1f} GB free, {max(cluster.num_workers, 1)} workers take {needed / GB:.1f} GB before any data"
+    here = not os.environ.get("RAY_ADDRESS")
+    if free < needed and here:
+        yield failed("memory", said, "lower cluster.num_workers, or free memory")
+    else:
+        yield ok("memory", said)
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    if shared < SHM_BYTES and cluster.num_workers and here:
+        said = f"/dev/shm has {shared / 1e6:.0f} MB, Ray's object store takes {SHM_BYTES / 1e6:.0f} MB: it falls back to the slower disk"
+        yield warning("shared memory", said, "give the container more, for example docker run --shm-size=1g")
+    else:
+        yield ok("shared memory", f"/dev/shm has {shared / GB:.1f} GB")
+
+
+def free_bytes() -> int:
+    """Return the memory that can still be had here: of the machine, or of the container's limit if that is less."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - used))
+
+
+def temporary_disk() -> Finding:
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    said = f"{folder} has {free / GB:.1f} GB free (Ray's sessions, files on their way to a bucket)"
+    if free < TEMPORARY_BYTES:
+        return warning("temporary disk", said, "free space there, or set TMPDIR and RAY_TMPDIR to a larger disk")
+    return ok("temporary disk", said)
+
+
+def open_files() -> Finding:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES:
+        return warning("open files", f"a process may open {soft} files (at most {hard})", f"ulimit -n {OPEN_FILES} or more")
+    return ok("open files", f"a process may open {soft} files")

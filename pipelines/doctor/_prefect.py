@@ -1,0 +1,132 @@
+"""The Prefect server of PREFECT_API_URL, asked by plain HTTP: reachable, of our version, with a password, workers and a scheduler."""
+
+import base64
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from aecore.errors import ClusterError
+from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
+from pipelines.doctor._environment import installed
+
+ANSWER_S = 5.0
+LATE_S = 120.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+START = "start it (`prefect server start`), correct PREFECT_API_URL, or unset it to work without one"
+
+
+def prefect_checks() -> list[Check]:
+    return [Check("prefect", prefect, ClusterError, timeout_s=60)]
+
+
+def prefect() -> Iterator[Finding]:
+    """Ask the server. Whatever it wants to know of us goes into a header and is never shown."""
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        yield skipped("prefect", "PREFECT_API_URL is not set: verbs work without a server, `aepipe run` starts a temporary one")
+        return
+    try:
+        ask(url, "/health")
+        version = ask(url, "/admin/version")
+        ask(url, "/flow_runs/count", {})
+    except urllib.error.HTTPError as error:
+        yield _refusal(url, error)
+        return
+    except (OSError, ValueError) as error:
+        yield failed("prefect", f"no Prefect server answers at PREFECT_API_URL={_shown(url)} ({error})", START)
+        return
+    yield _version(url, str(version))
+    yield _password(url)
+    yield from _workers(url)
+    yield from _scheduler(url)
+
+
+def ask(url: str, path: str, body: Any = None) -> Any:  # any: plain JSON
+    """Return the server's answer; `body` makes it a POST."""
+    headers = {"Content-Type": "application/json"}
+    if os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = "Basic " + base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
+    elif os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {os.environ['PREFECT_API_KEY']}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", data=data, headers=headers)
+    with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def _shown(url: str) -> str:
+    """Return the address without a password that stands in it."""
+    parts = urlsplit(url)
+    return url.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2])
+
+
+def _refusal(url: str, error: urllib.error.HTTPError) -> Finding:
+    if error.code in (401, 403):
+        return failed("prefect", f"{_shown(url)} asks for a password (HTTP {error.code})", "set PREFECT_API_AUTH_STRING=user:password")
+    remedy = "the address ends with /api, for example http://127.0.0.1:4200/api" if error.code == 404 else START
+    return failed("prefect", f"{_shown(url)} answers HTTP {error.code}", remedy)
+
+
+def _version(url: str, version: str) -> Finding:
+    ours = installed("prefect")
+    if ours is not None and version.split(".")[:2] != str(ours).split(".")[:2]:
+        return warning(
+            "prefect", f"the server at {_shown(url)} has version {version}, this client {ours}", "give both the version of the lock"
+        )
+    return ok("prefect", f"server {version} at {_shown(url)}")
+
+
+def _password(url: str) -> Finding:
+    with_secret = bool(os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_API_KEY"))
+    if not with_secret and urlsplit(url).hostname not in LOOPBACK:
+        remedy = "set PREFECT_SERVER_API_AUTH_STRING for the server and PREFECT_API_AUTH_STRING here"
+        return warning("prefect: password", "the server takes orders from everybody who reaches it", remedy)
+    return ok("prefect: password", "given" if with_secret else "none, and the server is on this machine")
+
+
+def _workers(url: str) -> Iterator[Finding]:
+    pools = [pool for pool in ask(url, "/work_pools/filter", {}) if not pool.get("is_paused")]
+    if not pools:
+        said = "no work pool: deployments of `aepipe deploy` would wait; `aepipe serve` needs none"
+        yield warning("prefect: workers", said, "prefect work-pool create local --type process; prefect worker start --pool local")
+    for pool in pools:
+        workers = ask(url, f"/work_pools/{quote(pool['name'], safe='')}/workers/filter", {})
+        alive = [worker["name"] for worker in workers if worker.get("status") == "ONLINE"]
+        if alive:
+            yield ok("prefect: workers", f"pool {pool['name']}: {len(alive)} alive")
+        else:
+            said = f"pool {pool['name']} has no worker that is alive ({len(workers)} known): its runs wait"
+            yield warning("prefect: workers", said, f"prefect worker start --pool {pool['name']}")
+
+
+def _scheduler(url: str) -> Iterator[Finding]:
+    """A scheduler that is alive plans the next runs of every active schedule; runs that are long due mean that nobody takes them."""
+    deployments = [each for each in ask(url, "/deployments/filter", {"limit": 200}) if not each.get("paused")]
+    scheduled = [each for each in deployments if any(schedule.get("active") for schedule in each.get("schedules") or ())]
+    if not scheduled:
+        yield skipped("prefect: scheduler", "no deployment with an active schedule: nothing shows whether it plans runs")
+        return
+    waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200, "sort": "EXPECTED_START_TIME_ASC"}
+    times = [_moment(run["expected_start_time"]) for run in ask(url, "/flow_runs/filter", waiting) if run.get("expected_start_time")]
+    now = datetime.now(UTC)
+    planned, late = sum(when > now for when in times), sum(when < now - timedelta(seconds=LATE_S) for when in times)
+    if late:
+        said = f"{late} scheduled runs are more than {LATE_S:.0f} s late"
+        yield warning(
+            "prefect: scheduler", said, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
+        )
+    if planned:
+        yield ok("prefect: scheduler", f"{planned} runs planned for {len(scheduled)} deployments")
+    else:
+        said = f"{len(scheduled)} deployments have an active schedule and no run is planned: the scheduler does not work"
+        remedy = "start `prefect server services start` beside a server without services; SQLAlchemy has to be < 2.1"
+        yield failed("prefect: scheduler", said, remedy)
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))

@@ -1,0 +1,80 @@
+"""The Ray cluster of RAY_ADDRESS: is it there, does it let us in, has it what the recipe asks for?"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from aecore.errors import ClusterError
+from pipelines.cluster.session import fits, worker_resources
+from pipelines.config import ClusterSpec
+from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
+
+CONNECT_S, PROBE_S = 5.0, 45.0
+START = "start it (`ray start --head`), correct the address, or unset RAY_ADDRESS to work with a Ray of our own"
+
+
+def ray_checks(cluster: ClusterSpec) -> list[Check]:
+    return [Check("ray", lambda: ray(cluster), ClusterError, timeout_s=CONNECT_S + PROBE_S + 10)]
+
+
+def address_of(cluster: ClusterSpec) -> str | None:
+    """Return the address of a cluster that somebody else started, None for a Ray of our own."""
+    return getattr(cluster, "address", None) or os.environ.get("RAY_ADDRESS") or None
+
+
+def ray(cluster: ClusterSpec) -> Iterator[Finding]:
+    """Reach the address, then ask the cluster in a process of its own: Ray itself may wait for minutes."""
+    address = address_of(cluster)
+    if address is None:
+        yield skipped("ray", "RAY_ADDRESS is not set: a Ray of our own starts on this machine when there is work for it")
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            yield failed("ray", f"nothing answers at {address} ({error})", START)
+            return
+    answer = _probe(address)
+    if isinstance(answer, Finding):
+        yield answer
+        return
+    said = f"Ray {answer['version']} at {address}, {len(answer['nodes'])} node(s), free: {_says(answer['free'])}"
+    yield ok("ray", said)
+    yield _room(cluster, answer["nodes"])
+
+
+def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
+    command = [sys.executable, "-W", "ignore", "-m", "pipelines.cluster.probe", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        return failed("ray", f"{address} took the connection and did not answer as Ray within {PROBE_S:.0f} s", START)
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    why = lines[-1].strip()[:300] if lines else f"exit code {done.returncode}"
+    token = any(word in done.stderr.lower() for word in ("token", "unauthenticated", "authentication"))
+    remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token" if token else START
+    return failed("ray", f"cannot connect to {address}: {why}", remedy)
+
+
+def _room(cluster: ClusterSpec, nodes: Sequence[Mapping[str, float]]) -> Finding:
+    need = worker_resources(cluster)
+    room = sum(fits(node, need) for node in nodes)
+    said = f"room for {room} workers of {_says(need)} each, the recipe asks for {cluster.num_workers}"
+    if room < cluster.num_workers:
+        return failed("ray: resources", said, f"set cluster.num_workers={room} or less, or cluster.resources_per_worker to a smaller share")
+    if room == cluster.num_workers and len(nodes) > 1:
+        return warning("ray: resources", said, "the loss of one node would leave too little: add a node, or ask for fewer workers")
+    return ok("ray: resources", said)
+
+
+def _says(resources: Mapping[str, float]) -> str:
+    shown = {name: amount for name, amount in resources.items() if ":" not in name and name not in ("memory", "object_store_memory")}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

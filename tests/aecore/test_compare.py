@@ -1,0 +1,147 @@
+"""compare: what differs between two artefacts, against independent references; the same address twice differs in nothing."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from aecore.checkpoint import load_model
+from aecore.compare import _join, compare
+from aecore.compare._join import Keys, by_ranges
+from aecore.data.job import shard_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.splits import SplitSpec
+from aecore.data.tasks import ShardSpec
+from aecore.encode import EncodeSpec
+from aecore.errors import ConfigError, DataError
+from aecore.optim import OptimSpec
+from aecore.table import open_table
+from aecore.train import fit
+from tests.aecore.encoding import encode, folder_dataset, image_folder, model_config, saved_run
+from tests.aecore.training import losses, small_job, sprites_dataset
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Two data sets (one has more samples and other shards), two runs, tables of both."""
+    root = tmp_path_factory.mktemp("compare")
+    few, many = image_folder(root / "few", "train", range(30)), image_folder(root / "many", "train", range(36))
+    folder_dataset(few, root / "a/dataset", max_samples=8)
+    folder_dataset(many, root / "b/dataset", max_samples=11)
+    for name, seed in (("a", 0), ("b", 1)):
+        saved_run(root / name / "run", seed=seed)
+        encode(str(root / name / "run"), str(root / name / "dataset"), root / name / "table")
+    encode(str(root / "b/run"), str(root / "a/dataset"), root / "other-weights")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["dataset", "table"])
+def test_an_artefact_and_itself_differ_in_nothing(places, kind):
+    found = compare(str(places / "a" / kind), str(places / "a" / kind))
+    assert found["kind"] == kind
+    assert (found["keys"]["in_both"], found["keys"]["only_in_a"], found["keys"]["only_in_b"]) == (30, 0, 0)
+    assert found["identity"] == {}
+    assert found["same_content" if kind == "dataset" else "same_rows"] is True
+
+
+@pytest.mark.parametrize("range_rows", [64, 1, 500_000])
+@pytest.mark.parametrize("where", ["b/table", "other-weights"])
+def test_columns_of_tables_are_compared_as_numpy_would(places, monkeypatch, where, range_rows):
+    monkeypatch.setattr(_join, "_SAMPLE", 1)
+    monkeypatch.setattr(_join.by_ranges, "__kwdefaults__", {"rows": range_rows})
+    a, b = open_table(str(places / "a/table")), open_table(str(places / where))
+    found = compare(a.url, b.url)
+    rows = {key: row for row, key in enumerate(b.keys.to_pylist())}
+    at = [rows[key] for key in a.keys.to_pylist()]
+    assert found["rows"] == [a.num_rows, b.num_rows]
+    assert found["keys"]["only_in_b"] == b.num_rows - 30
+    assert len(found["keys"]["examples_only_in_b"]) == min(5, b.num_rows - 30)
+    for name in ("mu", "log_var"):
+        gap = np.abs(a.numpy(name).astype(np.float64) - b.numpy(name)[at].astype(np.float64))
+        assert found["columns"][name]["max_difference"] == pytest.approx(gap.max(), rel=1e-12)
+        assert found["columns"][name]["mean_difference"] == pytest.approx(gap.mean(), rel=1e-9)
+        assert found["columns"][name]["differing_rows"] == 30
+        assert found["columns"][name]["worst_key"] == a.keys.to_pylist()[int(gap.max(axis=1).argmax())]
+    assert found["columns"]["label_name"] == {"differing_rows": 0}
+    assert found["identity"].keys() == {"checkpoint_sha256"}
+    assert found["lineage"]["checkpoint.sha256"][0] == a.manifest.lineage["checkpoint"]["sha256"]
+
+
+def test_latents_of_other_sizes_are_named_and_not_compared(places, tmp_path):
+    config = model_config()
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, latent_dim=6))
+    encode(saved_run(tmp_path / "run", wide), str(places / "a/dataset"), tmp_path / "table", EncodeSpec(batch=16))
+    found = compare(str(places / "a/table"), str(tmp_path / "table"))
+    assert found["columns"]["mu"]["comparable"] is False
+    assert found["same_rows"] is False
+
+
+def test_data_sets_name_keys_contents_classes_and_splits_that_changed(tmp_path, places):
+    images = image_folder(tmp_path / "images", "train", range(30))
+    files = sorted(images.rglob("*.png"))
+    files[0].write_bytes(files[1].read_bytes())
+    files[2].unlink()
+    moved = files[5]
+    (images / "test" / moved.parent.name).mkdir(parents=True)
+    moved.rename(images / "test" / moved.parent.name / moved.name)
+    shard_dataset(FolderSpec(url=str(images)), str(tmp_path / "dataset"), SplitSpec(by="folders"), ShardSpec(max_samples=8))
+    found = compare(str(places / "a/dataset"), str(tmp_path / "dataset"))
+    assert found["same_content"] is False
+    assert found["changed_content"]["samples"] == 1
+    assert found["keys"]["only_in_a"] == 2, "the split folder is a part of the key"
+    assert found["keys"]["only_in_b"] == 1
+    assert found["splits"]["train"] == [30, 28]
+    assert found["splits"]["test"] == [None, 1]
+    larger = compare(str(places / "a/dataset"), str(places / "b/dataset"))
+    assert larger["keys"]["only_in_b"] == 6
+    assert larger["identity"] == {"shards.max_samples": [8, 11]}
+
+
+def test_runs_show_config_curves_weights_and_best(tmp_path):
+    data = sprites_dataset(tmp_path / "data", val=0.1)
+    options = {"max_steps": 24, "every_steps": 6, "log_every_s": 0.0, "val_split": "val"}
+    job = small_job(data, tmp_path / "a", **options)
+    fit(job)
+    fit(small_job(data, tmp_path / "same", **options))
+    fit(small_job(data, tmp_path / "b", **options, optim=OptimSpec(lr=3e-3)))
+    same = compare(str(tmp_path / "a"), str(tmp_path / "same"))
+    assert same["same_weights"] is True
+    assert (same["identity"], same["curves"]["max_relative_difference"], same["curves"]["first_differing_step"]) == ({}, 0.0, None)
+    found = compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert found["identity"] == {"optim.lr": [1e-3, 3e-3]}
+    rows = [losses(tmp_path / name) for name in ("a", "b")]
+    curves = [np.array([row["loss"] for row in each]) for each in rows]
+    expected = np.abs(curves[0] - curves[1]) / np.maximum(curves[0], curves[1])
+    assert found["curves"]["common_steps"] == 24
+    assert found["curves"]["max_relative_difference"] == pytest.approx(expected.max())
+    assert found["curves"]["at_step"] == int(expected.argmax()) + 1
+    assert found["final"]["loss"]["delta"] == pytest.approx(rows[1][-1]["loss"] - rows[0][-1]["loss"])
+    assert found["best"]["validation.loss"]["a"] == min(row["validation"]["loss"] for row in rows[0] if "validation" in row)
+    weights = [load_model(str(tmp_path / name)).model.state_dict() for name in ("a", "b")]
+    gap = max(float((weights[0][name].double() - weights[1][name].double()).abs().max()) for name in weights[0])
+    assert found["weights"]["max_difference"] == pytest.approx(gap)
+    assert found["same_weights"] is False
+    assert found["checkpoints"]["weights_by_step"].keys() == {"18", "24"}
+
+
+def test_roots_are_compared_stage_by_stage_and_two_kinds_are_refused(places, tmp_path):
+    with pytest.raises(ConfigError, match=r"a/dataset is a dataset and .*b/table is a table: give two of one kind"):
+        compare(str(places / "a/dataset"), str(places / "b/table"))
+    with pytest.raises(DataError, match="holds no dataset, run or table to compare"):
+        compare(str(places / "a/dataset"), str(tmp_path))
+
+
+def test_every_key_is_in_exactly_one_range():
+    generator = np.random.default_rng(0)
+    tables = [pa.table({"key": [f"k{value:05d}" for value in generator.permutation(5000)[:count]]}) for count in (3000, 4000)]
+    parts = [[table.slice(start, 700) for start in range(0, len(table), 700)] for table in tables]
+    read = functools.partial(lambda part, names: part)
+    keys, most = Keys(), 0
+    for left, right in by_ranges(*parts, read, read, rows=640):
+        keys.join(left, right)
+        most = max(most, len(left) + len(right))
+    ours, theirs = (set(table["key"].to_pylist()) for table in tables)
+    assert (keys.in_both, keys.only_a, keys.only_b) == (len(ours & theirs), len(ours - theirs), len(theirs - ours))
+    assert most < 1500, "a range holds a bounded number of rows"

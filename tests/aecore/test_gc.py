@@ -1,0 +1,377 @@
+"""gc removes what nobody needs and nothing else: killed writers, overtaken appends, readers, reruns, names of other people."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aecore.data.job import shard_dataset
+from aecore.data.manifest import open_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.splits import SplitSpec
+from aecore.data.tasks import ShardSpec
+from aecore.data.verify import verify_dataset
+from aecore.errors import DataError
+from aecore.gc import DAY_S, Report, collect_garbage
+from aecore.metrics import last_row
+from aecore.store import FAULT_STAGES, LocalStore, open_store
+from aecore.table import open_table
+from aecore.train import fit
+from tests.aecore.encoding import encode, image_folder, saved_run, tree
+from tests.aecore.training import losses, small_job
+from tests.aecore.training import sprites_dataset as training_data
+
+LATER = 2 * DAY_S
+
+
+def later(url: Path, **options: object) -> Report:
+    """Collect as if two days had passed."""
+    return collect_garbage(str(url), now=time.time() + LATER, **options)  # type: ignore[arg-type]
+
+
+def died(work: Callable[[], object], fault: str = "") -> bool:
+    """Run `work` in a child that dies at `fault`; False if it ended before (a failure that names another append is no bug)."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ["AECORE_FAULT"] = fault
+        torch.set_num_threads(1)
+        try:
+            work()
+        except BaseException:
+            os._exit(9)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def shard(images: Path, out: Path) -> None:
+    shard_dataset(FolderSpec(url=str(images)), str(out), SplitSpec(by="folders"), ShardSpec(max_samples=3))
+
+
+def named(out: Path) -> dict[str, bytes]:
+    """Return what readers may open: the manifests and all that they name."""
+    files = tree(out)
+    names = {name for name in files if name.startswith(("dataset.", "table."))}
+    for number in range(1, 1 + sum(name.startswith("dataset.") for name in files)):
+        names |= {ref.name for ref in open_dataset(str(out), number).manifest.files}
+    return {name: files[name] for name in sorted(names)}
+
+
+def test_a_finished_dataset_run_and_table_lose_nothing(tmp_path):
+    images = image_folder(tmp_path / "images", "train", range(8))
+    shard(images, tmp_path / "dataset")
+    run = saved_run(tmp_path / "run")
+    encode(run, str(tmp_path / "dataset"), tmp_path / "table")
+    for name in ("dataset", "table"):
+        before = tree(tmp_path / name, without=())
+        report = later(tmp_path / name, unfinished=True)
+        assert (report.garbage, report.waiting, report.not_ours) == ((), (), ())
+        assert tree(tmp_path / name, without=()) == before
+
+
+@pytest.mark.parametrize("stage", FAULT_STAGES)
+@pytest.mark.parametrize("role", ["run", "listing", "tar", "index", "record", "manifest"])
+def test_an_append_killed_anywhere_and_overtaken_is_collected_and_nothing_that_is_named(tmp_path, role, stage):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    image_folder(images, "train", range(4, 8))
+    assert died(lambda: shard(images, out), f"{role}.{stage}")
+    image_folder(images, "train", range(8, 12))
+    shard(images, out)
+    before, claims = named(out), sorted(out.glob("run.*.json"))
+    kept = later(out)
+    overtaken = {"run.000001.json": 1}.get(claims[-2].name, 2)  # the claim itself may have been killed
+    assert named(out) == before
+    assert verify_dataset(open_dataset(str(out)), read_data=True).ok
+    left = tree(out, without=())
+    stems = {part.stem for part in open_dataset(str(out)).manifest.shards}
+    assert {name for name in left if name.startswith("records/")} == {f"records/{stem}.json" for stem in stems}
+    assert set(left) == set(before) | {f"records/{stem}.json" for stem in stems} | {path.name for path in out.glob("run.*.json")}
+    if overtaken == 2 and (role, stage) != ("manifest", "linked"):
+        assert "run.000002.json" in {item.name for item in kept.garbage}
+    assert later(out).garbage == ()
+
+
+def test_what_the_same_command_continues_stays_and_is_given_up_only_when_asked(tmp_path):
+    images, out, whole = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset", tmp_path / "whole"
+    shard(images, out)
+    shard(images, whole)
+    image_folder(images, "train", range(4, 10))
+    shard(images, whole)
+    assert died(lambda: shard(images, out), "record.linked:1")
+    before = tree(out)
+    report = later(out)
+    assert [item.what for item in report.waiting] == ["dataset claim 2"]
+    assert {item.name.split("/")[0] for item in report.garbage} <= {".tmp"}
+    assert tree(out) == before
+    given_up = later(out, unfinished=True)
+    assert any(item.name.startswith("records/train-g000002") for item in given_up.garbage)
+    assert (out / "run.000002.json").exists(), "its number must not be given to other work"
+    shard(images, out)
+    assert named(out) == named(whole)
+
+
+def test_an_unfinished_first_attempt_that_is_given_up_goes_as_a_whole(tmp_path):
+    images, out = image_folder(tmp_path / "images", "train", range(7)), tmp_path / "dataset"
+    assert died(lambda: shard(images, out), "manifest.synced")
+    assert len(later(out).waiting) == 1
+    later(out, unfinished=True)
+    assert tree(out, without=()) == {}
+    shard(images, out)
+    assert verify_dataset(open_dataset(str(out)), read_data=True).ok
+
+
+def test_a_young_file_keeps_all_that_its_attempt_wrote(tmp_path):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    image_folder(images, "train", range(4, 10))
+    assert died(lambda: shard(images, out), "record.linked:2")
+    image_folder(images, "train", range(10, 12))
+    shard(images, out)
+    before = tree(out, without=())
+    report = collect_garbage(str(out), unfinished=True)
+    assert report.garbage == ()
+    assert "younger than the limit" in report.waiting[0].why
+    record = next((out / "records").glob("train-g000002-*"))
+    report = later(out)
+    assert report.garbage
+    assert not record.exists()
+    assert set(tree(out, without=())) < set(before)
+
+
+def test_a_dry_run_removes_nothing_and_says_the_same(tmp_path):
+    images, out = image_folder(tmp_path / "images", "train", range(7)), tmp_path / "dataset"
+    assert died(lambda: shard(images, out), "record.linked:1")
+    before = tree(out, without=())
+    planned = later(out, unfinished=True, dry_run=True)
+    assert tree(out, without=()) == before
+    assert later(out, unfinished=True).garbage == planned.garbage
+
+
+def test_names_that_are_not_ours_are_left_alone_and_listed(tmp_path):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    theirs = [
+        "notes.txt",
+        "shards/mine.tar",
+        "records/train-000000.json.bak",
+        ".tmp/work",
+        "shards/train-g000009-000000.tar",
+        "quarantine/x/y",
+    ]
+    for name in theirs:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    report = later(out, unfinished=True)
+    assert report.garbage == ()
+    assert set(report.not_ours) == {*theirs[:-1], "quarantine/x"}
+    assert all((out / name).read_text() == "mine" for name in theirs)
+
+
+def test_a_damaged_manifest_stops_the_collection(tmp_path):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    text = (out / "dataset.000001.json").read_text()
+    (out / "dataset.000001.json").write_text(text.replace("train-000000.tar", "train-000009.tar"))
+    before = tree(out, without=())
+    with pytest.raises(DataError, match="is damaged"):
+        later(out)
+    assert tree(out, without=()) == before
+
+
+def test_a_place_without_an_artefact_is_refused(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no dataset, run or table"):
+        later(tmp_path / "photos")
+    (tmp_path / "run.000001.json").write_text(json.dumps({"kind": "notes", "identity": {}}))
+    with pytest.raises(DataError, match="says the kind 'notes'"):
+        later(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_history_with_collections_ends_as_it_would_without(tmp_path, seed):
+    draw = random.Random(seed)
+    images = image_folder(tmp_path / "images", "train", range(3))
+    roles = ("run", "listing", "tar", "index", "record", "manifest")
+    plain, collected = tmp_path / "plain", tmp_path / "collected"
+    number = 3
+    for _ in range(5):
+        step = draw.randint(1, 4)
+        image_folder(images, "train", range(number, number + step))
+        number += step
+        fault = draw.choice(["", *(f"{role}.{stage}:{draw.randint(1, 2)}" for role in roles for stage in FAULT_STAGES)])
+        for out in (plain, collected):
+            died(lambda out=out: shard(images, out), fault)
+        if collected.exists():
+            later(collected)
+    for out in (plain, collected):
+        shard(images, out)
+    later(collected)
+    assert verify_dataset(open_dataset(str(collected)), read_data=True).ok
+    assert named(collected) == named(plain)
+
+
+@pytest.mark.parametrize(
+    "fault", ["run.linked", "part.linked:1", "record.linked:1", "record.staged:2", "manifest.synced", "manifest.linked"]
+)
+def test_a_table_killed_anywhere_ends_the_same_after_a_collection(tmp_path, fault):
+    images = image_folder(tmp_path / "images", "train", range(7))
+    data, run, out = tmp_path / "dataset", saved_run(tmp_path / "run"), tmp_path / "table"
+    shard(images, data)
+    assert died(lambda: encode(run, str(data), out), fault)
+    report = later(out)
+    assert {item.name.split("/")[0] for item in report.garbage} <= {".tmp"}
+    image_folder(images, "train", range(7, 10))
+    shard(images, data)
+    expected = tree(tmp_path / "whole") if encode(run, str(data), tmp_path / "whole") else {}
+    encode(run, str(data), out)
+    overtaken = later(out)
+    assert ("run.000001.json" in {item.name for item in overtaken.garbage}) == (fault != "manifest.linked")
+    parts = {name for name in expected if name.startswith("data/")}
+    found = tree(out)
+    assert {name: found[name] for name in parts} == {name: expected[name] for name in parts}
+    assert {name for name in found if name.startswith("data/")} == parts
+    assert open_table(str(out)).verify(read_data=True, dataset=str(data)).num_rows == 10
+    assert later(out).garbage == ()
+
+
+def test_an_encoding_that_is_given_up_goes_as_a_whole(tmp_path):
+    data, run, out = tmp_path / "dataset", saved_run(tmp_path / "run"), tmp_path / "table"
+    shard(image_folder(tmp_path / "images", "train", range(7)), data)
+    assert died(lambda: encode(run, str(data), out), "record.linked:2")
+    later(out, unfinished=True)
+    assert tree(out, without=()) == {}
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    return training_data(tmp_path_factory.mktemp("data") / "sprites", val=0.1)
+
+
+OPTIONS = {"every_steps": 10, "max_steps": 30, "log_every_s": 0.0}
+
+
+@pytest.mark.parametrize("fault", ["weights.linked:2", "state.synced:2", "checkpoint.synced:2", "metrics.linked:3", "model.linked:1"])
+def test_a_killed_run_resumes_after_a_collection_and_ends_the_same(sprites, tmp_path, tmp_path_factory, fault):
+    whole = tmp_path_factory.getbasetemp() / "gc-whole"
+    if not whole.exists():
+        fit(small_job(sprites, whole, **OPTIONS))
+    job = small_job(sprites, tmp_path / "run", **OPTIONS)
+    assert died(lambda: fit(job), fault)
+    later(tmp_path / "run")
+    fit(job)
+    report = later(tmp_path / "run")
+    assert tree(tmp_path / "run/model") == tree(whole / "model")
+    assert losses(tmp_path / "run") == losses(whole)
+    if fault.startswith(("weights", "state", "checkpoint")):
+        assert any(item.name.startswith("checkpoints/step-00000020") for item in report.garbage)
+    folders = {path.parent for path in (tmp_path / "run/checkpoints").rglob("*")}
+    assert all((folder / "checkpoint.json").exists() for folder in folders if folder.name.startswith("step-"))
+    assert later(tmp_path / "run").garbage == ()
+
+
+def test_a_damaged_checkpoint_goes_once_a_newer_one_is_valid(sprites, tmp_path):
+    fit(small_job(sprites, tmp_path / "run", **OPTIONS))
+    older, newer = sorted((tmp_path / "run/checkpoints").iterdir())
+    weights = newer / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + b"!")
+    assert later(tmp_path / "run").garbage == (), "the newest may be restored"
+    weights.write_bytes(good)
+    state = older / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"!")
+    assert {item.name.split("/")[1] for item in later(tmp_path / "run").garbage} == {older.name}
+    assert not older.exists()
+    assert losses(tmp_path / "run")[-1]["step"] == 30
+
+
+def test_a_reader_that_polls_never_breaks_while_metrics_and_parts_are_collected(sprites, tmp_path):
+    job = small_job(sprites, tmp_path / "run", **OPTIONS)
+    store, done, wrong = open_store(tmp_path / "run"), threading.Event(), []
+
+    def poll() -> None:
+        while not done.wait(0.0005):
+            try:
+                last_row(store)
+            except Exception as error:
+                wrong.append(error)
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    try:
+        for number in range(3, 6):
+            assert died(lambda: fit(job), f"metrics.linked:{number}")  # the child copies it
+            later(tmp_path / "run")
+    finally:
+        done.set()
+        reader.join()
+    assert wrong == []
+    fit(job)
+    assert losses(tmp_path / "run")[-1]["step"] == 30
+
+
+class Killed(BaseException):
+    """The end of the collecting process."""
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_collection_that_is_killed_anywhere_can_be_run_again(tmp_path, monkeypatch, unfinished):
+    images, whole, first = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "whole", tmp_path / "first"
+    for out in (whole, first):
+        shard(images, out)
+    image_folder(images, "train", range(4, 10))
+    for _ in range(1 if unfinished else 2):  # the second append overtakes the killed one
+        died(lambda: shard(images, first), "record.linked:2" if not (first / "run.000002.json").exists() else "")
+        image_folder(images, "train", range(10, 10 if unfinished else 12))
+    total = len(later(first, unfinished=unfinished, dry_run=True).garbage)
+    assert total > 3
+    shard(images, whole)
+    for allowed in range(total):
+        out = tmp_path / f"killed-{allowed}"
+        shutil.copytree(first, out)
+        remove, count = LocalStore.remove, itertools.count()
+
+        def dying(self: LocalStore, name: str, remove=remove, count=count, allowed=allowed) -> None:
+            if next(count) == allowed:
+                raise Killed
+            remove(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "remove", dying)
+            with pytest.raises(Killed):
+                later(out, unfinished=unfinished)
+        if allowed % 2:
+            later(out, unfinished=unfinished)
+        shard(images, out)
+        later(out)
+        assert verify_dataset(open_dataset(str(out)), read_data=True).ok
+        keys = {name: data for name, data in named(out).items() if name.endswith(".tar")}
+        if unfinished:
+            assert keys == {name: data for name, data in named(whole).items() if name.endswith(".tar")}
+
+
+def test_a_bucket_is_collected_as_a_folder_is(tmp_path, s3):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    image_folder(images, "train", range(4, 10))
+    assert died(lambda: shard(images, out), "record.linked:2")
+    image_folder(images, "train", range(10, 12))
+    shard(images, out)
+    shutil.rmtree(out / ".tmp")
+    s3.upload(out, "data")
+    there = collect_garbage(f"{s3.url}/data", now=time.time() + LATER)
+    here = later(out)
+    assert there.garbage == here.garbage
+    assert s3.objects("data/") == tree(out)
+    assert verify_dataset(open_dataset(f"{s3.url}/data"), read_data=True).ok
+    assert collect_garbage(f"{s3.url}/data", now=time.time() + LATER).garbage == ()

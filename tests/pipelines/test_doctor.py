@@ -1,0 +1,255 @@
+"""aepipe doctor: every check against the real thing, its remedy when that is missing, and a bound on all of it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from aecore.errors import ClusterError, ConfigError, StoreError
+from aecore.store import FileRef, LocalStore, open_store
+from pipelines.cli import main
+from pipelines.config import ClusterSpec
+from pipelines.doctor import Check, Finding, _environment, _machine, _prefect, _ray, _store, exit_code
+from pipelines.doctor._check import ok, run_checks
+from tests.s3 import S3
+
+
+def states(findings: list[Finding]) -> dict[str, str]:
+    return {finding.name: finding.state for finding in findings}
+
+
+def checked(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict[str, dict[str, str]]:
+    """Run the verb; return its checks by name (of several of one name the worst)."""
+    capsys.readouterr()
+    assert main(["doctor", *argv, "--json"]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["exit_code"] == code
+    order = ["skipped", "ok", "warning", "failed"]
+    return {check["name"]: check for check in sorted(found["checks"], key=lambda check: order.index(check["state"]))}
+
+
+def test_with_nothing_configured_it_passes_and_says_what_it_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    found = checked(capsys, "cluster.num_workers=1")
+    assert [name for name, check in found.items() if check["state"] == "failed"] == []
+    for name, why in (("store", "no URL given"), ("ray", "RAY_ADDRESS is not set"), ("prefect", "PREFECT_API_URL is not set")):
+        assert found[name]["state"] == "skipped"
+        assert why in found[name]["said"]
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok       python: Python 3.")
+    assert lines[-1].endswith("skipped")
+
+
+def test_a_good_store_passes_and_nothing_of_the_check_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs").mkdir()
+    for place in (tmp_path / "new/deep/place", tmp_path / "theirs"):
+        found = checked(capsys, str(place))
+        for name in ("write", "read after write", "put-if-absent", "hard links", "clock", "race"):
+            assert found[f"store: {name}"]["state"] == "ok", found
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["theirs"]
+
+
+def test_a_bucket_passes_and_nothing_of_the_check_is_left(s3: S3) -> None:
+    url = f"{s3.url}/place"
+    findings = run_checks(_store.store_checks(url))
+    race = findings.pop()
+    assert states(findings) == {f"store: {name}": "ok" for name in ("write", "read after write", "put-if-absent", "clock")}, findings
+    # Swift looks whether a name is taken when a request begins, not when it ends: on a busy machine two may win, and that is what is said
+    assert race.state == "ok" or race.said == "2 of 4 processes were told that they had written one name", race
+    assert open_store(url).list() == []
+
+
+def test_a_place_that_cannot_be_written_fails_with_exit_code_4(capsys: pytest.CaptureFixture[str]) -> None:
+    found = checked(capsys, "/proc/nothing/here", code=4)
+    assert "cannot write under /proc/nothing/here" in found["store"]["said"]
+
+
+class Overwriting(LocalStore):
+    """A store that takes every write, as some shared file systems and gateways do."""
+
+    def put(self, name: str, data: bytes, *, role: str) -> FileRef:
+        (self.root / name).unlink(missing_ok=True)
+        return super().put(name, data, role=role)
+
+
+def test_a_store_that_overwrites_and_a_race_without_one_winner_are_found(tmp_path: Path) -> None:
+    store = Overwriting(tmp_path)
+    store.put("one", b"first", role="doctor")
+    found = _store._exclusive(store)
+    assert (found.state, found.said) == ("failed", "a second write under one name was not refused")
+    store.put("race-2", b"somebody was here", role="doctor")
+    raced = _store.race(str(tmp_path))
+    assert (raced.state, raced.said) == ("failed", "0 of 4 processes were told that they had written one name")
+
+
+def test_a_clock_that_is_wrong_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = time.time() + 400
+    monkeypatch.setattr(_store.time, "time", lambda: later)
+    found = _store._clock(open_store(tmp_path))
+    assert found.state == "warning"
+    assert found.said == "the clock of the storage and of this machine are 400 s apart"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "what", "remedy"),
+    [
+        ("fastapi", "0.155.1", "every flow fails at its start", "pip install 'fastapi>=0.139,<0.155'"),
+        ("sqlalchemy", "2.1.0", "cron schedules never fire", "pip install 'sqlalchemy[asyncio]>=2.0,<2.1'"),
+    ],
+)
+def test_versions_that_do_not_work_together_are_named(
+    name: str, version: str, what: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = _environment.installed
+    monkeypatch.setattr(_environment, "installed", lambda asked: Version(version) if asked == name else real(asked))
+    (found,) = run_checks([Check("known conflicts", _environment.conflicts, ConfigError)])
+    assert (found.state, found.exit_code, found.remedy) == ("failed", 2, remedy)
+    assert what in found.said
+    listed = run_checks([Check("packages", _environment.packages, ConfigError)])
+    assert any(name in finding.said and finding.state == "failed" for finding in listed)
+
+
+def test_what_is_installed_here_is_what_the_project_asks_for() -> None:
+    found = run_checks(_environment.environment_checks())
+    assert not [finding for finding in found if finding.state == "failed"], found
+
+
+def test_a_check_that_hangs_or_breaks_is_a_failure_and_the_others_have_their_turn() -> None:
+    def breaks() -> Finding:
+        raise ValueError("odd")
+
+    started = time.monotonic()
+    hangs = Check("hangs", lambda: time.sleep(5) or ok("hangs", "never"), ClusterError, timeout_s=0.2)
+    found = run_checks([hangs, Check("breaks", breaks, StoreError), Check("fine", lambda: ok("fine", "yes"), StoreError)])
+    assert time.monotonic() - started < 3
+    assert [(finding.name, finding.state, finding.exit_code) for finding in found] == [
+        ("hangs", "failed", 5),
+        ("breaks", "failed", 4),
+        ("fine", "ok", 0),
+    ]
+    assert exit_code(found) == 5
+    assert "no answer within 0 s" in found[0].said
+    assert found[1].said == "ValueError: odd"
+
+
+def test_more_threads_than_cores_and_more_workers_than_memory_are_said() -> None:
+    (found,) = run_checks([Check("cores", lambda: _machine.cores(ClusterSpec(num_workers=4096)), ClusterError)])
+    assert (found.state, found.remedy) == ("warning", "lower cluster.num_workers or cluster.threads_per_worker")
+    found = run_checks([Check("memory", lambda: _machine.memory(ClusterSpec(num_workers=1 << 20)), ClusterError)])[0]
+    assert (found.state, found.exit_code) == ("failed", 5)
+
+
+@pytest.fixture
+def silent_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A port that takes connections and never answers; the bounds are short."""
+    monkeypatch.setattr(_ray, "PROBE_S", 6.0)
+    monkeypatch.setattr(_prefect, "ANSWER_S", 1.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        yield server.getsockname()[1]
+
+
+def test_services_that_take_the_connection_and_never_answer_fail_in_bounded_time(silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent_port}")
+    monkeypatch.setenv("PREFECT_API_URL", f"http://user:hunter2@127.0.0.1:{silent_port}/api")
+    started = time.monotonic()
+    found = run_checks([*_ray.ray_checks(ClusterSpec()), *_prefect.prefect_checks()])
+    assert time.monotonic() - started < 20
+    assert [(finding.name, finding.state, finding.exit_code) for finding in found] == [("ray", "failed", 5), ("prefect", "failed", 5)]
+    assert "hunter2" not in str(found)
+
+
+def test_services_that_are_not_there_fail_with_exit_code_5(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    found = checked(capsys, code=5)
+    assert "nothing answers at 127.0.0.1:1" in found["ray"]["said"]
+    assert "unset RAY_ADDRESS" in found["ray"]["remedy"]
+    assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in found["prefect"]["said"]
+
+
+@pytest.mark.ray
+def test_a_running_ray_is_compared_with_what_the_recipe_asks_for(two_workers: ClusterSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    found = {finding.name: finding for finding in run_checks(_ray.ray_checks(two_workers))}
+    assert states(list(found.values())) == {"ray": "ok", "ray: resources": "ok"}, found
+    assert f"Ray {ray.__version__} at " in found["ray"].said
+    (_, short) = run_checks(_ray.ray_checks(ClusterSpec(num_workers=3000)))
+    assert (short.state, short.exit_code) == ("failed", 5)
+    assert "the recipe asks for 3000" in short.said
+
+
+@pytest.fixture
+def prefect_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The API address of a real Prefect server with a password."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    secret = {"PREFECT_HOME": str(tmp_path / "server"), "PREFECT_SERVER_API_AUTH_STRING": "admin:hunter2"}
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=os.environ | secret, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}/api"
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() < deadline, "the server did not start"
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except urllib.error.HTTPError:
+                break
+            except OSError:
+                time.sleep(0.3)
+        monkeypatch.setenv("PREFECT_API_URL", address)
+        yield address
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(10)
+
+
+@pytest.mark.prefect
+@pytest.mark.slow
+def test_a_prefect_server_is_asked_for_version_password_workers_and_schedules(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> dict[str, Finding]:
+        return {finding.name: finding for finding in run_checks(_prefect.prefect_checks())}
+
+    without = look()
+    assert states(list(without.values())) == {"prefect": "failed"}
+    assert without["prefect"].remedy == "set PREFECT_API_AUTH_STRING=user:password"
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:hunter2")
+    found = look()
+    assert found["prefect"].state == "ok", found
+    assert found["prefect: password"].state == "ok"
+    assert "no work pool" in found["prefect: workers"].said
+    assert found["prefect: scheduler"].state == "skipped"
+    _prefect.ask(prefect_server, "/work_pools/", {"name": "local", "type": "process"})
+    assert "pool local has no worker that is alive" in look()["prefect: workers"].said
+    flow = _prefect.ask(prefect_server, "/flows/", {"name": "nightly"})
+    schedule = {"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC"}}
+    deployment = {"name": "nightly", "flow_id": flow["id"], "schedules": [schedule], "work_pool_name": "local"}
+    _prefect.ask(prefect_server, "/deployments/", deployment)
+    deadline = time.monotonic() + 90
+    while (scheduler := look()["prefect: scheduler"]).state != "ok" and time.monotonic() < deadline:
+        time.sleep(1)
+    assert scheduler.state == "ok", scheduler
+    assert "for 1 deployments" in scheduler.said
+    assert "hunter2" not in str(look())

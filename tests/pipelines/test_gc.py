@@ -1,0 +1,88 @@
+"""aepipe gc on the command line: a root, a dry run, JSON, durations, and what it says."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from aecore.errors import ConfigError
+from aecore.store import open_store
+from pipelines.cli import main
+from pipelines.gc import seconds_of
+
+HERE = "cluster.num_workers=0"
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+    capsys.readouterr()
+    got = main(argv)
+    output = capsys.readouterr()
+    assert got == code, output.err
+    return output.err if code else output.out
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Give a root with a dataset that a killed process left a temporary file in, two days ago."""
+    place = tmp_path / "root"
+    assert main(["shard", "sprites", str(place / "dataset"), "source.num_samples=30", "splits.by=none", HERE]) == 0
+    left = place / "dataset/.tmp/0123456789abcdef0123456789abcdef"
+    left.write_bytes(b"x" * 5000)
+    os.utime(left, (time.time() - 2 * 86400,) * 2)
+    (place / "notes.txt").write_text("mine")
+    return place
+
+
+def test_a_root_is_collected_stage_by_stage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry = said(capsys, "gc", str(root), "--dry-run")
+    assert f"dataset {root}/dataset: would remove 1 files, 5.0 kB" in dry
+    assert "1 files, 5.0 kB, temporary file of a process that was killed: .tmp/0123456789abcdef0123456789abcdef" in dry
+    assert "not ours, left alone: notes.txt" in dry
+    kept = json.loads(said(capsys, "gc", str(root), "--older-than", "3d", "--json"))
+    assert (kept["files"], kept["bytes"]) == (0, 0)
+    assert len(os.listdir(root / "dataset/.tmp")) == 1
+    done = json.loads(said(capsys, "gc", str(root), "--json"))
+    assert (done["files"], done["bytes"], done["not_ours"]) == (1, 5000, ["notes.txt"])
+    assert os.listdir(root / "dataset/.tmp") == []
+    assert said(capsys, "verify", str(root / "dataset"), "--read-data").startswith("ok")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("2m", 120), ("1.5h", 5400), ("7d", 604800), ("2w", 1209600)])
+def test_durations(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "7", "d", "7 days", "-1d", "1y"])
+def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="--older-than .* is no duration: .* for example --older-than 7d"):
+        seconds_of(text)
+
+
+def test_a_place_that_is_not_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    assert "holds no dataset, run or table: check the address; only what aepipe wrote is collected" in said(
+        capsys, "gc", str(tmp_path), code=3
+    )
+    assert open_store(tmp_path).list() == ["photo.jpg"]
+
+
+def test_verify_reads_a_slice_and_says_how_much(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [json.loads(said(capsys, "verify", str(root), "--read-data-subset", f"{k}/2", "--json"))["dataset"] for k in (1, 2)]
+    assert sum(part["parts_read"] for part in parts) == parts[0]["parts"] == 1
+    assert sorted(part["bytes_read"] > 0 for part in parts) == [False, True]
+    assert "--read-data-subset 3/2 is no slice" in said(capsys, "verify", str(root), "--read-data-subset", "3/2", code=2)
+    both = ("verify", str(root), "--read-data", "--read-data-subset", "1/2")
+    assert "leave out one of them" in said(capsys, *both, code=2)
+
+
+def test_compare_prints_both_sides_and_refuses_two_kinds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(root / "dataset")
+    run = str(root / "run")
+    assert main(["train", f"data={data}", f"out={run}", "model.latent_dim=2", "backbone.hidden=[8]", "train.max_steps=2", HERE]) == 0
+    text = said(capsys, "compare", run, run)
+    assert "same_weights: True" in text
+    assert "(+0)" in text
+    assert json.loads(said(capsys, "compare", run, run, "--json"))["weights"]["max_difference"] == 0.0
+    assert "give two of one kind" in said(capsys, "compare", run, data, code=2)
