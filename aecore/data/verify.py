@@ -35,15 +35,18 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False) -> Verification
     """Check one generation (and all before it, whose shards it names); touches the disk only to read."""
     manifest = dataset.manifest
     refs = _files(manifest)
-    problems = [*_structure(dataset), *_sizes(dataset.store, refs)]
+    tars = [(dataset.tars(shard), shard.tar) for shard in manifest.shards]
+    problems = [*_structure(dataset), *_sizes(tars), *_sizes([(dataset.store, ref) for ref in refs])]
     if read_data:
         problems += [problem for problem in _contents(dataset) if problem not in problems]
+    refs += [ref for _, ref in tars]
     num_bytes = sum(ref.bytes for ref in refs)
     return Verification(tuple(problems), len(refs), num_bytes, manifest.num_samples(), manifest.quarantined, data_read=read_data)
 
 
 def _files(manifest: DatasetManifest) -> list[FileRef]:
-    shards = [ref for shard in manifest.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
+    """Return all but the tars, which may lie elsewhere."""
+    shards = [ref for shard in manifest.shards for ref in (shard.index, shard.quarantine) if ref is not None]
     return [*shards, *(part.quarantine for part in manifest.rejected), *manifest.listings]
 
 
@@ -64,8 +67,8 @@ def _structure(dataset: Dataset) -> Iterator[str]:
             yield f"{dataset.url}: generation {manifest.number} was added to another generation {manifest.parent} than is there"
 
 
-def _sizes(store: Store, refs: list[FileRef]) -> Iterator[str]:
-    for ref in refs:
+def _sizes(refs: list[tuple[Store, FileRef]]) -> Iterator[str]:
+    for store, ref in refs:
         try:
             store.check(ref)
         except DataError as error:
