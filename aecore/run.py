@@ -9,6 +9,7 @@ from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_check
 from aecore.data.loader import InputSpec
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
+from aecore.data.stream import open_stream
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
@@ -57,6 +58,22 @@ def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: 
         raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
 
 
+def require_streamable(train: TrainSpec, input: InputSpec) -> None:
+    """ConfigError for what tars without an index cannot give."""
+    if input.reader != "webdataset":
+        return
+    if not train.max_steps and (input.resampled or not input.epoch_samples):
+        raise ConfigError(
+            "input.reader=webdataset does not know how many samples there are: set train.max_steps"
+            + ("" if input.resampled else ", or input.epoch_samples with train.epochs")
+        )
+    if train.val_split is not None:
+        raise ConfigError(
+            f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
+            "`aepipe adopt SRC DATASET` makes one without a copy; or leave train.val_split out"
+        )
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """Everything that decides a run. `data` is a dataset's URL, `out` the run's; the rest are specs."""
@@ -73,6 +90,7 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         require_possible(self.train, self.checkpoint)
+        require_streamable(self.train, self.input)
 
     def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
         """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
@@ -80,6 +98,7 @@ class TrainJob:
         splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
         return {
             **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
+            "input": self.input.identity(),
             "data": {split: dataset.manifest.training_key(split) for split in splits},
             "init_sha256": init_sha256,
         }
@@ -99,6 +118,8 @@ class RunResult:
 def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
     """Open the dataset generation that the run started with (the newest one for a new run); ConfigError if `store` holds no run."""
     require_kind(store, "run")
+    if job.input.reader == "webdataset":
+        return open_stream(job.data, job.train.split, job.input.member)  # what it holds is part of the identity
     if store.size(CLAIM) is None:
         return open_dataset(job.data)
     return open_dataset(job.data, number=read_json(store, CLAIM)["info"]["dataset_number"])
@@ -151,8 +172,15 @@ def start_from(model: Trainable, loaded: LoadedModel) -> None:
         ) from error
 
 
+def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
+    """Return the steps of an epoch; tars without an index have the epochs that `input.epoch_samples` says, or one."""
+    if job.input.reader == "webdataset":
+        return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
+    return job.train.order().num_steps(dataset.manifest.num_samples(job.train.split))
+
+
 def total_steps(job: TrainJob, dataset: Dataset) -> int:
-    steps = job.train.epochs * job.train.order().num_steps(dataset.manifest.num_samples(job.train.split))
+    steps = job.train.epochs * steps_per_epoch(job, dataset)
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
 
 

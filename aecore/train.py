@@ -40,6 +40,7 @@ from aecore.checkpoint import (
 from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
 from aecore.data.order import TrainingOrder
+from aecore.data.stream import StreamLoader
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
 from aecore.generations import read_json
@@ -60,6 +61,7 @@ from aecore.run import (
     model_config,
     pinned_dataset,
     start_from,
+    steps_per_epoch,
     total_steps,
 )
 from aecore.store import Store, open_store, sha256_json
@@ -106,7 +108,7 @@ class _Training:
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
         self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
-        self.loader = self._loader(job.train.split, job.train.order(rank.index, rank.world))
+        self.loader = self._training_loader()
         self.val_loader = None if job.train.val_split is None else self._loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
@@ -122,6 +124,22 @@ class _Training:
         for loader in (self.loader, self.val_loader):
             if loader is not None:
                 loader.close()
+
+    def _training_loader(self) -> Loader | StreamLoader:
+        job, order = self.job, self.job.train.order(self.rank.index, self.rank.world)
+        if job.input.reader == "lanes":
+            return self._loader(job.train.split, order)
+        return StreamLoader(
+            self.dataset,
+            job.train.split,
+            transform=job.transform,
+            order=order,
+            steps_per_epoch=steps_per_epoch(job, self.dataset),
+            resampled=job.input.resampled,
+            shuffle=job.input.shuffle,
+            member=job.input.member,
+            prefetch=job.input.prefetch,
+        )
 
     def _loader(self, split: str, order: TrainingOrder | None = None) -> Loader:
         return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input, order=order)

@@ -22,6 +22,7 @@ from aecore.errors import DataError
 from aecore.store import Files, absolute_url, open_files
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
+MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, where nobody says another limit
 MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
@@ -223,6 +224,11 @@ class ForeignTars:
             raise DataError(f"{files.url} holds no .tar, .tar.gz or .tgz file: check the address")
         return cls(files, tuple(names), len(sizes) - len(names))
 
+    @classmethod
+    def named(cls, url: str, names: tuple[str, ...]) -> "ForeignTars":
+        """Return tars whose names are known."""
+        return cls(open_files(url), names)
+
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each tar; DataError if one is missing."""
         known = self.files.sizes()
@@ -232,7 +238,7 @@ class ForeignTars:
         return {name: known[name] for name in self.names}
 
 
-def data_member(sample: ForeignSample, wanted: str, where: str) -> tuple[str, Member] | None:
+def data_member(sample: ForeignSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
     """Return codec and member of a sample's image or array, None if it has none; DataError if it is not clear which.
 
     `wanted` is the extension to take (`seg.png`; its last part is the codec), "" the only one of the allow-list.
@@ -242,5 +248,5 @@ def data_member(sample: ForeignSample, wanted: str, where: str) -> tuple[str, Me
         return None if member is None else (wanted.rpartition(".")[2], member)
     found = [ext for ext in sample.members if ext in DATA_EXTENSIONS]
     if len(found) > 1:
-        raise DataError(f"{where}: sample {sample.key!r} has the images {', '.join(found)}: say which with source.member=<extension>")
+        raise DataError(f"{where}: sample {sample.key!r} has the images {', '.join(found)}: say which with {option}=<extension>")
     return (found[0], sample.members[found[0]]) if found else None

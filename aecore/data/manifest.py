@@ -275,6 +275,9 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
 
 def _nothing_here(store: Store) -> str:
     if newest_number(store, "run") is None:
-        return f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address"
+        return (
+            f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address; other people's tars "
+            "need `aepipe adopt`, or are read without an index with input.reader=webdataset"
+        )
     parts = sum(name.endswith(".json") for name in store.list("records"))
     return f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"
