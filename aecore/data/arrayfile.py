@@ -108,26 +108,26 @@ class ArrayFile:
                 start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
                 file.seek(start)
                 return self._npy(file, info.file_size, start, name)
-            with archive.open(info) as packed:
-                unpacked = self._inflated(packed, info.file_size, name)
-            return self._npy(unpacked, info.file_size, 0, name)
+            with archive.open(info) as packed, self._inflated(packed, info.file_size, name) as unpacked:
+                return self._npy(unpacked, info.file_size, 0, name)
 
-    def _inflated(self, packed: IO[bytes] | gzip.GzipFile, size: int, array: str = "", before: bytes = b"") -> IO[bytes]:
-        """Return a nameless file of `before` and the rest of `packed`, exactly `size` bytes."""
+    @contextlib.contextmanager
+    def _inflated(self, packed: IO[bytes] | gzip.GzipFile, size: int, array: str = "", before: bytes = b"") -> Iterator[IO[bytes]]:
+        """Give a nameless file of `before` and the rest of `packed`, exactly `size` bytes; a map of it outlives it."""
         if size > self._limit:
             raise self._error(f"inflates to {size} bytes, source.max_inflated_bytes is {self._limit}: raise it if that is right", array)
-        file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as its memory map
-        file.write(before)
-        found = len(before)
-        while found <= size and (piece := packed.read(CHUNK_BYTES)):
-            file.write(piece)
-            found += len(piece)
-        if found != size:
-            held = "more" if found > size else f"only {found}"
-            raise self._error(f"is damaged: its header promises {size} bytes, it holds {held}: restore it", array)
-        file.flush()
-        file.seek(0)
-        return file
+        with tempfile.TemporaryFile() as file:
+            file.write(before)
+            found = len(before)
+            while found <= size and (piece := packed.read(CHUNK_BYTES)):
+                file.write(piece)
+                found += len(piece)
+            if found != size:
+                held = "more" if found > size else f"only {found}"
+                raise self._error(f"is damaged: its header promises {size} bytes, it holds {held}: restore it", array)
+            file.flush()
+            file.seek(0)
+            yield file
 
     def _npy(self, file: IO[bytes], size: int, start: int = 0, array: str = "") -> Array:
         """Map the `.npy` of `size` bytes that begins at byte `start`, where `file` stands."""
@@ -156,8 +156,8 @@ class ArrayFile:
         with gzip.GzipFile(fileobj=file) as packed:
             dtype, shape, start = self._idx_header(packed)
             size = start + math.prod(shape) * dtype.itemsize
-            unpacked = self._inflated(packed, size, before=bytes(start))
-        return self._map(unpacked, (dtype, shape, False), start, size, "")
+            with self._inflated(packed, size, before=bytes(start)) as unpacked:
+                return self._map(unpacked, (dtype, shape, False), start, size, "")
 
     def _idx_header(self, file: IO[bytes] | gzip.GzipFile) -> tuple[np.dtype[Any], tuple[int, ...], int]:
         head = file.read(4)

@@ -1,4 +1,4 @@
-"""Other people's shards straight to training, without an index (`input.reader=webdataset`): webdataset's pipeline, our tar walk and decoder.
+"""Other people's shards to training, without an index (`input.reader=webdataset`): webdataset's pipeline, our tar walk, our decoder.
 
 What holds: nothing but allow-listed images, arrays and `.cls` is read, and nothing is executed; every step has its whole global batch,
 and all ranks take the same number of steps, so shards of any sizes and fewer shards than ranks cannot hang a run; the
