@@ -75,7 +75,7 @@ class Pack:
 
     def scan(self, source: "Source") -> None:
         """Read, check and hash all samples without writing them."""
-        read, position = source.ahead(self.task.sources), 0
+        read, position = reader(source, self.task.sources), 0
         while position < len(self.task):
             position = self._fill([], [], position, read)
 

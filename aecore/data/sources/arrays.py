@@ -8,7 +8,7 @@ in `.npy` members of the row's shape. Files are mapped, not loaded: a worker rea
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,9 +94,6 @@ class ArraysSource:
         """Return extension and bytes of one row; OSError if its file cannot be read."""
         head, _, row = source.rpartition("#")
         return (self._rows.get(head) or self._open(head))(int(row))
-
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        return self.read
 
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
         member = _MEMBER.fullmatch(head)

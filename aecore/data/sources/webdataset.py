@@ -9,7 +9,6 @@ each worker that reads from it: unpack large ones first. To index tars where the
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -117,9 +116,6 @@ class WebdatasetSource:
             self._open[tar] = TarFile(self.tars.files, tar, self._spec.max_inflated_bytes)
         self._open.move_to_end(tar)
         return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
-
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        return self.read
 
     def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ForeignSample, Member]]:
         """Return the samples of a tar that have an image or array, in the order in which these stand."""
