@@ -220,6 +220,13 @@ class Dataset:
         """Return the store in which the tar of a shard of this manifest lies."""
         return tar_store(self.store, shard)
 
+    def prefetch(self, shards: Sequence[ShardRef]) -> None:
+        """Begin to bring these shards near, index and tar, in this order, in the background."""
+        self.store.prefetch([ref for shard in shards for ref in ([shard.index, shard.tar] if shard.home is None else [shard.index])])
+        for home in dict.fromkeys(shard.home for shard in shards if shard.home is not None):
+            adopted = [shard for shard in shards if shard.home == home]
+            self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
+
     def reader(self, shard: ShardRef) -> "ShardReader":
         """Return the strict reader of one shard of this manifest."""
         from aecore.data.shard import ShardReader  # shard.py imports ShardRef from here
