@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from aecore.errors import ConfigError
 
@@ -50,9 +50,10 @@ def without_split(name: str) -> tuple[str, ...]:
     return tuple(word for word in words(name) if word not in _SPLITS)
 
 
-def partner(name: str, others: Iterable[str]) -> str | None:
-    """Return the name of the labels of the array `name` among `others`, None if there is not exactly one."""
-    same = [other for other in others if subject(other) == subject(name)]
+def partner(name: str, arrays: Sequence[str], labels: Iterable[str]) -> str | None:
+    """Return the labels of the array `name`, one of `arrays`: those whose name is the same but for images and labels, or the only ones."""
+    known = list(labels)
+    same = [other for other in known if subject(other) == subject(name)] or (known if len(arrays) == 1 else [])
     return same[0] if len(same) == 1 else None
 
 

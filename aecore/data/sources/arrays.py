@@ -6,7 +6,6 @@ WebDataset sees pictures. The pixels are those of the array. Everything else, an
 in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads the rows of its shard and no others.
 """
 
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.arrayfile import Array, ArrayFile, array_format, stem_of
+from aecore.data.arrayvalues import class_names, native, require_rows, require_samples, row_writer
 from aecore.data.names import is_data, is_labels, partner, split_of, without_split
-from aecore.data.png import COLOUR_TYPES, StoredPng
 from aecore.data.record import encode_keys
 from aecore.data.sources import Listing
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files
 
@@ -78,7 +77,7 @@ class ArraysSource:
             raise DataError(f"{self._files.url} holds labels and no samples ({', '.join(names[:4])}): add the file of the images")
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
-        sizes = [len(_row_writer(block.array, self._spec.store_as, block.head)(0)[1]) for block in blocks]
+        sizes = [len(row_writer(block.array, self._spec.store_as, block.head)(0)[1]) for block in blocks]
         return Listing(
             encode_keys([f"{block.stem}/{row:09d}" for block, row in rows]),
             [f"{block.head}#{row}" for block, row in rows],
@@ -98,7 +97,7 @@ class ArraysSource:
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
         member = _MEMBER.fullmatch(head)
         name, array = (member[1], member[2]) if member else (head, "")
-        self._rows[head] = found = _row_writer(self._array_file(name).array(array), self._spec.store_as, head)
+        self._rows[head] = found = row_writer(self._array_file(name).array(array), self._spec.store_as, head)
         return found
 
     def _array_file(self, name: str) -> ArrayFile:
@@ -138,25 +137,22 @@ class ArraysSource:
         if array_format(name) == "npz":
             yield from self._npz_blocks(file, name, stem)
         elif not is_labels(stem.rpartition("/")[2]):
-            array = _samples(file.array(""), name)
-            others = {stem_of(other): other for other in names if _folder(other) == _folder(name) and is_labels(_last(stem_of(other)))}
-            found = partner(_last(stem), map(_last, others))
-            labels = None if found is None else others[_folder(name) + found]
+            array = require_samples(file.array(""), name)
+            beside = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
+            found = partner(_last(stem), [other for other in beside if not is_labels(other)], filter(is_labels, beside))
+            labels = None if found is None else beside[found]
             yield _Block(name, stem, array, split_of(stem), None if labels is None else self._label_names(labels, "", array, name))
 
     def _npz_blocks(self, file: ArrayFile, name: str, stem: str) -> Iterator[_Block]:
-        known = file.names()
-        for data in self._data_names(known, name):
+        known, asked = file.names(), self._spec.labels
+        samples = self._data_names(known, name)
+        for data in samples:
             split = split_of(data) or split_of(stem)
-            array = _samples(file.array(data, verify=True), f"{name} (array {data!r})")
-            label = self._chosen(known, self.labels_name, data, name) if self.labels_name else partner(data, filter(is_labels, known))
+            array = require_samples(file.array(data, verify=True), f"{name} (array {data!r})")
+            label = self._chosen(known, asked, data, name) if asked else partner(data, samples, filter(is_labels, known))
             labels = None if label is None else self._label_names(name, label, array, data)
             prefix = f"{stem}/{data}" if split_of(data) else stem
             yield _Block(f"{name}/{data}", prefix, array, split, labels, self._factor_columns(file, known, data, len(array), name))
-
-    @property
-    def labels_name(self) -> str:
-        return self._spec.labels
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
         """Return the arrays of an .npz that hold samples: one, or one for each split."""
@@ -192,7 +188,7 @@ class ArraysSource:
 
     def _label_names(self, name: str, array: str, samples: Array, of: str) -> list[str]:
         where = f"{name} (array {array!r})" if array else name
-        return _names_of(_as_long(self._array_file(name).array(array, verify=True), len(samples), where, of), where)
+        return class_names(require_rows(self._array_file(name).array(array, verify=True), len(samples), where, of), where)
 
     def _factor_columns(self, file: ArrayFile, known: list[str], data: str, count: int, where: str) -> dict[str, Array]:
         """Return the columns of all factor arrays of one array of samples: `[N, k]` becomes k columns."""
@@ -201,12 +197,12 @@ class ArraysSource:
         names = [*asked, *(name for name in known if name.startswith(FACTOR) and split_of(name) in ("", split) and name not in asked)]
         found: dict[str, Array] = {}
         for name in names:
-            values = _as_long(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
+            values = require_rows(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
             title = FACTOR + name.removeprefix(FACTOR).removesuffix(f"_{split}")
             if values.ndim == 1:
-                found[title] = _native(values)
+                found[title] = native(values)
             elif values.ndim == 2:
-                found |= {f"{title}_{column}": _native(values[:, column]) for column in range(values.shape[1])}
+                found |= {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
             else:
                 raise DataError(f"{where} (array {name!r}) has shape {values.shape}: factors are numbers or rows of numbers")
         return found
@@ -232,46 +228,6 @@ def _label_files(name: str) -> list[str]:
     return [*names, *(other[:-3] if other.endswith(".gz") else f"{other}.gz" for other in names if array_format(name) == "idx")]
 
 
-def _samples(array: Array, where: str) -> Array:
-    if array.ndim < 2 or not array.size:
-        raise DataError(f"{where} has shape {array.shape}: expected [N, ...] with at least one row, a sample each")
-    if array.dtype.kind not in "biufc":
-        raise DataError(f"{where} holds {array.dtype}: samples are booleans or numbers; say which array they are with source.images")
-    return array
-
-
-def _as_long(values: Array, count: int, where: str, of: str) -> Array:
-    if not values.ndim or len(values) != count:
-        found = f"{len(values)} rows" if values.ndim else "one number"
-        raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row")
-    return values
-
-
-def _native(values: Array) -> Array:
-    if values.dtype.kind == "S":
-        return np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()], dtype=object)
-    if values.dtype.kind == "U":
-        return values.astype(object)
-    if values.dtype.kind == "c":
-        raise DataError("factors are complex numbers: give their parts as two arrays")
-    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-
-
-def _names_of(values: Array, where: str) -> list[str]:
-    """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`."""
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1:
-        raise DataError(f"{where} has shape {values.shape}: labels are one number or name for each sample; one-hot rows need argmax(1)")
-    if values.dtype.kind == "f":
-        if not (np.isfinite(values) & (values == np.floor(values))).all():
-            raise DataError(f"{where} holds fractions: labels are whole numbers or names")
-        values = values.astype(np.int64)
-    if values.dtype.kind == "c":
-        raise DataError(f"{where} holds complex numbers: labels are whole numbers or names")
-    return [str(value) for value in _native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
-
-
 def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
     names = {name: None for block in blocks for name in block.factors}
     for name in names:
@@ -279,22 +235,3 @@ def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
         if without:
             raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files on their own")
     return {name: np.concatenate([block.factors[name] for block in blocks]) for name in names}
-
-
-def _row_writer(array: Array, store_as: str, where: str) -> Callable[[int], tuple[str, bytes]]:
-    """Return the function from a row's number to its extension and bytes."""
-    is_image = array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in COLOUR_TYPES))
-    if store_as == "png" and not is_image:
-        raise ConfigError(
-            f"source.store_as=png needs uint8 images [N, H, W] or [N, H, W, 1 | 3 | 4], {where} has shape {array.shape} "
-            f"and dtype {array.dtype}: use source.store_as=auto"
-        )
-    if is_image and store_as != "npy":
-        png = StoredPng(array.shape[1:])
-        return lambda row: ("png", png(array[row]))
-    native = array.dtype.newbyteorder("=")
-    head = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(native), "fortran_order": False, "shape": array.shape[1:]}
-    np.lib.format.write_array_header_1_0(head, fields)
-    start = head.getvalue()
-    return lambda row: ("npy", start + array[row].astype(native, copy=False).tobytes())

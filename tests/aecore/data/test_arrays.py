@@ -86,6 +86,14 @@ class TestFormats:
         assert found.label_names == [str(label) for label in LABELS]
         assert len(set(found.keys)) == 12
 
+    def test_the_only_labels_belong_to_the_only_array(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", pictures=PIXELS, labels=LABELS)
+        assert listing(tmp_path / "a.npz").label_names == [str(label) for label in LABELS]
+        (tmp_path / "b").mkdir()
+        np.save(tmp_path / "b/digits.npy", PIXELS)
+        np.save(tmp_path / "b/y.npy", np.array([f"class {label}" for label in LABELS]))
+        assert listing(tmp_path / "b").label_names == [f"class {label}" for label in LABELS]
+
     def test_further_arrays_become_columns_when_asked(self, tmp_path: Path) -> None:
         metadata = np.array({"a": 1}, dtype=object)  # as dSprites has it: never opened
         np.savez(tmp_path / "d.npz", imgs=PIXELS, latents_classes=np.arange(24).reshape(12, 2), metadata=metadata)
