@@ -21,18 +21,20 @@ class StoredPng:
         self._rows = np.zeros((height, 1 + width * channels), np.uint8)  # filter byte 0 before each row
         self._pixels = self._rows[:, 1:]
         header = struct.pack(">IIBBBBB", width, height, 8, COLOUR_TYPES[channels], 0, 0, 0)
-        self._start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header)
+        size = self._rows.size
+        blocks = [(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
+        self._blocks = [(struct.pack("<BHH", stop == size, stop - start, stop - start ^ 0xFFFF), start, stop) for start, stop in blocks]
+        length = 2 + 5 * len(blocks) + size + 4  # of zlib's header, those of the blocks, the pixels, their checksum
+        self._start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + length.to_bytes(4, "big")
+        self._end = _chunk(b"IEND", b"")
 
     def __call__(self, pixels: NDArray[np.uint8]) -> bytes:
         """Return the PNG of one image."""
         self._pixels[...] = pixels.reshape(self._pixels.shape)
         rows = self._rows.tobytes()
-        parts = [b"\x78\x01"]
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK]
-            parts += (struct.pack("<BHH", start + _BLOCK >= len(rows), len(block), len(block) ^ 0xFFFF), block)
-        parts.append(struct.pack(">I", zlib.adler32(rows)))
-        return self._start + _chunk(b"IDAT", b"".join(parts)) + _chunk(b"IEND", b"")
+        stored = [part for head, start, stop in self._blocks for part in (head, rows[start:stop])]
+        data = b"".join([b"IDAT\x78\x01", *stored, zlib.adler32(rows).to_bytes(4, "big")])
+        return b"".join([self._start, data, zlib.crc32(data).to_bytes(4, "big"), self._end])
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
