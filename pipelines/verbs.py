@@ -46,13 +46,13 @@ def _source(args: Args) -> dict[str, str]:
     from aecore.registry import SOURCES
 
     word = args.src
-    if any(text.startswith("source.kind=") for text in args.overrides):
-        return {"url": word}
     if word.isidentifier():
         if word in SOURCES.kinds():
             return {"kind": word}
         if not os.path.exists(word):
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
+    if any(text.startswith("source.kind=") for text in args.overrides):
+        return {"url": word}
     return {"kind": kind_of(word), "url": word}
 
 
