@@ -1,6 +1,7 @@
 """Which kind of source lies at an address, said by names alone: no file is opened."""
 
 import os
+import re
 from collections.abc import Iterator
 
 from aecore.data.arrayfile import array_format
@@ -9,13 +10,14 @@ from aecore.data.record import IMAGE_EXTENSIONS
 from aecore.store import absolute_url
 
 DEFAULT = "folder"
+_MANIFEST = re.compile(r"dataset\.\d{6}\.json")
 
 
 def kind_of(url: str) -> str:
     """Return arrays or webdataset where all that is data at `url` is of that kind, else folder.
 
     A folder on this machine counts by the names of the files below it, up to the first image; one that holds images, or kinds side by
-    side, is a folder of files. A bucket is not listed for this: there `source.kind` says it, unless the address is one file.
+    side, is a folder of files, and so is a data set of ours: sharding its tars again would lose what its index says. A bucket is not listed for this: there `source.kind` says it, unless the address is one file.
     """
     where = absolute_url(url, "SRC")
     known = _of_name(where)
@@ -24,7 +26,7 @@ def kind_of(url: str) -> str:
     kinds = set[str]()
     for name in () if where.startswith("s3://") else _names(where):
         kind = _of_name(name)
-        if kind == DEFAULT:
+        if kind == DEFAULT or _MANIFEST.fullmatch(name):
             return DEFAULT
         kinds |= {kind} if kind is not None else set()
     return kinds.pop() if len(kinds) == 1 else DEFAULT
