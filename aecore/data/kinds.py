@@ -17,7 +17,8 @@ def kind_of(url: str) -> str:
     """Return arrays or webdataset where all that is data at `url` is of that kind, else folder.
 
     A folder on this machine counts by the names of the files below it, up to the first image; one that holds images, or kinds side by
-    side, is a folder of files, and so is a data set of ours: sharding its tars again would lose what its index says. A bucket is not listed for this: there `source.kind` says it, unless the address is one file.
+    side, is a folder of files, and so is a data set of ours: sharding its tars again would lose what its index says. A bucket is not
+    listed for this: there `source.kind` says it, unless the address is one file.
     """
     where = absolute_url(url, "SRC")
     known = _of_name(where)

@@ -51,7 +51,9 @@ def test_the_kind_of_a_source_is_found_by_names(tmp_path: Path, tars: Path, caps
 def test_a_kind_may_be_said_twice_and_an_unknown_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys, "shard", "sprites", str(tmp_path / "out"), "source.kind=sprites", "--dry-run", HERE)
     said(capsys, "shard", "arrays", str(tmp_path / "out"), f"source.url={tmp_path / 'a.npz'}", "--dry-run", HERE, code=3)
-    assert "source.kind" in said(capsys, "shard", str(tmp_path / "a.npz"), str(tmp_path / "out"), "source.kind=array", HERE, code=2)
+    assert "did you mean 'arrays'" in said(
+        capsys, "shard", str(tmp_path / "a.npz"), str(tmp_path / "out"), "source.kind=array", HERE, code=2
+    )
 
 
 def test_list_sources_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
