@@ -122,7 +122,7 @@ class EncodeWorker:
 
     def ahead(self, task: EncodeTask) -> None:
         """Begin to bring the shard of a later task near."""
-        self.dataset.store.prefetch([task.shard.index, task.shard.tar])
+        self.dataset.prefetch([task.shard])
 
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
         started, shard = time.perf_counter(), task.shard

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.pairs import PairSpec
+from aecore.data.stream import StreamLoader, open_stream
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
@@ -74,6 +76,22 @@ def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] |
     raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
 
 
+def require_streamable(train: TrainSpec, input: InputSpec) -> None:
+    """ConfigError for what tars without an index cannot give."""
+    if input.reader != "webdataset":
+        return
+    if not train.max_steps and (input.resampled or not input.epoch_samples):
+        raise ConfigError(
+            "input.reader=webdataset does not know how many samples there are: set train.max_steps"
+            + ("" if input.resampled else ", or input.epoch_samples with train.epochs")
+        )
+    if train.val_split is not None:
+        raise ConfigError(
+            f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
+            "`aepipe adopt SRC DATASET` makes one without a copy; or leave train.val_split out"
+        )
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """Everything that decides a run. `data` is a dataset's URL, `out` the run's; the rest are specs."""
@@ -91,6 +109,7 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         require_possible(self.train, self.checkpoint)
+        require_streamable(self.train, self.input)
 
     def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
         """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
@@ -100,6 +119,7 @@ class TrainJob:
         splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
         return {
             **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
+            "input": self.input.identity(),
             "data": {split: dataset.manifest.training_key(split) for split in splits},
             "init_sha256": init_sha256,
         }
@@ -119,6 +139,8 @@ class RunResult:
 def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
     """Open the dataset generation that the run started with (the newest one for a new run); ConfigError if `store` holds no run."""
     require_kind(store, "run")
+    if job.input.reader == "webdataset":
+        return open_stream(job.data, job.train.split, job.input.member)  # what it holds is part of the identity
     if store.size(CLAIM) is None:
         return open_dataset(job.data)
     return open_dataset(job.data, number=read_json(store, CLAIM)["info"]["dataset_number"])
@@ -169,17 +191,34 @@ def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | Non
         model = model_config(job, dataset).build()
     if loaded is not None:
         start_from(model, loaded)
-    with train_loader(job, dataset, model) as loader:
-        for note in () if loader.partners is None else loader.partners.notes:
+    with closing(train_loader(job, dataset, model)) as loader:
+        for note in loader.partners.notes if isinstance(loader, Loader) and loader.partners is not None else ():
             logger.info(note)
     return model
 
 
-def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader:
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader | StreamLoader:
     """Return the loader of the training split, with pairs if the model takes them; ConfigError if it takes none and they are asked for."""
     require_pairs_are_taken(job.pairs, job.model.kind, type(model))
     order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
-    return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
+    if job.input.reader == "lanes":
+        return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
+    if pairs is not None:
+        raise ConfigError(
+            f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
+            "`aepipe adopt SRC DATASET` makes one without a copy"
+        )
+    return StreamLoader(
+        dataset,
+        job.train.split,
+        transform=job.transform,
+        order=order,
+        steps_per_epoch=steps_per_epoch(job, dataset),
+        resampled=job.input.resampled,
+        shuffle=job.input.shuffle,
+        member=job.input.member,
+        prefetch=job.input.prefetch,
+    )
 
 
 def start_from(model: Trainable, loaded: LoadedModel) -> None:
@@ -192,8 +231,15 @@ def start_from(model: Trainable, loaded: LoadedModel) -> None:
         ) from error
 
 
+def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
+    """Return the steps of an epoch; tars without an index have the epochs that `input.epoch_samples` says, or one."""
+    if job.input.reader == "webdataset":
+        return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
+    return job.train.order().num_steps(dataset.manifest.num_samples(job.train.split))
+
+
 def total_steps(job: TrainJob, dataset: Dataset) -> int:
-    steps = job.train.epochs * job.train.order().num_steps(dataset.manifest.num_samples(job.train.split))
+    steps = job.train.epochs * steps_per_epoch(job, dataset)
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
 
 

@@ -37,9 +37,12 @@ def _dataset(store: Store) -> Tree:
     from aecore.data.manifest import open_dataset
     from pipelines.steps import dataset_summary
 
-    manifest = open_dataset(store.url).manifest
+    dataset = open_dataset(store.url)
+    manifest = dataset.manifest
+    homes = sorted({dataset.tars(shard).url for shard in manifest.shards if shard.home is not None})
     return {
         **dataset_summary(manifest),
+        **({"adopted_from": homes} if homes else {}),
         "shapes": dict(manifest.sample.shapes),
         "extensions": dict(manifest.sample.extensions),
         "class_names": list(manifest.classes),

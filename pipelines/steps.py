@@ -25,6 +25,18 @@ logger = logging.getLogger(__name__)
 def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
     """Write `source` as a dataset to `out`, or append its new samples."""
     from aecore.data.job import shard_dataset
+
+    return _dataset("shard", shard_dataset, recipe, report, dry_run=dry_run)
+
+
+def adopt(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    """Index the tars of `source` where they lie, as the dataset `out`, or append the new ones."""
+    from aecore.data.job import adopt_shards
+
+    return _dataset("adopt", adopt_shards, recipe, report, dry_run=dry_run)
+
+
+def _dataset(name: str, make: Callable[..., Any], recipe: Recipe, report: Report, *, dry_run: bool) -> Tree:
     from aecore.data.manifest import DatasetManifest
     from pipelines.cluster.fanout import ray_fan_out
 
@@ -32,17 +44,17 @@ def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
     started, source, out = time.perf_counter(), recipe.source, recipe.require("out")
     workers = recipe.cluster.num_workers
     urls = [url for url in (getattr(source, "url", ""), out) if url]
-    made = shard_dataset(
+    made = make(
         source,
         out,
         recipe.splits,
         recipe.shards,
         fan_out=ray_fan_out(recipe.cluster, *urls),
         dry_run=dry_run,
-        on_part=on_part("shard", "shards", report, milestones=workers > 0),
+        on_part=on_part(name, "shards", report, milestones=workers > 0),
     )
     facts = dataset_summary(made) if isinstance(made, DatasetManifest) else dataclasses.asdict(made)
-    return {"step": "shard", "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
+    return {"step": name, "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
 
 
 def check_source(recipe: Recipe) -> None:
@@ -114,7 +126,7 @@ def _train_plan(job: Any) -> Tree:
         "run": job.out,
         "dry_run": True,
         "finished": finished_run(store) is not None,
-        "samples": dataset.manifest.num_samples(job.train.split),
+        "samples": dataset.manifest.num_samples(job.train.split) or None,  # tars without an index: not known
         "input_shape": list(model_config(job, dataset).input_shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": total_steps(job, dataset),
@@ -188,9 +200,10 @@ def _evaluate_here(run: str, data: str, spec: EvaluateSpec, cluster: ClusterSpec
     return evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=rank).to_dict()
 
 
-STEPS: dict[str, Step] = {"shard": shard, "train": train, "encode": encode, "evaluate": evaluate}
+STEPS: dict[str, Step] = {"shard": shard, "adopt": adopt, "train": train, "encode": encode, "evaluate": evaluate}
 SECTIONS: dict[str, tuple[str, ...]] = {  # what a step reads of a recipe, the cluster apart
     "shard": ("source", "splits", "shards"),
+    "adopt": ("source", "splits", "shards"),
     "train": ("model", "backbone", "transform", "optim", "train", "checkpoint", "input"),
     "encode": ("encode",),
     "evaluate": ("evaluate",),

@@ -66,7 +66,7 @@ def _evaluate(summary: Mapping[str, Any]) -> str:
     return f"{summary['split']} of {summary['dataset']}: {numbers}{warnings}"
 
 
-_STEPS = {"shard": _shard, "train": _train, "encode": _encode, "evaluate": _evaluate}
+_STEPS = {"shard": _shard, "adopt": _shard, "train": _train, "encode": _encode, "evaluate": _evaluate}
 
 
 def _lines(summary: Tree | Mapping[str, Any]) -> str:

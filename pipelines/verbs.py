@@ -16,27 +16,44 @@ URL = argument("url", "dataset, run, table, or a root of all three")
 
 @VERBS.register(
     "shard",
-    "write a folder of images (or the source kind `sprites`) as a dataset, or append what is new",
-    argument("src", "folder, or a source kind (a bare word that is both means the kind: write ./sprites for the folder)"),
+    "write images, arrays or other people's tars (or the source kind `sprites`) as a dataset, or append what is new",
+    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind (a bare word that is both means the kind: write ./sprites)"),
     argument("dataset", "where the dataset is or goes"),
     argument("--recipe", "recipe whose other sections are used"),
     writes=True,
 )
 def _shard(args: Args) -> Result:
-    base = {"source": _source(args.src), "out": args.dataset}
+    base = {"source": _source(args), "out": args.dataset}
     return launch.step("shard", args, base, ("source", "splits", "shards", "cluster"))
 
 
-def _source(word: str) -> dict[str, str]:
+@VERBS.register(
+    "adopt",
+    "index other people's WebDataset tars where they lie, as a dataset; not a byte of them is copied",
+    argument("src", "folder of .tar files, one of them, or a pattern like 'shards/{00000..00009}.tar'"),
+    argument("dataset", "where the dataset (manifest and indexes) is or goes"),
+    argument("--recipe", "recipe whose other sections are used"),
+    writes=True,
+)
+def _adopt(args: Args) -> Result:
+    base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset}
+    return launch.step("adopt", args, base, ("source", "splits", "shards", "cluster"))
+
+
+def _source(args: Args) -> dict[str, str]:
     """Return the section of SRC: a bare word that is a source kind means the kind, also where a folder has its name."""
+    from aecore.data.kinds import kind_of
     from aecore.registry import SOURCES
 
+    word = args.src
     if word.isidentifier():
         if word in SOURCES.kinds():
             return {"kind": word}
         if not os.path.exists(word):
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
-    return {"kind": "folder", "url": word}
+    if any(text.startswith("source.kind=") for text in args.overrides):
+        return {"url": word}
+    return {"kind": kind_of(word), "url": word}
 
 
 @VERBS.register(

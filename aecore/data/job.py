@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from aecore.data.adopt import AdoptWorker, files_of, require_adoptable
 from aecore.data.decode import SampleFormat
 from aecore.data.index import make_table, read_table, table_bytes
 from aecore.data.manifest import STEM, DatasetManifest, read_listings, read_manifest
@@ -92,6 +93,31 @@ def shard_dataset(
         (then there is no new manifest; the shards that were written are kept for a rerun).
     """
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec())
+    return _publish(work, fan_out, dry_run, on_part)
+
+
+def adopt_shards(
+    source: Any,  # any: as above
+    out: str,
+    splits: SplitSpec | None = None,
+    shards: ShardSpec | None = None,
+    *,
+    fan_out: FanOut = serial,
+    dry_run: bool = False,
+    on_part: OnPart | None = None,
+) -> DatasetManifest | PlanSummary:
+    """Index the tars of a `WebdatasetSpec` where they lie, as a data set at `out` or its next generation; see `adopt` and `shard_dataset`.
+
+    Raises ConfigError for other sources and for shards.resize and shards.mode, DataError for tars that are compressed or damaged.
+    """
+    shards = shards or ShardSpec()
+    require_adoptable(source, shards)
+    work = _compare(_absolute(source), out, splits or SplitSpec(), shards, adopt=True)
+    files_of(work.fresh.sources)  # refuses what cannot be adopted before anything is claimed
+    return _publish(work, fan_out, dry_run, on_part)
+
+
+def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
         return work.plan(claim=1).summary(known=len(work.listing) - len(work.fresh))
     if work.parent is not None and not len(work.fresh):
@@ -113,15 +139,19 @@ class _Work:
     listing: Listing
     fresh: Listing
     identity: Mapping[str, Any]  # any: plain JSON data
+    adopt: bool
 
     def plan(self, claim: int) -> DatasetPlan:
         """Return the plan of the new samples, its notes starting with what `auto` means here."""
-        plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source)
+        files = files_of(self.fresh.sources) if self.adopt else None
+        plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source, files)
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
 
-def _compare(source: Any, out: str, asked: SplitSpec, shards: ShardSpec) -> _Work:  # any: every source kind has its own spec class
+def _compare(
+    source: Any, out: str, asked: SplitSpec, shards: ShardSpec, *, adopt: bool = False
+) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
     listing: Listing = SOURCES.build(source).listing()
     require_unique(listing)
@@ -129,12 +159,14 @@ def _compare(source: Any, out: str, asked: SplitSpec, shards: ShardSpec) -> _Wor
     parent = None if newest is None else read_manifest(store, newest)
     splits = resolve_splits(listing, asked)
     identity = {"source": to_dict(source, identity_only=True), "splits": to_dict(splits), "shards": to_dict(shards, identity_only=True)}
+    if adopt:
+        identity["adopted"] = {"by": "offset"}
     if parent is None:
-        return _Work(store, source, asked, splits, shards, None, listing, listing, identity)
+        return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     require_same(store.url, "data set", identity, parent.identity)
     _warn_of_other_address(store, parent, source, listing)
     fresh = listing.take(_new_rows(store, parent, listing, shards))
-    return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity)
+    return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
 
 
 def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:
@@ -146,7 +178,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     listed = _put_listing(store, claim, work.fresh)
-    make_worker = functools.partial(ShardWorker, store.url, work.source)
+    make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
     records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
     _require_good(store, records, work.shards.max_bad)
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed)

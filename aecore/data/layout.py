@@ -1,7 +1,7 @@
 """Where everything of a shard stands, from its index: arrays to read by offset, plain lists to read in order.
 
 An index is refused (DataError) if it lacks a value, names members that are not read, a sample without exactly one data member, members
-that do not follow each other without gaps, or hashes that are none. The lists are made when they are first asked for.
+that do not follow each other without gaps (in an adopted tar: in order), or hashes that are none. The lists are made when first asked for.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Int64s = NDArray[np.int64]
 
 
 class Layout:
-    """Places in a tar of N samples and M members, in file order; `where` names the tar in errors.
+    """Places in a tar of N samples and M members, in file order; `where` names the tar in errors, `packed` says that it is ours.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Layout:
         First byte of each sample's first header, and of the end of the archive.
     """
 
-    def __init__(self, index: pa.Table, where: str) -> None:
+    def __init__(self, index: pa.Table, where: str, *, packed: bool = True) -> None:
         _require_columns(index, where)
         self._index = index
         members: Any = index.column("members").combine_chunks()  # any: pyarrow's stubs give no flatten
@@ -60,12 +60,20 @@ class Layout:
         if not np.array_equal(np.searchsorted(self.firsts, data, side="right") - 1, np.arange(index.num_rows)):
             raise DataError(f"the index of {where} does not name one data member per sample: {REMEDY}")
         ends = np.cumsum(stored_size(self.ends - self.begins))
-        if not np.array_equal(np.concatenate([[0], ends[:-1]])[: len(ends)] + BLOCK, self.begins):
+        if not packed:
+            ends = self._require_order(where)
+        elif not np.array_equal(np.concatenate([[0], ends[:-1]])[: len(ends)] + BLOCK, self.begins):
             raise DataError(f"the members in the index of {where} do not follow each other without gaps: {REMEDY}")
         self.data_ext = [self._names[code] for code in self._codes[data].tolist()]
         self.data_begins, self.data_ends = self.begins[data], self.ends[data]
         self.starts: Int64s = np.concatenate([self.begins[self.firsts[:-1]] - BLOCK, ends[-1:]])
         self.digests = _digests(index.column("sha256"), where)
+
+    def _require_order(self, where: str) -> Int64s:
+        """Return the ends of members that stand anywhere in the tar, in order."""
+        if (self.begins < BLOCK).any() or (self.begins[1:] < self.ends[:-1]).any() or (self.ends < self.begins).any():
+            raise DataError(f"the members in the index of {where} overlap or are out of order: {REMEDY}")
+        return self.ends
 
     @cached_property
     def keys(self) -> list[str]:

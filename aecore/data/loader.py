@@ -8,7 +8,7 @@ nothing is copied between processes.
 import itertools
 from collections.abc import Generator
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +23,35 @@ from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError, DataError
-from aecore.registry import knob, spec
+from aecore.registry import knob, spec, to_dict
 
 DRAWN_AT_ONCE = 4096  # samples of a global batch whose partners are drawn in one go
 
 
 @spec
 class InputSpec:
-    """How batches are read (`input.*` of a recipe); only `reader` could change what is read."""
+    """How batches are read (`input.*` of a recipe). What `reader=webdataset` does not promise: see `aecore.data.stream`."""
 
-    reader: Literal["lanes"] = knob("lanes", "lanes: our shards by offset, the same batches on any number of ranks")
+    reader: Literal["lanes", "webdataset"] = knob(
+        "lanes", "lanes: our shards by offset, the same batches on any number of ranks; webdataset: tars of others, without an index"
+    )
+    resampled: bool = knob(False, "webdataset: draw tars with replacement; needs train.max_steps")
+    epoch_samples: int = knob(0, "webdataset: samples that count as an epoch; 0: the whole run is one, train.max_steps long", ge=0)
+    shuffle: int = knob(1000, "webdataset: samples of a rank that are shuffled together", ge=0)
+    member: str = knob("", "webdataset: extension of the member that is the sample; empty: the only image or array")
     cache: Literal["auto", "ram", "none"] = knob("auto", "keep decoded samples in RAM: auto if the split fits cache_bytes", identity=False)
     cache_bytes: int = knob(2 << 30, "bytes of RAM for decoded samples, per rank", ge=0, identity=False)
     prefetch: int = knob(2, "batches read ahead by a thread; 0 reads in the training loop", ge=0, identity=False)
+
+    def __post_init__(self) -> None:
+        if self.reader == "lanes" and (self.resampled or self.epoch_samples or self.member):
+            raise ConfigError(
+                "input.resampled, input.epoch_samples and input.member belong to input.reader=webdataset: set it, or leave them"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that can change what is read, as plain JSON data."""
+        return to_dict(self, identity_only=True) if self.reader == "webdataset" else {"reader": self.reader}
 
 
 class BadRow(NamedTuple):

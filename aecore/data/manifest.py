@@ -26,7 +26,10 @@ SPLIT_ORDER = ("train", "val", "test")
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:
-    """One shard of a manifest: `samples` of `planned` are in the tar, `quarantined` are not; ordinals start at `first_ordinal`."""
+    """One shard of a manifest: `samples` of `planned` are in the tar, `quarantined` are not; ordinals start at `first_ordinal`.
+
+    `home` is where the name of an adopted tar begins: an absolute URL, or a path below the data set's own; None for a tar of ours.
+    """
 
     split: str
     stem: str
@@ -38,6 +41,7 @@ class ShardRef:
     index_content_sha256: str
     quarantine: FileRef | None = None
     quarantined: int = 0
+    home: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ class DatasetManifest:
         data["listings"] = [dataclasses.asdict(ref) for ref in self.listings]
         data["sample"] = dataclasses.asdict(self.sample)
         data["statistics"] = {name: dataclasses.asdict(counts) for name, counts in self.statistics.items()}
-        data["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
+        data["shards"] = [_shard_to_json(shard) for shard in self.shards]
         data["quarantined"] = self.quarantined
         data["format"] = FORMAT_VERSION
         return {**data, "sha256": sha256_json(data)}
@@ -173,6 +177,11 @@ class DatasetManifest:
             reasons=data["reasons"],
             dataset_sha256=data["dataset_sha256"],
         )
+
+
+def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
+    data = dataclasses.asdict(shard)
+    return data if shard.home is not None else {key: value for key, value in data.items() if key != "home"}
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
@@ -214,11 +223,29 @@ class Dataset:
     def url(self) -> str:
         return self.store.url
 
+    def tars(self, shard: ShardRef) -> Store:
+        """Return the store in which the tar of a shard of this manifest lies."""
+        return tar_store(self.store, shard)
+
+    def prefetch(self, shards: Sequence[ShardRef]) -> None:
+        """Begin to bring these shards near, index and tar, in this order, in the background."""
+        self.store.prefetch([ref for shard in shards for ref in ([shard.index, shard.tar] if shard.home is None else [shard.index])])
+        for home in dict.fromkeys(shard.home for shard in shards if shard.home is not None):
+            adopted = [shard for shard in shards if shard.home == home]
+            self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
+
     def reader(self, shard: ShardRef) -> "ShardReader":
         """Return the strict reader of one shard of this manifest."""
         from aecore.data.shard import ShardReader  # shard.py imports ShardRef from here
 
         return ShardReader(self.store, shard)
+
+
+def tar_store(store: Store, shard: ShardRef) -> Store:
+    """Return the store in which the tar of a shard lies: `store`, that of the data set, unless it was adopted."""
+    if shard.home is None:
+        return store
+    return open_store(shard.home if shard.home.startswith(("/", "s3://")) else f"{store.url}/{shard.home}".removesuffix("/."))
 
 
 def read_manifest(store: Store, number: int) -> DatasetManifest:
@@ -265,6 +292,9 @@ def _nothing_here(store: Store) -> str:
     if other is not None:
         return other
     if newest_number(store, "run") is None:
-        return f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address"
+        return (
+            f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address; other people's tars "
+            "need `aepipe adopt`, or are read without an index with input.reader=webdataset"
+        )
     parts = sum(name.endswith(".json") for name in store.list("records"))
     return f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"

@@ -45,11 +45,12 @@ def _shard_of(record: PartRecord) -> ShardRef:
         samples=record.rows,
         planned=detail["planned"],
         first_ordinal=detail["first_ordinal"],
-        tar=record.file(".tar"),
+        tar=FileRef(**detail["tar"]) if "tar" in detail else record.file(".tar"),  # an adopted tar is no file of the data set
         index=next(ref for ref in record.files if ref.name.startswith("shards/") and ref.name.endswith(".parquet")),
         index_content_sha256=detail["content_sha256"],
         quarantine=_quarantine_of(record) if record.quarantined else None,
         quarantined=record.quarantined,
+        home=detail.get("home"),
     )
 
 

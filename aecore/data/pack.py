@@ -73,6 +73,12 @@ class Pack:
         finally:
             os.close(descriptor)
 
+    def scan(self, source: "Source") -> None:
+        """Read, check and hash all samples without writing them."""
+        read, position = reader(source, self.task.sources), 0
+        while position < len(self.task):
+            position = self._fill([], [], position, read)
+
     def _fill(self, names: list[bytes], contents: list[bytes], first: int, read: Read) -> int:
         """Append members from position `first` on until a chunk is full; return the next position."""
         keys, sources, shards, labels = self.task.keys, self.task.sources, self.task.shards, self.digits

@@ -7,6 +7,7 @@ nothing moves up.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from aecore.data.splits import SplitSpec, assign_splits, hashes, resolve_splits
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import DataError
 from aecore.generations import part_stem
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
 
@@ -57,9 +60,17 @@ class DatasetPlan:
 
 
 def plan_dataset(
-    listing: Listing, splits: SplitSpec, shards: ShardSpec, parent: DatasetManifest | None, claim: int, source: Any
+    listing: Listing,
+    splits: SplitSpec,
+    shards: ShardSpec,
+    parent: DatasetManifest | None,
+    claim: int,
+    source: Any,
+    files: Sequence[str] | None = None,
 ) -> DatasetPlan:  # any: every source kind has its own spec class
     """Return the plan for the samples of `listing`, all of them new to `parent`.
+
+    With `files`, the file in which each sample lies, shards follow these files, in the order of the listing.
 
     Raises
     ------
@@ -77,9 +88,9 @@ def plan_dataset(
     labelled = dataclasses.replace(listing, label_names=names)
     tasks: list[ShardTask] = []
     for split in members:
-        rows = _order(listing, members[split], split, shards)
+        rows = members[split] if files is not None else _order(listing, members[split], split, shards)
         first = parent.num_planned(split) if parent else 0
-        for number, (start, stop) in enumerate(_cut(listing, rows, shards)):
+        for number, (start, stop) in enumerate(_cut(listing, rows, shards) if files is None else _runs([files[row] for row in rows])):
             part = labelled.take(rows[start:stop])
             task = ShardTask(
                 split=split,
@@ -113,13 +124,15 @@ def require_unique(listing: Listing) -> None:
 def _label_names(listing: Listing, splits: SplitSpec) -> list[str] | None:
     """Return the class of each sample ("": none), relative to its split folder; None if no sample has one."""
     names = listing.label_names
-    if names is not None and listing.splits is not None and splits.by == "folders":
+    if names is not None and listing.splits is not None and listing.label_paths and splits.by == "folders":
         names = [name[len(top) + 1 :] for name, top in zip(names, listing.splits, strict=True)]
     return names if names is not None and any(names) else None
 
 
 def _grown(classes: Sequence[str], names: list[str] | None) -> tuple[str, ...]:
-    return (*classes, *sorted(set(names or ()) - {*classes, ""}))
+    """Return the classes with the new names after them, sorted; numbers stand by value, so that class 10 of 100 is number 10."""
+    new = set(names or ()) - {*classes, ""}
+    return (*classes, *(sorted(new, key=lambda name: (int(name), name)) if all(map(_NUMBER.fullmatch, new)) else sorted(new)))
 
 
 def _ids(names: list[str], classes: Sequence[str]) -> NDArray[np.int32]:
@@ -137,6 +150,12 @@ def _order(listing: Listing, rows: NDArray[np.int64], split: str, shards: ShardS
     if not shards.shuffle:
         return rows[np.argsort(codes, kind="stable")]
     return rows[np.lexsort((codes, hashes(groups, f"order {shards.seed} {split}")))]  # the code parts groups of equal hashes
+
+
+def _runs(values: Sequence[str]) -> list[tuple[int, int]]:
+    """Return [start, stop) of each run of equal values."""
+    cuts = [0, *(at for at, (left, right) in enumerate(itertools.pairwise(values), 1) if left != right), len(values)]
+    return list(itertools.pairwise(cuts))
 
 
 def _cut(listing: Listing, rows: NDArray[np.int64], shards: ShardSpec) -> list[tuple[int, int]]:

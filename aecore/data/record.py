@@ -26,6 +26,7 @@ __all__ = [
     "BadSample",
     "ImageHeader",
     "Sample",
+    "array_fields",
     "array_header",
     "encode_key",
     "encode_keys",
@@ -148,7 +149,7 @@ def array_header(data: bytes) -> ArrayHeader:
         )
     start, length = 10, int.from_bytes(data[8:10], "little")
     try:
-        dtype, shape, fortran = _array_fields(data[start : start + length].decode("latin1"))
+        dtype, shape, fortran = array_fields(data[start : start + length].decode("latin1"))
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise BadSample("format", f".npy header is damaged ({type(error).__name__})") from error
     if dtype.kind not in "biufc" or dtype.fields is not None:
@@ -163,7 +164,7 @@ def array_header(data: bytes) -> ArrayHeader:
     return ArrayHeader(shape, dtype, start + length)
 
 
-def _array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
+def array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
     """Return dtype, shape and Fortran order of a header's text; as strict as numpy's own reader, but nothing warns."""
     fields = ast.literal_eval(text)
     descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]

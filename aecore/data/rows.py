@@ -103,7 +103,7 @@ class SplitRows:
             for number in self._open.keys() - set(now.tolist()):
                 self._open[number].reader.close()  # its index is kept; a file that nobody has open may leave a full cache
         shards = [self.shards[number] for number in (*now.tolist(), *(() if later is None else later.tolist()))]
-        self.dataset.store.prefetch([ref for shard in shards for ref in (shard.index, shard.tar)])
+        self.dataset.prefetch(shards)
 
     def shards_of(self, start: int, stop: int) -> Int64s:
         """Return the numbers of the shards that hold the samples [start, stop)."""

@@ -29,7 +29,7 @@ from aecore.store import AlreadyExists, FileRef, Store
 if TYPE_CHECKING:
     from aecore.data.sources import Source
 
-__all__ = ["ShardReader", "pack_shard"]
+__all__ = ["ShardReader", "pack_shard", "place_of", "put_table", "record_shard", "require_of_task"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     """
     known = read_record(store, task.stem)
     if known is not None:
-        _require_of_task(store, known, task)
+        require_of_task(store, known, task)
         return lambda: known
     started = time.perf_counter()
     pack = Pack(task)
@@ -54,27 +54,35 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
 
 
 def _commit(store: Store, pack: Pack, staged: Path, release: contextlib.ExitStack, pack_s: float) -> PartRecord:
-    started, task = time.perf_counter(), pack.task
+    started = time.perf_counter()
     with release:
         files, detail = _put_shard(store, pack, staged) if pack.positions else ([], {})
+    return record_shard(store, pack, files, detail, pack_s, started)
+
+
+def record_shard(
+    store: Store, pack: Pack, files: list[FileRef], detail: dict[str, Any], pack_s: float, started: float
+) -> PartRecord:  # any: plain JSON data
+    """Commit the quarantine and the record of a shard whose `files` are committed."""
+    task = pack.task
     if pack.bad:
         name, metadata = f"quarantine/{task.stem}.parquet", {"format": 1, "split": task.split, "stem": task.stem}
-        files.append(_put_table(store, name, pack.quarantine(), metadata, "quarantine"))
-    detail |= _place(task) | {"samples": len(pack.positions), "quarantined": len(pack.bad)}
+        files.append(put_table(store, name, pack.quarantine(), metadata, "quarantine"))
+    detail |= place_of(task) | {"samples": len(pack.positions), "quarantined": len(pack.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in pack.bad))}
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
     _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.positions), len(pack.bad), sum(timings.values()))
     return write_record(store, PartRecord(task.stem, tuple(files), len(pack.positions), len(pack.bad), detail, timings))
 
 
-def _place(task: ShardTask) -> dict[str, Any]:
+def place_of(task: ShardTask) -> dict[str, Any]:
     """Return what of a task's record is known before a byte is read."""
     return {"split": task.split, "planned": len(task), "first_ordinal": int(task.ordinals[0]) if len(task) else 0}
 
 
-def _require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
+def require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
     """ConfigError if the record was written for other samples: another version planned other shards under this name."""
-    asked = _place(task)
+    asked = place_of(task)
     there = {name: known.detail.get(name) for name in asked}
     if there != asked:
         raise ConfigError(
@@ -95,10 +103,10 @@ def _put_shard(store: Store, pack: Pack, staged: Path) -> tuple[list[FileRef], d
         detail = {"content_sha256": content_sha256(index), **pack.counts()}
         tar = committing.result()
     metadata = {"format": 1, "split": pack.task.split, "stem": stem, "tar_sha256": sha256}
-    return [tar, _put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
+    return [tar, put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 
 
-def _put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
+def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
     """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is taken as it is."""
     try:
         return store.put(name, table_bytes(table, metadata), role=role)

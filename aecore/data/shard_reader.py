@@ -1,7 +1,8 @@
 """Read one shard strictly: what the manifest, the index and the tar say must agree to the last bit, else DataError.
 
 `iterate` compares every header and padding with what the index implies, and every data member with its sha256: no flipped bit and no
-truncation passes. `read_rows` reads members by offset (one descriptor, thread-safe `pread`), each verified by its sha256.
+truncation passes. `read_rows` reads members by offset (one descriptor, thread-safe `pread`), each verified by its sha256. The headers of
+an adopted tar are somebody else's: there `verify` compares the sha256 of the whole file instead.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,28 +18,27 @@ from numpy.typing import NDArray
 
 from aecore.data.index import content_sha256, read_table
 from aecore.data.layout import REMEDY, Layout
+from aecore.data.manifest import ShardRef, tar_store
 from aecore.data.record import Sample
 from aecore.data.tar import different_headers, end_of_archive
 from aecore.errors import DataError
 from aecore.store import Store
 
-if TYPE_CHECKING:
-    from aecore.data.manifest import ShardRef
-
 WINDOW_BYTES = 1 << 21
-LARGE_SAMPLE = 1 << 13
+LARGE_SAMPLE, ADOPTED_ROWS = 1 << 13, 64
 
 
 class ShardReader:
     """One shard of a manifest. Opens the tar when first read; `close` (or the garbage collector) closes it."""
 
-    def __init__(self, store: Store, shard: "ShardRef") -> None:
+    def __init__(self, store: Store, shard: ShardRef) -> None:
         self.shard = shard
-        self._store = store
+        self._store, self._tars = store, tar_store(store, shard)
+        self._adopted = shard.home is not None
         self._close: weakref.finalize[..., ShardReader] | None = None
 
     def __repr__(self) -> str:
-        return f"ShardReader({self._store.url}/{self.shard.tar.name}, {self.shard.samples} samples)"
+        return f"ShardReader({self._tars.url}/{self.shard.tar.name}, {self.shard.samples} samples)"
 
     def __len__(self) -> int:
         return self.shard.samples
@@ -53,7 +52,7 @@ class ShardReader:
 
     @cached_property
     def _descriptor(self) -> int:
-        descriptor = self._store.open(self.shard.tar)
+        descriptor = self._tars.open(self.shard.tar)
         self._close = weakref.finalize(self, os.close, descriptor)
         return descriptor
 
@@ -81,9 +80,9 @@ class ShardReader:
 
     @cached_property
     def _layout(self) -> Layout:
-        layout = Layout(self.index, self._name)
+        layout = Layout(self.index, self._name, packed=not self._adopted)
         end = int(layout.starts[-1])
-        if end + len(end_of_archive(end)) != self.shard.tar.bytes:
+        if end > self.shard.tar.bytes if self._adopted else end + len(end_of_archive(end)) != self.shard.tar.bytes:
             raise DataError(
                 f"the index of {self._name} describes a tar of another size than the manifest ({self.shard.tar.bytes} bytes): {REMEDY}"
             )
@@ -91,11 +90,13 @@ class ShardReader:
 
     @property
     def _name(self) -> str:
-        return f"{self._store.url}/{self.shard.tar.name}"
+        return f"{self._tars.url}/{self.shard.tar.name}"
 
     def read_rows(self, rows: NDArray[np.int64] | list[int]) -> list[bytes]:
         """Return the data members of these rows (numbers in the shard, any order); DataError naming the key if one is damaged."""
-        rows = np.asarray(rows, np.int64)
+        return self._read_rows(np.asarray(rows, np.int64), verify=True)
+
+    def _read_rows(self, rows: NDArray[np.int64], *, verify: bool) -> list[bytes]:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]
         if len(rows) and ends[-1] - begins[0] <= WINDOW_BYTES and (np.diff(rows) == 1).all():  # one read costs less than many
             window, first = os.pread(self._descriptor, int(ends[-1] - begins[0]), int(begins[0])), begins[0]
@@ -103,11 +104,15 @@ class ShardReader:
         else:
             descriptor, pread = self._descriptor, os.pread
             found = [pread(descriptor, size, begin) for size, begin in zip((ends - begins).tolist(), begins.tolist(), strict=True)]
-        self._check_contents(found, rows)
+        if verify:
+            self._check_contents(found, rows)
         return found
 
     def iterate(self, *, verify: bool = True) -> Iterator[Sample]:
         """Yield all samples in order; nothing of a damaged window is yielded. Without `verify` only the size is checked."""
+        if self._adopted:
+            yield from self._members(verify=verify)
+            return
         starts, bounds = self._layout.starts, _windows(self._layout.starts)
         with ThreadPoolExecutor(1) as helper:  # starts its thread only when asked
             ahead: Future[bytes] | None = None
@@ -124,11 +129,20 @@ class ShardReader:
         if verify and self._read(starts[-1], starts[-1] + len(end) + 1) != end:
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")
 
+    def _members(self, *, verify: bool) -> Iterator[Sample]:
+        """Yield the samples of an adopted tar: the data members, and labels as members `cls` of ours."""
+        layout, num = self._layout, len(self)
+        for start in range(0, num, ADOPTED_ROWS):
+            rows = np.arange(start, min(start + ADOPTED_ROWS, num))
+            for row, data in zip(rows.tolist(), self._read_rows(rows, verify=verify), strict=True):
+                members, label = {layout.data_ext[row]: data}, layout.classes[row]
+                yield Sample(layout.keys[row], members if label is None else {"cls": label, **members}, layout.labels[row])
+
     def verify(self) -> None:
         """Read everything (tar, index, quarantine) and compare it with the manifest; DataError names what is damaged."""
         for _ in self.iterate():
             pass
-        self._store.check(self.shard.tar, verify=True)
+        self._tars.check(self.shard.tar, verify=True)
         self._store.check(self.shard.index, verify=True)  # where it lies: what was read above may be a copy on this machine
         if self.quarantine is not None and self.quarantine.num_rows != self.shard.quarantined:
             found, expected = self.quarantine.num_rows, self.shard.quarantined

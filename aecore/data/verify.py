@@ -45,7 +45,7 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: Slice | N
     manifest, refs = dataset.manifest, dataset.manifest.files
     parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
-    problems = [*_structure(dataset), *_sizes(dataset.store, refs)]
+    problems = [*_structure(dataset), *_sizes(_placed(dataset))]
     if read_data or only is not None:
         problems += [problem for problem in _contents(dataset, chosen) if problem not in problems]
     return Verification(
@@ -67,6 +67,13 @@ def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
     return [ref for ref in refs if ref is not None]
 
 
+def _placed(dataset: Dataset) -> Iterator[tuple[Store, FileRef]]:
+    """Yield every file of the manifest with the store that holds it: tars may lie elsewhere."""
+    tars = {shard.tar: dataset.tars(shard) for shard in dataset.manifest.shards}
+    for ref in dataset.manifest.files:
+        yield tars.get(ref, dataset.store), ref
+
+
 def _structure(dataset: Dataset) -> Iterator[str]:
     manifest = dataset.manifest
     if content_sha256(manifest.shards, manifest.classes) != manifest.dataset_sha256:
@@ -84,8 +91,8 @@ def _structure(dataset: Dataset) -> Iterator[str]:
             yield f"{dataset.url}: generation {manifest.number} was added to another generation {manifest.parent} than is there"
 
 
-def _sizes(store: Store, refs: Iterable[FileRef]) -> Iterator[str]:
-    for ref in refs:
+def _sizes(refs: Iterable[tuple[Store, FileRef]]) -> Iterator[str]:
+    for store, ref in refs:
         try:
             store.check(ref)
         except DataError as error:

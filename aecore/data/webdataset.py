@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from aecore.data.decode import Decoder, SampleFormat
 from aecore.data.image import BadSample, image_header
-from aecore.data.manifest import ShardRef, open_dataset
+from aecore.data.manifest import Dataset, ShardRef, open_dataset
 from aecore.data.record import IMAGE_EXTENSIONS, array_header, require_allowed
-from aecore.data.shard_reader import ShardReader
 from aecore.errors import DataError
-from aecore.store import open_store
 
 if TYPE_CHECKING:
     from webdataset import FluidWrapper
@@ -35,7 +33,7 @@ def as_webdataset(url: str, split: str = "train", *, number: int | None = None, 
 
     dataset = open_dataset(url, number)
     shards = functools.partial(_shards, dataset.manifest.split(split))
-    stages = [shardlists.single_node_only, shardlists.split_by_worker, functools.partial(_samples, dataset.url)]
+    stages = [shardlists.single_node_only, shardlists.split_by_worker, functools.partial(_samples, dataset)]
     if decode:
         stages.append(_decoded)
     return FluidWrapper(shards).compose(*stages)
@@ -50,12 +48,11 @@ def _shards(shards: tuple[ShardRef, ...]) -> Iterator[ShardRef]:
     yield from shards
 
 
-def _samples(url: str, shards: Iterable[ShardRef]) -> Iterator[WebSample]:
-    store = open_store(url)
+def _samples(dataset: Dataset, shards: Iterable[ShardRef]) -> Iterator[WebSample]:
     for shard in shards:
-        reader = ShardReader(store, shard)
+        reader = dataset.reader(shard)
         for sample in reader.iterate():
-            yield {"__key__": sample.key, "__url__": f"{store.url}/{shard.tar.name}", **sample.members}
+            yield {"__key__": sample.key, "__url__": f"{dataset.tars(shard).url}/{shard.tar.name}", **sample.members}
         reader.close()
 
 

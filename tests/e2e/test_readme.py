@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.aecore.data.test_foreign import samples, write_tar
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (aecore/[\w/]+\.py)\n")
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a few photos, a copy of the packages that new parts can be added to, and `aepipe` on the path."""
+    """A folder with a few photos, arrays and tars of others, a copy of the packages for new parts, `aepipe` on the path."""
     for package in ("aecore", "pipelines"):
         shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     generator = np.random.default_rng(0)
@@ -32,6 +34,10 @@ def place(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 255, (40 + number % 3, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.jpg")
+    digits = generator.integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "digits.npz", images=digits, labels=np.arange(40) % 10)
+    for shard in range(2):
+        write_tar(tmp_path / f"theirs/train-{shard:05d}.tar", samples(20 * shard, 20))
     command = tmp_path / "bin" / "aepipe"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -W ignore -m pipelines.cli "$@"\n')

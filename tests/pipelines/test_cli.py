@@ -45,7 +45,8 @@ def test_the_help_imports_nothing_heavy() -> None:
     code += "print([name for name in ('torch', 'ray', 'prefect', 'pydantic', 'pyarrow') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-    for verb in ("shard", "train", "encode", "evaluate", "run", "show", "verify", "compare", "gc", "doctor", "list", "serve", "demo"):
+    verbs = "shard adopt train encode evaluate run submit show verify compare gc doctor list serve deploy demo"
+    for verb in verbs.split():
         assert f"\n    {verb}" in output
 
 

@@ -29,8 +29,9 @@ class Listing:
     label_names : list of str, optional
         Class of each sample, "" where it has none. Where `splits` is given these are paths below the source's root, so they
         begin with the top folder (`train/Greek/character01`): whether that is a split or a part of the class, the plan decides.
+        Where `label_paths` is false they are plain names.
     splits : list of str, optional
-        Top folder of each sample ("" directly below the root), for sources that have folders.
+        Top folder of each sample ("" directly below the root) or the split that its file's name says, for sources that have folders.
     groups : list of str, optional
         Bag of each sample: rows of one group stay adjacent, in one shard and one split.
     columns : mapping
@@ -47,6 +48,7 @@ class Listing:
     groups: list[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     notes: tuple[str, ...] = ()
+    label_paths: bool = True
 
     def __post_init__(self) -> None:
         columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, *self.columns.values()]
@@ -66,6 +68,7 @@ class Listing:
             take(self.groups, rows),
             {name: column[rows] for name, column in self.columns.items()},
             self.notes,
+            self.label_paths,
         )
 
     def sha256(self) -> str:

@@ -6,14 +6,13 @@ deflated, since deflate output differs between zlib builds (a 32x32 image takes 
 """
 
 import math
-import struct
-import zlib
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.png import StoredPng
 from aecore.data.sources import Listing
 from aecore.errors import DataError
 from aecore.registry import SOURCES, knob, spec
@@ -56,6 +55,7 @@ class SpritesSource:
     def __init__(self, sprites: SpritesSpec) -> None:
         self._spec = sprites
         self._levels = (len(SHAPES), sprites.scales, sprites.orientations, sprites.positions, sprites.positions)
+        self._png = StoredPng((sprites.size, sprites.size))
         self._side = (np.arange(sprites.size * SUBPIXELS) + 0.5) / (sprites.size * SUBPIXELS)
 
     def listing(self) -> Listing:
@@ -74,7 +74,7 @@ class SpritesSource:
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Draw one image; DataError if the name is not one of this grid."""
-        return "png", _png_stored(self.draw(*self._factors(source)))
+        return "png", self._png(self.draw(*self._factors(source)))
 
     def draw(self, shape: str, scale: int, orientation: int, x: int, y: int) -> NDArray[np.uint8]:
         """Return `[size, size]` grey values: 255 inside the shape, 0 outside, in between on its edge."""
@@ -110,21 +110,3 @@ class SpritesSource:
         if shape not in SHAPES or not inside:
             raise DataError(f"{source!r} is no sprite of this grid (like 'square/s00-o000-x003-y011'): {self._spec}")
         return shape, numbers[0], numbers[1], numbers[2], numbers[3]
-
-
-def _png_stored(image: NDArray[np.uint8]) -> bytes:
-    """Return a grey image `[H, W]` as PNG with stored (uncompressed) deflate blocks."""
-    height, width = image.shape
-    rows = np.pad(image, ((0, 0), (1, 0))).tobytes()  # filter byte 0 before each row
-    data = b"\x78\x01"
-    for start in range(0, len(rows), 65535):
-        block = rows[start : start + 65535]
-        last = start + len(block) == len(rows)
-        data += struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF) + block
-    data += struct.pack(">I", zlib.adler32(rows))
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

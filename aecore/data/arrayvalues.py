@@ -1,0 +1,72 @@
+"""What arrays of other people must be to be samples, labels or factors, and how one row is stored."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+
+from aecore.data.arrayfile import Array
+from aecore.data.png import COLOUR_TYPES, StoredPng
+from aecore.errors import ConfigError, DataError
+
+
+def require_samples(array: Array, where: str) -> Array:
+    """Return an array of N rows of numbers; DataError if it is something else."""
+    if array.ndim < 2 or not array.size:
+        raise DataError(f"{where} has shape {array.shape}: expected [N, ...] with at least one row, a sample each")
+    if array.dtype.kind not in "biufc":
+        raise DataError(f"{where} holds {array.dtype}: samples are booleans or numbers; say which array they are with source.images")
+    return array
+
+
+def require_rows(values: Array, count: int, where: str, of: str) -> Array:
+    """Return values of which there are `count`, as of the samples `of`; DataError if there are more or fewer."""
+    if not values.ndim or len(values) != count:
+        found = f"{len(values)} rows" if values.ndim else "one number"
+        raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row")
+    return values
+
+
+def native(values: Array) -> Array:
+    """Return values in this machine's byte order, strings as objects: what a column of an index takes."""
+    if values.dtype.kind == "S":
+        return np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()], dtype=object)
+    if values.dtype.kind == "U":
+        return values.astype(object)
+    if values.dtype.kind == "c":
+        raise DataError("factors are complex numbers: give their parts as two arrays")
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+
+def class_names(values: Array, where: str) -> list[str]:
+    """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise DataError(f"{where} has shape {values.shape}: labels are one number or name for each sample; one-hot rows need argmax(1)")
+    if values.dtype.kind == "f":
+        if not (np.isfinite(values) & (values == np.floor(values))).all():
+            raise DataError(f"{where} holds fractions: labels are whole numbers or names")
+        values = values.astype(np.int64)
+    if values.dtype.kind == "c":
+        raise DataError(f"{where} holds complex numbers: labels are whole numbers or names")
+    return [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
+
+
+def row_writer(array: Array, store_as: str, where: str) -> Callable[[int], tuple[str, bytes]]:
+    """Return the function from a row's number to its extension and bytes."""
+    is_image = array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in COLOUR_TYPES))
+    if store_as == "png" and not is_image:
+        raise ConfigError(
+            f"source.store_as=png needs uint8 images [N, H, W] or [N, H, W, 1 | 3 | 4], {where} has shape {array.shape} "
+            f"and dtype {array.dtype}: use source.store_as=auto"
+        )
+    if is_image and store_as != "npy":
+        png = StoredPng(array.shape[1:])
+        return lambda row: ("png", png(array[row]))
+    dtype = array.dtype.newbyteorder("=")
+    head = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": array.shape[1:]}
+    np.lib.format.write_array_header_1_0(head, fields)
+    start = head.getvalue()
+    return lambda row: ("npy", start + array[row].astype(dtype, copy=False).tobytes())

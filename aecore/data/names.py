@@ -1,0 +1,81 @@
+"""What the names of other people's files say: which split, images or labels; and the names that a brace pattern stands for."""
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+from aecore.errors import ConfigError
+
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "t10k": "test"}
+_DATA = frozenset({"images", "image", "imgs", "img", "data", "x", "inputs", "features"})
+_LABELS = frozenset({"labels", "label", "targets", "target", "y"})
+_FORMAT = re.compile(r"idx\d|ubyte|npy|npz|gz")
+_WORD = re.compile(r"[^a-z0-9]+")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+MAX_NAMES = 1_000_000  # that a pattern may stand for
+
+
+def words(name: str) -> list[str]:
+    """Return the words of a name, lower case, without those that say the format."""
+    return [word for word in _WORD.split(name.lower()) if word and not _FORMAT.fullmatch(word)]
+
+
+def split_of(path: str) -> str:
+    """Return train, val or test if the first component of `path` that says a split says only one of them, else ""."""
+    for component in path.split("/"):
+        found = {_SPLITS[word] for word in words(component) if word in _SPLITS}
+        if found:
+            return found.pop() if len(found) == 1 else ""
+    return ""
+
+
+def is_labels(name: str) -> bool:
+    """Return whether a name says labels and not images (`train_labels`, `y_test`)."""
+    return bool(_LABELS & set(words(name))) and not is_data(name)
+
+
+def is_data(name: str) -> bool:
+    """Return whether a name says images or data (`train_images`, `x_test`)."""
+    return bool(_DATA & set(words(name)))
+
+
+def subject(name: str) -> tuple[str, ...]:
+    """Return the words of a name that say neither images nor labels: those of an array and of its labels are the same."""
+    return tuple(word for word in words(name) if word not in _DATA | _LABELS)
+
+
+def without_split(name: str) -> tuple[str, ...]:
+    """Return the words of a name that say no split."""
+    return tuple(word for word in words(name) if word not in _SPLITS)
+
+
+def partner(name: str, arrays: Sequence[str], labels: Iterable[str]) -> str | None:
+    """Return the labels of the array `name`, one of `arrays`: those whose name is the same but for images and labels, or the only ones."""
+    known = list(labels)
+    same = [other for other in known if subject(other) == subject(name)] or (known if len(arrays) == 1 else [])
+    return same[0] if len(same) == 1 else None
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names of a pattern such as `{00000..00009}.tar` or `{a,b}.tar`; ConfigError if braces are left or it is too many."""
+    parts = _BRACES.split(pattern)  # text, choices, text, ...
+    if any(brace in text for text in parts[::2] for brace in "{}"):
+        raise ConfigError(f"{pattern!r} has braces that do not fit each other: write {{00000..00009}} or {{a,b}}, not nested")
+    options = [_choices(text, pattern) if number % 2 else [text] for number, text in enumerate(parts)]
+    count = 1
+    for option in options:
+        count *= len(option)
+    if count > MAX_NAMES:
+        raise ConfigError(f"{pattern!r} stands for {count} names, at most {MAX_NAMES}: give the folder instead")
+    return ["".join(chosen) for chosen in itertools.product(*options)]
+
+
+def _choices(text: str, pattern: str) -> list[str]:
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        return text.split(",")
+    first, last, width = int(match[1]), int(match[2]), len(match[1]) if match[1].startswith("0") else 0
+    if not 0 <= last - first < MAX_NAMES:
+        raise ConfigError(f"{pattern!r} has the range {{{text}}}: expected at most {MAX_NAMES} numbers, the smaller one first")
+    return [str(number).zfill(width) for number in range(first, last + 1)]

@@ -1,0 +1,237 @@
+"""Arrays whose rows are samples: `.npy`, `.npz` (with labels and `factor_*`), and idx files as MNIST ships them, also gzip'ed.
+
+uint8 arrays `[N, H, W]` and `[N, H, W, 1 | 3 | 4]` are images, and are stored as PNG (stored, not deflated: about the bytes of a `.npy`
+member, the same on every machine): so `shards.resize` and `shards.mode` work, networks get `[C, H, W]`, and any reader of
+WebDataset sees pictures. The pixels are those of the array. Everything else, and everything with `source.store_as=npy`, keeps its values
+in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads the rows of its shard and no others.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.arrayfile import Array, ArrayFile, array_format, stem_of
+from aecore.data.arrayvalues import class_names, native, require_rows, require_samples, row_writer
+from aecore.data.names import is_data, is_labels, partner, split_of, without_split
+from aecore.data.record import encode_keys
+from aecore.data.sources import Listing
+from aecore.errors import DataError, did_you_mean
+from aecore.registry import SOURCES, knob, spec
+from aecore.store import absolute_url, open_files
+
+_MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
+FACTOR = "factor_"
+
+
+@spec
+class ArraysSpec:
+    """Rows of arrays in .npy, .npz or idx files; labels come from the array or file that is named like them (y, labels, ...)."""
+
+    kind: Literal["arrays"] = "arrays"
+    url: str = knob("", "file, or folder of files", identity=False)
+    images: str = knob("", "array of an .npz that holds the samples; empty: images, x, data, ... or the only one")
+    labels: str = knob("", "array of an .npz that holds the labels; empty: labels, y, ... if there is one")
+    factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, besides those named factor_*")
+    store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
+    max_inflated_bytes: int = knob(16 << 30, "bytes that one compressed array may inflate to", ge=1, identity=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One array of N samples: how sources name it, what its keys begin with, its split, labels (N names) and factor columns."""
+
+    head: str
+    stem: str
+    array: Array
+    split: str = ""
+    labels: list[str] | None = None
+    factors: Mapping[str, Array] = field(default_factory=dict)
+
+
+@SOURCES.register(ArraysSpec)
+class ArraysSource:
+    """The rows of all arrays at the `url` of an `ArraysSpec`; sources are `<file>#<row>`, of an .npz `<file>/<array>#<row>`."""
+
+    def __init__(self, arrays: ArraysSpec) -> None:
+        self._spec = arrays
+        url = absolute_url(arrays.url, "source.url")
+        self._file = url.rpartition("/")[2] if array_format(url) else ""
+        self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
+        self._rows: dict[str, Callable[[int], tuple[str, bytes]]] = {}
+
+    def listing(self) -> Listing:
+        """List every row of every array, file by file.
+
+        Raises
+        ------
+        DataError
+            If there is no such file, one is damaged, lengths differ, or it is not clear which array holds the samples.
+        """
+        names, notes = self._names()
+        blocks = [block for name in names for block in self._blocks(name, names)]
+        if not blocks:
+            raise DataError(f"{self._files.url} holds labels and no samples ({', '.join(names[:4])}): add the file of the images")
+        counts = [len(block.array) for block in blocks]
+        rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
+        sizes = [len(row_writer(block.array, self._spec.store_as, block.head)(0)[1]) for block in blocks]
+        return Listing(
+            encode_keys([f"{block.stem}/{row:09d}" for block, row in rows]),
+            [f"{block.head}#{row}" for block, row in rows],
+            np.repeat(np.array(sizes, np.int64), counts),
+            label_names=[name for block in blocks for name in block.labels or [""] * len(block.array)] if _any(blocks, "labels") else None,
+            splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
+            columns=_columns(blocks),
+            notes=notes,
+            label_paths=False,
+        )
+
+    def read(self, source: str) -> tuple[str, bytes]:
+        """Return extension and bytes of one row; OSError if its file cannot be read."""
+        head, _, row = source.rpartition("#")
+        return (self._rows.get(head) or self._open(head))(int(row))
+
+    def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
+        member = _MEMBER.fullmatch(head)
+        name, array = (member[1], member[2]) if member else (head, "")
+        self._rows[head] = found = row_writer(self._array_file(name).array(array), self._spec.store_as, head)
+        return found
+
+    def _array_file(self, name: str) -> ArrayFile:
+        return ArrayFile(self._files.local(name), name, self._spec.max_inflated_bytes)
+
+    def _names(self) -> tuple[list[str], tuple[str, ...]]:
+        """Return the names of the files to read, sorted, and notes; of a single file also that of its labels."""
+        if self._file:
+            return self._with_labels(self._file), ()
+        sizes = self._files.sizes()
+        names = [name for name in sizes if array_format(name)]
+        if not names:
+            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address")
+        twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
+        notes = [f"skipped {len(sizes) - len(names)} other files"] if len(sizes) > len(names) else []
+        notes += [f"skipped {len(twins)} .gz files that lie beside their inflated ones"] if twins else []
+        return sorted(set(names) - set(twins)), tuple(notes)
+
+    def _with_labels(self, name: str) -> list[str]:
+        try:
+            self._files.local(name).stat()
+        except OSError as error:
+            raise DataError(f"source.url {self._files.url}/{name} cannot be read: {error.strerror or error}; check the address") from error
+        found = [name]
+        for other in _label_files(name):
+            try:
+                self._files.local(other).stat()
+            except OSError:
+                continue
+            found.append(other)
+            break
+        return found
+
+    def _blocks(self, name: str, names: list[str]) -> Iterator[_Block]:
+        file = self._array_file(name)
+        stem = stem_of(name)
+        if array_format(name) == "npz":
+            yield from self._npz_blocks(file, name, stem)
+        elif not is_labels(stem.rpartition("/")[2]):
+            array = require_samples(file.array(""), name)
+            beside = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
+            found = partner(_last(stem), [other for other in beside if not is_labels(other)], filter(is_labels, beside))
+            labels = None if found is None else beside[found]
+            yield _Block(name, stem, array, split_of(stem), None if labels is None else self._label_names(labels, "", array, name))
+
+    def _npz_blocks(self, file: ArrayFile, name: str, stem: str) -> Iterator[_Block]:
+        known, asked = file.names(), self._spec.labels
+        samples = self._data_names(known, name)
+        for data in samples:
+            split = split_of(data) or split_of(stem)
+            array = require_samples(file.array(data, verify=True), f"{name} (array {data!r})")
+            label = self._chosen(known, asked, data, name) if asked else partner(data, samples, filter(is_labels, known))
+            labels = None if label is None else self._label_names(name, label, array, data)
+            prefix = f"{stem}/{data}" if split_of(data) else stem
+            yield _Block(f"{name}/{data}", prefix, array, split, labels, self._factor_columns(file, known, data, len(array), name))
+
+    def _data_names(self, known: list[str], where: str) -> list[str]:
+        """Return the arrays of an .npz that hold samples: one, or one for each split."""
+        asked = self._spec.images
+        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or name in (self._spec.labels, *self._spec.factors)}
+        if asked:
+            found = [name for name in known if without_split(name) == without_split(asked)]
+        else:
+            rest = [name for name in known if name not in extra]
+            found = rest if len(rest) == 1 else [name for name in rest if is_data(name)]
+        if not found:
+            what = (
+                f"no array {asked!r}{did_you_mean(asked, known)}"
+                if asked
+                else f"the arrays {', '.join(known) or 'none'}, none named images"
+            )
+            raise DataError(f"{where} has {what}: say which one holds the samples with source.images")
+        if len({split_of(name) for name in found}) < len(found):
+            raise DataError(f"{where} has several arrays that may hold the samples ({', '.join(found)}): say which with source.images")
+        return found
+
+    def _chosen(self, known: list[str], asked: str, data: str, where: str) -> str:
+        """Return the array called `asked`, in the split of the array `data` if there is one for each."""
+        found = [name for name in known if without_split(name) == without_split(asked)]
+        same = [name for name in found if split_of(name) == split_of(data)]
+        if asked in known and not same:
+            return asked
+        if not same:
+            raise DataError(
+                f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set source.labels or source.factors to one of these"
+            )
+        return same[0]
+
+    def _label_names(self, name: str, array: str, samples: Array, of: str) -> list[str]:
+        where = f"{name} (array {array!r})" if array else name
+        return class_names(require_rows(self._array_file(name).array(array, verify=True), len(samples), where, of), where)
+
+    def _factor_columns(self, file: ArrayFile, known: list[str], data: str, count: int, where: str) -> dict[str, Array]:
+        """Return the columns of all factor arrays of one array of samples: `[N, k]` becomes k columns."""
+        split = split_of(data)
+        asked = [self._chosen(known, name, data, where) for name in self._spec.factors]
+        names = [*asked, *(name for name in known if name.startswith(FACTOR) and split_of(name) in ("", split) and name not in asked)]
+        found: dict[str, Array] = {}
+        for name in names:
+            values = require_rows(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
+            title = FACTOR + name.removeprefix(FACTOR).removesuffix(f"_{split}")
+            if values.ndim == 1:
+                found[title] = native(values)
+            elif values.ndim == 2:
+                found |= {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
+            else:
+                raise DataError(f"{where} (array {name!r}) has shape {values.shape}: factors are numbers or rows of numbers")
+        return found
+
+
+def _any(blocks: list[_Block], what: str) -> bool:
+    return any(getattr(block, what) for block in blocks)
+
+
+def _folder(name: str) -> str:
+    return "".join(name.rpartition("/")[:2])
+
+
+def _last(stem: str) -> str:
+    return stem.rpartition("/")[2]
+
+
+def _label_files(name: str) -> list[str]:
+    """Return the names that the labels of a single file may have beside it."""
+    pairs = (("images", "labels"), ("imgs", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"))
+    found = [re.sub(rf"(?<![A-Za-z0-9]){old}(?![A-Za-z0-9])", new, name) for old, new in pairs]
+    names = [re.sub(r"idx\d", "idx1", other) for other in found if other != name]
+    return [*names, *(other[:-3] if other.endswith(".gz") else f"{other}.gz" for other in names if array_format(name) == "idx")]
+
+
+def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
+    names = {name: None for block in blocks for name in block.factors}
+    for name in names:
+        without = [block.head for block in blocks if name not in block.factors]
+        if without:
+            raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files on their own")
+    return {name: np.concatenate([block.factors[name] for block in blocks]) for name in names}

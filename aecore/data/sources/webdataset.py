@@ -1,0 +1,227 @@
+"""Other people's WebDataset shards as a source: image by image, with their labels, captions and other fields as columns.
+
+Members are grouped by key as webdataset does it, wherever in their tar they stand. Read are the one image (or array) of each
+sample, its `.cls`, and the `.json` and `.txt` that were asked for; everything else (`.pyd`, `.pickle`, ...) is left where it is, counted
+by extension. The headers of all tars are walked once, when listing; a worker then reads by offset. A gzip'ed tar is inflated once by
+each worker that reads from it: unpack large ones first. To index tars where they lie, without a copy: `aepipe adopt`.
+"""
+
+import json
+import re
+from collections import Counter, OrderedDict
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.foreign import ForeignSample, ForeignTars, Member, TarFile, data_member
+from aecore.data.index import INDEX_SCHEMA
+from aecore.data.names import split_of
+from aecore.data.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
+from aecore.data.sources import Listing
+from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.registry import SOURCES, knob, spec
+
+MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
+_SOURCE = re.compile(r"(.*?\.(?:tar|tar\.gz|tgz))#(\d+)\+(\d+)#(.*)", re.DOTALL)
+_LABEL = re.compile(r"auto|cls|none|json:.+")
+Field = str | int | float | bool | None
+
+
+@spec
+class WebdatasetSpec:
+    """WebDataset shards of others: tars of images with .cls, .json or .txt beside them."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    url: str = knob("", "folder of .tar, .tar.gz or .tgz files, one of them, or a pattern like shards/{00000..00009}.tar", identity=False)
+    member: str = knob("", "extension of the member that is the sample, for example seg.png; empty: the only image or array")
+    label: str = knob("auto", "cls, json:<field> or none; auto: cls where there is one")
+    columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
+    keys: Literal["member", "shard"] = knob("member", "member: keys as in the tars; shard: with the tar's name before them")
+    max_inflated_bytes: int = knob(16 << 30, "bytes that one gzip'ed tar may inflate to", ge=1, identity=False)
+
+    def __post_init__(self) -> None:
+        codec = self.member.rpartition(".")[2]
+        if self.member and codec not in DATA_EXTENSIONS:
+            raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
+        if not _LABEL.fullmatch(self.label):
+            raise ConfigError(f"source.label is {self.label!r}, expected auto, cls, none or json:<field>, for example json:class_id")
+
+
+class _Columns:
+    """What is gathered of all samples, by column."""
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
+        self.tars = list[str]()
+        self.sizes = list[int]()
+        self.fields: dict[str, list[Field]] = {name: [] for name in fields}
+        self.skipped: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()  # fields of the json members
+
+
+@SOURCES.register(WebdatasetSpec)
+class WebdatasetSource:
+    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`."""
+
+    def __init__(self, shards: WebdatasetSpec) -> None:
+        self._spec = shards
+        self._open: OrderedDict[str, TarFile] = OrderedDict()
+        self._found: ForeignTars | None = None
+
+    @property
+    def tars(self) -> ForeignTars:
+        """The tars, found when they are first asked for."""
+        self._found = self._found or ForeignTars.at(self._spec.url)
+        return self._found
+
+    def listing(self) -> Listing:
+        """List every sample, tar by tar, after walking all headers.
+
+        Raises
+        ------
+        DataError
+            If there is no tar, one is damaged or truncated, a key comes twice, or it is not clear which member is the sample.
+        """
+        found = _Columns(self._spec.columns)
+        for name in self.tars.names:
+            tar = TarFile(self.tars.files, name, self._spec.max_inflated_bytes)
+            try:
+                for sample, member in self._in_order(found, tar):
+                    self._add(found, sample, member, tar, name)
+            finally:
+                tar.close()
+        if not found.keys:
+            left = "; ".join(f"{count} {what}" for what, count in sorted(found.skipped.items()))
+            raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
+        self._require_keys(found)
+        self._require_fields(found)
+        return Listing(
+            encode_keys(found.keys),
+            found.sources,
+            np.array(found.sizes, np.int64),
+            label_names=found.labels if any(found.labels) else None,
+            splits=found.splits if any(found.splits) else None,
+            columns={_column_name(name): _column(values) for name, values in found.fields.items()},
+            notes=tuple(f"left out {count} {what}" for what, count in sorted(found.skipped.items())),
+            label_paths=False,
+        )
+
+    def read(self, source: str) -> tuple[str, bytes]:
+        """Return codec and bytes of one sample; DataError if its tar cannot be read or was cut after listing."""
+        tar, member = parse_source(source)
+        if tar not in self._open:
+            while len(self._open) >= MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[tar] = TarFile(self.tars.files, tar, self._spec.max_inflated_bytes)
+        self._open.move_to_end(tar)
+        return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
+
+    def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ForeignSample, Member]]:
+        """Return the samples of a tar that have an image or array, in the order in which these stand."""
+        chosen: list[tuple[ForeignSample, Member]] = []
+        for sample in tar.samples(found.skipped):
+            found.skipped.update(f".{ext} members" for ext in sample.members if ext not in ALLOWED_EXTENSIONS and ext != self._spec.member)
+            member = data_member(sample, self._spec.member, tar.where)
+            if member is None:
+                found.skipped["samples without an image or array"] += 1
+            else:
+                chosen.append((sample, member[1]))
+        return sorted(chosen, key=lambda pair: pair[1].offset)
+
+    def _add(self, found: _Columns, sample: ForeignSample, member: Member, tar: TarFile, name: str) -> None:
+        fields = self._fields(found, sample, tar)
+        found.keys.append(f"{_stem(name)}/{sample.key}" if self._spec.keys == "shard" else sample.key)
+        found.sources.append(f"{name}#{member.offset}+{member.size}#{member.name}")
+        found.sizes.append(member.size)
+        found.splits.append(split_of(name))
+        found.tars.append(name)
+        found.labels.append(self._label(found, sample, tar, fields))
+        for column, values in found.fields.items():
+            values.append(fields.get(column))
+
+    def _fields(self, found: _Columns, sample: ForeignSample, tar: TarFile) -> dict[str, Field]:
+        """Return what the json and txt members say, where it is asked for; what cannot be read is counted."""
+        fields: dict[str, Field] = {}
+        if self._spec.label.startswith("json:") or set(self._spec.columns) - {"txt"}:
+            try:
+                data = json.loads(_small(tar, sample.members.get("json"), MAX_TEXT_BYTES) or b"{}")
+            except (ValueError, RecursionError):
+                found.skipped[".json members that are not JSON"] += 1
+                data = {}
+            if isinstance(data, dict):
+                fields = {key: value for key, value in data.items() if value is None or isinstance(value, str | int | float)}
+                found.seen.update(data.keys())
+        if "txt" in self._spec.columns and "txt" in sample.members:
+            fields["txt"] = _small(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
+        return fields
+
+    def _label(self, found: _Columns, sample: ForeignSample, tar: TarFile, fields: dict[str, Field]) -> str:
+        if self._spec.label == "none":
+            return ""
+        if self._spec.label.startswith("json:"):
+            value = fields.get(self._spec.label.removeprefix("json:"))
+            text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
+        else:
+            text = _small(tar, sample.members.get("cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
+        if not text and self._spec.label != "auto":
+            found.skipped[f"labels: samples without {self._spec.label}"] += 1
+        return _clean(text)
+
+    def _require_keys(self, found: _Columns) -> None:
+        if len(set(found.keys)) == len(found.keys):
+            return
+        place: dict[str, str] = {}
+        for key, tar in zip(found.keys, found.tars, strict=True):
+            if key in place:
+                raise DataError(f"{place[key]} and {tar} of {self.tars.files.url} both have the key {key!r}: use source.keys=shard")
+            place[key] = tar
+
+    def _require_fields(self, found: _Columns) -> None:
+        asked = {*self._spec.columns} - {"txt"} | {name for name in [self._spec.label.removeprefix("json:")] if name != self._spec.label}
+        for name in sorted(asked - found.seen.keys()):
+            raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, found.seen)}")
+
+
+def parse_source(source: str) -> tuple[str, Member]:
+    """Return the tar and the member that a source of this kind names."""
+    match = _SOURCE.fullmatch(source)
+    if match is None:
+        raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
+    return match[1], Member(match[4], int(match[2]), int(match[3]))
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+
+
+def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:
+    if member is None:
+        return b""
+    if member.size > limit:
+        raise DataError(f"{tar.where}: {member.name!r} has {member.size} bytes, at most {limit} are read of such a member")
+    return tar.read(member)
+
+
+def _clean(text: str) -> str:
+    """Return text that UTF-8 and our hashes can hold."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "")
+
+
+def _column_name(field: str) -> str:
+    return f"json_{field}" if field in INDEX_SCHEMA.names else field
+
+
+def _column(values: list[Field]) -> NDArray[Any]:  # any: every column has its own dtype
+    """Return whole numbers as int64, numbers as float64 (NaN: none), everything else as text (None: none)."""
+    kinds = {type(value) for value in values}
+    if kinds == {bool}:
+        return np.array(values, np.bool_)
+    try:
+        if kinds == {int}:
+            return np.array(values, np.int64)
+        if kinds <= {int, float, type(None)} and kinds != {type(None)}:
+            return np.array([np.nan if value is None else value for value in values], np.float64)
+    except OverflowError:
+        pass
+    return np.array([None if value is None else _clean(str(value)) for value in values], dtype=object)

@@ -1,0 +1,283 @@
+"""Rows of arrays as samples: formats as they are in the world, errors that name the array, pixels that stay what they are."""
+
+import gzip
+import io
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aecore.data.arrayfile import stem_of
+from aecore.data.job import shard_dataset
+from aecore.data.loader import InputSpec, Loader
+from aecore.data.manifest import open_dataset
+from aecore.data.record import array_header, image_header
+from aecore.data.sources import Listing
+from aecore.data.sources.arrays import ArraysSource, ArraysSpec
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.splits import SplitSpec
+from aecore.data.tasks import ShardSpec
+from aecore.errors import ConfigError, DataError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)
+LABELS = np.arange(12) % 11
+
+
+def source(url: Path, **options: object) -> ArraysSource:
+    return ArraysSource(ArraysSpec(url=str(url), **options))
+
+
+def listing(url: Path, **options: object) -> Listing:
+    return source(url, **options).listing()
+
+
+def idx(array: np.ndarray) -> bytes:
+    """Write idx by its definition: two zeros, type, number of sides, sides, values, all big-endian."""
+    kinds = {"u1": 8, "i1": 9, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, kinds[array.dtype.str[1:]], array.ndim, *array.shape)
+    return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def mnist_as_idx(images: Path, out: Path, *, packed: bool) -> Path:
+    """Write PNGs of `<split>/<digit>/` as the four files that MNIST is shipped in, in a shuffled order."""
+    out.mkdir()
+    for split, name in (("train", "train"), ("test", "t10k")):
+        paths = sorted((images / split).glob("*/*.png"), key=lambda path: path.name[::-1])
+        pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+        labels = np.array([int(path.parent.name) for path in paths], np.uint8)
+        for kind, data in (("images-idx3-ubyte", idx(pixels)), ("labels-idx1-ubyte", idx(labels))):
+            (out / f"{name}-{kind}{'.gz' if packed else ''}").write_bytes(gzip.compress(data, 1) if packed else data)
+    return out
+
+
+class TestFormats:
+    def test_npy_rows_are_samples_with_nine_digit_keys(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "digits.npy", PIXELS)
+        found = listing(tmp_path)
+        assert found.keys[:2] == ["digits/000000000", "digits/000000001"]
+        assert (len(found), found.splits, found.label_names) == (12, None, None)
+        ext, data = source(tmp_path).read(found.sources[3])
+        assert (ext, len(data)) == ("png", found.sizes[3])
+        assert image_header(data, "png").form == "5x7x1/L"
+        assert np.array_equal(pixels_of(data), PIXELS[3])
+
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    def test_npz_gives_labels_and_factor_columns(self, tmp_path: Path, save) -> None:
+        scale = np.linspace(0, 1, 12)
+        save(tmp_path / "a.npz", images=PIXELS, labels=LABELS, factor_scale=scale, factor_place=np.arange(24).reshape(12, 2))
+        found = listing(tmp_path / "a.npz")
+        assert found.label_names == [str(label) for label in LABELS]
+        assert found.columns["factor_scale"].tolist() == scale.tolist()
+        assert found.columns["factor_place_1"].tolist() == list(range(1, 24, 2))
+        reader = source(tmp_path / "a.npz")
+        assert all(np.array_equal(pixels_of(reader.read(name)[1]), PIXELS[row]) for row, name in enumerate(found.sources))
+
+    def test_an_npz_with_an_array_for_each_split(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "mnist.npz", x_train=PIXELS[:8], y_train=LABELS[:8], x_test=PIXELS[8:], y_test=LABELS[8:])
+        found = listing(tmp_path / "mnist.npz")
+        assert found.splits == ["train"] * 8 + ["test"] * 4
+        assert found.label_names == [str(label) for label in LABELS]
+        assert len(set(found.keys)) == 12
+
+    def test_the_only_labels_belong_to_the_only_array(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", pictures=PIXELS, labels=LABELS)
+        assert listing(tmp_path / "a.npz").label_names == [str(label) for label in LABELS]
+        (tmp_path / "b").mkdir()
+        np.save(tmp_path / "b/digits.npy", PIXELS)
+        np.save(tmp_path / "b/y.npy", np.array([f"class {label}" for label in LABELS]))
+        assert listing(tmp_path / "b").label_names == [f"class {label}" for label in LABELS]
+
+    def test_further_arrays_become_columns_when_asked(self, tmp_path: Path) -> None:
+        metadata = np.array({"a": 1}, dtype=object)  # as dSprites has it: never opened
+        np.savez(tmp_path / "d.npz", imgs=PIXELS, latents_classes=np.arange(24).reshape(12, 2), metadata=metadata)
+        found = listing(tmp_path / "d.npz", factors=("latents_classes",))
+        assert sorted(found.columns) == ["factor_latents_classes_0", "factor_latents_classes_1"]
+
+    @pytest.mark.parametrize("dtype", ["u1", "i2", "i4", "f4", "f8"])
+    def test_idx_values_are_read_in_their_byte_order(self, tmp_path: Path, dtype: str) -> None:
+        values = np.arange(24).reshape(2, 3, 4).astype(dtype)
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(values))
+        ext, data = source(tmp_path, store_as="npy").read(listing(tmp_path, store_as="npy").sources[1])
+        assert ext == "npy"
+        assert np.array_equal(np.load(io.BytesIO(data)), values[1])
+        assert array_header(data).shape == (3, 4)
+
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_mnist_as_it_is_shipped(self, tmp_path: Path, real_mnist_small: Path, packed: bool) -> None:
+        folder = mnist_as_idx(real_mnist_small, tmp_path / "raw", packed=packed)
+        found = listing(folder)
+        assert found.keys[0] == "t10k-images/000000000"
+        assert (found.splits or []).count("test") == 500
+        assert sorted(set(found.label_names or [])) == list("0123456789")
+        ending = ".gz" if packed else ""
+        one = listing(folder / f"train-images-idx3-ubyte{ending}")
+        assert (len(one), one.label_names) == (3000, (found.label_names or [])[500:])
+
+    def test_names_of_idx_files(self) -> None:
+        names = ["train-images-idx3-ubyte.gz", "a/train-images.idx3-ubyte", "b.idx", "c.npy"]
+        assert [stem_of(name) for name in names] == ["train-images", "a/train-images", "b", "c"]
+
+    @pytest.mark.parametrize("array", [np.asfortranarray(PIXELS), PIXELS.astype(">u2"), PIXELS.astype(np.float64), PIXELS > 7])
+    def test_values_survive_whatever_the_layout(self, tmp_path: Path, array: np.ndarray) -> None:
+        np.save(tmp_path / "a.npy", array)
+        _, data = source(tmp_path, store_as="npy").read("a.npy#4")
+        assert np.array_equal(np.load(io.BytesIO(data)), array[4])
+        array_header(data)  # a form that the decoder reads
+
+    @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+    def test_channels_last_images_become_png(self, tmp_path: Path, channels: int, mode: str) -> None:
+        images = np.random.default_rng(1).integers(0, 256, (2, 200, 120, channels), dtype=np.uint8)  # over one stored block
+        np.save(tmp_path / "a.npy", images)
+        _, data = source(tmp_path).read("a.npy#1")
+        assert image_header(data, "png").mode == mode
+        assert np.array_equal(pixels_of(data).reshape(images[1].shape), images[1])
+
+    def test_channels_first_images_stay_arrays(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", np.zeros((2, 3, 8, 8), np.uint8))
+        assert source(tmp_path).read("a.npy#0")[0] == "npy"
+
+
+class TestRefused:
+    def test_pickled_objects_are_never_loaded(self, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return open, (str(tmp_path / "executed"), "w")
+
+        np.save(tmp_path / "a.npy", np.array([Evil()] * 3, dtype=object), allow_pickle=True)
+        with pytest.raises(DataError, match="a.npy holds Python objects"):
+            listing(tmp_path)
+        np.savez(tmp_path / "a.npz", images=np.array([Evil()] * 3, dtype=object))
+        with pytest.raises(DataError, match=r"a.npz \(array 'images'\) holds Python objects"):
+            listing(tmp_path / "a.npz")
+        assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize(
+        ("arrays", "options", "message"),
+        [
+            ({"images": PIXELS, "labels": LABELS[:5]}, {}, r"'labels'\) has 5 rows, images has 12"),
+            ({"images": PIXELS, "factor_a": LABELS[:5]}, {}, r"'factor_a'\) has 5 rows, images has 12"),
+            ({"images": PIXELS[:0]}, {}, r"shape \(0, 5, 7\): expected \[N, ...\] with at least one row"),
+            ({"a": PIXELS, "b": PIXELS}, {}, "the arrays a, b, none named images: say which one holds the samples with source.images"),
+            ({"pictures": PIXELS}, {"images": "picture"}, "no array 'picture' .did you mean 'pictures'"),
+            ({"images": PIXELS, "digits": LABELS}, {"labels": "digit"}, "no array 'digit' .did you mean 'digits'"),
+            ({"images": PIXELS, "data": PIXELS}, {}, r"several arrays that may hold the samples \(images, data\)"),
+            ({"images": PIXELS, "labels": np.eye(12)}, {}, r"shape \(12, 12\): labels are one number or name.*argmax"),
+            ({"images": PIXELS, "labels": LABELS + 0.5}, {}, "holds fractions"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, tmp_path: Path, arrays: dict, options: dict, message: str) -> None:
+        np.savez(tmp_path / "a.npz", **arrays)
+        with pytest.raises(DataError, match=message):
+            listing(tmp_path / "a.npz", **options)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda data: data[:-1], "a.npy is truncated"),
+            (lambda data: data + b"x", "a.npy is damaged"),
+            (lambda data: b"GARBAGE!" + data[8:], "is not a .npy file"),
+            (lambda data: data[:20] + b"\xff" + data[21:], "has a damaged .npy header"),
+            (lambda data: data.replace(b"(12, 5, 7)", b"(-1, 5, 7)"), "a.npy is"),
+            (lambda data: data[:9], "is not a .npy file"),
+        ],
+    )
+    def test_damaged_npy(self, tmp_path: Path, change, message: str) -> None:
+        file = io.BytesIO()
+        np.save(file, PIXELS)
+        (tmp_path / "a.npy").write_bytes(change(file.getvalue()))
+        with pytest.raises(DataError, match=message):
+            listing(tmp_path)
+
+    @pytest.mark.parametrize("cut", [2, 7, 100])
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_damaged_idx(self, tmp_path: Path, cut: int, packed: bool) -> None:
+        data = idx(PIXELS)[:cut]
+        name = "train-images-idx3-ubyte"
+        (tmp_path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
+        with pytest.raises(DataError, match=r"(not an idx file|ends inside its idx header|truncated|damaged)"):
+            listing(tmp_path)
+
+    def test_a_gzip_file_that_is_cut_or_inflates_to_more_than_it_says(self, tmp_path: Path) -> None:
+        name = tmp_path / "train-images-idx3-ubyte.gz"
+        name.write_bytes(gzip.compress(idx(PIXELS))[:-9])
+        with pytest.raises(DataError, match="damaged"):
+            listing(tmp_path)
+        name.write_bytes(gzip.compress(idx(PIXELS) + bytes(50_000_000)))
+        with pytest.raises(DataError, match="promises 436 bytes, it holds more"):
+            listing(tmp_path)
+        name.write_bytes(gzip.compress(idx(PIXELS)))
+        with pytest.raises(DataError, match=r"inflates to 436 bytes, source.max_inflated_bytes is 400"):
+            listing(tmp_path, max_inflated_bytes=400)
+
+    def test_a_flipped_bit_in_an_npz_is_found(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", images=PIXELS)
+        data = bytearray((tmp_path / "a.npz").read_bytes())
+        data[len(data) // 2] ^= 1
+        (tmp_path / "a.npz").write_bytes(data)
+        with pytest.raises(DataError, match="a.npz is damaged.*CRC"):
+            listing(tmp_path)
+        (tmp_path / "a.npz").write_bytes(data[:100])
+        with pytest.raises(DataError, match="a.npz is damaged"):
+            listing(tmp_path)
+
+    def test_a_zip_bomb_is_not_inflated(self, tmp_path: Path) -> None:
+        file = io.BytesIO()
+        np.save(file, np.zeros((4, 1000, 1000), np.uint8))
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("images.npy", file.getvalue())
+        with pytest.raises(DataError, match="max_inflated_bytes"):
+            listing(tmp_path, max_inflated_bytes=1_000_000)
+
+    def test_missing_and_empty_places(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="a.npz cannot be read.*check the address"):
+            listing(tmp_path / "a.npz")
+        (tmp_path / "notes.txt").write_text("x")
+        with pytest.raises(DataError, match=r"holds no .npy, .npz or idx file"):
+            listing(tmp_path)
+        np.save(tmp_path / "floats.npy", PIXELS / 255)
+        with pytest.raises(ConfigError, match=r"store_as=png needs uint8 images"):
+            listing(tmp_path, store_as="png")
+
+
+class TestDatasets:
+    def test_not_finite_rows_go_to_quarantine_under_the_full_check(self, tmp_path: Path) -> None:
+        values = np.ones((200, 4), np.float32)
+        values[7, 2] = np.nan
+        np.save(tmp_path / "a.npy", values)
+        spec = ArraysSpec(url=str(tmp_path / "a.npy"))
+        made = shard_dataset(spec, str(tmp_path / "ds"), shards=ShardSpec(check="decode"))
+        assert (made.num_samples(), dict(made.reasons)) == (199, {"not_finite": 1})
+
+    def test_class_ids_are_the_numbers_that_were_labels(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", images=PIXELS, labels=np.arange(12))
+        made = shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "ds"))
+        assert made.classes == tuple(map(str, range(12)))
+
+    def test_the_same_mnist_from_pngs_and_from_idx_gives_the_same_training_batches(self, tmp_path: Path, real_mnist_small: Path) -> None:
+        """Same pixels and labels in the same order: the folder's order is that of its names, so arrays are written in that order."""
+        raw = tmp_path / "raw"
+        raw.mkdir()
+        for split, name in (("train", "train"), ("test", "t10k")):
+            paths = sorted((real_mnist_small / split).glob("*/*.png"))
+            (raw / f"{name}-images-idx3-ubyte").write_bytes(idx(np.stack([np.asarray(Image.open(path)) for path in paths])))
+            (raw / f"{name}-labels-idx1-ubyte").write_bytes(idx(np.array([int(path.parent.name) for path in paths], np.uint8)))
+        specs = {"png": FolderSpec(url=str(real_mnist_small)), "idx": ArraysSpec(url=str(raw))}
+        batches = {}
+        for name, spec in specs.items():
+            url = str(tmp_path / name)
+            made = shard_dataset(spec, url, SplitSpec(by="folders"), ShardSpec(shuffle=False, max_samples=1000))
+            assert {split: made.num_samples(split) for split in made.splits} == {"train": 3000, "test": 500}
+            assert made.classes == tuple("0123456789")
+            with Loader(open_dataset(url), "train", spec=InputSpec(prefetch=0)) as loader:
+                batches[name] = list(loader.range_batches(0, 3000, 512))
+        for left, right in zip(batches["png"], batches["idx"], strict=True):
+            assert left.x.shape[1:] == (1, 28, 28)
+            assert bool((left.x == right.x).all())
+            assert bool((left.label == right.label).all())

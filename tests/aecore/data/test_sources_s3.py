@@ -1,0 +1,57 @@
+"""Arrays and other people's tars in a bucket: the same data sets as from a folder, adopted in place or not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aecore.data.job import adopt_shards, shard_dataset
+from aecore.data.manifest import open_dataset
+from aecore.data.sources.arrays import ArraysSpec
+from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.stream import open_stream
+from aecore.data.verify import verify_dataset
+from tests.aecore.data.test_foreign import EXPECTED, pixels, two_tars
+from tests.aecore.data.test_stream import batches, numbers
+from tests.aecore.data.tiny import image
+
+
+def test_arrays_in_a_bucket_give_the_shards_of_a_folder(s3, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    np.savez(tmp_path / "in/digits.npz", images=np.stack([image(number) for number in range(9)]), labels=np.arange(9) % 3)
+    s3.upload(tmp_path / "in", "in")
+    here = shard_dataset(ArraysSpec(url=str(tmp_path / "in/digits.npz")), str(tmp_path / "ds"))
+    for url in ("in", "in/digits.npz"):
+        there = shard_dataset(ArraysSpec(url=f"{s3.url}/{url}"), f"{s3.url}/ds-{len(url)}")
+        assert there.dataset_sha256 == here.dataset_sha256
+
+
+def test_tars_in_a_bucket_are_adopted_where_they_are(s3, tmp_path: Path) -> None:
+    s3.upload(two_tars(tmp_path / "theirs"), "theirs")
+    here = adopt_shards(WebdatasetSpec(url=str(tmp_path / "theirs")), str(tmp_path / "ds"))
+    for out in (f"{s3.url}/ds", str(tmp_path / "index-here"), f"{s3.url}/theirs"):
+        there = adopt_shards(WebdatasetSpec(url=f"{s3.url}/theirs"), out)
+        assert there.dataset_sha256 == here.dataset_sha256
+        assert pixels(out) == EXPECTED
+        assert verify_dataset(open_dataset(out), read_data=True).problems == ()
+    assert not [name for name in s3.objects("ds/") if name.endswith(".tar")], "no tar is copied"
+    changed = bytearray((tmp_path / "theirs/00001.tar").read_bytes())
+    changed[110] ^= 1
+    s3.raw.put_object(Bucket=s3.bucket, Key="theirs/00001.tar", Body=bytes(changed))
+    assert any("00001.tar is damaged" in problem for problem in verify_dataset(open_dataset(f"{s3.url}/ds"), read_data=True).problems)
+
+
+def test_tars_in_a_bucket_are_streamed(s3, tmp_path: Path) -> None:
+    s3.upload(two_tars(tmp_path / "theirs"), "theirs")
+    assert numbers(batches(f"{s3.url}/theirs", 5)) == numbers(batches(f"{s3.url}/theirs/{{00000..00001}}.tar", 5))
+    assert len(open_stream(f"{s3.url}/theirs", "train").manifest.shards) == 2
+
+
+@pytest.mark.parametrize("kind", [ArraysSpec, WebdatasetSpec])
+def test_a_missing_object_is_named(s3, kind) -> None:
+    from aecore.errors import DataError
+    from aecore.registry import SOURCES
+
+    ending = "npz" if kind is ArraysSpec else "tar"
+    with pytest.raises(DataError, match=rf"a.{ending} cannot be read"):
+        SOURCES.build(kind(url=f"{s3.url}/a.{ending}")).listing()

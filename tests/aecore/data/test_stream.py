@@ -1,0 +1,168 @@
+"""Other people's tars to training without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aecore._base.batch import Batch
+from aecore.data.loader import InputSpec
+from aecore.data.order import TrainingOrder
+from aecore.data.stream import StreamLoader, open_stream
+from aecore.data.transform import TransformSpec
+from aecore.errors import ConfigError, DataError
+from aecore.run import steps_per_epoch
+from aecore.train import fit
+from tests.aecore.data.test_foreign import samples, two_tars, write_tar
+from tests.aecore.data.tiny import encoded, image
+from tests.aecore.training import fit_on, losses, published_weights, small_job
+
+
+def batches(url: Path | str, steps: int = 10, start: int = 0, rank: int = 0, world: int = 1, **options: Any) -> list[Batch]:
+    settings = {"resampled": False, "shuffle": 8, "member": "", "prefetch": 0, **options}
+    order = TrainingOrder(global_batch=16, lanes=8, rank=rank, world=world)
+    dataset = open_stream(str(url), "train")
+    loader = StreamLoader(dataset, "train", transform=TransformSpec(), order=order, steps_per_epoch=1, **settings)
+    return list(loader.batches(start, start + steps))
+
+
+def numbers(found: list[Batch]) -> list[int]:
+    """Return which images a run of batches holds: `image(n)` begins with the digits of n."""
+    return [int(x[0, 0, 0]) + 256 * int(x[0, 0, 1]) for batch in found for x in batch.x]
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    return two_tars(tmp_path / "theirs")
+
+
+class TestBatches:
+    def test_hold_pixels_labels_and_places(self, tars: Path) -> None:
+        for batch in batches(tars):
+            assert (batch.x.shape, batch.num_global) == ((16, 1, 4, 4), 16)
+            found = numbers([batch])
+            assert all(torch.equal(x[0], torch.from_numpy(image(number))) for x, number in zip(batch.x, found, strict=True))
+            assert batch.label is not None
+            assert batch.label.tolist() == [number % 3 for number in found]
+            assert batch.positions.tolist() == list(range(16))
+
+    def test_a_pass_on_one_rank_holds_every_sample_once(self, tars: Path) -> None:
+        found = numbers(batches(tars, 25, shuffle=0))  # 400 samples: 8 passes
+        assert set(Counter(found).values()) == {8}
+        assert found[:50] != found[50:100], "each pass has its own order of tars"
+
+    @pytest.mark.parametrize("resampled", [False, True])
+    def test_are_the_same_for_the_same_seed_and_step(self, tars: Path, resampled: bool) -> None:
+        first, again = (numbers(batches(tars, 12, start=5, resampled=resampled)) for _ in range(2))
+        assert first == again
+        assert first != numbers(batches(tars, 12, start=6, resampled=resampled))
+
+    def test_ranks_share_a_batch_and_read_different_tars(self, tars: Path) -> None:
+        parts = [batches(tars, 2, rank=rank, world=2, shuffle=0) for rank in range(2)]
+        assert [part[0].positions.tolist() for part in parts] == [list(range(8)), list(range(8, 16))]
+        assert not set(numbers(parts[0])) & set(numbers(parts[1]))
+
+    def test_ranks_beyond_the_number_of_tars_share_their_samples(self, tars: Path) -> None:
+        parts = [set(numbers(batches(tars, 100, rank=rank, world=4))) for rank in range(4)]
+        assert set.union(*parts) == set(range(50))
+        assert sum(map(len, parts)) == 50
+
+    def test_resampled_draws_with_replacement(self, tmp_path: Path) -> None:
+        for number in range(8):
+            write_tar(tmp_path / f"{number}.tar", samples(number, 1))
+        found = numbers(batches(tmp_path, 20, resampled=True, shuffle=0))
+        assert set(found) == set(range(8))
+        assert len(set(Counter(found).values())) > 1
+
+    def test_tars_of_other_splits_are_left_out(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "train-0.tar", samples(0, 5))
+        write_tar(tmp_path / "test-0.tar", samples(5, 5))
+        assert set(numbers(batches(tmp_path))) == set(range(5))
+        with pytest.raises(DataError, match=r"no tars of split 'val' .their names say test, train"):
+            open_stream(str(tmp_path), "val")
+
+    def test_a_pattern_is_data(self, tars: Path) -> None:
+        assert set(numbers(batches(f"{tars}/{{00001..00001}}.tar"))) == set(range(30, 50))
+
+
+class TestRefused:
+    def test_a_sample_of_another_form_is_named(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [*samples(0, 3), ("odd.png", encoded(image(0, 9)))])
+        with pytest.raises(DataError, match=r"a.tar: sample 'odd' cannot be trained on .*quarantine"):
+            batches(tmp_path)
+
+    def test_tars_without_samples(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [("a.pyd", b"x")])
+        with pytest.raises(DataError, match=r"holds no sample with an image"):
+            open_stream(str(tmp_path), "train")
+
+    def test_a_rank_without_samples_ends_instead_of_reading_for_ever(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", samples(0, 1))
+        with pytest.raises(DataError, match=r"rank 1 found no sample in \d+ tars: use fewer workers"):
+            batches(tmp_path, rank=1, world=2)
+
+    @pytest.mark.parametrize(
+        ("changes", "input", "message"),
+        [
+            ({}, {}, r"does not know how many samples.*set train.max_steps, or input.epoch_samples"),
+            ({}, {"resampled": True, "epoch_samples": 9}, r"does not know how many samples there are: set train.max_steps$"),
+            ({"max_steps": 3, "val_split": "val"}, {}, r"train.val_split=val needs an index.*aepipe adopt"),
+        ],
+    )
+    def test_what_only_an_index_gives(self, tars: Path, tmp_path: Path, changes: dict, input: dict, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            small_job(str(tars), tmp_path / "run", input=InputSpec(reader="webdataset", **input), **changes)
+
+    def test_options_of_the_other_reader(self) -> None:
+        with pytest.raises(ConfigError, match=r"belong to input.reader=webdataset"):
+            InputSpec(resampled=True)
+
+
+def job(tars: Path, out: Path, **changes: Any):
+    options = {name: changes.pop(name) for name in ("resampled", "epoch_samples") if name in changes}
+    return small_job(
+        str(tars), out, input=InputSpec(reader="webdataset", shuffle=8, **options), **{"max_steps": 6, "global_batch": 16} | changes
+    )
+
+
+class TestTraining:
+    def test_a_run_is_the_same_again(self, tars: Path, tmp_path: Path) -> None:
+        results = [fit(job(tars, tmp_path / name, resampled=True)) for name in ("a", "b")]
+        assert [result.step for result in results] == [6, 6]
+        assert published_weights(tmp_path / "a") == published_weights(tmp_path / "b")
+
+    def test_epochs_are_counted_in_samples(self, tars: Path, tmp_path: Path) -> None:
+        made = job(tars, tmp_path / "run", max_steps=0, epochs=2, epoch_samples=50)
+        assert steps_per_epoch(made, open_stream(str(tars), "train")) == 4
+        assert fit(made).step == 8
+        assert {row["epoch"] for row in losses(tmp_path / "run")} == {0, 1}
+
+    def test_uneven_tars_do_not_hang_two_ranks(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "in/a.tar", samples(0, 40))
+        write_tar(tmp_path / "in/b.tar", samples(40, 3))
+        fit_on(job(tmp_path / "in", tmp_path / "run"), 2)
+        assert [row["samples"] for row in losses(tmp_path / "run")] == [16] * 6
+
+    def test_a_run_that_stopped_goes_on(self, tars: Path, tmp_path: Path) -> None:
+        def stop(ref: object, _: object) -> None:
+            raise KeyboardInterrupt
+
+        made = job(tars, tmp_path / "run", every_steps=2)
+        with pytest.raises(KeyboardInterrupt):
+            fit(made, on_checkpoint=stop)
+        assert fit(made).step == 6
+        assert [row["step"] for row in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+    def test_other_tars_are_another_run(self, tars: Path, tmp_path: Path) -> None:
+        fit(job(tars, tmp_path / "run"))
+        write_tar(tars / "00002.tar", samples(50, 3))
+        with pytest.raises(ConfigError, match=r"data.train"):
+            fit(job(tars, tmp_path / "run"))
+
+    def test_the_identity_of_other_runs_does_not_know_these_options(self, tars: Path, tmp_path: Path) -> None:
+        plain = small_job(str(tars), tmp_path / "run")
+        assert plain.input.identity() == {"reader": "lanes"}
+        assert dataclasses.replace(plain.input, shuffle=3).identity() == {"reader": "lanes"}
