@@ -72,6 +72,7 @@ def understand(words: Sequence[str]) -> None:
                 _, command, arguments = command.resolve_command(context, rest)
         command.make_context("ray", list(arguments))
     else:
-        from prefect.cli import app
+        from prefect.cli._app import _app  # what `prefect` itself calls runs the command; this one only parses
 
-        app.parse_args(arguments, exit_on_error=False, print_error=False)
+        session = [word for word in arguments if word in ("--prompt", "--no-prompt")]
+        _app.parse_args([word for word in arguments if word not in session], exit_on_error=False, print_error=False)
