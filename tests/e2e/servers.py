@@ -141,11 +141,11 @@ class Prefect:
     def state(self, run_id: str) -> str:
         return self.states(run_id)[-1]
 
-    def start(self, deployment: str) -> str:
+    def start(self, deployment: str, **settings: Any) -> str:
         """Start a run of the deployment `flow/name` and return its id."""
         flow, _, name = deployment.partition("/")
         (found,) = self.ask("deployments/filter", flows={"name": {"any_": [flow]}}, deployments={"name": {"any_": [name]}})
-        return str(self.ask(f"deployments/{found['id']}/create_flow_run")["id"])
+        return str(self.ask(f"deployments/{found['id']}/create_flow_run", **settings)["id"])
 
     def run(self, *command: object, env: dict[str, str] | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """Run a command as a client of this server, from the project's root."""

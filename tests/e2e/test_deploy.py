@@ -7,12 +7,14 @@ import secrets
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pipelines.flows.stages import RESCUED
 from tests.canary import find_canary
 from tests.e2e.servers import Postgres, Prefect, ended, eventually, postgres, prefect_server, prefect_worker
 from tests.pipelines.processes import below
@@ -64,9 +66,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def nightly(site: Site) -> Iterator["subprocess.Popen[bytes]"]:
-    """Deploy infra/prefect.yaml with a tick a minute and start a worker; the tests below meet the first tick while they do other things."""
+    """Deploy infra/prefect.yaml with a tick within two minutes and start a worker: the tick comes while the first tests do other things."""
     site.deploy()
-    env = {"AEPIPE_OUT": str(site.folder / "nightly"), "AEPIPE_CRON": "* * * * *"}
+    soon = time.localtime(time.time() + 100).tm_min
+    env = {"AEPIPE_OUT": str(site.folder / "nightly"), "AEPIPE_CRON": f"{soon},{(soon + 4) % 60} * * * *"}
     said = site.server.run("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--all", env=env).stdout
     assert said.count("successfully created") == 5, said
     with site.worker() as worker:
@@ -101,8 +104,9 @@ def test_deploying_again_changes_nothing_and_takes_an_old_schedule_away(site: Si
     first = json.loads(site.deploy(*command, "--cron", "0 3 * * *", "--json"))
     assert first["pool"] == {"name": "aepipe", "type": "process", "made": "kept"}
     before = site.server.ask("deployments/filter", deployments=names)
-    pipeline = next(one for one in before if one["parameters"]["recipe"]["out"] == str(site.folder / "again"))
+    (pipeline,) = [one for one in before if one["schedules"]]
     assert [plan["schedule"]["cron"] for plan in pipeline["schedules"]] == ["0 3 * * *"]
+    assert pipeline["parameters"]["recipe"]["out"] == str(site.folder / "again")
     assert pipeline["work_pool_name"] == "aepipe"
     assert "aepipe-pipeline/again: updated, 0 3 * * * (UTC)" in site.deploy(*command, "--cron", "0 3 * * *")
     assert "aepipe-pipeline/again: updated\n" in site.deploy(*command)
@@ -121,9 +125,29 @@ def test_a_deployment_that_cannot_work_is_refused_with_what_to_do(site: Site, ni
     assert (wrong.returncode, "refuses us (401): set PREFECT_API_AUTH_STRING" in wrong.stderr) == (5, True), wrong.stderr
 
 
+def test_a_run_that_always_crashes_fails_in_the_end(site: Site, nightly: object) -> None:
+    site.deploy("demo", "name=cursed", f"out={site.folder / 'cursed'}", *TINY, HERE)
+    deployment = "aepipe-shard/cursed"
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2999-01-01T00:00:00Z"}}
+    runs = {crashes: site.server.start(deployment, state=later) for crashes in (2, 3)}
+    for crashes, run in runs.items():
+        states = [{"type": "CRASHED"}, later | {"message": RESCUED}] * crashes
+        for state in [
+            {"type": "CRASHED"},
+            later,
+            *states[:-1],
+            {"type": "SCHEDULED", "message": RESCUED},
+        ]:  # the first one was answered by hand
+            site.server.ask(f"flow_runs/{run}/set_state", state=state, force=True)
+        eventually("the run is over", lambda run=run: site.server.state(run) in OVER, 90, 0.5)
+    assert [site.server.state(run) for run in runs.values()] == ["Completed", "Failed"]
+    (failed,) = site.server.runs(flow_runs={"id": {"any_": [runs[3]]}})
+    assert "the process of this run died 3 times in a row" in failed["state"]["message"]
+
+
 def test_a_run_whose_process_is_killed_goes_on_by_itself(site: Site, nightly: "subprocess.Popen[bytes]") -> None:
     out = site.folder / "doomed"
-    site.deploy("demo", "name=doomed", f"out={out}", *TINY, "train.epochs=150", "checkpoint.every_steps=100", HERE)
+    site.deploy("demo", "name=doomed", f"out={out}", *TINY, "train.epochs=100", "checkpoint.every_steps=100", HERE)
     run = site.server.start("aepipe-pipeline/doomed")
     eventually("the run trains", lambda: trains(out), 120)
     os.kill(engine_of(nightly, run), signal.SIGKILL)
@@ -142,7 +166,7 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself(site: Site, nightly: "s
 def test_a_cron_tick_of_prefect_yaml_runs_the_pipeline_and_leaves_no_secret(site: Site, nightly: object) -> None:
     def first() -> list[dict]:
         runs = site.server.runs(flow_runs={"tags": {"all_": ["auto-scheduled"]}})
-        return [run for run in runs if run["state"]["name"] in (*OVER, "Crashed")]
+        return [run for run in runs if run["state"]["name"] in ("Completed", "Failed", "Crashed")]  # a tick that met another is cancelled
 
     run = eventually("a cron tick fired and its run is over", first, 200, 1)[0]
     assert run["state"]["name"] == "Completed", (site.folder / "worker.log").read_text()[-5000:]

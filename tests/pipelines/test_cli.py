@@ -45,7 +45,7 @@ def test_the_help_imports_nothing_heavy() -> None:
     code += "print([name for name in ('torch', 'ray', 'prefect', 'pydantic', 'pyarrow') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-    for verb in ("shard", "train", "encode", "evaluate", "run", "show", "verify", "list", "serve", "demo"):
+    for verb in ("shard", "train", "encode", "evaluate", "run", "show", "verify", "list", "serve", "deploy", "demo"):
         assert f"\n    {verb}" in output
 
 
