@@ -11,8 +11,7 @@ from typing import Any
 from pipelines.deploy.recipes import TAG
 from pipelines.flows.stages import RESCUED
 
-HEARTBEAT_S = 30  # the shortest that Prefect takes
-LOST_AFTER_S = 90
+LOST_AFTER_S = 90  # three heartbeats (`pipelines.flows.SETTINGS`)
 AGAIN_AFTER_S = 30  # Prefect's worker reports one crash twice, 6 s apart: the second would end a run that is on its way already
 ENDS = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed", "Suspended", "Paused", "AwaitingRetry")
 OF_OURS = {

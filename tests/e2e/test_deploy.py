@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def nightly(site: Site) -> Iterator["subprocess.Popen[bytes]"]:
     """Deploy infra/prefect.yaml with a tick within two minutes and start a worker: the tick comes while the first tests do other things."""
     site.deploy()
-    soon = time.localtime(time.time() + 100).tm_min
+    soon = time.gmtime(time.time() + 100).tm_min
     env = {"AEPIPE_OUT": str(site.folder / "nightly"), "AEPIPE_CRON": f"{soon},{(soon + 4) % 60} * * * *"}
     said = site.server.run("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--all", env=env).stdout
     assert said.count("successfully created") == 5, said
