@@ -188,7 +188,7 @@ def test_a_cron_tick_of_prefect_yaml_runs_the_pipeline_and_leaves_no_secret(site
 @pytest.mark.ray
 def test_a_run_goes_on_when_its_worker_was_killed_with_it(site: Site) -> None:
     out = site.folder / "lost"
-    site.deploy("demo", "name=lost", f"out={out}", *TINY, "train.epochs=150", "checkpoint.every_steps=100", *ON_RAY)
+    site.deploy("demo", "name=lost", f"out={out}", *TINY, "train.epochs=60", "checkpoint.every_steps=100", *ON_RAY)
     with site.worker() as worker:
         run = site.server.start("aepipe-pipeline/lost")
         eventually("the run trains", lambda: trains(out), 120)
