@@ -41,6 +41,17 @@ def of_parts(parts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_deployments(summary: Mapping[str, Any]) -> str:
+    """Return what `aepipe deploy` made, a deployment a line, and how a worker is started."""
+    lines = ["would deploy:"] if summary["dry_run"] else []
+    lines += [f"work pool {summary['pool']['name']} ({summary['pool']['type']}): {summary['pool']['made']}"]
+    lines += [f"automation {automation['name']!r}: {automation['made']}" for automation in summary["automations"]]
+    for deployment in summary["deployments"]:
+        when = f", {deployment['schedule']}" if deployment["schedule"] else ""
+        lines.append(f"deployment {deployment['name']}: {deployment['made']}{when}")
+    return "\n".join([*lines, f"a worker runs them: prefect worker start --pool {summary['pool']['name']}"])
+
+
 def _shard(summary: Mapping[str, Any]) -> str:
     samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""

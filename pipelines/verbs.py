@@ -5,6 +5,7 @@ nothing to print). Thin on purpose: what lasts longer than a few lines is a func
 """
 
 import os
+from typing import Any
 
 from aecore.errors import ConfigError, did_you_mean
 from pipelines import launch, overrides
@@ -198,12 +199,33 @@ def _list(args: Args) -> Result:
     argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
 )
 def _serve(args: Args) -> None:
-    from pipelines import deploy
+    from pipelines.deploy.serve import serve
+
+    serve(_recipes("serve", args), cron=args.cron)
+
+
+@VERBS.register(
+    "deploy",
+    "put the flows of recipes on the Prefect server of PREFECT_API_URL, for workers of a process work pool",
+    argument("recipes", "recipe files or shipped recipes (none: flows that ask for their recipe)", nargs="*", metavar="RECIPE"),
+    argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
+    argument("--pool", "work pool, made if it is missing (default: aepipe)", default="aepipe", metavar="NAME"),
+    writes=True,
+)
+def _deploy(args: Args) -> Result:
+    from pipelines import text
+    from pipelines.deploy.pool import deploy
+
+    return Result(deploy(_recipes("deploy", args), args.cron, args.pool, dry_run=args.dry_run), text.of_deployments)
+
+
+def _recipes(verb: str, args: Args) -> list[Any]:
+    """Return the recipes that are named, each with the overrides; ConfigError for overrides of nothing."""
     from pipelines.config import load_recipe
 
     if not args.recipes:
-        overrides.refuse("serve", args.overrides, "has no recipe to change")
-    deploy.serve([load_recipe(name, args.overrides) for name in args.recipes], cron=args.cron)
+        overrides.refuse(verb, args.overrides, "has no recipe to change")
+    return [load_recipe(name, args.overrides) for name in args.recipes]
 
 
 @VERBS.register("demo", "make a small table of latents from generated sprites, under ./demo or out=...")

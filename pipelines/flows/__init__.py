@@ -5,6 +5,7 @@ their defaults here, before its first import: a home of our own, so that another
 """
 
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,7 +17,9 @@ SETTINGS = {
     "PREFECT_HOME": str(_CACHE / "aepipe" / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the shortest that Prefect takes. `deploy/rescue.py` waits for three of them
     "PREFECT_LOGGING_EXTRA_LOGGERS": "aecore,pipelines",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # what threads and workers log has no run; a warning per line says so else
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 
@@ -39,8 +42,14 @@ def require_server(timeout_s: float = 10.0) -> None:
         return  # it answers: what it wants (a password) is between it and Prefect
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"no Prefect server answers at PREFECT_API_URL={url} ({error}): start it, correct the address, or unset it to work without one"
+            f"no Prefect server answers at PREFECT_API_URL={without_userinfo(url)} ({error}): "
+            "start it, correct the address, or unset it to work without one"
         ) from error
+
+
+def without_userinfo(url: str) -> str:
+    """Return an address for people to read: without `user:password@`."""
+    return re.sub(r"://[^/@]*@", "://", url)
 
 
 set_defaults()

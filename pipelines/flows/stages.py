@@ -16,8 +16,10 @@ from typing import Any
 from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 
-from aecore.errors import ClusterError, ConfigError, DataError, Diverged
+from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed
 from pipelines.cluster.jobs import JobStopped
 from pipelines.config import Recipe
 from pipelines.progress import both, log_to, terminal
@@ -26,6 +28,8 @@ from pipelines.submit import run_as_job, stop
 
 RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
 PIPELINE = "pipeline"
+CRASHES = 3  # as often may the process of one run die before somebody has to look at it
+RESCUED = "its process was gone: run again by aepipe"
 
 
 def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
@@ -41,8 +45,28 @@ def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
 
 def run_step(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Run one step as a Prefect task and return its summary."""
+    require_not_always_crashing()
     summary: dict[str, Any] = _TASKS[name](recipe)
     return summary
+
+
+def require_not_always_crashing() -> None:
+    """RunFailed if this run was scheduled again and again by our automation (`deploy/rescue.py`), and its process died each time."""
+    run = FlowRunContext.get()
+    if run is None or run.flow_run is None or run.flow_run.deployment_id is None:
+        return
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(run.flow_run.id)
+    crashes = 0
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.is_scheduled() and state.message != RESCUED:  # a person or a schedule asked for it
+            crashes = 0
+        crashes += state.is_crashed()
+    if crashes >= CRASHES:
+        raise RunFailed(
+            f"the process of this run died {crashes} times in a row, so it is not started again by itself: look for the reason in the "
+            "worker's log (memory?), then run it again from Prefect's page; what is committed is kept"
+        )
 
 
 def _make(name: str) -> Any:
@@ -73,8 +97,6 @@ def _make(name: str) -> Any:
 
 def _is_cancelled() -> bool:
     """Return whether somebody cancelled the flow run that we are in."""
-    from prefect.client.orchestration import get_client
-
     run_id = runtime.flow_run.id
     if run_id is None:
         return False

@@ -16,13 +16,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from aecore.errors import ClusterError, ConfigError
+from aecore.errors import ClusterError
 from pipelines.cluster.session import make_importable
 from pipelines.config import Recipe
+from pipelines.deploy.recipes import check, deployments
 from pipelines.flows import require_server, set_defaults
-from pipelines.steps import check_pipeline, stage
 
 logger = logging.getLogger(__name__)
 SERVER_TIMEOUT_S = 120.0
@@ -31,13 +30,7 @@ PORT = 4200  # Prefect's own; another free one if it is taken
 
 def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
     """Serve until interrupted. `cron` overrides the recipes' `schedule.cron`; ConfigError if a recipe could never run."""
-    if cron is not None and not recipes:
-        raise ConfigError("--cron needs a recipe to run: aepipe serve RECIPE out=... --cron '0 3 * * *'")
-    for recipe in recipes:
-        check_pipeline(recipe)
-    names = [recipe.name for recipe in recipes]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two recipes have one name ({', '.join(names)}): give each its own `name:` and `out:`")
+    check(recipes, cron, "serve")
     set_defaults()
     make_importable()  # scheduled runs are processes of their own
     with contextlib.ExitStack() as stack:
@@ -48,38 +41,6 @@ def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
 
         wanted: Sequence[Recipe | None] = recipes or [None]
         prefect.serve(*[deployment for recipe in wanted for deployment in deployments(recipe, cron)])
-
-
-def deployments(recipe: Recipe | None, cron: str | None = None) -> list[Any]:
-    """Return one Prefect deployment per flow for a recipe; without one, flows that ask for their recipe."""
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.schedules import Cron
-    from prefect.types.entrypoint import EntrypointType
-
-    from pipelines.flows.encode import encode_flow
-    from pipelines.flows.evaluate import evaluate_flow
-    from pipelines.flows.pipeline import pipeline_flow
-    from pipelines.flows.shard import shard_flow
-    from pipelines.flows.train import train_flow
-
-    flows = {"shard": shard_flow, "train": train_flow, "encode": encode_flow, "evaluate": evaluate_flow, "pipeline": pipeline_flow}
-    one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-    made = []
-    for name, flow in flows.items():
-        options: dict[str, Any] = {"entrypoint_type": EntrypointType.MODULE_PATH, "tags": ["aepipe"]}
-        if recipe is not None:
-            tree = recipe.travelling() if name == "pipeline" else stage(recipe, name).tree
-            options |= {"parameters": {"recipe": tree}, "concurrency_limit": one_at_a_time}
-            when = cron or recipe.schedule.cron
-            if name == "pipeline" and when:
-                try:
-                    options["schedule"] = Cron(when, timezone=recipe.schedule.timezone)
-                except ValueError as error:
-                    raise ConfigError(
-                        f"schedule.cron={when!r} (timezone {recipe.schedule.timezone!r}) cannot be scheduled: {error}"
-                    ) from None
-        made.append(flow.to_deployment(name="manual" if recipe is None else recipe.name, **options))
-    return made
 
 
 @contextlib.contextmanager

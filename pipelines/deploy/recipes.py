@@ -1,0 +1,89 @@
+"""A recipe -> one Prefect deployment per flow, named `<flow>/<recipe name>`; the pipeline gets the schedule.
+
+The parameters are what Prefect keeps in its database and shows on its page: the recipe's tree, in which no credentials may stand.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from aecore.errors import ConfigError
+from pipelines.config import Recipe
+from pipelines.steps import check_pipeline, stage
+
+FLOWS = ("shard", "train", "encode", "evaluate", "pipeline")
+TAG = "aepipe"
+MANUAL = "manual"  # deployments that have no recipe: whoever starts a run gives one
+_SECRET = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*@|[?&](X-Amz-Signature|Signature|sig|token)=", re.IGNORECASE)
+_NOT_IN_A_NAME = re.compile(r"[/%&><]")
+
+
+def check(recipes: Sequence[Recipe], cron: str | None, verb: str) -> None:
+    """ConfigError if a recipe could never run, or must not stand in Prefect's database."""
+    if cron is not None and not recipes:
+        raise ConfigError(f"--cron needs a recipe to run: aepipe {verb} RECIPE out=... --cron '0 3 * * *'")
+    for recipe in recipes:
+        check_pipeline(recipe)
+        require_no_credentials(recipe.tree)
+        if _NOT_IN_A_NAME.search(recipe.name) or recipe.name == MANUAL:
+            raise ConfigError(
+                f"the name {recipe.name!r} cannot name a deployment: give another with name=..., without / % & < > and not {MANUAL!r}"
+            )
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two recipes have one name ({', '.join(names)}): give each its own `name:` and `out:`")
+
+
+def require_no_credentials(tree: Mapping[str, Any]) -> None:
+    """ConfigError, which does not repeat the value, if an address holds a password or a signature."""
+    for key, value in _texts(tree):
+        if _SECRET.search(value):
+            raise ConfigError(
+                f"{key} holds credentials, and a recipe is kept and shown by Prefect: take them out of the address and give them to the "
+                "workers' environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
+    elif isinstance(value, str):
+        yield key, value
+
+
+def schedule(recipe: Recipe, cron: str | None = None) -> Any:
+    """Return the Prefect schedule of a recipe (`cron` overrides `schedule.cron`), None without one; ConfigError for a wrong one."""
+    from prefect.schedules import Cron
+
+    when = cron or recipe.schedule.cron
+    if not when:
+        return None
+    try:
+        return Cron(when, timezone=recipe.schedule.timezone)
+    except ValueError as error:
+        raise ConfigError(f"schedule.cron={when!r} (timezone {recipe.schedule.timezone!r}) cannot be scheduled: {error}") from None
+
+
+def deployments(recipe: Recipe | None, cron: str | None = None, **options: Any) -> list[Any]:
+    """Return one Prefect deployment per flow for a recipe; without one, flows that ask for their recipe. `options` are Prefect's."""
+    from importlib import import_module
+
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.types.entrypoint import EntrypointType
+
+    one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    made = []
+    for name in FLOWS:
+        flow: Any = getattr(import_module(f"pipelines.flows.{name}"), f"{name}_flow")
+        settings: dict[str, Any] = {"entrypoint_type": EntrypointType.MODULE_PATH, "tags": [TAG], **options}
+        if recipe is not None:
+            tree = recipe.travelling() if name == "pipeline" else stage(recipe, name).tree
+            settings |= {"parameters": {"recipe": tree}, "concurrency_limit": one_at_a_time}
+            if name == "pipeline" and (when := schedule(recipe, cron)) is not None:
+                settings["schedule"] = when
+        made.append(flow.to_deployment(name=MANUAL if recipe is None else recipe.name, **settings))
+    return made
