@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up `.venv` from the exact lock, then run one of the project's jobs in it. Standard library only, no make needed.
 
-    python3 infra/bootstrap.py [setup | demo | test | lint | accept | bench | browser | lock] [arguments of the job]
+    python3 infra/bootstrap.py [setup | demo | test | lint | accept | bench | servers | lock] [arguments of the job]
 
 One pip command installs everything, so nothing is upgraded behind the lock's back; `pip check` has the last word. A stamp in
 `.venv` makes later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without
@@ -225,12 +225,13 @@ def lint(args: list[str]) -> int:
 
 def test(args: list[str]) -> int:
     """Lint, then all tests but the full-size ones. Both run even if lint fails; pytest's closing line comes last."""
-    browser([])
+    servers([])
     linted = lint([])
     return job("python", "-m", "pytest", *args) or linted
 
 
 def accept(args: list[str]) -> int:
+    servers([])
     return job("python", "-m", "pytest", "-m", "accept", "--timeout=5400", *args, AECORE_ACCEPT="1")
 
 
@@ -238,10 +239,12 @@ def bench(args: list[str]) -> int:
     return job("python", "-m", "tests.benchmarks", *args)
 
 
-def browser(args: list[str]) -> int:
-    """Install Chromium for the page test if it is missing and that is possible; the test skips without it."""
+def servers(args: list[str]) -> int:
+    """Install what tests start beside Python packages, if it is missing and that is possible; they skip without it."""
     if not any(map(shutil.which, BROWSERS)) and not apt_install("chromium"):
         say("no Chromium: the test that opens Prefect's page will be skipped (Debian: sudo apt-get install chromium)")
+    if not any(Path("/usr/share/postgresql").glob("*/extension/pg_trgm.control")) and not apt_install("postgresql"):
+        say("no PostgreSQL: the tests of deployments will be skipped (Debian: sudo apt-get install postgresql)")
     return 0
 
 
@@ -269,7 +272,7 @@ JOBS = {
     "lint": lint,
     "accept": accept,
     "bench": bench,
-    "browser": browser,
+    "servers": servers,
     "lock": lock,
 }
 
