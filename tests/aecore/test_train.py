@@ -249,8 +249,10 @@ def test_an_unfinished_run_cannot_be_loaded_as_a_model(data, tmp_path):
     assert _killed(job, "checkpoint.linked:1") is True
     with pytest.raises(DataError, match="has not finished"):
         load_model(job.out)
-    with pytest.raises(DataError, match="holds no trained model"):
+    with pytest.raises(DataError, match=r"root of a pipeline, expected a training run: give .*/run"):
         load_model(str(tmp_path))
+    with pytest.raises(DataError, match="holds no trained model"):
+        load_model(str(tmp_path / "nothing"))
 
 
 def test_a_checkpoint_is_never_a_pickle_that_runs(data, tmp_path):
