@@ -185,8 +185,7 @@ def read_checkpoint(store: Store, name: str, *, verify: bool = True) -> Checkpoi
     prefix = f"{name}/" if name else ""
     data = read_json(store, prefix + MANIFEST)
     files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
-    for file in files:
-        store.check(file, verify=verify)
+    store.check_all(files, verify=verify)
     sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
     metrics = tuple(FileRef(**part) for part in data["metrics"])
     return CheckpointRef(name, data["step"], sha256, files, metrics, data["best"], data["info"])

@@ -126,8 +126,7 @@ def read_record(store: Store, part: str) -> PartRecord | None:
         return None
     data = read_json(store, f"records/{part}.json")
     files = tuple(FileRef(**ref) for ref in data["files"])
-    for ref in files:
-        store.check(ref)
+    store.check_all(files)
     return PartRecord(data["part"], files, data["rows"], data["quarantined"], data["detail"], data["timings"])
 
 

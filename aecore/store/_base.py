@@ -77,6 +77,9 @@ class Store(Protocol):
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         """DataError unless `ref` is there with its size, and with its sha256 if `verify` (then every byte is read)."""
 
+    def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
+        """Check several files, at once where they are far away; the first in order that is wrong is raised."""
+
     def local(self, ref: FileRef) -> Path:
         """Return a path on this machine that holds `ref`, for use at once; DataError if it is missing or has another size."""
 

@@ -82,6 +82,10 @@ class LocalStore:
         if verify and (found := sha256_file(path)) != ref.sha256:
             raise damaged(path, ref, found)
 
+    def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
+        for ref in refs:
+            self.check(ref, verify=verify)
+
     def local(self, ref: FileRef) -> Path:
         self.check(ref)
         return self._path(ref.name)
@@ -138,12 +142,18 @@ def _link(staged: Path, target: Path) -> None:
     """Link `staged` to `target` and make the folder for it, again if `remove` takes the empty folder away in between."""
     for left in range(LINK_TRIES, 0, -1):
         try:
-            _make_folder(target.parent)
             os.link(staged, target)
             return
         except FileNotFoundError:
             if left == 1 or not staged.exists():
                 raise
+        _make_folder(target.parent.parent)
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            target.parent.mkdir()  # linked to at once: fsynced before, it would lie empty for a while
+            with contextlib.suppress(FileNotFoundError):
+                os.link(staged, target)
+                _fsync(target.parent.parent)
+                return
 
 
 def _make_folder(folder: Path) -> None:

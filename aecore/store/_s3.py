@@ -14,10 +14,11 @@ import itertools
 import os
 import tempfile
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 PART_BYTES, MAX_PARTS = 16 << 20, 9_000  # a service takes 10,000 parts
 PARTS_AT_ONCE, FETCHES_AT_ONCE = 4, 4
 READ_BYTES, PAGE = 1 << 20, 1000
+CHECKS_AT_ONCE = 8
+RECENT_S, SMALL_BYTES, MAX_RECENT = 5.0, 1 << 18, 256  # a small file is read once in so many seconds: no file of an artefact ever changes
+_recent: dict[str, tuple[float, bytes]] = {}  # address -> when it was read, bytes
 AHEAD_FILES = 48  # small files of a source in flight
 
 
@@ -227,19 +231,32 @@ class S3Store(_Place):
         if ref is not None:
             with os.fdopen(self.open(ref), "rb") as file:
                 return file.read()
+        known = _recent.get(self._where(name))
+        if known is not None and time.monotonic() - known[0] < RECENT_S:
+            return known[1]
         try:
-            return self._get(name)
+            data = self._get(name)
         except Answered as error:
             if error.missing:
                 raise DataError(f"{self._where(name)} is missing") from None
             raise
+        if len(data) <= SMALL_BYTES:
+            if len(_recent) > MAX_RECENT:
+                _recent.clear()
+            _recent[self._where(name)] = time.monotonic(), data
+        return data
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
-        require_size(self._where(ref.name), ref, self.size(ref.name))
-        if verify:
-            with self.stage() as copy:
-                if (found := self._download(ref.name, copy)) != ref.sha256:
-                    raise damaged(self._where(ref.name), ref, found)
+        if not verify:
+            require_size(self._where(ref.name), ref, self.size(ref.name))
+            return
+        with self.stage() as copy:
+            self._fetch(ref, copy)
+
+    def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
+        with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+            for done in [pool.submit(self.check, ref, verify=verify) for ref in refs]:
+                done.result()
 
     def local(self, ref: FileRef) -> Path:
         return self._cache.path(ref, self._fetch)
@@ -283,6 +300,7 @@ class S3Store(_Place):
         return sorted(name for name in found if name)
 
     def remove(self, name: str) -> None:
+        _recent.pop(self._where(name), None)
         self._client.call(self._where(name), "remove", "delete_object", **self._at(name))
 
 
