@@ -20,7 +20,16 @@ from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEnco
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, RunFailed
 from aecore.fanout import FanOut, OnPart, collect, serial
-from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, require_kind, require_same
+from aecore.generations import (
+    PartRecord,
+    claim_generation,
+    commit_manifest,
+    newest_number,
+    read_json,
+    recorded_parts,
+    require_kind,
+    require_same,
+)
 from aecore.registry import to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -123,7 +132,9 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     known = set() if parent is None else {(part.split, part.shard) for part in parent.parts}
     shards = dataset.manifest.shards
     tasks = [task for shard in shards if (shard.split, shard.stem) not in known for task in part_tasks(shard, spec)]
-    done = {task.stem: record for task in tasks if (record := recorded_part(store, task, loaded.sha256)) is not None}
+    recorded = recorded_parts(store)
+    begun = [task for task in tasks if task.stem in recorded]
+    done = {task.stem: record for task in begun if (record := recorded_part(store, task, loaded.sha256)) is not None}
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
     make_worker = MakeEncodeWorker(setup, loaded)

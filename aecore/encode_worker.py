@@ -27,7 +27,7 @@ from aecore.data.transform import preprocessing_sha256
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, DataError
 from aecore.fanout import Commit
-from aecore.generations import PartRecord, read_record, write_record
+from aecore.generations import PartRecord, read_record, recorded_parts, write_record
 from aecore.store import Store, canonical_json, open_store
 from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_name, part_table
 
@@ -99,6 +99,7 @@ class EncodeWorker:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.store = open_store(setup.out_url)
+        self.recorded = recorded_parts(self.store)  # a worker that replaces a killed one asks again
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
         loaded = loaded or load_model(setup.model_url, device=setup.device)
         if loaded.sha256 != setup.checkpoint_sha256:
@@ -110,7 +111,7 @@ class EncodeWorker:
 
     def __call__(self, task: EncodeTask) -> Commit:
         """Encode one part and return the call that commits it; an earlier attempt's record is returned as it is (a rerun)."""
-        known = recorded_part(self.store, task, self.setup.checkpoint_sha256)
+        known = recorded_part(self.store, task, self.setup.checkpoint_sha256) if task.stem in self.recorded else None
         if known is not None:
             return lambda: known
         started = time.perf_counter()

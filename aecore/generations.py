@@ -117,6 +117,14 @@ def write_record(store: Store, record: PartRecord) -> PartRecord:
         return known
 
 
+def recorded_parts(store: Store) -> frozenset[str]:
+    """Return the names of the parts that seem to be committed: one question instead of one per part.
+
+    A hint: a part that it misses is made again, and found to be there when it is committed.
+    """
+    return frozenset(name.removesuffix(".json") for name in store.list("records"))
+
+
 def read_record(store: Store, part: str) -> PartRecord | None:
     """Return the record of a part whose files are all there with their sizes; None if it was never committed.
 

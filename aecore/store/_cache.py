@@ -84,8 +84,7 @@ class ObjectCache:
             if path.exists() or not _is_at(descriptor, part):  # somebody else was first, or removed what nobody held
                 return
             with _errors(self.root):
-                self._make_room(ref.bytes)
-                os.ftruncate(descriptor, ref.bytes)  # counted from now on
+                self._make_room(descriptor, ref.bytes)
                 fetch(ref, part)
                 part.rename(path)
         except BaseException:
@@ -94,8 +93,8 @@ class ObjectCache:
         finally:
             os.close(descriptor)
 
-    def _make_room(self, needed: int) -> None:
-        """Evict what was not asked for the longest time until `needed` more bytes fit."""
+    def _make_room(self, descriptor: int, needed: int) -> None:
+        """Evict what was not asked for the longest time until `needed` more bytes fit, and take them for the file of `descriptor`."""
         with _locked(self.root / "lock"):
             found = _objects(self.root)
             total = sum(state.st_size for state, _ in found)
@@ -105,6 +104,7 @@ class ObjectCache:
                     continue
                 if _remove_unused(path):
                     total -= state.st_size
+            os.ftruncate(descriptor, needed)  # counted from now on
         if total + needed > self.limit:
             logger.warning(
                 "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", self.root, total, needed, self.limit
