@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from aecore.store._base import FileRef
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
 DEFAULT_BYTES = 16 << 30
+_OURS = re.compile(r"[0-9a-f]{64}(?:\.part)?")
 KEPT_S = 60.0  # an object whose path was given out may be opened this much later
 FETCHERS = 8
 
@@ -112,11 +114,11 @@ class ObjectCache:
 
 
 def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:
-    """Return what lies in the cache; an object that arrives meanwhile changes its name."""
+    """Return what we put into the cache, whatever else lies there; an object that arrives meanwhile changes its name."""
     found = []
     for name in os.listdir(root):
         with contextlib.suppress(FileNotFoundError):
-            if name != "lock":
+            if _OURS.fullmatch(name):
                 found.append(((root / name).stat(), root / name))
     return found
 

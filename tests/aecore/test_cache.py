@@ -134,6 +134,16 @@ def test_leftovers_and_damage_of_a_killed_process_are_no_harm(tmp_path):
     assert held(cache) == 1000, "parts that nobody writes any more are removed"
 
 
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "scratch", 500), Origin()
+    (cache.root / "folder").mkdir(parents=True)
+    for name in ("thesis.txt", "film.part"):
+        (cache.root / name).write_bytes(b"x" * 1000)
+    assert read(cache, origin, "a") == origin.data("a") and read(cache, origin, "b") == origin.data("b")
+    assert {path.name for path in cache.root.iterdir()} >= {"folder", "thesis.txt", "film.part"}
+    assert not (cache.root / origin.ref("a").sha256).exists()
+
+
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
     cache, origin = ObjectCache(tmp_path / "cache", 8000), Origin()
     failed = threading.Event()
