@@ -85,14 +85,15 @@ class ObjectCache:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if path.exists() or not _is_at(descriptor, part):  # somebody else was first, or removed what nobody held
                 return
-            with _errors(self.root):
-                self._make_room(ref.bytes)
-                os.ftruncate(descriptor, ref.bytes)  # counted from now on
-                fetch(ref, part)
-                part.rename(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+            try:
+                with _errors(self.root):
+                    self._make_room(ref.bytes)
+                    os.ftruncate(descriptor, ref.bytes)  # counted from now on
+                    fetch(ref, part)
+                    part.rename(path)
+            except BaseException:  # of who holds the lock: to stop waiting for it must not cost somebody else the file
+                part.unlink(missing_ok=True)
+                raise
         finally:
             os.close(descriptor)
 

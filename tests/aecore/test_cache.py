@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,27 @@ def test_what_others_keep_in_the_folder_stays(tmp_path):
     assert read(cache, origin, "a") == origin.data("a") and read(cache, origin, "b") == origin.data("b")
     assert {path.name for path in cache.root.iterdir()} >= {"folder", "thesis.txt", "film.part"}
     assert not (cache.root / origin.ref("a").sha256).exists()
+
+
+def test_who_stops_waiting_takes_nothing_from_who_fetches(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin(pause_s=0.6)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(read, cache, origin, "a")
+            while not origin.fetched:
+                time.sleep(0.01)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                read(cache, origin, "a")
+            assert fetching.result() == origin.data("a")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert origin.fetched == ["a"]
 
 
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
