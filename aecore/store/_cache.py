@@ -95,7 +95,7 @@ class ObjectCache:
                 part.unlink(missing_ok=True)
                 raise
         finally:
-            os.close(descriptor)
+            _release(descriptor)
 
     def _make_room(self, needed: int) -> None:
         """Evict what was not asked for the longest time until `needed` more bytes fit."""
@@ -152,7 +152,13 @@ def _locked(path: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        _release(descriptor)
+
+
+def _release(descriptor: int) -> None:
+    """Unlock and close: a child that was forked meanwhile has the descriptor too, and would hold the lock as long as it lives."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -166,6 +166,25 @@ def test_who_stops_waiting_takes_nothing_from_who_fetches(tmp_path):
     assert origin.fetched == ["a"]
 
 
+def test_a_child_forked_while_an_object_arrives_holds_nobody_up(tmp_path):
+    cache, origin, children = ObjectCache(tmp_path / "cache", 3000), Origin(), list[int]()
+
+    def forking(ref, target):
+        children.append(os.fork())
+        if not children[0]:
+            time.sleep(30)
+            os._exit(0)
+        origin.fetch(ref, target)
+
+    try:
+        started = time.monotonic()
+        os.close(cache.open(origin.ref("a"), forking))
+        assert time.monotonic() - started < 10
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
     cache, origin = ObjectCache(tmp_path / "cache", 8000), Origin()
     failed = threading.Event()
