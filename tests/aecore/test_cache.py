@@ -146,24 +146,30 @@ def test_what_others_keep_in_the_folder_stays(tmp_path):
 
 
 def test_who_stops_waiting_takes_nothing_from_who_fetches(tmp_path):
-    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin(pause_s=0.6)
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def slow(ref, target):
+        origin.fetched.append(ref.name)
+        with target.open("wb") as file:
+            time.sleep(0.6)
+            file.write(origin.data(ref.name))
+
     before = signal.signal(signal.SIGALRM, interrupted)
     try:
         with ThreadPoolExecutor(1) as pool:
-            fetching = pool.submit(read, cache, origin, "a")
+            fetching = pool.submit(cache.open, origin.ref("a"), slow)
             while not origin.fetched:
                 time.sleep(0.01)
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(KeyboardInterrupt):
-                read(cache, origin, "a")
-            assert fetching.result() == origin.data("a")
+                cache.open(origin.ref("a"), slow)
+            os.close(fetching.result())
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert origin.fetched == ["a"]
+    assert origin.fetched == ["a"] and read(cache, origin, "a") == origin.data("a")
 
 
 def test_a_child_forked_while_an_object_arrives_holds_nobody_up(tmp_path):
