@@ -104,7 +104,7 @@ class ObjectCache:
             total = sum(state.st_size for state, _ in found)
             for state, path in sorted(found, key=lambda item: item[0].st_mtime):
                 abandoned = path.suffix == ".part"
-                if not abandoned and (total + needed <= self.limit or state.st_mtime > time.time()):
+                if not abandoned and (total + needed <= self.limit or 0 < state.st_mtime - time.time() <= KEPT_S):
                     continue
                 if _remove_unused(path):
                     total -= state.st_size

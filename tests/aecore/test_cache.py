@@ -191,6 +191,14 @@ def test_a_child_forked_while_an_object_arrives_holds_nobody_up(tmp_path):
         os.waitpid(children[0], 0)
 
 
+def test_an_object_from_the_time_of_a_wrong_clock_does_not_stay_for_ever(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 2000), Origin()
+    for name in "abcd":
+        read(cache, origin, name)
+        os.utime(cache.root / origin.ref(name).sha256, (4e9, 4e9))
+    assert held(cache) <= 2000
+
+
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
     cache, origin = ObjectCache(tmp_path / "cache", 8000), Origin()
     failed = threading.Event()
