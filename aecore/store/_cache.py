@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from aecore.errors import ConfigError, StoreError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store._base import FileRef
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,13 @@ class ObjectCache:
     def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
         """Return the path of an object that has no known sha256; `identity` (address and version) stands for it."""
         ref = FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
-        return self.path(ref, lambda _, target: (download(target), None)[1])
+
+        def whole(_: FileRef, target: Path) -> None:
+            download(target)
+            if (found := target.stat().st_size) != size:
+                raise DataError(f"{identity.split()[0]} was replaced while it was read ({found} bytes, there were {size}): run it again")
+
+        return self.path(ref, whole)
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
         """Bring one object here; waits if another process or thread is doing so."""

@@ -199,6 +199,19 @@ def test_an_object_from_the_time_of_a_wrong_clock_does_not_stay_for_ever(tmp_pat
     assert held(cache) <= 2000
 
 
+def test_an_object_that_is_replaced_before_it_arrives_is_an_error(tmp_path):
+    cache, tries = ObjectCache(tmp_path / "cache", 3000), list[int]()
+
+    def other(target):
+        tries.append(1)
+        assert len(tries) < 9, "it would be fetched for ever"
+        target.write_bytes(b"longer than it was")
+
+    with pytest.raises(DataError, match="replaced while it was read"):
+        cache.unverified("s3://bucket/a.tar etag", 4, other)
+    assert held(cache) == 0
+
+
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
     cache, origin = ObjectCache(tmp_path / "cache", 8000), Origin()
     failed = threading.Event()
