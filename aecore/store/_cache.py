@@ -47,7 +47,7 @@ class ObjectCache:
         """Return a descriptor of an object, fetched if it is not there; while it is open the object is not evicted."""
         path = self.root / ref.sha256
         while True:
-            with contextlib.suppress(FileNotFoundError):
+            with _errors(self.root), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 state = os.fstat(descriptor)

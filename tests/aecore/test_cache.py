@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FileRef
 from aecore.store._cache import ObjectCache
 
@@ -210,6 +210,12 @@ def test_an_object_that_is_replaced_before_it_arrives_is_an_error(tmp_path):
     with pytest.raises(DataError, match="replaced while it was read"):
         cache.unverified("s3://bucket/a.tar etag", 4, other)
     assert held(cache) == 0
+
+
+def test_a_cache_that_cannot_be_a_folder_is_told(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StoreError, match="set AECORE_CACHE"):
+        read(ObjectCache(tmp_path / "file", 3000), Origin(), "a")
 
 
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
