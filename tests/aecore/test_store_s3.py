@@ -36,9 +36,10 @@ class TestAddresses:
         assert absolute_url("s3://bucket/a/b/") == "s3://bucket/a/b"
         assert absolute_url("s3://work@bucket/a") == "s3://work@bucket/a"
 
-    def test_keys_in_a_url_are_refused_and_not_repeated(self):
+    @pytest.mark.parametrize("secret", ["verysecret", "verysecret/with+slash", "verysecret//", "/verysecret"])
+    def test_keys_in_a_url_are_refused_and_not_repeated(self, secret):
         with pytest.raises(ConfigError, match="never into a URL") as raised:
-            absolute_url("s3://AKIA:verysecret@bucket/a")
+            absolute_url(f"s3://AKIA:{secret}@bucket/a")
         assert "verysecret" not in str(raised.value)
 
     @pytest.mark.parametrize("url", ["s3:///a", "s3://bucket/a/../b", "s3://bucket//a", "gs://bucket/a"])
