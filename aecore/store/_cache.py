@@ -60,6 +60,10 @@ class ObjectCache:
                     path.unlink(missing_ok=True)
             self._fetch(ref, path, fetch)
 
+    def forget(self, ref: FileRef) -> None:
+        """Remove an object, so that it is fetched again; who has it open keeps what is there."""
+        (self.root / ref.sha256).unlink(missing_ok=True)
+
     def prefetch(self, refs: Sequence[FileRef], fetch: Fetch) -> None:
         """Fetch these objects in the background, in this order, as far as half the cache holds them."""
         total = 0

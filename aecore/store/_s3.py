@@ -225,14 +225,23 @@ class S3Store(_Place):
 
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
         if ref is not None:
-            with os.fdopen(self.open(ref), "rb") as file:
-                return file.read()
+            return self._read_verified(ref)
         try:
             return self._get(name)
         except Answered as error:
             if error.missing:
                 raise DataError(f"{self._where(name)} is missing") from None
             raise
+
+    def _read_verified(self, ref: FileRef) -> bytes:
+        """Return the bytes of `ref`; a copy on this machine that a power failure or a disk has damaged is fetched again."""
+        for _ in range(2):
+            with os.fdopen(self.open(ref), "rb") as file:
+                data = file.read()
+            if (found := hashlib.sha256(data).hexdigest()) == ref.sha256:
+                return data
+            self._cache.forget(ref)
+        raise damaged(f"the copy of {self._where(ref.name)} in {self._cache.root}", ref, found)
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         require_size(self._where(ref.name), ref, self.size(ref.name))

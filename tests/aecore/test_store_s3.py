@@ -140,6 +140,13 @@ class TestFiles:
             with pytest.raises(DataError, match="missing"):
                 read()
 
+    def test_a_damaged_copy_on_this_machine_is_fetched_again(self, s3):
+        store, data = open_store(s3.url), os.urandom(5000)
+        ref = store.put("model.safetensors", data, role="checkpoint")
+        assert store.read(ref.name, ref=ref) == data
+        store.local(ref).write_bytes(data[:4000] + bytes(1000))  # of the right size, as a power failure leaves it
+        assert store.read(ref.name, ref=ref) == data
+
     def test_a_store_travels_without_credentials(self, s3):
         store = open_store(f"{s3.url}/x")
         store.put("a", b"1", role="part")  # its session is open
