@@ -203,7 +203,7 @@ class TestRefused:
     def test_headers_that_lie(self, tmp_path: Path, descr: str, shape: tuple[int, ...], num_bytes: int) -> None:
         text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
         (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + bytes(num_bytes))
-        with pytest.raises(DataError, match=r"a.npy is damaged: its header promises"):
+        with pytest.raises(DataError, match=r"a.npy (is damaged: its header promises|has a damaged .npy header)"):
             listing(tmp_path)
 
     def test_a_member_that_goes_beyond_the_end_of_its_npz(self, tmp_path: Path) -> None:
