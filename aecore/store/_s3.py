@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import os
+import socket
 import tempfile
 import threading
 import uuid
@@ -128,7 +129,7 @@ class S3Store(_Place):
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
-        path = _scratch() / f"{os.getpid()}-{uuid.uuid4().hex}"
+        path = _scratch() / f"{os.getpid()}-{_place()}-{uuid.uuid4().hex}"
         try:
             yield path
         finally:
@@ -356,8 +357,15 @@ _cleaned: set[int] = set()
 _cleaning = threading.Lock()
 
 
+def _place() -> str:
+    """Return where our process id means something: containers and machines that share a folder do not see each other's processes."""
+    namespace = Path("/proc/self/ns/pid")
+    inode = namespace.stat().st_ino if namespace.exists() else 0
+    return hashlib.sha256(f"{socket.gethostname()} {inode}".encode()).hexdigest()[:8]
+
+
 def _scratch() -> Path:
-    """Return this user's folder for staged files; what processes that are gone left there is removed, once per process."""
+    """Return this user's folder for staged files; what processes of this place that are gone left there is removed, once per process."""
     folder = Path(tempfile.gettempdir(), f"aecore-staged-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -366,7 +374,7 @@ def _scratch() -> Path:
         if os.getpid() not in _cleaned:
             _cleaned.add(os.getpid())
             for path in folder.iterdir():
-                pid = path.name.partition("-")[0]
-                if pid.isdigit() and not Path("/proc", pid).exists():
+                pid, _, rest = path.name.partition("-")
+                if pid.isdigit() and rest.startswith(f"{_place()}-") and not Path("/proc", pid).exists():
                     path.unlink(missing_ok=True)
     return folder

@@ -186,6 +186,21 @@ with store.stage() as staged:
 """
 
 
+def test_what_another_container_stages_in_a_shared_folder_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(s3_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    store = open_store("s3://bucket/a")
+    with monkeypatch.context() as there:
+        there.setattr(s3_module.os, "getpid", lambda: 4_194_305)  # not a process here
+        there.setattr("socket.gethostname", lambda: "elsewhere")
+        with store.stage() as theirs:
+            theirs.write_bytes(b"being uploaded")
+            there.undo()
+            monkeypatch.setattr(s3_module.tempfile, "gettempdir", lambda: str(tmp_path))
+            monkeypatch.setattr(s3_module, "_cleaned", set())
+            with store.stage():
+                assert theirs.exists()
+
+
 @pytest.mark.parametrize("stage", FAULT_STAGES)
 def test_a_killed_writer_leaves_nothing_or_everything(s3, tmp_path, stage):
     environment = os.environ | {"AECORE_FAULT": f"part.{stage}", "TMPDIR": str(tmp_path)}
