@@ -100,6 +100,7 @@ class ObjectCache:
                     self._make_room(ref.bytes)
                     os.ftruncate(descriptor, ref.bytes)  # counted from now on
                     fetch(ref, part)
+                    os.fsync(descriptor)  # else a power failure may leave the name with zeros in the right size
                     part.rename(path)
             except BaseException:  # of who holds the lock: to stop waiting for it must not cost somebody else the file
                 part.unlink(missing_ok=True)

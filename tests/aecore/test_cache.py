@@ -218,6 +218,14 @@ def test_a_cache_that_cannot_be_a_folder_is_told(tmp_path):
         read(ObjectCache(tmp_path / "file", 3000), Origin(), "a")
 
 
+def test_an_object_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    cache, origin, seen = ObjectCache(tmp_path / "cache", 3000), Origin(), list[tuple[int, bool]]()
+    final = cache.root / origin.ref("a").sha256
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append((os.fstat(descriptor).st_size, final.exists())))
+    read(cache, origin, "a")
+    assert seen == [(1000, False)]
+
+
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
     cache, origin = ObjectCache(tmp_path / "cache", 8000), Origin()
     failed = threading.Event()
