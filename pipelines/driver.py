@@ -73,10 +73,13 @@ def _end(exit_code: int, said: dict[str, Any]) -> int:
 
 
 def result_of(line: str) -> dict[str, Any] | None:
-    """Return what a line RESULT says, None for any other line."""
+    """Return what a line RESULT says, None for any other line, and for one that was cut off on its way."""
     if not line.startswith(RESULT):
         return None
-    said = json.loads(line.removeprefix(RESULT))
+    try:
+        said = json.loads(line.removeprefix(RESULT))
+    except ValueError:
+        return None
     return said if isinstance(said, dict) else None
 
 

@@ -175,9 +175,12 @@ class ArrayFile:
         if any(side < 0 for side in shape) or expected != end - start:
             what = "is truncated" if expected > end - start else "is damaged"
             raise self._error(f"{what}: an array of shape {shape} and dtype {dtype} takes {expected} bytes, there are {end - start}", array)
-        if not expected:
-            return np.empty(shape, dtype)
-        return np.asarray(np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C"))
+        try:
+            if not expected:
+                return np.empty(shape, dtype)
+            return np.asarray(np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C"))
+        except (*_DAMAGED, OverflowError) as error:  # sides that numpy refuses, or values beyond the end of the file
+            raise self._error(f"is damaged: its header promises shape {shape} and dtype {dtype} ({error}): restore it", array) from error
 
 
 def _drain(stream: IO[bytes]) -> None:

@@ -24,6 +24,7 @@ from aecore.store import Files, absolute_url, open_files
 BLOCK, CHUNK_BYTES = 512, 1 << 20
 MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, where nobody says another limit
 MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
+MAX_DIGITS = 20  # of a PAX size
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
 _KINDS = {b"1": "hard links", b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
@@ -103,7 +104,7 @@ class TarFile:
                 said |= self._extended(kind, start, size)
                 position = start + size + -size % BLOCK
                 continue
-            size = int(said.get("size", size)) if said.get("size", "0").isdecimal() else size
+            size = self._said_size(said, size, position)
             name, is_sparse = said.get("path", name), any(key.startswith("GNU.sparse") for key in said)
             said = {}
             has_data = kind not in (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -138,6 +139,7 @@ class TarFile:
         try:
             right = int(checksum.strip(b" \0") or b"-1", 8) == sum(block) - sum(block[_CHECKSUM_AT]) + 8 * ord(" ")
             num_bytes = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
+            right = right and num_bytes >= 0  # a negative size leads back: the walk would never end
         except ValueError:
             right, num_bytes = False, 0
         if not right:
@@ -158,6 +160,12 @@ class TarFile:
         if kind == b"g" and {"path", "size"} & found.keys():
             raise DataError(f"{self.where} gives all its members one name or size at byte {start}: it is damaged or hostile")
         return {} if kind == b"g" else found
+
+    def _said_size(self, said: dict[str, str], size: int, position: int) -> int:
+        text = said.get("size", "")
+        if len(text) > MAX_DIGITS:
+            raise DataError(f"{self.where} has a damaged PAX header at byte {position}: it states a size of {len(text)} digits: restore it")
+        return int(text) if text.isdecimal() else size
 
     def _pax(self, data: bytes, start: int) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -30,7 +30,10 @@ from aecore.errors import StoreError, disk_remedy
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
 CHUNK_BYTES = 1 << 20
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the sample's fault
+_OURS = frozenset(  # not the sample's fault: no memory or room here, or the file system it lies on went away
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+    | {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.EINTR}
+)
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
 _SUFFIXES = {ext: f".{ext}".encode() for ext in DATA_EXTENSIONS}
 

@@ -37,6 +37,7 @@ __all__ = [
 DATA_EXTENSIONS = IMAGE_EXTENSIONS | {"npy"}
 ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
 MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
+MAX_DIMS = 32  # numpy has 64 for a batch
 _USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
 _MAX_ARRAY_HEADER = 10_000  # characters; numpy reads no longer ones
 
@@ -154,6 +155,8 @@ def array_header(data: bytes) -> ArrayHeader:
         raise BadSample("format", f".npy header is damaged ({type(error).__name__})") from error
     if dtype.kind not in "biufc" or dtype.fields is not None:
         raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read")
+    if len(shape) > MAX_DIMS:
+        raise BadSample("unsupported", f".npy with {len(shape)} dimensions: at most {MAX_DIMS} are read")
     if fortran:
         raise BadSample("unsupported", ".npy in Fortran order: only C order is read; save np.ascontiguousarray(array)")
     if dtype != np.dtype(dtype.name):
@@ -170,6 +173,6 @@ def array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool
     descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
     if len(text) > _MAX_ARRAY_HEADER or len(fields) != 3 or not (isinstance(descr, str | list) and isinstance(fortran, bool)):
         raise ValueError(text[:80])
-    if not isinstance(shape, tuple) or not all(isinstance(side, int) for side in shape):
+    if not isinstance(shape, tuple) or not all(type(side) is int for side in shape):
         raise ValueError(shape)
     return np.dtype(descr), shape, fortran

@@ -32,6 +32,7 @@ class Ledger:
     files: frozenset[str]
     stems: frozenset[str]
     claims: Mapping[int, State]
+    adopted: bool = False  # its tars are somebody else's, wherever they lie
 
     @property
     def highest(self) -> int:
@@ -50,7 +51,8 @@ def read_ledger(store: Store, kind: str) -> Ledger:
         files = frozenset(ref.name for manifest in datasets for ref in manifest.files)
         shards = {shard.stem for manifest in datasets for shard in manifest.shards}
         stems = frozenset(shards | {part.stem for manifest in datasets for part in manifest.rejected})
-        return Ledger(kind, newest, files, stems, {number: _dataset_state(store, number, newest, files) for number in claims})
+        adopted = any("adopted" in manifest.identity for manifest in datasets) or any(_adopts(store, number) for number in claims)
+        return Ledger(kind, newest, files, stems, {number: _dataset_state(store, number, newest, files) for number in claims}, adopted)
     tables = [read_table_manifest(store, number) for number in numbers]
     files = frozenset(ref.name for manifest in tables for ref in manifest.files)
     stems = frozenset(part.stem for manifest in tables for part in manifest.parts)
@@ -66,6 +68,11 @@ def _dataset_state(store: Store, number: int, newest: int, files: frozenset[str]
         return State.COMMITTED
     parent = _said(store, number, "identity", "parent")
     return State.DEAD if parent < newest else State.UNFINISHED
+
+
+def _adopts(store: Store, number: int) -> bool:
+    dataset = _said(store, number, "identity").get("dataset")
+    return isinstance(dataset, Mapping) and "adopted" in dataset
 
 
 def _table_state(store: Store, number: int, tables: Sequence[TableManifest]) -> State:

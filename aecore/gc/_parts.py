@@ -55,9 +55,13 @@ def _record_of(name: str) -> str | None:
 def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
     """Return the claim that a file belongs to; None if its name is not one of ours, or of a claim that there never was.
 
+    A tar is not ours where tars are adopted: they may lie in this very folder, under names like ours.
+
     Parts of a table carry the claim of the dataset's shard in their names, not the table's: they belong to its newest claim.
     """
     folder, _, file = name.partition("/")
+    if ledger.adopted and file.endswith(".tar"):
+        return None
     if folder == "listings":
         match = re.fullmatch(r"(\d{6})\.parquet", file)
     else:

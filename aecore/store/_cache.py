@@ -13,18 +13,20 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from aecore.errors import ConfigError, StoreError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store._base import FileRef
 
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
 DEFAULT_BYTES = 16 << 30
+_OURS = re.compile(r"[0-9a-f]{64}(?:\.part)?")
 KEPT_S = 60.0  # an object whose path was given out may be opened this much later
 FETCHERS = 8
 
@@ -45,7 +47,7 @@ class ObjectCache:
         """Return a descriptor of an object, fetched if it is not there; while it is open the object is not evicted."""
         path = self.root / ref.sha256
         while True:
-            with contextlib.suppress(FileNotFoundError):
+            with _errors(self.root), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 state = os.fstat(descriptor)
@@ -57,6 +59,10 @@ class ObjectCache:
                 if state.st_nlink:  # cut off by a full disk or a power failure
                     path.unlink(missing_ok=True)
             self._fetch(ref, path, fetch)
+
+    def forget(self, ref: FileRef) -> None:
+        """Remove an object, so that it is fetched again; who has it open keeps what is there."""
+        (self.root / ref.sha256).unlink(missing_ok=True)
 
     def prefetch(self, refs: Sequence[FileRef], fetch: Fetch) -> None:
         """Fetch these objects in the background, in this order, as far as half the cache holds them."""
@@ -71,7 +77,13 @@ class ObjectCache:
     def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
         """Return the path of an object that has no known sha256; `identity` (address and version) stands for it."""
         ref = FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
-        return self.path(ref, lambda _, target: (download(target), None)[1])
+
+        def whole(_: FileRef, target: Path) -> None:
+            download(target)
+            if (found := target.stat().st_size) != size:
+                raise DataError(f"{identity.split()[0]} was replaced while it was read ({found} bytes, there were {size}): run it again")
+
+        return self.path(ref, whole)
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
         """Bring one object here; waits if another process or thread is doing so."""
@@ -83,15 +95,16 @@ class ObjectCache:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if path.exists() or not _is_at(descriptor, part):  # somebody else was first, or removed what nobody held
                 return
-            with _errors(self.root):
-                self._make_room(descriptor, ref.bytes)
-                fetch(ref, part)
-                part.rename(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+            try:
+                with _errors(self.root):
+                    self._make_room(descriptor, ref.bytes)
+                    fetch(ref, part)
+                    part.rename(path)
+            except BaseException:  # of who holds the lock: to stop waiting for it must not cost somebody else the file
+                part.unlink(missing_ok=True)
+                raise
         finally:
-            os.close(descriptor)
+            _release(descriptor)
 
     def _make_room(self, descriptor: int, needed: int) -> None:
         """Evict what was not asked for the longest time until `needed` more bytes fit, and take them for the file of `descriptor`."""
@@ -100,7 +113,7 @@ class ObjectCache:
             total = sum(state.st_size for state, _ in found)
             for state, path in sorted(found, key=lambda item: item[0].st_mtime):
                 abandoned = path.suffix == ".part"
-                if not abandoned and (total + needed <= self.limit or state.st_mtime > time.time()):
+                if not abandoned and (total + needed <= self.limit or 0 < state.st_mtime - time.time() <= KEPT_S):
                     continue
                 if _remove_unused(path):
                     total -= state.st_size
@@ -112,11 +125,11 @@ class ObjectCache:
 
 
 def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:
-    """Return what lies in the cache; an object that arrives meanwhile changes its name."""
+    """Return what we put into the cache, whatever else lies there; an object that arrives meanwhile changes its name."""
     found = []
     for name in os.listdir(root):
         with contextlib.suppress(FileNotFoundError):
-            if name != "lock":
+            if _OURS.fullmatch(name):
                 found.append(((root / name).stat(), root / name))
     return found
 
@@ -149,7 +162,13 @@ def _locked(path: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        _release(descriptor)
+
+
+def _release(descriptor: int) -> None:
+    """Unlock and close: a child that was forked meanwhile has the descriptor too, and would hold the lock as long as it lives."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 @contextlib.contextmanager

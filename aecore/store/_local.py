@@ -174,6 +174,10 @@ def _storage_errors(doing: str) -> Iterator[None]:
         raise StoreError(f"{doing}: {error.strerror or error}{disk_remedy(error)}") from error
 
 
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"cannot read {error.filename}: {error.strerror}; make it readable or move it away") from error
+
+
 class LocalFiles:
     """The files below a folder; hidden ones and links to folders are left out."""
 
@@ -185,7 +189,7 @@ class LocalFiles:
         if not self.root.is_dir():
             raise DataError(f"{self.url} {'is a file' if self.root.exists() else 'does not exist'}: give a folder")
         found: dict[str, int] = {}
-        for folder, folders, names in os.walk(self.root):
+        for folder, folders, names in os.walk(self.root, onerror=_cannot_list):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
                 if path.is_file():

@@ -39,6 +39,8 @@ def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
     """Return profile, bucket and prefix of `s3://[profile@]bucket/prefix`; ConfigError that never repeats what could be a secret."""
     place, _, prefix = text.removeprefix("s3://").partition("/")
     profile, at, bucket = place.rpartition("@")
+    if ":" in place and not at:  # a secret key may hold a slash, so that what follows it looks like a prefix
+        profile, bucket = place, "bucket"
     if ":" in profile or (at and not profile):
         raise ConfigError(
             f"{what} has something else than the name of a profile before the @: write s3://profile@{bucket}/... with a profile of "

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -99,13 +100,15 @@ class _Place:
         async def all_of_it(filesystem: "S3FileSystem") -> str:
             async def once() -> str:
                 digest = hashlib.sha256()
-                with target.open("wb", buffering=0) as file:
+                # not emptied first: the cache counts the size that it gave the file
+                with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
 
                     def take(piece: bytes) -> None:
                         file.write(piece)
                         digest.update(piece)
 
                     await _stream(filesystem, self._at(name), take)
+                    file.truncate()
                 return digest.hexdigest()
 
             return await retried(once, self._where(name), "read")
@@ -132,7 +135,7 @@ class S3Store(_Place):
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
-        path = _scratch() / f"{os.getpid()}-{uuid.uuid4().hex}"
+        path = _scratch() / f"{os.getpid()}-{_place()}-{uuid.uuid4().hex}"
         try:
             yield path
         finally:
@@ -229,8 +232,7 @@ class S3Store(_Place):
 
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
         if ref is not None:
-            with os.fdopen(self.open(ref), "rb") as file:
-                return file.read()
+            return self._read_verified(ref)
         known = _recent.get(self._where(name))
         if known is not None and time.monotonic() - known[0] < RECENT_S:
             return known[1]
@@ -245,6 +247,16 @@ class S3Store(_Place):
                 _recent.clear()
             _recent[self._where(name)] = time.monotonic(), data
         return data
+
+    def _read_verified(self, ref: FileRef) -> bytes:
+        """Return the bytes of `ref`; a copy on this machine that a power failure or a disk has damaged is fetched again."""
+        for _ in range(2):
+            with os.fdopen(self.open(ref), "rb") as file:
+                data = file.read()
+            if (found := hashlib.sha256(data).hexdigest()) == ref.sha256:
+                return data
+            self._cache.forget(ref)
+        raise damaged(f"the copy of {self._where(ref.name)} in {self._cache.root}", ref, found)
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         if not verify:
@@ -365,8 +377,15 @@ _cleaned: set[int] = set()
 _cleaning = threading.Lock()
 
 
+def _place() -> str:
+    """Return where our process id means something: containers and machines that share a folder do not see each other's processes."""
+    namespace = Path("/proc/self/ns/pid")
+    inode = namespace.stat().st_ino if namespace.exists() else 0
+    return hashlib.sha256(f"{socket.gethostname()} {inode}".encode()).hexdigest()[:8]
+
+
 def _scratch() -> Path:
-    """Return this user's folder for staged files; what processes that are gone left there is removed, once per process."""
+    """Return this user's folder for staged files; what processes of this place that are gone left there is removed, once per process."""
     folder = Path(tempfile.gettempdir(), f"aecore-staged-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -375,7 +394,7 @@ def _scratch() -> Path:
         if os.getpid() not in _cleaned:
             _cleaned.add(os.getpid())
             for path in folder.iterdir():
-                pid = path.name.partition("-")[0]
-                if pid.isdigit() and not Path("/proc", pid).exists():
+                pid, _, rest = path.name.partition("-")
+                if pid.isdigit() and rest.startswith(f"{_place()}-") and not Path("/proc", pid).exists():
                     path.unlink(missing_ok=True)
     return folder

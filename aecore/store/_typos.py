@@ -39,8 +39,9 @@ def refuse_typos(text: str, what: str) -> None:
 
 
 def _advice(scheme: str, rest: str) -> str:
-    host = rest.partition("/")[0].rpartition("@")[2]  # what stands before the @ may be a secret
+    rest = rest.rpartition("@")[2]  # what stands before the @ may be a secret, with slashes in it
+    host = rest.partition("/")[0]
     hint = _ELSEWHERE.get(scheme.lower())
     if hint is not None:
-        return hint.format(scheme=scheme.lower(), rest=rest.rpartition("@")[2], host=host)
+        return hint.format(scheme=scheme.lower(), rest=rest, host=host)
     return f"write file:///path or s3://bucket/prefix{did_you_mean(scheme.lower(), SCHEMES)}"

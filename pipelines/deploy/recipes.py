@@ -14,7 +14,7 @@ from pipelines.steps import check_pipeline, stage
 FLOWS = ("shard", "train", "encode", "evaluate", "pipeline")
 TAG = "aepipe"
 MANUAL = "manual"  # deployments that have no recipe: whoever starts a run gives one
-_SECRET = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*@|[?&](X-Amz-Signature|Signature|sig|token)=", re.IGNORECASE)
+_SECRET = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*@|s3://[^/?#@\s]*:|[?&](X-Amz-Signature|Signature|sig|token)=", re.IGNORECASE)
 _NOT_IN_A_NAME = re.compile(r"[/%&><]")
 
 

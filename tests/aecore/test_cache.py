@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FileRef
 from aecore.store._cache import ObjectCache
 
@@ -132,6 +133,89 @@ def test_leftovers_and_damage_of_a_killed_process_are_no_harm(tmp_path):
     (cache.root / ref.sha256).write_bytes(b"cut off")
     assert read(cache, origin, "a") == origin.data("a")
     assert held(cache) == 1000, "parts that nobody writes any more are removed"
+
+
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "scratch", 500), Origin()
+    (cache.root / "folder").mkdir(parents=True)
+    for name in ("thesis.txt", "film.part"):
+        (cache.root / name).write_bytes(b"x" * 1000)
+    assert read(cache, origin, "a") == origin.data("a") and read(cache, origin, "b") == origin.data("b")
+    assert {path.name for path in cache.root.iterdir()} >= {"folder", "thesis.txt", "film.part"}
+    assert not (cache.root / origin.ref("a").sha256).exists()
+
+
+def test_who_stops_waiting_takes_nothing_from_who_fetches(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def slow(ref, target):
+        origin.fetched.append(ref.name)
+        with target.open("wb") as file:
+            time.sleep(0.6)
+            file.write(origin.data(ref.name))
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(cache.open, origin.ref("a"), slow)
+            while not origin.fetched:
+                time.sleep(0.01)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                cache.open(origin.ref("a"), slow)
+            os.close(fetching.result())
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert origin.fetched == ["a"] and read(cache, origin, "a") == origin.data("a")
+
+
+def test_a_child_forked_while_an_object_arrives_holds_nobody_up(tmp_path):
+    cache, origin, children = ObjectCache(tmp_path / "cache", 3000), Origin(), list[int]()
+
+    def forking(ref, target):
+        children.append(os.fork())
+        if not children[0]:
+            time.sleep(30)
+            os._exit(0)
+        origin.fetch(ref, target)
+
+    try:
+        started = time.monotonic()
+        os.close(cache.open(origin.ref("a"), forking))
+        assert time.monotonic() - started < 10
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+
+def test_an_object_from_the_time_of_a_wrong_clock_does_not_stay_for_ever(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 2000), Origin()
+    for name in "abcd":
+        read(cache, origin, name)
+        os.utime(cache.root / origin.ref(name).sha256, (4e9, 4e9))
+    assert held(cache) <= 2000
+
+
+def test_an_object_that_is_replaced_before_it_arrives_is_an_error(tmp_path):
+    cache, tries = ObjectCache(tmp_path / "cache", 3000), list[int]()
+
+    def other(target):
+        tries.append(1)
+        assert len(tries) < 9, "it would be fetched for ever"
+        target.write_bytes(b"longer than it was")
+
+    with pytest.raises(DataError, match="replaced while it was read"):
+        cache.unverified("s3://bucket/a.tar etag", 4, other)
+    assert held(cache) == 0
+
+
+def test_a_cache_that_cannot_be_a_folder_is_told(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StoreError, match="set AECORE_CACHE"):
+        read(ObjectCache(tmp_path / "file", 3000), Origin(), "a")
 
 
 def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aecore.data.job import shard_dataset
+from aecore.data.job import adopt_shards, shard_dataset
 from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
+from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
 from aecore.data.verify import verify_dataset
@@ -175,6 +176,19 @@ def test_names_that_are_not_ours_are_left_alone_and_listed(tmp_path):
     assert report.garbage == ()
     assert set(report.not_ours) == {*theirs[:-1], "quarantine/x"}
     assert all((out / name).read_text() == "mine" for name in theirs)
+
+
+def test_tars_of_others_inside_an_adopted_dataset_stay(tmp_path):
+    shard(image_folder(tmp_path / "images", "train", range(9)), tmp_path / "made")
+    theirs = tmp_path / "theirs/shards"
+    theirs.mkdir(parents=True)
+    for number in range(3):
+        shutil.copy(tmp_path / "made/shards" / f"train-{number:06d}.tar", theirs)
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    adopt_shards(WebdatasetSpec(url=f"{theirs}/train-{{000000..000001}}.tar"), str(theirs.parent))
+    report = later(theirs.parent)
+    assert {name: (theirs / name).read_bytes() for name in before} == before, "adopted ones, and one that was not"
+    assert report.garbage == () and len(report.not_ours) == 3
 
 
 def test_a_damaged_manifest_stops_the_collection(tmp_path):

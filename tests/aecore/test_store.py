@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, canonical_json, open_store, sha256_file
+from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, canonical_json, open_files, open_store, sha256_file
 
 
 def test_put_then_read_returns_the_bytes_and_their_hash(tmp_path):
@@ -167,6 +168,22 @@ def test_remove_takes_an_empty_folder_of_ours_along_and_never_the_artefact_or_th
     for name in ("a/b/one", "top", ".tmp/left", "a/none"):
         store.remove(name)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["theirs", "theirs/.tmp"]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    for name in ("a/1.tar", "b/2.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    scandir = os.scandir
+
+    def stale(path):
+        if str(path).endswith("b"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(DataError, match="b: Stale file handle"):
+        open_files(tmp_path).sizes()
 
 
 def test_modified_is_when_a_file_was_written(tmp_path):

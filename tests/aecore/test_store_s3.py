@@ -36,9 +36,10 @@ class TestAddresses:
         assert absolute_url("s3://bucket/a/b/") == "s3://bucket/a/b"
         assert absolute_url("s3://work@bucket/a") == "s3://work@bucket/a"
 
-    def test_keys_in_a_url_are_refused_and_not_repeated(self):
+    @pytest.mark.parametrize("secret", ["verysecret", "verysecret/with+slash", "verysecret//", "/verysecret"])
+    def test_keys_in_a_url_are_refused_and_not_repeated(self, secret):
         with pytest.raises(ConfigError, match="never into a URL") as raised:
-            absolute_url("s3://AKIA:verysecret@bucket/a")
+            absolute_url(f"s3://AKIA:{secret}@bucket/a")
         assert "verysecret" not in str(raised.value)
 
     @pytest.mark.parametrize("url", ["s3:///a", "s3://bucket/a/../b", "s3://bucket//a", "gs://bucket/a"])
@@ -139,6 +140,13 @@ class TestFiles:
             with pytest.raises(DataError, match="missing"):
                 read()
 
+    def test_a_damaged_copy_on_this_machine_is_fetched_again(self, s3):
+        store, data = open_store(s3.url), os.urandom(5000)
+        ref = store.put("model.safetensors", data, role="checkpoint")
+        assert store.read(ref.name, ref=ref) == data
+        store.local(ref).write_bytes(data[:4000] + bytes(1000))  # of the right size, as a power failure leaves it
+        assert store.read(ref.name, ref=ref) == data
+
     def test_a_store_travels_without_credentials(self, s3):
         store = open_store(f"{s3.url}/x")
         store.put("a", b"1", role="part")  # its session is open
@@ -176,6 +184,21 @@ with store.stage() as staged:
     staged.write_bytes(b"x" * 100)
     store.put_staged("a", staged, role="part")
 """
+
+
+def test_what_another_container_stages_in_a_shared_folder_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(s3_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    store = open_store("s3://bucket/a")
+    with monkeypatch.context() as there:
+        there.setattr(s3_module.os, "getpid", lambda: 4_194_305)  # not a process here
+        there.setattr("socket.gethostname", lambda: "elsewhere")
+        with store.stage() as theirs:
+            theirs.write_bytes(b"being uploaded")
+            there.undo()
+            monkeypatch.setattr(s3_module.tempfile, "gettempdir", lambda: str(tmp_path))
+            monkeypatch.setattr(s3_module, "_cleaned", set())
+            with store.stage():
+                assert theirs.exists()
 
 
 @pytest.mark.parametrize("stage", FAULT_STAGES)

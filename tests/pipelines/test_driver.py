@@ -65,3 +65,9 @@ def test_the_end_of_a_job_becomes_the_error_that_it_had(
     with pytest.raises(expected, match=message) as raised:
         _summary(Ended("a", status, exit_code, ""), said, last)
     assert type(raised.value) is expected
+
+
+def test_a_result_that_was_cut_off_on_its_way_is_none() -> None:
+    whole = driver.RESULT + json.dumps({"summary": {"rows": 3}})
+    assert driver.result_of(whole) == {"summary": {"rows": 3}}
+    assert all(driver.result_of(whole[:end]) is None for end in range(len(whole)))

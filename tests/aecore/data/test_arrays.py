@@ -4,6 +4,7 @@ import gzip
 import io
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,29 @@ class TestRefused:
         np.save(file, PIXELS)
         (tmp_path / "a.npy").write_bytes(change(file.getvalue()))
         with pytest.raises(DataError, match=message):
+            listing(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("descr", "shape", "num_bytes"),
+        [("<U0", (10**18,), 0), ("|u1", (10**21, 0), 0), ("|u1", (True, 2, 2), 4), ("|u1", (2,) + (1,) * 70, 2)],
+    )
+    def test_headers_that_lie(self, tmp_path: Path, descr: str, shape: tuple[int, ...], num_bytes: int) -> None:
+        text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
+        (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + bytes(num_bytes))
+        with pytest.raises(DataError, match=r"a.npy (is damaged: its header promises|has a damaged .npy header)"):
+            listing(tmp_path)
+
+    def test_a_member_that_goes_beyond_the_end_of_its_npz(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", images=np.zeros((1000, 4, 4), np.uint8))
+        data = (tmp_path / "a.npz").read_bytes()
+        start, directory = data.index(b"\x93NUMPY"), data.rindex(b"PK\1\2")
+        shorter = bytearray(data[: start + 200] + data[directory:])  # the rest of the values is missing, the directory says nothing of it
+        at = start + 200
+        shorter[at + 20 : at + 24] = struct.pack("<I", 200)
+        shorter[at + 16 : at + 20] = struct.pack("<I", zlib.crc32(data[start : start + 200]))
+        shorter[-6:-2] = struct.pack("<I", at)
+        (tmp_path / "a.npz").write_bytes(shorter)
+        with pytest.raises(DataError, match=r"a.npz .*damaged"):
             listing(tmp_path)
 
     @pytest.mark.parametrize("cut", [2, 7, 100])

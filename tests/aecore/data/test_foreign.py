@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -234,6 +235,18 @@ class TestHostile:
         with pytest.raises(DataError, match=r"damaged at byte 1024"):
             listing(tmp_path)
 
+    @pytest.mark.parametrize("kind", [b"0", b"x", b"V"])
+    @pytest.mark.parametrize("name", ["a.png", "without"])
+    def test_a_negative_size_leads_nowhere(self, tmp_path: Path, name: str, kind: bytes) -> None:
+        header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+        header[124:136], header[156:157], header[148:156] = b"-1000".ljust(12, b"\0"), kind, b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+        tar = TarFile(ForeignTars.at(str(tmp_path)).files, "a.tar", 1)
+        with pytest.raises(DataError, match="restore it"):
+            list(itertools.islice(tar.members(Counter()), 9))
+        tar.close()
+
     def test_one_name_twice(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("a.PNG", b"2")])
         with pytest.raises(DataError, match=r"has 'a.PNG' twice"):
@@ -251,7 +264,7 @@ class TestHostile:
         with pytest.raises(DataError, match=r"'000000.json' has 2000000 bytes, at most 1048576"):
             listing(tmp_path, columns=("a",))
 
-    @pytest.mark.parametrize("record", [b"999 path=x\n", b"9 path=x", b"x", b"-1 a=b\n", b"11 path\n"])
+    @pytest.mark.parametrize("record", [b"999 path=x\n", b"9 path=x", b"x", b"-1 a=b\n", b"11 path\n", b"5011 size=" + b"9" * 5000 + b"\n"])
     def test_damaged_pax_headers(self, tmp_path: Path, record: bytes) -> None:
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             info = tarfile.TarInfo("h")

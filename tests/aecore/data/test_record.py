@@ -204,6 +204,12 @@ class TestArrays:
             with pytest.raises(DecodeError):
                 Decoder("pillow", SampleFormat((2, 3), np.dtype("f8"), image=False)).batch([data])
 
+    @pytest.mark.parametrize("shape", [(True, 2), (2,) + (1,) * 70])
+    def test_shapes_that_no_batch_can_have_are_refused(self, shape: tuple[int, ...]):
+        text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
+        with pytest.raises(BadSample):
+            array_header(b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + bytes(2))
+
     def test_what_to_do_about_the_order_is_said(self):
         for values, match in (
             (np.ones((2, 3), order="F"), "ascontiguousarray"),

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -234,6 +235,19 @@ class TestQuarantine:
 
         with pytest.raises(OSError, match="Too many"):
             write_shard(open_store(tmp_path), task_of(["a.png"]), Exhausted({}))
+
+    @pytest.mark.parametrize("code", [errno.ESTALE, errno.ENOSPC, errno.ENOTCONN])
+    def test_a_file_system_that_goes_away_or_is_full_is_no_bad_sample(self, tmp_path, code):
+        class Away(MemorySource):
+            def read(self, source: str) -> tuple[str, bytes]:
+                if source == "k001.png":
+                    raise OSError(code, os.strerror(code))
+                return super().read(source)
+
+        files = pictures(3)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            write_shard(open_store(tmp_path), task_of(list(files)), Away(files))
+        assert write_shard(open_store(tmp_path), task_of(list(files)), MemorySource(files)).rows == 3, "nothing was recorded"
 
     def test_decode_finds_what_a_header_does_not_show(self, tmp_path):
         whole = encoded(np.zeros((64, 64), np.uint8), "BMP")
