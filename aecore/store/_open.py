@@ -69,7 +69,7 @@ def open_files(url: str | os.PathLike[str]) -> Files:
     where = absolute_url(url)
     if not where.startswith("s3://"):
         return LocalFiles(Path(where))
-    from aecore.store._s3 import S3Files
+    from aecore.store._s3_files import S3Files
 
     profile, bucket, prefix = _s3_parts(where, "URL")
     return S3Files(where, bucket, prefix, profile)

@@ -1,4 +1,4 @@
-"""An artefact, or files to read, below `s3://[profile@]bucket/prefix` of any S3-compatible service.
+"""An artefact below `s3://[profile@]bucket/prefix` of any S3-compatible service.
 
 A file is staged on this machine and appears by ONE conditional create (`If-None-Match: *`, its sha256 as metadata), in parts if it is
 large. "Exists" with the same sha256 is success: our own lost acknowledgement, or another attempt. Whole objects are read: into
@@ -8,18 +8,11 @@ memory, or into the cache of this machine (`_cache.py`), where they are checked 
 import asyncio
 import base64
 import contextlib
-import errno
 import hashlib
-import itertools
 import os
-import socket
-import tempfile
-import threading
 import time
-import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,107 +20,20 @@ from typing import TYPE_CHECKING, Any
 from aecore.errors import DataError, StoreError
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 from aecore.store._cache import ObjectCache
-from aecore.store._s3_client import Answered, Client, ShortBody, client, code_of, retried
+from aecore.store._s3_client import Answered, code_of, retried
+from aecore.store._s3_place import Place
+from aecore.store._scratch import new_path
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
 
-PART_BYTES, MAX_PARTS = 16 << 20, 9_000  # a service takes 10,000 parts
-PARTS_AT_ONCE, FETCHES_AT_ONCE = 4, 4
-READ_BYTES, PAGE = 1 << 20, 1000
+PART_BYTES, MAX_PARTS, PARTS_AT_ONCE = 16 << 20, 9_000, 4  # a service takes 10,000 parts
 CHECKS_AT_ONCE = 8
 RECENT_S, SMALL_BYTES, MAX_RECENT = 5.0, 1 << 18, 256  # a small file is read once in so many seconds: no file of an artefact ever changes
 _recent: dict[str, tuple[float, bytes]] = {}  # address -> when it was read, bytes
-AHEAD_FILES = 48  # small files of a source in flight
 
 
-class _Place:
-    """A bucket and a prefix, and the client that reaches them."""
-
-    def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
-        self.url, self._bucket, self._prefix, self._profile = url, bucket, prefix, profile
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r})"
-
-    @property
-    def _client(self) -> Client:
-        return client(self._profile)
-
-    def _key(self, name: str) -> str:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
-        return f"{self._prefix}/{name}".strip("/")
-
-    def _where(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
-    def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._key(name)}
-
-    def _head(self, name: str) -> dict[str, Any] | None:  # any: S3's answer
-        try:
-            answer: dict[str, Any] = self._client.call(self._where(name), "look at", "head_object", **self._at(name))
-        except Answered as error:
-            if error.missing:
-                return None
-            raise
-        return answer
-
-    def _pages(self, **arguments: Any) -> Iterator[dict[str, Any]]:  # any: as above
-        more: dict[str, str] = {}
-        while True:
-            page = self._client.call(self.url, "list", "list_objects_v2", Bucket=self._bucket, MaxKeys=PAGE, **arguments, **more)
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def _get(self, name: str) -> bytes:
-        return self._client.run(lambda filesystem: self._body(filesystem, name))
-
-    async def _body(self, filesystem: "S3FileSystem", name: str) -> bytes:
-        async def once() -> bytes:
-            pieces: list[bytes] = []
-            await _stream(filesystem, self._at(name), pieces.append)
-            return b"".join(pieces)
-
-        return await retried(once, self._where(name), "read")
-
-    def _download(self, name: str, target: Path) -> str:
-        """Write an object to `target`; return its sha256."""
-
-        async def all_of_it(filesystem: "S3FileSystem") -> str:
-            async def once() -> str:
-                digest = hashlib.sha256()
-                # not emptied first: the cache counts the size that it gave the file
-                with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
-
-                    def take(piece: bytes) -> None:
-                        file.write(piece)
-                        digest.update(piece)
-
-                    await _stream(filesystem, self._at(name), take)
-                    file.truncate()
-                return digest.hexdigest()
-
-            return await retried(once, self._where(name), "read")
-
-        return self._client.run(all_of_it)
-
-
-async def _stream(filesystem: "S3FileSystem", at: dict[str, str], take: Callable[[bytes], object]) -> None:
-    answer = await filesystem._call_s3("get_object", **at)
-    expected, received = answer["ContentLength"], 0
-    async with answer["Body"] as body:
-        while piece := await body.read(READ_BYTES):
-            received += len(piece)
-            take(piece)
-    if received != expected:
-        raise ShortBody(f"{received} of {expected} bytes arrived")
-
-
-class S3Store(_Place):
+class S3Store(Place):
     """One artefact in a bucket."""
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, str, str | None]]:
@@ -135,7 +41,7 @@ class S3Store(_Place):
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
-        path = _scratch() / f"{os.getpid()}-{_place()}-{uuid.uuid4().hex}"
+        path = new_path()
         try:
             yield path
         finally:
@@ -316,54 +222,6 @@ class S3Store(_Place):
         self._client.call(self._where(name), "remove", "delete_object", **self._at(name))
 
 
-class S3Files(_Place):
-    """Files of somebody else below a prefix."""
-
-    def sizes(self) -> dict[str, int]:
-        prefix, found = f"{self._prefix}/" if self._prefix else "", dict[str, int]()
-        for page in self._pages(Prefix=prefix):
-            found |= {entry["Key"][len(prefix) :]: entry["Size"] for entry in page.get("Contents", ())}
-        found = {name: size for name, size in found.items() if not any(part.startswith(".") or not part for part in name.split("/"))}
-        if not found:
-            raise DataError(f"{self.url} holds no object: check the address")
-        return dict(sorted(found.items()))
-
-    def read(self, name: str) -> bytes:
-        return self._result(self._client.submit(lambda filesystem: self._body(filesystem, name)), name)
-
-    def _result(self, future: Future[bytes], name: str) -> bytes:
-        try:
-            return future.result()
-        except Answered as error:
-            if error.missing:
-                raise FileNotFoundError(errno.ENOENT, "the object is not there any more", self._where(name)) from None
-            raise
-
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
-        """Return `read` for these names in this order, with `AHEAD_FILES` of them in flight."""
-        waiting, flying = iter(names), deque[tuple[str, Future[bytes]]]()
-
-        def send(name: str) -> None:
-            flying.append((name, self._client.submit(lambda filesystem: self._body(filesystem, name))))
-
-        def read(name: str) -> bytes:
-            for following in itertools.islice(waiting, AHEAD_FILES - len(flying)):
-                send(following)
-            sent, future = flying.popleft() if flying else (name, None)
-            assert sent == name, "files are read in the order that was said"
-            return self.read(name) if future is None else self._result(future, name)
-
-        return read
-
-    def local(self, name: str) -> Path:
-        head = self._head(name)
-        if head is None:
-            raise FileNotFoundError(2, "no such object", self._where(name))
-        return ObjectCache().unverified(
-            f"{self._where(name)} {head['ETag']}", int(head["ContentLength"]), lambda to: self._download(name, to)
-        )
-
-
 def _written_sha256(head: dict[str, Any]) -> str | None:  # any: S3's answer
     """Return the sha256 that the writer of an object left in its metadata; services differ in the case of names."""
     return next((str(value) for name, value in head.get("Metadata", {}).items() if name.lower() == "sha256"), None)
@@ -371,30 +229,3 @@ def _written_sha256(head: dict[str, Any]) -> str | None:  # any: S3's answer
 
 def _md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-
-
-_cleaned: set[int] = set()
-_cleaning = threading.Lock()
-
-
-def _place() -> str:
-    """Return where our process id means something: containers and machines that share a folder do not see each other's processes."""
-    namespace = Path("/proc/self/ns/pid")
-    inode = namespace.stat().st_ino if namespace.exists() else 0
-    return hashlib.sha256(f"{socket.gethostname()} {inode}".encode()).hexdigest()[:8]
-
-
-def _scratch() -> Path:
-    """Return this user's folder for staged files; what processes of this place that are gone left there is removed, once per process."""
-    folder = Path(tempfile.gettempdir(), f"aecore-staged-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise StoreError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
-    with _cleaning:
-        if os.getpid() not in _cleaned:
-            _cleaned.add(os.getpid())
-            for path in folder.iterdir():
-                pid, _, rest = path.name.partition("-")
-                if pid.isdigit() and rest.startswith(f"{_place()}-") and not Path("/proc", pid).exists():
-                    path.unlink(missing_ok=True)
-    return folder

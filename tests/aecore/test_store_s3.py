@@ -14,6 +14,8 @@ from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
 from aecore.store import _s3 as s3_module
 from aecore.store import _s3_client as client_module
+from aecore.store import _s3_place as place_module
+from aecore.store import _scratch as scratch_module
 from tests.s3 import ACCESS_KEY, SECRET_KEY
 
 
@@ -67,7 +69,7 @@ class TestFiles:
         assert store.list() == ["records"]
 
     def test_many_names_are_listed_page_by_page(self, s3, monkeypatch):
-        monkeypatch.setattr(s3_module, "PAGE", 10)
+        monkeypatch.setattr(place_module, "PAGE", 10)
         store = open_store(s3.url)
         names = [f"n{number:04d}" for number in range(35)]
         with ThreadPoolExecutor(16) as pool:
@@ -187,16 +189,16 @@ with store.stage() as staged:
 
 
 def test_what_another_container_stages_in_a_shared_folder_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(s3_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(scratch_module.tempfile, "gettempdir", lambda: str(tmp_path))
     store = open_store("s3://bucket/a")
     with monkeypatch.context() as there:
-        there.setattr(s3_module.os, "getpid", lambda: 4_194_305)  # not a process here
+        there.setattr(scratch_module.os, "getpid", lambda: 4_194_305)  # not a process here
         there.setattr("socket.gethostname", lambda: "elsewhere")
         with store.stage() as theirs:
             theirs.write_bytes(b"being uploaded")
             there.undo()
-            monkeypatch.setattr(s3_module.tempfile, "gettempdir", lambda: str(tmp_path))
-            monkeypatch.setattr(s3_module, "_cleaned", set())
+            monkeypatch.setattr(scratch_module.tempfile, "gettempdir", lambda: str(tmp_path))
+            monkeypatch.setattr(scratch_module, "_cleaned", set())
             with store.stage():
                 assert theirs.exists()
 

@@ -31,7 +31,7 @@ from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec
 from aecore.store import open_store
 from aecore.store._cache import FETCHERS
-from aecore.store._s3 import AHEAD_FILES
+from aecore.store._s3_files import AHEAD_FILES
 from aecore.train import TrainJob, TrainSpec, fit
 from aecore.variational import VAESpec
 from tests.benchmarks.pairs import HEADER, compare
