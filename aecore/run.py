@@ -214,10 +214,7 @@ def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 
         transform=job.transform,
         order=order,
         steps_per_epoch=steps_per_epoch(job, dataset),
-        resampled=job.input.resampled,
-        shuffle=job.input.shuffle,
-        member=job.input.member,
-        prefetch=job.input.prefetch,
+        spec=job.input,
     )
 
 

@@ -27,6 +27,7 @@ from aecore._base.batch import Batch
 from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.foreign import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
 from aecore.data.image import BadSample
+from aecore.data.loader import InputSpec
 from aecore.data.manifest import Dataset, DatasetManifest, SampleInfo, ShardRef, content_sha256
 from aecore.data.names import split_of
 from aecore.data.order import TrainingOrder
@@ -118,7 +119,7 @@ class StreamLoader:
         transform: names the decoder.
         order: seed, global batch and who reads.
         steps_per_epoch: what counts as an epoch.
-        resampled, shuffle, member, prefetch: see `InputSpec`.
+        spec: how the tars are read.
     """
 
     def __init__(
@@ -129,17 +130,14 @@ class StreamLoader:
         transform: TransformSpec,
         order: TrainingOrder,
         steps_per_epoch: int,
-        resampled: bool,
-        shuffle: int,
-        member: str,
-        prefetch: int,
+        spec: InputSpec,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self._names = [shard.tar.name for shard in dataset.manifest.split(split)]
         self._tars = ForeignTars.named(dataset.url, tuple(self._names))
         self._sample = SampleFormat.of(dataset.manifest.sample.shapes)
         self._decoder = Decoder(transform.decoder, self._sample)
-        self._order, self._resampled, self._shuffle, self._member, self._prefetch = order, resampled, shuffle, member, prefetch
+        self._order, self._spec = order, spec
         self._seed = f"{dataset.manifest.training_key(split)}|{order.seed}"
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
@@ -147,7 +145,7 @@ class StreamLoader:
 
         DataError names the tar and the key of a sample that does not decode to the form of the first one.
         """
-        return prefetched(self._batches(start_step, stop_step), self._prefetch)
+        return prefetched(self._batches(start_step, stop_step), self._spec.prefetch)
 
     def close(self) -> None:
         """Nothing stays open between batches but what their generator holds."""
@@ -179,16 +177,16 @@ class StreamLoader:
 
         rank = f"{self._order.rank} of {self._order.world}"
         stages = [self._samples]
-        if self._shuffle > 1:
+        if self._spec.shuffle > 1:
             rng = random.Random(f"{self._seed}|{start}|{rank}|samples")
-            stages.append(filters.shuffle(self._shuffle, initial=self._shuffle, rng=rng))
+            stages.append(filters.shuffle(self._spec.shuffle, initial=self._spec.shuffle, rng=rng))
         found: Iterable[StreamSample] = FluidWrapper(functools.partial(self._drawn, start)).compose(*stages)
         return found
 
     def _drawn(self, start: int) -> Iterator[tuple[str, int, int]]:
         """Yield tars without end, with which of their samples are ours: every `step`-th from the `first` on."""
         rank, world = self._order.rank, self._order.world
-        if self._resampled:
+        if self._spec.resampled:
             rng = random.Random(f"{self._seed}|{start}|{rank} of {world}|tars")
             while True:
                 yield rng.choice(self._names), 0, 1
@@ -203,7 +201,7 @@ class StreamLoader:
         empty, said = 0, Counter[str]()
         for name, first, step in drawn:
             skipped, count = Counter[str](), 0
-            for number, (key, (_, data, label)) in enumerate(_read(self._tars, name, self._member, skipped)):
+            for number, (key, (_, data, label)) in enumerate(_read(self._tars, name, self._spec.member, skipped)):
                 if number % step == first:
                     count += 1
                     yield {"__key__": key, "__url__": f"{self._tars.files.url}/{name}", "data": data, "cls": label}

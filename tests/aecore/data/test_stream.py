@@ -22,10 +22,10 @@ from tests.aecore.training import fit_on, losses, published_weights, small_job
 
 
 def batches(url: Path | str, steps: int = 10, start: int = 0, rank: int = 0, world: int = 1, **options: Any) -> list[Batch]:
-    settings = {"resampled": False, "shuffle": 8, "member": "", "prefetch": 0, **options}
+    spec = InputSpec(**{"reader": "webdataset", "shuffle": 8, "prefetch": 0, **options})
     order = TrainingOrder(global_batch=16, lanes=8, rank=rank, world=world)
     dataset = open_stream(str(url), "train")
-    loader = StreamLoader(dataset, "train", transform=TransformSpec(), order=order, steps_per_epoch=1, **settings)
+    loader = StreamLoader(dataset, "train", transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
     return list(loader.batches(start, start + steps))
 
 
