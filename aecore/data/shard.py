@@ -48,8 +48,7 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     pack = Pack(task)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(store.stage())
-        with ThreadPoolExecutor(1) as background:
-            pack.write(staged, source, background)
+        pack.write(staged, source)
         return functools.partial(_commit, store, pack, staged, stack.pop_all(), time.perf_counter() - started)
 
 
