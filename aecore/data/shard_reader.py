@@ -25,7 +25,8 @@ from aecore.errors import DataError
 from aecore.store import Store
 
 WINDOW_BYTES = 1 << 21
-LARGE_SAMPLE, ADOPTED_ROWS = 1 << 13, 64
+LARGE_SAMPLE, ADOPTED_ROWS = 1 << 12, 64
+PARALLEL_BYTES = 1 << 20  # of large samples: they are read and hashed in two threads, which costs 0.1 ms
 
 
 class ShardReader:
@@ -94,7 +95,14 @@ class ShardReader:
 
     def read_rows(self, rows: NDArray[np.int64] | list[int]) -> list[bytes]:
         """Return the data members of these rows (numbers in the shard, any order); DataError naming the key if one is damaged."""
-        return self._read_rows(np.asarray(rows, np.int64), verify=True)
+        rows = np.asarray(rows, np.int64)
+        nbytes = int((self._layout.data_ends[rows] - self._layout.data_begins[rows]).sum())
+        half, _ = len(rows) // 2, self._descriptor  # opened once, not by both threads
+        if nbytes < max(PARALLEL_BYTES, LARGE_SAMPLE * len(rows)):
+            return self._read_rows(rows, verify=True)
+        with ThreadPoolExecutor(1) as helper:
+            rest = helper.submit(self._read_rows, rows[half:], verify=True)
+            return self._read_rows(rows[:half], verify=True) + rest.result()
 
     def _read_rows(self, rows: NDArray[np.int64], *, verify: bool) -> list[bytes]:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]

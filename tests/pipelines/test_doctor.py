@@ -65,7 +65,7 @@ def test_a_bucket_passes_and_nothing_of_the_check_is_left(s3: S3) -> None:
     findings = run_checks(_store.store_checks(url))
     race = findings.pop()
     assert states(findings) == {f"store: {name}": "ok" for name in ("write", "read after write", "put-if-absent", "clock")}, findings
-    # Swift looks whether a name is taken when a request begins, not when it ends: on a busy machine several may win, and that is what is said
+    # Swift looks whether a name is taken when a request begins, not when it ends: on a busy machine several win, and that is said
     assert race.state == "ok" or re.fullmatch("[2-4] of 4 processes were told that they had written one name", race.said), race
     assert open_store(url).list() == []
 

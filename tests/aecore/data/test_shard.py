@@ -23,7 +23,7 @@ from aecore.data.image import BadSample
 from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, content_sha256
 from aecore.data.manifest import ShardRef
 from aecore.data.shard import pack_shard
-from aecore.data.shard_reader import ShardReader
+from aecore.data.shard_reader import PARALLEL_BYTES, ShardReader
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.generations import PartRecord, read_record
@@ -100,6 +100,7 @@ class TestWriting:
         files = pictures(40)
         shard_of(tmp_path / "a", files)
         monkeypatch.setattr(pack_module, "CHUNK_BYTES", 3000)
+        monkeypatch.setattr(pack_module, "SYNC_BYTES", 0)
         shard_of(tmp_path / "b", files)
         assert (tmp_path / "a/shards/train-000000.tar").read_bytes() == (tmp_path / "b/shards/train-000000.tar").read_bytes()
 
@@ -369,6 +370,21 @@ class TestStrictReading:
         files = list(pictures(12).values())
         assert reader.read_rows(np.array([7, 0, 7])) == [files[7], files[0], files[7]]
         assert reader.read_rows(np.array([], np.int64)) == []
+
+    def test_large_samples_are_read_in_two_threads_and_damage_in_either_half_is_named(self, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 256, (300, 72, 72), np.uint8)
+        reader = shard_of(tmp_path, {f"{number:03d}.png": encoded(pixels) for number, pixels in enumerate(noise)})
+        rows = np.random.default_rng(1).permutation(300)
+        assert sum(map(len, reader.read_rows(rows))) > PARALLEL_BYTES
+        assert [np.asarray(Image.open(io.BytesIO(data))).tolist() for data in reader.read_rows(rows)] == noise[rows].tolist()
+        tar = tmp_path / reader.shard.tar.name
+        good = tar.read_bytes()
+        for row in rows[10], rows[290]:
+            member = reader.index["members"][int(row)].as_py()[0]
+            at = member["offset"] + member["size"] // 2
+            tar.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            with pytest.raises(DataError, match=f"damaged at sample '{row:03d}'"):
+                self.fresh(reader).read_rows(rows)
 
     def test_windows_do_not_change_what_is_read(self, reader, monkeypatch):
         whole = list(reader.iterate())
