@@ -180,12 +180,13 @@ def _commit(store: Store, ref: CheckpointRef) -> CheckpointRef:
     return dataclasses.replace(ref, sha256=committed.sha256)
 
 
-def read_checkpoint(store: Store, name: str, *, verify: bool = True) -> CheckpointRef:
-    """Read the checkpoint `name`; DataError if it is unfinished or (with `verify`) if a file is damaged."""
+def read_checkpoint(store: Store, name: str, *, verify: bool | None = True) -> CheckpointRef:
+    """Read the checkpoint `name`; DataError if it is unfinished or a file is damaged (`verify` False: of another size; None: any)."""
     prefix = f"{name}/" if name else ""
     data = read_json(store, prefix + MANIFEST)
     files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
-    store.check_all(files, verify=verify)
+    if verify is not None:
+        store.check_all(files, verify=verify)
     sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
     metrics = tuple(FileRef(**part) for part in data["metrics"])
     return CheckpointRef(name, data["step"], sha256, files, metrics, data["best"], data["info"])
@@ -272,8 +273,9 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
         if store.size("run.000001.json") is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
         raise DataError(f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder")
-    checkpoint = read_checkpoint(store, name)
+    checkpoint = read_checkpoint(store, name, verify=None)
     config_ref = checkpoint.file("config.json")
+    store.prefetch([config_ref, checkpoint.file("model.safetensors")])  # both are verified when they are read
     config = ModelConfig.from_dict(json.loads(store.read(config_ref.name, ref=config_ref)))
     with torch.random.fork_rng(devices=[]):
         model = config.build()

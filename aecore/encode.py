@@ -8,7 +8,8 @@ quarantine with a reason. Shards that the table already knows are not read again
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from aecore.generations import (
     PartRecord,
     claim_generation,
     commit_manifest,
-    newest_number,
+    newest_of,
     read_json,
     recorded_parts,
     require_kind,
@@ -119,25 +120,24 @@ def encode_dataset(
 
 def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: str = "cpu", threads: int = 1) -> EncodePlan:
     """Load the checkpoint and the manifests, check that all fit, and return what is to be done; writes nothing."""
-    dataset = open_dataset(absolute_url(data, "data"))
-    loaded = load_model(absolute_url(run, "run"))  # on the CPU: the workers' device may not be on this machine
+    data_url, run_url, store = absolute_url(data, "data"), absolute_url(run, "run"), open_store(out)
+    with ThreadPoolExecutor(2) as beside:  # a bucket takes its time for every question
+        opening, looking = beside.submit(open_dataset, data_url), beside.submit(_look, store)
+        loaded = load_model(run_url)  # on the CPU: the workers' device may not be on this machine
+        dataset, (claimed, (parent, parent_sha256), recorded) = opening.result(), looking.result()
     require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
     columns = Encoder(loaded, spec, "cpu").describe()
-    store = open_store(out)
-    require_kind(store, "table")
     identity = _identity(loaded, spec, columns)
-    parent, parent_sha256 = _parent(store)
-    _require_same_table(store, identity, parent)
+    _require_same_table(store, identity, claimed if parent is None else parent.identity)
     _require_descendant(store, dataset, parent)
     known = set() if parent is None else {(part.split, part.shard) for part in parent.parts}
     shards = dataset.manifest.shards
     tasks = [task for shard in shards if (shard.split, shard.stem) not in known for task in part_tasks(shard, spec)]
-    recorded = recorded_parts(store)
     begun = [task for task in tasks if task.stem in recorded]
     done = {task.stem: record for task in begun if (record := recorded_part(store, task, loaded.sha256)) is not None}
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
-    make_worker = MakeEncodeWorker(setup, loaded)
+    make_worker = MakeEncodeWorker(setup, loaded, recorded)
     return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256, done)
 
 
@@ -175,21 +175,31 @@ def _lineage(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _parent(store: Store) -> tuple[TableManifest | None, str | None]:
-    number = newest_number(store, STEM)
+def _look(store: Store) -> tuple[Mapping[str, Any] | None, tuple[TableManifest | None, str | None], Set[str]]:
+    """Return what is at the address of the table: the identity of its first claim, its newest manifest with its hash, recorded parts."""
+    names = store.list()
+    require_kind(store, "table", names)
+    claimed = _claimed(store) if "run.000001.json" in names else None
+    return claimed, _parent(store, names), recorded_parts(store) if "records" in names else frozenset()
+
+
+def _claimed(store: Store) -> Mapping[str, Any]:
+    claim = read_json(store, "run.000001.json")["identity"]
+    identity: Mapping[str, Any] = claim.get("table", claim)
+    return identity
+
+
+def _parent(store: Store, names: Sequence[str]) -> tuple[TableManifest | None, str | None]:
+    number = newest_of(names, STEM)
     if number is None:
         return None, None
     return read_table_manifest(store, number), hashlib.sha256(store.read(f"{STEM}.{number:06d}.json")).hexdigest()
 
 
-def _require_same_table(store: Store, identity: Mapping[str, Any], parent: TableManifest | None) -> None:
+def _require_same_table(store: Store, identity: Mapping[str, Any], there: Mapping[str, Any] | None) -> None:
     """ConfigError if the table, or an attempt that was never committed, is of another identity."""
-    plain = json.loads(canonical_json(identity))
-    if parent is not None:
-        require_same(store.url, "table", plain, parent.identity)
-    elif store.size("run.000001.json") is not None:
-        claim = read_json(store, "run.000001.json")["identity"]
-        require_same(store.url, "table", plain, claim.get("table", claim))
+    if there is not None:
+        require_same(store.url, "table", json.loads(canonical_json(identity)), there)
 
 
 def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:
@@ -205,8 +215,9 @@ def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | 
 
 def _claim(store: Store, plan: EncodePlan) -> None:
     identity = {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
-    claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
-    _require_same_table(store, plan.identity, plan.parent)  # somebody else may have claimed the same URL at the same time
+    claim = claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
+    if claim > 1 and plan.parent is None:  # somebody else may have claimed the same URL at the same time
+        _require_same_table(store, plan.identity, _claimed(store))
 
 
 def _manifest(plan: EncodePlan, records: Sequence[PartRecord]) -> TableManifest:

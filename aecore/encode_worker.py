@@ -8,7 +8,7 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +95,11 @@ class EncodeSetup:
 class EncodeWorker:
     """Makes parts. Opens its stores and loads the model when it is made, once per process."""
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None) -> None:
+    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None) -> None:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         self.store = open_store(setup.out_url)
-        self.recorded = recorded_parts(self.store)  # a worker that replaces a killed one asks again
+        self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one asks again
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
         loaded = loaded or load_model(setup.model_url, device=setup.device)
         if loaded.sha256 != setup.checkpoint_sha256:
@@ -121,9 +121,9 @@ class EncodeWorker:
             index = loader.index(task.shard)
         return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
 
-    def ahead(self, task: EncodeTask) -> None:
-        """Begin to bring the shard of a later task near."""
-        self.dataset.prefetch([task.shard])
+    def ahead(self, tasks: Sequence[EncodeTask]) -> None:
+        """Begin to bring the shards of the next tasks near."""
+        self.dataset.prefetch([task.shard for task in tasks if task.stem not in self.recorded])
 
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
         started, shard = time.perf_counter(), task.shard
@@ -158,14 +158,15 @@ class EncodeWorker:
 
 
 class MakeEncodeWorker:
-    """Makes workers. In the process of the plan they share its model; a copy that travelled to another process loads its own."""
+    """Makes workers. In the process of the plan they share what it knows; a copy that travelled to another process asks and loads again."""
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None) -> None:
+    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None) -> None:
         self.setup = setup
         self.loaded = loaded if setup.device == "cpu" else None
+        self.recorded = recorded
 
     def __call__(self) -> EncodeWorker:
-        return EncodeWorker(self.setup, self.loaded)
+        return EncodeWorker(self.setup, self.loaded, self.recorded)
 
     def __reduce__(self) -> tuple[type["MakeEncodeWorker"], tuple[EncodeSetup]]:
         return MakeEncodeWorker, (self.setup,)

@@ -1,16 +1,16 @@
 """Map parts over workers: the seam between what a job does and who runs it.
 
 A job makes a list of tasks and a picklable factory of workers; a `FanOut` decides where the workers live (this process, Ray
-actors) and yields one outcome per task, in any order. A worker makes a part and returns the call that commits it: the commit
-(fsync, or an upload) goes on in a second thread while the next part is made. A part that fails does not stop the others: its failure
+actors) and yields one outcome per task, in any order. A worker makes a part and returns the call that commits it: commits
+(fsync, or an upload) go on in threads of their own while the next parts are made. A part that fails does not stop the others: its failure
 is a value, and `collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
 """
 
 import contextlib
 import functools
-import itertools
 import logging
 import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from aecore.generations import PartRecord
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+COMMITS = 4  # parts that are being committed while the next one is made: an upload may take longer than a part
+AHEAD = 4  # parts whose input is brought near
 SHOWN = 5  # failures spelled out in the error; the log has all of them
 
 
@@ -69,26 +71,26 @@ def make_part(worker: Worker, task: Any) -> Outcome:
 
 
 def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
-    """Make all parts one after the other with one worker in this process; each is committed while the next one is made.
+    """Make all parts one after the other with one worker in this process; they are committed while the next ones are made.
 
-    A worker that has a method `ahead(task)` is told before which task comes next.
-    Closed or interrupted, it lets the commit that is under way end.
+    A worker that has a method `ahead(tasks)` is told before each part which tasks it gets now and next.
+    Closed or interrupted, it lets the commits that are under way end.
     """
     worker = make_worker()
-    with ThreadPoolExecutor(1, "commit") as background:
-        committing: Future[Outcome] | None = None
-        ahead = getattr(worker, "ahead", None)
-        for task, following in itertools.zip_longest(tasks, tasks[1:]):
-            if ahead is not None and following is not None:
-                ahead(following)
+    ahead: Callable[[Sequence[Any]], None] = getattr(worker, "ahead", lambda tasks: None)
+    with ThreadPoolExecutor(COMMITS, "commit") as background:
+        committing: deque[Future[Outcome]] = deque()
+        for number, task in enumerate(tasks):
+            ahead(tasks[number : number + 1 + AHEAD])
             commit = attempt(functools.partial(worker, task), task)
-            if committing is not None:
-                yield committing.result()
-            committing = None if isinstance(commit, PartFailure) else background.submit(attempt, commit, task)
+            while committing and (len(committing) == COMMITS or committing[0].done()):
+                yield committing.popleft().result()
             if isinstance(commit, PartFailure):
                 yield commit
-        if committing is not None:
-            yield committing.result()
+            else:
+                committing.append(background.submit(attempt, commit, task))
+        while committing:
+            yield committing.popleft().result()
 
 
 def collect(

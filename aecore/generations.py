@@ -11,7 +11,7 @@ run again. Claims are numbered on their own (a dead claim leaves a gap); part na
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,13 @@ def part_stem(prefix: str, claim: int, number: int) -> str:
 
 def newest_number(store: Store, stem: str) -> int | None:
     """Return the highest N of `<stem>.NNNNNN.json`, None if there is none."""
+    return newest_of(store.list(), stem)
+
+
+def newest_of(names: Iterable[str], stem: str) -> int | None:
+    """Return the highest N of `<stem>.NNNNNN.json` among the names at an artefact's address: in a bucket a listing is worth sharing."""
     pattern = re.compile(re.escape(stem) + r"\.(\d{6})\.json")
-    numbers = [int(match[1]) for name in store.list() if (match := pattern.fullmatch(name))]
+    numbers = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
     return max(numbers, default=None)
 
 
@@ -78,11 +83,12 @@ def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info:
     `info` (addresses, versions) is recorded beside the identity and never compared. ConfigError if the place belongs to an artefact of
     another `kind` ("dataset", "run", "table").
     """
-    require_kind(store, kind)
+    names = store.list()
+    require_kind(store, kind, names)
     wanted = canonical_json(identity)
-    number = newest_number(store, "run") or 0
+    number = newest_of(names, "run") or 0
     for known in range(number, 0, -1):
-        if store.size(f"run.{known:06d}.json") is None:
+        if f"run.{known:06d}.json" not in names:
             continue
         if canonical_json(read_json(store, f"run.{known:06d}.json")["identity"]) == wanted:
             return known
@@ -97,9 +103,9 @@ def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info:
                 return number
 
 
-def require_kind(store: Store, kind: str) -> None:
-    """ConfigError if another kind of artefact lives at this address."""
-    number = newest_number(store, "run")
+def require_kind(store: Store, kind: str, names: Sequence[str] | None = None) -> None:
+    """ConfigError if another kind of artefact lives at this address; `names` is its listing, if that is known."""
+    number = newest_of(store.list() if names is None else names, "run")
     there = kind if number is None else read_json(store, f"run.{number:06d}.json").get("kind", kind)
     if there != kind:
         raise ConfigError(f"{store.url} holds a {there}, not a {kind}: write the {kind} to another URL")

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.fanout import Commit, PartFailure, collect, serial
+from aecore.fanout import COMMITS, Commit, PartFailure, collect, serial
 from aecore.generations import PartRecord
 
 
@@ -103,18 +103,36 @@ def test_a_part_is_committed_while_the_next_one_is_made():
         return commit
 
     collect(serial, lambda: worker, [Task("a"), Task("b")])
-    assert events == ["make a", "make b", "commit a", "commit b"]
+    assert events[:2] == ["make a", "make b"]
+    assert sorted(events[2:]) == ["commit a", "commit b"]
+
+
+def test_so_many_parts_are_committed_at_once_and_no_more():
+    made, together = [], threading.Barrier(COMMITS)
+
+    def worker(task):
+        made.append(task.stem)
+
+        def commit():
+            together.wait(10)
+            assert len(made) <= int(task.stem) // COMMITS * COMMITS + COMMITS + 1, "the parts run away from their commits"
+            return PartRecord(task.stem, (), 1)
+
+        return commit
+
+    records = collect(serial, lambda: worker, [Task(str(number)) for number in range(3 * COMMITS)])
+    assert [record.part for record in records] == made
 
 
 def test_a_worker_that_wants_to_know_is_told_what_comes_next():
     told = []
 
     class Foresighted(Worker):
-        def ahead(self, task):
-            told.append(task.stem)
+        def ahead(self, tasks):
+            told.append([task.stem for task in tasks])
 
     collect(serial, Foresighted, [Task("a"), Task("b"), Task("c")])
-    assert told == ["b", "c"]
+    assert told == [["a", "b", "c"], ["b", "c"], ["c"]]
 
 
 def test_a_commit_that_fails_is_the_failure_of_its_part():
