@@ -26,6 +26,7 @@ from aecore.generations import newest_number
 from aecore.kinds import other_kind
 from aecore.slices import Slice
 from aecore.store import Store, open_store
+from aecore.table_files import PartFiles
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
 from aecore.table_write import Column, fixed_size_list, numpy_view, part_metadata, read_footer, read_part
 
@@ -150,9 +151,11 @@ class LatentTable:
     def dataset(self) -> pads.Dataset:
         """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned."""
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-        form, here = pads.ParquetFileFormat(default_fragment_scan_options=options), pafs.LocalFileSystem()
-        fragments = [form.make_fragment(str(self.store.local(part.file)), here, pc.field("split") == part.split) for part in self.parts]
-        return pads.FileSystemDataset(fragments, self.schema.append(pa.field("split", pa.string())), form, here)
+        form = pads.ParquetFileFormat(default_fragment_scan_options=options)
+        parts = {f"{self.url}/{part.file.name}": part for part in self.parts}
+        files = pafs.PyFileSystem(PartFiles(self.store, {path: part.file for path, part in parts.items()}))
+        fragments = [form.make_fragment(path, files, pc.field("split") == part.split) for path, part in parts.items()]
+        return pads.FileSystemDataset(fragments, self.schema.append(pa.field("split", pa.string())), form, files)
 
     def lineage(self, key: str) -> dict[str, Any]:
         """Return the chain of custody of one row: part, shard, dataset, checkpoint, run. DataError if no row has this key.

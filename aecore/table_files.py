@@ -1,0 +1,57 @@
+"""The parts of a table as a pyarrow file system: fetched when they are first read, and readable as long as they are open."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from aecore.store import FileRef, Store
+
+
+class PartFiles(pafs.FileSystemHandler):
+    """Files of a store by address (`<url>/<name>`); read-only.
+
+    A file of a bucket is opened in this machine's cache: an eviction takes its name, not what is open.
+    """
+
+    def __init__(self, store: Store, refs: Mapping[str, FileRef]) -> None:
+        self._store, self._refs = store, refs
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PartFiles) and (self._store.url, self._refs) == (other._store.url, other._refs)
+
+    __hash__ = object.__hash__
+
+    def get_type_name(self) -> str:
+        return "aecore"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: str | list[str]) -> list[pafs.FileInfo]:
+        known = {path: self._refs.get(path) for path in ([paths] if isinstance(paths, str) else paths)}
+        return [
+            pafs.FileInfo(path, pafs.FileType.NotFound) if ref is None else pafs.FileInfo(path, pafs.FileType.File, size=ref.bytes)
+            for path, ref in known.items()
+        ]
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        inside = [path for path in self._refs if path.startswith(f"{selector.base_dir.rstrip('/')}/")]
+        return self.get_file_info(inside)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        descriptor = self._store.open(self._refs[path])
+        try:
+            return pa.OSFile(f"/dev/fd/{descriptor}", "rb")  # a descriptor of its own, of this very file
+        finally:
+            os.close(descriptor)
+
+    open_input_stream = open_input_file
+
+    def _refused(self, *_: Any) -> None:  # any: whatever the operation takes
+        raise OSError("a latent table is read-only")
+
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = _refused  # type: ignore[assignment]
+    move = copy_file = open_output_stream = open_append_stream = _refused  # type: ignore[assignment]
