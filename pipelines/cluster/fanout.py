@@ -1,19 +1,19 @@
 """Map parts over a pool of Ray actors: one worker per actor, made once; results in the order of finishing.
 
-An actor holds one part at a time. If its process dies, Ray starts it again and gives it the same part twice more (a part is
-safe to run again: its files are put-if-absent and its record says whether it is done); a part that kills its worker every time
-becomes a `PartFailure`, and the actor, started again, takes the next one. Only tasks and records travel, never sample bytes.
+An actor holds one part at a time. If it dies, another one gets the same part, twice at most (a part is safe to run again: its files
+are put-if-absent and its record says whether it is done); a part that kills its worker every time becomes a `PartFailure`. If a node
+is gone for good the new actor starts where another one has nothing left to do. Only tasks and records travel, never sample bytes.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from aecore.errors import AecoreError, ClusterError, RunFailed
 from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.memory import keep_freed_memory
-from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, worker_resources
+from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, wait_for_one, worker_resources
 from pipelines.config import ClusterSpec
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
 
     options = _options(cluster) | {"max_retries": TASK_RETRIES}
     try:
-        result = ray.get(ray.remote(_answer).options(**options).remote(function, cluster.threads_per_worker))
+        result = ray.get(wait_for_one([ray.remote(_answer).options(**options).remote(function, cluster.threads_per_worker)], cluster))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
         raise RunFailed(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
     if isinstance(result, AecoreError):
@@ -108,23 +108,39 @@ def _options(cluster: ClusterSpec) -> dict[str, Any]:
 def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     import ray
 
-    options = _options(cluster) | {"max_restarts": -1, "max_task_retries": TASK_RETRIES}
-    remote = ray.remote(PartWorker).options(**options)
+    remote = ray.remote(PartWorker).options(**_options(cluster))
     factory = ray.put(make_worker)
     actors: list[Any] = [remote.remote(cluster.threads_per_worker) for _ in range(num_workers)]
+    deaths: Counter[str] = Counter()  # by stem of the part that was being made
+    waiting, busy = deque(tasks), dict[Any, tuple[Any, Any]]()
+
+    def give(actor: Any) -> None:
+        task = waiting.popleft()
+        busy[actor.run.remote(factory, task)] = (actor, task)
+
     try:
         _prepare(ray, actors, factory, cluster.timeout_s)
-        waiting, busy = deque(tasks), dict[Any, tuple[Any, Any]]()
         for actor in actors:
-            task = waiting.popleft()
-            busy[actor.run.remote(factory, task)] = (actor, task)
+            give(actor)
         while busy:
-            (done,), _ = ray.wait(list(busy), num_returns=1)
+            done = wait_for_one(list(busy), cluster)
             actor, task = busy.pop(done)
-            outcome = _outcome(ray, done, task)
+            try:
+                outcome = _outcome(ray, done, task)
+            except ray.exceptions.RayActorError as died:  # the process, or its node, or the network to it
+                ray.kill(actor)
+                actors[actors.index(actor)] = actor = remote.remote(cluster.threads_per_worker)
+                deaths[task.stem] += 1
+                if deaths[task.stem] <= TASK_RETRIES:
+                    logger.warning("the worker of %s died, another one starts: %s", task.stem, _first_line(died))
+                    waiting.appendleft(task)
+                    give(actor)
+                    continue
+                outcome = PartFailure(task.stem, "RunFailed", f"its worker died {deaths[task.stem]} times ({_first_line(died)})")
             if waiting:
-                following = waiting.popleft()
-                busy[actor.run.remote(factory, following)] = (actor, following)
+                give(actor)
+            else:
+                ray.kill(actor)  # its place may be what a worker waits for whose node is gone
             yield outcome
     finally:
         for actor in actors:
@@ -139,9 +155,7 @@ def _prepare(ray: Any, actors: Sequence[Any], factory: Any, timeout_s: float) ->
         try:
             error = ray.get(ref)
         except ray.exceptions.RayActorError as died:
-            raise ClusterError(
-                f"a worker died while it started, {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?"
-            ) from died
+            raise ClusterError(f"a worker died while it started: {_first_line(died)}; is there enough memory?") from died
         if error is not None:
             raise error
     if late:
@@ -154,9 +168,8 @@ def _outcome(ray: Any, ref: Any, task: Any) -> Outcome:
     try:
         outcome: Outcome = ray.get(ref)
         return outcome
-    except ray.exceptions.RayActorError as died:
-        message = f"its worker process died {TASK_RETRIES + 1} times ({_first_line(died)})"
-        return PartFailure(task.stem, "RunFailed", message)
+    except ray.exceptions.RayActorError:
+        raise
     except ray.exceptions.RayError as error:  # the task or its record could not travel: a bug of ours, of this part only
         return PartFailure(task.stem, type(error).__name__, str(error))
 

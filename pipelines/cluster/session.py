@@ -25,6 +25,7 @@ from pipelines.config import ClusterSpec
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20  # tasks and records only; samples never pass through it
+LOOK_S = 10.0  # between looks at the nodes while work is done
 _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the source tree to every worker
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -177,7 +178,7 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
     import ray
 
     need = worker_resources(cluster)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes(ray)
     room = sum(fits(node, need) for node in nodes)
     if room < cluster.num_workers:
         raise ClusterError(
@@ -193,6 +194,28 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
                 "wait for it, ask for fewer workers, or raise cluster.timeout_s"
             )
         time.sleep(0.2)
+
+
+def wait_for_one(refs: Sequence[Any], cluster: ClusterSpec) -> Any:  # any: Ray's object refs
+    """Return the first of `refs` that is done; ClusterError if for `cluster.timeout_s` no node could hold a worker (nodes were lost)."""
+    import ray
+
+    need, seen = worker_resources(cluster), time.monotonic()
+    while True:
+        done, _ = ray.wait(list(refs), num_returns=1, timeout=min(LOOK_S, cluster.timeout_s))
+        if done:
+            return done[0]
+        if any(fits(node, need) for node in _nodes(ray)):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > cluster.timeout_s:
+            raise ClusterError(
+                f"the cluster has lost its nodes: for {cluster.timeout_s:.0f} s none of {len(_nodes(ray))} could hold a worker of "
+                f"{_says(need)}; what is finished is kept, run the same command again when they are back"
+            )
+
+
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _smaller(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:

@@ -66,7 +66,7 @@ def test_a_part_that_always_kills_its_worker_fails_alone(two_workers: ClusterSpe
     assert set(outcomes) == {task.stem for task in tasks}
     failed = {part: outcome for part, outcome in outcomes.items() if isinstance(outcome, PartFailure)}
     assert set(failed) == {"part-0", "part-5"}
-    assert "died 3 times" in failed["part-0"].message
+    assert "its worker died 3 times" in failed["part-0"].message
     assert (failed["part-5"].error_type, failed["part-5"].message) == ("DataError", "part-5 is damaged")
 
 
