@@ -18,6 +18,8 @@ from aecore.store import open_store
 from aecore.table import open_table
 from tests.accept.test_acceptance import FAULTS, ROOT, aepipe, command, hashes, small  # noqa: F401  # `small` is a fixture
 from tests.aecore.training import losses
+from tests.pipelines.cluster.heads import ray_head
+from tests.realdata import unpack as unpack_real
 from tests.s3 import S3
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(5400)]
@@ -64,6 +66,23 @@ def test_a_data_set_gives_the_same_shards_losses_and_table_from_a_folder_and_in_
     assert open_table(f"{s3.url}/out/table").keys.equals(open_table(str(tmp_path / "out/table")).keys)
     verified = aepipe("verify", f"{s3.url}/out", "--read-data")
     assert verified
+
+
+def test_one_recipe_makes_the_same_table_here_on_a_named_cluster_and_as_a_job(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    s3.upload(unpack_real("mnist", tmp_path / "images", train_per_class=100, test_per_class=10), "images")
+    choice = [f"source.url={s3.url}/images", "train.epochs=2", "shards.max_samples=200", "cluster.num_workers=2"]
+    found = {"local": aepipe("run", "mnist_vae", f"out={s3.url}/local", *choice)["encode"]["rows"]}
+    with ray_head(num_cpus=2) as head:
+        for name, value in head.environment.items():
+            monkeypatch.setenv(name, value)
+        clusters = {"address": head.address, "job": head.dashboard}
+        for kind, address in clusters.items():
+            where = [f"out={s3.url}/{kind}", f"cluster.kind={kind}", f"cluster.address={address}"]
+            found[kind] = aepipe("run", "mnist_vae", *where, *choice)["encode"]["rows"]
+    assert found == dict.fromkeys(("local", "address", "job"), 1100)
+    contents = {kind: content(s3.objects(f"{kind}/")) for kind in found}
+    assert any(name.startswith("table/data/") for name in contents["local"])
+    assert contents["address"] == contents["job"] == contents["local"]
 
 
 @contextmanager
