@@ -6,11 +6,12 @@ beside it one thread hashes and writes finished chunks of 1 MiB, another lets th
 and the index.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,20 +60,18 @@ class Pack:
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
-        try:
+        with _writing(path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}{disk_remedy(error)}") from error
         try:
             packed, read = Packer(), reader(source, self.task.sources)
             position = synced = 0
-            with Beside(self._flush) as flushing, Beside(os.fdatasync) as syncing:
+            with Beside(self._flush) as flushing, Beside(self._sync) as syncing:
                 while position < len(self.task):
                     names, contents = list[bytes](), list[bytes]()
                     position = self._fill(names, contents, position, read)
                     flushing(descriptor, packed(names, contents), path)
                     if self.size - synced > SYNC_BYTES and syncing.free:
-                        syncing(descriptor)
+                        syncing(descriptor, path)
                         synced = self.size
             self._flush(descriptor, memoryview(end_of_archive(self.size)), path)
         finally:
@@ -127,11 +126,13 @@ class Pack:
     def _flush(self, descriptor: int, chunk: memoryview, path: Path) -> None:
         self.digest.update(chunk)
         self.size += len(chunk)
-        try:
+        with _writing(path):
             while chunk:
                 chunk = chunk[os.write(descriptor, chunk) :]
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror}{disk_remedy(error)}") from error
+
+    def _sync(self, descriptor: int, path: Path) -> None:
+        with _writing(path):
+            os.fsync(descriptor)
 
     def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes | None) -> None:
         self.bad.append((position, stage, reason, message, None if data is None else hashlib.sha256(data).hexdigest()))
@@ -183,6 +184,14 @@ class Pack:
             "sha256": hashes,
         }
         return make_table(QUARANTINE_SCHEMA, columns, len(positions))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}{disk_remedy(error)}") from error
 
 
 def _take(values: list[T] | None, positions: list[int]) -> list[T] | None:
