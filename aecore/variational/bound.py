@@ -24,6 +24,7 @@ from aecore.errors import did_you_mean
 from aecore.loss import LikelihoodType, LossResult, kl_divergence_diag_gaussian, log_density_diag_gaussian, sample_log_likelihood
 from aecore.loss.regularizers import capacity, free_bits
 from aecore.loss.schedules import linear_at
+from aecore.precision import at_least_float32
 
 OBJECTIVES = ("elbo", "iwae")
 LOG_SCALE_MIN = -6.0  # a scale below 0.0025 would let one perfectly drawn pixel outweigh everything else
@@ -95,7 +96,7 @@ class Bound(nn.Module):
         """The scale of the likelihood: a float, or a 0-dim tensor with a gradient if it is learned (smoothly kept above 0.0025)."""
         if self.fixed_scale is not None:
             return self.fixed_scale
-        return torch.exp(LOG_SCALE_MIN + F.softplus(self.log_scale.float() - LOG_SCALE_MIN))
+        return torch.exp(LOG_SCALE_MIN + F.softplus(at_least_float32(self.log_scale) - LOG_SCALE_MIN))
 
     def forward(self, x: Tensor, output: Reconstructed, beta: float | Tensor, likelihood: str | LikelihoodType) -> LossResult:
         """Return the objective with `elbo` (with `beta`), `log_likelihood` and `kl_divergence`, means over the batch.
