@@ -16,10 +16,12 @@ class Trainable(BaseAutoencoder):
 
     Attributes:
         train_inputs, encode_inputs: names of the `Batch` fields that `loss` (in training mode) and `latents` read.
+        num_classes: labels that it takes are in 0..num_classes-1; None if it takes none, or any.
     """
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x",)
     encode_inputs: ClassVar[tuple[str, ...]] = ("x",)
+    num_classes: int | None = None
 
     @abstractmethod
     def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:

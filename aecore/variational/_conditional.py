@@ -34,6 +34,7 @@ class ConditionalVAE(Trainable):
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x", "label")
     encode_inputs: ClassVar[tuple[str, ...]] = ("x", "label")
+    num_classes: int
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, num_classes: int, bound: Bound | None = None) -> None:
         super().__init__()

@@ -1,21 +1,31 @@
 """Objectives of the VAE beside the ELBO: IWAE, free bits, capacity, learned scale; their knobs. Legend: B batch, S samples, D latent."""
 
+import contextlib
+import logging
 import math
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 
 from aecore._base import Batch
+from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
+from aecore.evaluate import evaluate_run
 from aecore.loss import kl_divergence_diag_gaussian, log_likelihood, sample_log_likelihood
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import MODELS, to_dict
+from aecore.train import fit
 from aecore.variational import VAE, VAESpec
 from aecore.variational.bound import LOG_SCALE_MIN, Bound
+from tests.aecore.training import fit_on, losses, published_weights, small_job, sprites_dataset
 
 B, S, D = 6, 5, 3
 
@@ -274,3 +284,68 @@ def test_the_knobs_of_a_spec_reach_the_model() -> None:
     bound = MODELS.build(VAESpec(capacity=25.0, capacity_steps=7, scale=0.5), MLPSpec(hidden=(8,)), (4,)).bound
     assert (bound.capacity, bound.capacity_steps, bound.fixed_scale) == (25.0, 7, 0.5)
     assert MODELS.from_dict(to_dict(spec)) == spec
+
+
+TRAINED = [
+    VAESpec(latent_dim=4, likelihood="bernoulli", objective="iwae", num_samples=5),
+    VAESpec(latent_dim=4, likelihood="bernoulli", num_samples=3, beta_schedule="cyclic", beta_cycle_steps=10, free_bits=0.1),
+    VAESpec(latent_dim=4, likelihood="bernoulli", capacity=6.0, capacity_steps=20, beta=10.0),
+    VAESpec(latent_dim=4, scale="learned"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sprites_dataset(tmp_path_factory.mktemp("bound") / "sprites", val=0.1)
+
+
+@pytest.mark.parametrize("spec", TRAINED, ids=["iwae", "free bits", "capacity", "learned scale"])
+def test_every_objective_trains_alike_on_any_number_of_ranks_and_is_validated_as_the_elbo(data: str, tmp_path: Path, spec: VAESpec) -> None:
+    for world in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world), epochs=2, val_split="val", model=spec), world)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    for name in one[0].keys() - {"step", "epoch", "validation"}:
+        np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=2e-5, err_msg=name)
+    validation = one[-1]["validation"]
+    assert validation["loss"] == pytest.approx(-validation["elbo"])
+    assert validation["elbo"] == pytest.approx(validation["log_likelihood"] - validation["kl_divergence"])
+    assert [row["beta"] for row in one] == [spec.beta_at(row["step"]) for row in one]
+    assert one[-1]["log_likelihood"] > one[0]["log_likelihood"]
+    if spec.objective == "iwae":
+        assert all(row["loss"] == pytest.approx(-row["iwae"]) for row in one)
+        assert one[-1]["iwae"] > one[-1]["elbo"]
+    if spec.capacity:
+        assert [row["capacity"] for row in one[:3]] == pytest.approx([0.3, 0.6, 0.9])
+        assert one[-1]["kl_divergence"] == pytest.approx(6.0, abs=2.0)
+    if spec.scale == "learned":
+        assert one[-1]["scale"] < 0.95 * one[0]["scale"]
+
+
+def test_a_killed_run_goes_on_with_its_samples_and_its_capacity(data: str, tmp_path: Path) -> None:
+    spec = VAESpec(latent_dim=4, likelihood="bernoulli", num_samples=2, capacity=6.0, capacity_steps=40, beta=10.0)
+    options: dict[str, Any] = {"model": spec, "epochs": 1, "every_steps": 15}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job = small_job(data, tmp_path / "cut", **options)
+    pid = os.fork()
+    if pid == 0:
+        os.environ["AECORE_FAULT"] = "checkpoint.linked:2"
+        logging.disable(logging.CRITICAL)
+        with contextlib.suppress(BaseException):
+            fit(job)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    fit(job)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert published_weights(tmp_path / "cut") == published_weights(tmp_path / "whole")
+
+
+def test_black_and_white_training_images_are_the_same_on_any_number_of_ranks(data: str, tmp_path: Path) -> None:
+    spec = VAESpec(latent_dim=4, likelihood="bernoulli", objective="iwae", num_samples=2)
+    for world in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world), val_split="val", model=spec, transform=TransformSpec(binarize="dynamic")), world)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=2e-5)
+    assert two[-1]["validation"]["elbo"] == pytest.approx(one[-1]["validation"]["elbo"], rel=1e-5)
+    fit(small_job(data, tmp_path / "grey", val_split="val", model=spec))
+    assert losses(tmp_path / "grey")[0]["loss"] != one[0]["loss"]
+    assert evaluate_run(str(tmp_path / "1"), data, "val", seed=1) == evaluate_run(str(tmp_path / "1"), data, "val", seed=1)
