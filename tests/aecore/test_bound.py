@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 
 from aecore._base import Batch
+from aecore.data.job import shard_dataset
+from aecore.data.plan import SplitSpec
+from aecore.data.sources.arrays import ArraysSpec
+from aecore.data.tasks import ShardSpec
 from aecore.data.transform import TransformSpec
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, Diverged
 from aecore.evaluate import evaluate_run
 from aecore.loss import kl_divergence_diag_gaussian, log_likelihood, sample_log_likelihood
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
+from aecore.optim import OptimSpec
 from aecore.registry import MODELS, to_dict
 from aecore.train import fit
 from aecore.variational import VAE, VAESpec
@@ -349,3 +354,39 @@ def test_black_and_white_training_images_are_the_same_on_any_number_of_ranks(dat
     fit(small_job(data, tmp_path / "grey", val_split="val", model=spec))
     assert losses(tmp_path / "grey")[0]["loss"] != one[0]["loss"]
     assert evaluate_run(str(tmp_path / "1"), data, "val", seed=1) == evaluate_run(str(tmp_path / "1"), data, "val", seed=1)
+
+
+def arrays_dataset(folder: Path, values: np.ndarray) -> str:
+    np.save(folder / "values.npy", values)
+    shard_dataset(ArraysSpec(url=str(folder / "values.npy")), str(folder / "data"), SplitSpec(by="none"), ShardSpec())
+    return str(folder / "data")
+
+
+def test_a_run_on_nan_stops_and_says_where(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((64, 6), dtype=np.float32)
+    values[40, 3] = np.nan
+    data = arrays_dataset(tmp_path, values)
+    with pytest.raises(Diverged, match=r"the loss is nan at step \d.*check that transform.scale and model.likelihood fit the data"):
+        fit(small_job(data, tmp_path / "run", model=VAESpec(latent_dim=2), global_batch=16, epochs=2))
+
+
+@pytest.mark.parametrize(("levels", "fails"), [(8, False), (7, True)])
+def test_a_categorical_run_takes_whole_numbers_below_its_levels_and_stops_at_others(tmp_path: Path, levels: int, fails: bool) -> None:
+    values = np.tile(np.arange(64, dtype=np.uint8)[:, None] % 8, (1, 6))
+    job = small_job(
+        arrays_dataset(tmp_path, values),
+        tmp_path / "run",
+        model=VAESpec(latent_dim=2, likelihood="categorical", num_levels=levels),
+        transform=TransformSpec(scale="none"),
+        optim=OptimSpec(lr=1e-2),
+        global_batch=16,
+        epochs=20,
+    )
+    if fails:  # an outcome that the likelihood does not have is infinitely unlikely
+        with pytest.raises(Diverged, match="the loss is inf at step 1"):
+            fit(job)
+    else:
+        fit(job)
+        rows = losses(job.out)
+        assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+        assert evaluate_run(job.out, job.data, "train").mse < 0.7 * values.var()  # in levels

@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal
 from aecore._base import Batch
 from aecore.errors import ConfigError
 from aecore.vanilla import AE
-from aecore.variational import VAE
+from aecore.variational import VAE, AdaGVAE
 from aecore.variational.bound import Bound
 from aecore.variational.marginal import BLOCK, log_elbo, log_marginal
 
@@ -134,6 +134,13 @@ def test_weights_of_images_are_the_densities_of_torch_distributions() -> None:
     expected = log_px + (Normal(0.0, 1.0).log_prob(output.z) - q.log_prob(output.z)).sum(2)
     assert (found.shape, found.dtype, found.requires_grad) == ((5, 4), torch.float64, False)
     torch.testing.assert_close(found, expected.double(), atol=1e-4, rtol=1e-5)
+
+
+def test_single_inputs_of_an_adagvae_are_those_of_its_vae() -> None:
+    model, weight, bias = linear_gaussian(spread=1.2)
+    batch = batch_of(drawn_and_exact(weight, bias)[0])
+    found = log_marginal(AdaGVAE(model).eval(), batch, num_samples=5)
+    assert torch.equal(found, log_marginal(model, batch, num_samples=5))
 
 
 def test_mistakes_are_named() -> None:
