@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,4 +289,18 @@ def require_fit(dataset_url: str, dataset_shape: tuple[int, ...], loaded: Loaded
         raise DataError(
             f"dataset {dataset_url} holds samples of shape {tuple(dataset_shape)}; checkpoint {loaded.url} expects "
             f"{loaded.config.input_shape}: shard the data again with a fitting shards.resize and shards.mode, or pick another checkpoint"
+        )
+
+
+def require_labels(dataset_url: str, classes: Sequence[str], model: Trainable) -> None:
+    """DataError if the model takes labels and the dataset has none, or more classes than the model knows."""
+    if "label" not in model.train_inputs:
+        return
+    name = type(model).__name__
+    if not classes:
+        raise DataError(f"{name} takes labels and dataset {dataset_url} has none: shard images in class folders, or use another model.kind")
+    if model.num_classes is not None and len(classes) > model.num_classes:
+        raise DataError(
+            f"dataset {dataset_url} has {len(classes)} classes, the {name} takes labels in 0..{model.num_classes - 1}: "
+            f"train with model.num_classes={len(classes)}, or pick other data"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aecore.checkpoint import LoadedModel, load_model, require_fit
+from aecore.checkpoint import LoadedModel, load_model, require_fit, require_labels
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
 from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.encoder import Encoder, EncodeSpec
@@ -126,6 +126,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
         loaded = load_model(run_url)  # on the CPU: the workers' device may not be on this machine
         dataset, (claimed, (parent, parent_sha256), recorded) = opening.result(), looking.result()
     require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
+    require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     columns = Encoder(loaded, spec, "cpu").describe()
     identity = _identity(loaded, spec, columns)
     _require_same_table(store, identity, claimed if parent is None else parent.identity)

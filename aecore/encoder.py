@@ -74,7 +74,8 @@ class Encoder:
     def describe(self) -> dict[str, Any]:
         """Return name -> {dtype, dim} of the columns (dim None: one number per row), found by encoding one row of zeros."""
         one = torch.zeros(1, dtype=torch.int64)
-        ready = Batch(torch.zeros(1, *self.input_shape, device=self.device), one, one, 1)
+        label = one.to(self.device) if "label" in self.model.encode_inputs else None
+        ready = Batch(torch.zeros(1, *self.input_shape, device=self.device), one, one, 1, label=label)
         columns = self._columns(ready, self.noise(ready, 0, ""))
         return {
             name: {"dtype": self._dtype(column), "dim": column.shape[1] if column.ndim == 2 else None} for name, column in columns.items()

@@ -47,6 +47,10 @@ class DataError(AecoreError):
     exit_code = 3
 
 
+class InputError(DataError, ValueError):
+    """A batch that a model cannot take: missing labels, a mask of another shape. Also a ValueError, which Python users expect."""
+
+
 class StoreError(AecoreError):
     """The storage refused or could not be reached: permissions, space, credentials, unknown URL scheme."""
 

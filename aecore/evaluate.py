@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
-from aecore.checkpoint import LoadedModel, load_model, require_fit
+from aecore.checkpoint import LoadedModel, load_model, require_fit, require_labels
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.transform import Transform
@@ -80,6 +80,7 @@ def evaluate_run(
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=rank.device)
     require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
+    require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     config = loaded.config
     objective = Objective(loaded.model, Transform(config.transform), config.model.likelihood).eval()
     with Loader(dataset, split, transform=config.transform, spec=InputSpec(cache="none")) as loader:

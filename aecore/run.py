@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from aecore._base.trainable import ModelSpec, Trainable
-from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint
+from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint, require_labels
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
@@ -183,7 +183,7 @@ def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
 
 
 def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | None = None) -> Trainable:
-    """Build and return the job's model, unless the dataset, its pairs or the weights of `init_from` do not fit it.
+    """Build and return the job's model, unless the dataset, its labels, its pairs or the weights of `init_from` do not fit it.
 
     Raises ConfigError or DataError; reads the indexes of the split if the model trains on pairs.
     """
@@ -191,6 +191,8 @@ def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | Non
         model = model_config(job, dataset).build()
     if loaded is not None:
         start_from(model, loaded)
+    if job.input.reader == "lanes":  # tars without an index say at each batch what labels they have
+        require_labels(dataset.url, dataset.manifest.classes, model)
     with closing(train_loader(job, dataset, model)) as loader:
         for note in loader.partners.notes if isinstance(loader, Loader) and loader.partners is not None else ():
             logger.info(note)

@@ -178,7 +178,9 @@ class _Training:
         lr = lr_at(job.optim, step, self.total_steps)
         beta = job.model.beta_at(step)
         set_lr(self.optimizer, lr)
+        self.objective.model.at_step(step)
         torch.manual_seed(seed_of("step", job.train.seed, step, self.rank.index))  # dropout in user nets resumes exactly
+        batch = self.objective.transform.draw(batch, job.train.seed, step)
         result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
         self.optimizer.zero_grad(set_to_none=True)
         (result.objective * (samples * self.rank.world / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch

@@ -63,7 +63,7 @@ def _sums(objective: Objective, batches: Iterable[tuple[int, Batch]], seed: int,
     sums: dict[str, Tensor] = {}
     try:
         for number, stored in batches:
-            ready = objective.transform(stored.to(device))
+            ready = objective.transform(objective.transform.draw(stored.to(device), seed, number))
             terms = _terms(objective, ready, noise_for(objective.model, ready, seed, number))
             if extra is not None:
                 terms |= extra(objective.model, ready)

@@ -71,12 +71,12 @@ class BaseAutoencoder(nn.Module, ABC):
         """Run `_decode` under `torch.inference_mode()`, in whichever of train and eval mode the model is."""
         return self._infer(self._decode, z, *args, **kwargs)
 
-    def build(self, input_sample: Any) -> None:
+    def build(self, input_sample: Any, *args: Any, **kwargs: Any) -> None:
         """Materialise lazy layers by one forward pass in eval mode, without gradients; modes are restored, also on failure.
 
         `input_sample` is a batch `[B, ...]`, or what else `forward` takes; only its shape matters.
         """
-        _materialise(self, self.__call__, input_sample)
+        _materialise(self, self.__call__, input_sample, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # any: torch's own types
         """Load weights as `nn.Module.load_state_dict` does and return its missing and unexpected keys.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from aecore._base.base import BaseAutoencoder
 from aecore._base.batch import Batch
+from aecore.errors import ConfigError
 from aecore.loss import LossResult
 
 
@@ -15,14 +16,22 @@ class Trainable(BaseAutoencoder):
 
     Attributes:
         train_inputs, encode_inputs: names of the `Batch` fields that `loss` (in training mode) and `latents` read.
+        num_classes: labels that it takes are in 0..num_classes-1; None if it takes none, or any.
     """
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x",)
     encode_inputs: ClassVar[tuple[str, ...]] = ("x",)
+    num_classes: int | None = None
 
     @abstractmethod
     def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:
-        """Shape of the noise that `loss` takes for one input, such as (S, D); None if it takes none."""
+        """Shape of the noise that `loss` takes for one input, such as (S, D), S first; None if it takes none.
+
+        Asked without a number a model may say how many samples it trains with; in evaluation mode that is one.
+        """
+
+    def at_step(self, step: int) -> None:
+        """Hear the number 1, 2, ... of the training step that is next; for terms that change with it besides beta."""
 
     @abstractmethod
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
@@ -39,6 +48,16 @@ class Trainable(BaseAutoencoder):
     @abstractmethod
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Expected input in data space `[n, *shape]`, float32, from the latent without sampling, under `torch.inference_mode()`."""
+
+    def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
+        """Log importance weights log p(x|z) + log p(z) - log q(z|x), all constants included, `[n, S]` float64, under inference mode.
+
+        `eps` is `[n, *noise_shape(S)]`. Their logsumexp over S minus log S is a bound of log p(x), see `aecore.variational.marginal`.
+
+        Raises:
+            ConfigError: the model has no posterior.
+        """
+        raise ConfigError(f"{type(self).__name__} has no posterior, so log p(x) cannot be estimated: use a model of the VAE family")
 
 
 class ModelSpec(Protocol):

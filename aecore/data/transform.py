@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore.data.decode import decoder_version
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
+from aecore.noise import seed_of
 from aecore.registry import knob, spec, to_dict
 from aecore.store import sha256_json
 
@@ -25,6 +26,15 @@ class TransformSpec:
 
     scale: Literal["unit", "symmetric", "none"] = knob("unit", "unit: [0, 1]; symmetric: [-1, 1]; none: the stored values as floats")
     decoder: Literal["imagecodecs", "pillow"] = knob("imagecodecs", "image decoder; they agree on PNG and differ by a few levels on JPEG")
+    binarize: Literal["none", "dynamic"] = knob(
+        "none", "dynamic: every step and validation draws black or white, white with the grey value's probability; encode takes the grey"
+    )
+
+    def __post_init__(self) -> None:
+        if self.binarize == "dynamic" and self.scale != "unit":
+            raise ConfigError(
+                f"TransformSpec.binarize=dynamic draws from grey values in [0, 1], TransformSpec.scale is {self.scale}: use unit"
+            )
 
 
 class Transform:
@@ -39,6 +49,24 @@ class Transform:
 
     def __call__(self, batch: Batch) -> Batch:
         return dataclasses.replace(batch, x=self.scale(batch.x), x2=None if batch.x2 is None else self.scale(batch.x2))
+
+    def draw(self, batch: Batch, seed: int, index: int) -> Batch:
+        """Return the stored batch with drawn black and white samples (bool) if the spec asks for it, else as it is.
+
+        The draws are those of row `positions` of the global batch number `index`, the same on any number of ranks (Burda et al. 2015
+        draw training images anew at every step). A call scales bool samples to 0 and 1.
+        """
+        if self.spec.binarize == "none":
+            return batch
+        views = [batch.x] if batch.x2 is None else [batch.x, batch.x2]
+        drawn = [self._black_or_white(view, batch, seed_of("binarize", seed, number), index) for number, view in enumerate(views)]
+        return dataclasses.replace(batch, x=drawn[0], x2=drawn[1] if len(drawn) > 1 else None)
+
+    def _black_or_white(self, stored: Tensor, batch: Batch, seed: int, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of(seed, index))
+        uniform = torch.rand((batch.num_global, *stored.shape[1:]), generator=generator)
+        rows = uniform[batch.positions] if len(batch.positions) else uniform[:1]
+        return rows.to(stored.device) < self.scale(stored)
 
     def scale(self, stored: Tensor) -> Tensor:
         """Return float32 values of the same shape. Raises DataError for a dtype that has no known range."""
@@ -69,4 +97,5 @@ def preprocessing_sha256(spec: TransformSpec, decoder: str | None = None) -> str
 
     `decoder` is the decoder's name and version ("imagecodecs 2026.3.6"); by default the installed one.
     """
-    return sha256_json({"transform": to_dict(spec, identity_only=True), "decoder": decoder or decoder_version(spec.decoder)})
+    transform = {name: value for name, value in to_dict(spec, identity_only=True).items() if name != "binarize"}  # latents are of the grey
+    return sha256_json({"transform": transform, "decoder": decoder or decoder_version(spec.decoder)})

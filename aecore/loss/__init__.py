@@ -1,7 +1,18 @@
-"""Loss terms of autoencoders: log-likelihoods, KL divergences, their result type, schedules of their weights."""
+"""Loss terms of autoencoders: log-likelihoods, densities, KL divergences, regularizers, schedules of weights, the result type."""
 
+from aecore.loss._density import log_density_diag_gaussian
 from aecore.loss._divergence import kl_divergence_diag_gaussian
-from aecore.loss._likelihood import LikelihoodType, expected_value, log_likelihood, sample_log_likelihood
+from aecore.loss._likelihood import LOGITS, LikelihoodType, expected_value, log_likelihood, parse_likelihood, sample_log_likelihood
 from aecore.loss._result import LossResult
 
-__all__ = ["LikelihoodType", "LossResult", "expected_value", "kl_divergence_diag_gaussian", "log_likelihood", "sample_log_likelihood"]
+__all__ = [
+    "LOGITS",
+    "LikelihoodType",
+    "LossResult",
+    "expected_value",
+    "kl_divergence_diag_gaussian",
+    "log_density_diag_gaussian",
+    "log_likelihood",
+    "parse_likelihood",
+    "sample_log_likelihood",
+]

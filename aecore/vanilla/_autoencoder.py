@@ -93,7 +93,7 @@ class AESpec:
     columns: ClassVar[tuple[str, ...]] = ("z",)
     kind: Literal["ae"] = "ae"
     latent_dim: int = knob(32, "size of the latent vector", ge=1)
-    likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")
+    likelihood: Literal["gaussian", "bernoulli", "laplace"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")
 
     def beta_at(self, step: int) -> float:
         """Return 1: there is no regularizer to weigh."""

@@ -163,6 +163,10 @@ class AdaGVAE(Trainable):
         output = self(pair, S=1 if eps is None else eps.shape[-2], sample=True, eps=eps)
         return self.compute_loss(pair, output, beta, likelihood)
 
+    def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
+        """Return the log importance weights `[n, S]` of `batch.x` under the VAE, float64."""
+        return self.vae.log_weights(batch, eps, likelihood=likelihood)
+
     def latents(self, batch: Batch) -> dict[str, Tensor]:
         """Return `{"mu": [n, D], "log_var": [n, D]}` of `batch.x`, float32."""
         return self.vae.latents(batch)

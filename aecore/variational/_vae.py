@@ -1,7 +1,7 @@
 """The variational autoencoder of Kingma & Welling (2013). Legend: B batch, S samples, D latent, n rows."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
-from aecore.loss import LikelihoodType, LossResult, expected_value, kl_divergence_diag_gaussian, sample_log_likelihood
-from aecore.loss.schedules import beta_at
-from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.loss import LikelihoodType, LossResult, expected_value
+from aecore.registry import MODELS, spec
+from aecore.variational._spec import VariationalSpec, build_nets
+from aecore.variational.bound import Bound
 from aecore.variational.stochastic_layers import FullyFactorizedGaussian
 
 
@@ -46,18 +47,21 @@ class VAE(Trainable):
 
     .. math:: \mathcal{L}(x; \beta) = E_{q(z|x)}[\log p(x|z)] - \beta\, KL(q(z|x) \,\|\, N(0, I))
 
+    `bound` has the other objectives, the scale of the likelihood and S; the default is the formula above, with one sample.
+
     >>> model = VAE(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU()), nn.Linear(8, 784), latent_dim=8)
     >>> model.build(torch.zeros(1, 784))
     >>> model(torch.zeros(2, 784), S=3).x_hat.shape
     torch.Size([2, 3, 784])
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, bound: Bound | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim
         self.sampling_layer = FullyFactorizedGaussian(latent_dim)
+        self.bound = bound or Bound()
 
     def _encode(self, x: Tensor, S: int = 1, sample: bool | None = None, eps: Tensor | None = None) -> VAEEncodeOutput:
         return VAEEncodeOutput(*self.sampling_layer(self.encoder(x), S, sample, eps))
@@ -91,24 +95,35 @@ class VAE(Trainable):
     ) -> LossResult:
         """Negative ELBO: the likelihood summed over features, mean over S, then mean over the batch.
 
-        Diagnostics: `elbo` (with `beta`), `log_likelihood`, `kl_divergence` (without `beta`).
+        Diagnostics: `elbo` (with `beta`), `log_likelihood`, `kl_divergence` (without `beta`). In training mode the objective is that
+        of `bound`, which may add to them.
 
         Raises:
             ValueError: `output.x_hat` is not `[B, S, *x.shape[1:]]`.
         """
-        log_px = sample_log_likelihood(x, output.x_hat, likelihood).mean(1).mean()
-        kl = kl_divergence_diag_gaussian(output.mu, output.log_var).mean()
-        elbo = log_px - beta * kl
-        return LossResult(-elbo, {"elbo": elbo, "log_likelihood": log_px, "kl_divergence": kl})
+        result: LossResult = self.bound(x, output, beta, likelihood)
+        return result
 
-    def noise_shape(self, num_samples: int = 1) -> tuple[int, int]:
-        """Return (S, D)."""
+    def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
+        """Return (S, D); S None is what the bound trains with, in evaluation mode 1."""
+        if num_samples is None:
+            num_samples = self.bound.num_samples if self.training else 1
         return (num_samples, self.latent_dim)
 
+    def at_step(self, step: int) -> None:
+        """Tell the bound, whose capacity may rise."""
+        self.bound.at_step(step)
+
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of `batch.x`, always sampled, with noise `eps [n, S, D]`; None draws one latent per row."""
-        output = self(batch.x, S=1 if eps is None else eps.shape[1], sample=True, eps=eps)
+        """Forward and loss of `batch.x`, always sampled, with noise `eps [n, S, D]`; None draws as many latents as `noise_shape` says."""
+        output = self(batch.x, S=self.noise_shape()[0] if eps is None else eps.shape[1], sample=True, eps=eps)
         return self.compute_loss(batch.x, output, beta, likelihood)
+
+    @torch.inference_mode()
+    def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
+        """Return log p(x|z) + log p(z) - log q(z|x), `[n, S]` float64, of the latents that `eps [n, S, D]` draws."""
+        q = self._encode(batch.x, sample=False)
+        return self.bound.log_weights(batch.x, q.mu, q.log_var, eps, lambda z: self._decode(z).x_hat, likelihood)
 
     @torch.inference_mode()
     def latents(self, batch: Batch) -> dict[str, Tensor]:
@@ -118,31 +133,24 @@ class VAE(Trainable):
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
-        """Return the expected inputs `[n, ...]` at z = mu, through a sigmoid if the likelihood is Bernoulli."""
+        """Return the expected inputs `[n, ...]` at z = mu, see `expected_value`."""
         return expected_value(self(batch.x, sample=False).x_hat.squeeze(1), likelihood)
 
 
 @spec
-class VAESpec:
-    """Variational autoencoder of a backbone; beta other than 1 makes it a beta-VAE."""
+class VAESpec(VariationalSpec):
+    """Variational autoencoder of a backbone; beta other than 1 makes it a beta-VAE, objective=iwae an IWAE."""
 
-    columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
     kind: Literal["vae"] = "vae"
-    latent_dim: int = knob(20, "size of the latent vector", ge=1)
-    beta: float = knob(1.0, "weight of the KL divergence", ge=0)
-    beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", ge=0)
-    likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")
 
-    def beta_at(self, step: int) -> float:
-        """Return the weight of the KL divergence at optimizer step 1, 2, ..."""
-        return beta_at(self.beta, self.beta_warmup_steps, step)
+    def __post_init__(self) -> None:
+        self.check()
 
 
 @MODELS.register(VAESpec)
 def build(model: VAESpec, backbone: object, input_shape: tuple[int, ...]) -> VAE:
     """Build the model of two specs for samples of `input_shape`; weights come from torch's global generator."""
-    nets = BACKBONES.build(backbone, input_shape, model.latent_dim)
-    nets.check_likelihood(model.likelihood)
-    vae = VAE(nets.encoder, nets.decoder, model.latent_dim)
+    nets = build_nets(model, backbone, input_shape, model.latent_dim)
+    vae = VAE(nets.encoder, nets.decoder, model.latent_dim, model.bound())
     vae.build(torch.zeros(1, *input_shape))
     return vae

@@ -4,10 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Laplace, Normal, kl_divergence
 
-from aecore.loss import LikelihoodType, LossResult, expected_value, kl_divergence_diag_gaussian, log_likelihood, sample_log_likelihood
-from aecore.loss.schedules import beta_at
+from aecore.loss import (
+    LikelihoodType,
+    LossResult,
+    expected_value,
+    kl_divergence_diag_gaussian,
+    log_density_diag_gaussian,
+    log_likelihood,
+    sample_log_likelihood,
+)
+from aecore.loss.regularizers import capacity, free_bits
+from aecore.loss.schedules import beta_at, cyclic_at, linear_at
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -36,8 +45,10 @@ def test_likelihoods_are_named_in_any_case(name: str) -> None:
 
 
 def test_an_unknown_likelihood_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'poisson'.*gaussian, bernoulli"):
+    with pytest.raises(ValueError, match="'poisson'.*known: bernoulli, categorical, gaussian, laplace"):
         log_likelihood(torch.zeros(1), torch.zeros(1), "poisson")
+    with pytest.raises(ValueError, match="'Bernouli'.*did you mean 'bernoulli'"):
+        expected_value(torch.zeros(1), "Bernouli")
 
 
 def test_log_likelihood_does_not_broadcast() -> None:
@@ -80,6 +91,114 @@ def test_expected_values_are_the_means_of_the_distributions() -> None:
     torch.testing.assert_close(expected_value(x_hat, "bernoulli"), Bernoulli(logits=x_hat).mean)
     torch.testing.assert_close(expected_value(x_hat), Normal(x_hat, 1.0).mean)
     assert expected_value(x_hat.bfloat16(), "bernoulli").dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, torch.tensor(2.5)])
+@pytest.mark.parametrize(("name", "family"), [("gaussian", Normal), ("laplace", Laplace)])
+def test_full_densities_of_a_scale_are_those_of_torch_distributions(name: str, family: type, scale: float | torch.Tensor) -> None:
+    x, x_hat = torch.randn(4, 3), torch.randn(4, 3)
+    full = log_likelihood(x, x_hat, name, scale=scale, full=True)
+    torch.testing.assert_close(full, family(x_hat, scale).log_prob(x))
+    left_out = family(torch.tensor(0.0), 1.0).log_prob(torch.tensor(0.0))  # depends on nothing, so it is the only part left out
+    torch.testing.assert_close(log_likelihood(x, x_hat, name, scale=scale), full - left_out)
+
+
+def test_the_density_of_a_scale_is_normalised() -> None:
+    x = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
+    for name in ("gaussian", "laplace"):
+        density = log_likelihood(x, torch.full_like(x, 0.7), name, scale=2.0, full=True).exp()
+        assert float(torch.trapezoid(density, x)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_discrete_likelihoods_have_no_constant_to_add() -> None:
+    bits, logits = torch.randint(0, 2, (6,)), torch.randn(6)
+    torch.testing.assert_close(log_likelihood(bits, logits, "bernoulli", full=True), Bernoulli(logits=logits).log_prob(bits.float()))
+    ids, of_classes = torch.randint(0, 5, (2, 3)), torch.randn(2, 3, 5)
+    torch.testing.assert_close(log_likelihood(ids, of_classes, "categorical", full=True), Categorical(logits=of_classes).log_prob(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_categorical_takes_class_ids_of_any_dtype(dtype: torch.dtype) -> None:
+    ids, logits = torch.randint(0, 7, (2, 4)), torch.randn(2, 3, 4, 7)
+    expected = Categorical(logits=logits).log_prob(ids.unsqueeze(1).expand(2, 3, 4)).sum(-1)
+    torch.testing.assert_close(sample_log_likelihood(ids.to(dtype), logits, "categorical"), expected)
+
+
+@pytest.mark.parametrize("impossible", [-1.0, 7.0, 0.5, float("nan")])
+def test_what_is_no_class_has_no_probability_and_spoils_nothing_else(impossible: float) -> None:
+    x = torch.tensor([3.0, impossible])
+    found = log_likelihood(x, torch.zeros(2, 7), "categorical")
+    torch.testing.assert_close(found[0], -torch.tensor(7.0).log())
+    assert found[1] == -torch.inf
+
+
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "bernoulli"])
+def test_nan_in_the_input_is_seen_in_the_loss(name: str) -> None:
+    x = torch.tensor([[0.5, float("nan")]])
+    assert sample_log_likelihood(x, torch.zeros(1, 1, 2), name).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 3, 7), (2, 0, 3, 7), (2, 1, 4, 7), (3, 1, 3, 7)])
+def test_categorical_wants_an_axis_of_logits(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[2, S, 3, K\].*got.*K logits per element"):
+        sample_log_likelihood(torch.zeros(2, 3), torch.zeros(shape), "categorical")
+    with pytest.raises(ValueError, match=r"\[\*x.shape, K\]"):
+        log_likelihood(torch.zeros(2, 3), torch.zeros(2, 3), "categorical")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), torch.ones(2)])
+def test_a_scale_is_one_positive_number(scale: float | torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="scale must be"):
+        log_likelihood(torch.zeros(2), torch.zeros(2), "gaussian", scale=scale)
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "categorical"])
+def test_discrete_likelihoods_have_no_scale(name: str) -> None:
+    with pytest.raises(ValueError, match=f"the {name} likelihood has no scale, got 0.5"):
+        log_likelihood(torch.zeros(2), torch.zeros(2), name, scale=0.5)
+
+
+def test_gradients_of_all_likelihoods_are_exact() -> None:
+    x, ids = torch.rand(2, 3, dtype=torch.float64), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    x_hat = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    for name in ("gaussian", "laplace"):
+        assert torch.autograd.gradcheck(lambda a, s, name=name: log_likelihood(x, a, name, scale=s), (x_hat, scale))
+    assert torch.autograd.gradcheck(lambda a: log_likelihood(x, a, "bernoulli"), x_hat)
+    assert torch.autograd.gradcheck(lambda a: log_likelihood(ids, a, "categorical"), logits)
+
+
+def test_a_sum_in_float64_keeps_the_digits_that_float32_loses() -> None:
+    x, x_hat = torch.full((1, 1_000_001), 1e-3), torch.zeros(1, 1, 1_000_001)
+    x[0, 0] = 4e3
+    exact = -0.5 * (x.double().square()).sum()
+    assert sample_log_likelihood(x, x_hat, dtype=torch.float64).item() == pytest.approx(exact.item(), rel=1e-12)
+    assert sample_log_likelihood(x, x_hat).dtype == torch.float32
+
+
+def test_expected_values_of_other_likelihoods() -> None:
+    logits = torch.randn(2, 4, 6)
+    mean = (Categorical(logits=logits).probs * torch.arange(6.0)).sum(-1)
+    torch.testing.assert_close(expected_value(logits.bfloat16().float(), "categorical"), mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(expected_value(logits, "categorical"), mean)
+    torch.testing.assert_close(expected_value(logits, "laplace"), Laplace(logits, 1.0).mean)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10_000))
+def test_log_densities_equal_torch_distributions(rows: int, samples: int, dim: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, samples, dim, generator=generator, dtype=torch.float64)
+    mu, log_var = torch.randn(2, rows, dim, generator=generator, dtype=torch.float64)
+    expected = Normal(mu.unsqueeze(1), (log_var / 2).exp().unsqueeze(1)).log_prob(z).sum(-1)
+    torch.testing.assert_close(log_density_diag_gaussian(z, mu, log_var), expected)
+    torch.testing.assert_close(log_density_diag_gaussian(z), Normal(0.0, 1.0).log_prob(z).sum(-1))
+
+
+def test_a_log_density_never_broadcasts_a_posterior() -> None:
+    with pytest.raises(ValueError, match=r"mu must have the shape \[B, D\] = \(2, 3\)"):
+        log_density_diag_gaussian(torch.zeros(2, 5, 3), torch.zeros(1, 3))
 
 
 floats = st.floats(-8, 8)
@@ -138,6 +257,30 @@ def test_nothing_is_converted_before_a_value_is_read() -> None:
     assert "elbo" in repr(result)
     with pytest.raises((RuntimeError, NotImplementedError)):
         result.diagnostics["elbo"]
+
+
+def test_beta_cycles_rise_linearly_and_stay_in_each_cycle() -> None:
+    cycle = [1.0, 2.0, 2.0, 2.0]
+    assert [cyclic_at(2.0, 4, 2, step) for step in range(13)] == [0.0, *cycle, *cycle, *cycle]
+    assert [linear_at(3.0, 0, step) for step in range(3)] == [3.0, 3.0, 3.0]
+
+
+def test_free_bits_cost_their_minimum_without_a_gradient() -> None:
+    kl = torch.tensor([[0.1, 2.0], [0.5, 0.0]], requires_grad=True)
+    term = free_bits(kl, 0.5)
+    torch.testing.assert_close(term, torch.tensor([2.5, 1.0]))
+    term.sum().backward()
+    assert kl.grad[0].tolist() == [0.0, 1.0]
+    assert kl.grad[1, 1] == 0
+
+
+def test_capacity_pulls_the_kl_of_each_sample_to_its_target() -> None:
+    kl = torch.tensor([[1.0, 2.0], [4.0, 4.0]], requires_grad=True)
+    term = capacity(kl, 5.0)
+    torch.testing.assert_close(term, torch.tensor([2.0, 3.0]))
+    term.sum().backward()
+    assert kl.grad.tolist() == [[-1.0, -1.0], [1.0, 1.0]]
+    torch.testing.assert_close(capacity(kl, 0.0), kl.sum(1))
 
 
 def test_beta_rises_linearly_and_stays() -> None:

@@ -1,10 +1,12 @@
 """Pixels are what the file says, for both decoders; values reach the network in the range that the spec names."""
 
+import dataclasses
 import io
 import struct
 import subprocess
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,3 +226,44 @@ def test_the_preprocessing_hash_names_scale_and_decoder_version() -> None:
 def test_unknown_scale_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="symmetric"):
         TransformSpec(scale="unti")  # type: ignore[arg-type]  # the mistake under test
+
+
+def grey_batch(rows: torch.Tensor, num_global: int = 64) -> Batch:
+    x = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(len(rows), 1, 16, 16)
+    return Batch(x, rows, rows, num_global)
+
+
+def test_black_and_white_pixels_are_drawn_with_the_probability_of_their_grey() -> None:
+    transform, rows = Transform(TransformSpec(binarize="dynamic")), torch.arange(64)
+    draws = torch.stack([transform(transform.draw(grey_batch(rows), 0, step)).x for step in range(40)])
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    grey = torch.arange(256).reshape(16, 16) / 255
+    torch.testing.assert_close(draws.mean((0, 1, 2)), grey, atol=0.05, rtol=0)  # 2,560 draws of each
+    assert (draws[..., 0, 0] == 0).all() and (draws[..., 15, 15] == 1).all()
+
+
+def test_pixels_are_drawn_anew_at_every_step_and_alike_on_any_number_of_ranks() -> None:
+    transform, rows = Transform(TransformSpec(binarize="dynamic")), torch.arange(64)
+    whole = transform.draw(grey_batch(rows), 3, 7).x
+    assert torch.equal(transform.draw(grey_batch(rows[40:]), 3, 7).x, whole[40:])
+    assert not torch.equal(transform.draw(grey_batch(rows), 3, 8).x, whole)
+    assert not torch.equal(transform.draw(grey_batch(rows), 4, 7).x, whole)
+    alone = dataclasses.replace(grey_batch(rows[:1]), positions=rows[:0])  # a rank without a sample
+    assert transform.draw(alone, 3, 7).x.shape == (1, 1, 16, 16)
+    pair = dataclasses.replace(grey_batch(rows), x2=grey_batch(rows).x)
+    drawn = transform.draw(pair, 3, 7)
+    assert torch.equal(drawn.x, whole) and drawn.x2 is not None and not torch.equal(drawn.x2, whole)
+
+
+def test_without_binarize_a_batch_stays_as_it_is_and_encoding_always_takes_the_grey() -> None:
+    batch = grey_batch(torch.arange(64))
+    assert Transform(TransformSpec()).draw(batch, 0, 0) is batch
+    dynamic = TransformSpec(binarize="dynamic")
+    assert torch.equal(Transform(dynamic)(batch).x, Transform(TransformSpec())(batch).x)
+    assert preprocessing_sha256(dynamic) == preprocessing_sha256(TransformSpec())
+
+
+@pytest.mark.parametrize("scale", ["symmetric", "none"])
+def test_only_grey_values_between_0_and_1_are_drawn_from(scale: Any) -> None:
+    with pytest.raises(ConfigError, match=f"binarize=dynamic draws from grey values.*scale is {scale}: use unit"):
+        TransformSpec(binarize="dynamic", scale=scale)

@@ -63,7 +63,7 @@ def noise(model: nn.Module, batch: Batch, num_samples: int = 1) -> Tensor | None
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """The reconstruction of the (first) input as `forward` gives it."""
     if batch.x2 is None:
-        return model(batch.x).x_hat
+        return model(batch.x, *([] if batch.label is None else [batch.label])).x_hat
     return model((batch.x, batch.x2)).output1.x_hat
 
 
