@@ -316,6 +316,8 @@ def test_every_objective_trains_alike_on_any_number_of_ranks_and_is_validated_as
     assert validation["elbo"] == pytest.approx(validation["log_likelihood"] - validation["kl_divergence"])
     assert [row["beta"] for row in one] == [spec.beta_at(row["step"]) for row in one]
     assert one[-1]["log_likelihood"] > one[0]["log_likelihood"]
+    found = evaluate_run(str(tmp_path / "1"), data, "val")  # loads what was published
+    assert found.elbo == pytest.approx(validation["elbo"], rel=0.1)
     if spec.objective == "iwae":
         assert all(row["loss"] == pytest.approx(-row["iwae"]) for row in one)
         assert one[-1]["iwae"] > one[-1]["elbo"]
