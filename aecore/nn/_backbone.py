@@ -48,15 +48,17 @@ def activation(name: Activation) -> nn.Module:
 
 def hidden(layer: nn.Module, channels: int, *, act: Activation, norm: Norm, dropout: float, num_axes: int = 0) -> list[nn.Module]:
     """Return `layer`, its normalisation, activation and dropout; `channels` out, `num_axes` spatial axes (0: vectors)."""
-    layers = [layer]
-    if norm == "group":
-        layers.append(nn.GroupNorm(num_groups(channels), channels))
-    elif norm == "batch":
-        layers.append(_BATCH_NORMS[num_axes](channels))
-    layers.append(activation(act))
+    layers = [layer, *normalisation(norm, channels, num_axes), activation(act)]
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
     return layers
+
+
+def normalisation(norm: Norm, channels: int, num_axes: int = 0) -> list[nn.Module]:
+    """Return the layer that normalises `channels` of a map with `num_axes` spatial axes; none for `none`."""
+    if norm == "group":
+        return [nn.GroupNorm(num_groups(channels), channels)]
+    return [_BATCH_NORMS[num_axes](channels)] if norm == "batch" else []
 
 
 def num_groups(channels: int) -> int:
