@@ -11,7 +11,9 @@ from aecore.nn import Backbone
 from aecore.nn._backbone import num_groups
 from aecore.nn.attention import AttentionSpec, Block, Patches, Pixels, smallest_side
 from aecore.nn.conv import ConvSpec
+from aecore.nn.hybrid import HybridSpec
 from aecore.nn.mlp import MLPSpec
+from aecore.nn.recurrent import RecurrentSpec
 from aecore.nn.resnet import ResidualBlock, ResNetSpec
 from aecore.registry import BACKBONES, field_types, from_dict, to_dict
 
@@ -20,6 +22,7 @@ SMALL = [
     MLPSpec(hidden=(16, 8)),
     ConvSpec(channels=(8, 16, 8)),
     ResNetSpec(channels=(8, 16, 8)),
+    RecurrentSpec(width=8, layers=2),
     AttentionSpec(width=8, heads=2, depth=1),
     AttentionSpec(width=8, heads=2, depth=1, patch=3),
 ]
@@ -187,3 +190,26 @@ def test_attention_takes_any_number_of_axes_but_none() -> None:
     run(AttentionSpec(), (1, 2, 3, 4, 5))
     with pytest.raises(ConfigError, match=r"at least 1 axis.*backbone.kind=mlp"):
         BACKBONES.build(AttentionSpec(), (), 4)
+
+
+def test_an_image_is_read_row_by_row_where_time_is_its_second_axis() -> None:
+    torch.manual_seed(0)
+    spec = RecurrentSpec(width=8, time_axis=1, bidirectional=False)
+    encoder = run(spec, (2, 5, 3)).encoder
+    x = torch.randn(1, 2, 5, 3)
+    rows = RecurrentSpec(width=8, bidirectional=False)
+    other = BACKBONES.build(rows, (5, 6), 4).encoder
+    other.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(encoder(x), other(x.permute(0, 2, 1, 3).flatten(2)))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 9, 7), (4, 5, 6), (1, 1, 28, 28)], ids=str)
+def test_videos_come_back_as_they_went_in(shape: tuple[int, ...]) -> None:
+    run(HybridSpec(channels=(4, 8), width=8), shape)
+
+
+def test_frames_go_through_the_same_convolutions_one_by_one() -> None:
+    encoder = run(HybridSpec(channels=(4, 8), width=8), (3, 2, 9, 7)).encoder
+    frames = torch.randn(2, 3, 2, 9, 7)
+    each = torch.stack([encoder.step(frames[:, step]) for step in range(3)], 1)
+    torch.testing.assert_close(encoder.step(frames.flatten(0, 1)).unflatten(0, (2, 3)), each)
