@@ -22,8 +22,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from aecore._base.trainable import ModelSpec, Trainable
+from aecore.data.manifest import Dataset
 from aecore.data.transform import TransformSpec
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.generations import FORMAT_VERSION, read_json
 from aecore.kinds import other_kind
 from aecore.registry import BACKBONES, MODELS, from_dict, to_dict
@@ -37,12 +38,22 @@ _FOLDER = re.compile(r"step-(\d{8})-[0-9a-z]+")
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything that is needed to build a model again; `input_shape` is `(C, H, W)`, `(F,)` or whatever the data has."""
+    """Everything that is needed to build a model again; `input_shape` is `(C, H, W)`, `(F,)` or whatever the data has.
+
+    A first axis of 0 stands for sequences of any number of steps.
+    """
 
     model: ModelSpec
     backbone: Any  # any: the spec class registered for its kind
     transform: TransformSpec
     input_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.model.likelihood == "categorical" and self.transform.scale != "none":
+            raise ConfigError(
+                f"model.likelihood=categorical scores class ids, and transform.scale={self.transform.scale} would change them: "
+                "use transform.scale=none"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON data."""
@@ -283,12 +294,15 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     return LoadedModel(model.to(device).eval(), config, checkpoint, f"{store.url}/{name}".rstrip("/"))
 
 
-def require_fit(dataset_url: str, dataset_shape: tuple[int, ...], loaded: LoadedModel) -> None:
-    """DataError unless the dataset's samples have the shape that the checkpoint expects."""
-    if tuple(dataset_shape) != loaded.config.input_shape:
+def require_fit(dataset: Dataset, loaded: LoadedModel) -> None:
+    """DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps)."""
+    expected = loaded.config.input_shape
+    varying = expected[:1] == (0,)
+    shape = dataset.manifest.input_shape(sequences=varying)
+    if shape != expected and not (varying and shape[1:] == expected[1:] and shape):
         raise DataError(
-            f"dataset {dataset_url} holds samples of shape {tuple(dataset_shape)}; checkpoint {loaded.url} expects "
-            f"{loaded.config.input_shape}: shard the data again with a fitting shards.resize and shards.mode, or pick another checkpoint"
+            f"dataset {dataset.url} holds samples of shape {shape}; checkpoint {loaded.url} expects "
+            f"{expected}: shard the data again with a fitting shards.resize and shards.mode, or pick another checkpoint"
         )
 
 

@@ -125,7 +125,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
         opening, looking = beside.submit(open_dataset, data_url), beside.submit(_look, store)
         loaded = load_model(run_url)  # on the CPU: the workers' device may not be on this machine
         dataset, (claimed, (parent, parent_sha256), recorded) = opening.result(), looking.result()
-    require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
+    require_fit(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     columns = Encoder(loaded, spec, "cpu").describe()
     identity = _identity(loaded, spec, columns)

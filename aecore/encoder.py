@@ -3,6 +3,7 @@
 It asks the model for `latents`, `reconstruct` and `noise_shape` only, so it does not know which model it is.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,7 @@ class Encoder:
     @torch.inference_mode()
     def columns(self, batch: Batch, eps: Tensor | None) -> dict[str, Tensor]:
         """Return name -> `[n, D]` or `[n]` of a stored batch; `eps` is the noise of its rows where a sample is asked for."""
+        self.model.require_samples(batch)
         return self._columns(self.transform(batch.to(self.device)), eps)
 
     def _columns(self, ready: Batch, eps: Tensor | None) -> dict[str, Tensor]:
@@ -65,7 +67,7 @@ class Encoder:
             columns["z"] = columns["mu"] + scale * eps.to(self.device).flatten(1)
         if self.spec.reconstruction:
             error = self.model.reconstruct(ready, likelihood=self.likelihood) - ready.x
-            columns["recon_error"] = error.float().square().flatten(1).mean(1)
+            columns["recon_error"] = ready.mean_per_row(error.float().square())
         if self.spec.kl:
             columns["kl"] = kl_divergence_diag_gaussian(columns["mu"], columns["log_var"])
         return columns
@@ -73,9 +75,9 @@ class Encoder:
     @torch.inference_mode()
     def describe(self) -> dict[str, Any]:
         """Return name -> {dtype, dim} of the columns (dim None: one number per row), found by encoding one row of zeros."""
-        one = torch.zeros(1, dtype=torch.int64)
-        label = one.to(self.device) if "label" in self.model.encode_inputs else None
-        ready = Batch(torch.zeros(1, *self.input_shape, device=self.device), one, one, 1, label=label)
+        ready = Batch.blank(self.input_shape, self.device)
+        if "label" in self.model.encode_inputs:
+            ready = dataclasses.replace(ready, label=torch.zeros(1, dtype=torch.int64, device=self.device))
         columns = self._columns(ready, self.noise(ready, 0, ""))
         return {
             name: {"dtype": self._dtype(column), "dim": column.shape[1] if column.ndim == 2 else None} for name, column in columns.items()

@@ -79,7 +79,7 @@ def evaluate_run(
     """
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=rank.device)
-    require_fit(dataset.url, dataset.manifest.input_shape(), loaded)
+    require_fit(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     config = loaded.config
     objective = Objective(loaded.model, Transform(config.transform), config.model.likelihood).eval()

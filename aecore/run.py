@@ -69,11 +69,16 @@ def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] |
     """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
     if pairs == PairSpec():
         return
-    built = MODELS.built_type(kind) if model is None else model
-    if not isinstance(built, type) or not issubclass(built, Trainable) or "x2" in built.train_inputs:
+    if "x2" in model.train_inputs if model is not None else _takes(kind, "x2"):
         return
     asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(pairs).items())
     raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
+
+
+def _takes(kind: str, field: str) -> bool:
+    """Return whether the model that `kind` builds trains on a field of `Batch` (True if its build function does not say which it is)."""
+    built = MODELS.built_type(kind)
+    return not isinstance(built, type) or not issubclass(built, Trainable) or field in built.train_inputs
 
 
 def require_streamable(train: TrainSpec, input: InputSpec) -> None:
@@ -178,8 +183,9 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
 
 
 def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
-    """Return the config of the model that this job trains on this dataset."""
-    return ModelConfig(job.model, job.backbone, job.transform, dataset.manifest.input_shape())
+    """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths."""
+    shape = dataset.manifest.input_shape(sequences=_takes(job.model.kind, "lengths"))
+    return ModelConfig(job.model, job.backbone, job.transform, shape)
 
 
 def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | None = None) -> Trainable:

@@ -164,6 +164,7 @@ class _Training:
         self.objective.train()
         with closing(self.loader.batches(start_step=self.step, stop_step=self.total_steps)) as batches:
             for batch in batches:
+                self.objective.model.require_samples(batch)
                 self._train_step(batch.to(self.rank.device))
                 self.step += 1
                 if self._after_step(started):

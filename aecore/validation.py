@@ -63,6 +63,7 @@ def _sums(objective: Objective, batches: Iterable[tuple[int, Batch]], seed: int,
     sums: dict[str, Tensor] = {}
     try:
         for number, stored in batches:
+            objective.model.require_samples(stored)
             ready = objective.transform(objective.transform.draw(stored.to(device), seed, number))
             terms = _terms(objective, ready, noise_for(objective.model, ready, seed, number))
             if extra is not None:
@@ -81,5 +82,5 @@ def _terms(objective: Objective, ready: Batch, eps: Tensor | None) -> dict[str, 
     return {
         "count": ready.x.new_full((), len(ready), dtype=torch.float64),
         **{name: mean.double() * len(ready) for name, mean in {"loss": result.objective, **result.tensors}.items()},
-        "mse": error.double().square().flatten(1).mean(1).sum(),
+        "mse": ready.mean_per_row(error.double().square()).sum(),
     }

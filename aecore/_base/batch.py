@@ -27,6 +27,21 @@ class Batch:
     mask: Tensor | None = None
     lengths: Tensor | None = None
 
+    @classmethod
+    def blank(cls, input_shape: tuple[int, ...], device: torch.device | str = "cpu") -> "Batch":
+        """Return one row of zeros, of one step where the shape leaves their number open (0): to ask a model what it gives."""
+        one = torch.zeros(1, dtype=torch.int64)
+        lengths = torch.ones(1, dtype=torch.int64, device=device) if 0 in input_shape else None
+        return cls(torch.zeros(1, *(size or 1 for size in input_shape), device=device), one, one, 1, lengths=lengths)
+
+    def mean_per_row(self, values: Tensor) -> Tensor:
+        """Return the means `[n]` of values `[n, T, ...]`, or of values like `x`; what lies behind a sequence's end does not count."""
+        if self.lengths is None:
+            return values.flatten(1).mean(1)
+        valid = torch.arange(values.shape[1], device=values.device) < self.lengths[:, None]
+        steps = values.flatten(2).mean(2) if values.ndim > 2 else values
+        return torch.where(valid, steps, 0).sum(1) / self.lengths
+
     def __len__(self) -> int:
         return int(self.x.shape[0])
 

@@ -23,6 +23,12 @@ class Trainable(BaseAutoencoder):
     encode_inputs: ClassVar[tuple[str, ...]] = ("x",)
     num_classes: int | None = None
 
+    def require_samples(self, batch: Batch) -> None:
+        """Raise DataError for samples that the model cannot take. `batch` is as the loader gives it: stored values, on the CPU.
+
+        By default all are taken; a model overrides it for what a shape does not say, such as ids outside its vocabulary.
+        """
+
     @abstractmethod
     def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:
         """Shape of the noise that `loss` takes for one input, such as (S, D), S first; None if it takes none.

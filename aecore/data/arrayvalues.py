@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -53,8 +54,23 @@ def class_names(values: Array, where: str) -> list[str]:
     return [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
 
 
-def row_writer(array: Array, store_as: str, where: str) -> Callable[[int], tuple[str, bytes]]:
-    """Return the function from a row's number to its extension and bytes."""
+def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array:
+    """Return the valid steps of each row of `samples` as int64 `[N]`; DataError unless they are whole numbers from 1 to its second axis."""
+    lengths = require_rows(values, len(samples), where, of)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise DataError(f"{where} has shape {lengths.shape} and dtype {lengths.dtype}: lengths are one whole number for each row")
+    if not 1 <= int(lengths.min()) <= int(lengths.max()) <= samples.shape[1]:
+        row = int(np.flatnonzero((lengths < 1) | (lengths > samples.shape[1]))[0])
+        raise DataError(
+            f"{where} says {int(lengths[row])} steps for row {row}, the rows of {of} have 1 to {samples.shape[1]}: leave empty rows out"
+        )
+    return lengths.astype(np.int64)
+
+
+def row_writer(array: Array, store_as: str, where: str, lengths: Array | None = None) -> Callable[[int], tuple[str, bytes]]:
+    """Return the function from a row's number to its extension and bytes; with `lengths` to those of its valid steps, as `.npy`."""
+    if lengths is not None:
+        return _sequence_writer(array, lengths, store_as, where)
     is_image = array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in COLOUR_TYPES))
     if store_as == "png" and not is_image:
         raise ConfigError(
@@ -65,8 +81,21 @@ def row_writer(array: Array, store_as: str, where: str) -> Callable[[int], tuple
         png = StoredPng(array.shape[1:])
         return lambda row: ("png", png(array[row]))
     dtype = array.dtype.newbyteorder("=")
-    head = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": array.shape[1:]}
-    np.lib.format.write_array_header_1_0(head, fields)
-    start = head.getvalue()
+    start = _npy_start(dtype, array.shape[1:])
     return lambda row: ("npy", start + array[row].astype(dtype, copy=False).tobytes())
+
+
+def _sequence_writer(array: Array, lengths: Array, store_as: str, where: str) -> Callable[[int], tuple[str, bytes]]:
+    if store_as == "png":
+        raise ConfigError(f"source.store_as=png stores images, {where} has source.lengths: use source.store_as=auto")
+    dtype, steps = array.dtype.newbyteorder("="), lengths.tolist()
+    starts = {length: _npy_start(dtype, (length, *array.shape[2:])) for length in set(steps)}
+    return lambda row: ("npy", starts[steps[row]] + array[row, : steps[row]].astype(dtype, copy=False).tobytes())
+
+
+def _npy_start(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Return what stands before the values in a `.npy` file."""
+    head = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, fields)
+    return head.getvalue()

@@ -40,6 +40,8 @@ def _prepare_array(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, by
     if shards.resize is not None or shards.mode != "keep":
         raise ConfigError("shards.resize and shards.mode work on images; this source gives arrays (.npy): leave both at their defaults")
     header = array_header(data)
+    if 0 in header.shape:
+        raise BadSample("empty", f"an array of shape {header.shape} holds no values")
     if shards.check == "decode" and not np.isfinite(np.frombuffer(data, header.dtype, offset=header.start)).all():
         raise BadSample("not_finite", "the array holds NaN or infinity")
     return header, data

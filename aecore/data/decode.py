@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.manifest import sequence_shape
 from aecore.errors import ConfigError, DataError
 
 DecoderName = Literal["imagecodecs", "pillow"]
@@ -42,18 +43,25 @@ class DecodeError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class SampleFormat:
-    """Form of one decoded sample: `(H, W, C)` for images, any shape for arrays."""
+    """Form of one decoded sample: `(H, W, C)` for images, any shape for arrays; of sequences that vary in length, the longest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     image: bool
+    varying: bool = False
 
     @classmethod
-    def of(cls, shapes: Mapping[str, int]) -> "SampleFormat":
-        """Return the one format of a manifest's shapes (`28x28x1/L`, for arrays `64x3/float32`); DataError if there are several."""
+    def of(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
+        """Return the one format of a manifest's shapes (`28x28x1/L`, for arrays `64x3/float32`); DataError if there are several.
+
+        With `sequences` arrays that differ in nothing but their first axis are one format, of varying length.
+        """
         found = {_parse_shape(shape) for shape in shapes}
         if len(found) == 1:
             return found.pop()
+        if sequences and sequence_shape(shapes) is not None:
+            longest = max(found, key=lambda form: form.shape[0])
+            return cls(longest.shape, longest.dtype, image=False, varying=True)
         shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
         raise DataError(
             f"the samples have {len(found)} different forms ({shown or 'no samples'}), one is needed: "

@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -49,6 +49,7 @@ class ImageHeader:
     height: int
     mode: str
     ext: str
+    length: None = field(default=None, init=False)  # what a sequence has and an image does not
 
     @property
     def form(self) -> str:

@@ -20,6 +20,7 @@ from aecore.data.manifest import Dataset, ShardRef
 from aecore.data.order import EpochOrder, Int64s, StepRows, TrainingOrder, locate
 from aecore.data.pairs import PairSpec, Partners, find_partners
 from aecore.data.prefetch import prefetched
+from aecore.data.ragged import crop
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError, DataError
@@ -201,7 +202,7 @@ class Loader:
         if partners is None:
             return self.rows.read(indices), None
         both = self.rows.read(np.concatenate([indices, partners]))
-        return Rows(*(column[: len(indices)] for column in both)), both.pixels[len(indices) :]
+        return both.take(slice(len(indices))), both.pixels[len(indices) :]
 
     def _range(self, start: int, stop: int, batch: int) -> Generator[Batch, None, None]:
         self.rows.prefetch(self.rows.shards_of(start, stop))
@@ -216,14 +217,17 @@ class Loader:
             places = np.arange(stop - start)
             if errors:
                 places = np.delete(places, [error.row for error in errors])
-                rows = Rows(*(column[places] for column in rows))
+                rows = rows.take(places)
             bad = tuple(BadRow(start + error.row, error.reason, str(error)) for error in errors)
             yield ShardBatch(self._batch(rows, places, stop - start), start + places, bad)
 
     def _batch(self, rows: Rows, positions: Int64s, num_global: int, x2: Pixels | None = None) -> Batch:
-        x, partners = self._tensor(rows.pixels), None if x2 is None else self._tensor(x2)
+        pixels = rows.pixels if rows.lengths is None else crop(rows.pixels, rows.lengths)
+        x, partners = self._tensor(pixels), None if x2 is None else self._tensor(x2)
+        lengths = None if rows.lengths is None else torch.from_numpy(rows.lengths)
         label = torch.from_numpy(rows.labels) if self.rows.labelled else None
-        return Batch(x, torch.from_numpy(rows.ordinals), torch.from_numpy(positions), num_global, x2=partners, label=label)
+        ordinals = torch.from_numpy(rows.ordinals)
+        return Batch(x, ordinals, torch.from_numpy(positions), num_global, x2=partners, label=label, lengths=lengths)
 
     def _tensor(self, pixels: Pixels) -> torch.Tensor:
         tensor = torch.from_numpy(pixels)

@@ -126,18 +126,24 @@ class DatasetManifest:
         rejected = sum(part.planned for part in self.rejected if part.split == split)
         return rejected + sum(shard.planned for shard in self.splits.get(split, ()))
 
-    def input_shape(self) -> tuple[int, ...]:
-        """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ."""
+    def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
+        """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
+
+        With `sequences` arrays may differ in their first axis: it then stands as 0, as in `(0, 3)`.
+        """
         dims = {tensor_shape(shape) for shape in self.sample.shapes}
         if not dims:
             raise DataError(f"dataset generation {self.number} has no samples: there is no input shape")
+        steps = sequence_shape(self.sample.shapes)
+        if sequences and len(dims) > 1 and steps is not None:
+            return steps
         if len(dims) > 1:
             counts = Counter(self.sample.shapes).most_common(3)
             shown = ", ".join(f"{shape} ({count})" for shape, count in counts)
-            raise DataError(
-                f"the samples have {len(dims)} different shapes ({shown}): training needs one; shard again with "
-                "shards.resize=<side> (and shards.mode=L or RGB if the channels differ)"
-            )
+            remedy = "shard again with shards.resize=<side> (and shards.mode=L or RGB if the channels differ)"
+            if steps is not None:
+                remedy = "they are sequences of different lengths, for a model that takes lengths, such as model.kind=rvae"
+            raise DataError(f"the samples have {len(dims)} different shapes ({shown}): training needs one; {remedy}")
         return dims.pop()
 
     def training_key(self, split: str = "train") -> str:
@@ -195,6 +201,14 @@ def tensor_shape(name: str) -> tuple[int, ...]:
     dims, _, mode = name.partition("/")
     sizes = tuple(int(size) for size in dims.split("x") if size)
     return sizes if mode.islower() else (sizes[2], sizes[0], sizes[1])  # dtypes are lower case, image modes are not
+
+
+def sequence_shape(forms: Iterable[str]) -> tuple[int, ...] | None:
+    """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ in nothing but T; None for anything else."""
+    shapes, dtypes = [tensor_shape(form) for form in forms], {form.partition("/")[2] for form in forms}
+    if len(dtypes) != 1 or not dtypes.pop().islower() or not all(shapes) or len({shape[1:] for shape in shapes}) != 1:
+        return None
+    return (0, *shapes[0][1:])
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:

@@ -156,6 +156,7 @@ class Pack:
             "height": pa.array([header.height for header in headers], pa.int32()).take(at),
             "mode": pa.array([header.mode for header in headers], pa.string()).take(at),
             "group": _take(task.groups, positions),
+            "length": pa.array([header.length for header in headers], pa.int32()).take(at),
         }
         columns |= {name: values[rows] for name, values in task.columns.items()}
         return make_table(INDEX_SCHEMA, columns, len(rows))

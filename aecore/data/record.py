@@ -78,6 +78,11 @@ class ArrayHeader:
     ext: str = field(default="npy", init=False)
 
     @property
+    def length(self) -> int | None:
+        """Size of the first axis: the steps of a sequence; None for a single number."""
+        return self.shape[0] if self.shape else None
+
+    @property
     def form(self) -> str:
         """Return for example `3x32x32/float32`."""
         return f"{'x'.join(map(str, self.shape))}/{self.dtype.name}"

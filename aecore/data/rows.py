@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from aecore.data.decode import DecodeError, Decoder, DecoderName, Pixels, SampleFormat
 from aecore.data.manifest import Dataset
+from aecore.data.ragged import SequenceDecoder
 from aecore.data.shard import ShardReader
 from aecore.errors import ConfigError, DataError
 
@@ -26,11 +27,16 @@ MAX_OPEN, MAX_INDEXED = 256, 400_000
 
 
 class Rows(NamedTuple):
-    """n decoded samples: pixels `[n, H, W, C]` (or arrays), planned ordinals, class ids (-1: none)."""
+    """n decoded samples: pixels `[n, H, W, C]` (or arrays), planned ordinals, class ids (-1: none), of sequences the lengths."""
 
     pixels: Pixels
     ordinals: Int64s
     labels: Int64s
+    lengths: Int64s | None = None
+
+    def take(self, where: Any) -> "Rows":  # any: what indexes an array
+        """Return the rows at these places."""
+        return Rows(*(None if column is None else column[where] for column in self))  # type: ignore[arg-type]  # as they were
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,11 @@ class SplitRows:
         self.num_samples = int(self.counts.sum())
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
-        self.sample = SampleFormat.of(dataset.manifest.sample.shapes)
+        self.sample = SampleFormat.of(dataset.manifest.sample.shapes, sequences=True)
         self.labelled = bool(dataset.manifest.classes)
         self._starts = np.cumsum(self.counts) - self.counts
         self._decoder = Decoder(decoder, self.sample)
+        self._sequences = SequenceDecoder(self.sample) if self.sample.varying else None
         self.caching = _use_cache(cache, self.num_samples * self.sample.nbytes, cache_bytes)
         self._cache: Rows | None = None
         self._filled = np.zeros(0, np.bool_)
@@ -71,11 +78,12 @@ class SplitRows:
             if len(missing):
                 missing = np.unique(missing)
                 for column, values in zip(cache, self._load(missing), strict=True):
-                    column[missing] = values
+                    if column is not None and values is not None:
+                        column[missing] = values
                 self._filled[missing] = True
                 if self.in_ram:
                     self.close()
-            return Rows(*(column[indices] for column in cache))
+            return cache.take(indices)
 
     def read_shard(self, number: int, start: int, stop: int, on_bad: Callable[[DecodeError], None]) -> Rows:
         """Return rows [start, stop) of one shard, not cached; rows that do not decode are reported (undefined pixels)."""
@@ -83,7 +91,7 @@ class SplitRows:
             shard = self._shard(number)
             members = shard.reader.read_rows(np.arange(start, stop))
             ordinals, labels = shard.ordinals[start:stop].copy(), shard.labels[start:stop].copy()
-        return Rows(self._decoder.batch(members, on_bad), ordinals, labels)
+        return self._decoded(members, ordinals, labels, on_bad)
 
     @property
     def in_ram(self) -> bool:
@@ -119,7 +127,8 @@ class SplitRows:
     def _make_cache(self) -> Rows:
         self._filled = np.zeros(self.num_samples, np.bool_)
         pixels = np.zeros((self.num_samples, *self.sample.shape), self.sample.dtype)  # mostly zero pages: RAM is taken as it fills
-        self._cache = Rows(pixels, np.zeros(self.num_samples, np.int64), np.zeros(self.num_samples, np.int64))
+        lengths = None if self._sequences is None else np.zeros(self.num_samples, np.int64)
+        self._cache = Rows(pixels, np.zeros(self.num_samples, np.int64), np.zeros(self.num_samples, np.int64), lengths)
         return self._cache
 
     def _load(self, indices: Int64s) -> Rows:
@@ -134,9 +143,15 @@ class SplitRows:
             for place, data in zip(places.tolist(), shard.reader.read_rows(rows), strict=True):
                 members[place] = data
         try:
-            return Rows(self._decoder.batch(members), ordinals, labels)
+            return self._decoded(members, ordinals, labels)
         except DecodeError as error:
             raise self._undecodable(int(indices[error.row]), error) from error
+
+    def _decoded(self, members: list[bytes], ordinals: Int64s, labels: Int64s, on_bad: Callable[[DecodeError], None] | None = None) -> Rows:
+        if self._sequences is None:
+            return Rows(self._decoder.batch(members, on_bad), ordinals, labels)
+        pixels, lengths = self._sequences.batch(members, on_bad)
+        return Rows(pixels, ordinals, labels, lengths)
 
     def _undecodable(self, index: int, error: DecodeError) -> DataError:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

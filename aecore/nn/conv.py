@@ -15,8 +15,9 @@ from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, hidden, output_layers
 from aecore.registry import BACKBONES, knob, spec
 
-_CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONV_TRANSPOSE: dict[int, Callable[..., nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE: dict[int, Callable[..., nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV_AXES = (2, 3, 4)  # with the channels
 
 
 @spec
@@ -38,13 +39,8 @@ class ConvSpec:
 @BACKBONES.register(ConvSpec)
 def build(conv: ConvSpec, input_shape: tuple[int, ...], latent_dim: int) -> Backbone:
     """Build for samples of `input_shape`: (n,), (C, L), (C, H, W) or (C, T, H, W)."""
-    channels_first = (1, *input_shape) if len(input_shape) == 1 else input_shape
-    if len(channels_first) not in (2, 3, 4):
-        raise ConfigError(f"backbone.kind=conv takes samples with 1 to 4 axes, these have the shape {input_shape}: use backbone.kind=mlp")
-    widths = (channels_first[0], *conv.channels)
-    sizes = [channels_first[1:]]
-    for _ in conv.channels:
-        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+    channels_first = with_channels(input_shape, "conv")
+    widths, sizes = (channels_first[0], *conv.channels), halved(channels_first[1:], len(conv.channels))
     num_features = widths[-1] * math.prod(sizes[-1])
     reshape = channels_first != input_shape
     encoder: list[nn.Module] = [nn.Unflatten(1, channels_first)] if reshape else []
@@ -56,10 +52,31 @@ def build(conv: ConvSpec, input_shape: tuple[int, ...], latent_dim: int) -> Back
     return Backbone(nn.Sequential(*encoder), nn.Sequential(*decoder), num_features, bounded=conv.output == "sigmoid")
 
 
+def with_channels(input_shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Return the shape with its channels first, (1, n) for a vector; ConfigError unless it has 1 to 3 axes beside the channels."""
+    channels_first = (1, *input_shape) if len(input_shape) == 1 else input_shape
+    if len(channels_first) not in CONV_AXES:
+        raise ConfigError(f"backbone.kind={kind} takes samples with 1 to 4 axes, these have the shape {input_shape}: use backbone.kind=mlp")
+    return channels_first
+
+
+def halved(size: tuple[int, ...], stages: int) -> list[tuple[int, ...]]:
+    """Return the sizes before the first stage and after each: every axis halves, rounding up."""
+    sizes = [size]
+    for _ in range(stages):
+        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+    return sizes
+
+
+def output_padding(target: tuple[int, ...]) -> tuple[int, ...]:
+    """Return what a transposed convolution has to add so that it gives the axes `target`: 0 where they are odd, 1 where even."""
+    return tuple(n - (2 * ((n + 1) // 2) - 1) for n in target)
+
+
 def _encoder(conv: ConvSpec, widths: tuple[int, ...], num_axes: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layer = _CONV[num_axes](before, after, 3, stride=2, padding=1, bias=conv.norm != "batch")
+        layer = CONV[num_axes](before, after, 3, stride=2, padding=1, bias=conv.norm != "batch")
         layers += hidden(layer, after, act=conv.activation, norm=conv.norm, dropout=conv.dropout, num_axes=num_axes)
     return layers
 
@@ -68,8 +85,8 @@ def _decoder(conv: ConvSpec, widths: tuple[int, ...], sizes: list[tuple[int, ...
     layers: list[nn.Module] = []
     for stage in reversed(range(len(conv.channels))):
         target, last, num_axes = sizes[stage], stage == 0, len(sizes[stage])
-        padding = tuple(n - (2 * ((n + 1) // 2) - 1) for n in target)
+        padding = output_padding(target)
         after, bias = widths[stage], last or conv.norm != "batch"
-        layer = _CONV_TRANSPOSE[num_axes](widths[stage + 1], after, 3, stride=2, padding=1, output_padding=padding, bias=bias)
+        layer = CONV_TRANSPOSE[num_axes](widths[stage + 1], after, 3, stride=2, padding=1, output_padding=padding, bias=bias)
         layers += [layer] if last else hidden(layer, after, act=conv.activation, norm=conv.norm, dropout=conv.dropout, num_axes=num_axes)
     return layers

@@ -2,6 +2,7 @@
 
 from aecore.variational._adagvae import AdaGVAE, AdaGVAEOutput, AdaGVAESpec
 from aecore.variational._conditional import ConditionalVAE, ConditionalVAESpec
+from aecore.variational._recurrent import RecurrentVAE, RecurrentVAESpec
 from aecore.variational._vae import VAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput, VAESpec
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "AdaGVAESpec",
     "ConditionalVAE",
     "ConditionalVAESpec",
+    "RecurrentVAE",
+    "RecurrentVAESpec",
     "VAEDecodeOutput",
     "VAEEncodeOutput",
     "VAEOutput",

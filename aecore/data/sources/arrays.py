@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.arrayfile import Array, ArrayFile, array_format, stem_of
-from aecore.data.arrayvalues import class_names, native, require_rows, require_samples, row_writer
+from aecore.data.arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.names import is_data, is_labels, partner, split_of, without_split
 from aecore.data.record import encode_keys
 from aecore.data.sources import Listing
@@ -36,6 +36,7 @@ class ArraysSpec:
     images: str = knob("", "array of an .npz that holds the samples; empty: images, x, data, ... or the only one")
     labels: str = knob("", "array of an .npz that holds the labels; empty: labels, y, ... if there is one")
     factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, besides those named factor_*")
+    lengths: str = knob("", "array of an .npz that says how many steps of each row are valid; the rest is not stored")
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(16 << 30, "bytes that one compressed array may inflate to", ge=1, identity=False)
 
@@ -50,6 +51,7 @@ class _Block:
     split: str = ""
     labels: list[str] | None = None
     factors: Mapping[str, Array] = field(default_factory=dict)
+    lengths: Array | None = None
 
 
 @SOURCES.register(ArraysSpec)
@@ -77,11 +79,11 @@ class ArraysSource:
             raise DataError(f"{self._files.url} holds labels and no samples ({', '.join(names[:4])}): add the file of the images")
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
-        sizes = [len(row_writer(block.array, self._spec.store_as, block.head)(0)[1]) for block in blocks]
+        sizes = [self._sizes(block) for block in blocks]
         return Listing(
             encode_keys([f"{block.stem}/{row:09d}" for block, row in rows]),
             [f"{block.head}#{row}" for block, row in rows],
-            np.repeat(np.array(sizes, np.int64), counts),
+            np.concatenate(sizes),
             label_names=[name for block in blocks for name in block.labels or [""] * len(block.array)] if _any(blocks, "labels") else None,
             splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
             columns=_columns(blocks),
@@ -97,8 +99,24 @@ class ArraysSource:
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
         member = _MEMBER.fullmatch(head)
         name, array = (member[1], member[2]) if member else (head, "")
-        self._rows[head] = found = row_writer(self._array_file(name).array(array), self._spec.store_as, head)
+        file = self._array_file(name)
+        lengths = self._lengths(file, array, name) if array else None
+        self._rows[head] = found = row_writer(file.array(array), self._spec.store_as, head, lengths)
         return found
+
+    def _sizes(self, block: _Block) -> NDArray[np.int64]:
+        """Return the bytes of every row as it is stored."""
+        write = row_writer(block.array, self._spec.store_as, block.head, block.lengths)
+        if block.lengths is None:
+            return np.full(len(block.array), len(write(0)[1]), np.int64)
+        return np.array([len(write(row)[1]) for row in range(len(block.array))], np.int64)
+
+    def _lengths(self, file: ArrayFile, data: str, where: str) -> Array | None:
+        """Return the steps of each row of the array `data` of an .npz; None if `source.lengths` names none."""
+        if not self._spec.lengths:
+            return None
+        name, samples = self._chosen(file.names(), self._spec.lengths, data, where), file.array(data)
+        return require_lengths(file.array(name, verify=True), samples, f"{where} (array {name!r})", data)
 
     def _array_file(self, name: str) -> ArrayFile:
         return ArrayFile(self._files.local(name), name, self._spec.max_inflated_bytes)
@@ -136,6 +154,8 @@ class ArraysSource:
         stem = stem_of(name)
         if array_format(name) == "npz":
             yield from self._npz_blocks(file, name, stem)
+        elif self._spec.lengths:
+            raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
         elif not is_labels(stem.rpartition("/")[2]):
             array = require_samples(file.array(""), name)
             beside = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
@@ -152,12 +172,15 @@ class ArraysSource:
             label = self._chosen(known, asked, data, name) if asked else partner(data, samples, filter(is_labels, known))
             labels = None if label is None else self._label_names(name, label, array, data)
             prefix = f"{stem}/{data}" if split_of(data) else stem
-            yield _Block(f"{name}/{data}", prefix, array, split, labels, self._factor_columns(file, known, data, len(array), name))
+            factors = self._factor_columns(file, known, data, len(array), name)
+            yield _Block(f"{name}/{data}", prefix, array, split, labels, factors, self._lengths(file, data, name))
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
         """Return the arrays of an .npz that hold samples: one, or one for each split."""
         asked = self._spec.images
-        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or name in (self._spec.labels, *self._spec.factors)}
+        named = (self._spec.labels, *self._spec.factors)
+        lengths = without_split(self._spec.lengths) if self._spec.lengths else None
+        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or name in named or without_split(name) == lengths}
         if asked:
             found = [name for name in known if without_split(name) == without_split(asked)]
         else:
@@ -182,7 +205,8 @@ class ArraysSource:
             return asked
         if not same:
             raise DataError(
-                f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set source.labels or source.factors to one of these"
+                f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set source.labels, source.lengths or source.factors to "
+                "one of these"
             )
         return same[0]
 

@@ -145,6 +145,33 @@ class TestFormats:
         assert source(tmp_path).read("a.npy#0")[0] == "npy"
 
 
+class TestLengths:
+    @pytest.mark.parametrize("values", [PIXELS, PIXELS.astype(np.float32), PIXELS[:, :, 0].astype(np.int64)], ids=["u1", "f4", "ids"])
+    def test_rows_are_stored_up_to_their_lengths(self, tmp_path: Path, values: np.ndarray) -> None:
+        np.savez(tmp_path / "a.npz", series=values, steps=1 + LABELS % 5, labels=LABELS)
+        found = listing(tmp_path / "a.npz", lengths="steps")
+        assert found.label_names == [str(label) for label in LABELS]
+        read = source(tmp_path / "a.npz", lengths="steps").read
+        for row, length in enumerate((1 + LABELS % 5).tolist()):
+            ext, data = read(found.sources[row])
+            assert (ext, len(data)) == ("npy", found.sizes[row])
+            assert np.array_equal(np.load(io.BytesIO(data)), values[row, :length])
+
+    def test_each_split_has_lengths_of_its_own(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x_train=PIXELS, lengths_train=1 + LABELS % 5, x_test=PIXELS[:3], lengths_test=np.array([5, 4, 3]))
+        found = listing(tmp_path / "a.npz", lengths="lengths")
+        shapes = [array_header(source(tmp_path / "a.npz", lengths="lengths").read(name)[1]).shape for name in found.sources]
+        assert [shape[0] for shape in shapes] == [*(1 + LABELS % 5).tolist(), 5, 4, 3]
+
+    def test_only_an_npz_has_them_and_they_are_no_images(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x=PIXELS, steps=1 + LABELS % 5)
+        with pytest.raises(ConfigError, match="store_as=png stores images"):
+            listing(tmp_path / "a.npz", lengths="steps", store_as="png")
+        np.save(tmp_path / "b.npy", PIXELS)
+        with pytest.raises(DataError, match="source.lengths=steps names an array of an .npz"):
+            listing(tmp_path / "b.npy", lengths="steps")
+
+
 class TestRefused:
     def test_pickled_objects_are_never_loaded(self, tmp_path: Path) -> None:
         class Evil:
@@ -171,6 +198,11 @@ class TestRefused:
             ({"images": PIXELS, "data": PIXELS}, {}, r"several arrays that may hold the samples \(images, data\)"),
             ({"images": PIXELS, "labels": np.eye(12)}, {}, r"shape \(12, 12\): labels are one number or name.*argmax"),
             ({"images": PIXELS, "labels": LABELS + 0.5}, {}, "holds fractions"),
+            ({"x": PIXELS, "n": LABELS[:5]}, {"lengths": "n"}, r"'n'\) has 5 rows, x has 12"),
+            ({"x": PIXELS, "n": LABELS % 5}, {"lengths": "n"}, "says 0 steps for row 0, the rows of x have 1 to 5: leave empty rows out"),
+            ({"x": PIXELS, "n": LABELS * 0 + 6}, {"lengths": "n"}, "says 6 steps for row 0, the rows of x have 1 to 5"),
+            ({"x": PIXELS, "n": LABELS / 2}, {"lengths": "n"}, "lengths are one whole number for each row"),
+            ({"x": PIXELS, "steps": LABELS}, {"lengths": "step"}, "no array 'step' .did you mean 'steps'.*source.lengths"),
         ],
     )
     def test_what_does_not_fit_is_named(self, tmp_path: Path, arrays: dict, options: dict, message: str) -> None:

@@ -1,0 +1,33 @@
+"""Recipes of sequences and videos as their headers say it: the data they make, a few steps of training, the table, the evaluation."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.tree import shipped_recipes
+from tests.pipelines.test_cli import HERE, said
+
+SNIPPET = re.compile(r"^#   python - <<'EOF'\n(.*?)^#   EOF$", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"source.url=(\S+)")
+FEW = ("train.max_steps=3", "train.global_batch=16", "encode.batch=64")
+
+
+@pytest.mark.parametrize("recipe", ["series_rvae", "tokens_rvae", "video_rvae", "video_conv_vae"])
+def test_a_recipe_runs_on_the_data_that_its_header_makes(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shipped_recipes()[recipe]
+    found, name = SNIPPET.search(text), FILE.search(text)
+    assert found
+    assert name
+    code = re.sub(r"\b[12]000\b", "120", found[1].replace("#   ", ""))  # fewer samples: the shapes are what is tried
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    data, run, table = (str(tmp_path / place) for place in ("dataset", "run", "table"))
+    said(capsys, "shard", str(tmp_path / name[1]), data, "--recipe", recipe, HERE)
+    said(capsys, "train", recipe, f"data={data}", f"out={run}", *FEW, HERE)
+    made = json.loads(said(capsys, "encode", run, data, table, "encode.batch=64", "--json", HERE))
+    assert made["rows"] == 120
+    scores = json.loads(said(capsys, "evaluate", run, data, "--json", HERE))
+    assert scores["elbo"] < 0
