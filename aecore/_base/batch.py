@@ -16,6 +16,10 @@ class Batch:
         positions: `[n]` int64, position of each row in the global batch; noise drawn for the whole batch is sliced by it.
         num_global: rows of the global batch over all ranks.
         x2, label, mask, lengths: second view, class ids, valid instances, sequence lengths; None where there are none.
+
+    A batch of bags has a `mask [bags, N]`, N instances in the longest bag: then `x` is `[bags, N, ...]` and `label [bags, N]`, padded
+    with 0 and -1; `ordinals`, `positions` and `num_global` are of the instances, bag by bag, without padding. So noise is drawn per
+    instance, and a mean over instances has the weight `len(positions)`.
     """
 
     x: Tensor

@@ -59,7 +59,7 @@ class VariationalAutoEncoderMIL(VariationalAutoEncoder):
         valid = torch.ones(shape, dtype=torch.bool, device=X.device) if mask is None else self._valid(X, mask)
         instances = X[valid]
         samples, mean, log_std = self._posterior(instances, n_samples)
-        found = {"VaeELL": -self._log_px(instances, samples).mean(1), "VaeKL": self._kl_prior(mean, log_std)}
+        found = {"VaeELL": -self.log_px(instances, samples).mean(1), "VaeKL": self._kl_prior(mean, log_std)}
         if reduction == "none":
             loss = {name: _padded(values, valid) for name, values in found.items()}
         else:

@@ -113,7 +113,7 @@ class VariationalAutoEncoder(nn.Module):
 
     def complete_forward_samples(self, X: Tensor, n_samples: int = 1) -> Tensor:
         """Return reconstructions `[B, *input_shape]`: the decoder's mean, averaged over S latents of each instance."""
-        mean, _ = self._decoded(self._posterior(X, n_samples)[0])
+        mean, _ = self.decoded(self._posterior(X, n_samples)[0])
         return mean.mean(1).reshape(len(X), *self.input_shape)
 
     def compute_loss(
@@ -129,16 +129,16 @@ class VariationalAutoEncoder(nn.Module):
         """
         require_reduction(reduction)
         samples, mean, log_std = self._posterior(X, n_samples)
-        found = {"VaeELL": -self._log_px(X, samples).mean(1), "VaeKL": self._kl_prior(mean, log_std)}
+        found = {"VaeELL": -self.log_px(X, samples).mean(1), "VaeKL": self._kl_prior(mean, log_std)}
         loss = {name: reduced(values, reduction) for name, values in found.items()}
         return (loss, samples.flatten(0, 1)) if return_samples else loss
 
-    def _log_px(self, X: Tensor, samples: Tensor) -> Tensor:
+    def log_px(self, X: Tensor, samples: Tensor) -> Tensor:
         """Return log p(x|z) `[B, S]` of instances `X [B, *input_shape]` and latents `[B, S, D]`."""
-        mean, log_std = self._decoded(samples)
+        mean, log_std = self.decoded(samples)
         return self._diagonal_log_gaussian_pdf(self._flat(X).unsqueeze(1), mean, log_std)
 
-    def _decoded(self, samples: Tensor) -> Params:
+    def decoded(self, samples: Tensor) -> Params:
         """Return mean `[B, S, F]` and log_std `[B, S, F]` or `[B, S, 1]` of p(x|z) for latents `[B, S, D]`."""
         mean, log_std = self.get_raw_output_dec(samples.flatten(0, 1))
         return mean.reshape(*samples.shape[:2], -1), log_std.reshape(*samples.shape[:2], -1)
@@ -168,12 +168,12 @@ class VariationalAutoEncoder(nn.Module):
         total = torch.full((len(X),), -math.inf, dtype=torch.float64, device=mean.device)
         for size in _chunks(n_samples, max(1, CHUNK_VALUES // (self._widest * max(1, len(X))))):
             samples = self.get_reparameterized_samples(mean, log_std, size)
-            total = torch.logaddexp(total, self._log_weights(X, samples, mean, log_std).logsumexp(1))
+            total = torch.logaddexp(total, self.log_weights(X, samples, mean, log_std).logsumexp(1))
         return total - math.log(n_samples)
 
-    def _log_weights(self, X: Tensor, samples: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    def log_weights(self, X: Tensor, samples: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """Return log p(x|z) + log p(z) - log q(z|x), `[B, S]`, summed over features in float64."""
-        recon, log_scale = (value.double() for value in self._decoded(samples))
+        recon, log_scale = (value.double() for value in self.decoded(samples))
         log_px = self._diagonal_log_gaussian_pdf(self._flat(X).unsqueeze(1).double(), recon, log_scale)
         return log_px + log_prior_ratio(samples, mean, log_std)
 
