@@ -37,9 +37,7 @@ class TrainSpec:
     val_split: str | None = knob(None, "split to validate on after each epoch; none: no validation")
     epochs: int = knob(10, "passes over the split", ge=1)
     max_steps: int = knob(0, "stop after this many steps; 0: after the epochs", ge=0)
-    global_batch: int = knob(
-        128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1
-    )
+    global_batch: int = knob(128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1)
     lanes: int = knob(16, "lanes of the input order: the largest possible number of ranks", ge=1)
     block: int = knob(4096, "samples that are shuffled together inside a lane", ge=1)
     seed: int = knob(0, "seed of weights, order and noise", ge=0)
