@@ -34,6 +34,14 @@ class Batch:
     def __len__(self) -> int:
         return int(self.x.shape[0])
 
+    def placed(self, rows: Tensor) -> Tensor:
+        """Return values of the rows or instances `[n, ...]` as `x` is laid out: as they are; of bags `[bags, N, ...]`, 0 for padding."""
+        if self.mask is None:
+            return rows
+        mask = self.mask.to(rows.device).bool()
+        places = mask.reshape(*mask.shape, *(1 for _ in rows.shape[1:]))
+        return rows.new_zeros(*mask.shape, *rows.shape[1:]).masked_scatter(places, rows)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its sample tensors on `device` (ordinals and positions stay where they are)."""
 

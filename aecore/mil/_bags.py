@@ -6,6 +6,7 @@ Legend: B bags, N instances of the longest bag, S (`n_samples`) latents per inst
 import torch
 from torch import Tensor
 
+from aecore.errors import InputError
 from aecore.mil._vae import VariationalAutoEncoder, WithParams, reduced, require_reduction
 
 
@@ -52,7 +53,7 @@ class VariationalAutoEncoderMIL(VariationalAutoEncoder):
             return_samples: also return the latents `[B, N, S, D]`, 0 for padding.
 
         Raises:
-            ValueError: a mask of another shape or with other values, or a bag without an instance.
+            InputError: a mask of another shape or with other values, or a bag without an instance.
         """
         require_reduction(reduction)
         shape = self._bag_shape(X)
@@ -76,18 +77,18 @@ class VariationalAutoEncoderMIL(VariationalAutoEncoder):
     def _bag_shape(self, X: Tensor) -> tuple[int, int]:
         if X.ndim != 2 + len(self.input_shape) or X.shape[2:] != self.input_shape:
             expected = ", ".join(map(str, ("B", "N", *self.input_shape)))
-            raise ValueError(f"X must be bags of the shape [B, N, *input_shape] = [{expected}], got {tuple(X.shape)}")
+            raise InputError(f"X must be bags of the shape [B, N, *input_shape] = [{expected}], got {tuple(X.shape)}")
         return X.shape[0], X.shape[1]
 
     def _valid(self, X: Tensor, mask: Tensor) -> Tensor:
         if mask.shape != X.shape[:2]:
-            raise ValueError(f"mask must have the shape [B, N] = {tuple(X.shape[:2])} of the bags, got {tuple(mask.shape)}")
+            raise InputError(f"mask must have the shape [B, N] = {tuple(X.shape[:2])} of the bags, got {tuple(mask.shape)}")
         valid = mask.to(X.device).bool()
         if not torch.equal(valid.to(mask.dtype), mask.to(X.device)):
-            raise ValueError("mask has values other than 0 and 1: give True or 1 for an instance, False or 0 for padding")
+            raise InputError("mask has values other than 0 and 1: give True or 1 for an instance, False or 0 for padding")
         empty = (~valid.any(1)).nonzero().flatten().tolist()
         if empty:
-            raise ValueError(
+            raise InputError(
                 f"{len(empty)} of {len(valid)} bags have no instance, their mask is all 0 (the first is bag {empty[0]}): leave them out"
             )
         return valid

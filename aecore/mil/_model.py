@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
-from aecore.errors import ConfigError, did_you_mean
+from aecore.errors import ConfigError, InputError, did_you_mean
 from aecore.loss import LikelihoodType, LossResult, expected_value, log_likelihood
 from aecore.loss.schedules import beta_at
 from aecore.mil._mlp import ACTIVATIONS
@@ -32,9 +32,10 @@ class MilVAE(Trainable):
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x", "mask")
 
-    def __init__(self, vae: VariationalAutoEncoder) -> None:
+    def __init__(self, vae: VariationalAutoEncoder, num_samples: int = 1) -> None:
         super().__init__()
         self.vae = vae
+        self.num_samples = num_samples
 
     def _encode(self, x: Tensor, S: int = 1, sample: bool | None = None, eps: Tensor | None = None) -> VAEEncodeOutput:
         require_samples(S)
@@ -48,7 +49,7 @@ class MilVAE(Trainable):
 
     def _decode(self, z: Tensor) -> VAEDecodeOutput:
         if z.ndim != 3:
-            raise ValueError(f"z must have the shape [B, S, D], got {tuple(z.shape)}: for one latent per row use z.unsqueeze(1)")
+            raise InputError(f"z must have the shape [B, S, D], got {tuple(z.shape)}: for one latent per row use z.unsqueeze(1)")
         mean, _ = self.vae.decoded(z)
         return VAEDecodeOutput(mean.reshape(*z.shape[:2], *self.vae.input_shape))
 
@@ -67,8 +68,10 @@ class MilVAE(Trainable):
         """Negative ELBO of single samples, a mean over S and then over the rows; the decoder's sigma is computed again from `output.z`."""
         return self._loss(self._log_px(x, output.z, likelihood).mean(1), self._kl(output.mu, output.log_var), None, beta)
 
-    def noise_shape(self, num_samples: int = 1) -> tuple[int, int]:
-        """Return (S, D), for each sample or instance."""
+    def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
+        """Return (S, D), for each sample or instance; S None is what the model trains with, in evaluation mode 1."""
+        if num_samples is None:
+            num_samples = self.num_samples if self.training else 1
         return (num_samples, self.vae.latent_dim)
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
@@ -77,16 +80,16 @@ class MilVAE(Trainable):
         `eps` is `[n, S, D]`: of bags, the noise of the instances bag by bag, none for padding. What stands in padding changes nothing.
 
         Raises:
-            ValueError: x and mask do not belong to each other.
+            InputError: x and mask do not belong to each other.
         """
-        if batch.mask is None:
-            output = self(batch.x, S=1 if eps is None else eps.shape[1], sample=True, eps=eps)
-            return self.compute_loss(batch.x, output, beta, likelihood)
-        mask = _require_mask(batch.x, batch.mask, self.vae.input_shape)
-        x = torch.where(mask.reshape(*mask.shape, *(1 for _ in self.vae.input_shape)), batch.x, 0.0).flatten(0, 1)
-        output = self(x, S=1 if eps is None else eps.shape[1], sample=True, eps=None if eps is None else _with_padding(eps, mask))
-        log_px = self._log_px(x, output.z, likelihood).mean(1)
-        return self._loss(log_px, self._kl(output.mu, output.log_var), mask.flatten(), beta)
+        num_samples = self.noise_shape()[0] if eps is None else eps.shape[1]
+        x, valid = batch.x, None
+        if batch.mask is not None:
+            mask = _require_mask(x, batch.mask, self.vae.input_shape)
+            x = torch.where(mask.reshape(*mask.shape, *(1 for _ in self.vae.input_shape)), x, 0.0).flatten(0, 1)
+            eps, valid = None if eps is None else batch.placed(eps).flatten(0, 1), mask.flatten()
+        latent = self._encode(x, num_samples, True, eps)
+        return self._loss(self._log_px(x, latent.z, likelihood).mean(1), self._kl(latent.mu, latent.log_var), valid, beta)
 
     def _loss(self, log_px: Tensor, kl: Tensor, valid: Tensor | None, beta: float | Tensor) -> LossResult:
         log_px, kl = _mean(log_px, valid), _mean(kl, valid)
@@ -101,8 +104,9 @@ class MilVAE(Trainable):
         if likelihood.lower() == "gaussian":
             return self.vae.log_px(x, z)
         mean, _ = self.vae.decoded(z)
-        return log_likelihood(x.flatten(1).unsqueeze(1).expand_as(mean), mean, likelihood).sum(-1)
+        return log_likelihood(x.flatten(1).unsqueeze(1).expand_as(mean), mean, likelihood, full=True).sum(-1)
 
+    @torch.inference_mode()
     def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
         """Return log p(x|z) + log p(z) - log q(z|x), `[n, S]` float64, of rows `x [n, ...]` and noise `eps [n, S, D]`."""
         mean, log_std = self.vae.get_raw_output_enc(batch.x)
@@ -110,7 +114,7 @@ class MilVAE(Trainable):
         if likelihood.lower() == "gaussian":
             return self.vae.log_weights(batch.x, z, mean, log_std)
         logits, _ = self.vae.decoded(z)
-        log_px = log_likelihood(batch.x.flatten(1).unsqueeze(1).expand_as(logits), logits, likelihood).double().sum(-1)
+        log_px = log_likelihood(batch.x.flatten(1).unsqueeze(1).expand_as(logits), logits, likelihood, full=True).double().sum(-1)
         return log_px + log_prior_ratio(z, mean, log_std)
 
     @torch.inference_mode()
@@ -139,14 +143,8 @@ def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
 def _require_mask(x: Tensor, mask: Tensor, input_shape: tuple[int, ...]) -> Tensor:
     if mask.ndim != 2 or x.shape != (*mask.shape, *input_shape):
         expected = f"x [bags, N, {', '.join(map(str, input_shape))}] and mask [bags, N]"
-        raise ValueError(f"a batch of bags has {expected}; got x {tuple(x.shape)} and mask {tuple(mask.shape)}")
+        raise InputError(f"a batch of bags has {expected}; got x {tuple(x.shape)} and mask {tuple(mask.shape)}")
     return mask.bool()
-
-
-def _with_padding(eps: Tensor, mask: Tensor) -> Tensor:
-    """Return the noise `[n, S, D]` of the n valid instances at their places, `[bags * N, S, D]`, 0 for padding."""
-    places = eps.new_zeros(mask.numel(), *eps.shape[1:])
-    return places.masked_scatter(mask.reshape(-1, 1, 1), eps)
 
 
 @spec
@@ -159,6 +157,7 @@ class MilVAESpec:
     covar_mode: Literal["single", "diagonal"] = knob("single", "sigma of q(z|x) and p(x|z): one per sample, or one per dimension")
     jitter: float = knob(1e-7, "added to every log sigma", ge=0)
     last_activation: str = knob("None", "after the encoder's last layer, on mean and log sigma alike: None, tanh, ...")
+    num_samples: int = knob(1, "latents per sample or instance that training draws; evaluation draws one", ge=1)
     beta: float = knob(1.0, "weight of the KL divergence", ge=0)
     beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", ge=0)
     likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "gaussian has a learned sigma; bernoulli takes logits and has none")
@@ -181,7 +180,7 @@ def build(model: MilVAESpec, backbone: object, input_shape: tuple[int, ...]) -> 
     """
     mlp = _require_plain_mlp(backbone)
     sizes, names = [*mlp.hidden, model.latent_dim], [*(mlp.activation for _ in mlp.hidden), model.last_activation]
-    return MilVAE(VariationalAutoEncoder(input_shape, sizes, names, model.covar_mode, model.jitter))
+    return MilVAE(VariationalAutoEncoder(input_shape, sizes, names, model.covar_mode, model.jitter), model.num_samples)
 
 
 def _require_plain_mlp(backbone: object) -> MLPSpec:

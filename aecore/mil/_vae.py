@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from aecore.errors import did_you_mean
+from aecore.errors import InputError, did_you_mean
 from aecore.loss import kl_divergence_diag_gaussian
 from aecore.mil._mlp import MLP, require_layers
 from aecore.precision import at_least_float32, without_autocast
@@ -85,7 +85,7 @@ class VariationalAutoEncoder(nn.Module):
     def get_raw_output_dec(self, samples: Tensor) -> Params:
         """Return mean `[N, F]` and log_std `[N, F]` (covar_mode single: `[N, 1]`) of p(x|z) for latents `samples [N, D]`."""
         if samples.ndim != 2 or samples.shape[1] != self.latent_dim:
-            raise ValueError(f"samples must have the shape [N, latent_dim] = [N, {self.latent_dim}], got {tuple(samples.shape)}")
+            raise InputError(f"samples must have the shape [N, latent_dim] = [N, {self.latent_dim}], got {tuple(samples.shape)}")
         return self._params(self.decoder(samples), self.input_dim)
 
     def _params(self, raw: Tensor, dim: int) -> Params:
@@ -94,7 +94,7 @@ class VariationalAutoEncoder(nn.Module):
     def _flat(self, X: Tensor) -> Tensor:
         if X.ndim != 1 + len(self.input_shape) or X.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, ("B", *self.input_shape)))
-            raise ValueError(f"X must have the shape [B, *input_shape] = [{expected}], got {tuple(X.shape)}")
+            raise InputError(f"X must have the shape [B, *input_shape] = [{expected}], got {tuple(X.shape)}")
         return X.flatten(1)
 
     def forward(self, X: Tensor, n_samples: int = 1, return_mean_logstd: bool = False) -> Tensor | WithParams:

@@ -21,7 +21,7 @@ from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec
+from aecore.data.transform import Transform, TransformSpec
 from aecore.errors import DataError
 from tests.aecore.data.bag_data import DIM, bag_dataset, bag_sizes, write_npz
 from tests.aecore.data.tiny import encoded, image
@@ -227,6 +227,24 @@ def test_a_rank_without_a_bag_gets_one_instance_of_no_weight(tmp_path):
         assert (batch.x.shape, batch.mask.tolist(), len(batch.ordinals)) == ((1, 1, DIM), [[True]], 0)
     assert {rank[1].num_global for rank in ranks} == {sum(len(rank[1].positions) for rank in ranks)}
     assert len(torch.cat([batch.ordinals for rank in ranks for batch in rank]).unique()) == bag_sizes(5).sum()
+
+
+def test_black_and_white_pixels_are_drawn_by_instance_the_same_on_any_number_of_ranks(tmp_path):
+    dataset, transform = bag_dataset(tmp_path, 9, images=True), Transform(TransformSpec(binarize="dynamic"))
+
+    def drawn(rank: int, world: int):
+        for step, batch in enumerate(loader(dataset, rank, world, global_batch=4).batches(0, 3)):
+            found = transform.draw(batch, 3, step)
+            assert found.x.dtype == torch.bool
+            assert not found.x[~batch.mask].any()
+            yield dict(zip(batch.ordinals.tolist(), found.x[batch.mask], strict=True)) if len(batch.positions) else {}
+
+    whole, first, second = (list(drawn(*of)) for of in ((0, 1), (0, 2), (1, 2)))
+    for step, expected in enumerate(whole):
+        parts = first[step] | second[step]
+        assert parts.keys() == expected.keys()
+        assert all(torch.equal(parts[ordinal], pixels) for ordinal, pixels in expected.items())
+    assert 0.3 < torch.cat([pixels.float().flatten() for pixels in whole[0].values()]).mean() < 0.7
 
 
 def test_bags_of_images_are_channels_first(tmp_path):

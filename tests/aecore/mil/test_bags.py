@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from aecore.errors import InputError
 from aecore.mil import VariationalAutoEncoder, VariationalAutoEncoderMIL
 
 B, N, F, D, S = 3, 6, 12, 4, 5
@@ -123,14 +124,14 @@ def test_bags_of_images_come_back_as_images():
 def test_wrong_bags_and_masks_are_refused_with_what_was_expected():
     model, X = small(), torch.randn(B, N, F)
     for call in (model, model.compute_loss, model.complete_forward_samples, model.log_marginal_likelihood_importance_sampling):
-        with pytest.raises(ValueError, match=r"bags of the shape \[B, N, \*input_shape\] = \[B, N, 12\], got \(3, 12\)"):
+        with pytest.raises(InputError, match=r"bags of the shape \[B, N, \*input_shape\] = \[B, N, 12\], got \(3, 12\)"):
             call(X[:, 0])
     for call in (model.compute_loss, model.log_marginal_likelihood_importance_sampling):
-        with pytest.raises(ValueError, match=r"mask must have the shape \[B, N\] = \(3, 6\) of the bags, got \(3, 5\)"):
+        with pytest.raises(InputError, match=r"mask must have the shape \[B, N\] = \(3, 6\) of the bags, got \(3, 5\)"):
             call(X, MASK[:, 1:])
-        with pytest.raises(ValueError, match="mask has values other than 0 and 1"):
+        with pytest.raises(InputError, match="mask has values other than 0 and 1"):
             call(X, MASK.float() / 2)
-        with pytest.raises(ValueError, match=r"1 of 3 bags have no instance, their mask is all 0 .the first is bag 1.: leave them out"):
+        with pytest.raises(InputError, match=r"1 of 3 bags have no instance, their mask is all 0 .the first is bag 1.: leave them out"):
             call(X, MASK & (torch.arange(B) != 1)[:, None])
         with pytest.raises(ValueError, match="n_samples is 0"):
             call(X, MASK, n_samples=0)

@@ -12,6 +12,7 @@ from aecore.mil import MilVAE, MilVAESpec, VariationalAutoEncoderMIL
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import MODELS
+from aecore.variational.marginal import log_elbo, log_marginal
 
 SHAPE, D, S = (2, 3), 4, 3
 SIZES = torch.tensor([5, 1, 2])
@@ -75,6 +76,17 @@ def test_noise_belongs_to_instances_and_not_to_places():
     eps = torch.randn(n, S, D)
     torch.testing.assert_close(model.loss(wider, eps=eps).objective, model.loss(bags, eps=eps).objective)
     assert not torch.allclose(model.loss(bags, eps=eps.flip(0)).objective, model.loss(bags, eps=eps).objective)
+
+
+def test_training_draws_as_many_latents_as_the_spec_says_and_evaluation_one():
+    model, (bags, rows) = make(num_samples=7), bags_and_rows()
+    assert (model.noise_shape(), model.noise_shape(2), model.eval().noise_shape()) == ((7, D), (2, D), (1, D))
+    drawn = []
+    model.vae.decoder.register_forward_hook(lambda module, inputs, output: drawn.append(len(inputs[0])))
+    for batch in (bags, rows):
+        model.train().loss(batch)
+        model.eval().loss(batch)
+    assert drawn == [MASK.numel() * 7, MASK.numel(), n * 7, n]
 
 
 def test_without_noise_given_the_model_draws_its_own():
@@ -165,3 +177,11 @@ def test_an_unknown_activation_is_refused_with_the_nearest_one():
     with pytest.raises(ConfigError, match="MilVAESpec.last_activation is 'tahn' .did you mean 'tanh'"):
         MilVAESpec(last_activation="tahn")
     assert isinstance(make(last_activation="tanh").vae.encoder.net[3], torch.nn.Tanh)
+
+
+def test_the_estimators_of_the_library_take_the_model():
+    model, (_, rows) = make(covar_mode="diagonal").eval(), bags_and_rows()
+    found = log_marginal(model, rows, num_samples=3000)
+    expected = model.vae.log_marginal_likelihood_importance_sampling(rows.x, 3000)
+    torch.testing.assert_close(found, expected, atol=0.25, rtol=0)
+    assert log_elbo(model, rows, num_samples=3000).mean() < found.mean()
