@@ -166,6 +166,6 @@ class Registry:
         return self._parts[part_spec.kind][1](part_spec, *args, **kwargs)
 
 
-MODELS = Registry("model", ("aecore.vanilla", "aecore.variational"))
+MODELS = Registry("model", ("aecore.mil", "aecore.vanilla", "aecore.variational"))
 BACKBONES = Registry("backbone", ("aecore.nn",))
 SOURCES = Registry("source", ("aecore.data.sources",))

@@ -10,6 +10,7 @@ import torch
 
 from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint, require_labels
+from aecore.data.bags import BagLoader
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
@@ -36,7 +37,7 @@ class TrainSpec:
     val_split: str | None = knob(None, "split to validate on after each epoch; none: no validation")
     epochs: int = knob(10, "passes over the split", ge=1)
     max_steps: int = knob(0, "stop after this many steps; 0: after the epochs", ge=0)
-    global_batch: int = knob(128, "samples per step over all ranks; a multiple of train.lanes", ge=1)
+    global_batch: int = knob(128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1)
     lanes: int = knob(16, "lanes of the input order: the largest possible number of ranks", ge=1)
     block: int = knob(4096, "samples that are shuffled together inside a lane", ge=1)
     seed: int = knob(0, "seed of weights, order and noise", ge=0)
@@ -200,15 +201,27 @@ def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | Non
     if job.input.reader == "lanes":  # tars without an index say at each batch what labels they have
         require_labels(dataset.url, dataset.manifest.classes, model)
     with closing(train_loader(job, dataset, model)) as loader:
-        for note in loader.partners.notes if isinstance(loader, Loader) and loader.partners is not None else ():
+        for note in _notes(loader):
             logger.info(note)
     return model
 
 
-def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader | StreamLoader:
-    """Return the loader of the training split, with pairs if the model takes them; ConfigError if it takes none and they are asked for."""
+def _notes(loader: Loader | BagLoader | StreamLoader) -> tuple[str, ...]:
+    """Return what the user should know of how batches are put together; reads the indexes where pairs or bags need them."""
+    if isinstance(loader, BagLoader):
+        return loader.bags.notes
+    return loader.partners.notes if isinstance(loader, Loader) and loader.partners is not None else ()
+
+
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader | BagLoader | StreamLoader:
+    """Return the loader of the training split: of pairs or of whole bags if the model takes them, else of single samples.
+
+    ConfigError if the model takes no pairs and they are asked for.
+    """
     require_pairs_are_taken(job.pairs, job.model.kind, type(model))
     order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
+    if trains_on_bags(job, dataset):
+        return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input)
     if job.input.reader == "lanes":
         return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
     if pairs is not None:
@@ -240,7 +253,15 @@ def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
     """Return the steps of an epoch; tars without an index have the epochs that `input.epoch_samples` says, or one."""
     if job.input.reader == "webdataset":
         return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
-    return job.train.order().num_steps(dataset.manifest.num_samples(job.train.split))
+    manifest, split = dataset.manifest, job.train.split
+    return job.train.order().num_steps(manifest.num_groups(split) if trains_on_bags(job, dataset) else manifest.num_samples(split))
+
+
+def trains_on_bags(job: TrainJob, dataset: Dataset) -> bool:
+    """Return whether a step takes whole bags: the model takes a `mask`, and the samples of the training split form bags."""
+    built = MODELS.built_type(job.model.kind)
+    takes_mask = isinstance(built, type) and issubclass(built, Trainable) and "mask" in built.train_inputs
+    return takes_mask and job.input.reader == "lanes" and dataset.manifest.num_groups(job.train.split) > 0
 
 
 def total_steps(job: TrainJob, dataset: Dataset) -> int:

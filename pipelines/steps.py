@@ -64,10 +64,12 @@ def check_source(recipe: Recipe) -> None:
 
 
 def dataset_summary(manifest: Any) -> Tree:
-    """Return the counts of a dataset manifest as plain JSON."""
+    """Return the counts of a dataset manifest as plain JSON; `bags` where its samples form some."""
+    bags = {split: manifest.num_groups(split) for split in manifest.splits}
     return {
         "generation": manifest.number,
         "samples": {split: manifest.num_samples(split) for split in manifest.splits},
+        **({"bags": bags} if any(bags.values()) else {}),
         "shards": len(manifest.shards),
         "bytes": sum(shard.tar.bytes for shard in manifest.shards),
         "classes": len(manifest.classes),

@@ -54,9 +54,10 @@ def of_deployments(summary: Mapping[str, Any]) -> str:
 
 def _shard(summary: Mapping[str, Any]) -> str:
     samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
+    bags = f" in {sum(summary['bags'].values()):,} bags" if "bags" in summary else ""
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
     size = f"{summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB"
-    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} samples{bad}; {size}"
+    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} samples{bags}{bad}; {size}"
 
 
 def _train(summary: Mapping[str, Any]) -> str:

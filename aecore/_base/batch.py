@@ -16,6 +16,10 @@ class Batch:
         positions: `[n]` int64, position of each row in the global batch; noise drawn for the whole batch is sliced by it.
         num_global: rows of the global batch over all ranks.
         x2, label, mask, lengths: second view, class ids, valid instances, sequence lengths; None where there are none.
+
+    A batch of bags has a `mask [bags, N]`, N instances in the longest bag: then `x` is `[bags, N, ...]` and `label [bags, N]`, padded
+    with 0 and -1; `ordinals`, `positions` and `num_global` are of the instances, bag by bag, without padding. So noise is drawn per
+    instance, and a mean over instances has the weight `len(positions)`.
     """
 
     x: Tensor
@@ -44,6 +48,14 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
+
+    def placed(self, rows: Tensor) -> Tensor:
+        """Return values of the rows or instances `[n, ...]` as `x` is laid out: as they are; of bags `[bags, N, ...]`, 0 for padding."""
+        if self.mask is None:
+            return rows
+        mask = self.mask.to(rows.device).bool()
+        places = mask.reshape(*mask.shape, *(1 for _ in rows.shape[1:]))
+        return rows.new_zeros(*mask.shape, *rows.shape[1:]).masked_scatter(places, rows)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its sample tensors on `device` (ordinals and positions stay where they are)."""

@@ -165,7 +165,9 @@ def _compare(
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     require_same(store.url, "data set", identity, parent.identity)
     _warn_of_other_address(store, parent, source, listing)
-    fresh = listing.take(_new_rows(store, parent, listing, shards))
+    rows = _new_rows(store, parent, listing, shards)
+    fresh = listing.take(rows)
+    _require_whole_bags(store, listing, rows)
     return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
 
 
@@ -263,6 +265,21 @@ def _new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: S
     if len(moved):  # `a.jpg` came beside `a.png`, so `a` would become `a%2Epng` and be written twice
         raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem came)"))
     return np.flatnonzero(~is_known)
+
+
+def _require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64]) -> None:
+    """DataError if new samples belong to a bag that the data set has: a bag is one piece of one shard, and shards are not written again."""
+    if listing.groups is None or len(fresh) == len(listing):
+        return
+    is_new = np.zeros(len(listing), np.bool_)
+    is_new[fresh] = True
+    known = {listing.groups[row] for row in np.flatnonzero(~is_new).tolist()}
+    grown = [row for row in fresh.tolist() if listing.groups[row] in known]
+    if grown:
+        raise DataError(
+            f"{len(grown)} new samples belong to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} to "
+            f"{listing.groups[grown[0]]!r}. A bag cannot grow: put new samples into new bags, or write to another URL"
+        )
 
 
 def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dict[str, int]:

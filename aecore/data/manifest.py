@@ -29,6 +29,7 @@ class ShardRef:
     """One shard of a manifest: `samples` of `planned` are in the tar, `quarantined` are not; ordinals start at `first_ordinal`.
 
     `home` is where the name of an adopted tar begins: an absolute URL, or a path below the data set's own; None for a tar of ours.
+    `groups` is the number of bags that the samples form; 0 where the source has none.
     """
 
     split: str
@@ -42,6 +43,7 @@ class ShardRef:
     quarantine: FileRef | None = None
     quarantined: int = 0
     home: str | None = None
+    groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,11 @@ class DatasetManifest:
         rejected = sum(part.planned for part in self.rejected if part.split == split)
         return rejected + sum(shard.planned for shard in self.splits.get(split, ()))
 
+    def num_groups(self, split: str) -> int:
+        """Return the number of bags of a split, 0 if its samples form none."""
+        counts = [shard.groups for shard in self.split(split)]
+        return sum(counts) if all(counts) else 0
+
     def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
         """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
 
@@ -187,7 +194,8 @@ class DatasetManifest:
 
 def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
     data = dataclasses.asdict(shard)
-    return data if shard.home is not None else {key: value for key, value in data.items() if key != "home"}
+    absent = {"home": None, "groups": 0}  # left out: most shards have neither
+    return {key: value for key, value in data.items() if key not in absent or value != absent[key]}
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:

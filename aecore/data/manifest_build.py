@@ -51,6 +51,7 @@ def _shard_of(record: PartRecord) -> ShardRef:
         quarantine=_quarantine_of(record) if record.quarantined else None,
         quarantined=record.quarantined,
         home=detail.get("home"),
+        groups=detail.get("groups", 0),
     )
 
 

@@ -162,14 +162,16 @@ class Pack:
         return make_table(INDEX_SCHEMA, columns, len(rows))
 
     def counts(self) -> dict[str, Any]:
-        """Return what the manifest sums up: bytes of the tar, forms, extensions, samples per class name (or id)."""
+        """Return what the manifest sums up: bytes of the tar, forms, extensions, samples per class name (or id), bags if there are any."""
         forms: Counter[str] = Counter()
         extensions: Counter[str] = Counter()
         for header, count in zip(self.headers, np.bincount(self.codes).tolist(), strict=True):
             forms[header.form] += count
             extensions[header.ext] += count
         names = _take(self.task.label_names, self.positions) or map(str, _take(self.labels, self.positions) or ())
-        return {"bytes": self.size, "shapes": dict(forms), "extensions": dict(extensions), "classes": dict(Counter(names))}
+        groups = _take(self.task.groups, self.positions)
+        bags = {} if groups is None else {"groups": len(set(groups))}
+        return {"bytes": self.size, "shapes": dict(forms), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
 
     def quarantine(self) -> pa.Table:
         """Return the table of the bad samples."""

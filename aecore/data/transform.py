@@ -64,9 +64,10 @@ class Transform:
 
     def _black_or_white(self, stored: Tensor, batch: Batch, seed: int, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(seed, index))
-        uniform = torch.rand((batch.num_global, *stored.shape[1:]), generator=generator)
+        shape = stored.shape[1 if batch.mask is None else 2 :]  # of one sample
+        uniform = torch.rand((batch.num_global, *shape), generator=generator)
         rows = uniform[batch.positions] if len(batch.positions) else uniform[:1]
-        return rows.to(stored.device) < self.scale(stored)
+        return batch.placed(rows).to(stored.device) < self.scale(stored)
 
     def scale(self, stored: Tensor) -> Tensor:
         """Return float32 values of the same shape. Raises DataError for a dtype that has no known range."""

@@ -37,13 +37,14 @@ class ArraysSpec:
     labels: str = knob("", "array of an .npz that holds the labels; empty: labels, y, ... if there is one")
     factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, besides those named factor_*")
     lengths: str = knob("", "array of an .npz that says how many steps of each row are valid; the rest is not stored")
+    group: str | None = knob(None, "array of an .npz that says the bag of each sample: bags stay whole, see model.kind=mil_vae")
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(16 << 30, "bytes that one compressed array may inflate to", ge=1, identity=False)
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One array of N samples: how sources name it, what its keys begin with, its split, labels (N names) and factor columns."""
+    """One array of N samples: how sources name it, what its keys begin with, its split, labels and bags (N names), factor columns."""
 
     head: str
     stem: str
@@ -52,6 +53,7 @@ class _Block:
     labels: list[str] | None = None
     factors: Mapping[str, Array] = field(default_factory=dict)
     lengths: Array | None = None
+    groups: list[str] | None = None
 
 
 @SOURCES.register(ArraysSpec)
@@ -86,6 +88,7 @@ class ArraysSource:
             np.concatenate(sizes),
             label_names=[name for block in blocks for name in block.labels or [""] * len(block.array)] if _any(blocks, "labels") else None,
             splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
+            groups=_groups(blocks),
             columns=_columns(blocks),
             notes=notes,
             label_paths=False,
@@ -115,7 +118,7 @@ class ArraysSource:
         """Return the steps of each row of the array `data` of an .npz; None if `source.lengths` names none."""
         if not self._spec.lengths:
             return None
-        name, samples = self._chosen(file.names(), self._spec.lengths, data, where), file.array(data)
+        name, samples = self._chosen(file.names(), self._spec.lengths, data, where, "source.lengths"), file.array(data)
         return require_lengths(file.array(name, verify=True), samples, f"{where} (array {name!r})", data)
 
     def _array_file(self, name: str) -> ArrayFile:
@@ -173,14 +176,21 @@ class ArraysSource:
             labels = None if label is None else self._label_names(name, label, array, data)
             prefix = f"{stem}/{data}" if split_of(data) else stem
             factors = self._factor_columns(file, known, data, len(array), name)
-            yield _Block(f"{name}/{data}", prefix, array, split, labels, factors, self._lengths(file, data, name))
+            lengths, bags = self._lengths(file, data, name), self._bags(known, name, data, array, prefix)
+            yield _Block(f"{name}/{data}", prefix, array, split, labels, factors, lengths, bags)
+
+    def _bags(self, known: list[str], name: str, data: str, array: Array, prefix: str) -> list[str] | None:
+        """Return the bag of each sample, with what its keys begin with: bag 3 of another file or split is another bag."""
+        if self._spec.group is None:
+            return None
+        bags = self._label_names(name, self._chosen(known, self._spec.group, data, name, "source.group"), array, data)
+        return [f"{prefix}/{bag}" for bag in bags]
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
         """Return the arrays of an .npz that hold samples: one, or one for each split."""
         asked = self._spec.images
-        named = (self._spec.labels, *self._spec.factors)
-        lengths = without_split(self._spec.lengths) if self._spec.lengths else None
-        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or name in named or without_split(name) == lengths}
+        said = {without_split(name) for name in self._said()}
+        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or without_split(name) in said}
         if asked:
             found = [name for name in known if without_split(name) == without_split(asked)]
         else:
@@ -197,17 +207,18 @@ class ArraysSource:
             raise DataError(f"{where} has several arrays that may hold the samples ({', '.join(found)}): say which with source.images")
         return found
 
-    def _chosen(self, known: list[str], asked: str, data: str, where: str) -> str:
+    def _said(self) -> tuple[str, ...]:
+        """Return the arrays that the spec names for something else than samples."""
+        return tuple(name for name in (self._spec.labels, self._spec.lengths, self._spec.group, *self._spec.factors) if name)
+
+    def _chosen(self, known: list[str], asked: str, data: str, where: str, key: str = "source.labels or source.factors") -> str:
         """Return the array called `asked`, in the split of the array `data` if there is one for each."""
         found = [name for name in known if without_split(name) == without_split(asked)]
         same = [name for name in found if split_of(name) == split_of(data)]
         if asked in known and not same:
             return asked
         if not same:
-            raise DataError(
-                f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set source.labels, source.lengths or source.factors to "
-                "one of these"
-            )
+            raise DataError(f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set {key} to one of these")
         return same[0]
 
     def _label_names(self, name: str, array: str, samples: Array, of: str) -> list[str]:
@@ -250,6 +261,15 @@ def _label_files(name: str) -> list[str]:
     found = [re.sub(rf"(?<![A-Za-z0-9]){old}(?![A-Za-z0-9])", new, name) for old, new in pairs]
     names = [re.sub(r"idx\d", "idx1", other) for other in found if other != name]
     return [*names, *(other[:-3] if other.endswith(".gz") else f"{other}.gz" for other in names if array_format(name) == "idx")]
+
+
+def _groups(blocks: list[_Block]) -> list[str] | None:
+    if not _any(blocks, "groups"):
+        return None
+    without = [block.head for block in blocks if block.groups is None]
+    if without:
+        raise DataError(f"{without[0]} is no array of an .npz, so source.group names no bags in it: shard it on its own")
+    return [bag for block in blocks for bag in block.groups or ()]
 
 
 def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:

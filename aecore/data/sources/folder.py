@@ -32,6 +32,7 @@ class FolderSpec:
     kind: Literal["folder"] = "folder"
     url: str = knob("", "folder that holds the class folders or the split folders", identity=False)
     extensions: tuple[str, ...] = knob(tuple(sorted(IMAGE_EXTENSIONS)), "file extensions that are samples, without the dot")
+    group: Literal["parent"] | None = knob(None, "parent: each file's folder is a bag that stays whole, its label the path above that")
 
     def __post_init__(self) -> None:
         for ext in self.extensions:
@@ -52,6 +53,7 @@ class FolderSource:
         self._root = Path(self._url)
         self._prefix = f"{self._url}/"
         self._extensions = frozenset(folder.extensions)
+        self._bags = folder.group == "parent"
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -77,7 +79,16 @@ class FolderSource:
         folders = [path.rpartition("/")[0] for path in paths]
         names = {folder: (sys.intern(folder), sys.intern(folder.partition("/")[0])) for folder in set(folders)}
         tops = [names[folder][1] for folder in folders]
-        return Listing(_keys(paths), paths, sizes, label_names=[names[folder][0] for folder in folders], splits=tops, notes=notes)
+        labels = [names[folder][0] for folder in folders]
+        if not self._bags:
+            return Listing(_keys(paths), paths, sizes, label_names=labels, splits=tops, notes=notes)
+        if "" in names:
+            raise DataError(
+                f"{self._url}/{paths[folders.index('')]} lies in no folder, and source.group=parent takes the folder of a file as its bag: "
+                "move it into one, or leave source.group out"
+            )
+        above = [label.rpartition("/")[0] for label in labels]
+        return Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one file; OSError if it cannot be read."""
