@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from aecore.data.tasks import ShardSpec
     from aecore.data.transform import TransformSpec
     from aecore.encoder import EncodeSpec
+    from aecore.evaluate import EvaluateSpec
     from aecore.optim import OptimSpec
     from aecore.run import CheckpointSpec, TrainSpec
 
@@ -95,15 +96,6 @@ class ClusterSpec:
 
 
 @spec
-class EvaluateSpec:
-    """What is evaluated."""
-
-    split: str = knob("test", "split of the dataset")
-    batch: int = knob(512, "samples per batch; the noise depends on it", ge=1)
-    seed: int = knob(0, "seed of the noise", ge=0)
-
-
-@spec
 class ScheduleSpec:
     """When `aepipe serve` runs the recipe."""
 
@@ -125,7 +117,7 @@ SECTIONS: dict[str, str | Registry] = {
     "input": "aecore.data.loader:InputSpec",
     "pairs": "aecore.data.pairs:PairSpec",
     "encode": "aecore.encoder:EncodeSpec",
-    "evaluate": "pipelines.config:EvaluateSpec",
+    "evaluate": "aecore.evaluate:EvaluateSpec",
     "cluster": "pipelines.config:ClusterSpec",
     "schedule": "pipelines.config:ScheduleSpec",
 }

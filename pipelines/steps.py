@@ -13,7 +13,7 @@ from typing import Any
 
 from aecore.errors import ConfigError
 from aecore.store import open_store
-from pipelines.config import ClusterSpec, EvaluateSpec, Recipe
+from pipelines.config import ClusterSpec, Recipe
 from pipelines.progress import Report, TrainWatch, on_part, silent
 from pipelines.tree import Tree
 
@@ -172,7 +172,7 @@ def table_summary(manifest: Any) -> Tree:
 
 
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Evaluate the model of `run` on one split of `data`; writes nothing.
+    """Evaluate the model of `run` on one split of `data`.
 
     In this process, or on one worker of a cluster that is named: GPUs and memory are there, not where the driver waits.
     """
@@ -180,15 +180,25 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
 
     started, cluster = time.perf_counter(), recipe.cluster
     run, data = recipe.require("run"), recipe.require("data")
+    if dry_run:
+        return {"step": "evaluate", "dry_run": True, "run": run, "dataset": data, **_evaluation_plan(run, data, recipe.evaluate)}
     here = functools.partial(_evaluate_here, run, data, recipe.evaluate, cluster)
     result = call_on_worker(cluster, here, run, data) if cluster.kind == "address" else here()
     return {"step": "evaluate", "run": run, "dataset": data, **result, "seconds": _since(started)}
 
 
-def _evaluate_here(run: str, data: str, spec: EvaluateSpec, cluster: ClusterSpec) -> Tree:
+def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
+    """Return what would be evaluated: checks model, data and what the scores need; reads no sample."""
+    from aecore.evaluate import opened
+
+    dataset, loaded = opened(run, data, spec, "cpu")
+    return {"split": spec.split, "samples": dataset.manifest.num_samples(spec.split), "model": loaded.config.model.kind}
+
+
+def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree:
     import torch
 
-    from aecore.evaluate import evaluate_run
+    from aecore.evaluate import evaluate
     from aecore.memory import keep_freed_memory
     from aecore.ranks import Rank
     from pipelines.cluster.session import require_gpu_is_there
@@ -197,7 +207,7 @@ def _evaluate_here(run: str, data: str, spec: EvaluateSpec, cluster: ClusterSpec
     torch.set_num_threads(cluster.threads_per_worker)
     keep_freed_memory()
     rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
-    return evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=rank).to_dict()
+    return evaluate(run, data, spec, rank=rank).to_dict()
 
 
 STEPS: dict[str, Step] = {"shard": shard, "adopt": adopt, "train": train, "encode": encode, "evaluate": evaluate}

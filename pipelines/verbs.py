@@ -83,13 +83,19 @@ def _encode(args: Args) -> Result:
 
 @VERBS.register(
     "evaluate",
-    "score a trained run on a split (evaluate.split=test)",
+    "score a trained run on a split (evaluate.split=test, .iwae=100, .probe=true, .factors=true)",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
     argument("--recipe", "recipe whose evaluate section is used"),
+    writes=True,
 )
 def _evaluate(args: Args) -> Result:
-    return launch.step("evaluate", args, {"run": args.run, "data": args.dataset}, ("evaluate", "cluster"))
+    result = launch.step("evaluate", args, {"run": args.run, "data": args.dataset}, ("evaluate", "cluster"))
+    if args.dry_run:
+        return result
+    from pipelines import scores
+
+    return result._replace(as_text=scores.of_evaluation)
 
 
 @VERBS.register(

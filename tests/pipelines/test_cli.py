@@ -90,6 +90,28 @@ def test_evaluate_gives_the_elbo_of_the_test_split(walk: Path, capsys: pytest.Ca
     assert "elbo" in said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), HERE)
 
 
+def test_evaluate_adds_the_scores_that_are_asked_for_to_its_table(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "evaluate",
+        str(walk / "run"),
+        str(walk / "dataset"),
+        "evaluate.probe=true",
+        "evaluate.factors=true",
+        "evaluate.dci=false",
+        HERE,
+    ]
+    result = json.loads(said(capsys, *argv, "--json"))
+    lines = {line.split("  ")[1].strip(): line for line in said(capsys, *argv).splitlines() if line.startswith("  ")}
+    assert f"{result['probe']['linear']:.4f}" in lines["linear probe"]
+    assert f"{result['probe']['knn']:.4f}" in lines["5-NN"]
+    assert f"{result['disentanglement']['mig']:.4f}" in lines["MIG"]
+    assert f"{result['disentanglement']['factor_vae']:.4f}" in lines["FactorVAE score"]
+    assert "DCI disentanglement" not in lines
+    assert lines["KL per dimension"].count(":") == 4
+    checkpoint, dataset = (result["lineage"][name]["sha256"][:12] for name in ("checkpoint", "dataset"))
+    assert checkpoint in lines["lineage"] and dataset in lines["lineage"]
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run, out = str(walk / "dataset"), str(walk / "run"), str(tmp_path / "out")
     sharding = json.loads(said(capsys, "shard", "sprites", out, *SPRITES, "--dry-run", "--json"))
@@ -98,6 +120,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(walk: Path, tmp_pa
     assert (training["steps"], training["input_shape"], training["recipe"]["train"]["epochs"]) == (12, [1, 32, 32], 2)
     encoding = json.loads(said(capsys, "encode", run, data, out, HERE, "--dry-run", "--json"))
     assert encoding["new_rows"] == 200
+    evaluating = json.loads(said(capsys, "evaluate", run, data, HERE, "--dry-run", "--json"))
+    assert (evaluating["samples"], evaluating["model"], evaluating["recipe"]["evaluate"]["iwae"]) == (COUNTS["test"], "vae", 0)
     running = json.loads(said(capsys, "run", "demo", f"out={out}", *SPRITES, "--dry-run", "--json"))
     assert running["stages"] == {"shard": f"{out}/dataset", "train": f"{out}/run", "encode": f"{out}/table"}
     assert said(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run").startswith("would train:")
