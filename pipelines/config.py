@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aecore.data.transform import TransformSpec
     from aecore.encoder import EncodeSpec
     from aecore.evaluate import EvaluateSpec
+    from aecore.generate import DecodeSpec, SampleSpec
     from aecore.optim import OptimSpec
     from aecore.run import CheckpointSpec, TrainSpec
 
@@ -118,6 +119,8 @@ SECTIONS: dict[str, str | Registry] = {
     "pairs": "aecore.data.pairs:PairSpec",
     "encode": "aecore.encoder:EncodeSpec",
     "evaluate": "aecore.evaluate:EvaluateSpec",
+    "sample": "aecore.generate:SampleSpec",
+    "decode": "aecore.generate:DecodeSpec",
     "cluster": "pipelines.config:ClusterSpec",
     "schedule": "pipelines.config:ScheduleSpec",
 }
@@ -144,6 +147,8 @@ class Recipe:
         pairs: PairSpec
         encode: EncodeSpec
         evaluate: EvaluateSpec
+        sample: SampleSpec
+        decode: DecodeSpec
         cluster: ClusterSpec
         schedule: ScheduleSpec
 

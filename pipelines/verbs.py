@@ -99,6 +99,35 @@ def _evaluate(args: Args) -> Result:
 
 
 @VERBS.register(
+    "sample",
+    "draw samples from the prior of a trained run (num=64 seed=0; label=3 for a model that is told the class)",
+    argument("run", "trained run"),
+    argument("out", "where the samples go"),
+    argument("--recipe", "recipe whose sample section is used"),
+    writes=True,
+)
+def _sample(args: Args) -> Result:
+    from pipelines import generate
+
+    return generate.sample(args)
+
+
+@VERBS.register(
+    "decode",
+    "turn latents back into data with a trained run",
+    argument("run", "trained run"),
+    argument("latents", "latent table of this run, or a .npy or .npz file of latents [n, D]"),
+    argument("out", "where the decoded samples go"),
+    argument("--recipe", "recipe whose decode section is used"),
+    writes=True,
+)
+def _decode(args: Args) -> Result:
+    from pipelines import generate
+
+    return generate.decode(args)
+
+
+@VERBS.register(
     "run",
     "shard, train, encode and evaluate a recipe as one flow: out=...",
     argument("recipe", "recipe file or shipped recipe"),

@@ -29,6 +29,7 @@ from aecore.objective import Objective
 from aecore.ranks import Rank
 from aecore.store import absolute_url
 from aecore.validation import split_means
+from aecore.variational.marginal import log_marginal
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,8 @@ class _Extra:
         return terms
 
     def _log_marginal(self, model: Trainable, batch: Batch, number: int) -> Tensor:
-        from aecore.variational.marginal import log_marginal
-
         spec = self.spec
-        rows: Tensor = log_marginal(model, batch, num_samples=spec.iwae, seed=spec.seed, index=number, likelihood=self.likelihood)
+        rows = log_marginal(model, batch, num_samples=spec.iwae, seed=spec.seed, index=number, likelihood=self.likelihood)
         return rows.sum()
 
 
