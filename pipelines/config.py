@@ -194,6 +194,8 @@ class Recipe:
             tree["source"]["url"] = absolute_url(tree["source"]["url"], "source.url")
         if isinstance(tree.get("train"), dict) and tree["train"].get("init_from"):
             tree["train"]["init_from"] = absolute_url(tree["train"]["init_from"], "train.init_from")
+        if isinstance(tree.get("evaluate"), dict) and tree["evaluate"].get("figures"):
+            tree["evaluate"]["figures"] = absolute_url(tree["evaluate"]["figures"], "evaluate.figures")
         return tree
 
     def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:

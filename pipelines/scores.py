@@ -9,12 +9,18 @@ SHOWN_DIMENSIONS = 12
 
 def of_evaluation(summary: Mapping[str, Any]) -> str:
     """Return the scores of a summary as aligned lines, then its lineage and its warnings; what was not computed is left out."""
-    rows = list(_rows(summary))
-    wide, high = max(len(name) for name, _, _ in rows), max(len(value) for name, value, _ in rows if name != "KL per dimension")
+    rows, notes = list(_rows(summary)), [*_figures(summary.get("figures")), ("lineage", _lineage(summary["lineage"]))]
+    wide, high = max(len(row[0]) for row in [*rows, *notes]), max(len(value) for name, value, _ in rows if name != "KL per dimension")
     lines = [f"  {name:<{wide}}  {value:>{high}}  {about}".rstrip() for name, value, about in rows]
-    warnings = [f"warning: {warning}" for warning in summary["warnings"]]
+    lines += [f"  {name:<{wide}}  {note}" for name, note in notes]
     head = f"{summary['split']} of {summary['dataset']}, {summary['num_samples']:,} samples ({summary['seconds']:.1f} s)"
-    return "\n".join([head, *lines, f"  {'lineage':<{wide}}  {_lineage(summary['lineage'])}", *warnings])
+    return "\n".join([head, *lines, *(f"warning: {warning}" for warning in summary["warnings"])])
+
+
+def _figures(figures: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if figures is not None:
+        yield "figures", f"{figures['url']}: {', '.join(name.removesuffix('.png') for name in figures['files'])}"
+        yield from (("not drawn", f"{name}: {reason}") for name, reason in figures["left_out"].items())
 
 
 def _rows(summary: Mapping[str, Any]) -> Iterator[Row]:

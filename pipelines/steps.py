@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aecore.errors import ConfigError
-from aecore.store import open_store
+from aecore.store import absolute_url, open_store
 from pipelines.config import ClusterSpec, Recipe
 from pipelines.progress import Report, TrainWatch, on_part, silent
 from pipelines.tree import Tree
@@ -182,8 +182,11 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
     run, data = recipe.require("run"), recipe.require("data")
     if dry_run:
         return {"step": "evaluate", "dry_run": True, "run": run, "dataset": data, **_evaluation_plan(run, data, recipe.evaluate)}
-    here = functools.partial(_evaluate_here, run, data, recipe.evaluate, cluster)
-    result = call_on_worker(cluster, here, run, data) if cluster.kind == "address" else here()
+    spec = recipe.evaluate
+    if spec.figures is not None:
+        spec = dataclasses.replace(spec, figures=absolute_url(spec.figures, "evaluate.figures"))
+    here = functools.partial(_evaluate_here, run, data, spec, cluster)
+    result = call_on_worker(cluster, here, run, data, *filter(None, [spec.figures])) if cluster.kind == "address" else here()
     return {"step": "evaluate", "run": run, "dataset": data, **result, "seconds": _since(started)}
 
 
@@ -192,7 +195,16 @@ def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
     from aecore.evaluate import opened
 
     dataset, loaded = opened(run, data, spec, "cpu")
-    return {"split": spec.split, "samples": dataset.manifest.num_samples(spec.split), "model": loaded.config.model.kind}
+    if spec.figures is not None:
+        from aecore.report import require_matplotlib
+
+        require_matplotlib()
+    return {
+        "split": spec.split,
+        "samples": dataset.manifest.num_samples(spec.split),
+        "model": loaded.config.model.kind,
+        "figures": spec.figures,
+    }
 
 
 def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree:
@@ -207,7 +219,14 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
     torch.set_num_threads(cluster.threads_per_worker)
     keep_freed_memory()
     rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
-    return evaluate(run, data, spec, rank=rank).to_dict()
+    if spec.figures is None:
+        return evaluate(run, data, spec, rank=rank).to_dict()
+    from aecore.report import require_matplotlib
+    from aecore.report.figures import write_figures
+
+    require_matplotlib()
+    scores = evaluate(run, data, spec, rank=rank).to_dict()
+    return {**scores, "figures": write_figures(run, data, spec.figures, spec, device=rank.device)}
 
 
 STEPS: dict[str, Step] = {"shard": shard, "adopt": adopt, "train": train, "encode": encode, "evaluate": evaluate}

@@ -86,11 +86,13 @@ def _encode(args: Args) -> Result:
     "score a trained run on a split (evaluate.split=test, .iwae=100, .probe=true, .factors=true)",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
+    argument("--figures", "draw the figures of the model into this folder or s3://bucket/prefix", metavar="OUT"),
     argument("--recipe", "recipe whose evaluate section is used"),
     writes=True,
 )
 def _evaluate(args: Args) -> Result:
-    result = launch.step("evaluate", args, {"run": args.run, "data": args.dataset}, ("evaluate", "cluster"))
+    base = {"run": args.run, "data": args.dataset} | ({"evaluate": {"figures": args.figures}} if args.figures else {})
+    result = launch.step("evaluate", args, base, ("evaluate", "cluster"))
     if args.dry_run:
         return result
     from pipelines import scores

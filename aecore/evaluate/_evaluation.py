@@ -76,7 +76,7 @@ def evaluate_run(run: str, data: str, split: str = "test", *, rank: Rank = Rank(
 
 
 def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: Rank = Rank()) -> Evaluation:  # noqa: B008  # frozen
-    """Evaluate a finished run (or one checkpoint) on a split of a dataset; writes nothing.
+    """Evaluate a finished run (or one checkpoint) on a split of a dataset; writes nothing (for the figures see `aecore.report`).
 
     Reads every sample of the split once; probes and factor scores read theirs besides. Every rank calls it with the same arguments
     and gets the same result; with `rank.world > 1` the default process group must exist.

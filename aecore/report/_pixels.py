@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aecore.data.png import StoredPng
 from aecore.data.transform import Transform
+from aecore.errors import ConfigError
 
 Image = NDArray[np.uint8]  # [H, W] or [H, W, 3]
 GAP, GAP_LEVEL = 2, 255  # pixels between the images of a grid, and their level
@@ -44,3 +45,13 @@ def grid(images: Image, columns: int) -> Image:
 def png(image: Image) -> bytes:
     """Return an image `[H, W]` or `[H, W, 3]` as a PNG file."""
     return StoredPng(image.shape)(image)
+
+
+def require_matplotlib() -> None:
+    """ConfigError that says how to get matplotlib if it is not installed."""
+    try:
+        import matplotlib  # noqa: F401  # only whether it is there
+    except ImportError as missing:
+        raise ConfigError(
+            f"figures need matplotlib ({missing}): install it with `pip install 'aecore[report]'`, or leave them out"
+        ) from missing

@@ -112,6 +112,18 @@ def test_evaluate_adds_the_scores_that_are_asked_for_to_its_table(walk: Path, ca
     assert checkpoint in lines["lineage"] and dataset in lines["lineage"]
 
 
+def test_evaluate_draws_figures_and_says_which_it_left_out(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    argv, out = ["evaluate", str(walk / "run"), str(walk / "dataset"), HERE], tmp_path / "figures"
+    planned = json.loads(said(capsys, *argv, "--figures", str(out), "--dry-run", "--json"))
+    assert planned["figures"] == str(out) and not out.exists()
+    text = said(capsys, *argv, "--figures", str(out))
+    assert "not drawn" in text and "manifold: the latent has 4 dimensions, a plane has 2" in text
+    assert {"losses.png", "reconstructions.png", "prior_samples.png", "figures.json"} <= {path.name for path in out.iterdir()}
+    found = json.loads(said(capsys, *argv, f"evaluate.figures={out}", "--json"))["figures"]
+    assert found["url"] == str(out) and "losses.png" in found["files"]
+
+
 def test_samples_are_drawn_and_a_table_is_decoded(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, table = str(walk / "run"), str(walk / "table")
     made = json.loads(said(capsys, "sample", run, str(tmp_path / "a"), "num=5", "sample.seed=3", HERE, "--json"))
