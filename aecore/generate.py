@@ -137,7 +137,8 @@ def latent_dim(loaded: LoadedModel, column: str) -> int:
     """Return the width of a latent column, found by encoding one row of zeros."""
     device, shape = next(loaded.model.parameters()).device, loaded.config.input_shape
     one = torch.zeros(1, dtype=torch.int64, device=device)
-    blank = Batch(torch.zeros(1, *shape, device=device), one.cpu(), one.cpu(), 1, label=one)
+    lengths = one + 1 if 0 in shape else None  # a sequence of any length: one step of it
+    blank = Batch(torch.zeros(1, *(size or 1 for size in shape), device=device), one.cpu(), one.cpu(), 1, label=one, lengths=lengths)
     return int(loaded.model.latents(blank)[column].shape[1])
 
 

@@ -56,8 +56,8 @@ def _collapse(means: Mapping[str, Tensor], active: int | None) -> list[str]:
 
 
 def _overcomplete(means: Mapping[str, Tensor], input_shape: tuple[int, ...]) -> list[str]:
-    size = math.prod(input_shape)
-    if "latent_dim" not in means or (dim := round(float(means["latent_dim"]))) < size:
+    size = math.prod(input_shape)  # 0: sequences of any length
+    if not size or "latent_dim" not in means or (dim := round(float(means["latent_dim"]))) < size:
         return []
     return [
         f"the latent has {dim} dimensions and the input {size} values: nothing has to be compressed, a copy reconstructs perfectly; "
