@@ -20,7 +20,8 @@ from aecore.errors import ConfigError, DataError
 from aecore.objective import Objective, noise_for
 from aecore.ranks import Rank, all_sum
 
-Terms = Callable[[Trainable, Batch], dict[str, Tensor]]  # a model and a scaled batch in; out: name -> sums over its rows, any shape
+# a model, a scaled batch and its number in; out: name -> sums over its rows, any shape
+Terms = Callable[[Trainable, Batch, int], dict[str, Tensor]]
 
 
 def validate(objective: Objective, loader: Loader, *, seed: int, batch: int, rank: Rank) -> dict[str, float]:
@@ -67,7 +68,7 @@ def _sums(objective: Objective, batches: Iterable[tuple[int, Batch]], seed: int,
             ready = objective.transform(objective.transform.draw(stored.to(device), seed, number))
             terms = _terms(objective, ready, noise_for(objective.model, ready, seed, number))
             if extra is not None:
-                terms |= extra(objective.model, ready)
+                terms |= extra(objective.model, ready, number)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.to(device, torch.float64)
     finally:

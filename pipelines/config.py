@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from aecore.data.tasks import ShardSpec
     from aecore.data.transform import TransformSpec
     from aecore.encoder import EncodeSpec
+    from aecore.evaluate import EvaluateSpec
+    from aecore.generate import DecodeSpec, SampleSpec
     from aecore.optim import OptimSpec
     from aecore.run import CheckpointSpec, TrainSpec
 
@@ -95,15 +97,6 @@ class ClusterSpec:
 
 
 @spec
-class EvaluateSpec:
-    """What is evaluated."""
-
-    split: str = knob("test", "split of the dataset")
-    batch: int = knob(512, "samples per batch; the noise depends on it", ge=1)
-    seed: int = knob(0, "seed of the noise", ge=0)
-
-
-@spec
 class ScheduleSpec:
     """When `aepipe serve` runs the recipe."""
 
@@ -125,7 +118,9 @@ SECTIONS: dict[str, str | Registry] = {
     "input": "aecore.data.loader:InputSpec",
     "pairs": "aecore.data.pairs:PairSpec",
     "encode": "aecore.encoder:EncodeSpec",
-    "evaluate": "pipelines.config:EvaluateSpec",
+    "evaluate": "aecore.evaluate:EvaluateSpec",
+    "sample": "aecore.generate:SampleSpec",
+    "decode": "aecore.generate:DecodeSpec",
     "cluster": "pipelines.config:ClusterSpec",
     "schedule": "pipelines.config:ScheduleSpec",
 }
@@ -152,6 +147,8 @@ class Recipe:
         pairs: PairSpec
         encode: EncodeSpec
         evaluate: EvaluateSpec
+        sample: SampleSpec
+        decode: DecodeSpec
         cluster: ClusterSpec
         schedule: ScheduleSpec
 
@@ -197,6 +194,8 @@ class Recipe:
             tree["source"]["url"] = absolute_url(tree["source"]["url"], "source.url")
         if isinstance(tree.get("train"), dict) and tree["train"].get("init_from"):
             tree["train"]["init_from"] = absolute_url(tree["train"]["init_from"], "train.init_from")
+        if isinstance(tree.get("evaluate"), dict) and tree["evaluate"].get("figures"):
+            tree["evaluate"]["figures"] = absolute_url(tree["evaluate"]["figures"], "evaluate.figures")
         return tree
 
     def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from aecore.errors import ConfigError
-from aecore.store import open_store
-from pipelines.config import ClusterSpec, EvaluateSpec, Recipe
+from aecore.store import absolute_url, open_store
+from pipelines.config import ClusterSpec, Recipe
 from pipelines.progress import Report, TrainWatch, on_part, silent
 from pipelines.tree import Tree
 
@@ -174,7 +174,7 @@ def table_summary(manifest: Any) -> Tree:
 
 
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Evaluate the model of `run` on one split of `data`; writes nothing.
+    """Evaluate the model of `run` on one split of `data`.
 
     In this process, or on one worker of a cluster that is named: GPUs and memory are there, not where the driver waits.
     """
@@ -182,15 +182,37 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
 
     started, cluster = time.perf_counter(), recipe.cluster
     run, data = recipe.require("run"), recipe.require("data")
-    here = functools.partial(_evaluate_here, run, data, recipe.evaluate, cluster)
-    result = call_on_worker(cluster, here, run, data) if cluster.kind == "address" else here()
+    if dry_run:
+        return {"step": "evaluate", "dry_run": True, "run": run, "dataset": data, **_evaluation_plan(run, data, recipe.evaluate)}
+    spec = recipe.evaluate
+    if spec.figures is not None:
+        spec = dataclasses.replace(spec, figures=absolute_url(spec.figures, "evaluate.figures"))
+    here = functools.partial(_evaluate_here, run, data, spec, cluster)
+    result = call_on_worker(cluster, here, run, data, *filter(None, [spec.figures])) if cluster.kind == "address" else here()
     return {"step": "evaluate", "run": run, "dataset": data, **result, "seconds": _since(started)}
 
 
-def _evaluate_here(run: str, data: str, spec: EvaluateSpec, cluster: ClusterSpec) -> Tree:
+def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
+    """Return what would be evaluated: checks model, data and what the scores need; reads no sample."""
+    from aecore.evaluate import opened
+
+    dataset, loaded = opened(run, data, spec, "cpu")
+    if spec.figures is not None:
+        from aecore.report import require_matplotlib
+
+        require_matplotlib()
+    return {
+        "split": spec.split,
+        "samples": dataset.manifest.num_samples(spec.split),
+        "model": loaded.config.model.kind,
+        "figures": spec.figures,
+    }
+
+
+def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree:
     import torch
 
-    from aecore.evaluate import evaluate_run
+    from aecore.evaluate import evaluate
     from aecore.memory import keep_freed_memory
     from aecore.ranks import Rank
     from pipelines.cluster.session import require_gpu_is_there
@@ -199,7 +221,14 @@ def _evaluate_here(run: str, data: str, spec: EvaluateSpec, cluster: ClusterSpec
     torch.set_num_threads(cluster.threads_per_worker)
     keep_freed_memory()
     rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
-    return evaluate_run(run, data, spec.split, seed=spec.seed, batch=spec.batch, rank=rank).to_dict()
+    if spec.figures is None:
+        return evaluate(run, data, spec, rank=rank).to_dict()
+    from aecore.report import require_matplotlib
+    from aecore.report.figures import write_figures
+
+    require_matplotlib()
+    scores = evaluate(run, data, spec, rank=rank).to_dict()
+    return {**scores, "figures": write_figures(run, data, spec.figures, spec, device=rank.device)}
 
 
 STEPS: dict[str, Step] = {"shard": shard, "adopt": adopt, "train": train, "encode": encode, "evaluate": evaluate}

@@ -78,7 +78,21 @@ def _evaluate(summary: Mapping[str, Any]) -> str:
     return f"{summary['split']} of {summary['dataset']}: {numbers}{warnings}"
 
 
-_STEPS = {"shard": _shard, "adopt": _shard, "train": _train, "encode": _encode, "evaluate": _evaluate}
+def _generate(summary: Mapping[str, Any]) -> str:
+    what = f"{summary['num']:,} {'samples' if summary['step'] == 'sample' else 'decoded latents'} of shape {_value(summary['shape'])}"
+    files = f"{summary['files']:,} files" if summary["made"] else "all there already"
+    return f"{summary['out']}: {what}, {files}; checkpoint {summary['checkpoint'][:12]}"
+
+
+_STEPS = {
+    "shard": _shard,
+    "adopt": _shard,
+    "train": _train,
+    "encode": _encode,
+    "evaluate": _evaluate,
+    "sample": _generate,
+    "decode": _generate,
+}
 
 
 def _lines(summary: Tree | Mapping[str, Any]) -> str:

@@ -83,13 +83,50 @@ def _encode(args: Args) -> Result:
 
 @VERBS.register(
     "evaluate",
-    "score a trained run on a split (evaluate.split=test)",
+    "score a trained run on a split (evaluate.split=test, .iwae=100, .probe=true, .factors=true)",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
+    argument("--figures", "draw the figures of the model into this folder or s3://bucket/prefix", metavar="OUT"),
     argument("--recipe", "recipe whose evaluate section is used"),
+    writes=True,
 )
 def _evaluate(args: Args) -> Result:
-    return launch.step("evaluate", args, {"run": args.run, "data": args.dataset}, ("evaluate", "cluster"))
+    base = {"run": args.run, "data": args.dataset} | ({"evaluate": {"figures": args.figures}} if args.figures else {})
+    result = launch.step("evaluate", args, base, ("evaluate", "cluster"))
+    if args.dry_run:
+        return result
+    from pipelines import scores
+
+    return result._replace(as_text=scores.of_evaluation)
+
+
+@VERBS.register(
+    "sample",
+    "draw samples from the prior of a trained run (num=64 seed=0; label=3 for a model that is told the class)",
+    argument("run", "trained run"),
+    argument("out", "where the samples go"),
+    argument("--recipe", "recipe whose sample section is used"),
+    writes=True,
+)
+def _sample(args: Args) -> Result:
+    from pipelines import generate
+
+    return generate.sample(args)
+
+
+@VERBS.register(
+    "decode",
+    "turn latents back into data with a trained run",
+    argument("run", "trained run"),
+    argument("latents", "latent table of this run, or a .npy or .npz file of latents [n, D]"),
+    argument("out", "where the decoded samples go"),
+    argument("--recipe", "recipe whose decode section is used"),
+    writes=True,
+)
+def _decode(args: Args) -> Result:
+    from pipelines import generate
+
+    return generate.decode(args)
 
 
 @VERBS.register(

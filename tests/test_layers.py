@@ -26,7 +26,7 @@ LEVEL = {"tree": 0, "validate": 0, "config": 1, "cluster": 2, "flows": 4, "deplo
 COMMAND_LINE = {"cli", "verbs", "arguments", "overrides", "launch"}  # what every `aepipe --help` loads
 ORCHESTRATION = {"ray", "prefect", "pydantic"}
 ONLY_IN = {"prefect": {"flows", "deploy"}, "ray": {"cluster"}, "pydantic": {"validate"}}
-LAZY_IN_AECORE = {"s3fs", "fsspec", "botocore", "webdataset", "imagecodecs", "PIL", "pandas"}
+LAZY_IN_AECORE = {"s3fs", "fsspec", "botocore", "webdataset", "imagecodecs", "PIL", "pandas", "matplotlib", "sklearn", "scipy"}
 HEAVY = {"torch", "ray", "prefect", "pyarrow", "pandas", "webdataset", "s3fs", "fastapi"}
 
 

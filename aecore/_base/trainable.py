@@ -65,6 +65,20 @@ class Trainable(BaseAutoencoder):
         """
         raise ConfigError(f"{type(self).__name__} has no posterior, so log p(x) cannot be estimated: use a model of the VAE family")
 
+    def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:
+        """Expected inputs in data space `[n, *shape]`, float32, of latents `z [n, D]` as `latents` gives them, under inference mode.
+
+        `label` is `[n]` int64 for a model that is told the class (`"label"` is one of its `encode_inputs`); the others ignore it.
+
+        Raises:
+            ConfigError: the model cannot decode latents alone.
+        """
+        raise ConfigError(f"{type(self).__name__} does not decode latents alone: use a model that implements decode_latents")
+
+    def add_noise(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Inputs as training gives them to the encoder: `x` itself, or corrupted by standard normal noise `eps` of its shape."""
+        return x
+
 
 class ModelSpec(Protocol):
     """What the trainer asks of a model's spec."""

@@ -140,6 +140,10 @@ class Loader:
             )
         return prefetched(self._range(start_row, stop_row, batch), 0 if self.rows.in_ram else self.spec.prefetch)
 
+    def take(self, indices: Int64s) -> Batch:
+        """Return the samples of these numbers of the split, in this order; the batch counts as a global one."""
+        return self._batch(self.rows.read(indices), np.arange(len(indices)), len(indices))
+
     def shard_batches(self, shard: ShardRef, batch: int, start: int = 0, stop: int | None = None) -> Generator[ShardBatch, None, None]:
         """Yield rows [start, stop) of one shard, cut every `batch` rows; rows that do not decode are reported instead of raised.
 

@@ -85,6 +85,11 @@ class AE(Trainable):
         """Return the expected inputs `[n, ...]`: the decoder's output, through a sigmoid if the likelihood is Bernoulli."""
         return expected_value(self(batch.x).x_hat, likelihood)
 
+    @torch.inference_mode()
+    def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:
+        """Return the expected inputs `[n, ...]` of latents `z [n, D]`, whatever their label."""
+        return expected_value(self._decode(z).x_hat, likelihood)
+
 
 @spec
 class AESpec:

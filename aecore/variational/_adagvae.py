@@ -175,6 +175,10 @@ class AdaGVAE(Trainable):
         """Return the expected inputs `[n, ...]` of `batch.x` at z = mu, through a sigmoid if the likelihood is Bernoulli."""
         return self.vae.reconstruct(batch, likelihood=likelihood)
 
+    def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:
+        """Return the expected inputs `[n, ...]` of latents `z [n, D]`, whatever their label."""
+        return self.vae.decode_latents(z, likelihood=likelihood)
+
 
 def _require_pair(pair: Any) -> tuple[Tensor, Tensor]:  # any: what a caller gave
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):

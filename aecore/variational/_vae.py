@@ -136,6 +136,11 @@ class VAE(Trainable):
         """Return the expected inputs `[n, ...]` at z = mu, see `expected_value`."""
         return expected_value(self(batch.x, sample=False).x_hat.squeeze(1), likelihood)
 
+    @torch.inference_mode()
+    def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:
+        """Return the expected inputs `[n, ...]` of latents `z [n, D]`, whatever their label."""
+        return expected_value(self._decode(z.unsqueeze(1)).x_hat.squeeze(1), likelihood)
+
 
 @spec
 class VAESpec(VariationalSpec):

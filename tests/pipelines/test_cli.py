@@ -45,7 +45,7 @@ def test_the_help_imports_nothing_heavy() -> None:
     code += "print([name for name in ('torch', 'ray', 'prefect', 'pydantic', 'pyarrow') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-    verbs = "shard adopt train encode evaluate run submit show verify compare gc doctor list serve deploy demo"
+    verbs = "shard adopt train encode evaluate sample decode run submit show verify compare gc doctor list serve deploy demo"
     for verb in verbs.split():
         assert f"\n    {verb}" in output
 
@@ -90,6 +90,53 @@ def test_evaluate_gives_the_elbo_of_the_test_split(walk: Path, capsys: pytest.Ca
     assert "elbo" in said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), HERE)
 
 
+def test_evaluate_adds_the_scores_that_are_asked_for_to_its_table(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "evaluate",
+        str(walk / "run"),
+        str(walk / "dataset"),
+        "evaluate.probe=true",
+        "evaluate.factors=true",
+        "evaluate.dci=false",
+        HERE,
+    ]
+    result = json.loads(said(capsys, *argv, "--json"))
+    lines = {line.split("  ")[1].strip(): line for line in said(capsys, *argv).splitlines() if line.startswith("  ")}
+    assert f"{result['probe']['linear']:.4f}" in lines["linear probe"]
+    assert f"{result['probe']['knn']:.4f}" in lines["5-NN"]
+    assert f"{result['disentanglement']['mig']:.4f}" in lines["MIG"]
+    assert f"{result['disentanglement']['factor_vae']:.4f}" in lines["FactorVAE score"]
+    assert "DCI disentanglement" not in lines
+    assert lines["KL per dimension"].count(":") == 4
+    checkpoint, dataset = (result["lineage"][name]["sha256"][:12] for name in ("checkpoint", "dataset"))
+    assert checkpoint in lines["lineage"] and dataset in lines["lineage"]
+
+
+def test_evaluate_draws_figures_and_says_which_it_left_out(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    argv, out = ["evaluate", str(walk / "run"), str(walk / "dataset"), HERE], tmp_path / "figures"
+    planned = json.loads(said(capsys, *argv, "--figures", str(out), "--dry-run", "--json"))
+    assert planned["figures"] == str(out) and not out.exists()
+    text = said(capsys, *argv, "--figures", str(out))
+    assert "not drawn" in text and "manifold: the latent has 4 dimensions, a plane has 2" in text
+    assert {"losses.png", "reconstructions.png", "prior_samples.png", "figures.json"} <= {path.name for path in out.iterdir()}
+    found = json.loads(said(capsys, *argv, f"evaluate.figures={out}", "--json"))["figures"]
+    assert found["url"] == str(out) and "losses.png" in found["files"]
+
+
+def test_samples_are_drawn_and_a_table_is_decoded(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, table = str(walk / "run"), str(walk / "table")
+    made = json.loads(said(capsys, "sample", run, str(tmp_path / "a"), "num=5", "sample.seed=3", HERE, "--json"))
+    assert (made["num"], made["latent_dim"], made["shape"], made["files"]) == (5, 4, [1, 32, 32], 7)
+    assert "5 samples of shape [1, 32, 32], all there already" in said(capsys, "sample", run, str(tmp_path / "a"), "num=5", "seed=3")
+    assert "34 decoded latents of shape" in said(capsys, "decode", run, table, str(tmp_path / "b"), "split=test", "images=0")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.name[0] != ".") == ["decoded.json", "decoded.npz", "grid.png"]
+    planned = json.loads(said(capsys, "decode", run, table, str(tmp_path / "c"), "num=3", "--dry-run", "--json"))
+    assert (planned["num"], planned["recipe"]["decode"]["num"]) == (3, 3)
+    assert "would sample:" in said(capsys, "sample", run, str(tmp_path / "c"), "--dry-run")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run, out = str(walk / "dataset"), str(walk / "run"), str(tmp_path / "out")
     sharding = json.loads(said(capsys, "shard", "sprites", out, *SPRITES, "--dry-run", "--json"))
@@ -98,6 +145,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(walk: Path, tmp_pa
     assert (training["steps"], training["input_shape"], training["recipe"]["train"]["epochs"]) == (12, [1, 32, 32], 2)
     encoding = json.loads(said(capsys, "encode", run, data, out, HERE, "--dry-run", "--json"))
     assert encoding["new_rows"] == 200
+    evaluating = json.loads(said(capsys, "evaluate", run, data, HERE, "--dry-run", "--json"))
+    assert (evaluating["samples"], evaluating["model"], evaluating["recipe"]["evaluate"]["iwae"]) == (COUNTS["test"], "vae", 0)
     running = json.loads(said(capsys, "run", "demo", f"out={out}", *SPRITES, "--dry-run", "--json"))
     assert running["stages"] == {"shard": f"{out}/dataset", "train": f"{out}/run", "encode": f"{out}/table"}
     assert said(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run").startswith("would train:")
@@ -129,6 +178,14 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["train", "data={tmp}/none", "out={tmp}/y", HERE], 3, "holds no data set"),
         (["encode", "{tmp}/none", "{walk}/dataset", "{tmp}/t", HERE], 3, "holds no trained model"),
         (["evaluate", "{walk}/run", "{walk}/dataset", "evaluate.split=val", HERE], 3, "has no split 'val' (it has: train, test)"),
+        (["sample", "{walk}/run", "{tmp}/s", "label=3"], 2, "label=3, and model.kind=vae is not told a class"),
+        (["sample", "{walk}/run", "{tmp}/s", "num=0"], 2, "sample.num"),
+        (["sample", "{walk}/run", "{tmp}/s", "sample.nun=3"], 2, "unknown key 'sample.nun' (did you mean 'sample.num'?"),
+        (["sample", "{walk}/table", "{tmp}/s"], 3, "table is a latent table, expected a training run"),
+        (["sample", "{walk}/run", "{tmp}/s", "cluster={kind: address, address: h:1}"], 2, "`aepipe sample` works in this process"),
+        (["decode", "{walk}/run", "{walk}/dataset", "{tmp}/s"], 3, "dataset is a data set, expected a latent table"),
+        (["decode", "{walk}/run", "{tmp}/no.npy", "{tmp}/s"], 3, "no.npy"),
+        (["decode", "{walk}/run", "{walk}/table", "{tmp}/s", "split=val"], 3, "has no split 'val'"),
         (["show", "{tmp}"], 3, "holds no dataset, run or table"),
         (["train", "data={walk}/dataset", "out={walk}/run", *TINY, "optim.lr=0.5"], 2, "optim.lr: there 0.001, asked 0.5"),
         (["shard", "sprites", "{walk}/dataset", *SPRITES, "shards.max_samples=50"], 2, "shards.max_samples: there 100, asked 50"),

@@ -130,6 +130,16 @@ def test_evaluation_is_deterministic_and_leaves_the_model_as_it_was(kind: str, b
 
 
 @every
+@every_shape
+def test_decoded_latents_are_the_reconstruction(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape).eval()
+    batch = batch_of(model, N, *shape)
+    latent = next(value for name, value in model.latents(batch).items() if name != "log_var")
+    decoded = model.decode_latents(latent, label=batch.label, likelihood="bernoulli")
+    torch.testing.assert_close(decoded, model.reconstruct(batch, likelihood="bernoulli"))
+
+
+@every
 def test_rows_do_not_depend_on_their_batch(kind: str, backbone: str) -> None:
     model = make(kind, backbone, (3, 32, 32)).eval()
     batch = batch_of(model, N, 3, 32, 32)

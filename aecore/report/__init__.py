@@ -1,0 +1,5 @@
+"""Pictures: pixels of samples here, the figures of a trained model in `aecore.report.figures`."""
+
+from aecore.report._pixels import grid, is_image, pixels, png, require_matplotlib
+
+__all__ = ["grid", "is_image", "pixels", "png", "require_matplotlib"]

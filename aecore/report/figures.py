@@ -1,0 +1,84 @@
+"""Every figure of a trained model on a split of a dataset, as PNG files below a URL.
+
+    OUT/reconstructions.png  losses.png  ...   figures.json: what they are of, written last
+
+A figure that a model does not have (samples of a prior that is not there, a plane of ten latents) is left out, with the reason.
+The same command again writes nothing; the figures of another model are refused a folder that has some.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from aecore.checkpoint import LoadedModel
+from aecore.data.manifest import Dataset
+from aecore.evaluate import EvaluateSpec, opened
+from aecore.generations import read_json, require_same
+from aecore.report import _maps, _panels, require_matplotlib
+from aecore.report._draw import draw
+from aecore.report._panels import Panel
+from aecore.report._view import NotDrawn, View
+from aecore.store import absolute_url, canonical_json, open_store
+
+logger = logging.getLogger(__name__)
+
+FIGURES: dict[str, Callable[[View], Panel]] = {
+    "reconstructions": _panels.reconstructions,
+    "denoising": _panels.denoising,
+    "prior_samples": _panels.prior_samples,
+    "interpolation": _panels.interpolation,
+    "traversals": _panels.traversals,
+    "latents_pca": _maps.latents_pca,
+    "latents_tsne": _maps.latents_tsne,
+    "latents_2d": _maps.latents_2d,
+    "manifold": _panels.manifold,
+    "reparameterisation": _panels.reparameterisation,
+}
+MANIFEST = "figures.json"
+
+
+def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSpec(), *, device: str = "cpu") -> dict[str, Any]:  # noqa: B008  # frozen
+    """Draw the figures of a run on `spec.split` of a dataset into `out`; return the files and what was left out, as plain JSON.
+
+    Raises
+    ------
+    ConfigError
+        matplotlib is not installed, or `out` holds other figures.
+    DataError
+        No such run or split, or samples that do not fit.
+    """
+    require_matplotlib()
+    dataset, loaded = opened(run, data, EvaluateSpec(split=spec.split, batch=spec.batch, seed=spec.seed), device)
+    store, identity = open_store(absolute_url(out, "figures")), _identity(loaded, dataset, spec)
+    if store.size(MANIFEST) is not None:
+        known = read_json(store, MANIFEST)
+        require_same(store.url, "set of figures", identity, known["identity"])
+        return {"url": store.url, "files": known["files"], "left_out": known["left_out"]}
+    subtitle = (
+        f"{loaded.config.model.kind}, checkpoint {loaded.sha256[:12]}; "
+        f"{spec.split} of dataset {dataset.manifest.dataset_sha256[:12]}, seed {spec.seed}"
+    )
+    files, left_out = [], {}
+    with View(loaded, dataset, spec, device) as view:
+        metrics = functools.partial(_maps.losses, open_store(absolute_url(run, "run")), loaded.checkpoint.info.get("run_sha256"))
+        drawn: dict[str, Callable[[], Panel]] = {"losses": metrics}
+        drawn |= {name: functools.partial(figure, view) for name, figure in FIGURES.items()}
+        for name, panel in drawn.items():
+            try:
+                store.put(f"{name}.png", draw(panel(), view.transform, subtitle), role="figure")
+                files.append(f"{name}.png")
+            except NotDrawn as reason:
+                left_out[name] = str(reason)
+    store.put(MANIFEST, canonical_json({"identity": identity, "files": files, "left_out": left_out}), role="figures")
+    logger.info("%s: %d figures, left out: %s", store.url, len(files), ", ".join(left_out) or "none")
+    return {"url": store.url, "files": files, "left_out": left_out}
+
+
+def _identity(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec) -> dict[str, Any]:
+    return {
+        "checkpoint_sha256": loaded.sha256,
+        "dataset_sha256": dataset.manifest.dataset_sha256,
+        "split": spec.split,
+        "seed": spec.seed,
+    }
