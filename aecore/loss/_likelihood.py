@@ -85,10 +85,12 @@ def sample_log_likelihood(
     scale: float | Tensor = 1.0,
     full: bool = False,
     dtype: torch.dtype | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """log p(x | x_hat) summed over features: `[B, S]` for `x [B, ...]` and `x_hat [B, S, ...]` (categorical: `[B, S, ..., K]`).
 
-    `dtype` is that of the sum: float64 where thousands of features must add up to a hundredth of a nat.
+    `dtype` is that of the sum: float64 where thousands of features must add up to a hundredth of a nat. `valid`, bool of the shape of `x`,
+    says which features count: those behind the end of a sequence do not.
 
     Raises:
         ValueError: `x_hat` is not `[B, S, *x.shape[1:]]`; a missing S axis is never inferred. Else as `log_likelihood`.
@@ -104,6 +106,8 @@ def sample_log_likelihood(
         )
     tiled = x.unsqueeze(1).expand(*x_hat.shape[:2], *x.shape[1:])
     per_element = log_likelihood(tiled, x_hat, likelihood, scale=scale, full=full)
+    if valid is not None:
+        per_element = torch.where(valid.unsqueeze(1), per_element, 0.0)
     return per_element.reshape(*x_hat.shape[:2], -1).sum(-1, dtype=dtype)
 
 

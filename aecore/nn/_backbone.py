@@ -23,27 +23,18 @@ class Backbone:
         decoder: `[N, latent_dim]` -> `[N, *input_shape]`.
         num_features: F, width of the encoder's output.
         bounded: the decoder's output is already squashed to [0, 1], so it cannot be read as logits.
-        num_classes: K where samples are class ids and the decoder gives K logits for each, `[N, *input_shape, K]`; 0: values.
-        sequential: the first axis of samples is time; the encoder takes `lengths [B]` beside them, the decoder the number of steps.
+        sequential: the first axis of samples is time; the encoder takes `lengths [B]` beside them, the decoder the number of steps, and
+            the build function `num_levels`: K for samples that are token ids, of which the decoder then gives K logits each.
     """
 
     encoder: nn.Module
     decoder: nn.Module
     num_features: int
     bounded: bool = False
-    num_classes: int = 0
     sequential: bool = False
 
     def check_likelihood(self, likelihood: str) -> None:
-        """Raise ConfigError where the likelihood reads the decoder's output as something else than it is.
-
-        A sigmoid would be applied twice to what should be logits; classes need their number, and values have none.
-        """
-        if (likelihood == "categorical") != (self.num_classes > 0):
-            raise ConfigError(
-                f"model.likelihood={likelihood} and backbone.vocab_size={self.num_classes} do not fit: token ids need "
-                "model.likelihood=categorical and the size of their vocabulary, values need backbone.vocab_size=0 and another likelihood"
-            )
+        """Raise ConfigError where the likelihood takes logits and the decoder ends in a sigmoid: it would be applied twice."""
         if self.bounded and likelihood == "bernoulli":
             raise ConfigError(
                 "model.likelihood=bernoulli takes logits, but backbone.output=sigmoid squashes them: "

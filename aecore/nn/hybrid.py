@@ -32,13 +32,15 @@ class HybridSpec:
 
 
 @BACKBONES.register(HybridSpec)
-def build(hybrid: HybridSpec, input_shape: tuple[int, ...], latent_dim: int) -> Backbone:
+def build(hybrid: HybridSpec, input_shape: tuple[int, ...], latent_dim: int, num_levels: int = 0) -> Backbone:
     """Build for videos of `input_shape`: (T, C, H, W), or (T, H, W) of one channel; a first axis of 0 stands for any number of frames."""
     if len(input_shape) not in (3, 4):
         raise ConfigError(
             f"backbone.kind=hybrid takes videos (T, C, H, W) or (T, H, W), these samples have the shape {input_shape}: "
             "use backbone.kind=recurrent for other sequences"
         )
+    if num_levels:
+        raise ConfigError("model.likelihood=categorical needs token ids and backbone.kind=recurrent: videos are scored as values")
     num_steps, frame = steps_of(input_shape, 0, "hybrid")
     channels_first = (1, *frame) if len(frame) == 2 else frame
     conv = ConvSpec(channels=hybrid.channels, activation=hybrid.activation, norm=hybrid.norm, dropout=hybrid.dropout, output=hybrid.output)

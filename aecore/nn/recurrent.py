@@ -14,8 +14,6 @@ from aecore.nn._backbone import Activation, Backbone, Output, activation, output
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
 from aecore.registry import BACKBONES, knob, spec
 
-LARGEST_VOCABULARY = 1 << 24  # ids travel as float32
-
 
 @spec
 class RecurrentSpec:
@@ -27,22 +25,24 @@ class RecurrentSpec:
     layers: int = knob(1, "recurrent layers, of the encoder and of the decoder", ge=1)
     bidirectional: bool = knob(True, "the encoder also runs backwards over time")
     time_axis: int = knob(0, "axis of a sample that is time; 1 reads an image (C, H, W) row by row", ge=0)
-    vocab_size: int = knob(0, "samples are token ids 0 .. vocab_size - 1; 0: they are numbers", ge=0, le=LARGEST_VOCABULARY)
     activation: Activation = knob("tanh", "after the layers of single steps; the cells have their own")
     norm: Literal["layer", "none"] = knob("none", "over the values of a step, before the activation")
     dropout: float = knob(0.0, "share of values dropped in front of every recurrent layer and of the last one, in training", ge=0, le=0.95)
     output: Output = knob("identity", "the decoder's last step; sigmoid keeps it in [0, 1]")
 
-    def __post_init__(self) -> None:
-        if self.vocab_size and self.output != "identity":
-            raise ConfigError("RecurrentSpec.vocab_size makes the decoder give logits: set output=identity")
-
 
 @BACKBONES.register(RecurrentSpec)
-def build(recurrent: RecurrentSpec, input_shape: tuple[int, ...], latent_dim: int) -> Backbone:
-    """Build for sequences of `input_shape`; a first axis of 0 stands for any number of steps."""
+def build(recurrent: RecurrentSpec, input_shape: tuple[int, ...], latent_dim: int, num_levels: int = 0) -> Backbone:
+    """Build for sequences of `input_shape`; a first axis of 0 stands for any number of steps.
+
+    With `num_levels` = K samples are token ids in 0..K-1, and the decoder gives K logits for each: `[N, *input_shape, K]`.
+    """
     num_steps, inside = steps_of(input_shape, recurrent.time_axis, "recurrent")
-    width, size, tokens = recurrent.width, math.prod(inside), recurrent.vocab_size
+    if num_levels and recurrent.output != "identity":
+        raise ConfigError(
+            f"model.likelihood=categorical takes logits, but backbone.output={recurrent.output} squashes them: use backbone.output=identity"
+        )
+    width, size, tokens = recurrent.width, math.prod(inside), num_levels
     into: list[nn.Module] = [TokenEmbedding(tokens, inside, width)] if tokens else [AsShape((size,)), nn.Linear(size, width)]
     encoder = RecurrentEncoder(
         nn.Sequential(*into, *_ready(recurrent)),
@@ -66,21 +66,21 @@ def build(recurrent: RecurrentSpec, input_shape: tuple[int, ...], latent_dim: in
         time_axis=recurrent.time_axis,
     )
     bounded = recurrent.output == "sigmoid"
-    return Backbone(encoder, decoder, encoder.num_features, bounded=bounded, num_classes=tokens, sequential=recurrent.time_axis == 0)
+    return Backbone(encoder, decoder, encoder.num_features, bounded=bounded, sequential=recurrent.time_axis == 0)
 
 
 class TokenEmbedding(nn.Module):
     """Ids of a step, `[M, *inside]` as floats, -> `[M, W]`: the sum of their vectors; each place of a step has its own."""
 
-    def __init__(self, vocab_size: int, inside: tuple[int, ...], width: int) -> None:
+    def __init__(self, num_tokens: int, inside: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.vocab_size, self.places = vocab_size, math.prod(inside)
-        self.vectors = nn.Embedding(self.places * vocab_size, width)
+        self.num_tokens, self.places = num_tokens, math.prod(inside)
+        self.vectors = nn.Embedding(self.places * num_tokens, width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look the ids up; one outside 0 .. vocab_size - 1 would be another place's, which `require_samples` of the model refuses."""
+        """Look the ids up; one outside 0 .. num_tokens - 1 would be another place's, which `require_samples` of the model refuses."""
         ids = ids.reshape(ids.shape[0], -1).long()
-        rows = ids + self.vocab_size * ids.new_tensor(range(self.places))
+        rows = ids + self.num_tokens * ids.new_tensor(range(self.places))
         summed: Tensor = self.vectors(rows).sum(1)
         return summed
 

@@ -1,25 +1,23 @@
-"""The VAE of sequences: one latent for a whole sequence of any length. Legend: B batch, S samples, D latent, T steps, K classes, n rows.
+"""The VAE of sequences: one latent for a whole sequence of any length. Legend: B batch, S samples, D latent, T steps, K levels, n rows.
 
-p(x|z) is the product over the valid steps (`RecurrentDecoder` says why): a Gaussian or Bernoulli of every value, or a categorical of every
-token id. Steps behind a sequence's end are zeros in `x` and count nowhere: neither loss nor latents of a sample depend on what it
-is batched with. Lengths themselves are not modelled: who generates says how many steps; texts end with a token of their own.
+p(x|z) is the product over the valid steps (`RecurrentDecoder` says why): a Gaussian, Laplace or Bernoulli of every value, or a categorical
+of every token id. Steps behind a sequence's end are zeros in `x` and count nowhere: neither loss nor latents of a sample depend on
+what it is batched with. Lengths themselves are not modelled: who generates says how many steps; texts end with a token of their own.
 """
 
-import math
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
-from aecore.errors import ConfigError, DataError
-from aecore.loss import LikelihoodType, LossResult, expected_value, kl_divergence_diag_gaussian, log_likelihood
-from aecore.loss.schedules import beta_at
-from aecore.precision import without_autocast
+from aecore.errors import ConfigError, DataError, InputError
+from aecore.loss import LikelihoodType, LossResult, expected_value
 from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.variational._spec import VariationalSpec
 from aecore.variational._vae import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
+from aecore.variational.bound import Bound
 from aecore.variational.stochastic_layers import FullyFactorizedGaussian
 
 
@@ -32,19 +30,30 @@ class RecurrentVAE(Trainable):
         encoder: `(x [B, T, ...], lengths)` -> `[B, F]`.
         decoder: `(z [N, D], T)` -> `[N, T, ...]`, for token ids the logits `[N, T, ..., K]`.
         latent_dim: D.
-        num_classes: K for token ids; 0: the values of a step are numbers.
+        bound: the objective, by default the ELBO.
+        num_levels: K for token ids; 0: the values of a step are numbers.
         sample_steps: steps that `decode_latents` gives.
     """
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x", "lengths")
     encode_inputs: ClassVar[tuple[str, ...]] = ("x", "lengths")
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, *, num_classes: int = 0, sample_steps: int = 64) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        bound: Bound | None = None,
+        *,
+        num_levels: int = 0,
+        sample_steps: int = 64,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.latent_dim, self.num_classes, self.sample_steps = latent_dim, num_classes, sample_steps
+        self.latent_dim, self.num_levels, self.sample_steps = latent_dim, num_levels, sample_steps
         self.sampling_layer = FullyFactorizedGaussian(latent_dim)
+        self.bound = bound or Bound()
 
     def _encode(
         self, x: Tensor, lengths: Tensor | None = None, S: int = 1, sample: bool | None = None, eps: Tensor | None = None
@@ -67,7 +76,7 @@ class RecurrentVAE(Trainable):
         """Encode, draw S latents per sequence (see `VAE.forward`) and decode each to as many steps as `x` has.
 
         Raises:
-            ValueError: `lengths` is not `[B]` int64, or one is 0 or beyond T (looked at where that costs no wait: on the CPU).
+            InputError: `lengths` is not `[B]` int64, or one is 0 or beyond T (looked at where that costs no wait: on the CPU).
         """
         latent = self._encode(x, lengths, S, sample, eps)
         return VAEOutput(self._decode(latent.z, x.shape[1]).x_hat, latent.z, latent.mu, latent.log_var)
@@ -80,53 +89,46 @@ class RecurrentVAE(Trainable):
         likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN,
         lengths: Tensor | None = None,
     ) -> LossResult:
-        """Negative ELBO: the likelihood summed over the values of valid steps, mean over S, then mean over the batch.
+        """Negative ELBO of the valid steps, with the diagnostics and errors of `VAE.compute_loss`."""
+        result: LossResult = self.bound(x, output, beta, likelihood, _valid(x, lengths))
+        return result
 
-        Diagnostics: `elbo` (with `beta`), `log_likelihood`, `kl_divergence` (without `beta`).
-
-        Raises:
-            ValueError: `output.x_hat` is not `[B, S, *x.shape[1:]]` (with K logits behind it for `categorical`).
-        """
-        log_px = self._log_px(x, output.x_hat, likelihood, lengths).mean(1).mean()
-        kl = kl_divergence_diag_gaussian(output.mu, output.log_var).mean()
-        elbo = log_px - beta * kl
-        return LossResult(-elbo, {"elbo": elbo, "log_likelihood": log_px, "kl_divergence": kl})
-
-    def noise_shape(self, num_samples: int = 1) -> tuple[int, int]:
-        """Return (S, D)."""
+    def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
+        """Return (S, D); S None is what the bound trains with, in evaluation mode 1."""
+        if num_samples is None:
+            num_samples = self.bound.num_samples if self.training else 1
         return (num_samples, self.latent_dim)
 
+    def at_step(self, step: int) -> None:
+        """Tell the bound, whose capacity may rise."""
+        self.bound.at_step(step)
+
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of `batch.x` up to `batch.lengths`, always sampled, with noise `eps [n, S, D]`; None draws it, S = 1."""
-        output = self(batch.x, batch.lengths, S=1 if eps is None else eps.shape[1], sample=True, eps=eps)
+        """Forward and loss of `batch.x` up to `batch.lengths`, always sampled, with noise `eps [n, S, D]`; None draws its own."""
+        output = self(batch.x, batch.lengths, S=self.noise_shape()[0] if eps is None else eps.shape[1], sample=True, eps=eps)
         return self.compute_loss(batch.x, output, beta, likelihood, batch.lengths)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
-        """Return log p(x|z) + log p(z) - log q(z|x), all constants included, float64 `[n, S]`, for noise `eps [n, S, D]`."""
-        output = self(batch.x, batch.lengths, S=eps.shape[1], sample=True, eps=eps)
-        log_px = self._log_px(batch.x, output.x_hat.double(), likelihood, batch.lengths)
-        if likelihood == "gaussian":
-            log_px = log_px - 0.5 * math.log(2 * math.pi) * self._valid(batch.x, batch.lengths).flatten(1).sum(1, keepdim=True)
-        z, eps, log_var = output.z.double(), eps.double(), output.log_var.double()
-        weights: Tensor = log_px + 0.5 * (eps.square() - z.square()).sum(2) + 0.5 * log_var.sum(1, keepdim=True)
-        return weights
+        """Return log p(x|z) + log p(z) - log q(z|x), `[n, S]` float64, of the latents that `eps [n, S, D]` draws."""
+        q, steps, valid = self._encode(batch.x, batch.lengths, sample=False), batch.x.shape[1], _valid(batch.x, batch.lengths)
+        return self.bound.log_weights(batch.x, q.mu, q.log_var, eps, lambda z: self._decode(z, steps).x_hat, likelihood, valid)
 
     def require_samples(self, batch: Batch) -> None:
         """Raise DataError that names a sample whose token ids are no whole numbers in 0 .. K - 1."""
-        if not self.num_classes:
+        if not self.num_levels:
             return
         x = batch.x.flatten(1)
         if x.is_floating_point():
             raise DataError(f"model.likelihood=categorical takes token ids: the samples are {batch.x.dtype}, store them as integers")
-        bad = ((x < 0) | (x >= self.num_classes)).any(1)
+        bad = ((x < 0) | (x >= self.num_levels)).any(1)
         if bad.any():
             row = int(bad.nonzero()[0])
             ordinal = f"sample {int(batch.ordinals[row])} (ordinal)" if len(batch.ordinals) else "a sample"
             found = f"{int(x[row].min())} to {int(x[row].max())}"
             raise DataError(
-                f"{ordinal} holds token ids from {found}, the vocabulary has 0 to {self.num_classes - 1}: "
-                "set backbone.vocab_size to the largest id + 1"
+                f"{ordinal} holds token ids from {found}, the vocabulary has 0 to {self.num_levels - 1}: "
+                "set model.num_levels to the largest id + 1"
             )
 
     @torch.inference_mode()
@@ -138,8 +140,9 @@ class RecurrentVAE(Trainable):
     @torch.inference_mode()
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Return the expected sequences `[n, T, ...]` at z = mu, zeros behind their ends; of token ids the most probable ones."""
-        x_hat = self(batch.x, batch.lengths, sample=False).x_hat.squeeze(1)
-        return torch.where(self._valid(batch.x, batch.lengths), self._expected(x_hat, likelihood), 0.0)
+        x_hat = self._expected(self(batch.x, batch.lengths, sample=False).x_hat.squeeze(1), likelihood)
+        valid = _valid(batch.x, batch.lengths)
+        return x_hat if valid is None else torch.where(valid, x_hat, 0.0)
 
     @torch.inference_mode()
     def decode_latents(
@@ -154,62 +157,38 @@ class RecurrentVAE(Trainable):
         return self._expected(self._decode(z.unsqueeze(1), num_steps).x_hat.squeeze(1), likelihood)
 
     def _expected(self, x_hat: Tensor, likelihood: str) -> Tensor:
-        return x_hat.argmax(-1).float() if self.num_classes else expected_value(x_hat, likelihood)
-
-    def _valid(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Return which values of `x` are in valid steps, of the shape of `x`."""
-        if lengths is None:
-            return torch.ones_like(x, dtype=torch.bool)
-        valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-        return valid.view(*valid.shape, *[1] * (x.ndim - 2)).expand(x.shape)
-
-    def _log_px(self, x: Tensor, x_hat: Tensor, likelihood: str | LikelihoodType, lengths: Tensor | None) -> Tensor:
-        """Return log p(x | x_hat) summed over valid values, `[B, S]`."""
-        wanted = (x.shape[0], x_hat.shape[1], *x.shape[1:], *([self.num_classes] if self.num_classes else []))
-        if x_hat.shape != wanted or x_hat.shape[1] < 1:
-            raise ValueError(f"x_hat must have the shape [B, S, *x.shape[1:]] = {wanted} with S >= 1, got {tuple(x_hat.shape)}")
-        S = x_hat.shape[1]
-        repeated, valid = (value.unsqueeze(1).expand(-1, S, *x.shape[1:]) for value in (x, self._valid(x, lengths)))
-        each = categorical_log_likelihood(repeated, x_hat) if self.num_classes else log_likelihood(repeated, x_hat, likelihood)
-        return torch.where(valid, each, 0.0).flatten(2).sum(2)
+        return x_hat.argmax(-1).float() if self.num_levels else expected_value(x_hat, likelihood)
 
 
-def categorical_log_likelihood(ids: Tensor, logits: Tensor) -> Tensor:
-    r"""Elementwise :math:`\log p(x = k) = l_k - \log \sum_j e^{l_j}` of class ids (whole numbers) and logits `[*ids.shape, K]`."""
-    with without_autocast(logits):
-        flat = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        return -F.cross_entropy(flat.flatten(0, -2), ids.reshape(-1).long(), reduction="none").reshape(ids.shape)
+def _valid(x: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Return which values of `x` are in valid steps, of the shape of `x`; None if all are."""
+    if lengths is None:
+        return None
+    valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+    return valid.view(*valid.shape, *[1] * (x.ndim - 2)).expand(x.shape)
 
 
 def _require_lengths(x: Tensor, lengths: Tensor | None) -> None:
     if lengths is None:
         return
     if lengths.shape != x.shape[:1] or lengths.dtype != torch.int64:
-        raise ValueError(f"lengths must be int64 of shape [B] = {tuple(x.shape[:1])}, got {lengths.dtype} of shape {tuple(lengths.shape)}")
+        raise InputError(f"lengths must be int64 of shape [B] = {tuple(x.shape[:1])}, got {lengths.dtype} of shape {tuple(lengths.shape)}")
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= x.shape[1]:
         found = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ValueError(f"lengths must be from 1 to T = {x.shape[1]}, got {found}: leave empty sequences out")
+        raise InputError(f"lengths must be from 1 to T = {x.shape[1]}, got {found}: leave empty sequences out")
 
 
 @spec
-class RecurrentVAESpec:
-    """VAE of whole sequences with a sequential backbone (recurrent, hybrid)."""
+class RecurrentVAESpec(VariationalSpec):
+    """VAE of whole sequences with a backbone over time (recurrent, hybrid); categorical takes token ids below num_levels."""
 
-    columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
     kind: Literal["rvae"] = "rvae"
-    latent_dim: int = knob(20, "size of the latent vector of a sequence", ge=1)
-    beta: float = knob(1.0, "weight of the KL divergence", ge=0)
-    beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", ge=0)
-    likelihood: Literal["gaussian", "bernoulli", "categorical"] = knob(
-        "gaussian", "how a step is scored; bernoulli takes logits, categorical token ids (set backbone.vocab_size and transform.scale=none)"
-    )
     sample_steps: int = knob(64, "steps of a generated sequence, where those of the data vary", ge=1)
 
-    def beta_at(self, step: int) -> float:
-        """Return the weight of the KL divergence at optimizer step 1, 2, ..."""
-        return beta_at(self.beta, self.beta_warmup_steps, step)
+    def __post_init__(self) -> None:
+        self.check()
 
 
 @MODELS.register(RecurrentVAESpec)
@@ -225,7 +204,9 @@ def build(model: RecurrentVAESpec, backbone: object, input_shape: tuple[int, ...
             "use backbone.kind=recurrent (with backbone.time_axis=0) or backbone.kind=hybrid"
         )
     nets.check_likelihood(model.likelihood)
-    steps = input_shape[0] or model.sample_steps
-    rvae = RecurrentVAE(nets.encoder, nets.decoder, model.latent_dim, num_classes=nets.num_classes, sample_steps=steps)
+    levels, steps = model.num_levels, input_shape[0] or model.sample_steps
+    if levels:
+        nets = BACKBONES.build(backbone, input_shape, model.latent_dim, num_levels=levels)
+    rvae = RecurrentVAE(nets.encoder, nets.decoder, model.latent_dim, model.bound(), num_levels=levels, sample_steps=steps)
     rvae.build(Batch.blank(input_shape).x)
     return rvae

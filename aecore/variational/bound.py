@@ -98,12 +98,15 @@ class Bound(nn.Module):
             return self.fixed_scale
         return torch.exp(LOG_SCALE_MIN + F.softplus(at_least_float32(self.log_scale) - LOG_SCALE_MIN))
 
-    def forward(self, x: Tensor, output: Reconstructed, beta: float | Tensor, likelihood: str | LikelihoodType) -> LossResult:
+    def forward(
+        self, x: Tensor, output: Reconstructed, beta: float | Tensor, likelihood: str | LikelihoodType, valid: Tensor | None = None
+    ) -> LossResult:
         """Return the objective with `elbo` (with `beta`), `log_likelihood` and `kl_divergence`, means over the batch.
 
         In training mode also `iwae`, or `kl_penalty` (what stands for the KL) and `capacity`; with a learned scale `scale`.
+        `valid` says which elements of `x` count, see `sample_log_likelihood`; None: all.
         """
-        log_px = sample_log_likelihood(x, output.x_hat, likelihood, scale=self.scale)
+        log_px = sample_log_likelihood(x, output.x_hat, likelihood, scale=self.scale, valid=valid)
         per_dimension = kl_divergence_diag_gaussian(output.mu, output.log_var, reduce_sum=False)
         mean_log_px, kl = log_px.mean(1).mean(), per_dimension.sum(-1).mean()
         elbo = mean_log_px - beta * kl
@@ -124,7 +127,14 @@ class Bound(nn.Module):
         return capacity(per_dimension, self.capacity_now) if self.capacity else free_bits(per_dimension, self.free_bits)
 
     def log_weights(
-        self, x: Tensor, mu: Tensor, log_var: Tensor, eps: Tensor, decode: Callable[[Tensor], Tensor], likelihood: str | LikelihoodType
+        self,
+        x: Tensor,
+        mu: Tensor,
+        log_var: Tensor,
+        eps: Tensor,
+        decode: Callable[[Tensor], Tensor],
+        likelihood: str | LikelihoodType,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """log p(x|z) + log p(z) - log q(z|x) with all constants, `[n, S]` float64, of z = mu + exp(log_var / 2) * eps.
 
@@ -138,7 +148,7 @@ class Bound(nn.Module):
             raise ValueError(f"eps must have the shape [n, S, D] = [{mu.shape[0]}, S, {mu.shape[1]}], got {tuple(eps.shape)}")
         noise, spread = eps.double(), log_var.double().unsqueeze(1)
         z = (mu.double().unsqueeze(1) + torch.exp(0.5 * spread) * noise).to(mu.dtype)
-        log_px = sample_log_likelihood(x, decode(z), likelihood, scale=self.scale, full=True, dtype=torch.float64)
+        log_px = sample_log_likelihood(x, decode(z), likelihood, scale=self.scale, full=True, dtype=torch.float64, valid=valid)
         return log_px + 0.5 * (noise.square() + spread - z.double().square()).sum(-1)
 
 

@@ -16,6 +16,7 @@ from aecore.nn.mlp import MLPSpec
 from aecore.nn.recurrent import RecurrentSpec
 from aecore.registry import MODELS
 from aecore.variational import RecurrentVAE, RecurrentVAESpec
+from aecore.variational.marginal import log_marginal
 
 LENGTHS = (7, 1, 4, 3)
 VOCAB = 5
@@ -45,10 +46,11 @@ def make(kind: str, **backbone: Any) -> tuple[RecurrentVAE, str]:
     torch.manual_seed(0)
     likelihood = "gaussian" if kind == "video" else kind
     net = HybridSpec(channels=(4, 8), width=8, **backbone) if kind == "video" else RecurrentSpec(
-        width=8, vocab_size=VOCAB if kind == "categorical" else 0, **backbone
+        width=8, **backbone
     )  # fmt: skip
     shape = (0, *sequences(kind).x.shape[2:])
-    model: RecurrentVAE = MODELS.build(RecurrentVAESpec(latent_dim=3, likelihood=likelihood), net, shape)
+    levels = VOCAB if kind == "categorical" else 0
+    model: RecurrentVAE = MODELS.build(RecurrentVAESpec(latent_dim=3, likelihood=likelihood, num_levels=levels), net, shape)
     return model, likelihood
 
 
@@ -224,7 +226,7 @@ def test_fixed_sequences_are_generated_as_long_as_they_are() -> None:
 
 
 def test_many_tokens_per_step_have_vectors_of_their_own() -> None:
-    model = MODELS.build(RecurrentVAESpec(latent_dim=3, likelihood="categorical"), RecurrentSpec(width=8, vocab_size=VOCAB), (0, 2))
+    model = MODELS.build(RecurrentVAESpec(latent_dim=3, likelihood="categorical", num_levels=VOCAB), RecurrentSpec(width=8), (0, 2))
     ids = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]])
     assert not torch.allclose(*model.latents(batch_of(ids, torch.ones(2, dtype=torch.int64)))["mu"])
     assert model(ids).x_hat.shape == (2, 1, 1, 2, VOCAB)
@@ -250,7 +252,7 @@ def test_lengths_that_cannot_be_are_refused(lengths: Tensor, message: str) -> No
     [
         (
             torch.tensor([[1, 2], [3, 5]]),
-            r"sample 1 \(ordinal\) holds token ids from 3 to 5, the vocabulary has 0 to 4: set backbone",
+            r"sample 1 \(ordinal\) holds token ids from 3 to 5, the vocabulary has 0 to 4: set model.num_levels",
         ),
         (torch.tensor([[-1, 2], [3, 4]]), "sample 0 .* from -1 to 2"),
         (torch.tensor([[1.0, 2.0]]), "the samples are torch.float32, store them as integers"),
@@ -271,8 +273,8 @@ def test_ids_outside_the_vocabulary_are_named(ids: Tensor, message: str) -> None
         ({}, RecurrentSpec(time_axis=1), (0, 2), "time first, backbone.time_axis is 1"),
         ({}, RecurrentSpec(time_axis=2), (5, 2), r"an axis 2 for time, these have the shape \(5, 2\)"),
         ({}, HybridSpec(), (0, 2), r"takes videos \(T, C, H, W\) or \(T, H, W\), these samples have the shape \(0, 2\)"),
-        ({"likelihood": "categorical"}, RecurrentSpec(), (0,), "likelihood=categorical and backbone.vocab_size=0 do not fit"),
-        ({"likelihood": "gaussian"}, RecurrentSpec(vocab_size=3), (0,), "likelihood=gaussian and backbone.vocab_size=3 do not fit"),
+        ({"likelihood": "categorical", "num_levels": 3}, RecurrentSpec(output="sigmoid"), (0,), "categorical takes logits"),
+        ({"likelihood": "categorical", "num_levels": 3}, HybridSpec(), (0, 2, 9, 6), "needs token ids and backbone.kind=recurrent"),
         ({"likelihood": "bernoulli"}, RecurrentSpec(output="sigmoid"), (0, 1), "takes logits"),
     ],
 )
@@ -281,6 +283,25 @@ def test_combinations_that_cannot_work_are_refused(model: dict[str, Any], net: o
         MODELS.build(RecurrentVAESpec(latent_dim=3, **model), net, shape)
 
 
-def test_tokens_end_in_logits() -> None:
-    with pytest.raises(ConfigError, match="vocab_size makes the decoder give logits: set output=identity"):
-        RecurrentSpec(vocab_size=3, output="sigmoid")
+@pytest.mark.parametrize(
+    "knobs",
+    [{"objective": "iwae", "num_samples": 3}, {"free_bits": 0.5}, {"scale": "learned"}, {"likelihood": "laplace", "scale": 0.5}],
+    ids=str,
+)
+def test_every_objective_sees_valid_steps_alone(knobs: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    spec = RecurrentVAESpec(latent_dim=3, **knobs)
+    model = MODELS.build(spec, RecurrentSpec(width=8), (0, 3))
+    batch, other = sequences("gaussian"), sequences("gaussian", fill=9.0)
+    eps = torch.randn(4, *model.noise_shape())
+    one, two = (model.loss(each, eps=eps, likelihood=spec.likelihood).objective for each in (batch, other))
+    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(*(model.log_weights(each, eps, likelihood=spec.likelihood) for each in (batch, other)))
+
+
+def test_log_p_of_a_sequence_does_not_depend_on_its_batch() -> None:
+    model, _ = make("gaussian")
+    batch = sequences("gaussian")
+    found = log_marginal(model, batch, num_samples=20)
+    short = batch_of(batch.x[:, :4], torch.tensor([4, 1, 4, 3]))
+    torch.testing.assert_close(found[1:], log_marginal(model, short, num_samples=20)[1:])

@@ -31,9 +31,12 @@ def rvae_job(data: str, out: Path, **changes: Any) -> TrainJob:
     return small_job(data, out, **{**options, "lanes": 4, "global_batch": 16, **changes})
 
 
+def tokens(num_levels: int) -> RecurrentVAESpec:
+    return RecurrentVAESpec(latent_dim=3, beta=0.01, likelihood="categorical", num_levels=num_levels)
+
+
 def token_job(data: str, out: Path, **changes: Any) -> TrainJob:
-    model, net = RecurrentVAESpec(latent_dim=3, beta=0.01, likelihood="categorical"), RecurrentSpec(width=16, vocab_size=VOCAB)
-    return rvae_job(data, out, **{"model": model, "backbone": net, "transform": IDS, **changes})
+    return rvae_job(data, out, **{"model": tokens(VOCAB), "transform": IDS, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_videos_of_many_lengths_are_trained_on(tmp_path: Path) -> None:
     [
         ({"model": VAESpec()}, DataError, r"sequences of different lengths, for a model that takes lengths, such as model.kind=rvae"),
         ({"transform": TransformSpec()}, ConfigError, "categorical scores class ids, and transform.scale=unit would change them"),
-        ({"backbone": RecurrentSpec()}, ConfigError, "vocab_size=0 do not fit"),
+        ({"backbone": HybridSpec()}, ConfigError, r"videos \(T, C, H, W\) or \(T, H, W\), these samples have the shape \(0,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_run_begins(
@@ -133,11 +136,11 @@ def test_what_does_not_fit_is_refused_before_the_run_begins(
 
 
 def test_an_id_outside_the_vocabulary_stops_training_evaluation_and_encoding(sentences: str, tmp_path: Path) -> None:
-    small = RecurrentSpec(width=8, vocab_size=VOCAB - 1)
-    with pytest.raises(DataError, match=rf"holds token ids from .* to {VOCAB - 1}, the vocabulary has 0 to {VOCAB - 2}: set backbone"):
-        fit(token_job(sentences, tmp_path / "run", backbone=small))
+    small = tokens(VOCAB - 1)
+    with pytest.raises(DataError, match=rf"holds token ids from .* to {VOCAB - 1}, the vocabulary has 0 to {VOCAB - 2}: set model"):
+        fit(token_job(sentences, tmp_path / "run", model=small))
     known = dataset_of(tmp_path / "known", [sentence(number) % (VOCAB - 1) for number in range(20)])
-    fit(token_job(known.url, tmp_path / "good", backbone=small))
+    fit(token_job(known.url, tmp_path / "good", model=small))
     with pytest.raises(DataError, match="the vocabulary has"):
         evaluate_run(str(tmp_path / "good"), sentences, "val")
     with pytest.raises(DataError, match="the vocabulary has"):
