@@ -23,12 +23,16 @@ class Backbone:
         decoder: `[N, latent_dim]` -> `[N, *input_shape]`.
         num_features: F, width of the encoder's output.
         bounded: the decoder's output is already squashed to [0, 1], so it cannot be read as logits.
+        map_shape: (C, *axes) of the features before the encoder flattened them; None where they never were a map.
+        map_decoder: the part of the decoder that takes such a map: `[N, *map_shape]` -> `[N, *input_shape]`; None without a map.
     """
 
     encoder: nn.Module
     decoder: nn.Module
     num_features: int
     bounded: bool = False
+    map_shape: tuple[int, ...] | None = None
+    map_decoder: nn.Module | None = None
 
     def check_likelihood(self, likelihood: str) -> None:
         """Raise ConfigError where the likelihood takes logits and the decoder ends in a sigmoid: it would be applied twice."""

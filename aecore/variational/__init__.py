@@ -1,6 +1,24 @@
 """Variational autoencoders. The sampling layer has its own public module, `aecore.variational.stochastic_layers`."""
 
 from aecore.variational._adagvae import AdaGVAE, AdaGVAEOutput, AdaGVAESpec
+from aecore.variational._codebook import VectorQuantizer, VectorQuantizerOutput
 from aecore.variational._vae import VAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput, VAESpec
+from aecore.variational._vqvae import VQVAE, VQVAEDecodeOutput, VQVAEEncodeOutput, VQVAEOutput, VQVAESpec
 
-__all__ = ["VAE", "AdaGVAE", "AdaGVAEOutput", "AdaGVAESpec", "VAEDecodeOutput", "VAEEncodeOutput", "VAEOutput", "VAESpec"]
+__all__ = [
+    "VAE",
+    "VQVAE",
+    "AdaGVAE",
+    "AdaGVAEOutput",
+    "AdaGVAESpec",
+    "VAEDecodeOutput",
+    "VAEEncodeOutput",
+    "VAEOutput",
+    "VAESpec",
+    "VQVAEDecodeOutput",
+    "VQVAEEncodeOutput",
+    "VQVAEOutput",
+    "VQVAESpec",
+    "VectorQuantizer",
+    "VectorQuantizerOutput",
+]
