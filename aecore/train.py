@@ -44,7 +44,7 @@ from aecore.errors import ConfigError
 from aecore.generations import read_json
 from aecore.loss import LossResult
 from aecore.metrics import MetricLog
-from aecore.noise import seed_of
+from aecore.noise import seed_generators, seed_of
 from aecore.objective import Objective, noise_for
 from aecore.optim import build_optimizer, lr_at, set_lr
 from aecore.ranks import Rank, from_rank_zero, require_equal_parameters
@@ -178,7 +178,7 @@ class _Training:
         lr = lr_at(job.optim, step, self.total_steps)
         beta = job.model.beta_at(step)
         set_lr(self.optimizer, lr)
-        torch.manual_seed(seed_of("step", job.train.seed, step, self.rank.index))  # dropout in user nets resumes exactly
+        seed_generators(seed_of("step", job.train.seed, step, self.rank.index), self.rank.device)  # dropout in user nets resumes exactly
         result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
         self.optimizer.zero_grad(set_to_none=True)
         (result.objective * (samples * self.rank.world / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
