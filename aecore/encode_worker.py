@@ -200,7 +200,8 @@ class _PartValues:
         """Move rows with a value that is not finite (in the column's type: float16 ends at 65,504) to the refused ones."""
         good = np.ones(self.filled, np.bool_)
         for name, column in self.filled_columns().items():
-            finite = np.isfinite(column) if column.ndim == 1 else np.isfinite(column).all(1)
+            finite = np.isfinite(column) if column.dtype.kind == "f" else column >= 0  # a code of -1: its vector was not finite
+            finite = finite if column.ndim == 1 else finite.all(1)
             message = f"{name} is not finite as {column.dtype}"
             self.refused += [RefusedRow(row, "encode", "not_finite", message) for row in self.rows[: self.filled][good & ~finite].tolist()]
             good &= finite

@@ -19,3 +19,14 @@ def step_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed_of("noise", seed, index))
     return torch.randn(shape, generator=generator)
+
+
+def seed_generators(seed: int, device: torch.device | str) -> None:
+    """Seed torch's global generators, the CPU's and that of `device`, as `torch.manual_seed` does.
+
+    That function also formats a stack trace for each of three kinds of devices, for the case that one appears later: 0.4 ms, a tenth of
+    the step of a small model.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.device(device).type == "cuda":
+        torch.cuda.manual_seed_all(seed)

@@ -44,7 +44,7 @@ from aecore.errors import ConfigError
 from aecore.generations import read_json
 from aecore.loss import LossResult
 from aecore.metrics import MetricLog
-from aecore.noise import seed_of
+from aecore.noise import seed_generators, seed_of
 from aecore.objective import Objective, noise_for
 from aecore.optim import build_optimizer, lr_at, set_lr
 from aecore.ranks import Rank, from_rank_zero, require_equal_parameters
@@ -180,7 +180,7 @@ class _Training:
         beta = job.model.beta_at(step)
         set_lr(self.optimizer, lr)
         self.objective.model.at_step(step)
-        torch.manual_seed(seed_of("step", job.train.seed, step, self.rank.index))  # dropout in user nets resumes exactly
+        seed_generators(seed_of("step", job.train.seed, step, self.rank.index), self.rank.device)  # dropout in user nets resumes exactly
         batch = self.objective.transform.draw(batch, job.train.seed, step)
         result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
         self.optimizer.zero_grad(set_to_none=True)

@@ -25,6 +25,8 @@ class Backbone:
         bounded: the decoder's output is already squashed to [0, 1], so it cannot be read as logits.
         sequential: the first axis of samples is time; the encoder takes `lengths [B]` beside them, the decoder the number of steps, and
             the build function `num_levels`: K for samples that are token ids, of which the decoder then gives K logits each.
+        map_shape: (C, *axes) of the features before the encoder flattened them; None where they never were a map.
+        map_decoder: the part of the decoder that takes such a map: `[N, *map_shape]` -> `[N, *input_shape]`; None without a map.
     """
 
     encoder: nn.Module
@@ -32,6 +34,8 @@ class Backbone:
     num_features: int
     bounded: bool = False
     sequential: bool = False
+    map_shape: tuple[int, ...] | None = None
+    map_decoder: nn.Module | None = None
 
     def check_likelihood(self, likelihood: str) -> None:
         """Raise ConfigError where the likelihood takes logits and the decoder ends in a sigmoid: it would be applied twice."""

@@ -49,7 +49,14 @@ def build(conv: ConvSpec, input_shape: tuple[int, ...], latent_dim: int) -> Back
     decoder += _decoder(conv, widths, sizes)
     decoder += [nn.Flatten()] if reshape else []
     decoder += output_layers(conv.output)
-    return Backbone(nn.Sequential(*encoder), nn.Sequential(*decoder), num_features, bounded=conv.output == "sigmoid")
+    return Backbone(
+        nn.Sequential(*encoder),
+        nn.Sequential(*decoder),
+        num_features,
+        bounded=conv.output == "sigmoid",
+        map_shape=(widths[-1], *sizes[-1]),
+        map_decoder=nn.Sequential(decoder[1], *decoder[3:]),  # without the linear layer and its reshape
+    )
 
 
 def with_channels(input_shape: tuple[int, ...], kind: str) -> tuple[int, ...]:

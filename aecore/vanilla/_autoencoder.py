@@ -68,8 +68,9 @@ class AE(Trainable):
         mean = log_likelihood(x, output.x_hat, likelihood).reshape(x.shape[0], -1).sum(-1).mean()
         return LossResult(-mean, {"log_likelihood": mean})
 
-    def noise_shape(self, num_samples: int = 1) -> None:
+    def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:
         """None: nothing is drawn."""
+        return None
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
         """Forward and loss of `batch.x`; there is no KL and no noise, so `eps` and `beta` change nothing."""
@@ -83,7 +84,7 @@ class AE(Trainable):
     @torch.inference_mode()
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Return the expected inputs `[n, ...]`: the decoder's output, through a sigmoid if the likelihood is Bernoulli."""
-        return expected_value(self(batch.x).x_hat, likelihood)
+        return expected_value(self._decode(self._encode(batch.x).z).x_hat, likelihood)
 
     @torch.inference_mode()
     def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:

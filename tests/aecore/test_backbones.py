@@ -47,6 +47,9 @@ def run(spec: object, shape: tuple[int, ...], latent_dim: int = 4) -> Backbone:
     backbone: Backbone = BACKBONES.build(spec, shape, latent_dim)
     assert backbone.encoder(torch.randn(2, *shape)).shape == (2, backbone.num_features)
     assert backbone.decoder(torch.randn(3, latent_dim)).shape == (3, *shape)
+    if backbone.map_shape is not None:
+        assert backbone.encoder(torch.randn(2, *shape)).unflatten(1, backbone.map_shape).shape == (2, *backbone.map_shape)
+        assert backbone.map_decoder(torch.randn(3, *backbone.map_shape)).shape == (3, *shape)
     return backbone
 
 
@@ -145,6 +148,14 @@ def test_groups_divide_the_channels_and_never_hold_one_channel_of_many() -> None
 def test_group_norm_keeps_information_on_a_one_pixel_map() -> None:
     encoder = run(ConvSpec(channels=(8, 8, 8)), (1, 6, 6)).encoder
     assert not torch.allclose(encoder(torch.randn(1, 1, 6, 6)), encoder(torch.randn(1, 1, 6, 6)))
+
+
+def test_the_decoder_from_its_map_on_is_the_decoder_without_its_first_layer() -> None:
+    backbone = run(ConvSpec(channels=(4, 6)), (1, 9, 7), latent_dim=5)
+    assert backbone.map_shape == (6, 3, 2)
+    z = torch.randn(2, 5)
+    assert torch.equal(backbone.map_decoder(backbone.decoder[0](z).unflatten(1, (6, 3, 2))), backbone.decoder(z))
+    assert run(MLPSpec(), (1, 9, 7)).map_shape is None
 
 
 def test_mlp_decoder_mirrors_the_hidden_sizes() -> None:
