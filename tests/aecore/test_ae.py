@@ -1,5 +1,7 @@
 """The plain autoencoder: the seed's snippets, the loss, the data-space reconstruction."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 from aecore._base import Batch
 from aecore.errors import ConfigError
 from aecore.nn.mlp import MLPSpec
-from aecore.registry import MODELS
+from aecore.registry import BACKBONES, MODELS
 from aecore.vanilla import AE, AEDecodeOutput, AEEncodeOutput, AEOutput, AESpec
 
 
@@ -94,6 +96,10 @@ def test_spec_builds_the_tutorials_symmetric_network_on_a_sigmoid() -> None:
 
 @pytest.mark.parametrize("kind", MODELS.kinds())
 def test_a_sigmoid_output_under_a_likelihood_of_logits_is_refused(kind: str) -> None:
-    spec = MODELS.from_dict({"kind": kind, "likelihood": "bernoulli"})
-    with pytest.raises(ConfigError, match="backbone.output=identity"):
-        MODELS.build(spec, MLPSpec(output="sigmoid"), (5,))
+    """On every backbone; the ones that a kind takes at all say what to set."""
+    spec, messages = MODELS.from_dict({"kind": kind, "likelihood": "bernoulli"}), []
+    for backbone in BACKBONES.kinds():
+        with pytest.raises(ConfigError) as refused:
+            MODELS.build(spec, BACKBONES.from_dict({"kind": backbone, "output": "sigmoid"}), (5, 3))
+        messages.append(str(refused.value))
+    assert [message for message in messages if re.search(r"backbone.output(.|\n)*identity", message)], messages
