@@ -15,7 +15,7 @@ from aecore.checkpoint import load_model
 from aecore.errors import AecoreError, ConfigError, DataError
 from aecore.generate import DecodeSpec, SampleSpec, decode_run, prior_latents, sample_run
 from aecore.table import LatentTable
-from aecore.variational import VAESpec
+from aecore.variational import ConditionalVAESpec, VAESpec
 from tests.aecore.encoding import DIM, SHAPE, SIZE, ae_config, encode, model_config, saved_run, sprites_dataset, tree
 
 
@@ -180,10 +180,7 @@ def test_a_table_of_another_checkpoint_is_refused(tmp_path: Path, table: LatentT
 
 
 def test_a_conditional_model_is_told_the_label_that_was_asked_for(tmp_path: Path) -> None:
-    variational: Any = pytest.importorskip("aecore.variational")
-    if not hasattr(variational, "ConditionalVAESpec"):
-        pytest.skip("there is no conditional model yet")
-    run = saved_run(tmp_path / "run", model_config(variational.ConditionalVAESpec(latent_dim=DIM, num_classes=3)))
+    run = saved_run(tmp_path / "run", model_config(ConditionalVAESpec(latent_dim=DIM, num_classes=3)))
     spec = SampleSpec(num=4, label=2)
     sample_run(run, str(tmp_path / "two"), spec)
     found, model = arrays(tmp_path / "two"), load_model(run).model
