@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from aecore.data.transform import Transform
@@ -13,6 +14,7 @@ from aecore.report._panels import Curves, Histograms, Panel, Points, Samples
 from aecore.report._pixels import GAP, grid, is_image, pixels
 
 DPI = 120
+FRAMES = 4  # of a video
 INK, SOFT, STRONG, ACCENT = "#222222", "#b8c4d6", "#2456a6", "#d1495b"
 STYLE = {
     "figure.facecolor": "white",
@@ -69,12 +71,13 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _samples(panel: Samples, transform: Transform) -> Figure:
-    rows, columns = panel.values.shape[:2]
-    shape = panel.values.shape[2:]
+    values = _strips(panel.values)
+    rows, columns = values.shape[:2]
+    shape = values.shape[2:]
     if not is_image(shape):
         return _plots(panel)
-    picture = grid(pixels(panel.values.flatten(0, 1), transform), columns)
-    cell = min(0.85, 10.0 / columns)  # inches
+    picture = grid(pixels(values.flatten(0, 1), transform), columns)
+    cell = min(0.85 * max(1.0, shape[2] / shape[1]), 10.0 / columns)  # inches
     caption = 0.12 + 0.075 * max((len(name) for name in panel.rows), default=0)
     figure = _figure(cell * columns + caption + 0.3, cell * rows * shape[1] / shape[2] + 0.9)
     axes = figure.add_subplot()
@@ -86,13 +89,23 @@ def _samples(panel: Samples, transform: Transform) -> Figure:
     return figure
 
 
+def _strips(values: Tensor) -> Tensor:
+    """Return videos `[R, C, T, channels, H, W]` (or channels before T) as images, some of their frames side by side; all else as it is."""
+    shape = values.shape[2:]
+    if len(shape) != 4 or not (is_image(shape[1:]) or shape[0] in (1, 3)):
+        return values
+    frames = values if is_image(shape[1:]) else values.transpose(2, 3)
+    shown = torch.linspace(0, frames.shape[2] - 1, FRAMES).round().long()
+    return frames[:, :, shown].nan_to_num().permute(0, 1, 3, 4, 2, 5).flatten(4)  # without a value behind the end: black
+
+
 def _plots(panel: Samples) -> Figure:
     """Samples that are no images, a small plot each on one scale: a vector is a line, a sequence a line for each of its values.
 
     All cells lie in one pair of axes: a hundred axes would take ten seconds to lay out.
     """
     rows, columns = panel.values.shape[:2]
-    low, high = float(panel.values.min()), float(panel.values.max())
+    low, high = (float(np.nan_to_num(limit(panel.values.numpy()))) for limit in (np.nanmin, np.nanmax))
     scale = (high - low) or 1.0
     figure = _figure(1.1 * columns + 1.4, 0.85 * rows + 1.0)
     axes = figure.add_subplot()

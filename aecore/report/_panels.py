@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aecore._base.batch import Batch
 from aecore.generate import prior_latents
 from aecore.noise import seed_of, step_noise
 from aecore.report._view import NotDrawn, View
@@ -27,7 +28,7 @@ TRAVERSED = 10  # dimensions
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples in rows `[R, C, *shape]` (network scale, float32), a caption for each row and each column (or none)."""
+    """Samples in rows `[R, C, *shape]` (network scale, float32, NaN is blank), a caption for each row and each column (or none)."""
 
     title: str
     values: Tensor
@@ -81,7 +82,8 @@ def reconstructions(view: View) -> Samples:
     """Samples of the split, above what the model makes of them."""
     batch = view.batch(view.by_class(SAMPLES))
     names = _class_names(view, batch.label)
-    return Samples("Reconstructions", torch.stack([batch.x.cpu(), view.reconstruct(batch)]), ("original", "reconstruction"), names)
+    values = torch.stack([_cut(batch.x.cpu(), batch), _cut(view.reconstruct(batch), batch)])
+    return Samples("Reconstructions", values, ("original", "reconstruction"), names)
 
 
 def denoising(view: View) -> Samples:
@@ -92,7 +94,7 @@ def denoising(view: View) -> Samples:
     if torch.equal(noisy, batch.x):
         raise NotDrawn(f"model.kind={view.loaded.config.model.kind} is trained on clean inputs")
     denoised = view.reconstruct(replace(batch, x=noisy))
-    values = torch.stack([batch.x.cpu(), noisy.detach().cpu(), denoised])
+    values = torch.stack([_cut(x, batch) for x in (batch.x.cpu(), noisy.detach().cpu(), denoised)])
     return Samples("Denoising", values, ("original", "noisy", "denoised"), _class_names(view, batch.label))
 
 
@@ -202,6 +204,14 @@ def reparameterisation(view: View) -> Histograms:
             ("z over all inputs, against the prior", every.numpy(), 0.0, 1.0),
         ),
     )
+
+
+def _cut(x: Tensor, batch: Batch) -> Tensor:
+    """Return samples `[n, T, ...]` with NaN behind the ends of sequences."""
+    if batch.lengths is None:
+        return x
+    valid = torch.arange(x.shape[1]) < batch.lengths.cpu()[:, None]
+    return torch.where(valid.view(*valid.shape, *[1] * (x.ndim - 2)), x, torch.nan)
 
 
 def _class_names(view: View, labels: Tensor | None) -> tuple[str, ...]:

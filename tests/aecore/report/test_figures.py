@@ -23,7 +23,7 @@ from aecore.data.transform import Transform
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
 from aecore.report import _maps, _panels, require_matplotlib
-from aecore.report._draw import draw
+from aecore.report._draw import _strips, draw
 from aecore.report._view import NotDrawn, View
 from aecore.report.figures import write_figures
 from aecore.train import fit
@@ -280,3 +280,22 @@ def test_without_matplotlib_the_error_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"figures need matplotlib .*pip install 'aecore\[report\]'"):
         require_matplotlib()
+
+
+def test_a_sequence_ends_where_it_ends_and_a_video_is_shown_by_frames() -> None:
+    rows = torch.arange(2)
+    batch = Batch(torch.ones(2, 5, 3), rows, rows, 2, lengths=torch.tensor([5, 2]))
+    cut = _panels._cut(batch.x, batch)
+    assert torch.equal(cut.isnan()[:, :, 0], torch.tensor([[False] * 5, [False, False, True, True, True]]))
+    videos = torch.rand(1, 2, 7, 1, 4, 6)  # [R, C, T, channels, H, W]
+    for video in (videos, videos.transpose(2, 3)):
+        strip = _strips(video)
+        assert strip.shape == (1, 2, 1, 4, 24)
+        assert torch.equal(strip[0, 1, 0], torch.cat([videos[0, 1, frame, 0] for frame in (0, 2, 4, 6)], dim=1))
+
+
+def test_sequences_with_blank_ends_are_drawn(view: View) -> None:
+    pytest.importorskip("matplotlib")
+    values = torch.rand(2, 3, 6, 1)
+    values[1, 2, 4:] = torch.nan
+    assert draw(_panels.Samples("series", values), view.transform).startswith(b"\x89PNG")
