@@ -229,17 +229,18 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
     if store.size(f"{name}.json") is not None:
         known = read_json(store, f"{name}.json")
         require_same(store.url, f"set of {name}", identity, known["identity"])
-        return {**summary, "files": known["files"], "made": 0}
+        return {**summary, "shape": known["shape"], "files": known["files"], "made": 0}
     if dry_run:
         return summary
     z = torch.from_numpy(np.array(latents.z))  # a copy: a table's memory is read-only
     label = torch.from_numpy(latents.rows["label"]) if "label" in latents.rows else None
     x = decoded(loaded, z if z.dtype in (torch.int32, torch.int64) else z.float(), label, spec.batch)
     files = _write(store, name, x, {"z": latents.z, **latents.rows}, Transform(loaded.config.transform), spec.images)
+    made = list(x.shape[1:])  # sequences have a length only now
     lineage = {"checkpoint": {"sha256": loaded.sha256, "step": loaded.checkpoint.step, "url": loaded.url}}
-    store.put(f"{name}.json", canonical_json({"identity": identity, "lineage": lineage, "files": files}), role=name)
+    store.put(f"{name}.json", canonical_json({"identity": identity, "lineage": lineage, "shape": made, "files": files}), role=name)
     logger.info("%s: %d %s, %d files", store.url, count, name, files)
-    return {**summary, "files": files, "made": files}
+    return {**summary, "shape": made, "files": files, "made": files}
 
 
 def _write(store: Store, name: str, x: Tensor, columns: Mapping[str, NDArray[Any]], transform: Transform, images: int) -> int:
