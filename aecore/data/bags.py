@@ -89,6 +89,11 @@ class BagLoader:
 
     def __init__(self, dataset: Dataset, split: str, *, transform: TransformSpec, order: TrainingOrder, spec: InputSpec) -> None:
         self.rows = SplitRows(dataset, split, transform.decoder, spec.cache, spec.cache_bytes)
+        if self.rows.sample.varying:
+            raise DataError(
+                f"{dataset.url}: the instances of bags are sequences of different lengths, expected one shape: cut or pad them, or train "
+                "a model of sequences without bags, such as model.kind=rvae"
+            )
         self.steps_per_epoch = order.num_steps(dataset.manifest.num_groups(split))
         self._order, self._spec = order, spec
 

@@ -275,6 +275,15 @@ def test_a_bag_in_two_places_is_refused(dataset):
         Bags(SplitRows(Dataset(dataset.store, again), "train", "imagecodecs"))
 
 
+def test_bags_of_sequences_of_different_lengths_are_refused(tmp_path):
+    arrays = {"x": np.zeros((4, 5, 2), np.float32), "steps": np.array([5, 3, 2, 5]), "bags": np.array([0, 0, 1, 1])}
+    np.savez(tmp_path / "a.npz", **arrays)
+    source = ArraysSpec(url=str(tmp_path / "a.npz"), images="x", group="bags", lengths="steps")
+    shard_dataset(source, str(tmp_path / "data"))
+    with pytest.raises(DataError, match="the instances of bags are sequences of different lengths, expected one shape"):
+        loader(open_dataset(str(tmp_path / "data")))
+
+
 def test_the_notes_say_how_large_bags_are(dataset):
     assert loader(dataset).bags.notes == (f"a step takes whole bags: 40 bags of 1 to 7 instances, {SIZES.mean():.1f} on average",)
 
