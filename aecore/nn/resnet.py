@@ -53,7 +53,14 @@ def build(resnet: ResNetSpec, input_shape: tuple[int, ...], latent_dim: int) -> 
         decoder.append(up)
     decoder += [nn.Flatten()] if reshape else []
     decoder += output_layers(resnet.output)
-    return Backbone(nn.Sequential(*encoder), nn.Sequential(*decoder), num_features, bounded=resnet.output == "sigmoid")
+    return Backbone(
+        nn.Sequential(*encoder),
+        nn.Sequential(*decoder),
+        num_features,
+        bounded=resnet.output == "sigmoid",
+        map_shape=(widths[-1], *sizes[-1]),
+        map_decoder=nn.Sequential(*decoder[2:]),  # without the linear layer and its reshape
+    )
 
 
 class ResidualBlock(nn.Module):
