@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.tree import shipped_recipes
@@ -31,3 +32,9 @@ def test_a_recipe_runs_on_the_data_that_its_header_makes(recipe: str, tmp_path: 
     assert made["rows"] == 120
     scores = json.loads(said(capsys, "evaluate", run, data, "--json", HERE))
     assert scores["elbo"] < 0
+    drawn = json.loads(said(capsys, "sample", run, str(tmp_path / "drawn"), "sample.num=3", "--json"))
+    assert drawn
+    shape = np.load(tmp_path / "drawn/samples.npz")["x"].shape
+    assert shape == {
+        "series_rvae": (3, 48, 1), "tokens_rvae": (3, 24), "video_rvae": (3, 10, 1, 16, 16), "video_conv_vae": (3, 1, 10, 16, 16),
+    }[recipe]  # fmt: skip
