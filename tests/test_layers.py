@@ -12,7 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # aecore, from the bottom: base, then data and models beside each other, then the jobs (everything that is named in none of these)
-BASE = ("_base", "errors", "fanout", "generations", "kinds", "loss", "memory", "noise", "precision", "registry", "slices", "store")
+BASE = (
+    "_base",
+    "beside",
+    "errors",
+    "fanout",
+    "generations",
+    "kinds",
+    "loss",
+    "memory",
+    "noise",
+    "precision",
+    "registry",
+    "slices",
+    "store",
+)
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")
 MAY_IMPORT = {
