@@ -122,9 +122,10 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     """Load the checkpoint and the manifests, check that all fit, and return what is to be done; writes nothing."""
     data_url, run_url, store = absolute_url(data, "data"), absolute_url(run, "run"), open_store(out)
     with ThreadPoolExecutor(2) as beside:  # a bucket takes its time for every question
-        opening, looking = beside.submit(open_dataset, data_url), beside.submit(_look, store)
-        loaded = load_model(run_url)  # on the CPU: the workers' device may not be on this machine
-        dataset, (claimed, (parent, parent_sha256), recorded) = opening.result(), looking.result()
+        loading, looking = beside.submit(load_model, run_url), beside.submit(_look, store)
+        dataset = open_dataset(data_url)
+        loaded = loading.result()  # on the CPU: the workers' device may not be on this machine
+        claimed, (parent, parent_sha256), recorded = looking.result()
     require_fit(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     columns = Encoder(loaded, spec, "cpu").describe()
