@@ -13,7 +13,8 @@ def of_evaluation(summary: Mapping[str, Any]) -> str:
     wide, high = max(len(row[0]) for row in [*rows, *notes]), max(len(value) for name, value, _ in rows if name != "KL per dimension")
     lines = [f"  {name:<{wide}}  {value:>{high}}  {about}".rstrip() for name, value, about in rows]
     lines += [f"  {name:<{wide}}  {note}" for name, note in notes]
-    head = f"{summary['split']} of {summary['dataset']}, {summary['num_samples']:,} samples ({summary['seconds']:.1f} s)"
+    drawn = ", drawn black or white" if summary["binarize"] == "dynamic" else ""
+    head = f"{summary['split']} of {summary['dataset']}, {summary['num_samples']:,} samples{drawn} ({summary['seconds']:.1f} s)"
     return "\n".join([head, *lines, *(f"warning: {warning}" for warning in summary["warnings"])])
 
 

@@ -40,9 +40,10 @@ MAX_CODES = 1 << 16  # entries of a codebook whose use is counted
 class Evaluation:
     """Means over the samples of a split, in nats (`mse`: per element of the scaled data).
 
-    `elbo`, `kl`, `kl_per_dimension` and `active_units` are None for a model without a posterior, `perplexity` and `codes_used` for one
-    without a codebook. `log_marginal` is the bound of `iwae` importance samples on log p(x), with all constants; it, `probe` and
-    `disentanglement` are None where they were not asked for.
+    `binarize` is that of the samples that were scored: none, or dynamic for black and white ones that are drawn from the grey values
+    (probes and factor scores are always of the grey). `elbo`, `kl`, `kl_per_dimension` and `active_units` are None for a model without
+    a posterior, `perplexity` and `codes_used` for one without a codebook. `log_marginal` is the bound of `iwae` importance samples on
+    log p(x), with all constants; it, `probe` and `disentanglement` are None where they were not asked for.
     """
 
     split: str
@@ -56,6 +57,7 @@ class Evaluation:
     likelihood: str
     seed: int
     batch: int
+    binarize: str
     lineage: dict[str, Any]
     warnings: tuple[str, ...] = ()
     iwae: int = 0
@@ -90,9 +92,9 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
         A score that this model or this installation cannot give.
     """
     dataset, loaded = opened(run, data, spec, rank.device)
-    config = loaded.config
-    objective = Objective(loaded.model, Transform(config.transform), config.model.likelihood).eval()
-    with Loader(dataset, spec.split, transform=config.transform, spec=InputSpec(cache="none")) as loader:
+    config, transform = loaded.config, spec.transform(loaded.config.transform)
+    objective = Objective(loaded.model, Transform(transform), config.model.likelihood).eval()
+    with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none")) as loader:
         means = split_means(objective, loader, seed=spec.seed, batch=spec.batch, rank=rank, extra=_Extra(spec, config.model.likelihood))
     _require_finite(spec.split, means)
     evaluation = _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))
@@ -108,6 +110,7 @@ def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Datase
     require_fit(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     dataset.manifest.split(spec.split)
+    spec.transform(loaded.config.transform)
     if spec.iwae and not {"mu", "log_var"} <= set(loaded.config.model.columns):
         raise ConfigError(
             f"evaluate.iwae={spec.iwae} and model.kind={loaded.config.model.kind} has no posterior to draw from: leave evaluate.iwae out"
@@ -190,6 +193,7 @@ def _evaluation(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, means
         likelihood=likelihood,
         seed=spec.seed,
         batch=spec.batch,
+        binarize=spec.transform(loaded.config.transform).binarize,
         lineage=lineage_of(loaded, dataset),
         warnings=(*pitfalls(loaded.config.model, means, num_samples, loaded.config.input_shape, _active_units(means)), *scores.warnings),
         iwae=spec.iwae,

@@ -20,7 +20,7 @@ from aecore.mil._mlp import ACTIVATIONS
 from aecore.mil._vae import VariationalAutoEncoder, log_prior_ratio, reparameterized, require_samples
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import MODELS, knob, spec
-from aecore.variational._vae import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
+from aecore.variational._gaussian import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 
 
 class MilVAE(Trainable):

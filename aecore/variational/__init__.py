@@ -3,8 +3,9 @@
 from aecore.variational._adagvae import AdaGVAE, AdaGVAEOutput, AdaGVAESpec
 from aecore.variational._codebook import VectorQuantizer, VectorQuantizerOutput
 from aecore.variational._conditional import ConditionalVAE, ConditionalVAESpec
+from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._recurrent import RecurrentVAE, RecurrentVAESpec
-from aecore.variational._vae import VAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput, VAESpec
+from aecore.variational._vae import VAE, VAESpec
 from aecore.variational._vqvae import VQVAE, VQVAEDecodeOutput, VQVAEEncodeOutput, VQVAEOutput, VQVAESpec
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AdaGVAESpec",
     "ConditionalVAE",
     "ConditionalVAESpec",
+    "GaussianVAE",
     "RecurrentVAE",
     "RecurrentVAESpec",
     "VAEDecodeOutput",

@@ -16,10 +16,11 @@ from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, kl_divergence_diag_gaussian
-from aecore.loss.schedules import beta_at
 from aecore.precision import at_least_float32, without_autocast
-from aecore.registry import BACKBONES, MODELS, knob, spec
-from aecore.variational._vae import VAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
+from aecore.registry import MODELS, knob, spec
+from aecore.variational._gaussian import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
+from aecore.variational._spec import VariationalSpec, build_nets
+from aecore.variational._vae import VAE
 
 AVERAGINGS = ("gvae", "mlvae")
 DIVERGENCES = ("kl", "symmetric")
@@ -130,7 +131,8 @@ class AdaGVAE(Trainable):
     ) -> LossResult:
         """Sum of the negative ELBOs of both inputs, each as `VAE.compute_loss` has it.
 
-        Diagnostics: `elbo` (of the pair, with `beta`), `log_likelihood_x1`, `log_likelihood_x2`, `kl_divergence_x1`, `kl_divergence_x2`.
+        Diagnostics: `elbo` (of the pair, with `beta`), `log_likelihood_x1`, `log_likelihood_x2`, `kl_divergence_x1`, `kl_divergence_x2`,
+        and what the VAE's bound adds, of both inputs.
 
         Raises:
             ValueError: not a pair, two shapes, or an `x_hat` that is not `[B, S, *x.shape[1:]]`.
@@ -138,16 +140,21 @@ class AdaGVAE(Trainable):
         x1, x2 = _require_pair(pair)
         first = self.vae.compute_loss(x1, output.output1, beta, likelihood)
         second = self.vae.compute_loss(x2, output.output2, beta, likelihood)
-        objective = first.objective + second.objective
-        terms = ((name, view, part) for name in ("log_likelihood", "kl_divergence") for view, part in ((1, first), (2, second)))
-        return LossResult(objective, {"elbo": -objective, **{f"{name}_x{view}": part.tensors[name] for name, view, part in terms}})
+        names = [name for name in first.tensors if name != "elbo"]
+        terms = {f"{name}_x{view}": part.tensors[name] for name in names for view, part in ((1, first), (2, second))}
+        elbo = first.tensors["elbo"] + second.tensors["elbo"]
+        return LossResult(first.objective + second.objective, {"elbo": elbo, **terms})
 
-    def noise_shape(self, num_samples: int = 1) -> tuple[int, int]:
-        """Return (S, D), for each input of a pair."""
-        return (num_samples, self.vae.latent_dim)
+    def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
+        """Return (S, D), for each input of a pair; S None is what the VAE's bound trains with, in evaluation mode 1."""
+        return self.vae.noise_shape(num_samples)
+
+    def at_step(self, step: int) -> None:
+        """Tell the bound of the VAE, whose capacity may rise."""
+        self.vae.at_step(step)
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of the pairs `(batch.x, batch.x2)`, always sampled; `eps` is `[n, 2, S, D]`, None draws one latent per row.
+        """Forward and loss of the pairs `(batch.x, batch.x2)`, always sampled; `eps` is `[n, 2, S, D]`, None draws its own.
 
         In evaluation mode a batch without `x2` is scored as the VAE of single inputs, with its terms and `eps [n, S, D]`: so are
         validation and evaluation.
@@ -160,7 +167,7 @@ class AdaGVAE(Trainable):
                 raise ValueError("AdaGVAE trains on pairs and batch.x2 is None: give the Loader pairs=PairSpec(), or call .vae.loss")
             return self.vae.loss(batch, eps=eps, beta=beta, likelihood=likelihood)
         pair = (batch.x, batch.x2)
-        output = self(pair, S=1 if eps is None else eps.shape[-2], sample=True, eps=eps)
+        output = self(pair, S=self.noise_shape()[0] if eps is None else eps.shape[-2], sample=True, eps=eps)
         return self.compute_loss(pair, output, beta, likelihood)
 
     def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
@@ -208,28 +215,22 @@ def _average_mlvae(mu1: Tensor, log_var1: Tensor, mu2: Tensor, log_var2: Tensor)
 
 
 @spec
-class AdaGVAESpec:
+class AdaGVAESpec(VariationalSpec):
     """Adaptive group VAE of a backbone: a VAE trained on pairs that share factors (see `pairs.*`), for disentangled latents."""
 
-    columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
     kind: Literal["adagvae"] = "adagvae"
     latent_dim: int = knob(10, "size of the latent vector", ge=1)
-    beta: float = knob(1.0, "weight of the KL divergence", ge=0)
-    beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", ge=0)
-    likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")
     averaging: Literal["gvae", "mlvae"] = knob("gvae", "of shared dimensions: gvae averages mean and variance, mlvae by precision")
     divergence: Literal["kl", "symmetric"] = knob("kl", "by which shared dimensions are found: KL(q1|q2), or the mean of both directions")
 
-    def beta_at(self, step: int) -> float:
-        """Return the weight of the KL divergence at optimizer step 1, 2, ..."""
-        return beta_at(self.beta, self.beta_warmup_steps, step)
+    def __post_init__(self) -> None:
+        self.check()
 
 
 @MODELS.register(AdaGVAESpec)
 def build(model: AdaGVAESpec, backbone: object, input_shape: tuple[int, ...]) -> AdaGVAE:
     """Build the model of two specs for samples of `input_shape`; weights come from torch's global generator."""
-    nets = BACKBONES.build(backbone, input_shape, model.latent_dim)
-    nets.check_likelihood(model.likelihood)
-    adagvae = AdaGVAE(VAE(nets.encoder, nets.decoder, model.latent_dim), model.averaging, model.divergence)
+    nets = build_nets(model, backbone, input_shape, model.latent_dim)
+    adagvae = AdaGVAE(VAE(nets.encoder, nets.decoder, model.latent_dim, model.bound()), model.averaging, model.divergence)
     adagvae.build(torch.zeros(1, *input_shape))
     return adagvae

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import Trainable
 from aecore.errors import InputError
-from aecore.loss import LikelihoodType, LossResult, expected_value
+from aecore.loss import expected_value
 from aecore.registry import MODELS, knob, spec
+from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec, build_nets
-from aecore.variational._vae import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational.bound import Bound
-from aecore.variational.stochastic_layers import FullyFactorizedGaussian
 
 
-class ConditionalVAE(Trainable):
+class ConditionalVAE(GaussianVAE):
     r"""VAE given a class y of `num_classes`: encoder `[B, ...] -> [B, F]`, decoder `[N, D + num_classes] -> [N, ...]`.
 
     .. math:: \mathcal{L}(x; \beta) = E_{q(z|x,y)}[\log p(x|z,y)] - \beta\, KL(q(z|x,y) \,\|\, N(0, I))
@@ -37,15 +35,10 @@ class ConditionalVAE(Trainable):
     num_classes: int
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, num_classes: int, bound: Bound | None = None) -> None:
-        super().__init__()
+        super().__init__(encoder, decoder, latent_dim, bound)
         if num_classes < 1:
             raise ValueError(f"num_classes must be >= 1, got {num_classes}")
-        self.encoder = encoder
-        self.decoder = decoder
-        self.latent_dim = latent_dim
         self.num_classes = num_classes
-        self.sampling_layer = FullyFactorizedGaussian(latent_dim)
-        self.bound = bound or Bound()
 
     def build(self, input_sample: Any, label: Tensor | None = None) -> None:  # any: as the base has it
         """Materialise lazy layers with one input batch `[B, ...]`; labels are zeros unless given."""
@@ -60,11 +53,7 @@ class ConditionalVAE(Trainable):
         return VAEEncodeOutput(*self.sampling_layer(features, S, sample, eps))
 
     def _decode(self, z: Tensor, label: Tensor | None = None) -> VAEDecodeOutput:
-        if z.ndim != 3 or z.shape[2] != self.latent_dim:
-            raise ValueError(
-                f"z must have the shape [B, S, D] with D = {self.latent_dim}, got {tuple(z.shape)}: "
-                "for one latent per row use z.unsqueeze(1), or call model.decode_latents(z, label=...)"
-            )
+        self._require_latents(z, "model.decode_latents(z, label=...)")
         hot = self._one_hot(label, z[:, 0]).unsqueeze(1).expand(-1, z.shape[1], -1)
         code = torch.cat([z, hot], 2)
         return VAEDecodeOutput(self.decoder(code.flatten(0, 1)).unflatten(0, z.shape[:2]))
@@ -100,48 +89,9 @@ class ConditionalVAE(Trainable):
         latent = self._encode(x, label, S, sample, eps)
         return VAEOutput(self._decode(latent.z, label).x_hat, latent.z, latent.mu, latent.log_var)
 
-    def compute_loss(
-        self,
-        x: Tensor,
-        output: VAEOutput,
-        beta: float | Tensor = 1.0,
-        likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN,
-    ) -> LossResult:
-        """Negative ELBO given the labels, with the diagnostics and errors of `VAE.compute_loss`."""
-        result: LossResult = self.bound(x, output, beta, likelihood)
-        return result
-
-    def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
-        """Return (S, D); S None is what the bound trains with, in evaluation mode 1."""
-        if num_samples is None:
-            num_samples = self.bound.num_samples if self.training else 1
-        return (num_samples, self.latent_dim)
-
-    def at_step(self, step: int) -> None:
-        """Tell the bound, whose capacity may rise."""
-        self.bound.at_step(step)
-
-    def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of `batch.x` given `batch.label`, always sampled, with noise `eps [n, S, D]`; None draws its own."""
-        output = self(batch.x, batch.label, S=self.noise_shape()[0] if eps is None else eps.shape[1], sample=True, eps=eps)
-        return self.compute_loss(batch.x, output, beta, likelihood)
-
-    @torch.inference_mode()
-    def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
-        """Return log p(x|z,y) + log p(z) - log q(z|x,y), `[n, S]` float64, of the latents that `eps [n, S, D]` draws."""
-        q = self._encode(batch.x, batch.label, sample=False)
-        return self.bound.log_weights(batch.x, q.mu, q.log_var, eps, lambda z: self._decode(z, batch.label).x_hat, likelihood)
-
-    @torch.inference_mode()
-    def latents(self, batch: Batch) -> dict[str, Tensor]:
-        """Return `{"mu": [n, D], "log_var": [n, D]}`, float32."""
-        latent = self._encode(batch.x, batch.label, sample=False)
-        return {"mu": latent.mu.float(), "log_var": latent.log_var.float()}
-
-    @torch.inference_mode()
-    def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
-        """Return the expected inputs `[n, ...]` at z = mu given the labels, see `expected_value`."""
-        return expected_value(self(batch.x, batch.label, sample=False).x_hat.squeeze(1), likelihood)
+    def given(self, batch: Batch) -> tuple[Tensor | None]:
+        """Return the labels."""
+        return (batch.label,)
 
     @torch.inference_mode()
     def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import Trainable
 from aecore.errors import ConfigError, DataError, InputError
-from aecore.loss import LikelihoodType, LossResult, expected_value
+from aecore.loss import expected_value
 from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec
-from aecore.variational._vae import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational.bound import Bound
-from aecore.variational.stochastic_layers import FullyFactorizedGaussian
 
 
-class RecurrentVAE(Trainable):
+class RecurrentVAE(GaussianVAE):
     r"""VAE of sequences `[B, T, ...]` with `lengths [B]` (None: all T steps).
 
     .. math:: \mathcal{L} = E_{q(z|x)}\Big[\sum_{t < length} \log p(x_t|z)\Big] - \beta\, KL(q(z|x) \,\|\, N(0, I))
@@ -48,12 +46,8 @@ class RecurrentVAE(Trainable):
         num_levels: int = 0,
         sample_steps: int = 64,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.latent_dim, self.num_levels, self.sample_steps = latent_dim, num_levels, sample_steps
-        self.sampling_layer = FullyFactorizedGaussian(latent_dim)
-        self.bound = bound or Bound()
+        super().__init__(encoder, decoder, latent_dim, bound)
+        self.num_levels, self.sample_steps = num_levels, sample_steps
 
     def _encode(
         self, x: Tensor, lengths: Tensor | None = None, S: int = 1, sample: bool | None = None, eps: Tensor | None = None
@@ -62,11 +56,7 @@ class RecurrentVAE(Trainable):
         return VAEEncodeOutput(*self.sampling_layer(self.encoder(x, lengths), S, sample, eps))
 
     def _decode(self, z: Tensor, num_steps: int | None = None) -> VAEDecodeOutput:
-        if z.ndim != 3 or z.shape[2] != self.latent_dim:
-            raise ValueError(
-                f"z must have the shape [B, S, D] with D = {self.latent_dim}, got {tuple(z.shape)}: "
-                "for one latent per row use z.unsqueeze(1), or call model.decoder(z) directly"
-            )
+        self._require_latents(z)
         steps = self.sample_steps if num_steps is None else num_steps
         return VAEDecodeOutput(self.decoder(z.flatten(0, 1), steps).unflatten(0, z.shape[:2]))
 
@@ -81,38 +71,17 @@ class RecurrentVAE(Trainable):
         latent = self._encode(x, lengths, S, sample, eps)
         return VAEOutput(self._decode(latent.z, x.shape[1]).x_hat, latent.z, latent.mu, latent.log_var)
 
-    def compute_loss(
-        self,
-        x: Tensor,
-        output: VAEOutput,
-        beta: float | Tensor = 1.0,
-        likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN,
-        lengths: Tensor | None = None,
-    ) -> LossResult:
-        """Negative ELBO of the valid steps, with the diagnostics and errors of `VAE.compute_loss`."""
-        result: LossResult = self.bound(x, output, beta, likelihood, _valid(x, lengths))
-        return result
+    def given(self, batch: Batch) -> tuple[Tensor | None]:
+        """Return the lengths."""
+        return (batch.lengths,)
 
-    def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
-        """Return (S, D); S None is what the bound trains with, in evaluation mode 1."""
-        if num_samples is None:
-            num_samples = self.bound.num_samples if self.training else 1
-        return (num_samples, self.latent_dim)
+    def decode_given(self, batch: Batch) -> tuple[int]:
+        """Return T."""
+        return (batch.x.shape[1],)
 
-    def at_step(self, step: int) -> None:
-        """Tell the bound, whose capacity may rise."""
-        self.bound.at_step(step)
-
-    def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of `batch.x` up to `batch.lengths`, always sampled, with noise `eps [n, S, D]`; None draws its own."""
-        output = self(batch.x, batch.lengths, S=self.noise_shape()[0] if eps is None else eps.shape[1], sample=True, eps=eps)
-        return self.compute_loss(batch.x, output, beta, likelihood, batch.lengths)
-
-    @torch.inference_mode()
-    def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
-        """Return log p(x|z) + log p(z) - log q(z|x), `[n, S]` float64, of the latents that `eps [n, S, D]` draws."""
-        q, steps, valid = self._encode(batch.x, batch.lengths, sample=False), batch.x.shape[1], _valid(batch.x, batch.lengths)
-        return self.bound.log_weights(batch.x, q.mu, q.log_var, eps, lambda z: self._decode(z, steps).x_hat, likelihood, valid)
+    def valid(self, batch: Batch) -> Tensor | None:
+        """Return which values are in valid steps."""
+        return valid_steps(batch.x, batch.lengths)
 
     def require_samples(self, batch: Batch) -> None:
         """Raise DataError that names a sample whose token ids are no whole numbers in 0 .. K - 1."""
@@ -132,16 +101,10 @@ class RecurrentVAE(Trainable):
             )
 
     @torch.inference_mode()
-    def latents(self, batch: Batch) -> dict[str, Tensor]:
-        """Return `{"mu": [n, D], "log_var": [n, D]}`, float32."""
-        latent = self._encode(batch.x, batch.lengths, sample=False)
-        return {"mu": latent.mu.float(), "log_var": latent.log_var.float()}
-
-    @torch.inference_mode()
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Return the expected sequences `[n, T, ...]` at z = mu, zeros behind their ends; of token ids the most probable ones."""
         x_hat = self._expected(self(batch.x, batch.lengths, sample=False).x_hat.squeeze(1), likelihood)
-        valid = _valid(batch.x, batch.lengths)
+        valid = self.valid(batch)
         return x_hat if valid is None else torch.where(valid, x_hat, 0.0)
 
     @torch.inference_mode()
@@ -160,7 +123,7 @@ class RecurrentVAE(Trainable):
         return x_hat.argmax(-1).float() if self.num_levels else expected_value(x_hat, likelihood)
 
 
-def _valid(x: Tensor, lengths: Tensor | None) -> Tensor | None:
+def valid_steps(x: Tensor, lengths: Tensor | None) -> Tensor | None:
     """Return which values of `x` are in valid steps, of the shape of `x`; None if all are."""
     if lengths is None:
         return None

@@ -184,6 +184,34 @@ def test_a_batch_of_pairs_is_scored_like_compute_loss_and_single_inputs_like_the
     assert list(single.diagnostics) == ["elbo", "log_likelihood", "kl_divergence"]
 
 
+OPTIONS = [
+    {"objective": "iwae", "num_samples": 3},
+    {"free_bits": 0.5},
+    {"capacity": 2.0, "beta": 10.0, "capacity_steps": 4},
+    {"likelihood": "gaussian", "scale": "learned"},
+    {"likelihood": "laplace", "num_samples": 2},
+    {"likelihood": "categorical", "num_levels": 4},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_it_has_the_objectives_and_likelihoods_of_the_vae(options: dict, pair: tuple[Tensor, Tensor]) -> None:
+    spec = MODELS.from_dict({"kind": "adagvae", "latent_dim": D, **options})
+    model = MODELS.build(spec, MLPSpec(hidden=(8,)), (12,))
+    likelihood = {"likelihood": spec.likelihood, "beta": spec.beta}
+    x1, x2 = (pair[0] * 4).floor(), (pair[1] * 4).floor()
+    model.at_step(2)
+    eps = torch.randn(B, 2, *model.noise_shape())
+    assert eps.shape[2] == spec.num_samples
+    result = model.loss(batch_of(x1, x2), eps=eps, **likelihood)
+    output = model((x1, x2), S=spec.num_samples, sample=True, eps=eps)
+    each = [model.vae.compute_loss(x, part, **likelihood) for x, part in ((x1, output.output1), (x2, output.output2))]
+    torch.testing.assert_close(result.objective, each[0].objective + each[1].objective)
+    assert {name.removesuffix("_x1") for name in result.tensors if name.endswith("_x1")} == set(each[0].tensors) - {"elbo"}
+    result.objective.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_gradients_are_right_in_float64(pair: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(0)
     for averaging in ("gvae", "mlvae"):

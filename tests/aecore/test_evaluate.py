@@ -14,7 +14,7 @@ from aecore.data.manifest import open_dataset
 from aecore.data.plan import SplitSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.evaluate import Evaluation, evaluate_run
 from aecore.noise import seed_of, step_noise
 from aecore.train import fit
@@ -104,6 +104,24 @@ def test_the_elbo_is_sampled_with_the_seed(data: str, run: str) -> None:
     zero, one = evaluate_run(run, data, seed=0), evaluate_run(run, data, seed=1)
     assert zero.elbo != one.elbo
     assert zero.mse == one.mse
+
+
+def test_a_model_of_grey_images_is_scored_on_black_and_white_ones(data: str, run: str, tmp_path: Path) -> None:
+    found, grey = evaluate_run(run, data, "test", batch=1000, binarize="dynamic"), evaluate_run(run, data, "test", batch=1000)
+    x = pixels_of(data, "test")
+    drawn = (torch.rand(x.shape, generator=torch.Generator().manual_seed(seed_of(seed_of("binarize", 0, 0), 0))) < x).float()
+    model: Any = load_model(run).model
+    with torch.no_grad():
+        mse = (model.decoder(model.encode(drawn, sample=False).mu) - drawn).square().mean()
+    assert found.mse == pytest.approx(float(mse), rel=1e-5)
+    assert (found.binarize, grey.binarize) == ("dynamic", "none")
+    assert grey == evaluate_run(run, data, "test", batch=1000, binarize="none")
+
+
+def test_a_run_on_other_scales_cannot_be_scored_on_black_and_white(tmp_path: Path, data: str) -> None:
+    run = saved_run(tmp_path / "run", model_config(scale="symmetric"))
+    with pytest.raises(ConfigError, match="binarize=dynamic draws from grey values.*scale is symmetric"):
+        evaluate_run(run, data, "test", binarize="dynamic")
 
 
 def test_a_plain_autoencoder_has_likelihood_and_error_only(tmp_path: Path, data: str) -> None:

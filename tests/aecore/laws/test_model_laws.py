@@ -14,7 +14,6 @@ from aecore.loss import LossResult
 from aecore.registry import BACKBONES, MODELS
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 105, 105), (17,)]
-KINDS = list(itertools.product(MODELS.kinds(), BACKBONES.kinds()))
 N, LATENT = 4, 6
 
 
@@ -27,13 +26,22 @@ def _one_thread_and_a_fixed_seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make(model: str, backbone: str, shape: tuple[int, ...]) -> nn.Module:
-    """Build a model; a backbone or model that refuses the combination (ConfigError) is not tested with it."""
-    spec = MODELS.from_dict({"kind": model, "latent_dim": LATENT, "likelihood": "bernoulli"})
-    try:
-        built: nn.Module = MODELS.build(spec, BACKBONES.spec_type(backbone)(), shape)
-    except ConfigError as refused:
-        pytest.skip(str(refused))
+def taken(kind: str, backbone: str, shape: tuple[int, ...]) -> bool:
+    """Which model takes which backbone for which samples: all but these, so that a refusal by mistake is a failure."""
+    if kind == "mil_vae":  # torchmil's form consists of MLPs
+        return backbone == "mlp"
+    if kind == "rvae" and backbone not in ("recurrent", "hybrid"):  # nothing else runs over lengths
+        return False
+    return backbone != "hybrid" or len(shape) == 3  # frames
+
+
+def named(kind: str, backbone: str) -> tuple[object, object]:
+    """Return the specs of a pair, otherwise as they are by default."""
+    return MODELS.from_dict({"kind": kind, "latent_dim": LATENT, "likelihood": "bernoulli"}), BACKBONES.spec_type(backbone)()
+
+
+def make(kind: str, backbone: str, shape: tuple[int, ...]) -> nn.Module:
+    built: nn.Module = MODELS.build(*named(kind, backbone), shape)
     return built
 
 
@@ -84,12 +92,21 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     return model((batch.x, batch.x2)).output1.x_hat
 
 
-every = pytest.mark.parametrize(("kind", "backbone"), KINDS, ids=lambda value: value)
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+ALL = list(itertools.product(MODELS.kinds(), BACKBONES.kinds(), SHAPES))
+REFUSED = [which for which in ALL if not taken(*which)]
 
 
-@every
-@every_shape
+def every(*shapes: tuple[int, ...]) -> pytest.MarkDecorator:
+    """Run a test for every model on every backbone that takes samples of these shapes; by default all of `SHAPES`."""
+    which = [which for which in ALL if taken(*which) and which[2] in (shapes or SHAPES)]
+    return pytest.mark.parametrize(("kind", "backbone", "shape"), which, ids=_name)
+
+
+def _name(value: object) -> str:
+    return value if isinstance(value, str) else "x".join(map(str, value))
+
+
+@every()
 def test_built_model_gives_back_the_shape_and_finite_flat_float32_latents(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
     model = make(kind, backbone, shape)
     assert not any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters())
@@ -106,25 +123,18 @@ def test_built_model_gives_back_the_shape_and_finite_flat_float32_latents(kind: 
         assert forward(model, batch).shape[-len(shape) :] == shape
 
 
-@pytest.mark.parametrize("kind", MODELS.kinds())
-@every_shape
-def test_every_model_takes_every_shape_on_some_backbone(kind: str, shape: tuple[int, ...]) -> None:
-    spec = MODELS.from_dict({"kind": kind, "latent_dim": LATENT})
-    built = 0
-    for backbone in BACKBONES.kinds():
-        with contextlib.suppress(ConfigError):
-            MODELS.build(spec, BACKBONES.spec_type(backbone)(), shape)
-            built += 1
-    assert built
+@pytest.mark.parametrize(("kind", "backbone", "shape"), REFUSED, ids=_name)
+def test_what_does_not_go_together_is_refused(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.kind"):
+        MODELS.build(*named(kind, backbone), shape)
 
 
-@every
-def test_a_build_function_says_which_class_it_returns(kind: str, backbone: str) -> None:
-    assert MODELS.built_type(kind) is type(make(kind, backbone, (17,)))
+@every((17,))
+def test_a_build_function_says_which_class_it_returns(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    assert MODELS.built_type(kind) is type(make(kind, backbone, shape))
 
 
-@every
-@every_shape
+@every()
 def test_gradient_reaches_every_parameter(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
     model = make(kind, backbone, shape)
     batch = batch_of(model, N, *shape)
@@ -134,10 +144,10 @@ def test_gradient_reaches_every_parameter(kind: str, backbone: str, shape: tuple
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@every
-def test_evaluation_is_deterministic_and_leaves_the_model_as_it_was(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (1, 28, 28)).eval()
-    batch = batch_of(model, N, 1, 28, 28)
+@every((1, 28, 28))
+def test_evaluation_is_deterministic_and_leaves_the_model_as_it_was(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape).eval()
+    batch = batch_of(model, N, *shape)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second = model.latents(batch), model.latents(batch)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -146,8 +156,7 @@ def test_evaluation_is_deterministic_and_leaves_the_model_as_it_was(kind: str, b
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@every
-@every_shape
+@every()
 def test_decoded_latents_are_the_reconstruction(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
     model = make(kind, backbone, shape).eval()
     batch = batch_of(model, N, *shape)
@@ -156,19 +165,19 @@ def test_decoded_latents_are_the_reconstruction(kind: str, backbone: str, shape:
     torch.testing.assert_close(decoded, model.reconstruct(batch, likelihood="bernoulli"))
 
 
-@every
-def test_rows_do_not_depend_on_their_batch(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (3, 32, 32)).eval()
-    batch = batch_of(model, N, 3, 32, 32)
+@every((3, 32, 32))
+def test_rows_do_not_depend_on_their_batch(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape).eval()
+    batch = batch_of(model, N, *shape)
     alone = model.latents(part_of(batch, slice(1)))
     for name, latent in model.latents(batch).items():
         torch.testing.assert_close(latent[:1], alone[name], rtol=1e-4, atol=1e-5)
 
 
-@every
-def test_mean_loss_of_two_halves_is_the_loss_of_the_whole(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (17,))
-    batch = batch_of(model, N, 17)
+@every((17,))
+def test_mean_loss_of_two_halves_is_the_loss_of_the_whole(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    batch = batch_of(model, N, *shape)
     eps = noise(model, batch, num_samples=3)
 
     def loss(rows: slice) -> Tensor:
@@ -177,10 +186,10 @@ def test_mean_loss_of_two_halves_is_the_loss_of_the_whole(kind: str, backbone: s
     torch.testing.assert_close(loss(slice(0, 1)) / 4 + 3 * loss(slice(1, N)) / 4, loss(slice(0, N)))
 
 
-@every
-def test_loss_of_many_samples_is_the_mean_of_the_losses_of_each(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (17,))
-    batch = batch_of(model, N, 17)
+@every((17,))
+def test_loss_of_many_samples_is_the_mean_of_the_losses_of_each(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    batch = batch_of(model, N, *shape)
     eps = noise(model, batch, num_samples=3)
     together = loss_of(model, batch, eps=eps).objective
     axis = 0 if eps is None else eps.ndim - len(model.noise_shape())
@@ -188,11 +197,11 @@ def test_loss_of_many_samples_is_the_mean_of_the_losses_of_each(kind: str, backb
     torch.testing.assert_close(together, torch.stack(each).mean())
 
 
-@every
-def test_saved_and_loaded_model_is_equal_to_the_bit(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (1, 28, 28))
-    batch = batch_of(model, N, 1, 28, 28)
-    other = make(kind, backbone, (1, 28, 28))
+@every((1, 28, 28))
+def test_saved_and_loaded_model_is_equal_to_the_bit(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    batch = batch_of(model, N, *shape)
+    other = make(kind, backbone, shape)
     assert not all(torch.equal(a, b) for a, b in zip(model.latents(batch).values(), other.latents(batch).values(), strict=True))
     result = other.load_state_dict(model.state_dict())
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
@@ -201,8 +210,7 @@ def test_saved_and_loaded_model_is_equal_to_the_bit(kind: str, backbone: str) ->
     assert torch.equal(model.reconstruct(batch), other.reconstruct(batch))
 
 
-@every
-@every_shape
+@every()
 def test_a_small_step_against_the_gradient_lowers_the_loss(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
     model = make(kind, backbone, shape)
     batch = batch_of(model, N, *shape)
@@ -214,10 +222,10 @@ def test_a_small_step_against_the_gradient_lowers_the_loss(kind: str, backbone: 
     assert loss_of(model, batch, eps=eps, likelihood="bernoulli").objective < before
 
 
-@every
-def test_bf16_autocast_stays_finite_with_a_kl_that_is_not_negative(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (1, 28, 28))
-    batch = batch_of(model, N, 1, 28, 28)
+@every((1, 28, 28))
+def test_bf16_autocast_stays_finite_with_a_kl_that_is_not_negative(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    batch = batch_of(model, N, *shape)
     eps = noise(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = loss_of(model, batch, eps=eps, likelihood="bernoulli")
@@ -231,10 +239,10 @@ def test_bf16_autocast_stays_finite_with_a_kl_that_is_not_negative(kind: str, ba
     torch.testing.assert_close(result.objective, full, rtol=0.02, atol=0)
 
 
-@every
-def test_forward_and_loss_compile_to_one_graph_for_every_beta(kind: str, backbone: str) -> None:
-    model = make(kind, backbone, (1, 28, 28))
-    batch = batch_of(model, N, 1, 28, 28)
+@every((1, 28, 28))
+def test_forward_and_loss_compile_to_one_graph_for_every_beta(kind: str, backbone: str, shape: tuple[int, ...]) -> None:
+    model = make(kind, backbone, shape)
+    batch = batch_of(model, N, *shape)
     eps, graphs = noise(model, batch), 0
 
     def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
