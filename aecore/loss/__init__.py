@@ -2,7 +2,15 @@
 
 from aecore.loss._density import log_density_diag_gaussian
 from aecore.loss._divergence import kl_divergence_diag_gaussian
-from aecore.loss._likelihood import LOGITS, LikelihoodType, expected_value, log_likelihood, parse_likelihood, sample_log_likelihood
+from aecore.loss._likelihood import (
+    LOGITS,
+    LikelihoodType,
+    expected_value,
+    log_likelihood,
+    parse_likelihood,
+    row_log_likelihood,
+    sample_log_likelihood,
+)
 from aecore.loss._result import LossResult
 
 __all__ = [
@@ -14,5 +22,6 @@ __all__ = [
     "log_density_diag_gaussian",
     "log_likelihood",
     "parse_likelihood",
+    "row_log_likelihood",
     "sample_log_likelihood",
 ]

@@ -8,11 +8,12 @@ r"""Observation models p(x | x_hat), always in float32 or better.
 | categorical | logits of K classes, on a last axis | :math:`\hat x_k - \log \sum_j e^{\hat x_j}`, x = k in 0..K-1 | mean class id |
 
 Without `full` the constants that depend on nothing are left out, as the seeds have it; the scale s is no constant. Another likelihood
-is one more row here, one function and one line of `_ELEMENTWISE`. Legend: B batch, S Monte Carlo samples, K classes.
+is one more row here, one function and one line of `_DENSITIES`. Legend: B batch, S Monte Carlo samples, K classes.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -34,7 +35,6 @@ class LikelihoodType(StrEnum):
 
 LOGITS = frozenset({LikelihoodType.BERNOULLI, LikelihoodType.CATEGORICAL})  # these read the decoder's output as logits and have no scale
 _NAMES = {str(member): member for member in LikelihoodType}
-_CONSTANTS = {LikelihoodType.GAUSSIAN: -0.5 * math.log(2 * math.pi), LikelihoodType.LAPLACE: -math.log(2)}
 
 
 def parse_likelihood(likelihood: str | LikelihoodType) -> LikelihoodType:
@@ -70,11 +70,21 @@ def log_likelihood(
     name = parse_likelihood(likelihood)
     _require_scale(name, scale)
     _require_one_shape(name, x.shape, x_hat.shape)
-    x_hat = at_least_float32(x_hat)
-    x = at_least_float32(x) if x.is_floating_point() else x.to(x_hat.dtype)
+    x, x_hat = _as_floats(x, x_hat)
+    density = _DENSITIES[name]
     with without_autocast(x_hat):
-        value = _ELEMENTWISE[name](x, x_hat, scale)
-        return value + _CONSTANTS[name] if full and name in _CONSTANTS else value
+        value = density.misfit(x, x_hat) * density.weight(scale)
+        offset = density.offset(scale, full)
+        return value if _is(offset, 0.0) else value + offset
+
+
+def row_log_likelihood(
+    x: Tensor, x_hat: Tensor, likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN, *, full: bool = False
+) -> Tensor:
+    """log p(x | x_hat) summed over all axes but the first: `[B]`, of arguments as `log_likelihood` takes them."""
+    name = parse_likelihood(likelihood)
+    _require_one_shape(name, x.shape, x_hat.shape)
+    return _summed(name, *_as_floats(x, x_hat), 1, 1.0, full)
 
 
 def sample_log_likelihood(
@@ -95,8 +105,10 @@ def sample_log_likelihood(
     Raises:
         ValueError: `x_hat` is not `[B, S, *x.shape[1:]]`; a missing S axis is never inferred. Else as `log_likelihood`.
     """
-    classes = x_hat.shape[-1:] if parse_likelihood(likelihood) is LikelihoodType.CATEGORICAL else ()
+    name = parse_likelihood(likelihood)
+    classes = x_hat.shape[-1:] if name is LikelihoodType.CATEGORICAL else ()
     wanted = (*x.shape[1:], *classes)
+    _require_scale(name, scale)
     if x_hat.ndim != len(wanted) + 2 or x_hat.shape[0] != x.shape[0] or x_hat.shape[2:] != wanted or x_hat.shape[1] < 1:
         last = ("K",) if classes else ()
         expected = f"[{', '.join(map(str, (x.shape[0], 'S', *x.shape[1:], *last)))}]"
@@ -104,11 +116,38 @@ def sample_log_likelihood(
             f"x_hat must have the shape [B, S, *x.shape[1:]{', K' if classes else ''}] = {expected} with S >= 1, got {tuple(x_hat.shape)}: "
             f"the decoder's output for one latent must have the shape of one input{', with K logits per element' if classes else ''}"
         )
+    x, x_hat = _as_floats(x, x_hat)
     tiled = x.unsqueeze(1).expand(*x_hat.shape[:2], *x.shape[1:])
-    per_element = log_likelihood(tiled, x_hat, likelihood, scale=scale, full=full)
-    if valid is not None:
-        per_element = torch.where(valid.unsqueeze(1), per_element, 0.0)
-    return per_element.reshape(*x_hat.shape[:2], -1).sum(-1, dtype=dtype)
+    return _summed(name, tiled, x_hat, 2, scale, full, dtype, None if valid is None else valid.unsqueeze(1))
+
+
+def _summed(
+    name: LikelihoodType,
+    x: Tensor,
+    x_hat: Tensor,
+    kept: int,
+    scale: float | Tensor,
+    full: bool,
+    dtype: torch.dtype | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Return log p summed over all but the first `kept` axes. Weight and offset come after the sum: they are the same for all elements."""
+    density = _DENSITIES[name]
+    with without_autocast(x_hat):
+        misfit = density.misfit(x, x_hat)
+        if valid is not None:
+            misfit = torch.where(valid, misfit, 0.0)
+        value = misfit.reshape(*misfit.shape[:kept], -1).sum(-1, dtype=dtype) * density.weight(scale)
+        offset = density.offset(scale, full)
+        if _is(offset, 0.0):
+            return value
+        count = math.prod(x.shape[kept:]) if valid is None else valid.flatten(kept).sum(-1)
+        return value + offset * count
+
+
+def _as_floats(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    x_hat = at_least_float32(x_hat)
+    return at_least_float32(x) if x.is_floating_point() else x.to(x_hat.dtype), x_hat
 
 
 def expected_value(x_hat: Tensor, likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN) -> Tensor:
@@ -119,39 +158,54 @@ def expected_value(x_hat: Tensor, likelihood: str | LikelihoodType = LikelihoodT
     return torch.sigmoid(x_hat) if name is LikelihoodType.BERNOULLI else x_hat
 
 
-def _gaussian(x: Tensor, x_hat: Tensor, scale: float | Tensor) -> Tensor:
-    if _is_one(scale):
-        return -0.5 * (x - x_hat).square()
-    return -0.5 * ((x - x_hat) / scale).square() - _log(scale)
+@dataclass(frozen=True, slots=True)
+class _Density:
+    """log p = factor * misfit(x, x_hat) / s ** power - log s, and `constant` in full; without a scale power is 0."""
+
+    misfit: Callable[[Tensor, Tensor], Tensor]
+    factor: float
+    power: int = 0
+    constant: float = 0.0
+
+    def weight(self, scale: float | Tensor) -> float | Tensor:
+        """Return what the misfit is multiplied by."""
+        return self.factor if _is(scale, 1.0) else self.factor / scale**self.power
+
+    def offset(self, scale: float | Tensor, full: bool) -> float | Tensor:
+        """Return what is added for every element."""
+        constant = self.constant if full else 0.0
+        return constant if _is(scale, 1.0) else constant - _log(scale)
 
 
-def _laplace(x: Tensor, x_hat: Tensor, scale: float | Tensor) -> Tensor:
-    if _is_one(scale):
-        return -(x - x_hat).abs()
-    return -(x - x_hat).abs() / scale - _log(scale)
+def _squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    return (x - x_hat).square()
 
 
-def _bernoulli(x: Tensor, logits: Tensor, scale: float | Tensor) -> Tensor:
-    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+def _absolute_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    return (x - x_hat).abs()
 
 
-def _categorical(x: Tensor, logits: Tensor, scale: float | Tensor) -> Tensor:
+def _cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+
+def _class_entropy(x: Tensor, logits: Tensor) -> Tensor:
     num_classes, ids = logits.shape[-1], x.long()
     possible = (x == ids) & (ids >= 0) & (ids < num_classes)
     picked = logits.log_softmax(-1).gather(-1, ids.clamp(0, num_classes - 1).unsqueeze(-1)).squeeze(-1)
-    return picked.masked_fill(~possible, -math.inf)
+    return -picked.masked_fill(~possible, -math.inf)
 
 
-_ELEMENTWISE: dict[LikelihoodType, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
-    LikelihoodType.GAUSSIAN: _gaussian,
-    LikelihoodType.BERNOULLI: _bernoulli,
-    LikelihoodType.LAPLACE: _laplace,
-    LikelihoodType.CATEGORICAL: _categorical,
+_DENSITIES = {
+    LikelihoodType.GAUSSIAN: _Density(_squared_error, -0.5, 2, -0.5 * math.log(2 * math.pi)),
+    LikelihoodType.LAPLACE: _Density(_absolute_error, -1.0, 1, -math.log(2)),
+    LikelihoodType.BERNOULLI: _Density(_cross_entropy, -1.0),
+    LikelihoodType.CATEGORICAL: _Density(_class_entropy, -1.0),
 }
 
 
-def _is_one(scale: float | Tensor) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1.0
+def _is(value: float | Tensor, number: float) -> bool:
+    return not isinstance(value, Tensor) and value == number
 
 
 def _log(scale: float | Tensor) -> float | Tensor:
@@ -159,7 +213,7 @@ def _log(scale: float | Tensor) -> float | Tensor:
 
 
 def _require_scale(name: LikelihoodType, scale: float | Tensor) -> None:
-    if _is_one(scale):
+    if _is(scale, 1.0):
         return
     if name in LOGITS:
         raise ValueError(f"the {name} likelihood has no scale, got {scale}: leave it out, or use gaussian or laplace")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
-from aecore.loss import LikelihoodType, LossResult, expected_value, log_likelihood
+from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
 from aecore.registry import BACKBONES, MODELS, knob, spec
 
 
@@ -65,7 +65,7 @@ class AE(Trainable):
         Raises:
             ValueError: `output.x_hat` and `x` differ in shape.
         """
-        mean = log_likelihood(x, output.x_hat, likelihood).reshape(x.shape[0], -1).sum(-1).mean()
+        mean = row_log_likelihood(x, output.x_hat, likelihood).mean()
         return LossResult(-mean, {"log_likelihood": mean})
 
     def noise_shape(self, num_samples: int = 1) -> tuple[int, ...] | None:

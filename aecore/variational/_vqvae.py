@@ -10,7 +10,7 @@ from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.errors import DataError
-from aecore.loss import LikelihoodType, LossResult, expected_value, log_likelihood
+from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
 from aecore.nn import Backbone
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.variational._codebook import VectorQuantizer, perplexity
@@ -100,7 +100,7 @@ class VQVAE(Trainable):
         Raises:
             ValueError: `output.x_hat` and `x` differ in shape.
         """
-        log_px = log_likelihood(x, output.x_hat, likelihood).reshape(x.shape[0], -1).sum(-1).mean()
+        log_px = row_log_likelihood(x, output.x_hat, likelihood).mean()
         commitment, codebook = self.quantizer.losses(output.z_e, output.codes)
         objective = -log_px + beta * self.quantizer.commitment_cost * commitment + codebook
         if self.training:

@@ -108,7 +108,7 @@ class Bound(nn.Module):
         """
         log_px = sample_log_likelihood(x, output.x_hat, likelihood, scale=self.scale, valid=valid)
         per_dimension = kl_divergence_diag_gaussian(output.mu, output.log_var, reduce_sum=False)
-        mean_log_px, kl = log_px.mean(1).mean(), per_dimension.sum(-1).mean()
+        mean_log_px, kl = log_px.mean(), per_dimension.sum() / len(per_dimension)
         elbo = mean_log_px - beta * kl
         terms: dict[str, Tensor | float] = {"elbo": elbo, "log_likelihood": mean_log_px, "kl_divergence": kl}
         if self.fixed_scale is None:
