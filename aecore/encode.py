@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from aecore.checkpoint import LoadedModel, load_model, require_fit, require_labels
+from aecore.checkpoint import LoadedModel, load_model
+from aecore.compatible import require_fit, require_labels
 from aecore.data.manifest import Dataset, ShardRef, open_dataset
 from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.encoder import Encoder, EncodeSpec

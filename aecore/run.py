@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from aecore._base.trainable import ModelSpec, Trainable
-from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint, require_labels
+from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint
+from aecore.compatible import require_labels
 from aecore.data.bags import BagLoader
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset

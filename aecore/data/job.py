@@ -10,37 +10,27 @@ import functools
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
-
 from aecore.data.adopt import AdoptWorker, files_of, require_adoptable
-from aecore.data.decode import SampleFormat
-from aecore.data.index import make_table, read_table, table_bytes
-from aecore.data.manifest import STEM, DatasetManifest, read_listings, read_manifest
+from aecore.data.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_of_other_address, warn_of_other_form
+from aecore.data.index import read_table, table_bytes
+from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.manifest_build import next_manifest
 from aecore.data.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
-from aecore.data.record import DATA_EXTENSIONS
 from aecore.data.shard import pack_shard
-from aecore.data.sources import Listing, take
+from aecore.data.sources import Listing
 from aecore.data.splits import SplitSpec, resolve_splits
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import DataError
 from aecore.fanout import Commit, FanOut, OnPart, collect, serial
-from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, read_json, require_same
+from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, require_same
 from aecore.registry import SOURCES, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store
 
 logger = logging.getLogger(__name__)
-_LISTING_FIELDS: list[tuple[str, pa.DataType]] = [("key", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
-LISTING_SCHEMA = pa.schema(_LISTING_FIELDS)
-SHOWN = 5  # examples in an error
 
 
 class ShardWorker:
@@ -164,10 +154,10 @@ def _compare(
     if parent is None:
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     require_same(store.url, "data set", identity, parent.identity)
-    _warn_of_other_address(store, parent, source, listing)
-    rows = _new_rows(store, parent, listing, shards)
+    warn_of_other_address(store, parent, source, listing)
+    rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
-    _require_whole_bags(store, listing, rows)
+    require_whole_bags(store, listing, rows)
     return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
 
 
@@ -189,7 +179,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     if parent is not None:
-        _warn_of_other_form(store, parent, manifest)
+        warn_of_other_form(store, parent, manifest)
     return manifest
 
 
@@ -205,101 +195,7 @@ def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
     if store.size(name) is not None:  # our earlier attempt; the claim stands for the same rows, Parquet's bytes may differ
         data = store.read(name)
         return FileRef(name, len(data), hashlib.sha256(data).hexdigest())
-    return store.put(name, table_bytes(_listing_table(listing), {"claim": claim}), role="listing")
-
-
-def _listing_table(listing: Listing) -> pa.Table:
-    return make_table(LISTING_SCHEMA, {"key": listing.keys, "source": listing.sources, "bytes": listing.sizes}, len(listing))
-
-
-def _warn_of_other_address(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
-    """Log a warning if samples of `listing` are known from another address: only key and size say that they are the same."""
-    url, keys = getattr(source, "url", None), pa.array(listing.keys, pa.string())
-    counts: Counter[str] = Counter()
-    for ref in parent.listings:
-        claim = f"run.{ref.name.removeprefix('listings/').removesuffix('.parquet')}.json"
-        there = read_json(store, claim).get("info", {}).get("source", {}).get("url") if store.size(claim) is not None else None
-        if there is not None and there != url:
-            known = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")["key"]
-            counts[there] += int(np.count_nonzero(pc.is_in(known, value_set=keys).to_numpy()))
-    for there, count in counts.items():
-        if count:
-            logger.warning(
-                "%s: %d samples of %s have the keys of samples that came from %s. Known samples are compared by key and size only and are "
-                "not read again: if these are other samples, give them other names or write to another URL",
-                store.url,
-                count,
-                url,
-                there,
-            )
-
-
-def _warn_of_other_form(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
-    """Log a warning if all samples had one form and have several now."""
-    try:
-        SampleFormat.of(parent.sample.shapes)
-    except DataError:
-        return
-    try:
-        SampleFormat.of(manifest.sample.shapes)
-    except DataError as error:
-        logger.warning(
-            "%s: generation %d cannot be trained on or encoded as generation %d could: %s", store.url, manifest.number, parent.number, error
-        )
-
-
-def _new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: ShardSpec) -> NDArray[np.int64]:
-    """Return the rows whose keys the data set does not know; DataError if a known sample changed."""
-    known, asked = read_listings(store, parent), _listing_table(listing)
-    at = pc.index_in(asked["key"].combine_chunks(), value_set=known["key"].combine_chunks())
-    is_known = at.is_valid().to_numpy(zero_copy_only=False)
-    before = known["bytes"].combine_chunks().take(at.drop_null()).to_numpy()
-    changed = np.flatnonzero(is_known)[before != listing.sizes[is_known]]
-    if len(changed) and shards.resize is None and shards.mode == "keep":
-        stored = _stored_sizes(store, parent, take(listing.keys, changed))
-        changed = changed[[stored.get(listing.keys[row]) != listing.sizes[row] for row in changed.tolist()]]
-    if len(changed):
-        raise DataError(_changed(store, listing, changed, "other sizes than when they were sharded"))
-    is_there = pc.is_in(asked["source"].combine_chunks(), value_set=known["source"].combine_chunks()).to_numpy(zero_copy_only=False)
-    moved = np.flatnonzero(is_there & ~is_known)
-    if len(moved):  # `a.jpg` came beside `a.png`, so `a` would become `a%2Epng` and be written twice
-        raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem came)"))
-    return np.flatnonzero(~is_known)
-
-
-def _require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64]) -> None:
-    """DataError if new samples belong to a bag that the data set has: a bag is one piece of one shard, and shards are not written again."""
-    if listing.groups is None or len(fresh) == len(listing):
-        return
-    is_new = np.zeros(len(listing), np.bool_)
-    is_new[fresh] = True
-    known = {listing.groups[row] for row in np.flatnonzero(~is_new).tolist()}
-    grown = [row for row in fresh.tolist() if listing.groups[row] in known]
-    if grown:
-        raise DataError(
-            f"{len(grown)} new samples belong to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} to "
-            f"{listing.groups[grown[0]]!r}. A bag cannot grow: put new samples into new bags, or write to another URL"
-        )
-
-
-def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dict[str, int]:
-    """Return how many bytes the shards hold of these samples: a file that grew between listing and reading was stored whole."""
-    sizes: dict[str, int] = {}
-    wanted = pa.array(keys, pa.string())
-    for shard in parent.shards:
-        index = read_table(store.read(shard.index.name, ref=shard.index), f"{store.url}/{shard.index.name}").select(["key", "members"])
-        for row in index.filter(pc.is_in(index["key"], value_set=wanted)).to_pylist():
-            sizes[row["key"]] = next(member["size"] for member in row["members"] if member["ext"] in DATA_EXTENSIONS)
-    return sizes
-
-
-def _changed(store: Store, listing: Listing, rows: NDArray[np.int64], what: str) -> str:
-    examples = ", ".join(repr(listing.sources[row]) for row in rows[:SHOWN].tolist())
-    more = ", ..." if len(rows) > SHOWN else ""
-    return (
-        f"{len(rows)} samples have {what}: {examples}{more}. A data set only grows: give changed files new names, "
-        f"restore the old ones, or write to another URL than {store.url}"
-    )
+    return store.put(name, table_bytes(listing_table(listing), {"claim": claim}), role="listing")
 
 
 def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:

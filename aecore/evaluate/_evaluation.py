@@ -16,7 +16,8 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
-from aecore.checkpoint import LoadedModel, load_model, require_fit, require_labels
+from aecore.checkpoint import LoadedModel, load_model
+from aecore.compatible import require_fit, require_labels
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.transform import Transform
