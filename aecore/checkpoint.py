@@ -12,11 +12,12 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -194,12 +195,23 @@ def read_checkpoint(store: Store, name: str, *, verify: bool | None = True) -> C
     """Read the checkpoint `name`; DataError if it is unfinished or a file is damaged (`verify` False: of another size; None: any)."""
     prefix = f"{name}/" if name else ""
     data = read_json(store, prefix + MANIFEST)
-    files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
+    with _well_formed(store, prefix + MANIFEST):
+        files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
+        metrics = tuple(FileRef(**part) for part in data["metrics"])
+        step, best, info = int(data["step"]), data["best"], data["info"]
     if verify is not None:
         store.check_all(files, verify=verify)
     sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
-    metrics = tuple(FileRef(**part) for part in data["metrics"])
-    return CheckpointRef(name, data["step"], sha256, files, metrics, data["best"], data["info"])
+    return CheckpointRef(name, step, sha256, files, metrics, best, info)
+
+
+@contextlib.contextmanager
+def _well_formed(store: Store, name: str) -> Iterator[None]:
+    """DataError for a file that is JSON and yet not what we write."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{store.url}/{name} was not written by aecore, or changed since ({error!r}): take another checkpoint") from error
 
 
 def verify_checkpoint(store: Store, name: str) -> CheckpointRef:
@@ -218,6 +230,21 @@ def committed_checkpoints(store: Store) -> list[tuple[int, str]]:
         if match and store.size(f"checkpoints/{folder}/{MANIFEST}") is not None:
             found.append((-int(match[1]), f"checkpoints/{folder}"))
     return [(-step, name) for step, name in sorted(found)]
+
+
+def best_of_attempts(store: Store, committed: Sequence[tuple[int, str]]) -> set[str]:
+    """Return which of these checkpoints (newest first) are the best ones that some attempt knows; all of an attempt that cannot be read."""
+    of_attempt: dict[str, list[str]] = {}
+    for _, name in committed:
+        of_attempt.setdefault(name.rpartition("-")[2], []).append(name)
+    found: set[str] = set()
+    for names in of_attempt.values():
+        try:
+            best = read_json(store, f"{names[0]}/{MANIFEST}")["best"]
+            found |= set() if best is None else {str(best["name"])}
+        except (DataError, KeyError, TypeError):
+            found |= set(names)
+    return found
 
 
 def newest_checkpoint(store: Store, run_sha256: str | None = None) -> CheckpointRef | None:
@@ -257,7 +284,7 @@ def load_weights(model: torch.nn.Module, store: Store, checkpoint: CheckpointRef
     ref = checkpoint.file("model.safetensors")
     try:
         model.load_state_dict(load_safetensors(store.read(ref.name, ref=ref)))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise DataError(f"{store.url}/{checkpoint.name} does not fit the model that its config describes: {error}") from error
 
 
@@ -286,7 +313,8 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     checkpoint = read_checkpoint(store, name, verify=None)
     config_ref = checkpoint.file("config.json")
     store.prefetch([config_ref, checkpoint.file("model.safetensors")])  # both are verified when they are read
-    config = ModelConfig.from_dict(json.loads(store.read(config_ref.name, ref=config_ref)))
+    with _well_formed(store, config_ref.name):
+        config = ModelConfig.from_dict(json.loads(store.read(config_ref.name, ref=config_ref)))
     with torch.random.fork_rng(devices=[]):
         model = config.build()
     load_weights(model, store, checkpoint)

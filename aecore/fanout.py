@@ -81,7 +81,10 @@ def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     with ThreadPoolExecutor(COMMITS, "commit") as background:
         committing: deque[Future[Outcome]] = deque()
         for number, task in enumerate(tasks):
-            ahead(tasks[number : number + 1 + AHEAD])
+            try:
+                ahead(tasks[number : number + 1 + AHEAD])
+            except Exception as error:  # a hint: the task itself is told what is wrong
+                logger.debug("what comes after %s cannot be fetched ahead: %s", task.stem, error)
             commit = attempt(functools.partial(worker, task), task)
             while committing and (len(committing) == COMMITS or committing[0].done()):
                 yield committing.popleft().result()
@@ -137,12 +140,22 @@ def collect(
 
 def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     kinds = {failure.error_type for failure in failures}
-    kind = getattr(errors, kinds.pop(), RunFailed) if len(kinds) == 1 else RunFailed
-    if not (isinstance(kind, type) and issubclass(kind, AecoreError)):
-        kind = RunFailed
+    kind = _kinds().get(kinds.pop(), RunFailed) if len(kinds) == 1 else RunFailed
     lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
     more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
     return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; run the same command again to finish")
+
+
+def _kinds() -> dict[str, type[AecoreError]]:
+    """Return all error types by name; one that is narrower than those of `aecore.errors` as the one it belongs to."""
+    found: dict[str, type[AecoreError]] = {}
+    waiting = [(kind, kind) for kind in AecoreError.__subclasses__()]
+    while waiting:
+        kind, known = waiting.pop()
+        known = getattr(errors, kind.__name__, known)
+        found[kind.__name__] = known
+        waiting += [(narrower, known) for narrower in kind.__subclasses__()]
+    return found
 
 
 def _some(names: Iterable[str]) -> str:

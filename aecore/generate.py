@@ -9,6 +9,7 @@ again writes nothing; another one into the same folder is refused.
 """
 
 import dataclasses
+import hashlib
 import io
 import logging
 import math
@@ -29,7 +30,7 @@ from aecore.generations import read_json, require_same
 from aecore.noise import seed_of, step_noise
 from aecore.registry import knob, spec, to_dict
 from aecore.report import grid, is_image, pixels, png
-from aecore.store import Store, absolute_url, canonical_json, open_store
+from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,8 @@ def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     rows = {"key": np.array(part.keys.to_pylist()[:stop])}
     if "label" in part.columns and not part.arrow("label").null_count:
         rows["label"] = part.numpy("label")[:stop].astype(np.int64)
-    return Latents(part.numpy(column)[:stop], rows, {"table": url, "generation": table.manifest.number, "column": column})
+    parts = sha256_json([one.file.sha256 for one in table.parts])
+    return Latents(part.numpy(column)[:stop], rows, {"table": url, "sha256": parts, "column": column})
 
 
 def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
@@ -209,7 +211,8 @@ def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
         wanted = next(iter(arrays))
     if wanted not in arrays:
         raise DataError(f"{url} has no array {wanted or _own_column(loaded)!r}{did_you_mean(wanted, arrays)}: name one with column=...")
-    return Latents(arrays[wanted][: spec.num or None], {}, {"file": url, "array": wanted})
+    source = {"file": url, "sha256": hashlib.sha256(data).hexdigest(), "array": wanted}
+    return Latents(arrays[wanted][: spec.num or None], {}, source)
 
 
 def _require_width(loaded: LoadedModel, found: Latents, where: str) -> None:

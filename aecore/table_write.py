@@ -8,10 +8,10 @@ part there is the same one (metadata, columns, keys, checksums) and records that
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from aecore.errors import DataError, StoreError, disk_remedy
 from aecore.store import AlreadyExists, FileRef, Store
 
+T = TypeVar("T")
 Compression = Literal["zstd", "none"]
 PREFIX = "aecore."
 PRODUCER = ("device", "threads", "versions")  # who computed it: recorded, not part of what it is
@@ -176,14 +177,26 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
     """Read columns of a committed part, every page checked against its checksum; DataError if it is damaged."""
-    path, wanted = store.local(ref), None if columns is None else list(columns)
-    with _damage_named(path):
-        table: pa.Table = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=wanted)
-    return table
+    wanted = None if columns is None else list(columns)
+
+    def read(path: Path) -> pa.Table:
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=wanted)
+
+    return _read(store, ref, read)
 
 
 def read_footer(store: Store, ref: FileRef) -> pq.FileMetaData:
     """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged."""
+    return _read(store, ref, pq.read_metadata)
+
+
+def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
     path = store.local(ref)
-    with _damage_named(path):
-        return pq.read_metadata(path)
+    try:
+        with _damage_named(path):
+            return read(path)
+    except DataError:
+        if not store.mend(ref):
+            raise
+        with _damage_named(path := store.local(ref)):
+            return read(path)

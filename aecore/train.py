@@ -26,6 +26,7 @@ from aecore._base.trainable import Trainable
 from aecore.checkpoint import (
     CheckpointRef,
     LoadedModel,
+    best_of_attempts,
     committed_checkpoints,
     load_model,
     load_state,
@@ -264,11 +265,15 @@ class _Training:
         }
 
     def _retain(self) -> None:
-        """Keep the newest `keep` of what this attempt wrote (it knows that they are good) and the best one; remove all older steps."""
+        """Keep the newest `keep` of what this attempt wrote (it knows that they are good); remove all older steps but the best ones.
+
+        Those of other attempts count too: one may be at work at this moment, and its next checkpoint names its best one again.
+        """
         self.kept = self.kept[-self.job.checkpoint.keep :]
         oldest = int(self.kept[0].split("-")[1])
-        spared = {*self.kept, *([self.best["name"]] if self.best else [])}
-        for step, name in committed_checkpoints(self.store):
+        committed = committed_checkpoints(self.store)
+        spared = {*self.kept, *best_of_attempts(self.store, committed)}
+        for step, name in committed:
             if step < oldest and name not in spared:
                 remove_checkpoint(self.store, name)
 

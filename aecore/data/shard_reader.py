@@ -7,6 +7,7 @@ an adopted tar are somebody else's: there `verify` compares the sha256 of the wh
 
 import hashlib
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from aecore.store import Store
 
 WINDOW_BYTES = 1 << 21
 LARGE_SAMPLE, ADOPTED_ROWS = 1 << 12, 64
+PREAD_BYTES = 0x7FFFF000  # Linux returns no more from one call
 PARALLEL_BYTES = 1 << 20  # of large samples: they are read and hashed in two threads, which costs 0.1 ms
 
 
@@ -36,6 +38,7 @@ class ShardReader:
         self.shard = shard
         self._store, self._tars = store, tar_store(store, shard)
         self._adopted = shard.home is not None
+        self._mending = threading.Lock()
         self._close: weakref.finalize[..., ShardReader] | None = None
 
     def __repr__(self) -> str:
@@ -105,15 +108,38 @@ class ShardReader:
             return self._read_rows(rows[:half], verify=True) + rest.result()
 
     def _read_rows(self, rows: NDArray[np.int64], *, verify: bool) -> list[bytes]:
+        """Return the data members of these rows; a damaged copy on this machine is fetched again, and read once more."""
+        descriptor = self._descriptor
+        found = self._pread(rows)
+        if not verify:
+            return found
+        try:
+            self._check_contents(found, rows)
+        except DataError:
+            if not self._mended(descriptor):
+                raise
+            found = self._pread(rows)
+            self._check_contents(found, rows)
+        return found
+
+    def _mended(self, descriptor: int) -> bool:
+        """Return whether there is another tar to read than that of `descriptor`, which stays open for those who are reading it."""
+        with self._mending:
+            if self._descriptor == descriptor:
+                if not self._tars.mend(self.shard.tar):
+                    return False
+                del self._descriptor
+            return self._descriptor != descriptor
+
+    def _pread(self, rows: NDArray[np.int64]) -> list[bytes]:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]
         if len(rows) and ends[-1] - begins[0] <= WINDOW_BYTES and (np.diff(rows) == 1).all():  # one read costs less than many
             window, first = os.pread(self._descriptor, int(ends[-1] - begins[0]), int(begins[0])), begins[0]
-            found = [window[begin:end] for begin, end in zip((begins - first).tolist(), (ends - first).tolist(), strict=True)]
-        else:
-            descriptor, pread = self._descriptor, os.pread
-            found = [pread(descriptor, size, begin) for size, begin in zip((ends - begins).tolist(), begins.tolist(), strict=True)]
-        if verify:
-            self._check_contents(found, rows)
+            return [window[begin:end] for begin, end in zip((begins - first).tolist(), (ends - first).tolist(), strict=True)]
+        descriptor, pread = self._descriptor, os.pread
+        found = [pread(descriptor, size, begin) for size, begin in zip((ends - begins).tolist(), begins.tolist(), strict=True)]
+        if len(rows) and max(map(len, found)) >= PREAD_BYTES:
+            found = [self._read(begin, end) for begin, end in zip(begins, ends, strict=True)]
         return found
 
     def iterate(self, *, verify: bool = True) -> Iterator[Sample]:
@@ -121,7 +147,7 @@ class ShardReader:
         if self._adopted:
             yield from self._members(verify=verify)
             return
-        starts, bounds = self._layout.starts, _windows(self._layout.starts)
+        starts, bounds, descriptor = self._layout.starts, _windows(self._layout.starts), self._descriptor
         with ThreadPoolExecutor(1) as helper:  # starts its thread only when asked
             ahead: Future[bytes] | None = None
             for number, (first, stop) in enumerate(bounds):
@@ -131,11 +157,25 @@ class ShardReader:
                     ahead = helper.submit(self._read, starts[stop], starts[bounds[number + 1][1]])
                 samples = self._cut(window, first, stop)
                 if verify:
-                    self._check(window, samples, first, helper)
+                    try:
+                        self._check(window, samples, first, helper)
+                    except DataError:
+                        if ahead is not None:
+                            ahead.result()  # of the damaged copy, too
+                            ahead = None
+                        if not self._mended(descriptor):
+                            raise
+                        window = self._read(starts[first], starts[stop])
+                        samples = self._cut(window, first, stop)
+                        self._check(window, samples, first, helper)
                 yield from samples
         end = end_of_archive(int(starts[-1]))
-        if verify and self._read(starts[-1], starts[-1] + len(end) + 1) != end:
+        if verify and self._tail(len(end)) != end and not (self._mended(descriptor) and self._tail(len(end)) == end):
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")
+
+    def _tail(self, size: int) -> bytes:
+        begin = self._layout.starts[-1]
+        return self._read(begin, begin + size + 1)
 
     def _members(self, *, verify: bool) -> Iterator[Sample]:
         """Yield the samples of an adopted tar: the data members, and labels as members `cls` of ours."""

@@ -67,7 +67,9 @@ class Transform:
         shape = stored.shape[1 if batch.mask is None else 2 :]  # of one sample
         uniform = torch.rand((batch.num_global, *shape), generator=generator)
         rows = uniform[batch.positions] if len(batch.positions) else uniform[:1]
-        return batch.placed(rows).to(stored.device) < self.scale(stored)
+        grey = self.scale(stored)
+        drawn = batch.placed(rows).to(stored.device) < grey
+        return drawn if not stored.dtype.is_floating_point else _where_grey(drawn, grey)
 
     def scale(self, stored: Tensor) -> Tensor:
         """Return float32 values of the same shape. Raises DataError for a dtype that has no known range."""
@@ -91,6 +93,19 @@ class Transform:
         largest = INTEGER_RANGES.get(dtype, float(torch.iinfo(dtype).max))
         levels = unit if self.spec.scale == "none" else unit * largest
         return levels.round().clamp(float(torch.iinfo(dtype).min), largest).to(dtype)
+
+
+def _where_grey(drawn: Tensor, grey: Tensor) -> Tensor:
+    """Return what was drawn; DataError if there is a value that is no shade of grey. On a GPU it becomes NaN, which the loss shows."""
+    known = (grey >= 0) & (grey <= 1)
+    if grey.device.type != "cpu":
+        return torch.where(known, drawn, torch.nan)
+    if not known.all():
+        raise DataError(
+            f"binarize=dynamic draws from grey values in [0, 1], and a batch holds {grey[~known][0]:g}: "
+            "scale the data to [0, 1] (uint8 images are), or leave samples with NaN out"
+        )
+    return drawn
 
 
 def preprocessing_sha256(spec: TransformSpec, decoder: str | None = None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.floating]
@@ -73,12 +73,19 @@ def dci(train: Floats, train_factors: Int64s, test: Floats, test_factors: Int64s
     ------
     ConfigError
         scikit-learn is not installed.
+    DataError
+        A factor has only one value in `train`.
     """
     require_scikit_learn()
     from sklearn.ensemble import GradientBoostingClassifier
 
     importances, accuracies = [], []
     for factor, truth in zip(train_factors.T, test_factors.T, strict=True):
+        if len(np.unique(factor)) < 2:
+            raise DataError(
+                f"DCI fits trees to each factor, and one has a single value in {len(factor)} samples: give more of them "
+                "(evaluate.factor_samples, a larger split), or leave DCI out with evaluate.dci=false"
+            )
         trees = GradientBoostingClassifier(random_state=seed).fit(train, factor)
         importances.append(np.abs(trees.feature_importances_))
         accuracies.append(float((trees.predict(test) == truth).mean()))

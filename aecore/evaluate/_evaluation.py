@@ -158,7 +158,8 @@ class _Extra:
 def _code_counts(codes: Tensor) -> Tensor:
     """Return how often each entry of the codebook was chosen by the rows, `[MAX_CODES]`."""
     flat = codes.flatten().long()
-    if int(flat.max()) >= MAX_CODES:
+    flat = flat[flat >= 0]  # none for a sample that holds NaN: other terms tell of it
+    if len(flat) and int(flat.max()) >= MAX_CODES:
         raise DataError(f"the model chose entry {int(flat.max())} of its codebook, and at most {MAX_CODES} entries are counted")
     return torch.bincount(flat, minlength=MAX_CODES).double()
 

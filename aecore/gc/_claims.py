@@ -1,18 +1,20 @@
 """The claims of a dataset or a table: which were committed, which can never be, which the same command would continue."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from aecore.data.manifest import SPLIT_ORDER, read_manifest
 from aecore.data.manifest import STEM as DATASET_STEM
-from aecore.data.manifest import read_manifest
 from aecore.errors import DataError
 from aecore.generations import newest_number, read_json
 from aecore.store import Store
 from aecore.table_manifest import TableManifest, read_table_manifest
 
 DATASET = DATASET_STEM
+STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:-r\d{6})?")  # a part's name: split, claim, number, rows
 
 
 class State(Enum):
@@ -32,6 +34,7 @@ class Ledger:
     files: frozenset[str]
     stems: frozenset[str]
     claims: Mapping[int, State]
+    splits: frozenset[str]  # parts are named after them
     adopted: bool = False  # its tars are somebody else's, wherever they lie
 
     @property
@@ -52,11 +55,18 @@ def read_ledger(store: Store, kind: str) -> Ledger:
         shards = {shard.stem for manifest in datasets for shard in manifest.shards}
         stems = frozenset(shards | {part.stem for manifest in datasets for part in manifest.rejected})
         adopted = any("adopted" in manifest.identity for manifest in datasets) or any(_adopts(store, number) for number in claims)
-        return Ledger(kind, newest, files, stems, {number: _dataset_state(store, number, newest, files) for number in claims}, adopted)
+        states = {number: _dataset_state(store, number, newest, files) for number in claims}
+        return Ledger(kind, newest, files, stems, states, _splits(stems), adopted)
     tables = [read_table_manifest(store, number) for number in numbers]
     files = frozenset(ref.name for manifest in tables for ref in manifest.files)
     stems = frozenset(part.stem for manifest in tables for part in manifest.parts)
-    return Ledger(kind, newest, files, stems, {number: _table_state(store, number, tables) for number in claims})
+    states = {number: _table_state(store, number, tables) for number in claims}
+    return Ledger(kind, newest, files, stems, states, _splits(stems))
+
+
+def _splits(stems: Iterable[str]) -> frozenset[str]:
+    """Return the splits of recorded parts and those that every data set may have: names of others are not known to be ours."""
+    return frozenset({*SPLIT_ORDER, *(match[1] for stem in stems if (match := STEM.fullmatch(stem)))})
 
 
 def claim_name(number: int) -> str:

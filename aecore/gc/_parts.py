@@ -3,11 +3,10 @@
 import re
 from collections.abc import Iterator
 
-from aecore.gc._claims import DATASET, Ledger, State, claim_name, read_ledger
+from aecore.gc._claims import DATASET, STEM, Ledger, State, claim_name, read_ledger
 from aecore.gc._plan import Plan, below
 from aecore.store import Store
 
-_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*?(?:-g(\d{6}))?-\d{6}(?:-r\d{6})?")
 _SUFFIXES = {"shards": (".tar", ".parquet"), "data": (".parquet",), "quarantine": (".parquet",), "records": (".json",)}
 _NUMBERED = re.compile(r"(?:run|dataset|table)\.\d{6}\.json")
 _FOLDERS = {"dataset": ("records", "shards", "quarantine", "listings"), "table": ("records", "data", "quarantine")}
@@ -60,16 +59,18 @@ def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
     Parts of a table carry the claim of the dataset's shard in their names, not the table's: they belong to its newest claim.
     """
     folder, _, file = name.partition("/")
+    inside, _, base = file.rpartition("/")
     if ledger.adopted and file.endswith(".tar"):
         return None
     if folder == "listings":
-        match = re.fullmatch(r"(\d{6})\.parquet", file)
+        match = re.fullmatch(r"()(\d{6})\.parquet", file)
     else:
-        stem = next((file.rpartition("/")[2].removesuffix(end) for end in _SUFFIXES[folder] if file.endswith(end)), "")
-        match = _STEM.fullmatch(stem)
+        match = STEM.fullmatch(next((base.removesuffix(end) for end in _SUFFIXES[folder] if base.endswith(end)), ""))
+        if match is not None and (match[1] not in ledger.splits or inside != (f"split={match[1]}" if folder == "data" else "")):
+            return None
     if match is None:
         return None
-    claim = int(match[1] or 1) if kind == DATASET else ledger.highest
+    claim = int(match[2] or 1) if kind == DATASET else ledger.highest
     return claim if 1 <= claim <= ledger.highest else None
 
 

@@ -86,6 +86,9 @@ class Store(Protocol):
     def open(self, ref: FileRef) -> int:
         """Return a descriptor to read `ref` with `pread`, as `local`; the caller closes it."""
 
+    def mend(self, ref: FileRef) -> bool:
+        """Say whether it is worth to read `ref` once more after it was found damaged: a near copy was, and is fetched again."""
+
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         """Begin to bring these files near, in this order, in the background; a hint that never fails."""
 

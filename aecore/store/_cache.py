@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store._base import FileRef
+from aecore.store._base import FileRef, sha256_file
 
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
@@ -29,6 +29,7 @@ DEFAULT_BYTES = 16 << 30
 _OURS = re.compile(r"[0-9a-f]{64}(?:\.part)?")
 KEPT_S = 60.0  # an object whose path was given out may be opened this much later
 FETCHERS = 8
+POLL_S = 0.01
 
 
 class ObjectCache:
@@ -64,6 +65,16 @@ class ObjectCache:
         """Remove an object, so that it is fetched again; who has it open keeps what is there."""
         (self.root / ref.sha256).unlink(missing_ok=True)
 
+    def mend(self, ref: FileRef) -> bool:
+        """Forget an object if its bytes are damaged; return whether it is not here any more."""
+        path = self.root / ref.sha256
+        with contextlib.suppress(FileNotFoundError):
+            if sha256_file(path) == ref.sha256:
+                return False
+            logger.warning("%s is a damaged copy of %s: it is fetched again", path, ref.name)
+            self.forget(ref)
+        return True
+
     def prefetch(self, refs: Sequence[FileRef], fetch: Fetch) -> None:
         """Fetch these objects in the background, in this order, as far as half the cache holds them."""
         total = 0
@@ -80,6 +91,7 @@ class ObjectCache:
 
         def whole(_: FileRef, target: Path) -> None:
             download(target)
+            _to_disk(target)  # nothing compares it with a hash later: after a power failure there must not be zeros in the right size
             if (found := target.stat().st_size) != size:
                 raise DataError(f"{identity.split()[0]} was replaced while it was read ({found} bytes, there were {size}): run it again")
 
@@ -92,7 +104,10 @@ class ObjectCache:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _try_lock(descriptor):  # never wait in `flock`: once this file is `path`, its readers hold it as long as they like
+                if path.exists() or not _is_at(descriptor, part):
+                    return
+                time.sleep(POLL_S)
             if path.exists() or not _is_at(descriptor, part):  # somebody else was first, or removed what nobody held
                 return
             try:
@@ -140,19 +155,34 @@ def _remove_unused(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
+        free = _try_lock(descriptor)
+        if free:
+            path.unlink(missing_ok=True)
+        return free
     finally:
         os.close(descriptor)
-    return True
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

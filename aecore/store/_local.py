@@ -93,6 +93,9 @@ class LocalStore:
     def open(self, ref: FileRef) -> int:
         return os.open(self.local(ref), os.O_RDONLY)
 
+    def mend(self, ref: FileRef) -> bool:
+        return False
+
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         """Nothing to do: the files are near."""
 

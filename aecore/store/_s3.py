@@ -182,6 +182,9 @@ class S3Store(Place):
     def open(self, ref: FileRef) -> int:
         return self._cache.open(ref, self._fetch)
 
+    def mend(self, ref: FileRef) -> bool:
+        return self._cache.mend(ref)
+
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         self._cache.prefetch(refs, self._fetch)
 

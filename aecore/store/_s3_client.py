@@ -8,6 +8,7 @@ multiply (26 requests at a permanent 503); both are off, and `Client.retried` is
 import asyncio
 import atexit
 import contextlib
+import errno
 import os
 import random
 import threading
@@ -242,6 +243,8 @@ def told(error: Exception, url: str, doing: str, attempts: int = 0, seconds: flo
         why = f"nothing answers at {where['endpoint']}: check AWS_ENDPOINT_URL (or the profile's endpoint_url) and the network"
     elif isinstance(error, (ValueError, exceptions.BotoCoreError)):
         why = f"{type(error).__name__}: check AWS_ENDPOINT_URL, AWS_REGION and the profile"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        why = f"{error.strerror} on this machine: set AECORE_CACHE and TMPDIR to folders with room, then run the same command again"
     else:
         why = f"{type(error).__name__}: run the same command again"
     return StoreError(f"cannot {doing} {url}{tried}: {why}")

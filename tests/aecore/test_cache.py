@@ -236,6 +236,49 @@ def test_prefetching_brings_objects_in_the_background_and_never_fails(tmp_path):
     assert sorted(origin.fetched) == ["a", "b", "c", "d"], "half the cache, in order"
 
 
+def test_nobody_waits_for_who_reads_an_object_that_just_arrived(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin(pause_s=0.3)
+    held_open = threading.Event()
+
+    def hold() -> bytes:
+        with os.fdopen(cache.open(origin.ref("a"), origin.fetch), "rb") as file:
+            data = file.read()
+            held_open.wait(60)  # as long as a trainer keeps a shard open
+            return data
+
+    pool = ThreadPoolExecutor(5)
+    holders = [pool.submit(hold) for _ in range(4)]
+    asking = pool.submit(read, cache, origin, "a")
+    try:
+        assert asking.result(20) == origin.data("a")
+    finally:
+        held_open.set()
+        pool.shutdown()
+    assert {holder.result() for holder in holders} == {origin.data("a")}
+    assert origin.fetched == ["a"]
+
+
+def test_a_damaged_object_is_mended_and_a_whole_one_stays(tmp_path, caplog):
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+    ref = origin.ref("a")
+    assert cache.mend(ref)  # it is not here
+    read(cache, origin, "a")
+    assert not cache.mend(ref)
+    (cache.root / ref.sha256).write_bytes(bytes(ref.bytes))
+    assert cache.mend(ref)
+    assert "damaged copy of a" in caplog.text
+    assert read(cache, origin, "a") == origin.data("a")
+
+
+def test_an_object_without_a_hash_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    cache, seen = ObjectCache(tmp_path / "cache", 3000), list[tuple[int, int]]()
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: seen.append((os.fstat(descriptor).st_size, len(list(cache.root.glob("*[0-9a-f]")))))
+    )
+    path = cache.unverified("s3://b/x etag", 1000, lambda target: target.write_bytes(bytes(1000)))
+    assert (path.stat().st_size, seen) == (1000, [(1000, 0)])
+
+
 def test_a_limit_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setenv("AECORE_CACHE_BYTES", "lots")
     with pytest.raises(ConfigError, match="expected a number of bytes"):

@@ -10,6 +10,7 @@ import pytest
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.fanout import COMMITS, Commit, PartFailure, collect, serial
 from aecore.generations import PartRecord
+from aecore.store import AlreadyExists
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def test_failures_of_one_kind_keep_their_type_and_exit_code(error):
         collect(serial, Worker, [Task("a", error("x")), Task("b", error("y")), Task("c")])
     assert "x" in str(raised.value)
     assert "y" in str(raised.value)
+
+
+def test_a_narrower_error_keeps_the_exit_code_of_its_kind():
+    with pytest.raises(StoreError, match="AlreadyExists: other content"):
+        collect(serial, Worker, [Task("a", AlreadyExists("other content")), Task("b")])
 
 
 def test_failures_of_different_kinds_are_a_failed_run():

@@ -21,6 +21,8 @@ from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
 from aecore.data.verify import verify_dataset
+from aecore.encode import encode_dataset
+from aecore.encoder import EncodeSpec
 from aecore.errors import DataError
 from aecore.gc import DAY_S, Report, collect_garbage
 from aecore.metrics import last_row
@@ -164,6 +166,8 @@ def test_names_that_are_not_ours_are_left_alone_and_listed(tmp_path):
     theirs = [
         "notes.txt",
         "shards/mine.tar",
+        "shards/photos-000000.tar",
+        "shards/photos-000000.parquet",
         "records/train-000000.json.bak",
         ".tmp/work",
         "shards/train-g000009-000000.tar",
@@ -176,6 +180,18 @@ def test_names_that_are_not_ours_are_left_alone_and_listed(tmp_path):
     assert report.garbage == ()
     assert set(report.not_ours) == {*theirs[:-1], "quarantine/x"}
     assert all((out / name).read_text() == "mine" for name in theirs)
+
+
+def test_files_of_others_inside_a_table_stay(tmp_path):
+    data, out = training_data(tmp_path / "data", val=0.1), tmp_path / "table"
+    encode_dataset(saved_run(tmp_path / "run"), data, str(out), EncodeSpec(batch=64))
+    theirs = ["data/mine-000001.parquet", "data/split=train/mine-000000.parquet", "data/split=mine/train-000000.parquet"]
+    for name in theirs:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    report = later(out, unfinished=True)
+    assert report.garbage == ()
+    assert set(report.not_ours) == set(theirs)
 
 
 def test_tars_of_others_inside_an_adopted_dataset_stay(tmp_path):

@@ -166,6 +166,16 @@ def test_latents_that_cannot_be_decoded_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_has_changed_is_not_taken_for_what_was_decoded(tmp_path: Path, run: str) -> None:
+    np.save(tmp_path / "z.npy", np.zeros((4, DIM), np.float32))
+    decode_run(run, str(tmp_path / "z.npy"), str(tmp_path / "out"), DecodeSpec())
+    before = (tmp_path / "out/decoded.npz").read_bytes()
+    np.save(tmp_path / "z.npy", np.ones((7, DIM), np.float32))
+    with pytest.raises(ConfigError, match="source.sha256"):
+        decode_run(run, str(tmp_path / "z.npy"), str(tmp_path / "out"), DecodeSpec())
+    assert (tmp_path / "out/decoded.npz").read_bytes() == before
+
+
 def test_objects_in_a_file_are_not_loaded(tmp_path: Path, run: str) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)

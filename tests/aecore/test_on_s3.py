@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aecore.data.job import shard_dataset
@@ -125,6 +126,38 @@ def test_a_damaged_shard_in_a_bucket_is_found_also_when_a_good_copy_is_cached(s3
     s3.raw.put_object(Bucket=s3.bucket, Key=name, Body=bytes(data))
     (problem,) = verify_dataset(open_dataset(f"{s3.url}/dataset"), read_data=True).problems
     assert "train-000001.tar is damaged" in problem
+
+
+def flipped(data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("change", [flipped, lambda data: bytes(len(data))], ids=["bit", "zeros"])
+def test_a_damaged_copy_on_this_machine_is_fetched_again_and_nobody_blames_the_bucket(s3, images, change):
+    chain(str(images), s3.url)
+    dataset, table = open_dataset(f"{s3.url}/dataset"), open_table(f"{s3.url}/table")
+    cache = Path(os.environ["AECORE_CACHE"])
+    shard, part = dataset.manifest.shards[0], table.parts[0]
+    expected = [sample.members for sample in dataset.reader(shard).iterate()], table.numpy("mu")
+    for sha256 in (shard.tar.sha256, part.file.sha256):
+
+        def damage(copy: Path = cache / sha256) -> None:
+            data = copy.read_bytes()
+            copy.unlink()  # who has it open keeps what it has
+            copy.write_bytes(change(data))
+
+        damage()
+        assert [sample.members for sample in open_dataset(dataset.url).reader(shard).iterate()] == expected[0]
+        damage()
+        rows = open_dataset(dataset.url).reader(shard).read_rows(list(range(shard.samples)))
+        assert rows == [next(data for ext, data in members.items() if ext != "cls") for members in expected[0]]
+        damage()
+        assert np.array_equal(open_table(table.url).numpy("mu"), expected[1])
+        damage()
+        assert open_table(table.url).verify(read_data=True).num_rows == len(expected[1])
+    assert not verify_dataset(open_dataset(dataset.url), read_data=True).problems
 
 
 def test_an_epoch_through_a_small_cache_reads_everything_once_per_stay(bad_s3, s3_proxy, images, monkeypatch, tmp_path):

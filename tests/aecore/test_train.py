@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from aecore import train
 from aecore.checkpoint import committed_checkpoints, load_model, verify_checkpoint
 from aecore.data.manifest import open_dataset
 from aecore.errors import ConfigError, DataError, RunFailed
@@ -155,6 +156,28 @@ def test_retention_keeps_the_newest_and_the_best(data, tmp_path):
     steps = {step for step, _ in committed_checkpoints(open_store(tmp_path / "run"))}
     assert steps == {best, rows[-1]["step"]}
     assert load_model(str(tmp_path / "run")).checkpoint.step == best
+
+
+def test_the_best_checkpoint_of_an_attempt_that_runs_beside_is_spared(data, tmp_path, monkeypatch):
+    """A cut-off node may train on: it would publish its best checkpoint, or its next one would name it."""
+    job, folder = small_job(data, tmp_path / "run", epochs=4, val_split="val", keep=1, best=True), tmp_path / "run/checkpoints"
+    validate, others = train._Training._validate, []
+
+    def worse_and_worse(self: train._Training) -> dict[str, float]:
+        if self.kept and not others:  # after the first epoch the other attempt has the first one's bytes as well
+            mine = Path(self.kept[0]).name
+            others.append(mine.rpartition("-")[0] + "-beside00")
+            shutil.copytree(folder / mine, folder / others[0])
+            manifest = folder / others[0] / "checkpoint.json"
+            manifest.write_bytes(manifest.read_bytes().replace(mine.encode(), others[0].encode()))
+        return {**validate(self), "loss": 100.0 + self.step}
+
+    monkeypatch.setattr(train._Training, "_validate", worse_and_worse)
+    fit(job)
+    names = [Path(name).name for _, name in committed_checkpoints(open_store(job.out))]
+    assert len(names) == 3  # the last one, the best one, the other's best one
+    assert others[0] in names
+    assert load_model(job.out).checkpoint.step == int(others[0].split("-")[1])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):

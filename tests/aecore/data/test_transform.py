@@ -267,3 +267,12 @@ def test_without_binarize_a_batch_stays_as_it_is_and_encoding_always_takes_the_g
 def test_only_grey_values_between_0_and_1_are_drawn_from(scale: Any) -> None:
     with pytest.raises(ConfigError, match=f"binarize=dynamic draws from grey values.*scale is {scale}: use unit"):
         TransformSpec(binarize="dynamic", scale=scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.01, 200.0])
+def test_a_value_that_is_no_shade_of_grey_is_refused_where_it_would_be_drawn_from(value: float) -> None:
+    x = torch.full((4, 3), 0.5)
+    x[2, 1] = value
+    rows = torch.arange(4)
+    with pytest.raises(DataError, match=rf"grey values in \[0, 1\], and a batch holds {value:g}"):
+        Transform(TransformSpec(binarize="dynamic")).draw(Batch(x, rows, rows, 4), 0, 0)

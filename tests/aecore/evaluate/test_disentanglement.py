@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from aecore.evaluate._disentanglement import DCI, dci, factor_vae_score, mig, mutual_information, require_scikit_learn
 
 LEVELS = (3, 4, 8)
@@ -150,6 +150,12 @@ def test_a_dimension_that_hardly_varies_has_no_vote() -> None:
 def test_scores_repeat_with_their_seed() -> None:
     assert factor_vae_score(rotated(), SQUARE, seed=1) == factor_vae_score(rotated(), SQUARE, seed=1)
     assert factor_vae_score(rotated(), SQUARE, seed=1) != factor_vae_score(rotated(), SQUARE, seed=2)
+
+
+def test_trees_need_a_factor_that_varies() -> None:
+    latents, factors = np.random.default_rng(0).random((50, 2)), np.zeros((50, 1), np.int64)
+    with pytest.raises(DataError, match="one has a single value in 50 samples"):
+        dci(latents, factors, latents, factors)
 
 
 def test_dci_repeats_with_its_seed() -> None:
