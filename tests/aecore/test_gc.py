@@ -183,8 +183,9 @@ def test_names_that_are_not_ours_are_left_alone_and_listed(tmp_path):
 
 
 def test_files_of_others_inside_a_table_stay(tmp_path):
-    data, out = training_data(tmp_path / "data", val=0.1), tmp_path / "table"
-    encode_dataset(saved_run(tmp_path / "run"), data, str(out), EncodeSpec(batch=64))
+    data, out = tmp_path / "data", tmp_path / "table"
+    shard(image_folder(tmp_path / "images", "train", range(9)), data)
+    encode_dataset(saved_run(tmp_path / "run"), str(data), str(out), EncodeSpec(batch=4))
     theirs = ["data/mine-000001.parquet", "data/split=train/mine-000000.parquet", "data/split=mine/train-000000.parquet"]
     for name in theirs:
         (out / name).parent.mkdir(exist_ok=True)
