@@ -144,11 +144,18 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
     taken = index.select(["key", "ordinal", "sha256"]).take(pa.array([row.row for row in rows], pa.int64()))
     columns: dict[str, Column] = {"key": taken["key"], "shard": [shard] * len(rows), "ordinal": taken["ordinal"], "sha256": taken["sha256"]}
     columns |= {name: [getattr(row, name) for row in rows] for name in ("stage", "reason", "message")}
-    name = f"quarantine/{stem}.parquet"
+    name, table = f"quarantine/{stem}.parquet", pa.table(columns, schema=QUARANTINE_SCHEMA)
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
-            pq.write_table(pa.table(columns, schema=QUARANTINE_SCHEMA), path, compression="none", write_page_checksum=True)
-        return store.put_staged(name, path, role="quarantine")
+            pq.write_table(table, path, compression="none", write_page_checksum=True)
+        try:
+            return store.put_staged(name, path, role="quarantine")
+        except AlreadyExists:  # of an earlier attempt, by another version of Parquet: the same rows count
+            data = store.read(name)
+            ref = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+            if not read_part(store, ref).equals(table):
+                raise
+            return ref
 
 
 def part_metadata(schema: pa.Schema) -> dict[str, str]:

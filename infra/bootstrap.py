@@ -224,10 +224,13 @@ def lint(args: list[str]) -> int:
 
 
 def test(args: list[str]) -> int:
-    """Lint, then all tests but the full-size ones. Both run even if lint fails; pytest's closing line comes last."""
+    """Lint, then all tests but the full-size ones. Both run even if lint fails; pytest's closing line comes last.
+
+    Without arguments in two processes, one of which has all tests that start services: they wait more than they work.
+    """
     servers([])
     linted = lint([])
-    return job("python", "-m", "pytest", *args) or linted
+    return job("python", "-m", "pytest", *(args or ("-n", "2", "--dist", "loadgroup"))) or linted
 
 
 def accept(args: list[str]) -> int:

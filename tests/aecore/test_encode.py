@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import io
 import multiprocessing
 import os
@@ -470,3 +471,16 @@ def test_thread_count_is_restored_and_recorded(tmp_path: Path, data: str, run: s
     table = encode(run, data, tmp_path / "table", threads=2)
     assert torch.get_num_threads() == 1
     assert table.lineage(table.keys[0].as_py())["produced_by"]["threads"] == "2"
+
+
+def test_refused_rows_that_another_version_of_parquet_wrote_are_taken_and_others_are_not(tmp_path: Path) -> None:
+    index = pa.table({"key": ["a", "b"], "ordinal": pa.array([0, 1], pa.int64()), "sha256": ["0" * 64, "1" * 64]})
+    store, row = open_store(str(tmp_path)), RefusedRow(1, "decode", "format", "no image")
+    first = commit_quarantine(store, "train-000000", "train-000000", index, [row])
+    assert first is not None
+    path = tmp_path / first.name
+    pq.write_table(pq.read_table(path), path, compression="zstd", write_page_checksum=True)
+    again = commit_quarantine(store, "train-000000", "train-000000", index, [row])
+    assert again is not None and again.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != first.sha256
+    with pytest.raises(StoreError, match="exists with other content"):
+        commit_quarantine(store, "train-000000", "train-000000", index, [RefusedRow(0, "decode", "format", "no image")])
