@@ -1,7 +1,7 @@
 """What every test shares: one torch thread, private and offline homes for Ray, Prefect and Hugging Face, real data if it is there.
 
 The environment is set when pytest loads this file, before anything imports Ray or Prefect, so that sub-processes inherit it too.
-With `-n 2 --dist loadgroup` (pytest-xdist; `make test` without arguments) tests that start services stay in one process, so they never meet.
+With `-n 2 --dist loadgroup` (`make test` without arguments) tests that start services stay in one process, so they never meet.
 """
 
 import logging
