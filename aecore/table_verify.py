@@ -88,7 +88,7 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
         raise DataError(
-            f"table {table.url} is not what its manifest says, {len(problems)} problems:{lines}\nencode to a new URL, or restore the files"
+            f"table {table.url} is not what its manifest says, {len(problems)} problem{'s' if len(problems) > 1 else ''}:{lines}\nencode to a new URL, or restore the files"
         )
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url

@@ -117,6 +117,6 @@ def _changed(store: Store, listing: Listing, rows: NDArray[np.int64], what: str)
     examples = ", ".join(repr(listing.sources[row]) for row in rows[:SHOWN].tolist())
     more = ", ..." if len(rows) > SHOWN else ""
     return (
-        f"{len(rows)} samples have {what}: {examples}{more}. A data set only grows: give changed files new names, "
+        f"{len(rows)} {'samples have' if len(rows) > 1 else 'sample has'} {what}: {examples}{more}. A data set only grows: give changed files new names, "
         f"restore the old ones, or write to another URL than {store.url}"
     )
