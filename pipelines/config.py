@@ -261,7 +261,7 @@ def _fields(name: str, kind: str | None) -> dict[str, str]:
     found = {field.name: "" for field in dataclasses.fields(section_type(name, kind))}
     known, others = SECTIONS[name], dict[str, list[str]]()
     for other in known.kinds() if isinstance(known, Registry) else ():
-        for field in dataclasses.fields(known.spec_type(other)):
+        for field in dataclasses.fields(section_type(name, other)):
             others.setdefault(field.name, []).append(other)
     return {field: f" (of {name}.kind={', '.join(kinds)})" for field, kinds in others.items()} | found
 

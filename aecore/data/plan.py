@@ -107,7 +107,7 @@ def plan_dataset(
             )
             tasks.append(task)
     counts = ", ".join(f"{split} {len(rows)}" for split, rows in members.items())
-    counted = (f"splits.by={chosen.by}: {counts}",) if counts else ()  # nothing new: nothing to count
+    counted = (f"splits.by={chosen.by}: {counts}",) if counts else ("nothing new",)
     return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), (*counted, *listing.notes))
 
 
