@@ -80,6 +80,9 @@ def test_every_stage_is_shown_and_verified(walk: Path, capsys: pytest.CaptureFix
     assert whole["run"]["finished"]
     assert whole["table"]["rows"] == 200
     assert whole["table"]["lineage"]["checkpoint"]["sha256"] == whole["run"]["checkpoint_sha256"]
+    checked = json.loads(said(capsys, "verify", str(walk), "--read-data", "--json"))
+    assert checked["table"]["rows"] == whole["table"]["rows"] == checked["dataset"]["samples"], "the names are those of show"
+    assert (checked["dataset"]["read_data"], checked["table"]["read_data"]) == (True, True)
     assert "samples:" in said(capsys, "show", str(walk / "dataset"))
     assert said(capsys, "verify", str(walk / "table"), "--dataset", str(walk / "dataset")).startswith("ok\n")
 
