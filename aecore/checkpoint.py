@@ -309,7 +309,10 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
             raise DataError(other)
         if store.size("run.000001.json") is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
-        raise DataError(f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder")
+        raise DataError(
+            f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder; check the address, "
+            f"or train one with `aepipe train RECIPE data=DATASET out={store.url}`"
+        )
     checkpoint = read_checkpoint(store, name, verify=None)
     config_ref = checkpoint.file("config.json")
     store.prefetch([config_ref, checkpoint.file("model.safetensors")])  # both are verified when they are read

@@ -131,7 +131,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     columns = Encoder(loaded, spec, "cpu").describe()
     identity = _identity(loaded, spec, columns)
-    _require_same_table(store, identity, claimed if parent is None else parent.identity)
+    _require_same_table(store, identity, claimed if parent is None else parent.identity, loaded.url)
     _require_descendant(store, dataset, parent)
     known = set() if parent is None else {(part.split, part.shard) for part in parent.parts}
     shards = dataset.manifest.shards
@@ -199,10 +199,14 @@ def _parent(store: Store, names: Sequence[str]) -> tuple[TableManifest | None, s
     return read_table_manifest(store, number), hashlib.sha256(store.read(f"{STEM}.{number:06d}.json")).hexdigest()
 
 
-def _require_same_table(store: Store, identity: Mapping[str, Any], there: Mapping[str, Any] | None) -> None:
-    """ConfigError if the table, or an attempt that was never committed, is of another identity."""
-    if there is not None:
-        require_same(store.url, "table", json.loads(canonical_json(identity)), there)
+def _require_same_table(store: Store, identity: Mapping[str, Any], there: Mapping[str, Any] | None, checkpoint: str) -> None:
+    """ConfigError if the table, or an attempt that was never committed, is of another identity; `checkpoint` is the address of ours."""
+    ours = json.loads(canonical_json(identity))
+    if there is not None and ours != there:
+        claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
+        lineage = claim.get("info", {}).get("lineage", {})
+        places = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
+        require_same(store.url, "table", ours, there, places=places)
 
 
 def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:
@@ -220,7 +224,7 @@ def _claim(store: Store, plan: EncodePlan) -> None:
     identity = {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
     claim = claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
     if claim > 1 and plan.parent is None:  # somebody else may have claimed the same URL at the same time
-        _require_same_table(store, plan.identity, _claimed(store))
+        _require_same_table(store, plan.identity, _claimed(store), plan.setup.model_url)
 
 
 def _manifest(plan: EncodePlan, records: Sequence[PartRecord]) -> TableManifest:

@@ -124,7 +124,8 @@ def collect(
             stack.callback(outcomes.close)
         for outcome in outcomes:
             if isinstance(outcome, PartFailure):
-                logger.error("%s failed: %s: %s\n%s", outcome.part, outcome.error_type, outcome.message, outcome.traceback)
+                trace = f"\n{outcome.traceback}" if outcome.traceback else ""
+                logger.error("%s failed: %s: %s%s", outcome.part, outcome.error_type, outcome.message, trace)
                 failures.append(outcome)
                 continue
             records[outcome.part] = outcome
@@ -143,7 +144,8 @@ def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     kind = _kinds().get(kinds.pop(), RunFailed) if len(kinds) == 1 else RunFailed
     lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
     more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
-    return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; run the same command again to finish")
+    first = "put that right, then " if kind is errors.DataError else ""  # the same data would fail again
+    return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish")
 
 
 def _kinds() -> dict[str, type[AecoreError]]:

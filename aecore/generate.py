@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 BLOCK = 64  # latents of the prior that are drawn at once: part of what they are
 GRID = 64  # images of grid.png
 GRID_COLUMNS = 8
+_SECTIONS = {"samples": ("sample", "samples"), "decoded": ("decode", "decoded latents")}  # section of the recipe, and what it makes
 
 
 @spec
@@ -231,7 +232,9 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
     summary = {"out": store.url, "num": count, "shape": shape, "latent_dim": int(latents.z.shape[1]), "checkpoint": loaded.sha256}
     if store.size(f"{name}.json") is not None:
         known = read_json(store, f"{name}.json")
-        require_same(store.url, f"set of {name}", identity, known["identity"])
+        places = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
+        asked, there = _as_asked(name, identity), _as_asked(name, known["identity"])
+        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, places=places)
         return {**summary, "shape": known["shape"], "files": known["files"], "made": 0}
     if dry_run:
         return summary
@@ -244,6 +247,11 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
     store.put(f"{name}.json", canonical_json({"identity": identity, "lineage": lineage, "shape": made, "files": files}), role=name)
     logger.info("%s: %d %s, %d files", store.url, count, name, files)
     return {**summary, "shape": made, "files": files, "made": files}
+
+
+def _as_asked(name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity with the keys of the spec as the recipe has them."""
+    return {_SECTIONS[name][0] if key == "spec" else key: value for key, value in identity.items()}
 
 
 def _write(store: Store, name: str, x: Tensor, columns: Mapping[str, NDArray[Any]], transform: Transform, images: int) -> int:

@@ -157,13 +157,36 @@ def commit_manifest(store: Store, stem: str, parent: int, manifest: Mapping[str,
     return number
 
 
-def require_same(url: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """ConfigError that shows the differing fields (dotted) with both values, unless the two identities are equal."""
+def require_same(
+    url: str,
+    what: str,
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    *,
+    places: Mapping[str, tuple[object, object]] | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> None:
+    """ConfigError that shows the differing fields (dotted) with both values, unless the two identities are equal.
+
+    A hash says nothing to people: `places` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
+    are of. `hints` are what else can be done where a field differs.
+    """
     mine, known = dict(_flatten(ours)), dict(_flatten(theirs))
     differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
-    if differing:
-        lines = "".join(f"\n  {key}: there {known.get(key)!r}, asked {mine.get(key)!r}" for key in differing)
-        raise ConfigError(f"{url} holds another {what}:{lines}\nwrite to another URL, or use the values that are there")
+    if not differing:
+        return
+    lines = ""
+    for key in differing:
+        where = next((pair for field, pair in (places or {}).items() if f"{key}.".startswith(f"{field}.")), (None, None))
+        lines += f"\n  {key}: there {_shown(known.get(key), where[0])}, asked {_shown(mine.get(key), where[1])}"
+    more = "".join(f"; {hint}" for hint in dict.fromkeys((hints or {}).get(key, "") for key in differing) if hint)
+    raise ConfigError(f"{url} holds another {what}:{lines}\nwrite to another URL, or use the values that are there{more}")
+
+
+def _shown(value: object, where: object) -> str:
+    """Return a value of an identity as a message says it: a hash short, after the address it is of."""
+    short = value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
+    return short if where is None or value is None else f"{where} ({short})"
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

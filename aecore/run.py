@@ -160,8 +160,17 @@ def is_claimed(job: TrainJob, store: Store, dataset: Dataset) -> bool:
         return False
     claimed = read_json(store, CLAIM)["identity"]
     init = claimed["init_sha256"] if job.train.init_from is not None else None  # a run in progress does not need the weights again
-    require_same(store.url, "run", job.identity(dataset, init), claimed)
+    _require_same_run(job, store, dataset, job.identity(dataset, init))
     return True
+
+
+def _require_same_run(job: TrainJob, store: Store, dataset: Dataset, identity: Mapping[str, Any]) -> None:
+    """ConfigError with the differing fields unless the claim of `store` is of this identity."""
+    claim = read_json(store, CLAIM)
+    places = {"data": (claim["info"].get("data"), dataset.url)}
+    longer = f"to train on from the weights of this run, add train.init_from={store.url} and another out"
+    hints = {"train.epochs": longer, "train.max_steps": longer}
+    require_same(store.url, "run", identity, claim["identity"], places=places, hints=hints)
 
 
 def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
@@ -181,7 +190,7 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
         "total_steps": total_steps(job, dataset),
     }
     claim_generation(store, "run", identity, info)
-    require_same(store.url, "run", identity, read_json(store, CLAIM)["identity"])
+    _require_same_run(job, store, dataset, identity)
 
 
 def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:

@@ -87,9 +87,8 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
         problems.append(f"{doubled} rows have a key that another row has too")
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-        raise DataError(
-            f"table {table.url} is not what its manifest says, {len(problems)} problems:{lines}\nencode to a new URL, or restore the files"
-        )
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise DataError(f"table {table.url} is not what its manifest says, {count}:{lines}\nencode to a new URL, or restore the files")
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
     read_bytes = sum(ref.bytes for part in chosen for ref in (part.file, part.quarantine) if ref is not None)

@@ -5,9 +5,15 @@ Nothing is run and nothing heavy is imported here: every `aepipe --help` passes 
 """
 
 import argparse
+import difflib
+import importlib.metadata
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
+
+from aecore.errors import ConfigError
 
 Args = argparse.Namespace
 RECIPE_NOTE = "key.path=value sets any key of a recipe"
@@ -50,6 +56,21 @@ def argument(name: str, about: str | None = None, **settings: Any) -> Argument:
     return Argument(name, {"help": about, **settings})
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors are errors like all others: they end with the usage of the verb that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+class _Version(argparse.Action):
+    """`--version`: reads what is installed only when it is asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        sys.stdout.write(f"aepipe {importlib.metadata.version('aecore')}\n")
+        parser.exit()
+
+
 class Verbs:
     """The verbs of a command, in the order in which its help lists them."""
 
@@ -69,12 +90,13 @@ class Verbs:
         return add
 
     def parse(self, words: Sequence[str]) -> Args:
-        """Return the arguments of the verb that is named, as `verb` (SystemExit for a usage error or for help)."""
-        parser = argparse.ArgumentParser(prog="aepipe", description="Raw data to a table of latents.", epilog=RECIPE_NOTE)
+        """Return the arguments of the verb that is named, as `verb`; ConfigError for a usage error, SystemExit for help and version."""
+        parser = _Parser(prog="aepipe", description="Raw data to a table of latents.", epilog=RECIPE_NOTE)
+        parser.add_argument("--version", action=_Version, nargs=0, help="say which version this is")
         parsers = parser.add_subparsers(required=True, metavar="VERB")
         for verb in self:
             epilog = RECIPE_NOTE if verb.reads_recipe else None
-            sub = parsers.add_parser(verb.name, help=verb.about, description=verb.about, epilog=epilog)
+            sub = parsers.add_parser(verb.name, help=verb.about, description=verb.about, epilog=epilog, allow_abbrev=False)
             sub.set_defaults(verb=verb, dry_run=False)
             sub.add_argument("--json", action="store_true", help="print the result as JSON")
             sub.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
@@ -82,4 +104,20 @@ class Verbs:
                 sub.add_argument("--dry-run", action="store_true", help="check and say what would be done; write nothing")
             for name, settings in verb.arguments:
                 sub.add_argument(name, **settings)
-        return parser.parse_args(words)
+            if verb.reads_recipe:
+                sub.usage = sub.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%") + " [key=value ...]"
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            sub = parsers.choices[args.verb.name]
+            sub.error("; ".join(_not_taken(word, sub.format_help(), args.verb) for word in unknown))
+        return args
+
+
+def _not_taken(word: str, help: str, verb: Verb) -> str:
+    """Return what is said of a word that a verb has no place for."""
+    if word.startswith("-"):
+        near = difflib.get_close_matches(word.partition("=")[0], sorted(set(re.findall(r"--[a-z-]+", help))), n=1)
+        return f"`aepipe {verb.name}` has no option {word}" + (f": did you mean {near[0]}?" if near else "")
+    if verb.reads_recipe and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", word):
+        return f"{word} sets nothing: write key=value, as in {word}=..."
+    return f"`aepipe {verb.name}` has no place for {word!r}"

@@ -1,6 +1,8 @@
 """What there is to choose from: registered parts with their knobs, shipped recipes."""
 
 import dataclasses
+import itertools
+import re
 from typing import Any
 
 from aecore.registry import BACKBONES, MODELS, SOURCES, Registry
@@ -29,5 +31,7 @@ def _knob(field: dataclasses.Field[Any]) -> Tree:
 
 
 def _header(text: str) -> str:
-    first = text.lstrip().splitlines()[0] if text.strip() else ""
-    return first.removeprefix("#").strip()
+    """Return the first sentence of the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.lstrip().splitlines())
+    said = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.)(?<!\bal\.)\s", said, maxsplit=1)[0]

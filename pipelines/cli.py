@@ -3,7 +3,8 @@
     aepipe VERB ARGUMENTS [key.path=value ...] [--json] [--dry-run]
 
 Words of the form `key.path=value` are overrides of the recipe and may stand anywhere. Results go to standard output, progress
-and errors to standard error; what `--json` prints is always valid JSON. Heavy imports happen inside the verb that needs them.
+and errors to standard error; what `--json` prints is always valid JSON, for an error an object of `error`, `message` and `exit_code`.
+Heavy imports happen inside the verb that needs them.
 Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 input data, 4 storage, 5 cluster or resources, 130 interrupted.
 """
 
@@ -20,7 +21,6 @@ from typing import Any
 
 from aecore.errors import AecoreError, DataError
 from pipelines import overrides
-from pipelines.arguments import Args
 from pipelines.verbs import VERBS
 
 INTERRUPTED = 130
@@ -28,28 +28,37 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
-    arguments, changes = overrides.split(sys.argv[1:] if argv is None else argv)
-    args = VERBS.parse(arguments)
-    args.overrides = changes
-    _log(args.debug)
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in words, "--debug" in words
+    _log(debug)
     if threading.current_thread() is threading.main_thread():  # `docker stop` and cluster schedulers end like Ctrl-C: workers too
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(args)
+        return _run(words)
     except KeyboardInterrupt as interrupt:
-        print(f"aepipe: {str(interrupt) or 'interrupted; what is finished is kept, the same command goes on from there'}", file=sys.stderr)
-        return INTERRUPTED
+        said = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
+        return _failed("Interrupted", said, INTERRUPTED, as_json=as_json)
     except AecoreError as error:
-        if args.debug:
+        if debug:
             traceback.print_exc()
-        print(f"aepipe: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(type(error).__name__, str(error), error.exit_code, as_json=as_json)
     except BrokenPipeError:  # the reader of our output has gone, as in `aepipe show x | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's own flush at exit does not fail
         return 0
 
 
-def _run(args: Args) -> int:
+def _failed(kind: str, message: str, exit_code: int, *, as_json: bool) -> int:
+    """Say an error on standard error, with `--json` also as an object where the result would be; return its exit code."""
+    print(f"aepipe: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": kind, "message": message, "exit_code": exit_code}, indent=2))
+    return exit_code
+
+
+def _run(words: Sequence[str]) -> int:
+    arguments, changes = overrides.split(words)
+    args = VERBS.parse(arguments)
+    args.overrides = changes
     if not args.verb.reads_recipe:
         overrides.refuse(args.verb.name, args.overrides, "reads no recipe")
     result = args.verb.run(args)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from aecore.errors import ConfigError, did_you_mean
 from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
 from aecore.store import absolute_url
-from pipelines.tree import Tree, apply_overrides, read_recipe
+from pipelines.nearest import nearest_keys
+from pipelines.tree import Tree, apply_overrides, read_recipe, require_no_broken_yaml
 from pipelines.validate import MissingKey, build_spec
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ def section_type(name: str, kind: str | None = None) -> type:
 def build_section(name: str, given: Any) -> Any:
     """Validate one section; ConfigError names the full dotted path of everything that is wrong with it."""
     if given is not None and not isinstance(given, dict):
+        require_no_broken_yaml(name, given)
         raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {name}.{_a_key(name)}")
     values, parts = dict(given or {}), SECTIONS[name]
     if isinstance(parts, Registry):
@@ -247,10 +249,21 @@ def build_section(name: str, given: Any) -> Any:
 
 
 def _unknown(key: str, tree: Mapping[str, Any]) -> str:
-    owners = [name for name in SECTIONS if key in {field.name for field in dataclasses.fields(section_type(name, _kind(tree, name)))}]
-    if owners:
-        return f"unknown key {key!r}: did you mean {' or '.join(f'{name}.{key}' for name in owners)}?"
+    below = list(tree[key]) if isinstance(tree[key], dict) else []
+    near = nearest_keys(key, below, {name: _fields(name, _kind(tree, name)) for name in SECTIONS}, TOP)
+    if near:
+        return f"unknown key {'.'.join([key, *below[:1]])!r}: did you mean {' or '.join(near)}?"
     return f"unknown key {key!r}{did_you_mean(key, [*TOP, *SECTIONS])}"
+
+
+def _fields(name: str, kind: str | None) -> dict[str, str]:
+    """Return the fields of a section of this kind, then those that only other kinds have, each of these with the kinds that have it."""
+    found = {field.name: "" for field in dataclasses.fields(section_type(name, kind))}
+    known, others = SECTIONS[name], dict[str, list[str]]()
+    for other in known.kinds() if isinstance(known, Registry) else ():
+        for field in dataclasses.fields(section_type(name, other)):
+            others.setdefault(field.name, []).append(other)
+    return {field: f" (of {name}.kind={', '.join(kinds)})" for field, kinds in others.items()} | found
 
 
 def _kind(tree: Mapping[str, Any], name: str) -> str | None:

@@ -23,10 +23,12 @@ A query to try (DuckDB; python -c "import duckdb; duckdb.sql('...').show()"):
 
 
 def demo(args: Args) -> Result:
-    """Run the recipe under `./demo`, or under an `out=` of the overrides."""
+    """Run the recipe under `./demo`, or under an `out=` of the overrides; a dry run is that of `aepipe run demo`."""
     place = [] if any(word.startswith("out=") for word in args.overrides) else ["out=./demo"]
-    recipe = load_recipe("demo", [*place, *args.overrides])
-    out = recipe.require("out")
+    args.recipe, args.overrides = "demo", [*place, *args.overrides]
+    if args.dry_run:
+        return launch.pipeline(args)
+    out = load_recipe(args.recipe, args.overrides).require("out")
     sys.stderr.write(BEFORE.format(out=out))
-    summaries = launch.flow("pipeline", debug=args.debug)(recipe.travelling())
-    return Result(summaries, lambda found: f"{text.of_pipeline(found)}\n{AFTER.format(out=out)}")
+    made = launch.pipeline(args)
+    return made._replace(as_text=lambda found: f"{text.of_pipeline(found)}\n{AFTER.format(out=out)}")

@@ -1,17 +1,20 @@
 """`aepipe sample` and `aepipe decode`: a recipe's section in, files out, in this process (a GPU of it with cluster.use_gpu=true)."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from aecore.errors import ConfigError
-from aecore.store import absolute_url
+from aecore.data.manifest import open_dataset
+from aecore.errors import AecoreError, ConfigError, did_you_mean
+from aecore.generations import read_json
+from aecore.store import absolute_url, open_store
 from pipelines import text
 from pipelines.arguments import Args, Result
-from pipelines.config import Recipe, load_recipe, section_type
+from pipelines.config import SECTIONS, TOP, Recipe, load_recipe, section_type
 from pipelines.overrides import require_no_conflict
-from pipelines.tree import Tree
+from pipelines.tree import Tree, apply_overrides
 
 
 def sample(args: Args) -> Result:
@@ -34,7 +37,11 @@ def decode(args: Args) -> Result:
 
 def _recipe(section: str, args: Args, base: Mapping[str, Any]) -> Recipe:
     names = {field.name for field in dataclasses.fields(section_type(section))}
+    for key in (word.partition("=")[0] for word in args.overrides):
+        if "." not in key and key not in {*names, *TOP, *SECTIONS}:
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, names)}: `aepipe {section}` takes these, and sections of a recipe")
     words = [f"{section}.{word}" if word.partition("=")[0] in names else word for word in args.overrides]
+    _require_class_id(apply_overrides({}, words).get(section), args.run)
     require_no_conflict(base, words)
     recipe = load_recipe(args.recipe, words, base=base)
     if recipe.cluster.kind != "local":
@@ -42,6 +49,23 @@ def _recipe(section: str, args: Args, base: Mapping[str, Any]) -> Recipe:
             f"cluster.kind={recipe.cluster.kind}, and `aepipe {section}` works in this process: set cluster.kind=local, or run it there"
         )
     return recipe
+
+
+def _require_class_id(given: Any, run: str) -> None:
+    """ConfigError that lists the classes if a section's label is a word; the dataset of the run names them, if it is still there."""
+    label = given.get("label") if isinstance(given, Mapping) else None
+    if not isinstance(label, str):
+        return
+    names: tuple[str, ...] = ()
+    with contextlib.suppress(AecoreError):
+        info = read_json(open_store(run), "run.000001.json")["info"]
+        names = open_dataset(info["data"], info["dataset_number"]).manifest.classes
+    known = ", ".join(f"{number} {name}" for number, name in enumerate(names)) or "class_names of `aepipe show DATASET`, counted from 0"
+    raise ConfigError(f"label is {label!r}, expected the number of a class: {known}{_named(label, names)}")
+
+
+def _named(label: str, names: tuple[str, ...]) -> str:
+    return f"; write label={names.index(label)}" if label in names else ""
 
 
 def _run(name: str, args: Args, recipe: Recipe, call: Any) -> Result:

@@ -40,20 +40,18 @@ def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]
 
 
 def pipeline(args: Args) -> Result:
-    """Run all stages of a recipe as one flow; a dry run names them and plans the first one that can be planned."""
+    """Run all stages of a recipe as one flow; a dry run names them and plans those that can be planned."""
     from pipelines import steps, text
     from pipelines.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     steps.check_pipeline(recipe)
     steps.check_address(recipe)
-    if not args.dry_run:
-        return Result(flow("pipeline", debug=args.debug)(recipe.travelling()), text.of_pipeline)
-    names = steps.stages(recipe)
-    plan = {"stages": {name: steps.stage(recipe, name).tree["out"] for name in names}, "recipe": recipe.resolved()}
-    if names[0] == "shard":
-        plan["shard"] = steps.shard(steps.stage(recipe, "shard"), dry_run=True)
-    return Result(plan, text.of_tree)
+    if args.dry_run:
+        from pipelines.plan import plan_pipeline
+
+        return Result(plan_pipeline(recipe), text.of_tree)
+    return Result(flow("pipeline", debug=args.debug)(recipe.travelling()), text.of_pipeline)
 
 
 def submit(args: Args) -> Result:

@@ -112,11 +112,14 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
         checked = verify_dataset(open_dataset(store.url), read_data=read_data, only=only)
         if checked.problems:
             raise DataError("\n".join(checked.problems))
-        return {"kind": kind, "url": store.url, **dataclasses.asdict(checked)}
+        facts = dataclasses.asdict(checked)
+        del facts["problems"]  # none, or they were raised
+        return {"kind": kind, "url": store.url, "read_data": facts.pop("data_read"), **facts}
     if kind == "table":
         from aecore.table import open_table
 
-        return {"kind": kind, **open_table(store.url).verify(read_data=read_data, dataset=dataset, only=only).to_dict()}
+        facts = open_table(store.url).verify(read_data=read_data, dataset=dataset, only=only).to_dict()
+        return {"kind": kind, "url": facts.pop("url"), "rows": facts.pop("num_rows"), **facts}
     if kind == "run":
         return {"kind": kind, "url": store.url, **_verify_run(store)}
     if kind == "root":

@@ -8,10 +8,10 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from aecore.store import absolute_url, open_store
 from pipelines.config import ClusterSpec, Recipe
 from pipelines.progress import Report, TrainWatch, on_part, silent
@@ -290,13 +290,32 @@ def run_stages(recipe: Recipe, run: RunStage) -> Tree:
     """Run all stages of a pipeline with `run(name, recipe of the stage)`; evaluate where the dataset has the split. Summaries by name."""
     from aecore.data.manifest import open_dataset
 
-    summaries = {name: run(name, stage(recipe, name)) for name in stages(recipe)}
-    last, split = stage(recipe, "evaluate"), recipe.evaluate.split
-    if split in open_dataset(last.require("data")).manifest.splits:
-        summaries["evaluate"] = run("evaluate", last)
-    else:
-        logger.info("no split %r in the dataset: nothing to evaluate on", split)
+    summaries: Tree = {}
+    last, missing = stage(recipe, "evaluate"), None
+    data = last.require("data")
+    for name in stages(recipe):
+        if name == "train":  # the last chance before hours of work
+            missing = missing_split(recipe, data, open_dataset(data).manifest.splits)
+        summaries[name] = run(name, stage(recipe, name))
+    skipped = {"step": "evaluate", "dataset": data, "not_evaluated": missing, "seconds": 0.0}
+    summaries["evaluate"] = run("evaluate", last) if missing is None else skipped
     return summaries
+
+
+def missing_split(recipe: Recipe, data: str, splits: Collection[str]) -> str | None:
+    """Return why a pipeline ends without an evaluation (only the default split may be missing), None if it has one.
+
+    DataError if the dataset `data` has `splits` and the recipe names another one, to train or to be evaluated on.
+    """
+    from aecore.evaluate import EvaluateSpec
+
+    asked = {"train.split": recipe.train.split, "train.val_split": recipe.train.val_split, "evaluate.split": recipe.evaluate.split}
+    missing = {key: split for key, split in asked.items() if split is not None and split not in splits}
+    for key, split in missing.items():
+        if (key, split) != ("evaluate.split", EvaluateSpec().split):
+            known = ", ".join(splits) or "none"
+            raise DataError(f"{data} has no split {split!r} (it has: {known}): set {key} to another one, or make it with splits.*")
+    return f"no split {recipe.evaluate.split!r}" if missing else None
 
 
 def _device(recipe: Recipe) -> str:

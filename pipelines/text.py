@@ -54,10 +54,11 @@ def of_deployments(summary: Mapping[str, Any]) -> str:
 
 def _shard(summary: Mapping[str, Any]) -> str:
     samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
-    bags = f" in {sum(summary['bags'].values()):,} bags" if "bags" in summary else ""
+    bags = f" in {_count(sum(summary['bags'].values()), 'bag')}" if "bags" in summary else ""
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
-    size = f"{summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB"
-    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} samples{bags}{bad}; {size}"
+    size = f"{_count(summary['shards'], 'shard')}, {_size(summary['bytes'])}"
+    noun = _noun(sum(summary["samples"].values()), "sample")
+    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}; {size}"
 
 
 def _train(summary: Mapping[str, Any]) -> str:
@@ -68,10 +69,13 @@ def _train(summary: Mapping[str, Any]) -> str:
 
 def _encode(summary: Mapping[str, Any]) -> str:
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
-    return f"table {summary['table']} generation {summary['generation']}: {summary['rows']:,} rows in {summary['parts']:,} parts{bad}"
+    rows = f"{_count(summary['rows'], 'row')} in {_count(summary['parts'], 'part')}"
+    return f"table {summary['table']} generation {summary['generation']}: {rows}{bad}"
 
 
 def _evaluate(summary: Mapping[str, Any]) -> str:
+    if "not_evaluated" in summary:
+        return f"{summary['dataset']}: not evaluated: {summary['not_evaluated']}"
     shown = ("num_samples", "elbo", "log_likelihood", "kl", "mse", "active_units")
     numbers = ", ".join(f"{name} {_value(summary[name])}" for name in shown if summary.get(name) is not None)
     warnings = "".join(f"\nwarning: {warning}" for warning in summary.get("warnings", ()))
@@ -79,8 +83,8 @@ def _evaluate(summary: Mapping[str, Any]) -> str:
 
 
 def _generate(summary: Mapping[str, Any]) -> str:
-    what = f"{summary['num']:,} {'samples' if summary['step'] == 'sample' else 'decoded latents'} of shape {_value(summary['shape'])}"
-    files = f"{summary['files']:,} files" if summary["made"] else "all there already"
+    what = f"{_count(summary['num'], 'sample' if summary['step'] == 'sample' else 'decoded latent')} of shape {_value(summary['shape'])}"
+    files = _count(summary["files"], "file") if summary["made"] else "all there already"
     return f"{summary['out']}: {what}, {files}; checkpoint {summary['checkpoint'][:12]}"
 
 
@@ -105,7 +109,7 @@ def _value(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
-    return "-" if value is None else str(value)
+    return "-" if value is None or value == {} else str(value)
 
 
 def of_compare(tree: Mapping[str, Any]) -> str:
@@ -150,12 +154,14 @@ def of_gc(report: Mapping[str, Any]) -> str:
         lines = [of_gc(stage) for stage in report["stages"].values()]
         return "\n".join([*lines, *_not_ours(report)])
     done = "would remove" if report["dry_run"] else "removed"
-    lines = [f"{report['kind']} {report['url']}: {done} {report['files']:,} files, {_size(report['bytes'])}"]
+    lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]
     for why in dict.fromkeys(item["why"] for item in report["garbage"]):
         items = [item for item in report["garbage"] if item["why"] == why]
         names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
-        lines.append(f"  {len(items):,} files, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
-    lines += [f"  left: {item['what']}, {item['files']:,} files, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]]
+        lines.append(f"  {_count(len(items), 'file')}, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
+    lines += [
+        f"  left: {item['what']}, {_count(item['files'], 'file')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
+    ]
     return "\n".join([*lines, *_not_ours(report)])
 
 
@@ -163,6 +169,14 @@ def _not_ours(report: Mapping[str, Any]) -> list[str]:
     names = report["not_ours"]
     shown = ", ".join(names[:8]) + (f", ... ({len(names):,} in all)" if len(names) > 8 else "")
     return [f"  not ours, left alone: {shown}"] if names else []
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {_noun(number, noun)}"
+
+
+def _noun(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"
 
 
 def _size(num_bytes: float) -> str:

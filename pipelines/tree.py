@@ -87,6 +87,12 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         return path, value  # a path or URL with characters that mean something in YAML
 
 
+def require_no_broken_yaml(key: str, value: Any) -> None:
+    """ConfigError with what YAML says if a value was meant as `{...}` or `[...]` and stayed text because it is no YAML."""
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        parse_yaml(value, f"the value of {key}")
+
+
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> Tree:
     """Return a copy of `tree` with `key.path=value` applied in order; ConfigError if a path leads through a plain value."""
     out: Tree = copy.deepcopy(dict(tree))

@@ -265,7 +265,7 @@ def _recipes(verb: str, args: Args) -> list[Any]:
     return [load_recipe(name, args.overrides) for name in args.recipes]
 
 
-@VERBS.register("demo", "make a small table of latents from generated sprites, under ./demo or out=...")
+@VERBS.register("demo", "make a small table of latents from generated sprites, under ./demo or out=...", writes=True)
 def _demo(args: Args) -> Result:
     from pipelines.demo import demo
 

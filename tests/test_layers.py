@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "jobs": {"base", "data", "models", "jobs"},
 }
 # pipelines, from the bottom; a room that is not named here is between cluster and flows
-LEVEL = {"tree": 0, "validate": 0, "config": 1, "cluster": 2, "flows": 4, "deploy": 5, "launch": 5, "demo": 6, "verbs": 7, "cli": 8}
+LOW = {"nearest": 0, "tree": 0, "validate": 0, "config": 1, "cluster": 2}
+LEVEL = {**LOW, "flows": 4, "deploy": 5, "launch": 5, "demo": 6, "verbs": 7, "cli": 8}
 COMMAND_LINE = {"cli", "verbs", "arguments", "overrides", "launch"}  # what every `aepipe --help` loads
 ORCHESTRATION = {"ray", "prefect", "pydantic"}
 ONLY_IN = {"prefect": {"flows", "deploy"}, "ray": {"cluster"}, "pydantic": {"validate"}}

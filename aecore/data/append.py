@@ -116,7 +116,8 @@ def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dic
 def _changed(store: Store, listing: Listing, rows: NDArray[np.int64], what: str) -> str:
     examples = ", ".join(repr(listing.sources[row]) for row in rows[:SHOWN].tolist())
     more = ", ..." if len(rows) > SHOWN else ""
+    have = "sample has" if len(rows) == 1 else "samples have"
     return (
-        f"{len(rows)} samples have {what}: {examples}{more}. A data set only grows: give changed files new names, "
+        f"{len(rows)} {have} {what}: {examples}{more}. A data set only grows: give changed files new names, "
         f"restore the old ones, or write to another URL than {store.url}"
     )

@@ -112,11 +112,15 @@ class DatasetManifest:
         """Number of samples that are in quarantine instead of in a shard."""
         return sum(shard.quarantined for shard in self.shards) + sum(part.planned for part in self.rejected)
 
-    def split(self, name: str) -> tuple[ShardRef, ...]:
-        """Return the shards of a split; DataError with the known splits if there is none of that name."""
+    def split(self, name: str, key: str | None = None) -> tuple[ShardRef, ...]:
+        """Return the shards of a split; DataError with the known splits if there is none; it names `key`, which asked for the split."""
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
-            raise DataError(f"the data set (generation {self.number}) has no split {name!r} (it has: {known}); see splits.*")
+            choose = "" if key is None or not self.splits else f"write {key}={next(iter(self.splits))}, or another one that is there; "
+            raise DataError(
+                f"the data set (generation {self.number}) has no split {name!r} (it has: {known}): {choose}"
+                "splits.* say how `aepipe shard` makes them"
+            )
         return self.splits[name]
 
     def num_samples(self, split: str | None = None) -> int:

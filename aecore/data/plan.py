@@ -107,7 +107,8 @@ def plan_dataset(
             )
             tasks.append(task)
     counts = ", ".join(f"{split} {len(rows)}" for split, rows in members.items())
-    return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), (f"splits.by={chosen.by}: {counts}", *listing.notes))
+    counted = (f"splits.by={chosen.by}: {counts}",) if counts else ("nothing new",)
+    return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), (*counted, *listing.notes))
 
 
 def require_unique(listing: Listing) -> None:

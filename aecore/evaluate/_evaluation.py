@@ -110,7 +110,7 @@ def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Datase
     loaded = load_model(absolute_url(run, "run"), device=device)
     require_fit(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
-    dataset.manifest.split(spec.split)
+    dataset.manifest.split(spec.split, "evaluate.split")
     spec.transform(loaded.config.transform)
     if spec.iwae and not {"mu", "log_var"} <= set(loaded.config.model.columns):
         raise ConfigError(

@@ -81,7 +81,7 @@ def test_the_same_again_writes_nothing_and_is_the_same_bytes_elsewhere(tmp_path:
 
 def test_other_samples_in_the_same_place_are_refused(tmp_path: Path, run: str) -> None:
     sample_run(run, str(tmp_path), SampleSpec(num=5))
-    with pytest.raises(ConfigError, match=r"holds another set of samples:\n  spec.seed: there 0, asked 1"):
+    with pytest.raises(ConfigError, match=r"holds another set of samples:\n  sample.seed: there 0, asked 1"):
         sample_run(run, str(tmp_path), SampleSpec(num=5, seed=1))
 
 

@@ -108,6 +108,23 @@ def test_differing_fields_are_shown_with_both_values():
     assert "max" not in str(error.value)
 
 
+def test_a_differing_hash_is_shown_short_after_the_address_that_it_is_of():
+    with pytest.raises(ConfigError) as error:
+        require_same(
+            "out",
+            "run",
+            {"data": {"train": "a" * 64, "val": "c" * 64}, "database": 1, "train": {"epochs": 5}},
+            {"data": {"train": "b" * 64, "val": None}, "database": 2, "train": {"epochs": 4}},
+            places={"data": ("/x/ds", "/x/ds2")},
+            hints={"train.epochs": "to train longer do this", "optim.lr": "not asked"},
+        )
+    message = str(error.value)
+    assert f"data.train: there /x/ds ({'b' * 12}), asked /x/ds2 ({'a' * 12})\n" in message
+    assert f"data.val: there None, asked /x/ds2 ({'c' * 12})\n" in message
+    assert "database: there 2, asked 1\n" in message
+    assert message.endswith("use the values that are there; to train longer do this")
+
+
 def test_a_manifest_of_a_newer_format_asks_for_an_upgrade(tmp_path):
     (tmp_path / "dataset.000001.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match="upgrade aecore"):

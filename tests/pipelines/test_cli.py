@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,9 @@ def test_every_stage_is_shown_and_verified(walk: Path, capsys: pytest.CaptureFix
     assert whole["run"]["finished"]
     assert whole["table"]["rows"] == 200
     assert whole["table"]["lineage"]["checkpoint"]["sha256"] == whole["run"]["checkpoint_sha256"]
+    checked = json.loads(said(capsys, "verify", str(walk), "--read-data", "--json"))
+    assert checked["table"]["rows"] == whole["table"]["rows"] == checked["dataset"]["samples"], "the names are those of show"
+    assert (checked["dataset"]["read_data"], checked["table"]["read_data"]) == (True, True)
     assert "samples:" in said(capsys, "show", str(walk / "dataset"))
     assert said(capsys, "verify", str(walk / "table"), "--dataset", str(walk / "dataset")).startswith("ok\n")
 
@@ -177,10 +181,19 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["shard", "sprites", "ftp://bucket/x", HERE], 2, "has the scheme 'ftp'"),
         (["train", "data={tmp}/none", "out={tmp}/y", HERE], 3, "holds no data set"),
         (["encode", "{tmp}/none", "{walk}/dataset", "{tmp}/t", HERE], 3, "holds no trained model"),
+        (["encode", "{tmp}/none", "{walk}/dataset", "{tmp}/t", HERE], 3, "`aepipe train RECIPE data=DATASET out={tmp}/none`"),
         (["evaluate", "{walk}/run", "{walk}/dataset", "evaluate.split=val", HERE], 3, "has no split 'val' (it has: train, test)"),
+        (["evaluate", "{walk}/run", "{walk}/dataset", "evaluate.split=val", HERE], 3, "write evaluate.split=train, or another one"),
         (["sample", "{walk}/run", "{tmp}/s", "label=3"], 2, "label=3, and model.kind=vae is not told a class"),
         (["sample", "{walk}/run", "{tmp}/s", "num=0"], 2, "sample.num"),
         (["sample", "{walk}/run", "{tmp}/s", "sample.nun=3"], 2, "unknown key 'sample.nun' (did you mean 'sample.num'?"),
+        (["sample", "{walk}/run", "{tmp}/s", "nm=3"], 2, "unknown key 'nm' (did you mean 'num'?"),
+        (
+            ["sample", "{walk}/run", "{tmp}/s", "label=heart"],
+            2,
+            "expected the number of a class: 0 ellipse, 1 heart, 2 square; write label=1",
+        ),
+        (["sample", "{tmp}/none", "{tmp}/s", "label=cat"], 2, "class_names of `aepipe show DATASET`, counted from 0"),
         (["sample", "{walk}/table", "{tmp}/s"], 3, "table is a latent table, expected a training run"),
         (["sample", "{walk}/run", "{tmp}/s", "cluster={kind: address, address: h:1}"], 2, "`aepipe sample` works in this process"),
         (["decode", "{walk}/run", "{walk}/dataset", "{tmp}/s"], 3, "dataset is a data set, expected a latent table"),
@@ -188,6 +201,12 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["decode", "{walk}/run", "{walk}/table", "{tmp}/s", "split=val"], 3, "has no split 'val'"),
         (["show", "{tmp}"], 3, "holds no dataset, run or table"),
         (["train", "data={walk}/dataset", "out={walk}/run", *TINY, "optim.lr=0.5"], 2, "optim.lr: there 0.001, asked 0.5"),
+        (
+            ["train", "data={walk}/dataset", "out={walk}/run", *TINY, "train.epochs=3"],
+            2,
+            "train.epochs: there 2, asked 3\nwrite to another URL, or use the values that are there; "
+            "to train on from the weights of this run, add train.init_from={walk}/run and another out",
+        ),
         (["shard", "sprites", "{walk}/dataset", *SPRITES, "shards.max_samples=50"], 2, "shards.max_samples: there 100, asked 50"),
         (["serve", "--cron", "* * * * *"], 2, "--cron needs a recipe"),
         (["shard", "{tmp}", "/proc/nothing/here", HERE], 3, "{tmp}"),
@@ -246,7 +265,7 @@ def test_bad_input_ends_with_its_exit_code_and_one_message(
 ) -> None:
     places = {"tmp": str(tmp_path), "walk": str(walk)}
     error = said(capsys, *[word.replace("{tmp}", places["tmp"]).replace("{walk}", places["walk"]) for word in argv], code=code)
-    assert message.replace("{tmp}", places["tmp"]) in error
+    assert message.replace("{tmp}", places["tmp"]).replace("{walk}", places["walk"]) in error
     assert "Traceback" not in error
     assert [line for line in error.splitlines() if line.startswith("aepipe: ")], error
 
@@ -275,10 +294,55 @@ def test_a_prefect_server_that_does_not_answer_is_a_cluster_error(
 
 
 def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    error = said(capsys, "shard", "only-one", code=2)
+    assert "the following arguments are required: DATASET\nusage: aepipe shard " in error
+    assert error.endswith("SRC DATASET [key=value ...]\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "usage"),
+    [
+        ("shard sprites ./s --jsn", "`aepipe shard` has no option --jsn: did you mean --json?", "DATASET [key=value ...]"),
+        ("shard sprites ./s cluster.num_workers", "write key=value, as in cluster.num_workers=...", "DATASET [key=value ...]"),
+        ("gc ./s --dry", "`aepipe gc` has no option --dry: did you mean --dry-run?", "URL"),
+        ("show a b", "`aepipe show` has no place for 'b'", "URL"),
+        ("list modls", "invalid choice: 'modls'", "{models,backbones,sources,recipes}"),
+    ],
+)
+def test_a_word_without_a_place_ends_with_the_usage_of_its_verb(
+    words: str, message: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = said(capsys, *words.split(), code=2)
+    assert message in error
+    assert f"\nusage: aepipe {words.split()[0]} " in error and error.endswith(f" {usage}\n")
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.metadata
+
     with pytest.raises(SystemExit) as stopped:
-        main(["shard", "only-one"])
-    assert stopped.value.code == 2
-    assert "DATASET" in capsys.readouterr().err
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"aepipe {importlib.metadata.version('aecore')}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "kind", "message"),
+    [
+        (["show", "{tmp}/nope"], 3, "DataError", "holds no dataset, run or table"),
+        (["train", "data=x", "out=y", "train.epoch=3"], 2, "ConfigError", "unknown key 'train.epoch'"),
+        (["show"], 2, "ConfigError", "the following arguments are required: URL"),
+    ],
+)
+def test_with_json_an_error_is_json_too(
+    argv: list[str], code: int, kind: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*(word.replace("{tmp}", str(tmp_path)) for word in argv), "--json"]) == code
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    assert (found["error"], found["exit_code"]) == (kind, code)
+    assert message in found["message"]
+    assert output.err == f"aepipe: {found['message']}\n", "people still read it"
 
 
 def test_damage_is_found(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,6 +357,13 @@ def test_damage_is_found(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tar.name in said(capsys, "verify", str(tmp_path / "copy" / "dataset"), "--read-data", code=3)
     tar.unlink()
     assert "is missing" in said(capsys, "verify", str(tmp_path / "copy" / "dataset"), code=3)
+    assert main(["verify", str(tmp_path / "copy" / "dataset"), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert tar.name in found["message"] and found["exit_code"] == 3
+    table = tmp_path / "table"
+    error = said(capsys, "encode", str(walk / "run"), str(tmp_path / "copy" / "dataset"), str(table), HERE, code=3)
+    assert error.endswith("the rest is kept; put that right, then run the same command again to finish\n")
+    assert "\n\n" not in error
     weights = next((tmp_path / "copy" / "run" / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert weights.name in said(capsys, "verify", str(tmp_path / "copy" / "run"), code=3)
@@ -354,6 +425,14 @@ def test_list_names_what_there_is(what: str, capsys: pytest.CaptureFixture[str])
     parts = json.loads(said(capsys, "list", what, "--json"))
     assert parts[known]["about"]
     assert f"{known}: " in said(capsys, "list", what)
+    if what == "recipes":
+        assert [part["about"] for part in parts.values() if not part["about"].endswith(".")] == [], "whole sentences"
+        assert parts["mnist_iwae"]["about"].endswith("(Burda et al. 2015).")
+
+
+def test_one_of_a_thing_is_singular_and_small_data_has_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "shard", "sprites", str(tmp_path / "out"), "source.num_samples=1", "splits.by=none", HERE)
+    assert re.search(r"generation 1: train 1 sample; 1 shard, [\d.]+ kB \(", text)
 
 
 def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard_error(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_file_that_gives_a_known_one_another_key_is_a_data_error(tmp_path):
     source = images(tmp_path / "in", range(2))
     shard(source, tmp_path / "out")
     (tmp_path / "in/a/000.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"1 samples have another key .*'a/000.png'"):
+    with pytest.raises(DataError, match=r"1 sample has another key .*'a/000.png'"):
         shard(source, tmp_path / "out")
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_grew_between_listing_and_reading_is_no_change(tmp_path):
     made = shard(source, tmp_path / "out", SplitSpec(), grows)
     assert shard(source, tmp_path / "out") == made
     path.write_bytes(encoded(image(2, side=20)))
-    with pytest.raises(DataError, match="1 samples have other sizes"):
+    with pytest.raises(DataError, match="1 sample has other sizes"):
         shard(source, tmp_path / "out")
 
 
