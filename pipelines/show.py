@@ -59,17 +59,18 @@ def _table(store: Store) -> Tree:
 
 def _run(store: Store) -> Tree:
     from aecore.checkpoint import committed_checkpoints
-    from aecore.metrics import last_row
+    from aecore.metrics import last_epoch
     from aecore.run import finished_run
 
     claim, done = read_json(store, "run.000001.json"), finished_run(store)
+    metrics = dict(done.metrics) if done else last_epoch(store) or {}
     return {
         "finished": done is not None,
-        "step": done.step if done else (last_row(store) or {}).get("step", 0),
+        "step": done.step if done else metrics.get("step", 0),
         "total_steps": claim["info"]["total_steps"],
         "model": done.model_url if done else None,
         "checkpoint_sha256": done.checkpoint_sha256 if done else None,
-        "metrics": dict(done.metrics) if done else last_row(store),
+        "metrics": metrics or None,
         "checkpoints": [name for _, name in committed_checkpoints(store)],
         "data": claim["info"]["data"],
         "identity": claim["identity"],

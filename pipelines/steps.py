@@ -96,6 +96,7 @@ def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
         "run": job.out,
         "model": result.model_url,
         "steps": result.step,
+        "epoch": result.metrics.get("epoch"),
         "metrics": numbers,
         "checkpoint_sha256": result.checkpoint_sha256,
         "seconds": _since(started),

@@ -63,7 +63,8 @@ def _shard(summary: Mapping[str, Any]) -> str:
 def _train(summary: Mapping[str, Any]) -> str:
     numbers = {name: value for name, value in summary["metrics"].items() if isinstance(value, float) and name not in ("lr", "beta")}
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-    return f"model {summary['model']}: step {summary['steps']:,}, {metrics}; checkpoint {summary['checkpoint_sha256'][:12]}"
+    means = f"means of epoch {summary['epoch']}: {metrics}; " if numbers else ""
+    return f"model {summary['model']}: step {summary['steps']:,}; {means}checkpoint {summary['checkpoint_sha256'][:12]}"
 
 
 def _encode(summary: Mapping[str, Any]) -> str:
