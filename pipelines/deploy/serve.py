@@ -64,7 +64,10 @@ def local_server() -> Iterator[str]:
         _wait_for(page, server, log)
         os.environ["PREFECT_API_URL"] = f"{page}/api"
         logger.warning("Prefect server at %s (its log: %s)", page, log)
-        yield page
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: f"{page}/api"}):  # who imported prefect before has settings without it
+            yield page
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.terminate()
