@@ -20,6 +20,18 @@ _USE = {
 }
 
 
+_GENERATED = {
+    "samples.json": ("samples", "samples of a model's prior, written by `aepipe sample`"),
+    "decoded.json": ("decoded", "decoded latents, written by `aepipe decode`"),
+    "figures.json": ("figures", "figures of a model, written by `aepipe evaluate --figures`"),
+}
+
+
+def generated_here(store: Store) -> tuple[str, str, str] | None:
+    """Return kind, what it is in words, and the manifest's name of files that were made from a model; None if there are none."""
+    return next(((*said, name) for name, said in _GENERATED.items() if store.size(name) is not None), None)
+
+
 def kind_here(store: Store) -> str | None:
     """Return dataset, table, run (finished or not), checkpoint or root; None if none of them is there."""
     for kind in ("dataset", "table"):

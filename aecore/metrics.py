@@ -10,7 +10,7 @@ step, but a part is due by time: each flush carries rank 0's estimate of the ste
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,57 @@ from aecore.errors import DataError, Diverged
 from aecore.ranks import Rank, all_sum
 from aecore.store import FileRef, Store, canonical_json
 
+FACTS = ("step", "epoch", "samples", "lr", "beta", "validation")  # of a row; all else are means over its samples
+
+
+@dataclass
+class EpochMean:
+    """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew."""
+
+    last: dict[str, Any] = field(default_factory=dict)
+    _samples: int = 0
+    _sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row; rows come in the order of their steps."""
+        if self.last.get("epoch") != row["epoch"]:
+            self._samples, self._sums = 0, {}
+        self.last = dict(row)
+        self._samples += row["samples"]
+        for name, value in row.items():
+            if name not in FACTS:
+                self._sums[name] = self._sums.get(name, 0.0) + value * row["samples"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a row for people: the means, all samples, the facts of the last row; its `epoch` counts from 1. Empty without rows."""
+        if not self.last:
+            return {}
+        means = {name: total / self._samples for name, total in self._sums.items()}
+        return {**self.last, **means, "epoch": self.last["epoch"] + 1, "samples": self._samples}
+
+
+def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the means of each epoch of rows that stand in the order of their steps, as `EpochMean` has them."""
+    means: dict[int, EpochMean] = {}
+    for row in rows:
+        means.setdefault(row["epoch"], EpochMean()).add(row)
+    return [mean.to_dict() for mean in means.values()]
+
 
 @dataclass
 class MetricLog:
-    """Collects one rank's sums and writes the parts (rank 0). `parts` names the committed parts of steps 1..now."""
+    """Collects one rank's sums and writes the parts (rank 0). `parts` names the committed parts of steps 1..now.
+
+    `blame_data` is called before a loss that is not finite stops the run, with the step, or with None if it is the validation's: it
+    raises another error if the data are to blame.
+    """
 
     store: Store
     rank: Rank
     attempt: str
     every_s: float
+    blame_data: Callable[[int | None], None]
+    epoch: EpochMean = field(default_factory=EpochMean)
     parts: list[FileRef] = field(default_factory=list)
     _names: tuple[str, ...] = ()
     _sums: list[Tensor] = field(default_factory=list)
@@ -62,16 +104,33 @@ class MetricLog:
         rows, self._rows, self._sums = self._rows, [], []
         bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
         if bad is not None:
+            self.blame_data(bad["step"])
             raise Diverged(
-                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch']}): training stopped, the checkpoints before "
+                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch'] + 1}): training stopped, the checkpoints before "
                 "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, "
                 "and write to another out"
             )
         if validation is not None:
-            _require_finite(validation, rows[-1]["step"])
+            self._require_finite(validation, rows[-1]["step"])
             rows[-1]["validation"] = dict(validation)
+        for row in rows:
+            self.epoch.add(row)
         self._write(rows)
         return rows[-1]
+
+    def resume(self, parts: Iterable[FileRef], step: int) -> None:
+        """Go on behind `step`, the last one of these committed parts."""
+        self.parts = list(parts)
+        self.epoch = epoch_of(self.store, self.parts, step)
+
+    def _require_finite(self, validation: Mapping[str, float], step: int) -> None:
+        for name, value in validation.items():
+            if not math.isfinite(value):
+                self.blame_data(None)
+                raise Diverged(
+                    f"validation {name} is {value} after step {step}: training stopped, the checkpoints before it are kept; "
+                    "check transform.scale and model.likelihood"
+                )
 
     def _next_due(self) -> int:
         """Return rank 0's estimate of the steps that `every_s` seconds hold; 0 on the other ranks, so that the sum is the estimate."""
@@ -86,44 +145,68 @@ class MetricLog:
             self.parts.append(self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics"))
 
 
-def _require_finite(validation: Mapping[str, float], step: int) -> None:
-    for name, value in validation.items():
-        if not math.isfinite(value):
-            raise Diverged(
-                f"validation {name} is {value} after step {step}: training stopped, the checkpoints before it are kept; "
-                "check the validation split for values that are not finite, and transform.scale and model.likelihood"
-            )
-
-
 def read_rows(store: Store, parts: Iterable[FileRef]) -> list[dict[str, Any]]:
     """Return the rows of committed parts, in order; DataError if one is missing or damaged."""
     return [json.loads(line) for part in parts for line in store.read(part.name, ref=part).splitlines()]
 
 
-def row_of(store: Store, parts: Iterable[FileRef], step: int) -> dict[str, Any]:
-    """Return the row of one step; DataError if no part holds it."""
-    for part in parts:
-        first, last = part.name.removeprefix("metrics/").split("-")[:2]
-        if int(first) <= step <= int(last):
-            return next(row for row in read_rows(store, [part]) if row["step"] == step)
-    raise DataError(f"{store.url} has no metrics of step {step}: its newest checkpoint does not list them")
+def epoch_of(store: Store, parts: Iterable[FileRef], step: int) -> EpochMean:
+    """Return the means of the epoch of `step` up to there; DataError if no committed part ends with it, or one is damaged."""
+    refs = {part.name: part for part in parts}
+    mean = _epoch_until(refs, step, lambda name: read_rows(store, [refs[name]]))
+    if mean is None:
+        raise DataError(f"{store.url} has no metrics of step {step}: its newest checkpoint does not list them")
+    return mean
+
+
+def _epoch_until(names: Iterable[str], step: int, read: Callable[[str], list[dict[str, Any]]]) -> EpochMean | None:
+    """Return the means of the epoch of `step` from the parts that end there, and before; attempts that overlap wrote the same rows."""
+    by_end = {_steps(name)[1]: name for name in names}
+    rows: list[dict[str, Any]] = []
+    name = by_end.get(step)
+    while name is not None and (not rows or rows[0]["epoch"] == rows[-1]["epoch"]):
+        rows = read(name) + rows
+        name = by_end.get(_steps(name)[0] - 1)
+    mean = EpochMean()
+    for row in rows:
+        mean.add(row)
+    return mean if rows else None
+
+
+def _steps(name: str) -> tuple[int, int]:
+    first, last = name.removeprefix("metrics/").split("-")[:2]
+    return int(first), int(last)
 
 
 def last_row(store: Store) -> dict[str, Any] | None:
-    """Return the row of the highest step that any attempt has written so far, None before the first: for progress only.
+    """Return the row of the highest step that any attempt has written so far, None before the first: for progress only."""
+    return _newest(store, lambda names, newest: _rows(store, newest)[-1])
 
-    A part that `gc` removes between the listing and the reading is not the newest any more: the listing is read again.
-    """
+
+def last_epoch(store: Store) -> dict[str, Any] | None:
+    """Return the means of the epoch of the highest step so far (see `EpochMean.to_dict`), None before the first: for progress only."""
+
+    def look(names: list[str], newest: str) -> dict[str, Any]:
+        mean = _epoch_until(names, _steps(newest)[1], lambda name: _rows(store, name))
+        return {} if mean is None else mean.to_dict()
+
+    return _newest(store, look)
+
+
+def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what `look` sees in all parts and the newest; a part that `gc` removes before it is read: they are listed again."""
     for _ in range(5):
-        parts = [name for name in store.list("metrics") if name.endswith(".jsonl")]
-        newest = max(parts, key=lambda name: name.split("-")[1], default=None)
+        names = [f"metrics/{name}" for name in store.list("metrics") if name.endswith(".jsonl")]
+        newest = max(names, key=lambda name: _steps(name)[1], default=None)
         if newest is None:
             return None
         try:
-            row: dict[str, Any] = json.loads(store.read(f"metrics/{newest}").splitlines()[-1])
+            return look(names, newest)
         except DataError:
-            if store.size(f"metrics/{newest}") is not None:
+            if all(store.size(name) is not None for name in names):
                 raise
-            continue
-        return row
     return None
+
+
+def _rows(store: Store, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read(name).splitlines()]

@@ -20,7 +20,7 @@ from aecore.data.stream import StreamLoader, open_stream
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
-from aecore.metrics import row_of
+from aecore.metrics import epoch_of
 from aecore.optim import OptimSpec
 from aecore.registry import MODELS, knob, spec, to_dict
 from aecore.store import Store
@@ -134,7 +134,7 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What `fit` leaves behind: the published model, its step and that step's row of metrics (with `validation` if there was any)."""
+    """What `fit` leaves behind: the published model, its step, and the means of that step's epoch (see `aecore.metrics.EpochMean`)."""
 
     url: str
     model_url: str
@@ -285,5 +285,5 @@ def finished_run(store: Store) -> RunResult | None:
         return None
     model = read_checkpoint(store, "model")
     newest = newest_checkpoint(store, model.info.get("run_sha256"))
-    row = {} if newest is None else row_of(store, newest.metrics, model.step)
-    return RunResult(store.url, f"{store.url}/model", model.step, row, model.sha256)
+    metrics = {} if newest is None else epoch_of(store, newest.metrics, model.step).to_dict()
+    return RunResult(store.url, f"{store.url}/model", model.step, metrics, model.sha256)

@@ -40,8 +40,10 @@ from aecore.checkpoint import (
 )
 from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
+from aecore.data.stream import StreamLoader
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
+from aecore.finite import require_finite_samples
 from aecore.generations import read_json
 from aecore.loss import LossResult
 from aecore.metrics import MetricLog
@@ -111,7 +113,7 @@ class _Training:
         self.loader = train_loader(job, dataset, model, rank.index, rank.world)
         self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
-        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s)
+        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data)
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
         self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
@@ -146,7 +148,7 @@ class _Training:
         checkpoint = read_checkpoint(self.store, name)
         load_weights(self.objective.model, self.store, checkpoint)
         self.optimizer.load_state_dict(load_state(self.store, checkpoint)["optimizer"])
-        self.log.parts = list(checkpoint.metrics)
+        self.log.resume(checkpoint.metrics, checkpoint.step)
         self.best = None if checkpoint.best is None else dict(checkpoint.best)
         if self.rank.index == 0:
             logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
@@ -213,7 +215,7 @@ class _Training:
         row = self.log.flush(validation)
         if epoch_end:
             require_equal_parameters(self.rank, self.objective, self.step)
-            self._say(row, time.perf_counter() - started)
+            self._say(time.perf_counter() - started)
         if due:
             self._checkpoint(row)
         return epoch_end
@@ -223,11 +225,24 @@ class _Training:
         train = self.job.train
         return validate(self.objective, self.val_loader, seed=seed_of("validation", train.seed), batch=train.global_batch, rank=self.rank)
 
-    def _say(self, row: Mapping[str, Any], seconds: float) -> None:
+    def _blame_data(self, step: int | None) -> None:
+        """DataError if a sample of a step (None: of the validation split) is not finite; tars without an index cannot be read again."""
+        if step is None and self.val_loader is not None:
+            loader = self.val_loader
+            with closing(loader.range_batches(0, loader.num_samples, self.job.train.global_batch)) as batches:
+                require_finite_samples(batches, loader.rows)
+        elif step is not None and not isinstance(self.loader, StreamLoader):
+            with closing(train_loader(self.job, self.dataset, self.objective.model)) as whole:  # the batch of all ranks: all say the same
+                assert not isinstance(whole, StreamLoader)
+                with closing(whole.batches(step - 1, step)) as batches:
+                    require_finite_samples(batches, whole.rows)
+
+    def _say(self, seconds: float) -> None:
         if self.rank.index == 0:
-            validation = f", validation {row['validation']['loss']:.4f}" if "validation" in row else ""
-            text = "epoch %d: step %d of %d, loss %.4f%s, %.1f s"
-            logger.info(text, row["epoch"] + 1, self.step, self.total_steps, row["loss"], validation, seconds)
+            mean = self.log.epoch.to_dict()
+            validation = f", validation {mean['validation']['loss']:.4f}" if "validation" in mean else ""
+            text = "epoch %d: step %d of %d, mean loss %.4f%s, %.1f s"
+            logger.info(text, mean["epoch"], self.step, self.total_steps, mean["loss"], validation, seconds)
 
     def _checkpoint(self, row: Mapping[str, Any]) -> None:
         require_equal_parameters(self.rank, self.objective, self.step)

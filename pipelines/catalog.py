@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 import re
-from typing import Any
+import types
+from typing import Any, Literal, Union, get_args, get_origin
 
-from aecore.registry import BACKBONES, MODELS, SOURCES, Registry
+from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, field_types
 from pipelines.tree import Tree, shipped_recipes
 
 _REGISTRIES = {"models": MODELS, "backbones": BACKBONES, "sources": SOURCES}
@@ -21,13 +22,37 @@ def parts(what: str) -> Tree:
 
 def _part(cls: type) -> Tree:
     about = (cls.__doc__ or "").strip().splitlines()[0]
-    knobs = {field.name: _knob(field) for field in dataclasses.fields(cls) if field.name != "kind"}
+    hints = field_types(cls)
+    knobs = {field.name: _knob(field, hints[field.name]) for field in dataclasses.fields(cls) if field.name != "kind"}
     return {"about": about, "knobs": knobs}
 
 
-def _knob(field: dataclasses.Field[Any]) -> Tree:
-    default = field.default if field.default is not dataclasses.MISSING else None
-    return {"default": list(default) if isinstance(default, tuple) else default, "help": field.metadata.get("help", "")}
+def _knob(field: dataclasses.Field[Any], hint: Any) -> Tree:  # any: a type
+    """Return the default of a knob, what it means, its type, its choices and its bounds (where there are some)."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    bounds = {name: field.metadata[name] for name in ("ge", "gt", "le") if field.metadata.get(name) is not None}
+    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
+    return {
+        "default": list(default) if isinstance(default, tuple) else default,
+        "help": field.metadata.get("help", ""),
+        "type": _type_name(hint),
+        **({"choices": choices} if choices else {}),
+        **bounds,
+    }
+
+
+def _type_name(hint: Any) -> str:  # any: a type
+    """Return a type in words: `int`, `str or none`, `gaussian or bernoulli`, `list of int`."""
+    origin, parts = get_origin(hint), [part for part in get_args(hint) if part is not Ellipsis]
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_type_name, parts))
+    if origin is tuple:
+        return f"list of {_type_name(parts[0])}"
+    if origin is dict:
+        return f"map of {_type_name(parts[0])} to {_type_name(parts[1])}"
+    return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def _header(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from aecore.fanout import OnPart
 from aecore.generations import PartRecord, read_json
-from aecore.metrics import last_row
+from aecore.metrics import last_epoch, last_row
 from aecore.store import Store
 
 
@@ -166,5 +166,7 @@ class TrainWatch:
         validation = f", validation {row['validation']['loss']:.4f}" if "validation" in row else ""
         news = row["epoch"] != self._epoch or "validation" in row or self._step == self._total
         self._epoch = row["epoch"]
-        text = f"epoch {row['epoch'] + 1}, loss {row['loss']:.4f}{validation}"
+        mean = last_epoch(self._store) if news and self._milestones else None  # in between a cheap look at the newest step will do
+        loss = f"mean loss {mean['loss']:.4f}" if mean else f"loss {row['loss']:.4f}"
+        text = f"epoch {row['epoch'] + 1}, {loss}{validation}"
         self._report(Progress("train", self._step, self._total, "steps", text, news and self._milestones))

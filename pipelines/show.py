@@ -4,6 +4,7 @@ import dataclasses
 
 from aecore.errors import ConfigError, DataError
 from aecore.generations import newest_number, read_json
+from aecore.kinds import generated_here
 from aecore.slices import parse_slice
 from aecore.store import Store, absolute_url, open_store
 from pipelines.tree import Tree
@@ -12,7 +13,7 @@ STAGE_FOLDERS = ("dataset", "run", "table")
 
 
 def kind_of(store: Store) -> str:
-    """Return dataset, table, run, unfinished or root; DataError if the place holds none of our artefacts."""
+    """Return dataset, table, run, unfinished, root or generated; DataError if the place holds none of our artefacts."""
     for kind in ("dataset", "table"):
         if newest_number(store, kind) is not None:
             return kind
@@ -20,6 +21,8 @@ def kind_of(store: Store) -> str:
         return "run" if "model" in read_json(store, "run.000001.json")["identity"] else "unfinished"
     if any(open_store(f"{store.url}/{name}").list() for name in STAGE_FOLDERS):
         return "root"
+    if generated_here(store) is not None:
+        return "generated"
     raise DataError(f"{store.url} holds no dataset, run or table: check the address; `aepipe shard`, `train` and `encode` write them")
 
 
@@ -59,17 +62,18 @@ def _table(store: Store) -> Tree:
 
 def _run(store: Store) -> Tree:
     from aecore.checkpoint import committed_checkpoints
-    from aecore.metrics import last_row
+    from aecore.metrics import last_epoch
     from aecore.run import finished_run
 
     claim, done = read_json(store, "run.000001.json"), finished_run(store)
+    metrics = dict(done.metrics) if done else last_epoch(store) or {}
     return {
         "finished": done is not None,
-        "step": done.step if done else (last_row(store) or {}).get("step", 0),
+        "step": done.step if done else metrics.get("step", 0),
         "total_steps": claim["info"]["total_steps"],
         "model": done.model_url if done else None,
         "checkpoint_sha256": done.checkpoint_sha256 if done else None,
-        "metrics": dict(done.metrics) if done else last_row(store),
+        "metrics": metrics or None,
         "checkpoints": [name for _, name in committed_checkpoints(store)],
         "data": claim["info"]["data"],
         "identity": claim["identity"],
@@ -83,7 +87,14 @@ def _unfinished(store: Store) -> Tree:
     }
 
 
-_SHOW = {"dataset": _dataset, "table": _table, "run": _run, "unfinished": _unfinished}
+def _generated(store: Store) -> Tree:
+    found = generated_here(store)
+    assert found is not None
+    kind, said, manifest = found
+    return {"kind": kind, "what": said, **read_json(store, manifest)}
+
+
+_SHOW = {"dataset": _dataset, "table": _table, "run": _run, "unfinished": _unfinished, "generated": _generated}
 
 
 def verify(url: str, *, read_data: bool = False, dataset: str | None = None, subset: str | None = None) -> Tree:
@@ -128,6 +139,8 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
         places = {"table": dataset if dataset is not None else own}
         stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name), subset=subset) for name in found}
         return {"kind": kind, "url": store.url, **stages}
+    if (generated := generated_here(store)) is not None:
+        raise DataError(f"{store.url} holds {generated[1]}: no hashes of them are kept; the same command elsewhere makes the same")
     raise DataError(f"{store.url} is unfinished: run the command that wrote it again to finish it")
 
 

@@ -6,9 +6,10 @@ needs when it is called. Every step may be called again after a kill: what is co
 
 import dataclasses
 import functools
+import json
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from aecore.errors import ConfigError, DataError
@@ -81,12 +82,14 @@ def dataset_summary(manifest: Any) -> Tree:
 
 def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
     """Train on `data` and publish the model under `out`."""
+    from aecore.run import finished_run
     from pipelines.cluster.train import train as train_job
 
     started, job, cluster = time.perf_counter(), train_job_of(recipe), recipe.cluster
     if dry_run:
         return _train_plan(job)
     store = open_store(job.out)
+    before = finished_run(store)
     watch = TrainWatch(store, report, milestones=cluster.num_workers > 0)
     result = train_job(job, cluster, watch)
     watch.look()
@@ -95,7 +98,9 @@ def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
         "step": "train",
         "run": job.out,
         "model": result.model_url,
+        "made": before is None,
         "steps": result.step,
+        "epoch": result.metrics.get("epoch"),
         "metrics": numbers,
         "checkpoint_sha256": result.checkpoint_sha256,
         "seconds": _since(started),
@@ -138,6 +143,7 @@ def _train_plan(job: Any) -> Tree:
 def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
     """Encode `data` with the model of `run` into the table at `out`."""
     from aecore.encode import encode_dataset
+    from aecore.generations import newest_number
     from aecore.table_manifest import TableManifest
     from pipelines.cluster.fanout import ray_fan_out
     from pipelines.cluster.session import require_gpu_is_there
@@ -146,6 +152,7 @@ def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) ->
     run, data, out = recipe.require("run"), recipe.require("data"), recipe.require("out")
     if cluster.num_workers == 0:
         require_gpu_is_there(cluster)
+    before = newest_number(open_store(out), "table")
     made = encode_dataset(
         run,
         data,
@@ -157,7 +164,7 @@ def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) ->
         dry_run=dry_run,
         on_part=on_part("encode", "parts", report, milestones=cluster.num_workers > 0),
     )
-    facts = table_summary(made) if isinstance(made, TableManifest) else made.to_dict()
+    facts = {"made": made.number != before, **table_summary(made)} if isinstance(made, TableManifest) else made.to_dict()
     return {"step": "encode", "table": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
 
 
@@ -169,8 +176,12 @@ def table_summary(manifest: Any) -> Tree:
         "parts": len(manifest.parts),
         "quarantined": manifest.quarantined,
         "columns": dict(manifest.columns),
-        "lineage": dict(manifest.lineage),
+        "lineage": {**manifest.lineage, "encoded_by": [_producer(each) for each in manifest.lineage["encoded_by"]]},
     }
+
+
+def _producer(facts: Mapping[str, str]) -> Tree:
+    return {**facts, **({"versions": json.loads(facts["versions"])} if "versions" in facts else {})}
 
 
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:

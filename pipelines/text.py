@@ -11,7 +11,8 @@ def of_step(summary: Mapping[str, Any]) -> str:
     """Return one or two lines about what a step made."""
     if summary.get("dry_run"):
         return "would " + _lines(summary)
-    return _STEPS[summary["step"]](summary) + f" ({summary['seconds']:.1f} s)"
+    first, *rest = _STEPS[summary["step"]](summary).split("\n")
+    return "\n".join([f"{first} ({summary['seconds']:.1f} s)", *rest])
 
 
 def of_pipeline(summaries: Mapping[str, Any]) -> str:
@@ -25,6 +26,9 @@ def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}{key}:", of_tree(value, indent + "  ")]
+        elif isinstance(value, list | tuple) and value and all(isinstance(each, Mapping) for each in value):
+            named = {str(number): each for number, each in enumerate(value, 1)} if len(value) > 1 else value[0]
+            lines += [f"{indent}{key}:", of_tree(named, indent + "  ")]
         elif isinstance(value, list | tuple) and len(value) > 8:
             lines.append(f"{indent}{key}: {', '.join(map(str, value[:8]))}, ... ({len(value):,} in all)")
         else:
@@ -37,8 +41,14 @@ def of_parts(parts: Mapping[str, Any]) -> str:
     lines = []
     for name, part in parts.items():
         lines.append(f"{name}: {part['about']}")
-        lines += [f"    {key} = {_value(knob['default'])}    {knob['help']}" for key, knob in part.get("knobs", {}).items()]
+        for key, knob in part.get("knobs", {}).items():
+            lines.append(f"    {key} = {_value(knob['default'])}    {knob['help']} ({_taken(knob)})")
     return "\n".join(lines)
+
+
+def _taken(knob: Mapping[str, Any]) -> str:
+    bounds = [f"{sign} {_value(knob[name])}" for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if name in knob]
+    return " ".join([str(knob["type"]), *([" and ".join(bounds)] if bounds else [])])
 
 
 def of_deployments(summary: Mapping[str, Any]) -> str:
@@ -64,13 +74,16 @@ def _shard(summary: Mapping[str, Any]) -> str:
 def _train(summary: Mapping[str, Any]) -> str:
     numbers = {name: value for name, value in summary["metrics"].items() if isinstance(value, float) and name not in ("lr", "beta")}
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-    return f"model {summary['model']}: step {summary['steps']:,}, {metrics}; checkpoint {summary['checkpoint_sha256'][:12]}"
+    means = f"means of epoch {summary['epoch']}: {metrics}; " if numbers else ""
+    done = "" if summary["made"] else "finished already, "
+    return f"model {summary['model']}: {done}step {summary['steps']:,}; {means}checkpoint {summary['checkpoint_sha256'][:12]}"
 
 
 def _encode(summary: Mapping[str, Any]) -> str:
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
+    new = "" if summary["made"] else "nothing new, "
     rows = f"{_count(summary['rows'], 'row')} in {_count(summary['parts'], 'part')}"
-    return f"table {summary['table']} generation {summary['generation']}: {rows}{bad}"
+    return f"table {summary['table']} generation {summary['generation']}: {new}{rows}{bad}"
 
 
 def _evaluate(summary: Mapping[str, Any]) -> str:
@@ -152,7 +165,7 @@ def of_gc(report: Mapping[str, Any]) -> str:
     """Return what was removed and why, what waits and what is not ours: a line for each reason."""
     if "stages" in report:
         lines = [of_gc(stage) for stage in report["stages"].values()]
-        return "\n".join([*lines, *_not_ours(report)])
+        return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])
     done = "would remove" if report["dry_run"] else "removed"
     lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]
     for why in dict.fromkeys(item["why"] for item in report["garbage"]):
@@ -162,13 +175,13 @@ def of_gc(report: Mapping[str, Any]) -> str:
     lines += [
         f"  left: {item['what']}, {_count(item['files'], 'file')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
     ]
-    return "\n".join([*lines, *_not_ours(report)])
+    return "\n".join([*lines, *_left_alone(report, "not ours, left alone")])
 
 
-def _not_ours(report: Mapping[str, Any]) -> list[str]:
+def _left_alone(report: Mapping[str, Any], why: str) -> list[str]:
     names = report["not_ours"]
     shown = ", ".join(names[:8]) + (f", ... ({len(names):,} in all)" if len(names) > 8 else "")
-    return [f"  not ours, left alone: {shown}"] if names else []
+    return [f"  {why}: {shown}"] if names else []
 
 
 def _count(number: int, noun: str) -> str:

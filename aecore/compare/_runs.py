@@ -10,7 +10,7 @@ from aecore.checkpoint import MANIFEST, CheckpointRef, committed_checkpoints, ne
 from aecore.compare._fields import differing
 from aecore.errors import AecoreError, DataError
 from aecore.generations import read_json
-from aecore.metrics import read_rows
+from aecore.metrics import epoch_means, read_rows
 from aecore.run import CLAIM
 from aecore.store import FileRef, Store, open_store, sha256_json
 
@@ -27,6 +27,7 @@ class _Run:
     chosen: CheckpointRef
     finished: bool
     rows: Sequence[Row]
+    epochs: Sequence[Row]  # means
 
 
 def compare_runs(a: str, b: str) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def compare_runs(a: str, b: str) -> dict[str, Any]:
         },
         "finished": [left.finished, right.finished],
         "steps": [left.newest.step, right.newest.step],
-        "epochs": [_epochs(run) for run in (left, right)],
+        "epochs": [run.epochs[-1]["epoch"] if run.epochs else None for run in (left, right)],
         "final": _side_by_side(_last(left), _last(right)),
         "best": _side_by_side(_best(left), _best(right)),
         "curves": _curves(left.rows, right.rows),
@@ -61,29 +62,26 @@ def _open(url: str) -> _Run:
         raise DataError(f"{store.url} has no valid checkpoint yet: there is nothing to compare; run its train command (again)")
     finished = store.size(f"model/{MANIFEST}") is not None
     chosen = read_checkpoint(store, "model") if finished else newest
-    return _Run(store, claim, newest, chosen, finished, read_rows(store, newest.metrics))
-
-
-def _epochs(run: _Run) -> int | None:
-    return run.rows[-1]["epoch"] + 1 if run.rows else None
+    rows = read_rows(store, newest.metrics)
+    return _Run(store, claim, newest, chosen, finished, rows, epoch_means(rows))
 
 
 def _numbers(row: Row) -> dict[str, float]:
-    """Return the numbers of a row of metrics, those of the validation as `validation.<name>`."""
+    """Return the numbers of an epoch, those of the validation as `validation.<name>`."""
     flat = {**row, **{f"validation.{name}": value for name, value in (row.get("validation") or {}).items()}}
     return {name: value for name, value in flat.items() if isinstance(value, int | float) and name not in ("epoch", "samples")}
 
 
 def _last(run: _Run) -> dict[str, float]:
-    return _numbers(run.rows[-1]) if run.rows else {}
+    return _numbers(run.epochs[-1]) if run.epochs else {}
 
 
 def _best(run: _Run) -> dict[str, float]:
-    """Return the row of the lowest validation loss, without validation that of the lowest loss."""
-    validated = [row for row in run.rows if row.get("validation")]
+    """Return the means of the epoch of the lowest validation loss, without validation that of the lowest mean loss."""
+    validated = [row for row in run.epochs if row.get("validation")]
     if validated:
         return _numbers(min(validated, key=lambda row: row["validation"]["loss"]))
-    return _numbers(min(run.rows, key=lambda row: row["loss"])) if run.rows else {}
+    return _numbers(min(run.epochs, key=lambda row: row["loss"])) if run.epochs else {}
 
 
 def _side_by_side(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def _weights(a: _Run, b: _Run) -> dict[str, Any]:
     if refs[0].sha256 == refs[1].sha256:
         return facts
     left, right = (load_safetensors(run.store.read(ref.name, ref=ref)) for run, ref in zip((a, b), refs, strict=True))
-    for name in [*left, *(name for name in right if name not in left)]:
+    for name in sorted({*left, *right}):  # safetensors gives another order at each call
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (left, right)]
         if shapes[0] != shapes[1]:
             facts["differing_shapes"][name] = shapes

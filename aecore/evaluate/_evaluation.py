@@ -6,7 +6,6 @@ mean over the data is above 0.01 (Burda et al. 2015, "Importance Weighted Autoen
 """
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,6 @@ from aecore.ranks import Rank
 from aecore.store import absolute_url
 from aecore.validation import split_means
 from aecore.variational.marginal import log_marginal
-
-logger = logging.getLogger(__name__)
 
 MAX_CODES = 1 << 16  # entries of a codebook whose use is counted
 
@@ -98,10 +95,7 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none")) as loader:
         means = split_means(objective, loader, seed=spec.seed, batch=spec.batch, rank=rank, extra=_Extra(spec, config.model.likelihood))
     _require_finite(spec.split, means)
-    evaluation = _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))
-    for warning in evaluation.warnings if rank.index == 0 else ():
-        logger.warning(warning)
-    return evaluation
+    return _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))
 
 
 def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Dataset, LoadedModel]:

@@ -11,6 +11,7 @@ from aecore.gc._parts import plan_parts
 from aecore.gc._plan import DAY_S, Garbage, Plan, Waiting
 from aecore.gc._run import plan_run
 from aecore.generations import newest_number, read_json
+from aecore.kinds import generated_here
 from aecore.store import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def _kind_of(store: Store) -> str:
         if kind in ("dataset", "table", "run"):
             return str(kind)
         raise DataError(f"{store.url}/run.{claim:06d}.json says the kind {kind!r}, expected dataset, table or run: it is not ours")
+    if (generated := generated_here(store)) is not None:
+        raise DataError(f"{store.url} holds {generated[1]}: all of it is one result, remove the folder if nobody needs it")
     if store.list() == [".tmp"]:
         return "nothing"
     raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aepipe wrote is collected")

@@ -15,6 +15,7 @@ from aecore.report._pixels import GAP, grid, is_image, pixels
 
 DPI = 120
 FRAMES = 4  # of a video
+MARKED = 20  # epochs whose means have a marker each: two of them alone are a line that says little
 INK, SOFT, STRONG, ACCENT = "#222222", "#b8c4d6", "#2456a6", "#d1495b"
 STYLE = {
     "figure.facecolor": "white",
@@ -146,15 +147,27 @@ def _curves(panel: Curves) -> Figure:
                 axes.plot(line.x, line.y, "o", markersize=3.5, color=ACCENT, label=line.name)
             else:
                 each = line.name == "each step"
-                axes.plot(line.x, line.y, linewidth=0.6 if each else 1.8, color=SOFT if each else STRONG, label=line.name)
+                marker = "" if each or len(line.x) > MARKED else "o"
+                look = {"linewidth": 0.6 if each else 1.8, "color": SOFT if each else STRONG, "marker": marker, "markersize": 4.0}
+                axes.plot(line.x, line.y, label=line.name, **look)
         axes.set_title(title)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel("nats per sample" if number == 1 else "")
         axes.set_ylim(*_limits(lines))
+        _mark_peak(axes, lines)
         axes.grid(True, linewidth=0.3, color="#dddddd")
         if number == 1:
             axes.legend(fontsize=8)
     return figure
+
+
+def _mark_peak(axes: Any, lines: Any) -> None:  # any: matplotlib's; the lines of a panel
+    """Say how high the peak is that the limits leave out."""
+    line = max(lines, key=lambda line: line.y.max())
+    top, at = axes.get_ylim()[1], int(line.y.argmax())
+    if line.y[at] > top:
+        axes.plot(line.x[at], top, "^", markersize=4.5, color=ACCENT, clip_on=False)
+        axes.annotate(f"{line.y[at]:.4g}", (line.x[at], top), (6, -9), textcoords="offset points", fontsize=7, color=ACCENT)
 
 
 def _limits(lines: Any) -> tuple[float, float]:  # any: the lines of a panel

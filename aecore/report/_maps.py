@@ -84,8 +84,9 @@ def loss_curves(metrics: Metrics) -> Curves:
 def _lines(metrics: Metrics, own: Sequence[str], names: Sequence[str], sign: float) -> tuple[Line, ...]:
     steps, epochs = (np.array([row[name] for row in metrics], np.float64) for name in ("step", "epoch"))
     values = sign * np.sum([[row[name] for row in metrics] for name in own], axis=0)
-    each = [epochs == epoch for epoch in np.unique(epochs)]
-    middles, means = (np.array([column[rows].mean() for rows in each]) for column in (steps, values))
+    each, samples = [epochs == epoch for epoch in np.unique(epochs)], np.array([row["samples"] for row in metrics])
+    middles = np.array([steps[rows].mean() for rows in each])
+    means = np.array([np.average(values[rows], weights=samples[rows]) for rows in each])
     lines = [Line("each step", steps, values), Line("mean of an epoch", middles, means)]
     validated = [row for row in metrics if any(name in row.get("validation", {}) for name in names)]
     if validated:

@@ -55,10 +55,9 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
         known = read_json(store, MANIFEST)
         require_same(store.url, "set of figures", identity, known["identity"])
         return {"url": store.url, "files": known["files"], "left_out": known["left_out"]}
-    subtitle = (
-        f"{loaded.config.model.kind}, checkpoint {loaded.sha256[:12]}; "
-        f"{spec.split} of dataset {dataset.manifest.dataset_sha256[:12]}, seed {spec.seed}"
-    )
+    model, trained = f"{loaded.config.model.kind}, checkpoint {loaded.sha256[:12]}", loaded.checkpoint.info
+    seen = f"{model}; {spec.split} of dataset {dataset.manifest.dataset_sha256[:12]}, seed {spec.seed}"
+    learnt = f"{model}; trained on {trained.get('train_split')} of dataset {str(trained.get('dataset_sha256'))[:12]}"
     files, left_out = [], {}
     with View(loaded, dataset, spec, device) as view:
         metrics = functools.partial(_maps.losses, open_store(absolute_url(run, "run")), loaded.checkpoint.info.get("run_sha256"))
@@ -66,7 +65,8 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
         drawn |= {name: functools.partial(figure, view) for name, figure in FIGURES.items()}
         for name, panel in drawn.items():
             try:
-                store.put(f"{name}.png", draw(panel(), view.transform, subtitle), role="figure")
+                picture = draw(panel(), view.transform, learnt if name == "losses" else seen)
+                store.put(f"{name}.png", picture, role="figure")
                 files.append(f"{name}.png")
             except NotDrawn as reason:
                 left_out[name] = str(reason)

@@ -65,7 +65,10 @@ def schedule(recipe: Recipe, cron: str | None = None) -> Any:
     try:
         return Cron(when, timezone=recipe.schedule.timezone)
     except ValueError as error:
-        raise ConfigError(f"schedule.cron={when!r} (timezone {recipe.schedule.timezone!r}) cannot be scheduled: {error}") from None
+        raise ConfigError(
+            f"schedule.cron={when!r} (timezone {recipe.schedule.timezone!r}) cannot be scheduled: {error}; "
+            "write minute, hour, day, month and weekday, for example '0 3 * * *' for every night at 3"
+        ) from None
 
 
 def deployments(recipe: Recipe | None, cron: str | None = None, **options: Any) -> list[Any]:

@@ -14,13 +14,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import ClusterError
 from pipelines.cluster.session import make_importable
 from pipelines.config import Recipe
-from pipelines.deploy.recipes import check, deployments
+from pipelines.deploy.recipes import check, deployments, schedule
 from pipelines.flows import require_server, set_defaults
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,11 @@ PORT = 4200  # Prefect's own; another free one if it is taken
 
 
 def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
-    """Serve until interrupted. `cron` overrides the recipes' `schedule.cron`; ConfigError if a recipe could never run."""
+    """Serve until interrupted, which is no failure. `cron` overrides `schedule.cron`; ConfigError if a recipe could never run."""
     check(recipes, cron, "serve")
     set_defaults()
+    for recipe in recipes:
+        schedule(recipe, cron)  # refuses a wrong one before a server is started
     make_importable()  # scheduled runs are processes of their own
     with contextlib.ExitStack() as stack:
         if not os.environ.get("PREFECT_API_URL"):
@@ -40,6 +43,9 @@ def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
         import prefect
 
         wanted: Sequence[Recipe | None] = recipes or [None]
+        # Prefect's own handler of SIGTERM forgets to await it; the runner stops all the same
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "coroutine 'Runner.astop' was never awaited", RuntimeWarning)
         prefect.serve(*[deployment for recipe in wanted for deployment in deployments(recipe, cron)])
 
 
@@ -58,7 +64,10 @@ def local_server() -> Iterator[str]:
         _wait_for(page, server, log)
         os.environ["PREFECT_API_URL"] = f"{page}/api"
         logger.warning("Prefect server at %s (its log: %s)", page, log)
-        yield page
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: f"{page}/api"}):  # who imported prefect before has settings without it
+            yield page
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.terminate()

@@ -26,12 +26,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A name, the work (it yields or returns findings), the longest time for it, and the class of error that its failure is."""
+    """A name, the work (it yields or returns findings), the class of its failure's error, the longest time, what to do if it raises."""
 
     name: str
     work: Callable[[], "Iterator[Finding] | Finding"]
     error: type[AecoreError]
     timeout_s: float = 20.0
+    remedy: str = "put right what it says, then run `aepipe doctor` again"
 
 
 def ok(name: str, said: str) -> Finding:
@@ -83,5 +84,5 @@ def _run(check: Check) -> list[Finding]:
         return [*found, failed(check.name, f"no answer within {check.timeout_s:.0f} s", "see whether the service or disk behind it hangs")]
     for error in trouble:
         said = str(error) if isinstance(error, AecoreError) else f"{type(error).__name__}: {error}"
-        found.append(failed(check.name, said.strip() or type(error).__name__, ""))
+        found.append(failed(check.name, said.strip() or type(error).__name__, check.remedy))
     return found

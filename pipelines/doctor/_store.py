@@ -19,6 +19,7 @@ RACERS, ROUNDS = 4, 6
 RACE_S = 60.0
 SKEW_S = 5.0
 LOW_BYTES, LOWEST_BYTES = 5 << 30, 100 << 20
+WRITABLE = "give another URL, or see that this user may write there and that the service answers"
 OTHER = "write to another place: without it two runs at once could mix their files"
 
 
@@ -28,7 +29,7 @@ def store_checks(url: str | None) -> list[Check]:
             Check("store", lambda: skipped("store", "no URL given: `aepipe doctor URL` tries put-if-absent and the rest there"), StoreError)
         ]
     where = absolute_url(url)
-    checks = [Check("store", lambda: semantics(where), StoreError, timeout_s=RACE_S + 60)]
+    checks = [Check("store", lambda: semantics(where), StoreError, RACE_S + 60, WRITABLE)]
     return checks if "://" in where else [*checks, Check("store: free space", lambda: space(Path(where)), StoreError)]
 
 

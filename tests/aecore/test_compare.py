@@ -16,6 +16,7 @@ from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
 from aecore.encode import EncodeSpec
 from aecore.errors import ConfigError, DataError
+from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec
 from aecore.table import open_table
 from aecore.train import fit
@@ -99,6 +100,16 @@ def test_data_sets_name_keys_contents_classes_and_splits_that_changed(tmp_path, 
     assert larger["identity"] == {"shards.max_samples": [8, 11]}
 
 
+def test_the_same_samples_in_other_shards_are_the_same_content(tmp_path):
+    images = image_folder(tmp_path / "images", "train", range(20))
+    for name, size in (("few", 12), ("many", 5)):
+        folder_dataset(images, tmp_path / name, max_samples=size)
+    found = compare(str(tmp_path / "few"), str(tmp_path / "many"))
+    assert found["dataset_sha256"][0] != found["dataset_sha256"][1]
+    assert found["equal_shards"] == 0
+    assert found["same_content"] is True
+
+
 def test_runs_show_config_curves_weights_and_best(tmp_path):
     data = sprites_dataset(tmp_path / "data", val=0.1)
     options = {"max_steps": 24, "every_steps": 6, "log_every_s": 0.0, "val_split": "val"}
@@ -117,13 +128,35 @@ def test_runs_show_config_curves_weights_and_best(tmp_path):
     assert found["curves"]["common_steps"] == 24
     assert found["curves"]["max_relative_difference"] == pytest.approx(expected.max())
     assert found["curves"]["at_step"] == int(expected.argmax()) + 1
-    assert found["final"]["loss"]["delta"] == pytest.approx(rows[1][-1]["loss"] - rows[0][-1]["loss"])
+    means = [np.average([row["loss"] for row in each], weights=[row["samples"] for row in each]) for each in rows]
+    assert found["epochs"] == [1, 1]
+    assert found["final"]["loss"]["delta"] == pytest.approx(means[1] - means[0])
     assert found["best"]["validation.loss"]["a"] == min(row["validation"]["loss"] for row in rows[0] if "validation" in row)
     weights = [load_model(str(tmp_path / name)).model.state_dict() for name in ("a", "b")]
     gap = max(float((weights[0][name].double() - weights[1][name].double()).abs().max()) for name in weights[0])
     assert found["weights"]["max_difference"] == pytest.approx(gap)
     assert found["same_weights"] is False
     assert found["checkpoints"]["weights_by_step"].keys() == {"18", "24"}
+
+
+def test_the_best_epoch_without_validation_is_that_of_the_lowest_mean(tmp_path):
+    data = sprites_dataset(tmp_path / "data", val=0.1)
+    fit(small_job(data, tmp_path / "run", epochs=3, optim=OptimSpec(lr=1e-3)))
+    found = compare(str(tmp_path / "run"), str(tmp_path / "run"))
+    rows = losses(tmp_path / "run")
+    epochs = [[row for row in rows if row["epoch"] == epoch] for epoch in range(3)]
+    means = [np.average([row["loss"] for row in each], weights=[row["samples"] for row in each]) for each in epochs]
+    assert found["best"]["loss"]["a"] == pytest.approx(min(means))
+    assert found["best"]["step"]["a"] == epochs[int(np.argmin(means))][-1]["step"]
+
+
+def test_tensors_of_other_shapes_are_named_in_one_order(tmp_path):
+    data = sprites_dataset(tmp_path / "data", val=0.1)
+    for name, hidden in (("a", (16, 8)), ("b", (24, 12))):
+        fit(small_job(data, tmp_path / name, max_steps=1, backbone=MLPSpec(hidden=hidden)))
+    names = list(compare(str(tmp_path / "a"), str(tmp_path / "b"))["weights"]["differing_shapes"])
+    assert len(names) > 6
+    assert names == sorted(names)
 
 
 def test_roots_are_compared_stage_by_stage_and_two_kinds_are_refused(places, tmp_path):

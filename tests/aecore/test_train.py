@@ -4,10 +4,12 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,14 @@ import torch
 
 from aecore import train
 from aecore.checkpoint import committed_checkpoints, load_model, verify_checkpoint
+from aecore.data.job import shard_dataset
 from aecore.data.manifest import open_dataset
+from aecore.data.sources.arrays import ArraysSpec
+from aecore.data.splits import SplitSpec
+from aecore.data.tasks import ShardSpec
+from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.metrics import last_epoch
 from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec, lr_at
 from aecore.store import canonical_json, open_store
@@ -182,12 +190,32 @@ def test_the_best_checkpoint_of_an_attempt_that_runs_beside_is_spared(data, tmp_
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
     job = small_job(data, tmp_path / "run", every_steps=1, epochs=20, optim=OptimSpec(lr=1e18))
-    with pytest.raises(RunFailed, match=r"not finite|the loss is (nan|inf)"):
+    with pytest.raises(RunFailed, match=r"not finite|the loss is (nan|inf).* \(epoch [1-9]"):
         fit(job)
     assert not (tmp_path / "run/model").exists()
     for _, name in committed_checkpoints(open_store(tmp_path / "run")):
         model = load_model(str(tmp_path / "run" / name)).model
         assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def _arrays_with_a_bad_value(folder: Path, split: str, value: float) -> str:
+    arrays = {f"x_{name}": np.random.default_rng(0).normal(size=(40, 6)).astype("float32") for name in ("train", "val")}
+    arrays[f"x_{split}"][17, 2] = value
+    folder.mkdir()
+    np.savez(folder / "arrays.npz", **arrays)
+    shard_dataset(ArraysSpec(url=str(folder / "arrays.npz")), str(folder / "dataset"), SplitSpec(by="folders"), ShardSpec(max_samples=15))
+    return str(folder / "dataset")
+
+
+@pytest.mark.parametrize(("split", "value"), [("train", np.nan), ("train", np.inf), ("val", np.nan)])
+def test_a_sample_that_is_not_finite_is_named_instead_of_the_learning_rate(tmp_path, split, value):
+    data = _arrays_with_a_bad_value(tmp_path / "data", split, value)
+    vae, plain = VAESpec(latent_dim=2), TransformSpec(scale="none")
+    job = small_job(data, tmp_path / "run", model=vae, transform=plain, val_split="val", global_batch=16, epochs=3)
+    with pytest.raises(DataError, match=rf"17' \(ordinal \d+ of split '{split}'\) holds NaN or infinity in 1 of 6 values, as 1 of"):
+        fit(job)
+    with pytest.raises(AssertionError, match=f"split '{split}'.*holds NaN or infinity"):
+        fit_on(dataclasses.replace(job, out=str(tmp_path / "ranks")), 2)
 
 
 def test_an_output_of_another_job_is_refused_with_the_differing_fields(data, tmp_path):
@@ -349,9 +377,44 @@ def test_damaged_metrics_are_found(data, tmp_path):
         verify_checkpoint(store, name)
 
 
-def test_the_result_tells_of_the_published_step(data, tmp_path):
+def _mean(rows: list[dict[str, Any]], name: str, epoch: int) -> float:
+    rows = [row for row in rows if row["epoch"] == epoch]
+    return float(np.average([row[name] for row in rows], weights=[row["samples"] for row in rows]))
+
+
+def test_the_result_tells_of_the_published_step_and_its_epoch(data, tmp_path):
     result = fit(small_job(data, tmp_path / "run", epochs=3, val_split="val", best=True, optim=OptimSpec(lr=0.05)))
-    assert result.metrics["step"] == result.step
+    rows = losses(tmp_path / "run")
+    row = rows[result.step - 1]
+    assert {name: result.metrics[name] for name in ("step", "lr", "validation")} == {
+        name: row[name] for name in ("step", "lr", "validation")
+    }
+    assert result.metrics["epoch"] == row["epoch"] + 1
+    assert result.metrics["samples"] == open_dataset(data).manifest.num_samples("train")
+    for name in ("loss", "kl_divergence"):
+        assert result.metrics[name] == pytest.approx(_mean(rows, name, row["epoch"]), rel=1e-12)
+
+
+def test_the_line_of_an_epoch_says_its_mean_also_after_a_kill_in_the_middle(data, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "aecore.train")
+    job = small_job(data, tmp_path / "run", epochs=2, every_steps=5, log_every_s=0.0)
+
+    def killed_at_20(ref: Any, metrics: Any) -> None:
+        if metrics["step"] == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(job, on_checkpoint=killed_at_20)
+    assert not caplog.records
+    halfway = last_epoch(open_store(job.out))
+    assert (halfway["step"], halfway["epoch"], halfway["samples"]) == (20, 1, 20 * 64)
+    fit(job)
+    rows = losses(tmp_path / "run")
+    assert halfway["loss"] == pytest.approx(_mean(rows[:20], "loss", 0), rel=1e-12)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch")]
+    expected = [f"epoch {epoch + 1}: step .*, mean loss {_mean(rows, 'loss', epoch):.4f}, " for epoch in (0, 1)]
+    assert len(lines) == 2
+    assert all(re.match(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
 
 
 def test_weights_that_do_not_fit_are_refused_before_the_claim(data, tmp_path):

@@ -119,5 +119,6 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(api: str, tmp_pat
         assert len(ask(api, "deployments/filter")) == 5
         look_at_the_page(api, tmp_path)
     finally:
-        code = ended(serving, signal.SIGINT)
+        code = ended(serving, signal.SIGTERM)
     assert code == 0, (tmp_path / "serve.log").read_text()
+    assert "never awaited" not in (tmp_path / "serve.log").read_text()

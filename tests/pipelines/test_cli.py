@@ -87,6 +87,22 @@ def test_every_stage_is_shown_and_verified(walk: Path, capsys: pytest.CaptureFix
     assert said(capsys, "verify", str(walk / "table"), "--dataset", str(walk / "dataset")).startswith("ok\n")
 
 
+def test_a_run_is_shown_with_the_means_of_its_last_epoch_counted_from_1(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads(said(capsys, "show", str(walk / "run"), "--json"))["metrics"]
+    lines = b"".join(path.read_bytes() for path in sorted((walk / "run/metrics").iterdir())).splitlines()
+    rows = [row for row in map(json.loads, lines) if row["epoch"] == 1]
+    total = sum(row["samples"] for row in rows)
+    assert (metrics["epoch"], metrics["step"], metrics["samples"]) == (2, 12, total)
+    assert metrics["loss"] == pytest.approx(sum(row["loss"] * row["samples"] for row in rows) / total)
+
+
+def test_what_encoded_a_table_is_shown_as_lines(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, "show", str(walk / "table"))
+    assert "\n  encoded_by:\n    device: cpu" in shown
+    assert "\n    versions:\n      decoder: " in shown
+    assert "{" not in shown
+
+
 def test_evaluate_gives_the_elbo_of_the_test_split(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), "--json", HERE))
     assert result["num_samples"] == COUNTS["test"]
@@ -164,8 +180,8 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
     before = files()
     data, run = str(walk / "dataset"), str(walk / "run")
     assert "generation 1" in said(capsys, "shard", "sprites", data, *SPRITES)
-    said(capsys, "train", f"data={data}", f"out={run}", *TINY)
-    said(capsys, "encode", run, data, str(walk / "table"), HERE)
+    assert "run/model: finished already, step 12; means of epoch 2: " in said(capsys, "train", f"data={data}", f"out={run}", *TINY)
+    assert "table generation 1: nothing new, 200 rows in 3 parts" in said(capsys, "encode", run, data, str(walk / "table"), HERE)
     assert files() == before
 
 
@@ -433,6 +449,16 @@ def test_list_names_what_there_is(what: str, capsys: pytest.CaptureFixture[str])
 def test_one_of_a_thing_is_singular_and_small_data_has_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "shard", "sprites", str(tmp_path / "out"), "source.num_samples=1", "splits.by=none", HERE)
     assert re.search(r"generation 1: train 1 sample; 1 shard, [\d.]+ kB \(", text)
+
+
+def test_list_says_what_each_knob_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    knobs = json.loads(said(capsys, "list", "models", "--json"))["vae"]["knobs"]
+    assert (knobs["latent_dim"]["type"], knobs["latent_dim"]["ge"]) == ("int", 1)
+    assert knobs["likelihood"]["choices"] == ["gaussian", "bernoulli", "laplace", "categorical"]
+    assert "choices" not in knobs["beta"]
+    assert "  latent_dim = 10    size of the latent vector (int >= 1)\n" in said(capsys, "list", "models")
+    folder = json.loads(said(capsys, "list", "sources", "--json"))["folder"]["knobs"]
+    assert (folder["extensions"]["type"], folder["group"]["choices"]) == ("list of str", ["parent"])
 
 
 def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard_error(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_a_bucket_passes_and_nothing_of_the_check_is_left(s3: S3) -> None:
 def test_a_place_that_cannot_be_written_fails_with_exit_code_4(capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(capsys, "/proc/nothing/here", code=4)
     assert "cannot write under /proc/nothing/here" in found["store"]["said"]
+    assert found["store"]["remedy"].startswith("give another URL")
 
 
 class Overwriting(LocalStore):
@@ -141,6 +142,7 @@ def test_a_check_that_hangs_or_breaks_is_a_failure_and_the_others_have_their_tur
     assert exit_code(found) == 5
     assert "no answer within 0 s" in found[0].said
     assert found[1].said == "ValueError: odd"
+    assert all(finding.remedy for finding in found if finding.state == "failed")
 
 
 def test_more_threads_than_cores_and_more_workers_than_memory_are_said() -> None:

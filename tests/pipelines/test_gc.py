@@ -37,9 +37,9 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_root_is_collected_stage_by_stage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry = said(capsys, "gc", str(root), "--dry-run")
-    assert f"dataset {root}/dataset: would remove 1 files, 5.0 kB" in dry
-    assert "1 files, 5.0 kB, temporary file of a process that was killed: .tmp/0123456789abcdef0123456789abcdef" in dry
-    assert "not ours, left alone: notes.txt" in dry
+    assert f"dataset {root}/dataset: would remove 1 file, 5.0 kB" in dry
+    assert "1 file, 5.0 kB, temporary file of a process that was killed: .tmp/0123456789abcdef0123456789abcdef" in dry
+    assert "left alone (not dataset/, run/ or table/ of this root): notes.txt" in dry
     kept = json.loads(said(capsys, "gc", str(root), "--older-than", "3d", "--json"))
     assert (kept["files"], kept["bytes"]) == (0, 0)
     assert len(os.listdir(root / "dataset/.tmp")) == 1
@@ -66,6 +66,19 @@ def test_a_place_that_is_not_ours_is_refused(tmp_path: Path, capsys: pytest.Capt
         capsys, "gc", str(tmp_path), code=3
     )
     assert open_store(tmp_path).list() == ["photo.jpg"]
+
+
+def test_what_was_made_from_a_model_is_told_and_never_called_somebody_elses(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run, out = str(root / "dataset"), str(root / "run"), str(tmp_path / "samples")
+    assert main(["train", f"data={data}", f"out={run}", "model.latent_dim=2", "backbone.hidden=[8]", "train.max_steps=2", HERE]) == 0
+    assert main(["sample", run, out, "num=2", "seed=5"]) == 0
+    shown = json.loads(said(capsys, "show", out, "--json"))
+    assert (shown["kind"], shown["identity"]["spec"]["seed"], shown["files"]) == ("samples", 5, 4)
+    what = f"{out} holds samples of a model's prior, written by `aepipe sample`: "
+    assert what + "no hashes" in said(capsys, "verify", out, code=3)
+    assert what + "all of it is one result" in said(capsys, "gc", out, code=3)
 
 
 def test_verify_reads_a_slice_and_says_how_much(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

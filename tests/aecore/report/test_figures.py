@@ -22,7 +22,7 @@ from aecore.data.tasks import ShardSpec
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
-from aecore.report import _maps, _panels, require_matplotlib
+from aecore.report import _draw, _maps, _panels, figures, require_matplotlib
 from aecore.report._draw import _strips, draw
 from aecore.report._view import NotDrawn, View
 from aecore.report.figures import write_figures
@@ -187,7 +187,10 @@ def test_denoising_shows_clean_noisy_and_what_is_made_of_the_noisy(tmp_path: Pat
 
 
 def rows_of(num: int, **terms: list[float]) -> list[dict[str, Any]]:
-    return [{"step": n + 1, "epoch": n // 2, **{name: values[n] for name, values in terms.items()}} for n in range(num)]
+    return [
+        {"step": n + 1, "epoch": n // 2, "samples": 30 - 20 * (n % 2), **{name: values[n] for name, values in terms.items()}}
+        for n in range(num)
+    ]
 
 
 def test_loss_curves_hold_every_step_the_means_of_epochs_and_the_validation() -> None:
@@ -195,10 +198,22 @@ def test_loss_curves_hold_every_step_the_means_of_epochs_and_the_validation() ->
     metrics[3]["validation"] = {"loss": 2.5, "log_likelihood": -2.0, "kl_divergence": 0.5}
     panels = _maps.loss_curves(metrics).panels
     total, reconstruction, kl = panels.values()
-    assert [line.y.tolist() for line in total] == [[9, 7, 5, 3], [8, 4], [2.5]]
+    assert [line.y.tolist() for line in total] == [[9, 7, 5, 3], [8.5, 4.5], [2.5]], "30 samples weigh more than 10"
     assert [line.x.tolist() for line in total] == [[1, 2, 3, 4], [1.5, 3.5], [4]]
-    assert [line.y.tolist() for line in reconstruction] == [[8, 6, 4, 2], [7, 3], [2]]
+    assert [line.y.tolist() for line in reconstruction] == [[8, 6, 4, 2], [7.5, 3.5], [2]]
     assert [line.y.tolist() for line in kl] == [[1, 1, 1, 1], [1, 1], [0.5]]
+
+
+def test_few_epochs_have_markers_and_a_peak_that_is_cut_off_is_told() -> None:
+    pytest.importorskip("matplotlib")
+    falling = [20.0, *([3.0] * 99)]
+    peak, flat = (_draw._curves(_maps.loss_curves(rows_of(100, loss=loss))).axes[0] for loss in (falling, [3.0] * 100))
+    assert peak.get_ylim()[1] < 20
+    assert [text.get_text() for text in peak.texts] == ["20"]
+    assert [line.get_marker() for line in peak.lines if line.get_label() == "_child2"] == ["^"]
+    assert not flat.texts
+    two = _draw._curves(_maps.loss_curves(rows_of(4, loss=[4.0, 3, 2, 1]))).axes[0]
+    assert {line.get_label(): line.get_marker() for line in two.lines} == {"each step": "", "mean of an epoch": "o"}
 
 
 def test_the_terms_of_a_pair_are_added_and_an_autoencoder_has_no_kl() -> None:
@@ -236,6 +251,22 @@ def test_the_files_are_written_once_and_are_the_same_bytes_elsewhere(tmp_path: P
     assert json.loads((tmp_path / "a/figures.json").read_text())["identity"]["checkpoint_sha256"] == load_model(job.out).sha256
     with pytest.raises(ConfigError, match="holds another set of figures:\n  seed: there 0, asked 1"):
         write_figures(job.out, data, str(tmp_path / "a"), EvaluateSpec(seed=1))
+
+
+def test_every_figure_says_what_it_is_of(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    job, said = small_job(data, tmp_path / "run", max_steps=2), {}
+
+    def listening(panel: _panels.Panel, transform: Transform, subtitle: str = "") -> bytes:
+        said[panel.title] = subtitle
+        return draw(panel, transform, subtitle)
+
+    monkeypatch.setattr(figures, "draw", listening)
+    fit(job)
+    write_figures(job.out, data, str(tmp_path / "figures"))
+    dataset = open_dataset(data).manifest.dataset_sha256[:12]
+    assert said["Training"].endswith(f"; trained on train of dataset {dataset}")
+    assert said["Reconstructions"].endswith(f"; test of dataset {dataset}, seed 0")
 
 
 def image_of(path: Path) -> NDArray[np.uint8]:

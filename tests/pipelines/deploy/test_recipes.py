@@ -9,6 +9,7 @@ from pipelines.config import load_recipe
 from pipelines.deploy.pool import JOB_ENVIRONMENT, deploy
 from pipelines.deploy.recipes import FLOWS, check, deployments, require_no_credentials
 from pipelines.deploy.rescue import ENDS, automations
+from pipelines.deploy.serve import serve
 from pipelines.flows import require_server
 
 pytestmark = pytest.mark.prefect
@@ -57,9 +58,15 @@ def test_what_cannot_be_deployed_is_refused(arguments: tuple[str, ...], cron: st
     assert message in said(ConfigError, *arguments, cron=cron)
 
 
-def test_a_wrong_schedule_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"schedule.cron='every night' .* cannot be scheduled"):
-        deployments(load_recipe("demo", ["out=/x"]), "every night")
+def test_a_wrong_schedule_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wrong, recipe = r"schedule.cron='every night' .* cannot be scheduled.* for example '0 3 \* \* \*'", load_recipe("demo", ["out=/x"])
+    with pytest.raises(ConfigError, match=wrong):
+        deployments(recipe, "every night")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=wrong):
+        serve([recipe], "every night")
+    assert not (tmp_path / "server.log").exists(), "a server was started first"
 
 
 def test_two_recipes_of_one_name_are_refused() -> None:
