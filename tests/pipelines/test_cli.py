@@ -471,7 +471,7 @@ def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(walk: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    long = [*TINY, "train.epochs=100", "checkpoint.every_steps=20"]
+    long = [*TINY, "train.epochs=600", "checkpoint.every_steps=20"]
     command = [sys.executable, "-m", "pipelines.cli", "train", f"data={walk}/dataset", f"out={out}", *long]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

@@ -26,7 +26,8 @@ def newest_run(flow: str) -> tuple[Any, list[str], set[str]]:
 
     with get_client(sync_client=True) as client:
         named = FlowFilter(name=FlowFilterName(any_=[flow]))
-        run = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        found = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_DESC, limit=20)
+        run = next(run for run in found if run.start_time is not None)  # what a schedule plans comes first
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), limit=200, offset=0)
         response = client._client.post("/artifacts/filter", json={"flow_runs": {"id": {"any_": [str(run.id)]}}})
         return run, [log.message for log in logs], {artifact["key"] for artifact in response.json()}
