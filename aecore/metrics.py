@@ -7,6 +7,7 @@ Sums stay on the device between flushes; a flush is one all-reduce for all steps
 step, but a part is due by time: each flush carries rank 0's estimate of the step of the next one to the other ranks.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -119,9 +120,10 @@ class MetricLog:
         return rows[-1]
 
     def resume(self, parts: Iterable[FileRef], step: int) -> None:
-        """Go on behind `step`, the last one of these committed parts."""
+        """Go on behind `step`, the last one of these committed parts; a damaged one costs the means of this epoch and no more."""
         self.parts = list(parts)
-        self.epoch = epoch_of(self.store, self.parts, step)
+        with contextlib.suppress(DataError):
+            self.epoch = epoch_of(self.store, self.parts, step)
 
     def _require_finite(self, validation: Mapping[str, float], step: int) -> None:
         for name, value in validation.items():
