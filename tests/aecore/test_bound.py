@@ -368,7 +368,7 @@ def test_a_run_on_nan_stops_and_says_where(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((64, 6), dtype=np.float32)
     values[40, 3] = np.nan
     data = arrays_dataset(tmp_path, values)
-    with pytest.raises(DataError, match=r"sample 'values/000000040' \(ordinal \d+ of split 'train'\) holds NaN or infinity in 1 of 6 values"):
+    with pytest.raises(DataError, match=r"sample 'values/000000040' \(ordinal \d+ of split 'train'\) holds NaN .* in 1 of 6 values"):
         fit(small_job(data, tmp_path / "run", model=VAESpec(latent_dim=2), global_batch=16, epochs=2))
 
 
