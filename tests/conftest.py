@@ -7,6 +7,7 @@ With `-n 2 --dist loadgroup` (`make test` without arguments) tests that start se
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job, and so would be what tests start and interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a shared machine stalls now and then; in CI the same examples every time
 settings.register_profile("aecore", deadline=None, derandomize=os.environ.get("CI") == "true")

@@ -61,6 +61,8 @@ def test_a_pipeline_runs_as_one_flow_and_leaves_its_record(tmp_path: Path, capsy
 
     assert main(["run", "demo", f"out={out}", *TINY, "cluster.num_workers=0", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
+    assert [again[name].pop("made") for name in ("train", "encode")] == [False, False]
+    assert [summaries[name].pop("made") for name in ("train", "encode")] == [True, True]
     for summary in (*summaries.values(), *again.values()):
         summary.pop("seconds")
     assert again == summaries, "a second run finds everything done"
