@@ -62,12 +62,16 @@ def serve_until_ready(text: str, place: Path) -> None:
             ["bash", "-c", f"exec {text}"], cwd=place, env=environment(place), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     deadline = time.monotonic() + READY_S
-    while "aepipe-pipeline" not in log.read_text():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, f"not serving after {READY_S} s:\n{log.read_text()[-3000:]}"
-        time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) in (0, 130, -signal.SIGINT), log.read_text()[-3000:]
+    try:
+        while "aepipe-pipeline" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, f"not serving after {READY_S} s:\n{log.read_text()[-3000:]}"
+            time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) in (0, 130, -signal.SIGINT), log.read_text()[-3000:]
+    finally:
+        process.terminate()  # else its server would outlive a test that failed
+        process.wait(60)
 
 
 @pytest.mark.timeout(600)
