@@ -23,11 +23,6 @@ class Beside(Generic[P]):
         self._wait()
         self._last = self._thread.submit(self._function, *args, **kwargs)
 
-    @property
-    def free(self) -> bool:
-        """Whether a call would begin at once."""
-        return self._last is None or self._last.done()
-
     def __enter__(self) -> Self:
         return self
 

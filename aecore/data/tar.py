@@ -4,12 +4,15 @@ The writer packs the members of a chunk, the strict reader builds their headers 
 100 bytes use USTAR's prefix field (webdataset writes PAX there).
 """
 
+import mmap
+
 import numpy as np
 from numpy.typing import NDArray
 
 from aecore.errors import DataError
 
 BLOCK, RECORD = 512, 10240
+PAGE = mmap.PAGESIZE
 OWNER = b"bigdata"  # what webdataset writes as user and group
 _NAME, _PREFIX, _MAX_SIZE = 100, 155, 0o77777777777
 _MODE = b"0000444\0" + b"0000000\0" * 2  # mode, uid, gid
@@ -61,29 +64,41 @@ def _store_long(blocks: NDArray[np.uint8], at: NDArray[np.int64], names: list[by
 class Packer:
     """Packs files as they stand in a tar: header, bytes, zeros up to a full block.
 
-    Two buffers are used in turn: fresh memory for every chunk costs as much as filling it (1 us of 2 per MNIST sample).
+    It gives whole pages that begin at a page, as a disk takes them without the system's cache, and keeps what is left for the next
+    call. Two buffers are used in turn: fresh memory for every chunk costs as much as filling it (1 us of 2 per MNIST sample).
     """
 
     def __init__(self) -> None:
-        self._buffer, self._other = bytearray(), bytearray()
+        self._buffer, self._other = mmap.mmap(-1, PAGE), mmap.mmap(-1, PAGE)  # maps begin at a page
+        self._rest = memoryview(b"")  # of the tar after the last full page
+        self._size = 0  # of the members up to now
 
     def __call__(self, names: list[bytes], contents: list[bytes]) -> memoryview:
-        """Return these files one after the other; the view is good until the call after the next."""
+        """Return the full pages that these files complete; the view is good until the call after the next."""
         sizes = np.fromiter(map(len, contents), np.int64, len(contents))
         stored = stored_size(sizes)
-        starts = np.cumsum(stored) - stored
-        total = int(stored.sum())
+        begin = len(self._rest)
+        starts = begin + np.cumsum(stored) - stored
+        total = begin + int(stored.sum())
         self._buffer, self._other = self._other, self._buffer
         if len(self._buffer) < total:
-            self._buffer = bytearray(total + total // 4)
+            self._buffer = mmap.mmap(-1, total + total // 4)
         view = memoryview(self._buffer)[:total]
+        view[:begin] = self._rest
         blocks = np.frombuffer(view, np.uint8).reshape(-1, BLOCK)
         blocks[(starts + stored) // BLOCK - 1] = 0  # for the padding
         _write_headers(blocks, starts // BLOCK, names, sizes)
         begins = starts + BLOCK
-        for begin, end, content in zip(begins.tolist(), (begins + sizes).tolist(), contents, strict=True):
-            view[begin:end] = content
-        return view
+        for first, last, content in zip(begins.tolist(), (begins + sizes).tolist(), contents, strict=True):
+            view[first:last] = content
+        pages = total - total % PAGE
+        self._rest = view[pages:]
+        self._size += total - begin
+        return view[:pages]
+
+    def end(self) -> bytes:
+        """Return the rest of the tar: what stands after the last full page, and the end of the archive."""
+        return bytes(self._rest) + end_of_archive(self._size)
 
 
 def different_headers(

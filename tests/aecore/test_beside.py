@@ -19,16 +19,6 @@ def test_one_call_at_a_time_in_order_and_all_done_at_the_end():
     assert seen == list(range(100))
 
 
-def test_free_says_whether_a_call_would_begin_at_once():
-    go_on = threading.Event()
-    with Beside(go_on.wait) as beside:
-        assert beside.free
-        beside(60)
-        assert not beside.free
-        go_on.set()
-    assert beside.free
-
-
 def test_an_error_is_raised_by_the_next_call_or_at_the_end():
     def fail() -> None:
         raise OSError("the disk is full")

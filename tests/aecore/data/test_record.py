@@ -12,7 +12,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.image import MAX_PIXELS, BadSample, image_header
 from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, encode_keys, require_allowed
-from aecore.data.tar import Packer, end_of_archive
+from aecore.data.tar import Packer
 from aecore.errors import DataError
 
 parts = st.one_of(
@@ -35,8 +35,8 @@ def picture(*shape: int) -> np.ndarray:
 
 
 def as_webdataset_reads(names: list[tuple[str, bytes]]) -> list[dict]:
-    packed = Packer()([name.encode() for name, _ in names], [data for _, data in names]).tobytes()
-    stream = io.BytesIO(packed + end_of_archive(len(packed)))
+    packer = Packer()
+    stream = io.BytesIO(bytes(packer([name.encode() for name, _ in names], [data for _, data in names])) + packer.end())
     return list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": stream}])))
 
 

@@ -100,7 +100,6 @@ class TestWriting:
         files = pictures(40)
         shard_of(tmp_path / "a", files)
         monkeypatch.setattr(pack_module, "CHUNK_BYTES", 3000)
-        monkeypatch.setattr(pack_module, "SYNC_BYTES", 0)
         shard_of(tmp_path / "b", files)
         assert (tmp_path / "a/shards/train-000000.tar").read_bytes() == (tmp_path / "b/shards/train-000000.tar").read_bytes()
 

@@ -1,11 +1,14 @@
+import gc
 import io
 import os
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import aecore.data.sources.folder as folder_module
 from aecore.data.record import image_header
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
@@ -187,3 +190,56 @@ def test_listing_hash_sees_every_column():
     other = SpritesSource(SpritesSpec(positions=2)).listing()
     other.columns["factor_x"][0] += 1
     assert other.sha256() != listing.sha256()
+
+
+class TestReadingAhead:
+    SIZES = (0, 1, 300, 8191, 8192, 8193, 65535, 65536, 65537, 200_000)
+
+    @pytest.fixture(params=["ring", "plain"])
+    def opened(self, request, tmp_path, monkeypatch):
+        """A function that makes a folder's files and returns its source, with the system's ring where there is one and without."""
+        if request.param == "plain":
+            monkeypatch.setattr(folder_module, "open_ring", lambda *_: None)
+
+        def make(files: dict[bytes, bytes]) -> FolderSource:
+            for name, data in files.items():
+                with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+                    file.write(data)
+            return folder(tmp_path)
+
+        return make
+
+    @pytest.mark.parametrize("large", [0.05, 0.5, 0.95])  # of all files: one that is read in two goes, and one given up
+    def test_it_gives_what_read_gives(self, opened, large):
+        random = np.random.default_rng(0)
+        sizes = [self.SIZES[random.integers(7, 10) if random.random() < large else random.integers(0, 7)] for _ in range(400)]
+        source = opened({b"%04d.png" % number: random.bytes(size) for number, size in enumerate(sizes)})
+        names = source.listing().sources
+        random.shuffle(names)
+        read = source.ahead(names)
+        assert all(read(name) == source.read(name) for name in names)
+
+    def test_a_file_that_went_away_is_an_error_in_its_place(self, opened, tmp_path):
+        source = opened({b"%d.png" % number: b"%d" % number for number in range(5)})
+        (tmp_path / "2.png").unlink()
+        read = source.ahead([f"{number}.png" for number in range(5)])
+        assert [read(f"{number}.png") for number in (0, 1)] == [("png", b"0"), ("png", b"1")]
+        with pytest.raises(FileNotFoundError):
+            read("2.png")
+        assert [read(f"{number}.png") for number in (3, 4)] == [("png", b"3"), ("png", b"4")]
+
+    def test_names_that_are_no_utf8_are_listed_and_read(self, opened):
+        source = opened({b"\xff\xfe.png": b"odd", "ü.png".encode(): b"fine", b"a.png": b"plain"})
+        listing = source.listing()
+        read = source.ahead(listing.sources)
+        assert sorted(read(name)[1] for name in listing.sources) == [b"fine", b"odd", b"plain"]
+        assert listing.sizes.tolist() == [len(source.read(name)[1]) for name in listing.sources]
+
+    def test_reading_only_the_first_leaves_no_thread(self, opened):
+        source = opened({b"%04d.png" % number: b"x" for number in range(1000)})
+        before = threading.active_count()
+        read = source.ahead(source.listing().sources)
+        assert read("0000.png") == ("png", b"x")
+        del read
+        gc.collect()
+        assert threading.active_count() == before
