@@ -9,8 +9,9 @@ import hashlib
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -147,31 +148,35 @@ class ShardReader:
         if self._adopted:
             yield from self._members(verify=verify)
             return
-        starts, bounds, descriptor = self._layout.starts, _windows(self._layout.starts), self._descriptor
-        with ThreadPoolExecutor(1) as helper:  # starts its thread only when asked
-            ahead: Future[bytes] | None = None
-            for number, (first, stop) in enumerate(bounds):
-                window = self._read(starts[first], starts[stop]) if ahead is None else ahead.result()
-                ahead = None
-                if number + 1 < len(bounds) and starts[bounds[number + 1][1]] - starts[stop] <= WINDOW_BYTES:  # a huge sample waits
-                    ahead = helper.submit(self._read, starts[stop], starts[bounds[number + 1][1]])
-                samples = self._cut(window, first, stop)
-                if verify:
-                    try:
-                        self._check(window, samples, first, helper)
-                    except DataError:
-                        if ahead is not None:
-                            ahead.result()  # of the damaged copy, too
-                            ahead = None
-                        if not self._mended(descriptor):
-                            raise
-                        window = self._read(starts[first], starts[stop])
-                        samples = self._cut(window, first, stop)
-                        self._check(window, samples, first, helper)
-                yield from samples
-        end = end_of_archive(int(starts[-1]))
+        starts, _ = self._layout.starts, self._descriptor  # opened once, not by two threads
+        with ThreadPoolExecutor(2) as helpers:  # hashing and reading let other threads run
+            flying = deque[Future[list[Sample]]]()
+            for first, stop in _windows(starts):
+                while flying and (len(flying) > 2 or starts[stop] - starts[first] > WINDOW_BYTES):  # a huge sample waits
+                    yield from flying.popleft().result()
+                flying.append(helpers.submit(self._window, first, stop, verify))
+            while flying:
+                yield from flying.popleft().result()
+        end, descriptor = end_of_archive(int(starts[-1])), self._descriptor
         if verify and self._tail(len(end)) != end and not (self._mended(descriptor) and self._tail(len(end)) == end):
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")
+
+    def _window(self, first: int, stop: int, verify: bool) -> list[Sample]:
+        """Return the samples of the rows [first, stop); a damaged copy on this machine is fetched again, and read once more."""
+        descriptor, starts = self._descriptor, self._layout.starts
+        window = self._read(starts[first], starts[stop])
+        samples = self._cut(window, first, stop)
+        if not verify:
+            return samples
+        try:
+            self._check(window, samples, first)
+        except DataError:
+            if not self._mended(descriptor):
+                raise
+            window = self._read(starts[first], starts[stop])
+            samples = self._cut(window, first, stop)
+            self._check(window, samples, first)
+        return samples
 
     def _tail(self, size: int) -> bytes:
         begin = self._layout.starts[-1]
@@ -209,7 +214,7 @@ class ShardReader:
         rows = zip(layout.keys[first:stop], layout.members[first:stop], layout.labels[first:stop], strict=True)
         return [Sample(key, {ext: window[begin - base : end - base] for ext, begin, end in members}, label) for key, members, label in rows]
 
-    def _check(self, window: bytes, samples: list[Sample], first: int, helper: Executor) -> None:
+    def _check(self, window: bytes, samples: list[Sample], first: int) -> None:
         """DataError naming a damaged sample unless all hashes, labels, headers and paddings are what the index implies.
 
         `window` starts at the first header of the samples (row `first` and on), which were cut from it.
@@ -217,12 +222,7 @@ class ShardReader:
         layout, last = self._layout, first + len(samples)
         data_ext, rows = layout.data_ext[first:last], np.arange(first, last)
         contents = [sample.members[ext] for sample, ext in zip(samples, data_ext, strict=True)]
-        # hashing lets other threads run above 2047 bytes: 11 us become 9 for an image of 12 kB if two cores are free
-        half = len(samples) * 3 // 5 if len(window) > LARGE_SAMPLE * len(samples) else len(samples)
-        rest = helper.submit(self._check_contents, contents[half:], rows[half:]) if half < len(samples) else None
-        self._check_contents(contents[:half], rows[:half])
-        if rest is not None:
-            rest.result()
+        self._check_contents(contents, rows)
         classes = [sample.members.get("cls") for sample in samples]
         if classes != layout.classes[first:last]:
             raise self._damaged(first + next(at for at, found in enumerate(classes) if found != layout.classes[first + at]))
