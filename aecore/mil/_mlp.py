@@ -10,6 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from aecore.errors import did_you_mean
+from aecore.nn.linear import Linear
 from aecore.precision import without_autocast
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -46,7 +47,7 @@ class MLP(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for (before, after), name in zip(pairwise(widths), activations, strict=True):
-            layers += [nn.Linear(before, after), ACTIVATIONS[name]()]
+            layers += [Linear(before, after), ACTIVATIONS[name]()]
         self.net = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

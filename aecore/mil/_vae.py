@@ -89,7 +89,8 @@ class VariationalAutoEncoder(nn.Module):
         return self._params(self.decoder(samples), self.input_dim)
 
     def _params(self, raw: Tensor, dim: int) -> Params:
-        return raw[:, :dim], (raw[:, dim:] + self.jitter).clamp(LOG_STD_MIN, LOG_STD_MAX)
+        mean, log_std = torch.split(raw, [dim, raw.shape[1] - dim], 1)  # slices of their own cost more in the backward pass
+        return mean, (log_std + self.jitter).clamp(LOG_STD_MIN, LOG_STD_MAX)
 
     def _flat(self, X: Tensor) -> Tensor:
         if X.ndim != 1 + len(self.input_shape) or X.shape[1:] != self.input_shape:
@@ -152,9 +153,14 @@ class VariationalAutoEncoder(nn.Module):
 
         Axes before F broadcast.
         """
-        inputs, mean, log_std = at_least_float32(inputs), at_least_float32(mean), at_least_float32(log_std).expand_as(mean)
+        inputs, mean, log_std = at_least_float32(inputs), at_least_float32(mean), at_least_float32(log_std)
+        size = mean.shape[-1]
         with without_autocast(mean):
-            return -0.5 * (((inputs - mean) * torch.exp(-log_std)).square() + 2 * log_std + LOG_2PI).sum(-1)
+            if log_std.shape[-1] == 1:  # one for all: what follows touches every feature twice, not six times
+                log_std = log_std.squeeze(-1)
+                squares = (inputs - mean).square().sum(-1) * torch.exp(-2 * log_std)
+                return -0.5 * torch.add(squares, log_std, alpha=2 * size) - 0.5 * size * LOG_2PI
+            return -0.5 * (((inputs - mean) * torch.exp(-log_std)).square().sum(-1) + 2 * log_std.sum(-1) + size * LOG_2PI)
 
     @torch.no_grad()
     def log_marginal_likelihood_importance_sampling(self, X: Tensor, n_samples: int = 1) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aecore.errors import ConfigError
+from aecore.nn.linear import Linear
 
 Cell = Literal["gru", "lstm"]
 _GATES = {"gru": 3, "lstm": 4}
@@ -100,8 +101,8 @@ class RecurrentDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.step, self.num_steps, self.time_axis, self.num_layers = step, num_steps, time_axis, layers
-        self.first = nn.Linear(latent_dim, layers * width)
-        self.input = nn.Linear(latent_dim, width)
+        self.first = Linear(latent_dim, layers * width)
+        self.input = Linear(latent_dim, width)
         self.layers = nn.ModuleList(Recurrence(cell, width, width) for _ in range(layers))
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 

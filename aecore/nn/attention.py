@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation, output_layers
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 MOST_TOKENS = 64
@@ -46,9 +47,9 @@ def build(attention: AttentionSpec, input_shape: tuple[int, ...], latent_dim: in
         raise ConfigError("backbone.kind=attention takes samples with at least 1 axis, these are single numbers: use backbone.kind=mlp")
     patches = Patches(input_shape, attention.patch)
     width, tokens = attention.width, patches.num_tokens
-    encoder = [patches, nn.Linear(patches.values, width), Positions(tokens, width), *_blocks(attention), nn.Flatten()]
-    start = [nn.Linear(latent_dim, tokens * width, bias=False), nn.Unflatten(1, (tokens, width)), Positions(tokens, width)]
-    decoder = [*start, *_blocks(attention), nn.Linear(width, patches.values), Pixels(patches), *output_layers(attention.output)]
+    encoder = [patches, Linear(patches.values, width), Positions(tokens, width), *_blocks(attention), nn.Flatten()]
+    start = [Linear(latent_dim, tokens * width, bias=False), nn.Unflatten(1, (tokens, width)), Positions(tokens, width)]
+    decoder = [*start, *_blocks(attention), Linear(width, patches.values), Pixels(patches), *output_layers(attention.output)]
     return Backbone(nn.Sequential(*encoder), nn.Sequential(*decoder), tokens * width, bounded=attention.output == "sigmoid")
 
 
@@ -120,9 +121,9 @@ class Block(nn.Module):
         super().__init__()
         width, self.heads = attention.width, attention.heads
         self.before_attention, self.before_layers = _norm(attention), _norm(attention)
-        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)  # a bias of the keys would cancel in the softmax
-        self.gathered = nn.Linear(width, width)
-        self.layers = nn.Sequential(nn.Linear(width, 4 * width), activation(attention.activation), nn.Linear(4 * width, width))
+        self.queries_keys_values = Linear(width, 3 * width, bias=False)  # a bias of the keys would cancel in the softmax
+        self.gathered = Linear(width, width)
+        self.layers = nn.Sequential(Linear(width, 4 * width), activation(attention.activation), Linear(4 * width, width))
         self.dropout = nn.Dropout(attention.dropout) if attention.dropout > 0 else nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:

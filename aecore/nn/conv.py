@@ -13,6 +13,7 @@ from torch import nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, hidden, output_layers
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -45,7 +46,7 @@ def build(conv: ConvSpec, input_shape: tuple[int, ...], latent_dim: int) -> Back
     reshape = channels_first != input_shape
     encoder: list[nn.Module] = [nn.Unflatten(1, channels_first)] if reshape else []
     encoder += [*_encoder(conv, widths, len(sizes[0])), nn.Flatten()]
-    decoder: list[nn.Module] = [nn.Linear(latent_dim, num_features), activation(conv.activation), nn.Unflatten(1, (widths[-1], *sizes[-1]))]
+    decoder: list[nn.Module] = [Linear(latent_dim, num_features), activation(conv.activation), nn.Unflatten(1, (widths[-1], *sizes[-1]))]
     decoder += _decoder(conv, widths, sizes)
     decoder += [nn.Flatten()] if reshape else []
     decoder += output_layers(conv.output)

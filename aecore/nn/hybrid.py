@@ -12,6 +12,7 @@ from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
 from aecore.nn.conv import ConvSpec
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 
@@ -45,7 +46,7 @@ def build(hybrid: HybridSpec, input_shape: tuple[int, ...], latent_dim: int, num
     channels_first = (1, *frame) if len(frame) == 2 else frame
     conv = ConvSpec(channels=hybrid.channels, activation=hybrid.activation, norm=hybrid.norm, dropout=hybrid.dropout, output=hybrid.output)
     nets = BACKBONES.build(conv, channels_first, hybrid.width)
-    into = nn.Sequential(AsShape(channels_first), nets.encoder, nn.Linear(nets.num_features, hybrid.width), activation(hybrid.activation))
+    into = nn.Sequential(AsShape(channels_first), nets.encoder, Linear(nets.num_features, hybrid.width), activation(hybrid.activation))
     cell, width, layers, dropout = hybrid.cell, hybrid.width, hybrid.layers, hybrid.dropout
     encoder = RecurrentEncoder(into, cell, width, layers=layers, bidirectional=hybrid.bidirectional, dropout=dropout)
     back = nn.Sequential(nets.decoder, AsShape(frame))

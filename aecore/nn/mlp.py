@@ -7,6 +7,7 @@ from typing import Literal
 from torch import nn
 
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, hidden, output_layers
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 
@@ -28,7 +29,7 @@ def build(mlp: MLPSpec, input_shape: tuple[int, ...], latent_dim: int) -> Backbo
     size = math.prod(input_shape)
     encoder = [nn.Flatten(), *_stack(mlp, (size, *mlp.hidden))]
     widths = (latent_dim, *reversed(mlp.hidden))
-    decoder = [*_stack(mlp, widths), nn.Linear(widths[-1], size), nn.Unflatten(1, input_shape), *output_layers(mlp.output)]
+    decoder = [*_stack(mlp, widths), Linear(widths[-1], size), nn.Unflatten(1, input_shape), *output_layers(mlp.output)]
     num_features = mlp.hidden[-1] if mlp.hidden else size
     return Backbone(nn.Sequential(*encoder), nn.Sequential(*decoder), num_features, bounded=mlp.output == "sigmoid")
 
@@ -38,5 +39,5 @@ def _stack(mlp: MLPSpec, widths: tuple[int, ...]) -> list[nn.Module]:
     return [
         layer
         for before, after in pairwise(widths)
-        for layer in hidden(nn.Linear(before, after, bias=bias), after, act=mlp.activation, norm=mlp.norm, dropout=mlp.dropout)
+        for layer in hidden(Linear(before, after, bias=bias), after, act=mlp.activation, norm=mlp.norm, dropout=mlp.dropout)
     ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation, output_layers
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 
@@ -43,7 +44,7 @@ def build(recurrent: RecurrentSpec, input_shape: tuple[int, ...], latent_dim: in
             f"model.likelihood=categorical takes logits, but backbone.output={recurrent.output} squashes them: use backbone.output=identity"
         )
     width, size, tokens = recurrent.width, math.prod(inside), num_levels
-    into: list[nn.Module] = [TokenEmbedding(tokens, inside, width)] if tokens else [AsShape((size,)), nn.Linear(size, width)]
+    into: list[nn.Module] = [TokenEmbedding(tokens, inside, width)] if tokens else [AsShape((size,)), Linear(size, width)]
     encoder = RecurrentEncoder(
         nn.Sequential(*into, *_ready(recurrent)),
         recurrent.cell,
@@ -53,7 +54,7 @@ def build(recurrent: RecurrentSpec, input_shape: tuple[int, ...], latent_dim: in
         dropout=recurrent.dropout,
         time_axis=recurrent.time_axis,
     )
-    out = [nn.Linear(width, width), *_ready(recurrent), nn.Linear(width, size * (tokens or 1))]
+    out = [Linear(width, width), *_ready(recurrent), Linear(width, size * (tokens or 1))]
     out.append(AsShape((*inside, tokens) if tokens else inside))
     decoder = RecurrentDecoder(
         nn.Sequential(*out, *output_layers(recurrent.output)),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, normalisation, output_layers
 from aecore.nn.conv import CONV, CONV_TRANSPOSE, halved, output_padding, with_channels
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 
@@ -45,7 +46,7 @@ def build(resnet: ResNetSpec, input_shape: tuple[int, ...], latent_dim: int) -> 
     for before, after in pairwise(widths):
         encoder += [CONV[len(sizes[0])](before, after, 3, stride=2, padding=1), *_blocks(resnet, after, len(sizes[0]))]
     encoder += [*_ready(resnet, widths[-1], len(sizes[0])), nn.Flatten()]
-    decoder: list[nn.Module] = [nn.Linear(latent_dim, num_features), nn.Unflatten(1, (widths[-1], *sizes[-1]))]
+    decoder: list[nn.Module] = [Linear(latent_dim, num_features), nn.Unflatten(1, (widths[-1], *sizes[-1]))]
     for stage in reversed(range(len(resnet.channels))):
         decoder += [*_blocks(resnet, widths[stage + 1], len(sizes[0])), *_ready(resnet, widths[stage + 1], len(sizes[0]))]
         padding = output_padding(sizes[stage])

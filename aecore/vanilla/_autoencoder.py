@@ -10,6 +10,7 @@ from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, MODELS, knob, spec
 
 
@@ -111,6 +112,6 @@ def build(model: AESpec, backbone: object, input_shape: tuple[int, ...]) -> AE:
     """Build the model of two specs for samples of `input_shape`; weights come from torch's global generator."""
     nets = BACKBONES.build(backbone, input_shape, model.latent_dim)
     nets.check_likelihood(model.likelihood)
-    ae = AE(nn.Sequential(nets.encoder, nn.Linear(nets.num_features, model.latent_dim)), nets.decoder)
+    ae = AE(nn.Sequential(nets.encoder, Linear(nets.num_features, model.latent_dim)), nets.decoder)
     ae.build(torch.zeros(1, *input_shape))
     return ae

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from aecore._base.batch import Batch
 from aecore.errors import ConfigError
 from aecore.loss import LossResult, sample_log_likelihood
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.vanilla._autoencoder import AE, AEOutput
 
@@ -133,7 +134,7 @@ def build(model: DenoisingAESpec, backbone: object, input_shape: tuple[int, ...]
     """Build the model of two specs for samples of `input_shape`; weights come from torch's global generator."""
     nets = BACKBONES.build(backbone, input_shape, model.latent_dim)
     nets.check_likelihood(model.likelihood)
-    encoder = nn.Sequential(nets.encoder, nn.Linear(nets.num_features, model.latent_dim))
+    encoder = nn.Sequential(nets.encoder, Linear(nets.num_features, model.latent_dim))
     dae = DenoisingAE(encoder, nets.decoder, model.noise_factor, model.noise, RANGES[model.clamp], tuple(input_shape))
     dae.build(torch.zeros(1, *input_shape))
     return dae

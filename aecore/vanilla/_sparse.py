@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from aecore._base.batch import Batch
 from aecore._base.collective import sum_over_ranks
 from aecore.loss import LikelihoodType, LossResult
+from aecore.nn.linear import Linear
 from aecore.precision import at_least_float32, without_autocast
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.vanilla._autoencoder import AE, AEOutput
@@ -111,7 +112,7 @@ def build(model: SparseAESpec, backbone: object, input_shape: tuple[int, ...]) -
     nets = BACKBONES.build(backbone, input_shape, model.latent_dim)
     nets.check_likelihood(model.likelihood)
     unit = nn.ReLU() if model.penalty == "l1" else nn.Sigmoid()
-    encoder = nn.Sequential(nets.encoder, nn.Linear(nets.num_features, model.latent_dim), unit)
+    encoder = nn.Sequential(nets.encoder, Linear(nets.num_features, model.latent_dim), unit)
     sae = SparseAE(encoder, nets.decoder, model.sparsity_weight, model.penalty, model.rho)
     sae.build(torch.zeros(1, *input_shape))
     return sae

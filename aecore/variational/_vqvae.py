@@ -12,6 +12,7 @@ from aecore._base.trainable import Trainable
 from aecore.errors import DataError
 from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
 from aecore.nn import Backbone
+from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.variational._codebook import VectorQuantizer, perplexity
 
@@ -194,7 +195,7 @@ def _of_vectors(model: VQVAESpec, nets: Backbone) -> tuple[nn.Module, nn.Module]
     """Return nets through `[B, E, P]` with P = latent_dim, by linear maps."""
     size = model.latent_dim * model.embedding_dim
     split = nn.Unflatten(1, (model.embedding_dim, model.latent_dim))
-    return nn.Sequential(nets.encoder, nn.Linear(nets.num_features, size), split), nn.Sequential(nn.Flatten(), nets.decoder)
+    return nn.Sequential(nets.encoder, Linear(nets.num_features, size), split), nn.Sequential(nn.Flatten(), nets.decoder)
 
 
 def _of_maps(size: int, encoder: nn.Module, decoder: nn.Module, map_shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:

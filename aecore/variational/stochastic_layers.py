@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from aecore.nn.linear import LazyLinear
 from aecore.precision import without_autocast
 
 LOG_VAR_MIN, LOG_VAR_MAX = -30.0, 20.0
@@ -26,8 +27,8 @@ class FullyFactorizedGaussian(nn.Module):
         self.latent_dim = latent_dim
         with warnings.catch_warnings():  # torch calls lazy modules "a new feature" since 1.8
             warnings.filterwarnings("ignore", message="Lazy modules are a new feature")
-            self.mu = nn.LazyLinear(latent_dim)
-            self.log_var = nn.LazyLinear(latent_dim)
+            self.mu = LazyLinear(latent_dim)
+            self.log_var = LazyLinear(latent_dim)
 
     def get_params(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return `mu [B, D]` and the clamped `log_var [B, D]` of features `x [B, F]`; ValueError for another number of axes."""
