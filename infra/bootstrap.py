@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up `.venv` from the exact lock, then run one of the project's jobs in it. Standard library only, no make needed.
 
-    python3 infra/bootstrap.py [setup | demo | test | lint | accept | bench | servers | lock] [arguments of the job]
+    python3 infra/bootstrap.py [setup | demo | test | lint | accept | bench | servers | peers | lock] [arguments of the job]
 
 One pip command installs everything, so nothing is upgraded behind the lock's back; `pip check` has the last word. A stamp in
 `.venv` makes later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOCK = ROOT / "infra" / "requirements.lock"
+PEERS_LOCK, PEERS = ROOT / "infra" / "peers.lock", VENV / "peers"
 STAMP = VENV / "aecore-setup.json"
 NEEDED_BYTES = 4 << 30
 PREFERRED = ("python3.11", "python3.12", "python3.13", "python3.14")  # the lock is made on 3.11
@@ -229,16 +230,19 @@ def test(args: list[str]) -> int:
     Without arguments in two processes, one of which has all tests that start services: they wait more than they work.
     """
     servers([])
+    peers([])
     linted = lint([])
     return job("python", "-m", "pytest", *(args or ("-n", "2", "--dist", "loadgroup"))) or linted
 
 
 def accept(args: list[str]) -> int:
     servers([])
+    peers([])
     return job("python", "-m", "pytest", "-m", "accept", "--timeout=5400", *args, AECORE_ACCEPT="1")
 
 
 def bench(args: list[str]) -> int:
+    peers([])
     return job("python", "-m", "tests.benchmarks", *args)
 
 
@@ -248,6 +252,21 @@ def servers(args: list[str]) -> int:
         say("no Chromium: the test that opens Prefect's page will be skipped (Debian: sudo apt-get install chromium)")
     if not any(Path("/usr/share/postgresql").glob("*/extension/pg_trgm.control")) and not apt_install("postgresql"):
         say("no PostgreSQL: the tests of deployments will be skipped (Debian: sudo apt-get install postgresql)")
+    return 0
+
+
+def peers(args: list[str]) -> int:
+    """Install the libraries that we are compared with into a folder of their own, if that is possible; tests skip without them."""
+    stamp = PEERS / PEERS_LOCK.name
+    if stamp.is_file() and stamp.read_bytes() == PEERS_LOCK.read_bytes():
+        return 0
+    shutil.rmtree(PEERS, ignore_errors=True)
+    command = [str(PYTHON), "-m", "pip", "install", "-qq", "--no-deps", "--target", str(PEERS), "-r", str(PEERS_LOCK)]
+    status, output = quietly(command, "installing the libraries of comparison")
+    if status == 0:
+        shutil.copy(PEERS_LOCK, stamp)
+    else:
+        say(f"the tests against other libraries will be skipped: {(output.strip().splitlines() or ['no output'])[-1]}")
     return 0
 
 
@@ -276,6 +295,7 @@ JOBS = {
     "accept": accept,
     "bench": bench,
     "servers": servers,
+    "peers": peers,
     "lock": lock,
 }
 

@@ -4,12 +4,10 @@ All have the same layers (ReLU), the same batches in memory as floats, Adam with
 Ours is what `fit` does for each batch: noise of the global batch, schedules, loss, backward, fused Adam, sums for the metrics. The
 hand-written loop does nothing but that step, with fused Adam. A peer is trained as its own trainer or documentation does it (torch's
 default Adam, the loss read every step where it does so). torchmil's net learns the decoder's variance too: it meets our class of the same
-net (`aecore.mil`, its default variances), in a loop with fused Adam. A peer that is not installed is left out:
-
-    pip install --no-deps pyautoencoder pythae torchmil && pip install tensordict torchmetrics einops h5py
+net (`aecore.mil`, its default variances), in a loop with fused Adam. A peer that is not installed is left out (`infra/bootstrap.py peers`).
+Memory is kept as the command and its workers keep it, for all sides.
 """
 
-import importlib
 import tempfile
 import types
 from collections.abc import Callable
@@ -24,12 +22,14 @@ import aecore.mil
 from aecore._base.batch import Batch
 from aecore.data.job import shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
+from aecore.memory import keep_freed_memory
 from aecore.nn.mlp import MLPSpec
 from aecore.ranks import Rank
 from aecore.run import TrainJob, TrainSpec, claim_run, pinned_dataset
 from aecore.store import open_store
 from aecore.train import _Training
 from aecore.variational import VAESpec
+from tests import peers
 from tests.benchmarks.pairs import HEADER, compare
 
 STEPS, PAIRS, BATCH, SIZE, HIDDEN, LATENT, LR = 150, 9, 128, 784, 256, 20, 1e-3
@@ -108,8 +108,8 @@ def pyautoencoder(package: types.ModuleType) -> Step:
 
 
 def pythae(package: types.ModuleType) -> Step:
-    base = importlib.import_module("pythae.models.base.base_utils")
-    nets = importlib.import_module("pythae.models.nn")
+    base = peers.load("pythae.models.base.base_utils")
+    nets = peers.load("pythae.models.nn")
 
     class Encoder(nets.BaseEncoder):
         def __init__(self) -> None:
@@ -172,7 +172,7 @@ def sides() -> dict[str, Step]:
     found: dict[str, Step] = {"hand-written loop, fused Adam": by_hand()}
     for name, (module, make) in PEERS.items():
         try:
-            package = importlib.import_module(module)
+            package = peers.load(module)
         except ImportError as error:
             print(f"({name} is left out: {error})")
         else:
@@ -181,6 +181,7 @@ def sides() -> dict[str, Step]:
 
 
 def main() -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     data = batches()
 

@@ -12,6 +12,7 @@ from aecore.vanilla import AE
 from aecore.variational import VAE, AdaGVAE
 from aecore.variational.bound import Bound
 from aecore.variational.marginal import log_marginal
+from tests.peers import load_or_skip
 
 B, FEATURES, D, S = 5, 12, 3, 4
 
@@ -60,8 +61,8 @@ class _Nets:
     """Our networks in the form that pythae takes."""
 
     def __init__(self, ours: VAE) -> None:
-        nets = pytest.importorskip("pythae.models.nn")
-        output = pytest.importorskip("pythae.models.base.base_utils").ModelOutput
+        nets = load_or_skip("pythae.models.nn")
+        output = load_or_skip("pythae.models.base.base_utils").ModelOutput
 
         class Encoder(nets.BaseEncoder):  # type: ignore[misc, name-defined]  # a class of the peer
             def __init__(self) -> None:
@@ -93,7 +94,7 @@ def ours(x: Tensor) -> VAE:
 
 @pytest.mark.filterwarnings("ignore")  # what the peer warns about is its own
 def test_losses_gradients_and_log_likelihoods_of_pythae(x: Tensor, ours: VAE) -> None:
-    models = pytest.importorskip("pythae.models")
+    models = load_or_skip("pythae.models")
     nets, settings = _Nets(ours), {"input_dim": (FEATURES,), "latent_dim": D, "reconstruction_loss": "bce"}
     vae = models.VAE(models.VAEConfig(**settings), nets.encoder, nets.decoder)
     torch.manual_seed(2)
@@ -115,7 +116,7 @@ def test_losses_gradients_and_log_likelihoods_of_pythae(x: Tensor, ours: VAE) ->
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_of_the_iwae_of_pythae(x: Tensor, ours: VAE) -> None:
     """Its loss is a surrogate whose value is not the bound; its gradient is the bound's."""
-    models = pytest.importorskip("pythae.models")
+    models = load_or_skip("pythae.models")
     nets = _Nets(ours)
     config = models.IWAEConfig(input_dim=(FEATURES,), latent_dim=D, reconstruction_loss="bce", number_samples=S)
     iwae = models.IWAE(config, nets.encoder, nets.decoder)

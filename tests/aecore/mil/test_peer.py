@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from aecore.mil import VariationalAutoEncoder, VariationalAutoEncoderMIL
+from tests.peers import load_or_skip
 
-peer = pytest.importorskip("torchmil.nn", reason="torchmil is not installed", exc_type=ImportError)
+peer = load_or_skip("torchmil.nn")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 B, N, F, D = 4, 3, 12, 5
 
