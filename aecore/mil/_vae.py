@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aecore.errors import InputError, did_you_mean
@@ -156,9 +157,10 @@ class VariationalAutoEncoder(nn.Module):
         inputs, mean, log_std = at_least_float32(inputs), at_least_float32(mean), at_least_float32(log_std)
         size = mean.shape[-1]
         with without_autocast(mean):
-            if log_std.shape[-1] == 1:  # one for all: what follows touches every feature twice, not six times
+            if log_std.shape[-1] == 1:  # one for all features, which are then touched once each way
                 log_std = log_std.squeeze(-1)
-                squares = (inputs - mean).square().sum(-1) * torch.exp(-2 * log_std)
+                mean, inputs = torch.broadcast_tensors(mean, inputs)  # type: ignore[no-untyped-call]  # torch
+                squares = F.mse_loss(mean, inputs, reduction="none").sum(-1) * torch.exp(-2 * log_std)
                 return -0.5 * torch.add(squares, log_std, alpha=2 * size) - 0.5 * size * LOG_2PI
             return -0.5 * (((inputs - mean) * torch.exp(-log_std)).square().sum(-1) + 2 * log_std.sum(-1) + size * LOG_2PI)
 
