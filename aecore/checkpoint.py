@@ -22,63 +22,17 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from aecore._base.trainable import ModelSpec, Trainable
-from aecore.data.transform import TransformSpec
-from aecore.errors import ConfigError, DataError
+from aecore._base.trainable import Trainable
+from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, read_json
 from aecore.kinds import other_kind
-from aecore.registry import BACKBONES, MODELS, from_dict, to_dict
+from aecore.model_config import ModelConfig
 from aecore.store import FileRef, Store, canonical_json, open_store
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 _FOLDER = re.compile(r"step-(\d{8})-[0-9a-z]+")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """Everything that is needed to build a model again; `input_shape` is `(C, H, W)`, `(F,)` or whatever the data has.
-
-    A first axis of 0 stands for sequences of any number of steps.
-    """
-
-    model: ModelSpec
-    backbone: Any  # any: the spec class registered for its kind
-    transform: TransformSpec
-    input_shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.model.likelihood == "categorical" and self.transform.scale != "none":
-            raise ConfigError(
-                f"model.likelihood=categorical scores class ids, and transform.scale={self.transform.scale} would change them: "
-                "use transform.scale=none"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON data."""
-        return {
-            "format": FORMAT_VERSION,
-            "model": to_dict(self.model),
-            "backbone": to_dict(self.backbone),
-            "transform": to_dict(self.transform),
-            "input_shape": list(self.input_shape),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """Read the plain data back; an unknown kind or key is a ConfigError."""
-        return cls(
-            MODELS.from_dict(data["model"]),
-            BACKBONES.from_dict(data["backbone"]),
-            from_dict(TransformSpec, data["transform"]),
-            tuple(data["input_shape"]),
-        )
-
-    def build(self) -> Trainable:
-        """Build the model with fresh weights (drawn from torch's global generator)."""
-        model: Trainable = MODELS.build(self.model, self.backbone, self.input_shape)
-        return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from aecore._base.trainable import ModelSpec, Trainable
-from aecore.checkpoint import LoadedModel, ModelConfig, load_model, newest_checkpoint, read_checkpoint
+from aecore.checkpoint import LoadedModel, load_model, newest_checkpoint, read_checkpoint
 from aecore.compatible import require_labels
 from aecore.data.bags import BagLoader
 from aecore.data.loader import InputSpec, Loader
@@ -21,6 +21,7 @@ from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
 from aecore.metrics import epoch_of
+from aecore.model_config import ModelConfig
 from aecore.optim import OptimSpec
 from aecore.registry import MODELS, knob, spec, to_dict
 from aecore.store import Store

@@ -17,7 +17,8 @@ from aecore import errors
 from aecore.errors import AecoreError, RunFailed
 from pipelines import progress
 from pipelines.config import Recipe
-from pipelines.steps import STEPS, run_stages
+from pipelines.pipeline import run_stages
+from pipelines.steps import STEPS
 from pipelines.tree import Tree
 
 RESULT = "aepipe-result "

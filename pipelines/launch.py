@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]) -> Result:
     """Run one step. `base` holds the keys that were given as arguments; a dry run shows `sections` of the recipe."""
-    from pipelines import progress, steps, text
+    from pipelines import pipeline, progress, steps, text
     from pipelines.config import load_recipe
 
     require_no_conflict(base, args.overrides)
     recipe = load_recipe(args.recipe, args.overrides, base=base)
-    steps.check_address(recipe)
+    pipeline.check_address(recipe)
     if os.environ.get("PREFECT_API_URL") and not args.dry_run:
         summary = flow(name, debug=args.debug)(recipe.travelling())
     elif recipe.cluster.kind == "job" and not args.dry_run:
@@ -41,12 +41,12 @@ def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]
 
 def pipeline(args: Args) -> Result:
     """Run all stages of a recipe as one flow; a dry run names them and plans those that can be planned."""
-    from pipelines import steps, text
+    from pipelines import pipeline, text
     from pipelines.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    steps.check_pipeline(recipe)
-    steps.check_address(recipe)
+    pipeline.check_pipeline(recipe)
+    pipeline.check_address(recipe)
     if args.dry_run:
         from pipelines.plan import plan_pipeline
 
@@ -56,7 +56,7 @@ def pipeline(args: Args) -> Result:
 
 def submit(args: Args) -> Result:
     """Submit the pipeline of a recipe as a Ray job, or join the one that runs; follow it, unless `--no-wait`; or stop it (`--stop`)."""
-    from pipelines import steps, text
+    from pipelines import pipeline, text
     from pipelines import submit as jobs
     from pipelines.cluster.job_client import job_address
     from pipelines.cluster.jobs import JobServer
@@ -65,7 +65,7 @@ def submit(args: Args) -> Result:
     recipe = load_recipe(args.recipe, ["cluster.kind=job", *args.overrides])
     if recipe.cluster.kind != "job":
         raise ConfigError(f"cluster.kind={recipe.cluster.kind}, and `aepipe submit` submits a job: leave it out, or use aepipe run")
-    steps.check_pipeline(recipe)
+    pipeline.check_pipeline(recipe)
     where = job_address(recipe.cluster)
     if args.dry_run:
         return Result({"address": where, **jobs.plan("pipeline", recipe), "recipe": recipe.resolved()}, text.of_tree)

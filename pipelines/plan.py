@@ -1,7 +1,7 @@
 """What `aepipe run --dry-run` says: every stage with its place, and the dry runs of those whose input is there. Writes nothing."""
 
 from aecore.store import open_store
-from pipelines import steps
+from pipelines import pipeline, steps
 from pipelines.config import Recipe
 from pipelines.tree import Tree
 
@@ -16,15 +16,15 @@ def plan_pipeline(recipe: Recipe) -> Tree:
     from aecore.generations import newest_number
     from aecore.run import finished_run
 
-    last, names = steps.stage(recipe, "evaluate"), steps.stages(recipe)
+    last, names = pipeline.stage(recipe, "evaluate"), pipeline.stages(recipe)
     data, store = last.require("data"), open_store(last.require("run"))
-    plans = {"shard": steps.shard(steps.stage(recipe, "shard"), dry_run=True)} if "shard" in names else {}
+    plans = {"shard": steps.shard(pipeline.stage(recipe, "shard"), dry_run=True)} if "shard" in names else {}
     is_there = newest_number(open_store(data), STEM) is not None or not plans
     splits = dict.fromkeys([*(open_dataset(data).manifest.splits if is_there else ()), *(plans["shard"]["samples"] if plans else ())])
-    missing = steps.missing_split(recipe, data, splits)
+    missing = pipeline.missing_split(recipe, data, splits)
     if is_there:
-        plans["train"] = steps.train(steps.stage(recipe, "train"), dry_run=True)
+        plans["train"] = steps.train(pipeline.stage(recipe, "train"), dry_run=True)
         if finished_run(store) is not None:
-            plans["encode"] = steps.encode(steps.stage(recipe, "encode"), dry_run=True)
-    places = {name: steps.stage(recipe, name).tree["out"] for name in names}
+            plans["encode"] = steps.encode(pipeline.stage(recipe, "encode"), dry_run=True)
+    places = {name: pipeline.stage(recipe, name).tree["out"] for name in names}
     return {"stages": places, **({"not_evaluated": missing} if missing else {}), **plans, "recipe": recipe.resolved()}

@@ -15,8 +15,9 @@ from aecore.store import sha256_json
 from pipelines import driver
 from pipelines.cluster.jobs import Ended, JobServer, JobSpec, JobStopped
 from pipelines.config import Recipe
+from pipelines.pipeline import stages
 from pipelines.progress import Report, from_line
-from pipelines.steps import SECTIONS, stages
+from pipelines.steps import SECTIONS
 from pipelines.tree import Tree
 
 logger = logging.getLogger(__name__)

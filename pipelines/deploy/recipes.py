@@ -9,7 +9,7 @@ from typing import Any
 
 from aecore.errors import ConfigError
 from pipelines.config import Recipe
-from pipelines.steps import check_pipeline, stage
+from pipelines.pipeline import check_pipeline, stage
 
 FLOWS = ("shard", "train", "encode", "evaluate", "pipeline")
 TAG = "aepipe"

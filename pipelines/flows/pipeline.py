@@ -11,7 +11,7 @@ from prefect import flow
 
 from pipelines.config import Recipe
 from pipelines.flows.stages import leave_report, run_step, stop_job
-from pipelines.steps import check_address, run_stages
+from pipelines.pipeline import check_address, run_stages
 
 
 @flow(name="aepipe-pipeline", persist_result=False, on_cancellation=[stop_job])

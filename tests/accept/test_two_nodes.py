@@ -15,7 +15,8 @@ from aecore.checkpoint import newest_checkpoint
 from aecore.metrics import read_rows
 from aecore.store import open_store
 from pipelines.config import load_recipe
-from pipelines.steps import STEPS, run_stages
+from pipelines.pipeline import run_stages
+from pipelines.steps import STEPS
 from tests.pipelines.cluster.heads import RAY, Head, end, ray_head
 from tests.pipelines.conftest import SMALL
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aecore.checkpoint import ModelConfig, publish_model, write_checkpoint
+from aecore.checkpoint import publish_model, write_checkpoint
 from aecore.data.job import shard_dataset
 from aecore.data.plan import SplitSpec
 from aecore.data.sources.folder import FolderSpec
@@ -17,6 +17,7 @@ from aecore.data.tasks import ShardSpec
 from aecore.data.transform import TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
 from aecore.fanout import MakeWorker, Outcome, make_part
+from aecore.model_config import ModelConfig
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store
 from aecore.table import LatentTable, open_table

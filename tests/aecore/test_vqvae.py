@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from aecore._base import Batch
-from aecore.checkpoint import ModelConfig, load_model
+from aecore.checkpoint import load_model
 from aecore.data.job import shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.transform import TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
+from aecore.model_config import ModelConfig
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
 from aecore.ranks import Rank

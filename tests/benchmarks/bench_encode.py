@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.checkpoint import ModelConfig, load_model, publish_model, write_checkpoint
+from aecore.checkpoint import load_model, publish_model, write_checkpoint
 from aecore.data.job import shard_dataset
 from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.sources.folder import FolderSpec
@@ -34,6 +34,7 @@ from aecore.data.transform import Transform, TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
 from aecore.fanout import serial
 from aecore.memory import keep_freed_memory
+from aecore.model_config import ModelConfig
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from aecore.checkpoint import ModelConfig, publish_model, write_checkpoint
+from aecore.checkpoint import publish_model, write_checkpoint
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import open_dataset
@@ -28,6 +28,7 @@ from aecore.data.tasks import ShardSpec
 from aecore.data.transform import TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
 from aecore.memory import keep_freed_memory
+from aecore.model_config import ModelConfig
 from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec
 from aecore.store import open_store

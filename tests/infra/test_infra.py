@@ -119,7 +119,7 @@ def test_prefect_yaml_makes_what_aepipe_deploy_makes() -> None:
     from pipelines.config import Recipe
     from pipelines.deploy.pool import JOB_ENVIRONMENT, POOL
     from pipelines.deploy.recipes import FLOWS, deployments
-    from pipelines.steps import stage
+    from pipelines.pipeline import stage
 
     entries = yaml.safe_load((INFRA / "prefect.yaml").read_text().replace("{{ $AEPIPE_OUT }}", "/srv/out"))["deployments"]
     trees = {entry["entrypoint"].split(".")[2]: entry["parameters"]["recipe"] for entry in entries}

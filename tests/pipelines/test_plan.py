@@ -8,7 +8,8 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.config import Recipe, load_recipe
-from pipelines.steps import STEPS, run_stages
+from pipelines.pipeline import run_stages
+from pipelines.steps import STEPS
 from pipelines.text import of_pipeline
 
 HERE = "cluster.num_workers=0"

@@ -16,7 +16,8 @@ from aecore.errors import ClusterError, ConfigError
 from pipelines.cluster.job_client import is_here, job_address
 from pipelines.cluster.jobs import JobServer
 from pipelines.config import ClusterSpec, load_recipe
-from pipelines.steps import STEPS, run_stages
+from pipelines.pipeline import run_stages
+from pipelines.steps import STEPS
 from pipelines.submit import job_of
 from tests.pipelines.cluster.heads import Head
 from tests.pipelines.conftest import SMALL
@@ -26,7 +27,8 @@ AEPIPE = (sys.executable, "-m", "pipelines.cli")
 STAGES = """
 import json, sys
 from pipelines.config import load_recipe
-from pipelines.steps import STEPS, run_stages
+from pipelines.pipeline import run_stages
+from pipelines.steps import STEPS
 print(json.dumps(run_stages(load_recipe("demo", sys.argv[1:]), lambda name, part: STEPS[name](part))))
 """
 IDS = """
