@@ -63,13 +63,17 @@ HEADER = """\
 |---|--:|--:|--:|--:|--:|--:|"""
 
 
-def compare(name: str, ours: Side, theirs: Side, *, units: int, pairs: int = 5) -> Pairs:
-    """Run both sides `pairs` times in turn in this process, after a run of each in a process of its own that gives its peak memory."""
+def compare(name: str, ours: Side, theirs: Side, *, units: int, pairs: int = 5, before: Side = lambda: None) -> Pairs:
+    """Run both sides `pairs` times in turn in this process, after a run of each in a process of its own that gives its peak memory.
+
+    `before` runs before each of them and is not timed.
+    """
     peaks = {side: peak_mib(side) for side in (ours, theirs)}
     _seconds(ours), _seconds(theirs)  # not counted
     seconds: dict[Side, list[float]] = {ours: [], theirs: []}
     for number in range(pairs):
         for side in (ours, theirs) if number % 2 == 0 else (theirs, ours):
+            before()
             seconds[side].append(_seconds(side))
     return Pairs(name, units, tuple(seconds[ours]), tuple(seconds[theirs]), peaks[ours], peaks[theirs])
 
