@@ -1,8 +1,8 @@
 """Writing and reading shards against webdataset's own writer and reader, and against `tar cf`.
 
 `python -m tests.benchmarks shard`. Everything is included on our side: listing, reading the files, checks, hashes, index,
-fsync. All sides work on the same files, in the page cache unless a row says otherwise. The peer writes and reads the same members (image and `.cls`) without index,
-hashes, checks or fsync, and `tar` copies the image files alone.
+fsync. All sides work on the same files, in the page cache unless a row says otherwise. The peer writes and reads the same members
+(image and `.cls`) without index, hashes, checks or fsync, and `tar` copies the image files alone.
 """
 
 import functools
