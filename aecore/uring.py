@@ -34,6 +34,7 @@ _REQUEST = np.dtype(
 )
 _ANSWER = np.dtype([("number", "u8"), ("result", "i4"), ("flags", "u4")])
 _HERE = -100  # AT_FDCWD: paths are absolute, or relative to the working directory
+_abandoned: list[tuple["Ring", bytes]] = []  # rings that failed while requests were under way
 
 
 def open_ring(files: int, room: int, flags: int) -> "Ring | None":
@@ -79,23 +80,33 @@ class Ring:
         reading["address"], reading["number"] = self._buffer.ctypes.data + numbers * self.room, numbers
 
     def read(self, paths: bytes) -> list[bytes | None]:
-        """Return up to `room` bytes of each file; None for one that cannot be opened or read. Each path ends with a zero byte."""
+        """Return up to `room` bytes of each file; None for one that cannot be opened or read. Each path ends with a zero byte.
+
+        OSError if the kernel takes no more requests; then this ring must not be used any more.
+        """
         text = np.frombuffer(paths, np.uint8)
         ends = np.flatnonzero(text == 0)
         self._requests["address"][0, 0] = text.ctypes.data
         self._requests["address"][1 : len(ends), 0] = text.ctypes.data + 1 + ends[:-1]
         view, room = self._buffer.data, self.room
         starts = range(0, len(ends) * room, room)
-        return [view[at : at + size].tobytes() if size >= 0 else None for at, size in zip(starts, self._submit(len(ends)), strict=True)]
+        return [
+            view[at : at + size].tobytes() if size >= 0 else None for at, size in zip(starts, self._submit(len(ends), paths), strict=True)
+        ]
 
-    def _submit(self, count: int) -> list[int]:
+    def _submit(self, count: int, paths: bytes) -> list[int]:
         """Open and read the first `count` files; return the bytes of each, or a negative error number."""
         sent, left, missing, sizes = int(self._sent[0]), 2 * count, count, np.empty(count, np.int64)
         self._slots[(sent + np.arange(left)) % len(self._slots)] = np.arange(left)
         self._sent[0] = (sent + left) % (1 << 32)
         while missing:
-            with contextlib.suppress(InterruptedError):
+            try:
                 left -= self._call(_ENTER, self._descriptor, left, missing, _WAIT, None, 0)
+            except InterruptedError:
+                pass
+            except OSError:
+                _abandoned.append((self, paths))  # the kernel may still write there
+                raise
             seen = int(self._seen[0])
             answers = self._answers[(seen + np.arange((int(self._told[0]) - seen) % (1 << 32))) % len(self._answers)]
             self._seen[0] = (seen + len(answers)) % (1 << 32)

@@ -6,6 +6,7 @@ folders (a folder would be listed twice, or for ever). Everything else is listed
 
 import contextlib
 import itertools
+import logging
 import os
 import sys
 import zipfile
@@ -26,6 +27,8 @@ from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files
 from aecore.uring import Ring, open_ring
+
+logger = logging.getLogger(__name__)
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 AHEAD_FILES = 128  # read at once
@@ -126,7 +129,11 @@ class FolderSource:
         """Yield the bytes of the next files; None for those to be read on their own: large ones, and what cannot be opened."""
         for first in range(0, len(sources), AHEAD_FILES):
             names = sources[first : first + AHEAD_FILES]
-            found = ring.read(os.fsencode("\0".join([self._prefix + name for name in names]) + "\0"))
+            try:
+                found = ring.read(os.fsencode("\0".join([self._prefix + name for name in names]) + "\0"))
+            except OSError as error:
+                logger.info("%s: no more batches of files from the kernel (%s), they are read one by one", self._url, error)
+                return
             found = [None if data is None or len(data) == ring.room else data for data in found]
             yield found
             if 2 * found.count(None) > len(found):

@@ -1,3 +1,4 @@
+import errno
 import gc
 import io
 import os
@@ -14,6 +15,7 @@ from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import SOURCES
+from aecore.uring import Ring
 
 
 def tree(root, *paths, data=b"x"):
@@ -227,6 +229,24 @@ class TestReadingAhead:
         with pytest.raises(FileNotFoundError):
             read("2.png")
         assert [read(f"{number}.png") for number in (3, 4)] == [("png", b"3"), ("png", b"4")]
+
+    def test_a_ring_that_fails_on_the_way_costs_no_sample(self, tmp_path, monkeypatch):
+        source = folder(tree(tmp_path, *(f"{number:04d}.png" for number in range(500))))
+        names = source.listing().sources
+        if folder_module.open_ring(1, 1, os.O_RDONLY) is None:
+            pytest.skip("this kernel offers no io_uring")
+        whole, calls = Ring._call, []
+
+        def failing(self, *arguments):
+            calls.append(arguments[0])
+            if len(calls) > 4:  # set up, register, one batch, and part of another
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            return whole(self, *arguments)
+
+        monkeypatch.setattr(Ring, "_call", failing)
+        read = source.ahead(names)
+        assert [read(name) for name in names] == [("png", b"x")] * 500
+        assert len(calls) == 5
 
     def test_names_that_are_no_utf8_are_listed_and_read(self, opened):
         source = opened({b"\xff\xfe.png": b"odd", "ü.png".encode(): b"fine", b"a.png": b"plain"})
