@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 AHEAD_FILES = 128  # read at once
+_USUAL = {f".{ext}": ext for ext in DATA_EXTENSIONS if len(ext) == 3}
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # a FIFO reads as empty
 
 
@@ -176,14 +177,14 @@ class FolderSource:
         extensions, folders = self._extensions, []
         for entry in entries:
             name = entry.name
-            if entry.is_file(follow_symlinks=False) and name[0] != "." and name.rpartition(".")[2].lower() in extensions and "." in name:
+            if entry.is_file(follow_symlinks=False) and name[0] != "." and _extension(name) in extensions and "." in name:
                 size = sizes.get(name)
                 found[prefix + name] = entry.stat(follow_symlinks=False).st_size if size is None else size
             elif name[0] == ".":
                 skipped["hidden files or folders"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(_class_name(f"{prefix}{name}/", self._root))
-            elif "." not in name or name.rpartition(".")[2].lower() not in extensions:
+            elif "." not in name or _extension(name) not in extensions:
                 skipped["files of other extensions"] += 1
             elif entry.is_symlink() and not self._stays_inside(prefix + name):
                 skipped["symbolic links that leave the folder or lead to none of its files"] += 1
@@ -222,7 +223,7 @@ class BucketSource(FolderSource):
 
 
 def _extension(source: str) -> str:
-    return source.rpartition(".")[2].lower()
+    return _USUAL.get(source[-4:]) or source.rpartition(".")[2].lower()  # a third of the time for nearly all names
 
 
 @contextlib.contextmanager
