@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = (
     "_base",
     "beside",
+    "disk",
     "errors",
     "fanout",
     "generations",
@@ -26,6 +27,7 @@ BASE = (
     "registry",
     "slices",
     "store",
+    "uring",
 )
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")

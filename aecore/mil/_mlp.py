@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from aecore.errors import did_you_mean
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.precision import without_autocast
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

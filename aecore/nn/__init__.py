@@ -1,5 +1,6 @@
 """Backbones: encoder and decoder networks for samples of any shape, each kind one file that registers its spec."""
 
 from aecore.nn._backbone import Backbone
+from aecore.nn._linear import LazyLinear, Linear
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "LazyLinear", "Linear"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aecore.errors import ConfigError
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 
 Cell = Literal["gru", "lstm"]
 _GATES = {"gru": 3, "lstm": 4}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation, output_layers
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 MOST_TOKENS = 64

@@ -13,7 +13,7 @@ from torch import nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, hidden, output_layers
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

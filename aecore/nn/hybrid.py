@@ -10,9 +10,9 @@ from torch import nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation
+from aecore.nn._linear import Linear
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
 from aecore.nn.conv import ConvSpec
-from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, hidden, output_layers
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 

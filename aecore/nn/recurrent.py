@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation, output_layers
+from aecore.nn._linear import Linear
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
-from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 

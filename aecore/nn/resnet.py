@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, normalisation, output_layers
+from aecore.nn._linear import Linear
 from aecore.nn.conv import CONV, CONV_TRANSPOSE, halved, output_padding, with_channels
-from aecore.nn.linear import Linear
 from aecore.registry import BACKBONES, knob, spec
 
 

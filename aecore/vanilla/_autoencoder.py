@@ -10,7 +10,7 @@ from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.registry import BACKBONES, MODELS, knob, spec
 
 

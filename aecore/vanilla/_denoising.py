@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from aecore._base.batch import Batch
 from aecore.errors import ConfigError
 from aecore.loss import LossResult, sample_log_likelihood
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.vanilla._autoencoder import AE, AEOutput
 

@@ -12,7 +12,7 @@ from aecore._base.trainable import Trainable
 from aecore.errors import DataError
 from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
 from aecore.nn import Backbone
-from aecore.nn.linear import Linear
+from aecore.nn._linear import Linear
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.variational._codebook import VectorQuantizer, perplexity
 

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from aecore.nn.linear import LazyLinear
+from aecore.nn._linear import LazyLinear
 from aecore.precision import without_autocast
 
 LOG_VAR_MIN, LOG_VAR_MAX = -30.0, 20.0

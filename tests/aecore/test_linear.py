@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-import aecore.nn.linear as linear_module
-from aecore.nn.linear import LazyLinear, Linear, linear
+import aecore.nn._linear as linear_module
+from aecore.nn._linear import LazyLinear, Linear, linear
 
 here = pytest.mark.skipif(linear_module._multiply is None, reason="this CPU or this build of torch has only one matrix product")
 
