@@ -1,9 +1,8 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
 The order is the task's; a sample that cannot be read or is damaged is left out and kept as a row for the quarantine. The loop below is
-where all the time goes (about 6 us for a 28x28 PNG with a label), so it works on plain lists;
-beside it one thread hashes finished chunks of 1 MiB, another writes them. Memory: two such chunks with their samples,
-and the index.
+where all the time goes (about 6 us for a 28x28 PNG with a label), so it works on plain lists; beside it one thread hashes finished chunks
+of 1 MiB, another writes them. Memory: two such chunks with their samples, and the index.
 """
 
 import errno
@@ -67,8 +66,9 @@ class Pack:
                     pages = packed(names, contents)
                     hashing(pages)
                     writing(pages)
-            self._hash(packed.end())
-            file.end(packed.end())
+            end = packed.end()
+            self._hash(end)
+            file.end(end)
 
     def scan(self, source: "Source") -> None:
         """Read, check and hash all samples without writing them."""
