@@ -1,11 +1,14 @@
-"""One function in a thread of its own, one call at a time: for work that releases the interpreter lock (hashes, files, the network)."""
+"""Functions in threads of their own: for work that releases the interpreter lock (hashes, files, the network)."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Generic, ParamSpec, Self
+from typing import Generic, ParamSpec, Self, TypeVar
 
 P = ParamSpec("P")
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 class Beside(Generic[P]):
@@ -37,3 +40,22 @@ class Beside(Generic[P]):
         if self._last is not None:
             last, self._last = self._last, None
             last.result()
+
+
+def in_order(function: Callable[[A], R], arguments: Iterable[A], *, threads: int) -> Generator[R, None, None]:
+    """Yield `function(argument)` of each argument in their order, made by so many threads, at most one more than there are threads ahead.
+
+    An error is raised in the place of its result. Closing the generator waits for the calls that have begun.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        flying = deque[Future[R]]()
+        try:
+            for argument in arguments:
+                flying.append(pool.submit(function, argument))
+                if len(flying) > threads:
+                    yield flying.popleft().result()
+            while flying:
+                yield flying.popleft().result()
+        finally:
+            for waiting in flying:
+                waiting.cancel()

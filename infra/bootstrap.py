@@ -6,7 +6,7 @@
 One pip command installs everything, so nothing is upgraded behind the lock's back; `pip check` has the last word. A stamp in
 `.venv` makes later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without
 one the `+cpu` build, looked for on the configured indexes and on the one that AECORE_TORCH_INDEX names.
-System packages (venv, Chromium for one test) are installed only as root, with apt-get, and only if missing; AECORE_APT=0 forbids it.
+System packages (venv, a C compiler, Chromium for one test) are installed only as root, with apt-get, and only if missing; AECORE_APT=0 forbids it.
 """
 
 from __future__ import annotations  # an old Python must get as far as the message that it is too old
@@ -86,15 +86,16 @@ def quietly(command: list[str], what: str, timeout_s: float = 3600) -> tuple[int
         return status, output.read()
 
 
-def apt_install(package: str) -> bool:
-    """Install a Debian package if that is possible and allowed here; return whether it is installed now."""
+def apt_install(*packages: str) -> bool:
+    """Install Debian packages if that is possible and allowed here; return whether they are installed now."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None or os.environ.get("AECORE_APT") == "0":
         return False
-    say(f"apt-get install {package}")
+    names = " ".join(packages)
+    say(f"apt-get install {names}")
     quietly(["apt-get", "update"], "apt-get update", 300)
-    status, output = quietly(["apt-get", "install", "-y", "--no-install-recommends", package], f"apt-get install {package}", 600)
+    status, output = quietly(["apt-get", "install", "-y", "--no-install-recommends", *packages], f"apt-get install {names}", 600)
     if status != 0:
-        say(f"apt-get could not install {package}: {(output.strip().splitlines() or ['no output'])[-1]}")
+        say(f"apt-get could not install {names}: {(output.strip().splitlines() or ['no output'])[-1]}")
     return status == 0
 
 
@@ -158,6 +159,8 @@ def install(pip: list[str], gpu: bool) -> None:
         if status == 0 or f"No matching distribution found for {torch}" not in output:
             break
     explain(status, output)
+    if shutil.which("cc") is None and not apt_install("gcc", "libc6-dev"):
+        say("no C compiler: shards are written and read more slowly, all else is the same (Debian: sudo apt-get install gcc libc6-dev)")
     explain(*quietly([*pip, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)], "installing aecore"))
     explain(*quietly([*pip, "check"], "pip check"))
 
@@ -174,7 +177,7 @@ def explain(status: int, output: str) -> None:
 
 def wanted_stamp(gpu: bool) -> dict[str, object]:
     digest = hashlib.sha256()
-    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+    for path in (LOCK, ROOT / "pyproject.toml", ROOT / "aecore" / "native.c", Path(__file__)):
         digest.update(path.read_bytes())
     return {"inputs_sha256": digest.hexdigest(), "gpu": gpu, "root": str(ROOT)}
 

@@ -27,7 +27,7 @@ BASE = (
     "registry",
     "slices",
     "store",
-    "uring",
+    "native",
 )
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")

@@ -81,7 +81,7 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
     detail: dict[str, Any] = {}
     committed: list[FileRef] = []
     packed = time.perf_counter()
-    if pack.positions:
+    if len(pack.good[0]):
         index = _index(pack)
         metadata = {"format": 1, "split": task.split, "stem": task.stem, "tar_sha256": tar.sha256}
         committed.append(put_table(store, f"shards/{task.stem}.parquet", index, metadata, "index"))
@@ -93,11 +93,12 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
 def _index(pack: Pack) -> pa.Table:
     """Return the index of the good samples, with the places where their data stand in the tar."""
     index = pack.index()
-    places = [parse_source(pack.task.sources[position])[1] for position in pack.positions]
+    positions, codes, _ = pack.good
+    places = [parse_source(pack.task.sources[position])[1] for position in positions.tolist()]
     exts = [header.ext for header in pack.headers]
     flat = pa.StructArray.from_arrays(
         [
-            pa.array([exts[code] for code in pack.codes]),
+            pa.array([exts[code] for code in codes.tolist()]),
             pa.array([place.offset for place in places]),
             pa.array([place.size for place in places]),
         ],

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,9 +170,11 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     plan = work.plan(claim)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
-    listed = _put_listing(store, claim, work.fresh)
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
-    records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
+    with ThreadPoolExecutor(1, "listing") as beside:  # nothing waits for it but the manifest
+        listing = beside.submit(_put_listing, store, claim, work.fresh)
+        records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
+        listed = listing.result()
     _require_good(store, records, work.shards.max_bad)
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed)
     commit_manifest(store, STEM, manifest.parent, manifest.to_json())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.cuts import before, cuts
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.splits import SplitSpec, assign_splits, hashes, resolve_splits
@@ -85,7 +86,7 @@ def plan_dataset(
     names = _label_names(listing, chosen)
     classes = _grown(parent.classes if parent else (), names)
     ids = None if names is None else _ids(names, classes)
-    labelled = dataclasses.replace(listing, label_names=names)
+    labelled = dataclasses.replace(listing, label_names=names, splits=None)  # tasks are of one split each
     tasks: list[ShardTask] = []
     for split in members:
         rows = members[split] if files is not None else _order(listing, members[split], split, shards)
@@ -98,6 +99,7 @@ def plan_dataset(
                 source=source,
                 keys=part.keys,
                 sources=part.sources,
+                sizes=part.sizes,
                 ordinals=np.arange(first + start, first + stop, dtype=np.int64),
                 labels=None if ids is None else ids[rows[start:stop]],
                 label_names=part.label_names,
@@ -138,7 +140,7 @@ def _grown(classes: Sequence[str], names: list[str] | None) -> tuple[str, ...]:
 
 def _ids(names: list[str], classes: Sequence[str]) -> NDArray[np.int32]:
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
-    return np.fromiter((numbers[name] for name in names), dtype=np.int32, count=len(names))
+    return np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
 
 
 def _order(listing: Listing, rows: NDArray[np.int64], split: str, shards: ShardSpec) -> NDArray[np.int64]:
@@ -167,12 +169,5 @@ def _cut(listing: Listing, rows: NDArray[np.int64], shards: ShardSpec) -> list[t
         last = [left != right for left, right in itertools.pairwise(groups)]
         ends = np.append(np.flatnonzero(last) + 1, len(rows))
     num = np.concatenate([[0], ends])  # samples, and bytes, before each unit
-    size = np.concatenate([[0], np.cumsum(listing.sizes[rows])])[num]
-    cuts, unit = [], 0
-    while unit < len(ends):
-        fit_num = np.searchsorted(num, num[unit] + shards.max_samples, side="right") - 1
-        fit_bytes = np.searchsorted(size, size[unit] + shards.max_bytes, side="right") - 1
-        stop = max(int(min(fit_num, fit_bytes)), unit + 1)
-        cuts.append((int(num[unit]), int(num[stop])))
-        unit = stop
-    return cuts
+    size = before(listing.sizes[rows])[num]
+    return [(int(num[start]), int(num[stop])) for start, stop in cuts((num, shards.max_samples), (size, shards.max_bytes))]

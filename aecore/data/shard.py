@@ -55,7 +55,7 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
 def _commit(store: Store, pack: Pack, staged: Path, release: contextlib.ExitStack, pack_s: float) -> PartRecord:
     started = time.perf_counter()
     with release:
-        files, detail = _put_shard(store, pack, staged) if pack.positions else ([], {})
+        files, detail = _put_shard(store, pack, staged) if len(pack.good[0]) else ([], {})
     return record_shard(store, pack, files, detail, pack_s, started)
 
 
@@ -67,11 +67,11 @@ def record_shard(
     if pack.bad:
         name, metadata = f"quarantine/{task.stem}.parquet", {"format": 1, "split": task.split, "stem": task.stem}
         files.append(put_table(store, name, pack.quarantine(), metadata, "quarantine"))
-    detail |= place_of(task) | {"samples": len(pack.positions), "quarantined": len(pack.bad)}
+    detail |= place_of(task) | {"samples": len(pack.good[0]), "quarantined": len(pack.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in pack.bad))}
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
-    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.positions), len(pack.bad), sum(timings.values()))
-    return write_record(store, PartRecord(task.stem, tuple(files), len(pack.positions), len(pack.bad), detail, timings))
+    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.good[0]), len(pack.bad), sum(timings.values()))
+    return write_record(store, PartRecord(task.stem, tuple(files), len(pack.good[0]), len(pack.bad), detail, timings))
 
 
 def place_of(task: ShardTask) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _put_shard(store: Store, pack: Pack, staged: Path) -> tuple[list[FileRef], d
 
     In this order: an index without its tar would bind a rerun to samples that it may find changed.
     """
-    stem, sha256 = pack.task.stem, pack.digest.hexdigest()
+    stem, sha256 = pack.task.stem, pack.hash.hexdigest()
     with ThreadPoolExecutor(1) as background:
         committing = background.submit(store.put_staged, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
         index = pack.index()

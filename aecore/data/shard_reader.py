@@ -5,7 +5,6 @@ truncation passes. `read_rows` reads members by offset (one descriptor, thread-s
 an adopted tar are somebody else's: there `verify` compares the sha256 of the whole file instead.
 """
 
-import hashlib
 import os
 import threading
 import weakref
@@ -18,12 +17,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from aecore.data.cuts import cuts
 from aecore.data.index import content_sha256, read_table
 from aecore.data.layout import REMEDY, Layout
 from aecore.data.manifest import ShardRef, tar_store
 from aecore.data.record import Sample
 from aecore.data.tar import different_headers, end_of_archive
 from aecore.errors import DataError
+from aecore.native import sha256s
 from aecore.store import Store
 
 WINDOW_BYTES = 1 << 21
@@ -115,12 +116,12 @@ class ShardReader:
         if not verify:
             return found
         try:
-            self._check_contents(found, rows)
+            self._check_each(found, rows)
         except DataError:
             if not self._mended(descriptor):
                 raise
             found = self._pread(rows)
-            self._check_contents(found, rows)
+            self._check_each(found, rows)
         return found
 
     def _mended(self, descriptor: int) -> bool:
@@ -151,7 +152,7 @@ class ShardReader:
         starts, _ = self._layout.starts, self._descriptor  # opened once, not by two threads
         with ThreadPoolExecutor(2) as helpers:  # hashing and reading let other threads run
             flying = deque[Future[list[Sample]]]()
-            for first, stop in _windows(starts):
+            for first, stop in cuts((starts, WINDOW_BYTES)):
                 while flying and (len(flying) > 2 or starts[stop] - starts[first] > WINDOW_BYTES):  # a huge sample waits
                     yield from flying.popleft().result()
                 flying.append(helpers.submit(self._window, first, stop, verify))
@@ -220,9 +221,8 @@ class ShardReader:
         `window` starts at the first header of the samples (row `first` and on), which were cut from it.
         """
         layout, last = self._layout, first + len(samples)
-        data_ext, rows = layout.data_ext[first:last], np.arange(first, last)
-        contents = [sample.members[ext] for sample, ext in zip(samples, data_ext, strict=True)]
-        self._check_contents(contents, rows)
+        rows = np.arange(first, last)
+        self._check_contents(window, layout.data_begins[rows] - layout.starts[first], layout.data_ends[rows] - layout.starts[first], rows)
         classes = [sample.members.get("cls") for sample in samples]
         if classes != layout.classes[first:last]:
             raise self._damaged(first + next(at for at, found in enumerate(classes) if found != layout.classes[first + at]))
@@ -234,22 +234,17 @@ class ShardReader:
         if len(wrong):
             raise self._damaged(int(np.searchsorted(layout.firsts, members_of.start + wrong[0], side="right")) - 1)
 
-    def _check_contents(self, contents: Sequence[bytes], rows: NDArray[np.int64]) -> None:
-        sha256, expected = hashlib.sha256, self._layout.digests[rows]
-        found = b"".join([sha256(data).digest() for data in contents])
-        if found != expected.tobytes():
-            wrong = (np.frombuffer(found, np.uint8).reshape(expected.shape) != expected).any(axis=1)
+    def _check_each(self, contents: Sequence[bytes], rows: NDArray[np.int64]) -> None:
+        sizes = np.fromiter(map(len, contents), np.int64, len(contents))
+        ends = np.cumsum(sizes)
+        self._check_contents(b"".join(contents), ends - sizes, ends, rows)
+
+    def _check_contents(self, data: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """DataError naming the first of these rows whose bytes `data[begin:end]` have not the sha256 of the index."""
+        size = len(data)  # a file that ends early has less than the layout says
+        wrong = (sha256s(data, begins.clip(max=size), ends.clip(max=size)) != self._layout.digests[rows]).any(axis=1)
+        if wrong.any():
             raise self._damaged(int(rows[np.argmax(wrong)]))
 
     def _damaged(self, row: int) -> DataError:
         return DataError(f"{self._name} is damaged at sample {self._layout.keys[row]!r} (row {row}): {REMEDY}")
-
-
-def _windows(starts: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return [first, stop) of the samples that are read at once: as many as fit `WINDOW_BYTES`, at least one."""
-    windows, row, num = list[tuple[int, int]](), 0, len(starts) - 1
-    while row < num:
-        stop = max(row + 1, int(np.searchsorted(starts, starts[row] + WINDOW_BYTES, side="right")) - 1)
-        windows.append((row, stop))
-        row = stop
-    return windows

@@ -93,10 +93,9 @@ def _split_values(listing: Listing, splits: SplitSpec) -> list[str] | None:
 
 
 def _rows_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    found: dict[str, list[int]] = {}
-    for row, value in enumerate(values):
-        found.setdefault(value, []).append(row)
-    return {value: np.array(rows, dtype=np.int64) for value, rows in found.items()}
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    codes = np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
+    return {value: np.flatnonzero(codes == number) for value, number in numbers.items()}
 
 
 def hashes(names: Sequence[str], salt: str) -> NDArray[np.uint64]:

@@ -23,6 +23,11 @@ class ShardSpec:
     check: Literal["header", "decode"] = knob("header", "header checks structure and checksums, decode also decodes every image")
     max_bad: float = knob(0.01, "share of the samples that may be quarantined before the run fails", ge=0.0, le=1.0, identity=False)
 
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether every good sample is stored as it is, known by its header alone."""
+        return self.resize is None and self.mode == "keep" and self.check == "header"
+
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
@@ -32,6 +37,7 @@ class ShardTask:
         split, stem: names of the split and of the part (`train`, `train-000000`).
         source: spec of the source that reads the bytes.
         keys, sources: n encoded keys, and n names that the source reads from.
+        sizes: `[n]` int64, bytes of each sample in the source when it was listed.
         ordinals: `[n]` int64, planned position of each sample in its split.
         labels, label_names: `[n]` int32 class ids and n names, None where the data has no labels.
         groups: n names of bags, None where there are none.
@@ -44,6 +50,7 @@ class ShardTask:
     source: Any  # any: every source kind has its own spec class
     keys: list[str]
     sources: list[str]
+    sizes: NDArray[np.int64]
     ordinals: NDArray[np.int64]
     labels: NDArray[np.int32] | None = None
     label_names: list[str] | None = None

@@ -49,10 +49,9 @@ def write_ours(files: Path, scratch: Path) -> None:
         shard_dataset(FolderSpec(url=str(files)), out)
 
 
-def write_ours_twice(files: Path, scratch: Path) -> None:
+def write_ours_twice(files: Path, scratch: Path, units: int) -> None:
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        shards = ShardSpec(max_samples=sum(1 for _ in files.glob("train/*/*")) // 6 + 1)
-        shard_dataset(FolderSpec(url=str(files)), out, shards=shards, fan_out=two_processes)
+        shard_dataset(FolderSpec(url=str(files)), out, shards=ShardSpec(max_samples=units // 6 + 1), fan_out=two_processes)
 
 
 def write_floor(files: Path, scratch: Path) -> None:
@@ -122,9 +121,8 @@ def rows(name: str, prepare: Callable[[Path], int]) -> None:
         scratch.mkdir()
         units = prepare(files)
         shard_dataset(FolderSpec(url=str(files)), str(dataset))
-        one, two, peer, tar, floor = (
-            functools.partial(side, files, scratch) for side in (write_ours, write_ours_twice, write_peer, write_tar, write_floor)
-        )
+        one, peer, tar, floor = (functools.partial(side, files, scratch) for side in (write_ours, write_peer, write_tar, write_floor))
+        two = functools.partial(write_ours_twice, files, scratch, units)
 
         def show(what: str, ours: Side, theirs: Side, asked: str = "", before: Side = lambda: None) -> None:
             print(compare(f"{name}: {what}", ours, theirs, units=units, pairs=PAIRS, before=before).row(asked), flush=True)

@@ -6,7 +6,7 @@ to the quarantine. Adding a source is adding a file here: a `@spec` with `kind`,
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -87,7 +87,11 @@ class Listing:
 
 def take(values: list[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None stays None, a list stays a list
     """Return `values` at `rows` as a list; None if there are no values."""
-    return None if values is None else [values[row] for row in rows.tolist()]
+    if values is None:
+        return None
+    if len(rows) == len(values) and (np.diff(rows) == 1).all():
+        return list(values)
+    return [values[row] for row in rows.tolist()]
 
 
 class Source(Protocol):
@@ -98,6 +102,43 @@ class Source(Protocol):
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension (lower case, no dot) and bytes of one listed sample; OSError if it cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive samples that were read at once: bytes `data[begins[i]:ends[i]]`, extensions, what `native.examine` found.
+
+    A sample that ends before it begins was not read.
+    """
+
+    exts: Sequence[str]
+    data: NDArray[np.uint8]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    facts: NDArray[Any]  # any: structured
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def content(self, row: int) -> bytes:
+        """Return the bytes of one sample."""
+        return self.data[self.begins[row] : self.ends[row]].tobytes()
+
+    def reader(self, source: Source) -> Callable[[str], tuple[str, bytes]]:
+        """Return what reads exactly these samples in this order; `source` reads what is not here."""
+        rows = iter(range(len(self)))
+
+        def read(name: str) -> tuple[str, bytes]:
+            row = next(rows)
+            return source.read(name) if self.ends[row] < self.begins[row] else (self.exts[row], self.content(row))
+
+        return read
+
+
+def blocks_of(source: Source, names: Sequence[str], sizes: NDArray[np.int64]) -> Generator[Block, None, None] | None:
+    """Return the blocks of exactly these samples in this order, for a source that has them (`source.blocks(names, sizes)`)."""
+    blocks: Callable[..., Generator[Block, None, None] | None] | None = getattr(source, "blocks", None)
+    return None if blocks is None else blocks(names, sizes)
 
 
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:

@@ -5,33 +5,32 @@ folders (a folder would be listed twice, or for ever). Everything else is listed
 """
 
 import contextlib
-import itertools
-import logging
 import os
+import stat
 import sys
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import fs
+from numpy.typing import NDArray
 
-from aecore.data.prefetch import prefetched
+from aecore import native
+from aecore.beside import in_order
+from aecore.data.cuts import before, cuts
 from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
-from aecore.data.sources import Listing
+from aecore.data.sources import Block, Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files
-from aecore.uring import Ring, open_ring
-
-logger = logging.getLogger(__name__)
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
-AHEAD_FILES = 128  # read at once
+BLOCK_FILES, BLOCK_BYTES = 1024, 1 << 21  # that are read at once
+READERS, LISTERS = 2, 2  # threads: two files are opened at once for little more than the time of one
 _USUAL = {f".{ext}": ext for ext in DATA_EXTENSIONS if len(ext) == 3}
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # a FIFO reads as empty
 
@@ -113,35 +112,20 @@ class FolderSource:
             os.close(descriptor)
         return _extension(source), data
 
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        """Return `read` for these sources in this order, with the next files read by a thread where the system has an io_uring."""
-        ring = open_ring(AHEAD_FILES, FIRST_READ_BYTES, _READ_FLAGS)
-        if ring is None:
-            return self.read
-        contents = itertools.chain.from_iterable(prefetched(self._batches(ring, sources), 2))
+    def blocks(self, sources: Sequence[str], sizes: NDArray[np.int64]) -> Generator[Block, None, None] | None:
+        """Return the files in this order, the next ones read by threads, where that is done without the interpreter (else None)."""
+        return self._blocks(sources, sizes) if native.available() else None
 
-        def read(source: str) -> tuple[str, bytes]:
-            data = next(contents, None)
-            return self.read(source) if data is None else (_extension(source), data)
+    def _blocks(self, sources: Sequence[str], sizes: NDArray[np.int64]) -> Generator[Block, None, None]:
+        runs = cuts((before(sizes), BLOCK_BYTES - 1), (np.arange(len(sizes) + 1), BLOCK_FILES))
+        with _opened(self._root) as root:  # shorter paths are found sooner
 
-        return read
+            def read(run: tuple[int, int]) -> list[Block]:
+                return _read_blocks(root, sources[slice(*run)], sizes[slice(*run)])
 
-    def _batches(self, ring: Ring, sources: Sequence[str]) -> Generator[list[bytes | None], None, None]:
-        """Yield the bytes of the next files; None for those to be read on their own: large ones, and what cannot be opened."""
-        for first in range(0, len(sources), AHEAD_FILES):
-            names = sources[first : first + AHEAD_FILES]
-            try:
-                found = ring.read(os.fsencode("\0".join([self._prefix + name for name in names]) + "\0"))
-            except OSError as error:
-                logger.info("%s: no more batches of files from the kernel (%s), they are read one by one", self._url, error)
-                return
-            found = [None if data is None or len(data) == ring.room else data for data in found]
-            yield found
-            if 2 * found.count(None) > len(found):
-                larger = open_ring(AHEAD_FILES, LARGE_READ_BYTES, _READ_FLAGS) if ring.room < LARGE_READ_BYTES else None
-                if larger is None:  # reading them twice costs more than the ring saves
-                    return
-                ring = larger
+            with contextlib.closing(in_order(read, runs, threads=READERS)) as parts:
+                for part in parts:
+                    yield from part
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -157,39 +141,37 @@ class FolderSource:
     def _walk(self, skipped: Counter[str]) -> dict[str, int]:
         """Return the bytes of every sample by its relative path, unsorted."""
         found: dict[str, int] = {}  # strings and numbers: the garbage collector would walk a list of tuples again and again
-        with ThreadPoolExecutor(2) as sizing:
-            folders = deque([("", sizing.submit(_sizes, self._root))])
+        with ThreadPoolExecutor(LISTERS) as listing:
+            folders = deque([("", listing.submit(_entries, self._root))])
             while folders:
-                prefix, sizes = folders.popleft()
+                prefix, entries = folders.popleft()
                 try:
-                    with _opened(self._root / prefix) as folder, os.scandir(folder) as entries:
-                        within = self._scan(prefix, entries, sizes.result(), found, skipped)
+                    within = self._sort_out(prefix, entries.result(), found, skipped)
                 except OSError as error:
                     where = self._root / prefix / (error.filename if isinstance(error.filename, str) else "")
                     raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
-                folders += [(name, sizing.submit(_sizes, self._root / name)) for name in within]
+                folders += [(name, listing.submit(_entries, self._root / name)) for name in within]
         return found
 
-    def _scan(
-        self, prefix: str, entries: Iterable[os.DirEntry[str]], sizes: dict[str, int], found: dict[str, int], skipped: Counter[str]
-    ) -> list[str]:
-        """Add the samples of one folder to `found`; return the folders in it. `sizes` may lack some names."""
-        extensions, folders = self._extensions, []
-        for entry in entries:
-            name = entry.name
-            if entry.is_file(follow_symlinks=False) and name[0] != "." and _extension(name) in extensions and "." in name:
-                size = sizes.get(name)
-                found[prefix + name] = entry.stat(follow_symlinks=False).st_size if size is None else size
-            elif name[0] == ".":
+    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: Counter[str]) -> list[str]:
+        """Add the samples of one folder to `found`; return the folders in it."""
+        names = sorted(entries)
+        if min(entries.values(), default=-1) >= 0 and names[0][0] > "." and set(map(_USUAL.get, _endings(names))) <= self._extensions:
+            found.update(zip([prefix + name for name in names], map(entries.__getitem__, names), strict=True))  # nearly all folders
+            return []
+        folders = []
+        for name in names:
+            path = self._root / prefix / name
+            if name[0] == ".":
                 skipped["hidden files or folders"] += 1
-            elif entry.is_dir(follow_symlinks=False):
+            elif entries[name] < 0 and stat.S_ISDIR(os.lstat(path).st_mode):
                 folders.append(_class_name(f"{prefix}{name}/", self._root))
-            elif "." not in name or _extension(name) not in extensions:
+            elif "." not in name or _extension(name) not in self._extensions:
                 skipped["files of other extensions"] += 1
-            elif entry.is_symlink() and not self._stays_inside(prefix + name):
+            elif entries[name] < 0 and path.is_symlink() and not self._stays_inside(prefix + name):
                 skipped["symbolic links that leave the folder or lead to none of its files"] += 1
             else:
-                found[prefix + name] = entry.stat().st_size
+                found[prefix + name] = entries[name] if entries[name] >= 0 else os.stat(path).st_size
         return folders
 
     def _stays_inside(self, link: str) -> bool:
@@ -206,6 +188,9 @@ class BucketSource(FolderSource):
 
     def read(self, source: str) -> tuple[str, bytes]:
         return _extension(source), self._files.read(source)
+
+    def blocks(self, sources: Sequence[str], sizes: NDArray[np.int64]) -> None:
+        """Objects come one by one."""
 
     def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         read = self._files.ahead(sources)
@@ -226,9 +211,32 @@ def _extension(source: str) -> str:
     return _USUAL.get(source[-4:]) or source.rpartition(".")[2].lower()  # a third of the time for nearly all names
 
 
+def _endings(names: Iterable[str]) -> set[str]:
+    """Return the different last four characters."""
+    return set(map(itemgetter(slice(-4, None)), names))
+
+
+def _extensions(sources: Sequence[str]) -> list[str]:
+    """Return the extension of each, faster where all have the same."""
+    endings = _endings(sources)
+    usual = _USUAL.get(endings.pop()) if len(endings) == 1 else None
+    return [_extension(source) for source in sources] if usual is None else [usual] * len(sources)
+
+
+def _read_blocks(root: int, names: Sequence[str], sizes: NDArray[np.int64]) -> list[Block]:
+    """Read files that fit one block, or more where they have grown."""
+    blocks = list[Block]()
+    while names:
+        data = np.empty(BLOCK_BYTES, np.uint8)
+        begins, ends = native.read_files(root, names, sizes, data)
+        done = len(begins)
+        blocks.append(Block(_extensions(names[:done]), data, begins, ends, native.examine(data, begins, ends)))
+        names, sizes = names[done:], sizes[done:]
+    return blocks
+
+
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """Open a folder as a descriptor: the sizes of its files are then asked without walking the whole path (0.4 us less each)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield descriptor
@@ -236,13 +244,15 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of the files of one folder by name, asked without holding the interpreter; nothing if that fails."""
-    try:
-        found = fs.LocalFileSystem().get_file_info(fs.FileSelector(str(folder)))
-        return {info.base_name: info.size for info in found}
-    except (OSError, ValueError, pa.ArrowException):  # a name that is not UTF-8, a folder that went away: who lists it will tell
-        return {}
+def _entries(folder: Path) -> dict[str, int]:
+    """Return the bytes of every regular file in a folder by its name, -1 for everything else. OSError if it cannot be read."""
+    with _opened(folder) as descriptor:
+        found = native.list_folder(descriptor) if native.available() else None
+        if found is not None:
+            return found
+        with os.scandir(descriptor) as entries:
+            files = {entry: entry.is_file(follow_symlinks=False) for entry in entries}
+            return {entry.name: entry.stat(follow_symlinks=False).st_size if is_file else -1 for entry, is_file in files.items()}
 
 
 def _rest(descriptor: int) -> bytes:

@@ -12,7 +12,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.image import MAX_PIXELS, BadSample, image_header
 from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, encode_keys, require_allowed
-from aecore.data.tar import Packer
+from aecore.data.tar import Packer, Samples
 from aecore.errors import DataError
 
 parts = st.one_of(
@@ -34,9 +34,12 @@ def picture(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def as_webdataset_reads(names: list[tuple[str, bytes]]) -> list[dict]:
-    packer = Packer()
-    stream = io.BytesIO(bytes(packer([name.encode() for name, _ in names], [data for _, data in names])) + packer.end())
+def as_webdataset_reads(keys: list[str]) -> list[dict]:
+    """What webdataset finds in a shard of these keys, each with itself as data and its number as label."""
+    packer, sizes = Packer(), np.array([len(key) for key in keys])
+    ends, data = np.cumsum(sizes), np.frombuffer("".join(keys).encode(), np.uint8)
+    samples = Samples([f"{key}.jpeg" for key in keys], data, ends - sizes, ends, np.arange(len(keys), dtype=np.int32))
+    stream = io.BytesIO(bytes(packer(samples)) + packer.end())
     return list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": stream}])))
 
 
@@ -52,9 +55,10 @@ class TestKeys:
     def test_keys_are_different_and_come_back_through_webdataset_as_one_sample_each(self, given_paths):
         keys = [encode_key(path) for path in given_paths]
         assert len(set(keys)) == len(keys)
-        read = as_webdataset_reads([(f"{key}.{ext}", key.encode()) for key in keys for ext in ("cls", "jpeg")])
+        read = as_webdataset_reads(keys)
         assert [sample["__key__"] for sample in read] == keys
-        assert all(sample["cls"] == sample["jpeg"] == sample["__key__"].encode() for sample in read)
+        assert [sample["jpeg"].decode() for sample in read] == keys
+        assert [int(sample["cls"]) for sample in read] == list(range(len(keys)))
 
     def test_a_plain_path_is_its_own_key_and_other_characters_are_percent_encoded(self):
         assert encode_key("train/Greek/character01/0709_01") == "train/Greek/character01/0709_01"

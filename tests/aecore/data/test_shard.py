@@ -38,6 +38,7 @@ def task_of(names: list[str], labels: list[int] | None = None, **options: object
         source=None,
         keys=[name.rpartition(".")[0] for name in names],
         sources=names,
+        sizes=np.zeros(len(names), np.int64),
         ordinals=np.arange(len(names)) + 7,
         labels=None if labels is None else np.array(labels, np.int32),
         **options,

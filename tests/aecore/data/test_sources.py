@@ -1,4 +1,3 @@
-import errno
 import gc
 import io
 import os
@@ -10,12 +9,13 @@ import pytest
 from PIL import Image
 
 import aecore.data.sources.folder as folder_module
+from aecore import native
 from aecore.data.record import image_header
+from aecore.data.sources import blocks_of
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import SOURCES
-from aecore.uring import Ring
 
 
 def tree(root, *paths, data=b"x"):
@@ -195,13 +195,16 @@ def test_listing_hash_sees_every_column():
 
 
 class TestReadingAhead:
-    SIZES = (0, 1, 300, 8191, 8192, 8193, 65535, 65536, 65537, 200_000)
+    SIZES = (0, 1, 300, 4095, 4096, 4097, 8191, 8192, 8193, 65535, 65536, 65537, 200_000)
 
-    @pytest.fixture(params=["ring", "plain"])
-    def opened(self, request, tmp_path, monkeypatch):
-        """A function that makes a folder's files and returns its source, with the system's ring where there is one and without."""
-        if request.param == "plain":
-            monkeypatch.setattr(folder_module, "open_ring", lambda *_: None)
+    @pytest.fixture(autouse=True)
+    def _compiled(self):
+        if not native.available():
+            pytest.skip("the compiled loops are not built here")
+
+    @pytest.fixture
+    def opened(self, tmp_path):
+        """A function that makes a folder's files and returns its source."""
 
         def make(files: dict[bytes, bytes]) -> FolderSource:
             for name, data in files.items():
@@ -211,55 +214,77 @@ class TestReadingAhead:
 
         return make
 
-    @pytest.mark.parametrize("large", [0.05, 0.5, 0.95])  # of all files: one that is read in two goes, and one given up
-    def test_it_gives_what_read_gives(self, opened, large):
+    @staticmethod
+    def contents(source: FolderSource, names: list[str], sizes: np.ndarray | None = None) -> list[tuple[str, bytes]]:
+        blocks = blocks_of(source, names, np.zeros(len(names), np.int64) if sizes is None else sizes)
+        read, rest = list[tuple[str, bytes]](), iter(names)
+        for block in blocks:
+            one = block.reader(source)
+            read += [one(next(rest)) for _ in range(len(block))]
+        assert next(rest, None) is None
+        return read
+
+    @pytest.mark.parametrize("sizes", ["listed", "unknown", "wrong"])
+    def test_it_gives_what_read_gives(self, opened, sizes):
         random = np.random.default_rng(0)
-        sizes = [self.SIZES[random.integers(7, 10) if random.random() < large else random.integers(0, 7)] for _ in range(400)]
-        source = opened({b"%04d.png" % number: random.bytes(size) for number, size in enumerate(sizes)})
-        names = source.listing().sources
-        random.shuffle(names)
-        read = source.ahead(names)
-        assert all(read(name) == source.read(name) for name in names)
+        source = opened({b"%04d.png" % number: random.bytes(int(random.choice(self.SIZES))) for number in range(400)})
+        listing = source.listing()
+        order = random.permutation(400)
+        names = [listing.sources[row] for row in order]
+        told = {"listed": listing.sizes[order], "unknown": None, "wrong": random.integers(0, 70_000, 400)}[sizes]
+        assert self.contents(source, names, told) == [source.read(name) for name in names]
+
+    def test_a_file_larger_than_a_block_is_read_on_its_own(self, opened):
+        source = opened({b"a.png": b"1", b"b.png": bytes(folder_module.BLOCK_BYTES + 5), b"c.png": b"3"})
+        listing = source.listing()
+        assert self.contents(source, listing.sources, listing.sizes) == [source.read(name) for name in listing.sources]
 
     def test_a_file_that_went_away_is_an_error_in_its_place(self, opened, tmp_path):
         source = opened({b"%d.png" % number: b"%d" % number for number in range(5)})
         (tmp_path / "2.png").unlink()
-        read = source.ahead([f"{number}.png" for number in range(5)])
-        assert [read(f"{number}.png") for number in (0, 1)] == [("png", b"0"), ("png", b"1")]
+        names = [f"{number}.png" for number in range(5)]
+        (block,) = blocks_of(source, names, np.ones(5, np.int64))
+        read = block.reader(source)
+        assert [read(name) for name in names[:2]] == [("png", b"0"), ("png", b"1")]
         with pytest.raises(FileNotFoundError):
             read("2.png")
-        assert [read(f"{number}.png") for number in (3, 4)] == [("png", b"3"), ("png", b"4")]
+        assert [read(name) for name in names[3:]] == [("png", b"3"), ("png", b"4")]
 
-    def test_a_ring_that_fails_on_the_way_costs_no_sample(self, tmp_path, monkeypatch):
-        source = folder(tree(tmp_path, *(f"{number:04d}.png" for number in range(500))))
-        names = source.listing().sources
-        if folder_module.open_ring(1, 1, os.O_RDONLY) is None:
-            pytest.skip("this kernel offers no io_uring")
-        whole, calls = Ring._call, []
-
-        def failing(self, *arguments):
-            calls.append(arguments[0])
-            if len(calls) > 4:  # set up, register, one batch, and part of another
-                raise OSError(errno.EBUSY, "Device or resource busy")
-            return whole(self, *arguments)
-
-        monkeypatch.setattr(Ring, "_call", failing)
-        read = source.ahead(names)
-        assert [read(name) for name in names] == [("png", b"x")] * 500
-        assert len(calls) == 5
+    def test_extensions_are_told_for_each_file(self, opened):
+        source = opened({b"a.png": b"1", b"b.JPG": b"2", b"c.jpeg": b"3", b"d.webp": b"4"})
+        assert [ext for ext, _ in self.contents(source, source.listing().sources)] == ["png", "jpg", "jpeg", "webp"]
 
     def test_names_that_are_no_utf8_are_listed_and_read(self, opened):
         source = opened({b"\xff\xfe.png": b"odd", "ü.png".encode(): b"fine", b"a.png": b"plain"})
         listing = source.listing()
-        read = source.ahead(listing.sources)
-        assert sorted(read(name)[1] for name in listing.sources) == [b"fine", b"odd", b"plain"]
+        assert sorted(data for _, data in self.contents(source, listing.sources)) == [b"fine", b"odd", b"plain"]
         assert listing.sizes.tolist() == [len(source.read(name)[1]) for name in listing.sources]
 
-    def test_reading_only_the_first_leaves_no_thread(self, opened):
-        source = opened({b"%04d.png" % number: b"x" for number in range(1000)})
-        before = threading.active_count()
-        read = source.ahead(source.listing().sources)
-        assert read("0000.png") == ("png", b"x")
-        del read
+    def test_taking_only_the_first_leaves_neither_thread_nor_descriptor(self, opened):
+        source = opened({b"%04d.png" % number: b"x" for number in range(3000)})
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        blocks = blocks_of(source, source.listing().sources, np.ones(3000, np.int64))
+        assert next(blocks).content(0) == b"x"
+        del blocks
         gc.collect()
-        assert threading.active_count() == before
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_folder_is_listed_the_same_with_and_without_the_compiled_loops(tmp_path, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif not native.available():
+        pytest.skip("the compiled loops are not built here")
+    tree(tmp_path, *(f"train/a/{number:05d}.png" for number in range(20_000)))  # more than a first guess at their number
+    others = ("train/b/x.JPEG", "train/b/.hidden.png", "train/b/notes.txt", "train/b/!.png", "train/folder.png/1.png", "top.webp")
+    tree(tmp_path, *others, data=b"12")
+    (tmp_path / "train/b/inside.png").symlink_to("../a/00000.png")
+    (tmp_path / "train/b/outside.png").symlink_to("/etc/passwd")
+    os.mkfifo(tmp_path / "train/b/pipe.png")
+    listing = folder(tmp_path).listing()
+    expected = {f"train/a/{number:05d}.png": 1 for number in range(20_000)} | {"train/b/x.JPEG": 2, "train/b/!.png": 2, "top.webp": 2}
+    expected |= {"train/folder.png/1.png": 2, "train/b/inside.png": 1, "train/b/pipe.png": 0}
+    assert dict(zip(listing.sources, listing.sizes.tolist(), strict=True)) == expected
+    assert listing.sources == sorted(listing.sources)
+    assert len(listing.notes) == 3

@@ -7,24 +7,44 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aecore import native
 from aecore.data.record import encode_key
-from aecore.data.tar import PAGE, Packer, headers, split_name
+from aecore.data.tar import PAGE, Packer, Samples, headers, split_name
 from aecore.errors import DataError
 
 SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
 
 
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def _loops(request, monkeypatch):
+    """Every test runs with the compiled loops, where they are built, and without."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif not native.available():
+        pytest.skip("the compiled loops are not built here")
+
+
 def ours(samples: list[dict]) -> bytes:
-    return packed(
-        [(f"{sample['__key__']}.{ext}".encode(), sample[ext]) for sample in samples for ext in sorted(sample) if ext != "__key__"]
-    )
+    return packed(samples)
 
 
-def packed(*chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """The tar of members that are packed chunk by chunk."""
+def chunk_of(samples: list[dict]) -> Samples:
+    names, contents, labels = list[str](), list[bytes](), list[int]()
+    for sample in samples:
+        (ext,) = sample.keys() - {"__key__", "cls"}
+        names.append(f"{sample['__key__']}.{ext}")
+        contents.append(sample[ext])
+        labels.append(int(sample.get("cls", -1)))
+    sizes = np.array([len(content) for content in contents], np.int64)
+    ends = np.cumsum(sizes)
+    return Samples(names, np.frombuffer(b"".join(contents), np.uint8), ends - sizes, ends, np.array(labels, np.int32))
+
+
+def packed(*chunks: list[dict]) -> bytes:
+    """The tar of samples that are packed chunk by chunk."""
     packer, written = Packer(), list[bytes]()
-    for members in chunks:
-        pages = packer([name for name, _ in members], [content for _, content in members])
+    for samples in chunks:
+        pages = packer(chunk_of(samples))
         assert len(pages) % PAGE == 0 and np.frombuffer(pages, np.uint8).ctypes.data % PAGE == 0  # what O_DIRECT asks for
         written.append(bytes(pages))
     return b"".join(written) + packer.end()
@@ -45,7 +65,7 @@ def random_samples(seed: int, count: int) -> list[dict]:
         {
             "__key__": name,
             "cls": b"%d" % random.integers(1000),
-            "jpeg": random.bytes(int(random.choice([*SIZES, random.integers(100_000)]))),
+            str(random.choice(["jpeg", "bmp"])): random.bytes(int(random.choice([*SIZES, random.integers(100_000)]))),
         }
         for name in names
     ]
@@ -59,17 +79,24 @@ def test_the_bytes_are_those_of_webdatasets_own_writer(seed):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 30])
 def test_chunks_that_reuse_the_buffers_make_the_same_tar_as_one(size):
-    members = [(f"{sample['__key__']}.jpeg".encode(), sample["jpeg"]) for seed in (8, 9, 10) for sample in random_samples(seed, 30)]
-    assert packed(*(members[at : at + size] for at in range(0, len(members), size))) == packed(members)
+    samples = [sample for seed in (8, 9, 10) for sample in random_samples(seed, 30)]
+    assert packed(*(samples[at : at + size] for at in range(0, len(samples), size))) == packed(samples)
 
 
 def test_a_page_is_given_as_soon_as_it_is_full():
     packer = Packer()
-    lengths = [len(packer([b"a"], [bytes(PAGE // 2 - 512)])) for _ in range(4)]  # half a page with its header
+    half = chunk_of([{"__key__": "a", "png": bytes(PAGE // 2 - 512)}])  # a page with its header
+    lengths = [len(packer(half)) for _ in range(4)]
     assert lengths == [0, PAGE, 0, PAGE]
 
 
-@pytest.mark.parametrize("length", [1, 95, 96])
+@pytest.mark.parametrize("label", [0, 9, 10, 1234567890, 2**31 - 1])
+def test_labels_are_written_in_digits(label):
+    samples = [{"__key__": "a", "png": b"x", "cls": b"%d" % label}, {"__key__": "b", "png": b"y"}]
+    assert ours(samples) == theirs(samples)
+
+
+@pytest.mark.parametrize("length", [1, 90, 95, 96])
 def test_names_up_to_100_bytes_are_those_of_webdataset_too(length):
     samples = [{"__key__": "k" * length, "png": b"x"}]
     assert ours(samples) == theirs(samples)

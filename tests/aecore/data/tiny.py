@@ -56,6 +56,7 @@ def write(url: Path, shards: Sequence[Sequence[bytes]], split: str = "train", la
             source=None,
             keys=[name.split(".")[0] for name in names],
             sources=names,
+            sizes=np.fromiter(map(len, members), np.int64),
             ordinals=ordinals,
             labels=(ordinals % 3).astype(np.int32) if labels else None,
             label_names=[f"class {ordinal % 3}" for ordinal in ordinals] if labels else None,

@@ -1,0 +1,153 @@
+"""The innermost loops of shards: hash many samples, read many files, pack a tar. In C where that was built, else in Python.
+
+`native.c` is compiled when the package is installed, if there is a C compiler, and runs on x86-64 Linux with SHA instructions. It gives the
+same bytes as Python does and is called without holding the interpreter, so threads do work at once. `available()` says whether it is
+used; AECORE_NATIVE=0 leaves it out.
+"""
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+VERSION = 1  # of the calls between the two files
+FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
+_BLOCK = 64  # bytes of a block of sha256
+_START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32)
+
+Bytes = NDArray[np.uint8]
+Int64s = NDArray[np.int64]
+
+
+def available() -> bool:
+    """Return whether the compiled loops are used."""
+    return _library() is not None
+
+
+@cache
+def _library() -> Any | None:  # any: a shared library's functions have no types
+    if os.environ.get("AECORE_NATIVE") == "0":
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.is_file():
+            library = ctypes.CDLL(str(path))
+            library.aecore_native.restype = library.aecore_read.restype = library.aecore_list.restype = ctypes.c_int64
+            if library.aecore_native() == VERSION:
+                _describe(library)
+                return library
+    return None
+
+
+def _describe(library: Any) -> None:  # any: as above
+    data, numbers, labels, words, facts = (np.ctypeslib.ndpointer(kind, flags="C") for kind in ("u1", "i8", "i4", "u4", FACTS))
+    number, text = ctypes.c_int64, ctypes.c_char_p
+    library.aecore_sha256.argtypes = [words, data, number, data, numbers, numbers, number, data]
+    library.aecore_read.argtypes = [ctypes.c_int, text, numbers, number, data, number, numbers, numbers]
+    library.aecore_list.argtypes = [ctypes.c_int, data, number, numbers, number]
+    library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
+    library.aecore_pack.argtypes = [data, data, text, data, numbers, numbers, labels, number]
+
+
+class StreamHash:
+    """The sha256 of a stream of whole blocks of 64 bytes, and of messages beside it.
+
+    Both at once take little longer than one of them where the compiled loops are used.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._library = _library()
+        self._plain = hashlib.sha256()
+        self._state = _START.copy()
+
+    def update(self, stream: bytes | memoryview, data: Bytes, begins: Int64s, ends: Int64s) -> Bytes:
+        """Append whole blocks to the stream; return the sha256 of each message `data[begin:end]` as `[n, 32]`."""
+        assert len(stream) % _BLOCK == 0, "only whole blocks are hashed"
+        self.size += len(stream)
+        digests = np.empty((len(begins), 32), np.uint8)
+        if self._library is None:
+            self._plain.update(stream)
+            for digest, begin, end in zip(digests, begins.tolist(), ends.tolist(), strict=True):
+                digest.data[:] = hashlib.sha256(data.data[begin:end]).digest()
+            return digests
+        blocks = np.frombuffer(stream, np.uint8)
+        self._library.aecore_sha256(self._state, blocks, len(blocks) // _BLOCK, data, begins, ends, len(begins), digests)
+        return digests
+
+    def append(self, stream: bytes) -> None:
+        """Append whole blocks to the stream."""
+        self.update(stream, *_NOTHING)
+
+    def hexdigest(self) -> str:
+        """Return the hash of the stream, which must not be appended to after this."""
+        if self._library is None:
+            return self._plain.hexdigest()
+        size = self.size
+        self.append(b"\x80" + bytes(_BLOCK - 9) + (8 * size).to_bytes(8, "big"))  # the padding of a message of whole blocks
+        self.size = size
+        return self._state.astype(">u4").tobytes().hex()
+
+
+_NOTHING = np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+def sha256s(data: bytes | memoryview | Bytes, begins: Int64s, ends: Int64s) -> Bytes:
+    """Return the sha256 of each `data[begin:end]` as `[n, 32]`."""
+    return StreamHash().update(b"", np.frombuffer(data, np.uint8), begins, ends)
+
+
+def read_files(folder: int, names: Sequence[str], sizes: Int64s, buffer: Bytes) -> tuple[Int64s, Int64s]:
+    """Read the first of these files of `folder` into `buffer`, as many as fit but at least one; return where each begins and ends there.
+
+    A file that ends before it begins cannot be read, or does not fit. `sizes` are those that are expected. Only where `available()`.
+    """
+    count, library = len(names), _library()
+    assert library is not None, "no compiled loops here"
+    begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
+    paths = os.fsencode("\0".join(names) + "\0")
+    tried = library.aecore_read(folder, paths, sizes, count, buffer, len(buffer), begins, ends)
+    return begins[:tried], ends[:tried]
+
+
+def list_folder(folder: int) -> dict[str, int] | None:
+    """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it.
+
+    None if it cannot be read. Only where `available()`.
+    """
+    library, most = _library(), 1 << 14
+    assert library is not None, "no compiled loops here"
+    while True:
+        joined, sizes = np.empty(64 * most, np.uint8), np.empty(most, np.int64)
+        length = library.aecore_list(folder, joined, len(joined), sizes, most)
+        if length == -2:
+            return None
+        if length >= 0:
+            names = os.fsdecode(joined[:length].tobytes()).split("\0")[:-1]
+            return dict(zip(names, sizes[: len(names)].tolist(), strict=True))
+        most *= 8
+
+
+def examine(data: Bytes, begins: Int64s, ends: Int64s) -> NDArray[Any]:  # any: structured
+    """Return `FACTS` of each file `data[begin:end]`: kind 0 is for `data.image` to look at, files of other equal facts have equal headers.
+
+    Only where `available()`.
+    """
+    facts, library = np.empty(len(begins), FACTS), _library()
+    assert library is not None, "no compiled loops here"
+    library.aecore_examine(data, begins, ends, len(begins), facts)
+    return facts
+
+
+def pack_samples(target: Bytes, blank: Bytes, names: bytes, data: Bytes, begins: Int64s, ends: Int64s, labels: NDArray[np.int32]) -> None:
+    """Write the tar members of samples into `target`, which has their size; `data.tar` says which. Only where `available()`."""
+    library = _library()
+    assert library is not None, "no compiled loops here"
+    library.aecore_pack(target, blank, names, data, begins, ends, labels, len(begins))

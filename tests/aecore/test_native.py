@@ -1,0 +1,232 @@
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aecore import native
+from aecore.data.image import BadSample, ImageHeader, image_header
+from aecore.data.job import shard_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.tasks import ShardSpec
+
+compiled = pytest.mark.skipif(not native.available(), reason="the compiled loops are not built here")
+EDGES = (0, 1, 54, 55, 56, 57, 63, 64, 65, 119, 120, 127, 128, 1000, 12_345)  # around the ends of blocks and of their padding
+
+
+def without(monkeypatch) -> None:
+    monkeypatch.setattr(native, "_library", lambda: None)
+
+
+def joined(messages: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    sizes = np.array([len(message) for message in messages], np.int64)
+    ends = np.cumsum(sizes)
+    return np.frombuffer(b"".join(messages), np.uint8), ends - sizes, ends
+
+
+def encoded(size: tuple[int, int], mode: str = "L", **options) -> bytes:
+    file = io.BytesIO()
+    channels = {"L": (), "RGB": (3,), "CMYK": (4,), "RGBA": (4,), "LA": (2,), "I;16": ()}[mode]
+    dtype = np.uint16 if mode == "I;16" else np.uint8
+    pixels = np.random.default_rng(sum(size)).integers(0, 256, (*size[::-1], *channels)).astype(dtype)
+    image = Image.fromarray(pixels) if mode != "CMYK" else Image.fromarray(pixels, "CMYK")
+    image.save(file, **options)
+    return file.getvalue()
+
+
+def test_this_machine_has_the_compiled_loops_where_it_can():
+    """They are optional for users, but a build that broke must not go unnoticed here."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists() or "sha_ni" not in info.read_text() or os.environ.get("AECORE_NATIVE") == "0" or shutil.which("cc") is None:
+        pytest.skip("no SHA instructions, no C compiler, or not wanted")
+    assert native.available()
+
+
+class TestHashes:
+    @pytest.fixture(params=["compiled", "python"], autouse=True)
+    def _loops(self, request, monkeypatch):
+        if request.param == "python":
+            without(monkeypatch)
+        elif not native.available():
+            pytest.skip("the compiled loops are not built here")
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_messages_of_all_sizes_have_the_hashes_of_hashlib(self, seed):
+        random = np.random.default_rng(seed)
+        messages = [random.bytes(int(random.choice(EDGES))) for _ in range(random.integers(0, 40))]
+        expected = [hashlib.sha256(message).hexdigest() for message in messages]
+        assert [bytes(digest).hex() for digest in native.sha256s(*joined(messages))] == expected
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_a_stream_beside_messages_has_the_hash_of_hashlib(self, seed):
+        random, stream, plain = np.random.default_rng(seed), native.StreamHash(), hashlib.sha256()
+        for _ in range(random.integers(0, 6)):
+            messages = [random.bytes(int(random.choice(EDGES))) for _ in range(random.integers(0, 20))]
+            blocks = random.bytes(64 * int(random.integers(0, 200)))
+            plain.update(blocks)
+            digests = stream.update(blocks, *joined(messages))
+            assert [bytes(digest) for digest in digests] == [hashlib.sha256(message).digest() for message in messages]
+        assert stream.hexdigest() == plain.hexdigest()
+
+    def test_the_padding_of_a_long_stream_counts_its_bits(self):
+        stream, plain = native.StreamHash(), hashlib.sha256()
+        for _ in range(20):
+            stream.append(bytes(1 << 20))
+            plain.update(bytes(1 << 20))
+        assert (stream.hexdigest(), stream.size) == (plain.hexdigest(), 20 << 20)
+
+    def test_parts_of_blocks_are_refused(self):
+        with pytest.raises(AssertionError, match="whole blocks"):
+            native.StreamHash().append(bytes(65))
+
+
+@compiled
+class TestFiles:
+    def read(self, root, names, capacity=1 << 20, sizes=None):
+        folder, buffer = os.open(root, os.O_RDONLY), np.full(capacity, 255, np.uint8)
+        try:
+            sizes = np.zeros(len(names), np.int64) if sizes is None else np.array(sizes)
+            begins, ends = native.read_files(folder, names, sizes, buffer)
+        finally:
+            os.close(folder)
+        return [None if end < begin else buffer[begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
+
+    def test_what_cannot_be_read_is_none_and_the_others_are_there(self, tmp_path):
+        (tmp_path / "a").write_bytes(b"first")
+        (tmp_path / "b").write_bytes(b"second")
+        (tmp_path / "folder").mkdir()
+        os.symlink("nowhere", tmp_path / "link")
+        os.mkfifo(tmp_path / "pipe")
+        names = ["a", "missing", "folder", "b", "link", "a/below", "pipe", "a"]
+        assert self.read(tmp_path, names) == [b"first", None, None, b"second", None, None, None, b"first"]
+
+    def test_reading_stops_where_the_buffer_is_full_and_a_file_that_never_fits_is_none(self, tmp_path):
+        for name, size in {"a": 600, "b": 399, "c": 1, "d": 5000, "e": 7}.items():
+            (tmp_path / name).write_bytes(name.encode() * size)
+        assert self.read(tmp_path, ["a", "b", "c"], 1000) == [b"a" * 600, b"b" * 399]
+        assert self.read(tmp_path, ["a", "d", "e"], 1000) == [b"a" * 600]
+        assert self.read(tmp_path, ["d", "e"], 1000) == [None, b"e" * 7]
+
+    @pytest.mark.parametrize("told", [0, 100, 4096, 5000, 8192, 9000])
+    def test_a_file_of_another_size_than_expected_is_read_whole(self, tmp_path, told):
+        content = os.urandom(9000)
+        (tmp_path / "a").write_bytes(content)
+        assert self.read(tmp_path, ["a"], sizes=[told]) == [content]
+
+    def test_files_that_are_not_in_memory_are_read_too(self, tmp_path):
+        contents = {f"{number:03d}": os.urandom(500 * (number % 30)) for number in range(300)}
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        os.sync()
+        for name in contents:
+            file = os.open(tmp_path / name, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+        names, found = list(contents), dict[str, bytes | None]()
+        while names:
+            some = self.read(tmp_path, names, 4 << 20)
+            found |= dict(zip(names, some, strict=False))
+            names = names[len(some) :]
+        assert found == contents
+
+    def test_no_descriptor_is_left_behind(self, tmp_path):
+        (tmp_path / "a").write_bytes(b"first")
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            self.read(tmp_path, ["a", "missing", "."], 3)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_a_folder_that_cannot_be_listed_is_none(self, tmp_path):
+        (tmp_path / "a").write_bytes(b"first")
+        file = os.open(tmp_path / "a", os.O_RDONLY)
+        assert native.list_folder(file) is None
+        os.close(file)
+
+
+@compiled
+class TestImages:
+    FILES = (
+        *((encoded((28, 28), mode, format="PNG"), "png") for mode in ("L", "RGB", "RGBA", "LA", "I;16")),
+        *((encoded((9, 5), mode, format="JPEG"), "jpg") for mode in ("L", "RGB", "CMYK")),
+        (encoded((9, 5), "RGB", format="JPEG", progressive=True), "jpeg"),
+        (encoded((5, 9), "RGB", format="JPEG"), "jpeg"),
+        (encoded((28, 28), "L", format="PNG") + b"after the end", "png"),
+    )
+
+    @staticmethod
+    def facts(files: list[bytes]) -> list[tuple[int, bytes]]:
+        found = native.examine(*joined(files))
+        return [(int(fact["kind"]), fact.tobytes()) for fact in found]
+
+    def test_plain_images_are_recognised_and_equal_facts_mean_equal_headers(self):
+        headers = dict[tuple[bytes, str], object]()
+        for (data, ext), (kind, fact) in zip(self.FILES, self.facts([data for data, _ in self.FILES]), strict=True):
+            assert kind == (1 if ext == "png" else 2)
+            assert headers.setdefault((fact, ext), image_header(data, ext)) == image_header(data, ext)
+        assert len(headers) == len(self.FILES) - 1  # the last is the first with bytes after its end
+
+    @pytest.mark.parametrize("number", range(len(FILES)))
+    @pytest.mark.parametrize("damage", ["flipped", "cut", "zeroed"])
+    def test_what_python_refuses_is_never_recognised(self, number, damage):
+        data, ext = self.FILES[number]
+        random, damaged = np.random.default_rng(number), list[bytes]()
+        for at in range(len(data)):
+            changed = bytearray(data[:at] if damage == "cut" else data)
+            if damage == "flipped":
+                changed[at] ^= 1 << int(random.integers(8))
+            elif damage == "zeroed":
+                changed[at] = 0
+            damaged.append(bytes(changed))
+        known = {self.facts([data])[0][1]: image_header(data, ext)}
+        for file, (kind, fact) in zip(damaged, self.facts(damaged), strict=True):
+            header = _header(file, ext)
+            if kind:  # a whole file of a kind that is not read is asked about once, so its facts must be its own
+                assert known.setdefault(fact, header) == header
+
+    def test_garbage_is_left_to_python(self):
+        random = np.random.default_rng(0)
+        starts = (b"", b"\x89", b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"RIFF")
+        files = [start + random.bytes(int(size)) for start in starts for size in random.integers(0, 80, 50)]
+        assert not any(kind for kind, _ in self.facts(files))
+
+
+def _header(data: bytes, ext: str) -> ImageHeader | None:
+    try:
+        return image_header(data, ext)
+    except BadSample:
+        return None
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "RGB"}, {"check": "decode"}])
+def test_data_sets_are_the_same_with_and_without_the_compiled_loops(tmp_path, monkeypatch, options):
+    random = np.random.default_rng(0)
+    for number in range(200):
+        path = tmp_path / f"files/train/{number % 3}/{number:03d}.{random.choice(['png', 'jpg'])}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = encoded((int(random.integers(3, 9)), 7), str(random.choice(["L", "RGB"])), format="PNG" if path.suffix == ".png" else "JPEG")
+        path.write_bytes(data[:-9] if number in (50, 51, 199) else data)
+    (tmp_path / "files/train/0/wrong.jpg").write_bytes(encoded((8, 8), "L", format="PNG"))  # named as another format
+    (tmp_path / "files/train/0/other.webp").write_bytes(encoded((8, 8), "RGB", format="WEBP"))
+    (tmp_path / "files/train/0/empty.png").write_bytes(b"")
+    (tmp_path / "files/train/1" / ("long" * 24 + ".png")).write_bytes(encoded((8, 8), "L", format="PNG"))
+    shards = ShardSpec(max_samples=70, max_bad=0.1, **options)
+    first = shard_dataset(FolderSpec(url=str(tmp_path / "files")), str(tmp_path / "one"), shards=shards)
+    without(monkeypatch)
+    second = shard_dataset(FolderSpec(url=str(tmp_path / "files")), str(tmp_path / "two"), shards=shards)
+    assert first.to_json() == second.to_json()
+    for path in sorted((tmp_path / "one").rglob("*.tar")) + sorted((tmp_path / "one").rglob("*.parquet")):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "VERSION", 0)
+    assert native._library.__wrapped__() is None
+
+
+def test_an_environment_variable_leaves_it_out(monkeypatch):
+    monkeypatch.setenv("AECORE_NATIVE", "0")
+    assert native._library.__wrapped__() is None
