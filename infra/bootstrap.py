@@ -6,7 +6,8 @@
 One pip command installs everything, so nothing is upgraded behind the lock's back; `pip check` has the last word. A stamp in
 `.venv` makes later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without
 one the `+cpu` build, looked for on the configured indexes and on the one that AECORE_TORCH_INDEX names.
-System packages (venv, a C compiler, Chromium for one test) are installed only as root, with apt-get, and only if missing; AECORE_APT=0 forbids it.
+System packages (venv, a C compiler, Chromium for one test) are installed only as root, with apt-get, and only if missing;
+AECORE_APT=0 forbids it.
 """
 
 from __future__ import annotations  # an old Python must get as far as the message that it is too old

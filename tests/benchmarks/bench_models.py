@@ -24,6 +24,7 @@ from aecore.data.job import shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.memory import keep_freed_memory
 from aecore.nn.mlp import MLPSpec
+from aecore.optim import FusedAdam
 from aecore.ranks import Rank
 from aecore.run import TrainJob, TrainSpec, claim_run, pinned_dataset
 from aecore.store import open_store
@@ -142,11 +143,11 @@ def pythae(package: types.ModuleType) -> Step:
     return step
 
 
-def torchmil(package: types.ModuleType, *, fused: bool = False) -> Step:
-    """A step of torchmil's class, or of ours: they are called alike. Only its own trainer reads the loss every step."""
+def torchmil(package: types.ModuleType, *, own: bool = False) -> Step:
+    """A step of torchmil's class, or of our `own`: they are called alike. Only its own trainer reads the loss every step."""
     sizes, activations = [HIDDEN, HIDDEN, LATENT], ["relu", "relu", "None"]
     model = package.VariationalAutoEncoder(input_shape=(SIZE,), layer_sizes=sizes, activations=activations, covar_mode="single")
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=fused)
+    optimizer = FusedAdam(model.parameters(), LR) if own else torch.optim.Adam(model.parameters(), lr=LR)
 
     def step(x: Tensor) -> None:
         terms = model.compute_loss(x, reduction="mean", n_samples=1)
@@ -154,7 +155,7 @@ def torchmil(package: types.ModuleType, *, fused: bool = False) -> Step:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if not fused:
+        if not own:
             loss.item()
 
     return step
@@ -194,7 +195,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         our_side, others = run(ours(Path(folder))), sides()
-        same_net = run(torchmil(aecore.mil, fused=True))
+        same_net = run(torchmil(aecore.mil, own=True))
         print(HEADER)
         for name, step in others.items():
             title = f"train VAE {SIZE}-{HIDDEN}-{HIDDEN}-{LATENT}, one thread; {name}"
