@@ -51,6 +51,13 @@ class Trainable(BaseAutoencoder):
     def latents(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of the latent table: name -> `[n, D]` float32, without sampling, under `torch.inference_mode()`."""
 
+    def points(self, batch: Batch) -> Tensor:
+        """Samples as points of a space, `[n, D]` float32: what probes, factor scores and maps work on; under inference mode.
+
+        By default the first column of `latents` that is no `log_var`. A model whose latents are numbers of something overrides it.
+        """
+        return next(values for name, values in self.latents(batch).items() if name != "log_var").float()
+
     @abstractmethod
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Expected input in data space `[n, *shape]`, float32, from the latent without sampling, under `torch.inference_mode()`."""

@@ -15,11 +15,10 @@ from aecore.checkpoint import LoadedModel
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import Dataset
 from aecore.data.transform import Transform
-from aecore.errors import ConfigError, DataError
+from aecore.errors import DataError
 
 FACTOR = "factor_"
 MANY_LEVELS, FEW_LEVELS = 100, 20  # a numeric factor with more levels is cut into as many bins of equal width
-NOT_LATENTS = frozenset({"log_var", "codes"})
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -46,7 +45,7 @@ class SplitLatents:
 
     def __init__(self, loaded: LoadedModel, dataset: Dataset, split: str, *, batch: int, device: str) -> None:
         self.loaded, self.batch, self.device = loaded, batch, device
-        self.column = latent_column(loaded)
+        self.column = next(name for name in loaded.config.model.columns if name != "log_var")
         self.transform = Transform(loaded.config.transform)
         self.loader = Loader(dataset, split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
         self.num_samples, self.labelled = self.loader.num_samples, self.loader.rows.labelled
@@ -65,7 +64,7 @@ class SplitLatents:
         values, labels = [], []
         for stored in batches:
             ready = self.transform(stored.to(self.device))
-            latent = self.loaded.model.latents(ready)[self.column]
+            latent = self.loaded.model.points(ready)
             if len(latent) != len(stored.ordinals):
                 raise DataError(f"the model gives {len(latent)} latents for {len(stored.ordinals)} samples: probes need one of each")
             values.append(latent.float().cpu().numpy())
@@ -91,18 +90,6 @@ class SplitLatents:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def latent_column(loaded: LoadedModel) -> str:
-    """Return the column that represents a sample: the first one of real numbers that is no variance (`mu`, `z`)."""
-    known = loaded.config.model.columns
-    for name in known:
-        if name not in NOT_LATENTS:
-            return name
-    raise ConfigError(
-        f"model.kind={loaded.config.model.kind} gives {', '.join(known)}, which are no points of a space: "
-        "leave out evaluate.probe, evaluate.factors and evaluate.figures"
-    )
 
 
 def factors_of(splits: Iterable[SplitLatents]) -> Factors:

@@ -16,7 +16,7 @@ from aecore.checkpoint import LoadedModel
 from aecore.data.manifest import Dataset
 from aecore.errors import DataError
 from aecore.evaluate._disentanglement import NUM_BINS, dci, factor_vae_score, mig, require_scikit_learn
-from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, drawn, factors_of, labelled, latent_column
+from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, drawn, factors_of, labelled
 from aecore.evaluate._probe import linear_probe, nearest_neighbours
 from aecore.evaluate._spec import EvaluateSpec
 from aecore.ranks import Rank, from_rank_zero
@@ -32,10 +32,9 @@ class Scores:
 
 
 def require_scorable(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec) -> None:
-    """Refuse scores that cannot be had: ConfigError for model or installation, DataError for data without labels or the split."""
+    """Refuse scores that cannot be had: ConfigError for the installation, DataError for data without labels or the split."""
     if not (spec.probe or spec.factors):
         return
-    latent_column(loaded)
     dataset.manifest.split(spec.train_split)
     if spec.probe and not dataset.manifest.classes:
         raise DataError(f"{dataset.url} has no labels, which evaluate.probe reads: shard class folders or labelled arrays, or leave it out")

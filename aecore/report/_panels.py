@@ -110,7 +110,7 @@ def prior_samples(view: View) -> Samples:
 
 def interpolation(view: View) -> Samples:
     """From a sample of one class to one of another, on a straight line and on an arc; a conditional model keeps the first class."""
-    latents, labels = view.latents, view.latents.labels
+    latents, labels = view.decodable, view.decodable.labels
     first = {int(label): int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)}
     starts = list(first.values()) if len(first) > 1 else list(range(min(PAIRS + 1, len(labels))))
     if len(starts) < 2:
@@ -147,7 +147,7 @@ def slerp(a: Tensor, b: Tensor, steps: int) -> Tensor:
 
 def traversals(view: View) -> Samples:
     """One sample, with one latent dimension at a time moved over its range; the dimensions that vary most, those first."""
-    values = view.latents.values
+    values = view.decodable.values
     deviations, means = values.std(0), values.mean(0)
     order = np.argsort(-deviations, kind="stable")[:TRAVERSED]
     base, label = torch.from_numpy(values[0]), int(view.latents.labels[0])
@@ -166,7 +166,7 @@ def traversals(view: View) -> Samples:
 
 def manifold(view: View) -> Samples:
     """The plane of a model with two latents, decoded: at quantiles of the prior, or over the range of the data's latents."""
-    values = view.latents.values
+    values = view.decodable.values
     if values.shape[1] != 2:
         raise NotDrawn(f"the latent has {values.shape[1]} dimensions, a plane has 2")
     shares = torch.linspace(0.02, 0.98, MANIFOLD, dtype=torch.float64)

@@ -72,13 +72,16 @@ class View:
 
     @cached_property
     def latents(self) -> Latents:
-        """Latents and labels of up to `POINTS` samples, drawn by the seed; NotDrawn if the model gives no points of a space."""
-        try:
-            reader = SplitLatents(self.loaded, self.dataset, self.spec.split, batch=self.spec.batch, device=self.device)
-        except ConfigError as refused:
-            raise NotDrawn(f"model.kind={self.loaded.config.model.kind} gives no points of a space, only codes") from refused
-        with reader:
+        """Latents and labels of up to `POINTS` samples, drawn by the seed."""
+        with SplitLatents(self.loaded, self.dataset, self.spec.split, batch=self.spec.batch, device=self.device) as reader:
             return reader.of(self.chosen)
+
+    @property
+    def decodable(self) -> Latents:
+        """The latents, where the decoder takes points between them; NotDrawn where it takes codes."""
+        if "codes" in self.loaded.config.model.columns:
+            raise NotDrawn(f"model.kind={self.loaded.config.model.kind} decodes codes, and nothing lies between two of them")
+        return self.latents
 
     def label_name(self, label: int) -> str:
         """Return the name of a class, its number where the dataset has none."""

@@ -126,6 +126,11 @@ class VQVAE(Trainable):
         return {"codes": codes.reshape(len(codes), -1)}
 
     @torch.inference_mode()
+    def points(self, batch: Batch) -> Tensor:
+        """Return the codebook's vectors at all positions, one after the other, `[n, E * P]`."""
+        return self.quantizer.embed(self._encode(batch.x).codes).flatten(1).float()
+
+    @torch.inference_mode()
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Return the expected inputs `[n, ...]`: the decoder's output, through a sigmoid if the likelihood is Bernoulli."""
         return expected_value(self(batch.x).x_hat, likelihood)

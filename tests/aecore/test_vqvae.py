@@ -19,6 +19,8 @@ from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.transform import TransformSpec
 from aecore.encode import EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
+from aecore.evaluate import evaluate_run
+from aecore.evaluate._probe import linear_probe, nearest_neighbours
 from aecore.model_config import ModelConfig
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
@@ -323,6 +325,21 @@ def test_a_run_learns_and_its_codes_are_a_table(data: str, tmp_path) -> None:
     model = load_model(str(tmp_path / "run")).model
     images = model.decode_latents(torch.from_numpy(codes[:8].copy()), likelihood="bernoulli")
     assert images.shape == (8, 1, 32, 32)
+
+
+def test_probes_read_the_codebooks_vectors_of_the_codes_in_the_table(data: str, tmp_path) -> None:
+    config = ModelConfig(SPEC, NETS, TransformSpec(), (1, 32, 32))
+    run = saved_run(tmp_path / "run", config)
+    found = evaluate_run(run, data, "val", probe=True).probe
+    encode_dataset(run, data, str(tmp_path / "table"))
+    table, codebook = open_table(str(tmp_path / "table")), load_model(run).model.quantizer.embed
+    sides = []
+    for split in ("train", "val"):
+        part = table.select(split)
+        vectors = codebook(torch.from_numpy(part.numpy("codes").copy()).reshape(-1, 4, 4)).flatten(1)  # [n, E * P]
+        sides += [vectors.numpy(), part.arrow("label").to_numpy()]
+    assert found is not None
+    assert (found["column"], found["linear"], found["knn"]) == ("codes", linear_probe(*sides), nearest_neighbours(*sides))
 
 
 def test_a_row_that_is_not_finite_has_no_code_and_no_place_in_the_table(tmp_path) -> None:
