@@ -31,19 +31,27 @@ def available() -> bool:
     return _library() is not None
 
 
+def built() -> bool:
+    """Return whether they were compiled when the package was installed."""
+    return _path() is not None
+
+
+def _path() -> Path | None:
+    paths = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in paths if path.is_file()), None)
+
+
 @cache
 def _library() -> Any | None:  # any: a shared library's functions have no types
-    if os.environ.get("AECORE_NATIVE") == "0":
+    path = _path()
+    if path is None or os.environ.get("AECORE_NATIVE") == "0":
         return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.is_file():
-            library = ctypes.CDLL(str(path))
-            library.aecore_native.restype = library.aecore_read.restype = library.aecore_list.restype = ctypes.c_int64
-            if library.aecore_native() == VERSION:
-                _describe(library)
-                return library
-    return None
+    library = ctypes.CDLL(str(path))
+    library.aecore_native.restype = library.aecore_read.restype = library.aecore_list.restype = ctypes.c_int64
+    if library.aecore_native() != VERSION:
+        return None
+    _describe(library)
+    return library
 
 
 def _describe(library: Any) -> None:  # any: as above

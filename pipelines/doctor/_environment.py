@@ -29,6 +29,7 @@ def environment_checks() -> list[Check]:
         Check("packages", packages, ConfigError),
         Check("known conflicts", conflicts, ConfigError),
         Check("torch", torch, ConfigError, timeout_s=120),
+        Check("compiled loops", compiled_loops, ConfigError),
     ]
 
 
@@ -115,6 +116,16 @@ def torch() -> Iterator[Finding]:
         yield warning("torch", said, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
     else:
         yield ok("torch", f"torch {torch.__version__}, no GPU on this machine (cluster.use_gpu=false)")
+
+
+def compiled_loops() -> Finding:
+    """Say whether the loops of aecore/native.c are used; everything works without them, shards are slower."""
+    from aecore.native import available, built
+
+    if available():
+        return ok("compiled loops", "shards are read, hashed and packed by compiled code")
+    reason = "this processor or AECORE_NATIVE=0 rules them out" if built() else "they were not built: no C compiler was there"
+    return skipped("compiled loops", f"shards are read, hashed and packed in Python ({reason})")
 
 
 def _driver() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+from aecore import native
 from aecore.errors import ClusterError, ConfigError, StoreError
 from aecore.store import FileRef, LocalStore, open_store
 from pipelines.cli import main
@@ -49,6 +50,16 @@ def test_with_nothing_configured_it_passes_and_says_what_it_skipped(capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ok       python: Python 3.")
     assert lines[-1].endswith("skipped")
+
+
+def test_it_says_whether_the_compiled_loops_are_used_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.available():
+        assert _environment.compiled_loops().state == "ok"
+    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "_path", lambda: None)
+    assert "no C compiler" in _environment.compiled_loops().said
+    monkeypatch.setattr(native, "_path", lambda: Path("there"))
+    assert "AECORE_NATIVE=0" in _environment.compiled_loops().said
 
 
 def test_a_good_store_passes_and_nothing_of_the_check_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
