@@ -161,17 +161,17 @@ class FolderSource:
             return []
         folders = []
         for name in names:
-            path = self._root / prefix / name
+            path, size = prefix + name, entries[name]
             if name[0] == ".":
                 skipped["hidden files or folders"] += 1
-            elif entries[name] < 0 and stat.S_ISDIR(os.lstat(path).st_mode):
-                folders.append(_class_name(f"{prefix}{name}/", self._root))
+            elif size < 0 and stat.S_ISDIR(os.lstat(self._prefix + path).st_mode):
+                folders.append(_class_name(f"{path}/", self._root))
             elif "." not in name or _extension(name) not in self._extensions:
                 skipped["files of other extensions"] += 1
-            elif entries[name] < 0 and path.is_symlink() and not self._stays_inside(prefix + name):
+            elif size < 0 and os.path.islink(self._prefix + path) and not self._stays_inside(path):
                 skipped["symbolic links that leave the folder or lead to none of its files"] += 1
             else:
-                found[prefix + name] = entries[name] if entries[name] >= 0 else os.stat(path).st_size
+                found[path] = os.stat(self._prefix + path).st_size if size < 0 else size
         return folders
 
     def _stays_inside(self, link: str) -> bool:
