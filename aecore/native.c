@@ -18,7 +18,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-enum { VERSION = 1, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 128 };
+enum { VERSION = 2, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
 
 /* ---- sha256 (FIPS 180-4) with the processor's own instructions, two messages at a time --------------------------------------------
  *
@@ -179,13 +179,13 @@ void aecore_sha256(uint32_t *state, const uint8_t *stream, int64_t blocks, const
 /* Read from the start of a file to its end. Return its size, -1 if it cannot be read, -2 if it is larger than `room`, -3 if `wait` is 0 and
  * some of it has to come from the disk first.
  *
- * `expected` saves the read that finds nothing more: a read that gave so much and ended inside a page has met the end. */
+ * `expected` saves the read that finds nothing more: a read that gave so much, could have given more and ended inside a page has met the end. */
 static int64_t read_whole(int file, uint8_t *buffer, int64_t room, int64_t expected, int wait) {
     int64_t size = 0;
     while (size < room) {
         struct iovec piece = {buffer + size, (size_t)(room - size)};
         ssize_t got = wait ? pread(file, piece.iov_base, piece.iov_len, size) : preadv2(file, &piece, 1, size, RWF_NOWAIT);
-        if (got == 0 || (got == expected && size == 0 && got % 4096 != 0)) return size + got;
+        if (got == 0 || (got == expected && got < room && size == 0 && got % 4096 != 0)) return size + got;
         if (got > 0) size += got;
         else if (!wait && errno == EAGAIN) return -3;
         else if (!wait && errno == EOPNOTSUPP) wait = 1;
@@ -197,8 +197,9 @@ static int64_t read_whole(int file, uint8_t *buffer, int64_t room, int64_t expec
 /* Read `n` files, each path in `folder` ended by a zero byte, into `buffer`. File i stands at [begins[i], ends[i]), it was not read if it ends
  * before it begins; `sizes` are what they had when they were listed.
  *
- * Return how many were tried: fewer than `n` when the buffer is full (a first file that does not fit counts as tried), or when 128 wait for the
- * disk: it works at all of them at once, since what is not in memory is asked for first and waited for last. */
+ * Return how many were tried: fewer than `n` when the buffer is full (a first file that does not fit counts as tried), when 32 wait for the
+ * disk (it works at all of them at once: what is not in memory is asked for first and waited for last), or when those are all the descriptors
+ * that this process may have. */
 int64_t aecore_read(int folder, const char *paths, const int64_t *sizes, int64_t n, uint8_t *buffer, int64_t capacity, int64_t *begins,
                     int64_t *ends) {
     int waiting[MOST_WAITING];
@@ -206,6 +207,7 @@ int64_t aecore_read(int folder, const char *paths, const int64_t *sizes, int64_t
     for (; tried < n && num_waiting < MOST_WAITING; tried++, paths += strlen(paths) + 1) {
         int64_t size = -1;
         int file = openat(folder, paths, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a FIFO does not hold us up */
+        if (file < 0 && num_waiting && (errno == EMFILE || errno == ENFILE)) break;
         if (file >= 0) size = read_whole(file, buffer + at, capacity - at, sizes[tried], 0);
         begins[tried] = at;
         ends[tried] = at + (size < 0 ? -1 : size);

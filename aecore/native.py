@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1  # of the calls between the two files
+VERSION = 2  # of native.c, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32)
@@ -46,11 +46,14 @@ def _library() -> Any | None:  # any: a shared library's functions have no types
     path = _path()
     if path is None or os.environ.get("AECORE_NATIVE") == "0":
         return None
-    library = ctypes.CDLL(str(path))
-    library.aecore_native.restype = library.aecore_read.restype = library.aecore_list.restype = ctypes.c_int64
-    if library.aecore_native() != VERSION:
+    try:
+        library = ctypes.CDLL(str(path))
+        library.aecore_native.restype = library.aecore_read.restype = library.aecore_list.restype = ctypes.c_int64
+        if library.aecore_native() != VERSION:
+            return None
+        _describe(library)
+    except (OSError, AttributeError):  # a damaged file, or one for another system
         return None
-    _describe(library)
     return library
 
 
@@ -79,6 +82,7 @@ class StreamHash:
     def update(self, stream: bytes | memoryview, data: Bytes, begins: Int64s, ends: Int64s) -> Bytes:
         """Append whole blocks to the stream; return the sha256 of each message `data[begin:end]` as `[n, 32]`."""
         assert len(stream) % _BLOCK == 0, "only whole blocks are hashed"
+        _require_inside(data, begins, ends)
         self.size += len(stream)
         digests = np.empty((len(begins), 32), np.uint8)
         if self._library is None:
@@ -95,13 +99,12 @@ class StreamHash:
         self.update(stream, *_NOTHING)
 
     def hexdigest(self) -> str:
-        """Return the hash of the stream, which must not be appended to after this."""
+        """Return the hash of the stream up to now."""
         if self._library is None:
             return self._plain.hexdigest()
-        size = self.size
-        self.append(b"\x80" + bytes(_BLOCK - 9) + (8 * size).to_bytes(8, "big"))  # the padding of a message of whole blocks
-        self.size = size
-        return self._state.astype(">u4").tobytes().hex()
+        state, padding = self._state.copy(), b"\x80" + bytes(_BLOCK - 9) + (8 * self.size).to_bytes(8, "big")
+        self._library.aecore_sha256(state, np.frombuffer(padding, np.uint8), 1, *_NOTHING, 0, np.zeros(0, np.uint8))
+        return state.astype(">u4").tobytes().hex()
 
 
 _NOTHING = np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -150,12 +153,21 @@ def examine(data: Bytes, begins: Int64s, ends: Int64s) -> NDArray[Any]:  # any: 
     """
     facts, library = np.empty(len(begins), FACTS), _library()
     assert library is not None, "no compiled loops here"
+    _require_inside(data, begins, np.maximum(begins, ends))  # one that was not read ends before it begins
     library.aecore_examine(data, begins, ends, len(begins), facts)
     return facts
+
+
+def _require_inside(data: Bytes, begins: Int64s, ends: Int64s) -> None:
+    """Nothing reaches the compiled loops that leads them out of the buffer."""
+    assert len(begins) == len(ends), "every message has a begin and an end"
+    inside = not len(begins) or (begins.min() >= 0 and (begins <= ends).all() and ends.max() <= len(data))
+    assert inside, "messages lie inside the buffer and end after they begin"
 
 
 def pack_samples(target: Bytes, blank: Bytes, names: bytes, data: Bytes, begins: Int64s, ends: Int64s, labels: NDArray[np.int32]) -> None:
     """Write the tar members of samples into `target`, which has their size; `data.tar` says which. Only where `available()`."""
     library = _library()
     assert library is not None, "no compiled loops here"
+    _require_inside(data, begins, ends)
     library.aecore_pack(target, blank, names, data, begins, ends, labels, len(begins))

@@ -28,15 +28,17 @@ class FusedAdam(torch.optim.Adam):
     torch takes. Weights, moments and state dict are torch's to the last bit.
     """
 
+    _together: tuple[list[Tensor], ...] | None = None  # parameters, both moments, and for each the one count of all
+
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.0, *, decoupled: bool = False) -> None:
         super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True, decoupled_weight_decay=decoupled)
-        self._together: tuple[list[Tensor], ...] | None = None  # parameters, both moments, and for each the one count of all
 
     def step(self, closure: Any = None) -> Any:  # any: as torch has it
-        """Update the parameters from their gradients; where some have none, as torch does it."""
+        """Update the parameters from their gradients; where some have none, or a `GradScaler` scaled them, as torch does it."""
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         together = self._together or self._gathered()
         gradients = [] if together is None else [parameter.grad for parameter in together[0] if parameter.grad is not None]
-        if together is None or closure is not None or len(gradients) < len(together[0]):
+        if together is None or closure is not None or scaled or len(gradients) < len(together[0]):
             self._part()
             return super().step(closure)
         parameters, means, squares, counts = together
@@ -56,6 +58,11 @@ class FusedAdam(torch.optim.Adam):
         """Load the state of this class or of torch's Adam."""
         self._part()
         super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:  # any: as torch has it
+        """Copies and pickles are torch's, too."""
+        self._part()
+        return super().__getstate__()
 
     def _gathered(self) -> tuple[list[Tensor], ...] | None:
         """Let all parameters count together; None before the first step, for several groups, devices or dtypes, or if counts differ."""

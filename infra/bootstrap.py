@@ -162,6 +162,8 @@ def install(pip: list[str], gpu: bool) -> None:
     explain(status, output)
     if shutil.which("cc") is None and not apt_install("gcc", "libc6-dev"):
         say("no C compiler: shards are written and read more slowly, all else is the same (Debian: sudo apt-get install gcc libc6-dev)")
+    for old in (ROOT / "aecore").glob("_native*.so"):
+        old.unlink()  # a build that fails must not leave the one before
     explain(*quietly([*pip, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)], "installing aecore"))
     explain(*quietly([*pip, "check"], "pip check"))
 
@@ -180,7 +182,7 @@ def wanted_stamp(gpu: bool) -> dict[str, object]:
     digest = hashlib.sha256()
     for path in (LOCK, ROOT / "pyproject.toml", ROOT / "aecore" / "native.c", Path(__file__)):
         digest.update(path.read_bytes())
-    return {"inputs_sha256": digest.hexdigest(), "gpu": gpu, "root": str(ROOT)}
+    return {"inputs_sha256": digest.hexdigest(), "gpu": gpu, "root": str(ROOT), "compiler": shutil.which("cc") is not None}
 
 
 def setup() -> None:
@@ -200,7 +202,7 @@ def setup() -> None:
         packages = sum(1 for line in LOCK.read_text().splitlines() if "==" in line)
         say(f"installing {packages} locked packages and torch for {'CUDA' if gpu else 'the CPU'} into .venv (a few minutes the first time)")
         install(pip, gpu)
-        STAMP.write_text(json.dumps(stamp))
+        STAMP.write_text(json.dumps(wanted_stamp(gpu)))  # a compiler may have come
         say(f"ready in {time.monotonic() - begun:.0f} s")
     finally:
         os.close(guard)

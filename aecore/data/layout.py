@@ -54,6 +54,8 @@ class Layout:
         self._codes: Int64s = codes.indices.to_numpy().astype(np.int64)
         self.begins: Int64s = begins.to_numpy()
         self.ends: Int64s = self.begins + sizes.to_numpy()
+        if (self.begins < BLOCK).any() or (self.ends < self.begins).any():
+            raise DataError(f"the index of {where} has members at impossible places: {REMEDY}")
         self.firsts: Int64s = np.concatenate([[0], np.cumsum(members.value_lengths().to_numpy())])
         is_data = np.array([name in DATA_EXTENSIONS for name in self._names], bool)
         data = np.flatnonzero(is_data[self._codes])

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from aecore.beside import Beside
 from aecore.data.convert import Header, prepare
-from aecore.data.image import BadSample, image_header
+from aecore.data.image import IMAGE_EXTENSIONS, BadSample, image_header
 from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.sources import Block, Source, blocks_of, reader
 from aecore.data.tar import BLOCK, Packer, Samples
@@ -105,7 +105,7 @@ class Pack:
 
     def _headers_of(self, block: Block) -> Sequence[Header] | None:
         """Return the header of every file, or one that all have; None if one is damaged, or of a kind that only `prepare` knows."""
-        if not block.facts["kind"].all():
+        if not block.facts["kind"].all() or not IMAGE_EXTENSIONS.issuperset(block.exts):
             return None
         facts = block.facts.view(f"V{block.facts.itemsize}")
         different = slice(0, 1) if (facts == facts[0]).all() and len(set(block.exts)) == 1 else slice(None)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.cuts import cuts
+from aecore.data.cuts import before, cuts
 from aecore.data.index import content_sha256, read_table
 from aecore.data.layout import REMEDY, Layout
 from aecore.data.manifest import ShardRef, tar_store
@@ -29,6 +29,7 @@ from aecore.store import Store
 
 WINDOW_BYTES = 1 << 21
 LARGE_SAMPLE, ADOPTED_ROWS = 1 << 12, 64
+JOINED_BYTES = 1 << 20  # that are copied to be hashed together
 PREAD_BYTES = 0x7FFFF000  # Linux returns no more from one call
 PARALLEL_BYTES = 1 << 20  # of large samples: they are read and hashed in two threads, which costs 0.1 ms
 
@@ -235,9 +236,10 @@ class ShardReader:
             raise self._damaged(int(np.searchsorted(layout.firsts, members_of.start + wrong[0], side="right")) - 1)
 
     def _check_each(self, contents: Sequence[bytes], rows: NDArray[np.int64]) -> None:
-        sizes = np.fromiter(map(len, contents), np.int64, len(contents))
-        ends = np.cumsum(sizes)
-        self._check_contents(b"".join(contents), ends - sizes, ends, rows)
+        starts = before(np.fromiter(map(len, contents), np.int64, len(contents)))
+        for first, stop in cuts((starts, JOINED_BYTES)):  # one of its own is not copied
+            places = starts[first : stop + 1] - starts[first]
+            self._check_contents(b"".join(contents[first:stop]), places[:-1], places[1:], rows[first:stop])
 
     def _check_contents(self, data: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         """DataError naming the first of these rows whose bytes `data[begin:end]` have not the sha256 of the index."""

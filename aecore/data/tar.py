@@ -95,8 +95,9 @@ class Samples:
 
     def plain(self) -> bool:
         """Return whether no name or size needs more than the plain fields of a header."""
-        longest = max(map(len, self.names), default=0) + len("cls")
-        return longest <= _NAME and (self.ends - self.begins).max(initial=0) <= _MAX_SIZE
+        joined, longest = "".join(self.names), max(map(len, self.names), default=0) + len("cls")
+        plain_names = longest <= _NAME and joined.isascii() and "\0" not in joined
+        return plain_names and bool((self.ends - self.begins).max(initial=0) <= _MAX_SIZE)
 
 
 class Packer:

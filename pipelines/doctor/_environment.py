@@ -124,7 +124,11 @@ def compiled_loops() -> Finding:
 
     if available():
         return ok("compiled loops", "shards are read, hashed and packed by compiled code")
-    reason = "this processor or AECORE_NATIVE=0 rules them out" if built() else "they were not built: no C compiler was there"
+    reason = (
+        "they cannot be used: another processor, AECORE_NATIVE=0, or built from another version"
+        if built()
+        else "they were not built: install a C compiler, then the package again"
+    )
     return skipped("compiled loops", f"shards are read, hashed and packed in Python ({reason})")
 
 

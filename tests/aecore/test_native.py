@@ -2,6 +2,8 @@ import hashlib
 import io
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,18 @@ class TestHashes:
         with pytest.raises(AssertionError, match="whole blocks"):
             native.StreamHash().append(bytes(65))
 
+    def test_the_hash_can_be_asked_for_on_the_way(self):
+        stream, plain = native.StreamHash(), hashlib.sha256()
+        for _ in range(3):
+            stream.append(bytes(640))
+            plain.update(bytes(640))
+            assert stream.hexdigest() == stream.hexdigest() == plain.hexdigest()
+
+    @pytest.mark.parametrize(("begin", "end"), [(-1, 3), (4, 3), (0, 11), (11, 11), (0, 1 << 62)])
+    def test_messages_outside_the_buffer_are_refused(self, begin, end):
+        with pytest.raises(AssertionError, match="inside the buffer"):
+            native.sha256s(bytes(10), np.array([begin]), np.array([end]))
+
 
 @compiled
 class TestFiles:
@@ -116,6 +130,35 @@ class TestFiles:
         content = os.urandom(9000)
         (tmp_path / "a").write_bytes(content)
         assert self.read(tmp_path, ["a"], sizes=[told]) == [content]
+
+    @pytest.mark.parametrize("room", [4999, 5000, 5001, 8999, 9000, 9001])
+    def test_a_file_that_grew_is_never_cut_off_where_the_buffer_ends(self, tmp_path, room):
+        content = os.urandom(9000)
+        (tmp_path / "a").write_bytes(content)
+        assert self.read(tmp_path, ["a"], room, sizes=[5000]) == [content if room > 9000 else None]
+
+    def test_few_descriptors_are_enough(self, tmp_path):
+        for number in range(300):
+            (tmp_path / f"{number:03d}").write_bytes(b"%d" % number)
+        script = """
+import os, resource, sys
+import numpy as np
+from aecore import native
+native.available()
+names = sorted(os.listdir(sys.argv[1]))
+os.sync()
+for name in names:
+    file = os.open(f"{sys.argv[1]}/{name}", os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+folder, found = os.open(sys.argv[1], os.O_RDONLY), []
+resource.setrlimit(resource.RLIMIT_NOFILE, (folder + 4, folder + 4))
+while len(found) < len(names):
+    buffer, rest = np.empty(1 << 16, np.uint8), names[len(found):]
+    found += [bytes(buffer[a:b]) for a, b in zip(*native.read_files(folder, rest, np.zeros(len(rest), np.int64), buffer))]
+assert found == [b"%d" % number for number in range(300)], found
+"""
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
     def test_files_that_are_not_in_memory_are_read_too(self, tmp_path):
         contents = {f"{number:03d}": os.urandom(500 * (number % 30)) for number in range(300)}
@@ -201,8 +244,20 @@ def _header(data: bytes, ext: str) -> ImageHeader | None:
         return None
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "RGB"}, {"check": "decode"}])
-def test_data_sets_are_the_same_with_and_without_the_compiled_loops(tmp_path, monkeypatch, options):
+IMAGES = ("png", "jpg", "webp")
+
+
+@pytest.mark.parametrize(
+    ("options", "extensions"),
+    [
+        ({}, IMAGES),
+        ({"check": "decode"}, IMAGES),
+        ({"mode": "RGB"}, IMAGES),
+        ({}, (*IMAGES, "npy")),
+        ({"check": "decode"}, (*IMAGES, "npy")),
+    ],
+)
+def test_data_sets_are_the_same_with_and_without_the_compiled_loops(tmp_path, monkeypatch, options, extensions):
     random = np.random.default_rng(0)
     for number in range(200):
         path = tmp_path / f"files/train/{number % 3}/{number:03d}.{random.choice(['png', 'jpg'])}"
@@ -212,11 +267,13 @@ def test_data_sets_are_the_same_with_and_without_the_compiled_loops(tmp_path, mo
     (tmp_path / "files/train/0/wrong.jpg").write_bytes(encoded((8, 8), "L", format="PNG"))  # named as another format
     (tmp_path / "files/train/0/other.webp").write_bytes(encoded((8, 8), "RGB", format="WEBP"))
     (tmp_path / "files/train/0/empty.png").write_bytes(b"")
+    (tmp_path / "files/train/0/picture.npy").write_bytes(encoded((8, 8), "L", format="PNG"))  # an image where an array should be
     (tmp_path / "files/train/1" / ("long" * 24 + ".png")).write_bytes(encoded((8, 8), "L", format="PNG"))
     shards = ShardSpec(max_samples=70, max_bad=0.1, **options)
-    first = shard_dataset(FolderSpec(url=str(tmp_path / "files")), str(tmp_path / "one"), shards=shards)
+    source = FolderSpec(url=str(tmp_path / "files"), extensions=extensions)
+    first = shard_dataset(source, str(tmp_path / "one"), shards=shards)
     without(monkeypatch)
-    second = shard_dataset(FolderSpec(url=str(tmp_path / "files")), str(tmp_path / "two"), shards=shards)
+    second = shard_dataset(source, str(tmp_path / "two"), shards=shards)
     assert first.to_json() == second.to_json()
     for path in sorted((tmp_path / "one").rglob("*.tar")) + sorted((tmp_path / "one").rglob("*.parquet")):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
@@ -224,6 +281,21 @@ def test_data_sets_are_the_same_with_and_without_the_compiled_loops(tmp_path, mo
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(native, "VERSION", 0)
+    assert native._library.__wrapped__() is None
+
+
+def test_every_change_of_the_c_code_has_another_version():
+    """So a library that was built before the change is not used after it: set VERSION in both files, then this."""
+    assert (native.VERSION, hashlib.sha256(Path(native.__file__).with_name("native.c").read_bytes()).hexdigest()) == (
+        2,
+        "74b07d5a5195c4269e02738c3df2d1d0225c8d2710575d798a3a057aab9307b6",
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF"])
+def test_a_library_that_cannot_be_loaded_is_none(tmp_path, monkeypatch, content):
+    (tmp_path / "_native.so").write_bytes(content)
+    monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so")
     assert native._library.__wrapped__() is None
 
 

@@ -86,3 +86,32 @@ def test_a_state_dict_does_not_change_with_later_steps_more_than_that_of_torch()
     assert len({count.data_ptr() for count in counts}) == len(counts)  # none is shared: torch would count it for each parameter
     steps(one, optimizer, range(5, 9))
     assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {9.0}
+
+
+def test_a_copy_goes_on_by_itself():
+    one, other = nets()
+    ours, theirs = FusedAdam(one.parameters(), weight_decay=0.1), reference(other, False)
+    steps(one, ours, range(5))
+    steps(other, theirs, range(5))
+    copied, optimizer = copy.deepcopy((one, ours))
+    steps(copied, optimizer, range(5, 9))
+    steps(one, ours, range(5, 9))
+    steps(other, theirs, range(5, 9))
+    require_equal(copied, other, optimizer, theirs)
+    require_equal(one, other, ours, theirs)
+
+
+def test_a_gradient_scaler_is_heard():
+    one, other = nets()
+    ours, theirs = FusedAdam(one.parameters(), 1e-2, weight_decay=0.1), reference(other, False)
+    for model, optimizer in ((one, ours), (other, theirs)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for number in range(8):
+            x = torch.randn(16, 5, generator=torch.Generator().manual_seed(number))
+            loss = model(x).square().mean() * (torch.inf if number == 4 else 1.0)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    require_equal(one, other, ours, theirs)
+    assert all(parameter.isfinite().all() for parameter in one.parameters())

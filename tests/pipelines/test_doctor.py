@@ -57,7 +57,7 @@ def test_it_says_whether_the_compiled_loops_are_used_and_why_not(monkeypatch: py
         assert _environment.compiled_loops().state == "ok"
     monkeypatch.setattr(native, "_library", lambda: None)
     monkeypatch.setattr(native, "_path", lambda: None)
-    assert "no C compiler" in _environment.compiled_loops().said
+    assert "install a C compiler" in _environment.compiled_loops().said
     monkeypatch.setattr(native, "_path", lambda: Path("there"))
     assert "AECORE_NATIVE=0" in _environment.compiled_loops().said
 

@@ -120,12 +120,17 @@ class FolderSource:
         runs = cuts((before(sizes), BLOCK_BYTES - 1), (np.arange(len(sizes) + 1), BLOCK_FILES))
         with _opened(self._root) as root:  # shorter paths are found sooner
 
-            def read(run: tuple[int, int]) -> list[Block]:
-                return _read_blocks(root, sources[slice(*run)], sizes[slice(*run)])
+            def read(run: tuple[int, int]) -> tuple[Block, int, int]:
+                first, stop = run
+                block = _read_block(root, sources[first:stop], sizes[first:stop])
+                return block, first + len(block), stop
 
             with contextlib.closing(in_order(read, runs, threads=READERS)) as parts:
-                for part in parts:
-                    yield from part
+                for block, done, stop in parts:
+                    yield block
+                    while done < stop:  # files have grown, so that they do not fit one block any more
+                        block, done, _ = read((done, stop))
+                        yield block
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -223,16 +228,11 @@ def _extensions(sources: Sequence[str]) -> list[str]:
     return [_extension(source) for source in sources] if usual is None else [usual] * len(sources)
 
 
-def _read_blocks(root: int, names: Sequence[str], sizes: NDArray[np.int64]) -> list[Block]:
-    """Read files that fit one block, or more where they have grown."""
-    blocks = list[Block]()
-    while names:
-        data = np.empty(BLOCK_BYTES, np.uint8)
-        begins, ends = native.read_files(root, names, sizes, data)
-        done = len(begins)
-        blocks.append(Block(_extensions(names[:done]), data, begins, ends, native.examine(data, begins, ends)))
-        names, sizes = names[done:], sizes[done:]
-    return blocks
+def _read_block(root: int, names: Sequence[str], sizes: NDArray[np.int64]) -> Block:
+    """Read the first of these files: as many as fit one block, at least one."""
+    data = np.empty(BLOCK_BYTES, np.uint8)
+    begins, ends = native.read_files(root, names, sizes, data)
+    return Block(_extensions(names[: len(begins)]), data, begins, ends, native.examine(data, begins, ends))
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from aecore.data import as_webdataset
 from aecore.data.foreign import ForeignTars, TarFile
+from aecore.data.index import MEMBERS
 from aecore.data.job import adopt_shards, shard_dataset
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.manifest import DatasetManifest, open_dataset
@@ -393,6 +395,15 @@ class TestAdopt:
             Layout(index, "x")
         with pytest.raises(DataError, match="overlap or are out of order"):
             Layout(index.take(list(range(29, -1, -1))), "x", packed=False)
+        for place in (
+            {"ext": "png", "offset": 1536, "size": -700},
+            {"ext": "png", "offset": -5, "size": 10},
+            {"ext": "png", "offset": 0, "size": 9},
+        ):
+            forged = index.set_column(index.column_names.index("members"), "members", pa.array([[place]] * index.num_rows, MEMBERS))
+            for packed in (True, False):
+                with pytest.raises(DataError, match="impossible places"):
+                    Layout(forged, "x", packed=packed)
 
     def test_killed_and_run_again(self, tmp_path: Path) -> None:
         tars = two_tars(tmp_path / "theirs")

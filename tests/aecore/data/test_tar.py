@@ -96,6 +96,19 @@ def test_labels_are_written_in_digits(label):
     assert ours(samples) == theirs(samples)
 
 
+@pytest.mark.parametrize("key", ["ü" * 90, "あ" * 33, "a" * 101])
+def test_names_of_too_many_bytes_are_refused(key):
+    with pytest.raises(DataError, match="does not fit"):
+        ours([{"__key__": key, "png": b"x", "cls": b"1"}])
+
+
+@pytest.mark.parametrize("key", ["ü" * 45, "日本語/キー"])
+def test_names_that_are_not_ascii_are_packed_in_utf8(key):
+    samples = [{"__key__": key, "png": b"x", "cls": b"1"}, {"__key__": "a", "png": b"y"}]
+    with tarfile.open(fileobj=io.BytesIO(ours(samples)), encoding="utf-8") as tar:
+        assert tar.getnames() == [f"{key}.cls", f"{key}.png", "a.png"]
+
+
 @pytest.mark.parametrize("length", [1, 90, 95, 96])
 def test_names_up_to_100_bytes_are_those_of_webdataset_too(length):
     samples = [{"__key__": "k" * length, "png": b"x"}]
