@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from aecore.beside import Beside
 from aecore.data.convert import Header, prepare
+from aecore.data.cuts import before
 from aecore.data.image import IMAGE_EXTENSIONS, BadSample, image_header
 from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.sources import Block, Source, blocks_of, reader
 from aecore.data.tar import BLOCK, Packer, Samples
 from aecore.data.tasks import ShardTask
 from aecore.disk import DiskWriter
+from aecore.errors import ConfigError
 from aecore.native import StreamHash, sha256s
 
 Int64s = NDArray[np.int64]
@@ -38,6 +40,7 @@ _OURS = frozenset(  # not the sample's fault: no memory or room here, or the fil
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
     | {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.EINTR}
 )
+_MOST_TEXT = 2**31 - 1  # bytes of all texts in a column of an index
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
 
 
@@ -97,11 +100,11 @@ class Pack:
             return None
         codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
         stop, labels, exts = first + len(block), self.task.labels, [header.ext for header in headers]
-        if len(headers) < len(block):
-            codes, exts = np.repeat(codes, len(block)), exts * len(block)
+        codes = np.repeat(codes, len(block)) if len(headers) < len(block) else codes
         self._good.append((np.arange(first, stop), codes, block.ends - block.begins))
-        names = [f"{key}.{ext}" for key, ext in zip(self.task.keys[first:stop], exts, strict=True)]
-        return Samples(names, block.data, block.begins, block.ends, None if labels is None else labels[first:stop])
+        return Samples(
+            self.task.keys[first:stop], exts, block.data, block.begins, block.ends, None if labels is None else labels[first:stop]
+        )
 
     def _headers_of(self, block: Block) -> Sequence[Header] | None:
         """Return the header of every file, or one that all have; None if one is damaged, or of a kind that only `prepare` knows."""
@@ -122,7 +125,7 @@ class Pack:
         """Return the good samples from position `first` on, up to `last` or until `free` bytes are full, and the next position."""
         sources, shards = self.task.sources, self.task.shards
         keys, labels = self.task.keys, self.task.labels
-        positions, codes, names, contents = list[int](), list[int](), list[str](), list[bytes]()
+        positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
             data: bytes | None = None
             try:
@@ -138,7 +141,7 @@ class Pack:
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
-            names.append(f"{keys[position]}.{header.ext}")
+            exts.append(header.ext)
             contents.append(data)
             free -= len(data) + 2 * BLOCK
             if free < 0:
@@ -147,7 +150,8 @@ class Pack:
         sizes = np.fromiter(map(len, contents), np.int64, len(contents))
         ends, joined = np.cumsum(sizes), np.frombuffer(b"".join(contents), np.uint8)
         self._good.append((np.array(positions, np.int64), np.array(codes, np.int64), sizes))
-        return Samples(names, joined, ends - sizes, ends, None if labels is None else labels[positions]), last
+        good = [keys[position] for position in positions]
+        return Samples(good, exts, joined, ends - sizes, ends, None if labels is None else labels[positions]), last
 
     def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes | None) -> None:
         self.bad.append((position, stage, reason, message, None if data is None else hashlib.sha256(data).hexdigest()))
@@ -167,12 +171,12 @@ class Pack:
         labels = None if task.labels is None else task.labels[rows]
         headers = list(self.headers)
         columns: dict[str, Any] = {  # any: lists and arrays
-            "key": _take(task.keys, positions),
+            "key": _strings(_take(task.keys, positions)),
             "ordinal": task.ordinals[rows],
             "label": None if labels is None else pa.array(labels, pa.int32(), mask=labels < 0),
             "label_name": _take(task.label_names, positions),
-            "source": _take(task.sources, positions),
-            "sha256": _texts(np.concatenate(self._digests).tobytes().hex(), 64),
+            "source": _strings(_take(task.sources, positions)),
+            "sha256": _cut(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
             "members": _members([header.ext for header in headers], codes, sizes, labels),
             "width": pa.array([header.width for header in headers], pa.int32()).take(at),
             "height": pa.array([header.height for header in headers], pa.int32()).take(at),
@@ -213,10 +217,18 @@ class Pack:
         return make_table(QUARANTINE_SCHEMA, columns, len(positions))
 
 
-def _texts(joined: str, length: int) -> Any:  # any: pyarrow's stubs leave open what it holds
-    """Return the strings of one length that stand in `joined` one after the other, as an array."""
-    offsets = np.arange(0, len(joined) + 1, length, dtype=np.int32)
-    return pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets.data), pa.py_buffer(joined.encode()))
+def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs leave open what it holds
+    """Return the strings as an array, or as they are where one is not ASCII: half the time of pyarrow's own conversion."""
+    joined = "".join(values)
+    return _cut(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
+
+
+def _cut(joined: str, lengths: Int64s) -> Any:  # any: as above
+    """Return the strings of these lengths that stand in `joined`, which is ASCII, one after the other, as an array."""
+    offsets = before(lengths)
+    if offsets[-1] > _MOST_TEXT:
+        raise ConfigError(f"{len(lengths)} samples are too many for the index of one shard: lower shards.max_samples")
+    return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(offsets.astype(np.int32).data), pa.py_buffer(joined.encode()))
 
 
 @overload

@@ -65,9 +65,10 @@ def _store_long(blocks: NDArray[np.uint8], at: NDArray[np.int64], names: list[by
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """n samples to pack: names of the data members, their bytes `data[begins[i]:ends[i]]`, class ids (-1: none)."""
+    """n samples to pack: keys, extensions (of each, or one of all), bytes `data[begins[i]:ends[i]]`, class ids (-1: none)."""
 
-    names: list[str]
+    keys: list[str]
+    exts: list[str]
     data: NDArray[np.uint8]
     begins: NDArray[np.int64]
     ends: NDArray[np.int64]
@@ -79,24 +80,31 @@ class Samples:
 
     def ids(self) -> NDArray[np.int32]:
         """Return the class ids, -1 for all samples where there are none."""
-        return np.full(len(self.names), -1, np.int32) if self.labels is None else self.labels
+        return np.full(len(self.keys), -1, np.int32) if self.labels is None else self.labels
+
+    def names(self) -> str:
+        """Return the names of the data members, each ended by a zero byte."""
+        if len(self.exts) == 1:
+            end = f".{self.exts[0]}\0"
+            return end.join(self.keys) + end if self.keys else ""
+        return "".join([f"{key}.{ext}\0" for key, ext in zip(self.keys, self.exts, strict=True)])
 
     def members(self) -> tuple[list[bytes], list[bytes]]:
         """Return names and contents of the members: data, and where there is a label its digits as `.cls`; by extension."""
         names, contents = list[bytes](), list[bytes]()
         places = zip(self.begins.tolist(), self.ends.tolist(), strict=True)
-        for name, (begin, end), label in zip(self.names, places, self.ids().tolist(), strict=True):
-            key, _, ext = name.rpartition(".")
+        exts = self.exts * len(self.keys) if len(self.exts) == 1 else self.exts
+        for key, ext, (begin, end), label in zip(self.keys, exts, places, self.ids().tolist(), strict=True):
             members = [(ext, self.data[begin:end].tobytes())] + ([("cls", b"%d" % label)] if label >= 0 else [])
             for member, content in sorted(members):
                 names.append(f"{key}.{member}".encode())
                 contents.append(content)
         return names, contents
 
-    def plain(self) -> bool:
-        """Return whether no name or size needs more than the plain fields of a header."""
-        joined, longest = "".join(self.names), max(map(len, self.names), default=0) + len("cls")
-        plain_names = longest <= _NAME and joined.isascii() and "\0" not in joined
+    def plain(self, names: str) -> bool:
+        """Return whether no name, of those joined in `names`, and no size needs more than the plain fields of a header."""
+        longest = max(map(len, self.keys), default=0) + max(map(len, {*self.exts, "cls"})) + 1
+        plain_names = longest <= _NAME and names.isascii() and names.count("\0") == len(self.keys)
         return plain_names and bool((self.ends - self.begins).max(initial=0) <= _MAX_SIZE)
 
 
@@ -134,9 +142,8 @@ class Packer:
 
 def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
     """Fill `target` with the members of the samples."""
-    if native.available() and samples.plain():
-        names = ("\0".join(samples.names) + "\0").encode()
-        native.pack_samples(target, _BLANK, names, samples.data, samples.begins, samples.ends, samples.ids())
+    if native.available() and samples.plain(names := samples.names()):
+        native.pack_samples(target, _BLANK, names.encode(), samples.data, samples.begins, samples.ends, samples.ids())
         return
     names_of, contents = samples.members()
     sizes = np.fromiter(map(len, contents), np.int64, len(contents))

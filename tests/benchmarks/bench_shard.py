@@ -1,13 +1,15 @@
 """Writing and reading shards against webdataset's own writer and reader, and against `tar cf`.
 
 `python -m tests.benchmarks shard`. Everything is included on our side: listing, reading the files, checks, hashes, index,
-fsync. All sides work on the same files, in the page cache unless a row says otherwise. The peer writes and reads the same members
-(image and `.cls`) without index, hashes, checks or fsync, and `tar` copies the image files alone.
+fsync. What the sides wrote is removed before each run, which is not timed. All sides work on the same files, in the page cache unless
+a row says otherwise. The peer writes and reads the same members (image and `.cls`) without index, hashes, checks or fsync, and `tar`
+copies the image files alone.
 """
 
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -45,18 +47,17 @@ def jpeg256(target: Path) -> int:
 
 
 def write_ours(files: Path, scratch: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=scratch) as out:
-        shard_dataset(FolderSpec(url=str(files)), out)
+    shard_dataset(FolderSpec(url=str(files)), tempfile.mkdtemp(dir=scratch))
 
 
 def write_ours_twice(files: Path, scratch: Path, units: int) -> None:
-    with tempfile.TemporaryDirectory(dir=scratch) as out:
-        shard_dataset(FolderSpec(url=str(files)), out, shards=ShardSpec(max_samples=units // 6 + 1), fan_out=two_processes)
+    out, shards = tempfile.mkdtemp(dir=scratch), ShardSpec(max_samples=units // 6 + 1)
+    shard_dataset(FolderSpec(url=str(files)), out, shards=shards, fan_out=two_processes)
 
 
 def write_floor(files: Path, scratch: Path) -> None:
     """The least that our promises need in Python on one core: the size of every file, its bytes, both hashes, one durable file."""
-    with tempfile.TemporaryDirectory(dir=scratch) as out, open(f"{out}/all", "wb", buffering=0) as target:
+    with open(f"{tempfile.mkdtemp(dir=scratch)}/all", "wb", buffering=0) as target:
         paths, whole, chunk = list[str](), hashlib.sha256(), list[bytes]()
         for folder, _, _ in os.walk(files):
             with os.scandir(folder) as entries:
@@ -80,10 +81,8 @@ def write_peer(files: Path, scratch: Path) -> None:
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(files) for name in names)
     names = sorted({path.split("/")[-2] for path in paths})
     classes = {name: str(number).encode() for number, name in enumerate(names)}
-    with (
-        tempfile.TemporaryDirectory(dir=scratch) as out,
-        webdataset.ShardWriter(f"{out}/train-%06d.tar", maxcount=10_000, mtime=0, verbose=0) as writer,
-    ):
+    out = tempfile.mkdtemp(dir=scratch)
+    with webdataset.ShardWriter(f"{out}/train-%06d.tar", maxcount=10_000, mtime=0, verbose=0) as writer:
         for path in paths:
             with open(path, "rb") as file:
                 data = file.read()
@@ -92,8 +91,13 @@ def write_peer(files: Path, scratch: Path) -> None:
 
 
 def write_tar(files: Path, scratch: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=scratch) as out:
-        subprocess.run(["tar", "cf", f"{out}/all.tar", "-C", str(files), "."], check=True)
+    subprocess.run(["tar", "cf", f"{tempfile.mkdtemp(dir=scratch)}/all.tar", "-C", str(files), "."], check=True)
+
+
+def clean(scratch: Path) -> None:
+    """Remove what all sides wrote."""
+    shutil.rmtree(scratch)
+    scratch.mkdir()
 
 
 def forget(files: Path) -> None:
@@ -124,14 +128,23 @@ def rows(name: str, prepare: Callable[[Path], int]) -> None:
         one, peer, tar, floor = (functools.partial(side, files, scratch) for side in (write_ours, write_peer, write_tar, write_floor))
         two = functools.partial(write_ours_twice, files, scratch, units)
 
-        def show(what: str, ours: Side, theirs: Side, asked: str = "", before: Side = lambda: None) -> None:
-            print(compare(f"{name}: {what}", ours, theirs, units=units, pairs=PAIRS, before=before).row(asked), flush=True)
+        def show(what: str, ours: Side, theirs: Side, asked: str = "", before: Side | None = None) -> None:
+            print(
+                compare(f"{name}: {what}", ours, theirs, units=units, pairs=PAIRS, before=before or functools.partial(clean, scratch)).row(
+                    asked
+                ),
+                flush=True,
+            )
 
         show("write, one process; ShardWriter(mtime=0)", one, peer, ">= 4.5")
         show("write, one process; tar cf", one, tar, ">= 0.45")
         show("write, two processes; one ShardWriter", two, peer, ">= 8")
         show("write, two processes; tar cf", two, tar, ">= 0.75")
-        cold = functools.partial(forget, files)
+
+        def cold() -> None:
+            clean(scratch)
+            forget(files)
+
         show("write files that are not in the page cache, one process; ShardWriter(mtime=0)", one, peer, before=cold)
         show("write files that are not in the page cache, one process; tar cf", one, tar, before=cold)
         show("write, one process; floor: list, read, 2 sha256, write, fsync", one, floor)

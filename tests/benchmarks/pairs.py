@@ -68,8 +68,12 @@ def compare(name: str, ours: Side, theirs: Side, *, units: int, pairs: int = 5, 
 
     `before` runs before each of them and is not timed.
     """
-    peaks = {side: peak_mib(side) for side in (ours, theirs)}
-    _seconds(ours), _seconds(theirs)  # not counted
+    peaks: dict[Side, float] = {}
+    for side in (ours, theirs):
+        before()
+        peaks[side] = peak_mib(side)
+        before()
+        _seconds(side)  # not counted
     seconds: dict[Side, list[float]] = {ours: [], theirs: []}
     for number in range(pairs):
         for side in (ours, theirs) if number % 2 == 0 else (theirs, ours):

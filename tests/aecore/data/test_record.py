@@ -38,7 +38,7 @@ def as_webdataset_reads(keys: list[str]) -> list[dict]:
     """What webdataset finds in a shard of these keys, each with itself as data and its number as label."""
     packer, sizes = Packer(), np.array([len(key) for key in keys])
     ends, data = np.cumsum(sizes), np.frombuffer("".join(keys).encode(), np.uint8)
-    samples = Samples([f"{key}.jpeg" for key in keys], data, ends - sizes, ends, np.arange(len(keys), dtype=np.int32))
+    samples = Samples(keys, ["jpeg"], data, ends - sizes, ends, np.arange(len(keys), dtype=np.int32))
     stream = io.BytesIO(bytes(packer(samples)) + packer.end())
     return list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": stream}])))
 

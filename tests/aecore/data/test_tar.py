@@ -29,15 +29,23 @@ def ours(samples: list[dict]) -> bytes:
 
 
 def chunk_of(samples: list[dict]) -> Samples:
-    names, contents, labels = list[str](), list[bytes](), list[int]()
+    exts, contents, labels = list[str](), list[bytes](), list[int]()
     for sample in samples:
         (ext,) = sample.keys() - {"__key__", "cls"}
-        names.append(f"{sample['__key__']}.{ext}")
+        exts.append(ext)
         contents.append(sample[ext])
         labels.append(int(sample.get("cls", -1)))
     sizes = np.array([len(content) for content in contents], np.int64)
     ends = np.cumsum(sizes)
-    return Samples(names, np.frombuffer(b"".join(contents), np.uint8), ends - sizes, ends, np.array(labels, np.int32))
+    exts = exts[:1] if len(set(exts)) == 1 else exts  # one may stand for all
+    return Samples(
+        [sample["__key__"] for sample in samples],
+        exts,
+        np.frombuffer(b"".join(contents), np.uint8),
+        ends - sizes,
+        ends,
+        np.array(labels, np.int32),
+    )
 
 
 def packed(*chunks: list[dict]) -> bytes:
