@@ -129,12 +129,8 @@ def rows(name: str, prepare: Callable[[Path], int]) -> None:
         two = functools.partial(write_ours_twice, files, scratch, units)
 
         def show(what: str, ours: Side, theirs: Side, asked: str = "", before: Side | None = None) -> None:
-            print(
-                compare(f"{name}: {what}", ours, theirs, units=units, pairs=PAIRS, before=before or functools.partial(clean, scratch)).row(
-                    asked
-                ),
-                flush=True,
-            )
+            before = before or functools.partial(clean, scratch)
+            print(compare(f"{name}: {what}", ours, theirs, units=units, pairs=PAIRS, before=before).row(asked), flush=True)
 
         show("write, one process; ShardWriter(mtime=0)", one, peer, ">= 4.5")
         show("write, one process; tar cf", one, tar, ">= 0.45")
