@@ -42,7 +42,7 @@ from aecore.data.loader import Loader
 from aecore.data.manifest import Dataset
 from aecore.data.stream import StreamLoader
 from aecore.data.transform import Transform
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from aecore.finite import require_finite_samples
 from aecore.generations import read_json
 from aecore.loss import LossResult
@@ -50,7 +50,7 @@ from aecore.metrics import MetricLog
 from aecore.noise import seed_generators, seed_of
 from aecore.objective import Objective, noise_for
 from aecore.optim import build_optimizer, lr_at, set_lr
-from aecore.ranks import Rank, from_rank_zero, require_equal_parameters
+from aecore.ranks import Rank, all_sum, from_rank_zero, require_equal_parameters
 from aecore.run import (
     CLAIM,
     CheckpointSpec,
@@ -119,7 +119,8 @@ class _Training:
         self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
         self.parameters = list(self.objective.parameters())
         self.optimizer = build_optimizer(job.optim, self.objective)
-        self.step = self._resume()
+        self.step = 0
+        self._resume()
         self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
 
     def close(self) -> None:
@@ -136,23 +137,41 @@ class _Training:
             torch.manual_seed(seed_of("weights", self.job.train.seed))
             return self.config.build()
 
-    def _resume(self) -> int:
-        """Load the newest valid checkpoint (rank 0 chooses) and return its step; 0 if there is none."""
+    def _resume(self) -> None:
+        """Load the newest valid checkpoint (rank 0 chooses), if there is one.
+
+        Another attempt that works on this run may remove it meanwhile: it has written a newer one then.
+        """
+        name = self._newest()
+        while name is not None:
+            failure = self._load(name)
+            if not all_sum(self.rank, torch.tensor([failure is not None])):
+                return
+            gone, name = name, self._newest()
+            if name in (gone, None):
+                raise failure or DataError(f"{self.store.url}/{gone} could not be read by another rank: run the same command again")
+        if self.job.train.init_from is not None:
+            start_from(self.objective.model, self._initial(self.job.train.init_from))
+
+    def _newest(self) -> str | None:
         newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.index == 0 else None
-        name = from_rank_zero(self.rank, None if newest is None else newest.name)
-        if name is None:
-            if self.job.train.init_from is not None:
-                start_from(self.objective.model, self._initial(self.job.train.init_from))
-            return 0
-        self.kept = [name]
-        checkpoint = read_checkpoint(self.store, name)
-        load_weights(self.objective.model, self.store, checkpoint)
-        self.optimizer.load_state_dict(load_state(self.store, checkpoint)["optimizer"])
+        return from_rank_zero(self.rank, None if newest is None else newest.name)
+
+    def _load(self, name: str) -> DataError | None:
+        """Take weights, optimizer, metrics and step of a checkpoint; return why that failed."""
+        try:
+            checkpoint = read_checkpoint(self.store, name)
+            load_weights(self.objective.model, self.store, checkpoint)
+            state = load_state(self.store, checkpoint)
+        except DataError as error:
+            return error
+        self.optimizer.load_state_dict(state["optimizer"])
         self.log.resume(checkpoint.metrics, checkpoint.step)
-        self.best = None if checkpoint.best is None else dict(checkpoint.best)
+        self.kept, self.best = [name], None if checkpoint.best is None else dict(checkpoint.best)
+        self.step = checkpoint.step
         if self.rank.index == 0:
             logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
-        return checkpoint.step
+        return None
 
     def _initial(self, url: str) -> LoadedModel:
         loaded = load_model(url)

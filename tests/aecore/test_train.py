@@ -357,6 +357,39 @@ def test_two_attempts_at_once_end_with_one_result(data, tmp_path):
     assert _files(tmp_path / "run") == _files(tmp_path / "whole")
 
 
+def test_a_checkpoint_that_goes_away_while_it_is_read_makes_room_for_another(data, tmp_path, monkeypatch):
+    """Another attempt at the run removes old checkpoints as it goes on."""
+    options = {"every_steps": 2, "max_steps": 12, "keep": 3}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job = small_job(data, tmp_path / "run", **options)
+    assert _killed(job, "checkpoint.linked:4")
+    real, read = train.load_state, list[str]()
+
+    def removed_first(store, checkpoint):
+        read.append(checkpoint.name)
+        if len(read) == 1:
+            shutil.rmtree(tmp_path / "run" / checkpoint.name)
+        return real(store, checkpoint)
+
+    monkeypatch.setattr(train, "load_state", removed_first)
+    fit(job)
+    assert len(read) == 2
+    assert read[0] > read[1]  # one step older
+    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error(data, tmp_path, monkeypatch):
+    job = small_job(data, tmp_path / "run", every_steps=2, max_steps=12)
+    assert _killed(job, "checkpoint.linked:4")
+
+    def fails(store, checkpoint):
+        raise DataError("state.pt is missing")
+
+    monkeypatch.setattr(train, "load_state", fails)
+    with pytest.raises(DataError, match=r"state\.pt is missing"):
+        fit(job)
+
+
 def test_a_checkpoint_of_another_run_is_not_resumed(data, tmp_path, caplog):
     fit(small_job(data, tmp_path / "other", max_steps=40, seed=5))
     job = small_job(data, tmp_path / "run", max_steps=20)
