@@ -18,7 +18,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-enum { VERSION = 2, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
+enum { VERSION = 3, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
 
 /* ---- sha256 (FIPS 180-4) with the processor's own instructions, two messages at a time --------------------------------------------
  *
@@ -231,6 +231,21 @@ int64_t aecore_read(int folder, const char *paths, const int64_t *sizes, int64_t
     return tried;
 }
 
+/* Read [offsets[i], offsets[i] + ends[i] - begins[i]) of a file into [begins[i], ends[i]) of `buffer`, for each of `n` pieces; `ends` becomes
+ * where the bytes end if the file has fewer. Return 0, or the number of the error. */
+int64_t aecore_read_pieces(int file, const int64_t *offsets, int64_t n, uint8_t *buffer, const int64_t *begins, int64_t *ends) {
+    for (int64_t i = 0; i < n; i++) {
+        int64_t at = begins[i];
+        while (at < ends[i]) {
+            ssize_t got = pread(file, buffer + at, (size_t)(ends[i] - at), offsets[i] + at - begins[i]);
+            if (got > 0) at += got;
+            else if (got == 0) ends[i] = at;
+            else if (errno != EINTR) return errno;
+        }
+    }
+    return 0;
+}
+
 /* List an open folder: names into `names`, each ended by a zero byte, and into `sizes` the bytes of regular files, -1 for everything else.
  *
  * Return the bytes of all names, or -1 if they do not fit (`capacity` bytes of names, `most` of them), or -2 if the folder cannot be read. */
@@ -351,6 +366,60 @@ void aecore_examine(const uint8_t *data, const int64_t *begins, const int64_t *e
         if (file[0] == 0x89) facts[i] = examine_png(file, size);
         if (file[0] == 0xFF && file[1] == 0xD8) facts[i] = examine_jpeg(file, size);
     }
+}
+
+/* ---- small PNGs to pixels ------------------------------------------------------------------------------------------------------------ */
+
+enum { MOST_ROWS = 1 << 16 }; /* bytes of an image's filtered rows */
+typedef int (*Uncompress)(uint8_t *, unsigned long *, const uint8_t *, unsigned long); /* zlib's function of that name */
+
+/* Undo the filters of rows of `stride` bytes, `step` bytes a pixel (PNG, third edition, section 9). Return 0 if there is no such filter. */
+static int unfilter(const uint8_t *rows, uint8_t *pixels, int64_t height, int64_t stride, int64_t step) {
+    static const uint8_t none[MOST_ROWS];
+    const uint8_t *up = none;
+    for (; height; height--, rows += stride, up = pixels, pixels += stride) {
+        int filter = *rows++;
+        if (filter > 4) return 0;
+        for (int64_t x = 0; x < stride; x++) {
+            int left = x < step ? 0 : pixels[x - step], corner = x < step ? 0 : up[x - step], guess = 0;
+            if (filter == 1) guess = left;
+            if (filter == 2) guess = up[x];
+            if (filter == 3) guess = (left + up[x]) / 2;
+            if (filter == 4) {
+                int by_left = up[x] - corner, by_up = left - corner, by_corner = by_left + by_up; /* how far the sum is from each */
+                by_left = by_left < 0 ? -by_left : by_left, by_up = by_up < 0 ? -by_up : by_up;
+                by_corner = by_corner < 0 ? -by_corner : by_corner;
+                guess = by_left <= by_up && by_left <= by_corner ? left : by_up <= by_corner ? up[x] : corner;
+            }
+            pixels[x] = (uint8_t)(rows[x] + guess);
+        }
+    }
+    return 1;
+}
+
+static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, uint8_t *pixels, int64_t height, int64_t width, int64_t step) {
+    static const uint8_t colours[5] = {0, 0, 4, 2, 6}; /* by channels */
+    uint8_t rows[MOST_ROWS];
+    const uint8_t *packed = NULL;
+    unsigned long expected = (unsigned long)(height * (width * step + 1)), found = expected;
+    Facts facts = examine_png(data, size);
+    if (!facts.kind || facts.width != width || facts.height != height || data[24] != 8 || data[25] != colours[step]) return 0;
+    if (data[26] || data[27] || data[28]) return 0; /* no such compression or filters; interlaced */
+    for (int64_t at = 8; memcmp(data + at + 4, "IEND", 4) != 0; at += number(data + at, 4) + 12) {
+        if (memcmp(data + at + 4, "IDAT", 4) != 0) continue;
+        if (packed) return 0; /* pixels in pieces */
+        packed = data + at;
+    }
+    if (uncompress(rows, &found, packed + 8, number(packed, 4)) != 0 || found != expected) return 0;
+    return unfilter(rows, pixels, height, width * step, step);
+}
+
+/* Decode `n` PNGs at [begins[i], ends[i]) of `data` into `pixels` `[n, height, width, channels]`, whose filtered rows fit MOST_ROWS bytes.
+ * `done[i]` is 0 where one was left out: it is not of that size, of 8 bits and so many channels, or there is anything unusual about it. */
+void aecore_decode_pngs(Uncompress uncompress, const uint8_t *data, const int64_t *begins, const int64_t *ends, int64_t n, uint8_t *pixels,
+                        int64_t height, int64_t width, int64_t channels, uint8_t *done) {
+    for (int64_t i = 0; i < n; i++, pixels += height * width * channels)
+        done[i] = (uint8_t)decode_png(uncompress, data + begins[i], ends[i] - begins[i], pixels, height, width, channels);
 }
 
 /* ---- tar --------------------------------------------------------------------------------------------------------------------------- */

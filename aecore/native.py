@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 2  # of native.c, which has it too: a library that was built from another one is not used
+VERSION = 3  # of native.c, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
+_MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
 _START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32)
 
 Bytes = NDArray[np.uint8]
@@ -48,7 +49,8 @@ def _library() -> Any | None:  # any: a shared library's functions have no types
         return None
     try:
         library = ctypes.CDLL(str(path))
-        library.aecore_native.restype = library.aecore_read.restype = library.aecore_list.restype = ctypes.c_int64
+        for function in ("aecore_native", "aecore_read", "aecore_read_pieces", "aecore_list"):
+            getattr(library, function).restype = ctypes.c_int64
         if library.aecore_native() != VERSION:
             return None
         _describe(library)
@@ -64,6 +66,8 @@ def _describe(library: Any) -> None:  # any: as above
     library.aecore_read.argtypes = [ctypes.c_int, text, numbers, number, data, number, numbers, numbers]
     library.aecore_list.argtypes = [ctypes.c_int, data, number, numbers, number]
     library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
+    library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
+    library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, data]
     library.aecore_pack.argtypes = [data, data, text, data, numbers, numbers, labels, number]
 
 
@@ -128,6 +132,26 @@ def read_files(folder: int, names: Sequence[str], sizes: Int64s, buffer: Bytes) 
     return begins[:tried], ends[:tried]
 
 
+def read_pieces(file: int, offsets: Int64s, sizes: Int64s) -> tuple[Bytes, Int64s, Int64s]:
+    """Return a buffer with the `sizes` bytes at each of `offsets` of a file, and where each piece begins and ends there.
+
+    A piece ends early where the file does. OSError if it cannot be read.
+    """
+    ends = np.cumsum(sizes)
+    begins, library = ends - sizes, _library()
+    buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    if library is not None:
+        error = library.aecore_read_pieces(file, np.ascontiguousarray(offsets), len(offsets), buffer, begins, ends)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return buffer, begins, ends
+    for row, (offset, begin, end) in enumerate(zip(offsets.tolist(), begins.tolist(), ends.tolist(), strict=True)):
+        while begin < end and (got := os.preadv(file, [buffer.data[begin:end]], offset)):
+            begin, offset = begin + got, offset + got
+        ends[row] = begin
+    return buffer, begins, ends
+
+
 def list_folder(folder: int) -> dict[str, int] | None:
     """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it.
 
@@ -156,6 +180,29 @@ def examine(data: Bytes, begins: Int64s, ends: Int64s) -> NDArray[Any]:  # any: 
     _require_inside(data, begins, np.maximum(begins, ends))  # one that was not read ends before it begins
     library.aecore_examine(data, begins, ends, len(begins), facts)
     return facts
+
+
+def decode_pngs(data: Bytes, begins: Int64s, ends: Int64s, pixels: Bytes) -> NDArray[np.bool_]:
+    """Decode small PNGs `data[begin:end]` of 8 bits into `pixels` `[n, H, W, C]`; return which were.
+
+    The others, none where there are no compiled loops or no zlib, are for a decoder that knows more; their pixels are undefined.
+    """
+    count, height, width, channels = pixels.shape
+    library, uncompress, done = _library(), _uncompress(), np.zeros(len(begins), np.uint8)
+    assert count == len(begins), "every image has a place"
+    _require_inside(data, begins, ends)
+    if library is not None and uncompress and 1 <= channels <= 4 and 0 < height * (width * channels + 1) <= _MOST_ROWS:
+        library.aecore_decode_pngs(uncompress, data, begins, ends, count, pixels, height, width, channels, done)
+    return done.astype(np.bool_)
+
+
+@cache
+def _uncompress() -> int | None:
+    """Return the address of zlib's `uncompress`: every Linux that Pillow or imagecodecs run on has this library."""
+    try:
+        return ctypes.cast(ctypes.CDLL("libz.so.1").uncompress, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def _require_inside(data: Bytes, begins: Int64s, ends: Int64s) -> None:

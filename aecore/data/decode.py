@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.manifest import sequence_shape
+from aecore.data.members import Members
 from aecore.errors import ConfigError, DataError
+from aecore.native import decode_pngs
 
 DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
 
-_PNG_HEADER_END, _MAX_PLAIN = 29, 4096  # up to the CRC of IHDR; how many beginnings are remembered
 PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMPY"
 MODE_DTYPES = {
     **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA"), "u1"),
@@ -93,9 +94,7 @@ class Decoder:
     def __init__(self, name: DecoderName, sample: SampleFormat) -> None:
         self.sample = sample
         self._image = _import_decoder("pillow")
-        self._codecs = _import_decoder(name) if name == "imagecodecs" else None
-        self._png_decode: Any = None if self._codecs is None else self._codecs.png_decode  # any: imagecodecs has no types
-        self._plain_pngs: set[bytes] = set()  # beginnings of PNGs of the right size and depth that are not interlaced
+        self._codecs: Any = _import_decoder(name) if name == "imagecodecs" else None  # any: imagecodecs has no types
         self._npy_headers: dict[bytes, int] = {}
         # decoders give [H, W] for one channel
         self._decoded = sample.shape[:2] if sample.image and sample.shape[2:] == (1,) else sample.shape
@@ -104,13 +103,9 @@ class Decoder:
         """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is reported there and its row is undefined."""
         out = np.empty((len(members), *self.sample.shape), self.sample.dtype)
         targets = out.reshape(len(members), *self._decoded)
-        plain, decode, shape = self._plain_pngs, self._png_decode, self._decoded
-        for row, data in enumerate(members):
+        for row in self._unusual(members, out):
             try:
-                if data[:_PNG_HEADER_END] in plain and (pixels := decode(data)).shape == shape:  # nearly all PNGs: 1 us less than `_into`
-                    targets[row] = pixels
-                else:
-                    self._into(targets[row, ...], data)  # `...`: a view also where a sample is one number
+                self._into(targets[row, ...], members[row])  # `...`: a view also where a sample is one number
             except MemoryError:
                 raise
             except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
@@ -120,6 +115,13 @@ class Decoder:
                     raise bad from error
                 on_bad(bad)
         return out
+
+    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Sequence[int]:
+        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows."""
+        if self._codecs is None or not self.sample.image or out.dtype != np.uint8 or not len(members):
+            return range(len(members))
+        found = members if isinstance(members, Members) else Members.of(members)
+        return np.flatnonzero(~decode_pngs(found.data, found.begins, found.ends, out)).tolist()
 
     def _into(self, target: Pixels, data: bytes) -> None:
         if data.startswith(NPY_MAGIC):
@@ -149,10 +151,8 @@ class Decoder:
         # imagecodecs prints a libpng warning for each interlaced file; Pillow gives the same pixels up to 8 bits and for 16-bit gray
         if interlaced and (depth <= 8 or colour == 0):
             return self._pillow(data)
-        pixels: Pixels = self._png_decode(data)
-        if pixels.shape == self._decoded and pixels.dtype == self.sample.dtype and len(self._plain_pngs) < _MAX_PLAIN:
-            self._plain_pngs.add(data[:_PNG_HEADER_END])
-        elif pixels.ndim > len(self._decoded) or pixels.shape[2:] > self._decoded[2:]:
+        pixels: Pixels = self._codecs.png_decode(data)
+        if pixels.ndim > len(self._decoded) or pixels.shape[2:] > self._decoded[2:]:
             pixels = _without_colour_key(pixels, data)
         return pixels
 

@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
@@ -17,20 +17,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.cuts import before, cuts
+from aecore.data.cuts import cuts
 from aecore.data.index import content_sha256, read_table
 from aecore.data.layout import REMEDY, Layout
 from aecore.data.manifest import ShardRef, tar_store
+from aecore.data.members import Members
 from aecore.data.record import Sample
 from aecore.data.tar import different_headers, end_of_archive
 from aecore.errors import DataError
-from aecore.native import sha256s
+from aecore.native import read_pieces, sha256s
 from aecore.store import Store
 
 WINDOW_BYTES = 1 << 21
 LARGE_SAMPLE, ADOPTED_ROWS = 1 << 12, 64
-JOINED_BYTES = 1 << 20  # that are copied to be hashed together
-PREAD_BYTES = 0x7FFFF000  # Linux returns no more from one call
 PARALLEL_BYTES = 1 << 20  # of large samples: they are read and hashed in two threads, which costs 0.1 ms
 
 
@@ -101,28 +100,31 @@ class ShardReader:
 
     def read_rows(self, rows: NDArray[np.int64] | list[int]) -> list[bytes]:
         """Return the data members of these rows (numbers in the shard, any order); DataError naming the key if one is damaged."""
-        rows = np.asarray(rows, np.int64)
+        return list(self.read_members(np.asarray(rows, np.int64)))
+
+    def read_members(self, rows: NDArray[np.int64]) -> Members:
+        """Return the data members of these rows in one buffer, as `read_rows` does."""
         nbytes = int((self._layout.data_ends[rows] - self._layout.data_begins[rows]).sum())
         half, _ = len(rows) // 2, self._descriptor  # opened once, not by both threads
         if nbytes < max(PARALLEL_BYTES, LARGE_SAMPLE * len(rows)):
-            return self._read_rows(rows, verify=True)
+            return self._read_members(rows, verify=True)
         with ThreadPoolExecutor(1) as helper:
-            rest = helper.submit(self._read_rows, rows[half:], verify=True)
-            return self._read_rows(rows[:half], verify=True) + rest.result()
+            rest = helper.submit(self._read_members, rows[half:], verify=True)
+            return Members.joined([self._read_members(rows[:half], verify=True), rest.result()])
 
-    def _read_rows(self, rows: NDArray[np.int64], *, verify: bool) -> list[bytes]:
+    def _read_members(self, rows: NDArray[np.int64], *, verify: bool) -> Members:
         """Return the data members of these rows; a damaged copy on this machine is fetched again, and read once more."""
         descriptor = self._descriptor
         found = self._pread(rows)
         if not verify:
             return found
         try:
-            self._check_each(found, rows)
+            self._check_members(found, rows)
         except DataError:
             if not self._mended(descriptor):
                 raise
             found = self._pread(rows)
-            self._check_each(found, rows)
+            self._check_members(found, rows)
         return found
 
     def _mended(self, descriptor: int) -> bool:
@@ -134,16 +136,12 @@ class ShardReader:
                 del self._descriptor
             return self._descriptor != descriptor
 
-    def _pread(self, rows: NDArray[np.int64]) -> list[bytes]:
+    def _pread(self, rows: NDArray[np.int64]) -> Members:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]
         if len(rows) and ends[-1] - begins[0] <= WINDOW_BYTES and (np.diff(rows) == 1).all():  # one read costs less than many
-            window, first = os.pread(self._descriptor, int(ends[-1] - begins[0]), int(begins[0])), begins[0]
-            return [window[begin:end] for begin, end in zip((begins - first).tolist(), (ends - first).tolist(), strict=True)]
-        descriptor, pread = self._descriptor, os.pread
-        found = [pread(descriptor, size, begin) for size, begin in zip((ends - begins).tolist(), begins.tolist(), strict=True)]
-        if len(rows) and max(map(len, found)) >= PREAD_BYTES:
-            found = [self._read(begin, end) for begin, end in zip(begins, ends, strict=True)]
-        return found
+            window, _, (size,) = read_pieces(self._descriptor, begins[:1], ends[-1:] - begins[:1])
+            return Members(window, (begins - begins[0]).clip(max=size), (ends - begins[0]).clip(max=size))
+        return Members(*read_pieces(self._descriptor, begins, ends - begins))
 
     def iterate(self, *, verify: bool = True) -> Iterator[Sample]:
         """Yield all samples in order; nothing of a damaged window is yielded. Without `verify` only the size is checked."""
@@ -189,7 +187,7 @@ class ShardReader:
         layout, num = self._layout, len(self)
         for start in range(0, num, ADOPTED_ROWS):
             rows = np.arange(start, min(start + ADOPTED_ROWS, num))
-            for row, data in zip(rows.tolist(), self._read_rows(rows, verify=verify), strict=True):
+            for row, data in zip(rows.tolist(), self._read_members(rows, verify=verify), strict=True):
                 members, label = {layout.data_ext[row]: data}, layout.classes[row]
                 yield Sample(layout.keys[row], members if label is None else {"cls": label, **members}, layout.labels[row])
 
@@ -223,7 +221,9 @@ class ShardReader:
         """
         layout, last = self._layout, first + len(samples)
         rows = np.arange(first, last)
-        self._check_contents(window, layout.data_begins[rows] - layout.starts[first], layout.data_ends[rows] - layout.starts[first], rows)
+        size = len(window)  # a file that ends early has less than the layout says
+        begins, ends = (places[rows] - layout.starts[first] for places in (layout.data_begins, layout.data_ends))
+        self._check_members(Members(np.frombuffer(window, np.uint8), begins.clip(max=size), ends.clip(max=size)), rows)
         classes = [sample.members.get("cls") for sample in samples]
         if classes != layout.classes[first:last]:
             raise self._damaged(first + next(at for at, found in enumerate(classes) if found != layout.classes[first + at]))
@@ -235,16 +235,9 @@ class ShardReader:
         if len(wrong):
             raise self._damaged(int(np.searchsorted(layout.firsts, members_of.start + wrong[0], side="right")) - 1)
 
-    def _check_each(self, contents: Sequence[bytes], rows: NDArray[np.int64]) -> None:
-        starts = before(np.fromiter(map(len, contents), np.int64, len(contents)))
-        for first, stop in cuts((starts, JOINED_BYTES)):  # one of its own is not copied
-            places = starts[first : stop + 1] - starts[first]
-            self._check_contents(b"".join(contents[first:stop]), places[:-1], places[1:], rows[first:stop])
-
-    def _check_contents(self, data: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
-        """DataError naming the first of these rows whose bytes `data[begin:end]` have not the sha256 of the index."""
-        size = len(data)  # a file that ends early has less than the layout says
-        wrong = (sha256s(data, begins.clip(max=size), ends.clip(max=size)) != self._layout.digests[rows]).any(axis=1)
+    def _check_members(self, members: Members, rows: NDArray[np.int64]) -> None:
+        """DataError naming the first of these rows whose bytes have not the sha256 of the index."""
+        wrong = (sha256s(members.data, members.begins, members.ends) != self._layout.digests[rows]).any(axis=1)
         if wrong.any():
             raise self._damaged(int(rows[np.argmax(wrong)]))
 

@@ -2,15 +2,19 @@ import hashlib
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
 
 from aecore import native
+from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.image import BadSample, ImageHeader, image_header
 from aecore.data.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
@@ -190,6 +194,141 @@ assert found == [b"%d" % number for number in range(300)], found
         os.close(file)
 
 
+class TestPieces:
+    CONTENT = bytes(range(256)) * 40
+
+    @pytest.fixture(params=["compiled", "python"])
+    def read(self, request, monkeypatch, tmp_path):
+        if request.param == "python":
+            without(monkeypatch)
+        elif not native.available():
+            pytest.skip("the compiled loops are not built here")
+        (tmp_path / "file").write_bytes(self.CONTENT)
+        file = os.open(tmp_path / "file", os.O_RDONLY)
+        yield lambda pieces: self.pieces(file, pieces)
+        os.close(file)
+
+    @staticmethod
+    def pieces(file: int, places: list[tuple[int, int]]) -> list[bytes]:
+        offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
+        buffer, begins, ends = native.read_pieces(file, offsets, sizes)
+        return [buffer[begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
+
+    def test_pieces_come_in_the_order_asked(self, read):
+        places = [(5000, 300), (0, 1), (10, 0), (4999, 302), (0, len(self.CONTENT))]
+        assert read(places) == [self.CONTENT[begin : begin + size] for begin, size in places]
+        assert read([]) == []
+
+    def test_a_piece_ends_where_the_file_does(self, read):
+        assert read([(10_000, 1000), (0, 3), (10_240, 5), (99_999, 5)]) == [self.CONTENT[10_000:], self.CONTENT[:3], b"", b""]
+
+    def test_what_cannot_be_read_is_an_error(self, read, tmp_path):
+        folder = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(IsADirectoryError):
+            self.pieces(folder, [(0, 10)])
+        os.close(folder)
+
+
+def png(rows: bytes, height: int, width: int, colour: int = 0, *, depth: int = 8, pieces: int = 1, before: tuple[bytes, ...] = ()) -> bytes:
+    """Return a PNG of these filtered rows, its pixels in `pieces` chunks."""
+    packed = zlib.compress(rows)
+    cut = -(-len(packed) // pieces)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = [b"IHDR" + header, *before, *(b"IDAT" + packed[at : at + cut] for at in range(0, len(packed), cut)), b"IEND"]
+    framed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
+
+
+@compiled
+class TestPixels:
+    @staticmethod
+    def decoded(files: list[bytes], height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.full((len(files), height, width, channels), 77, np.uint8)
+        return native.decode_pngs(*joined(files), pixels), pixels
+
+    @pytest.mark.parametrize("channels", COLOURS)
+    @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (7, 1), (28, 28), (13, 50)])
+    def test_rows_of_all_filters_give_the_pixels_of_imagecodecs(self, height, width, channels):
+        random, files = np.random.default_rng(height), list[bytes]()
+        for _ in range(50):
+            rows = random.integers(0, 256, (height, 1 + width * channels), np.uint8)
+            rows[:, 0] = random.integers(0, 5, height)
+            files.append(png(rows.tobytes(), height, width, COLOURS[channels]))
+        done, pixels = self.decoded(files, height, width, channels)
+        assert done.all()
+        assert (pixels == np.stack([imagecodecs.png_decode(file).reshape(height, width, channels) for file in files])).all()
+
+    def test_what_is_unusual_is_left_to_imagecodecs(self):
+        plain = bytes(6 * 8)  # six rows of seven pixels
+        other_filter = b"\5" + plain[1:]
+        left_out = [
+            png(plain, 6, 7, pieces=2),
+            png(bytes(6 * 15), 6, 7, depth=16),
+            png(bytes(6 * 22), 6, 7, colour=2),
+            png(plain, 6, 7, colour=3, before=(b"PLTE" + bytes(768),)),
+            png(bytes(6 * 2), 6, 7, depth=1),
+            png(plain[:-1], 6, 7),
+            png(plain + b"1", 6, 7),
+            png(other_filter, 6, 7),
+            png(plain, 6, 7)[:-1],
+            encoded((6, 7), format="PNG"),
+            encoded((7, 6), format="JPEG"),
+            b"",
+            b"\x89PNG\r\n\x1a\n",
+        ]
+        done, _ = self.decoded([png(plain, 6, 7), *left_out, encoded((7, 6), format="PNG")], 6, 7, 1)
+        assert done.tolist() == [True, *[False] * len(left_out), True]
+
+    @pytest.mark.parametrize(("height", "width"), [(256, 256), (65_536, 1), (1, 65_536)])
+    def test_large_images_are_left_to_imagecodecs(self, height, width):
+        done, _ = self.decoded([png(bytes(height * (width + 1)), height, width)], height, width, 1)
+        assert not done.any()
+
+    @pytest.mark.parametrize("damage", ["flipped", "cut"])
+    def test_damaged_images_are_left_out_or_give_the_pixels_of_imagecodecs(self, damage):
+        whole, damaged = encoded((28, 28), format="PNG"), list[bytes]()
+        random = np.random.default_rng(0)
+        for at in range(len(whole)):
+            changed = bytearray(whole[:at] if damage == "cut" else whole)
+            if damage == "flipped":
+                changed[at] ^= 1 << int(random.integers(8))
+            damaged.append(bytes(changed))
+        done, pixels = self.decoded(damaged, 28, 28, 1)
+        for row in np.flatnonzero(done):
+            assert (imagecodecs.png_decode(damaged[row]) == pixels[row, ..., 0]).all()
+        assert not done[:50].any()
+
+    def test_chunks_that_say_nothing_of_the_stored_pixels_change_nothing(self):
+        rows = np.random.default_rng(0).integers(0, 256, (6, 8), np.uint8)
+        rows[:, 0] = 0
+        chunks = (b"gAMA" + struct.pack(">I", 45_455), b"tRNS\0\x07", b"tEXtTitle\0none")
+        done, pixels = self.decoded([png(rows.tobytes(), 6, 7, before=chunks)], 6, 7, 1)
+        assert done.all()
+        assert (pixels[0, ..., 0] == rows[:, 1:]).all()
+
+    def test_batches_of_all_kinds_are_the_same_with_and_without_the_compiled_loops(self, monkeypatch):
+        kinds = [("L", {}), ("RGB", {}), ("L", {"interlace": 1}), ("L", {"optimize": True})]
+        files = [encoded((9, 5), mode, format="PNG", **options) for mode, options in kinds] + [encoded((9, 5), format="JPEG"), b"\x89PNG"]
+        form, reports = SampleFormat((5, 9, 1), np.dtype("u1"), image=True), list[list[tuple[int, str]]]()
+        batches = []
+        for loops in ("compiled", "python"):
+            if loops == "python":
+                without(monkeypatch)
+            bad = list[DecodeError]()
+            batches.append(Decoder("imagecodecs", form).batch(files, bad.append))
+            reports.append([(error.row, error.reason) for error in bad])
+        assert reports[0] == reports[1] == [(1, "shape"), (5, "undecodable")]
+        good = [0, 2, 3, 4]
+        assert (batches[0][good] == batches[1][good]).all()
+
+    def test_places_outside_the_buffer_are_refused(self):
+        with pytest.raises(AssertionError, match="inside the buffer"):
+            native.decode_pngs(np.zeros(9, np.uint8), np.array([0]), np.array([10]), np.zeros((1, 5, 5, 1), np.uint8))
+
+
 @compiled
 class TestImages:
     FILES = (
@@ -287,8 +426,8 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
 def test_every_change_of_the_c_code_has_another_version():
     """So a library that was built before the change is not used after it: set VERSION in both files, then this."""
     assert (native.VERSION, hashlib.sha256(Path(native.__file__).with_name("native.c").read_bytes()).hexdigest()) == (
-        2,
-        "74b07d5a5195c4269e02738c3df2d1d0225c8d2710575d798a3a057aab9307b6",
+        3,
+        "d86a999c5e370fc1dad6f3ba8956d2b36acf5a4048fa32c76b65736dc6aa5001",
     )
 
 
