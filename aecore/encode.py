@@ -8,6 +8,7 @@ quarantine with a reason. Shards that the table already knows are not read again
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from aecore.store import Store, absolute_url, canonical_json, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
 
 logger = logging.getLogger(__name__)
+MOST_LANES = 8  # more do not wait for the model but for the thread that reads and decodes
 
 __all__ = ["EncodePlan", "EncodeSpec", "EncodeTask", "EncodeWorker", "encode_dataset", "plan_encoding"]
 
@@ -140,8 +142,14 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     done = {task.stem: record for task in begun if (record := recorded_part(store, task, loaded.sha256)) is not None}
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
-    make_worker = MakeEncodeWorker(setup, loaded, recorded)
+    make_worker = MakeEncodeWorker(setup, loaded, recorded, _lanes(device, threads))
     return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256, done)
+
+
+def _lanes(device: str, threads: int) -> int:
+    """Return how many pieces of `threads` threads this process's CPUs can have in the model at a time; a GPU takes one after the other."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the first not on macOS
+    return max(1, min(MOST_LANES, cpus // threads)) if device == "cpu" else 1
 
 
 def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:

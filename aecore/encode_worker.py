@@ -1,16 +1,20 @@
 """The worker of `encode`: loads the model once, then turns rows of one shard into one Parquet part.
 
-One thread reads and decodes the next batch while the model works on this one. Output buffers are allocated once per part and
-filled in place; Arrow takes them as they are.
+One thread reads and decodes the next batch while the model works on this one, in as many threads as this process has CPUs to itself
+(`lanes`). Output buffers are allocated once per part and filled in place; Arrow takes them as they are.
 """
 
+import copy
+import dataclasses
 import functools
+import itertools
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,9 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aecore._base.batch import Batch
+from aecore.beside import in_order
 from aecore.checkpoint import LoadedModel, load_model
 from aecore.data.decode import decoder_version
-from aecore.data.loader import InputSpec, Loader
+from aecore.data.loader import InputSpec, Loader, ShardBatch
 from aecore.data.manifest import ShardRef, open_dataset
 from aecore.data.transform import preprocessing_sha256
 from aecore.encoder import Encoder, EncodeSpec
@@ -33,6 +39,7 @@ from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_
 
 logger = logging.getLogger(__name__)
 
+_Piece = tuple[NDArray[np.int64], Batch, Tensor | None]  # rows in the shard, themselves, their noise
 IN_METADATA = ("shard", "shard_sha256", "index_content_sha256", "row_start")  # of the part's identity; the split is its folder
 
 
@@ -93,11 +100,16 @@ class EncodeSetup:
 
 
 class EncodeWorker:
-    """Makes parts. Opens its stores and loads the model when it is made, once per process."""
+    """Makes parts. Opens its stores and loads the model when it is made, once per process.
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None) -> None:
+    `lanes` pieces of batches are encoded at a time, each by a model of its own that shares its weights with the others; what comes out
+    does not depend on how many there are.
+    """
+
+    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, *, lanes: int = 1) -> None:
         torch.set_num_threads(setup.threads)
         self.setup = setup
+        self.lanes = lanes
         self.store = open_store(setup.out_url)
         self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one asks again
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
@@ -105,6 +117,9 @@ class EncodeWorker:
         if loaded.sha256 != setup.checkpoint_sha256:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
         self.encoder = Encoder(loaded, setup.spec, setup.device)
+        self.free = SimpleQueue[Encoder]()
+        for encoder in (self.encoder, *(Encoder(_twin(loaded), setup.spec, setup.device) for _ in range(lanes - 1))):
+            self.free.put(encoder)
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
         self.metadata = _metadata(loaded, setup, self.encoded_by)
@@ -149,24 +164,51 @@ class EncodeWorker:
         return self.loaders[split]
 
     def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:
-        size = self.setup.spec.batch
-        with closing(loader.shard_batches(task.shard, size, task.row_start, task.row_stop)) as batches:
-            for number, (batch, rows, bad) in enumerate(batches, start=task.row_start // size):
-                values.refused += [RefusedRow(row.row, "decode", row.reason, row.message) for row in bad]
-                if len(rows):
-                    values.add(rows, self.encoder.columns(batch, self.encoder.noise(batch, number, task.shard.tar.sha256)))
+        with (
+            closing(loader.shard_batches(task.shard, self.setup.spec.batch, task.row_start, task.row_stop)) as batches,
+            closing(in_order(self._latents, self._pieces(batches, task, values), threads=self.lanes)) as found,
+        ):
+            for rows, columns in found:
+                values.add(rows, columns)
+
+    def _pieces(self, batches: Iterable[ShardBatch], task: EncodeTask, values: "_PartValues") -> Iterator[_Piece]:
+        """Yield what goes through the model together, with its rows in the shard; rows that do not decode go to the refused ones."""
+        for number, (batch, rows, bad) in enumerate(batches, start=task.row_start // self.setup.spec.batch):
+            values.refused += [RefusedRow(row.row, "decode", row.reason, row.message) for row in bad]
+            if len(rows):
+                for taken, piece, eps in self.encoder.pieces(batch, self.encoder.noise(batch, number, task.shard.tar.sha256)):
+                    yield rows[taken], piece, eps
+
+    def _latents(self, piece: _Piece) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
+        rows, batch, eps = piece
+        torch.set_num_threads(self.setup.threads)  # every thread has its own number
+        encoder = self.free.get()
+        try:
+            return rows, encoder.columns(batch, eps)
+        finally:
+            self.free.put(encoder)
+
+
+def _twin(loaded: LoadedModel) -> LoadedModel:
+    """Return the same weights in a model of its own: what a model keeps in its attributes while it works is no other thread's."""
+    weights = itertools.chain(loaded.model.parameters(), loaded.model.buffers())
+    return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in weights}))
 
 
 class MakeEncodeWorker:
-    """Makes workers. In the process of the plan they share what it knows; a copy that travelled to another process asks and loads again."""
+    """Makes workers. In the process of the plan they share what it knows and have all its CPUs, `setup.threads` each lane.
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None) -> None:
+    A copy that travelled to another process asks and loads again, and has one lane: its CPUs are counted out.
+    """
+
+    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, lanes: int = 1) -> None:
         self.setup = setup
         self.loaded = loaded if setup.device == "cpu" else None
         self.recorded = recorded
+        self.lanes = lanes
 
     def __call__(self) -> EncodeWorker:
-        return EncodeWorker(self.setup, self.loaded, self.recorded)
+        return EncodeWorker(self.setup, self.loaded, self.recorded, lanes=self.lanes)
 
     def __reduce__(self) -> tuple[type["MakeEncodeWorker"], tuple[EncodeSetup]]:
         return MakeEncodeWorker, (self.setup,)

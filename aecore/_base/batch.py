@@ -1,5 +1,6 @@
 """The one batch type: what a loader hands out, what a model's `loss` and `latents` take."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,18 @@ class Batch:
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Return the batch in pieces of `rows` rows, the last one shorter; all count as parts of the same global batch."""
+        assert self.mask is None, "a batch of bags has no rows of its own"
+        if len(self) <= rows:
+            return [self]
+        columns = (self.x, self.ordinals, self.positions, self.x2, self.label, self.lengths)
+        pieces = [() if column is None else torch.split(column, rows) for column in columns]
+        return [
+            Batch(x, ordinals, positions, self.num_global, x2, label, None, lengths)
+            for x, ordinals, positions, x2, label, lengths in itertools.zip_longest(*pieces)
+        ]
 
     def placed(self, rows: Tensor) -> Tensor:
         """Return values of the rows or instances `[n, ...]` as `x` is laid out: as they are; of bags `[bags, N, ...]`, 0 for padding."""

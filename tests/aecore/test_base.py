@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aecore._base import Trainable
 from aecore._base.base import BaseAutoencoder, ModelOutput
+from aecore._base.batch import Batch
 from aecore.loss import LossResult
 from aecore.vanilla import AE
 from aecore.variational import VAE
@@ -149,3 +150,16 @@ def test_models_satisfy_the_interface_of_the_trainer() -> None:
     models: list[Trainable] = [AE(nn.Identity(), nn.Identity()), VAE(nn.Identity(), nn.Identity(), 3)]
     assert [model.noise_shape(4) for model in models] == [None, (4, 3)]
     assert {model.train_inputs for model in models} | {model.encode_inputs for model in models} == {("x",)}
+
+
+def test_a_batch_in_pieces_has_the_rows_of_the_whole_and_its_place_in_the_global_batch() -> None:
+    x, rows = torch.arange(14).reshape(7, 2), torch.arange(7)
+    batch = Batch(x, rows, rows + 10, 70, label=rows % 3)
+    pieces = batch.split(3)
+    assert [len(piece) for piece in pieces] == [3, 3, 1]
+    for name in ("x", "ordinals", "positions", "label"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name)), name
+    assert all(piece.num_global == 70 and piece.x2 is None and piece.lengths is None for piece in pieces)
+    assert batch.split(7)[0] is batch
+    with pytest.raises(AssertionError, match="batch of bags"):
+        Batch(x, rows, rows, 7, mask=rows > 3).split(2)

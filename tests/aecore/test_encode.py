@@ -20,7 +20,7 @@ from PIL import Image
 
 from aecore.checkpoint import load_model
 from aecore.data.manifest import open_dataset
-from aecore.encode import EncodePlan, EncodeSpec, encode_dataset, plan_encoding
+from aecore.encode import EncodePlan, EncodeSpec, EncodeWorker, _lanes, encode_dataset, plan_encoding
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.fanout import serial
 from aecore.generations import PartRecord, read_record, recorded_parts, write_record
@@ -90,6 +90,41 @@ def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, data: str, run: s
     one, three = (tree(tmp_path / name, without=("records", ".tmp")) for name in ("one", "three"))
     assert one.keys() == three.keys()
     assert [name for name in one if one[name] != three[name]] == []
+
+
+def test_equal_bytes_for_any_number_of_lanes(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aecore.encoder.CACHED_BYTES", 5 * 4 * int(np.prod(open_dataset(data).manifest.input_shape())))  # five rows at once
+    spec, trees = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True), []
+    for lanes in (1, 2, 5):
+        monkeypatch.setattr("aecore.encode._lanes", lambda device, threads, lanes=lanes: lanes)
+        encode(run, data, tmp_path / f"{lanes}", spec)
+        trees.append(tree(tmp_path / f"{lanes}", without=("records", ".tmp")))
+    assert trees[0] == trees[1] == trees[2]
+    usual = encode(run, data, tmp_path / "usual", dataclasses.replace(spec, batch=5))
+    table = open_table(str(tmp_path / "5"))
+    np.testing.assert_allclose(table.numpy("mu"), usual.numpy("mu"), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_model_keeps_while_it_works_is_no_other_lanes(tmp_path: Path, data: str, run: str) -> None:
+    plan = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec())
+    worker = EncodeWorker(plan.setup, lanes=3)
+    models = [worker.free.get().model for _ in range(3)]
+    assert len({id(module) for model in models for module in model.modules()}) == 3 * len(list(models[0].modules()))
+    for first, *others in zip(*(model.parameters() for model in models), strict=True):
+        assert all(other is first for other in others)
+
+
+@pytest.mark.parametrize(("device", "threads", "lanes"), [("cpu", 1, 3), ("cpu", 2, 1), ("cpu", 4, 1), ("cuda", 1, 1)])
+def test_lanes_are_what_the_cpus_of_this_process_carry(device: str, threads: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 2, 5})
+    assert _lanes(device, threads) == lanes
+
+
+def test_a_worker_in_another_process_has_one_lane(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
+    make_worker = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec()).make_worker
+    assert make_worker().lanes == 3
+    assert pickle.loads(pickle.dumps(make_worker))().lanes == 1
 
 
 def test_ranges_of_a_shard_hold_the_same_bits_as_the_whole(tmp_path: Path, data: str, run: str) -> None:
