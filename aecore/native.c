@@ -1,14 +1,17 @@
 /* The innermost loops of shards, in plain C without Python's headers: called through ctypes, so the interpreter is free meanwhile.
  *
- * Every function has a twin in Python that gives the same; tests compare the two. Nothing here allocates: callers pass buffers that are large
- * enough. x86-64 with SHA extensions (Intel since 2019, AMD since 2017) only.
+ * What they do is done in Python too, with the same bytes; tests compare the two. Callers pass buffers that are large enough. x86-64 with
+ * SHA extensions (Intel since 2019, AMD since 2017) only.
  */
 
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -18,7 +21,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-enum { VERSION = 3, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
+enum { VERSION = 4, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
 
 /* ---- sha256 (FIPS 180-4) with the processor's own instructions, two messages at a time --------------------------------------------
  *
@@ -122,7 +125,7 @@ static void begin_message(Job *job, const uint8_t *data, int64_t size, uint8_t *
     job->end_blocks = rest < 56 ? 1 : 2;
     job->digest = digest;
     memset(job->end, 0, sizeof job->end);
-    memcpy(job->end, data + size - rest, rest);
+    memcpy(job->end, data + size - rest, (size_t)rest);
     job->end[rest] = 0x80;
     for (int i = 0; i < 8; i++) job->end[64 * job->end_blocks - 1 - i] = (uint8_t)((uint64_t)size * 8 >> 8 * i);
 }
@@ -131,10 +134,10 @@ static void finish_message(Job *job) {
     for (int i = 0; job->digest && i < 32; i++) job->digest[i] = (uint8_t)(job->state[i / 4] >> (24 - 8 * (i % 4)));
 }
 
-/* Hash `n` messages, at [begins[i], ends[i]) of `data`, into 32 bytes each of `digests`, and beside them `blocks` blocks of 64 bytes of a
- * stream into its `state`. */
-void aecore_sha256(uint32_t *state, const uint8_t *stream, int64_t blocks, const uint8_t *data, const int64_t *begins, const int64_t *ends,
-                   int64_t n, uint8_t *digests) {
+/* Hash `n` messages into 32 bytes each of `digests`, and beside them `blocks` blocks of 64 bytes of a stream into its `state`. The messages
+ * stand at [begins[i], ends[i]) of something whose byte `origin` is the first of `data`. */
+static void hash_beside(uint32_t *state, const uint8_t *stream, int64_t blocks, const uint8_t *data, int64_t origin, const int64_t *begins,
+                        const int64_t *ends, int64_t n, uint8_t *digests) {
     Job jobs[2];
     int busy[2] = {0, 0};
     int64_t next = 0;
@@ -153,7 +156,7 @@ void aecore_sha256(uint32_t *state, const uint8_t *stream, int64_t blocks, const
                 busy[k] = 0;
             }
             if (!busy[k] && next < n) {
-                begin_message(&jobs[k], data + begins[next], ends[next] - begins[next], digests + 32 * next);
+                begin_message(&jobs[k], data + (begins[next] - origin), ends[next] - begins[next], digests + 32 * next);
                 next++;
                 busy[k] = 1;
             }
@@ -174,6 +177,11 @@ void aecore_sha256(uint32_t *state, const uint8_t *stream, int64_t blocks, const
     }
 }
 
+void aecore_sha256(uint32_t *state, const uint8_t *stream, int64_t blocks, const uint8_t *data, const int64_t *begins, const int64_t *ends,
+                   int64_t n, uint8_t *digests) {
+    hash_beside(state, stream, blocks, data, 0, begins, ends, n, digests);
+}
+
 /* ---- files ------------------------------------------------------------------------------------------------------------------------- */
 
 /* Read from the start of a file to its end. Return its size, -1 if it cannot be read, -2 if it is larger than `room`, -3 if `wait` is 0 and
@@ -192,43 +200,6 @@ static int64_t read_whole(int file, uint8_t *buffer, int64_t room, int64_t expec
         else if (errno != EINTR) return -1;
     }
     return -2;
-}
-
-/* Read `n` files, each path in `folder` ended by a zero byte, into `buffer`. File i stands at [begins[i], ends[i]), it was not read if it ends
- * before it begins; `sizes` are what they had when they were listed.
- *
- * Return how many were tried: fewer than `n` when the buffer is full (a first file that does not fit counts as tried), when 32 wait for the
- * disk (it works at all of them at once: what is not in memory is asked for first and waited for last), or when those are all the descriptors
- * that this process may have. */
-int64_t aecore_read(int folder, const char *paths, const int64_t *sizes, int64_t n, uint8_t *buffer, int64_t capacity, int64_t *begins,
-                    int64_t *ends) {
-    int waiting[MOST_WAITING];
-    int64_t number[MOST_WAITING], num_waiting = 0, at = 0, tried = 0;
-    for (; tried < n && num_waiting < MOST_WAITING; tried++, paths += strlen(paths) + 1) {
-        int64_t size = -1;
-        int file = openat(folder, paths, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a FIFO does not hold us up */
-        if (file < 0 && num_waiting && (errno == EMFILE || errno == ENFILE)) break;
-        if (file >= 0) size = read_whole(file, buffer + at, capacity - at, sizes[tried], 0);
-        begins[tried] = at;
-        ends[tried] = at + (size < 0 ? -1 : size);
-        if (size == -3) {
-            posix_fadvise(file, 0, 0, POSIX_FADV_WILLNEED);
-            waiting[num_waiting] = file;
-            number[num_waiting++] = tried;
-            continue;
-        }
-        if (file >= 0) close(file);
-        if (size == -2 && tried) break;
-        if (size > 0) at += size;
-    }
-    for (int64_t i = 0; i < num_waiting; i++) {
-        int64_t size = read_whole(waiting[i], buffer + at, capacity - at, sizes[number[i]], 1);
-        close(waiting[i]);
-        begins[number[i]] = at;
-        ends[number[i]] = at + (size < 0 ? -1 : size);
-        if (size > 0) at += size;
-    }
-    return tried;
 }
 
 /* Read [offsets[i], offsets[i] + ends[i] - begins[i]) of a file into [begins[i], ends[i]) of `buffer`, for each of `n` pieces; `ends` becomes
@@ -356,16 +327,17 @@ static Facts examine_jpeg(const uint8_t *data, int64_t size) {
     return none;
 }
 
-/* Say what each of `n` files at [begins[i], ends[i]) of `data` is; files of equal facts have equal headers. */
+/* Say what a file is; files of equal facts have equal headers. */
+static Facts examine(const uint8_t *file, int64_t size) {
+    Facts none = {0};
+    if (size < 8) return none;
+    if (file[0] == 0x89) return examine_png(file, size);
+    return file[0] == 0xFF && file[1] == 0xD8 ? examine_jpeg(file, size) : none;
+}
+
+/* What each of `n` files at [begins[i], ends[i]) of `data` is. */
 void aecore_examine(const uint8_t *data, const int64_t *begins, const int64_t *ends, int64_t n, Facts *facts) {
-    for (int64_t i = 0; i < n; i++) {
-        const uint8_t *file = data + begins[i];
-        int64_t size = ends[i] - begins[i];
-        facts[i] = (Facts){0};
-        if (size < 8) continue;
-        if (file[0] == 0x89) facts[i] = examine_png(file, size);
-        if (file[0] == 0xFF && file[1] == 0xD8) facts[i] = examine_jpeg(file, size);
-    }
+    for (int64_t i = 0; i < n; i++) facts[i] = examine(data + begins[i], ends[i] - begins[i]);
 }
 
 /* ---- small PNGs to pixels ------------------------------------------------------------------------------------------------------------ */
@@ -428,8 +400,11 @@ static void write_octal(uint8_t *field, int64_t value, int digits) {
     for (; digits--; value >>= 3) field[digits] = (uint8_t)('0' + (value & 7));
 }
 
-/* Write one member: a copy of the header `blank` with name, size and checksum; the bytes; zeros up to a full block. Return what follows it. */
-static uint8_t *write_member(uint8_t *buffer, const uint8_t *blank, const char *name, size_t name_size, const void *data, int64_t size) {
+static int64_t stored_size(int64_t size) { return BLOCK + size + (-size & (BLOCK - 1)); }
+
+/* Write what stands around the `size` bytes of a member: before them a copy of the header `blank` with name, size and checksum, behind them
+ * zeros up to a full block. */
+static void frame_member(uint8_t *buffer, const uint8_t *blank, const char *name, size_t name_size, int64_t size) {
     uint32_t sum = 0;
     memcpy(buffer, blank, BLOCK);
     memcpy(buffer, name, name_size);
@@ -437,32 +412,244 @@ static uint8_t *write_member(uint8_t *buffer, const uint8_t *blank, const char *
     for (int at = 0; at < BLOCK; at++) sum += buffer[at];
     write_octal(buffer + SUM_AT, sum, 6);
     buffer[SUM_AT + 6] = 0;
-    memcpy(buffer + BLOCK, data, (size_t)size);
     memset(buffer + BLOCK + size, 0, (size_t)(-size & (BLOCK - 1)));
-    return buffer + BLOCK + size + (-size & (BLOCK - 1));
 }
 
-/* Write `n` samples one after the other: the data at [begins[i], ends[i]) under its name, and where labels[i] is not negative a member with
- * the extension `cls` that holds its digits; members of a sample stand by extension.
- *
- * Each of `names` is ended by a zero byte, has a dot and at most 96 bytes. `blank` has spaces in its checksum's place. */
+/* Write the member `cls` of a sample, which holds the digits of its label; `name` is that of another member. */
+static void write_label(uint8_t *buffer, const uint8_t *blank, const char *name, int32_t label) {
+    size_t stem = (size_t)(strrchr(name, '.') + 1 - name);
+    char cls[NAME], digits[12];
+    int size = 0;
+    memcpy(cls, name, stem);
+    memcpy(cls + stem, "cls", 3);
+    for (int32_t rest = label; rest || !size; rest /= 10) digits[11 - size++] = (char)('0' + rest % 10);
+    memcpy(buffer + BLOCK, digits + 12 - size, (size_t)size);
+    frame_member(buffer, blank, cls, stem + 3, size);
+}
+
+/* Write all but the data of a sample whose first header stands at `buffer`: its members stand by extension, and where the label is not
+ * negative one of them is `cls`. Return where the data stand. `name` has a dot and at most 96 bytes. */
+static uint8_t *frame_sample(uint8_t *buffer, const uint8_t *blank, const char *name, int32_t label, int64_t size) {
+    uint8_t *member = label >= 0 && strcmp(strrchr(name, '.') + 1, "cls") > 0 ? buffer + 2 * BLOCK : buffer;
+    frame_member(member, blank, name, strlen(name), size);
+    if (label >= 0) write_label(member == buffer ? buffer + stored_size(size) : buffer, blank, name, label);
+    return member + BLOCK;
+}
+
+/* Write `n` samples one after the other: the data at [begins[i], ends[i]) under its name, which is ended by a zero byte, and its label.
+ * `blank` has spaces in its checksum's place. */
 void aecore_pack(uint8_t *buffer, const uint8_t *blank, const char *names, const uint8_t *data, const int64_t *begins, const int64_t *ends,
                  const int32_t *labels, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        size_t name_size = strlen(names), digits_size = 0;
-        const char *ext = strrchr(names, '.') + 1;
-        int is_first = strcmp(ext, "cls") < 0;
-        char cls[NAME], digits[12];
-        if (is_first) buffer = write_member(buffer, blank, names, name_size, data + begins[i], ends[i] - begins[i]);
-        if (labels[i] >= 0) {
-            memcpy(cls, names, (size_t)(ext - names));
-            memcpy(cls + (ext - names), "cls", 3);
-            for (int32_t rest = labels[i]; rest || !digits_size; rest /= 10) digits[11 - digits_size++] = (char)('0' + rest % 10);
-            buffer = write_member(buffer, blank, cls, (size_t)(ext - names) + 3, digits + 12 - digits_size, (int64_t)digits_size);
-        }
-        if (!is_first) buffer = write_member(buffer, blank, names, name_size, data + begins[i], ends[i] - begins[i]);
-        names += name_size + 1;
+    for (int64_t i = 0; i < n; i++, names += strlen(names) + 1) {
+        int64_t size = ends[i] - begins[i];
+        memcpy(frame_sample(buffer, blank, names, labels[i], size), data + begins[i], (size_t)size);
+        buffer += stored_size(size) + (labels[i] >= 0 ? 2 * BLOCK : 0);
     }
+}
+
+/* ---- from files to a tar ---------------------------------------------------------------------------------------------------------------
+ *
+ * The samples are cut into blocks. Two threads read blocks, each file to its place in the tar, and write the headers around it; the caller
+ * takes the blocks in their order (`aecore_run_read`), looks at their facts and lets them be hashed, which a third thread does; then the
+ * caller has the pages of the tar that they fill (`aecore_run_hashed`) to write, and gives their memory back.
+ */
+
+enum { READERS = 2, PAGE = 4096, UNREAD = 0, PLAIN = 1, OTHER = 2 };
+
+typedef struct {
+    int64_t folder, num_blocks, num_slots, slot_bytes;
+    const char *paths, *names;                  /* each ended by a zero byte */
+    const int64_t *path_at, *name_at;           /* where each begins */
+    const int32_t *labels;                      /* negative: none */
+    const int64_t *starts, *begins, *ends;      /* of each sample in the tar: its first header, its data */
+    const int64_t *cuts;                        /* [num_blocks + 1]: the first sample of each block */
+    const uint8_t *blank;                       /* header */
+    uint8_t *slots;                             /* memory for `num_slots` blocks, each from a page on */
+    uint32_t *state;                            /* of the tar's hash */
+    uint8_t *digests, *tail;                    /* of the samples; what the tar has after its last full page */
+    Facts *facts;                               /* of the samples */
+} Given;
+
+typedef struct {
+    Given given;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    pthread_t threads[READERS + 1];
+    int64_t taken, shown, accepted, hashed, given_back; /* blocks */
+    int num_threads, stopped;
+    uint8_t *kinds; /* of blocks */
+} Run;
+
+static int64_t page_of(int64_t place) { return place & ~(int64_t)(PAGE - 1); }
+
+/* Return the memory of a block, and the place in the tar of its first byte. */
+static uint8_t *slot_of(const Run *run, int64_t block, int64_t *origin) {
+    *origin = page_of(run->given.starts[run->given.cuts[block]]);
+    return run->given.slots + block % run->given.num_slots * run->given.slot_bytes;
+}
+
+/* Write all but the data of a sample that was read; 0 if it has another size than expected, or is no image that is known. */
+static int finish_sample(const Given *given, int64_t i, uint8_t *slot, int64_t origin, int64_t size) {
+    if (size != given->ends[i] - given->begins[i]) return 0;
+    given->facts[i] = examine(slot + (given->begins[i] - origin), size);
+    frame_sample(slot + (given->starts[i] - origin), given->blank, given->names + given->name_at[i], given->labels[i], size);
+    return given->facts[i].kind != 0;
+}
+
+/* Read one block. Return 0 as soon as there is anything unusual.
+ *
+ * Up to 32 files that have to come from the disk are asked for before the first is waited for. */
+static int read_block(const Run *run, int64_t block) {
+    const Given *given = &run->given;
+    int64_t origin, number[MOST_WAITING], i = given->cuts[block], stop = given->cuts[block + 1];
+    uint8_t *slot = slot_of(run, block, &origin);
+    int waiting[MOST_WAITING], num = 0, plain = 1;
+    while (i < stop || num) {
+        int64_t expected = given->ends[i < stop ? i : stop - 1] - given->begins[i < stop ? i : stop - 1], size = -1;
+        int file = -1, full = num == MOST_WAITING || i == stop || !plain;
+        if (!full) {
+            file = openat((int)given->folder, given->paths + given->path_at[i], O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a FIFO does not hold us up */
+            full = file < 0 && num && (errno == EMFILE || errno == ENFILE);
+        }
+        if (full) {
+            for (int k = 0; k < num; k++) {
+                int64_t late = number[k], length = given->ends[late] - given->begins[late];
+                size = plain ? read_whole(waiting[k], slot + (given->begins[late] - origin), length + BLOCK, length, 1) : -1;
+                close(waiting[k]);
+                plain = plain && finish_sample(given, late, slot, origin, size);
+            }
+            num = 0;
+            if (!plain) return 0;
+            continue;
+        }
+        if (file >= 0) size = read_whole(file, slot + (given->begins[i] - origin), expected + BLOCK, expected, 0);
+        if (size == -3) {
+            posix_fadvise(file, 0, 0, POSIX_FADV_WILLNEED);
+            waiting[num] = file;
+            number[num++] = i;
+        } else {
+            if (file >= 0) close(file);
+            plain = finish_sample(given, i, slot, origin, size);
+            if (!plain && !num) return 0;
+        }
+        i++;
+    }
+    return 1;
+}
+
+static void *reader(void *argument) {
+    Run *run = argument;
+    pthread_mutex_lock(&run->lock);
+    for (;;) {
+        while (!run->stopped && run->taken < run->given.num_blocks && run->taken >= run->given_back + run->given.num_slots)
+            pthread_cond_wait(&run->changed, &run->lock);
+        if (run->stopped || run->taken == run->given.num_blocks) break;
+        int64_t block = run->taken++;
+        pthread_mutex_unlock(&run->lock);
+        int plain = read_block(run, block);
+        pthread_mutex_lock(&run->lock);
+        run->kinds[block] = plain ? PLAIN : OTHER;
+        pthread_cond_broadcast(&run->changed);
+    }
+    pthread_mutex_unlock(&run->lock);
+    return NULL;
+}
+
+/* Pages are hashed and written whole: the first one of a block begins with the end of the block before it. */
+static void hash_block(Run *run, int64_t block) {
+    const Given *given = &run->given;
+    int64_t origin, first = given->cuts[block], stop = given->cuts[block + 1], end = given->starts[stop];
+    uint8_t *slot = slot_of(run, block, &origin);
+    memcpy(slot, given->tail, (size_t)(given->starts[first] - origin));
+    hash_beside(given->state, slot, (page_of(end) - origin) / 64, slot, origin, given->begins + first, given->ends + first, stop - first,
+                given->digests + 32 * first);
+    memcpy(given->tail, slot + (page_of(end) - origin), (size_t)(end - page_of(end)));
+}
+
+static void *hasher(void *argument) {
+    Run *run = argument;
+    pthread_mutex_lock(&run->lock);
+    for (;;) {
+        while (!run->stopped && run->hashed == run->accepted) pthread_cond_wait(&run->changed, &run->lock);
+        if (run->hashed == run->accepted) break; /* what was accepted is hashed also when no more is to come */
+        pthread_mutex_unlock(&run->lock);
+        hash_block(run, run->hashed);
+        pthread_mutex_lock(&run->lock);
+        run->hashed++;
+        pthread_cond_broadcast(&run->changed);
+    }
+    pthread_mutex_unlock(&run->lock);
+    return NULL;
+}
+
+/* End the threads; nothing of the run is used afterwards. */
+void aecore_run_stop(Run *run) {
+    pthread_mutex_lock(&run->lock);
+    run->stopped = 1;
+    pthread_cond_broadcast(&run->changed);
+    pthread_mutex_unlock(&run->lock);
+    for (int k = 0; k < run->num_threads; k++) pthread_join(run->threads[k], NULL);
+    pthread_cond_destroy(&run->changed);
+    pthread_mutex_destroy(&run->lock);
+    free(run->kinds);
+    free(run);
+}
+
+/* Begin; NULL if there is no memory or no thread. What is given stays where it is until `aecore_run_stop`. */
+Run *aecore_run_start(const Given *given) {
+    Run *run = calloc(1, sizeof *run);
+    if (!run) return NULL;
+    run->given = *given;
+    run->kinds = calloc((size_t)given->num_blocks, 1);
+    pthread_mutex_init(&run->lock, NULL);
+    pthread_cond_init(&run->changed, NULL);
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads that know Python */
+    for (int k = 0; run->kinds && k <= READERS; k++) {
+        if (pthread_create(&run->threads[k], NULL, k < READERS ? reader : hasher, run) != 0) break;
+        run->num_threads++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (run->num_threads == READERS + 1) return run;
+    aecore_run_stop(run);
+    return NULL;
+}
+
+/* Wait for the next block to be read. Return 1 if all in it is plain, 0 if not or if there is no block any more. */
+int64_t aecore_run_read(Run *run) {
+    pthread_mutex_lock(&run->lock);
+    while (run->shown < run->given.num_blocks && run->kinds[run->shown] == UNREAD) pthread_cond_wait(&run->changed, &run->lock);
+    int64_t plain = run->shown < run->given.num_blocks && run->kinds[run->shown] == PLAIN;
+    run->shown += plain;
+    pthread_mutex_unlock(&run->lock);
+    return plain;
+}
+
+/* Let the block that was read last be hashed. */
+void aecore_run_accept(Run *run) {
+    pthread_mutex_lock(&run->lock);
+    run->accepted++;
+    pthread_cond_broadcast(&run->changed);
+    pthread_mutex_unlock(&run->lock);
+}
+
+/* Wait until the oldest accepted block that was not given back is hashed; return the bytes of the full pages that end in it. */
+int64_t aecore_run_hashed(Run *run) {
+    int64_t origin;
+    pthread_mutex_lock(&run->lock);
+    while (run->hashed == run->given_back) pthread_cond_wait(&run->changed, &run->lock);
+    pthread_mutex_unlock(&run->lock);
+    slot_of(run, run->given_back, &origin);
+    return page_of(run->given.starts[run->given.cuts[run->given_back + 1]]) - origin;
+}
+
+/* Give its memory back. */
+void aecore_run_give_back(Run *run) {
+    pthread_mutex_lock(&run->lock);
+    run->given_back++;
+    pthread_cond_broadcast(&run->changed);
+    pthread_mutex_unlock(&run->lock);
 }
 
 /* Return the version of this interface, 0 if this processor cannot run it. */

@@ -8,7 +8,6 @@ used; AECORE_NATIVE=0 leaves it out.
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 3  # of native.c, which has it too: a library that was built from another one is not used
+VERSION = 4  # of native.c, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
@@ -49,7 +48,7 @@ def _library() -> Any | None:  # any: a shared library's functions have no types
         return None
     try:
         library = ctypes.CDLL(str(path))
-        for function in ("aecore_native", "aecore_read", "aecore_read_pieces", "aecore_list"):
+        for function in ("aecore_native", "aecore_read_pieces", "aecore_list", "aecore_run_read", "aecore_run_hashed"):
             getattr(library, function).restype = ctypes.c_int64
         if library.aecore_native() != VERSION:
             return None
@@ -63,11 +62,13 @@ def _describe(library: Any) -> None:  # any: as above
     data, numbers, labels, words, facts = (np.ctypeslib.ndpointer(kind, flags="C") for kind in ("u1", "i8", "i4", "u4", FACTS))
     number, text = ctypes.c_int64, ctypes.c_char_p
     library.aecore_sha256.argtypes = [words, data, number, data, numbers, numbers, number, data]
-    library.aecore_read.argtypes = [ctypes.c_int, text, numbers, number, data, number, numbers, numbers]
     library.aecore_list.argtypes = [ctypes.c_int, data, number, numbers, number]
     library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
     library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
     library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, data]
+    library.aecore_run_start.argtypes, library.aecore_run_start.restype = [ctypes.c_void_p], ctypes.c_void_p
+    for function in ("read", "accept", "hashed", "give_back", "stop"):
+        getattr(library, f"aecore_run_{function}").argtypes = [ctypes.c_void_p]
     library.aecore_pack.argtypes = [data, data, text, data, numbers, numbers, labels, number]
 
 
@@ -81,7 +82,7 @@ class StreamHash:
         self.size = 0
         self._library = _library()
         self._plain = hashlib.sha256()
-        self._state = _START.copy()
+        self.state = _START.copy()  # of the compiled loops
 
     def update(self, stream: bytes | memoryview, data: Bytes, begins: Int64s, ends: Int64s) -> Bytes:
         """Append whole blocks to the stream; return the sha256 of each message `data[begin:end]` as `[n, 32]`."""
@@ -95,7 +96,7 @@ class StreamHash:
                 digest.data[:] = hashlib.sha256(data.data[begin:end]).digest()
             return digests
         blocks = np.frombuffer(stream, np.uint8)
-        self._library.aecore_sha256(self._state, blocks, len(blocks) // _BLOCK, data, begins, ends, len(begins), digests)
+        self._library.aecore_sha256(self.state, blocks, len(blocks) // _BLOCK, data, begins, ends, len(begins), digests)
         return digests
 
     def append(self, stream: bytes) -> None:
@@ -106,7 +107,7 @@ class StreamHash:
         """Return the hash of the stream up to now."""
         if self._library is None:
             return self._plain.hexdigest()
-        state, padding = self._state.copy(), b"\x80" + bytes(_BLOCK - 9) + (8 * self.size).to_bytes(8, "big")
+        state, padding = self.state.copy(), b"\x80" + bytes(_BLOCK - 9) + (8 * self.size).to_bytes(8, "big")
         self._library.aecore_sha256(state, np.frombuffer(padding, np.uint8), 1, *_NOTHING, 0, np.zeros(0, np.uint8))
         return state.astype(">u4").tobytes().hex()
 
@@ -117,19 +118,6 @@ _NOTHING = np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64)
 def sha256s(data: bytes | memoryview | Bytes, begins: Int64s, ends: Int64s) -> Bytes:
     """Return the sha256 of each `data[begin:end]` as `[n, 32]`."""
     return StreamHash().update(b"", np.frombuffer(data, np.uint8), begins, ends)
-
-
-def read_files(folder: int, names: Sequence[str], sizes: Int64s, buffer: Bytes) -> tuple[Int64s, Int64s]:
-    """Read the first of these files of `folder` into `buffer`, as many as fit but at least one; return where each begins and ends there.
-
-    A file that ends before it begins cannot be read, or does not fit. `sizes` are those that are expected. Only where `available()`.
-    """
-    count, library = len(names), _library()
-    assert library is not None, "no compiled loops here"
-    begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
-    paths = os.fsencode("\0".join(names) + "\0")
-    tried = library.aecore_read(folder, paths, sizes, count, buffer, len(buffer), begins, ends)
-    return begins[:tried], ends[:tried]
 
 
 def read_pieces(file: int, offsets: Int64s, sizes: Int64s) -> tuple[Bytes, Int64s, Int64s]:

@@ -28,6 +28,7 @@ BASE = (
     "slices",
     "store",
     "native",
+    "native_run",
 )
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")

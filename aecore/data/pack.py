@@ -1,17 +1,14 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
-The order is the task's; a sample that cannot be read or is damaged is left out and kept as a row for the quarantine. Where a source reads
-blocks of files ahead and all in a block are plain images, nothing is done sample by sample in Python (`_recognised`); everything else goes
-through `_checked`, which says what is wrong. Beside them one thread hashes the tar and the samples, another writes. Memory: a few blocks of
-2 MiB, and the index.
+The order is the task's; a sample that cannot be read or is damaged is left out and kept as a row for the quarantine. Where the source is
+files and all in a block are plain images, nothing is done sample by sample in Python (`_take`); everything else goes through `_checked`,
+which says what is wrong, one thread beside it hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
 """
 
-import contextlib
 import errno
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -23,14 +20,16 @@ from numpy.typing import NDArray
 from aecore.beside import Beside
 from aecore.data.convert import Header, prepare
 from aecore.data.cuts import before
-from aecore.data.image import IMAGE_EXTENSIONS, BadSample, image_header
+from aecore.data.image import BadSample, image_header
 from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
-from aecore.data.sources import Block, Source, blocks_of, reader
-from aecore.data.tar import BLOCK, Packer, Samples
+from aecore.data.plain import PlainFiles, plain_files
+from aecore.data.sources import Source, reader
+from aecore.data.tar import BLOCK, PAGE, Packer, Samples
 from aecore.data.tasks import ShardTask
 from aecore.disk import DiskWriter
 from aecore.errors import ConfigError
 from aecore.native import StreamHash, sha256s
+from aecore.native_run import Run
 
 Int64s = NDArray[np.int64]
 T = TypeVar("T")
@@ -58,71 +57,84 @@ class Pack:
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
-        packed = Packer()
+        packed, files, ahead = Packer(), plain_files(source, self.task), len(self.task)
+        read = reader(source, self.task.sources)
+        cuts = [0, len(self.task)] if files is None else files.cuts.tolist()
         with DiskWriter(path) as file:
-            with Beside(self._hash) as hashing, Beside(file.pages) as writing:
-                for samples in self._samples(source):
-                    pages = packed(samples)
-                    hashing(pages, samples)
-                    writing(pages)
+            block, num_blocks = 0, len(cuts) - 1
+            while block < num_blocks:
+                taken = 0 if files is None else self._take(files, block, ahead, packed, file)
+                block += taken
+                if taken < ahead and block < num_blocks:  # this one is not plain
+                    self._pack(cuts[block], cuts[block + 1], read, packed, file)
+                    block += 1
+                ahead = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
             end = packed.end()
             self.hash.append(end)
             file.end(end)
 
     def scan(self, source: Source) -> None:
         """Read, check and hash all samples without writing them."""
-        for samples in self._samples(source):
+        position, read = 0, reader(source, self.task.sources)
+        while position < len(self.task):
+            samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.data, samples.begins, samples.ends))
+
+    def _pack(self, first: int, stop: int, read: Read, packed: Packer, file: DiskWriter) -> None:
+        """Take the samples [first, stop) one by one: read, check, pack; hash and write beside it."""
+        with Beside(self._hash) as hashing, Beside(file.pages) as writing:
+            while first < stop:
+                samples, first = self._checked(first, stop, read)
+                pages = packed(samples)
+                hashing(pages, samples)
+                writing(pages)
 
     def _hash(self, tar: memoryview, samples: Samples) -> None:
         self._digests.append(self.hash.update(tar, samples.data, samples.begins, samples.ends))
 
-    def _samples(self, source: Source) -> Iterator[Samples]:
-        """Yield the good samples in the task's order, some at a time."""
-        blocks, position = blocks_of(source, self.task.sources, self.task.sizes), 0
-        if blocks is None:
-            read = reader(source, self.task.sources)
-            while position < len(self.task):
-                samples, position = self._checked(position, len(self.task), read)
-                yield samples
-            return
-        with contextlib.closing(blocks):
-            for block in blocks:
-                stop = position + len(block)
-                samples = self._recognised(position, block) or self._checked(position, stop, block.reader(source), math.inf)[0]
-                yield samples
-                position = stop
+    def _take(self, files: PlainFiles, block: int, most: int, packed: Packer, file: DiskWriter) -> int:
+        """Take blocks of plain images from their files, from this block on up to one that needs a closer look; return how many."""
+        first = int(files.cuts[block])
+        with files.run(block, most, packed, self.hash) as run:
+            if run is None:
+                return 0
+            while (rows := run.read()) is not None:
+                headers = self._headers_of(run, rows, files.exts[first + rows.start : first + rows.stop])
+                if headers is None:
+                    break
+                run.accept()
+                codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
+                count, sizes = rows.stop - rows.start, run.files.ends[rows] - run.files.begins[rows]
+                self._good.append((np.arange(first + rows.start, first + rows.stop), np.broadcast_to(codes, count), sizes))
+                if run.accepted - run.given_back > 2:  # the last one is being hashed meanwhile
+                    file.pages(run.pages())
+                    run.give_back()
+            while run.given_back < run.accepted:
+                file.pages(run.pages())
+                run.give_back()
+        done = run.files.cuts[run.accepted]
+        self._digests.append(run.digests[:done])
+        packed.size = int(run.files.starts[done])
+        packed.rest = run.tail[: packed.size % PAGE].tobytes()
+        return run.accepted
 
-    def _recognised(self, first: int, block: Block) -> Samples | None:
-        """Return the samples of a block of images that are stored as they are; None if a file needs a closer look."""
-        headers = self._headers_of(block) if self.task.shards.keeps_bytes else None
-        if headers is None:
-            return None
-        codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
-        stop, labels, exts = first + len(block), self.task.labels, [header.ext for header in headers]
-        codes = np.repeat(codes, len(block)) if len(headers) < len(block) else codes
-        self._good.append((np.arange(first, stop), codes, block.ends - block.begins))
-        return Samples(
-            self.task.keys[first:stop], exts, block.data, block.begins, block.ends, None if labels is None else labels[first:stop]
-        )
-
-    def _headers_of(self, block: Block) -> Sequence[Header] | None:
-        """Return the header of every file, or one that all have; None if one is damaged, or of a kind that only `prepare` knows."""
-        if not block.facts["kind"].all() or not IMAGE_EXTENSIONS.issuperset(block.exts):
-            return None
-        facts = block.facts.view(f"V{block.facts.itemsize}")
-        different = slice(0, 1) if (facts == facts[0]).all() and len(set(block.exts)) == 1 else slice(None)
-        keys = list(zip([fact.tobytes() for fact in facts[different]], block.exts[different], strict=True))
+    def _headers_of(self, run: Run, rows: slice, exts: list[str]) -> Sequence[Header] | None:
+        """Return the header of each of these images, or one that all have; None if one is of a kind that only `prepare` knows."""
+        facts = run.facts[rows].view(f"V{run.facts.itemsize}")
+        different = slice(0, 1) if (facts == facts[0]).all() and len(set(exts)) == 1 else slice(None)
+        keys = list(zip([fact.tobytes() for fact in facts[different]], exts[different], strict=True))
         try:
-            for row, key in enumerate(keys):
+            for row, key in enumerate(keys, rows.start):
                 if key not in self._known:
-                    self._known[key] = image_header(block.content(row), key[1])
+                    self._known[key] = image_header(run.content(row), key[1])
         except BadSample:
             return None
-        return [self._known[key] for key in keys]
+        headers = [self._known[key] for key in keys]
+        return headers if all(header.ext == ext for header, (_, ext) in zip(headers, keys, strict=True)) else None
 
-    def _checked(self, first: int, last: int, read: Read, free: float = CHUNK_BYTES) -> tuple[Samples, int]:
-        """Return the good samples from position `first` on, up to `last` or until `free` bytes are full, and the next position."""
+    def _checked(self, first: int, last: int, read: Read) -> tuple[Samples, int]:
+        """Return the good samples from position `first` on, up to `last` or until a chunk is full, and the next position."""
+        free = CHUNK_BYTES
         sources, shards = self.task.sources, self.task.shards
         keys, labels = self.task.keys, self.task.labels
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()

@@ -22,8 +22,8 @@ _MTIME = b"00000000000\0"
 _MAGIC = b"0" + bytes(100) + b"ustar\x0000" + OWNER.ljust(32, b"\0") * 2
 _SIZE_AT, _SUM_AT, _PREFIX_AT = 124, 148, 345
 # a header without name and prefix, of size 0, with 8 spaces for the checksum: what they count as in its sum
-_BLANK = np.frombuffer((bytes(_NAME) + _MODE + b"0" * 11 + b"\0" + _MTIME + b" " * 8 + _MAGIC).ljust(BLOCK, b"\0"), np.uint8)
-_BLANK_SUM = int(_BLANK.sum(dtype=np.int64))
+BLANK = np.frombuffer((bytes(_NAME) + _MODE + b"0" * 11 + b"\0" + _MTIME + b" " * 8 + _MAGIC).ljust(BLOCK, b"\0"), np.uint8)
+_BLANK_SUM = int(BLANK.sum(dtype=np.int64))
 _PADDING = np.where(np.arange(BLOCK) >= np.arange(BLOCK)[:, None], 255, 0).astype(np.uint8).view(np.uint64)  # [n]: the bytes from n on
 _SHIFTS = np.arange(30, -3, -3)  # of the 11 octal digits of a size, the last 6 are those of a checksum
 
@@ -38,7 +38,7 @@ def headers(names: list[bytes], sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
 def _write_headers(blocks: NDArray[np.uint8], at: NDArray[np.int64], names: list[bytes], sizes: NDArray[np.int64]) -> None:
     field = np.array(names, f"S{_NAME}").view(np.uint8).reshape(-1, _NAME)  # cuts long names
     digits = _octal(sizes, _SHIFTS)
-    blocks[at] = _BLANK
+    blocks[at] = BLANK
     blocks[at, :_NAME] = field
     blocks[at, _SIZE_AT : _SIZE_AT + 11] = digits
     sums = field.sum(axis=1, dtype=np.int64) + digits.sum(axis=1, dtype=np.int64) + (_BLANK_SUM - 11 * ord("0"))
@@ -82,13 +82,6 @@ class Samples:
         """Return the class ids, -1 for all samples where there are none."""
         return np.full(len(self.keys), -1, np.int32) if self.labels is None else self.labels
 
-    def names(self) -> str:
-        """Return the names of the data members, each ended by a zero byte."""
-        if len(self.exts) == 1:
-            end = f".{self.exts[0]}\0"
-            return end.join(self.keys) + end if self.keys else ""
-        return "".join([f"{key}.{ext}\0" for key, ext in zip(self.keys, self.exts, strict=True)])
-
     def members(self) -> tuple[list[bytes], list[bytes]]:
         """Return names and contents of the members: data, and where there is a label its digits as `.cls`; by extension."""
         names, contents = list[bytes](), list[bytes]()
@@ -103,9 +96,21 @@ class Samples:
 
     def plain(self, names: str) -> bool:
         """Return whether no name, of those joined in `names`, and no size needs more than the plain fields of a header."""
-        longest = max(map(len, self.keys), default=0) + max(map(len, {*self.exts, "cls"})) + 1
-        plain_names = longest <= _NAME and names.isascii() and names.count("\0") == len(self.keys)
-        return plain_names and bool((self.ends - self.begins).max(initial=0) <= _MAX_SIZE)
+        return plain_names(self.keys, self.exts, names) and bool((self.ends - self.begins).max(initial=0) <= _MAX_SIZE)
+
+
+def joined_names(keys: list[str], exts: list[str]) -> str:
+    """Return the names of the data members of samples, each ended by a zero byte; one extension may stand for all."""
+    if len(exts) == 1:
+        end = f".{exts[0]}\0"
+        return end.join(keys) + end if keys else ""
+    return "".join([f"{key}.{ext}\0" for key, ext in zip(keys, exts, strict=True)])
+
+
+def plain_names(keys: list[str], exts: list[str], names: str) -> bool:
+    """Return whether all names of the members of samples, joined in `names`, fit the plain field of a header."""
+    longest = max(map(len, keys), default=0) + max(map(len, {*exts, "cls"})) + 1
+    return longest <= _NAME and names.isascii() and names.count("\0") == len(keys)
 
 
 class Packer:
@@ -113,37 +118,39 @@ class Packer:
 
     It gives whole pages that begin at a page, as a disk takes them without the system's cache, and keeps what is left for the next
     call. Two buffers are used in turn: fresh memory for every chunk costs as much as filling it.
+
+    `size` is that of the members up to now, `rest` what the tar has after its last full page; who writes members on the way sets both.
     """
 
     def __init__(self) -> None:
         self._buffer, self._other = mmap.mmap(-1, PAGE), mmap.mmap(-1, PAGE)  # maps begin at a page
-        self._rest = memoryview(b"")  # of the tar after the last full page
-        self._size = 0  # of the members up to now
+        self.rest: bytes | memoryview = b""
+        self.size = 0
 
     def __call__(self, samples: Samples) -> memoryview:
         """Return the full pages that these samples complete; the view is good until the call after the next."""
-        begin, size = len(self._rest), samples.size()
+        begin, size = len(self.rest), samples.size()
         total = begin + size
         self._buffer, self._other = self._other, self._buffer
         if len(self._buffer) < total:
             self._buffer = mmap.mmap(-1, total + total // 4)
         view = memoryview(self._buffer)[:total]
-        view[:begin] = self._rest
+        view[:begin] = self.rest
         _pack(np.frombuffer(view, np.uint8)[begin:], samples)
         pages = total - total % PAGE
-        self._rest = view[pages:]
-        self._size += size
+        self.rest = view[pages:]
+        self.size += size
         return view[:pages]
 
     def end(self) -> bytes:
         """Return the rest of the tar: what stands after the last full page, and the end of the archive."""
-        return bytes(self._rest) + end_of_archive(self._size)
+        return bytes(self.rest) + end_of_archive(self.size)
 
 
 def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
     """Fill `target` with the members of the samples."""
-    if native.available() and samples.plain(names := samples.names()):
-        native.pack_samples(target, _BLANK, names.encode(), samples.data, samples.begins, samples.ends, samples.ids())
+    if native.available() and samples.plain(names := joined_names(samples.keys, samples.exts)):
+        native.pack_samples(target, BLANK, names.encode(), samples.data, samples.begins, samples.ends, samples.ids())
         return
     names_of, contents = samples.members()
     sizes = np.fromiter(map(len, contents), np.int64, len(contents))

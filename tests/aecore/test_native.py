@@ -3,8 +3,6 @@ import io
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -100,98 +98,6 @@ class TestHashes:
     def test_messages_outside_the_buffer_are_refused(self, begin, end):
         with pytest.raises(AssertionError, match="inside the buffer"):
             native.sha256s(bytes(10), np.array([begin]), np.array([end]))
-
-
-@compiled
-class TestFiles:
-    def read(self, root, names, capacity=1 << 20, sizes=None):
-        folder, buffer = os.open(root, os.O_RDONLY), np.full(capacity, 255, np.uint8)
-        try:
-            sizes = np.zeros(len(names), np.int64) if sizes is None else np.array(sizes)
-            begins, ends = native.read_files(folder, names, sizes, buffer)
-        finally:
-            os.close(folder)
-        return [None if end < begin else buffer[begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
-
-    def test_what_cannot_be_read_is_none_and_the_others_are_there(self, tmp_path):
-        (tmp_path / "a").write_bytes(b"first")
-        (tmp_path / "b").write_bytes(b"second")
-        (tmp_path / "folder").mkdir()
-        os.symlink("nowhere", tmp_path / "link")
-        os.mkfifo(tmp_path / "pipe")
-        names = ["a", "missing", "folder", "b", "link", "a/below", "pipe", "a"]
-        assert self.read(tmp_path, names) == [b"first", None, None, b"second", None, None, None, b"first"]
-
-    def test_reading_stops_where_the_buffer_is_full_and_a_file_that_never_fits_is_none(self, tmp_path):
-        for name, size in {"a": 600, "b": 399, "c": 1, "d": 5000, "e": 7}.items():
-            (tmp_path / name).write_bytes(name.encode() * size)
-        assert self.read(tmp_path, ["a", "b", "c"], 1000) == [b"a" * 600, b"b" * 399]
-        assert self.read(tmp_path, ["a", "d", "e"], 1000) == [b"a" * 600]
-        assert self.read(tmp_path, ["d", "e"], 1000) == [None, b"e" * 7]
-
-    @pytest.mark.parametrize("told", [0, 100, 4096, 5000, 8192, 9000])
-    def test_a_file_of_another_size_than_expected_is_read_whole(self, tmp_path, told):
-        content = os.urandom(9000)
-        (tmp_path / "a").write_bytes(content)
-        assert self.read(tmp_path, ["a"], sizes=[told]) == [content]
-
-    @pytest.mark.parametrize("room", [4999, 5000, 5001, 8999, 9000, 9001])
-    def test_a_file_that_grew_is_never_cut_off_where_the_buffer_ends(self, tmp_path, room):
-        content = os.urandom(9000)
-        (tmp_path / "a").write_bytes(content)
-        assert self.read(tmp_path, ["a"], room, sizes=[5000]) == [content if room > 9000 else None]
-
-    def test_few_descriptors_are_enough(self, tmp_path):
-        for number in range(300):
-            (tmp_path / f"{number:03d}").write_bytes(b"%d" % number)
-        script = """
-import os, resource, sys
-import numpy as np
-from aecore import native
-native.available()
-names = sorted(os.listdir(sys.argv[1]))
-os.sync()
-for name in names:
-    file = os.open(f"{sys.argv[1]}/{name}", os.O_RDONLY)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(file)
-folder, found = os.open(sys.argv[1], os.O_RDONLY), []
-resource.setrlimit(resource.RLIMIT_NOFILE, (folder + 4, folder + 4))
-while len(found) < len(names):
-    buffer, rest = np.empty(1 << 16, np.uint8), names[len(found):]
-    found += [bytes(buffer[a:b]) for a, b in zip(*native.read_files(folder, rest, np.zeros(len(rest), np.int64), buffer))]
-assert found == [b"%d" % number for number in range(300)], found
-"""
-        subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-
-    def test_files_that_are_not_in_memory_are_read_too(self, tmp_path):
-        contents = {f"{number:03d}": os.urandom(500 * (number % 30)) for number in range(300)}
-        for name, content in contents.items():
-            (tmp_path / name).write_bytes(content)
-        os.sync()
-        for name in contents:
-            file = os.open(tmp_path / name, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
-        names, found = list(contents), dict[str, bytes | None]()
-        while names:
-            some = self.read(tmp_path, names, 4 << 20)
-            found |= dict(zip(names, some, strict=False))
-            names = names[len(some) :]
-        assert found == contents
-
-    def test_no_descriptor_is_left_behind(self, tmp_path):
-        (tmp_path / "a").write_bytes(b"first")
-        before = len(os.listdir("/proc/self/fd"))
-        for _ in range(20):
-            self.read(tmp_path, ["a", "missing", "."], 3)
-        assert len(os.listdir("/proc/self/fd")) == before
-
-    def test_a_folder_that_cannot_be_listed_is_none(self, tmp_path):
-        (tmp_path / "a").write_bytes(b"first")
-        file = os.open(tmp_path / "a", os.O_RDONLY)
-        assert native.list_folder(file) is None
-        os.close(file)
 
 
 class TestPieces:
@@ -426,8 +332,8 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
 def test_every_change_of_the_c_code_has_another_version():
     """So a library that was built before the change is not used after it: set VERSION in both files, then this."""
     assert (native.VERSION, hashlib.sha256(Path(native.__file__).with_name("native.c").read_bytes()).hexdigest()) == (
-        3,
-        "d86a999c5e370fc1dad6f3ba8956d2b36acf5a4048fa32c76b65736dc6aa5001",
+        4,
+        "424153b911863ff53624c9249b74eea9d806251dce18e4b9141f3b27fd5e74e0",
     )
 
 

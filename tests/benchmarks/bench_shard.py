@@ -23,7 +23,8 @@ from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tar import BLOCK
 from aecore.data.tasks import ShardSpec
-from tests.benchmarks.pairs import HEADER, Side, compare, two_processes
+from aecore.memory import keep_freed_memory
+from tests.benchmarks.pairs import HEADER, Home, Side, compare, two_processes
 from tests.realdata import unpack
 
 PAIRS = 9
@@ -120,13 +121,14 @@ def read_peer(dataset: Path) -> int:
 
 
 def rows(name: str, prepare: Callable[[Path], int]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Home(keep_freed_memory) as process, Home(keep_freed_memory) as processes:
         files, scratch, dataset = (Path(folder) / part for part in ("files", "out", "dataset"))
         scratch.mkdir()
         units = prepare(files)
         shard_dataset(FolderSpec(url=str(files)), str(dataset))
-        one, peer, tar, floor = (functools.partial(side, files, scratch) for side in (write_ours, write_peer, write_tar, write_floor))
-        two = functools.partial(write_ours_twice, files, scratch, units)
+        peer, tar, floor = (functools.partial(side, files, scratch) for side in (write_peer, write_tar, write_floor))
+        one = process(functools.partial(write_ours, files, scratch))
+        two = processes(functools.partial(write_ours_twice, files, scratch, units))
 
         def show(what: str, ours: Side, theirs: Side, asked: str = "", before: Side | None = None) -> None:
             before = before or functools.partial(clean, scratch)

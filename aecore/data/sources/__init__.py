@@ -6,8 +6,10 @@ to the quarantine. Adding a source is adding a file here: a `@spec` with `kind`,
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -91,7 +93,7 @@ def take(values: list[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None s
         return None
     if len(rows) == len(values) and (np.diff(rows) == 1).all():
         return list(values)
-    return [values[row] for row in rows.tolist()]
+    return [*itemgetter(*rows.tolist())(values)] if len(rows) > 1 else [values[row] for row in rows.tolist()]  # half the time
 
 
 class Source(Protocol):
@@ -104,41 +106,10 @@ class Source(Protocol):
         """Return extension (lower case, no dot) and bytes of one listed sample; OSError if it cannot be read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Consecutive samples that were read at once: bytes `data[begins[i]:ends[i]]`, extensions, what `native.examine` found.
-
-    A sample that ends before it begins was not read.
-    """
-
-    exts: Sequence[str]
-    data: NDArray[np.uint8]
-    begins: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    facts: NDArray[Any]  # any: structured
-
-    def __len__(self) -> int:
-        return len(self.begins)
-
-    def content(self, row: int) -> bytes:
-        """Return the bytes of one sample."""
-        return self.data[self.begins[row] : self.ends[row]].tobytes()
-
-    def reader(self, source: Source) -> Callable[[str], tuple[str, bytes]]:
-        """Return what reads exactly these samples in this order; `source` reads what is not here."""
-        rows = iter(range(len(self)))
-
-        def read(name: str) -> tuple[str, bytes]:
-            row = next(rows)
-            return source.read(name) if self.ends[row] < self.begins[row] else (self.exts[row], self.content(row))
-
-        return read
-
-
-def blocks_of(source: Source, names: Sequence[str], sizes: NDArray[np.int64]) -> Generator[Block, None, None] | None:
-    """Return the blocks of exactly these samples in this order, for a source that has them (`source.blocks(names, sizes)`)."""
-    blocks: Callable[..., Generator[Block, None, None] | None] | None = getattr(source, "blocks", None)
-    return None if blocks is None else blocks(names, sizes)
+def file_root(source: Source) -> Path | None:
+    """Return the folder in which the names of samples are paths of files, each a sample as it is; None if the source has no such files."""
+    root: Callable[[], Path | None] | None = getattr(source, "file_root", None)
+    return None if root is None else root()
 
 
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:

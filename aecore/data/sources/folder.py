@@ -10,20 +10,17 @@ import stat
 import sys
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aecore import native
-from aecore.beside import in_order
-from aecore.data.cuts import before, cuts
 from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
-from aecore.data.sources import Block, Listing
+from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files
@@ -112,25 +109,9 @@ class FolderSource:
             os.close(descriptor)
         return _extension(source), data
 
-    def blocks(self, sources: Sequence[str], sizes: NDArray[np.int64]) -> Generator[Block, None, None] | None:
-        """Return the files in this order, the next ones read by threads, where that is done without the interpreter (else None)."""
-        return self._blocks(sources, sizes) if native.available() else None
-
-    def _blocks(self, sources: Sequence[str], sizes: NDArray[np.int64]) -> Generator[Block, None, None]:
-        runs = cuts((before(sizes), BLOCK_BYTES - 1), (np.arange(len(sizes) + 1), BLOCK_FILES))
-        with _opened(self._root) as root:  # shorter paths are found sooner
-
-            def read(run: tuple[int, int]) -> tuple[Block, int, int]:
-                first, stop = run
-                block = _read_block(root, sources[first:stop], sizes[first:stop])
-                return block, first + len(block), stop
-
-            with contextlib.closing(in_order(read, runs, threads=READERS)) as parts:
-                for block, done, stop in parts:
-                    yield block
-                    while done < stop:  # files have grown, so that they do not fit one block any more
-                        block, done, _ = read((done, stop))
-                        yield block
+    def file_root(self) -> Path | None:
+        """Return the folder: what `read` gives are the bytes of a file below it."""
+        return self._root
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -194,8 +175,8 @@ class BucketSource(FolderSource):
     def read(self, source: str) -> tuple[str, bytes]:
         return _extension(source), self._files.read(source)
 
-    def blocks(self, sources: Sequence[str], sizes: NDArray[np.int64]) -> None:
-        """Objects come one by one."""
+    def file_root(self) -> None:
+        """Objects are no files of this machine."""
 
     def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         read = self._files.ahead(sources)
@@ -219,20 +200,6 @@ def _extension(source: str) -> str:
 def _endings(names: Iterable[str]) -> set[str]:
     """Return the different last four characters."""
     return set(map(itemgetter(slice(-4, None)), names))
-
-
-def _extensions(sources: Sequence[str]) -> list[str]:
-    """Return the extension of each, faster where all have the same."""
-    endings = _endings(sources)
-    usual = _USUAL.get(endings.pop()) if len(endings) == 1 else None
-    return [_extension(source) for source in sources] if usual is None else [usual] * len(sources)
-
-
-def _read_block(root: int, names: Sequence[str], sizes: NDArray[np.int64]) -> Block:
-    """Read the first of these files: as many as fit one block, at least one."""
-    data = np.empty(BLOCK_BYTES, np.uint8)
-    begins, ends = native.read_files(root, names, sizes, data)
-    return Block(_extensions(names[: len(begins)]), data, begins, ends, native.examine(data, begins, ends))
 
 
 @contextlib.contextmanager

@@ -1,17 +1,13 @@
-import gc
 import io
 import os
-import threading
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import aecore.data.sources.folder as folder_module
 from aecore import native
 from aecore.data.record import image_header
-from aecore.data.sources import blocks_of
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError
@@ -192,82 +188,6 @@ def test_listing_hash_sees_every_column():
     other = SpritesSource(SpritesSpec(positions=2)).listing()
     other.columns["factor_x"][0] += 1
     assert other.sha256() != listing.sha256()
-
-
-class TestReadingAhead:
-    SIZES = (0, 1, 300, 4095, 4096, 4097, 8191, 8192, 8193, 65535, 65536, 65537, 200_000)
-
-    @pytest.fixture(autouse=True)
-    def _compiled(self):
-        if not native.available():
-            pytest.skip("the compiled loops are not built here")
-
-    @pytest.fixture
-    def opened(self, tmp_path):
-        """A function that makes a folder's files and returns its source."""
-
-        def make(files: dict[bytes, bytes]) -> FolderSource:
-            for name, data in files.items():
-                with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
-                    file.write(data)
-            return folder(tmp_path)
-
-        return make
-
-    @staticmethod
-    def contents(source: FolderSource, names: list[str], sizes: np.ndarray | None = None) -> list[tuple[str, bytes]]:
-        blocks = blocks_of(source, names, np.zeros(len(names), np.int64) if sizes is None else sizes)
-        read, rest = list[tuple[str, bytes]](), iter(names)
-        for block in blocks:
-            one = block.reader(source)
-            read += [one(next(rest)) for _ in range(len(block))]
-        assert next(rest, None) is None
-        return read
-
-    @pytest.mark.parametrize("sizes", ["listed", "unknown", "wrong"])
-    def test_it_gives_what_read_gives(self, opened, sizes):
-        random = np.random.default_rng(0)
-        source = opened({b"%04d.png" % number: random.bytes(int(random.choice(self.SIZES))) for number in range(400)})
-        listing = source.listing()
-        order = random.permutation(400)
-        names = [listing.sources[row] for row in order]
-        told = {"listed": listing.sizes[order], "unknown": None, "wrong": random.integers(0, 70_000, 400)}[sizes]
-        assert self.contents(source, names, told) == [source.read(name) for name in names]
-
-    def test_a_file_larger_than_a_block_is_read_on_its_own(self, opened):
-        source = opened({b"a.png": b"1", b"b.png": bytes(folder_module.BLOCK_BYTES + 5), b"c.png": b"3"})
-        listing = source.listing()
-        assert self.contents(source, listing.sources, listing.sizes) == [source.read(name) for name in listing.sources]
-
-    def test_a_file_that_went_away_is_an_error_in_its_place(self, opened, tmp_path):
-        source = opened({b"%d.png" % number: b"%d" % number for number in range(5)})
-        (tmp_path / "2.png").unlink()
-        names = [f"{number}.png" for number in range(5)]
-        (block,) = blocks_of(source, names, np.ones(5, np.int64))
-        read = block.reader(source)
-        assert [read(name) for name in names[:2]] == [("png", b"0"), ("png", b"1")]
-        with pytest.raises(FileNotFoundError):
-            read("2.png")
-        assert [read(name) for name in names[3:]] == [("png", b"3"), ("png", b"4")]
-
-    def test_extensions_are_told_for_each_file(self, opened):
-        source = opened({b"a.png": b"1", b"b.JPG": b"2", b"c.jpeg": b"3", b"d.webp": b"4"})
-        assert [ext for ext, _ in self.contents(source, source.listing().sources)] == ["png", "jpg", "jpeg", "webp"]
-
-    def test_names_that_are_no_utf8_are_listed_and_read(self, opened):
-        source = opened({b"\xff\xfe.png": b"odd", "ü.png".encode(): b"fine", b"a.png": b"plain"})
-        listing = source.listing()
-        assert sorted(data for _, data in self.contents(source, listing.sources)) == [b"fine", b"odd", b"plain"]
-        assert listing.sizes.tolist() == [len(source.read(name)[1]) for name in listing.sources]
-
-    def test_taking_only_the_first_leaves_neither_thread_nor_descriptor(self, opened):
-        source = opened({b"%04d.png" % number: b"x" for number in range(3000)})
-        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        blocks = blocks_of(source, source.listing().sources, np.ones(3000, np.int64))
-        assert next(blocks).content(0) == b"x"
-        del blocks
-        gc.collect()
-        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -1,0 +1,274 @@
+"""Images that go straight from their files into a tar: the bytes are those of the way through Python, whatever is between them."""
+
+import io
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aecore import native
+from aecore.data import pack, plain
+from aecore.data.job import shard_dataset
+from aecore.data.manifest import DatasetManifest, open_dataset
+from aecore.data.pack import Pack
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.tasks import ShardSpec
+from aecore.data.verify import verify_dataset
+from aecore.errors import StoreError
+from aecore.native_run import Run
+
+SIZES = (0, 1, 300, 511, 512, 513, 1024, 3500, 3584, 3585, 4095, 4096, 4097, 8192, 12_345, 70_000)  # of what stands behind an image
+PLAIN = pytest.mark.skipif(not native.available(), reason="the compiled loops are not built here")
+pytestmark = PLAIN
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(plain, "BLOCK_FILES", 5)
+    monkeypatch.setattr(plain, "BLOCK_BYTES", 40_000)
+    monkeypatch.setattr(plain, "MOST_BYTES", 100_000)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many blocks each run took."""
+    found, take = list[int](), Pack._take
+    monkeypatch.setattr(Pack, "_take", lambda *args: found.append(take(*args)) or found[-1])
+    return found
+
+
+def encoded(number: int, kind: str = "PNG", side: int = 0) -> bytes:
+    file, random = io.BytesIO(), np.random.default_rng(number)
+    pixels = random.integers(0, 256, (side or 3 + number % 5, 6, *((3,) if number % 3 == 0 else ())), np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def images(root: Path, count: int, seed: int = 0) -> list[Path]:
+    """Write images of many sizes and three classes; some bytes follow the end of a PNG, which is no fault of it."""
+    random, paths = np.random.default_rng(seed), []
+    for number in range(count):
+        kind = str(random.choice(["png", "jpg", "jpeg"]))
+        path = root / f"train/{number % 3}/{number:03d}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        behind = random.bytes(int(random.choice(SIZES))) if kind == "png" else b""
+        path.write_bytes(encoded(number, "PNG" if kind == "png" else "JPEG") + behind)
+        paths.append(path)
+    return paths
+
+
+def written(root: Path, out: Path, **options) -> tuple[DatasetManifest, dict[str, bytes]]:
+    manifest = shard_dataset(FolderSpec(url=str(root), **options), str(out), shards=ShardSpec(max_samples=60, max_bad=0.5))
+    assert verify_dataset(open_dataset(str(out)), read_data=True).ok
+    paths = [path for path in sorted(out.rglob("*")) if path.is_file() and "records" not in path.parts and not path.match("run.*.json")]
+    return manifest, {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
+
+
+def require_same_without(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options) -> DatasetManifest:
+    manifest, files = written(root, out / "compiled", **options)
+    monkeypatch.setattr(native, "_library", lambda: None)
+    assert written(root, out / "python", **options) == (manifest, files)
+    return manifest
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plain_images_of_all_sizes_give_the_same_data_set_as_python(tmp_path, monkeypatch, taken, seed):
+    images(tmp_path / "in", 150, seed)
+    require_same_without(tmp_path / "in", tmp_path, monkeypatch)
+    assert sum(taken) > 30 and len(taken) == 3, "each shard was taken in one run"
+
+
+def test_images_in_no_class_have_no_label_member(tmp_path, monkeypatch, taken):
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        (tmp_path / f"in/{number}.png").write_bytes(encoded(number))
+    manifest = require_same_without(tmp_path / "in", tmp_path, monkeypatch)
+    assert manifest.classes == () and taken == [8]
+
+
+def test_names_of_any_bytes_and_capital_endings_are_read(tmp_path, monkeypatch, taken):
+    (tmp_path / "in").mkdir()
+    for number, name in enumerate([b"\xff\xfe.png", "ü.png".encode(), b"A.PNG", b"b.JPG", b"c.JPEG", b"d e.jpeg", b"f.g.png"]):
+        with open(os.fsencode(tmp_path) + b"/in/" + name, "wb") as file:
+            file.write(encoded(number, "PNG" if b"p" in name.lower()[-3:-2] and b"png" in name.lower() else "JPEG"))
+    assert require_same_without(tmp_path / "in", tmp_path, monkeypatch).num_samples() == 7
+    assert sum(taken) == 2
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(data[: len(data) // 3])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":
+        path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+    elif how == "other format":  # a PNG named .jpg and a JPEG named .png
+        path.write_bytes(encoded(7, "JPEG" if path.suffix == ".png" else "PNG"))
+    elif how == "kind that only Pillow reads":
+        path.rename(path.with_suffix(".webp"))
+        path.with_suffix(".webp").write_bytes(encoded(8, "WEBP"))
+    elif how == "array":
+        path.unlink()
+        np.save(path.with_suffix(".npy"), np.zeros((4, 6), np.uint8))
+    elif how == "larger than a block":
+        path.write_bytes(encoded(9, "JPEG" if path.suffix != ".png" else "PNG", side=20) + bytes(50_000 if path.suffix == ".png" else 0))
+    elif how == "larger than all blocks" and path.suffix == ".png":
+        path.write_bytes(encoded(9) + bytes(200_000))
+    elif how == "fifo":
+        path.unlink()
+        os.mkfifo(path)
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+        (path / "inside.png").write_bytes(encoded(3))
+
+
+FORMS = ("other format", "kind that only Pillow reads", "array", "larger than a block", "larger than all blocks")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", *FORMS, "fifo", "folder"])
+def test_what_is_not_plain_changes_nothing_else(tmp_path, monkeypatch, taken, how, seed):
+    paths = images(tmp_path / "in", 150, seed)
+    for number in np.random.default_rng(seed).choice(150, 1 + 9 * seed, replace=False).tolist():
+        spoil(paths[number], how)
+    manifest = require_same_without(tmp_path / "in", tmp_path, monkeypatch, extensions=("jpeg", "jpg", "npy", "png", "webp"))
+    assert sum(shard.samples + shard.quarantined for shard in manifest.shards) == 150
+    assert any(taken), "the rest went straight"
+
+
+@pytest.mark.parametrize("how", ["gone", "grown", "grown by a page", "shrunk", "folder", "fifo", "unreadable link"])
+def test_files_that_change_after_they_were_listed_are_taken_as_they_are(tmp_path, monkeypatch, how):
+    def change(root: Path) -> None:
+        for path in sorted(root.rglob("*.png"))[:: 7 if how != "gone" else 20]:
+            data = path.read_bytes()
+            if how.startswith("grown"):
+                path.write_bytes(data + bytes(1 if how == "grown" else 4096))
+            elif how == "shrunk":
+                path.write_bytes(encoded(1))
+            else:
+                path.unlink()
+                if how == "folder":
+                    path.mkdir()
+                elif how == "fifo":
+                    os.mkfifo(path)
+                elif how == "unreadable link":
+                    path.symlink_to("nowhere")
+
+    def changing(root: Path) -> None:
+        plan = pack.plain_files
+        done = list[bool]()
+
+        def first_change(*args):
+            if not done:
+                done.append(True)
+                change(root)
+            return plan(*args)
+
+        monkeypatch.setattr(pack, "plain_files", first_change)
+
+    results = []
+    for loops in ("compiled", "python"):
+        images(tmp_path / loops / "in", 150, 1)
+        with monkeypatch.context() as patch:
+            monkeypatch, kept = patch, monkeypatch
+            changing(tmp_path / loops / "in")
+            if loops == "python":
+                patch.setattr(native, "_library", lambda: None)
+            results.append(written(tmp_path / loops / "in", tmp_path / loops / "out"))
+            monkeypatch = kept
+    assert results[0] == results[1]
+
+
+def test_few_blocks_are_read_in_vain_where_many_are_unusual(tmp_path, monkeypatch):
+    paths = images(tmp_path / "in", 300)
+    for path in paths[::5]:
+        spoil(path, "cut")
+    read, blocks = Run.read, list[int]()
+    monkeypatch.setattr(Run, "__init__", _counting(Run.__init__, blocks))
+    monkeypatch.setattr(Run, "read", read)
+    shard_dataset(FolderSpec(url=str(tmp_path / "in")), str(tmp_path / "out"), shards=ShardSpec(max_samples=300, max_bad=0.5))
+    assert sum(blocks[1:]) <= 2 * 60 and min(blocks) == 1
+
+
+def _counting(begin, blocks: list[int]):
+    def counted(self, files, stream, tail):
+        blocks.append(len(files.cuts) - 1)
+        begin(self, files, stream, tail)
+
+    return counted
+
+
+def test_an_error_on_the_way_ends_the_threads_and_closes_the_files(tmp_path, monkeypatch):
+    images(tmp_path / "in", 100)
+    written(tmp_path / "in", tmp_path / "first")  # libraries start their threads
+    before = threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")) + 1  # one may be ending
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StoreError, match="No space left"):
+        shard_dataset(FolderSpec(url=str(tmp_path / "in")), str(tmp_path / "out"))
+    after = threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    assert after[:2] == before[:2] and after[2] <= before[2]
+
+
+def test_a_run_that_is_left_early_ends(tmp_path):
+    paths = images(tmp_path / "in", 100)
+    for number_of_blocks in (0, 1, 3):
+        tasks = len(os.listdir("/proc/self/task"))
+        with _run_of(paths) as run:
+            for _ in range(number_of_blocks):
+                assert run.read() is not None
+                run.accept()
+            assert len(os.listdir("/proc/self/task")) > tasks
+        assert len(os.listdir("/proc/self/task")) == tasks
+
+
+def _run_of(paths: list[Path]) -> Run:
+    from aecore.data.tar import BLANK, stored_size
+    from aecore.native import StreamHash
+    from aecore.native_run import Files, Texts
+
+    sizes = np.array([path.stat().st_size for path in paths])
+    starts = np.concatenate([[0], np.cumsum(stored_size(sizes))])
+    folder = os.open("/", os.O_RDONLY)
+    texts = Texts(os.fsencode("\0".join(str(path)[1:] for path in paths) + "\0")), Texts("".join(f"{p.stem}.png\0" for p in paths).encode())
+    cuts = np.arange(0, len(paths) + 1, 10)
+    begins = starts[:-1] + 512
+    return Run(Files(folder, *texts, np.full(len(paths), -1, np.int32), starts, begins, begins + sizes, cuts, BLANK), StreamHash(), b"")
+
+
+def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_path, monkeypatch):
+    for path in images(tmp_path / "in", 150):
+        assert path.exists()
+    script = """
+import os, resource, sys
+from pathlib import Path
+import pandas  # pyarrow imports it when it first makes an array
+from aecore.data.job import shard_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.tasks import ShardSpec
+os.sync()
+for path in Path(sys.argv[1]).rglob("*.*"):
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+spare = os.open("/", os.O_RDONLY)
+resource.setrlimit(resource.RLIMIT_NOFILE, (spare + int(sys.argv[3]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+shard_dataset(FolderSpec(url=sys.argv[1]), sys.argv[2], shards=ShardSpec(max_samples=200))
+"""
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 50
+    usual = shard_dataset(FolderSpec(url=str(tmp_path / "in")), str(tmp_path / "usual"), shards=ShardSpec(max_samples=200))
+    for spare in (16, 40):
+        out = str(tmp_path / f"out{spare}")
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "in"), out, str(spare)], check=True)
+        assert open_dataset(out).manifest == usual
