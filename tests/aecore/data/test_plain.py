@@ -2,7 +2,7 @@
 
 import io
 import os
-import resource
+import pickle
 import subprocess
 import sys
 import threading
@@ -17,11 +17,14 @@ from aecore.data import pack, plain
 from aecore.data.job import shard_dataset
 from aecore.data.manifest import DatasetManifest, open_dataset
 from aecore.data.pack import Pack
+from aecore.data.plan import plan_dataset
 from aecore.data.sources.folder import FolderSpec
+from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
 from aecore.data.verify import verify_dataset
 from aecore.errors import StoreError
 from aecore.native_run import Run
+from aecore.registry import SOURCES
 
 SIZES = (0, 1, 300, 511, 512, 513, 1024, 3500, 3584, 3585, 4095, 4096, 4097, 8192, 12_345, 70_000)  # of what stands behind an image
 PLAIN = pytest.mark.skipif(not native.available(), reason="the compiled loops are not built here")
@@ -247,28 +250,36 @@ def _run_of(paths: list[Path]) -> Run:
     return Run(Files(folder, *texts, np.full(len(paths), -1, np.int32), starts, begins, begins + sizes, cuts, BLANK), StreamHash(), b"")
 
 
-def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_path, monkeypatch):
-    for path in images(tmp_path / "in", 150):
-        assert path.exists()
+def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_path):
+    images(tmp_path / "in", 150)
     script = """
-import os, resource, sys
+import os, pickle, resource, sys
 from pathlib import Path
-import pandas  # pyarrow imports it when it first makes an array
-from aecore.data.job import shard_dataset
-from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.pack import Pack
+from aecore.data.plan import plan_dataset
+from aecore.data.plain import plain_files
+from aecore.registry import SOURCES
+import aecore.data.sources.folder
+task = pickle.load(open(sys.argv[1], "rb"))
+source = SOURCES.build(task.source)
+assert plain_files(source, task) is not None
 os.sync()
-for path in Path(sys.argv[1]).rglob("*.*"):
+for path in Path(task.source.url).rglob("*.*"):
     file = os.open(path, os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(file)
 spare = os.open("/", os.O_RDONLY)
 resource.setrlimit(resource.RLIMIT_NOFILE, (spare + int(sys.argv[3]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-shard_dataset(FolderSpec(url=sys.argv[1]), sys.argv[2], shards=ShardSpec(max_samples=200))
+pack = Pack(task)
+pack.write(Path(sys.argv[2]), source)
+assert not pack.bad
 """
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 50
-    usual = shard_dataset(FolderSpec(url=str(tmp_path / "in")), str(tmp_path / "usual"), shards=ShardSpec(max_samples=200))
-    for spare in (16, 40):
-        out = str(tmp_path / f"out{spare}")
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / "in"), out, str(spare)], check=True)
-        assert open_dataset(out).manifest == usual
+    source = FolderSpec(url=str(tmp_path / "in"))
+    listing = SOURCES.build(source).listing()
+    (task,) = plan_dataset(listing, SplitSpec(by="none"), ShardSpec(), None, 1, source).tasks
+    (tmp_path / "task").write_bytes(pickle.dumps(task))
+    Pack(task).write(tmp_path / "usual", SOURCES.build(source))
+    for spare in (8, 20, 40):
+        out = tmp_path / f"out{spare}"
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "task"), str(out), str(spare)], check=True)
+        assert out.read_bytes() == (tmp_path / "usual").read_bytes()
