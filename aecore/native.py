@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 4  # of native.c, which has it too: a library that was built from another one is not used
+VERSION = 5  # of native.c, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
