@@ -21,7 +21,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-enum { VERSION = 5, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
+enum { VERSION = 6, BLOCK = 512, NAME = 100, SIZE_AT = 124, SUM_AT = 148, MOST_WAITING = 32 };
 
 /* ---- sha256 (FIPS 180-4) with the processor's own instructions, two messages at a time --------------------------------------------
  *
@@ -344,10 +344,13 @@ int64_t aecore_read_pieces(int file, const int64_t *offsets, int64_t n, uint8_t 
     return 0;
 }
 
-/* List an open folder: names into `names`, each ended by a zero byte, and into `sizes` the bytes of regular files, -1 for everything else.
+static int by_name(const void *one, const void *other) { return strcmp(*(char *const *)one, *(char *const *)other); }
+
+/* List an open folder, sorted: names into `names`, each ended by a zero byte, and into `sizes` the bytes of regular files, -1 for everything
+ * else. `room` is as large as `names`, `order` has a place for each of `most` names.
  *
  * Return the bytes of all names, or -1 if they do not fit (`capacity` bytes of names, `most` of them), or -2 if the folder cannot be read. */
-int64_t aecore_list(int folder, char *names, int64_t capacity, int64_t *sizes, int64_t most) {
+int64_t aecore_list(int folder, char *names, char *room, int64_t capacity, char **order, int64_t *sizes, int64_t most) {
     int again = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); /* `closedir` closes it */
     DIR *entries = again < 0 ? NULL : fdopendir(again);
     int64_t count = 0, at = 0, status = 0;
@@ -358,21 +361,31 @@ int64_t aecore_list(int folder, char *names, int64_t capacity, int64_t *sizes, i
     errno = 0;
     for (struct dirent *entry; status == 0 && (entry = readdir(entries)); errno = 0) {
         struct stat found;
-        int64_t size = (int64_t)strlen(entry->d_name) + 1;
+        int64_t length = (int64_t)strlen(entry->d_name), size = -1;
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
-        if (count == most || at + size > capacity) {
+        if (count == most || at + length + 1 + (int64_t)sizeof size > capacity) {
             status = -1;
             continue;
         }
-        memcpy(names + at, entry->d_name, (size_t)size);
-        at += size;
-        int is_file = (entry->d_type == DT_REG || entry->d_type == DT_UNKNOWN) &&
-                      fstatat(folder, entry->d_name, &found, AT_SYMLINK_NOFOLLOW) == 0 && S_ISREG(found.st_mode);
-        sizes[count++] = is_file ? (int64_t)found.st_size : -1;
+        if ((entry->d_type == DT_REG || entry->d_type == DT_UNKNOWN) && fstatat(folder, entry->d_name, &found, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISREG(found.st_mode))
+            size = found.st_size;
+        order[count++] = memcpy(room + at, entry->d_name, (size_t)length + 1);
+        memcpy(room + at + length + 1, &size, sizeof size);
+        at += length + 1 + (int64_t)sizeof size;
     }
     if (status == 0 && errno) status = -2;
     closedir(entries);
-    return status ? status : at;
+    if (status) return status;
+    qsort(order, (size_t)count, sizeof *order, by_name);
+    at = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t length = (int64_t)strlen(order[i]);
+        memcpy(names + at, order[i], (size_t)length + 1);
+        memcpy(&sizes[i], order[i] + length + 1, sizeof sizes[i]);
+        at += length + 1;
+    }
+    return at;
 }
 
 /* ---- images: structure and checksums, as aecore/data/image.py checks them ----------------------------------------------------------- */

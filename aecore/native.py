@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 5  # of native.c, which has it too: a library that was built from another one is not used
+VERSION = 6  # of native.c, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
@@ -62,7 +62,7 @@ def _describe(library: Any) -> None:  # any: as above
     data, numbers, labels, words, facts = (np.ctypeslib.ndpointer(kind, flags="C") for kind in ("u1", "i8", "i4", "u4", FACTS))
     number, text = ctypes.c_int64, ctypes.c_char_p
     library.aecore_sha256.argtypes = [words, data, number, data, numbers, numbers, number, data]
-    library.aecore_list.argtypes = [ctypes.c_int, data, number, numbers, number]
+    library.aecore_list.argtypes = [ctypes.c_int, data, data, number, numbers, numbers, number]
     library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
     library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
     library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, data]
@@ -141,15 +141,15 @@ def read_pieces(file: int, offsets: Int64s, sizes: Int64s) -> tuple[Bytes, Int64
 
 
 def list_folder(folder: int) -> dict[str, int] | None:
-    """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it.
+    """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it, sorted by bytes.
 
     None if it cannot be read. Only where `available()`.
     """
     library, most = _library(), 1 << 14
     assert library is not None, "no compiled loops here"
     while True:
-        joined, sizes = np.empty(64 * most, np.uint8), np.empty(most, np.int64)
-        length = library.aecore_list(folder, joined, len(joined), sizes, most)
+        (joined, room), (order, sizes) = np.empty((2, 64 * most), np.uint8), np.empty((2, most), np.int64)
+        length = library.aecore_list(folder, joined, room, len(joined), order, sizes, most)
         if length == -2:
             return None
         if length >= 0:

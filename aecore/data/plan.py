@@ -128,7 +128,8 @@ def _label_names(listing: Listing, splits: SplitSpec) -> list[str] | None:
     """Return the class of each sample ("": none), relative to its split folder; None if no sample has one."""
     names = listing.label_names
     if names is not None and listing.splits is not None and listing.label_paths and splits.by == "folders":
-        names = [name[len(top) + 1 :] for name, top in zip(names, listing.splits, strict=True)]
+        below = {name: name.partition("/")[2] for name in set(names)}
+        names = list(map(below.__getitem__, names))
     return names if names is not None and any(names) else None
 
 

@@ -4,6 +4,7 @@ Skipped and counted: hidden files and folders, files of other extensions, and sy
 folders (a folder would be listed twice, or for ever). Everything else is listed by name and size; nothing is opened.
 """
 
+import bisect
 import contextlib
 import os
 import stat
@@ -26,8 +27,7 @@ from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
-BLOCK_FILES, BLOCK_BYTES = 1024, 1 << 21  # that are read at once
-READERS, LISTERS = 2, 2  # threads: two files are opened at once for little more than the time of one
+LISTERS = 2  # threads
 _USUAL = {f".{ext}": ext for ext in DATA_EXTENSIONS if len(ext) == 3}
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # a FIFO reads as empty
 
@@ -83,15 +83,14 @@ class FolderSource:
             )
         paths = sorted(found)
         sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(found))
-        folders = [path.rpartition("/")[0] for path in paths]
-        names = {folder: (sys.intern(folder), sys.intern(folder.partition("/")[0])) for folder in set(folders)}
-        tops = [names[folder][1] for folder in folders]
-        labels = [names[folder][0] for folder in folders]
+        labels = _folders(paths)
+        known = {folder: sys.intern(folder.partition("/")[0]) for folder in set(labels)}
+        tops = list(map(known.__getitem__, labels))
         if not self._bags:
             return Listing(_keys(paths), paths, sizes, label_names=labels, splits=tops, notes=notes)
-        if "" in names:
+        if "" in known:
             raise DataError(
-                f"{self._url}/{paths[folders.index('')]} lies in no folder, and source.group=parent takes the folder of a file as its bag: "
+                f"{self._url}/{paths[labels.index('')]} lies in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
         above = [label.rpartition("/")[0] for label in labels]
@@ -230,9 +229,25 @@ def _rest(descriptor: int) -> bytes:
     return b"".join(pieces)
 
 
+def _folders(paths: list[str]) -> list[str]:
+    """Return the folder of each of these sorted paths, "" of those in none."""
+    folders = list[str]()
+    while len(folders) < len(paths):
+        begin = len(folders)
+        folder = sys.intern(paths[begin].rpartition("/")[0])
+        stop = bisect.bisect_left(paths, f"{folder}0", begin) if folder else len(paths)  # 0 follows / in ASCII
+        inside = paths[begin:stop]
+        if folder and "".join(inside).count("/") == len(inside) * (folder.count("/") + 1):  # nothing below it
+            folders += [folder] * len(inside)
+        else:
+            folders += [sys.intern(path.rpartition("/")[0]) for path in inside]
+    return folders
+
+
 def _keys(paths: list[str]) -> list[str]:
     """Return the key of each path: without its extension, unless two files of one folder differ in nothing else."""
-    stems = [path.rpartition(".")[0] for path in paths]
+    usual = len(endings := _endings(paths)) == 1 and endings.pop() in _USUAL
+    stems = [path[:-4] for path in paths] if usual else [path.rpartition(".")[0] for path in paths]
     if len(set(stems)) == len(stems):
         return encode_keys(stems)
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
