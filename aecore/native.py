@@ -1,6 +1,6 @@
 """The innermost loops of shards: hash many samples, read many files, pack a tar. In C where that was built, else in Python.
 
-`native.c` is compiled when the package is installed, if there is a C compiler, and runs on x86-64 Linux with SHA instructions. It gives the
+`native_c` is compiled when the package is installed, if there is a C compiler, and runs on x86-64 Linux with SHA instructions. It gives the
 same bytes as Python does and is called without holding the interpreter, so threads do work at once. `available()` says whether it is
 used; AECORE_NATIVE=0 leaves it out.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 6  # of native.c, which has it too: a library that was built from another one is not used
+VERSION = 6  # of native.h, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows

@@ -1,4 +1,4 @@
-"""Files on their way into a tar, read, framed and hashed by compiled threads that do not wait for the interpreter (`native.c`).
+"""Files on their way into a tar, read, framed and hashed by compiled threads that do not wait for the interpreter (`native_c/run.c`).
 
 Only where `native.available()`; what the caller does here block by block, `data.pack` does sample by sample everywhere.
 """
@@ -129,7 +129,7 @@ class Run:
 
 
 class _Given(ctypes.Structure):
-    """As in native.c."""
+    """As in native_c/run.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("folder", "num_blocks", "num_slots", "slot_bytes")),
@@ -145,7 +145,7 @@ def _given(run: Run) -> _Given:
     assert {*lengths, int(files.cuts[-1])} == {count} and files.cuts[0] == 0, "every file has a path, a name and a place in a block"
     numbers = (files.paths.begins, files.names.begins, files.labels, files.starts, files.begins, files.ends, files.cuts)
     kinds = [np.int32 if array is files.labels else np.int64 for array in numbers]
-    assert all(array.dtype == kind and array.flags.c_contiguous for array, kind in zip(numbers, kinds, strict=True)), "as in native.c"
+    assert all(array.dtype == kind and array.flags.c_contiguous for array, kind in zip(numbers, kinds, strict=True)), "as in run.c"
     arrays = (*numbers, files.blank, run._slots, run.stream.state, run.digests, run.tail, run.facts)
     sizes = (files.folder, len(files.cuts) - 1, run._num_slots, run._slot_bytes)
     return _Given(*sizes, files.paths.joined, files.names.joined, *(array.ctypes.data for array in arrays))

@@ -119,7 +119,7 @@ def torch() -> Iterator[Finding]:
 
 
 def compiled_loops() -> Finding:
-    """Say whether the loops of aecore/native.c are used; everything works without them, shards are slower."""
+    """Say whether the loops of aecore/native_c are used; everything works without them, shards are slower."""
     from aecore.native import available, built
 
     if available():

@@ -1,9 +1,9 @@
 """Writing and reading shards against webdataset's own writer and reader, and against `tar cf`.
 
 `python -m tests.benchmarks shard`. Everything is included on our side: listing, reading the files, checks, hashes, index,
-fsync. It lives in processes of its own, which keep freed memory as the command and its workers do. What the sides wrote is removed before each run, which is not timed. All sides work on the same files, in the page cache unless
-a row says otherwise. The peer writes and reads the same members (image and `.cls`) without index, hashes, checks or fsync, and `tar`
-copies the image files alone.
+fsync. It lives in processes of its own, which keep freed memory as the command and its workers do. What the sides wrote is removed
+before each run, which is not timed. All sides work on the same files, in the page cache unless a row says otherwise. The peer writes and
+reads the same members (image and `.cls`) without index, hashes, checks or fsync, and `tar` copies the image files alone.
 """
 
 import functools

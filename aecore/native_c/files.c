@@ -1,0 +1,89 @@
+/* Files and folders. */
+
+#define _GNU_SOURCE
+#include "native.h"
+
+#ifdef HERE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+int64_t read_whole(int file, uint8_t *buffer, int64_t room, int64_t expected, int wait) {
+    int64_t size = 0;
+    while (size < room) {
+        struct iovec piece = {buffer + size, (size_t)(room - size)};
+        ssize_t got = wait ? pread(file, piece.iov_base, piece.iov_len, size) : preadv2(file, &piece, 1, size, RWF_NOWAIT);
+        if (got == 0 || (got == expected && got < room && size == 0 && got % 4096 != 0)) return size + got;
+        if (got > 0) size += got;
+        else if (!wait && errno == EAGAIN) return -3;
+        else if (!wait && errno == EOPNOTSUPP) wait = 1;
+        else if (errno != EINTR) return -1;
+    }
+    return -2;
+}
+
+/* Read [offsets[i], offsets[i] + ends[i] - begins[i]) of a file into [begins[i], ends[i]) of `buffer`, for each of `n` pieces; `ends` becomes
+ * where the bytes end if the file has fewer. Return 0, or the number of the error. */
+int64_t aecore_read_pieces(int file, const int64_t *offsets, int64_t n, uint8_t *buffer, const int64_t *begins, int64_t *ends) {
+    for (int64_t i = 0; i < n; i++) {
+        int64_t at = begins[i];
+        while (at < ends[i]) {
+            ssize_t got = pread(file, buffer + at, (size_t)(ends[i] - at), offsets[i] + at - begins[i]);
+            if (got > 0) at += got;
+            else if (got == 0) ends[i] = at;
+            else if (errno != EINTR) return errno;
+        }
+    }
+    return 0;
+}
+
+static int by_name(const void *one, const void *other) { return strcmp(*(char *const *)one, *(char *const *)other); }
+
+/* List an open folder, sorted: names into `names`, each ended by a zero byte, and into `sizes` the bytes of regular files, -1 for everything
+ * else. `room` is as large as `names`, `order` has a place for each of `most` names.
+ *
+ * Return the bytes of all names, or -1 if they do not fit (`capacity` bytes of names, `most` of them), or -2 if the folder cannot be read. */
+int64_t aecore_list(int folder, char *names, char *room, int64_t capacity, char **order, int64_t *sizes, int64_t most) {
+    int again = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); /* `closedir` closes it */
+    DIR *entries = again < 0 ? NULL : fdopendir(again);
+    int64_t count = 0, at = 0, status = 0;
+    if (!entries) {
+        if (again >= 0) close(again);
+        return -2;
+    }
+    errno = 0;
+    for (struct dirent *entry; status == 0 && (entry = readdir(entries)); errno = 0) {
+        struct stat found;
+        int64_t length = (int64_t)strlen(entry->d_name), size = -1;
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
+        if (count == most || at + length + 1 + (int64_t)sizeof size > capacity) {
+            status = -1;
+            continue;
+        }
+        if ((entry->d_type == DT_REG || entry->d_type == DT_UNKNOWN) && fstatat(folder, entry->d_name, &found, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISREG(found.st_mode))
+            size = found.st_size;
+        order[count++] = memcpy(room + at, entry->d_name, (size_t)length + 1);
+        memcpy(room + at + length + 1, &size, sizeof size);
+        at += length + 1 + (int64_t)sizeof size;
+    }
+    if (status == 0 && errno) status = -2;
+    closedir(entries);
+    if (status) return status;
+    qsort(order, (size_t)count, sizeof *order, by_name);
+    at = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t length = (int64_t)strlen(order[i]);
+        memcpy(names + at, order[i], (size_t)length + 1);
+        memcpy(&sizes[i], order[i] + length + 1, sizeof sizes[i]);
+        at += length + 1;
+    }
+    return at;
+}
+
+#endif

@@ -1,0 +1,148 @@
+/* Images: their structure and checksums, as aecore/data/image.py checks them, and the pixels of small PNGs. */
+
+#define _GNU_SOURCE
+#include "native.h"
+
+#ifdef HERE
+#include <string.h>
+
+static uint32_t crc_table[8][256]; /* of zlib's CRC-32, eight bytes at a time */
+
+__attribute__((constructor)) static void make_crc_table(void) {
+    for (uint32_t n = 0; n < 256; n++) {
+        uint32_t crc = n;
+        for (int bit = 0; bit < 8; bit++) crc = crc & 1 ? crc >> 1 ^ 0xEDB88320 : crc >> 1;
+        crc_table[0][n] = crc;
+    }
+    for (int k = 1; k < 8; k++)
+        for (int n = 0; n < 256; n++) crc_table[k][n] = crc_table[k - 1][n] >> 8 ^ crc_table[0][crc_table[k - 1][n] & 255];
+}
+
+static uint32_t crc32(const uint8_t *data, int64_t size) {
+    uint32_t crc = 0xFFFFFFFF;
+    for (; size >= 8; size -= 8, data += 8) {
+        uint64_t word;
+        memcpy(&word, data, 8);
+        word ^= crc;
+        crc = 0;
+        for (int k = 0; k < 8; k++) crc ^= crc_table[7 - k][word >> 8 * k & 255];
+    }
+    for (; size; size--, data++) crc = crc >> 8 ^ crc_table[0][(crc ^ *data) & 255];
+    return ~crc;
+}
+
+static uint32_t number(const uint8_t *data, int bytes) {
+    uint32_t value = 0;
+    for (; bytes; bytes--) value = value << 8 | *data++;
+    return value;
+}
+
+/* A PNG whose chunks fit their checksums up to IEND, with an IDAT among them. */
+static Facts examine_png(const uint8_t *data, int64_t size) {
+    static const uint8_t start[16] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n', 0, 0, 0, 13, 'I', 'H', 'D', 'R'};
+    Facts none = {0}, found = {.kind = 1};
+    int has_pixels = 0;
+    if (size < 33 || memcmp(data, start, sizeof start) != 0) return none;
+    for (int64_t at = 8; at + 12 <= size;) {
+        int64_t length = number(data + at, 4);
+        const uint8_t *name = data + at + 4;
+        if (length > size - at - 12 || crc32(name, length + 4) != number(name + 4 + length, 4)) return none;
+        if (memcmp(name, "IDAT", 4) == 0) has_pixels = 1;
+        if (memcmp(name, "IEND", 4) == 0) {
+            found.width = number(data + 16, 4);
+            found.height = number(data + 20, 4);
+            found.detail[0] = data[24]; /* bits, kind of colour */
+            found.detail[1] = data[25];
+            return has_pixels ? found : none;
+        }
+        at += length + 12;
+    }
+    return none;
+}
+
+/* A JPEG whose segments lead to one frame header and then to a scan, and which ends with an end marker. */
+static Facts examine_jpeg(const uint8_t *data, int64_t size) {
+    Facts none = {0}, found = {0};
+    if (data[size - 2] != 0xFF || data[size - 1] != 0xD9) return none;
+    for (int64_t at = 2; at + 4 <= size;) {
+        int marker = data[at + 1];
+        int64_t length = number(data + at + 2, 2);
+        if (data[at] != 0xFF || marker < 0xC0 || marker == 0xD8 || marker == 0xD9 || marker == 0xFF || length < 2) return none;
+        if (marker == 0xDA) return found;
+        if (marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
+            if (found.kind || at + 10 > size) return none;
+            found = (Facts){2, {(uint8_t)marker, data[at + 4], data[at + 9]}, number(data + at + 7, 2), number(data + at + 5, 2)};
+        }
+        at += 2 + length;
+    }
+    return none;
+}
+
+Facts examine(const uint8_t *file, int64_t size) {
+    Facts none = {0};
+    if (size < 8) return none;
+    if (file[0] == 0x89) return examine_png(file, size);
+    return file[0] == 0xFF && file[1] == 0xD8 ? examine_jpeg(file, size) : none;
+}
+
+/* Say what each of `n` files at [begins[i], ends[i]) of `data` is. */
+void aecore_examine(const uint8_t *data, const int64_t *begins, const int64_t *ends, int64_t n, Facts *facts) {
+    for (int64_t i = 0; i < n; i++) facts[i] = examine(data + begins[i], ends[i] - begins[i]);
+}
+
+/* ---- small PNGs to pixels ---- */
+
+
+enum { MOST_ROWS = 1 << 16 }; /* bytes of an image's filtered rows */
+typedef int (*Uncompress)(uint8_t *, unsigned long *, const uint8_t *, unsigned long); /* zlib's function of that name */
+
+/* Undo the filters of rows of `stride` bytes, `step` bytes a pixel (PNG, third edition, section 9). Return 0 if there is no such filter. */
+static int unfilter(const uint8_t *rows, uint8_t *pixels, int64_t height, int64_t stride, int64_t step) {
+    static const uint8_t none[MOST_ROWS];
+    const uint8_t *up = none;
+    for (; height; height--, rows += stride, up = pixels, pixels += stride) {
+        int filter = *rows++;
+        if (filter > 4) return 0;
+        for (int64_t x = 0; x < stride; x++) {
+            int left = x < step ? 0 : pixels[x - step], corner = x < step ? 0 : up[x - step], guess = 0;
+            if (filter == 1) guess = left;
+            if (filter == 2) guess = up[x];
+            if (filter == 3) guess = (left + up[x]) / 2;
+            if (filter == 4) {
+                int by_left = up[x] - corner, by_up = left - corner, by_corner = by_left + by_up; /* how far the sum is from each */
+                by_left = by_left < 0 ? -by_left : by_left, by_up = by_up < 0 ? -by_up : by_up;
+                by_corner = by_corner < 0 ? -by_corner : by_corner;
+                guess = by_left <= by_up && by_left <= by_corner ? left : by_up <= by_corner ? up[x] : corner;
+            }
+            pixels[x] = (uint8_t)(rows[x] + guess);
+        }
+    }
+    return 1;
+}
+
+static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, uint8_t *pixels, int64_t height, int64_t width, int64_t step) {
+    static const uint8_t colours[5] = {0, 0, 4, 2, 6}; /* by channels */
+    uint8_t rows[MOST_ROWS];
+    const uint8_t *packed = NULL;
+    unsigned long expected = (unsigned long)(height * (width * step + 1)), found = expected;
+    Facts facts = examine_png(data, size);
+    if (!facts.kind || facts.width != width || facts.height != height || data[24] != 8 || data[25] != colours[step]) return 0;
+    if (data[26] || data[27] || data[28]) return 0; /* no such compression or filters; interlaced */
+    for (int64_t at = 8; memcmp(data + at + 4, "IEND", 4) != 0; at += number(data + at, 4) + 12) {
+        if (memcmp(data + at + 4, "IDAT", 4) != 0) continue;
+        if (packed) return 0; /* pixels in pieces */
+        packed = data + at;
+    }
+    if (uncompress(rows, &found, packed + 8, number(packed, 4)) != 0 || found != expected) return 0;
+    return unfilter(rows, pixels, height, width * step, step);
+}
+
+/* Decode `n` PNGs at [begins[i], ends[i]) of `data` into `pixels` `[n, height, width, channels]`, whose filtered rows fit MOST_ROWS bytes.
+ * `done[i]` is 0 where one was left out: it is not of that size, of 8 bits and so many channels, or there is anything unusual about it. */
+void aecore_decode_pngs(Uncompress uncompress, const uint8_t *data, const int64_t *begins, const int64_t *ends, int64_t n, uint8_t *pixels,
+                        int64_t height, int64_t width, int64_t channels, uint8_t *done) {
+    for (int64_t i = 0; i < n; i++, pixels += height * width * channels)
+        done[i] = (uint8_t)decode_png(uncompress, data + begins[i], ends[i] - begins[i], pixels, height, width, channels);
+}
+
+#endif
