@@ -118,8 +118,8 @@ class EncodeWorker:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
         self.encoder = Encoder(loaded, setup.spec, setup.device)
         self.free = SimpleQueue[Encoder]()
-        for encoder in (self.encoder, *(Encoder(_twin(loaded), setup.spec, setup.device) for _ in range(lanes - 1))):
-            self.free.put(encoder)
+        for model in (loaded, *_twins(loaded, lanes - 1)):
+            self.free.put(Encoder(model, setup.spec, setup.device))
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
         self.metadata = _metadata(loaded, setup, self.encoded_by)
@@ -189,10 +189,17 @@ class EncodeWorker:
             self.free.put(encoder)
 
 
-def _twin(loaded: LoadedModel) -> LoadedModel:
-    """Return the same weights in a model of its own: what a model keeps in its attributes while it works is no other thread's."""
-    weights = itertools.chain(loaded.model.parameters(), loaded.model.buffers())
-    return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in weights}))
+def _twins(loaded: LoadedModel, count: int) -> list[LoadedModel]:
+    """Return the same weights in models of their own: what a model keeps in its attributes while it works is no other thread's.
+
+    None for a model that cannot be copied (it holds a lock, say). Hooks and closures over a model know the first one only.
+    """
+    weights = {id(tensor): tensor for tensor in itertools.chain(loaded.model.parameters(), loaded.model.buffers())}
+    try:
+        return [dataclasses.replace(loaded, model=copy.deepcopy(loaded.model, dict(weights))) for _ in range(count)]
+    except Exception as error:  # attributes of a user's model raise what they like
+        logger.info("one piece at a time is encoded: the model cannot be copied (%s: %s)", type(error).__name__, error)
+        return []
 
 
 class MakeEncodeWorker:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 6  # of native.h, which has it too: a library that was built from another one is not used
+VERSION = 7  # of native.h, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
@@ -66,7 +66,7 @@ def _describe(library: Any) -> None:  # any: as above
     library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
     library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
     library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, data]
-    library.aecore_run_start.argtypes, library.aecore_run_start.restype = [ctypes.c_void_p], ctypes.c_void_p
+    library.aecore_run_start.argtypes, library.aecore_run_start.restype = [ctypes.c_void_p, ctypes.c_void_p], None
     for function in ("read", "accept", "hashed", "give_back", "stop"):
         getattr(library, f"aecore_run_{function}").argtypes = [ctypes.c_void_p]
     library.aecore_pack.argtypes = [data, data, text, data, numbers, numbers, labels, number]
@@ -195,9 +195,8 @@ def _uncompress() -> int | None:
 
 def _require_inside(data: Bytes, begins: Int64s, ends: Int64s) -> None:
     """Nothing reaches the compiled loops that leads them out of the buffer."""
-    assert len(begins) == len(ends), "every message has a begin and an end"
-    inside = not len(begins) or (begins.min() >= 0 and (begins <= ends).all() and ends.max() <= len(data))
-    assert inside, "messages lie inside the buffer and end after they begin"
+    if len(begins) != len(ends) or (len(begins) and not (begins.min() >= 0 and (begins <= ends).all() and ends.max() <= len(data))):
+        raise AssertionError("messages lie inside the buffer and end after they begin")  # no `assert`: it must hold under -O too
 
 
 def pack_samples(target: Bytes, blank: Bytes, names: bytes, data: Bytes, begins: Int64s, ends: Int64s, labels: NDArray[np.int32]) -> None:

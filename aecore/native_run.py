@@ -67,6 +67,7 @@ class Run:
     """
 
     def __init__(self, files: Files, stream: StreamHash, tail: bytes) -> None:
+        self._library, self._run = native._library(), ctypes.c_void_p()  # C sets and clears it
         self.files, self.stream = files, stream
         self.facts = np.empty(len(files.labels), FACTS)
         self.digests = np.empty((len(files.labels), 32), np.uint8)
@@ -78,21 +79,20 @@ class Run:
         self._num_slots = min(SLOTS, len(files.cuts) - 1)
         memory = np.empty(self._num_slots * self._slot_bytes + PAGE, np.uint8)
         self._slots = memory[-memory.ctypes.data % PAGE :][: self._num_slots * self._slot_bytes]
-        self._library = native._library()
         self._given = _given(self)
-        self._run: int | None = None
 
     def __enter__(self) -> Self:
         assert self._library is not None, "no compiled loops here"
-        self._run = self._library.aecore_run_start(ctypes.byref(self._given))
-        if self._run is None:
+        self._library.aecore_run_start(ctypes.byref(self._given), ctypes.byref(self._run))
+        if self._run.value is None:
             raise MemoryError("no memory or no threads to read samples with")
         return self
 
     def __exit__(self, *_: object) -> None:
-        run, self._run = self._run, None
-        assert self._library is not None and run is not None, "the run has begun"
-        self._library.aecore_run_stop(run)
+        if self._library is not None:
+            self._library.aecore_run_stop(ctypes.byref(self._run))
+
+    __del__ = __exit__  # a signal that raises may come before `__enter__` or `__exit__` has ended
 
     def read(self) -> slice | None:
         """Wait for the next block and return its samples; None at the end, or if any of its files is not as expected."""
@@ -124,7 +124,7 @@ class Run:
         self._call("give_back")
 
     def _call(self, what: str) -> int:
-        assert self._library is not None and self._run is not None, "the run has begun and has not ended"
+        assert self._library is not None and self._run.value is not None, "the run has begun and has not ended"
         return int(getattr(self._library, f"aecore_run_{what}")(self._run))
 
 
@@ -142,10 +142,12 @@ class _Given(ctypes.Structure):
 def _given(run: Run) -> _Given:
     files, count = run.files, len(run.files.labels)
     lengths = [len(column) for column in (files.paths.begins, files.names.begins, files.starts[1:], files.begins, files.ends)]
-    assert {*lengths, int(files.cuts[-1])} == {count} and files.cuts[0] == 0, "every file has a path, a name and a place in a block"
+    if {*lengths, int(files.cuts[-1])} != {count} or files.cuts[0] != 0:  # no `assert`: it must hold under -O too
+        raise AssertionError("every file has a path, a name and a place in a block")
     numbers = (files.paths.begins, files.names.begins, files.labels, files.starts, files.begins, files.ends, files.cuts)
     kinds = [np.int32 if array is files.labels else np.int64 for array in numbers]
-    assert all(array.dtype == kind and array.flags.c_contiguous for array, kind in zip(numbers, kinds, strict=True)), "as in run.c"
+    if not all(array.dtype == kind and array.flags.c_contiguous for array, kind in zip(numbers, kinds, strict=True)):
+        raise AssertionError("arrays are as in run.c")
     arrays = (*numbers, files.blank, run._slots, run.stream.state, run.digests, run.tail, run.facts)
     sizes = (files.folder, len(files.cuts) - 1, run._num_slots, run._slot_bytes)
     return _Given(*sizes, files.paths.joined, files.names.joined, *(array.ctypes.data for array in arrays))

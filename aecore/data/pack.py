@@ -34,7 +34,7 @@ from aecore.native_run import Run
 Int64s = NDArray[np.int64]
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # so many blocks that are not plain, one after the other: the rest of the shard is not tried
 _OURS = frozenset(  # not the sample's fault: no memory or room here, or the file system it lies on went away
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
     | {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.EINTR}
@@ -61,10 +61,10 @@ class Pack:
         read = reader(source, self.task.sources)
         cuts = [0, len(self.task)] if files is None else files.cuts.tolist()
         with DiskWriter(path) as file:
-            block, num_blocks = 0, len(cuts) - 1
+            block, num_blocks, in_vain = 0, len(cuts) - 1, 0
             while block < num_blocks:
-                taken = 0 if files is None else self._take(files, block, ahead, packed, file)
-                block += taken
+                taken = 0 if files is None or in_vain == IN_VAIN else self._take(files, block, ahead, packed, file)
+                block, in_vain = block + taken, 0 if taken else min(in_vain + 1, IN_VAIN)
                 if taken < ahead and block < num_blocks:  # this one is not plain
                     self._pack(cuts[block], cuts[block + 1], read, packed, file)
                     block += 1

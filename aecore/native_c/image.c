@@ -60,15 +60,22 @@ static Facts examine_png(const uint8_t *data, int64_t size) {
     return none;
 }
 
-/* A JPEG whose segments lead to one frame header and then to a scan, and which ends with an end marker. */
+/* A JPEG whose segments lead to one frame header and then to a scan with an end marker behind it (some files go on after that). */
 static Facts examine_jpeg(const uint8_t *data, int64_t size) {
     Facts none = {0}, found = {0};
-    if (data[size - 2] != 0xFF || data[size - 1] != 0xD9) return none;
     for (int64_t at = 2; at + 4 <= size;) {
         int marker = data[at + 1];
         int64_t length = number(data + at + 2, 2);
-        if (data[at] != 0xFF || marker < 0xC0 || marker == 0xD8 || marker == 0xD9 || marker == 0xFF || length < 2) return none;
-        if (marker == 0xDA) return found;
+        if (data[at] == 0xFF && marker == 0xFF) { /* a fill byte */
+            at++;
+            continue;
+        }
+        if (data[at] != 0xFF || marker < 0xC0 || marker == 0xD8 || marker == 0xD9 || length < 2) return none;
+        if (marker == 0xDA) {
+            for (int64_t end = size - 2; end >= at; end--)
+                if (data[end] == 0xFF && data[end + 1] == 0xD9) return found;
+            return none;
+        }
         if (marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
             if (found.kind || at + 10 > size) return none;
             found = (Facts){2, {(uint8_t)marker, data[at + 4], data[at + 9]}, number(data + at + 7, 2), number(data + at + 5, 2)};
@@ -120,6 +127,14 @@ static int unfilter(const uint8_t *rows, uint8_t *pixels, int64_t height, int64_
     return 1;
 }
 
+/* Whether a chunk changes nothing of the stored pixels; what is not known is for libpng to judge. */
+static int is_harmless(const uint8_t *name) {
+    static const char known[][5] = {"tEXt", "zTXt", "iTXt", "tIME", "pHYs", "gAMA", "cHRM", "sRGB", "iCCP", "sBIT", "bKGD", "eXIf", "tRNS"};
+    for (unsigned k = 0; k < sizeof known / sizeof *known; k++)
+        if (memcmp(name, known[k], 4) == 0) return 1;
+    return 0;
+}
+
 static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, uint8_t *pixels, int64_t height, int64_t width, int64_t step) {
     static const uint8_t colours[5] = {0, 0, 4, 2, 6}; /* by channels */
     uint8_t rows[MOST_ROWS];
@@ -129,10 +144,14 @@ static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, 
     if (!facts.kind || facts.width != width || facts.height != height || data[24] != 8 || data[25] != colours[step]) return 0;
     if (data[26] || data[27] || data[28]) return 0; /* no such compression or filters; interlaced */
     for (int64_t at = 8; memcmp(data + at + 4, "IEND", 4) != 0; at += number(data + at, 4) + 12) {
-        if (memcmp(data + at + 4, "IDAT", 4) != 0) continue;
+        if (memcmp(data + at + 4, "IDAT", 4) != 0) {
+            if (at != 8 && !is_harmless(data + at + 4)) return 0;
+            continue;
+        }
         if (packed) return 0; /* pixels in pieces */
         packed = data + at;
     }
+    if (number(packed, 4) < 2 || (256ul << (packed[8] >> 4)) < expected) return 0; /* libpng keeps to the window that the stream names */
     if (uncompress(rows, &found, packed + 8, number(packed, 4)) != 0 || found != expected) return 0;
     return unfilter(rows, pixels, height, width * step, step);
 }

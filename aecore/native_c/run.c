@@ -146,8 +146,11 @@ static void *hasher(void *argument) {
     return NULL;
 }
 
-/* End the threads; nothing of the run is used afterwards. */
-void aecore_run_stop(Run *run) {
+/* End the threads of a run that has begun, and forget it. */
+void aecore_run_stop(Run **begun) {
+    Run *run = *begun;
+    if (!run) return;
+    *begun = NULL;
     pthread_mutex_lock(&run->lock);
     run->stopped = 1;
     pthread_cond_broadcast(&run->changed);
@@ -159,10 +162,12 @@ void aecore_run_stop(Run *run) {
     free(run);
 }
 
-/* Begin; NULL if there is no memory or no thread. What is given stays where it is until `aecore_run_stop`. */
-Run *aecore_run_start(const Given *given) {
+/* Begin, and leave the run at `begun`, NULL there if there is no memory or no thread: as a result it would be lost, with its threads running, if
+ * a signal raised an exception right after the call. What is given stays where it is until `aecore_run_stop`. */
+void aecore_run_start(const Given *given, Run **begun) {
     Run *run = calloc(1, sizeof *run);
-    if (!run) return NULL;
+    *begun = NULL;
+    if (!run) return;
     run->given = *given;
     run->kinds = calloc((size_t)given->num_blocks, 1);
     pthread_mutex_init(&run->lock, NULL);
@@ -176,9 +181,8 @@ Run *aecore_run_start(const Given *given) {
         run->num_threads++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (run->num_threads == num_readers + 1) return run;
-    aecore_run_stop(run);
-    return NULL;
+    *begun = run;
+    if (run->num_threads <= num_readers) aecore_run_stop(begun);
 }
 
 /* Wait for the next block to be read. Return 1 if all in it is plain, 0 if not or if there is no block any more. */

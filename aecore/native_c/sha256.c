@@ -154,7 +154,7 @@ WIDE void round_of_all(__m512i state[8], __m512i words[16], int round) {
 /* Hash `blocks` blocks of 16 messages, and beside each block 16 of a stream, if there is one. */
 __attribute__((target("avx512f,avx512bw,sha,sse4.1,ssse3"))) static void compress_all(States *states, const uint8_t *at[LANES], int64_t blocks,
                                                                                      uint32_t *stream_state, const uint8_t *stream) {
-    Rounds lane;
+    Rounds lane = {0};
     __m512i state[8], before[8], words[16];
     for (int i = 0; i < 8; i++) state[i] = _mm512_load_si512(states->state[i]);
     if (stream) load_state(&lane, stream_state);

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_what_a_model_keeps_while_it_works_is_no_other_lanes(tmp_path: Path, dat
     assert len({id(module) for model in models for module in model.modules()}) == 3 * len(list(models[0].modules()))
     for first, *others in zip(*(model.parameters() for model in models), strict=True):
         assert all(other is first for other in others)
+
+
+def test_a_model_that_cannot_be_copied_is_encoded_by_one_lane(tmp_path: Path, data: str, run: str) -> None:
+    plan = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec())
+    loaded = load_model(run)
+    loaded.model.lock = threading.Lock()  # type: ignore[assignment]  # as a user's model may have
+    assert EncodeWorker(plan.setup, loaded, lanes=3).free.qsize() == 1
+    del loaded.model.lock
+    assert EncodeWorker(plan.setup, loaded, lanes=3).free.qsize() == 3
 
 
 @pytest.mark.parametrize(("device", "threads", "lanes"), [("cpu", 1, 3), ("cpu", 2, 1), ("cpu", 4, 1), ("cuda", 1, 1)])

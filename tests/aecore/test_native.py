@@ -214,6 +214,23 @@ class TestPixels:
             assert (imagecodecs.png_decode(damaged[row]) == pixels[row, ..., 0]).all()
         assert not done[:50].any()
 
+    @pytest.mark.parametrize(
+        "before",
+        [(b"IHDR" + bytes(13),), (b"fdAT" + bytes(9),), (b"abcd",), (b"ABCD",), (b"tExt",), (b"PLTE" + bytes(4),), (b"IDAT",)],
+        ids=lambda chunks: chunks[0][:4].decode(),
+    )
+    def test_chunks_that_libpng_may_refuse_are_left_to_it(self, before):
+        assert not self.decoded([png(bytes(48), 6, 7, before=before)], 6, 7, 1)[0].any()
+
+    def test_a_stream_that_reaches_further_back_than_it_says_is_left_to_libpng(self):
+        data = png(bytes(28 * 29), 28, 28)
+        at = data.index(b"IDAT") + 4
+        size = struct.unpack(">I", data[at - 8 : at - 4])[0]
+        stream = b"\x08" + bytes([31 - 0x0800 % 31]) + data[at + 2 : at + size]  # a window of 256 bytes
+        chunk = b"IDAT" + stream
+        changed = data[: at - 4] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[at + size + 4 :]
+        assert self.decoded([data, changed], 28, 28, 1)[0].tolist() == [True, False]
+
     def test_chunks_that_say_nothing_of_the_stored_pixels_change_nothing(self):
         rows = np.random.default_rng(0).integers(0, 256, (6, 8), np.uint8)
         rows[:, 0] = 0
@@ -250,6 +267,8 @@ class TestImages:
         (encoded((9, 5), "RGB", format="JPEG", progressive=True), "jpeg"),
         (encoded((5, 9), "RGB", format="JPEG"), "jpeg"),
         (encoded((28, 28), "L", format="PNG") + b"after the end", "png"),
+        (encoded((9, 6), "L", format="JPEG") + b"after the end", "jpg"),
+        (b"\xff\xd8\xff\xff\xff" + encoded((9, 7), "L", format="JPEG")[3:], "jpg"),  # fill bytes before a marker
     )
 
     @staticmethod
@@ -341,7 +360,7 @@ def test_every_change_of_the_c_code_has_another_version():
     digest = hashlib.sha256()
     for path in sorted(Path(native.__file__).with_name("native_c").iterdir()):
         digest.update(path.read_bytes())
-    assert (native.VERSION, digest.hexdigest()) == (6, "dc55e2d45491c53ac83eead97bfa79058aa544a4b1719bcd036f548525fee304")
+    assert (native.VERSION, digest.hexdigest()) == (7, "0561d2e7b5cb9615a5082a9410887ab66fa34cdab22311d5736eb6477a230359")
 
 
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF"])

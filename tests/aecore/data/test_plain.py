@@ -1,5 +1,6 @@
 """Images that go straight from their files into a tar: the bytes are those of the way through Python, whatever is between them."""
 
+import gc
 import io
 import os
 import pickle
@@ -22,7 +23,7 @@ from aecore.data.sources.folder import FolderSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
 from aecore.data.verify import verify_dataset
-from aecore.errors import StoreError
+from aecore.errors import DataError, StoreError
 from aecore.native_run import Run
 from aecore.registry import SOURCES
 
@@ -248,6 +249,37 @@ def _run_of(paths: list[Path]) -> Run:
     cuts = np.arange(0, len(paths) + 1, 10)
     begins = starts[:-1] + 512
     return Run(Files(folder, *texts, np.full(len(paths), -1, np.int32), starts, begins, begins + sizes, cuts, BLANK), StreamHash(), b"")
+
+
+def test_what_is_unusual_all_along_is_not_tried_again_and_again(tmp_path, monkeypatch, taken):
+    for path in images(tmp_path / "in", 180):
+        spoil(path, "cut")
+    (tmp_path / "in/train/0/good.png").write_bytes(encoded(1))
+    with pytest.raises(DataError, match="of 181 samples are bad"):
+        shard_dataset(FolderSpec(url=str(tmp_path / "in")), str(tmp_path / "out"), shards=ShardSpec(max_samples=200))
+    assert taken == [0] * pack.IN_VAIN
+
+
+def test_an_interrupt_right_after_the_threads_have_begun_ends_them(tmp_path, monkeypatch):
+    """A signal's exception comes when the compiled function has returned and its result is not used yet."""
+    paths, tasks = images(tmp_path / "in", 100), len(os.listdir("/proc/self/task"))
+    run = _run_of(paths)
+    library = run._library
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def aecore_run_start(self, *args):
+            library.aecore_run_start(*args)
+            raise KeyboardInterrupt
+
+    run._library = Interrupted()
+    with pytest.raises(KeyboardInterrupt), run:
+        pass
+    del run
+    gc.collect()
+    assert len(os.listdir("/proc/self/task")) == tasks
 
 
 def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_path):
