@@ -7,7 +7,7 @@ import copy
 import ctypes
 import mmap
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,8 @@ def _given(run: Run) -> _Given:
     lengths = [len(column) for column in (files.paths.begins, files.names.begins, files.starts[1:], files.begins, files.ends)]
     if {*lengths, int(files.cuts[-1])} != {count} or files.cuts[0] != 0:  # no `assert`: it must hold under -O too
         raise AssertionError("every file has a path, a name and a place in a block")
-    numbers = (files.paths.begins, files.names.begins, files.labels, files.starts, files.begins, files.ends, files.cuts)
+    texts: tuple[NDArray[Any], ...] = (files.paths.begins, files.names.begins)  # any: int64 and int32 arrays
+    numbers = (*texts, files.labels, files.starts, files.begins, files.ends, files.cuts)
     kinds = [np.int32 if array is files.labels else np.int64 for array in numbers]
     if not all(array.dtype == kind and array.flags.c_contiguous for array, kind in zip(numbers, kinds, strict=True)):
         raise AssertionError("arrays are as in run.c")
