@@ -161,7 +161,7 @@ def list_folder(folder: int) -> dict[str, int] | None:
 def examine(data: Bytes, begins: Int64s, ends: Int64s) -> NDArray[Any]:  # any: structured
     """Return `FACTS` of each file `data[begin:end]`: kind 0 is for `data.image` to look at, files of other equal facts have equal headers.
 
-    Only where `available()`.
+    What `native_run.Run` finds of files on the way, for bytes at hand: tests compare it with `data.image`. Only where `available()`.
     """
     facts, library = np.empty(len(begins), FACTS), _library()
     assert library is not None, "no compiled loops here"

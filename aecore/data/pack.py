@@ -106,7 +106,7 @@ class Pack:
                 codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
                 count, sizes = rows.stop - rows.start, run.files.ends[rows] - run.files.begins[rows]
                 self._good.append((np.arange(first + rows.start, first + rows.stop), np.broadcast_to(codes, count), sizes))
-                if run.accepted - run.given_back > 2:  # the last one is being hashed meanwhile
+                if run.accepted - run.given_back > 2:  # two more are hashed meanwhile
                     file.pages(run.pages())
                     run.give_back()
             while run.given_back < run.accepted:

@@ -28,8 +28,7 @@ from aecore.native_run import Run
 from aecore.registry import SOURCES
 
 SIZES = (0, 1, 300, 511, 512, 513, 1024, 3500, 3584, 3585, 4095, 4096, 4097, 8192, 12_345, 70_000)  # of what stands behind an image
-PLAIN = pytest.mark.skipif(not native.available(), reason="the compiled loops are not built here")
-pytestmark = PLAIN
+pytestmark = pytest.mark.skipif(not native.available(), reason="without the compiled loops there is no such way")
 
 
 @pytest.fixture(autouse=True)
