@@ -4,7 +4,8 @@ The naive job: webdataset, Pillow, one float tensor per image, the same forward 
 lineage, nothing that survives a kill. The floors do one thing each on data in RAM: the decode loop of the best library, the
 forward pass, `np.save` of the latents; the slowest of them counts. Our side opens the model, verifies every sample's hash, writes
 parts, records and manifest, fsyncs. Every forward pass has one torch thread; "one process" has as many of them at a time as there are
-CPUs, the naive job and the floors have one. "Two processes" are workers that stay, as those of a cluster do, with one each. Each side lives in a process of its own: ours keeps freed memory as the command does, and so do the floors; the naive job does not know of it.
+CPUs, the naive job and the floors have one. "Two processes" are workers that stay, as those of a cluster do, with one each. Each side
+lives in a process of its own: ours keeps freed memory as the command does, and so do the floors; the naive job does not know of it.
 """
 
 import functools
