@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from aecore._base.trainable import Trainable
 from aecore.checkpoint import LoadedModel
-from aecore.data.manifest import Dataset
+from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 
 

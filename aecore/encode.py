@@ -18,7 +18,8 @@ import torch
 
 from aecore.checkpoint import LoadedModel, load_model
 from aecore.compatible import require_fit, require_labels
-from aecore.data.manifest import Dataset, ShardRef, open_dataset
+from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.manifest import ShardRef
 from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, RunFailed

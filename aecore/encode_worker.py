@@ -26,9 +26,10 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore.beside import in_order
 from aecore.checkpoint import LoadedModel, load_model
+from aecore.data.dataset import open_dataset
 from aecore.data.decode import decoder_version
 from aecore.data.loader import InputSpec, Loader, ShardBatch
-from aecore.data.manifest import ShardRef, open_dataset
+from aecore.data.manifest import ShardRef
 from aecore.data.transform import preprocessing_sha256
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, DataError

@@ -12,8 +12,8 @@ from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint import LoadedModel, load_model, newest_checkpoint, read_checkpoint
 from aecore.compatible import require_labels
 from aecore.data.bags import BagLoader
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.pairs import PairSpec
 from aecore.data.stream import StreamLoader, open_stream

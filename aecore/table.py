@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from aecore.errors import DataError, did_you_mean
 from aecore.generations import newest_number
 from aecore.kinds import other_kind
-from aecore.slices import Slice
 from aecore.store import Store, open_store
 from aecore.table_files import PartFiles
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -32,8 +31,6 @@ from aecore.table_write import Column, fixed_size_list, numpy_view, part_metadat
 
 if TYPE_CHECKING:
     import torch
-
-    from aecore.table_verify import TableReport
 
 
 class LatentTable:
@@ -178,12 +175,6 @@ class LatentTable:
                 }
                 return {**where, "shard": shard, **self.manifest.lineage, "produced_by": part_metadata(footer.schema.to_arrow_schema())}
         raise DataError(f"table {self.url} has no row with the key {key!r}: it may be in quarantine/, or not in the dataset")
-
-    def verify(self, *, read_data: bool = False, dataset: str | None = None, only: Slice | None = None) -> "TableReport":
-        """Check the table against its manifest; DataError that lists what is wrong. See `aecore.table_verify`."""
-        from aecore.table_verify import verify_table
-
-        return verify_table(self, read_data=read_data, dataset_url=dataset, only=only)
 
 
 def _may_hold(footer: pq.FileMetaData, key: str) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aecore.data.manifest import Dataset, ShardRef, open_dataset
+from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
 from aecore.generations import newest_number
 from aecore.slices import Slice

@@ -38,8 +38,8 @@ from aecore.checkpoint import (
     same_as_published,
     write_checkpoint,
 )
+from aecore.data.dataset import Dataset
 from aecore.data.loader import Loader
-from aecore.data.manifest import Dataset
 from aecore.data.stream import StreamLoader
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError, DataError

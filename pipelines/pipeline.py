@@ -57,7 +57,7 @@ def stages(recipe: Recipe) -> list[str]:
 
 def run_stages(recipe: Recipe, run: RunStage) -> Tree:
     """Run all stages of a pipeline with `run(name, recipe of the stage)`; evaluate where the dataset has the split. Summaries by name."""
-    from aecore.data.manifest import open_dataset
+    from aecore.data.dataset import open_dataset
 
     summaries: Tree = {}
     last, missing = stage(recipe, "evaluate"), None

@@ -12,7 +12,8 @@ def plan_pipeline(recipe: Recipe) -> Tree:
     Sharding is planned always, training where the dataset is, encoding where the run has ended: both for the dataset as it is now, what
     an append adds is counted under `shard` alone.
     """
-    from aecore.data.manifest import STEM, open_dataset
+    from aecore.data.dataset import open_dataset
+    from aecore.data.manifest import STEM
     from aecore.generations import newest_number
     from aecore.run import finished_run
 

@@ -37,7 +37,7 @@ def show(url: str) -> Tree:
 
 
 def _dataset(store: Store) -> Tree:
-    from aecore.data.manifest import open_dataset
+    from aecore.data.dataset import open_dataset
     from pipelines.steps import dataset_summary
 
     dataset = open_dataset(store.url)
@@ -117,7 +117,7 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
     if dataset is not None:
         _require_comparable(store, kind, dataset)
     if kind == "dataset":
-        from aecore.data.manifest import open_dataset
+        from aecore.data.dataset import open_dataset
         from aecore.data.verify import verify_dataset
 
         checked = verify_dataset(open_dataset(store.url), read_data=read_data, only=only)
@@ -128,8 +128,9 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
         return {"kind": kind, "url": store.url, "read_data": facts.pop("data_read"), **facts}
     if kind == "table":
         from aecore.table import open_table
+        from aecore.table_verify import verify_table
 
-        facts = open_table(store.url).verify(read_data=read_data, dataset=dataset, only=only).to_dict()
+        facts = verify_table(open_table(store.url), read_data=read_data, dataset_url=dataset, only=only).to_dict()
         return {"kind": kind, "url": facts.pop("url"), "rows": facts.pop("num_rows"), **facts}
     if kind == "run":
         return {"kind": kind, "url": store.url, **_verify_run(store)}
@@ -146,7 +147,7 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
 
 def _require_comparable(store: Store, kind: str, dataset: str) -> None:
     """Refuse a dataset that nothing would be compared with, or that is not there, before anything is read."""
-    from aecore.data.manifest import open_dataset
+    from aecore.data.dataset import open_dataset
 
     if kind in ("dataset", "run") or (kind == "root" and not open_store(f"{store.url}/table").list()):
         raise ConfigError(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,21 @@ def test_imports_in_aecore_point_down() -> None:
     ours = [i for i in imports("aecore") if root(i.target) == "aecore" and i.module != "aecore"]
     assert ours, "no imports found: is the package where this test looks?"
     assert not [str(i) for i in ours if layer(i.target) not in MAY_IMPORT[layer(i.module)]]
+
+
+@pytest.mark.parametrize("package", ["aecore", "pipelines"])
+def test_no_module_imports_itself_through_others_not_even_inside_a_function(package: str) -> None:
+    known = {name for name, _ in modules(package)}
+    arrows: dict[str, set[str]] = {name: set() for name in known}
+    for found in imports(package):
+        target = found.target if found.target in known else found.target.rpartition(".")[0]
+        if target in known and target not in (package, found.module):
+            arrows[found.module].add(target)
+    assert any(arrows.values()), "no imports found: is the package where this test looks?"
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
 def test_optional_and_slow_packages_are_imported_inside_functions_of_aecore() -> None:

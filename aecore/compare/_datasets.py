@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 
 from aecore.compare._fields import differing
 from aecore.compare._join import SHOWN, Keys, by_ranges, keys_of
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.index import read_table
-from aecore.data.manifest import Dataset, DatasetManifest, ShardRef, open_dataset
+from aecore.data.manifest import DatasetManifest, ShardRef
 
 COLUMNS = ("key", "sha256", "label_name")
 

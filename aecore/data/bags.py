@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import torch
 
 from aecore._base.batch import Batch
+from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec
-from aecore.data.manifest import Dataset
 from aecore.data.order import EpochOrder, Int64s, TrainingOrder, locate
 from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows

@@ -15,8 +15,9 @@ import pyarrow as pa
 import torch
 
 from aecore._base.batch import Batch
+from aecore.data.dataset import Dataset
 from aecore.data.decode import DecodeError, Pixels
-from aecore.data.manifest import Dataset, ShardRef
+from aecore.data.manifest import ShardRef
 from aecore.data.order import EpochOrder, Int64s, StepRows, TrainingOrder, locate
 from aecore.data.pairs import PairSpec, Partners, find_partners
 from aecore.data.prefetch import prefetched

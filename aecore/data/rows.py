@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.dataset import Dataset
 from aecore.data.decode import DecodeError, Decoder, DecoderName, Pixels, SampleFormat
-from aecore.data.manifest import Dataset
 from aecore.data.members import Members
 from aecore.data.ragged import SequenceDecoder
-from aecore.data.shard import ShardReader
+from aecore.data.shard_reader import ShardReader
 from aecore.errors import ConfigError, DataError
 
 Int64s = NDArray[np.int64]

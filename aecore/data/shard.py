@@ -19,7 +19,6 @@ import pyarrow as pa
 
 from aecore.data.index import content_sha256, read_table, table_bytes
 from aecore.data.pack import Pack
-from aecore.data.shard_reader import ShardReader
 from aecore.data.tasks import ShardTask
 from aecore.errors import ConfigError
 from aecore.fanout import Commit
@@ -28,8 +27,6 @@ from aecore.store import AlreadyExists, FileRef, Store
 
 if TYPE_CHECKING:
     from aecore.data.sources import Source
-
-__all__ = ["ShardReader", "pack_shard", "place_of", "put_table", "record_shard", "require_of_task"]
 
 _log = logging.getLogger(__name__)
 

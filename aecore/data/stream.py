@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from aecore._base.batch import Batch
+from aecore.data.dataset import Dataset
 from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.foreign import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
 from aecore.data.image import BadSample
 from aecore.data.loader import InputSpec
-from aecore.data.manifest import Dataset, DatasetManifest, SampleInfo, ShardRef, content_sha256
+from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_sha256
 from aecore.data.names import split_of
 from aecore.data.order import TrainingOrder
 from aecore.data.prefetch import prefetched

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from aecore.data.dataset import Dataset, read_listings
 from aecore.data.index import read_table
-from aecore.data.manifest import Dataset, RejectedPart, ShardRef, content_sha256, read_listings, read_manifest
+from aecore.data.manifest import RejectedPart, ShardRef, content_sha256, read_manifest
 from aecore.errors import DataError
 from aecore.slices import Slice
 from aecore.store import FileRef, Store

@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.decode import Decoder, SampleFormat
 from aecore.data.image import BadSample, image_header
-from aecore.data.manifest import Dataset, ShardRef, open_dataset
+from aecore.data.manifest import ShardRef
 from aecore.data.record import IMAGE_EXTENSIONS, array_header, require_allowed
 from aecore.errors import DataError
 

@@ -17,8 +17,8 @@ from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.checkpoint import LoadedModel, load_model
 from aecore.compatible import require_fit, require_labels
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate._scores import Scores, require_scorable, scores_of

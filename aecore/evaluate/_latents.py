@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
 from aecore.checkpoint import LoadedModel
+from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset
 from aecore.data.transform import Transform
 from aecore.errors import DataError
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aecore.checkpoint import LoadedModel
-from aecore.data.manifest import Dataset
+from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 from aecore.evaluate._disentanglement import NUM_BINS, dci, factor_vae_score, mig, require_scikit_learn
 from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, drawn, factors_of, labelled

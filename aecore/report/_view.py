@@ -9,8 +9,8 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore.checkpoint import LoadedModel
+from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec

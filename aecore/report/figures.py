@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aecore.checkpoint import LoadedModel
-from aecore.data.manifest import Dataset
+from aecore.data.dataset import Dataset
 from aecore.evaluate import EvaluateSpec, opened
 from aecore.generations import read_json, require_same
 from aecore.report import _maps, _panels, require_matplotlib

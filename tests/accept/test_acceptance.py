@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from aecore.checkpoint import committed_checkpoints
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import Loader
-from aecore.data.manifest import open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
 from aecore.errors import DataError

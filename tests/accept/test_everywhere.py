@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aecore.data.manifest import open_dataset
+from aecore.data.dataset import open_dataset
 from aecore.errors import DataError
 from aecore.store import open_store
 from aecore.table import open_table

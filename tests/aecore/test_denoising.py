@@ -143,8 +143,8 @@ def test_any_number_of_ranks_sees_the_same_noise(data: str, tmp_path, noise: str
 def test_it_learns_to_remove_noise(data: str, tmp_path) -> None:
     """After the same training it reconstructs noisy images better than an autoencoder that has seen clean ones only."""
     from aecore.checkpoint import load_model
+    from aecore.data.dataset import open_dataset
     from aecore.data.loader import Loader
-    from aecore.data.manifest import open_dataset
     from aecore.data.transform import Transform, TransformSpec
     from aecore.vanilla import AESpec
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from aecore.checkpoint import load_model
-from aecore.data.manifest import open_dataset
+from aecore.data.dataset import open_dataset
 from aecore.encode import EncodePlan, EncodeSpec, EncodeWorker, _lanes, encode_dataset, plan_encoding
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.fanout import serial
@@ -29,6 +29,7 @@ from aecore.noise import seed_of, step_noise
 from aecore.registry import from_dict
 from aecore.store import FAULT_STAGES, open_store
 from aecore.table import open_table
+from aecore.table_verify import verify_table
 from aecore.table_write import RefusedRow, commit_quarantine, fixed_size_list, numpy_view, part_metadata
 from tests.aecore.encoding import (
     DIM,
@@ -145,7 +146,7 @@ def test_ranges_of_a_shard_hold_the_same_bits_as_the_whole(tmp_path: Path, data:
     assert ranges.keys.to_pylist() == whole.keys.to_pylist()
     for name in ("mu", "log_var", "z"):
         assert np.array_equal(ranges.numpy(name), whole.numpy(name)), name
-    ranges.verify(read_data=True, dataset=data)
+    verify_table(ranges, read_data=True, dataset_url=data)
 
 
 def test_nothing_new_changes_nothing(tmp_path: Path, data: str, run: str) -> None:
@@ -170,7 +171,7 @@ def test_an_append_encodes_the_new_shards_only(tmp_path: Path, run: str) -> None
     after = tree(tmp_path / "table")
     assert {name: after[name] for name in before} == before
     assert [shard.stem for shard in open_dataset(data).manifest.shards] == [part.shard for part in new.parts]
-    new.verify(read_data=True, dataset=data)
+    verify_table(new, read_data=True, dataset_url=data)
     assert open_table(str(tmp_path / "table"), number=1).keys.to_pylist() == old.keys.to_pylist()
 
 
@@ -233,7 +234,7 @@ def test_rows_that_do_not_decode_are_quarantined_and_accounted_for(tmp_path: Pat
     index = open_dataset(data).reader(open_dataset(data).manifest.shards[0]).index
     bytes_sha256 = dict(zip(index["key"].to_pylist(), index["sha256"].to_pylist(), strict=True))
     assert refused["sha256"].to_pylist() == [bytes_sha256[key] for key in refused["key"].to_pylist()]
-    report = table.verify(read_data=True, dataset=data)
+    report = verify_table(table, read_data=True, dataset_url=data)
     assert report.num_rows + report.quarantined == open_dataset(data).manifest.num_samples()
 
 
@@ -249,7 +250,7 @@ def test_latents_beyond_float16_are_quarantined_not_written_as_infinity(tmp_path
     assert 40 < table.num_rows < 80
     assert np.isfinite(table.numpy("mu")).all()
     assert table.numpy("mu").dtype == np.float16
-    table.verify(read_data=True, dataset=data)
+    verify_table(table, read_data=True, dataset_url=data)
 
 
 def test_a_model_without_a_finite_latent_makes_no_table(tmp_path: Path, data: str) -> None:
@@ -274,7 +275,7 @@ def test_a_damaged_shard_fails_its_part_and_keeps_the_others(tmp_path: Path, run
     made: list[str] = []
     table = encode(run, data, tmp_path / "table", on_part=lambda record, done, total: made.append(record.part))
     assert made == ["train-000001"]
-    table.verify(read_data=True, dataset=data)
+    verify_table(table, read_data=True, dataset_url=data)
 
 
 def test_sampled_latents_follow_from_seed_shard_and_batch(tmp_path: Path, data: str, run: str) -> None:
@@ -347,7 +348,7 @@ def test_a_part_of_other_floats_from_a_lost_attempt_is_taken_as_it_is(tmp_path: 
     assert (tmp_path / "second" / name).read_bytes() == left
     assert (second.numpy("mu")[:3] > table.numpy("mu")[:3]).all()
     assert second.parts[0].file.bytes == len(left)
-    second.verify(read_data=True, dataset=data)
+    verify_table(second, read_data=True, dataset_url=data)
 
 
 def test_a_part_name_taken_by_other_rows_is_refused(tmp_path: Path, data: str, run: str) -> None:
@@ -425,7 +426,7 @@ def test_parts_of_another_dataset_from_a_killed_attempt_are_refused(tmp_path: Pa
         with pytest.raises(ConfigError, match=f"parts of another dataset.* train-000000 (.*){there}(.*){ours}(.*)write to another URL"):
             encode_dataset(run, other, str(tmp_path / "table"), EncodeSpec(batch=16), dry_run=dry_run)
     assert tree(tmp_path / "table") == before
-    encode(run, data, tmp_path / "table").verify(read_data=True, dataset=data)
+    verify_table(encode(run, data, tmp_path / "table"), read_data=True, dataset_url=data)
 
 
 def test_an_append_of_another_dataset_with_the_same_first_shards_is_refused(tmp_path: Path, run: str) -> None:
@@ -441,7 +442,7 @@ def test_an_append_of_another_dataset_with_the_same_first_shards_is_refused(tmp_
         encode(run, urls[1], tmp_path / "table")
     table = encode(run, urls[0], tmp_path / "table")
     assert table.num_rows > first.num_rows
-    table.verify(read_data=True, dataset=urls[0])
+    verify_table(table, read_data=True, dataset_url=urls[0])
 
 
 @pytest.mark.parametrize("field", ["split", "shard_sha256", "index_content_sha256", "row_start", "row_stop", "checkpoint_sha256"])
@@ -482,7 +483,7 @@ def test_storage_that_takes_no_more_bytes_is_a_storage_error(tmp_path: Path, dat
     with pytest.raises(StoreError, match=r"4 of 4 parts failed(.|\n)*cannot write .*/split=train/train-000000.parquet: .*File too large"):
         encode_dataset(run, data, str(tmp_path / "table"), EncodeSpec(batch=16), fan_out=limited)
     assert list((tmp_path / "table/.tmp").iterdir()) == []
-    encode(run, data, tmp_path / "table").verify(read_data=True, dataset=data)
+    verify_table(encode(run, data, tmp_path / "table"), read_data=True, dataset_url=data)
 
 
 def test_a_quarantine_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

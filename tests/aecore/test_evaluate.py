@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aecore.checkpoint import load_model
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.plan import SplitSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec

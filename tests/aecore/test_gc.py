@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import adopt_shards, shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.splits import SplitSpec
@@ -28,6 +28,7 @@ from aecore.gc import DAY_S, Report, collect_garbage
 from aecore.metrics import last_row
 from aecore.store import FAULT_STAGES, LocalStore, open_store
 from aecore.table import open_table
+from aecore.table_verify import verify_table
 from aecore.train import fit
 from tests.aecore.encoding import encode, image_folder, saved_run, tree
 from tests.aecore.training import losses, small_job
@@ -272,7 +273,7 @@ def test_a_table_killed_anywhere_ends_the_same_after_a_collection(tmp_path, faul
     found = tree(out)
     assert {name: found[name] for name in parts} == {name: expected[name] for name in parts}
     assert {name for name in found if name.startswith("data/")} == parts
-    assert open_table(str(out)).verify(read_data=True, dataset=str(data)).num_rows == 10
+    assert verify_table(open_table(str(out)), read_data=True, dataset_url=str(data)).num_rows == 10
     assert later(out).garbage == ()
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.splits import SplitSpec
@@ -21,6 +21,7 @@ from aecore.data.verify import verify_dataset
 from aecore.encode import encode_dataset
 from aecore.encoder import EncodeSpec
 from aecore.table import open_table
+from aecore.table_verify import verify_table
 from aecore.train import fit
 from tests.aecore.encoding import image_folder
 from tests.aecore.training import losses, small_job
@@ -84,7 +85,7 @@ def test_the_chain_in_a_bucket_gives_the_bytes_of_the_chain_in_a_folder(s3, imag
     assert first.num_rows + sum(batch.num_rows for batch in batches) == 149
     assert table.lineage(table.keys[5].as_py())["shard"] == there.lineage(there.keys[5].as_py())["shard"]
     assert not verify_dataset(open_dataset(f"{s3.url}/out/dataset"), read_data=True).problems
-    table.verify(read_data=True, dataset=f"{s3.url}/out/dataset")
+    verify_table(table, read_data=True, dataset_url=f"{s3.url}/out/dataset")
 
 
 def test_an_append_in_a_bucket_writes_only_what_is_new(s3, images, tmp_path):
@@ -156,7 +157,7 @@ def test_a_damaged_copy_on_this_machine_is_fetched_again_and_nobody_blames_the_b
         damage()
         assert np.array_equal(open_table(table.url).numpy("mu"), expected[1])
         damage()
-        assert open_table(table.url).verify(read_data=True).num_rows == len(expected[1])
+        assert verify_table(open_table(table.url), read_data=True).num_rows == len(expected[1])
     assert not verify_dataset(open_dataset(dataset.url), read_data=True).problems
 
 

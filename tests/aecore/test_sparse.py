@@ -11,8 +11,8 @@ from torch.distributions import Bernoulli, kl_divergence
 
 from aecore._base import Batch
 from aecore.checkpoint import load_model
+from aecore.data.dataset import open_dataset
 from aecore.data.loader import Loader
-from aecore.data.manifest import open_dataset
 from aecore.data.transform import Transform, TransformSpec
 from aecore.errors import ConfigError
 from aecore.nn.mlp import MLPSpec

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from aecore.data.manifest import open_dataset
+from aecore.data.dataset import open_dataset
 from aecore.encode import EncodeSpec
 from aecore.errors import DataError
 from aecore.store import open_store
 from aecore.table import LatentTable, open_table
 from aecore.table_manifest import TableManifest
+from aecore.table_verify import verify_table
 from aecore.table_write import commit_part, fixed_size_list, numpy_view, part_table
 from tests.aecore.encoding import DIM, encode, saved_run, sprites_dataset
 
@@ -206,28 +207,28 @@ def test_the_manifest_survives_json(table: LatentTable) -> None:
 
 
 def test_verify_counts_rows_and_quarantine_against_the_dataset(table: LatentTable, data: str) -> None:
-    report = table.verify(read_data=True, dataset=data)
+    report = verify_table(table, read_data=True, dataset_url=data)
     assert (report.num_rows, report.quarantined, report.parts) == (NUM, 0, len(table.parts))
-    assert table.verify().read_data is False
+    assert verify_table(table).read_data is False
 
 
 def test_verify_follows_the_lineage_and_says_where_it_ended(table: LatentTable, data: str) -> None:
-    report = table.verify()
+    report = verify_table(table)
     assert report.dataset == data
     assert report.checkpoint == table.manifest.lineage["checkpoint"]["url"]
     elsewhere = {**table.manifest.lineage, "dataset": {**table.manifest.lineage["dataset"], "url": "/moved/away"}}
     moved = LatentTable(table.store, dataclasses.replace(table.manifest, lineage=elsewhere))
-    assert moved.verify().dataset is None
-    assert moved.verify(dataset=data).dataset == data
+    assert verify_table(moved).dataset is None
+    assert verify_table(moved, dataset_url=data).dataset == data
 
 
 def test_verify_finds_another_checkpoint_in_the_place_of_the_first(table: LatentTable, tmp_path: Path) -> None:
     lineage = {**table.manifest.lineage, "checkpoint": {**table.manifest.lineage["checkpoint"], "url": str(tmp_path)}}
     moved = LatentTable(table.store, dataclasses.replace(table.manifest, lineage=lineage))
-    assert moved.verify().checkpoint is None
+    assert verify_table(moved).checkpoint is None
     (tmp_path / "checkpoint.json").write_text("{}")
     with pytest.raises(DataError, match="is another checkpoint"):
-        moved.verify()
+        verify_table(moved)
 
 
 def changed_lineage(table: LatentTable, name: str, **fields: Any) -> LatentTable:
@@ -245,13 +246,13 @@ def test_verify_finds_a_lineage_that_is_not_that_of_the_rows(table: LatentTable)
     }
     for problem, changed in cases.items():
         with pytest.raises(DataError, match=problem):
-            changed.verify()
+            verify_table(changed)
 
 
 def test_verify_finds_another_dataset_in_the_place_of_the_first(table: LatentTable, tmp_path: Path) -> None:
     other = sprites_dataset(tmp_path / "other", NUM // 2)
     with pytest.raises(DataError, match="has dataset_sha256 "):
-        table.verify(dataset=other)
+        verify_table(table, dataset_url=other)
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(own_table: LatentTable) -> None:
@@ -297,9 +298,9 @@ def test_every_flipped_bit_is_found(own_table: LatentTable) -> None:
         bad[place] ^= 1 << int(generator.integers(8))
         path.write_bytes(bad)
         with pytest.raises(DataError):
-            own_table.verify(read_data=True)
+            verify_table(own_table, read_data=True)
     path.write_bytes(good)
-    own_table.verify(read_data=True)
+    verify_table(own_table, read_data=True)
 
 
 def test_a_flipped_bit_in_a_page_raises_where_it_is_read(tmp_path: Path, data: str, run: str) -> None:
@@ -323,7 +324,7 @@ def test_missing_and_truncated_parts_are_found_without_reading_data(own_table: L
     path_of(own_table, 0).write_bytes(data[:-10])
     path_of(own_table, 1).unlink()
     with pytest.raises(DataError, match=r"2 problems:(.|\n)*truncated(.|\n)*is missing"):
-        own_table.verify()
+        verify_table(own_table)
 
 
 def test_verify_finds_rows_that_the_manifest_does_not_account_for(own_table: LatentTable, data: str) -> None:
@@ -344,7 +345,7 @@ def test_verify_finds_rows_that_the_manifest_does_not_account_for(own_table: Lat
     }
     for problem, table in cases.items():
         with pytest.raises(DataError, match=problem):
-            table.verify(read_data=True, dataset=data)
+            verify_table(table, read_data=True, dataset_url=data)
 
 
 def test_verify_finds_a_key_that_stands_twice(own_table: LatentTable) -> None:
@@ -355,7 +356,7 @@ def test_verify_finds_a_key_that_stands_twice(own_table: LatentTable) -> None:
     file, _ = commit_part(own_table.store, "data/split=train/doubled.parquet", doubled, compression="none")
     parts = (first, dataclasses.replace(second, file=file), *own_table.parts[2:])
     with pytest.raises(DataError, match="1 rows have a key that another row has too"):
-        LatentTable(own_table.store, dataclasses.replace(own_table.manifest, parts=parts)).verify(read_data=True)
+        verify_table(LatentTable(own_table.store, dataclasses.replace(own_table.manifest, parts=parts)), read_data=True)
 
 
 def test_a_metadata_column_with_the_name_of_ours_is_refused() -> None:

@@ -17,8 +17,8 @@ import torch
 
 from aecore import train
 from aecore.checkpoint import committed_checkpoints, load_model, verify_checkpoint
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec

@@ -91,8 +91,8 @@ def test_a_run_learns_and_is_encoded_one_row_per_instance_with_its_bag(data, tmp
 
 
 def test_samples_without_bags_are_trained_on_one_by_one(tmp_path, data):
+    from aecore.data.dataset import open_dataset
     from aecore.data.job import shard_dataset
-    from aecore.data.manifest import open_dataset
     from aecore.data.sources.arrays import ArraysSpec
 
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32))

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore.checkpoint import load_model, publish_model, write_checkpoint
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec
 from aecore.data.transform import Transform, TransformSpec

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
 from tests.benchmarks.pairs import HEADER, compare

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from aecore.checkpoint import publish_model, write_checkpoint
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec

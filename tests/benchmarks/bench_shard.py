@@ -20,8 +20,8 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tar import BLOCK
 from aecore.data.tasks import ShardSpec

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from aecore.data.arrayfile import stem_of
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import open_dataset
 from aecore.data.record import array_header, image_header
 from aecore.data.sources import Listing
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec

@@ -7,8 +7,9 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from aecore.data import as_webdataset
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import STEM, Dataset, open_dataset
+from aecore.data.manifest import STEM
 from aecore.data.plan import SplitSpec
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.data.tasks import ShardSpec

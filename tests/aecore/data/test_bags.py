@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecore.data.bags import BagLoader, Bags
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec
-from aecore.data.manifest import Dataset, DatasetManifest, open_dataset
+from aecore.data.manifest import DatasetManifest
 from aecore.data.order import TrainingOrder
 from aecore.data.rows import SplitRows
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pytest
 
 from aecore.data import as_webdataset
+from aecore.data.dataset import open_dataset
 from aecore.data.foreign import ForeignTars, TarFile
 from aecore.data.index import MEMBERS
 from aecore.data.job import adopt_shards, shard_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import DatasetManifest, open_dataset
+from aecore.data.manifest import DatasetManifest
 from aecore.data.names import expand_braces, split_of
 from aecore.data.sources import Listing
 from aecore.data.sources.folder import FolderSpec

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aecore.data.dataset import open_dataset, read_listings
 from aecore.data.job import ShardWorker, shard_dataset
-from aecore.data.manifest import open_dataset, read_listings
 from aecore.data.plan import PlanSummary
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec

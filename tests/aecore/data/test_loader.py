@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from aecore.data import rows as rows_module
+from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.prefetch import prefetched
 from aecore.errors import ConfigError, DataError

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from aecore.data.manifest import DatasetManifest, open_dataset, read_listings, read_manifest, tensor_shape
+from aecore.data.dataset import open_dataset, read_listings
+from aecore.data.manifest import DatasetManifest, read_manifest, tensor_shape
 from aecore.data.manifest_build import next_manifest
 from aecore.errors import DataError
 from aecore.generations import PartRecord, claim_generation, commit_manifest

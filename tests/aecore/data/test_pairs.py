@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import Dataset, open_dataset
 from aecore.data.order import TrainingOrder
 from aecore.data.pairs import Draws, FactorPartners, LabelPartners, PairSpec
 from aecore.data.plan import SplitSpec

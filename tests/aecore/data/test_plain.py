@@ -15,8 +15,9 @@ from PIL import Image
 
 from aecore import native
 from aecore.data import pack, plain
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import DatasetManifest, open_dataset
+from aecore.data.manifest import DatasetManifest
 from aecore.data.pack import Pack
 from aecore.data.plan import plan_dataset
 from aecore.data.sources.folder import FolderSpec

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import adopt_shards, shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.stream import open_stream

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec

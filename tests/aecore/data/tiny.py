@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from aecore.data.manifest import Dataset
+from aecore.data.dataset import Dataset
 from aecore.data.manifest_build import next_manifest
 from aecore.data.shard import pack_shard
 from aecore.data.sources import Listing

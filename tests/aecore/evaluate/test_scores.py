@@ -11,9 +11,9 @@ import torch
 
 from aecore._base.batch import Batch
 from aecore.checkpoint import load_model
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
 from aecore.data.loader import Loader
-from aecore.data.manifest import open_dataset
 from aecore.data.plan import SplitSpec
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.sprites import SpritesSpec

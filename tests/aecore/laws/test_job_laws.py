@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aecore.data.manifest import open_dataset
+from aecore.data.dataset import open_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.ranks import Rank
 from aecore.registry import BACKBONES, MODELS
 from aecore.run import TrainJob, require_trainable
 from aecore.table import open_table
+from aecore.table_verify import verify_table
 from aecore.train import fit
 from pipelines import steps
 from pipelines.config import load_recipe
@@ -123,7 +124,7 @@ def test_every_kind_becomes_a_table_and_is_scored(trained: dict[str, Trained], k
     made = steps.encode(load_recipe(None, [*places, f"out={tmp_path}/table", "encode.reconstruction=true", "encode.batch=8"]))
     assert set(MODELS.spec_type(kind)().columns) <= set(made["columns"])
     table = open_table(f"{tmp_path}/table")
-    table.verify(read_data=True, dataset=run.data)
+    verify_table(table, read_data=True, dataset_url=run.data)
     assert table.num_rows == open_dataset(run.data).manifest.num_samples("train")
     scored = steps.evaluate(load_recipe(None, [*places, "evaluate.split=train"]))
     assert np.isfinite(scored["mse"])

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
 from aecore.checkpoint import LoadedModel, load_model
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.plan import SplitSpec
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.data.tasks import ShardSpec

@@ -1,0 +1,84 @@
+"""An opened dataset: its store, the generation that is read, and the readers of its shards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, tar_store
+from aecore.errors import DataError
+from aecore.generations import newest_number
+from aecore.kinds import other_kind
+from aecore.store import Store, open_store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from aecore.data.shard_reader import ShardReader
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """An opened data set: where it is, and the generation that is read."""
+
+    store: Store
+    manifest: DatasetManifest
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def tars(self, shard: ShardRef) -> Store:
+        """Return the store in which the tar of a shard of this manifest lies."""
+        return tar_store(self.store, shard)
+
+    def prefetch(self, shards: Sequence[ShardRef]) -> None:
+        """Begin to bring these shards near, index and tar, in this order, in the background."""
+        self.store.prefetch([ref for shard in shards for ref in ([shard.index, shard.tar] if shard.home is None else [shard.index])])
+        for home in dict.fromkeys(shard.home for shard in shards if shard.home is not None):
+            adopted = [shard for shard in shards if shard.home == home]
+            self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
+
+    def reader(self, shard: ShardRef) -> "ShardReader":
+        """Return the strict reader of one shard of this manifest."""
+        from aecore.data.shard_reader import ShardReader  # only where shards are read: `aepipe show` needs none
+
+        return ShardReader(self.store, shard)
+
+
+def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
+    """Return key, source and source bytes of every sample that was ever planned, quarantined ones too; verified."""
+    import pyarrow as pa  # only where tables are read: `aepipe show` needs none
+
+    from aecore.data.index import read_table
+
+    return pa.concat_tables([read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}") for ref in manifest.listings])
+
+
+def open_dataset(url: str, number: int | None = None) -> Dataset:
+    """Open the newest generation of the data set at `url`, or generation `number`; reads the manifest and nothing else.
+
+    Raises
+    ------
+    DataError
+        If there is no manifest (it says whether an unfinished run is there), or not that one.
+    """
+    store = open_store(url)
+    newest = newest_number(store, STEM)
+    if newest is None:
+        raise DataError(_nothing_here(store))
+    if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
+        raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
+    return Dataset(store, read_manifest(store, newest if number is None else number))
+
+
+def _nothing_here(store: Store) -> str:
+    other = other_kind(store, "dataset")
+    if other is not None:
+        return other
+    if newest_number(store, "run") is None:
+        return (
+            f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address; other people's tars "
+            "need `aepipe adopt`, or are read without an index with input.reader=webdataset"
+        )
+    parts = sum(name.endswith(".json") for name in store.list("records"))
+    return f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"
