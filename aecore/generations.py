@@ -9,10 +9,12 @@ run again. Claims are numbered on their own (a dead claim leaves a gap); part na
 """
 
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aecore.errors import ConfigError, DataError, RunFailed
@@ -111,16 +113,44 @@ def require_kind(store: Store, kind: str, names: Sequence[str] | None = None) ->
         raise ConfigError(f"{store.url} holds a {there}, not a {kind}: write the {kind} to another URL")
 
 
+def put_or_adopt(
+    store: Store, name: str, content: bytes | Path, *, role: str, accepts: Callable[[FileRef, bytes], bool]
+) -> tuple[FileRef, bytes | None]:
+    """Commit `content` (bytes, or a file made with `store.stage`) as `name`, or adopt what another attempt committed under that name.
+
+    Parameters
+    ----------
+    accepts
+        Asked only if the name holds other bytes: are these (reference, bytes) as good as ours? It may also raise.
+
+    Returns
+    -------
+    The reference of the committed file, and its bytes where they are another attempt's (None: ours, or equal to ours).
+
+    Raises
+    ------
+    AlreadyExists
+        The name holds bytes that are not accepted; nothing is overwritten.
+    """
+    try:
+        if isinstance(content, Path):
+            return store.put_staged(name, content, role=role), None
+        return store.put(name, content, role=role), None
+    except AlreadyExists:
+        data = store.read(name)
+        there = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+        if not accepts(there, data):
+            raise
+        return there, data
+
+
 def write_record(store: Store, record: PartRecord) -> PartRecord:
     """Commit one part; if another attempt was first, return ITS record (same part, so the caller's files equal its files)."""
     data = {"format": FORMAT_VERSION, **dataclasses.asdict(record)}
-    try:
-        store.put(f"records/{record.part}.json", canonical_json(data), role="record")
-        return record
-    except AlreadyExists:
-        known = read_record(store, record.part)
-        assert known is not None
-        return known
+    _, first = put_or_adopt(store, f"records/{record.part}.json", canonical_json(data), role="record", accepts=lambda ref, there: True)
+    known = record if first is None else read_record(store, record.part)
+    assert known is not None
+    return known
 
 
 def recorded_parts(store: Store) -> frozenset[str]:

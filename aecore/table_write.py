@@ -7,7 +7,6 @@ part there is the same one (metadata, columns, keys, checksums) and records that
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.errors import DataError, StoreError, disk_remedy
-from aecore.store import AlreadyExists, FileRef, Store
+from aecore.generations import put_or_adopt
+from aecore.store import FileRef, Store
 
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
@@ -112,15 +112,12 @@ def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compre
                 write_page_checksum=True,
                 row_group_size=max(1, len(table)),
             )
-        try:
-            return store.put_staged(name, path, role="part"), part_metadata(table.schema)
-        except AlreadyExists:
-            return _adopt(store, name, table)
+        ref, adopted = put_or_adopt(store, name, path, role="part", accepts=lambda there, _: _require_same_part(store, there, table))
+    return ref, part_metadata(table.schema if adopted is None else read_part(store, ref, ["key"]).schema)
 
 
-def _adopt(store: Store, name: str, table: pa.Table) -> tuple[FileRef, dict[str, str]]:
-    data = store.read(name)
-    ref = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+def _require_same_part(store: Store, ref: FileRef, table: pa.Table) -> bool:
+    """Return True if the committed `ref` is the part that `table` is, but for who computed it; else DataError."""
     there = read_part(store, ref)
     ours, theirs = part_metadata(table.schema), part_metadata(there.schema)
     differing = [key for key in sorted({*ours, *theirs}) if key not in PRODUCER and ours.get(key) != theirs.get(key)]
@@ -130,10 +127,10 @@ def _adopt(store: Store, name: str, table: pa.Table) -> tuple[FileRef, dict[str,
         differing.append("keys")
     if differing:
         raise DataError(
-            f"{store.url}/{name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten; "
+            f"{store.url}/{ref.name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten; "
             "write to another URL"
         )
-    return ref, theirs
+    return True
 
 
 def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refused: Sequence[RefusedRow]) -> FileRef | None:
@@ -148,14 +145,8 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(table, path, compression="none", write_page_checksum=True)
-        try:
-            return store.put_staged(name, path, role="quarantine")
-        except AlreadyExists:  # of an earlier attempt, by another version of Parquet: the same rows count
-            data = store.read(name)
-            ref = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
-            if not read_part(store, ref).equals(table):
-                raise
-            return ref
+        # of an earlier attempt, by another version of Parquet: the same rows count
+        return put_or_adopt(store, name, path, role="quarantine", accepts=lambda there, _: bool(read_part(store, there).equals(table)))[0]
 
 
 def part_metadata(schema: pa.Schema) -> dict[str, str]:

@@ -7,7 +7,6 @@ a sample that is there already, in a shard or in quarantine, is never written ag
 
 import dataclasses
 import functools
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from aecore.data.splits import SplitSpec, resolve_splits
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import DataError
 from aecore.fanout import Commit, FanOut, OnPart, collect, serial
-from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, require_same
+from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, put_or_adopt, require_same
 from aecore.registry import SOURCES, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store
 
@@ -195,10 +194,9 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
 def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
     """Commit keys, sources and source sizes of the planned samples: what the next append compares with."""
     name = f"listings/{claim:06d}.parquet"
-    if store.size(name) is not None:  # our earlier attempt; the claim stands for the same rows, Parquet's bytes may differ
-        data = store.read(name)
-        return FileRef(name, len(data), hashlib.sha256(data).hexdigest())
-    return store.put(name, table_bytes(listing_table(listing), {"claim": claim}), role="listing")
+    content = table_bytes(listing_table(listing), {"claim": claim})
+    # an earlier attempt's is as good: the claim stands for the same rows, Parquet's bytes may differ
+    return put_or_adopt(store, name, content, role="listing", accepts=lambda there, data: True)[0]
 
 
 def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:

@@ -7,7 +7,6 @@ and no index, only the quarantine and a record of 0 rows.
 
 import contextlib
 import functools
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -22,8 +21,8 @@ from aecore.data.pack import Pack
 from aecore.data.tasks import ShardTask
 from aecore.errors import ConfigError
 from aecore.fanout import Commit
-from aecore.generations import PartRecord, read_record, write_record
-from aecore.store import AlreadyExists, FileRef, Store
+from aecore.generations import PartRecord, put_or_adopt, read_record, write_record
+from aecore.store import FileRef, Store
 
 if TYPE_CHECKING:
     from aecore.data.sources import Source
@@ -104,10 +103,8 @@ def _put_shard(store: Store, pack: Pack, staged: Path) -> tuple[list[FileRef], d
 
 def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
     """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is taken as it is."""
-    try:
-        return store.put(name, table_bytes(table, metadata), role=role)
-    except AlreadyExists:
-        data = store.read(name)
-        if content_sha256(read_table(data, f"{store.url}/{name}")) != content_sha256(table):
-            raise
-        return FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+
+    def has_the_same_rows(there: FileRef, data: bytes) -> bool:
+        return content_sha256(read_table(data, f"{store.url}/{there.name}")) == content_sha256(table)
+
+    return put_or_adopt(store, name, table_bytes(table, metadata), role=role, accepts=has_the_same_rows)[0]

@@ -10,12 +10,13 @@ from aecore.generations import (
     commit_manifest,
     newest_number,
     part_stem,
+    put_or_adopt,
     read_newest,
     read_record,
     require_same,
     write_record,
 )
-from aecore.store import open_store
+from aecore.store import AlreadyExists, open_store
 
 
 def test_the_same_identity_continues_its_claim_and_another_takes_the_next_number(tmp_path):
@@ -86,6 +87,26 @@ def test_a_record_comes_back_as_written_and_another_attempts_record_wins(tmp_pat
     assert read_record(store, "p") == record
     late = PartRecord("p", (file,), 3, 1, {"split": "train"}, {"write_s": 9.0})
     assert write_record(store, late) == record
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_bytes_of_another_attempt_are_adopted_where_they_are_accepted_and_never_overwritten(tmp_path, staged):
+    store, path = open_store(tmp_path), tmp_path / "data/p.bin"
+
+    def put(content, accepts):
+        if not staged:
+            return put_or_adopt(store, "data/p.bin", content, role="part", accepts=accepts)
+        with store.stage() as file:
+            file.write_bytes(content)
+            return put_or_adopt(store, "data/p.bin", file, role="part", accepts=accepts)
+
+    first, adopted = put(b"abc", lambda there, data: pytest.fail("nothing is there yet"))
+    assert adopted is None and path.read_bytes() == b"abc"
+    assert put(b"abc", lambda there, data: pytest.fail("equal bytes are ours")) == (first, None)
+    assert put(b"xyz", lambda there, data: (there, data) == (first, b"abc")) == (first, b"abc")
+    with pytest.raises(AlreadyExists, match="exists with other content"):
+        put(b"xyz", lambda there, data: False)
+    assert path.read_bytes() == b"abc"
 
 
 def test_a_record_whose_file_is_gone_is_an_error_not_a_silent_rewrite(tmp_path):
