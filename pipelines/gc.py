@@ -3,8 +3,8 @@
 import re
 
 from aecore.errors import ConfigError
+from aecore.kinds import detect_artifact
 from aecore.store import open_store
-from pipelines.show import STAGE_FOLDERS
 from pipelines.tree import Tree
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -24,14 +24,13 @@ def gc(url: str, *, older_than: str = "1d", unfinished: bool = False, dry_run: b
 
     limit_s = seconds_of(older_than)
     store = open_store(url)
-    found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
-    claimed = any(name.endswith(".json") for name in store.list())
-    if not found or claimed:
+    found = detect_artifact(store)
+    if found is None or not found.stages:
         return collect_garbage(store.url, older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run).to_dict()
     stages = {}
-    for name in found:
+    for name in found.stages:
         report = collect_garbage(f"{store.url}/{name}", older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run)
         stages[name] = report.to_dict()
     total = {key: sum(stage[key] for stage in stages.values()) for key in ("files", "bytes")}
-    not_ours = [name for name in store.list() if name not in STAGE_FOLDERS]
+    not_ours = [name for name in store.list() if name not in found.stages]
     return {"kind": "root", "url": store.url, **total, "not_ours": not_ours, "dry_run": dry_run, "stages": stages}

@@ -1,39 +1,35 @@
-"""What lies at a URL, and whether it is whole: a dataset, a run, a latent table, or a root that holds all three. Reads only."""
+"""What is located at a URL, and whether it is whole: any kind of artefact, or a root that holds several. Reads only."""
 
 import dataclasses
+import json
 
 from aecore.errors import ConfigError, DataError
-from aecore.generations import newest_number, read_json
-from aecore.kinds import generated_here
+from aecore.generations import read_json
+from aecore.kinds import Artifact, detect_artifact
 from aecore.slices import parse_slice
 from aecore.store import Store, absolute_url, open_store
 from pipelines.tree import Tree
 
-STAGE_FOLDERS = ("dataset", "run", "table")
 
-
-def kind_of(store: Store) -> str:
-    """Return dataset, table, run, unfinished, root or generated; DataError if the place holds none of our artefacts."""
-    for kind in ("dataset", "table"):
-        if newest_number(store, kind) is not None:
-            return kind
-    if store.size("run.000001.json") is not None:
-        return "run" if "model" in read_json(store, "run.000001.json")["identity"] else "unfinished"
-    if any(open_store(f"{store.url}/{name}").list() for name in STAGE_FOLDERS):
-        return "root"
-    if generated_here(store) is not None:
-        return "generated"
-    raise DataError(f"{store.url} holds no dataset, run or table: check the address; `aepipe shard`, `train` and `encode` write them")
+def located(store: Store) -> Artifact:
+    """Return what is located at a URL; DataError if it is none of our artefacts."""
+    found = detect_artifact(store)
+    if found is None:
+        raise DataError(f"{store.url} holds no dataset, run or table: check the address; `aepipe shard`, `train` and `encode` write them")
+    return found
 
 
 def show(url: str) -> Tree:
     """Return a summary of the artefact at `url` (plain JSON): manifests are read, data is not."""
     store = open_store(url)
-    kind = kind_of(store)
-    if kind == "root":
-        found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
-        return {"kind": kind, "url": store.url, **{name: show(f"{store.url}/{name}") for name in found}}
-    return {"kind": kind, "url": store.url, **_SHOW[kind](store)}
+    found = located(store)
+    if found.kind == "root":
+        return {"kind": found.kind, "url": store.url, **{name: show(f"{store.url}/{name}") for name in found.stages}}
+    if found.is_unfinished:
+        return {"kind": "unfinished", "url": store.url, "of": found.kind, **_unfinished(store, found)}
+    if found.is_generated:
+        return {"kind": found.kind, "url": store.url, "what": found.name, **read_json(store, str(found.file))}
+    return {"kind": found.kind, "url": store.url, **_SHOW[found.kind](store)}
 
 
 def _dataset(store: Store) -> Tree:
@@ -80,21 +76,27 @@ def _run(store: Store) -> Tree:
     }
 
 
-def _unfinished(store: Store) -> Tree:
+def _checkpoint(store: Store) -> Tree:
+    from aecore.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(store, "", verify=False)
     return {
-        "recorded_parts": sum(name.endswith(".json") for name in store.list("records")),
-        "identity": read_json(store, "run.000001.json")["identity"],
+        "step": checkpoint.step,
+        "checkpoint_sha256": checkpoint.sha256,
+        "files": {ref.name: ref.bytes for ref in checkpoint.files},
+        "info": dict(checkpoint.info),
+        "config": json.loads(store.read("config.json", ref=checkpoint.file("config.json"))),
     }
 
 
-def _generated(store: Store) -> Tree:
-    found = generated_here(store)
-    assert found is not None
-    kind, said, manifest = found
-    return {"kind": kind, "what": said, **read_json(store, manifest)}
+_SHOW = {"dataset": _dataset, "table": _table, "run": _run, "checkpoint": _checkpoint}
 
 
-_SHOW = {"dataset": _dataset, "table": _table, "run": _run, "unfinished": _unfinished, "generated": _generated}
+def _unfinished(store: Store, found: Artifact) -> Tree:
+    return {
+        "recorded_parts": sum(name.endswith(".json") for name in store.list("records")),
+        "identity": read_json(store, str(found.file))["identity"],
+    }
 
 
 def verify(url: str, *, read_data: bool = False, dataset: str | None = None, subset: str | None = None) -> Tree:
@@ -113,9 +115,14 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
         raise ConfigError(f"--read-data reads everything and --read-data-subset {subset} a part of it: leave out one of them")
     only = None if subset is None else parse_slice(subset)
     store = open_store(url)
-    kind = kind_of(store)
+    found = located(store)
+    kind = found.kind
     if dataset is not None:
-        _require_comparable(store, kind, dataset)
+        _require_comparable(store, found, dataset)
+    if found.is_unfinished:
+        raise DataError(f"{store.url} is an unfinished {kind}: run the command that wrote it again to finish it")
+    if found.is_generated:
+        raise DataError(f"{store.url} holds {found.name}: no hashes of them are kept; the same command elsewhere makes the same")
     if kind == "dataset":
         from aecore.data.dataset import open_dataset
         from aecore.data.verify import verify_dataset
@@ -134,24 +141,24 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
         return {"kind": kind, "url": facts.pop("url"), "rows": facts.pop("num_rows"), **facts}
     if kind == "run":
         return {"kind": kind, "url": store.url, **_verify_run(store)}
-    if kind == "root":
-        found = [name for name in STAGE_FOLDERS if open_store(f"{store.url}/{name}").list()]
-        own = f"{store.url}/dataset" if "dataset" in found else None  # a root may have been moved as a whole
-        places = {"table": dataset if dataset is not None else own}
-        stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name), subset=subset) for name in found}
-        return {"kind": kind, "url": store.url, **stages}
-    if (generated := generated_here(store)) is not None:
-        raise DataError(f"{store.url} holds {generated[1]}: no hashes of them are kept; the same command elsewhere makes the same")
-    raise DataError(f"{store.url} is unfinished: run the command that wrote it again to finish it")
+    if kind == "checkpoint":
+        from aecore.checkpoint import read_checkpoint
+
+        checkpoint = read_checkpoint(store, "")
+        return {"kind": kind, "url": store.url, "checkpoint_sha256": checkpoint.sha256, "files": len(checkpoint.files)}
+    own = f"{store.url}/dataset" if "dataset" in found.stages else None  # a root may have been moved as a whole
+    places = {"table": dataset if dataset is not None else own}
+    stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name), subset=subset) for name in found.stages}
+    return {"kind": kind, "url": store.url, **stages}
 
 
-def _require_comparable(store: Store, kind: str, dataset: str) -> None:
+def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:
     """Refuse a dataset that nothing would be compared with, or that is not there, before anything is read."""
     from aecore.data.dataset import open_dataset
 
-    if kind in ("dataset", "run") or (kind == "root" and not open_store(f"{store.url}/table").list()):
+    if found.kind != "table" and "table" not in found.stages:
         raise ConfigError(
-            f"--dataset {dataset} says where the dataset of a table lies, but {store.url} is a {kind} without a table: leave it out"
+            f"--dataset {dataset} says where the dataset of a table lies, but {store.url} is a {found.kind} without a table: leave it out"
         )
     open_dataset(absolute_url(dataset, "--dataset"))
 

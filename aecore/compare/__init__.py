@@ -10,7 +10,7 @@ from aecore.compare._datasets import compare_datasets
 from aecore.compare._runs import compare_runs
 from aecore.compare._tables import compare_tables
 from aecore.errors import ConfigError, DataError
-from aecore.kinds import STAGE_FOLDERS, kind_here
+from aecore.kinds import STAGE_FOLDERS, detect_artifact
 from aecore.store import Store, open_store
 
 __all__ = ["compare", "compare_datasets", "compare_runs", "compare_tables"]
@@ -29,17 +29,24 @@ def compare(a: str, b: str) -> dict[str, Any]:
         There is nothing to compare at one of them, or what is there is unfinished or damaged.
     """
     stores = open_store(a), open_store(b)
-    kinds = [kind_here(store) for store in stores]
-    for store, kind in zip(stores, kinds, strict=True):
-        if kind not in (*_COMPARE, "root"):
-            raise DataError(f"{store.url} holds no dataset, run or table to compare: check the address")
+    kinds = [_comparable(store) for store in stores]
     if kinds[0] != kinds[1]:
         said = " and ".join(f"{store.url} is a {kind}" for store, kind in zip(stores, kinds, strict=True))
         raise ConfigError(f"{said}: give two of one kind, for example two runs")
-    kind = str(kinds[0])
+    kind = kinds[0]
     if kind != "root":
         return {"kind": kind, "a": stores[0].url, "b": stores[1].url, **_COMPARE[kind](stores[0].url, stores[1].url)}
     return {"kind": kind, "a": stores[0].url, "b": stores[1].url, **_stages(*stores)}
+
+
+def _comparable(store: Store) -> str:
+    """Return the kind of what is located at a URL; DataError unless it is one of those that are compared."""
+    found = detect_artifact(store)
+    if found is None:
+        raise DataError(f"{store.url} holds no dataset, run or table to compare: check the address")
+    if found.kind not in (*_COMPARE, "root"):
+        raise DataError(f"{store.url} is {found.name}: two datasets, runs, tables or roots are compared")
+    return found.kind
 
 
 def _stages(a: Store, b: Store) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from aecore.errors import DataError, RunFailed
 from aecore.gc._parts import plan_parts
 from aecore.gc._plan import DAY_S, Garbage, Plan, Waiting
 from aecore.gc._run import plan_run
-from aecore.generations import newest_number, read_json
-from aecore.kinds import generated_here
+from aecore.kinds import detect_artifact
 from aecore.store import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -85,19 +84,16 @@ def _remove(plan: Plan, kind: str, dry_run: bool) -> Report:
 
 
 def _kind_of(store: Store) -> str:
-    """Return dataset, table, run, or nothing for a place with temporary files only; DataError if none of our artefacts is there."""
-    for kind in ("dataset", "table"):
-        if newest_number(store, kind) is not None:
-            return kind
-    claim = newest_number(store, "run")
-    if claim is not None:
-        data = read_json(store, f"run.{claim:06d}.json")
-        kind = data.get("kind") or ("run" if "model" in data.get("identity", {}) else "")
-        if kind in ("dataset", "table", "run"):
-            return str(kind)
-        raise DataError(f"{store.url}/run.{claim:06d}.json says the kind {kind!r}, expected dataset, table or run: it is not ours")
-    if (generated := generated_here(store)) is not None:
-        raise DataError(f"{store.url} holds {generated[1]}: all of it is one result, remove the folder if nobody needs it")
-    if store.list() == [".tmp"]:
-        return "nothing"
-    raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aepipe wrote is collected")
+    """Return dataset, table, run, or nothing for a place with temporary files only; DataError if there is nothing to collect from."""
+    found = detect_artifact(store)
+    if found is None:
+        if store.list() == [".tmp"]:
+            return "nothing"
+        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aepipe wrote is collected")
+    if found.is_generated:
+        raise DataError(f"{store.url} holds {found.name}: all of it is one result, remove the folder if nobody needs it")
+    if found.kind == "checkpoint":
+        raise DataError(f"{store.url} is {found.name}: a run keeps and removes whole checkpoints, give the run that it is in")
+    if found.kind == "root":
+        raise DataError(f"{store.url} is {found.name}: give one of {', '.join(f'{store.url}/{name}' for name in found.stages)}")
+    return found.kind
