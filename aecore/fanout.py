@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from aecore import errors
-from aecore.errors import AecoreError, RunFailed
+from aecore.errors import AecoreError, DataError, RunFailed
 from aecore.generations import PartRecord
 
 T = TypeVar("T")
@@ -141,23 +141,11 @@ def collect(
 
 def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     kinds = {failure.error_type for failure in failures}
-    kind = _kinds().get(kinds.pop(), RunFailed) if len(kinds) == 1 else RunFailed
+    kind = type(errors.from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
     lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
     more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
-    first = "put that right, then " if kind is errors.DataError else ""  # the same data would fail again
+    first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
     return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish")
-
-
-def _kinds() -> dict[str, type[AecoreError]]:
-    """Return all error types by name; one that is narrower than those of `aecore.errors` as the one it belongs to."""
-    found: dict[str, type[AecoreError]] = {}
-    waiting = [(kind, kind) for kind in AecoreError.__subclasses__()]
-    while waiting:
-        kind, known = waiting.pop()
-        known = getattr(errors, kind.__name__, known)
-        found[kind.__name__] = known
-        waiting += [(narrower, known) for narrower in kind.__subclasses__()]
-    return found
 
 
 def _some(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from aecore.errors import AecoreError, DataError
+from aecore.errors import AecoreError, DataError, to_json
 from pipelines import overrides
 from pipelines.verbs import VERBS
 
@@ -37,22 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
-        return _failed("Interrupted", said, INTERRUPTED, as_json=as_json)
+        return _failed({"error": "Interrupted", "message": said, "exit_code": INTERRUPTED}, as_json=as_json)
     except AecoreError as error:
         if debug:
             traceback.print_exc()
-        return _failed(type(error).__name__, str(error), error.exit_code, as_json=as_json)
+        return _failed(to_json(error), as_json=as_json)
     except BrokenPipeError:  # the reader of our output has gone, as in `aepipe show x | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's own flush at exit does not fail
         return 0
 
 
-def _failed(kind: str, message: str, exit_code: int, *, as_json: bool) -> int:
-    """Say an error on standard error, with `--json` also as an object where the result would be; return its exit code."""
-    print(f"aepipe: {message}", file=sys.stderr)
+def _failed(error: dict[str, Any], *, as_json: bool) -> int:
+    """Say an error (see `errors.to_json`) on standard error, with `--json` also where the result would be; return its exit code."""
+    print(f"aepipe: {error['message']}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": kind, "message": message, "exit_code": exit_code}, indent=2))
-    return exit_code
+        print(json.dumps(error, indent=2))
+    return int(error["exit_code"])
 
 
 def _run(words: Sequence[str]) -> int:

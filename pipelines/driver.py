@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
     except KeyboardInterrupt:
-        return _end(INTERRUPTED, {"error": "RunFailed", "message": "the job was interrupted; what is finished is kept"})
+        return _end(INTERRUPTED, errors.to_json(RunFailed("the job was interrupted; what is finished is kept")))
     except AecoreError as error:
-        return _end(error.exit_code, {"error": type(error).__name__, "message": str(error)})
+        return _end(error.exit_code, errors.to_json(error))
     except Exception as error:  # a bug of ours: its traceback goes to the log, as on the command line
         traceback.print_exc(file=sys.stdout)
-        return _end(1, {"error": "RunFailed", "message": f"{type(error).__name__}: {error}"})
+        return _end(1, errors.to_json(RunFailed(f"{type(error).__name__}: {error}")))
 
 
 def _end(exit_code: int, said: dict[str, Any]) -> int:
@@ -82,14 +82,6 @@ def result_of(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return said if isinstance(said, dict) else None
-
-
-def error_of(said: dict[str, Any], exit_code: int | None) -> AecoreError:
-    """Return the error that a line RESULT says, as the class it had; one that is unknown here as the first of its exit code."""
-    classes = [found for found in vars(errors).values() if isinstance(found, type) and issubclass(found, AecoreError)]
-    named = next((found for found in classes if found.__name__ == said.get("error")), None)
-    same_code = next((found for found in classes if found is not AecoreError and found.exit_code == exit_code), RunFailed)
-    return (named or same_code)(str(said.get("message")))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from aecore import errors
 from aecore.errors import AecoreError, ClusterError, RunFailed
 from aecore.registry import to_dict
 from aecore.store import sha256_json
@@ -120,8 +121,7 @@ def _summary(ended: Ended, said: dict[str, Any], last: str) -> Tree:
     if ended.status == "STOPPED":
         raise JobStopped(f"Ray job {ended.id} was stopped; what is finished is kept, the same command goes on from there")
     if "error" in said:
-        error = driver.error_of(said, ended.exit_code)
-        raise type(error)(f"{error} (Ray job {ended.id})")
+        raise errors.from_json({"exit_code": ended.exit_code, **said, "message": f"{said.get('message')} (Ray job {ended.id})"})
     raise _failure(ended, last)
 
 

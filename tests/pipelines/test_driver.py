@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aecore.errors import DataError, Diverged, RunFailed, StoreError
+from aecore.errors import DataError, Diverged, RunFailed, StoreError, from_json
 from pipelines import driver
 from pipelines.cluster.jobs import Ended, JobStopped
 from pipelines.config import load_recipe
@@ -34,7 +34,7 @@ def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, cap
     assert driver.main([name, json.dumps(broken)]) == DataError.exit_code
     said = driver.result_of(capsys.readouterr().out.splitlines()[-1])
     assert said is not None
-    error = driver.error_of(said, 3)
+    error = from_json(said)
     assert type(error) is DataError
     assert "does not exist" in str(error)
 

@@ -1,0 +1,72 @@
+"""An error reaches another process whole: as JSON through a line of a job's log, as a value through Ray's actors."""
+
+import importlib
+import json
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+from aecore import errors
+from aecore.data.decode import DecodeError
+from aecore.errors import AecoreError, InputError, RunFailed, from_json, to_json
+from aecore.fanout import PartFailure, attempt, collect
+from aecore.store._s3_client import Answered
+from tests.test_layers import modules
+
+for _name, _ in [*modules("aecore"), *modules("pipelines")]:
+    if _name != "pipelines.demo":
+        importlib.import_module(_name)
+
+
+def kinds(kind: type[AecoreError] = AecoreError) -> Iterator[type[AecoreError]]:
+    for narrower in kind.__subclasses__():
+        yield narrower
+        yield from kinds(narrower)
+
+
+MORE_THAN_A_MESSAGE = {DecodeError: ("format", "a message"), Answered: ("a message", "404")}
+ALL = sorted(set(kinds()), key=lambda kind: kind.__name__)
+
+
+def made(kind: type[AecoreError]) -> AecoreError:
+    return kind(*MORE_THAN_A_MESSAGE.get(kind, ("a message",)))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_error_travels_as_a_value_with_its_class_message_and_attributes(kind: type[AecoreError]) -> None:
+    error = made(kind)
+    there = pickle.loads(pickle.dumps(error))
+    assert (type(there), str(there), vars(there)) == (kind, "a message", vars(error))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_error_travels_as_json_with_its_class_message_and_exit_code(kind: type[AecoreError]) -> None:
+    there = from_json(json.loads(json.dumps(to_json(made(kind)))))
+    assert type(there) is (kind if kind not in MORE_THAN_A_MESSAGE else kind.__base__)
+    assert (str(there), there.exit_code) == ("a message", kind.exit_code)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_error_of_a_part_ends_the_job_as_the_class_it_has(kind: type[AecoreError]) -> None:
+    class Task:
+        stem = "part-0"
+
+    def fail() -> PartFailure:
+        raise made(kind)
+
+    failure = attempt(fail, Task())
+    with pytest.raises(AecoreError, match=f"part-0: {kind.__name__}: a message") as raised:
+        collect(lambda make, tasks: iter([failure]), lambda: pytest.fail("no worker is needed"), [Task()])
+    assert raised.value.exit_code == kind.exit_code
+    assert isinstance(raised.value, kind if kind not in MORE_THAN_A_MESSAGE else kind.__base__ or kind)
+
+
+@pytest.mark.parametrize("kind", [errors.RunFailed, errors.ConfigError, errors.DataError, errors.StoreError, errors.ClusterError])
+def test_an_error_of_a_class_that_is_unknown_here_is_the_first_of_its_exit_code(kind: type[AecoreError]) -> None:
+    assert type(from_json({"error": "OfANewerVersion", "message": "x", "exit_code": kind.exit_code})) is kind
+
+
+def test_an_error_that_nobody_planned_is_a_failed_run() -> None:
+    assert type(from_json(to_json(ZeroDivisionError("x")))) is RunFailed
+    assert to_json(InputError("x")) == {"error": "InputError", "message": "x", "exit_code": 3}
