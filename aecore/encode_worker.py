@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.beside import in_order
 from aecore.checkpoint import LoadedModel, load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.decode import decoder_version
@@ -37,6 +36,7 @@ from aecore.fanout import Commit
 from aecore.generations import PartRecord, read_record, recorded_parts, write_record
 from aecore.store import Store, canonical_json, open_store
 from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_name, part_table
+from aecore.threads import map_ordered
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class EncodeWorker:
     def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:
         with (
             closing(loader.shard_batches(task.shard, self.setup.spec.batch, task.row_start, task.row_stop)) as batches,
-            closing(in_order(self._latents, self._pieces(batches, task, values), threads=self.lanes)) as found,
+            closing(map_ordered(self._latents, self._pieces(batches, task, values), threads=self.lanes)) as found,
         ):
             for rows, columns in found:
                 values.add(rows, columns)

@@ -91,7 +91,7 @@ def from_json(data: Mapping[str, Any]) -> AecoreError:
     named = next((kind for kind in known if kind.__name__ == data.get("error")), None)
     if named is None:
         named = next((kind for kind in known if kind.exit_code == data.get("exit_code")), RunFailed)
-    plain = next(kind for kind in named.__mro__ if not inspect.isfunction(kind.__init__))
+    plain = next(kind for kind in named.__mro__ if not inspect.isfunction(getattr(kind, "__init__", None)))
     error: AecoreError = plain(str(data.get("message")))
     return error
 

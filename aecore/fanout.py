@@ -10,15 +10,15 @@ import contextlib
 import functools
 import logging
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from aecore import errors
 from aecore.errors import AecoreError, DataError, RunFailed
 from aecore.generations import PartRecord
+from aecore.threads import submit_ahead
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -78,22 +78,25 @@ def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     """
     worker = make_worker()
     ahead: Callable[[Sequence[Any]], None] = getattr(worker, "ahead", lambda tasks: None)
-    with ThreadPoolExecutor(COMMITS, "commit") as background:
-        committing: deque[Future[Outcome]] = deque()
+
+    def made() -> Iterator[tuple[Commit | PartFailure, Any]]:
         for number, task in enumerate(tasks):
             try:
                 ahead(tasks[number : number + 1 + AHEAD])
             except Exception as error:  # a hint: the task itself is told what is wrong
                 logger.debug("what comes after %s cannot be fetched ahead: %s", task.stem, error)
-            commit = attempt(functools.partial(worker, task), task)
-            while committing and (len(committing) == COMMITS or committing[0].done()):
-                yield committing.popleft().result()
-            if isinstance(commit, PartFailure):
-                yield commit
-            else:
-                committing.append(background.submit(attempt, commit, task))
-        while committing:
-            yield committing.popleft().result()
+            yield attempt(functools.partial(worker, task), task), task
+
+    def commit(part: tuple[Commit | PartFailure, Any]) -> Outcome:
+        made, task = part
+        return made if isinstance(made, PartFailure) else attempt(made, task)
+
+    with (
+        ThreadPoolExecutor(COMMITS, "commit") as background,
+        contextlib.closing(submit_ahead(lambda part: background.submit(commit, part), made(), COMMITS, eager=True)) as committing,
+    ):
+        for outcome in committing:
+            yield outcome.result()
 
 
 def collect(

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # aecore, from the bottom: base, then data and models beside each other, then the jobs (everything that is named in none of these)
 BASE = (
     "_base",
-    "beside",
     "disk",
     "errors",
     "fanout",
@@ -28,6 +27,7 @@ BASE = (
     "registry",
     "slices",
     "store",
+    "threads",
     "native",
     "native_run",
 )

@@ -19,10 +19,10 @@ from aecore._base.batch import Batch
 from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec
 from aecore.data.order import EpochOrder, Int64s, TrainingOrder, locate
-from aecore.data.prefetch import prefetched
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
 from aecore.errors import DataError
+from aecore.threads import prefetched
 
 
 class Bags:

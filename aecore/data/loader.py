@@ -20,12 +20,12 @@ from aecore.data.decode import DecodeError, Pixels
 from aecore.data.manifest import ShardRef
 from aecore.data.order import EpochOrder, Int64s, StepRows, TrainingOrder, locate
 from aecore.data.pairs import PairSpec, Partners, find_partners
-from aecore.data.prefetch import prefetched
 from aecore.data.ragged import crop
 from aecore.data.rows import Rows, SplitRows
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import knob, spec, to_dict
+from aecore.threads import prefetched
 
 DRAWN_AT_ONCE = 4096  # samples of a global batch whose partners are drawn in one go
 

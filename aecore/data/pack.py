@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.beside import Beside
 from aecore.data.convert import Header, prepare
 from aecore.data.cuts import before
 from aecore.data.image import BadSample, image_header
@@ -30,6 +29,7 @@ from aecore.disk import DiskWriter
 from aecore.errors import ConfigError
 from aecore.native import StreamHash, sha256s
 from aecore.native_run import Run
+from aecore.threads import BackgroundCall
 
 Int64s = NDArray[np.int64]
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Pack:
 
     def _pack(self, first: int, stop: int, read: Read, packed: Packer, file: DiskWriter) -> None:
         """Take the samples [first, stop) one by one: read, check, pack; hash and write beside it."""
-        with Beside(self._hash) as hashing, Beside(file.pages) as writing:
+        with BackgroundCall(self._hash) as hashing, BackgroundCall(file.pages) as writing:
             while first < stop:
                 samples, first = self._checked(first, stop, read)
                 pages = packed(samples)

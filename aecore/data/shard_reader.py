@@ -8,9 +8,9 @@ an adopted tar are somebody else's: there `verify` compares the sha256 of the wh
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,7 @@ from aecore.data.tar import different_headers, end_of_archive
 from aecore.errors import DataError
 from aecore.native import read_pieces, sha256s
 from aecore.store import Store
+from aecore.threads import map_ordered
 
 WINDOW_BYTES = 1 << 21
 LARGE_SAMPLE, ADOPTED_ROWS = 1 << 12, 64
@@ -149,14 +150,15 @@ class ShardReader:
             yield from self._members(verify=verify)
             return
         starts, _ = self._layout.starts, self._descriptor  # opened once, not by two threads
-        with ThreadPoolExecutor(2) as helpers:  # hashing and reading let other threads run
-            flying = deque[Future[list[Sample]]]()
-            for first, stop in cuts((starts, WINDOW_BYTES)):
-                while flying and (len(flying) > 2 or starts[stop] - starts[first] > WINDOW_BYTES):  # a huge sample waits
-                    yield from flying.popleft().result()
-                flying.append(helpers.submit(self._window, first, stop, verify))
-            while flying:
-                yield from flying.popleft().result()
+
+        def is_huge(window: tuple[int, int]) -> bool:
+            return bool(starts[window[1]] - starts[window[0]] > WINDOW_BYTES)
+
+        # hashing and reading let other threads run
+        found = map_ordered(lambda window: self._window(*window, verify), cuts((starts, WINDOW_BYTES)), threads=2, alone=is_huge)
+        with closing(found) as windows:
+            for samples in windows:
+                yield from samples
         end, descriptor = end_of_archive(int(starts[-1])), self._descriptor
         if verify and self._tail(len(end)) != end and not (self._mended(descriptor) and self._tail(len(end)) == end):
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")

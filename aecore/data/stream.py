@@ -32,11 +32,11 @@ from aecore.data.loader import InputSpec
 from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_sha256
 from aecore.data.names import split_of
 from aecore.data.order import TrainingOrder
-from aecore.data.prefetch import prefetched
 from aecore.data.record import IMAGE_EXTENSIONS, array_header, image_header
 from aecore.data.transform import TransformSpec
 from aecore.errors import DataError
 from aecore.store import FileRef, open_store, sha256_json
+from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
 MAX_CLASS_BYTES = 64

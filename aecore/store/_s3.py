@@ -12,7 +12,6 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from aecore.store._cache import ObjectCache
 from aecore.store._s3_client import Answered, code_of, retried
 from aecore.store._s3_place import Place
 from aecore.store._scratch import new_path
+from aecore.threads import map_ordered
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -172,9 +172,8 @@ class S3Store(Place):
             self._fetch(ref, copy)
 
     def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
-        with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-            for done in [pool.submit(self.check, ref, verify=verify) for ref in refs]:
-                done.result()
+        for _ in map_ordered(lambda ref: self.check(ref, verify=verify), refs, threads=CHECKS_AT_ONCE):
+            pass
 
     def local(self, ref: FileRef) -> Path:
         return self._cache.path(ref, self._fetch)

@@ -1,8 +1,6 @@
 """Files of somebody else in a bucket, to read: listed at once, fetched many at a time."""
 
 import errno
-import itertools
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,6 +9,7 @@ from aecore.errors import DataError
 from aecore.store._cache import ObjectCache
 from aecore.store._s3_client import Answered
 from aecore.store._s3_place import Place
+from aecore.threads import submit_ahead
 
 AHEAD_FILES = 48  # in flight
 
@@ -40,17 +39,15 @@ class S3Files(Place):
 
     def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
         """Return `read` for these names in this order, with `AHEAD_FILES` of them in flight."""
-        waiting, flying = iter(names), deque[tuple[str, Future[bytes]]]()
-
-        def send(name: str) -> None:
-            flying.append((name, self._client.submit(lambda filesystem: self._body(filesystem, name))))
+        expected = iter(names)
+        bodies = submit_ahead(lambda name: self._client.submit(lambda filesystem: self._body(filesystem, name)), names, AHEAD_FILES)
 
         def read(name: str) -> bytes:
-            for following in itertools.islice(waiting, AHEAD_FILES - len(flying)):
-                send(following)
-            sent, future = flying.popleft() if flying else (name, None)
-            assert sent == name, "files are read in the order that was said"
-            return self.read(name) if future is None else self._result(future, name)
+            body = next(bodies, None)
+            if body is None:
+                return self.read(name)
+            assert next(expected) == name, "files are read in the order that was said"
+            return self._result(body, name)
 
         return read
 

@@ -3,9 +3,7 @@
 import gc
 import os
 import threading
-import time
-import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from aecore.data import rows as rows_module
 from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec, Loader
 from aecore.data.order import TrainingOrder
-from aecore.data.prefetch import prefetched
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data import tiny
 
@@ -243,71 +240,3 @@ def test_an_unknown_split_an_unknown_shard_and_batches_without_an_order_are_refu
     with pytest.raises(DataError, match="no shard 'test-000000'"):
         other = dataset.manifest.split("train")[0]
         loader(dataset).shard_batches(type(other)(**{**{name: getattr(other, name) for name in other.__slots__}, "stem": "test-000000"}), 4)
-
-
-# ------------------------------------------------------------------------------------------------------------------ prefetch
-
-
-def counting(stop: int, closed: list[bool]) -> Generator[int, None, None]:
-    try:
-        yield from range(stop)
-    finally:
-        closed.append(True)
-
-
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_prefetched_items_are_the_items(depth: int) -> None:
-    closed: list[bool] = []
-    assert list(prefetched(counting(20, closed), depth)) == list(range(20))
-    assert closed == [True]
-
-
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_an_unfinished_prefetch_ends_when_it_is_closed(depth: int) -> None:
-    closed: list[bool] = []
-    items = prefetched(counting(10**9, closed), depth)
-    assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
-    items.close()
-    assert closed == [True]
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_a_prefetch_that_is_dropped_ends_too(depth: int) -> None:
-    closed: list[bool] = []
-    items = prefetched(counting(10**9, closed), depth)
-    next(items)
-    dropped = weakref.ref(items)
-    del items
-    assert dropped() is None
-    assert closed == [True]
-
-
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_an_error_reaches_the_consumer_after_the_items_before_it(depth: int) -> None:
-    def failing() -> Generator[int, None, None]:
-        yield 1
-        yield 2
-        raise DataError("damaged")
-
-    items = prefetched(failing(), depth)
-    assert [next(items), next(items)] == [1, 2]
-    with pytest.raises(DataError, match="damaged"):
-        next(items)
-
-
-def test_a_prefetch_works_ahead_no_further_than_its_depth() -> None:
-    made: list[int] = []
-
-    def recorded() -> Generator[int, None, None]:
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    items = prefetched(recorded(), 3)
-    next(items)
-    deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(0.02)
-    assert len(made) == 4  # one taken, three ahead
-    items.close()
