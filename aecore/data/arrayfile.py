@@ -18,11 +18,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.record import array_fields
+from aecore.data.record import NpyError, read_npy_header
 from aecore.errors import DataError
 
 Array = NDArray[Any]  # any: every array has its own dtype
-NPY_HEADER, CHUNK_BYTES = 10, 1 << 20
+CHUNK_BYTES = 1 << 20
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_ENDING = re.compile(r"(?:[-._]idx\d?)?(?:[-._]ubyte)?$", re.IGNORECASE)
 _DAMAGED = (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError)
@@ -131,22 +131,18 @@ class ArrayFile:
 
     def _npy(self, file: IO[bytes], size: int, start: int = 0, array: str = "") -> Array:
         """Map the `.npy` of `size` bytes that begins at byte `start`, where `file` stands."""
-        head = file.read(NPY_HEADER)
-        if head[:6] != b"\x93NUMPY" or len(head) < NPY_HEADER or head[6] not in (1, 2, 3):
-            raise self._error("is not a .npy file (its first bytes are others): save it with np.save", array)
-        more = b"" if head[6] == 1 else file.read(2)
-        length = int.from_bytes(head[8:10] + more, "little")
         try:
-            dtype, shape, fortran = array_fields(file.read(min(length, size)).decode("utf-8" if head[6] == 3 else "latin1"))
-        except _DAMAGED as error:
-            raise self._error(
-                f"has a damaged .npy header ({type(error).__name__}): restore it, or save it again with np.save", array
-            ) from error
+            dtype, shape, fortran, before = read_npy_header(file)
+        except NpyError as error:
+            what = "is not a .npy file (its first bytes are others): save it with np.save"
+            if error.cause is not None:
+                what = f"has a damaged .npy header ({error.cause}): restore it, or save it again with np.save"
+            raise self._error(what, array) from error
         if dtype.hasobject:
             raise self._error("holds Python objects, which only a pickle can bring back: save numbers or plain strings instead", array)
         if dtype.kind not in "biufcUS":
             raise self._error(f"has the dtype {dtype}: only booleans, numbers and strings are read", array)
-        return self._map(file, (dtype, shape, fortran), start + len(head) + len(more) + length, start + size, array)
+        return self._map(file, (dtype, shape, fortran), start + before, start + size, array)
 
     def _idx(self, file: IO[bytes], size: int) -> Array:
         dtype, shape, start = self._idx_header(file)

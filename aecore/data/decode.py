@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from aecore.data.manifest import sequence_shape
 from aecore.data.members import Members
+from aecore.data.record import NpyError, read_npy_header
 from aecore.errors import ConfigError, DataError
 from aecore.native import decode_pngs
 
@@ -172,13 +173,13 @@ class Decoder:
         """Read a `.npy` member without objects; the header is parsed once for all samples that share it."""
         header = data[: 10 + int.from_bytes(data[8:10], "little")]
         if header not in self._npy_headers:
-            file = io.BytesIO(data)
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise DecodeError("format", "only .npy files of version 1.0 are read")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            try:
+                dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
+            except NpyError as error:
+                raise DecodeError("format", f"{error}: only files of version 1.0 are read") from error
             if shape != self.sample.shape or fortran or dtype != self.sample.dtype:
                 raise self._unexpected(f"an array of shape {shape}, dtype {dtype}, {'Fortran' if fortran else 'C'} order")
-            self._npy_headers[header] = file.tell()
+            self._npy_headers[header] = start
         values: Pixels = np.frombuffer(data, self.sample.dtype, offset=self._npy_headers[header])
         return values.reshape(self.sample.shape)
 

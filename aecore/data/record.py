@@ -6,11 +6,13 @@ Nothing here can execute code: `.npy` headers are read as literals and object ar
 
 import ast
 import hashlib
+import io
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -25,12 +27,13 @@ __all__ = [
     "ArrayHeader",
     "BadSample",
     "ImageHeader",
+    "NpyError",
     "Sample",
-    "array_fields",
     "array_header",
     "encode_key",
     "encode_keys",
     "image_header",
+    "read_npy_header",
     "require_allowed",
 ]
 
@@ -147,17 +150,13 @@ def array_header(data: bytes) -> ArrayHeader:
     """
     if not data:
         raise BadSample("empty", "the file has no bytes")
-    if not data.startswith(b"\x93NUMPY") or len(data) < 12:
-        raise BadSample("format", "not a .npy file")
-    if data[6:8] != b"\x01\x00":
-        raise BadSample(
-            "unsupported", f".npy of version {data[6]}.{data[7]}: only version 1.0 is read; save the plain array again with np.save"
-        )
-    start, length = 10, int.from_bytes(data[8:10], "little")
     try:
-        dtype, shape, fortran = array_fields(data[start : start + length].decode("latin1"))
-    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        raise BadSample("format", f".npy header is damaged ({type(error).__name__})") from error
+        dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
+    except NpyError as error:
+        if error.version is not None:
+            reason = f".npy of version {error.version}: only version 1.0 is read; save the plain array again with np.save"
+            raise BadSample("unsupported", reason) from error
+        raise BadSample("format", "not a .npy file" if error.cause is None else f".npy header is damaged ({error.cause})") from error
     if dtype.kind not in "biufc" or dtype.fields is not None:
         raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read")
     if len(shape) > MAX_DIMS:
@@ -166,17 +165,57 @@ def array_header(data: bytes) -> ArrayHeader:
         raise BadSample("unsupported", ".npy in Fortran order: only C order is read; save np.ascontiguousarray(array)")
     if dtype != np.dtype(dtype.name):
         raise BadSample("unsupported", f".npy of dtype {dtype.str} (foreign byte order): save array.astype({dtype.name!r})")
-    expected = start + length + math.prod(shape) * dtype.itemsize
+    expected = start + math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(data) != expected:
         raise BadSample("truncated", f".npy of {len(data)} bytes, its header promises {expected}")
-    return ArrayHeader(shape, dtype, start + length)
+    return ArrayHeader(shape, dtype, start)
 
 
-def array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
+class NpyError(ValueError):
+    """No `.npy` header that is read: of another `version`, damaged (`cause`: the error's class), or, with neither, no `.npy` at all."""
+
+    def __init__(self, version: str | None = None, cause: str | None = None) -> None:
+        super().__init__(f"version {version} of .npy is not read" if version else f"damaged .npy header ({cause})" if cause else "not .npy")
+        self.version, self.cause = version, cause
+
+
+class NpyHeader(NamedTuple):
+    """What stands before the values of a `.npy` file; they begin at byte `start` after its first one."""
+
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    fortran: bool
+    start: int
+
+
+def read_npy_header(file: IO[bytes], versions: Container[str] = ("1.0", "2.0", "3.0")) -> NpyHeader:
+    """Read the header of the `.npy` that begins where `file` stands; nothing is executed and no objects are made. NpyError if it is none.
+
+    What the header promises (dtypes, sides, bytes) is the caller's to check.
+    """
+    head = file.read(12)
+    if len(head) < 12 or head[:6] != b"\x93NUMPY":
+        raise NpyError
+    version = f"{head[6]}.{head[7]}"
+    if version not in versions:
+        raise NpyError(version)
+    start = 10 if head[6] == 1 else 12
+    length = int.from_bytes(head[8:start], "little")
+    try:
+        if length > _MAX_ARRAY_HEADER:
+            raise ValueError(length)
+        text = (head[start:] + file.read(max(0, start + length - 12)))[:length]
+        dtype, shape, fortran = _array_fields(text.decode("utf-8" if head[6] == 3 else "latin1"))
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise NpyError(cause=type(error).__name__) from error
+    return NpyHeader(dtype, shape, fortran, start + length)
+
+
+def _array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
     """Return dtype, shape and Fortran order of a header's text; as strict as numpy's own reader, but nothing warns."""
     fields = ast.literal_eval(text)
     descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
-    if len(text) > _MAX_ARRAY_HEADER or len(fields) != 3 or not (isinstance(descr, str | list) and isinstance(fortran, bool)):
+    if len(fields) != 3 or not (isinstance(descr, str | list) and isinstance(fortran, bool)):
         raise ValueError(text[:80])
     if not isinstance(shape, tuple) or not all(type(side) is int for side in shape):
         raise ValueError(shape)

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 import zlib
@@ -11,7 +12,16 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from aecore.data.decode import DecodeError, Decoder, SampleFormat
 from aecore.data.image import MAX_PIXELS, BadSample, image_header
-from aecore.data.record import ALLOWED_EXTENSIONS, Sample, array_header, encode_key, encode_keys, require_allowed
+from aecore.data.record import (
+    ALLOWED_EXTENSIONS,
+    NpyError,
+    Sample,
+    array_header,
+    encode_key,
+    encode_keys,
+    read_npy_header,
+    require_allowed,
+)
 from aecore.data.tar import Packer, Samples
 from aecore.errors import DataError
 
@@ -245,3 +255,38 @@ PLAIN_PATHS = st.from_regex(r"[a-z0-9]{1,4}(/[a-z0-9-]{1,80}){0,3}", fullmatch=T
 @given(st.lists(st.one_of(st.text(alphabet="ab_/-.9é", max_size=12), PLAIN_PATHS), max_size=6))
 def test_keys_of_many_paths_are_the_keys_of_each(paths: list[str]) -> None:
     assert encode_keys(paths) == [encode_key(path) for path in paths]
+
+
+NPY_DTYPES = ["?", "u1", "<i8", ">f4", "<c16", "<U7", "S3", [("x", "<f4"), ("y", "u1", (2,))]]
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("dtype", NPY_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 5), (1, 2, 3, 4)])
+def test_npy_headers_are_read_as_numpy_reads_them(version, dtype, shape):
+    file = io.BytesIO(b"before")
+    file.seek(6)
+    values = np.zeros(shape, np.dtype(dtype), order="F")
+    np.lib.format.write_array(file, values, version)
+    file.seek(6)
+    header = read_npy_header(file)
+    assert (header.dtype, header.shape, header.fortran) == (values.dtype, shape, not values.flags.c_contiguous)
+    assert (file.tell(), len(file.getvalue())) == (6 + header.start, 6 + header.start + values.nbytes)
+    file.seek(6)
+    with contextlib.nullcontext() if version == (1, 0) else pytest.raises(NpyError, match=f"version {version[0]}.0 of .npy is not read"):
+        assert read_npy_header(file, versions=("1.0",)) == header
+
+
+def test_every_damaged_byte_of_a_npy_header_is_an_npy_error_or_a_header_and_reads_no_further_than_it():
+    file = io.BytesIO()
+    np.save(file, np.zeros((3, 4), np.float32))
+    data = file.getvalue()
+    generator, refused = np.random.default_rng(0), 0
+    for at in range(len(data) - 48):
+        for value in generator.integers(0, 256, 4).tolist():
+            changed = io.BytesIO(data[:at] + bytes([value]) + data[at + 1 :])
+            try:
+                assert changed.tell() <= read_npy_header(changed).start
+            except NpyError:
+                refused += 1
+    assert refused > 200
