@@ -20,6 +20,7 @@ from aecore.checkpoint import LoadedModel, load_model
 from aecore.compatible import require_fit, require_labels
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.manifest import ShardRef
+from aecore.data.transform import TransformSpec
 from aecore.encode_worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, RunFailed
@@ -34,7 +35,7 @@ from aecore.generations import (
     require_kind,
     require_same,
 )
-from aecore.registry import to_dict
+from aecore.registry import absent_values, as_recorded, to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store
 from aecore.table_manifest import STEM, TableManifest, TablePart, read_table_manifest
 
@@ -132,9 +133,12 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
         claimed, (parent, parent_sha256), recorded = looking.result()
     require_fit(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
+    there = claimed if parent is None else parent.identity
+    if there is not None:
+        spec = as_recorded(spec, there)
     columns = Encoder(loaded, spec, "cpu").describe()
     identity = _identity(loaded, spec, columns)
-    _require_same_table(store, identity, claimed if parent is None else parent.identity, loaded.url)
+    _require_same_table(store, identity, there, loaded.url, spec)
     _require_descendant(store, dataset, parent)
     known = set() if parent is None else {(part.split, part.shard) for part in parent.parts}
     shards = dataset.manifest.shards
@@ -166,13 +170,13 @@ def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
 
 def _identity(loaded: LoadedModel, spec: EncodeSpec, columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return what every part of the table shares. `rows_per_part` is in it: two layouts side by side would double rows for a glob."""
+    fields = {name: value for name, value in to_dict(spec, identity_only=True).items() if name not in ("reconstruction", "kl", "sample")}
+    transform = to_dict(loaded.config.transform, identity_only=True)
     return {
+        **fields,  # without those that `columns` says
         "checkpoint_sha256": loaded.sha256,
-        "preprocessing": {"transform": to_dict(loaded.config.transform), "input_shape": list(loaded.config.input_shape)},
+        "preprocessing": {"transform": transform, "input_shape": list(loaded.config.input_shape)},
         "columns": columns,
-        "dtype": spec.dtype,
-        "batch": spec.batch,
-        "rows_per_part": spec.rows_per_part,
         "seed": spec.seed if spec.sample else None,
     }
 
@@ -208,14 +212,17 @@ def _parent(store: Store, names: Sequence[str]) -> tuple[TableManifest | None, s
     return read_table_manifest(store, number), hashlib.sha256(store.read(f"{STEM}.{number:06d}.json")).hexdigest()
 
 
-def _require_same_table(store: Store, identity: Mapping[str, Any], there: Mapping[str, Any] | None, checkpoint: str) -> None:
+def _require_same_table(
+    store: Store, identity: Mapping[str, Any], there: Mapping[str, Any] | None, checkpoint: str, spec: EncodeSpec
+) -> None:
     """ConfigError if the table, or an attempt that was never committed, is of another identity; `checkpoint` is the address of ours."""
     ours = json.loads(canonical_json(identity))
     if there is not None and ours != there:
         claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
         places = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
-        require_same(store.url, "table", ours, there, places=places)
+        absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}
+        require_same(store.url, "table", ours, there, places=places, absent=absent)
 
 
 def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:
@@ -233,7 +240,7 @@ def _claim(store: Store, plan: EncodePlan) -> None:
     identity = {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
     claim = claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
     if claim > 1 and plan.parent is None:  # somebody else may have claimed the same URL at the same time
-        _require_same_table(store, plan.identity, _claimed(store), plan.setup.model_url)
+        _require_same_table(store, plan.identity, _claimed(store), plan.setup.model_url, plan.setup.spec)
 
 
 def _manifest(plan: EncodePlan, records: Sequence[PartRecord]) -> TableManifest:

@@ -28,7 +28,7 @@ from aecore.data.transform import Transform
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.generations import read_json, require_same
 from aecore.noise import seed_of, step_noise
-from aecore.registry import knob, spec, to_dict
+from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
 from aecore.report import grid, is_image, pixels, png
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
 
@@ -227,14 +227,16 @@ def _require_width(loaded: LoadedModel, found: Latents, where: str) -> None:
 def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: SampleSpec | DecodeSpec, dry_run: bool) -> dict[str, Any]:
     """Decode and write; the same again is found, not made again."""
     store = open_store(absolute_url(out, "out"))
-    identity = {"spec": to_dict(spec), "checkpoint_sha256": loaded.sha256, "source": dict(latents.source)}
+    known = read_json(store, f"{name}.json") if store.size(f"{name}.json") is not None else None
+    spec = spec if known is None else as_recorded(spec, known["identity"]["spec"])
+    identity = {"spec": to_dict(spec, identity_only=True), "checkpoint_sha256": loaded.sha256, "source": dict(latents.source)}
     shape, count = list(loaded.config.input_shape), len(latents.z)
     summary = {"out": store.url, "num": count, "shape": shape, "latent_dim": int(latents.z.shape[1]), "checkpoint": loaded.sha256}
-    if store.size(f"{name}.json") is not None:
-        known = read_json(store, f"{name}.json")
+    if known is not None:
         places = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
         asked, there = _as_asked(name, identity), _as_asked(name, known["identity"])
-        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, places=places)
+        absent = _as_asked(name, {"spec": absent_values(spec)})
+        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, places=places, absent=absent)
         return {**summary, "shape": known["shape"], "files": known["files"], "made": 0}
     if dry_run:
         return summary

@@ -195,13 +195,18 @@ def require_same(
     *,
     places: Mapping[str, tuple[object, object]] | None = None,
     hints: Mapping[str, str] | None = None,
+    absent: Mapping[str, Any] | None = None,
 ) -> None:
     """ConfigError that shows the differing fields (dotted) with both values, unless the two identities are equal.
+
+    A field that only one of them has is None in the other, or what `absent` says: nested like the identities, the values that the absence
+    of later fields means (see `aecore.registry.absent_values`).
 
     A hash says nothing to people: `places` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
     are of. `hints` are what else can be done where a field differs.
     """
-    mine, known = dict(_flatten(ours)), dict(_flatten(theirs))
+    missing = _flatten(absent or {})
+    mine, known = dict(missing + _flatten(ours)), dict(missing + _flatten(theirs))
     differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
     if not differing:
         return

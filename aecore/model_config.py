@@ -8,7 +8,7 @@ from aecore._base.trainable import ModelSpec, Trainable
 from aecore.data.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.generations import FORMAT_VERSION
-from aecore.registry import BACKBONES, MODELS, from_dict, to_dict
+from aecore.registry import BACKBONES, MODELS, Registry, absent_values, from_dict, to_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +31,22 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON data."""
+        """Return the config as plain JSON data: what decides weights and latents, later fields only where they differ from what was."""
         return {
             "format": FORMAT_VERSION,
-            "model": to_dict(self.model),
-            "backbone": to_dict(self.backbone),
-            "transform": to_dict(self.transform),
+            "model": to_dict(self.model, identity_only=True),
+            "backbone": to_dict(self.backbone, identity_only=True),
+            "transform": to_dict(self.transform, identity_only=True),
             "input_shape": list(self.input_shape),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """Read the plain data back; an unknown kind or key is a ConfigError."""
+        """Read the plain data back; an unknown kind or key is a ConfigError. A later field that is absent means what older versions did."""
         return cls(
-            MODELS.from_dict(data["model"]),
-            BACKBONES.from_dict(data["backbone"]),
-            from_dict(TransformSpec, data["transform"]),
+            MODELS.from_dict(_whole(MODELS, data["model"])),
+            BACKBONES.from_dict(_whole(BACKBONES, data["backbone"])),
+            from_dict(TransformSpec, {**absent_values(TransformSpec), **data["transform"]}),
             tuple(data["input_shape"]),
         )
 
@@ -54,3 +54,7 @@ class ModelConfig:
         """Build the model with fresh weights (drawn from torch's global generator)."""
         model: Trainable = MODELS.build(self.model, self.backbone, self.input_shape)
         return model
+
+
+def _whole(parts: Registry, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**absent_values(parts.spec_type(data["kind"])), **data} if "kind" in data else data

@@ -3,6 +3,7 @@
 A spec is a frozen dataclass made with `@spec`; its fields are `knob`s with a default, a bound and one line of description.
 The same spec is what YAML holds, what a checkpoint's config.json holds and what Python users write. A `Registry` finds parts by
 importing the modules of the packages it was given, when somebody first asks: nothing is listed in a second place.
+A field that is added later says so (`knob(..., since=2)`), and every artefact that exists keeps its identity.
 Specs never name import paths, so reading one cannot execute anything that is not already part of the program.
 """
 
@@ -27,12 +28,21 @@ def knob(
     gt: float | None = None,
     le: float | None = None,
     identity: bool = True,
+    since: int = 1,
+    absent: Any = dataclasses.MISSING,  # any: as the default
 ) -> Any:
     """Declare one field of a `@spec`: default, description, inclusive (`ge`, `le`) or strict (`gt`) bounds.
 
     `identity=False` marks a field that cannot change the artefact (cache sizes, intervals): recorded, but not hashed.
+
+    `since` is the format version that brought the field. A field that is younger than version 1 is left out of identities and of a
+    checkpoint's config while it has the value that says what older versions did, so artefacts written before it keep their hashes. That
+    value is the default; where the default of new artefacts is another one, it is `absent` (see `absent_values`, `as_recorded`).
     """
+    assert since > 1 or absent is dataclasses.MISSING, "`absent` says what the absence of a later field means: give `since` as well"
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "identity": identity}
+    if since > 1:
+        metadata |= {"since": since, "absent": default if absent is dataclasses.MISSING else absent}
     if isinstance(default, dict | list):
         kind = type(default)
         return dataclasses.field(default_factory=lambda: kind(default), metadata=metadata)
@@ -84,16 +94,59 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def to_dict(instance: Any, *, identity_only: bool = False) -> dict[str, Any]:  # any: every spec type
-    """Return a spec (or a tree of specs) as plain JSON data; with `identity_only` without the `identity=False` fields."""
+    """Return a spec (or a tree of specs) as plain JSON data.
+
+    With `identity_only` it is what identities are made of and checkpoints keep: without the `identity=False` fields, and without later
+    fields (`since`) that have the value that says what older versions did.
+    """
     out: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
-        if identity_only and not field.metadata.get("identity", True):
+        value, metadata = getattr(instance, field.name), field.metadata
+        if identity_only and (not metadata.get("identity", True) or ("absent" in metadata and value == metadata["absent"])):
             continue
-        value = getattr(instance, field.name)
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value, identity_only=identity_only)
-        out[field.name] = list(value) if isinstance(value, tuple) else value
+        out[field.name] = _plain(value, identity_only)
     return out
+
+
+def _plain(value: Any, identity_only: bool) -> Any:  # any: a field's value
+    if dataclasses.is_dataclass(value):
+        return to_dict(value, identity_only=identity_only)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def absent_values(part: Any) -> dict[str, Any]:  # any: every spec type, or an instance of one
+    """Return, as plain JSON data, what the absence of a later field (`since`) of a spec means in data that were recorded without it.
+
+    Specs inside an instance are looked into as well. `{**absent_values(cls), **recorded}` is a spec as its artefact was made.
+    """
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name, None)
+        if "absent" in field.metadata:
+            out[field.name] = _plain(field.metadata["absent"], True)
+        elif dataclasses.is_dataclass(value) and (below := absent_values(value)):
+            out[field.name] = below
+    return out
+
+
+def as_recorded(asked: T, recorded: Mapping[str, Any]) -> T:
+    """Return the spec as an artefact that exists wants it: later fields that its record lacks and nobody changed mean the old value.
+
+    A field whose default is better than what older versions did (`absent`) would otherwise refuse every artefact of these versions.
+    A value other than the default stays: the comparison of identities then names the field and both values.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(asked):  # type: ignore[arg-type]  # every spec is a dataclass
+        value = getattr(asked, field.name)
+        if dataclasses.is_dataclass(value) and isinstance(there := recorded.get(field.name), Mapping):
+            changes[field.name] = as_recorded(value, there)
+        elif "absent" in field.metadata and field.name not in recorded and value == _default(field):
+            changes[field.name] = field.metadata["absent"]
+    return dataclasses.replace(asked, **changes)  # type: ignore[type-var]  # as above
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:  # any: a field's value
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:

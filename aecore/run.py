@@ -1,5 +1,6 @@
 """What a run is: its specs, its identity, its claim on a folder, and its result."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from contextlib import closing
@@ -23,12 +24,13 @@ from aecore.generations import claim_generation, read_json, require_kind, requir
 from aecore.metrics import epoch_of
 from aecore.model_config import ModelConfig
 from aecore.optim import OptimSpec
-from aecore.registry import MODELS, knob, spec, to_dict
+from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
 
 logger = logging.getLogger(__name__)
 
 CLAIM = "run.000001.json"
+_SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
 
 @spec
@@ -70,7 +72,7 @@ def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: 
 
 def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] | None = None) -> None:
     """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
-    if pairs == PairSpec():
+    if pairs in (type(pairs)(), as_recorded(type(pairs)(), {})):  # the default of today, or of an older run
         return
     if "x2" in model.train_inputs if model is not None else _takes(kind, "x2"):
         return
@@ -121,9 +123,9 @@ class TrainJob:
 
     def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
         """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
-        parts = {name: getattr(self, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input")}
-        if self.pairs != PairSpec():  # left out where it is the default: most models draw no pairs
-            parts["pairs"] = self.pairs
+        parts = {name: getattr(self, name) for name in _SPECS}
+        if self.pairs == as_recorded(type(self.pairs)(), {}):  # left out where it says what runs without it do: most models draw no pairs
+            del parts["pairs"]
         splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
         return {
             **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
@@ -131,6 +133,15 @@ class TrainJob:
             "data": {split: dataset.manifest.training_key(split) for split in splits},
             "init_sha256": init_sha256,
         }
+
+    def as_recorded(self, identity: Mapping[str, Any]) -> "TrainJob":
+        """Return the job as a run of this identity wants it: later fields that nobody changed mean what they meant when it was claimed."""
+        there: dict[str, Mapping[str, Any]] = {name: identity.get(name, {}) for name in _SPECS}
+        return dataclasses.replace(self, **{name: as_recorded(getattr(self, name), there[name]) for name in _SPECS})
+
+    def absent_values(self) -> dict[str, Any]:
+        """Return what the absence of later fields means, nested like the identity."""
+        return {name: absent_values(getattr(self, name)) for name in _SPECS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +153,13 @@ class RunResult:
     step: int
     metrics: Mapping[str, Any]
     checkpoint_sha256: str
+
+
+def recorded_job(job: TrainJob, store: Store) -> TrainJob:
+    """Return the job as the run at `store` wants it, if one is claimed there: see `TrainJob.as_recorded`."""
+    if store.size(CLAIM) is None:
+        return job
+    return job.as_recorded(read_json(store, CLAIM).get("identity", {}))
 
 
 def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
@@ -171,7 +189,7 @@ def _require_same_run(job: TrainJob, store: Store, dataset: Dataset, identity: M
     places = {"data": (claim["info"].get("data"), dataset.url)}
     longer = f"to train on from the weights of this run, add train.init_from={store.url} and another out"
     hints = {"train.epochs": longer, "train.max_steps": longer}
-    require_same(store.url, "run", identity, claim["identity"], places=places, hints=hints)
+    require_same(store.url, "run", identity, claim["identity"], places=places, hints=hints, absent=job.absent_values())
 
 
 def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:

@@ -61,6 +61,7 @@ from aecore.run import (
     finished_run,
     model_config,
     pinned_dataset,
+    recorded_job,
     start_from,
     total_steps,
     train_loader,
@@ -87,6 +88,7 @@ def fit(job: TrainJob, *, rank: Rank = Rank(), on_checkpoint: OnCheckpoint | Non
     weights not finite).
     """
     store = open_store(job.out)
+    job = recorded_job(job, store)
     if rank.index == 0:
         claim_run(job, store, pinned_dataset(job, store))
     from_rank_zero(rank, None)  # the other ranks open the dataset generation that the claim names

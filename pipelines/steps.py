@@ -117,9 +117,10 @@ def train_job_of(recipe: Recipe) -> Any:
 def _train_plan(job: Any) -> Tree:
     """Return what `train` would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
     from aecore.checkpoint import load_model
-    from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, require_trainable, total_steps
+    from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, recorded_job, require_trainable, total_steps
 
     store = open_store(job.out)
+    job = recorded_job(job, store)
     dataset = pinned_dataset(job, store)
     for split in (job.train.split, job.train.val_split):
         if split is not None:

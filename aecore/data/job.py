@@ -26,8 +26,16 @@ from aecore.data.splits import SplitSpec, resolve_splits
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import DataError
 from aecore.fanout import Commit, FanOut, OnPart, collect, serial
-from aecore.generations import PartRecord, claim_generation, commit_manifest, newest_number, put_or_adopt, require_same
-from aecore.registry import SOURCES, to_dict
+from aecore.generations import (
+    PartRecord,
+    claim_generation,
+    commit_manifest,
+    newest_of,
+    put_or_adopt,
+    read_json,
+    require_same,
+)
+from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store
 
 logger = logging.getLogger(__name__)
@@ -145,20 +153,43 @@ def _compare(
     store = open_store(out)
     listing: Listing = SOURCES.build(source).listing()
     require_unique(listing)
-    newest = newest_number(store, STEM)
+    names = store.list()
+    newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
+    recorded = _unfinished(store, names, listing) if parent is None else parent.identity
+    if recorded is not None:
+        source, asked, shards = (
+            as_recorded(source, recorded.get("source", {})),
+            as_recorded(asked, recorded.get("splits", {})),
+            as_recorded(shards, recorded.get("shards", {})),
+        )
     splits = resolve_splits(listing, asked)
-    identity = {"source": to_dict(source, identity_only=True), "splits": to_dict(splits), "shards": to_dict(shards, identity_only=True)}
+    specs = {"source": source, "splits": splits, "shards": shards}
+    identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
         identity["adopted"] = {"by": "offset"}
     if parent is None:
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
-    require_same(store.url, "data set", identity, parent.identity)
+    absent = {name: absent_values(spec) for name, spec in specs.items()}
+    require_same(store.url, "data set", identity, parent.identity, absent=absent)
     warn_of_other_address(store, parent, source, listing)
     rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
     require_whole_bags(store, listing, rows)
     return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
+
+
+def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping[str, Any] | None:  # any: plain JSON data
+    """Return the identity under which a first generation of this very listing was begun and not finished, None if there is none."""
+    number = newest_of(names, "run") or 0
+    claims = [name for claim in range(number, 0, -1) if (name := f"run.{claim:06d}.json") in names]
+    wanted = listing.sha256() if claims else ""
+    for name in claims:
+        identity = read_json(store, name).get("identity", {})
+        if identity.get("listing") == wanted:
+            found: Mapping[str, Any] = identity["dataset"]
+            return found
+    return None
 
 
 def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:

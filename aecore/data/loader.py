@@ -53,7 +53,10 @@ class InputSpec:
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change what is read, as plain JSON data."""
-        return to_dict(self, identity_only=True) if self.reader == "webdataset" else {"reader": self.reader}
+        fields = to_dict(self, identity_only=True)
+        if self.reader == "webdataset":
+            return fields
+        return {name: value for name, value in fields.items() if name not in ("resampled", "epoch_samples", "shuffle", "member")}
 
 
 class BadRow(NamedTuple):
