@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.registry import flatten
 from aecore.store import AlreadyExists, FileRef, Store, canonical_json
 
 FORMAT_VERSION = 1
@@ -171,7 +172,7 @@ def require_same(
     A hash says nothing to people: `places` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
     are of. `hints` are what else can be done where a field differs.
     """
-    mine, known = dict(_flatten(ours)), dict(_flatten(theirs))
+    mine, known = dict(flatten(ours)), dict(flatten(theirs))
     differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
     if not differing:
         return
@@ -187,13 +188,3 @@ def _shown(value: object, where: object) -> str:
     """Return a value of an identity as a message says it: a hash short, after the address it is of."""
     short = value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
     return short if where is None or value is None else f"{where} ({short})"
-
-
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", list(value) if isinstance(value, tuple) else value))
-    return rows
