@@ -19,6 +19,7 @@ _REMEDIES = {
     errno.ENOTDIR: "; a part of the path is a file: write to another URL",
     errno.EOPNOTSUPP: "; the file system knows no hard links: write to another URL",
 }
+SIMILARITY = 0.5  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
 
 
 class AecoreError(Exception):
@@ -104,10 +105,15 @@ def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
         yield from _subclasses(narrower)
 
 
+def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
+    """Return up to `count` known names that may have been meant by an unknown one, the most similar first; [] if none is similar."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=at_least)
+
+
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    nearest = similar(value, names)
     guess = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f" ({guess}known: {', '.join(names) or 'none'})"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.registry import flatten
 from aecore.store import AlreadyExists, FileRef, Store, canonical_json
 
 FORMAT_VERSION = 1
@@ -205,8 +206,8 @@ def require_same(
     A hash says nothing to people: `places` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
     are of. `hints` are what else can be done where a field differs.
     """
-    missing = _flatten(absent or {})
-    mine, known = dict(missing + _flatten(ours)), dict(missing + _flatten(theirs))
+    missing = list(flatten(absent or {}))
+    mine, known = dict([*missing, *flatten(ours)]), dict([*missing, *flatten(theirs)])
     differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
     if not differing:
         return
@@ -222,13 +223,3 @@ def _shown(value: object, where: object) -> str:
     """Return a value of an identity as a message says it: a hash short, after the address it is of."""
     short = value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
     return short if where is None or value is None else f"{where} ({short})"
-
-
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", list(value) if isinstance(value, tuple) else value))
-    return rows

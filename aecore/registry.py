@@ -11,13 +11,14 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from aecore.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 BuildFn = TypeVar("BuildFn", bound=Callable[..., Any])
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<="}  # the bounds of a knob, as messages and lists write them
 
 
 def knob(
@@ -83,7 +84,7 @@ def _check_bound(name: str, number: float, bounds: Mapping[str, Any]) -> None:
     if number != number or abs(number) == math.inf:
         raise ConfigError(f"{name} is {number}, expected a finite number")
     if (ge is not None and number < ge) or (gt is not None and number <= gt) or (le is not None and number > le):
-        limits = [f"{sign} {limit}" for sign, limit in ((">=", ge), (">", gt), ("<=", le)) if limit is not None]
+        limits = [f"{sign} {bounds[name]}" for name, sign in BOUNDS.items() if bounds.get(name) is not None]
         raise ConfigError(f"{name} is {number}, expected {' and '.join(limits)}")
 
 
@@ -156,6 +157,25 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
         if key not in hints:
             raise ConfigError(f"unknown key {key!r} in {cls.__name__}{did_you_mean(key, hints)}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def flatten(tree: Any, *, lists: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:  # any: plain data
+    """Yield the dotted key and the value of every leaf of nested mappings, in their order; an empty mapping has none.
+
+    Parameters
+    ----------
+    tree : Mapping
+        Nested mappings; a tuple among the values is given as the list that JSON makes of it.
+    lists : bool
+        Also go into lists and tuples; the key of an item is its position (`columns.0.name`).
+    prefix : str
+        Key that all keys start with.
+    """
+    if not isinstance(tree, Mapping) and not (lists and isinstance(tree, list | tuple)):
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+        return
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        yield from flatten(value, lists=lists, prefix=f"{prefix}.{key}" if prefix else str(key))
 
 
 class Registry:

@@ -5,7 +5,6 @@ Nothing is run and nothing heavy is imported here: every `aepipe --help` passes 
 """
 
 import argparse
-import difflib
 import importlib.metadata
 import re
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, similar
 
 Args = argparse.Namespace
 RECIPE_NOTE = "key.path=value sets any key of a recipe"
@@ -116,7 +115,7 @@ class Verbs:
 def _not_taken(word: str, help: str, verb: Verb) -> str:
     """Return what is said of a word that a verb has no place for."""
     if word.startswith("-"):
-        near = difflib.get_close_matches(word.partition("=")[0], sorted(set(re.findall(r"--[a-z-]+", help))), n=1)
+        near = similar(word.partition("=")[0], set(re.findall(r"--[a-z-]+", help)))
         return f"`aepipe {verb.name}` has no option {word}" + (f": did you mean {near[0]}?" if near else "")
     if verb.reads_recipe and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", word):
         return f"{word} sets nothing: write key=value, as in {word}=..."

@@ -16,10 +16,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aecore.errors import AecoreError, DataError, to_json
+from aecore.registry import flatten
 from pipelines import overrides
 from pipelines.verbs import VERBS
 
@@ -73,16 +74,9 @@ def _json(data: Any) -> str:
     try:
         return json.dumps(data, indent=2, default=str, allow_nan=False)
     except ValueError:
-        found = "; ".join(f"{path} is {value}" for path, value in _not_finite(data, ""))
+        leaves = flatten(data, lists=True)
+        found = "; ".join(f"{path} is {value}" for path, value in leaves if isinstance(value, float) and not math.isfinite(value))
         raise DataError(f"the result holds numbers that JSON cannot say: {found}; look at it without --json, and check the data") from None
-
-
-def _not_finite(data: Any, path: str) -> Iterator[tuple[str, float]]:
-    if isinstance(data, float) and not math.isfinite(data):
-        yield path, data
-    elif isinstance(data, Mapping | list | tuple):
-        for key, value in data.items() if isinstance(data, Mapping) else enumerate(data):
-            yield from _not_finite(value, f"{path}.{key}" if path else str(key))
 
 
 def _log(debug: bool) -> None:

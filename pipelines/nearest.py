@@ -1,29 +1,31 @@
 """Which keys of a recipe somebody may have meant by an unknown one. Names in, names out: no part is imported here."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 
+from aecore.errors import similar
+
 SHOWN = 4
+SURE = 0.75  # among the keys of all sections something is always half similar
 Fields = Mapping[str, Mapping[str, str]]  # section -> its fields, each with what has to be said beside it ("" or " (of model.kind=vae)")
 
 
 def nearest_keys(word: str, below: Iterable[str], fields: Fields, top: Iterable[str]) -> list[str]:
     """Return the known keys nearest to `word`, or to `word.x` for every x in `below`; best first, [] if none is near."""
     tails = list(below)
-    section = difflib.get_close_matches(word, fields, n=1, cutoff=0.6)
+    section = similar(word, fields)
     if tails and section:
         known = fields[section[0]]
-        return _first(f"{section[0]}.{name}" for tail in tails for name in difflib.get_close_matches(tail, known, n=1)) or section
+        return _first(f"{section[0]}.{name}" for tail in tails for name in similar(tail, known)) or section
     if tails:
         return _first(key for tail in tails for key in _of_fields(tail, fields))
     same = [f"{name}.{word}{known[word]}" for name, known in fields.items() if word in known]
-    return _first(same) or difflib.get_close_matches(word, [*top, *fields], n=1, cutoff=0.75) or _of_fields(word, fields)
+    return _first(same) or similar(word, [*top, *fields], at_least=SURE) or _of_fields(word, fields)
 
 
 def _of_fields(word: str, fields: Fields) -> list[str]:
     """Return the keys whose field looks like `word`, else those that have a word in common with it (`batch_size`, `global_batch`)."""
     names = {field for known in fields.values() for field in known}
-    like = difflib.get_close_matches(word, names, n=SHOWN, cutoff=0.75)
+    like = similar(word, names, SHOWN, SURE)
     shared = ([name for name in names if part in name.split("_")] for part in word.split("_"))
     like = like or next(filter(None, shared), [])
     return _first(f"{name}.{field}{known[field]}" for name, known in fields.items() for field in known if field in like)

@@ -5,10 +5,11 @@ What an override does to a recipe is told in `tree.py`.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aecore.errors import ConfigError
+from aecore.registry import flatten
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
@@ -30,23 +31,13 @@ def refuse(verb: str, overrides: Sequence[str], why: str) -> None:
 def require_no_conflict(base: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """ConfigError if an override gives another value than the argument that stands for the same key (`base`: the arguments)."""
     from aecore.store import absolute_url
-    from pipelines.tree import apply_overrides
+    from pipelines.tree import apply_overrides, value_at
 
-    for path, said in _leaves(base):
-        value: Any = apply_overrides(base, overrides)
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        same = value == said or (path[-1] != "kind" and bool(value) and absolute_url(str(value)) == absolute_url(said))
+    tree = apply_overrides(base, overrides)
+    for key, said in flatten(base):
+        value = value_at(tree, key)
+        same = value == said or (not key.endswith(".kind") and bool(value) and absolute_url(str(value)) == absolute_url(said))
         if not same:
-            key = ".".join(path)
             raise ConfigError(
                 f"{key} is given twice: {said!r} as an argument and {value!r} as an override ({key}=...): leave out one of them"
             )
-
-
-def _leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*above, key))
-        else:
-            yield (*above, key), value

@@ -111,6 +111,14 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> Tree:
     return out
 
 
+def value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key, None where the tree does not have it."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def dump_yaml(tree: Mapping[str, Any]) -> str:
     """Return the tree as YAML text that `parse_yaml` reads back equal."""
     return yaml.dump(json.loads(json.dumps(tree)), Dumper=_Dumper, sort_keys=False, default_flow_style=None)

@@ -107,6 +107,10 @@ def test_aecore_imports_no_orchestration_and_no_pipelines() -> None:
     assert not [str(i) for i in imports("aecore") if root(i.target) in ORCHESTRATION | {"pipelines", "tests"}]
 
 
+def test_names_are_suggested_in_one_place() -> None:
+    assert {i.module for package in ("aecore", "pipelines") for i in imports(package) if root(i.target) == "difflib"} == {"aecore.errors"}
+
+
 def test_imports_in_aecore_point_down() -> None:
     ours = [i for i in imports("aecore") if root(i.target) == "aecore" and i.module != "aecore"]
     assert ours, "no imports found: is the package where this test looks?"

@@ -3,7 +3,7 @@ from typing import Literal
 import pytest
 
 from aecore.errors import ConfigError
-from aecore.registry import Registry, from_dict, knob, spec, to_dict
+from aecore.registry import Registry, flatten, from_dict, knob, spec, to_dict
 
 
 @spec
@@ -28,6 +28,14 @@ def test_specs_round_trip_through_plain_data():
     assert data == {"inner": {"kind": "inner", "width": 3}, "sizes": [4, 5], "share": 1.0, "free": 0.0, "table": None, "cache": 7}
     data["inner"] = from_dict(InnerSpec, data["inner"])
     assert from_dict(OuterSpec, data) == outer
+
+
+def test_a_tree_is_flattened_to_dotted_keys_in_its_order():
+    tree = {"b": {"y": 1, "x": (2, 3)}, "a": None, "empty": {}, "rows": [{"n": 4}, 5]}
+    assert list(flatten(tree)) == [("b.y", 1), ("b.x", [2, 3]), ("a", None), ("rows", [{"n": 4}, 5])]
+    with_lists = [("b.y", 1), ("b.x.0", 2), ("b.x.1", 3), ("a", None), ("rows.0.n", 4), ("rows.1", 5)]
+    assert list(flatten(tree, lists=True)) == with_lists
+    assert list(flatten({})) == []
 
 
 def test_fields_that_cannot_change_the_artefact_are_not_part_of_the_identity():
