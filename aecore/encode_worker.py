@@ -34,6 +34,7 @@ from aecore.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, DataError
 from aecore.fanout import Commit
 from aecore.generations import PartRecord, read_record, recorded_parts, write_record
+from aecore.nn import linear_path
 from aecore.store import Store, canonical_json, open_store
 from aecore.table_write import RefusedRow, commit_part, commit_quarantine, part_name, part_table
 from aecore.threads import map_ordered
@@ -264,13 +265,14 @@ class _PartValues:
 
 
 def encoded_by(loaded: LoadedModel, setup: EncodeSetup) -> dict[str, str]:
-    """Return what the last bits of the latents depend on besides the inputs: device, threads, versions."""
+    """Return what the last bits of the latents depend on besides the inputs: device, threads, versions, matrix product."""
     if setup.device.startswith("cuda"):
         device = torch.cuda.get_device_name(setup.device)
     else:
         device = f"{setup.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     decoder = decoder_version(loaded.config.transform.decoder)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pyarrow": pa.__version__}
+    linear = {} if setup.device.startswith("cuda") else {"linear": linear_path().name}
+    versions = {**linear, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pyarrow": pa.__version__}
     return {"device": device, "threads": str(setup.threads), "versions": canonical_json({**versions, "decoder": decoder}).decode()}
 
 

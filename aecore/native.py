@@ -8,15 +8,16 @@ used; AECORE_NATIVE=0 leaves it out.
 import ctypes
 import hashlib
 import os
+import platform
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 7  # of native.h, which has it too: a library that was built from another one is not used
+VERSION = 8  # of native.h, which has it too: a library that was built from another one is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 _BLOCK = 64  # bytes of a block of sha256
 _MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
@@ -24,6 +25,24 @@ _START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0
 
 Bytes = NDArray[np.uint8]
 Int64s = NDArray[np.int64]
+
+
+class Processor(NamedTuple):
+    """What /proc/cpuinfo calls this machine's processor: its maker (`GenuineIntel`, `AuthenticAMD`) and name; "" where it does not say."""
+
+    vendor: str
+    name: str
+
+
+@cache
+def processor() -> Processor:
+    """Return the maker and the name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:  # not Linux
+        return Processor("", platform.processor() or platform.machine())
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return Processor(found.get("vendor_id", ""), found.get("model name", "") or platform.machine())
 
 
 def available() -> bool:

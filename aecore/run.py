@@ -23,6 +23,7 @@ from aecore.errors import ConfigError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
 from aecore.metrics import epoch_of
 from aecore.model_config import ModelConfig
+from aecore.nn import linear_path
 from aecore.optim import OptimSpec
 from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
@@ -198,6 +199,7 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
     What cannot be trained at all is refused before the claim (see `require_trainable`).
     """
     if is_claimed(job, store, dataset):
+        _warn_of_other_product(store)
         return
     loaded = None if job.train.init_from is None else load_model(job.train.init_from)
     require_trainable(job, dataset, loaded)
@@ -207,9 +209,18 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
         "dataset_number": dataset.manifest.number,
         "dataset_sha256": dataset.manifest.dataset_sha256,
         "total_steps": total_steps(job, dataset),
+        "linear": str(linear_path()),
     }
     claim_generation(store, "run", identity, info)
     _require_same_run(job, store, dataset, identity)
+
+
+def _warn_of_other_product(store: Store) -> None:
+    """Warn if the linear layers of a run use another matrix product than when it began: the last bits of its weights change."""
+    begun, now = read_json(store, CLAIM)["info"].get("linear"), linear_path()
+    if begun is not None and str(begun).split(" ")[0] != now.name and store.size("model/checkpoint.json") is None:
+        text = "%s began with the matrix product %s and goes on with %s: the weights differ in the last bits from those of one machine"
+        logger.warning(text, store.url, begun, now)
 
 
 def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:

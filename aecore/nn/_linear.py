@@ -1,18 +1,62 @@
-"""`nn.Linear` with the faster of two matrix products: torch's own is MKL, which leaves AVX-512 unused on CPUs of other makers.
+"""`nn.Linear` with the faster of two matrix products: torch's own is MKL, which leaves AVX-512 unused on processors of other makers.
 
 oneDNN, which torch has for convolutions, does not: on an AMD EPYC it takes half the time (128 x 784 by 784 x 256, one thread: 0.24
-against 0.49 ms), forward and backward. It is asked where that pays: float32 on a CPU with AVX-512, outside autocast and `torch.compile`
-(which chooses for itself), for products of some size. Everywhere else this is `nn.Linear`, and its weights always are.
+against 0.49 ms), forward and backward. On an Intel Xeon MKL uses AVX-512 itself and is the faster one (a step of a 784-256-256-20 VAE
+takes 1.18 times as long with oneDNN). `linear_path` says which is used and why. It is asked where that pays: float32, outside autocast
+and `torch.compile` (which chooses for itself), for products of some size. Everywhere else this is `nn.Linear`, and its weights always are.
 """
 
-from typing import Any
+import os
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aecore.errors import ConfigError
+from aecore.native import processor
+
 MIN_MULTIPLICATIONS = 1 << 22  # below, asking costs as much as it saves
-_multiply = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
+VARIABLE = "AECORE_LINEAR"  # torch or onednn: for tests and benchmarks
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # any: torch's operators have no types
+
+
+class LinearPath(NamedTuple):
+    """Which of the two products large float32 layers use on a CPU, and why; it decides the last bits of what a model computes."""
+
+    name: Literal["onednn", "torch"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+@cache
+def linear_path() -> LinearPath:
+    """Return the product that `Linear` uses in this process; ConfigError if AECORE_LINEAR asks for one that is not known.
+
+    The rule is static, by the processor's maker and instructions: one that measured at each start would change the bits of a run.
+    """
+    return _choose_path(os.environ.get(VARIABLE, ""))
+
+
+def _choose_path(wanted: str) -> LinearPath:
+    if wanted not in ("", "torch", "onednn") or (wanted == "onednn" and _ONEDNN is None):
+        known = "torch" if _ONEDNN is None else "torch, onednn"
+        raise ConfigError(f"{VARIABLE}={wanted} is no matrix product of this build of torch (known: {known}): correct or unset it")
+    if wanted == "torch":
+        return LinearPath("torch", f"{VARIABLE}=torch")
+    if wanted == "onednn":
+        return LinearPath("onednn", f"{VARIABLE}=onednn")
+    vendor, capability = processor().vendor, torch.backends.cpu.get_cpu_capability()
+    if _ONEDNN is None or not torch.backends.mkl.is_available():
+        return LinearPath("torch", "this build of torch does not have both products")
+    if capability != "AVX512":
+        return LinearPath("torch", "no AVX-512")
+    if vendor != "AuthenticAMD":  # the only maker for which oneDNN was measured to be faster
+        return LinearPath("torch", f"{vendor or 'unknown maker'} with AVX-512: oneDNN is slower there or was not measured")
+    return LinearPath("onednn", f"{vendor} with AVX-512, which MKL leaves unused")
 
 
 class Linear(nn.Linear):
@@ -38,14 +82,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     return (
-        _multiply is not None
-        and x.numel() * weight.shape[0] >= MIN_MULTIPLICATIONS
+        x.numel() * weight.shape[0] >= MIN_MULTIPLICATIONS
         and x.shape[-1:] == weight.shape[1:]  # else torch's own message
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and linear_path().name == "onednn"
     )
 
 
@@ -53,7 +97,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias of `a [M, K]` and `b [N, K]`."""
     if torch.is_grad_enabled():
         return _Product.apply(a, b, bias)  # type: ignore[no-any-return, no-untyped-call]  # torch
-    return _multiply(_dense(a), _dense(b), bias, "none", [], "")  # type: ignore[no-any-return, misc]  # torch's operators have no types
+    return _ONEDNN(_dense(a), _dense(b), bias, "none", [], "")  # type: ignore[no-any-return]  # torch's operators have no types
 
 
 def _dense(matrix: Tensor) -> Tensor:

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,20 +8,35 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import aecore.nn._linear as linear_module
-from aecore.nn._linear import LazyLinear, Linear, linear
+from aecore.errors import ConfigError
+from aecore.native import Processor
+from aecore.nn._linear import VARIABLE, LazyLinear, Linear, linear, linear_path
+from aecore.train import fit
+from tests.aecore.encoding import encode, sprites_dataset
+from tests.aecore.training import small_job
 
-here = pytest.mark.skipif(linear_module._multiply is None, reason="this CPU or this build of torch has only one matrix product")
+here = pytest.mark.skipif(linear_module._ONEDNN is None, reason="this build of torch has only one matrix product")
 
 
-@pytest.fixture(params=["fast", "torch"])
+@pytest.fixture(autouse=True)
+def chosen_anew():
+    yield
+    linear_path.cache_clear()
+
+
+@pytest.fixture(params=["onednn", "torch"])
 def always(request, monkeypatch):
     """Every product in one of the two ways, whatever its size."""
-    if request.param == "fast":
-        if linear_module._multiply is None:
-            pytest.skip("this CPU or this build of torch has only one matrix product")
+    if request.param == "onednn":
+        if linear_module._ONEDNN is None:
+            pytest.skip("this build of torch has only one matrix product")
         monkeypatch.setattr(linear_module, "MIN_MULTIPLICATIONS", 1)
-    else:
-        monkeypatch.setattr(linear_module, "_multiply", None)
+    use(monkeypatch, request.param)
+
+
+def use(monkeypatch, path):
+    monkeypatch.setenv(VARIABLE, path)
+    linear_path.cache_clear()
 
 
 def close(found, expected):
@@ -102,8 +120,9 @@ def test_transforms_of_functions_work(always):
 
 @here
 def test_large_products_take_the_fast_way_and_everything_else_torchs(monkeypatch):
-    calls, multiply = [], linear_module._multiply
-    monkeypatch.setattr(linear_module, "_multiply", lambda *args: calls.append(args[0].shape) or multiply(*args))
+    use(monkeypatch, "onednn")
+    calls, multiply = [], linear_module._ONEDNN
+    monkeypatch.setattr(linear_module, "_ONEDNN", lambda *args: calls.append(args[0].shape) or multiply(*args))
     x, weight = random(64, 256), random(256, 256)
 
     def fast(x, weight):
@@ -141,3 +160,81 @@ def test_a_lazy_layer_becomes_a_linear_of_ours():
     layer = LazyLinear(5)
     assert layer(random(2, 7)).shape == (2, 5)
     assert type(layer) is Linear and layer.in_features == 7
+
+
+class TestPath:
+    """Which product is used follows from the processor alone, and says why."""
+
+    @pytest.fixture
+    def path_on(self, monkeypatch):
+        monkeypatch.delenv(VARIABLE, raising=False)
+        monkeypatch.setattr(linear_module, "_ONEDNN", object())
+
+        def path(vendor, capability, mkl=True):
+            monkeypatch.setattr(linear_module, "processor", lambda: Processor(vendor, "a processor"))
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+            monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+            return linear_path.__wrapped__()
+
+        return path
+
+    def test_onednn_is_used_only_on_the_maker_for_which_it_was_measured_to_be_faster(self, path_on):
+        assert path_on("AuthenticAMD", "AVX512").name == "onednn"
+        others = (("GenuineIntel", "AVX512"), ("", "AVX512"), ("CentaurHauls", "AVX512"), ("AuthenticAMD", "AVX2"), ("", "DEFAULT"))
+        assert {path_on(*other).name for other in others} == {"torch"}
+        assert path_on("AuthenticAMD", "AVX512", mkl=False).name == "torch"
+
+    def test_the_reason_names_what_decided(self, path_on):
+        assert "AuthenticAMD with AVX-512" in str(path_on("AuthenticAMD", "AVX512"))
+        assert "GenuineIntel" in path_on("GenuineIntel", "AVX512").reason
+        assert "no AVX-512" in path_on("GenuineIntel", "AVX2").reason
+
+    @here
+    @pytest.mark.parametrize("wanted", ["torch", "onednn"])
+    def test_an_environment_variable_decides_for_benchmarks(self, monkeypatch, wanted):
+        use(monkeypatch, wanted)
+        assert tuple(linear_path()) == (wanted, f"AECORE_LINEAR={wanted}")
+
+    def test_an_unknown_product_is_refused_with_the_known_ones(self, monkeypatch):
+        use(monkeypatch, "mkl")
+        with pytest.raises(ConfigError, match=r"AECORE_LINEAR=mkl .*known: torch"):
+            linear_path()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return sprites_dataset(tmp_path_factory.mktemp("linear") / "data", num_samples=60)
+
+
+class TestRecord:
+    def test_a_run_and_its_table_say_which_product_made_them(self, data, tmp_path, monkeypatch):
+        use(monkeypatch, "torch")
+        fit(small_job(data, tmp_path / "run", max_steps=2))
+        claim = json.loads((tmp_path / "run/run.000001.json").read_text())
+        assert claim["info"]["linear"] == "torch (AECORE_LINEAR=torch)"
+        assert "linear" not in claim["identity"] and "AECORE_LINEAR" not in str(claim["identity"])
+        (producer,) = encode(str(tmp_path / "run"), data, tmp_path / "table").manifest.lineage["encoded_by"]
+        assert json.loads(producer["versions"])["linear"] == "torch"
+
+    def test_a_run_that_does_not_say_it_is_opened_as_before(self, data, tmp_path, caplog):
+        job = small_job(data, tmp_path / "run", max_steps=2)
+        first = fit(job)
+        path = tmp_path / "run/run.000001.json"
+        claim = json.loads(path.read_text())
+        del claim["info"]["linear"]
+        path.write_text(json.dumps(claim))
+        shutil.rmtree(tmp_path / "run/model")  # as if it had been stopped before it was published
+        assert fit(job).metrics == first.metrics
+        assert "matrix product" not in caplog.text
+
+    @here
+    def test_a_run_that_goes_on_with_the_other_product_warns(self, data, tmp_path, monkeypatch, caplog):
+        use(monkeypatch, "torch")
+        job = small_job(data, tmp_path / "run", max_steps=2)
+        fit(job)
+        use(monkeypatch, "onednn")
+        fit(job)
+        assert "matrix product" not in caplog.text, "it is finished"
+        shutil.rmtree(tmp_path / "run/model")
+        fit(job)
+        assert "began with the matrix product torch (AECORE_LINEAR=torch) and goes on with onednn" in caplog.text

@@ -24,7 +24,7 @@ from aecore.data.job import shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.memory import keep_freed_memory
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import FusedAdam
+from aecore.optim import OptimSpec, build_optimizer
 from aecore.ranks import Rank
 from aecore.run import TrainJob, TrainSpec, claim_run, pinned_dataset
 from aecore.store import open_store
@@ -147,7 +147,7 @@ def torchmil(package: types.ModuleType, *, own: bool = False) -> Step:
     """A step of torchmil's class, or of our `own`: they are called alike. Only its own trainer reads the loss every step."""
     sizes, activations = [HIDDEN, HIDDEN, LATENT], ["relu", "relu", "None"]
     model = package.VariationalAutoEncoder(input_shape=(SIZE,), layer_sizes=sizes, activations=activations, covar_mode="single")
-    optimizer = FusedAdam(model.parameters(), LR) if own else torch.optim.Adam(model.parameters(), lr=LR)
+    optimizer = build_optimizer(OptimSpec(lr=LR), model) if own else torch.optim.Adam(model.parameters(), lr=LR)
 
     def step(x: Tensor) -> None:
         terms = model.compute_loss(x, reduction="mean", n_samples=1)
