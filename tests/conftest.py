@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from aecore.store import _s3 as s3_module
 from aecore.store._s3_client import close_clients
+from tests.leftovers import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401 (hooks)
 from tests.realdata import unpack_real
 from tests.s3 import S3, s3_environment, start_server
 from tests.s3.proxy import FaultProxy

@@ -32,17 +32,19 @@ from aecore.table import open_table
 from aecore.train import TrainJob, TrainSpec
 from aecore.variational import VAESpec
 from tests.aecore.training import fit_on, losses
+from tests.processes import below, run, started
 from tests.realdata import unpack_real
 
 pytestmark = pytest.mark.accept
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = ROOT / "pipelines/recipes/mnist_vae.yaml"
+FULL_SIZE_S = 5000.0
 BAR_NATS = 100.7  # test -ELBO of the 784-256-256-20 VAE after 30 epochs, sampled
 
 
 def command(*arguments: object, fault: str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `aepipe` to its end."""
-    return subprocess.run(_argv(arguments), env=_environment(fault), capture_output=True, text=True, check=False, cwd=ROOT, **options)
+    return run(_argv(arguments), env=_environment(fault), cwd=ROOT, timeout_s=FULL_SIZE_S, **options)
 
 
 def aepipe(*arguments: object) -> dict[str, Any]:
@@ -75,10 +77,10 @@ def hashes(folder: Path, *, only: str = "**/*") -> dict[str, str]:
 def whole(real_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline on all of MNIST with two Ray workers."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    started = time.monotonic()
+    begun = time.monotonic()
     done = command("run", RECIPE, f"source.url={real_mnist}", f"out={out}", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
-    print(f"\naepipe run mnist_vae, 2 Ray workers: {time.monotonic() - started:.0f} s")
+    print(f"\naepipe run mnist_vae, 2 Ray workers: {time.monotonic() - begun:.0f} s")
     return out
 
 
@@ -147,42 +149,17 @@ def test_1_2_and_3_ranks_see_the_same_batches_and_losses_over_500_steps(whole, t
         np.testing.assert_allclose(many, one, rtol=1e-5)
 
 
-def _train_workers(driver: int) -> list[int]:
-    """Return the pids of the Ray train workers below the process `driver`."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                names[int(entry.name)] = (entry / "cmdline").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-
-    def below(pid: int) -> bool:
-        while pid > 1:
-            if pid == driver:
-                return True
-            pid = parents.get(pid, 0)
-        return False
-
-    return [pid for pid, name in names.items() if "RayTrainWorker" in name and below(pid)]
-
-
 def test_a_train_worker_killed_in_the_middle_of_an_epoch_costs_nothing(whole, tmp_path):
     options = ["train.epochs=4", "checkpoint.every_steps=150", f"data={whole / 'dataset'}"]
     aepipe("train", RECIPE, *options, f"out={tmp_path / 'uninterrupted'}")
-    driver = subprocess.Popen(
-        _argv(("train", RECIPE, *options, f"out={tmp_path / 'killed'}")), cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL
-    )
     store = open_store(tmp_path / "killed")
-    while not ((row := last_row(store)) and row["step"] > 700):
-        assert driver.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.1)
-    victims = _train_workers(driver.pid)
-    assert len(victims) == 2
-    os.kill(victims[0], signal.SIGKILL)
-    assert driver.wait(600) == 0
+    command = _argv(("train", RECIPE, *options, f"out={tmp_path / 'killed'}"))
+    with started(command, cwd=ROOT, env=_environment()) as driver:
+        driver.wait_for(lambda: (row := last_row(store)) and row["step"] > 700, "step 700 is in the metrics", 600)
+        victims = [pid for pid, name in below(driver.pid).items() if "RayTrainWorker" in name]
+        assert len(victims) == 2
+        os.kill(victims[0], signal.SIGKILL)
+        assert driver.finish(600).returncode == 0, driver.tail()
     assert losses(tmp_path / "killed") == losses(tmp_path / "uninterrupted")
     assert hashes(tmp_path / "killed/model") == hashes(tmp_path / "uninterrupted/model")
     attempts = {name.rsplit("-", 1)[1] for _, name in committed_checkpoints(store)} | {

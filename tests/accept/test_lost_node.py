@@ -1,7 +1,6 @@
 """Nodes that die and do not come back: their parts are made elsewhere, or the run ends and says why."""
 
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.accept.test_acceptance import ROOT
+from tests.processes import run
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(300)]
 SCRIPT = """
@@ -62,14 +62,7 @@ cluster.shutdown()
 
 def test_parts_of_a_lost_node_are_made_on_the_others_and_without_any_the_run_ends(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tmp_path)],
-            env=os.environ | {"RAY_TMPDIR": short, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        done = run([sys.executable, "-c", SCRIPT, tmp_path], env=os.environ | {"RAY_TMPDIR": short, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     made, lost = (line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT "))
     assert made == "['a', 'b', 'c', 'd']"

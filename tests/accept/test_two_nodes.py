@@ -17,8 +17,9 @@ from aecore.store import open_store
 from pipelines.config import load_recipe
 from pipelines.pipeline import run_stages
 from pipelines.steps import STEPS
-from tests.pipelines.cluster.heads import RAY, Head, end, ray_head
+from tests.pipelines.cluster.heads import RAY, Head, ray_head
 from tests.pipelines.conftest import SMALL
+from tests.processes import run, started
 
 TINY = (*SMALL, "train.epochs=3", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=10")
 NET, BRIDGE, SPACES = "10.213.77", "aebr7", ("aens71", "aens72")
@@ -72,11 +73,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch, private: Path) -> Iterator[Head]:
         folder = Path(f"/tmp/aen{os.getpid()}")
         options = [f"--address={head.address}", f"--node-ip-address={second}", "--num-cpus=1", f"--object-store-memory={80 << 20}"]
         command = [*inside(SPACES[1], private), RAY, "start", "--block", "--disable-usage-stats", f"--temp-dir={folder}", *options]
-        node = subprocess.Popen(command, env=head.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            yield head
+            with started(command, env=head.environment, grace_s=3):
+                yield head
         finally:
-            end(node)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -98,11 +98,11 @@ def test_a_job_trains_over_two_nodes_and_a_path_of_this_machine_is_refused(tmp_p
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         command = [sys.executable, "-m", "pipelines.cli", "submit", "demo", f"out={shared}", *TINY, f"cluster.address={head.dashboard}"]
         command += ["cluster.num_workers=2", f"cluster.python={sys.executable}", "--json"]
-        refused = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=100, check=False)
+        refused = run(command, env=head.environment)
         assert refused.returncode == 5
         assert f"the job runs on {NET}.11, which has its own disk" in refused.stderr
         command.append(f"cluster.shared_paths=[{tmp_path}]")
-        done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=400, check=False)
+        done = run(command, env=head.environment, timeout_s=400)
         assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["encode"]["rows"] == 384
     assert "2 CPU" in done.stderr, "both nodes were there, with one CPU each, so each had one of the two workers"

@@ -10,47 +10,21 @@ import json
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import Started, free_port, run, started
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def ended(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM, timeout_s: float = 30) -> int:
-    """End a process that a test started, and return its exit code."""
-    if process.poll() is None:
-        process.send_signal(how)
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait(10)
-
-
-def eventually(what: str, found: Callable[[], Any], timeout_s: float, every_s: float = 0.3) -> Any:
-    """Return the first true answer of `found`; AssertionError that says `what` did not happen in time."""
-    deadline = time.monotonic() + timeout_s
-    while not (answer := found()):
-        assert time.monotonic() < deadline, f"not in {timeout_s:.0f} s: {what}"
-        time.sleep(every_s)
-    return answer
 
 
 @dataclass(frozen=True)
@@ -98,15 +72,12 @@ def postgres(password: str) -> Iterator[Postgres]:
         init = [programs / "initdb", "-D", home / "data", "-U", "prefect", "--pwfile", secret, "--auth=scram-sha-256"]
         subprocess.run([*init, "--encoding=utf8", "--locale=C", "--no-sync"], cwd="/", check=True, capture_output=True, **as_user)
         port = free_port()
-        with (home / "log").open("wb") as log:
-            command = [programs / "postgres", "-D", home / "data", "-h", "127.0.0.1", "-p", str(port), "-k", home, "-c", "fsync=off"]
-            server = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **as_user)
-        try:
+        command = [programs / "postgres", "-D", home / "data", "-h", "127.0.0.1", "-p", str(port), "-k", home, "-c", "fsync=off"]
+        # SIGINT is "fast": it does not wait for its clients
+        with started(command, cwd="/", log=home / "log", how=signal.SIGINT, grace_s=30, **as_user) as server:
             ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
-            eventually("PostgreSQL is ready", lambda: subprocess.run(ready, check=False).returncode == 0, 30, 0.1)
+            server.wait_for(lambda: subprocess.run(ready, check=False).returncode == 0, "PostgreSQL is ready")
             yield Postgres(programs, port, password)
-        finally:
-            ended(server, signal.SIGINT)  # "fast": it does not wait for its clients
 
 
 @dataclass(frozen=True)
@@ -117,16 +88,23 @@ class Prefect:
     auth: str = field(repr=False)
     log: Path
     home: Path
+    csrf: bool
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.auth, "PREFECT_HOME": str(self.home / "client")}
+        auth = {"PREFECT_API_AUTH_STRING": self.auth} if self.auth else {}
+        return {"PREFECT_API_URL": self.url, "PREFECT_HOME": str(self.home / "client"), **auth}
+
+    @property
+    def _login(self) -> dict[str, str]:
+        return {"authorization": f"Basic {base64.b64encode(self.auth.encode()).decode()}"} if self.auth else {}
 
     def ask(self, path: str, **body: Any) -> Any:
-        """Ask the API as a client with password and CSRF token."""
-        login = {"authorization": f"Basic {base64.b64encode(self.auth.encode()).decode()}"}
-        token = _read(f"{self.url}/csrf-token?client=tests", login)["token"]
-        headers = {**login, "content-type": "application/json", "prefect-csrf-token": token, "prefect-csrf-client": "tests"}
+        """Ask the API as a client with the password and CSRF token that it wants."""
+        headers = {**self._login, "content-type": "application/json"}
+        if self.csrf:
+            token = _read(f"{self.url}/csrf-token?client=tests", self._login)["token"]
+            headers |= {"prefect-csrf-token": token, "prefect-csrf-client": "tests"}
         return _read(f"{self.url}/{path}", headers, json.dumps(body).encode())
 
     def runs(self, **filters: Any) -> list[dict[str, Any]]:
@@ -134,8 +112,7 @@ class Prefect:
 
     def states(self, run_id: str) -> list[str]:
         """Return the names of all states of a flow run, the first one first."""
-        login = {"authorization": f"Basic {base64.b64encode(self.auth.encode()).decode()}"}
-        states = _read(f"{self.url}/flow_run_states/?flow_run_id={run_id}", login)
+        states = _read(f"{self.url}/flow_run_states/?flow_run_id={run_id}", self._login)
         return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
 
     def state(self, run_id: str) -> str:
@@ -149,62 +126,48 @@ class Prefect:
 
     def run(self, *command: object, env: dict[str, str] | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """Run a command as a client of this server, from the project's root."""
-        environment = os.environ | self.environment | (env or {})
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
-        )
-        assert done.returncode == 0 or not check, f"{command}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done
+        return run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | self.environment | (env or {}), check=check)
 
 
 def _read(url: str, headers: dict[str, str], body: bytes | None = None) -> Any:
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=20) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
         return json.load(answer)
 
 
 @contextlib.contextmanager
-def prefect_server(database: str, auth: str, home: Path) -> Iterator[Prefect]:
-    """Start a Prefect server as infra/ does: basic auth and CSRF protection on, leases that outlive a restart."""
+def prefect_server(home: Path, auth: str = "", settings: Mapping[str, str] | None = None) -> Iterator[Prefect]:
+    """Start a Prefect server on SQLite, with a password if `auth` is one (`user:password`), and wait until it answers."""
     port = free_port()
-    settings = {
+    environment = os.environ | {
         "PREFECT_HOME": str(home / "server"),
-        "PREFECT_API_DATABASE_CONNECTION_URL": database,
-        "PREFECT_SERVER_API_AUTH_STRING": auth,
-        "PREFECT_API_AUTH_STRING": auth,
-        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        **({"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth} if auth else {}),
+        **(settings or {}),
     }
     (home / "server").mkdir(parents=True)
     (home / "client").mkdir(parents=True)
-    made = Prefect(f"http://127.0.0.1:{port}/api", auth, home / "server.log", home)
-    with made.log.open("wb") as log:
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
-
-    def answers() -> bool:
-        assert server.poll() is None, made.log.read_text()[-5000:]
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{made.url}/health", timeout=2).close()
-            return True
-        return False
-
-    try:
-        eventually("the Prefect server answers", answers, 120)
+    csrf = environment.get("PREFECT_SERVER_CSRF_PROTECTION_ENABLED") == "true"
+    made = Prefect(f"http://127.0.0.1:{port}/api", auth, home / "server.log", home, csrf)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    with started(command, env=environment, log=made.log, grace_s=30) as server:
+        server.wait_for(lambda: _answers(f"{made.url}/health"), "the Prefect server answers")
         yield made
-    finally:
-        ended(server)
+
+
+def _answers(url: str) -> bool:
+    """Return whether a server answers, a refusal included."""
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def prefect_worker(server: Prefect, pool: str, log: Path, env: dict[str, str] | None = None) -> Iterator["subprocess.Popen[bytes]"]:
+def prefect_worker(server: Prefect, pool: str, log: Path, env: dict[str, str] | None = None) -> Iterator[Started]:
     """Start a Prefect worker of a pool, the leader of a process group of its own."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-    with log.open("ab") as output:
-        worker = subprocess.Popen(
-            command, env=os.environ | server.environment | (env or {}), stdout=output, stderr=output, cwd=log.parent, start_new_session=True
-        )
-    try:
+    with started(command, env=os.environ | server.environment | (env or {}), cwd=log.parent, log=log, grace_s=30) as worker:
         yield worker
-    finally:
-        ended(worker)

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ import pytest
 
 from pipelines.flows.stages import RESCUED
 from tests.canary import find_canary
-from tests.e2e.servers import Postgres, Prefect, ended, eventually, postgres, prefect_server, prefect_worker
-from tests.pipelines.processes import below
+from tests.e2e.servers import Postgres, Prefect, postgres, prefect_server, prefect_worker
+from tests.processes import Started, below, wait_until
 
-pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CANARIES = {name: f"cAnArY{secrets.token_hex(12)}" for name in ("database", "prefect", "key", "secret", "endpoint")}
 STORAGE = {
@@ -31,6 +30,10 @@ TINY = ("source.num_samples=2000", "splits.by=hash", "splits.test=0.2", "model.l
 HERE = "cluster.num_workers=0"
 ON_RAY = ("cluster.num_workers=2", "cluster.resources_per_worker={CPU: 0.5}")
 OVER = ("Completed", "Failed", "Cancelled")
+SERVER = {  # as infra/ does it: CSRF protection, leases that outlive a restart
+    "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Site:
     folder: Path
     ray: Path
 
-    def worker(self) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
+    def worker(self) -> "contextlib.AbstractContextManager[Started]":
         env = STORAGE | {"RAY_TMPDIR": str(self.ray)}
         return prefect_worker(self.server, "aepipe", self.folder / "worker.log", env)
 
@@ -59,13 +62,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with (
         tempfile.TemporaryDirectory(prefix="aeq-", dir="/tmp", ignore_cleanup_errors=True) as ray,  # short: sockets lie in it
         postgres(CANARIES["database"]) as database,
-        prefect_server(database.url, f"admin:{CANARIES['prefect']}", folder) as server,
+        prefect_server(folder, f"admin:{CANARIES['prefect']}", SERVER | {"PREFECT_API_DATABASE_CONNECTION_URL": database.url}) as server,
     ):
         yield Site(database, server, folder, Path(ray))
 
 
 @pytest.fixture(scope="module")
-def nightly(site: Site) -> Iterator["subprocess.Popen[bytes]"]:
+def nightly(site: Site) -> Iterator[Started]:
     """Deploy infra/prefect.yaml with a tick within two minutes and start a worker: the tick comes while the first tests do other things."""
     site.deploy()
     soon = time.gmtime(time.time() + 100).tm_min
@@ -76,7 +79,7 @@ def nightly(site: Site) -> Iterator["subprocess.Popen[bytes]"]:
         yield worker
 
 
-def engine_of(worker: "subprocess.Popen[bytes]", run_id: str) -> int:
+def engine_of(worker: Started, run_id: str) -> int:
     """Return the pid of the process of a flow run."""
     for pid in below(worker.pid):
         with contextlib.suppress(OSError):
@@ -139,19 +142,19 @@ def test_a_run_that_always_crashes_fails_in_the_end(site: Site, nightly: object)
             {"type": "SCHEDULED", "message": RESCUED},
         ]:  # the first one was answered by hand
             site.server.ask(f"flow_runs/{run}/set_state", state=state, force=True)
-        eventually("the run is over", lambda run=run: site.server.state(run) in OVER, 90, 0.5)
+        wait_until(lambda run=run: site.server.state(run) in OVER, "the run is over", 240, 0.5)
     assert [site.server.state(run) for run in runs.values()] == ["Completed", "Failed"]
     (failed,) = site.server.runs(flow_runs={"id": {"any_": [runs[3]]}})
     assert "the process of this run died 3 times in a row" in failed["state"]["message"]
 
 
-def test_a_run_whose_process_is_killed_goes_on_by_itself(site: Site, nightly: "subprocess.Popen[bytes]") -> None:
+def test_a_run_whose_process_is_killed_goes_on_by_itself(site: Site, nightly: Started) -> None:
     out = site.folder / "doomed"
     site.deploy("demo", "name=doomed", f"out={out}", *TINY, "train.epochs=100", "checkpoint.every_steps=100", HERE)
     run = site.server.start("aepipe-pipeline/doomed")
-    eventually("the run trains", lambda: trains(out), 120)
+    wait_until(lambda: trains(out), "the run trains", 240, 0.1)
     os.kill(engine_of(nightly, run), signal.SIGKILL)
-    eventually("the killed run is over", lambda: site.server.state(run) in OVER, 180, 1)
+    wait_until(lambda: site.server.state(run) in OVER, "the killed run is over", 400, 0.5)
     states = site.server.states(run)
     assert states[-1] == "Completed", states
     assert [state for state in states if state in ("Running", "Crashed", "AwaitingRetry")] == [
@@ -168,7 +171,7 @@ def test_a_cron_tick_of_prefect_yaml_runs_the_pipeline_and_leaves_no_secret(site
         runs = site.server.runs(flow_runs={"tags": {"all_": ["auto-scheduled"]}})
         return [run for run in runs if run["state"]["name"] in ("Completed", "Failed", "Crashed")]  # a tick that met another is cancelled
 
-    run = eventually("a cron tick fired and its run is over", first, 200, 1)[0]
+    run = wait_until(first, "a cron tick fired and its run is over", 400, 0.5)[0]
     assert run["state"]["name"] == "Completed", (site.folder / "worker.log").read_text()[-5000:]
     assert run["auto_scheduled"]
     out = site.folder / "nightly"
@@ -191,14 +194,14 @@ def test_a_run_goes_on_when_its_worker_was_killed_with_it(site: Site) -> None:
     site.deploy("demo", "name=lost", f"out={out}", *TINY, "train.epochs=60", "checkpoint.every_steps=100", *ON_RAY)
     with site.worker() as worker:
         run = site.server.start("aepipe-pipeline/lost")
-        eventually("the run trains", lambda: trains(out), 120)
+        wait_until(lambda: trains(out), "the run trains", 240, 0.1)
         processes = [worker.pid, *below(worker.pid)]
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert site.server.state(run) == "Running"  # nobody is left who could say otherwise
     with site.worker():
-        eventually("the lost run is over", lambda: site.server.state(run) in OVER, 400, 1)
+        wait_until(lambda: site.server.state(run) in OVER, "the lost run is over", 400, 0.5)
     states = site.server.states(run)
     assert states[-1] == "Completed", states
     assert states.count("Crashed") == 1
@@ -212,16 +215,16 @@ def test_a_cancelled_run_leaves_no_process_and_its_rerun_completes(site: Site) -
     site.deploy("demo", "name=cancelled", f"out={out}", *TINY, "train.epochs=150", "checkpoint.every_steps=100", *ON_RAY)
     with site.worker() as worker:
         run = site.server.start("aepipe-pipeline/cancelled")
-        eventually("the run trains", lambda: trains(out), 120)
+        wait_until(lambda: trains(out), "the run trains", 240, 0.1)
         started = below(worker.pid)
         assert any("raylet" in command for command in started.values())
         site.server.run("prefect", "flow-run", "cancel", run)
-        eventually("the run is cancelled", lambda: site.server.state(run) == "Cancelled", 120, 1)
-        eventually("its processes are gone", lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 30)
+        wait_until(lambda: site.server.state(run) == "Cancelled", "the run is cancelled", 240, 0.5)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "its processes are gone", 120, 0.1)
         assert not below(worker.pid)
         again = site.server.start("aepipe-pipeline/cancelled")
-        eventually("the second run is over", lambda: site.server.state(again) in OVER, 200, 1)
+        wait_until(lambda: site.server.state(again) in OVER, "the second run is over", 400, 0.5)
         assert site.server.state(again) == "Completed"
-        assert ended(worker) == 0
+        assert worker.end() == 0
     assert site.server.state(run) == "Cancelled"
     site.server.run("pipelines.cli", "verify", out, "--read-data")

@@ -1,12 +1,16 @@
-"""The README's commands and snippets run as they stand, one after the other, in one folder."""
+"""The commands and snippets of README and guides run as they are written: page after page, in one folder, with one Ray.
+
+A page continues where the pages before it ended, so a guide may use what the README made.
+"""
 
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,78 +18,97 @@ import pytest
 from PIL import Image
 
 from tests.aecore.data.test_foreign import samples, write_tar
+from tests.processes import run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# aecore/README.md has a test of its own (tests/aecore/test_tutorial.py), those of infra/ and the benchmarks need other machines
+PAGES = ["README.md", *(name for name in ("ARCHITECTURE.md", "pipelines/README.md") if (ROOT / name).exists())]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (aecore/[\w/]+\.py)\n")
-READY_S = 120
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.prefect]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `line` is that of its fence."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text()
+    return [Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a few photos, arrays and tars of others, a copy of the packages for new parts, `aepipe` on the path."""
+    place = tmp_path_factory.mktemp("readme")
     for package in ("aecore", "pipelines"):
-        shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, place / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     generator = np.random.default_rng(0)
     for number in range(40):
-        folder = tmp_path / "photos" / ("cat", "dog")[number % 2]
+        folder = place / "photos" / ("cat", "dog")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 255, (40 + number % 3, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.jpg")
     digits = generator.integers(0, 255, (40, 8, 8), dtype=np.uint8)
-    np.savez(tmp_path / "digits.npz", images=digits, labels=np.arange(40) % 10)
+    np.savez(place / "digits.npz", images=digits, labels=np.arange(40) % 10)
     for shard in range(2):
-        write_tar(tmp_path / f"theirs/train-{shard:05d}.tar", samples(20 * shard, 20))
-    command = tmp_path / "bin" / "aepipe"
+        write_tar(place / f"theirs/train-{shard:05d}.tar", samples(20 * shard, 20))
+    command = place / "bin" / "aepipe"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -W ignore -m pipelines.cli "$@"\n')
     command.chmod(0o755)
-    return tmp_path
+    return place
 
 
 def environment(place: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(place / "code")}
 
 
-def run(command: list[str], place: Path) -> None:
-    done = subprocess.run(command, cwd=place, env=environment(place), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+def execute(block: Block, place: Path) -> None:
+    """Run a block; AssertionError with its output if a command of it fails."""
+    if block.language == "python" and (file := FILE.match(block.text)):
+        (place / "code" / file[1]).write_text(block.text)
+    elif block.language == "python":
+        run([sys.executable, "-c", block.text], cwd=place, env=environment(place), check=True)
+    elif block.text.startswith("aepipe serve"):
+        serve(block.text.strip(), place)
+    else:
+        run(["bash", "-euo", "pipefail", "-c", block.text], cwd=place, env=environment(place), timeout_s=900, check=True)
 
 
-def serve_until_ready(text: str, place: Path) -> None:
+def serve(text: str, place: Path) -> None:
     """Start `aepipe serve ...`, wait until it serves, and interrupt it: it must end by itself."""
-    log = place / "serve.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {text}"], cwd=place, env=environment(place), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    deadline = time.monotonic() + READY_S
-    try:
-        while "aepipe-pipeline" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, f"not serving after {READY_S} s:\n{log.read_text()[-3000:]}"
-            time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) in (0, 130, -signal.SIGINT), log.read_text()[-3000:]
-    finally:
-        process.terminate()  # else its server would outlive a test that failed
-        process.wait(60)
+    with started(["bash", "-c", f"exec {text}"], cwd=place, env=environment(place)) as process:
+        process.wait_for("aepipe-pipeline")
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the whole group
+        assert process.finish().returncode in (0, 130, -signal.SIGINT), process.tail()
 
 
-@pytest.mark.timeout(600)
-def test_every_command_and_snippet_of_the_readme_runs(place):
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert len(blocks) > 10
-    for language, text in blocks:
-        if language == "python" and (file := FILE.match(text)):
-            (place / "code" / file[1]).write_text(text)
-        elif language == "python":
-            run([sys.executable, "-c", text], place)
-        elif text.startswith("aepipe serve"):
-            serve_until_ready(text.strip(), place)
-        else:
-            run(["bash", "-euo", "pipefail", "-c", text], place)
-    assert (place / "out/table/table.000001.json").exists()
-    assert (place / "stripes/table/table.000001.json").exists()
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_snippet_of_a_page_runs(page: str, place: Path) -> None:
+    assert blocks(page), "nothing was found to run"
+    for block in blocks(page):
+        begun = time.monotonic()
+        try:
+            execute(block, place)
+        except AssertionError as error:
+            raise AssertionError(f"{block.page}:{block.line} fails as it is written: {error}") from None
+        print(f"{time.monotonic() - begun:5.1f} s  {block.page}:{block.line}")  # `-s` shows where the time goes
+    assert list(place.glob("**/table.000001.json"))
+
+
+def test_a_command_that_fails_fails_its_page(tmp_path: Path) -> None:
+    block = Block("page.md", 7, "bash", "true\nls /nowhere/at/all\ntrue\n")
+    with pytest.raises(AssertionError, match="No such file"):
+        execute(block, tmp_path)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        execute(Block("page.md", 9, "python", "1 / 0\n"), tmp_path)

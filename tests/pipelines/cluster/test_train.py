@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from aecore.train import fit
 from pipelines.cluster.train import train
 from pipelines.config import ClusterSpec, load_recipe
 from pipelines.steps import train_job_of
-from tests.pipelines.processes import below
+from tests.processes import below
 
 KNOBS = ("model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=20", "checkpoint.keep=99")
 
@@ -62,10 +61,9 @@ def test_a_run_whose_worker_was_killed_has_the_losses_of_another(two_workers: Cl
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_at_once(two_workers: ClusterSpec, sprites: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
-    with pytest.raises(RunFailed, match=r"(loss is|weights are not finite).*lower optim.lr"):
+    with pytest.raises(RunFailed, match=r"(loss is|weights are not finite).*lower optim.lr") as raised:
         train(job_for(sprites, tmp_path / "run", "optim.lr=1e30"), two_workers)
-    assert time.monotonic() - started < 60, "another attempt would fail again: there must be none"
+    assert "restarts" not in str(raised.value), "another attempt would fail again: there must be none"
     assert not (tmp_path / "run" / "model").exists()
 
 
