@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aecore.data.sample_format import SampleFormat, sequence_shape
 from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, read_json
 from aecore.store import FileRef, Store, open_store, sha256_json
@@ -67,6 +68,11 @@ class SampleInfo:
 
     extensions: Mapping[str, int]
     shapes: Mapping[str, int]
+
+    @property
+    def formats(self) -> frozenset[SampleFormat]:
+        """The formats that samples have when they are decoded; DataError if one has a mode that is not decoded."""
+        return frozenset(map(SampleFormat.parse, self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +142,11 @@ class DatasetManifest:
 
         With `sequences` arrays may differ in their first axis: it then stands as 0, as in `(0, 3)`.
         """
-        dims = {tensor_shape(shape) for shape in self.sample.shapes}
+        formats = self.sample.formats
+        dims = {known.tensor_shape for known in formats}
         if not dims:
             raise DataError(f"dataset generation {self.number} has no samples: there is no input shape")
-        steps = sequence_shape(self.sample.shapes)
+        steps = sequence_shape(formats)
         if sequences and len(dims) > 1 and steps is not None:
             return steps
         if len(dims) > 1:
@@ -200,21 +207,6 @@ def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
     quarantine = data["quarantine"]
     files = {"tar": FileRef(**data["tar"]), "index": FileRef(**data["index"]), "quarantine": FileRef(**quarantine) if quarantine else None}
     return ShardRef(**{**data, **files})
-
-
-def tensor_shape(name: str) -> tuple[int, ...]:
-    """Return the shape that a sample has in a batch: `28x28x1/L` is `(1, 28, 28)`, an array `3x32x32/float32` stays `(3, 32, 32)`."""
-    dims, _, mode = name.partition("/")
-    sizes = tuple(int(size) for size in dims.split("x") if size)
-    return sizes if mode.islower() else (sizes[2], sizes[0], sizes[1])  # dtypes are lower case, image modes are not
-
-
-def sequence_shape(forms: Iterable[str]) -> tuple[int, ...] | None:
-    """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ in nothing but T; None for anything else."""
-    shapes, dtypes = [tensor_shape(form) for form in forms], {form.partition("/")[2] for form in forms}
-    if len(dtypes) != 1 or not dtypes.pop().islower() or not all(shapes) or len({shape[1:] for shape in shapes}) != 1:
-        return None
-    return (0, *shapes[0][1:])
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
