@@ -149,6 +149,14 @@ class StreamLoader:
         """
         return prefetched(self._batches(start_step, stop_step), self._spec.prefetch)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: batches are put together of whatever comes."""
+        return ()
+
+    def reread(self, step: int) -> None:
+        """Nothing: tars without an index cannot be read again from a step on."""
+
     def close(self) -> None:
         """Nothing stays open between batches but what their generator holds."""
 
