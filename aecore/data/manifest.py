@@ -13,7 +13,7 @@ from typing import Any
 from aecore.data.sample_format import SampleFormat, sequence_shape
 from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, read_json
-from aecore.store import FileRef, Store, open_store, sha256_json
+from aecore.store import FileRef, Store, open_store, resolve_url, sha256_json
 
 STEM = "dataset"
 SPLIT_ORDER = ("train", "val", "test")
@@ -228,7 +228,7 @@ def tar_store(store: Store, shard: ShardRef) -> Store:
     """Return the store in which the tar of a shard lies: `store`, that of the data set, unless it was adopted."""
     if shard.home is None:
         return store
-    return open_store(shard.home if shard.home.startswith(("/", "s3://")) else f"{store.url}/{shard.home}".removesuffix("/."))
+    return open_store(resolve_url(store.url, shard.home))
 
 
 def read_manifest(store: Store, number: int) -> DatasetManifest:
