@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import ModelSpec
+from aecore._base.trainable import ModelSpec, has_posterior
 from aecore.checkpoint import LoadedModel
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError
@@ -38,7 +38,7 @@ class EncodeSpec:
 
 def require_posterior(model: ModelSpec, spec: EncodeSpec) -> None:
     """ConfigError if columns are asked for that only a model with a posterior can give."""
-    if (spec.kl or spec.sample) and not {"mu", "log_var"} <= set(model.columns):
+    if (spec.kl or spec.sample) and not has_posterior(model.columns):
         raise ConfigError(
             f"model.kind={model.kind} has no posterior (its latents are {', '.join(model.columns)}): encode.kl and encode.sample need a "
             "model of the VAE family; set both to false"

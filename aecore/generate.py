@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.trainable import has_posterior, latent_column
 from aecore.checkpoint import LoadedModel, load_model
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError, DataError, did_you_mean
@@ -110,7 +111,7 @@ def prior_dim(loaded: LoadedModel) -> int:
     """Return D of the prior N(0, I); ConfigError for a model without a prior."""
     model = loaded.config.model
     shape = loaded.model.noise_shape()
-    if shape is None or not {"mu", "log_var"} <= set(model.columns):
+    if shape is None or not has_posterior(model.columns):
         raise ConfigError(
             f"model.kind={model.kind} has no prior to draw from (its latents are {', '.join(model.columns)}): use a model of the VAE "
             "family, or decode given latents with `aepipe decode`"
@@ -159,11 +160,6 @@ def _labels(loaded: LoadedModel, asked: int | None, known: NDArray[np.int64] | N
     return np.full(num, asked, np.int64) if asked is not None else known
 
 
-def _own_column(loaded: LoadedModel) -> str:
-    """Return the column that `decode_latents` takes: the first that is no variance."""
-    return next(name for name in loaded.config.model.columns if name != "log_var")
-
-
 def _read_latents(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     found = _of_file(url, loaded, spec) if url.endswith((".npy", ".npz")) else _of_table(url, loaded, spec)
     if found.z.ndim != 2 or found.z.dtype.kind not in "fiu":
@@ -187,7 +183,7 @@ def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
         )
     part = table if spec.split is None else table.select(spec.split)
     stop = spec.num or part.num_rows
-    column = spec.column or _own_column(loaded)
+    column = spec.column or latent_column(loaded.config.model.columns)
     rows = {"key": np.array(part.keys.to_pylist()[:stop])}
     if "label" in part.columns and not part.arrow("label").null_count:
         rows["label"] = part.numpy("label")[:stop].astype(np.int64)
@@ -207,17 +203,18 @@ def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
         raise DataError(
             f"{url} is no array that can be read ({error}): write it with numpy.save or numpy.savez, without objects"
         ) from error
-    wanted = spec.column or (_own_column(loaded) if _own_column(loaded) in arrays else "z" if "z" in arrays else "")
+    own = latent_column(loaded.config.model.columns)
+    wanted = spec.column or (own if own in arrays else "z" if "z" in arrays else "")
     if wanted not in arrays and len(arrays) == 1 and spec.column is None:
         wanted = next(iter(arrays))
     if wanted not in arrays:
-        raise DataError(f"{url} has no array {wanted or _own_column(loaded)!r}{did_you_mean(wanted, arrays)}: name one with column=...")
+        raise DataError(f"{url} has no array {wanted or own!r}{did_you_mean(wanted, arrays)}: name one with column=...")
     source = {"file": url, "sha256": hashlib.sha256(data).hexdigest(), "array": wanted}
     return Latents(arrays[wanted][: spec.num or None], {}, source)
 
 
 def _require_width(loaded: LoadedModel, found: Latents, where: str) -> None:
-    dim = latent_dim(loaded, _own_column(loaded))
+    dim = latent_dim(loaded, latent_column(loaded.config.model.columns))
     if found.z.shape[1] != dim:
         raise DataError(
             f"{where} holds latents of width {found.z.shape[1]}, and {loaded.url} decodes {dim}: give the run that they were made with"

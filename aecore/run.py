@@ -14,7 +14,7 @@ from aecore.checkpoint import LoadedModel, load_model, newest_checkpoint, read_c
 from aecore.compatible import require_labels
 from aecore.data.bags import BagLoader
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.loader import InputSpec, Loader
+from aecore.data.loader import InputSpec, Loader, TrainLoader
 from aecore.data.order import TrainingOrder
 from aecore.data.pairs import PairSpec
 from aecore.data.stream import StreamLoader, open_stream
@@ -89,7 +89,7 @@ def _takes(kind: str, field: str) -> bool:
 
 def require_streamable(train: TrainSpec, input: InputSpec) -> None:
     """ConfigError for what tars without an index cannot give."""
-    if input.reader != "webdataset":
+    if not input.streams:
         return
     if not train.max_steps and (input.resampled or not input.epoch_samples):
         raise ConfigError(
@@ -166,7 +166,7 @@ def recorded_job(job: TrainJob, store: Store) -> TrainJob:
 def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
     """Open the dataset generation that the run started with (the newest one for a new run); ConfigError if `store` holds no run."""
     require_kind(store, "run")
-    if job.input.reader == "webdataset":
+    if job.input.streams:
         return open_stream(job.data, job.train.split, job.input.member)  # what it holds is part of the identity
     if store.size(CLAIM) is None:
         return open_dataset(job.data)
@@ -238,22 +238,15 @@ def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | Non
         model = model_config(job, dataset).build()
     if loaded is not None:
         start_from(model, loaded)
-    if job.input.reader == "lanes":  # tars without an index say at each batch what labels they have
+    if not job.input.streams:  # tars without an index say at each batch what labels they have
         require_labels(dataset.url, dataset.manifest.classes, model)
     with closing(train_loader(job, dataset, model)) as loader:
-        for note in _notes(loader):
+        for note in loader.notes:
             logger.info(note)
     return model
 
 
-def _notes(loader: Loader | BagLoader | StreamLoader) -> tuple[str, ...]:
-    """Return what the user should know of how batches are put together; reads the indexes where pairs or bags need them."""
-    if isinstance(loader, BagLoader):
-        return loader.bags.notes
-    return loader.partners.notes if isinstance(loader, Loader) and loader.partners is not None else ()
-
-
-def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> Loader | BagLoader | StreamLoader:
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> TrainLoader:
     """Return the loader of the training split: of pairs or of whole bags if the model takes them, else of single samples.
 
     ConfigError if the model takes no pairs and they are asked for.
@@ -262,7 +255,7 @@ def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 
     order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
     if trains_on_bags(job, dataset):
         return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input)
-    if job.input.reader == "lanes":
+    if not job.input.streams:
         return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
     if pairs is not None:
         raise ConfigError(
@@ -291,7 +284,7 @@ def start_from(model: Trainable, loaded: LoadedModel) -> None:
 
 def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
     """Return the steps of an epoch; tars without an index have the epochs that `input.epoch_samples` says, or one."""
-    if job.input.reader == "webdataset":
+    if job.input.streams:
         return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
     manifest, split = dataset.manifest, job.train.split
     return job.train.order().num_steps(manifest.num_groups(split) if trains_on_bags(job, dataset) else manifest.num_samples(split))
@@ -301,7 +294,7 @@ def trains_on_bags(job: TrainJob, dataset: Dataset) -> bool:
     """Return whether a step takes whole bags: the model takes a `mask`, and the samples of the training split form bags."""
     built = MODELS.built_type(job.model.kind)
     takes_mask = isinstance(built, type) and issubclass(built, Trainable) and "mask" in built.train_inputs
-    return takes_mask and job.input.reader == "lanes" and dataset.manifest.num_groups(job.train.split) > 0
+    return takes_mask and not job.input.streams and dataset.manifest.num_groups(job.train.split) > 0
 
 
 def total_steps(job: TrainJob, dataset: Dataset) -> int:

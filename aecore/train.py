@@ -40,7 +40,6 @@ from aecore.checkpoint import (
 )
 from aecore.data.dataset import Dataset
 from aecore.data.loader import Loader
-from aecore.data.stream import StreamLoader
 from aecore.data.transform import Transform
 from aecore.errors import ConfigError, DataError
 from aecore.finite import require_finite_samples
@@ -252,11 +251,9 @@ class _Training:
             loader = self.val_loader
             with closing(loader.range_batches(0, loader.num_samples, self.job.train.global_batch)) as batches:
                 require_finite_samples(batches, loader.rows)
-        elif step is not None and not isinstance(self.loader, StreamLoader):
-            with closing(train_loader(self.job, self.dataset, self.objective.model)) as whole:  # the batch of all ranks: all say the same
-                assert not isinstance(whole, StreamLoader)
-                with closing(whole.batches(step - 1, step)) as batches:
-                    require_finite_samples(batches, whole.rows)
+        elif step is not None and (found := self.loader.reread(step)) is not None:  # the batch of all ranks: all say the same
+            batch, rows = found
+            require_finite_samples([batch], rows)
 
     def _say(self, seconds: float) -> None:
         if self.rank.index == 0:

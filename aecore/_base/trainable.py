@@ -1,6 +1,7 @@
 """What the trainer and the encoder ask of a model; they never look at its type. Legend: n rows, S samples, D latent."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -56,7 +57,8 @@ class Trainable(BaseAutoencoder):
 
         By default the first column of `latents` that is no `log_var`. A model whose latents are numbers of something overrides it.
         """
-        return next(values for name, values in self.latents(batch).items() if name != "log_var").float()
+        latents = self.latents(batch)
+        return latents[latent_column(latents)].float()
 
     @abstractmethod
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
@@ -87,6 +89,16 @@ class Trainable(BaseAutoencoder):
         return x
 
 
+def has_posterior(columns: Iterable[str]) -> bool:
+    """Return whether a model with these columns (or latents by name) has a posterior N(mu, exp(log_var)), and so the prior N(0, I)."""
+    return {"mu", "log_var"} <= set(columns)
+
+
+def latent_column(columns: Iterable[str]) -> str:
+    """Return the column that is the latent itself, which `decode_latents` takes: the first that is no variance."""
+    return next(name for name in columns if name != "log_var")
+
+
 class ModelSpec(Protocol):
     """What the trainer asks of a model's spec."""
 
@@ -102,7 +114,7 @@ class ModelSpec(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of what `latents` returns; a model with `mu` and `log_var` has a posterior."""
+        """Names of what `latents` returns; see `has_posterior` and `latent_column`."""
         ...
 
     def beta_at(self, step: int) -> float:

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aecore.data.dataset import read_listings
-from aecore.data.decode import SampleFormat
 from aecore.data.index import make_table, read_table
 from aecore.data.manifest import DatasetManifest
 from aecore.data.record import DATA_EXTENSIONS
+from aecore.data.sample_format import SampleFormat
 from aecore.data.sources import Listing, take
 from aecore.data.tasks import ShardSpec
 from aecore.errors import DataError

@@ -6,8 +6,10 @@ The price: which samples form which bag is held in memory on every rank (16 byte
 step. A bag is never cut, so memory follows the largest one.
 """
 
+import copy
 import dataclasses
 from collections.abc import Generator
+from contextlib import closing
 from functools import cached_property
 from typing import Any
 
@@ -113,6 +115,18 @@ class BagLoader:
             stop = ahead if stop_step is None else min(ahead, stop_step)
             yield from prefetched(self._epoch(step, stop), 0 if self.rows.in_ram else self._spec.prefetch)
             step = stop
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many bags a split has, of how many instances; reads the indexes."""
+        return self.bags.notes
+
+    def reread(self, step: int) -> tuple[Batch, SplitRows]:
+        """Return the batch of optimizer step 1, 2, ... of all ranks together, and the split that it is of."""
+        whole = copy.copy(self)
+        whole._order = dataclasses.replace(self._order, rank=0, world=1)
+        with closing(whole.batches(step - 1, step)) as batches:
+            return next(batches), self.rows
 
     def close(self) -> None:
         """Close the open shards."""

@@ -9,16 +9,15 @@ Pixels: 1-bit images are 0 and 255, 16-bit ones uint16, palettes become RGB, a c
 import importlib
 import io
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.manifest import sequence_shape
 from aecore.data.members import Members
 from aecore.data.record import NpyError, read_npy_header
+from aecore.data.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
 from aecore.native import decode_pngs
 
@@ -26,12 +25,6 @@ DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
 
 PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMPY"
-MODE_DTYPES = {
-    **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA"), "u1"),
-    **dict.fromkeys(("I;16", "RGB;16", "LA;16", "RGBA;16"), "u2"),
-    "I": "i4",
-    "F": "f4",
-}
 
 
 class DecodeError(DataError):
@@ -41,52 +34,6 @@ class DecodeError(DataError):
         super().__init__(message)
         self.reason = reason
         self.row = row
-
-
-@dataclass(frozen=True, slots=True)
-class SampleFormat:
-    """Form of one decoded sample: `(H, W, C)` for images, any shape for arrays; of sequences that vary in length, the longest."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    image: bool
-    varying: bool = False
-
-    @classmethod
-    def of(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
-        """Return the one format of a manifest's shapes (`28x28x1/L`, for arrays `64x3/float32`); DataError if there are several.
-
-        With `sequences` arrays that differ in nothing but their first axis are one format, of varying length.
-        """
-        found = {_parse_shape(shape) for shape in shapes}
-        if len(found) == 1:
-            return found.pop()
-        if sequences and sequence_shape(shapes) is not None:
-            longest = max(found, key=lambda form: form.shape[0])
-            return cls(longest.shape, longest.dtype, image=False, varying=True)
-        shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
-        raise DataError(
-            f"the samples have {len(found)} different forms ({shown or 'no samples'}), one is needed: "
-            "shard again with shards.resize=<side> and shards.mode=L or RGB"
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one decoded sample."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-def _parse_shape(text: str) -> SampleFormat:
-    dims, _, mode = text.partition("/")
-    shape = tuple(int(size) for size in dims.split("x")) if dims else ()
-    if mode == "CMYK":
-        raise DataError(f"samples of form {text} cannot be decoded faithfully: shard again with shards.mode=RGB")
-    if mode in MODE_DTYPES:
-        return SampleFormat(shape, np.dtype(MODE_DTYPES[mode]), image=True)
-    try:
-        return SampleFormat(shape, np.dtype(mode), image=False)
-    except TypeError:
-        raise DataError(f"samples of form {text}: the pixel mode {mode!r} is not supported (known: {', '.join(MODE_DTYPES)})") from None
 
 
 class Decoder:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from aecore.data.arrayfile import array_format
 from aecore.data.foreign import TAR_ENDINGS
 from aecore.data.record import IMAGE_EXTENSIONS
-from aecore.store import absolute_url
+from aecore.store import absolute_url, is_remote
 
 DEFAULT = "folder"
 _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
@@ -25,7 +25,7 @@ def kind_of(url: str) -> str:
     if known is not None:
         return known
     kinds = set[str]()
-    for name in () if where.startswith("s3://") else _names(where):
+    for name in () if is_remote(where) else _names(where):
         kind = _of_name(name)
         if kind == DEFAULT or _MANIFEST.fullmatch(name):
             return DEFAULT

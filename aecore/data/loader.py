@@ -5,10 +5,13 @@ One thread works ahead. Its price: it shares the interpreter with the training l
 nothing is copied between processes.
 """
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Generator
+from contextlib import closing
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -46,17 +49,48 @@ class InputSpec:
     prefetch: int = knob(2, "batches read ahead by a thread; 0 reads in the training loop", ge=0, identity=False)
 
     def __post_init__(self) -> None:
-        if self.reader == "lanes" and (self.resampled or self.epoch_samples or self.member):
+        if not self.streams and (self.resampled or self.epoch_samples or self.member):
             raise ConfigError(
                 "input.resampled, input.epoch_samples and input.member belong to input.reader=webdataset: set it, or leave them"
             )
 
+    @property
+    def streams(self) -> bool:
+        """Whether tars without an index are read from their beginning to their end; all that follows from `reader` follows from this."""
+        return self.reader == "webdataset"
+
     def identity(self) -> dict[str, Any]:
         """Return the fields that can change what is read, as plain JSON data."""
         fields = to_dict(self, identity_only=True)
-        if self.reader == "webdataset":
+        if self.streams:
             return fields
         return {name: value for name, value in fields.items() if name not in ("resampled", "epoch_samples", "shuffle", "member")}
+
+
+class TrainLoader(Protocol):
+    """What training asks of a loader: of single samples and pairs (`Loader`), of whole bags, of tars without an index."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that count as an epoch."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how batches are put together; reads the indexes where pairs or bags need them."""
+        ...
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
+        """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None."""
+        ...
+
+    def reread(self, step: int) -> tuple[Batch, SplitRows] | None:
+        """Return the batch of optimizer step 1, 2, ... of all ranks together, and its split; None if it cannot be read again."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; safe to repeat."""
+        ...
 
 
 class BadRow(NamedTuple):
@@ -135,6 +169,18 @@ class Loader:
             # taking rows from RAM costs less than handing them over from a thread
             yield from prefetched(self._epoch(step, stop), 0 if self.rows.in_ram else self.spec.prefetch)
             step = stop
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the pairs; reads the indexes. Empty without pairs."""
+        return () if self.partners is None else self.partners.notes
+
+    def reread(self, step: int) -> tuple[Batch, SplitRows]:
+        """Return the batch of optimizer step 1, 2, ... of all ranks together, and the split that it is of."""
+        whole = copy.copy(self)
+        whole._order = dataclasses.replace(self.order, rank=0, world=1)
+        with closing(whole.batches(step - 1, step)) as batches:
+            return next(batches), self.rows
 
     def range_batches(self, start_row: int, stop_row: int, batch: int) -> Generator[Batch, None, None]:
         """Yield samples [start_row, stop_row) of the split in stored order, `batch` at a time; every batch counts as a global one."""

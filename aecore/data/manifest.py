@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aecore.data.sample_format import SampleFormat, sequence_shape
 from aecore.errors import DataError
 from aecore.generations import FORMAT_VERSION, read_json
-from aecore.store import FileRef, Store, open_store, sha256_json
+from aecore.store import FileRef, Store, open_store, resolve_url, sha256_json
 
 STEM = "dataset"
 SPLIT_ORDER = ("train", "val", "test")
@@ -67,6 +68,11 @@ class SampleInfo:
 
     extensions: Mapping[str, int]
     shapes: Mapping[str, int]
+
+    @property
+    def formats(self) -> frozenset[SampleFormat]:
+        """The formats that samples have when they are decoded; DataError if one has a mode that is not decoded."""
+        return frozenset(map(SampleFormat.parse, self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +142,11 @@ class DatasetManifest:
 
         With `sequences` arrays may differ in their first axis: it then stands as 0, as in `(0, 3)`.
         """
-        dims = {tensor_shape(shape) for shape in self.sample.shapes}
+        formats = self.sample.formats
+        dims = {known.tensor_shape for known in formats}
         if not dims:
             raise DataError(f"dataset generation {self.number} has no samples: there is no input shape")
-        steps = sequence_shape(self.sample.shapes)
+        steps = sequence_shape(formats)
         if sequences and len(dims) > 1 and steps is not None:
             return steps
         if len(dims) > 1:
@@ -202,21 +209,6 @@ def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
     return ShardRef(**{**data, **files})
 
 
-def tensor_shape(name: str) -> tuple[int, ...]:
-    """Return the shape that a sample has in a batch: `28x28x1/L` is `(1, 28, 28)`, an array `3x32x32/float32` stays `(3, 32, 32)`."""
-    dims, _, mode = name.partition("/")
-    sizes = tuple(int(size) for size in dims.split("x") if size)
-    return sizes if mode.islower() else (sizes[2], sizes[0], sizes[1])  # dtypes are lower case, image modes are not
-
-
-def sequence_shape(forms: Iterable[str]) -> tuple[int, ...] | None:
-    """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ in nothing but T; None for anything else."""
-    shapes, dtypes = [tensor_shape(form) for form in forms], {form.partition("/")[2] for form in forms}
-    if len(dtypes) != 1 or not dtypes.pop().islower() or not all(shapes) or len({shape[1:] for shape in shapes}) != 1:
-        return None
-    return (0, *shapes[0][1:])
-
-
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
     """Return shards by split in manifest order, keeping their order inside a split."""
     found: dict[str, list[ShardRef]] = {}
@@ -236,7 +228,7 @@ def tar_store(store: Store, shard: ShardRef) -> Store:
     """Return the store in which the tar of a shard lies: `store`, that of the data set, unless it was adopted."""
     if shard.home is None:
         return store
-    return open_store(shard.home if shard.home.startswith(("/", "s3://")) else f"{store.url}/{shard.home}".removesuffix("/."))
+    return open_store(resolve_url(store.url, shard.home))
 
 
 def read_manifest(store: Store, number: int) -> DatasetManifest:

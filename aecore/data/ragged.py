@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.decode import DecodeError, Pixels, SampleFormat
+from aecore.data.decode import DecodeError, Pixels
 from aecore.data.image import BadSample
 from aecore.data.record import ArrayHeader, array_header
+from aecore.data.sample_format import SampleFormat
 
 Int64s = NDArray[np.int64]
 _MOST_HEADERS = 4096  # that are remembered

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.dataset import Dataset
-from aecore.data.decode import DecodeError, Decoder, DecoderName, Pixels, SampleFormat
+from aecore.data.decode import DecodeError, Decoder, DecoderName, Pixels
 from aecore.data.members import Members
 from aecore.data.ragged import SequenceDecoder
+from aecore.data.sample_format import SampleFormat
 from aecore.data.shard_reader import ShardReader
 from aecore.errors import ConfigError, DataError
 

@@ -25,7 +25,7 @@ import torch
 
 from aecore._base.batch import Batch
 from aecore.data.dataset import Dataset
-from aecore.data.decode import DecodeError, Decoder, SampleFormat
+from aecore.data.decode import DecodeError, Decoder
 from aecore.data.foreign import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
 from aecore.data.image import BadSample
 from aecore.data.loader import InputSpec
@@ -33,6 +33,7 @@ from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_
 from aecore.data.names import split_of
 from aecore.data.order import TrainingOrder
 from aecore.data.record import IMAGE_EXTENSIONS, array_header, image_header
+from aecore.data.sample_format import SampleFormat
 from aecore.data.transform import TransformSpec
 from aecore.errors import DataError
 from aecore.store import FileRef, open_store, sha256_json
@@ -147,6 +148,14 @@ class StreamLoader:
         DataError names the tar and the key of a sample that does not decode to the form of the first one.
         """
         return prefetched(self._batches(start_step, stop_step), self._spec.prefetch)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: batches are put together of whatever comes."""
+        return ()
+
+    def reread(self, step: int) -> None:
+        """Nothing: tars without an index cannot be read again from a step on."""
 
     def close(self) -> None:
         """Nothing stays open between batches but what their generator holds."""

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.decode import Decoder, SampleFormat
+from aecore.data.decode import Decoder
 from aecore.data.image import BadSample, image_header
 from aecore.data.manifest import ShardRef
 from aecore.data.record import IMAGE_EXTENSIONS, array_header, require_allowed
+from aecore.data.sample_format import SampleFormat
 from aecore.errors import DataError
 
 if TYPE_CHECKING:
@@ -77,4 +78,4 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
 
 @functools.lru_cache(256)
 def _decoder(form: str) -> Decoder:
-    return Decoder("imagecodecs", SampleFormat.of({form: 1}))
+    return Decoder("imagecodecs", SampleFormat.parse(form))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import Trainable
+from aecore._base.trainable import Trainable, has_posterior
 from aecore.checkpoint import LoadedModel, load_model
 from aecore.compatible import require_fit, require_labels
 from aecore.data.dataset import Dataset, open_dataset
@@ -106,7 +106,7 @@ def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Datase
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     dataset.manifest.split(spec.split, "evaluate.split")
     spec.transform(loaded.config.transform)
-    if spec.iwae and not {"mu", "log_var"} <= set(loaded.config.model.columns):
+    if spec.iwae and not has_posterior(loaded.config.model.columns):
         raise ConfigError(
             f"evaluate.iwae={spec.iwae} and model.kind={loaded.config.model.kind} has no posterior to draw from: leave evaluate.iwae out"
         )
@@ -130,7 +130,7 @@ class _Extra:
             "x_squared": x.double().square().mean(1).sum(),
         }
         latents = model.latents(batch)
-        if {"mu", "log_var"} <= latents.keys():
+        if has_posterior(latents):
             mu = latents["mu"].double()
             terms["kl_per_dimension"] = kl_divergence_diag_gaussian(mu, latents["log_var"].double(), reduce_sum=False).sum(0)
             terms["mu"], terms["mu_squared"] = mu.sum(0), mu.square().sum(0)

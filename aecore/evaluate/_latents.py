@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
+from aecore._base.trainable import latent_column
 from aecore.checkpoint import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec, Loader
@@ -45,7 +46,7 @@ class SplitLatents:
 
     def __init__(self, loaded: LoadedModel, dataset: Dataset, split: str, *, batch: int, device: str) -> None:
         self.loaded, self.batch, self.device = loaded, batch, device
-        self.column = next(name for name in loaded.config.model.columns if name != "log_var")
+        self.column = latent_column(loaded.config.model.columns)
         self.transform = Transform(loaded.config.transform)
         self.loader = Loader(dataset, split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
         self.num_samples, self.labelled = self.loader.num_samples, self.loader.rows.labelled

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.trainable import has_posterior
 from aecore.generate import prior_latents
 from aecore.noise import seed_of, step_noise
 from aecore.report._view import NotDrawn, View
@@ -151,7 +152,7 @@ def traversals(view: View) -> Samples:
     deviations, means = values.std(0), values.mean(0)
     order = np.argsort(-deviations, kind="stable")[:TRAVERSED]
     base, label = torch.from_numpy(values[0]), int(view.latents.labels[0])
-    unit = {"mu", "log_var"} <= set(view.loaded.config.model.columns)
+    unit = has_posterior(view.loaded.config.model.columns)
     offsets = np.linspace(-3, 3, MOVES) if unit else np.linspace(-2, 2, MOVES)
     rows = []
     for dimension in order.tolist():
@@ -170,7 +171,7 @@ def manifold(view: View) -> Samples:
     if values.shape[1] != 2:
         raise NotDrawn(f"the latent has {values.shape[1]} dimensions, a plane has 2")
     shares = torch.linspace(0.02, 0.98, MANIFOLD, dtype=torch.float64)
-    if {"mu", "log_var"} <= set(view.loaded.config.model.columns):
+    if has_posterior(view.loaded.config.model.columns):
         x = y = torch.special.ndtri(shares)
         note = "at even quantiles of the prior"
     else:
@@ -187,7 +188,7 @@ def reparameterisation(view: View) -> Histograms:
     """What the sampling layer draws: the noise, z of one input in its most informative dimension, and that dimension over all inputs."""
     batch = view.batch(view.chosen)
     latents = view.loaded.model.latents(batch)
-    if not {"mu", "log_var"} <= latents.keys():
+    if not has_posterior(latents):
         raise NotDrawn(f"model.kind={view.loaded.config.model.kind} has no posterior to draw from")
     mu, sd = latents["mu"].cpu().double(), (latents["log_var"].cpu().double() / 2).exp()
     dimension = int((mu.square() + sd.square() - 1 - 2 * sd.log()).mean(0).argmax())

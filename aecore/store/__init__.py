@@ -22,7 +22,7 @@ from aecore.store._base import (
     sha256_json,
 )
 from aecore.store._local import LocalFiles, LocalStore
-from aecore.store._open import absolute_url, open_files, open_store
+from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
 
 __all__ = [
     "FAULT_STAGES",
@@ -35,8 +35,10 @@ __all__ = [
     "absolute_url",
     "canonical_json",
     "fault_point",
+    "is_remote",
     "open_files",
     "open_store",
+    "resolve_url",
     "sha256_file",
     "sha256_json",
 ]

@@ -35,6 +35,16 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
     return str(Path(text).expanduser().absolute())
 
 
+def is_remote(url: str) -> bool:
+    """Return whether an absolute URL is in a bucket, which every machine reaches, and no path, which may be of one machine."""
+    return url.startswith("s3://")
+
+
+def resolve_url(base: str, url: str) -> str:
+    """Return `url` if it is absolute, else what it names below the absolute URL `base` ("." is `base` itself)."""
+    return url if is_remote(url) or url.startswith("/") else f"{base}/{url}".removesuffix("/.")
+
+
 def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
     """Return profile, bucket and prefix of `s3://[profile@]bucket/prefix`; ConfigError that never repeats what could be a secret."""
     place, _, prefix = text.removeprefix("s3://").partition("/")
@@ -56,7 +66,7 @@ def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
 def open_store(url: str | os.PathLike[str]) -> Store:
     """Return the store of the artefact at `url` (nothing is created before the first put, nothing is asked before the first call)."""
     where = absolute_url(url)
-    if not where.startswith("s3://"):
+    if not is_remote(where):
         return LocalStore(Path(where))
     from aecore.store._s3 import S3Store
 
@@ -67,7 +77,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
 def open_files(url: str | os.PathLike[str]) -> Files:
     """Return the files below `url`, to read."""
     where = absolute_url(url)
-    if not where.startswith("s3://"):
+    if not is_remote(where):
         return LocalFiles(Path(where))
     from aecore.store._s3_files import S3Files
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aecore.errors import StoreError
-from aecore.store import AlreadyExists, Store, absolute_url, open_store
+from aecore.store import AlreadyExists, Store, absolute_url, is_remote, open_store
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
 RACERS, ROUNDS = 4, 6
@@ -30,7 +30,7 @@ def store_checks(url: str | None) -> list[Check]:
         ]
     where = absolute_url(url)
     checks = [Check("store", lambda: semantics(where), StoreError, RACE_S + 60, WRITABLE)]
-    return checks if "://" in where else [*checks, Check("store: free space", lambda: space(Path(where)), StoreError)]
+    return checks if is_remote(where) else [*checks, Check("store: free space", lambda: space(Path(where)), StoreError)]
 
 
 def semantics(url: str) -> Iterator[Finding]:
@@ -41,7 +41,7 @@ def semantics(url: str) -> Iterator[Finding]:
         yield ok("store: write", f"wrote to {url} in {time.time() - started:.2f} s")
         yield _read_back(store, first.sha256)
         yield _exclusive(store)
-        if "://" not in url:
+        if not is_remote(url):
             yield _hard_links(Path(store.url))
         yield _clock(store)
         yield race(store.url)
@@ -50,7 +50,7 @@ def semantics(url: str) -> Iterator[Finding]:
 @contextlib.contextmanager
 def _place(url: str) -> Iterator[Store]:
     """Give a store below `url` that nobody uses, and remove it with all that is in it and all that was made for it."""
-    made = [] if "://" in url else [folder for folder in (Path(url), *Path(url).parents) if not folder.exists()]
+    made = [] if is_remote(url) else [folder for folder in (Path(url), *Path(url).parents) if not folder.exists()]
     store = open_store(f"{url}/aepipe-doctor-{secrets.token_hex(6)}")
     try:
         yield store
@@ -58,7 +58,7 @@ def _place(url: str) -> Iterator[Store]:
         with contextlib.suppress(StoreError):
             for name in [name for name in store.list() if name != ".tmp"]:
                 store.remove(name)
-        if "://" not in url:
+        if not is_remote(url):
             for folder in (Path(store.url, ".tmp"), Path(store.url), *made):
                 with contextlib.suppress(OSError):  # not empty: something of somebody else came in
                     folder.rmdir()

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data.decode import DecodeError, Decoder, SampleFormat
+from aecore.data.decode import DecodeError, Decoder
 from aecore.data.image import BadSample, ImageHeader, image_header
 from aecore.data.job import shard_dataset
+from aecore.data.sample_format import SampleFormat
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec
 

@@ -1,3 +1,4 @@
+import ast
 import errno
 import os
 import signal
@@ -10,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, canonical_json, open_files, open_store, sha256_file
+from aecore.store import (
+    FAULT_STAGES,
+    AlreadyExists,
+    FileRef,
+    absolute_url,
+    canonical_json,
+    is_remote,
+    open_files,
+    open_store,
+    resolve_url,
+    sha256_file,
+)
 
 
 def test_put_then_read_returns_the_bytes_and_their_hash(tmp_path):
@@ -194,3 +206,21 @@ def test_modified_is_when_a_file_was_written(tmp_path):
     assert before - 2 <= written <= time.time() + 2
     assert store.modified("a/none") is None
     assert store.modified("a/name/below") is None
+
+
+@pytest.mark.parametrize("base", ["/data/set", "s3://bucket/set"])
+def test_an_address_is_absolute_or_below_the_one_that_it_was_written_for(base: str) -> None:
+    assert resolve_url(base, ".") == base
+    assert resolve_url(base, "tars/a") == f"{base}/tars/a"
+    for absolute in ("/other/tars", "s3://other/tars"):
+        assert resolve_url(base, absolute) == absolute
+        assert is_remote(absolute) == absolute.startswith("s3")
+
+
+def test_only_the_store_compares_an_address_with_that_of_a_bucket() -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    files = [path for package in ("aecore", "pipelines") for path in (root / package).rglob("*.py") if path.parent.name != "store"]
+    assert len(files) > 100
+    for path in files:
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not constants & {"s3", "s3:", "s3://"}, path

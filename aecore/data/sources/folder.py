@@ -24,7 +24,7 @@ from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, open_files
+from aecore.store import absolute_url, is_remote, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
@@ -49,7 +49,7 @@ class FolderSpec:
 
 @SOURCES.register(FolderSpec)
 def _open_folder(folder: FolderSpec) -> "FolderSource":
-    return (BucketSource if absolute_url(folder.url, "source.url").startswith("s3://") else FolderSource)(folder)
+    return (BucketSource if is_remote(absolute_url(folder.url, "source.url")) else FolderSource)(folder)
 
 
 class FolderSource:

@@ -294,3 +294,12 @@ def test_nothing_is_read_before_the_first_batch(tmp_path):
     for path in Path(tmp_path, "data/shards").iterdir():
         path.unlink()
     assert loader(dataset, global_batch=4).steps_per_epoch == 2
+
+
+def test_any_rank_reads_the_whole_batch_of_a_step_again(dataset: Dataset) -> None:
+    (expected,) = loader(dataset).batches(2, 3)
+    source = loader(dataset, 1, 3)
+    batch, rows = source.reread(3)
+    assert rows is source.rows
+    assert torch.equal(batch.ordinals, expected.ordinals)
+    assert torch.equal(batch.x, expected.x)

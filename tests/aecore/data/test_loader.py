@@ -240,3 +240,14 @@ def test_an_unknown_split_an_unknown_shard_and_batches_without_an_order_are_refu
     with pytest.raises(DataError, match="no shard 'test-000000'"):
         other = dataset.manifest.split("train")[0]
         loader(dataset).shard_batches(type(other)(**{**{name: getattr(other, name) for name in other.__slots__}, "stem": "test-000000"}), 4)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_any_rank_reads_the_whole_batch_of_a_step_again(dataset: Dataset, step: int) -> None:
+    with loader(dataset) as alone, loader(dataset, rank=1, world=3) as one_of_three:
+        (expected,) = alone.batches(step - 1, step)
+        batch, rows = one_of_three.reread(step)
+        assert rows is one_of_three.rows
+        assert torch.equal(batch.x, expected.x)
+        assert torch.equal(batch.ordinals, expected.ordinals)
+        assert sum(map(len, (own.ordinals for own in one_of_three.batches(step - 1, step)))) < len(batch.ordinals), "it stays one of three"

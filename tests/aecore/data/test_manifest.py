@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from aecore.data.dataset import open_dataset, read_listings
-from aecore.data.manifest import DatasetManifest, read_manifest, tensor_shape
+from aecore.data.manifest import DatasetManifest, read_manifest
 from aecore.data.manifest_build import next_manifest
+from aecore.data.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.generations import PartRecord, claim_generation, commit_manifest
 from aecore.store import FileRef, canonical_json, open_store
@@ -128,7 +129,7 @@ def test_the_training_key_sees_its_own_split_only():
     ],
 )
 def test_images_are_channels_first_and_arrays_as_they_are(name, shape):
-    assert tensor_shape(name) == shape
+    assert SampleFormat.parse(name).tensor_shape == shape
     assert manifest(record("train-000000", shapes={name: 3})).input_shape() == shape
 
 

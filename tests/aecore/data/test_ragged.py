@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.data.decode import DecodeError, SampleFormat
+from aecore.data.decode import DecodeError
 from aecore.data.loader import InputSpec, Loader
-from aecore.data.manifest import sequence_shape
 from aecore.data.order import TrainingOrder
 from aecore.data.ragged import SequenceDecoder
+from aecore.data.sample_format import SampleFormat, sequence_shape
 from aecore.data.transform import Transform, TransformSpec
 from aecore.errors import DataError
 from tests.aecore.data.sequences import dataset_of, sentence, wave
@@ -112,7 +112,7 @@ def test_a_model_that_takes_no_lengths_is_told_which_does(tmp_path: Path) -> Non
     ],
 )
 def test_sequences_differ_in_their_first_axis_alone(forms: list[str], shape: tuple[int, ...] | None) -> None:
-    assert sequence_shape(forms) == shape
+    assert sequence_shape(set(map(SampleFormat.parse, forms))) == shape
     if shape is None:
         with pytest.raises(DataError, match="different forms"):
             SampleFormat.of(dict.fromkeys(forms, 1), sequences=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from aecore.data.decode import DecodeError, Decoder, SampleFormat
+from aecore.data.decode import DecodeError, Decoder
 from aecore.data.image import MAX_PIXELS, BadSample, image_header
 from aecore.data.record import (
     ALLOWED_EXTENSIONS,
@@ -22,6 +22,7 @@ from aecore.data.record import (
     read_npy_header,
     require_allowed,
 )
+from aecore.data.sample_format import SampleFormat
 from aecore.data.tar import Packer, Samples
 from aecore.errors import DataError
 

@@ -1,0 +1,83 @@
+"""What one sample is when it is decoded: its shape and dtype. A manifest counts samples by the text of it (`28x28x1/L`, `64x3/float32`)."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aecore.errors import DataError
+
+MODE_DTYPES = {
+    **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA"), "u1"),
+    **dict.fromkeys(("I;16", "RGB;16", "LA;16", "RGBA;16"), "u2"),
+    "I": "i4",
+    "F": "f4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFormat:
+    """Format of one decoded sample: `(H, W, C)` for images, any shape for arrays; of sequences that vary in length, the longest."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    image: bool
+    varying: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "SampleFormat":
+        """Return the format of `28x28x1/L` (an image: height, width, channels, mode) or `64x3/float32` (an array: sides, dtype).
+
+        Raises
+        ------
+        DataError
+            Pixels of this mode are not decoded.
+        """
+        dims, _, mode = text.partition("/")
+        shape = tuple(int(size) for size in dims.split("x")) if dims else ()
+        if mode == "CMYK":
+            raise DataError(f"samples of form {text} cannot be decoded faithfully: shard again with shards.mode=RGB")
+        if mode in MODE_DTYPES:
+            return cls(shape, np.dtype(MODE_DTYPES[mode]), image=True)
+        try:
+            return cls(shape, np.dtype(mode), image=False)
+        except TypeError:
+            raise DataError(f"samples of form {text}: the pixel mode {mode!r} is not supported (known: {', '.join(MODE_DTYPES)})") from None
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
+        """Return the one format of a manifest's `sample.shapes`; DataError if there are several.
+
+        With `sequences` arrays that differ in nothing but their first axis are one format, of varying length.
+        """
+        found = {cls.parse(text) for text in shapes}
+        if len(found) == 1:
+            return found.pop()
+        if sequences and sequence_shape(found) is not None:
+            longest = max(found, key=lambda known: known.shape[0])
+            return cls(longest.shape, longest.dtype, image=False, varying=True)
+        shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
+        raise DataError(
+            f"the samples have {len(found)} different forms ({shown or 'no samples'}), one is needed: "
+            "shard again with shards.resize=<side> and shards.mode=L or RGB"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one decoded sample."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape that a sample has in a batch: images are `(C, H, W)`, arrays as they are."""
+        return (self.shape[2], *self.shape[:2]) if self.image else self.shape
+
+
+def sequence_shape(formats: Collection[SampleFormat]) -> tuple[int, ...] | None:
+    """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ in nothing but T; None for anything else."""
+    if len({(known.image, known.dtype, known.shape[1:]) for known in formats}) != 1 or any(
+        known.image or not known.shape for known in formats
+    ):
+        return None
+    return (0, *next(iter(formats)).shape[1:])
