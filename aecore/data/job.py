@@ -22,7 +22,7 @@ from aecore.data.manifest_build import next_manifest
 from aecore.data.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
 from aecore.data.shard import pack_shard
 from aecore.data.sources import Listing
-from aecore.data.splits import SplitSpec, resolve_splits
+from aecore.data.splits import SplitSpec, resolve_splits, split_warnings
 from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import DataError
 from aecore.fanout import Commit, FanOut, OnPart, collect, serial
@@ -163,12 +163,13 @@ def _compare(
             as_recorded(asked, recorded.get("splits", {})),
             as_recorded(shards, recorded.get("shards", {})),
         )
-    splits = resolve_splits(listing, asked)
+    splits = resolve_splits(listing, asked, (recorded or {}).get("splits"), parent.splits if parent else ())
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
         identity["adopted"] = {"by": "offset"}
     if parent is None:
+        _warn(store, listing, asked, splits)
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     absent = {name: absent_values(spec) for name, spec in specs.items()}
     require_same(store.url, "data set", identity, parent.identity, absent=absent)
@@ -176,6 +177,8 @@ def _compare(
     rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
     require_whole_bags(store, listing, rows)
+    if len(fresh):
+        _warn(store, listing, asked, splits)
     return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
 
 
@@ -190,6 +193,13 @@ def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping
             found: Mapping[str, Any] = identity["dataset"]
             return found
     return None
+
+
+def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -> None:
+    """Log what is odd about the splits; whoever asked for none or for a hash knows it."""
+    if asked.by == "auto" or splits.by == "folders":
+        for warning in split_warnings(listing, splits):
+            logger.warning("%s: %s", store.url, warning)
 
 
 def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:

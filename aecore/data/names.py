@@ -2,11 +2,13 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from aecore.errors import ConfigError
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "t10k": "test"}
+_LATER = {"dev": "val", "testing": "test"}  # unknown to version 1: they count where no other word does, so what it stored keeps its split
+_WORDS = _SPLITS | _LATER
 _DATA = frozenset({"images", "image", "imgs", "img", "data", "x", "inputs", "features"})
 _LABELS = frozenset({"labels", "label", "targets", "target", "y"})
 _FORMAT = re.compile(r"idx\d|ubyte|npy|npz|gz")
@@ -23,11 +25,34 @@ def words(name: str) -> list[str]:
 
 def split_of(path: str) -> str:
     """Return train, val or test if the first component of `path` that says a split says only one of them, else ""."""
+    return _split_by(path, _SPLITS) or _split_by(path, _LATER)
+
+
+def _split_by(path: str, known: Mapping[str, str]) -> str:
     for component in path.split("/"):
-        found = {_SPLITS[word] for word in words(component) if word in _SPLITS}
+        found = {known[word] for word in words(component) if word in known}
         if found:
             return found.pop() if len(found) == 1 else ""
     return ""
+
+
+def split_words(name: str) -> frozenset[str]:
+    """Return the words of a name that say a split."""
+    return frozenset(word for word in words(name) if word in _WORDS)
+
+
+def begins_keys(name: str, names: Sequence[str]) -> bool:
+    """Return whether the keys of the array `name`, one of `names` of a file, begin with its name.
+
+    It does where the name says a split, by the words of version 1: an array that said none had the keys of the file for itself.
+    """
+    others = [other for other in names if not _split_by(other, _SPLITS)]
+    return name not in others or len(others) > 1
+
+
+def split_of_folder(name: str) -> str:
+    """Return train, val or test if the name of a folder is one of the words for it, in any case, else ""."""
+    return _WORDS.get(name.lower(), "")
 
 
 def is_labels(name: str) -> bool:
@@ -47,7 +72,7 @@ def subject(name: str) -> tuple[str, ...]:
 
 def without_split(name: str) -> tuple[str, ...]:
     """Return the words of a name that say no split."""
-    return tuple(word for word in words(name) if word not in _SPLITS)
+    return tuple(word for word in words(name) if word not in _WORDS)
 
 
 def partner(name: str, arrays: Sequence[str], labels: Iterable[str]) -> str | None:

@@ -82,7 +82,7 @@ def plan_dataset(
     """
     require_unique(listing)
     chosen = resolve_splits(listing, splits)
-    members = assign_splits(listing, chosen)
+    members = assign_splits(listing, chosen, parent.splits.keys() if parent else ())
     names = _label_names(listing, chosen)
     classes = _grown(parent.classes if parent else (), names)
     ids = None if names is None else _ids(names, classes)

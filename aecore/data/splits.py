@@ -6,13 +6,14 @@ A hash is of (seed, key), or of the group, so a sample keeps its split when the 
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.manifest import SPLIT_ORDER
+from aecore.data.names import split_of_folder
 from aecore.data.sources import Listing, take
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import knob, spec
@@ -25,7 +26,9 @@ class SplitSpec:
     """Which sample belongs to which split (`splits.*` of a recipe)."""
 
     by: Literal["auto", "folders", "hash", "column", "none"] = knob(
-        "auto", "folders: the top folders; hash: of the key or group; auto: folders if all are train, val or test, else hash or none"
+        "auto",
+        "folders: the top folders, or what the names of tars say (valid, dev: val; training: train; ...); hash: of the key or group; "
+        "auto: folders if all of them say a split, else hash where val or test is set, else none",
     )
     val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
     test: float = knob(0.0, "share of the training samples that becomes the split test, by hash", ge=0.0, le=1.0)
@@ -43,19 +46,56 @@ class SplitSpec:
             raise ConfigError("splits.by=none puts everything into train: set splits.by=hash to use splits.val and splits.test")
 
 
-def resolve_splits(listing: Listing, splits: SplitSpec) -> SplitSpec:
-    """Return `splits` with `auto` replaced by what it means for this listing: folders, hash or none."""
+def resolve_splits(
+    listing: Listing, splits: SplitSpec, recorded: Mapping[str, Any] | None = None, known: Collection[str] = ()
+) -> SplitSpec:  # any: plain JSON data
+    """Return `splits` with `auto` replaced by what it means for this listing: folders, hash or none.
+
+    A dataset that exists keeps the choice that it `recorded`, wherever that can still be made; `known` are the names of its splits.
+    """
     if splits.by != "auto":
         return splits
-    tops = set(listing.splits or ())
-    if tops and tops <= set(SPLIT_ORDER):
+    tops = set(listing.splits or ()) - {""}  # what lies directly in the source's folder changes nothing
+    says = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
+    kept = (recorded or {}).get("by")
+    if kept in ("none", "hash") or (kept == "folders" and says):
+        try:
+            return dataclasses.replace(splits, by=kept)
+        except ConfigError:
+            pass  # with splits.val and splits.test as they are asked it cannot be: the comparison of identities says so
+    if says:
         return dataclasses.replace(splits, by="folders")
     return dataclasses.replace(splits, by="hash" if splits.val or splits.test else "none")
 
 
-def assign_splits(listing: Listing, splits: SplitSpec) -> dict[str, NDArray[np.int64]]:
-    """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty."""
-    values = _split_values(listing, splits)
+def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
+    """Return what the user should know of resolved `splits`: folders that look like splits and are none, samples in no split folder."""
+    if splits.by in ("none", "hash"):
+        folders = {key.rpartition("/")[0] for key in listing.keys}
+        found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
+        if found:
+            return [
+                f"folders are named like splits ({', '.join(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
+                "apart: give the folder that holds nothing but split folders as source.url, or set splits.by=folders into a new dataset; "
+                f"if these are classes, splits.by={splits.by} says so"
+            ]
+    if splits.by == "folders" and listing.splits is not None and "" in listing.splits:
+        loose = [source.partition("#")[0] for source, top in zip(listing.sources, listing.splits, strict=True) if not top]
+        names = list(dict.fromkeys(loose))
+        more = ", ..." if len(names) > 3 else ""
+        return [
+            f"{len(loose)} samples are in no split folder and go to train ({', '.join(names[:3])}{more}): move them into one, "
+            "or out of source.url"
+        ]
+    return []
+
+
+def assign_splits(listing: Listing, splits: SplitSpec, known: Collection[str] = ()) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
+
+    Folders named by a word for a split are stored under its usual name, unless theirs is among the `known` splits of the dataset.
+    """
+    values = _split_values(listing, splits, known)
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
     units = listing.groups if listing.groups is not None else listing.keys
@@ -70,11 +110,13 @@ def assign_splits(listing: Listing, splits: SplitSpec) -> dict[str, NDArray[np.i
     return {name: rows[name] for name in names if len(rows.get(name, ()))}
 
 
-def _split_values(listing: Listing, splits: SplitSpec) -> list[str] | None:
+def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -> list[str] | None:
     if splits.by == "folders":
         if listing.splits is None:
             raise ConfigError("splits.by=folders: this source has no folders (use hash, column or none)")
-        values, what = listing.splits, "the top folder"
+        names = {top: top if top in known else split_of_folder(top) or top for top in set(listing.splits)}
+        names |= {"": "train"} if len(names) > 1 else {}
+        values, what = list(map(names.__getitem__, listing.splits)), "the top folder"
     elif splits.by == "column":
         column = splits.column or ""
         if column not in listing.columns:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,20 @@ def test_an_unfinished_dataset_is_finished_under_its_claim(v1):
     assert manifest.dataset_sha256 == open_dataset(str(v1 / "dataset"), number=1).manifest.dataset_sha256
     assert verify_dataset(open_dataset(data), read_data=True).problems == ()
     require_kept(before, v1 / "unfinished-dataset")
+
+
+def test_a_dataset_that_took_no_split_for_valid_keeps_doing_so_and_says_it(v1, caplog):
+    before, data = files(v1 / "valid-dataset"), str(v1 / "valid-dataset")
+    write_images(v1 / "valid-images", "valid", range(20, 21))
+    with caplog.at_level(logging.WARNING):
+        manifest = shard_dataset(FolderSpec(url=str(v1 / "valid-images")), data, shards=SHARDS)
+    assert (manifest.number, list(manifest.splits), manifest.num_samples("train")) == (2, ["train"], 12)
+    assert manifest.classes == ("train/cat", "train/dog", "valid/cat", "valid/dog")
+    assert "named like splits (train, valid) and splits.by=none was chosen" in caplog.text
+    require_kept(before, v1 / "valid-dataset")
+    fresh = shard_dataset(FolderSpec(url=str(v1 / "valid-images")), str(v1 / "new"), shards=SHARDS)
+    assert {split: fresh.num_samples(split) for split in fresh.splits} == {"train": 6, "val": 6}
+    assert fresh.classes == ("cat", "dog")
 
 
 def test_adopted_tars_take_another(v1):

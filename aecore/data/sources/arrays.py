@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aecore.data.arrayfile import Array, ArrayFile, array_format, stem_of
 from aecore.data.arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
-from aecore.data.names import is_data, is_labels, partner, split_of, without_split
+from aecore.data.names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
 from aecore.data.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import DataError, did_you_mean
@@ -174,7 +174,7 @@ class ArraysSource:
             array = require_samples(file.array(data, verify=True), f"{name} (array {data!r})")
             label = self._chosen(known, asked, data, name) if asked else partner(data, samples, filter(is_labels, known))
             labels = None if label is None else self._label_names(name, label, array, data)
-            prefix = f"{stem}/{data}" if split_of(data) else stem
+            prefix = f"{stem}/{data}" if begins_keys(data, samples) else stem
             factors = self._factor_columns(file, known, data, len(array), name)
             lengths, bags = self._lengths(file, data, name), self._bags(known, name, data, array, prefix)
             yield _Block(f"{name}/{data}", prefix, array, split, labels, factors, lengths, bags)
@@ -203,7 +203,7 @@ class ArraysSource:
                 else f"the arrays {', '.join(known) or 'none'}, none named images"
             )
             raise DataError(f"{where} has {what}: say which one holds the samples with source.images")
-        if len({split_of(name) for name in found}) < len(found):
+        if len({split_words(name) for name in found}) < len(found):
             raise DataError(f"{where} has several arrays that may hold the samples ({', '.join(found)}): say which with source.images")
         return found
 
@@ -214,7 +214,8 @@ class ArraysSource:
     def _chosen(self, known: list[str], asked: str, data: str, where: str, key: str = "source.labels or source.factors") -> str:
         """Return the array called `asked`, in the split of the array `data` if there is one for each."""
         found = [name for name in known if without_split(name) == without_split(asked)]
-        same = [name for name in found if split_of(name) == split_of(data)]
+        same = [name for name in found if split_words(name) == split_words(data)]
+        same = same or [name for name in found if split_of(name) == split_of(data)]
         if asked in known and not same:
             return asked
         if not same:

@@ -87,6 +87,18 @@ class TestFormats:
         assert found.label_names == [str(label) for label in LABELS]
         assert len(set(found.keys)) == 12
 
+    def test_arrays_of_dev_and_testing_are_splits_and_no_key_of_version_1_changes(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x_train=PIXELS[:6], y_train=LABELS[:6], x_dev=PIXELS[6:], y_dev=LABELS[6:])
+        found = listing(tmp_path / "a.npz", labels="y")
+        assert found.splits == ["train"] * 6 + ["val"] * 6
+        assert found.label_names == [str(label) for label in LABELS]
+        assert (found.keys[0], found.keys[6]) == ("a/x_train/000000000", "a/000000000")  # as that version wrote them
+        np.savez(tmp_path / "b.npz", x_val=PIXELS[:2], y_val=LABELS[:2], x_dev=PIXELS[2:5], y_dev=LABELS[2:5], x_testing=PIXELS[5:])
+        found = listing(tmp_path / "b.npz")
+        assert found.splits == ["val"] * 5 + ["test"] * 7
+        assert found.label_names[:5] == [str(label) for label in LABELS[:5]]
+        assert len(set(found.keys)) == 12
+
     def test_the_only_labels_belong_to_the_only_array(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", pictures=PIXELS, labels=LABELS)
         assert listing(tmp_path / "a.npz").label_names == [str(label) for label in LABELS]

@@ -158,6 +158,22 @@ class TestSource:
         assert {split: made.num_samples(split) for split in made.splits} == {"train": 5, "test": 3}
         names = ["imagenet-train-000000.tar", "val_{0..3}.tar", "t10k/x.tar", "latest.tar", "train-test/a.tar", "training.tar"]
         assert [split_of(name) for name in names] == ["train", "val", "test", "", "", "train"]
+        names = ["dev-0.tar", "DEV/a.tar", "Testing-1.tgz", "VALID.tar", "device.tar", "dev-test.tar", "dev/train/0.tar"]
+        assert [split_of(name) for name in names] == ["val", "val", "test", "val", "", "test", "train"]  # the last two as ever
+
+    def test_a_tar_beside_those_of_splits_goes_to_train_and_is_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for number, name in enumerate(("train-0", "dev-0", "extra")):
+            write_tar(tmp_path / f"{name}.tar", samples(5 * number, 5))
+        made = shard_dataset(WebdatasetSpec(url=str(tmp_path)), str(tmp_path / "ds"))
+        assert {split: made.num_samples(split) for split in made.splits} == {"train": 10, "val": 5}
+        assert "5 samples are in no split folder and go to train (extra.tar)" in caplog.text
+
+    def test_split_folders_inside_a_tar_are_warned_of(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        files = [(f"{folder}/{name}", data) for folder in ("train", "valid") for name, data in samples(0, 2)]
+        write_tar(tmp_path / "all.tar", files)
+        made = shard_dataset(WebdatasetSpec(url=str(tmp_path / "all.tar")), str(tmp_path / "ds"))
+        assert list(made.splits) == ["train"]
+        assert "named like splits (train, valid) and splits.by=none was chosen" in caplog.text
 
     def test_a_pattern_names_tars(self, tmp_path: Path) -> None:
         two_tars(tmp_path)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, in_order
 from aecore.data.plan import plan_dataset
 from aecore.data.sources import Listing
-from aecore.data.splits import SplitSpec, assign_splits, resolve_splits
+from aecore.data.splits import SplitSpec, assign_splits, resolve_splits, split_warnings
 from aecore.data.tasks import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.store import FileRef
@@ -122,7 +122,82 @@ def test_auto_takes_split_folders_and_labels_below_them():
     assert made.notes[0] == "splits.by=folders: train 2, val 1, test 1"
 
 
-@pytest.mark.parametrize("paths", [["train/a/1", "other/2"], ["train/a/1", "2"], ["cat/1", "dog/2"]])
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [
+        *((name, "train") for name in ("train", "training", "TRAIN", "Training")),
+        *((name, "val") for name in ("val", "valid", "validation", "dev", "Valid", "VAL", "Dev")),
+        *((name, "test") for name in ("test", "testing", "t10k", "Test", "T10K")),
+    ],
+)
+def test_split_folders_by_any_usual_name_are_stored_under_one(folder, split):
+    made = plan(listing_of([f"{folder}/cat/1", f"{folder}/dog/2"]))
+    assert made.splits.by == "folders"
+    assert {name: sorted(keys) for name, keys in by_split(made).items()} == {split: [f"{folder}/cat/1", f"{folder}/dog/2"]}
+    assert made.classes == ("cat", "dog")
+
+
+def test_two_folders_of_one_split_are_one_split_and_keep_their_keys_apart():
+    paths = ["train/a/1", "Train/a/1", "val/a/1", "valid/a/1", "test/a/1", "Test/a/1", "t10k/a/1"]
+    assert {name: sorted(keys) for name, keys in by_split(plan(listing_of(paths))).items()} == {
+        "train": ["Train/a/1", "train/a/1"],
+        "val": ["val/a/1", "valid/a/1"],
+        "test": ["Test/a/1", "t10k/a/1", "test/a/1"],
+    }
+
+
+@pytest.mark.parametrize("by", ["auto", "folders"])
+def test_a_file_beside_the_split_folders_changes_nothing_and_goes_to_train_without_a_class(by):
+    listing = listing_of(["train/a/1", "valid/a/2", "montage"])
+    made = plan(listing, SplitSpec(by=by))
+    assert {name: sorted(keys) for name, keys in by_split(made).items()} == {"train": ["montage", "train/a/1"], "val": ["valid/a/2"]}
+    assert made.classes == ("a",)
+    (warning,) = split_warnings(listing, made.splits)
+    assert "1 samples are in no split folder and go to train (montage.png)" in warning
+
+
+@pytest.mark.parametrize(
+    ("paths", "named"),
+    [
+        (["train/a/1", "extra/a/2"], "train"),
+        (["data/train/a/1", "data/Valid/a/2"], "Valid, train"),
+        (["cat/train/1", "cat/test/2"], "test, train"),
+        (["train/a/1", "train2/a/2", "t10k/3"], "t10k, train"),
+    ],
+)
+@pytest.mark.parametrize(("val", "by"), [(0.0, "none"), (0.2, "hash")])
+def test_folders_named_like_splits_that_are_not_taken_for_splits_are_warned_of(paths, named, val, by):
+    listing = listing_of(paths)
+    chosen = resolve_splits(listing, SplitSpec(val=val))
+    assert chosen.by == by
+    (warning,) = split_warnings(listing, chosen)
+    assert f"named like splits ({named}) and splits.by={by} was chosen" in warning
+
+
+def test_classes_alone_are_not_warned_of():
+    listing = listing_of(["cat/1", "dog/2", "3"])
+    assert split_warnings(listing, resolve_splits(listing, SplitSpec())) == []
+
+
+def test_a_dataset_keeps_the_choice_that_it_recorded():
+    listing = listing_of(["train/a/1", "valid/a/2"])
+    asked = SplitSpec()
+    assert resolve_splits(listing, asked, {"by": "none"}).by == "none"
+    assert resolve_splits(listing, asked, {"by": "folders"}).by == "folders"
+    assert resolve_splits(listing, SplitSpec(val=0.1), {"by": "hash"}).by == "hash"
+    assert resolve_splits(listing, SplitSpec(by="folders"), {"by": "none"}).by == "folders"  # asked for: the difference is shown
+    grown = listing_of(["train/a/1", "owl/2"])
+    assert resolve_splits(grown, asked, {"by": "folders"}).by == "none"  # an owl is no split: the difference is shown
+
+
+def test_a_split_that_a_dataset_has_under_the_name_of_its_folder_keeps_that_name():
+    parent = parent_with({"train": 1, "valid": 1})
+    made = plan(listing_of(["train/a/1", "valid/a/2", "Dev/a/3"]), SplitSpec(by="folders"), parent=parent)
+    assert by_split(made) == {"train": ["train/a/1"], "valid": ["valid/a/2"], "val": ["Dev/a/3"]}
+    assert resolve_splits(listing_of(["train/a/1", "odd/a/2"]), SplitSpec(), {"by": "folders"}, ("train", "odd")).by == "folders"
+
+
+@pytest.mark.parametrize("paths", [["train/a/1", "other/2"], ["cat/1", "dog/2"]])
 def test_auto_is_none_if_any_top_folder_is_no_split(paths):
     made = plan(listing_of(paths))
     assert made.splits.by == "none"
