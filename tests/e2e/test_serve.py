@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.deploy.recipes import FLOWS
+
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -116,7 +118,7 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(api: str, tmp_pat
         assert (out / "table" / "table.000001.json").exists()
         served = {deployment["name"] for deployment in ask(api, "deployments/filter")}
         assert served == {"demo"}
-        assert len(ask(api, "deployments/filter")) == 5
+        assert len(ask(api, "deployments/filter")) == len(FLOWS)
         look_at_the_page(api, tmp_path)
     finally:
         code = ended(serving, signal.SIGTERM)
