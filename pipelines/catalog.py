@@ -1,4 +1,4 @@
-"""What there is to choose from: registered parts with their knobs, shipped recipes."""
+"""What there is to choose from: registered parts and the sections of a recipe with their knobs, shipped recipes."""
 
 import dataclasses
 import itertools
@@ -6,18 +6,33 @@ import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, field_types
+from aecore.registry import BACKBONES, BOUNDS, MODELS, SOURCES, Registry, field_types
+from pipelines.config import SECTIONS, section_type
 from pipelines.tree import Tree, shipped_recipes
 
 _REGISTRIES = {"models": MODELS, "backbones": BACKBONES, "sources": SOURCES}
 
 
 def parts(what: str) -> Tree:
-    """Return name -> about (and knobs) of all models, backbones, sources or recipes."""
+    """Return name -> about (and knobs) of all models, backbones, sources, sections or recipes."""
     if what == "recipes":
         return {name: {"about": _header(text)} for name, text in sorted(shipped_recipes().items())}
+    if what == "sections":
+        return {name: _section(name) for name in SECTIONS}
     registry: Registry = _REGISTRIES[what]
     return {kind: _part(registry.spec_type(kind)) for kind in registry.kinds()}
+
+
+def _section(name: str) -> Tree:
+    """Return what a section of a recipe is for, the steps that read it, and its knobs; those of a part depend on its kind."""
+    from pipelines.steps import STEPS
+
+    parts, steps = SECTIONS[name], [step for step, entry in STEPS.items() if name in entry.sections]
+    if isinstance(parts, Registry):
+        whole = {"about": f"The {parts.noun}: `aepipe list {name}s` names its kinds and their knobs.", "knobs": {}}
+    else:
+        whole = _part(section_type(name))
+    return {**whole, "steps": steps}
 
 
 def _part(cls: type) -> Tree:
@@ -30,7 +45,7 @@ def _part(cls: type) -> Tree:
 def _knob(field: dataclasses.Field[Any], hint: Any) -> Tree:  # any: a type
     """Return the default of a knob, what it means, its type, its choices and its bounds (where there are some)."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    bounds = {name: field.metadata[name] for name in ("ge", "gt", "le") if field.metadata.get(name) is not None}
+    bounds = {name: field.metadata[name] for name in BOUNDS if field.metadata.get(name) is not None}
     choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
     return {
         "default": list(default) if isinstance(default, tuple) else default,

@@ -8,6 +8,7 @@ Unknown keys are refused, at the top as inside a section, and the nearest known 
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import json
@@ -156,6 +157,7 @@ class Recipe:
     def __init__(self, tree: Mapping[str, Any]) -> None:
         self.tree: Tree = json.loads(json.dumps(tree))
         self._sections: dict[str, Any] = {}
+        self._readable = frozenset([*SECTIONS, *TOP])
         for key, value in self.tree.items():
             if key in TOP:
                 if value is not None and not isinstance(value, str):
@@ -170,6 +172,7 @@ class Recipe:
     def __getattr__(self, name: str) -> Any:
         if name not in SECTIONS:
             raise AttributeError(name)
+        self._require_readable(name)
         if name not in self._sections:
             self._sections[name] = build_section(name, self.tree.get(name))
         return self._sections[name]
@@ -181,23 +184,19 @@ class Recipe:
 
     def require(self, key: Literal["data", "run", "out"]) -> str:
         """Return the top-level URL `key`, absolute; ConfigError that shows an example if it is not set."""
+        self._require_readable(key)
         if not self.tree.get(key):
             raise ConfigError(f"{key} is missing: add {key}=..., for example {key}={TOP[key]}")
         return absolute_url(self.tree[key], key)
 
-    def travelling(self) -> Tree:
-        """Return the tree with absolute addresses: a flow or a worker has another working directory."""
-        tree = json.loads(json.dumps(self.tree))
-        for key in ("data", "run", "out"):
-            if tree.get(key):
-                tree[key] = absolute_url(tree[key], key)
-        if isinstance(tree.get("source"), dict) and tree["source"].get("url"):
-            tree["source"]["url"] = absolute_url(tree["source"]["url"], "source.url")
-        if isinstance(tree.get("train"), dict) and tree["train"].get("init_from"):
-            tree["train"]["init_from"] = absolute_url(tree["train"]["init_from"], "train.init_from")
-        if isinstance(tree.get("evaluate"), dict) and tree["evaluate"].get("figures"):
-            tree["evaluate"]["figures"] = absolute_url(tree["evaluate"]["figures"], "evaluate.figures")
-        return tree
+    def only(self, keys: Iterable[str]) -> "Recipe":
+        """Return the same recipe, of which no section and no address but these can be read: a step gets what its table entry names."""
+        part = copy.copy(self)
+        part._readable = frozenset(keys)
+        return part
+
+    def _require_readable(self, name: str) -> None:
+        assert name in self._readable, f"the step reads {name!r} of the recipe, which its entry in pipelines.steps.STEPS does not name"
 
     def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:
         """Return the whole tree with every default filled in, for the named sections."""

@@ -17,7 +17,7 @@ from aecore import errors
 from aecore.errors import AecoreError, RunFailed
 from pipelines import progress
 from pipelines.config import Recipe
-from pipelines.pipeline import run_stages
+from pipelines.pipeline import PIPELINE, run_stages
 from pipelines.steps import STEPS
 from pipelines.tree import Tree
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def arguments(name: str, tree: Tree) -> tuple[str, ...]:
-    """Return the arguments of the interpreter that runs step `name` (or "pipeline") of a recipe inside a job.
+    """Return the arguments of the interpreter that runs step `name` (or PIPELINE) of a recipe inside a job.
 
     In there the cluster is the one that RAY_ADDRESS names, which Ray sets; without workers the step stays in the job's own process.
     """
@@ -44,7 +44,7 @@ def work(name: str, recipe: Recipe, report: progress.Report) -> Tree:
         logger.info("%s done in %.1f s", step, summary["seconds"])
         return summary
 
-    return run_stages(recipe, run) if name == "pipeline" else run(name, recipe)
+    return run_stages(recipe, run) if name == PIPELINE else run(name, recipe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ here import what they need when they are called.
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aecore.errors import ConfigError
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipelines.tree import Tree
 
 
-def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]) -> Result:
-    """Run one step. `base` holds the keys that were given as arguments; a dry run shows `sections` of the recipe."""
+def step(name: str, args: Args, base: Mapping[str, Any]) -> Result:
+    """Run one step. `base` holds the keys that were given as arguments; a dry run shows the sections of the recipe that the step reads."""
     from pipelines import pipeline, progress, steps, text
     from pipelines.config import load_recipe
 
@@ -28,14 +28,14 @@ def step(name: str, args: Args, base: Mapping[str, Any], sections: Sequence[str]
     recipe = load_recipe(args.recipe, args.overrides, base=base)
     pipeline.check_address(recipe)
     if os.environ.get("PREFECT_API_URL") and not args.dry_run:
-        summary = flow(name, debug=args.debug)(recipe.travelling())
+        summary = flow(name, debug=args.debug)(steps.with_absolute_urls(recipe))
     elif recipe.cluster.kind == "job" and not args.dry_run:
         summary = _as_job(name, recipe)
     else:
         report = progress.both(progress.terminal(), progress.log_to(logging.getLogger("pipelines")))
         summary = steps.STEPS[name](recipe, report, dry_run=args.dry_run)
     if args.dry_run:
-        summary = {**summary, "recipe": recipe.resolved(sections)}
+        summary = {**summary, "recipe": recipe.resolved((*steps.STEPS[name].sections, "cluster"))}
     return Result(summary, text.of_step)
 
 
@@ -43,6 +43,7 @@ def pipeline(args: Args) -> Result:
     """Run all stages of a recipe as one flow; a dry run names them and plans those that can be planned."""
     from pipelines import pipeline, text
     from pipelines.config import load_recipe
+    from pipelines.steps import with_absolute_urls
 
     recipe = load_recipe(args.recipe, args.overrides)
     pipeline.check_pipeline(recipe)
@@ -51,7 +52,7 @@ def pipeline(args: Args) -> Result:
         from pipelines.plan import plan_pipeline
 
         return Result(plan_pipeline(recipe), text.of_tree)
-    return Result(flow("pipeline", debug=args.debug)(recipe.travelling()), text.of_pipeline)
+    return Result(flow(pipeline.PIPELINE, debug=args.debug)(with_absolute_urls(recipe)), text.of_pipeline)
 
 
 def submit(args: Args) -> Result:
@@ -68,13 +69,14 @@ def submit(args: Args) -> Result:
     pipeline.check_pipeline(recipe)
     where = job_address(recipe.cluster)
     if args.dry_run:
-        return Result({"address": where, **jobs.plan("pipeline", recipe), "recipe": recipe.resolved()}, text.of_tree)
+        return Result({"address": where, **jobs.plan(pipeline.PIPELINE, recipe), "recipe": recipe.resolved()}, text.of_tree)
     if args.stop:
-        job_id, status = jobs.stop("pipeline", recipe)
+        job_id, status = jobs.stop(pipeline.PIPELINE, recipe)
         return Result({"job": job_id, "address": where, "status": status}, text.of_tree)
     if args.no_wait:
-        return Result({"job": jobs.submit(JobServer(recipe.cluster), jobs.job_of("pipeline", recipe)), "address": where}, text.of_tree)
-    return Result(_as_job("pipeline", recipe), text.of_pipeline)
+        job = jobs.job_of(pipeline.PIPELINE, recipe)
+        return Result({"job": jobs.submit(JobServer(recipe.cluster), job), "address": where}, text.of_tree)
+    return Result(_as_job(pipeline.PIPELINE, recipe), text.of_pipeline)
 
 
 def _as_job(name: str, recipe: "Recipe") -> "Tree":

@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection
 
 from aecore.errors import DataError
 from pipelines.config import Recipe
-from pipelines.steps import check_source
+from pipelines.steps import STEPS, check_source, with_absolute_urls
 from pipelines.tree import Tree
 
+PIPELINE = "pipeline"  # its name where that of a step could be
 RunStage = Callable[[str, Recipe], Tree]
 
 
@@ -15,15 +16,24 @@ def stage(recipe: Recipe, name: str) -> Recipe:
 
     A pipeline with `data` trains on that dataset and has no shard stage.
     """
-    root = recipe.require("out")
+    root, step = recipe.require("out"), STEPS[name]
     data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
-    places: dict[str, Tree] = {
-        "shard": {"data": None, "out": data},
-        "train": {"data": data, "out": f"{root}/run"},
-        "encode": {"run": f"{root}/run", "data": data, "out": f"{root}/table"},
-        "evaluate": {"run": f"{root}/run", "data": data},
-    }
-    return Recipe(recipe.travelling() | places[name])
+    made = {"dataset": data, "run": f"{root}/run", "table": f"{root}/table"}
+    inputs = {key: made[kind] for key, kind in (("data", "dataset"), ("run", "run")) if key in step.addresses}
+    rest = {key: value for key, value in with_absolute_urls(recipe).items() if key not in ("data", "run")}
+    return Recipe(rest | inputs | {"out": made[step.makes] if step.makes else root})
+
+
+def what_it_reads(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the sections and the addresses that a step (or PIPELINE) reads of this recipe.
+
+    A pipeline reads what its stages read, but for the addresses at the top, of which it is given `data` and `out` only.
+    """
+    if name != PIPELINE:
+        return list(STEPS[name].sections), list(STEPS[name].addresses)
+    parts = [STEPS[stage] for stage in (*stages(recipe), "evaluate")]
+    inside = [address for part in parts for address in part.addresses if "." in address]
+    return list(dict.fromkeys(section for part in parts for section in part.sections)), ["data", "out", *inside]
 
 
 def check_pipeline(recipe: Recipe) -> None:

@@ -1,8 +1,9 @@
 """What `aepipe run --dry-run` says: every stage with its place, and the dry runs of those whose input is there. Writes nothing."""
 
 from aecore.store import open_store
-from pipelines import pipeline, steps
+from pipelines import pipeline
 from pipelines.config import Recipe
+from pipelines.steps import STEPS
 from pipelines.tree import Tree
 
 
@@ -19,13 +20,13 @@ def plan_pipeline(recipe: Recipe) -> Tree:
 
     last, names = pipeline.stage(recipe, "evaluate"), pipeline.stages(recipe)
     data, store = last.require("data"), open_store(last.require("run"))
-    plans = {"shard": steps.shard(pipeline.stage(recipe, "shard"), dry_run=True)} if "shard" in names else {}
+    plans = {"shard": STEPS["shard"](pipeline.stage(recipe, "shard"), dry_run=True)} if "shard" in names else {}
     is_there = newest_number(open_store(data), STEM) is not None or not plans
     splits = dict.fromkeys([*(open_dataset(data).manifest.splits if is_there else ()), *(plans["shard"]["samples"] if plans else ())])
     missing = pipeline.missing_split(recipe, data, splits)
     if is_there:
-        plans["train"] = steps.train(pipeline.stage(recipe, "train"), dry_run=True)
+        plans["train"] = STEPS["train"](pipeline.stage(recipe, "train"), dry_run=True)
         if finished_run(store) is not None:
-            plans["encode"] = steps.encode(pipeline.stage(recipe, "encode"), dry_run=True)
+            plans["encode"] = STEPS["encode"](pipeline.stage(recipe, "encode"), dry_run=True)
     places = {name: pipeline.stage(recipe, name).tree["out"] for name in names}
     return {"stages": places, **({"not_evaluated": missing} if missing else {}), **plans, "recipe": recipe.resolved()}

@@ -1,7 +1,10 @@
-"""One function per verb: a recipe in, a plain JSON summary out. Command line and flows call the same ones.
+"""The steps and their table: a recipe in, a plain JSON summary out. Command line, flows and Ray jobs call the same ones.
 
-A step picks its sections of the recipe, asks `cluster/` for the workers and calls the function of `aecore`. It imports what it
+A step takes its sections of the recipe, asks `cluster/` for the workers and calls the function of `aecore`. It imports what it
 needs when it is called. Every step may be called again after a kill: what is committed is found, not made again.
+
+`STEPS` is the only place that says what a step reads of a recipe. The key of a job, absolute addresses, the places of a pipeline, dry
+runs, flows and deployments follow it, and a step that is called through it cannot read anything else.
 """
 
 import dataclasses
@@ -9,17 +12,58 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from aecore.errors import ConfigError
 from aecore.store import absolute_url, open_store
-from pipelines.config import ClusterSpec, Recipe
+from pipelines.config import SECTIONS, ClusterSpec, Recipe
 from pipelines.progress import Report, TrainWatch, on_part, silent
-from pipelines.tree import Tree
+from pipelines.tree import Tree, value_at
 
-Step = Callable[..., Tree]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step does and what it reads of a recipe: nothing but these sections, these addresses and `cluster`.
+
+    Parameters
+    ----------
+    run : callable
+        `run(recipe, report, dry_run=...)`, the function of the step.
+    sections : tuple of str
+        Sections whose identity knobs decide what the step makes.
+    addresses : tuple of str
+        Keys of the recipe that hold a URL which the step reads or writes: at the top, or inside one of the sections.
+    makes : str or None
+        What stands at `out` afterwards; None for a step that writes no artefact.
+    """
+
+    run: Callable[..., Tree]
+    sections: tuple[str, ...]
+    addresses: tuple[str, ...]
+    makes: Literal["dataset", "run", "table"] | None
+
+    def __call__(self, recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+        """Run the step, here or on the cluster of the recipe, with absolute addresses: workers have another working directory."""
+        reads = (*self.sections, *self.addresses, "cluster")
+        return self.run(Recipe(with_absolute_urls(recipe, self.addresses)).only(reads), report, dry_run=dry_run)
+
+
+def urls_at(recipe: Recipe, addresses: Iterable[str]) -> dict[str, str]:
+    """Return address -> absolute URL of those of these addresses that the recipe gives."""
+    return {address: absolute_url(url, address) for address in addresses if (url := value_at(recipe.tree, address))}
+
+
+def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -> Tree:
+    """Return the tree of a recipe with these addresses (by default all) absolute: a flow, a job or a worker runs in another directory."""
+    tree: Tree = json.loads(json.dumps(recipe.tree))
+    for address, url in urls_at(recipe, ADDRESSES if addresses is None else addresses).items():
+        *above, key = address.split(".")
+        (tree[above[0]] if above else tree)[key] = url
+    return tree
 
 
 def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
@@ -41,15 +85,14 @@ def _dataset(name: str, make: Callable[..., Any], recipe: Recipe, report: Report
     from pipelines.cluster.fanout import ray_fan_out
 
     check_source(recipe)
-    started, source, out = time.perf_counter(), recipe.source, recipe.require("out")
+    started, out = time.perf_counter(), recipe.require("out")
     workers = recipe.cluster.num_workers
-    urls = [url for url in (getattr(source, "url", ""), out) if url]
     made = make(
-        source,
+        recipe.source,
         out,
         recipe.splits,
         recipe.shards,
-        fan_out=ray_fan_out(recipe.cluster, *urls),
+        fan_out=ray_fan_out(recipe.cluster, *urls_at(recipe, STEPS[name].addresses).values()),
         dry_run=dry_run,
         on_part=on_part(name, "shards", report, milestones=workers > 0),
     )
@@ -110,7 +153,7 @@ def train_job_of(recipe: Recipe) -> Any:
     """Return the `aecore.run.TrainJob` of a recipe."""
     from aecore.run import TrainJob
 
-    parts = {name: getattr(recipe, name) for name in ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")}
+    parts = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainJob) if field.name in SECTIONS}
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
 
 
@@ -160,7 +203,7 @@ def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) ->
         recipe.encode,
         device=_device(recipe),
         threads=cluster.threads_per_worker,
-        fan_out=ray_fan_out(cluster, run, data, out),
+        fan_out=ray_fan_out(cluster, *urls_at(recipe, STEPS["encode"].addresses).values()),
         dry_run=dry_run,
         on_part=on_part("encode", "parts", report, milestones=cluster.num_workers > 0),
     )
@@ -195,11 +238,8 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
     run, data = recipe.require("run"), recipe.require("data")
     if dry_run:
         return {"step": "evaluate", "dry_run": True, "run": run, "dataset": data, **_evaluation_plan(run, data, recipe.evaluate)}
-    spec = recipe.evaluate
-    if spec.figures is not None:
-        spec = dataclasses.replace(spec, figures=absolute_url(spec.figures, "evaluate.figures"))
-    here = functools.partial(_evaluate_here, run, data, spec, cluster)
-    result = call_on_worker(cluster, here, run, data, *filter(None, [spec.figures])) if cluster.kind == "address" else here()
+    here = functools.partial(_evaluate_here, run, data, recipe.evaluate, cluster)
+    result = call_on_worker(cluster, here, *urls_at(recipe, STEPS["evaluate"].addresses).values()) if cluster.kind == "address" else here()
     return {"step": "evaluate", "run": run, "dataset": data, **result, "seconds": _since(started)}
 
 
@@ -242,14 +282,39 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
     return {**scores, "figures": write_figures(run, data, spec.figures, spec, device=rank.device)}
 
 
-STEPS: dict[str, Step] = {"shard": shard, "adopt": adopt, "train": train, "encode": encode, "evaluate": evaluate}
-SECTIONS: dict[str, tuple[str, ...]] = {  # what a step reads of a recipe, the cluster apart
-    "shard": ("source", "splits", "shards"),
-    "adopt": ("source", "splits", "shards"),
-    "train": ("model", "backbone", "transform", "optim", "train", "checkpoint", "input"),
-    "encode": ("encode",),
-    "evaluate": ("evaluate",),
+STEPS: dict[str, Step] = {
+    "shard": Step(
+        run=shard,
+        sections=("source", "splits", "shards"),
+        addresses=("source.url", "out"),
+        makes="dataset",
+    ),
+    "adopt": Step(
+        run=adopt,
+        sections=("source", "splits", "shards"),
+        addresses=("source.url", "out"),
+        makes="dataset",
+    ),
+    "train": Step(
+        run=train,
+        sections=("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs"),
+        addresses=("data", "train.init_from", "out"),
+        makes="run",
+    ),
+    "encode": Step(
+        run=encode,
+        sections=("encode",),
+        addresses=("run", "data", "out"),
+        makes="table",
+    ),
+    "evaluate": Step(
+        run=evaluate,
+        sections=("evaluate",),
+        addresses=("run", "data", "evaluate.figures"),
+        makes=None,
+    ),
 }
+ADDRESSES = tuple(dict.fromkeys(address for step in STEPS.values() for address in step.addresses))
 
 
 def _device(recipe: Recipe) -> str:

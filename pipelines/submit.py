@@ -1,7 +1,7 @@
 """A step or a pipeline as a Ray job, seen from outside: submit or join it, follow it, bring back its summary or its error.
 
-The key of a job is a hash of what it makes: the identity fields of the recipe and the addresses. Neither the size of the cluster nor the
-recipe's name is in it, so whoever asks for the same thing again joins the job that is making it.
+The key of a job is a hash of what it makes: the identity fields of the sections that the step reads, and its addresses. Neither the size
+of the cluster nor the recipe's name is in it, so whoever asks for the same thing again joins the job that is making it.
 To stop watching (Ctrl-C, a killed worker) leaves the job alone; only `aepipe submit --stop` or a cancelled flow run stops it.
 """
 
@@ -16,9 +16,9 @@ from aecore.store import sha256_json
 from pipelines import driver
 from pipelines.cluster.jobs import Ended, JobServer, JobSpec, JobStopped
 from pipelines.config import Recipe
-from pipelines.pipeline import stages
+from pipelines.pipeline import what_it_reads
 from pipelines.progress import Report, from_line
-from pipelines.steps import SECTIONS
+from pipelines.steps import urls_at, with_absolute_urls
 from pipelines.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -26,25 +26,23 @@ OnLine = Callable[[str], None]
 
 
 def job_of(name: str, recipe: Recipe) -> JobSpec:
-    """Return the job of step `name` (or "pipeline") of a recipe."""
-    tree = recipe.travelling()
+    """Return the job of step `name` (or PIPELINE) of a recipe."""
+    tree = with_absolute_urls(recipe)
     key = f"aepipe-{name}-{sha256_json(identity(name, recipe))[:16]}"
-    urls = tuple(str(url) for url in _addresses(tree).values() if url)
+    urls = tuple(_addresses(name, recipe).values())
     metadata = {"aepipe": name, "recipe": recipe.name, "out": str(tree.get("out") or "")}
     return JobSpec(key, driver.arguments(name, tree), urls, metadata)
 
 
 def identity(name: str, recipe: Recipe) -> Tree:
     """Return what decides which job this is, as plain JSON."""
-    names = (*stages(recipe), "evaluate") if name == "pipeline" else (name,)
-    sections = [section for step in names for section in SECTIONS[step]]
+    sections, _ = what_it_reads(name, recipe)
     specs = {section: to_dict(getattr(recipe, section), identity_only=True) for section in sections}
-    return {"step": name, "addresses": _addresses(recipe.travelling()), **specs}
+    return {"step": name, "addresses": _addresses(name, recipe), **specs}
 
 
-def _addresses(tree: Tree) -> Tree:
-    inside = {section: (tree.get(section) or {}).get(key) for section, key in (("source", "url"), ("train", "init_from"))}
-    return {key: tree.get(key) for key in ("data", "run", "out")} | inside
+def _addresses(name: str, recipe: Recipe) -> dict[str, str]:
+    return urls_at(recipe, what_it_reads(name, recipe)[1])
 
 
 def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_asked: Callable[[], bool] = lambda: False) -> Tree:

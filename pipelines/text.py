@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from aecore.registry import BOUNDS
 from pipelines.tree import Tree
 
 
@@ -40,14 +41,15 @@ def of_parts(parts: Mapping[str, Any]) -> str:
     """Return what `aepipe list` says: a kind a paragraph, a knob a line."""
     lines = []
     for name, part in parts.items():
-        lines.append(f"{name}: {part['about']}")
+        read_by = f" (read by {', '.join(part['steps'])})" if part.get("steps") else ""
+        lines.append(f"{name}: {part['about']}{read_by}")
         for key, knob in part.get("knobs", {}).items():
             lines.append(f"    {key} = {_value(knob['default'])}    {knob['help']} ({_taken(knob)})")
     return "\n".join(lines)
 
 
 def _taken(knob: Mapping[str, Any]) -> str:
-    bounds = [f"{sign} {_value(knob[name])}" for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if name in knob]
+    bounds = [f"{sign} {_value(knob[name])}" for name, sign in BOUNDS.items() if name in knob]
     return " ".join([str(knob["type"]), *([" and ".join(bounds)] if bounds else [])])
 
 

@@ -25,7 +25,7 @@ URL = argument("url", "dataset, run, table, or a root of all three")
 )
 def _shard(args: Args) -> Result:
     base = {"source": _source(args), "out": args.dataset}
-    return launch.step("shard", args, base, ("source", "splits", "shards", "cluster"))
+    return launch.step("shard", args, base)
 
 
 @VERBS.register(
@@ -38,7 +38,7 @@ def _shard(args: Args) -> Result:
 )
 def _adopt(args: Args) -> Result:
     base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset}
-    return launch.step("adopt", args, base, ("source", "splits", "shards", "cluster"))
+    return launch.step("adopt", args, base)
 
 
 def _source(args: Args) -> dict[str, str]:
@@ -64,8 +64,7 @@ def _source(args: Args) -> dict[str, str]:
     writes=True,
 )
 def _train(args: Args) -> Result:
-    sections = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs", "cluster")
-    return launch.step("train", args, {}, sections)
+    return launch.step("train", args, {})
 
 
 @VERBS.register(
@@ -78,7 +77,7 @@ def _train(args: Args) -> Result:
     writes=True,
 )
 def _encode(args: Args) -> Result:
-    return launch.step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table}, ("encode", "cluster"))
+    return launch.step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table})
 
 
 @VERBS.register(
@@ -92,7 +91,7 @@ def _encode(args: Args) -> Result:
 )
 def _evaluate(args: Args) -> Result:
     base = {"run": args.run, "data": args.dataset} | ({"evaluate": {"figures": args.figures}} if args.figures else {})
-    result = launch.step("evaluate", args, base, ("evaluate", "cluster"))
+    result = launch.step("evaluate", args, base)
     if args.dry_run:
         return result
     from pipelines import scores
@@ -219,8 +218,8 @@ def _doctor(args: Args) -> Result:
 
 @VERBS.register(
     "list",
-    "list models, backbones, sources or recipes",
-    argument("what", choices=("models", "backbones", "sources", "recipes")),
+    "list models, backbones, sources, recipes, or the sections of a recipe with every key",
+    argument("what", choices=("models", "backbones", "sources", "recipes", "sections")),
     recipe=False,
 )
 def _list(args: Args) -> Result:

@@ -4,14 +4,16 @@ The parameters are what Prefect keeps in its database and shows on its page: the
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aecore.errors import ConfigError
+from aecore.registry import flatten
 from pipelines.config import Recipe
-from pipelines.pipeline import check_pipeline, stage
+from pipelines.pipeline import PIPELINE, check_pipeline, stage
+from pipelines.steps import STEPS, with_absolute_urls
 
-FLOWS = ("shard", "train", "encode", "evaluate", "pipeline")
+FLOWS = (*STEPS, PIPELINE)
 TAG = "aepipe"
 MANUAL = "manual"  # deployments that have no recipe: whoever starts a run gives one
 _SECRET = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*@|s3://[^/?#@\s]*:|[?&](X-Amz-Signature|Signature|sig|token)=", re.IGNORECASE)
@@ -36,23 +38,12 @@ def check(recipes: Sequence[Recipe], cron: str | None, verb: str) -> None:
 
 def require_no_credentials(tree: Mapping[str, Any]) -> None:
     """ConfigError, which does not repeat the value, if an address holds a password or a signature."""
-    for key, value in _texts(tree):
-        if _SECRET.search(value):
+    for key, value in flatten(tree, lists=True):
+        if isinstance(value, str) and _SECRET.search(value):
             raise ConfigError(
                 f"{key} holds credentials, and a recipe is kept and shown by Prefect: take them out of the address and give them to the "
                 "workers' environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
-    elif isinstance(value, str):
-        yield key, value
 
 
 def schedule(recipe: Recipe, cron: str | None = None) -> Any:
@@ -84,9 +75,9 @@ def deployments(recipe: Recipe | None, cron: str | None = None, **options: Any) 
         flow: Any = getattr(import_module(f"pipelines.flows.{name}"), f"{name}_flow")
         settings: dict[str, Any] = {"entrypoint_type": EntrypointType.MODULE_PATH, "tags": [TAG], **options}
         if recipe is not None:
-            tree = recipe.travelling() if name == "pipeline" else stage(recipe, name).tree
+            tree = with_absolute_urls(recipe) if name == PIPELINE else stage(recipe, name).tree
             settings |= {"parameters": {"recipe": tree}, "concurrency_limit": one_at_a_time}
-            if name == "pipeline" and (when := schedule(recipe, cron)) is not None:
+            if name == PIPELINE and (when := schedule(recipe, cron)) is not None:
                 settings["schedule"] = when
         made.append(flow.to_deployment(name=MANUAL if recipe is None else recipe.name, **settings))
     return made

@@ -1,13 +1,5 @@
-"""Prefect flow: other people's tars to a dataset, in place."""
+"""Prefect flow: external tars to a dataset, in place."""
 
-from typing import Any
+from pipelines.flows.stages import make_flow
 
-from prefect import flow
-
-from pipelines.flows.stages import run_step
-
-
-@flow(name="aepipe-adopt", persist_result=False)
-def adopt_flow(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Run the step `adopt` of a recipe (a tree of plain JSON) and return its summary."""
-    return run_step("adopt", recipe)
+adopt_flow = make_flow("adopt")

@@ -7,24 +7,25 @@ With `cluster.kind=job` all stages are one Ray job and this flow only watches it
 
 from typing import Any
 
-from prefect import flow
-
 from pipelines.config import Recipe
-from pipelines.flows.stages import leave_report, run_step, stop_job
-from pipelines.pipeline import check_address, run_stages
+from pipelines.flows.stages import leave_report, make_flow, run_step
+from pipelines.pipeline import PIPELINE, check_address, run_stages
+from pipelines.steps import with_absolute_urls
 
 
-@flow(name="aepipe-pipeline", persist_result=False, on_cancellation=[stop_job])
-def pipeline_flow(recipe: dict[str, Any]) -> dict[str, Any]:
+def run_pipeline(recipe: dict[str, Any]) -> dict[str, Any]:
     """Run all stages of a recipe (a tree of plain JSON) and return their summaries by name."""
     parsed = Recipe(recipe)
     check_address(parsed)
     if parsed.cluster.kind == "job":
-        summaries = run_step("pipeline", parsed.travelling())
+        summaries = run_step(PIPELINE, with_absolute_urls(parsed))
     else:
         summaries = run_stages(parsed, lambda name, part: run_step(name, part.tree))
     leave_report(parsed.name, report(summaries))
     return summaries
+
+
+pipeline_flow = make_flow(PIPELINE, run_pipeline)
 
 
 def report(summaries: dict[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What the flows share: one task per step, with retries where another attempt can help, its progress in the run's log.
+"""The factory of the flows: one flow and one task per step, with retries where another attempt can help, its progress in the run's log.
 
 Every step may run again after a kill (files are put-if-absent, records say what is done), so a task is retried after storage or
 unknown errors; a wrong config, damaged data or a loss that became NaN would fail again and is not, and a cluster had its
@@ -10,26 +10,42 @@ cancelled run stops its job: from here when we see it, and by the hook `stop_job
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from prefect import get_run_logger, runtime, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 
 from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed
+from aecore.registry import flatten
 from pipelines.cluster.jobs import JobStopped
 from pipelines.config import Recipe
+from pipelines.pipeline import PIPELINE
 from pipelines.progress import both, log_to, terminal
 from pipelines.steps import STEPS
 from pipelines.submit import run_as_job, stop
 
+PREFIX = "aepipe-"  # of the names of flows
 RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
-PIPELINE = "pipeline"
 CRASHES = 3  # as often may the process of one run die before somebody has to look at it
 RESCUED = "its process was gone: run again by aepipe"
+
+
+def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
+    """Return the Prefect flow of a step, or of the pipeline, whose `body` takes the recipe; it stops its Ray job when it is cancelled.
+
+    Its entry point is `pipelines.flows.NAME.NAME_flow`, which deployments on servers keep: a module of that name has to hold it.
+    """
+
+    def run(recipe: dict[str, Any]) -> dict[str, Any]:
+        return run_step(name, recipe) if body is None else body(recipe)
+
+    run.__module__, run.__name__, run.__qualname__ = f"{__package__}.{name}", f"{name}_flow", f"{name}_flow"
+    run.__doc__ = f"Run `{name}` on a recipe (a tree of plain JSON) and return its summary."
+    return flow(name=f"{PREFIX}{name}", persist_result=False, on_cancellation=[stop_job])(run)
 
 
 def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
@@ -111,7 +127,7 @@ def _is_cancelled() -> bool:
 
 def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
     """Stop the Ray job of a cancelled flow run. Prefect calls it with these names, in another process than the run's."""
-    name, tree = flow.name.removeprefix("aepipe-"), (flow_run.parameters or {}).get("recipe")
+    name, tree = flow.name.removeprefix(PREFIX), (flow_run.parameters or {}).get("recipe")
     if isinstance(tree, dict) and (recipe := Recipe(tree)).cluster.kind == "job":
         job_id, status = stop(name, recipe)
         logging.getLogger(__name__).info("cancelled: Ray job %s: %s", job_id, status)
@@ -119,7 +135,7 @@ def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
 
 def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
     """Leave counts or metrics as a table and the address as a link on the run's page."""
-    rows = [{"what": key, "value": value} for key, value in _flat(summary)]
+    rows = [{"what": key, "value": value if isinstance(value, int | float | str) else str(value)} for key, value in flatten(summary)]
     create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"what `{name}` made")
     url = next((summary[key] for key in ("dataset", "model", "table") if key in summary), None)
     if url is not None and name != "evaluate":
@@ -129,16 +145,6 @@ def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
 def leave_report(title: str, text: str) -> None:
     """Leave a markdown page on the run."""
     create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value if isinstance(value, int | float | str) else str(value)))
-    return rows
 
 
 _TASKS = {name: _make(name) for name in (*STEPS, PIPELINE)}

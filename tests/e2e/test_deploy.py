@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.deploy.recipes import FLOWS
 from pipelines.flows.stages import RESCUED
 from tests.canary import find_canary
 from tests.e2e.servers import Postgres, Prefect, postgres, prefect_server, prefect_worker
@@ -74,7 +75,7 @@ def nightly(site: Site) -> Iterator[Started]:
     soon = time.gmtime(time.time() + 100).tm_min
     env = {"AEPIPE_OUT": str(site.folder / "nightly"), "AEPIPE_CRON": f"{soon},{(soon + 4) % 60} * * * *"}
     said = site.server.run("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--all", env=env).stdout
-    assert said.count("successfully created") == 5, said
+    assert said.count("successfully created") == len(FLOWS), said
     with site.worker() as worker:
         yield worker
 
@@ -100,7 +101,7 @@ def test_deploying_again_changes_nothing_and_takes_an_old_schedule_away(site: Si
     out = f"out={site.folder / 'again'}"
     command = ("demo", "name=again", out, *TINY, HERE)
     planned = json.loads(site.deploy(*command, "--cron", "0 3 * * *", "--dry-run", "--json"))
-    assert [made["made"] for made in planned["deployments"]] == ["new"] * 5
+    assert [made["made"] for made in planned["deployments"]] == ["new"] * len(FLOWS)
     names = {"name": {"any_": ["again"]}}
     assert site.server.ask("deployments/filter", deployments=names) == []
 

@@ -120,6 +120,7 @@ def test_prefect_yaml_makes_what_aepipe_deploy_makes() -> None:
     from pipelines.deploy.pool import JOB_ENVIRONMENT, POOL
     from pipelines.deploy.recipes import FLOWS, deployments
     from pipelines.pipeline import stage
+    from pipelines.steps import with_absolute_urls
 
     entries = yaml.safe_load((INFRA / "prefect.yaml").read_text().replace("{{ $AEPIPE_OUT }}", "/srv/out"))["deployments"]
     trees = {entry["entrypoint"].split(".")[2]: entry["parameters"]["recipe"] for entry in entries}
@@ -132,11 +133,15 @@ def test_prefect_yaml_makes_what_aepipe_deploy_makes() -> None:
         assert entry["work_pool"] == {"name": other.work_pool_name, "job_variables": other.job_variables}
         assert (entry["concurrency_limit"]["limit"], entry["concurrency_limit"]["collision_strategy"]) == (1, "CANCEL_NEW")
         assert (other.concurrency_limit, other.concurrency_options.collision_strategy.value) == (1, "CANCEL_NEW")
-        wanted = stage(recipe, name).tree if name != "pipeline" else recipe.travelling()
+        wanted = stage(recipe, name).tree if name != "pipeline" else with_absolute_urls(recipe)
         given = {key: value for key, value in wanted.items() if value is not None and key in trees[name]}
         assert trees[name] == given
         Recipe(trees[name])
-    assert [bool(entry.get("schedules")) for entry in entries] == [bool(other.schedules) for other in made] == [False] * 4 + [True]
+    assert (
+        [bool(entry.get("schedules")) for entry in entries]
+        == [bool(other.schedules) for other in made]
+        == [False] * (len(FLOWS) - 1) + [True]
+    )
 
 
 def test_the_units_are_understood_by_systemd(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.arguments import Verb
 from pipelines.cli import main
+from pipelines.config import SECTIONS
 from pipelines.verbs import VERBS
 from tests.processes import started
 
@@ -321,7 +322,7 @@ def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> Non
         ("shard sprites ./s cluster.num_workers", "write key=value, as in cluster.num_workers=...", "DATASET [key=value ...]"),
         ("gc ./s --dry", "`aepipe gc` has no option --dry: did you mean --dry-run?", "URL"),
         ("show a b", "`aepipe show` has no place for 'b'", "URL"),
-        ("list modls", "invalid choice: 'modls'", "{models,backbones,sources,recipes}"),
+        ("list modls", "invalid choice: 'modls'", "{models,backbones,sources,recipes,sections}"),
     ],
 )
 def test_a_word_without_a_place_ends_with_the_usage_of_its_verb(
@@ -434,15 +435,27 @@ def test_a_folder_of_images_is_sharded_by_its_splits(tmp_path: Path, capsys: pyt
     assert (result["samples"], result["classes"]) == ({"train": 2, "test": 1}, 2)
 
 
-@pytest.mark.parametrize("what", ["models", "backbones", "sources", "recipes"])
+@pytest.mark.parametrize("what", ["models", "backbones", "sources", "recipes", "sections"])
 def test_list_names_what_there_is(what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"models": "vae", "backbones": "mlp", "sources": "sprites", "recipes": "mnist_vae"}[what]
+    known = {"models": "vae", "backbones": "mlp", "sources": "sprites", "recipes": "mnist_vae", "sections": "optim"}[what]
     parts = json.loads(said(capsys, "list", what, "--json"))
     assert parts[known]["about"]
     assert f"{known}: " in said(capsys, "list", what)
     if what == "recipes":
         assert [part["about"] for part in parts.values() if not part["about"].endswith(".")] == [], "whole sentences"
         assert parts["mnist_iwae"]["about"].endswith("(Burda et al. 2015).")
+
+
+def test_list_says_every_key_of_a_recipe_with_its_meaning_and_the_steps_that_read_it(capsys: pytest.CaptureFixture[str]) -> None:
+    sections = json.loads(said(capsys, "list", "sections", "--json"))
+    assert list(sections) == list(SECTIONS)
+    unclear = {f"{name}.{key}" for name, section in sections.items() for key, knob in section["knobs"].items() if not knob["help"]}
+    assert not unclear
+    assert sections["train"]["knobs"]["epochs"] == {"default": 10, "help": "passes over the split", "type": "int", "ge": 1}
+    assert (sections["pairs"]["steps"], sections["shards"]["steps"], sections["cluster"]["steps"]) == (["train"], ["shard", "adopt"], [])
+    text = said(capsys, "list", "sections")
+    assert re.search(r"\nencode: .*\(read by encode\)\n    batch = 512    .*\(int >= 1\)\n", text)
+    assert "model: The model: `aepipe list models` names its kinds" in text
 
 
 def test_one_of_a_thing_is_singular_and_small_data_has_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aecore.errors import ConfigError
 from pipelines.config import SECTIONS, Recipe, load_recipe
+from pipelines.steps import with_absolute_urls
 from pipelines.tree import apply_overrides, dump_yaml, parse_yaml, shipped_recipes
 
 SCALARS = (
@@ -30,7 +31,7 @@ def test_shipped_recipes_are_valid_and_survive_json(name: str) -> None:
     recipe = load_recipe(name, ["out=./out"])
     again = Recipe(json.loads(json.dumps(recipe.resolved())))
     assert again.resolved() == recipe.resolved()
-    assert Recipe(recipe.travelling()).resolved()["train"] == recipe.resolved()["train"]
+    assert Recipe(with_absolute_urls(recipe)).resolved()["train"] == recipe.resolved()["train"]
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_override_values_are_yaml(text: str, value: object) -> None:
 def test_addresses_stay_text_and_travel_absolute() -> None:
     recipe = load_recipe(None, ["out=2026", "source.url=./raw"])
     assert recipe.tree["out"] == "2026"
-    assert recipe.travelling() == {"out": str(Path("2026").absolute()), "source": {"url": str(Path("raw").absolute())}}
+    assert with_absolute_urls(recipe) == {"out": str(Path("2026").absolute()), "source": {"url": str(Path("raw").absolute())}}
 
 
 def test_an_address_that_runs_a_command_is_refused() -> None:

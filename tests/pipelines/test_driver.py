@@ -24,7 +24,7 @@ def own_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"out={tmp_path}/dataset", "source.kind=sprites", "source.num_samples=20", "cluster.num_workers=0", "cluster.kind=job"]
-    *_, name, text = driver.arguments("shard", load_recipe(None, [*words, "cluster.address=http://host:8265"]).travelling())
+    *_, name, text = driver.arguments("shard", load_recipe(None, [*words, "cluster.address=http://host:8265"]).tree)
     assert driver.main([name, text]) == 0
     said = driver.result_of(capsys.readouterr().out.splitlines()[-1])
     assert said is not None
