@@ -1,5 +1,6 @@
 """`aepipe serve` against a real Prefect server on SQLite: a cron tick fires, the scheduled pipeline completes, verbs report to it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,8 +13,10 @@ import pytest
 
 from pipelines.deploy.recipes import FLOWS
 from tests.e2e.servers import Prefect, prefect_server
-from tests.processes import run, started
+from tests.pipelines.shadows import folder_of_shadows, that_ran
+from tests.processes import Started, run, started, wait_until
 
+SLOW = ("source.num_samples=600", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1000000")
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -80,3 +83,68 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(server: Prefect, 
         serving.send(signal.SIGTERM)
         assert serving.finish(60).returncode == 0, serving.out
         assert "never awaited" not in serving.out
+
+
+class Serving:
+    """`aepipe serve` without PREFECT_API_URL, started in a folder; its server is the one that it starts."""
+
+    def __init__(self, process: Started, home: Path) -> None:
+        self.process, self._home = process, home
+
+    def server(self) -> Prefect:
+        """Wait until all deployments are there and return the server."""
+
+        def ready() -> Prefect | None:
+            record = self._home / "server.env"
+            if not record.exists():
+                return None
+            lines = dict(line.split("=", 1) for line in record.read_text().splitlines())
+            found = Prefect(lines["PREFECT_API_URL"], lines["PREFECT_API_AUTH_STRING"], self._home / "serve.log", self._home, csrf=True)
+            try:
+                return found if len(found.ask("deployments/filter")) == len(FLOWS) else None
+            except OSError:  # the record of a server that was killed
+                return None
+
+        return self.process.wait_for(ready, "aepipe serve has made its deployments", 150)  # type: ignore[return-value]
+
+    def kill(self) -> None:
+        """End it, its server and its runs as a power cut does."""
+        self.process.end(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def serving(cwd: Path, home: Path, *overrides: str) -> Iterator[Serving]:
+    """Start `aepipe serve demo` in a folder, with a Prefect home of its own."""
+    home.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PREFECT_HOME": str(home)}
+    for name in ("PYTHONSAFEPATH", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "pipelines.cli", "serve", "demo", *overrides, HERE]
+    with started(command, env=environment, cwd=cwd, log=home / "serve.log", grace_s=60) as process:
+        yield Serving(process, home)
+
+
+@pytest.mark.prefect
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_after_a_power_cut_a_run_starts_again_and_nothing_in_the_current_directory_is_imported(tmp_path: Path) -> None:
+    here, home, deployment = folder_of_shadows(tmp_path / "here"), tmp_path / "prefect", "aepipe-pipeline/demo"
+    with serving(here, home, "out=./out", *SLOW) as serve:
+        server = serve.server()
+        first = server.start(deployment)
+        wait_until(lambda: server.state(first) == "Running", "the first run runs")
+        second = server.start(deployment)
+        wait_until(lambda: server.state(second) == "Cancelled", "a second run at the same time is refused")
+        wait_until((here / "out" / "dataset" / "dataset.000001.json").exists, "it works in the user's folder")
+        serve.kill()
+
+    with serving(here, home, "out=./out", *SLOW) as serve:
+        server = serve.server()
+        wait_until(lambda: server.states(first)[-2:] == ["Running", "Crashed"], "the dead run is marked")
+        third = server.start(deployment)
+        wait_until(lambda: server.state(third) not in ("Scheduled", "Late", "Pending"), "the next run runs")
+        assert server.state(third) == "Running", serve.process.tail()
+        serve.process.send(signal.SIGTERM)
+        assert serve.process.finish(90).returncode == 0, serve.process.tail()
+    assert that_ran(here) == set()
+    assert not (home / "server.env").exists(), "its server has ended with it"

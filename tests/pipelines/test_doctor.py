@@ -1,5 +1,6 @@
 """aepipe doctor: every check against the real thing, its remedy when that is missing, and a bound on all of it."""
 
+import http.server
 import json
 import re
 import socket
@@ -206,7 +207,7 @@ def test_a_running_ray_is_compared_with_what_the_recipe_asks_for(two_workers: Cl
 @pytest.fixture
 def server_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The API address of a real Prefect server with a password."""
-    with prefect_server(tmp_path, "admin:hunter2") as server:
+    with prefect_server(tmp_path, "admin:hunter2", {"PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true"}) as server:
         monkeypatch.setenv("PREFECT_API_URL", server.url)
         yield server.url
 
@@ -235,3 +236,19 @@ def test_a_prefect_server_is_asked_for_version_password_workers_and_schedules(se
     wait_until(lambda: look()["prefect: scheduler"].state == "ok", lambda: f"the scheduler is ok: {look()}", every_s=0.5)
     assert "for 1 deployments" in look()["prefect: scheduler"].said
     assert "hunter2" not in str(look())
+
+
+def test_a_prefect_server_without_a_password_is_warned_of_on_loopback_too() -> None:
+    class Open(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = _prefect._password(f"http://127.0.0.1:{server.server_port}/api")
+        server.shutdown()
+    assert (found.state, found.said) == ("warning", "the server takes orders, and so code to run, from every user of this machine")
