@@ -2,6 +2,11 @@
 
     metrics/<first>-<last>-<attempt>.jsonl
 
+A row is of one step: `step, epoch, samples, lr, beta`, the means over its samples, at an epoch's end `validation`, and `metrics`, which
+says what the means are. 2: `loss` is what was minimised, and what depends on beta beside it is given at beta 1, per sample (see
+`LossResult.reported`). Rows without it are older: there `elbo` and `iwae` have beta in them, and are sums over a pair. Both may stand in
+one run, that was continued; they are never averaged together.
+
 A part is committed before the checkpoint that names it; parts of a killed attempt that no checkpoint names are not part of the run.
 Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one. All ranks must flush at the same
 step, but a part is due by time: each flush carries rank 0's estimate of the step of the next one to the other ranks.
@@ -22,23 +27,39 @@ from aecore.errors import DataError, Diverged
 from aecore.ranks import Rank, all_sum
 from aecore.store import FileRef, Store, canonical_json
 
-FACTS = ("step", "epoch", "samples", "lr", "beta", "validation")  # of a row; all else are means over its samples
+VERSION = 2  # of the meaning of a row
+FACTS = ("step", "epoch", "samples", "lr", "beta", "validation", "metrics")  # of a row; all else are means over its samples
+
+
+def version_of(row: Mapping[str, Any]) -> int:
+    """Return the version of what the means of a row, or of an epoch, mean; 1 where none is written."""
+    return int(row.get("metrics", 1))
+
+
+def changed_meaning(name: str) -> bool:
+    """Return whether version 1 calls another number by this name of a mean."""
+    return name.partition("_")[0] in ("elbo", "iwae")
 
 
 @dataclass
 class EpochMean:
-    """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew."""
+    """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew.
+
+    An epoch with rows of two versions has no mean of what they do not mean alike.
+    """
 
     last: dict[str, Any] = field(default_factory=dict)
     _samples: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
+    _versions: set[int] = field(default_factory=set)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row; rows come in the order of their steps."""
         if self.last.get("epoch") != row["epoch"]:
-            self._samples, self._sums = 0, {}
+            self._samples, self._sums, self._versions = 0, {}, set()
         self.last = dict(row)
         self._samples += row["samples"]
+        self._versions.add(version_of(row))
         for name, value in row.items():
             if name not in FACTS:
                 self._sums[name] = self._sums.get(name, 0.0) + value * row["samples"]
@@ -48,7 +69,8 @@ class EpochMean:
         if not self.last:
             return {}
         means = {name: total / self._samples for name, total in self._sums.items()}
-        return {**self.last, **means, "epoch": self.last["epoch"] + 1, "samples": self._samples}
+        mean = {**self.last, **means, "epoch": self.last["epoch"] + 1, "samples": self._samples, "metrics": version_of(self.last)}
+        return mean if len(self._versions) == 1 else {name: value for name, value in mean.items() if not changed_meaning(name)}
 
 
 def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +106,7 @@ class MetricLog:
         """Record one step: `means` over this rank's `rows` samples (0 rows: none of it counts). No device sync."""
         self._names = tuple(means)
         self._sums.append(torch.stack([mean.detach().float() for mean in means.values()]) * rows)
-        self._rows.append(dict(row))
+        self._rows.append({**row, "metrics": VERSION})
 
     @property
     def due(self) -> bool:

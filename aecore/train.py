@@ -213,7 +213,7 @@ class _Training:
             torch.nn.utils.clip_grad_norm_(self.parameters, job.optim.clip)
         self.optimizer.step()
         row = {"step": step, "epoch": self.step // self.loader.steps_per_epoch, "samples": batch.num_global, "lr": lr, "beta": beta}
-        self.log.add(row, {"loss": result.objective, **result.tensors}, samples)
+        self.log.add(row, result.reported, samples)
 
     def _loss(self, batch: Batch, eps: Tensor | None, beta: float) -> LossResult:
         weight = torch.tensor(beta, device=self.rank.device)  # a tensor: a new Python float would compile again at every step
