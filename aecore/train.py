@@ -50,7 +50,8 @@ from aecore.metrics import MetricLog
 from aecore.noise import seed_generators, seed_of
 from aecore.objective import Objective, noise_for
 from aecore.optim import build_optimizer, lr_at, set_lr
-from aecore.ranks import Rank, all_sum, from_rank_zero, require_equal_parameters
+from aecore.preflight import schedule_warnings
+from aecore.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
 from aecore.run import (
     CLAIM,
     CheckpointSpec,
@@ -61,6 +62,7 @@ from aecore.run import (
     finished_run,
     model_config,
     pinned_dataset,
+    require_batches_fit,
     start_from,
     total_steps,
     train_loader,
@@ -88,7 +90,7 @@ def fit(job: TrainJob, *, rank: Rank = Rank(), on_checkpoint: OnCheckpoint | Non
     """
     store = open_store(job.out)
     if rank.index == 0:
-        claim_run(job, store, pinned_dataset(job, store))
+        claim_run(job, store, pinned_dataset(job, store), rank.world)
     from_rank_zero(rank, None)  # the other ranks open the dataset generation that the claim names
     dataset = pinned_dataset(job, store)
     done = from_rank_zero(rank, "done" if finished_run(store) is not None else None)
@@ -110,9 +112,12 @@ class _Training:
         self.config = model_config(job, dataset)
         self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
         model = self._build()
+        require_batches_fit(job, dataset, model, rank.world)
         self.loader = train_loader(job, dataset, model, rank.index, rank.world)
         self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
+        for warning in schedule_warnings(job.model, self.total_steps) if rank.index == 0 else ():
+            logger.warning("%s", warning)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data)
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
@@ -230,6 +235,8 @@ class _Training:
         due = last or (self.step % every == 0 if every else epoch_end) or (epoch_end and job.checkpoint.best)
         if not (due or epoch_end or self.log.due):
             return False
+        if epoch_end:
+            buffers_from_rank_zero(self.rank, self.objective)
         validation = self._validate() if epoch_end and self.val_loader is not None else None
         row = self.log.flush(validation)
         if epoch_end:
@@ -264,6 +271,7 @@ class _Training:
             logger.info(text, mean["epoch"], self.step, self.total_steps, mean["loss"], validation, seconds)
 
     def _checkpoint(self, row: Mapping[str, Any]) -> None:
+        buffers_from_rank_zero(self.rank, self.objective)
         require_equal_parameters(self.rank, self.objective, self.step)
         ref = None
         if self.rank.index == 0:
