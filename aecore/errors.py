@@ -42,6 +42,12 @@ class Diverged(RunFailed):
     """A loss or weight became NaN or infinite: running the same again would end the same."""
 
 
+class Interrupted(RunFailed):
+    """The run was asked to stop, and wrote a checkpoint before it did: running the same again goes on from there."""
+
+    exit_code = 130
+
+
 class ConfigError(AecoreError):
     """A key, a value or a combination that cannot work, or an output that belongs to another configuration."""
 

@@ -2,9 +2,15 @@
 
     metrics/<first>-<last>-<attempt>.jsonl
 
+A row is of one step: `step, epoch, samples, lr, beta`, the means over its samples, at an epoch's end `validation`, and `metrics`, which
+says what the means are. 2: `loss` is what was minimised, and what depends on beta beside it is given at beta 1, per sample (see
+`LossResult.reported`). Rows without it are older: there `elbo` and `iwae` have beta in them, and are sums over a pair. Both may stand in
+one run, that was continued; they are never averaged together.
+
 A part is committed before the checkpoint that names it; parts of a killed attempt that no checkpoint names are not part of the run.
 Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one. All ranks must flush at the same
-step, but a part is due by time: each flush carries rank 0's estimate of the step of the next one to the other ranks.
+step, but a part is due by time: each flush carries rank 0's estimate of the step of the next one to the other ranks, and whether rank 0
+was asked to stop. Several ranks therefore flush about every second, and write a part when `every_s` seconds have passed.
 """
 
 import contextlib
@@ -22,23 +28,40 @@ from aecore.errors import DataError, Diverged
 from aecore.ranks import Rank, all_sum
 from aecore.store import FileRef, Store, canonical_json
 
-FACTS = ("step", "epoch", "samples", "lr", "beta", "validation")  # of a row; all else are means over its samples
+AGREE_S = 1.0  # between flushes of several ranks: so long a request to stop may wait
+VERSION = 2  # of the meaning of a row
+FACTS = ("step", "epoch", "samples", "lr", "beta", "validation", "metrics")  # of a row; all else are means over its samples
+
+
+def version_of(row: Mapping[str, Any]) -> int:
+    """Return the version of what the means of a row, or of an epoch, mean; 1 where none is written."""
+    return int(row.get("metrics", 1))
+
+
+def changed_meaning(name: str) -> bool:
+    """Return whether version 1 calls another number by this name of a mean."""
+    return name.partition("_")[0] in ("elbo", "iwae")
 
 
 @dataclass
 class EpochMean:
-    """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew."""
+    """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew.
+
+    An epoch with rows of two versions has no mean of what they do not mean alike.
+    """
 
     last: dict[str, Any] = field(default_factory=dict)
     _samples: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
+    _versions: set[int] = field(default_factory=set)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count a row; rows come in the order of their steps."""
         if self.last.get("epoch") != row["epoch"]:
-            self._samples, self._sums = 0, {}
+            self._samples, self._sums, self._versions = 0, {}, set()
         self.last = dict(row)
         self._samples += row["samples"]
+        self._versions.add(version_of(row))
         for name, value in row.items():
             if name not in FACTS:
                 self._sums[name] = self._sums.get(name, 0.0) + value * row["samples"]
@@ -48,7 +71,8 @@ class EpochMean:
         if not self.last:
             return {}
         means = {name: total / self._samples for name, total in self._sums.items()}
-        return {**self.last, **means, "epoch": self.last["epoch"] + 1, "samples": self._samples}
+        mean = {**self.last, **means, "epoch": self.last["epoch"] + 1, "samples": self._samples, "metrics": version_of(self.last)}
+        return mean if len(self._versions) == 1 else {name: value for name, value in mean.items() if not changed_meaning(name)}
 
 
 def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -63,6 +87,9 @@ def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 class MetricLog:
     """Collects one rank's sums and writes the parts (rank 0). `parts` names the committed parts of steps 1..now.
 
+    `stop` is asked on rank 0 whether the run shall end, at every flush, without other ranks after every step (so it must be cheap);
+    `stopping` is its answer at the last flush, the same on all ranks.
+
     `blame_data` is called before a loss that is not finite stops the run, with the step, or with None if it is the validation's: it
     raises another error if the data are to blame.
     """
@@ -72,31 +99,40 @@ class MetricLog:
     attempt: str
     every_s: float
     blame_data: Callable[[int | None], None]
+    stop: Callable[[], bool] = bool
+    stopping: bool = False
     epoch: EpochMean = field(default_factory=EpochMean)
     parts: list[FileRef] = field(default_factory=list)
     _names: tuple[str, ...] = ()
     _sums: list[Tensor] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
+    _reduced: list[dict[str, Any]] = field(default_factory=list)  # rows that are no longer in `_rows` and not yet in a part
     _due_rows: int = 1
     _since: float = field(default_factory=time.monotonic)
+    _written: float = -math.inf
 
     def add(self, row: Mapping[str, Any], means: Mapping[str, Tensor], rows: int) -> None:
         """Record one step: `means` over this rank's `rows` samples (0 rows: none of it counts). No device sync."""
         self._names = tuple(means)
         self._sums.append(torch.stack([mean.detach().float() for mean in means.values()]) * rows)
-        self._rows.append(dict(row))
+        self._rows.append({**row, "metrics": VERSION})
 
     @property
     def due(self) -> bool:
-        """Whether so many steps were added that about `every_s` seconds must have passed; the same on all ranks."""
-        return len(self._rows) >= self._due_rows
+        """Whether so many steps were added that the time of a flush must have come, or one rank alone shall stop; equal on all ranks."""
+        return len(self._rows) >= self._due_rows or (self.rank.world == 1 and self.stop())
 
-    def flush(self, validation: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Reduce and write what was added; return the last step's row. Diverged at a loss that is not finite."""
+    def flush(self, validation: Mapping[str, float] | None = None, *, commit: bool = True) -> dict[str, Any]:
+        """Reduce what was added and return the last step's row. Diverged at a loss that is not finite.
+
+        What was reduced is written as a part if `commit` or `stopping`, else when a part is due.
+        """
         if not self._rows:
             return {}
         sums = torch.stack(self._sums)
-        totals = all_sum(self.rank, torch.cat([sums.flatten(), sums.new_tensor([self._next_due()])])).tolist()
+        carried = sums.new_tensor([self._next_due(), float(self.rank.index == 0 and self.stop())])
+        totals = all_sum(self.rank, torch.cat([sums.flatten(), carried])).tolist()
+        self.stopping = totals.pop() > 0
         self._due_rows, self._since = int(totals.pop()), time.monotonic()
         width = len(self._names)
         for number, row in enumerate(self._rows):
@@ -116,7 +152,9 @@ class MetricLog:
             rows[-1]["validation"] = dict(validation)
         for row in rows:
             self.epoch.add(row)
-        self._write(rows)
+        self._reduced += rows
+        if commit or self.stopping or self.rank.world == 1 or self._since - self._written >= self.every_s:
+            self._write()
         return rows[-1]
 
     def resume(self, parts: Iterable[FileRef], step: int) -> None:
@@ -135,13 +173,15 @@ class MetricLog:
                 )
 
     def _next_due(self) -> int:
-        """Return rank 0's estimate of the steps that `every_s` seconds hold; 0 on the other ranks, so that the sum is the estimate."""
+        """Return rank 0's estimate of the steps until the next flush; 0 on the other ranks, so that the sum is the estimate."""
         if self.rank.index != 0:
             return 0
         seconds = max(time.monotonic() - self._since, 1e-6)
-        return max(1, min(100_000, round(self.every_s * len(self._rows) / seconds)))
+        wanted = self.every_s if self.rank.world == 1 else min(self.every_s, AGREE_S)
+        return max(1, min(100_000, round(wanted * len(self._rows) / seconds)))
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self) -> None:
+        rows, self._reduced, self._written = self._reduced, [], time.monotonic()
         name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
         if self.rank.index == 0:
             self.parts.append(self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics"))

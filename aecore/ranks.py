@@ -3,6 +3,7 @@
 With one rank nothing here touches torch.distributed; with more the default process group must exist (gloo or nccl).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,21 +38,42 @@ def from_rank_zero(rank: Rank, value: str | None) -> str | None:
     return box[0]
 
 
-def require_equal_parameters(rank: Rank, model: nn.Module, step: int) -> None:
-    """RunFailed if the parameters differ between ranks, Diverged if they are not finite: a model that must not be saved."""
+def buffers_from_rank_zero(rank: Rank, model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0: running statistics are of the samples that a rank saw, so each has its own.
+
+    It is rank 0's model that a checkpoint holds, so it is the one that all ranks have to validate.
+    """
+    if rank.world == 1:
+        return
     with torch.no_grad():
-        sums = torch.stack([parameter.double().sum() for parameter in model.parameters()]).sum().reshape(1)
+        for buffer in model.buffers():
+            values = buffer.contiguous()
+            dist.broadcast(values, src=0)
+            buffer.copy_(values)
+
+
+def require_equal_parameters(rank: Rank, model: nn.Module, step: int) -> None:
+    """RunFailed if parameters or buffers differ between ranks, Diverged if a parameter is not finite: a model that must not be saved."""
+    with torch.no_grad():
+        sums = torch.stack([_total(model.parameters()), _total(value.nan_to_num() for value in model.buffers())])
+        sums = sums.to(rank.device)
     lowest, highest = sums.clone(), sums.clone()
     if rank.world > 1:
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
-    if not bool(torch.isfinite(sums)):
+    if not bool(torch.isfinite(sums[0])):
         raise Diverged(
             f"weights are not finite after step {step}: the checkpoints before it are kept; "
             "lower optim.lr or set optim.clip, and write to another out"
         )
     if not torch.equal(lowest, highest):
         raise RunFailed(
-            f"ranks hold different weights after step {step} (sums {lowest.item():.9g} and "
-            f"{highest.item():.9g}): gradients were not synchronised"
+            f"ranks hold different weights or buffers after step {step} (sums of weights {lowest[0]:.9g} and {highest[0]:.9g}, "
+            f"of buffers {lowest[1]:.9g} and {highest[1]:.9g}): gradients or running statistics were not synchronised"
         )
+
+
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of all values, float64; 0 of nothing."""
+    sums = [tensor.double().sum() for tensor in tensors]
+    return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.float64)

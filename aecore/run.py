@@ -25,6 +25,7 @@ from aecore.metrics import epoch_of
 from aecore.model_config import ModelConfig
 from aecore.nn import linear_path
 from aecore.optim import OptimSpec
+from aecore.preflight import require_batch_statistics
 from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
 
@@ -193,7 +194,7 @@ def _require_same_run(job: TrainJob, store: Store, dataset: Dataset, identity: M
     require_same(store.url, "run", identity, claim["identity"], places=places, hints=hints, absent=job.absent_values())
 
 
-def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
+def claim_run(job: TrainJob, store: Store, dataset: Dataset, world: int = 1) -> None:
     """Claim `out` for this job, or continue it; ConfigError with the differing fields if another job owns it.
 
     What cannot be trained at all is refused before the claim (see `require_trainable`).
@@ -202,7 +203,7 @@ def claim_run(job: TrainJob, store: Store, dataset: Dataset) -> None:
         _warn_of_other_product(store)
         return
     loaded = None if job.train.init_from is None else load_model(job.train.init_from)
-    require_trainable(job, dataset, loaded)
+    require_trainable(job, dataset, loaded, world)
     identity = job.identity(dataset, None if loaded is None else loaded.sha256)
     info = {
         "data": job.data,
@@ -229,8 +230,10 @@ def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
     return ModelConfig(job.model, job.backbone, job.transform, shape)
 
 
-def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | None = None) -> Trainable:
+def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | None = None, world: int = 1) -> Trainable:
     """Build and return the job's model, unless the dataset, its labels, its pairs or the weights of `init_from` do not fit it.
+
+    Nor if its batches over `world` ranks do not, see `require_batches_fit`.
 
     Raises ConfigError or DataError; reads the indexes of the split if the model trains on pairs.
     """
@@ -240,10 +243,23 @@ def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | Non
         start_from(model, loaded)
     if not job.input.streams:  # tars without an index say at each batch what labels they have
         require_labels(dataset.url, dataset.manifest.classes, model)
+    require_batches_fit(job, dataset, model, world)
     with closing(train_loader(job, dataset, model)) as loader:
         for note in loader.notes:
             logger.info(note)
     return model
+
+
+def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world: int) -> None:
+    """ConfigError if a step of the run leaves one of `world` ranks too few samples for batch normalisation in the model.
+
+    Of whole bags the number of instances is not known before they are read: they are not looked at.
+    """
+    if trains_on_bags(job, dataset):
+        return
+    known = dataset.manifest.num_samples(job.train.split) if not job.input.streams else 0
+    shape, order = model_config(job, dataset).input_shape, job.train.order(world=world)
+    require_batch_statistics(model, shape, order, known, total_steps(job, dataset), job.train.split)
 
 
 def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> TrainLoader:

@@ -41,7 +41,7 @@ from aecore.checkpoint import (
 from aecore.data.dataset import Dataset
 from aecore.data.loader import Loader
 from aecore.data.transform import Transform
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, Interrupted
 from aecore.finite import require_finite_samples
 from aecore.generations import read_json
 from aecore.loss import LossResult
@@ -49,7 +49,8 @@ from aecore.metrics import MetricLog
 from aecore.noise import seed_generators, seed_of
 from aecore.objective import Objective, noise_for
 from aecore.optim import build_optimizer, lr_at, set_lr
-from aecore.ranks import Rank, all_sum, from_rank_zero, require_equal_parameters
+from aecore.preflight import schedule_warnings
+from aecore.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
 from aecore.run import (
     CLAIM,
     CheckpointSpec,
@@ -61,6 +62,7 @@ from aecore.run import (
     model_config,
     pinned_dataset,
     recorded_job,
+    require_batches_fit,
     start_from,
     total_steps,
     train_loader,
@@ -74,27 +76,38 @@ logger = logging.getLogger(__name__)
 
 
 OnCheckpoint = Callable[[CheckpointRef | None, Mapping[str, Any]], None]
+Stop = Callable[[], bool]
 
 
-def fit(job: TrainJob, *, rank: Rank = Rank(), on_checkpoint: OnCheckpoint | None = None) -> RunResult:  # noqa: B008  # frozen
+def fit(
+    job: TrainJob,
+    *,
+    rank: Rank = Rank(),  # noqa: B008  # frozen
+    on_checkpoint: OnCheckpoint | None = None,
+    stop: Stop = bool,
+) -> RunResult:
     """Train to the end (from the newest checkpoint if there is one) and publish `<out>/model/`.
 
     Every rank calls it with the same job; with `rank.world > 1` the default process group must exist. Killed at any instant and
     called again, it ends with the same losses and weights (bit-equal for the same world size and threads). A finished run returns
     at once. `on_checkpoint(ref, metrics)` is called on every rank at the same steps; `ref` is None on all ranks but 0.
 
+    `stop` says, from some moment on, that the run shall end: then the present step is ended, a checkpoint of it written, and Interrupted
+    raised on all ranks. It is asked on rank 0 only: after every step, or, with other ranks, about once a second. At the last step the run
+    is finished instead.
+
     Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), Diverged (loss or
-    weights not finite).
+    weights not finite), Interrupted (`stop`).
     """
     store = open_store(job.out)
     job = recorded_job(job, store)
     if rank.index == 0:
-        claim_run(job, store, pinned_dataset(job, store))
+        claim_run(job, store, pinned_dataset(job, store), rank.world)
     from_rank_zero(rank, None)  # the other ranks open the dataset generation that the claim names
     dataset = pinned_dataset(job, store)
     done = from_rank_zero(rank, "done" if finished_run(store) is not None else None)
     if not done:
-        with closing(_Training(job, store, dataset, rank, on_checkpoint)) as training:
+        with closing(_Training(job, store, dataset, rank, on_checkpoint, stop)) as training:
             training.run()
     result = finished_run(store)
     assert result is not None
@@ -104,17 +117,20 @@ def fit(job: TrainJob, *, rank: Rank = Rank(), on_checkpoint: OnCheckpoint | Non
 class _Training:
     """One attempt of a run on one rank."""
 
-    def __init__(self, job: TrainJob, store: Store, dataset: Dataset, rank: Rank, on_checkpoint: OnCheckpoint | None) -> None:
+    def __init__(self, job: TrainJob, store: Store, dataset: Dataset, rank: Rank, on_checkpoint: OnCheckpoint | None, stop: Stop) -> None:
         self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
         self.on_checkpoint = on_checkpoint
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
         self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
         model = self._build()
+        require_batches_fit(job, dataset, model, rank.world)
         self.loader = train_loader(job, dataset, model, rank.index, rank.world)
         self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
         self.total_steps = total_steps(job, dataset)
-        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data)
+        for warning in schedule_warnings(job.model, self.total_steps) if rank.index == 0 else ():
+            logger.warning("%s", warning)
+        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data, stop)
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
         self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
@@ -214,7 +230,7 @@ class _Training:
             torch.nn.utils.clip_grad_norm_(self.parameters, job.optim.clip)
         self.optimizer.step()
         row = {"step": step, "epoch": self.step // self.loader.steps_per_epoch, "samples": batch.num_global, "lr": lr, "beta": beta}
-        self.log.add(row, {"loss": result.objective, **result.tensors}, samples)
+        self.log.add(row, result.reported, samples)
 
     def _loss(self, batch: Batch, eps: Tensor | None, beta: float) -> LossResult:
         weight = torch.tensor(beta, device=self.rank.device)  # a tensor: a new Python float would compile again at every step
@@ -224,20 +240,26 @@ class _Training:
         return result
 
     def _after_step(self, started: float) -> bool:
-        """Flush, validate and checkpoint where this step asks for it; True at an epoch's end."""
+        """Flush, validate and checkpoint where this step or a request to stop asks for it; True at an epoch's end."""
         job, last = self.job, self.step == self.total_steps
         epoch_end = self.step % self.loader.steps_per_epoch == 0 or last
         every = job.checkpoint.every_steps
         due = last or (self.step % every == 0 if every else epoch_end) or (epoch_end and job.checkpoint.best)
         if not (due or epoch_end or self.log.due):
             return False
+        if epoch_end:
+            buffers_from_rank_zero(self.rank, self.objective)
         validation = self._validate() if epoch_end and self.val_loader is not None else None
-        row = self.log.flush(validation)
+        row = self.log.flush(validation, commit=due or epoch_end)
         if epoch_end:
             require_equal_parameters(self.rank, self.objective, self.step)
             self._say(time.perf_counter() - started)
-        if due:
+        if due or self.log.stopping:
             self._checkpoint(row)
+        if self.log.stopping and not last:
+            raise Interrupted(
+                f"interrupted at step {self.step}: checkpoint step-{self.step:08d} written; the same command goes on from there"
+            )
         return epoch_end
 
     def _validate(self) -> dict[str, float]:
@@ -263,6 +285,7 @@ class _Training:
             logger.info(text, mean["epoch"], self.step, self.total_steps, mean["loss"], validation, seconds)
 
     def _checkpoint(self, row: Mapping[str, Any]) -> None:
+        buffers_from_rank_zero(self.rank, self.objective)
         require_equal_parameters(self.rank, self.objective, self.step)
         ref = None
         if self.rank.index == 0:

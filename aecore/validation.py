@@ -82,6 +82,6 @@ def _terms(objective: Objective, ready: Batch, eps: Tensor | None) -> dict[str, 
     error = objective.model.reconstruct(ready, likelihood=objective.likelihood) - ready.x
     return {
         "count": ready.x.new_full((), len(ready), dtype=torch.float64),
-        **{name: mean.double() * len(ready) for name, mean in {"loss": result.objective, **result.tensors}.items()},
+        **{name: mean.double() * len(ready) for name, mean in result.reported.items()},
         "mse": ready.mean_per_row(error.double().square()).sum(),
     }

@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # that is how Ray stops a job
     try:
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
-    except KeyboardInterrupt:
-        return _end(INTERRUPTED, errors.to_json(RunFailed("the job was interrupted; what is finished is kept")))
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "the job was interrupted; what is finished is kept"
+        return _end(INTERRUPTED, errors.to_json(RunFailed(message)))
     except AecoreError as error:
         return _end(error.exit_code, errors.to_json(error))
     except Exception as error:  # a bug of ours: its traceback goes to the log, as on the command line

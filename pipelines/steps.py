@@ -129,7 +129,7 @@ def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
 
     started, job, cluster = time.perf_counter(), train_job_of(recipe), recipe.cluster
     if dry_run:
-        return _train_plan(job)
+        return _train_plan(job, cluster.num_workers)
     store = open_store(job.out)
     before = finished_run(store)
     watch = TrainWatch(store, report, milestones=cluster.num_workers > 0)
@@ -157,9 +157,10 @@ def train_job_of(recipe: Recipe) -> Any:
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
 
 
-def _train_plan(job: Any) -> Tree:
+def _train_plan(job: Any, num_workers: int) -> Tree:
     """Return what `train` would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
     from aecore.checkpoint import load_model
+    from aecore.preflight import schedule_warnings
     from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, recorded_job, require_trainable, total_steps
 
     store = open_store(job.out)
@@ -170,7 +171,8 @@ def _train_plan(job: Any) -> Tree:
             dataset.manifest.split(split)
     claimed = is_claimed(job, store, dataset)
     loaded = None if claimed or job.train.init_from is None else load_model(job.train.init_from)
-    model = require_trainable(job, dataset, loaded)
+    model = require_trainable(job, dataset, loaded, max(num_workers, 1))
+    warnings = schedule_warnings(job.model, total_steps(job, dataset))
     return {
         "step": "train",
         "run": job.out,
@@ -180,6 +182,7 @@ def _train_plan(job: Any) -> Tree:
         "input_shape": list(model_config(job, dataset).input_shape),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": total_steps(job, dataset),
+        **({"warnings": warnings} if warnings else {}),
     }
 
 

@@ -1,4 +1,8 @@
-"""Two training runs: config, data, metrics, loss curves at common steps, weights, checkpoints, throughput."""
+"""Two training runs: config, data, metrics, loss curves at common steps, weights, checkpoints, throughput.
+
+`loss` is what a run minimised, so runs with different beta are compared by `elbo`. Where the rows of one are older than version 2
+(`metrics` says it, see `aecore.metrics`), its `elbo` is another number, and no difference of the two is given.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +14,7 @@ from aecore.checkpoint import MANIFEST, CheckpointRef, committed_checkpoints, ne
 from aecore.compare._fields import differing
 from aecore.errors import AecoreError, DataError
 from aecore.generations import read_json
-from aecore.metrics import epoch_means, read_rows
+from aecore.metrics import changed_meaning, epoch_means, read_rows, version_of
 from aecore.run import CLAIM
 from aecore.store import FileRef, Store, open_store, sha256_json
 
@@ -45,6 +49,7 @@ def compare_runs(a: str, b: str) -> dict[str, Any]:
         "finished": [left.finished, right.finished],
         "steps": [left.newest.step, right.newest.step],
         "epochs": [run.epochs[-1]["epoch"] if run.epochs else None for run in (left, right)],
+        "metrics": [version_of(run.epochs[-1]) if run.epochs else None for run in (left, right)],
         "final": _side_by_side(_last(left), _last(right)),
         "best": _side_by_side(_best(left), _best(right)),
         "curves": _curves(left.rows, right.rows),
@@ -69,25 +74,32 @@ def _open(url: str) -> _Run:
 def _numbers(row: Row) -> dict[str, float]:
     """Return the numbers of an epoch, those of the validation as `validation.<name>`."""
     flat = {**row, **{f"validation.{name}": value for name, value in (row.get("validation") or {}).items()}}
-    return {name: value for name, value in flat.items() if isinstance(value, int | float) and name not in ("epoch", "samples")}
+    return {name: value for name, value in flat.items() if isinstance(value, int | float) and name not in ("epoch", "samples", "metrics")}
 
 
-def _last(run: _Run) -> dict[str, float]:
-    return _numbers(run.epochs[-1]) if run.epochs else {}
+def _last(run: _Run) -> Row:
+    return run.epochs[-1] if run.epochs else {}
 
 
-def _best(run: _Run) -> dict[str, float]:
-    """Return the means of the epoch of the lowest validation loss, without validation that of the lowest mean loss."""
+def _best(run: _Run) -> Row:
+    """Return the means of the epoch of the lowest validation loss, without validation that of the lowest mean loss.
+
+    Where beta changed between epochs that of the highest ELBO: the loss would choose one in which the KL counted little.
+    """
     validated = [row for row in run.epochs if row.get("validation")]
     if validated:
-        return _numbers(min(validated, key=lambda row: row["validation"]["loss"]))
-    return _numbers(min(run.epochs, key=lambda row: row["loss"])) if run.epochs else {}
+        return min(validated, key=lambda row: row["validation"]["loss"])
+    if len({row["beta"] for row in run.epochs}) > 1 and all("elbo" in row and version_of(row) > 1 for row in run.epochs):
+        return max(run.epochs, key=lambda row: row["elbo"])
+    return min(run.epochs, key=lambda row: row["loss"], default={})
 
 
-def _side_by_side(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
+def _side_by_side(left: Row, right: Row) -> dict[str, Any]:
+    a, b, alike = _numbers(left), _numbers(right), version_of(left) == version_of(right)
     names = [*a, *(name for name in b if name not in a)]
     both = {name: {"a": a.get(name), "b": b.get(name)} for name in names}
-    return {name: {**pair, **({"delta": b[name] - a[name]} if name in a and name in b else {})} for name, pair in both.items()}
+    comparable = {name for name in names if name in a and name in b and (alike or not changed_meaning(name))}
+    return {name: {**pair, **({"delta": b[name] - a[name]} if name in comparable else {})} for name, pair in both.items()}
 
 
 def _curves(a: Sequence[Row], b: Sequence[Row]) -> dict[str, Any]:

@@ -48,6 +48,22 @@ class LossResult:
         }
 
     @property
+    def reported(self) -> dict[str, Tensor]:
+        """The terms as the jobs report them: `loss` is the objective, `elbo` is at beta 1 whatever beta was; means per sample.
+
+        `elbo` is `log_likelihood - kl_divergence`, of a pair the mean over its two samples (`..._x1`, `..._x2`). So rows of runs with
+        different beta can be compared. A model that gives `elbo` without these terms is taken at its word, and one without `elbo` has
+        none. The diagnostics keep their own meaning: there `elbo` has beta in it, and is a sum over a pair.
+        """
+        terms = {"loss": self.objective, **self.tensors}
+        if "elbo" in terms:
+            views = [end for end in ("", "_x1", "_x2") if {f"log_likelihood{end}", f"kl_divergence{end}"} <= terms.keys()]
+            if views:
+                elbos = [terms[f"log_likelihood{end}"] - terms[f"kl_divergence{end}"] for end in views]
+                terms["elbo"] = elbos[0] if len(elbos) == 1 else torch.stack(elbos).mean()
+        return terms
+
+    @property
     def diagnostics(self) -> Mapping[str, float]:
         """The diagnostics as floats. Reading a value waits for the device; `dict(result.diagnostics)` is a plain copy."""
         return Diagnostics(self.tensors)

@@ -103,7 +103,8 @@ class Bound(nn.Module):
     ) -> LossResult:
         """Return the objective with `elbo` (with `beta`), `log_likelihood` and `kl_divergence`, means over the batch.
 
-        In training mode also `iwae`, or `kl_penalty` (what stands for the KL) and `capacity`; with a learned scale `scale`.
+        In training mode also `iwae` (the importance-weighted bound itself, at beta 1), or `kl_penalty` (what stands for the KL) and
+        `capacity`; with a learned scale `scale`.
         `valid` says which elements of `x` count, see `sample_log_likelihood`; None: all.
         """
         log_px = sample_log_likelihood(x, output.x_hat, likelihood, scale=self.scale, valid=valid)
@@ -115,8 +116,9 @@ class Bound(nn.Module):
             terms["scale"] = self.scale
         if self.training and self.objective == "iwae":
             ratio = log_density_diag_gaussian(output.z) - log_density_diag_gaussian(output.z, output.mu, output.log_var)
-            bound = (torch.logsumexp(log_px + beta * ratio, 1) - math.log(log_px.shape[1])).mean()
-            return LossResult(-bound, {"iwae": bound, **terms})
+            with torch.no_grad():
+                at_beta_1 = _log_mean_weight(log_px + ratio)
+            return LossResult(-_log_mean_weight(log_px + beta * ratio), {"iwae": at_beta_1, **terms})
         if self.training and (self.free_bits or self.capacity):
             penalty = self._penalty(per_dimension).mean()
             extra = {"capacity": self.capacity_now.clone()} if self.capacity else {}
@@ -150,6 +152,11 @@ class Bound(nn.Module):
         z = (mu.double().unsqueeze(1) + torch.exp(0.5 * spread) * noise).to(mu.dtype)
         log_px = sample_log_likelihood(x, decode(z), likelihood, scale=self.scale, full=True, dtype=torch.float64, valid=valid)
         return log_px + 0.5 * (noise.square() + spread - z.double().square()).sum(-1)
+
+
+def _log_mean_weight(log_weights: Tensor) -> Tensor:
+    """Return the mean over rows of the log of the mean weight, of `[B, S]`."""
+    return (torch.logsumexp(log_weights, 1) - math.log(log_weights.shape[1])).mean()
 
 
 def clashing(objective: str, free_bits: float, capacity: float) -> str | None:

@@ -5,24 +5,32 @@ answer is what `fit` read from the run folder. Ray's own storage is a temporary 
 name would give back the metrics of a finished run). Checkpoints are reported by reference: a pointer file with our URL, step
 and hash; on several nodes only the metrics, since Ray would want a second storage that all of them see. `CheckpointConfig.num_to_keep`
 stays unset, because Ray would delete what the pointers stand in; retention is ours.
+
+Ctrl-C or SIGTERM ends the present step, writes a checkpoint and says its step. Workers get no signals: rank 0 asks an actor that the
+driver sets, and the ranks learn of it at their next flush of metrics.
 """
 
 import concurrent.futures
 import json
+import logging
 import os
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aecore.errors import AecoreError, ClusterError, RunFailed
+from aecore.checkpoint import committed_checkpoints
+from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed
 from aecore.memory import keep_freed_memory
+from aecore.preflight import schedule_warnings
 from aecore.ranks import Rank
-from aecore.run import RunResult, TrainJob, finished_run
+from aecore.run import RunResult, TrainJob, finished_run, pinned_dataset, total_steps
 from aecore.store import open_store
 from aecore.train import fit
+from pipelines.cluster.interrupt import StopRequest
 from pipelines.cluster.session import (
     connect,
     disconnect,
@@ -36,6 +44,10 @@ from pipelines.cluster.session import (
 from pipelines.config import ClusterSpec
 
 POLL_S = 0.25
+GRACE_S = 20.0  # for workers to end their step and write a checkpoint: Prefect, SLURM and Kubernetes kill after 30
+ASK_S = 5.0
+JUST_FINISHED = "interrupted when the run had just finished: its model is published"
+logger = logging.getLogger(__name__)
 OnPoll = Callable[[], None]
 
 
@@ -52,6 +64,8 @@ def train(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None = None) ->
     connect(cluster)
     require_local_urls_fit(cluster, job.data, job.out, job.train.init_from or "")
     require_resources(cluster, cluster.num_workers)
+    for warning in schedule_warnings(job.model, total_steps(job, pinned_dataset(job, open_store(job.out)))):
+        logger.warning("%s", warning)  # the workers' own log does not reach us
     with tempfile.TemporaryDirectory(prefix="aepipe-ray-", ignore_cleanup_errors=True) as folder:
         return _train_on_ray(job, cluster, Path(folder), on_poll)
 
@@ -62,49 +76,97 @@ def _train_here(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None) -> 
     require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
     keep_freed_memory()
-    stop = threading.Event()
-    watcher = threading.Thread(target=_poll_until, args=(stop, on_poll or (lambda: None)), daemon=True)
+    ended = threading.Event()
+    watcher = threading.Thread(target=_poll_until, args=(ended, on_poll or (lambda: None)), daemon=True)
     watcher.start()
+    stop = StopRequest()
     try:
-        return fit(job, rank=Rank(device="cuda" if cluster.use_gpu else "cpu"))
+        with stop:
+            result = fit(job, rank=Rank(device="cuda" if cluster.use_gpu else "cpu"), stop=stop)
+    except Interrupted as interrupted:
+        stop.end(str(interrupted))
     finally:
-        stop.set()
+        ended.set()
         watcher.join()
+    if stop():
+        stop.end(JUST_FINISHED)
+    return result
 
 
-def _poll_until(stop: threading.Event, on_poll: OnPoll) -> None:
-    while not stop.wait(POLL_S):
+def _poll_until(ended: threading.Event, on_poll: OnPoll) -> None:
+    while not ended.wait(POLL_S):
         on_poll()
+
+
+class StopFlag:
+    """An actor on no CPU: the driver sets it, rank 0 asks it."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def ask(self) -> None:
+        """Ask the run to stop."""
+        self._asked = True
+
+    def is_asked(self) -> bool:
+        """Return whether it was asked to."""
+        return self._asked
 
 
 def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: OnPoll | None) -> RunResult:
     """Run the trainer in a thread: Ray Train replaces the SIGINT handler of a main thread, and ours has to poll anyway."""
-    trainer = _trainer(job, cluster, folder)
+    import ray
+
+    flag = ray.remote(num_cpus=0)(StopFlag).remote()
+    trainer = _trainer(job, cluster, folder, flag)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray-train")
-    future = pool.submit(trainer.fit)
-    try:
-        while True:
-            try:
-                future.result(timeout=POLL_S)
-                break
-            except concurrent.futures.TimeoutError:
-                if on_poll is not None:
-                    on_poll()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except Exception as error:
-        raise _typed(error) from error
-    finally:
-        if not future.done():  # interrupted or cancelled: the controller and its workers end with the connection
-            disconnect()
-        pool.shutdown(wait=False, cancel_futures=True)
+    stop = StopRequest()
+    with stop:
+        future = pool.submit(trainer.fit)
+        try:
+            in_time = _wait_for(future, stop, flag, on_poll or (lambda: None))
+            failed = future.exception() if in_time else None
+        finally:
+            if not future.done():  # interrupted or cancelled: the controller and its workers end with the connection
+                disconnect()
+            pool.shutdown(wait=False, cancel_futures=True)
+    if not in_time:
+        stop.end(f"interrupted, and the workers did not end their step within {GRACE_S:.0f} s: {_saved(job)}")
+    if failed is not None:
+        error = _typed(failed, job) if isinstance(failed, Exception) else failed
+        if stop() and isinstance(error, Interrupted):
+            stop.end(str(error))
+        raise error from failed
     result = finished_run(open_store(job.out))
     if result is None:
         raise RunFailed(f"{job.out}: training ended without a published model: run the same command again")
+    if stop():
+        stop.end(JUST_FINISHED)
     return result
 
 
-def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
+def _wait_for(future: "concurrent.futures.Future[Any]", stop: StopRequest, flag: Any, on_poll: OnPoll) -> bool:
+    """Return whether the trainer came to its end; from a request to stop on it has `GRACE_S` for it."""
+    deadline: float | None = None
+    while not concurrent.futures.wait([future], POLL_S).done:
+        on_poll()
+        if deadline is None and stop():
+            flag.ask.remote()
+            deadline = time.monotonic() + GRACE_S
+        elif deadline is not None and time.monotonic() > deadline:
+            return False
+    return True
+
+
+def _saved(job: TrainJob) -> str:
+    """Return what of a run is kept, for people."""
+    steps = [step for step, _ in committed_checkpoints(open_store(job.out))]
+    if not steps:
+        return "no checkpoint was written yet, the same command begins anew"
+    return f"its newest checkpoint is that of step {max(steps)}, the same command goes on from there"
+
+
+def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -116,7 +178,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
     best: dict[str, Any] = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
     return TorchTrainer(
         _rank_loop,
-        train_loop_config={"job": job, "threads": cluster.threads_per_worker, "pointers": num_nodes() == 1},
+        train_loop_config={"job": job, "threads": cluster.threads_per_worker, "pointers": num_nodes() == 1, "stop": flag},
         torch_config=FileTorchConfig(backend=backend, folder=str(folder)) if is_local() else TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=worker_resources(cluster)
@@ -154,7 +216,13 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
             Path(folder, "pointer.json").write_text(json.dumps(pointer))
             ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    fit(config["job"], rank=rank, on_checkpoint=report)
+    def stop() -> bool:
+        try:
+            return bool(ray.get(config["stop"].is_asked.remote(), timeout=ASK_S))
+        except ray.exceptions.RayError:  # the driver ends us itself, or the node of the actor is gone
+            return False
+
+    fit(config["job"], rank=rank, on_checkpoint=report, stop=stop)
 
 
 def _stop_callback() -> Any:
@@ -185,7 +253,7 @@ def _ours(errors: list[BaseException | None]) -> AecoreError | None:
     return None
 
 
-def _typed(error: Exception) -> AecoreError:
+def _typed(error: Exception, job: TrainJob) -> AecoreError:
     ours = _ours([error])
     if ours is not None:
         return ours
@@ -193,6 +261,4 @@ def _typed(error: Exception) -> AecoreError:
     message = lines[-1] if lines else type(error).__name__
     if "Startup" in type(getattr(error, "controller_failure", None)).__name__:  # Ray's own classes for it are private
         return ClusterError(f"the workers did not start: {message}; ask for fewer workers, or raise cluster.timeout_s")
-    return RunFailed(
-        f"training failed for good after cluster.max_failures restarts: {message}; its checkpoints are kept, run the same command again"
-    )
+    return RunFailed(f"training failed for good after cluster.max_failures restarts: {message}; {_saved(job)}")

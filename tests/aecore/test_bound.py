@@ -70,6 +70,15 @@ def test_iwae_is_the_log_of_the_mean_weight(batch: Batch, eps: Tensor) -> None:
     assert result.diagnostics["iwae"] == pytest.approx(-result.objective.item())
 
 
+def test_the_iwae_that_is_reported_is_a_bound_of_log_p_whatever_beta_weighs(batch: Batch, eps: Tensor) -> None:
+    model = vae(Bound(objective="iwae", num_samples=S))
+    plain, weighted = (model.loss(batch, eps=eps, beta=beta, likelihood="bernoulli") for beta in (1.0, 4.0))
+    assert weighted.objective.item() != pytest.approx(plain.objective.item(), rel=1e-3)
+    assert weighted.reported["iwae"].item() == pytest.approx(plain.reported["iwae"].item(), rel=1e-6)
+    assert weighted.reported["elbo"].item() == pytest.approx(plain.diagnostics["elbo"], rel=1e-6)
+    assert weighted.diagnostics["elbo"] != pytest.approx(plain.diagnostics["elbo"], rel=1e-3), "the diagnostics keep beta in it"
+
+
 def test_iwae_of_one_sample_is_the_sampled_elbo_and_more_samples_bound_tighter(batch: Batch) -> None:
     model = vae(Bound(objective="iwae", num_samples=64))
     eps = torch.randn(B, 64, D, generator=torch.Generator().manual_seed(3))

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from aecore.checkpoint import load_model
-from aecore.compare import _join, compare
+from aecore.compare import _join, _runs, compare
 from aecore.compare._join import Keys, by_ranges
 from aecore.data.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
@@ -16,10 +16,13 @@ from aecore.data.splits import SplitSpec
 from aecore.data.tasks import ShardSpec
 from aecore.encode import EncodeSpec
 from aecore.errors import ConfigError, DataError
+from aecore.evaluate import EvaluateSpec, evaluate
+from aecore.metrics import epoch_means
 from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec
 from aecore.table import open_table
 from aecore.train import fit
+from aecore.variational import VAESpec
 from tests.aecore.encoding import encode, folder_dataset, image_folder, model_config, saved_run
 from tests.aecore.training import losses, small_job, sprites_dataset
 
@@ -178,3 +181,45 @@ def test_every_key_is_in_exactly_one_range():
     ours, theirs = (set(table["key"].to_pylist()) for table in tables)
     assert (keys.in_both, keys.only_a, keys.only_b) == (len(ours & theirs), len(ours - theirs), len(theirs - ours))
     assert most < 1500, "a range holds a bounded number of rows"
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two runs that differ in beta only, and their data."""
+    root = tmp_path_factory.mktemp("sweep")
+    data = sprites_dataset(root / "sprites", val=0.1)
+    for name, beta in (("low", 0.02), ("high", 2.0)):
+        model = VAESpec(latent_dim=8, beta=beta, likelihood="bernoulli")
+        fit(small_job(data, root / name, epochs=6, model=model, optim=OptimSpec(lr=3e-3)))
+    return root
+
+
+def test_runs_of_a_beta_sweep_are_ranked_by_their_elbo(sweep):
+    final = compare(str(sweep / "low"), str(sweep / "high"))["final"]
+    scores = [evaluate(str(sweep / name), str(sweep / "sprites"), EvaluateSpec(split="train")).elbo for name in ("low", "high")]
+    assert (final["elbo"]["delta"] > 0) == (scores[1] > scores[0])
+    assert [final["elbo"][side] for side in "ab"] == pytest.approx(scores, rel=0.1), "up to what the last epoch still learned"
+    weighted = [final["log_likelihood"][side] - beta * final["kl_divergence"][side] for side, beta in (("a", 0.02), ("b", 2.0))]
+    assert (weighted[1] > weighted[0]) != (scores[1] > scores[0]), "by the objective the other one would be the better one"
+
+
+def test_rows_from_before_version_2_are_named_and_their_elbo_is_not_subtracted(sweep, monkeypatch):
+    read = _runs.read_rows
+
+    def older(store, parts):
+        rows = read(store, parts)
+        return [{name: row[name] for name in row if name != "metrics"} for row in rows] if store.url.endswith("low") else rows
+
+    monkeypatch.setattr(_runs, "read_rows", older)
+    found = compare(str(sweep / "low"), str(sweep / "high"))
+    assert found["metrics"] == [1, 2]
+    assert found["final"]["elbo"].keys() == {"a", "b"}
+    assert "delta" in found["final"]["log_likelihood"]
+
+
+def test_without_validation_the_best_epoch_is_that_of_the_highest_elbo(sweep, tmp_path):
+    model = VAESpec(latent_dim=8, beta=2.0, beta_warmup_steps=10_000, likelihood="bernoulli")
+    run = fit(small_job(str(sweep / "sprites"), tmp_path / "rising", epochs=3, model=model)).url
+    epochs = epoch_means(losses(run))
+    best = compare(run, run)["best"]
+    assert best["elbo"]["a"] == max(epoch["elbo"] for epoch in epochs)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from aecore.data.dataset import open_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.ranks import Rank
-from aecore.registry import BACKBONES, MODELS
+from aecore.registry import BACKBONES, MODELS, to_dict
 from aecore.run import TrainJob, require_trainable
 from aecore.table import open_table
 from aecore.table_verify import verify_table
@@ -30,6 +30,7 @@ from tests.aecore.training import losses, on_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = 33  # two steps of 16, and one of a single sample: the second rank has none
+BETA = 4.0  # of those that have one: what a loss calls ELBO is then another number than the ELBO
 SETTINGS: dict[str, dict[str, Any]] = {}  # by kind: more keys of the section `model`
 
 
@@ -59,7 +60,8 @@ class Trained:
 
 
 def keys(kind: str, backbone: str, data: str, out: str) -> list[str]:
-    model = {"kind": kind, "latent_dim": 4, **SETTINGS.get(kind, {})}
+    beta = {"beta": BETA} if "beta" in to_dict(MODELS.spec_type(kind)()) else {}
+    model = {"kind": kind, "latent_dim": 4, **beta, **SETTINGS.get(kind, {})}
     small = ["train.global_batch=16", "train.lanes=4", "train.max_steps=5", "train.epochs=2", "cluster.num_workers=0"]
     return [f"model={model}", f"backbone={{kind: {backbone}}}", f"data={data}", f"out={out}", *small]
 
@@ -115,6 +117,19 @@ def test_two_ranks_train_as_one(trained: dict[str, Trained], kind: str) -> None:
     weights = load_file(f"{run.one}/model/model.safetensors")
     for name, tensor in load_file(f"{run.two}/model/model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", MODELS.kinds())
+def test_whatever_beta_is_the_elbo_of_a_row_is_log_likelihood_minus_kl_per_sample(trained: dict[str, Trained], kind: str) -> None:
+    for row in losses(trained[kind].one):
+        assert row["metrics"] == 2
+        assert ("elbo" in row) == ({"mu", "log_var"} <= set(MODELS.spec_type(kind)().columns))
+        if "elbo" in row:
+            views = [end for end in ("", "_x1", "_x2") if f"kl_divergence{end}" in row]
+            elbos = [row[f"log_likelihood{end}"] - row[f"kl_divergence{end}"] for end in views]
+            assert row["elbo"] == pytest.approx(np.mean(elbos), rel=1e-6)
+            betas = [row[f"log_likelihood{end}"] - BETA * row[f"kl_divergence{end}"] for end in views]
+            assert row["loss"] == pytest.approx(-np.sum(betas), rel=1e-6), "the loss is what is minimised, of a pair the sum"
 
 
 @pytest.mark.parametrize("kind", MODELS.kinds())

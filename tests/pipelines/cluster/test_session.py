@@ -16,10 +16,9 @@ from pipelines.cluster.session import cluster_address, import_environment, local
 from pipelines.cluster.train import train
 from pipelines.config import ClusterSpec
 from tests.pipelines.cluster.test_train import job_for
-from tests.pipelines.processes import below
 from tests.pipelines.shadows import folder_of_shadows, that_ran
 from tests.pipelines.sockets import Listener, listeners
-from tests.processes import Started, run, started
+from tests.processes import Started, below, run, started
 
 SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=60")
 CLUSTER = """

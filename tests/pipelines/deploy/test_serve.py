@@ -20,8 +20,8 @@ import pytest
 from pipelines.flows import server as server_module
 from pipelines.flows.server import PROCESS, Server, lasting_server, process_name, temporary_server
 from tests.e2e.servers import eventually
-from tests.pipelines.processes import below
 from tests.pipelines.sockets import listeners
+from tests.processes import below
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 

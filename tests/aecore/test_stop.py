@@ -1,0 +1,83 @@
+"""A run that is asked to stop ends its step, writes a checkpoint, and goes on as if nothing had been."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aecore import metrics
+from aecore.checkpoint import committed_checkpoints
+from aecore.errors import Interrupted
+from aecore.ranks import Rank
+from aecore.run import TrainJob
+from aecore.store import open_store
+from aecore.train import fit
+from tests.aecore.training import fit_on, losses, on_ranks, published_weights, small_job, sprites_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sprites_dataset(tmp_path_factory.mktemp("stop") / "sprites", val=0.1)
+
+
+def at_step(out: str | Path, step: int) -> Callable[[], bool]:
+    """Return a request to stop that is made when the metrics of a step are there."""
+
+    def stop() -> bool:
+        row = metrics.last_row(open_store(out))
+        return row is not None and row["step"] >= step
+
+    return stop
+
+
+def test_a_stopped_run_says_its_step_and_ends_like_an_uninterrupted_one(data, tmp_path):
+    options = {"epochs": 2, "every_steps": 1000, "val_split": "val"}
+    fit(small_job(data, tmp_path / "whole", **options))
+    job, asked = small_job(data, tmp_path / "run", **options), iter(range(100))
+    with pytest.raises(
+        Interrupted, match=r"^interrupted at step 8: checkpoint step-00000008 written; the same command goes on from there$"
+    ):
+        fit(job, stop=lambda: next(asked) >= 7)  # the first flush asks twice
+    assert [step for step, _ in committed_checkpoints(open_store(job.out))] == [8]
+    assert not (tmp_path / "run/model").exists()
+    fit(job)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+def test_a_request_at_the_last_step_finishes_the_run(data, tmp_path):
+    job = small_job(data, tmp_path / "run", max_steps=1)
+    assert fit(job, stop=lambda: True).step == 1
+
+
+def test_an_interrupted_run_is_exit_code_130():
+    assert Interrupted.exit_code == 130
+
+
+def _stopped(job: TrainJob, rank: Rank) -> str:
+    metrics.AGREE_S = 0.0  # in this process: ranks agree at every step
+    with pytest.raises(Interrupted) as stopped:
+        fit(job, rank=rank, stop=at_step(job.out, 5) if rank.index == 0 else lambda: pytest.fail("only rank 0 is asked"))
+    return str(stopped.value)
+
+
+def test_all_ranks_stop_at_the_step_that_rank_0_chooses(data, tmp_path):
+    options = {"epochs": 2, "every_steps": 1000, "log_every_s": 0.0}
+    fit_on(small_job(data, tmp_path / "whole", **options), 2)
+    job = small_job(data, tmp_path / "run", **options)
+    said = on_ranks(functools.partial(_stopped, job), 2)
+    (step, _), *others = committed_checkpoints(open_store(job.out))
+    assert not others
+    assert said == [f"interrupted at step {step}: checkpoint step-{step:08d} written; the same command goes on from there"] * 2
+    fit_on(job, 2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+def test_ranks_that_agree_often_write_no_more_parts(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "AGREE_S", 0.0)
+    fit_on(small_job(data, tmp_path / "run", max_steps=30, log_every_s=3600.0), 2)
+    parts = [name for name in open_store(tmp_path / "run").list("metrics") if name.endswith(".jsonl")]
+    assert len(parts) == 2, "that of the first step, and that of the end"
+    assert [row["step"] for row in losses(tmp_path / "run")] == list(range(1, 31))

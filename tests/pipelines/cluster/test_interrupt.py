@@ -1,0 +1,170 @@
+"""Signals as requests to stop: the first is heard, the second is what it always was."""
+
+import concurrent.futures
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from aecore.checkpoint import committed_checkpoints
+from aecore.metrics import last_row
+from aecore.store import open_store
+from pipelines.cli import main
+from pipelines.cluster import train as cluster_train
+from pipelines.cluster.interrupt import StopRequest
+from pipelines.cluster.train import train
+from pipelines.config import ClusterSpec
+from tests.aecore.training import losses, published_weights
+from tests.pipelines.cluster.test_train import job_for
+
+LONG = ("train.epochs=150", "checkpoint.every_steps=100000")
+SAID = re.compile(r"interrupted at step (\d+): checkpoint step-(\d{8}) written; the same command goes on from there")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request_and_the_second_ends_at_once(number: int) -> None:
+    signal.signal(number, signal.default_int_handler)
+    with StopRequest() as stop:
+        assert not stop()
+        signal.raise_signal(number)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("handlers")
+def test_the_program_ends_as_its_own_handler_ends_it() -> None:
+    class Termination(BaseException):
+        pass
+
+    def terminate(number: int, frame: object) -> None:
+        raise Termination
+
+    signal.signal(signal.SIGTERM, terminate)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Termination):
+        stop.end("saved")
+    assert signal.getsignal(signal.SIGTERM) is terminate
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_ignored_signal_stays_ignored_and_a_thread_hears_none() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop()
+    found: list[bool] = []
+
+    def in_a_thread() -> None:
+        with StopRequest() as stop:
+            found.append(stop())
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+@pytest.fixture(scope="module")
+def whole(sprites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(["train", *keys(sprites), f"out={out}"]) == 0
+    return out
+
+
+def keys(data: Path) -> list[str]:
+    small = ("model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "train.epochs=40", "checkpoint.every_steps=100000")
+    return [f"data={data}", "cluster.num_workers=0", *small]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_the_step_that_it_saved_and_goes_on_from_it(
+    sprites: Path, whole: Path, tmp_path: Path, number: int
+) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "train", *keys(sprites), f"out={tmp_path}/run"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if line.startswith("epoch 3:"))  # training is at work
+        process.send_signal(number)
+        error = first + process.stderr.read()
+        assert process.wait(60) == 130, error
+    found = SAID.search(error)
+    assert found, error
+    assert "Traceback" not in error
+    store = open_store(f"{tmp_path}/run")
+    newest = last_row(store)
+    assert newest is not None
+    assert int(found[1]) == int(found[2]) == newest["step"] == max(step for step, _ in committed_checkpoints(store))
+    assert main(["train", *keys(sprites), f"out={tmp_path}/run"]) == 0
+    assert losses(tmp_path / "run") == losses(whole)
+    assert published_weights(tmp_path / "run") == published_weights(whole)
+
+
+def signal_once(out: Path, number: int) -> Callable[[], None]:
+    """Return what sends this process a signal, once, when a run has metrics."""
+    sent: list[int] = []
+
+    def look() -> None:
+        if not sent and last_row(open_store(str(out))) is not None:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    return look
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_end_their_step_and_save_it_when_the_driver_is_told_to_end(two_workers: ClusterSpec, sprites: Path, tmp_path: Path) -> None:
+    job = job_for(sprites, tmp_path / "run", *LONG)
+    with pytest.raises(KeyboardInterrupt, match=SAID.pattern) as stopped:
+        train(job, two_workers, signal_once(tmp_path / "run", signal.SIGTERM))
+    found = SAID.search(str(stopped.value))
+    assert found
+    assert int(found[1]) == max(step for step, _ in committed_checkpoints(open_store(job.out)))
+    train(job, two_workers)
+    train(job_for(sprites, tmp_path / "whole", *LONG), two_workers)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("handlers")
+def test_workers_that_do_not_end_their_step_in_time_are_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flag:
+        """The actor, as the driver sees it: `flag.ask.remote()`."""
+
+        def __init__(self) -> None:
+            self.ask, self.asked = self, 0
+
+        def remote(self) -> None:
+            self.asked += 1
+
+    monkeypatch.setattr(cluster_train, "GRACE_S", 0.0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    flag, never = Flag(), concurrent.futures.Future[None]()
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert cluster_train._wait_for(never, stop, flag, lambda: None) is False
+    assert flag.asked == 1
+
+
+def test_what_a_run_keeps_is_said_by_its_newest_checkpoint(sprites: Path, whole: Path, tmp_path: Path) -> None:
+    assert cluster_train._saved(job_for(sprites, tmp_path)) == "no checkpoint was written yet, the same command begins anew"
+    assert cluster_train._saved(job_for(sprites, whole)).startswith("its newest checkpoint is that of step 440, the same command goes on")
