@@ -25,9 +25,11 @@ from aecore.store._base import (
 from aecore.store._buckets import unchecked_bodies
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import absolute_url, open_files, open_store
+from aecore.store._race import RACERS, race
 
 __all__ = [
     "FAULT_STAGES",
+    "RACERS",
     "AlreadyExists",
     "FileRef",
     "Files",
@@ -39,6 +41,7 @@ __all__ = [
     "fault_point",
     "open_files",
     "open_store",
+    "race",
     "read_again",
     "sha256_file",
     "sha256_json",

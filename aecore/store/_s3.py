@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from aecore.errors import DataError, StoreError
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 from aecore.store._cache import ObjectCache
+from aecore.store._race import ROLE, require_atomic
 from aecore.store._s3_body import written_sha256
-from aecore.store._s3_client import Answered, code_of, retried
+from aecore.store._s3_client import Answered, code_of, endpoint, retried
 from aecore.store._s3_place import Place
 from aecore.store._scratch import new_path
 
@@ -66,6 +67,8 @@ class S3Store(Place):
 
     def _create(self, ref: FileRef, upload: Any, role: str) -> None:  # any: a coroutine function of the file system
         assert ref.bytes, f"{ref.name} has no bytes"
+        if role != ROLE:
+            require_atomic(self, self.place, self._cache.root)
         fault_point(f"{role}.synced")
         try:
             self._client.run(upload)
@@ -188,6 +191,11 @@ class S3Store(Place):
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         self._cache.prefetch(refs, self._fetch)
+
+    @property
+    def place(self) -> str:
+        """Bucket and endpoint."""
+        return f"{'/'.join(self.url.split('/', 3)[:3])} at {endpoint()}"
 
     @cached_property
     def _cache(self) -> ObjectCache:

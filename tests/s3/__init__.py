@@ -19,14 +19,17 @@ _numbers = itertools.count(1)
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
-    """Start the server in a process of its own and give its port; it ends with the block, or with this process."""
+def start_server(folder: Path, latency_s: float = 0.0, *, bare: bool = False) -> Iterator[int]:
+    """Start the server in a process of its own and give its port; it ends with the block, or with this process.
+
+    A `bare` one is Swift as it is, whose conditional creates are not atomic.
+    """
     server = Path(__file__).with_name("server.py")
     errors = (folder / "errors").open("wb")
     with (
         errors,
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(server), str(folder / "server"), str(latency_s)],
+            [sys.executable, "-W", "ignore", str(server), str(folder / "server"), str(latency_s), *(["bare"] if bare else [])],
             env={**os.environ, "TEST_S3_REGION": REGION, "TEST_S3_SECRET": SECRET_KEY},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
