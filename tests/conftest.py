@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from aecore.store import _race as race_module
 from aecore.store import _s3 as s3_module
+from aecore.store._race import remember
+from aecore.store._s3 import S3Store
 from aecore.store._s3_client import close_clients
 from tests.leftovers import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401 (hooks)
 from tests.realdata import unpack_real
@@ -88,6 +91,15 @@ def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.fixture
+def bare_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """As `s3`, at a server whose conditional creates are not atomic; nothing is remembered of it."""
+    (tmp_path / "bare").mkdir()
+    with start_server(tmp_path / "bare", bare=True) as port:
+        yield _bucket(port, port, tmp_path, monkeypatch, known=False)
+        close_clients()
+
+
+@pytest.fixture
 def s3_proxy(s3_server: int) -> Iterator[FaultProxy]:
     """A proxy before the S3 server that spoils what it is told to."""
     with FaultProxy(s3_server) as proxy:
@@ -101,10 +113,15 @@ def bad_s3(s3_server: int, s3_proxy: FaultProxy, tmp_path: Path, monkeypatch: py
     close_clients()
 
 
-def _bucket(server: int, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
+def _bucket(server: int, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool = True) -> S3:
     for name, value in s3_environment(port, tmp_path / "cache").items():
         monkeypatch.setenv(name, value)
-    return S3(server, port).with_bucket()
+    made = S3(server, port).with_bucket()
+    place = S3Store(made.url, made.bucket, "", None).place
+    monkeypatch.setattr(race_module, "_passed", {place} if known else set())
+    if known:  # that this server creates atomically has tests of its own
+        remember(place, tmp_path / "cache")
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from aecore.data.tasks import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError
 from aecore.fanout import Commit
 from aecore.generations import PartRecord, read_record
-from aecore.store import FileRef, Store, open_store, sha256_file
+from aecore.store import FileRef, Files, Store, open_store, read_again, sha256_file
 
 
 class AdoptWorker:
@@ -74,8 +74,7 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
     """Hash a tar and the samples of `task` in it, commit the index and the record; a bad sample goes to the quarantine."""
     started, files = time.perf_counter(), source.tars.files
     name = parse_source(task.sources[0])[0]
-    path = files.local(name)
-    tar = FileRef(name, os.stat(path).st_size, sha256_file(path))
+    tar = read_again(lambda: _ref_of(files, name), f"{files.url}/{name}")
     pack = Pack(task)
     pack.scan(source)
     detail: dict[str, Any] = {}
@@ -88,6 +87,11 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
         where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": home_of(files.url, store)}
         detail = {"content_sha256": content_sha256(index), **where, **pack.counts(), "bytes": tar.bytes}
     return record_shard(store, pack, committed, detail, packed - started, packed)
+
+
+def _ref_of(files: Files, name: str) -> FileRef:
+    path = files.local(name)
+    return FileRef(name, os.stat(path).st_size, sha256_file(path))
 
 
 def _index(pack: Pack) -> pa.Table:

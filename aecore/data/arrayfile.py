@@ -1,19 +1,23 @@
 """Arrays in other people's files: `.npy`, `.npz` and idx (plain or gzip'ed), mapped into memory. Nothing is ever unpickled.
 
 Only the rows that are read come from the disk, and all workers of a machine share them. What is compressed is inflated once per
-process, to a file without a name (never more bytes than its header promises and the limit allows), and mapped from there.
+process, to a file without a name (never more bytes than its header promises and the limit allows), and mapped from there. Samples are
+read row by row instead (`ArrayFile.rows`): an error of the disk is then an OSError, where a map ends the process (SIGBUS).
 """
 
 import contextlib
+import errno
 import gzip
 import math
+import os
 import re
 import tempfile
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +49,60 @@ def stem_of(name: str) -> str:
     return folder + slash + last
 
 
+class Rows(Protocol):
+    """What rows are taken from, by number: an array, or `StoredRows`."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...  # any: every array has its own dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Any: ...  # any: as above
+
+
+class _Stored(NamedTuple):
+    """An array in an open file, whose descriptor belongs to it: its values begin at byte `start`."""
+
+    descriptor: int
+    dtype: np.dtype[Any]  # any: as above
+    shape: tuple[int, ...]
+    fortran: bool
+    start: int
+
+
+class StoredRows:
+    """The rows of an array in C order in an open file, which is closed with this object."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self._stored = stored
+        self._row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        weakref.finalize(self, os.close, stored.descriptor)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:  # any: as above
+        return self._stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    def __len__(self) -> int:
+        return self._stored.shape[0]
+
+    def __getitem__(self, row: int, /) -> Array:
+        """Return a row; OSError if it cannot be read or the file has become shorter."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        buffer, position = bytearray(self._row_bytes), self._stored.start + row * self._row_bytes
+        left = memoryview(buffer)
+        while left:
+            got = os.preadv(self._stored.descriptor, [left], position)
+            if not got:
+                raise OSError(errno.EIO, f"the file ends inside row {row}: it has become shorter")
+            position, left = position + got, left[got:]
+        return np.frombuffer(buffer, self.dtype).reshape(self.shape[1:])
+
+
 class ArrayFile:
     """The arrays of one file by name ("" where the format has no names).
 
@@ -66,20 +124,35 @@ class ArrayFile:
             return [info.filename[:-4] for info in archive.infolist() if info.filename.endswith(".npy")]
 
     def array(self, name: str, *, verify: bool = False) -> Array:
-        """Return one array, read only; with `verify` a member of an `.npz` is compared with its CRC (every byte is read).
+        """Return one array, read only; with `verify` every byte is read first, and a member of an `.npz` is compared with its CRC.
 
         Raises
         ------
         DataError
             If the file is damaged, shorter than its header promises, inflates beyond the limit or holds Python objects.
+        OSError
+            If it cannot be read.
         """
+        return self._mapped(self._stored(name, verify=verify), name)
+
+    def rows(self, name: str) -> Rows:
+        """Return the rows of one array, to be read one by one; DataError and OSError as `array`.
+
+        An array in Fortran order is mapped, since each of its rows is all over the file.
+        """
+        stored = self._stored(name, verify=False)
+        return self._mapped(stored, name) if stored.fortran or 0 in stored.shape else StoredRows(stored)
+
+    def _stored(self, name: str, *, verify: bool) -> _Stored:
         with self._reported():
             if self._format == "npz":
                 return self._member(name, verify=verify)
             with self._path.open("rb") as file:
                 if self._name.endswith(".gz"):
                     return self._gzipped_idx(file)
-                size = self._path.stat().st_size
+                size = os.fstat(file.fileno()).st_size
+                if verify:
+                    _drain(self._path.open("rb"))
                 return (self._npy if self._format == "npy" else self._idx)(file, size)
 
     @contextlib.contextmanager
@@ -97,7 +170,7 @@ class ArrayFile:
         with self._reported(), zipfile.ZipFile(self._path) as archive:
             yield archive
 
-    def _member(self, name: str, *, verify: bool) -> Array:
+    def _member(self, name: str, *, verify: bool) -> _Stored:
         with self._zip() as archive, self._path.open("rb") as file:
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
@@ -129,8 +202,8 @@ class ArrayFile:
             file.seek(0)
             yield file
 
-    def _npy(self, file: IO[bytes], size: int, start: int = 0, array: str = "") -> Array:
-        """Map the `.npy` of `size` bytes that begins at byte `start`, where `file` stands."""
+    def _npy(self, file: IO[bytes], size: int, start: int = 0, array: str = "") -> _Stored:
+        """Find the array of the `.npy` of `size` bytes that begins at byte `start`, the position of `file`."""
         try:
             dtype, shape, fortran, before = read_npy_header(file)
         except NpyError as error:
@@ -142,18 +215,18 @@ class ArrayFile:
             raise self._error("holds Python objects, which only a pickle can bring back: save numbers or plain strings instead", array)
         if dtype.kind not in "biufcUS":
             raise self._error(f"has the dtype {dtype}: only booleans, numbers and strings are read", array)
-        return self._map(file, (dtype, shape, fortran), start + before, start + size, array)
+        return self._place(file, (dtype, shape, fortran), start + before, start + size, array)
 
-    def _idx(self, file: IO[bytes], size: int) -> Array:
+    def _idx(self, file: IO[bytes], size: int) -> _Stored:
         dtype, shape, start = self._idx_header(file)
-        return self._map(file, (dtype, shape, False), start, size, "")
+        return self._place(file, (dtype, shape, False), start, size, "")
 
-    def _gzipped_idx(self, file: IO[bytes]) -> Array:
+    def _gzipped_idx(self, file: IO[bytes]) -> _Stored:
         with gzip.GzipFile(fileobj=file) as packed:
             dtype, shape, start = self._idx_header(packed)
             size = start + math.prod(shape) * dtype.itemsize
             with self._inflated(packed, size, before=bytes(start)) as unpacked:
-                return self._map(unpacked, (dtype, shape, False), start, size, "")
+                return self._place(unpacked, (dtype, shape, False), start, size, "")
 
     def _idx_header(self, file: IO[bytes] | gzip.GzipFile) -> tuple[np.dtype[Any], tuple[int, ...], int]:
         head = file.read(4)
@@ -164,19 +237,27 @@ class ArrayFile:
             raise self._error("ends inside its idx header: restore it")
         return np.dtype(_IDX_TYPES[head[2]]), tuple(np.frombuffer(sides, ">u4").tolist()), 4 + len(sides)
 
-    def _map(self, file: IO[bytes], header: tuple[np.dtype[Any], tuple[int, ...], bool], start: int, end: int, array: str) -> Array:
+    def _place(self, file: IO[bytes], header: tuple[np.dtype[Any], tuple[int, ...], bool], start: int, end: int, array: str) -> _Stored:
         """Return the array of a header whose values take all bytes [start, end) of `file`."""
         dtype, shape, fortran = header
         expected = math.prod(shape) * dtype.itemsize
         if any(side < 0 for side in shape) or expected != end - start:
             what = "is truncated" if expected > end - start else "is damaged"
             raise self._error(f"{what}: an array of shape {shape} and dtype {dtype} takes {expected} bytes, there are {end - start}", array)
-        try:
-            if not expected:
-                return np.empty(shape, dtype)
-            return np.asarray(np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C"))
-        except (*_DAMAGED, OverflowError) as error:  # sides that numpy refuses, or values beyond the end of the file
-            raise self._error(f"is damaged: its header promises shape {shape} and dtype {dtype} ({error}): restore it", array) from error
+        return _Stored(os.dup(file.fileno()), dtype, shape, fortran, start)
+
+    def _mapped(self, stored: _Stored, array: str) -> Array:
+        """Return an array as a map of its file, whose descriptor is closed."""
+        dtype, shape = stored.dtype, stored.shape
+        with os.fdopen(stored.descriptor, "rb") as file:
+            try:
+                if not math.prod(shape) * dtype.itemsize:
+                    return np.empty(shape, dtype)
+                return np.asarray(np.memmap(file, dtype, "r", stored.start, shape, "F" if stored.fortran else "C"))
+            except (*_DAMAGED, OverflowError) as error:  # sides that numpy refuses, or values beyond the end of the file
+                raise self._error(
+                    f"is damaged: its header promises shape {shape} and dtype {dtype} ({error}): restore it", array
+                ) from error
 
 
 def _drain(stream: IO[bytes]) -> None:

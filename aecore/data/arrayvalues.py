@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aecore.data.arrayfile import Array
+from aecore.data.arrayfile import Array, Rows
 from aecore.data.png import COLOUR_TYPES, StoredPng
 from aecore.errors import ConfigError, DataError
 
@@ -67,11 +67,12 @@ def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array
     return lengths.astype(np.int64)
 
 
-def row_writer(array: Array, store_as: str, where: str, lengths: Array | None = None) -> Callable[[int], tuple[str, bytes]]:
+def row_writer(array: Rows, store_as: str, where: str, lengths: Array | None = None) -> Callable[[int], tuple[str, bytes]]:
     """Return the function from a row's number to its extension and bytes; with `lengths` to those of its valid steps, as `.npy`."""
     if lengths is not None:
         return _sequence_writer(array, lengths, store_as, where)
-    is_image = array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in COLOUR_TYPES))
+    num_dims = len(array.shape)
+    is_image = array.dtype == np.uint8 and (num_dims == 3 or (num_dims == 4 and array.shape[3] in COLOUR_TYPES))
     if store_as == "png" and not is_image:
         raise ConfigError(
             f"source.store_as=png needs uint8 images [N, H, W] or [N, H, W, 1 | 3 | 4], {where} has shape {array.shape} "
@@ -85,12 +86,12 @@ def row_writer(array: Array, store_as: str, where: str, lengths: Array | None = 
     return lambda row: ("npy", start + array[row].astype(dtype, copy=False).tobytes())
 
 
-def _sequence_writer(array: Array, lengths: Array, store_as: str, where: str) -> Callable[[int], tuple[str, bytes]]:
+def _sequence_writer(array: Rows, lengths: Array, store_as: str, where: str) -> Callable[[int], tuple[str, bytes]]:
     if store_as == "png":
         raise ConfigError(f"source.store_as=png stores images, {where} has source.lengths: use source.store_as=auto")
     dtype, steps = array.dtype.newbyteorder("="), lengths.tolist()
     starts = {length: _npy_start(dtype, (length, *array.shape[2:])) for length in set(steps)}
-    return lambda row: ("npy", starts[steps[row]] + array[row, : steps[row]].astype(dtype, copy=False).tobytes())
+    return lambda row: ("npy", starts[steps[row]] + array[row][: steps[row]].astype(dtype, copy=False).tobytes())
 
 
 def _npy_start(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

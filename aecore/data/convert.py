@@ -57,13 +57,20 @@ def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Hea
     image = _to_mode(load_image(data, header), shards.mode)
     if shards.resize is not None and image.size != (shards.resize, shards.resize):
         image = _resized(image, shards.resize)
-    out = io.BytesIO()
-    if header.ext in ("jpg", "jpeg"):
-        image.save(out, "JPEG", quality=JPEG_QUALITY)
-    else:
-        image.save(out, "PNG")
-    changed = out.getvalue()
+    changed = _encoded(image, header)
     return image_header(changed, header.ext if header.ext in ("jpg", "jpeg") else "png"), changed
+
+
+def _encoded(image: Any, header: ImageHeader) -> bytes:  # any: PIL.Image.Image
+    out = io.BytesIO()
+    try:
+        if header.ext in ("jpg", "jpeg"):
+            image.save(out, "JPEG", quality=JPEG_QUALITY)
+        else:
+            image.save(out, "PNG")
+    except OSError as error:  # Pillow's word for a mode that the format does not have
+        raise BadSample("unsupported", f"{error}: choose shards.mode, or keep the original bytes (no shards.resize)") from error
+    return out.getvalue()
 
 
 def _to_mode(image: Any, mode: str) -> Any:  # any: PIL.Image.Image

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from aecore.data.names import expand_braces
 from aecore.data.record import DATA_EXTENSIONS
 from aecore.errors import DataError
-from aecore.store import Files, absolute_url, open_files
+from aecore.store import Files, absolute_url, open_files, read_again
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
 MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, where nobody says another limit
@@ -56,23 +56,40 @@ class TarFile:
 
     def __init__(self, files: Files, name: str, limit: int) -> None:
         self.where = f"{files.url}/{name}"
-        try:
-            self.descriptor = os.open(files.local(name), os.O_RDONLY)
-            if not name.endswith(".tar"):
-                self.descriptor = _inflated(self.descriptor, self.where, limit)
-        except OSError as error:
-            raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
+        self._files, self._name, self._limit = files, name, limit
+        self.descriptor = read_again(self._opened, self.where)
         self.size = os.fstat(self.descriptor).st_size
+
+    def _opened(self) -> int:
+        try:
+            descriptor = os.open(self._files.local(self._name), os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
+        return descriptor if self._name.endswith(".tar") else _inflated(descriptor, self.where, self._limit)
 
     def close(self) -> None:
         os.close(self.descriptor)
 
     def read(self, member: Member) -> bytes:
-        """Return the bytes of a member; DataError if the file ends before."""
-        data = os.pread(self.descriptor, member.size, member.offset)
+        """Return the bytes of a member; DataError if the file ends before, StoreError if it cannot be read."""
+        data = self._read(member.size, member.offset)
         if len(data) != member.size:
             raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
         return data
+
+    def _read(self, size: int, offset: int) -> bytes:
+        """Return the bytes at `offset`, fewer only where the file ends; StoreError if it cannot be read."""
+        try:
+            return _pread(self.descriptor, size, offset)
+        except OSError as error:
+            return read_again(lambda: self._reread(size, offset), self.where, error)
+
+    def _reread(self, size: int, offset: int) -> bytes:
+        """Open the file anew, whose descriptor may be stale, and read."""
+        descriptor = self._opened()
+        os.dup2(descriptor, self.descriptor, inheritable=False)
+        os.close(descriptor)
+        return _pread(self.descriptor, size, offset)
 
     def samples(self, skipped: Counter[str]) -> list[ForeignSample]:
         """Return the samples in the order of their first members; what is left out is counted in `skipped`.
@@ -126,7 +143,7 @@ class TarFile:
             yield member
 
     def _block(self, position: int) -> bytes:
-        block = os.pread(self.descriptor, BLOCK, position)
+        block = self._read(BLOCK, position)
         if len(block) < BLOCK:
             raise DataError(
                 f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar: restore it"
@@ -153,7 +170,7 @@ class TarFile:
         """Return what a PAX or GNU header says of the next member; one for all members may say nothing that matters."""
         if size > MAX_EXTENDED_BYTES or start + size > self.size:
             raise DataError(f"{self.where} has a header of {size} bytes at byte {start}: it is damaged or truncated: restore it")
-        data = os.pread(self.descriptor, size, start)
+        data = self._read(size, start)
         if kind == b"L":
             return {"path": _text(data)}
         found = {} if kind == b"K" else self._pax(data, start)
@@ -181,7 +198,7 @@ class TarFile:
         return found
 
     def _after_end(self, position: int, skipped: Counter[str]) -> None:
-        while piece := os.pread(self.descriptor, CHUNK_BYTES, position):
+        while piece := self._read(CHUNK_BYTES, position):
             if piece.count(0) != len(piece):
                 skipped[f"bytes after the end of the archive {self.where}"] += self.size - position
                 return
@@ -190,6 +207,14 @@ class TarFile:
 
 def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes, fewer only where the file ends: one call may give fewer."""
+    data = os.pread(descriptor, size, offset)
+    while data and len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def _inflated(descriptor: int, where: str, limit: int) -> int:

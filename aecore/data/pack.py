@@ -1,11 +1,11 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
-The order is the task's; a sample that cannot be read or is damaged is left out and kept as a row for the quarantine. Where the source is
-files and all in a block are plain images, nothing is done sample by sample in Python (`_take`); everything else goes through `_checked`,
-which says what is wrong, one thread beside it hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
+The order is the task's; a sample whose bytes are damaged is left out and kept as a row for the quarantine. One that cannot be read ends
+the shard (StoreError): only bytes that were read whole are judged. Where the source is files and all in a block are plain images, nothing
+is done sample by sample in Python (`_take`); everything else goes through `_checked`, which says what is wrong, one thread beside it
+hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
 """
 
-import errno
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,10 +35,6 @@ Int64s = NDArray[np.int64]
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
 CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # so many blocks that are not plain, one after the other: the rest of the shard is not tried
-_OURS = frozenset(  # not the sample's fault: no memory or room here, or the file system it lies on went away
-    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-    | {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EREMOTEIO, errno.EINTR}
-)
 _MOST_TEXT = 2**31 - 1  # bytes of all texts in a column of an index
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
 
@@ -139,17 +135,11 @@ class Pack:
         keys, labels = self.task.keys, self.task.labels
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            data: bytes | None = None
+            ext, data = read(sources[position])
             try:
-                ext, data = read(sources[position])
                 header, data = prepare(data, ext, shards)
             except BadSample as bad:
                 self._reject(position, "check", bad.reason, bad.message, data)
-                continue
-            except OSError as error:
-                if error.errno in _OURS:
-                    raise
-                self._reject(position, "read", "unreadable", error.strerror or str(error), None)
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
@@ -165,8 +155,8 @@ class Pack:
         good = [keys[position] for position in positions]
         return Samples(good, exts, joined, ends - sizes, ends, None if labels is None else labels[positions]), last
 
-    def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes | None) -> None:
-        self.bad.append((position, stage, reason, message, None if data is None else hashlib.sha256(data).hexdigest()))
+    def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes) -> None:
+        self.bad.append((position, stage, reason, message, hashlib.sha256(data).hexdigest()))
 
     @cached_property
     def good(self) -> tuple[Int64s, Int64s, Int64s]:

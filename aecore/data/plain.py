@@ -21,6 +21,7 @@ from aecore.data.tar import BLANK, BLOCK, Packer, joined_names, plain_names, sto
 from aecore.data.tasks import ShardTask
 from aecore.native import StreamHash
 from aecore.native_run import Files, Run, Texts
+from aecore.store import read_again
 
 Int64s = NDArray[np.int64]
 BLOCK_FILES, BLOCK_BYTES, MOST_BYTES = 1024, 1 << 21, 1 << 24  # of a block: as many files as fit, one larger one, not even one
@@ -60,7 +61,8 @@ class PlainFiles:
         first, stop = int(self.cuts[block]), int(self.cuts[last])
         rows, move = slice(first, stop), packed.size - int(self._starts[first])
         places = self._starts[first : stop + 1] + move, self._begins[rows] + move, self._ends[rows] + move
-        folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)  # shorter paths are found sooner
+        # shorter paths are found sooner
+        folder = read_again(lambda: os.open(self._root, os.O_RDONLY | os.O_DIRECTORY), str(self._root))
         try:
             texts, cuts = (self._paths.of(rows), self._names.of(rows)), self.cuts[block : last + 1] - first
             with Run(Files(folder, *texts, self._labels[rows], *places, cuts, BLANK), stream, bytes(packed.rest)) as run:

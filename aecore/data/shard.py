@@ -22,7 +22,7 @@ from aecore.data.tasks import ShardTask
 from aecore.errors import ConfigError
 from aecore.fanout import Commit
 from aecore.generations import PartRecord, put_or_adopt, read_record, write_record
-from aecore.store import FileRef, Store
+from aecore.store import FileRef, Store, unchecked_bodies
 
 if TYPE_CHECKING:
     from aecore.data.sources import Source
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     """Pack one shard and return the call that commits it; an earlier attempt's record is returned as it is (a rerun).
 
-    Raises StoreError if the output cannot be written, ConfigError if the record there is of another task; never for a bad sample (see the
-    record's `quarantined`).
+    Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the record there is of another task; never
+    for a bad sample (see the record's `quarantined`).
     """
     known = read_record(store, task.stem)
     if known is not None:
@@ -44,7 +44,10 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     pack = Pack(task)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(store.stage())
+        unchecked = unchecked_bodies()
         pack.write(staged, source)
+        if unchecked := unchecked_bodies() - unchecked:
+            _log.info("shard %s: %d bodies were read from a bucket that gives no checksum of them", task.stem, unchecked)
         return functools.partial(_commit, store, pack, staged, stack.pop_all(), time.perf_counter() - started)
 
 

@@ -5,6 +5,7 @@ truncation passes. `read_rows` reads members by offset (one descriptor, thread-s
 an adopted tar are somebody else's: there `verify` compares the sha256 of the whole file instead.
 """
 
+import functools
 import os
 import threading
 import weakref
@@ -26,7 +27,7 @@ from aecore.data.record import Sample
 from aecore.data.tar import different_headers, end_of_archive
 from aecore.errors import DataError
 from aecore.native import read_pieces, sha256s
-from aecore.store import Store
+from aecore.store import Store, read_again
 from aecore.threads import map_ordered
 
 WINDOW_BYTES = 1 << 21
@@ -138,6 +139,9 @@ class ShardReader:
             return self._descriptor != descriptor
 
     def _pread(self, rows: NDArray[np.int64]) -> Members:
+        return read_again(lambda: self._pieces(rows), self._name)
+
+    def _pieces(self, rows: NDArray[np.int64]) -> Members:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]
         if len(rows) and ends[-1] - begins[0] <= WINDOW_BYTES and (np.diff(rows) == 1).all():  # one read costs less than many
             window, _, (size,) = read_pieces(self._descriptor, begins[:1], ends[-1:] - begins[:1])
@@ -206,7 +210,10 @@ class ShardReader:
     def _read(self, begin: np.int64, end: np.int64) -> bytes:
         """Return the bytes [begin, end) of the tar, fewer where the file ends before: that is the caller's to notice."""
         position, pieces = int(begin), list[bytes]()
-        while position < end and (piece := os.pread(self._descriptor, int(end) - position, position)):
+        while position < end:
+            piece = read_again(functools.partial(os.pread, self._descriptor, int(end) - position, position), self._name)
+            if not piece:
+                break
             pieces.append(piece)
             position += len(piece)
         return b"".join(pieces)

@@ -10,6 +10,7 @@ at most a file under `.tmp/`, or an upload that was not completed, which no read
 Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` ends it by SIGKILL at the third record linked.
 """
 
+from aecore.store._again import read_again
 from aecore.store._base import (
     FAULT_STAGES,
     AlreadyExists,
@@ -21,11 +22,14 @@ from aecore.store._base import (
     sha256_file,
     sha256_json,
 )
+from aecore.store._buckets import unchecked_bodies
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
+from aecore.store._race import RACERS, race
 
 __all__ = [
     "FAULT_STAGES",
+    "RACERS",
     "AlreadyExists",
     "FileRef",
     "Files",
@@ -38,7 +42,10 @@ __all__ = [
     "is_remote",
     "open_files",
     "open_store",
+    "race",
+    "read_again",
     "resolve_url",
     "sha256_file",
     "sha256_json",
+    "unchecked_bodies",
 ]

@@ -1,8 +1,10 @@
 """An artefact, or files to read, in a folder of a local (or mounted) file system that knows hard links."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from aecore.errors import DataError, StoreError, disk_remedy
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
 LINK_TRIES = 20
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class LocalStore:
@@ -195,8 +198,15 @@ class LocalFiles:
         for folder, folders, names in os.walk(self.root, onerror=_cannot_list):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
-                if path.is_file():
-                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                try:
+                    state = path.stat()
+                except OSError as error:
+                    if error.errno in _NO_FILE:  # a link that leads nowhere
+                        continue
+                    _cannot_list(error)
+                    raise
+                if stat.S_ISREG(state.st_mode):
+                    found[path.relative_to(self.root).as_posix()] = state.st_size
         if not found:
             raise DataError(f"{self.url} holds no file: check the address")
         return dict(sorted(found.items()))

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from aecore.errors import DataError, StoreError
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 from aecore.store._cache import ObjectCache
-from aecore.store._s3_client import Answered, code_of, retried
+from aecore.store._race import ROLE, require_atomic
+from aecore.store._s3_body import written_sha256
+from aecore.store._s3_client import Answered, code_of, endpoint, retried
 from aecore.store._s3_place import Place
 from aecore.store._scratch import new_path
 from aecore.threads import map_ordered
@@ -65,6 +67,8 @@ class S3Store(Place):
 
     def _create(self, ref: FileRef, upload: Any, role: str) -> None:  # any: a coroutine function of the file system
         assert ref.bytes, f"{ref.name} has no bytes"
+        if role != ROLE:
+            require_atomic(self, self.place, self._cache.root)
         fault_point(f"{role}.synced")
         try:
             self._client.run(upload)
@@ -80,7 +84,7 @@ class S3Store(Place):
         head = self._head(name)
         if head is None:
             raise StoreError(f"{self._where(name)} was there when we wrote it and is gone now: who removes files below {self.url}?")
-        return _written_sha256(head) or hashlib.sha256(self._get(name)).hexdigest()
+        return written_sha256(head) or hashlib.sha256(self._get(name)).hexdigest()
 
     async def _put_whole(self, filesystem: "S3FileSystem", ref: FileRef, data: bytes) -> None:
         arguments = {"Body": data, "ContentMD5": _md5(data), "Metadata": {"sha256": ref.sha256}, "IfNoneMatch": "*"}
@@ -133,7 +137,7 @@ class S3Store(Place):
                 head = await filesystem._call_s3("head_object", **self._at(ref.name))
             except OSError:
                 head = {}
-            if _written_sha256(head) != ref.sha256:
+            if written_sha256(head) != ref.sha256:
                 raise StoreError(f"the upload of {self._where(ref.name)} was ended by somebody else: run the same command again") from error
 
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
@@ -187,6 +191,11 @@ class S3Store(Place):
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         self._cache.prefetch(refs, self._fetch)
 
+    @property
+    def place(self) -> str:
+        """Bucket and endpoint."""
+        return f"{'/'.join(self.url.split('/', 3)[:3])} at {endpoint()}"
+
     @cached_property
     def _cache(self) -> ObjectCache:
         return ObjectCache()
@@ -194,13 +203,13 @@ class S3Store(Place):
     def _fetch(self, ref: FileRef, target: Path) -> None:
         """Write the object of `ref` to `target`, verified (DataError)."""
         try:
-            found = self._download(ref.name, target)
+            found = self._download(ref.name, target, ref.sha256)
         except Answered as error:
             if error.missing:
                 require_size(self._where(ref.name), ref, None)
             raise
         require_size(self._where(ref.name), ref, target.stat().st_size)
-        if found != ref.sha256:
+        if found is not None and found != ref.sha256:
             raise damaged(self._where(ref.name), ref, found)
 
     def size(self, name: str) -> int | None:
@@ -222,11 +231,6 @@ class S3Store(Place):
     def remove(self, name: str) -> None:
         _recent.pop(self._where(name), None)
         self._client.call(self._where(name), "remove", "delete_object", **self._at(name))
-
-
-def _written_sha256(head: dict[str, Any]) -> str | None:  # any: S3's answer
-    """Return the sha256 that the writer of an object left in its metadata; services differ in the case of names."""
-    return next((str(value) for name, value in head.get("Metadata", {}).items() if name.lower() == "sha256"), None)
 
 
 def _md5(data: bytes) -> str:

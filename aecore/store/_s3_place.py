@@ -1,18 +1,19 @@
 """A bucket and a prefix: what an artefact and somebody else's files there have in common."""
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError
-from aecore.store._s3_client import Answered, Client, ShortBody, client, retried
+from aecore.store._s3_body import Take, receive
+from aecore.store._s3_client import Answered, Client, client
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
 
-READ_BYTES, PAGE = 1 << 20, 1000
+PAGE = 1000
 
 
 class Place:
@@ -61,41 +62,31 @@ class Place:
         return self._client.run(lambda filesystem: self._body(filesystem, name))
 
     async def _body(self, filesystem: "S3FileSystem", name: str) -> bytes:
-        async def once() -> bytes:
-            pieces: list[bytes] = []
-            await _stream(filesystem, self._at(name), pieces.append)
-            return b"".join(pieces)
+        pieces: list[bytes] = []
 
-        return await retried(once, self._where(name), "read")
+        def begin() -> Take:
+            pieces.clear()
+            return pieces.append
 
-    def _download(self, name: str, target: Path) -> str:
-        """Write an object to `target`; return its sha256."""
+        await receive(filesystem, self._at(name), self._where(name), begin)
+        return b"".join(pieces)
 
-        async def all_of_it(filesystem: "S3FileSystem") -> str:
-            async def once() -> str:
-                digest = hashlib.sha256()
-                # not emptied first: the cache counts the size that it gave the file
-                with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+    def _download(self, name: str, target: Path, sha256: str | None = None) -> str | None:
+        """Write an object to `target`; return its sha256 if the one it should have is given."""
+        # not emptied first: the cache counts the size that it gave the file
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
 
-                    def take(piece: bytes) -> None:
-                        file.write(piece)
-                        digest.update(piece)
+            def begin() -> Take:
+                file.seek(0)
+                return lambda piece: _write(file, piece)
 
-                    await _stream(filesystem, self._at(name), take)
-                    file.truncate()
-                return digest.hexdigest()
-
-            return await retried(once, self._where(name), "read")
-
-        return self._client.run(all_of_it)
+            found = self._client.run(lambda filesystem: receive(filesystem, self._at(name), self._where(name), begin, sha256))
+            file.truncate()
+        return found
 
 
-async def _stream(filesystem: "S3FileSystem", at: dict[str, str], take: Callable[[bytes], object]) -> None:
-    answer = await filesystem._call_s3("get_object", **at)
-    expected, received = answer["ContentLength"], 0
-    async with answer["Body"] as body:
-        while piece := await body.read(READ_BYTES):
-            received += len(piece)
-            take(piece)
-    if received != expected:
-        raise ShortBody(f"{received} of {expected} bytes arrived")
+def _write(file: FileIO, piece: bytes) -> None:
+    """Write all of a piece: a file without a buffer may take less."""
+    left = memoryview(piece)
+    while left:
+        left = left[file.write(left) :]

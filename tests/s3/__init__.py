@@ -22,9 +22,20 @@ _numbers = itertools.count(1)
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, latency_s: float = 0.0) -> Iterator[int]:
-    """Start the server in a process of its own and give its port; it ends with the block, or with this process."""
-    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("server.py"), folder / "server", latency_s]
+def start_server(folder: Path, latency_s: float = 0.0, *, bare: bool = False) -> Iterator[int]:
+    """Start the server in a process of its own and give its port; it ends with the block, or with this process.
+
+    A `bare` one is Swift as it is, whose conditional creates are not atomic.
+    """
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        Path(__file__).with_name("server.py"),
+        folder / "server",
+        latency_s,
+        *(["bare"] if bare else []),
+    ]
     environment = {**os.environ, "TEST_S3_REGION": REGION, "TEST_S3_SECRET": SECRET_KEY}
     with started(command, env=environment, stdin=subprocess.PIPE, grace_s=0) as process:  # it has nothing to save
         port = process.wait_for(lambda: re.search(r"ready (\d+)\n", process.out), "the S3 server is ready")

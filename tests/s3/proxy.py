@@ -5,7 +5,9 @@
 
 A rule spoils the requests whose first line matches, `times` of them (None: all): `status` answers by itself, `reset` drops the
 connection, `delay` waits before it passes the request on, `cut` ends the answer's body early, `lost_ack` lets the server work and
-drops its answer. `log` holds the first line of every request and what was done to it.
+drops its answer, `flip` changes one bit of the answer's body (another one each time, unless `bit` says which), with `alternate` of every
+other one. `headers` replace those of all answers to GET (None: leave it out). `log` holds the first line of every request and what was
+done to it.
 """
 
 import asyncio
@@ -26,6 +28,9 @@ class Rule:
     code: str = "ServiceUnavailable"
     seconds: float = 0.0
     after: int = 0  # bytes of the body before it is cut
+    bit: int | None = None  # of the body, to flip
+    alternate: bool = False
+    matched: int = 0
 
 
 class FaultProxy:
@@ -34,6 +39,7 @@ class FaultProxy:
         self.delay_s = delay_s  # of every request
         self.rules: list[Rule] = []
         self.log: list[tuple[str, str]] = []
+        self.headers: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
@@ -51,6 +57,7 @@ class FaultProxy:
         with self._lock:
             self.rules.clear()
             self.log.clear()
+            self.headers.clear()
 
     def __enter__(self) -> "FaultProxy":
         self._thread.start()
@@ -79,6 +86,9 @@ class FaultProxy:
         with self._lock:
             for rule in self.rules:
                 if rule.times != 0 and re.search(rule.match, line):
+                    rule.matched += 1
+                    if rule.alternate and rule.matched % 2 == 0:
+                        return None
                     if rule.times is not None:
                         rule.times -= 1
                     return rule
@@ -131,7 +141,17 @@ class FaultProxy:
             await _pass_body(answer, answers, None, has_body)
             writer.transport.abort()
             return False
+        if line.startswith("GET"):
+            answer = _with_headers(answer, self.headers)
         writer.write(answer)
+        if rule and do == "flip" and has_body:
+            length = _length(answer)
+            body = bytearray(await answers.readexactly(length))
+            bit = rule.matched * 7919 % (8 * length) if rule.bit is None else rule.bit
+            body[bit // 8] ^= 1 << bit % 8
+            writer.write(body)
+            await writer.drain()
+            return True
         if rule and do == "cut":
             writer.write(await answers.readexactly(rule.after))
             await writer.drain()
@@ -144,6 +164,19 @@ class FaultProxy:
 def _answer(rule: Rule) -> bytes:
     body = f"<?xml version='1.0'?><Error><Code>{rule.code}</Code><Message>injected</Message></Error>".encode()
     return f"HTTP/1.1 {rule.status} X\r\ncontent-type: application/xml\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _with_headers(head: bytes, headers: dict[str, str | None]) -> bytes:
+    for name, value in headers.items():
+        head = re.sub(rb"(?i)\r\n%b:[^\r]*" % name.encode(), b"", head)
+        if value is not None:
+            head = head[:-2] + f"{name}: {value}\r\n\r\n".encode()
+    return head
+
+
+def _length(head: bytes) -> int:
+    match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return int(match[1]) if match else 0
 
 
 async def _pass_body(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter | None, has_body: bool = True) -> None:
@@ -159,8 +192,7 @@ async def _pass_body(head: bytes, reader: asyncio.StreamReader, writer: asyncio.
                 await writer.drain()
             if len(chunk) == 2:
                 return
-    match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-    left = int(match[1]) if match else 0
+    left = _length(head)
     while left:
         piece = await reader.read(min(left, BUFFER))
         if not piece:

@@ -1,7 +1,8 @@
 """A real S3 server for tests: OpenStack Swift with its s3api, all four servers in one process on loopback.
 
-`server.py FOLDER [LATENCY]` prints `ready PORT` and serves until its standard input ends; every request waits LATENCY seconds.
-multipart uploads and conditional creates. The folder needs a file system with user xattrs.
+`server.py FOLDER [LATENCY [bare]]` prints `ready PORT` and serves until its standard input ends; every request waits LATENCY seconds.
+Swift looks whether a name is taken before it reads the body, and never again: of conditional creates that overlap all may win. So those of
+one name wait for each other here; with `bare` they do not. The folder needs a file system with user xattrs.
 """
 
 # ruff: noqa: E402
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eventlet import listen, tpool, wsgi
+from eventlet import listen, semaphore, tpool, wsgi
 
 REGION, SECRET_KEY = os.environ["TEST_S3_REGION"], os.environ["TEST_S3_SECRET"]
 SERVERS = ("account", "container", "object")
@@ -79,7 +80,20 @@ def late(app: Any, latency_s: float) -> Any:
     return answer
 
 
-def serve(root: Path, latency_s: float) -> None:
+def atomic(app: Any) -> Any:
+    """Return the WSGI application, in which the conditional creates of one name wait for each other."""
+    locks: dict[str, semaphore.Semaphore] = {}
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        if "HTTP_IF_NONE_MATCH" not in environ:
+            return app(environ, start_response)
+        with locks.setdefault(environ["PATH_INFO"], semaphore.Semaphore()):
+            return list(app(environ, start_response))
+
+    return answer
+
+
+def serve(root: Path, latency_s: float, bare: bool) -> None:
     etc, devices = root / "etc", root / "devices"
     etc.mkdir(parents=True)
     (devices / "disk").mkdir(parents=True)
@@ -107,13 +121,14 @@ def serve(root: Path, latency_s: float) -> None:
     with open(os.devnull, "w") as nothing:
         for name in (*SERVERS, "proxy"):
             app = loadapp(str(etc / f"{name}.conf"))
-            if name == "proxy" and latency_s:
-                app = late(app, latency_s)
+            if name == "proxy":
+                app = app if bare else atomic(app)
+                app = late(app, latency_s) if latency_s else app
             eventlet.spawn(wsgi.server, sockets[name], app, log=nothing, log_output=False, max_size=512)
         print("ready", ports["proxy"], flush=True)
         tpool.execute(sys.stdin.buffer.read)  # until it ends: the server never outlives the test run that started it
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    serve(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0, "bare" in sys.argv[3:])
     os._exit(0)

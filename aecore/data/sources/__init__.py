@@ -1,7 +1,8 @@
 """Where raw samples come from. One file per kind; each lists its samples cheaply and reads the bytes of one when asked.
 
 A source never decodes, resizes or filters by content: what it lists is planned, and a sample that turns out to be damaged goes
-to the quarantine. Adding a source is adding a file here: a `@spec` with `kind`, and a build function registered in `SOURCES`.
+to the quarantine. What cannot be read is no damaged sample: it ends the shard, and nothing is recorded. Adding a source is adding a file
+here: a `@spec` with `kind`, and a build function registered in `SOURCES`.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from aecore.store import read_again
 
 T = TypeVar("T")
 
@@ -103,7 +106,7 @@ class Source(Protocol):
         """List all samples. DataError if the source is missing, unreadable or empty."""
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension (lower case, no dot) and bytes of one listed sample; OSError if it cannot be read."""
+        """Return extension (lower case, no dot) and all bytes of one listed sample; OSError or StoreError if it cannot be read."""
 
 
 def file_root(source: Source) -> Path | None:
@@ -113,6 +116,17 @@ def file_root(source: Source) -> Path | None:
 
 
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-    """Return what reads exactly these samples in this order: `source.ahead(names)` where a source works ahead, else `source.read`."""
+    """Return what reads exactly these samples in this order: `source.ahead(names)` where a source works ahead, else `source.read`.
+
+    What cannot be read is read again, then it is a StoreError: it says nothing about the sample.
+    """
     ahead: Callable[[Sequence[str]], Callable[[str], tuple[str, bytes]]] | None = getattr(source, "ahead", None)
-    return source.read if ahead is None else ahead(names)
+    first = source.read if ahead is None else ahead(names)
+
+    def read(name: str) -> tuple[str, bytes]:
+        try:
+            return first(name)
+        except OSError as error:
+            return read_again(lambda: source.read(name), name, error)
+
+    return read

@@ -21,7 +21,7 @@ from aecore.data.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, open_files
+from aecore.store import absolute_url, open_files, read_again
 
 _MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
 FACTOR = "factor_"
@@ -74,7 +74,12 @@ class ArraysSource:
         ------
         DataError
             If there is no such file, one is damaged, lengths differ, or it is not clear which array holds the samples.
+        StoreError
+            If one cannot be read.
         """
+        return read_again(self._listing, self._files.url)
+
+    def _listing(self) -> Listing:
         names, notes = self._names()
         blocks = [block for name in names for block in self._blocks(name, names)]
         if not blocks:
@@ -95,16 +100,20 @@ class ArraysSource:
         )
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and bytes of one row; OSError if its file cannot be read."""
+        """Return extension and bytes of one row; OSError if its file cannot be read (the next read opens it anew)."""
         head, _, row = source.rpartition("#")
-        return (self._rows.get(head) or self._open(head))(int(row))
+        try:
+            return (self._rows.get(head) or self._open(head))(int(row))
+        except OSError:
+            self._rows.pop(head, None)
+            raise
 
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
         member = _MEMBER.fullmatch(head)
         name, array = (member[1], member[2]) if member else (head, "")
         file = self._array_file(name)
         lengths = self._lengths(file, array, name) if array else None
-        self._rows[head] = found = row_writer(file.array(array), self._spec.store_as, head, lengths)
+        self._rows[head] = found = row_writer(file.rows(array), self._spec.store_as, head, lengths)
         return found
 
     def _sizes(self, block: _Block) -> NDArray[np.int64]:
@@ -140,13 +149,13 @@ class ArraysSource:
     def _with_labels(self, name: str) -> list[str]:
         try:
             self._files.local(name).stat()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"source.url {self._files.url}/{name} cannot be read: {error.strerror or error}; check the address") from error
         found = [name]
         for other in _label_files(name):
             try:
                 self._files.local(other).stat()
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             found.append(other)
             break

@@ -6,6 +6,7 @@ folders (a folder would be listed twice, or for ever). Everything else is listed
 
 import bisect
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -97,15 +98,20 @@ class FolderSource:
         return Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes)
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and bytes of one file; OSError if it cannot be read."""
-        descriptor = os.open(self._prefix + source, _READ_FLAGS)  # half the time of `open`
+        """Return extension and all bytes of one file; OSError if it cannot be read, or ends before the size that it has."""
+        path = self._prefix + source
+        descriptor = os.open(path, _READ_FLAGS)  # half the time of `open`
         try:
-            data = os.read(descriptor, self._first_read)
-            if len(data) == self._first_read:
+            data, size = os.read(descriptor, self._first_read), os.fstat(descriptor).st_size
+            if len(data) == self._first_read or len(data) < size:
                 self._first_read = LARGE_READ_BYTES
-                data += _rest(descriptor)
+                data += _rest(descriptor, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from error
         finally:
             os.close(descriptor)
+        if len(data) < size:
+            raise OSError(errno.EIO, f"only {len(data)} of its {size} bytes were read", path)
         return _extension(source), data
 
     def file_root(self) -> Path | None:
@@ -221,10 +227,10 @@ def _entries(folder: Path) -> dict[str, int]:
             return {entry.name: entry.stat(follow_symlinks=False).st_size if is_file else -1 for entry, is_file in files.items()}
 
 
-def _rest(descriptor: int) -> bytes:
-    """Return what is left to read of a file, in one read where its size is told truthfully."""
-    size, pieces = max(os.fstat(descriptor).st_size, LARGE_READ_BYTES), list[bytes]()
-    while piece := os.read(descriptor, size):
+def _rest(descriptor: int, size: int) -> bytes:
+    """Return what is left to read of a file of this size, in one read where its size is told truthfully."""
+    pieces = list[bytes]()
+    while piece := os.read(descriptor, max(size, LARGE_READ_BYTES)):
         pieces.append(piece)
     return b"".join(pieces)
 

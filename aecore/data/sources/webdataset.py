@@ -108,14 +108,25 @@ class WebdatasetSource:
         )
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return codec and bytes of one sample; DataError if its tar cannot be read or was cut after listing."""
+        """Return codec and bytes of one sample.
+
+        Raises OSError if its tar is not there any more, StoreError if it cannot be read, DataError if it was cut after listing.
+        """
         tar, member = parse_source(source)
         if tar not in self._open:
             while len(self._open) >= MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
-            self._open[tar] = TarFile(self.tars.files, tar, self._spec.max_inflated_bytes)
+            self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
         return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
+
+    def _opened(self, tar: str) -> TarFile:
+        try:
+            return TarFile(self.tars.files, tar, self._spec.max_inflated_bytes)
+        except DataError as error:
+            if isinstance(error.__cause__, OSError):  # no wrong address: it was listed
+                raise error.__cause__ from None
+            raise
 
     def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ForeignSample, Member]]:
         """Return the samples of a tar that have an image or array, in the order in which these stand."""

@@ -149,7 +149,10 @@ def test_what_is_not_plain_changes_nothing_else(tmp_path, monkeypatch, taken, ho
 
 
 @pytest.mark.parametrize("how", ["gone", "grown", "grown by a page", "shrunk", "folder", "fifo", "unreadable link"])
-def test_files_that_change_after_they_were_listed_are_taken_as_they_are(tmp_path, monkeypatch, how):
+def test_files_that_change_after_they_were_listed_are_taken_as_they_are_and_those_that_are_gone_are_not_judged(tmp_path, monkeypatch, how):
+    monkeypatch.setattr("aecore.store._again.FIRST_PAUSE_S", 0.001)
+    unreadable = how in ("gone", "folder", "unreadable link")
+
     def change(root: Path) -> None:
         for path in sorted(root.rglob("*.png"))[:: 7 if how != "gone" else 20]:
             data = path.read_bytes()
@@ -186,6 +189,11 @@ def test_files_that_change_after_they_were_listed_are_taken_as_they_are(tmp_path
             changing(tmp_path / loops / "in")
             if loops == "python":
                 patch.setattr(native, "_library", lambda: None)
+            if unreadable:
+                with pytest.raises(StoreError, match="it was there when the source was listed"):
+                    written(tmp_path / loops / "in", tmp_path / loops / "out")
+                assert not (tmp_path / loops / "out/quarantine").exists()
+            # what is gone is not listed the next time
             results.append(written(tmp_path / loops / "in", tmp_path / loops / "out"))
             monkeypatch = kept
     assert results[0] == results[1]

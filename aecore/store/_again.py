@@ -1,0 +1,47 @@
+"""Reads of a file system that are tried again: an error of the moment says nothing about the bytes that could not be read."""
+
+import errno
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from aecore.errors import StoreError
+
+T = TypeVar("T")
+READS, FIRST_PAUSE_S = 3, 0.1
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_REMEDIES = {
+    **dict.fromkeys(_GONE, "it was there when the source was listed: run the same command again, which lists the source again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "make it readable or move it away, then run the same command again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), then run the same command again"),
+}
+_USUAL = "nothing is recorded about it: run the same command again when the storage is well, or move the file away"
+
+
+def read_again(read: Callable[[], T], where: str, error: OSError | None = None) -> T:
+    """Return what `read()` gives, called up to `READS` times, with a pause after each OSError.
+
+    Parameters
+    ----------
+    read : callable
+        Reads from the beginning: it opens what a stale handle may hold open.
+    where : str
+        What is read, for the error.
+    error : OSError, optional
+        The error of a first read that the caller has made.
+
+    Raises
+    ------
+    StoreError
+        If the last read fails too.
+    """
+    for attempt in range(0 if error is None else 1, READS):
+        if attempt:
+            time.sleep(FIRST_PAUSE_S * 4 ** (attempt - 1))
+        try:
+            return read()
+        except OSError as failed:
+            error = failed
+    assert error is not None
+    remedy = _REMEDIES.get(error.errno or 0, _USUAL)
+    raise StoreError(f"cannot read {error.filename or where}: {error.strerror or error} (tried {READS} times); {remedy}") from error

@@ -1,0 +1,58 @@
+"""What this process has seen of the checksums of each bucket that it reads from."""
+
+import logging
+import threading
+
+logger = logging.getLogger(__name__)
+
+
+class Bucket:
+    """What this process knows of the checksums of one bucket."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.matched = self.unchecked = 0  # ETags that were the MD5, bodies without any checksum
+        self.ignores_etags = self.refuses_mode = False
+        self._noted = False
+        self._lock = threading.Lock()  # event loops of several threads count
+
+    def of_etag(self) -> None:
+        """Count an ETag that was the MD5 of its object."""
+        with self._lock:
+            self.matched += 1
+
+    def of_no_checksum(self) -> None:
+        """Count a body that could not be compared."""
+        with self._lock:
+            self.unchecked += 1
+            is_first = self.unchecked == 1
+        if is_first:
+            logger.info("%s: objects without a checksum that can be compared are read once (counted for each shard)", self.url)
+
+    def of_other_etag(self, where: str) -> None:
+        """Take note of an ETag that is not the MD5 of its object."""
+        with self._lock:
+            self.ignores_etags = self.matched == 0
+            self.unchecked += 1
+        if self.matched:
+            logger.warning("%s: its ETag is not its MD5, although %d others of this bucket are: compare it", where, self.matched)
+        elif not self._noted:
+            logger.warning("%s: ETags are no MD5 here (first: %s): bodies are not compared with them", self.url, where)
+        self._noted = True
+
+
+_buckets: dict[str, Bucket] = {}
+_making = threading.Lock()
+
+
+def bucket(url: str) -> Bucket:
+    """Return what is known of the bucket of an `s3://[profile@]bucket/...` URL."""
+    place = "/".join(url.split("/", 3)[:3])
+    with _making:
+        return _buckets.setdefault(place, Bucket(place))
+
+
+def unchecked_bodies() -> int:
+    """Return how many bodies this process has read that had no checksum to be compared with."""
+    with _making:
+        return sum(known.unchecked for known in _buckets.values())

@@ -1,0 +1,100 @@
+"""Does a store create conditionally and atomically? Of several overlapping writes of one name exactly one may be told that it wrote it.
+
+Amazon's store does, and so do file systems with hard links. A service that looks whether a name is taken before it reads the body, and
+never again, passes any test that writes one after the other, and tells up to all of the writers that overlap that they have won
+(measured: OpenStack Swift, 16 of 16): two runs at once would then mix their files. So each bucket is tried once by a race before the
+first write there; that it passed is remembered for `KEPT_S` in the cache folder of the machine.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aecore.errors import StoreError
+from aecore.store._base import AlreadyExists, FileRef, Store
+
+logger = logging.getLogger(__name__)
+ROLE = "race"  # of the files that a race writes
+RACERS, RACE_BYTES = 8, 1 << 20
+KEPT_S = 30 * 86400.0
+_passed: set[str] = set()
+_racing = threading.Lock()
+
+
+def race(store: Store) -> str | None:
+    """Write one new name from `RACERS` threads at once; return what was wrong, None if exactly one write won. The file is removed.
+
+    Raises StoreError if the store cannot be written.
+    """
+    name, together = f".tmp/{uuid.uuid4().hex}", threading.Barrier(RACERS)
+
+    def write(number: int) -> FileRef | None:
+        data = bytes([number]) * RACE_BYTES
+        together.wait()
+        with contextlib.suppress(AlreadyExists):
+            return store.put(name, data, role=ROLE)
+        return None
+
+    try:
+        with ThreadPoolExecutor(RACERS) as racers:
+            winners = [ref for ref in racers.map(write, range(RACERS)) if ref is not None]
+        if len(winners) != 1:
+            return f"{len(winners)} of {RACERS} overlapping writes of one name were told that they had written it"
+        if hashlib.sha256(store.read(name)).hexdigest() != winners[0].sha256:
+            return "the bytes of another write are there than of the one that was told that it had written them"
+        return None
+    finally:
+        with contextlib.suppress(StoreError):  # who may not remove what he wrote may still write
+            store.remove(name)
+
+
+def require_atomic(store: Store, place: str, memory: Path) -> None:
+    """StoreError unless `store` has passed a race here, now or within `KEPT_S`.
+
+    Parameters
+    ----------
+    place : str
+        What one race speaks for: endpoint and bucket.
+    memory : Path
+        Folder of this machine in which it is remembered.
+    """
+    if place in _passed:
+        return
+    with _racing:
+        if place in _passed:
+            return
+        if not _remembered(place, memory):
+            wrong = race(store)
+            if wrong is not None:
+                raise StoreError(
+                    f"{place} does not create files atomically: {wrong}; two runs at once could mix their files: write to another "
+                    "place, or have the service repaired"
+                )
+            remember(place, memory)
+        _passed.add(place)
+
+
+def remember(place: str, memory: Path) -> None:
+    """Take note that a race at `place` was passed; where there is no room for that, each process races."""
+    try:
+        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(_note(place, memory), os.O_WRONLY | os.O_CREAT, 0o600))
+        os.utime(_note(place, memory))
+    except OSError as error:
+        logger.debug("%s: that it creates atomically cannot be remembered: %s", place, error)
+
+
+def _remembered(place: str, memory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return abs(time.time() - _note(place, memory).stat().st_mtime) < KEPT_S
+    return False
+
+
+def _note(place: str, memory: Path) -> Path:
+    return memory / f"atomic-{hashlib.sha256(place.encode()).hexdigest()[:16]}"

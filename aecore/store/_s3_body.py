@@ -1,0 +1,185 @@
+"""Bodies of objects: received whole, compared with a checksum, and read again where they differ from it.
+
+A bit that flips on the way is otherwise stored: most JPEGs and all BMPs with one still decode. A body is compared with, in this order,
+
+- `x-amz-checksum-*` of the whole object, by botocore as it arrives (CRC-32, SHA-1, SHA-256; those of parts say nothing of the whole),
+- the sha256 that this project writes as metadata,
+- the ETag, where it is 32 hex digits and the answer names no KMS key and no key of the customer: then it is the MD5.
+
+Two equal reads that differ from the ETag mean that the ETag is no MD5: that is noted once, and if no ETag of the bucket was one, they are
+not compared any more. Reads that differ from each other are a fault: the third one must match. A body without any checksum is read
+once and counted. The price is one MD5 (0.6 GB/s of one core), in threads of its own where a body is large.
+"""
+
+import asyncio
+import hashlib
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aecore.errors import StoreError
+from aecore.store._buckets import Bucket, bucket
+from aecore.store._s3_client import ShortBody, code_of, retried
+
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
+
+logger = logging.getLogger(__name__)
+Take = Callable[[bytes], object]
+READS, READ_BYTES = 3, 1 << 20
+THREAD_BYTES = 1 << 15  # a smaller piece is hashed in less time than another thread needs to begin
+_VERIFIED = ("ChecksumCRC32", "ChecksumSHA1", "ChecksumSHA256")  # by botocore; the others need a library that it does not bring along
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class _Digest(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """One read of a whole body: by what it was compared and whether it matched, and its digests (of equal bytes they are equal)."""
+
+    by: tuple[str, ...]
+    matches: bool
+    digests: tuple[str, ...]
+
+
+async def receive(
+    filesystem: "S3FileSystem", at: dict[str, str], where: str, begin: Callable[[], Take], sha256: str | None = None
+) -> str | None:
+    """Give the body of an object to the function that `begin()` returns; `begin` is called again for each read.
+
+    Parameters
+    ----------
+    at : dict
+        Bucket and key.
+    sha256 : str, optional
+        What the caller knows of the content; then nothing else is compared.
+
+    Returns
+    -------
+    str or None
+        The sha256 of what was received if the caller gave one: another one if the object is another.
+
+    Raises
+    ------
+    StoreError
+        If it cannot be read, or differs from its checksum and each read from the one before.
+    """
+    known = bucket(where)
+    before: _Received | None = None
+    for number in range(READS):
+        got = await retried(lambda: _once(filesystem, at, begin, sha256, known), where, "read")
+        if got.matches:
+            return sha256
+        if number == 1 and before is not None and got.digests and got.digests == before.digests:
+            break
+        logger.warning("%s: what arrived does not match its %s: it is read again", where, got.by[0])
+        before = got
+    else:
+        raise StoreError(
+            f"cannot read {where}: none of {READS} reads matched its {got.by[0]}: the network or a proxy changes what passes; nothing is "
+            "recorded about it: run the same command again when that is repaired"
+        )
+    if sha256 is not None:
+        return got.digests[0]
+    if got.by != ("ETag",):
+        raise StoreError(
+            f"cannot read {where}: two reads gave the same bytes, which do not match its {got.by[0]}: the object is damaged; "
+            "restore it, then run the same command again"
+        )
+    known.of_other_etag(where)
+    return None
+
+
+async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[[], Take], sha256: str | None, known: Bucket) -> _Received:
+    """Read a body once. ShortBody if it ends early."""
+    from botocore.exceptions import FlexibleChecksumError
+
+    answer = await _asked(filesystem, at, known)
+    expected = {"sha256": sha256} if sha256 else _expected(answer, known)
+    by_service = [] if sha256 else [name for name in _VERIFIED if "-" not in answer.get(name, "-")]
+    digests = {} if by_service else {name: _new_digest(name) for name in expected}
+    try:
+        await _stream(answer, begin(), list(digests.values()))
+    except FlexibleChecksumError:
+        return _Received((by_service[0] if by_service else "checksum",), False, ())
+    if by_service:
+        return _Received((by_service[0],), True, ())
+    if not expected:
+        known.of_no_checksum()
+        return _Received((), True, ())
+    found = {name: digest.hexdigest() for name, digest in digests.items()}
+    matches = [name for name in expected if found[name] == expected[name]]
+    if "ETag" in matches:
+        known.of_etag()
+    return _Received(tuple(expected), bool(matches), tuple(found.values()))
+
+
+async def _asked(filesystem: "S3FileSystem", at: dict[str, str], known: Bucket) -> dict[str, Any]:  # any: S3's answer
+    """Ask for an object and its checksums, without them where the service knows no such question."""
+    if not known.refuses_mode:
+        try:
+            answer: dict[str, Any] = await filesystem._call_s3("get_object", **at, ChecksumMode="ENABLED")
+            return answer
+        except Exception as error:
+            if code_of(error) not in ("NotImplemented", "501"):
+                raise
+            known.refuses_mode = True
+    plain: dict[str, Any] = await filesystem._call_s3("get_object", **at)
+    return plain
+
+
+def _expected(answer: dict[str, Any], known: Bucket) -> dict[str, str]:
+    """Return the digests of the whole object that its metadata and ETag give, by name; a body is right if one of them fits."""
+    found: dict[str, str] = {}
+    written = written_sha256(answer)
+    if written is not None and _SHA256.fullmatch(written):
+        found["sha256"] = written
+    etag = str(answer.get("ETag", "")).strip('"').lower()
+    by_key = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSEKMSKeyId" in answer
+    if _MD5.fullmatch(etag) and not by_key and "SSECustomerAlgorithm" not in answer and not known.ignores_etags:
+        found["ETag"] = etag
+    return found
+
+
+def _new_digest(name: str) -> _Digest:
+    return hashlib.md5(usedforsecurity=False) if name == "ETag" else hashlib.sha256()
+
+
+def written_sha256(answer: dict[str, Any]) -> str | None:  # any: S3's answer
+    """Return the sha256 that the writer of an object left in its metadata; services differ in the case of names."""
+    return next((str(value) for name, value in answer.get("Metadata", {}).items() if name.lower() == "sha256"), None)
+
+
+async def _stream(answer: dict[str, Any], take: Take, digests: list[_Digest]) -> None:
+    """Give the pieces of a body to `take` and to the digests, which large ones reach in another thread while the next piece arrives."""
+    expected, received = answer["ContentLength"], 0
+    hashing: asyncio.Future[None] | None = None
+
+    def update(piece: bytes) -> None:
+        for digest in digests:
+            digest.update(piece)
+
+    async with answer["Body"] as body:
+        try:
+            while piece := await body.read(READ_BYTES):
+                received += len(piece)
+                take(piece)
+                if hashing is not None:
+                    await hashing
+                    hashing = None
+                if digests and len(piece) >= THREAD_BYTES:
+                    hashing = asyncio.get_running_loop().run_in_executor(None, update, piece)
+                else:
+                    update(piece)
+        finally:
+            if hashing is not None:
+                await hashing
+    if received != expected:
+        raise ShortBody(f"{received} of {expected} bytes arrived")
