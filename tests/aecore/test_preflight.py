@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.order import EpochOrder, TrainingOrder
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.splits import SplitSpec

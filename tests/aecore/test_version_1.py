@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from aecore.data.dataset import open_dataset
 from aecore.data.job import adopt_shards, shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.tasks import ShardSpec
@@ -19,6 +19,7 @@ from aecore.gc import collect_garbage
 from aecore.generate import SampleSpec, sample_run
 from aecore.store import open_store
 from aecore.table import open_table
+from aecore.table_verify import verify_table
 from aecore.train import fit
 from tests.fixtures.make_v1 import job, picture, write_images, write_tar
 
@@ -137,7 +138,7 @@ def test_tables_follow_their_dataset_and_unfinished_ones_are_finished(v1):
     run, data = str(v1 / "run"), str(v1 / "dataset")
     before, other = files(v1 / "table"), files(v1 / "unfinished-table")
     table = open_table(str(v1 / "table"))
-    assert table.verify(read_data=True).num_rows == table.num_rows == 16
+    assert verify_table(table, read_data=True).num_rows == table.num_rows == 16
     manifest = encode_dataset(run, data, str(v1 / "table"), EncodeSpec(batch=4, kl=True))
     assert (manifest.number, manifest.num_rows) == (2, 20)  # generation 2 of the dataset
     manifest = encode_dataset(run, data, str(v1 / "unfinished-table"), EncodeSpec(batch=4, sample=True))
@@ -145,7 +146,7 @@ def test_tables_follow_their_dataset_and_unfinished_ones_are_finished(v1):
     for name, known in (("table", before), ("unfinished-table", other)):
         require_kept(known, v1 / name)
         assert collect(v1 / name) == ([] if name == "table" else ["run.000001.json"])  # the claim on generation 1 of the dataset is dead
-        report = open_table(str(v1 / name)).verify(read_data=True, dataset=data)
+        report = verify_table(open_table(str(v1 / name)), read_data=True, dataset_url=data)
         assert (report.num_rows, report.quarantined) == (20, 0)
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from aecore import native
 from aecore.data.arrayfile import ArrayFile
+from aecore.data.dataset import open_dataset
 from aecore.data.job import adopt_shards, shard_dataset
-from aecore.data.manifest import open_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
