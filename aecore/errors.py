@@ -6,6 +6,7 @@ invariants; anything that is not an `AecoreError` and reaches the command line i
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 _REMEDIES = {
@@ -17,6 +18,8 @@ _REMEDIES = {
     errno.ENOTDIR: "; a part of the path is a file: write to another URL",
     errno.EOPNOTSUPP: "; the file system knows no hard links: write to another URL",
 }
+SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
+_WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 
 
 class AecoreError(Exception):
@@ -63,12 +66,37 @@ class ClusterError(AecoreError):
     exit_code = 5
 
 
-def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name."""
+def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
+    """Return up to `count` known names that may have been meant by an unknown one, the most similar first; [] if none is similar.
+
+    Names one typo away come first, whatever their length; then those that difflib finds similar enough; if there are none, those that have
+    a whole word in common with it (`batch_size`, `global_batch`).
+    """
+    names = list(known)
+    found = [name for name in names if _is_one_typo(word.casefold(), name.casefold())]
+    found += difflib.get_close_matches(word, names, n=count, cutoff=at_least)
+    if not found:
+        said = set(_WORD.findall(word.casefold()))
+        sharing = [name for name in names if said & set(_WORD.findall(name.casefold()))]
+        found = difflib.get_close_matches(word, sharing, n=count, cutoff=0.0)
+    return list(dict.fromkeys(found))[:count]
+
+
+def _is_one_typo(word: str, name: str) -> bool:
+    """Return whether one letter that is wrong, missing or too much, or two neighbours that changed places, is all that differs."""
+    while word and name and word[0] == name[0]:
+        word, name = word[1:], name[1:]
+    while word and name and word[-1] == name[-1]:
+        word, name = word[:-1], name[:-1]
+    return max(len(word), len(name)) <= 1 or (len(word) == 2 and word == name[::-1])
+
+
+def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name; `prefix` is put before each name."""
     names = sorted(known)
-    nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
-    guess = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f" ({guess}known: {', '.join(names) or 'none'})"
+    nearest = similar(value, names)
+    guess = f"did you mean {prefix + nearest[0]!r}? " if nearest else ""
+    return f" ({guess}known: {', '.join(prefix + name for name in names) or 'none'})"
 
 
 def disk_remedy(error: OSError) -> str:
