@@ -6,8 +6,7 @@ invariants; anything that is not an `AecoreError` and reaches the command line i
 
 import difflib
 import errno
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 _REMEDIES = {
@@ -19,7 +18,6 @@ _REMEDIES = {
     errno.ENOTDIR: "; a part of the path is a file: write to another URL",
     errno.EOPNOTSUPP: "; the file system knows no hard links: write to another URL",
 }
-SIMILARITY = 0.5  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
 
 
 class AecoreError(Exception):
@@ -76,52 +74,37 @@ class ClusterError(AecoreError):
     exit_code = 5
 
 
-def _restored(kind: type[AecoreError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AecoreError:
-    error = kind.__new__(kind, *args)
-    vars(error).update(attributes)
-    return error
-
-
-def to_json(error: BaseException) -> dict[str, Any]:
-    """Return the name of the error's class, its message and exit code as plain JSON data; `from_json` makes the error of it."""
-    exit_code = error.exit_code if isinstance(error, AecoreError) else AecoreError.exit_code
-    return {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
-
-
-def from_json(data: Mapping[str, Any]) -> AecoreError:
-    """Return the error that `to_json` described, of the class that it had.
-
-    A class that takes more than a message comes back as the nearest one that does not; one that is unknown here as the first of its exit
-    code, or RunFailed.
-    """
-    known = list(_subclasses(AecoreError))
-    named = next((kind for kind in known if kind.__name__ == data.get("error")), None)
-    if named is None:
-        named = next((kind for kind in known if kind.exit_code == data.get("exit_code")), RunFailed)
-    plain = next(kind for kind in named.__mro__ if not inspect.isfunction(getattr(kind, "__init__", None)))
-    error: AecoreError = plain(str(data.get("message")))
-    return error
-
-
-def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
-    """Yield the classes below `kind`, wider ones first: those of this module come before narrower ones of others."""
-    below = kind.__subclasses__()
-    yield from below
-    for narrower in below:
-        yield from _subclasses(narrower)
-
-
 def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
-    """Return up to `count` known names that may have been meant by an unknown one, the most similar first; [] if none is similar."""
-    return difflib.get_close_matches(word, list(known), n=count, cutoff=at_least)
+    """Return up to `count` known names that may have been meant by an unknown one, the most similar first; [] if none is similar.
+
+    Names one typo away come first, whatever their length; then those that difflib finds similar enough; if there are none, those that have
+    a whole word in common with it (`batch_size`, `global_batch`).
+    """
+    names = list(known)
+    found = [name for name in names if _is_one_typo(word.casefold(), name.casefold())]
+    found += difflib.get_close_matches(word, names, n=count, cutoff=at_least)
+    if not found:
+        said = set(_WORD.findall(word.casefold()))
+        sharing = [name for name in names if said & set(_WORD.findall(name.casefold()))]
+        found = difflib.get_close_matches(word, sharing, n=count, cutoff=0.0)
+    return list(dict.fromkeys(found))[:count]
 
 
-def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name."""
+def _is_one_typo(word: str, name: str) -> bool:
+    """Return whether one letter that is wrong, missing or too much, or two neighbours that changed places, is all that differs."""
+    while word and name and word[0] == name[0]:
+        word, name = word[1:], name[1:]
+    while word and name and word[-1] == name[-1]:
+        word, name = word[:-1], name[:-1]
+    return max(len(word), len(name)) <= 1 or (len(word) == 2 and word == name[::-1])
+
+
+def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name; `prefix` is put before each name."""
     names = sorted(known)
     nearest = similar(value, names)
-    guess = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f" ({guess}known: {', '.join(names) or 'none'})"
+    guess = f"did you mean {prefix + nearest[0]!r}? " if nearest else ""
+    return f" ({guess}known: {', '.join(prefix + name for name in names) or 'none'})"
 
 
 def disk_remedy(error: OSError) -> str:

@@ -15,11 +15,12 @@ from aecore.compatible import require_labels
 from aecore.data.bags import BagLoader
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.loader import InputSpec, Loader, TrainLoader
+from aecore.data.names import split_in_version_1
 from aecore.data.order import TrainingOrder
 from aecore.data.pairs import PairSpec
 from aecore.data.stream import StreamLoader, open_stream
 from aecore.data.transform import TransformSpec
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from aecore.generations import claim_generation, read_json, require_kind, require_same
 from aecore.metrics import epoch_of
 from aecore.model_config import ModelConfig
@@ -168,10 +169,26 @@ def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
     """Open the dataset generation that the run started with (the newest one for a new run); ConfigError if `store` holds no run."""
     require_kind(store, "run")
     if job.input.streams:
-        return open_stream(job.data, job.train.split, job.input.member)  # what it holds is part of the identity
+        return _claimed_stream(job, store) or open_stream(job.data, job.train.split, job.input.member)
     if store.size(CLAIM) is None:
         return open_dataset(job.data)
     return open_dataset(job.data, number=read_json(store, CLAIM)["info"]["dataset_number"])
+
+
+def _claimed_stream(job: TrainJob, store: Store) -> Dataset | None:
+    """Return the tars that a run of version 1 took for its split, by the words that it knew; None if it is no such run.
+
+    What a stream holds is part of the identity: of tars named `dev` or `testing` that version took every one for training data.
+    """
+    split = job.train.split
+    claimed = None if store.size(CLAIM) is None else read_json(store, CLAIM).get("identity", {}).get("data", {}).get(split)
+    if claimed is None:
+        return None
+    try:
+        dataset = open_stream(job.data, split, job.input.member, split_in_version_1)
+    except DataError:
+        return None
+    return dataset if dataset.manifest.training_key(split) == claimed else None
 
 
 def is_claimed(job: TrainJob, store: Store, dataset: Dataset) -> bool:

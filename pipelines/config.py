@@ -12,10 +12,11 @@ import copy
 import dataclasses
 import importlib
 import json
+import zoneinfo
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from aecore.errors import ConfigError, did_you_mean
+from aecore.errors import ConfigError, did_you_mean, similar
 from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
 from aecore.store import absolute_url
 from pipelines.nearest import nearest_keys
@@ -103,7 +104,28 @@ class ScheduleSpec:
     """When `aepipe serve` runs the recipe."""
 
     cron: str | None = knob(None, "cron expression, for example '0 3 * * *'", identity=False)
-    timezone: str = knob("UTC", "time zone of the cron expression", identity=False)
+    timezone: str = knob("UTC", "time zone of the cron expression, for example Europe/Berlin", identity=False)
+
+    def __post_init__(self) -> None:
+        """ConfigError for a time zone that does not exist: found here, not when the first tick is due."""
+        known = zoneinfo.available_timezones() if self.timezone != "UTC" else frozenset()
+        if known and self.timezone not in known:  # nothing is known on a machine without time zone data: the scheduler says so
+            near = _zones_like(self.timezone, known)
+            guess = f"did you mean {' or '.join(near)}?" if near else "expected an IANA name such as Europe/Berlin"
+            raise ConfigError(f"ScheduleSpec.timezone is {self.timezone!r}, which is no time zone: {guess}")
+
+
+def _zones_like(name: str, known: Iterable[str]) -> list[str]:
+    """Return the time zones that may be meant: those of this city, or the most similar names of zones or cities."""
+    word, cities = name.strip().replace(" ", "_").casefold(), dict[str, list[str]]()
+    for zone in sorted(known):
+        cities.setdefault(zone.rpartition("/")[2].casefold(), []).append(zone)
+    zones = {zone.casefold(): zone for zone in known}
+    if word in zones or word in cities:
+        return [zones[word]] if word in zones else cities[word][:3]
+    full = [zones[near] for near in similar(word, zones, count=3, at_least=0.9)]  # `europe/` alone is half a name
+    city = [zone for near in similar(word.rpartition("/")[2], cities, count=3) for zone in cities[near]]
+    return list(dict.fromkeys([*full, *city]))[:3]
 
 
 TOP: dict[str, str] = {"name": "mnist-nightly", "data": "./dataset", "run": "./run", "out": "./out"}

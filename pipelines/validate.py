@@ -71,7 +71,7 @@ def _message(section: str, cls: type, problem: Any) -> str:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{did_you_mean(path, [f'{section}.{known}' for known in fields])}"
+        return f"unknown key {path!r}{did_you_mean(path.removeprefix(f'{section}.'), fields, prefix=f'{section}.')}"
     if problem["type"] == "missing":
         return f"{path} is missing: add {path}={EXAMPLES.get(path, '...')} ({fields[key].metadata.get('help', '')})"
     value, expected = problem["input"], problem["msg"].removeprefix("Input should be ")

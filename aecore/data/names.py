@@ -25,7 +25,12 @@ def words(name: str) -> list[str]:
 
 def split_of(path: str) -> str:
     """Return train, val or test if the first component of `path` that says a split says only one of them, else ""."""
-    return _split_by(path, _SPLITS) or _split_by(path, _LATER)
+    return split_in_version_1(path) or _split_by(path, _LATER)
+
+
+def split_in_version_1(path: str) -> str:
+    """Return the same by the words that version 1 knew."""
+    return _split_by(path, _SPLITS)
 
 
 def _split_by(path: str, known: Mapping[str, str]) -> str:
@@ -46,7 +51,7 @@ def begins_keys(name: str, names: Sequence[str]) -> bool:
 
     It does where the name says a split, by the words of version 1: an array that said none had the keys of the file for itself.
     """
-    others = [other for other in names if not _split_by(other, _SPLITS)]
+    others = [other for other in names if not split_in_version_1(other)]
     return name not in others or len(others) > 1
 
 

@@ -18,7 +18,7 @@ import functools
 import logging
 import random
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,10 +45,10 @@ StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `
 REMEDY = "`aepipe adopt` or `aepipe shard` put such samples into a quarantine"
 
 
-def open_stream(url: str, split: str, member: str = "") -> Dataset:
+def open_stream(url: str, split: str, member: str = "", said_split: Callable[[str], str] = split_of) -> Dataset:
     """Return a data set of generation 0, in memory: the tars of `split`, without counts and hashes, and the form of the first sample.
 
-    A tar belongs to the split that its name says; where no name says one, all belong to `split`.
+    A tar belongs to the split that its name says, as `said_split` reads it; where no name says one, all belong to `split`.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def open_stream(url: str, split: str, member: str = "") -> Dataset:
     """
     tars = ForeignTars.at(url, "data")
     sizes = tars.sizes()
-    splits = {name: split_of(name) for name in tars.names}
+    splits = {name: said_split(name) for name in tars.names}
     names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
     if not names:
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names say {', '.join(sorted(set(splits.values())))})")

@@ -16,10 +16,10 @@ from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 OLDEST = (3, 11)
 LOCK = Path(__file__).resolve().parent.parent.parent / "infra" / "requirements.lock"
 INSTALL = "set it up again with `python3 infra/bootstrap.py setup`, or install the versions of infra/requirements.lock"
-# importing shows none of these; each was seen with the Prefect that we pin
+# importing shows none of these; each was seen with the Prefect that we pin, above the versions that our package asks for
 KNOWN_BAD = (
-    ("prefect", "<3.9", "fastapi", ">=0.155", "every flow fails at its start", "fastapi>=0.139,<0.155"),
-    ("prefect", "<3.9", "sqlalchemy", ">=2.1", "cron schedules never fire", "sqlalchemy[asyncio]>=2.0,<2.1"),
+    ("prefect", "<3.9", "fastapi", "every flow fails at its start"),
+    ("prefect", "<3.9", "sqlalchemy", "cron schedules never fire"),
 )
 
 
@@ -48,14 +48,21 @@ def installed(name: str) -> Version | None:
         return None
 
 
-def packages() -> Iterator[Finding]:
-    """Compare what is installed with what our package asks for, and with the lock where it lies beside us."""
+def _wanted() -> list[Requirement] | None:
+    """Return what our package asks for, None if it is not installed."""
     try:
         wanted = [Requirement(text) for text in metadata.requires("aecore") or ()]
     except metadata.PackageNotFoundError:
+        return None
+    return [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def packages() -> Iterator[Finding]:
+    """Compare what is installed with what our package asks for, and with the lock where it lies beside us."""
+    wanted = _wanted()
+    if wanted is None:
         yield skipped("packages", "aecore runs from its sources and is not installed: no list of what it needs")
         return
-    wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
     fitting = 0
     for need in wanted:
         version = installed(need.name)
@@ -86,16 +93,21 @@ def _public(pin: Requirement, version: Version) -> bool:
 
 def conflicts() -> Iterator[Finding]:
     """Look for pairs of versions that are known not to work together."""
-    clean = True
-    for owner, owner_range, name, bad, what, good in KNOWN_BAD:
-        first, second = installed(owner), installed(name)
+    wanted = _wanted()
+    if wanted is None:
+        yield skipped("known conflicts", "aecore runs from its sources and is not installed: no list of what it needs")
+        return
+    needs, clean = {need.name: need for need in wanted}, True
+    for owner, owner_range, name, what in KNOWN_BAD:
+        first, second, need = installed(owner), installed(name), needs[name]
         if first is None or second is None:
             continue
-        if _in(first, owner_range) and _in(second, bad):
+        if _in(first, owner_range) and not need.specifier.contains(second, prereleases=True):
             clean = False
-            yield failed("known conflicts", f"{owner} {first} with {name} {second}: {what}", f"pip install '{good}'")
+            said = f"{owner} {first} with {name} {second}, needs {need.specifier}: with newer ones {what}"
+            yield failed("known conflicts", said, f"pip install '{need}'")
     if clean:
-        yield ok("known conflicts", "none among " + ", ".join(f"{owner} and {name}" for owner, _, name, _, _, _ in KNOWN_BAD))
+        yield ok("known conflicts", "none among " + ", ".join(f"{owner} and {name}" for owner, _, name, _ in KNOWN_BAD))
 
 
 def _in(version: Version, text: str) -> bool:

@@ -1,16 +1,19 @@
 """The recipe tree: one object from YAML, command line and JSON, and errors that name path, value and the nearest known key."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aecore.errors import ConfigError
-from pipelines.config import SECTIONS, Recipe, load_recipe
+from aecore.errors import ConfigError, similar
+from aecore.registry import Registry
+from pipelines.config import SECTIONS, Recipe, load_recipe, section_type
 from pipelines.steps import with_absolute_urls
 from pipelines.tree import apply_overrides, dump_yaml, parse_yaml, shipped_recipes
 
@@ -46,6 +49,13 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
     ("override", "message"),
     [
         ("train.epoch=3", r"unknown key 'train.epoch' \(did you mean 'train.epochs'\?"),
+        ("train.ema=1", r"unknown key 'train.ema' \(known: train.block, "),
+        ("cluster.gpu=true", r"unknown key 'cluster.gpu' \(did you mean 'cluster.use_gpu'\?"),
+        ("train.batch_size=3", r"unknown key 'train.batch_size' \(did you mean 'train.global_batch'\?"),
+        ("schedule.timezone=Berlin", r"^schedule.timezone is 'Berlin', which is no time zone: did you mean Europe/Berlin\?$"),
+        ("schedule.timezone=New York", r"no time zone: did you mean America/New_York\?$"),
+        ("schedule.timezone=Europe/Berlni", r"no time zone: did you mean Europe/Berlin\?$"),
+        ("schedule.timezone=Middle-earth", r"no time zone: expected an IANA name such as Europe/Berlin$"),
         ("traen.epochs=3", r"unknown key 'traen.epochs': did you mean train.epochs\?"),
         ("split.test=0.1", r"unknown key 'split.test': did you mean splits.test\?"),
         ("backbon.hiden=[1]", r"unknown key 'backbon.hiden': did you mean backbone.hidden\?"),
@@ -155,3 +165,38 @@ print([name for name in ("torch", "ray", "prefect") if name in sys.modules])
 
 def test_every_section_has_defaults() -> None:
     assert set(Recipe({}).resolved()) == set(SECTIONS)
+
+
+KEYS = [
+    (section, part, field.name)
+    for section, where in SECTIONS.items()
+    for part in ([where.spec_type(kind) for kind in where.kinds()] if isinstance(where, Registry) else [section_type(section)])
+    for field in dataclasses.fields(part)
+]
+
+
+def one_typo(name: str) -> Iterator[str]:
+    """Give the name with a letter missing, doubled, wrong or swapped with the next one, at every place."""
+    for at in range(len(name)):
+        yield name[:at] + name[at + 1 :]
+        yield name[:at] + name[at] + name[at:]
+        yield name[:at] + "q" + name[at + 1 :]
+        yield name[:at] + name[at : at + 2][::-1] + name[at + 2 :]
+
+
+def test_every_key_with_one_typo_finds_that_key_or_another_that_is_as_close() -> None:
+    for section, part, name in KEYS:
+        fields = [field.name for field in dataclasses.fields(part)]
+        for word in {*one_typo(name)} - {*fields, ""}:
+            (found,) = similar(word, sorted(fields))
+            assert found == name or word in {*one_typo(found)}, (section, name, word, found)
+    with pytest.raises(ConfigError, match=r"unknown key 'optim.lrr' \(did you mean 'optim.lr'\?"):
+        load_recipe(None, ["optim.lrr=1"])
+
+
+def test_unrelated_words_find_no_key() -> None:
+    words = ["ema", "banana", "turquoise", "zebra", "umbrella", "fjord", "quixotic", "wandb", "mixup"]
+    for section, part, _ in KEYS:
+        fields = [field.name for field in dataclasses.fields(part)]
+        for word in words:
+            assert similar(word, fields) == [], (section, word)

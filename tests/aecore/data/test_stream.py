@@ -1,6 +1,7 @@
 """Other people's tars to training without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from aecore._base.batch import Batch
 from aecore.data.loader import InputSpec
+from aecore.data.names import split_in_version_1
 from aecore.data.order import TrainingOrder
 from aecore.data.stream import StreamLoader, open_stream
 from aecore.data.transform import TransformSpec
@@ -161,6 +163,21 @@ class TestTraining:
         write_tar(tars / "00002.tar", samples(50, 3))
         with pytest.raises(ConfigError, match=r"data.train"):
             fit(job(tars, tmp_path / "run"))
+
+    def test_a_run_of_version_1_keeps_the_tars_that_it_took(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_tar(tmp_path / "in/train-0.tar", samples(0, 20))
+        write_tar(tmp_path / "in/dev-0.tar", samples(20, 20))
+
+        def stop(ref: object, _: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
+            before.setattr("aecore.run.open_stream", lambda url, split, member, *_: open_stream(url, split, member, split_in_version_1))
+            fit(job(tmp_path / "in", tmp_path / "run", every_steps=2), on_checkpoint=stop)
+        assert fit(job(tmp_path / "in", tmp_path / "run", every_steps=2)).step == 6
+        fit(job(tmp_path / "in", tmp_path / "new"))
+        claims = [json.loads((tmp_path / name / "run.000001.json").read_text()) for name in ("run", "new")]
+        assert claims[0]["identity"]["data"] != claims[1]["identity"]["data"]  # dev is validation data now
 
     def test_the_identity_of_other_runs_does_not_know_these_options(self, tars: Path, tmp_path: Path) -> None:
         plain = small_job(str(tars), tmp_path / "run")
