@@ -18,7 +18,7 @@ def seconds_of(text: str, option: str = "--older-than") -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def gc(url: str, *, older_than: str = "1d", unfinished: bool = False, dry_run: bool = False) -> Tree:
+def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool) -> Tree:
     """Remove what nobody needs at `url`; return what was (or with `dry_run`: would be) removed, what waits, what is not ours."""
     from aecore.gc import collect_garbage
 

@@ -10,6 +10,7 @@ from typing import Any
 from aecore.errors import ConfigError, did_you_mean
 from pipelines import launch, overrides
 from pipelines.arguments import Args, Result, Verbs, argument
+from pipelines.deploy import POOL
 
 VERBS = Verbs()
 URL = argument("url", "dataset, run, table, or a root of all three")
@@ -245,7 +246,7 @@ def _serve(args: Args) -> None:
     "put the flows of recipes on the Prefect server of PREFECT_API_URL, for workers of a process work pool",
     argument("recipes", "recipe files or shipped recipes (none: flows that ask for their recipe)", nargs="*", metavar="RECIPE"),
     argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
-    argument("--pool", "work pool, made if it is missing (default: aepipe)", default="aepipe", metavar="NAME"),
+    argument("--pool", f"work pool, made if it is missing (default: {POOL})", default=POOL, metavar="NAME"),
     writes=True,
 )
 def _deploy(args: Args) -> Result:

@@ -2,3 +2,5 @@
 
 Both make the same deployments of a recipe (`recipes.py`): one per flow, with the recipe's tree as its parameter.
 """
+
+POOL = "aepipe"  # work pool of the deployments

@@ -11,12 +11,12 @@ from typing import Any
 
 from aecore.errors import ClusterError, ConfigError
 from pipelines.config import Recipe
+from pipelines.deploy import POOL
 from pipelines.deploy.recipes import check, deployments
 from pipelines.deploy.rescue import LOST_AFTER_S, automations
 from pipelines.flows import SETTINGS, require_server, set_defaults, without_userinfo
 from pipelines.tree import Tree
 
-POOL = "aepipe"
 JOB_ENVIRONMENT = {name: value for name, value in SETTINGS.items() if name != "PREFECT_HOME" and "EPHEMERAL" not in name}
 
 

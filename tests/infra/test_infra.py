@@ -124,7 +124,8 @@ def test_every_service_is_bounded_and_comes_back() -> None:
 
 def test_prefect_yaml_makes_what_aepipe_deploy_makes() -> None:
     from pipelines.config import Recipe
-    from pipelines.deploy.pool import JOB_ENVIRONMENT, POOL
+    from pipelines.deploy import POOL
+    from pipelines.deploy.pool import JOB_ENVIRONMENT
     from pipelines.deploy.recipes import FLOWS, deployments
     from pipelines.pipeline import stage
     from pipelines.steps import with_absolute_urls
