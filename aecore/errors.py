@@ -6,7 +6,9 @@ invariants; anything that is not an `AecoreError` and reaches the command line i
 
 import difflib
 import errno
-from collections.abc import Iterable
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _REMEDIES = {
@@ -18,6 +20,8 @@ _REMEDIES = {
     errno.ENOTDIR: "; a part of the path is a file: write to another URL",
     errno.EOPNOTSUPP: "; the file system knows no hard links: write to another URL",
 }
+SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
+_WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 
 
 class AecoreError(Exception):
@@ -72,6 +76,41 @@ class ClusterError(AecoreError):
     """The cluster cannot be reached or cannot give the resources that were asked for."""
 
     exit_code = 5
+
+
+def _restored(kind: type[AecoreError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AecoreError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
+
+def to_json(error: BaseException) -> dict[str, Any]:
+    """Return the name of the error's class, its message and exit code as plain JSON data; `from_json` makes the error of it."""
+    exit_code = error.exit_code if isinstance(error, AecoreError) else AecoreError.exit_code
+    return {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+
+
+def from_json(data: Mapping[str, Any]) -> AecoreError:
+    """Return the error that `to_json` described, of the class that it had.
+
+    A class that takes more than a message comes back as the nearest one that does not; one that is unknown here as the first of its exit
+    code, or RunFailed.
+    """
+    known = list(_subclasses(AecoreError))
+    named = next((kind for kind in known if kind.__name__ == data.get("error")), None)
+    if named is None:
+        named = next((kind for kind in known if kind.exit_code == data.get("exit_code")), RunFailed)
+    plain = next(kind for kind in named.__mro__ if not inspect.isfunction(getattr(kind, "__init__", None)))
+    error: AecoreError = plain(str(data.get("message")))
+    return error
+
+
+def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
+    """Yield the classes below `kind`, wider ones first: those of this module come before narrower ones of others."""
+    below = kind.__subclasses__()
+    yield from below
+    for narrower in below:
+        yield from _subclasses(narrower)
 
 
 def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
