@@ -101,9 +101,11 @@ async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[
     """Read a body once. ShortBody if it ends early."""
     from botocore.exceptions import FlexibleChecksumError
 
-    answer = await _asked(filesystem, at, known)
+    asked = sha256 is None and not known.refuses_mode
+    answer = await _answer(filesystem, at, known) if asked else await filesystem._call_s3("get_object", **at)
     expected = {"sha256": sha256} if sha256 else _expected(answer, known)
-    by_service = [] if sha256 else [name for name in _VERIFIED if "-" not in answer.get(name, "-")]
+    # botocore compares what it was told to ask for
+    by_service = [name for name in _VERIFIED if "-" not in answer.get(name, "-")] if asked and not known.refuses_mode else []
     digests = {} if by_service else {name: _new_digest(name) for name in expected}
     try:
         await _stream(answer, begin(), list(digests.values()))
@@ -121,18 +123,16 @@ async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[
     return _Received(tuple(expected), bool(matches), tuple(found.values()))
 
 
-async def _asked(filesystem: "S3FileSystem", at: dict[str, str], known: Bucket) -> dict[str, Any]:  # any: S3's answer
+async def _answer(filesystem: "S3FileSystem", at: dict[str, str], known: Bucket) -> dict[str, Any]:  # any: S3's answer
     """Ask for an object and its checksums, without them where the service knows no such question."""
-    if not known.refuses_mode:
-        try:
-            answer: dict[str, Any] = await filesystem._call_s3("get_object", **at, ChecksumMode="ENABLED")
-            return answer
-        except Exception as error:
-            if code_of(error) not in ("NotImplemented", "501"):
-                raise
-            known.refuses_mode = True
-    plain: dict[str, Any] = await filesystem._call_s3("get_object", **at)
-    return plain
+    try:
+        answer: dict[str, Any] = await filesystem._call_s3("get_object", **at, ChecksumMode="ENABLED")
+    except Exception as error:
+        if code_of(error) not in ("NotImplemented", "501"):
+            raise
+        known.refuses_mode = True
+        answer = await filesystem._call_s3("get_object", **at)
+    return answer
 
 
 def _expected(answer: dict[str, Any], known: Bucket) -> dict[str, str]:

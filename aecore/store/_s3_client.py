@@ -198,8 +198,8 @@ def _passing(error: Exception) -> bool:
 
     if code := code_of(error):
         return code in _RETRIED_CODES or _status(error) in (429, 500, 502, 503, 504)
-    passing = (exceptions.HTTPClientError, exceptions.ResponseStreamingError, ClientError, ConnectionError, TimeoutError, ShortBody)
-    return isinstance(error, passing)
+    passing = (exceptions.HTTPClientError, exceptions.ConnectTimeoutError, exceptions.ResponseStreamingError, ClientError)
+    return isinstance(error, (*passing, ConnectionError, TimeoutError, ShortBody))
 
 
 _EXPECTED = frozenset({"PreconditionFailed", "412", "NoSuchKey", "404", "NotFound", "NoSuchUpload"})
@@ -239,7 +239,7 @@ def told(error: Exception, url: str, doing: str, attempts: int = 0, seconds: flo
         )
     elif isinstance(error, exceptions.ProfileNotFound):
         why = "there is no such profile in ~/.aws/config or ~/.aws/credentials: check the name before the @"
-    elif isinstance(error, (exceptions.HTTPClientError, ConnectionError, TimeoutError)):
+    elif isinstance(error, (exceptions.HTTPClientError, exceptions.ConnectTimeoutError, ConnectionError, TimeoutError)):
         why = f"nothing answers at {where['endpoint']}: check AWS_ENDPOINT_URL (or the profile's endpoint_url) and the network"
     elif isinstance(error, (ValueError, exceptions.BotoCoreError)):
         why = f"{type(error).__name__}: check AWS_ENDPOINT_URL, AWS_REGION and the profile"

@@ -19,6 +19,7 @@ def test_one_of_the_overlapping_writes_wins_and_nothing_is_left(s3: S3, tmp_path
 
 
 @pytest.mark.accept
+@pytest.mark.timeout(1800)
 def test_the_repaired_server_passes_200_races(s3: S3) -> None:
     store = open_store(s3.url)
     assert [race(store) for _ in range(200)] == [None] * 200

@@ -300,6 +300,21 @@ class TestFaults:
             open_store(bad_s3.url).put("a", b"1", role="part")
         assert s3_proxy.seen("PUT") == 1
 
+    def test_a_connection_that_does_not_come_in_time_is_tried_again(self, s3, monkeypatch):
+        from botocore.exceptions import ConnectTimeoutError
+        from s3fs import S3FileSystem
+
+        store, call, left = open_store(s3.url), S3FileSystem._call_s3, [ConnectTimeoutError(endpoint_url="x")] * 2
+
+        async def late(self, method, *args, **kwargs):
+            if left:
+                raise left.pop()
+            return await call(self, method, *args, **kwargs)
+
+        monkeypatch.setattr(S3FileSystem, "_call_s3", late)
+        store.put("a", b"1", role="part")
+        assert s3.objects() == {"a": b"1"} and not left
+
     def test_a_conflict_of_two_creates_is_tried_again(self, bad_s3, s3_proxy):
         s3_proxy.add("PUT", "status", code="ConditionalRequestConflict", status=409)
         open_store(bad_s3.url).put("a", b"1", role="part")

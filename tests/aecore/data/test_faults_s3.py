@@ -217,9 +217,12 @@ class TestChecksums:
         assert any("44 bodies were read from a bucket that gives no checksum of them" in message for message in caplog.messages)
 
     def test_a_service_that_knows_no_checksum_mode_is_asked_without(self, read, s3_proxy: FaultProxy) -> None:
+        s3_proxy.headers = {"x-amz-checksum-crc32": base64.b64encode(zlib.crc32(self.data).to_bytes(4, "big")).decode()}
         s3_proxy.add("^GET", "status", status=501, code="NotImplemented")
         assert [read(), read()] == [self.data] * 2
         assert s3_proxy.seen("^GET") == 3
+        s3_proxy.add("^GET", "flip")  # nobody compares a checksum that was not asked for: the ETag is
+        assert read() == self.data
 
     def test_our_own_files_are_compared_with_what_the_manifest_says(self, bad_s3: S3, s3_proxy: FaultProxy) -> None:
         store = open_store(f"{bad_s3.url}/ds")
