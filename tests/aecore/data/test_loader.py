@@ -19,6 +19,7 @@ from aecore.data.order import TrainingOrder
 from aecore.data.prefetch import prefetched
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data import tiny
+from tests.processes import wait_until
 
 COUNTS = [7, 3, 9, 1, 12]  # 32 samples
 
@@ -305,9 +306,7 @@ def test_a_prefetch_works_ahead_no_further_than_its_depth() -> None:
 
     items = prefetched(recorded(), 3)
     next(items)
-    deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(0.02)
+    wait_until(lambda: len(made) >= 4, "one is taken and three are made ahead")
+    time.sleep(0.02)  # for a fifth, which must not come: nothing tells when it would
     assert len(made) == 4  # one taken, three ahead
     items.close()
