@@ -3,17 +3,18 @@
 PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) infra/bootstrap.py
 
-.PHONY: help setup demo test lint accept bench clean
+.PHONY: help setup demo test quick lint accept bench clean
 help:
 	@echo "make demo    set up, then generated images -> shards -> VAE -> latent table, in about a minute"
 	@echo "make test    set up, then lint and all tests"
+	@echo "make quick   set up, then the tests that show most faults, in 90 s"
 	@echo "make lint    ruff, ruff format, mypy"
 	@echo "make accept  full-size acceptance on real data (AECORE_DATA; long)"
 	@echo "make bench   benchmarks (tests/benchmarks/README.md)"
 	@echo "make setup   only the set-up of .venv"
 	@echo "make clean   remove the demo's output and caches (not .venv)"
 
-setup demo test lint accept bench:
+setup demo test quick lint accept bench:
 	@$(BOOTSTRAP) $@ $(ARGS)
 
 clean:

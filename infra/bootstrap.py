@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up `.venv` from the exact lock, then run one of the project's jobs in it. Standard library only, no make needed.
 
-    python3 infra/bootstrap.py [setup | demo | test | lint | accept | bench | servers | peers | lock] [arguments of the job]
+    python3 infra/bootstrap.py [setup | demo | test | quick | lint | accept | bench | servers | peers | lock] [arguments of the job]
 
 One pip command installs everything, so nothing is upgraded behind the lock's back; `pip check` has the last word. A stamp in
 `.venv` makes later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without
@@ -241,6 +241,11 @@ def test(args: list[str]) -> int:
     return job("python", "-m", "pytest", *(args or ("-n", "2", "--dist", "loadgroup"))) or linted
 
 
+def quick(args: list[str]) -> int:
+    """The tests that show most faults in at most 90 s; neither lint nor services."""
+    return job("python", "-m", "pytest", "-m", "quick", "-n", "2", *args)
+
+
 def accept(args: list[str]) -> int:
     servers([])
     peers([])
@@ -297,6 +302,7 @@ JOBS = {
     "setup": lambda args: 0,
     "demo": demo,
     "test": test,
+    "quick": quick,
     "lint": lint,
     "accept": accept,
     "bench": bench,

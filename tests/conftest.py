@@ -21,6 +21,7 @@ from aecore.store._race import remember
 from aecore.store._s3 import S3Store
 from aecore.store._s3_client import close_clients
 from tests.leftovers import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401 (hooks)
+from tests.quick import mark_quick
 from tests.realdata import unpack_real
 from tests.s3 import S3, s3_environment, start_server
 from tests.s3.proxy import FaultProxy
@@ -57,6 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         full_size = [item for item in items if item.get_closest_marker("accept")]
         items[:] = [item for item in items if item not in set(full_size)]
         config.hook.pytest_deselected(items=full_size)
+    mark_quick(items)
     for item in items:
         if item.get_closest_marker("ray") or item.get_closest_marker("prefect"):
             item.add_marker(pytest.mark.xdist_group("services"))

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -155,6 +156,26 @@ def run(
         done = running.finish(timeout_s)
         assert done.returncode == 0 or not check, f"exit status {done.returncode}: {running.tail()}"
         return done
+
+
+@contextlib.contextmanager
+def children(*processes: BaseProcess) -> Iterator[None]:
+    """Start processes of `multiprocessing`; none is left when the block ends, however it does."""
+    try:
+        for process in processes:
+            process.start()
+        yield
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join(GRACE_S)
+
+
+def join(*processes: BaseProcess, timeout_s: float = RUN_S) -> list[int | None]:
+    """Wait until processes of `multiprocessing` have ended; return their exit codes."""
+    wait_until(lambda: not any(process.is_alive() for process in processes), lambda: f"{processes} have ended", timeout_s)
+    return [process.exitcode for process in processes]
 
 
 def below(pid: int | None = None) -> dict[int, str]:

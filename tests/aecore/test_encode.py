@@ -44,6 +44,7 @@ from tests.aecore.encoding import (
     tree,
     undecodable_png,
 )
+from tests.processes import children, join
 
 
 @pytest.fixture(scope="module")
@@ -378,9 +379,9 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path, run:
     for fault in [*points, "part.linked:2", "record.staged:2", "record.linked:2"]:
         out = tmp_path / fault
         process = context.Process(target=_die_at, args=(fault, run, data, str(out)))
-        process.start()
-        process.join(60)
-        assert process.exitcode == -9, f"{fault} was not reached"
+        with children(process):
+            (exitcode,) = join(process)
+        assert exitcode == -9, f"{fault} was not reached"
         if not fault.startswith("manifest.linked"):
             with pytest.raises(DataError, match="unfinished encoding|no latent table"):
                 open_table(str(out))

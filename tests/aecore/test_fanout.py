@@ -11,6 +11,7 @@ from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.fanout import COMMITS, Commit, PartFailure, collect, serial
 from aecore.generations import PartRecord
 from aecore.store import AlreadyExists
+from tests.processes import WAIT_S
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ def test_a_part_is_committed_while_the_next_one_is_made():
     def worker(task):
         events.append(f"make {task.stem}")
         if task.stem == "b":
-            assert committing.wait(10), "the commit of the part before did not begin"
+            assert committing.wait(WAIT_S), "the commit of the part before did not begin"
             made_next.set()
 
         def commit():
             committing.set()
-            assert made_next.wait(10), "the next part had to wait for this commit"
+            assert made_next.wait(WAIT_S), "the next part had to wait for this commit"
             events.append(f"commit {task.stem}")
             return PartRecord(task.stem, (), 1)
 
@@ -121,7 +122,7 @@ def test_so_many_parts_are_committed_at_once_and_no_more():
 
         def commit():
             assert len(made) <= int(task.stem) + COMMITS + 1, "the parts run away from their commits"
-            together.wait(10)
+            together.wait(WAIT_S)
             return PartRecord(task.stem, (), 1)
 
         return commit
@@ -154,12 +155,20 @@ def test_a_commit_that_fails_is_the_failure_of_its_part():
 
 
 def test_an_interrupt_lets_the_running_commit_end():
-    ended = []
+    ended, begun = [], threading.Event()
 
     def worker(task):
         if task.stem == "b":
+            assert begun.wait(WAIT_S)
             raise KeyboardInterrupt
-        return lambda: time.sleep(0.2) or ended.append(task.stem) or PartRecord(task.stem, (), 1)
+
+        def commit():
+            begun.set()
+            time.sleep(0.2)  # long enough for the interrupt to be seen meanwhile
+            ended.append(task.stem)
+            return PartRecord(task.stem, (), 1)
+
+        return commit
 
     with pytest.raises(KeyboardInterrupt):
         collect(serial, lambda: worker, [Task("a"), Task("b")])

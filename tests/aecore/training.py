@@ -27,6 +27,7 @@ from aecore.ranks import Rank
 from aecore.store import open_store
 from aecore.train import CheckpointSpec, TrainJob, TrainSpec, fit
 from aecore.variational import VAESpec
+from tests.processes import RUN_S, children, wait_until
 
 RankWork = Callable[..., Any]  # takes `rank`
 
@@ -93,10 +94,13 @@ def on_ranks(work: RankWork, world: int) -> list[Any]:
     pickle.dumps(work)  # a job must be able to travel
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_rank_main, args=(work, index, world, folder)) for index in range(world)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)
+        with children(*processes):  # one that failed leaves the others waiting for it
+
+            def over() -> bool:
+                codes = [process.exitcode for process in processes]
+                return None not in codes or any(codes)
+
+            wait_until(over, "all ranks end, or one fails", RUN_S)
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
         assert not errors, errors[0]
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]

@@ -1,4 +1,4 @@
-"""The commands and snippets of README and guides run as they are written: page after page, in one folder, with one Ray.
+"""The commands and snippets of README and guides run as they are written: page after page, in one folder.
 
 A page continues where the pages before it ended, so a guide may use what the README made.
 """

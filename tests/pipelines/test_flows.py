@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from pipelines.config import ClusterSpec
 from pipelines.flows import set_defaults
 from pipelines.flows.server import temporary_server
 from tests.pipelines.conftest import SMALL
+from tests.processes import run, wait_until
 
 TINY = (*SMALL, "train.epochs=2", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32")
 
@@ -73,7 +72,7 @@ def test_a_pipeline_runs_as_one_flow_and_leaves_its_record(tmp_path: Path, capsy
 def test_an_error_in_a_flow_keeps_its_exit_code_and_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     command = [sys.executable, "-m", "pipelines.cli", "run", "mnist_vae", f"source.url={tmp_path}/raw", f"out={tmp_path}/out"]
-    done = subprocess.run([*command, "cluster.num_workers=0"], capture_output=True, text=True, check=False)
+    done = run([*command, "cluster.num_workers=0"])
     assert done.returncode == 3
     assert "aepipe: source.url" in done.stderr
     assert "Traceback" not in done.stderr
@@ -89,12 +88,13 @@ def test_a_pipeline_on_two_ray_workers_makes_the_same_dataset(two_workers: Clust
     assert main(["run", "demo", f"out={tmp_path}/out", *overrides]) == 0
     made = {path.name: path.read_bytes() for path in (tmp_path / "out" / "dataset").glob("**/*.tar")}
     assert made == {path.name: path.read_bytes() for path in sprites.glob("**/*.tar")}
-    wanted, seen, deadline = {"shard", "train", "encode"}, set(), time.monotonic() + 20
-    while not wanted <= seen and time.monotonic() < deadline:  # logs are sent in batches
-        run, lines, _ = newest_run("aepipe-pipeline")
-        seen = {line.partition(": ")[0] for line in lines}
-    assert run.state.is_completed()
-    assert wanted <= seen, "progress of the workers stands in the run's log"
+
+    def logged() -> bool:  # logs are sent in batches
+        lines = newest_run("aepipe-pipeline")[1]
+        return {line.partition(": ")[0] for line in lines} >= {"shard", "train", "encode"}
+
+    wait_until(logged, "progress of the workers stands in the run's log", every_s=0.5)
+    assert newest_run("aepipe-pipeline")[0].state.is_completed()
     assert main(["verify", f"{tmp_path}/out", "--read-data"]) == 0
 
 
