@@ -28,7 +28,6 @@ BASE = (
     "slices",
     "store",
     "native",
-    "native_run",
 )
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")
