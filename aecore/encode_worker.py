@@ -271,15 +271,11 @@ def encoded_by(loaded: LoadedModel, setup: EncodeSetup) -> dict[str, str]:
     else:
         device = f"{setup.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     decoder = decoder_version(loaded.config.transform.decoder)
-    linear = {} if setup.device.startswith("cuda") else {"linear": linear_path().name}
-    versions = {
-        **linear,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-    }
-    return {"device": device, "threads": str(setup.threads), "versions": canonical_json({**versions, "decoder": decoder}).decode()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pyarrow": pa.__version__}
+    versions["decoder"] = decoder
+    if not setup.device.startswith("cuda"):
+        versions["linear"] = linear_path().name
+    return {"device": device, "threads": str(setup.threads), "versions": canonical_json(versions).decode()}
 
 
 def _metadata(loaded: LoadedModel, setup: EncodeSetup, producer: Mapping[str, str]) -> dict[str, str]:

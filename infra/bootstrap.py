@@ -180,7 +180,7 @@ def explain(status: int, output: str) -> None:
 
 def wanted_stamp(gpu: bool) -> dict[str, object]:
     digest = hashlib.sha256()
-    for path in (LOCK, ROOT / "pyproject.toml", *sorted((ROOT / "aecore" / "native_c").iterdir()), Path(__file__)):
+    for path in (LOCK, ROOT / "pyproject.toml", *sorted((ROOT / "aecore" / "native" / "src").iterdir()), Path(__file__)):
         digest.update(path.read_bytes())
     return {"inputs_sha256": digest.hexdigest(), "gpu": gpu, "root": str(ROOT), "compiler": shutil.which("cc") is not None}
 

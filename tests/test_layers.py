@@ -29,7 +29,6 @@ BASE = (
     "store",
     "threads",
     "native",
-    "native_run",
 )
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")

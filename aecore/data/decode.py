@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.members import Members
 from aecore.data.record import NpyError, read_npy_header
 from aecore.data.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
-from aecore.native import decode_pngs
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import decode_pngs
 
 DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
@@ -68,8 +68,8 @@ class Decoder:
         """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows."""
         if self._codecs is None or not self.sample.image or out.dtype != np.uint8 or not len(members):
             return range(len(members))
-        found = members if isinstance(members, Members) else Members.of(members)
-        return np.flatnonzero(~decode_pngs(found.data, found.begins, found.ends, out)).tolist()
+        found = members if isinstance(members, BytesColumn) else BytesColumn.from_bytes(members)
+        return np.flatnonzero(~decode_pngs(found, out)).tolist()
 
     def _into(self, target: Pixels, data: bytes) -> None:
         if data.startswith(NPY_MAGIC):

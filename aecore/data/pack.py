@@ -27,8 +27,9 @@ from aecore.data.tar import BLOCK, PAGE, Packer, Samples
 from aecore.data.tasks import ShardTask
 from aecore.disk import DiskWriter
 from aecore.errors import ConfigError
-from aecore.native import StreamHash, sha256s
-from aecore.native_run import Run
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import StreamHash, sha256s
+from aecore.native.tar_builder import TarBuilder
 from aecore.threads import BackgroundCall
 
 Int64s = NDArray[np.int64]
@@ -55,7 +56,7 @@ class Pack:
         """Write the whole tar to `path`."""
         packed, files, ahead = Packer(), plain_files(source, self.task), len(self.task)
         read = reader(source, self.task.sources)
-        cuts = [0, len(self.task)] if files is None else files.cuts.tolist()
+        cuts = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
             block, num_blocks, in_vain = 0, len(cuts) - 1, 0
             while block < num_blocks:
@@ -74,7 +75,7 @@ class Pack:
         position, read = 0, reader(source, self.task.sources)
         while position < len(self.task):
             samples, position = self._checked(position, len(self.task), read)
-            self._digests.append(sha256s(samples.data, samples.begins, samples.ends))
+            self._digests.append(sha256s(samples.contents))
 
     def _pack(self, first: int, stop: int, read: Read, packed: Packer, file: DiskWriter) -> None:
         """Take the samples [first, stop) one by one: read, check, pack; hash and write beside it."""
@@ -86,43 +87,43 @@ class Pack:
                 writing(pages)
 
     def _hash(self, tar: memoryview, samples: Samples) -> None:
-        self._digests.append(self.hash.update(tar, samples.data, samples.begins, samples.ends))
+        self._digests.append(self.hash.update(tar, samples.contents))
 
     def _take(self, files: PlainFiles, block: int, most: int, packed: Packer, file: DiskWriter) -> int:
         """Take blocks of plain images from their files, from this block on up to one that needs a closer look; return how many."""
-        first = int(files.cuts[block])
-        with files.run(block, most, packed, self.hash) as run:
-            if run is None:
+        first = int(files.blocks[block])
+        with files.builder(block, most, packed, self.hash) as builder:
+            if builder is None:
                 return 0
-            while (rows := run.read()) is not None:
-                headers = self._headers_of(run, rows, files.exts[first + rows.start : first + rows.stop])
+            while (rows := builder.next_block()) is not None:
+                headers = self._headers_of(builder, rows, files.exts[first + rows.start : first + rows.stop])
                 if headers is None:
                     break
-                run.accept()
+                builder.submit()
                 codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
-                count, sizes = rows.stop - rows.start, run.files.ends[rows] - run.files.begins[rows]
+                count, sizes = rows.stop - rows.start, builder.files.ends[rows] - builder.files.begins[rows]
                 self._good.append((np.arange(first + rows.start, first + rows.stop), np.broadcast_to(codes, count), sizes))
-                if run.accepted - run.given_back > 2:  # two more are hashed meanwhile
-                    file.pages(run.pages())
-                    run.give_back()
-            while run.given_back < run.accepted:
-                file.pages(run.pages())
-                run.give_back()
-        done = run.files.cuts[run.accepted]
-        self._digests.append(run.digests[:done])
-        packed.size = int(run.files.starts[done])
-        packed.rest = run.tail[: packed.size % PAGE].tobytes()
-        return run.accepted
+                if builder.submitted - builder.released > 2:  # two more are hashed meanwhile
+                    file.pages(builder.finished_pages())
+                    builder.release()
+            while builder.released < builder.submitted:
+                file.pages(builder.finished_pages())
+                builder.release()
+        done = builder.files.blocks[builder.submitted]
+        self._digests.append(builder.digests[:done])
+        packed.size = int(builder.files.starts[done])
+        packed.rest = builder.tail[: packed.size % PAGE].tobytes()
+        return builder.submitted
 
-    def _headers_of(self, run: Run, rows: slice, exts: list[str]) -> Sequence[Header] | None:
+    def _headers_of(self, builder: TarBuilder, rows: slice, exts: list[str]) -> Sequence[Header] | None:
         """Return the header of each of these images, or one that all have; None if one is of a kind that only `prepare` knows."""
-        facts = run.facts[rows].view(f"V{run.facts.itemsize}")
+        facts = builder.facts[rows].view(f"V{builder.facts.itemsize}")
         different = slice(0, 1) if (facts == facts[0]).all() and len(set(exts)) == 1 else slice(None)
         keys = list(zip([fact.tobytes() for fact in facts[different]], exts[different], strict=True))
         try:
             for row, key in enumerate(keys, rows.start):
                 if key not in self._known:
-                    self._known[key] = image_header(run.content(row), key[1])
+                    self._known[key] = image_header(builder.content(row), key[1])
         except BadSample:
             return None
         headers = [self._known[key] for key in keys]
@@ -149,11 +150,10 @@ class Pack:
             if free < 0:
                 last = position + 1
                 break
-        sizes = np.fromiter(map(len, contents), np.int64, len(contents))
-        ends, joined = np.cumsum(sizes), np.frombuffer(b"".join(contents), np.uint8)
-        self._good.append((np.array(positions, np.int64), np.array(codes, np.int64), sizes))
+        column = BytesColumn.from_bytes(contents)
+        self._good.append((np.array(positions, np.int64), np.array(codes, np.int64), column.sizes))
         good = [keys[position] for position in positions]
-        return Samples(good, exts, joined, ends - sizes, ends, None if labels is None else labels[positions]), last
+        return Samples(good, exts, column, None if labels is None else labels[positions]), last
 
     def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes) -> None:
         self.bad.append((position, stage, reason, message, hashlib.sha256(data).hexdigest()))

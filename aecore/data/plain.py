@@ -1,6 +1,6 @@
 """Plain images on this machine's disk, which go from their files into a tar without an object for each of them.
 
-Where each file will stand in the tar follows from the sizes that were listed, so threads read it right there (`native_run`). What is not
+Where each file will stand in the tar follows from the sizes that were listed, so a `TarBuilder` reads it right there. What is not
 as expected (another size, a damaged file, another format, a name that is too long) is left to `pack`, block by block.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore import native
 from aecore.data.cuts import before, cuts
 from aecore.data.sources import Source, file_root
 from aecore.data.tar import BLANK, BLOCK, Packer, joined_names, plain_names, stored_size
 from aecore.data.tasks import ShardTask
-from aecore.native import StreamHash
-from aecore.native_run import Files, Run, Texts
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import StreamHash
+from aecore.native.tar_builder import TarBuilder, TarFiles, open_tar_builder
 from aecore.store import read_again
 
 Int64s = NDArray[np.int64]
@@ -32,7 +32,7 @@ class PlainFiles:
     """The samples of a task as files, cut into blocks; see `plain_files`.
 
     Attributes:
-        cuts: `[B+1]`, the first sample of each block, and their number.
+        blocks: `[B+1]`, the first sample of each block, and their number.
         exts: the extension of each file that may be plain, "" for others.
     """
 
@@ -45,35 +45,37 @@ class PlainFiles:
         self._begins = self._starts[:-1] + BLOCK + 2 * BLOCK * labelled  # `cls` stands before all of these extensions
         self._ends = self._begins + task.sizes
         runs = cuts((self._starts, BLOCK_BYTES), (np.arange(len(task) + 1), BLOCK_FILES))
-        self.cuts = np.array([0, *(stop for _, stop in runs)], np.int64)
+        self.blocks = np.array([0, *(stop for _, stop in runs)], np.int64)
         plain = (np.diff(self._starts) <= MOST_BYTES) & (True if all(exts) else np.array([ext != "" for ext in exts]))
-        self._other_blocks = np.flatnonzero(~np.logical_and.reduceat(plain, self.cuts[:-1]))
-        self._paths, self._names = Texts(os.fsencode("\0".join(task.sources) + "\0")), Texts(names.encode())
+        self._other_blocks = np.flatnonzero(~np.logical_and.reduceat(plain, self.blocks[:-1]))
+        self._paths = BytesColumn.from_texts(os.fsencode("\0".join(task.sources) + "\0"))
+        self._names = BytesColumn.from_texts(names.encode())
 
     @contextlib.contextmanager
-    def run(self, block: int, most: int, packed: Packer, stream: StreamHash) -> Generator[Run | None, None, None]:
+    def builder(self, block: int, most: int, packed: Packer, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
         """Begin to take at most `most` blocks, this one and what follows, behind what is packed; None if this one cannot be plain."""
         later = self._other_blocks[self._other_blocks >= block]
-        last = min(int(later[0]) if len(later) else len(self.cuts) - 1, block + most)
+        last = min(int(later[0]) if len(later) else len(self.blocks) - 1, block + most)
         if last == block:
             yield None
             return
-        first, stop = int(self.cuts[block]), int(self.cuts[last])
+        first, stop = int(self.blocks[block]), int(self.blocks[last])
         rows, move = slice(first, stop), packed.size - int(self._starts[first])
         places = self._starts[first : stop + 1] + move, self._begins[rows] + move, self._ends[rows] + move
         # shorter paths are found sooner
         folder = read_again(lambda: os.open(self._root, os.O_RDONLY | os.O_DIRECTORY), str(self._root))
         try:
-            texts, cuts = (self._paths.of(rows), self._names.of(rows)), self.cuts[block : last + 1] - first
-            with Run(Files(folder, *texts, self._labels[rows], *places, cuts, BLANK), stream, bytes(packed.rest)) as run:
-                yield run
+            texts, blocks = (self._paths[rows], self._names[rows]), self.blocks[block : last + 1] - first
+            files = TarFiles(folder, *texts, self._labels[rows], *places, blocks, BLANK)
+            with open_tar_builder(files, stream, bytes(packed.rest)) as builder:
+                yield builder
         finally:
             os.close(folder)
 
 
 def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:
-    """Return the samples as files, if those may go into the tar as they are and there are the compiled loops to do it."""
-    root = file_root(source) if task.shards.keeps_bytes and native.available() and len(task) else None
+    """Return the samples as files, None if those may not go into the tar as they are."""
+    root = file_root(source) if task.shards.keeps_bytes and len(task) else None
     if root is None:
         return None
     exts = list(map(_ENDINGS.get, map(itemgetter(slice(-4, None)), task.sources), itertools.repeat("")))

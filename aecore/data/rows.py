@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from aecore.data.dataset import Dataset
 from aecore.data.decode import DecodeError, Decoder, DecoderName, Pixels
-from aecore.data.members import Members
 from aecore.data.ragged import SequenceDecoder
 from aecore.data.sample_format import SampleFormat
 from aecore.data.shard_reader import ShardReader
 from aecore.errors import ConfigError, DataError
+from aecore.native.bytes_column import BytesColumn
 
 Int64s = NDArray[np.int64]
 CacheMode = Literal["auto", "ram", "none"]
@@ -136,19 +136,19 @@ class SplitRows:
     def _load(self, indices: Int64s) -> Rows:
         order = np.argsort(indices, kind="stable")
         numbers = np.searchsorted(self._starts, indices[order], side="right") - 1
-        parts, ordinals, labels = list[Members](), np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
+        parts, ordinals, labels = list[BytesColumn](), np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
         firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # first place of each shard
         for number, places in zip(numbers[firsts].tolist(), np.split(order, firsts[1:]), strict=True):
             shard, rows = self._shard(number), indices[places] - self._starts[number]
             ordinals[places], labels[places] = shard.ordinals[rows], shard.labels[rows]
             parts.append(shard.reader.read_members(rows))
-        members = Members.joined(parts).take(np.argsort(order))  # those of a shard were read together
+        members = BytesColumn.concat(parts).take(np.argsort(order))  # those of a shard were read together
         try:
             return self._decoded(members, ordinals, labels)
         except DecodeError as error:
             raise self._undecodable(int(indices[error.row]), error) from error
 
-    def _decoded(self, members: Members, ordinals: Int64s, labels: Int64s, on_bad: Callable[[DecodeError], None] | None = None) -> Rows:
+    def _decoded(self, members: BytesColumn, ordinals: Int64s, labels: Int64s, on_bad: Callable[[DecodeError], None] | None = None) -> Rows:
         if self._sequences is None:
             return Rows(self._decoder.batch(members, on_bad), ordinals, labels)
         pixels, lengths = self._sequences.batch(members, on_bad)

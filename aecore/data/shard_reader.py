@@ -22,11 +22,11 @@ from aecore.data.cuts import cuts
 from aecore.data.index import content_sha256, read_table
 from aecore.data.layout import REMEDY, Layout
 from aecore.data.manifest import ShardRef, tar_store
-from aecore.data.members import Members
 from aecore.data.record import Sample
 from aecore.data.tar import different_headers, end_of_archive
 from aecore.errors import DataError
-from aecore.native import read_pieces, sha256s
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import read_pieces, sha256s
 from aecore.store import Store, read_again
 from aecore.threads import map_ordered
 
@@ -104,7 +104,7 @@ class ShardReader:
         """Return the data members of these rows (numbers in the shard, any order); DataError naming the key if one is damaged."""
         return list(self.read_members(np.asarray(rows, np.int64)))
 
-    def read_members(self, rows: NDArray[np.int64]) -> Members:
+    def read_members(self, rows: NDArray[np.int64]) -> BytesColumn:
         """Return the data members of these rows in one buffer, as `read_rows` does."""
         nbytes = int((self._layout.data_ends[rows] - self._layout.data_begins[rows]).sum())
         half, _ = len(rows) // 2, self._descriptor  # opened once, not by both threads
@@ -112,9 +112,9 @@ class ShardReader:
             return self._read_members(rows, verify=True)
         with ThreadPoolExecutor(1) as helper:
             rest = helper.submit(self._read_members, rows[half:], verify=True)
-            return Members.joined([self._read_members(rows[:half], verify=True), rest.result()])
+            return BytesColumn.concat([self._read_members(rows[:half], verify=True), rest.result()])
 
-    def _read_members(self, rows: NDArray[np.int64], *, verify: bool) -> Members:
+    def _read_members(self, rows: NDArray[np.int64], *, verify: bool) -> BytesColumn:
         """Return the data members of these rows; a damaged copy on this machine is fetched again, and read once more."""
         descriptor = self._descriptor
         found = self._pread(rows)
@@ -138,15 +138,16 @@ class ShardReader:
                 del self._descriptor
             return self._descriptor != descriptor
 
-    def _pread(self, rows: NDArray[np.int64]) -> Members:
+    def _pread(self, rows: NDArray[np.int64]) -> BytesColumn:
         return read_again(lambda: self._pieces(rows), self._name)
 
-    def _pieces(self, rows: NDArray[np.int64]) -> Members:
+    def _pieces(self, rows: NDArray[np.int64]) -> BytesColumn:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]
         if len(rows) and ends[-1] - begins[0] <= WINDOW_BYTES and (np.diff(rows) == 1).all():  # one read costs less than many
-            window, _, (size,) = read_pieces(self._descriptor, begins[:1], ends[-1:] - begins[:1])
-            return Members(window, (begins - begins[0]).clip(max=size), (ends - begins[0]).clip(max=size))
-        return Members(*read_pieces(self._descriptor, begins, ends - begins))
+            window = read_pieces(self._descriptor, begins[:1], ends[-1:] - begins[:1])
+            size = window.ends[0]
+            return BytesColumn(window.data, (begins - begins[0]).clip(max=size), (ends - begins[0]).clip(max=size))
+        return read_pieces(self._descriptor, begins, ends - begins)
 
     def iterate(self, *, verify: bool = True) -> Iterator[Sample]:
         """Yield all samples in order; nothing of a damaged window is yielded. Without `verify` only the size is checked."""
@@ -232,7 +233,7 @@ class ShardReader:
         rows = np.arange(first, last)
         size = len(window)  # a file that ends early has less than the layout says
         begins, ends = (places[rows] - layout.starts[first] for places in (layout.data_begins, layout.data_ends))
-        self._check_members(Members(np.frombuffer(window, np.uint8), begins.clip(max=size), ends.clip(max=size)), rows)
+        self._check_members(BytesColumn(np.frombuffer(window, np.uint8), begins.clip(max=size), ends.clip(max=size)), rows)
         classes = [sample.members.get("cls") for sample in samples]
         if classes != layout.classes[first:last]:
             raise self._damaged(first + next(at for at, found in enumerate(classes) if found != layout.classes[first + at]))
@@ -244,9 +245,9 @@ class ShardReader:
         if len(wrong):
             raise self._damaged(int(np.searchsorted(layout.firsts, members_of.start + wrong[0], side="right")) - 1)
 
-    def _check_members(self, members: Members, rows: NDArray[np.int64]) -> None:
+    def _check_members(self, members: BytesColumn, rows: NDArray[np.int64]) -> None:
         """DataError naming the first of these rows whose bytes have not the sha256 of the index."""
-        wrong = (sha256s(members.data, members.begins, members.ends) != self._layout.digests[rows]).any(axis=1)
+        wrong = (sha256s(members) != self._layout.digests[rows]).any(axis=1)
         if wrong.any():
             raise self._damaged(int(rows[np.argmax(wrong)]))
 

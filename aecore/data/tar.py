@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore import native
 from aecore.errors import DataError
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import pack_samples
 
 BLOCK, RECORD = 512, 10240
 PAGE = mmap.PAGESIZE
@@ -65,18 +66,16 @@ def _store_long(blocks: NDArray[np.uint8], at: NDArray[np.int64], names: list[by
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """n samples to pack: keys, extensions (of each, or one of all), bytes `data[begins[i]:ends[i]]`, class ids (-1: none)."""
+    """n samples to pack: keys, extensions (of each, or one of all), contents, class ids (-1: none)."""
 
     keys: list[str]
     exts: list[str]
-    data: NDArray[np.uint8]
-    begins: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    contents: BytesColumn
     labels: NDArray[np.int32] | None = None
 
     def size(self) -> int:
         """Return the bytes that the members take in the tar."""
-        return int(stored_size(self.ends - self.begins).sum()) + 2 * BLOCK * int((self.ids() >= 0).sum())
+        return int(stored_size(self.contents.sizes).sum()) + 2 * BLOCK * int((self.ids() >= 0).sum())
 
     def ids(self) -> NDArray[np.int32]:
         """Return the class ids, -1 for all samples where there are none."""
@@ -85,10 +84,9 @@ class Samples:
     def members(self) -> tuple[list[bytes], list[bytes]]:
         """Return names and contents of the members: data, and where there is a label its digits as `.cls`; by extension."""
         names, contents = list[bytes](), list[bytes]()
-        places = zip(self.begins.tolist(), self.ends.tolist(), strict=True)
         exts = self.exts * len(self.keys) if len(self.exts) == 1 else self.exts
-        for key, ext, (begin, end), label in zip(self.keys, exts, places, self.ids().tolist(), strict=True):
-            members = [(ext, self.data[begin:end].tobytes())] + ([("cls", b"%d" % label)] if label >= 0 else [])
+        for key, ext, data, label in zip(self.keys, exts, self.contents, self.ids().tolist(), strict=True):
+            members = [(ext, data)] + ([("cls", b"%d" % label)] if label >= 0 else [])
             for member, content in sorted(members):
                 names.append(f"{key}.{member}".encode())
                 contents.append(content)
@@ -96,7 +94,7 @@ class Samples:
 
     def plain(self, names: str) -> bool:
         """Return whether no name, of those joined in `names`, and no size needs more than the plain fields of a header."""
-        return plain_names(self.keys, self.exts, names) and bool((self.ends - self.begins).max(initial=0) <= _MAX_SIZE)
+        return plain_names(self.keys, self.exts, names) and bool(self.contents.sizes.max(initial=0) <= _MAX_SIZE)
 
 
 def joined_names(keys: list[str], exts: list[str]) -> str:
@@ -149,8 +147,8 @@ class Packer:
 
 def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
     """Fill `target` with the members of the samples."""
-    if native.available() and samples.plain(names := joined_names(samples.keys, samples.exts)):
-        native.pack_samples(target, BLANK, names.encode(), samples.data, samples.begins, samples.ends, samples.ids())
+    if samples.plain(names := joined_names(samples.keys, samples.exts)):
+        pack_samples(target, BLANK, names.encode(), samples.contents, samples.ids())
         return
     names_of, contents = samples.members()
     sizes = np.fromiter(map(len, contents), np.int64, len(contents))

@@ -50,7 +50,7 @@ def _choose_path(wanted: str) -> LinearPath:
     if wanted == "onednn":
         return LinearPath("onednn", f"{VARIABLE}=onednn")
     vendor, capability = processor().vendor, torch.backends.cpu.get_cpu_capability()
-    if _ONEDNN is None or not torch.backends.mkl.is_available():
+    if _ONEDNN is None or not torch._C.has_mkl:
         return LinearPath("torch", "this build of torch does not have both products")
     if capability != "AVX512":
         return LinearPath("torch", "no AVX-512")

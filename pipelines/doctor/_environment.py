@@ -29,7 +29,6 @@ def environment_checks() -> list[Check]:
         Check("packages", packages, ConfigError),
         Check("known conflicts", conflicts, ConfigError),
         Check("torch", torch, ConfigError, timeout_s=120),
-        Check("compiled loops", compiled_loops, ConfigError),
     ]
 
 
@@ -128,20 +127,6 @@ def torch() -> Iterator[Finding]:
         yield warning("torch", said, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
     else:
         yield ok("torch", f"torch {torch.__version__}, no GPU on this machine (cluster.use_gpu=false)")
-
-
-def compiled_loops() -> Finding:
-    """Say whether the loops of aecore/native_c are used; everything works without them, shards are slower."""
-    from aecore.native import available, built
-
-    if available():
-        return ok("compiled loops", "shards are read, hashed and packed by compiled code")
-    reason = (
-        "they cannot be used: another processor, AECORE_NATIVE=0, or built from another version"
-        if built()
-        else "they were not built: install a C compiler, then the package again"
-    )
-    return skipped("compiled loops", f"shards are read, hashed and packed in Python ({reason})")
 
 
 def _driver() -> str:

@@ -1,4 +1,4 @@
-"""Cores, memory, shared memory, disk and limits of this machine against what the workers will want."""
+"""The processor and which paths fit it; cores, memory, shared memory, disk and limits against what the workers will want."""
 
 import os
 import shutil
@@ -6,9 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from aecore.errors import ClusterError
+from aecore.errors import ClusterError, ConfigError
+from aecore.native import available, processor, why_not
 from pipelines.config import ClusterSpec
-from pipelines.doctor._check import Check, Finding, failed, ok, warning
+from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
 GB = 1 << 30
 WORKER_BYTES = GB // 2  # a process with torch and Ray
@@ -19,11 +20,27 @@ OPEN_FILES = 1024
 
 def machine_checks(cluster: ClusterSpec) -> list[Check]:
     return [
+        Check("compiled loops", compiled_loops, ConfigError),
+        Check("linear layers", linear_layers, ConfigError, timeout_s=120),
         Check("cores", lambda: cores(cluster), ClusterError),
         Check("memory", lambda: memory(cluster), ClusterError),
         Check("temporary disk", temporary_disk, ClusterError),
         Check("open files", open_files, ClusterError),
     ]
+
+
+def compiled_loops() -> Finding:
+    """Say whether the loops of aecore/native/src are used; everything works without them, shards are slower."""
+    if available():
+        return ok("compiled loops", f"shards are read, hashed and packed by compiled code ({processor().name}, SHA instructions)")
+    return skipped("compiled loops", f"shards are read, hashed and packed in Python ({why_not()})")
+
+
+def linear_layers() -> Finding:
+    """Say which matrix product models use on this processor, and why."""
+    from aecore.nn import linear_path
+
+    return ok("linear layers", f"on CPUs {linear_path()} [{processor().name}]")
 
 
 def cores(cluster: ClusterSpec) -> Iterator[Finding]:

@@ -173,7 +173,7 @@ class TestPath:
         def path(vendor, capability, mkl=True):
             monkeypatch.setattr(linear_module, "processor", lambda: Processor(vendor, "a processor"))
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-            monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+            monkeypatch.setattr(torch._C, "has_mkl", mkl)
             return linear_path.__wrapped__()
 
         return path

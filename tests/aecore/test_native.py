@@ -19,6 +19,8 @@ from aecore.data.job import shard_dataset
 from aecore.data.sample_format import SampleFormat
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.tasks import ShardSpec
+from aecore.native import loops
+from aecore.native.bytes_column import BytesColumn
 
 compiled = pytest.mark.skipif(not native.available(), reason="the compiled loops are not built here")
 EDGES = (0, 1, 54, 55, 56, 57, 63, 64, 65, 119, 120, 127, 128, 1000, 12_345)  # around the ends of blocks and of their padding
@@ -26,12 +28,6 @@ EDGES = (0, 1, 54, 55, 56, 57, 63, 64, 65, 119, 120, 127, 128, 1000, 12_345)  # 
 
 def without(monkeypatch) -> None:
     monkeypatch.setattr(native, "_library", lambda: None)
-
-
-def joined(messages: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    sizes = np.array([len(message) for message in messages], np.int64)
-    ends = np.cumsum(sizes)
-    return np.frombuffer(b"".join(messages), np.uint8), ends - sizes, ends
 
 
 def encoded(size: tuple[int, int], mode: str = "L", **options) -> bytes:
@@ -65,21 +61,21 @@ class TestHashes:
         random = np.random.default_rng(seed)
         messages = [random.bytes(int(random.choice(EDGES))) for _ in range(random.integers(0, 100))]
         expected = [hashlib.sha256(message).hexdigest() for message in messages]
-        assert [bytes(digest).hex() for digest in native.sha256s(*joined(messages))] == expected
+        assert [bytes(digest).hex() for digest in loops.sha256s(BytesColumn.from_bytes(messages))] == expected
 
     @pytest.mark.parametrize("seed", range(40))
     def test_a_stream_beside_messages_has_the_hash_of_hashlib(self, seed):
-        random, stream, plain = np.random.default_rng(seed), native.StreamHash(), hashlib.sha256()
+        random, stream, plain = np.random.default_rng(seed), loops.StreamHash(), hashlib.sha256()
         for _ in range(random.integers(0, 6)):
             messages = [random.bytes(int(random.choice(EDGES))) for _ in range(random.integers(0, 60))]
             blocks = random.bytes(64 * int(random.choice([random.integers(0, 200), random.integers(0, 9000)])))
             plain.update(blocks)
-            digests = stream.update(blocks, *joined(messages))
+            digests = stream.update(blocks, BytesColumn.from_bytes(messages))
             assert [bytes(digest) for digest in digests] == [hashlib.sha256(message).digest() for message in messages]
         assert stream.hexdigest() == plain.hexdigest()
 
     def test_the_padding_of_a_long_stream_counts_its_bits(self):
-        stream, plain = native.StreamHash(), hashlib.sha256()
+        stream, plain = loops.StreamHash(), hashlib.sha256()
         for _ in range(20):
             stream.append(bytes(1 << 20))
             plain.update(bytes(1 << 20))
@@ -87,10 +83,10 @@ class TestHashes:
 
     def test_parts_of_blocks_are_refused(self):
         with pytest.raises(AssertionError, match="whole blocks"):
-            native.StreamHash().append(bytes(65))
+            loops.StreamHash().append(bytes(65))
 
     def test_the_hash_can_be_asked_for_on_the_way(self):
-        stream, plain = native.StreamHash(), hashlib.sha256()
+        stream, plain = loops.StreamHash(), hashlib.sha256()
         for _ in range(3):
             stream.append(bytes(640))
             plain.update(bytes(640))
@@ -99,7 +95,7 @@ class TestHashes:
     @pytest.mark.parametrize(("begin", "end"), [(-1, 3), (4, 3), (0, 11), (11, 11), (0, 1 << 62)])
     def test_messages_outside_the_buffer_are_refused(self, begin, end):
         with pytest.raises(AssertionError, match="inside the buffer"):
-            native.sha256s(bytes(10), np.array([begin]), np.array([end]))
+            loops.sha256s(BytesColumn(np.zeros(10, np.uint8), np.array([begin]), np.array([end])))
 
 
 class TestPieces:
@@ -119,8 +115,7 @@ class TestPieces:
     @staticmethod
     def pieces(file: int, places: list[tuple[int, int]]) -> list[bytes]:
         offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
-        buffer, begins, ends = native.read_pieces(file, offsets, sizes)
-        return [buffer[begin:end].tobytes() for begin, end in zip(begins, ends, strict=True)]
+        return list(loops.read_pieces(file, offsets, sizes))
 
     def test_pieces_come_in_the_order_asked(self, read):
         places = [(5000, 300), (0, 1), (10, 0), (4999, 302), (0, len(self.CONTENT))]
@@ -155,7 +150,7 @@ class TestPixels:
     @staticmethod
     def decoded(files: list[bytes], height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.full((len(files), height, width, channels), 77, np.uint8)
-        return native.decode_pngs(*joined(files), pixels), pixels
+        return loops.decode_pngs(BytesColumn.from_bytes(files), pixels), pixels
 
     @pytest.mark.parametrize("channels", COLOURS)
     @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (7, 1), (28, 28), (13, 50)])
@@ -239,8 +234,8 @@ class TestPixels:
         files = [encoded((9, 5), mode, format="PNG", **options) for mode, options in kinds] + [encoded((9, 5), format="JPEG"), b"\x89PNG"]
         form, reports = SampleFormat((5, 9, 1), np.dtype("u1"), image=True), list[list[tuple[int, str]]]()
         batches = []
-        for loops in ("compiled", "python"):
-            if loops == "python":
+        for way in ("compiled", "python"):
+            if way == "python":
                 without(monkeypatch)
             bad = list[DecodeError]()
             batches.append(Decoder("imagecodecs", form).batch(files, bad.append))
@@ -251,11 +246,17 @@ class TestPixels:
 
     def test_places_outside_the_buffer_are_refused(self):
         with pytest.raises(AssertionError, match="inside the buffer"):
-            native.decode_pngs(np.zeros(9, np.uint8), np.array([0]), np.array([10]), np.zeros((1, 5, 5, 1), np.uint8))
+            loops.decode_pngs(BytesColumn(np.zeros(9, np.uint8), np.array([0]), np.array([10])), np.zeros((1, 5, 5, 1), np.uint8))
 
 
-@compiled
 class TestImages:
+    @pytest.fixture(params=["compiled", "python"], autouse=True)
+    def _loops(self, request, monkeypatch):
+        if request.param == "python":
+            without(monkeypatch)
+        elif not native.available():
+            pytest.skip("the compiled loops are not built here")
+
     FILES = (
         *((encoded((28, 28), mode, format="PNG"), "png") for mode in ("L", "RGB", "RGBA", "LA", "I;16")),
         *((encoded((9, 5), mode, format="JPEG"), "jpg") for mode in ("L", "RGB", "CMYK")),
@@ -268,7 +269,7 @@ class TestImages:
 
     @staticmethod
     def facts(files: list[bytes]) -> list[tuple[int, bytes]]:
-        found = native.examine(*joined(files))
+        found = loops.examine(BytesColumn.from_bytes(files))
         return [(int(fact["kind"]), fact.tobytes()) for fact in found]
 
     def test_plain_images_are_recognised_and_equal_facts_mean_equal_headers(self):
@@ -295,6 +296,24 @@ class TestImages:
             header = _header(file, ext)
             if kind:  # a whole file of a kind that is not read is asked about once, so its facts must be its own
                 assert known.setdefault(fact, header) == header
+
+    @compiled
+    @pytest.mark.parametrize("damage", ["flipped", "cut", "zeroed", "doubled"])
+    def test_both_say_the_same_of_damaged_files(self, damage, monkeypatch):
+        random, damaged = np.random.default_rng(0), list[bytes]()
+        for data, _ in self.FILES:
+            for at in random.integers(0, len(data), 200).tolist():
+                changed = bytearray(data[:at] if damage == "cut" else data)
+                if damage == "flipped":
+                    changed[at] ^= 1 << int(random.integers(8))
+                elif damage == "zeroed":
+                    changed[at] = 0
+                elif damage == "doubled":
+                    changed[at:at] = changed[:at]
+                damaged.append(bytes(changed))
+        found = self.facts(damaged)
+        without(monkeypatch)
+        assert self.facts(damaged) == found
 
     def test_garbage_is_left_to_python(self):
         random = np.random.default_rng(0)
@@ -347,20 +366,20 @@ def test_data_sets_are_the_same_with_and_without_the_compiled_loops(tmp_path, mo
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):
     monkeypatch.setattr(native, "VERSION", 0)
-    assert native._library.__wrapped__() is None
+    assert native._load.__wrapped__()[0] is None
 
 
 def test_every_change_of_the_c_code_has_another_version():
-    """So a library that was built before the change is not used after it: set VERSION in native.h and native.py, then this."""
+    """So a library that was built before the change is not used after it: set VERSION in native.h and native/__init__.py, then this."""
     digest = hashlib.sha256()
-    for path in sorted(Path(native.__file__).with_name("native_c").iterdir()):
+    for path in sorted(Path(native.__file__).with_name("src").iterdir()):
         digest.update(path.read_bytes())
-    assert (native.VERSION, digest.hexdigest()) == (8, "0f8d31aefae8096198ff630221758fb248d93bcfdbe4257a6a2b6ef21e27a9ed")
+    assert (native.VERSION, digest.hexdigest()) == (8, "b076b85a05dd395856111c646a87bd9092bff6290ea9f0a303709d6a589071c2")
 
 
 def test_no_loop_is_chosen_by_wider_vectors():
     """SHA-NI beside AVX-512 was 10 % faster on one maker's processors and 60 times slower on another's."""
-    for path in Path(native.__file__).with_name("native_c").iterdir():
+    for path in Path(native.__file__).with_name("src").iterdir():
         assert not re.search(r"avx|_mm256|_mm512|__builtin_cpu_supports|getenv", path.read_text()), path
 
 
@@ -368,9 +387,9 @@ def test_no_loop_is_chosen_by_wider_vectors():
 def test_a_library_that_cannot_be_loaded_is_none(tmp_path, monkeypatch, content):
     (tmp_path / "_native.so").write_bytes(content)
     monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so")
-    assert native._library.__wrapped__() is None
+    assert native._load.__wrapped__()[0] is None
 
 
 def test_an_environment_variable_leaves_it_out(monkeypatch):
     monkeypatch.setenv("AECORE_NATIVE", "0")
-    assert native._library.__wrapped__() is None
+    assert native._load.__wrapped__()[0] is None

@@ -19,6 +19,7 @@ from aecore.data.pairs import PairSpec
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.evaluate import EvaluateSpec, evaluate
 from aecore.memory import keep_freed_memory
+from aecore.native import processor
 from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec
 from aecore.run import TrainJob, TrainSpec
@@ -28,7 +29,7 @@ from aecore.variational import AdaGVAESpec, VAESpec
 SEEDS, STEPS, PAIRS, LATENTS = (101, 102, 103), 2500, 64, 10
 BETAS = (1.0, 4.0, 8.0)
 ASKED = {"dci": 2.0, "mig": 1.4}
-HEADER = "| model | seed | DCI | MIG | FactorVAE | -ELBO | KL | active units |\n|---|--:|--:|--:|--:|--:|--:|--:|"
+HEADER = "| model | seed | DCI | MIG | FactorVAE | -ELBO | KL | active units | processor |\n|---|--:|--:|--:|--:|--:|--:|--:|---|"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Run:
     def row(self) -> str:
         """Return a row of the table."""
         scores = " | ".join(f"{value:.3f}" for value in (self.dci, self.mig, self.factor_vae))
-        return f"| {self.model} | {self.seed} | {scores} | {-self.elbo:.1f} | {self.kl:.1f} | {self.active} of {LATENTS} |"
+        return f"| {self.model} | {self.seed} | {scores} | {-self.elbo:.1f} | {self.kl:.1f} | {self.active} of {LATENTS} | {processor().name} |"
 
 
 def jobs(data: str, root: Path, seed: int, steps: int = STEPS) -> Iterator[tuple[str, TrainJob]]:

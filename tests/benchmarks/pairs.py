@@ -23,6 +23,7 @@ from typing import Any
 
 from aecore.fanout import MakeWorker, Outcome, Worker, make_part
 from aecore.memory import keep_freed_memory
+from aecore.native import processor
 
 Side = Callable[[], object]
 
@@ -55,12 +56,12 @@ class Pairs:
         low, high = self.spread
         peaks = f"{self.ours_peak_mib:.0f} / {self.theirs_peak_mib:.0f}" if self.ours_peak_mib else ""
         ratio = f"{self.ratio:.2f} ({low:.2f}-{high:.2f})"
-        return f"| {self.name} | {ours:,.0f} | {theirs:,.0f} | {ratio} | {asked} | {peaks} | {len(self.ours_s)} |"
+        return f"| {self.name} | {ours:,.0f} | {theirs:,.0f} | {ratio} | {asked} | {peaks} | {len(self.ours_s)} | {processor().name} |"
 
 
 HEADER = """\
-| what | ours, units/s | other side, units/s | ratio: median (range) | asked | peak MiB, ours / other | pairs |
-|---|--:|--:|--:|--:|--:|--:|"""
+| what | ours, units/s | other side, units/s | ratio: median (range) | asked | peak MiB, ours / other | pairs | processor |
+|---|--:|--:|--:|--:|--:|--:|---|"""
 
 
 def compare(name: str, ours: Side, theirs: Side, *, units: int, pairs: int = 5, before: Side = lambda: None) -> Pairs:
@@ -84,13 +85,8 @@ def compare(name: str, ours: Side, theirs: Side, *, units: int, pairs: int = 5, 
 
 def machine() -> str:
     """Return one line on where the numbers come from: processor, cores, system, Python, date."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            model = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.machine()
-    cores = multiprocessing.cpu_count()
-    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+    system = f"{multiprocessing.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    return f"{processor().name}, {system}, {time.strftime('%Y-%m-%d')}"
 
 
 def _seconds(side: Side) -> float:

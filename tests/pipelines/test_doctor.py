@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from aecore import native
 from aecore.errors import ClusterError, ConfigError, StoreError
+from aecore.nn import linear_path
 from aecore.store import FileRef, LocalStore, open_store
 from pipelines.cli import main
 from pipelines.config import ClusterSpec
@@ -55,12 +56,26 @@ def test_with_nothing_configured_it_passes_and_says_what_it_skipped(capsys: pyte
 
 def test_it_says_whether_the_compiled_loops_are_used_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.available():
-        assert _environment.compiled_loops().state == "ok"
-    monkeypatch.setattr(native, "_library", lambda: None)
+        assert _machine.compiled_loops().state == "ok"
+        assert native.processor().name in _machine.compiled_loops().said
+        with monkeypatch.context() as patch:
+            patch.setenv("AECORE_NATIVE", "0")
+            patch.setattr(native, "_load", native._load.__wrapped__)
+            assert _machine.compiled_loops().said == "shards are read, hashed and packed in Python (AECORE_NATIVE=0)"
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
     monkeypatch.setattr(native, "_path", lambda: None)
-    assert "install a C compiler" in _environment.compiled_loops().said
-    monkeypatch.setattr(native, "_path", lambda: Path("there"))
-    assert "AECORE_NATIVE=0" in _environment.compiled_loops().said
+    assert "install a C compiler" in _machine.compiled_loops().said
+
+
+def test_it_says_which_matrix_product_is_used_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear_path.cache_clear()
+    monkeypatch.setenv("AECORE_LINEAR", "torch")
+    assert "torch (AECORE_LINEAR=torch)" in _machine.linear_layers().said
+    linear_path.cache_clear()
+    monkeypatch.setenv("AECORE_LINEAR", "mkl")
+    (finding,) = run_checks([check for check in _machine.machine_checks(ClusterSpec()) if check.name == "linear layers"])
+    assert finding.state == "failed" and "AECORE_LINEAR=mkl" in finding.said
+    linear_path.cache_clear()
 
 
 def test_a_good_store_passes_and_nothing_of_the_check_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,10 +20,10 @@ from typing import Literal
 
 import numpy as np
 
-from aecore import native
 from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, is_remote, open_files
 
@@ -219,12 +219,7 @@ def _opened(folder: Path) -> Iterator[int]:
 def _entries(folder: Path) -> dict[str, int]:
     """Return the bytes of every regular file in a folder by its name, -1 for everything else. OSError if it cannot be read."""
     with _opened(folder) as descriptor:
-        found = native.list_folder(descriptor) if native.available() else None
-        if found is not None:
-            return found
-        with os.scandir(descriptor) as entries:
-            files = {entry: entry.is_file(follow_symlinks=False) for entry in entries}
-            return {entry.name: entry.stat(follow_symlinks=False).st_size if is_file else -1 for entry, is_file in files.items()}
+        return list_folder(descriptor)
 
 
 def _rest(descriptor: int, size: int) -> bytes:

@@ -1,6 +1,8 @@
-"""Images that go straight from their files into a tar: the bytes are those of the way through Python, whatever is between them."""
+"""Images that go straight from their files into a tar, in C and in Python: the bytes are those of the way sample by sample."""
 
+import dataclasses
 import gc
+import hashlib
 import io
 import os
 import pickle
@@ -22,14 +24,27 @@ from aecore.data.pack import Pack
 from aecore.data.plan import plan_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.splits import SplitSpec
+from aecore.data.tar import BLANK, Samples, headers, stored_size
 from aecore.data.tasks import ShardSpec
 from aecore.data.verify import verify_dataset
 from aecore.errors import DataError, StoreError
-from aecore.native_run import Run
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import StreamHash, examine
+from aecore.native.tar_builder import TarBuilder, TarFiles, open_tar_builder
 from aecore.registry import SOURCES
 
+START = 700  # bytes of the tar before the first sample of a builder
 SIZES = (0, 1, 300, 511, 512, 513, 1024, 3500, 3584, 3585, 4095, 4096, 4097, 8192, 12_345, 70_000)  # of what stands behind an image
-pytestmark = pytest.mark.skipif(not native.available(), reason="without the compiled loops there is no such way")
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def way(request, monkeypatch):
+    """Every test runs with the compiled loops, where they are built, and with their twin."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif not native.available():
+        pytest.skip("the compiled loops are not built here")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +90,9 @@ def written(root: Path, out: Path, **options) -> tuple[DatasetManifest, dict[str
 
 
 def require_same_without(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options) -> DatasetManifest:
-    manifest, files = written(root, out / "compiled", **options)
-    monkeypatch.setattr(native, "_library", lambda: None)
-    assert written(root, out / "python", **options) == (manifest, files)
+    manifest, files = written(root, out / "straight", **options)
+    monkeypatch.setattr(pack, "plain_files", lambda *_: None)
+    assert written(root, out / "by sample", **options) == (manifest, files)
     return manifest
 
 
@@ -181,14 +196,17 @@ def test_files_that_change_after_they_were_listed_are_taken_as_they_are_and_thos
 
         monkeypatch.setattr(pack, "plain_files", first_change)
 
+    def without_plain(plan):
+        return lambda *args: plan(*args) and None
+
     results = []
-    for loops in ("compiled", "python"):
+    for loops in ("straight", "by sample"):
         images(tmp_path / loops / "in", 150, 1)
         with monkeypatch.context() as patch:
             monkeypatch, kept = patch, monkeypatch
             changing(tmp_path / loops / "in")
-            if loops == "python":
-                patch.setattr(native, "_library", lambda: None)
+            if loops != "straight":
+                patch.setattr(pack, "plain_files", without_plain(pack.plain_files))
             if unreadable:
                 with pytest.raises(StoreError, match="it was there when the source was listed"):
                     written(tmp_path / loops / "in", tmp_path / loops / "out")
@@ -203,16 +221,15 @@ def test_few_blocks_are_read_in_vain_where_many_are_unusual(tmp_path, monkeypatc
     paths = images(tmp_path / "in", 300)
     for path in paths[::5]:
         spoil(path, "cut")
-    read, blocks = Run.read, list[int]()
-    monkeypatch.setattr(Run, "__init__", _counting(Run.__init__, blocks))
-    monkeypatch.setattr(Run, "read", read)
+    blocks = list[int]()
+    monkeypatch.setattr(TarBuilder, "__init__", _counting(TarBuilder.__init__, blocks))
     shard_dataset(FolderSpec(url=str(tmp_path / "in")), str(tmp_path / "out"), shards=ShardSpec(max_samples=300, max_bad=0.5))
     assert sum(blocks[1:]) <= 2 * 60 and min(blocks) == 1
 
 
 def _counting(begin, blocks: list[int]):
     def counted(self, files, stream, tail):
-        blocks.append(len(files.cuts) - 1)
+        blocks.append(len(files.blocks) - 1)
         begin(self, files, stream, tail)
 
     return counted
@@ -233,30 +250,33 @@ def test_an_error_on_the_way_ends_the_threads_and_closes_the_files(tmp_path, mon
     assert after[:2] == before[:2] and after[2] <= before[2]
 
 
-def test_a_run_that_is_left_early_ends(tmp_path):
+def test_a_builder_that_is_left_early_ends(tmp_path, way):
+    def threads() -> int:  # a thread of Python is gone for the kernel a little later
+        return len(os.listdir("/proc/self/task")) if way == "compiled" else threading.active_count()
+
     paths = images(tmp_path / "in", 100)
     for number_of_blocks in (0, 1, 3):
-        tasks = len(os.listdir("/proc/self/task"))
-        with _run_of(paths) as run:
+        before = threads()
+        with _builder_of(paths) as builder:
             for _ in range(number_of_blocks):
-                assert run.read() is not None
-                run.accept()
-            assert len(os.listdir("/proc/self/task")) > tasks
-        assert len(os.listdir("/proc/self/task")) == tasks
+                assert builder.next_block() is not None
+                builder.submit()
+            if number_of_blocks or way == "compiled":
+                assert threads() > before
+        assert threads() == before
 
 
-def _run_of(paths: list[Path]) -> Run:
-    from aecore.data.tar import BLANK, stored_size
-    from aecore.native import StreamHash
-    from aecore.native_run import Files, Texts
+def _builder_of(paths: list[Path]) -> TarBuilder:
 
     sizes = np.array([path.stat().st_size for path in paths])
     starts = np.concatenate([[0], np.cumsum(stored_size(sizes))])
     folder = os.open("/", os.O_RDONLY)
-    texts = Texts(os.fsencode("\0".join(str(path)[1:] for path in paths) + "\0")), Texts("".join(f"{p.stem}.png\0" for p in paths).encode())
-    cuts = np.arange(0, len(paths) + 1, 10)
+    paths_in = BytesColumn.from_texts(os.fsencode("\0".join(str(path)[1:] for path in paths) + "\0"))
+    names = BytesColumn.from_texts("".join(f"{path.stem}.png\0" for path in paths).encode())
+    blocks = np.arange(0, len(paths) + 1, 10)
     begins = starts[:-1] + 512
-    return Run(Files(folder, *texts, np.full(len(paths), -1, np.int32), starts, begins, begins + sizes, cuts, BLANK), StreamHash(), b"")
+    files = TarFiles(folder, paths_in, names, np.full(len(paths), -1, np.int32), starts, begins, begins + sizes, blocks, BLANK)
+    return open_tar_builder(files, StreamHash(), b"")
 
 
 def test_what_is_unusual_all_along_is_not_tried_again_and_again(tmp_path, monkeypatch, taken):
@@ -268,18 +288,20 @@ def test_what_is_unusual_all_along_is_not_tried_again_and_again(tmp_path, monkey
     assert taken == [0] * pack.IN_VAIN
 
 
-def test_an_interrupt_right_after_the_threads_have_begun_ends_them(tmp_path, monkeypatch):
+def test_an_interrupt_right_after_the_threads_have_begun_ends_them(tmp_path, way):
     """A signal's exception comes when the compiled function has returned and its result is not used yet."""
+    if way == "python":
+        pytest.skip("only compiled threads begin on entering")
     paths, tasks = images(tmp_path / "in", 100), len(os.listdir("/proc/self/task"))
-    run = _run_of(paths)
+    run = _builder_of(paths)
     library = run._library
 
     class Interrupted:
         def __getattr__(self, name):
             return getattr(library, name)
 
-        def aecore_run_start(self, *args):
-            library.aecore_run_start(*args)
+        def aecore_builder_start(self, *args):
+            library.aecore_builder_start(*args)
             raise KeyboardInterrupt
 
     run._library = Interrupted()
@@ -323,3 +345,83 @@ assert not pack.bad
         out = tmp_path / f"out{spare}"
         subprocess.run([sys.executable, "-c", script, str(tmp_path / "task"), str(out), str(spare)], check=True)
         assert out.read_bytes() == (tmp_path / "usual").read_bytes()
+
+
+class TestBuilder:
+    """Both builders over the same laws: what they give is computed here from the files."""
+
+    @staticmethod
+    def files(root: Path, labels: list[int], data: list[bytes], sizes: list[int] | None = None) -> TarFiles:
+        """Files of these contents, five to a block, with the sizes that are expected."""
+        root.mkdir(parents=True, exist_ok=True)
+        names = [f"{number:03d}.png" for number in range(len(data))]
+        for name, content in zip(names, data, strict=True):
+            (root / name).write_bytes(content)
+        expected, has_label = np.array(sizes or list(map(len, data))), np.array(labels) >= 0
+        starts = START + np.concatenate([[0], np.cumsum(stored_size(expected) + 1024 * has_label)])
+        begins = starts[:-1] + 512 + 1024 * has_label
+        texts = BytesColumn.from_texts("".join(f"{name}\0" for name in names).encode())
+        blocks = np.append(np.arange(0, len(data), 5), len(data))
+        folder = os.open(root, os.O_RDONLY)
+        return TarFiles(folder, texts, texts, np.array(labels, np.int32), starts, begins, begins + expected, blocks, BLANK)
+
+    @staticmethod
+    def built(files: TarFiles, tail: bytes) -> tuple[bytes, TarBuilder]:
+        stream, pages = StreamHash(), list[bytes]()
+        with open_tar_builder(files, stream, tail) as builder:
+            while (rows := builder.next_block()) is not None:
+                assert rows == slice(*files.blocks[builder.submitted : builder.submitted + 2].tolist())
+                assert builder.content(rows.start) == Path(f"/proc/self/fd/{files.folder}/{rows.start:03d}.png").read_bytes()
+                builder.submit()
+                if builder.submitted - builder.released > 2:
+                    pages.append(bytes(builder.finished_pages()))
+                    builder.release()
+            while builder.released < builder.submitted:
+                pages.append(bytes(builder.finished_pages()))
+                builder.release()
+        os.close(files.folder)
+        written = b"".join(pages)
+        assert stream.size == len(written) and stream.hexdigest() == hashlib.sha256(written).hexdigest()
+        return written, builder
+
+    @pytest.mark.parametrize("labelled", [True, False])
+    def test_the_tar_has_every_file_at_its_place_and_every_hash(self, tmp_path, labelled):
+        random = np.random.default_rng(0)
+        data = [encoded(number) + random.bytes(int(random.choice(SIZES))) for number in range(33)]
+        labels = [int(label) for label in random.integers(-1, 1000, 33)] if labelled else [-1] * 33
+        tail = random.bytes(START)
+        written, builder = self.built(self.files(tmp_path / "in", labels, data), tail)
+        samples = Samples([f"{number:03d}" for number in range(33)], ["png"], BytesColumn.from_bytes(data), np.array(labels, np.int32))
+        names, contents = samples.members()
+        blocks = headers(names, np.array([len(content) for content in contents]))
+        expected = tail + b"".join(
+            block.tobytes() + content + bytes(-len(content) % 512) for block, content in zip(blocks, contents, strict=True)
+        )
+        assert written + builder.tail[: len(expected) - len(written)].tobytes() == expected
+        assert [digest.tobytes() for digest in builder.digests] == [hashlib.sha256(content).digest() for content in data]
+        assert builder.facts.tobytes() == examine(BytesColumn.from_bytes(data)).tobytes()
+
+    @pytest.mark.parametrize("row", [0, 4, 5, 17, 32])
+    @pytest.mark.parametrize("what", ["no image", "other size", "gone"])
+    def test_it_ends_before_the_block_of_a_file_that_is_not_as_expected(self, tmp_path, row, what):
+        data = [encoded(number) for number in range(33)]
+        sizes = [len(content) for content in data]
+        if what == "no image":
+            data[row] = bytes(sizes[row])
+        elif what == "other size":
+            sizes[row] += 1
+        files = self.files(tmp_path / "in", [-1] * 33, data, sizes)
+        if what == "gone":
+            (tmp_path / f"in/{row:03d}.png").unlink()
+        _, builder = self.built(files, bytes(START))
+        assert builder.submitted == row // 5
+
+    @pytest.mark.parametrize("field", ["paths", "names", "labels", "begins", "blocks"])
+    def test_columns_that_do_not_fit_each_other_are_refused(self, tmp_path, field):
+        files = self.files(tmp_path / "in", [-1] * 9, [encoded(number) for number in range(9)])
+        with pytest.raises(AssertionError, match="every file has"):
+            open_tar_builder(dataclasses.replace(files, **{field: getattr(files, field)[:-1]}), StreamHash(), b"")
+        unended = BytesColumn(files.names.data[:-1], files.names.begins, files.names.ends)
+        with pytest.raises(AssertionError, match="zero byte"):
+            open_tar_builder(dataclasses.replace(files, names=unended), StreamHash(), b"")
+        os.close(files.folder)

@@ -11,6 +11,7 @@ from aecore import native
 from aecore.data.record import encode_key
 from aecore.data.tar import PAGE, Packer, Samples, headers, split_name
 from aecore.errors import DataError
+from aecore.native.bytes_column import BytesColumn
 
 SIZES = [0, 1, 511, 512, 513, 1000, 9 * 512, 10240, 65521, 100_000]
 
@@ -35,15 +36,11 @@ def chunk_of(samples: list[dict]) -> Samples:
         exts.append(ext)
         contents.append(sample[ext])
         labels.append(int(sample.get("cls", -1)))
-    sizes = np.array([len(content) for content in contents], np.int64)
-    ends = np.cumsum(sizes)
     exts = exts[:1] if len(set(exts)) == 1 else exts  # one may stand for all
     return Samples(
         [sample["__key__"] for sample in samples],
         exts,
-        np.frombuffer(b"".join(contents), np.uint8),
-        ends - sizes,
-        ends,
+        BytesColumn.from_bytes(contents),
         np.array(labels, np.int32),
     )
 

@@ -1,6 +1,6 @@
 /* The innermost loops of shards, in plain C without Python's headers: called through ctypes, so the interpreter is free meanwhile.
  *
- * What they do is done in Python too, with the same bytes; tests compare the two. Callers pass buffers that are large enough. x86-64 Linux with
+ * What they do is done in Python too (`loops.py`, `tar_builder.py`), with the same bytes; tests compare the two. Callers pass buffers that are large enough. x86-64 Linux with
  * SHA extensions (Intel since 2019, AMD since 2017) only. What is called from Python is named `aecore_...`; this is what the files share.
  */
 

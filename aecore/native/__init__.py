@@ -1,0 +1,93 @@
+"""The compiled path: the loops that run for every byte of a shard, in C where that was built, else in Python, behind one interface.
+
+`src/` is compiled when the package is installed, if there is a C compiler, and runs on x86-64 Linux with SHA instructions. It is called
+without holding the interpreter, so threads do work at once. `loops` and `tar_builder` give the same bytes without it: callers do not
+ask which is used. `available` and `why_not` are for messages; AECORE_NATIVE=0 leaves it out.
+"""
+
+import ctypes
+import os
+import platform
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+VERSION = 8  # of native.h, which has it too: a library that was built from another one is not used
+FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
+
+
+class Processor(NamedTuple):
+    """What /proc/cpuinfo calls this machine's processor: its maker (`GenuineIntel`, `AuthenticAMD`) and name; "" where it does not say."""
+
+    vendor: str
+    name: str
+
+
+@cache
+def processor() -> Processor:
+    """Return the maker and the name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:  # not Linux
+        return Processor("", platform.processor() or platform.machine())
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return Processor(found.get("vendor_id", ""), found.get("model name", "") or platform.machine())
+
+
+def available() -> bool:
+    """Return whether the compiled loops are used."""
+    return _library() is not None
+
+
+def why_not() -> str:
+    """Return why the compiled loops are not used, "" if they are."""
+    return _load()[1]
+
+
+def _library() -> Any | None:  # any: a shared library's functions have no types
+    return _load()[0]
+
+
+def _path() -> Path | None:
+    paths = [Path(__file__).parent.with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+@cache
+def _load() -> tuple[Any | None, str]:  # any: as above
+    """Return the library, or None and why it is not used."""
+    path = _path()
+    if path is None:
+        return None, "they were not built: install a C compiler, then the package again"
+    if os.environ.get("AECORE_NATIVE") == "0":
+        return None, "AECORE_NATIVE=0"
+    try:
+        library = ctypes.CDLL(str(path))
+        for function in ("native", "read_pieces", "list", "builder_next_block", "builder_finished_pages"):
+            getattr(library, f"aecore_{function}").restype = ctypes.c_int64
+        version = library.aecore_native()
+        if version == VERSION:
+            _describe(library)
+            return library, ""
+    except (OSError, AttributeError) as error:  # a damaged file, one for another system, or of another version
+        return None, f"{path.name} cannot be used ({error}): install the package again"
+    if version == 0:
+        return None, f"{processor().name} has no SHA instructions"
+    return None, f"{path.name} was built from another version of aecore: install the package again"
+
+
+def _describe(library: Any) -> None:  # any: as above
+    data, numbers, labels, words, facts = (np.ctypeslib.ndpointer(kind, flags="C") for kind in ("u1", "i8", "i4", "u4", FACTS))
+    number = ctypes.c_int64
+    library.aecore_sha256.argtypes = [words, data, number, data, numbers, numbers, number, data]
+    library.aecore_list.argtypes = [ctypes.c_int, data, data, number, numbers, numbers, number]
+    library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
+    library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
+    library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, data]
+    library.aecore_builder_start.argtypes, library.aecore_builder_start.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+    for function in ("next_block", "submit", "finished_pages", "release", "stop"):
+        getattr(library, f"aecore_builder_{function}").argtypes = [ctypes.c_void_p]
+    library.aecore_pack.argtypes = [data, data, ctypes.c_char_p, data, numbers, numbers, labels, number]

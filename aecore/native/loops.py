@@ -1,0 +1,254 @@
+"""Hash many samples, read many pieces, list a folder, look at many images, decode small PNGs, pack samples: each in C or in Python.
+
+Both give the same, except where it says so: then what is not done is for a caller who knows more.
+"""
+
+import ctypes
+import hashlib
+import os
+import zlib
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore import native
+from aecore.native import FACTS
+from aecore.native.bytes_column import Bytes, BytesColumn, Int64s
+
+_BLOCK = 64  # bytes of a block of sha256
+_TAR_BLOCK = 512
+_MOST_ROWS = 1 << 16  # bytes of a small image's filtered rows
+_START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32)
+_NOTHING = BytesColumn(np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
+_UNKNOWN = (0, bytes(3), 0, 0)
+_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+class StreamHash:
+    """The sha256 of a stream of whole blocks of 64 bytes, and of messages that are hashed with it.
+
+    Both at once take little longer than one of them where the compiled loops are used.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._library = native._library()
+        self._plain = hashlib.sha256()
+        self.state = _START.copy()  # of the compiled loops
+
+    def update(self, stream: bytes | memoryview, messages: BytesColumn) -> Bytes:
+        """Append whole blocks to the stream; return the sha256 of each message as `[n, 32]`."""
+        assert len(stream) % _BLOCK == 0, "only whole blocks are hashed"
+        messages.require_inside()
+        self.size += len(stream)
+        digests = np.empty((len(messages), 32), np.uint8)
+        if self._library is None:
+            self._plain.update(stream)
+            view = messages.data.data
+            for digest, begin, end in zip(digests, messages.begins.tolist(), messages.ends.tolist(), strict=True):
+                digest.data[:] = hashlib.sha256(view[begin:end]).digest()
+            return digests
+        blocks = np.frombuffer(stream, np.uint8)
+        places = messages.data, messages.begins, messages.ends
+        self._library.aecore_sha256(self.state, blocks, len(blocks) // _BLOCK, *places, len(messages), digests)
+        return digests
+
+    def append(self, stream: bytes) -> None:
+        """Append whole blocks to the stream."""
+        self.update(stream, _NOTHING)
+
+    def hexdigest(self) -> str:
+        """Return the hash of the stream up to now."""
+        if self._library is None:
+            return self._plain.hexdigest()
+        state, padding = self.state.copy(), b"\x80" + bytes(_BLOCK - 9) + (8 * self.size).to_bytes(8, "big")
+        nothing = _NOTHING.data, _NOTHING.begins, _NOTHING.ends
+        self._library.aecore_sha256(state, np.frombuffer(padding, np.uint8), 1, *nothing, 0, np.zeros(0, np.uint8))
+        return state.astype(">u4").tobytes().hex()
+
+
+def sha256s(messages: BytesColumn) -> Bytes:
+    """Return the sha256 of each message as `[n, 32]`."""
+    return StreamHash().update(b"", messages)
+
+
+def read_pieces(file: int, offsets: Int64s, sizes: Int64s) -> BytesColumn:
+    """Return the `sizes` bytes at each of `offsets` of a file. A piece ends early where the file does. OSError if it cannot be read."""
+    ends = np.cumsum(sizes)
+    begins, library = ends - sizes, native._library()
+    buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    if library is not None:
+        error = library.aecore_read_pieces(file, np.ascontiguousarray(offsets), len(offsets), buffer, begins, ends)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return BytesColumn(buffer, begins, ends)
+    for row, (offset, begin, end) in enumerate(zip(offsets.tolist(), begins.tolist(), ends.tolist(), strict=True)):
+        while begin < end and (got := os.preadv(file, [buffer.data[begin:end]], offset)):
+            begin, offset = begin + got, offset + got
+        ends[row] = begin
+    return BytesColumn(buffer, begins, ends)
+
+
+def list_folder(folder: int) -> dict[str, int]:
+    """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it, sorted by bytes.
+
+    OSError if it cannot be read.
+    """
+    library, most = native._library(), 1 << 14
+    while library is not None:
+        (joined, room), (order, sizes) = np.empty((2, 64 * most), np.uint8), np.empty((2, most), np.int64)
+        length = library.aecore_list(folder, joined, room, len(joined), order, sizes, most)
+        if length >= 0:
+            names = os.fsdecode(joined[:length].tobytes()).split("\0")[:-1]
+            return dict(zip(names, sizes[: len(names)].tolist(), strict=True))
+        if length == -2:
+            break  # Python says why
+        most *= 8
+    with os.scandir(folder) as entries:
+        found = {entry.name: _file_size(entry) for entry in entries}
+    return dict(sorted(found.items(), key=lambda item: os.fsencode(item[0])))
+
+
+def _file_size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+    except FileNotFoundError:  # it was there when the folder was read
+        return -1
+
+
+def examine(files: BytesColumn) -> NDArray[Any]:  # any: structured
+    """Return `FACTS` of each file: kind 0 is for `data.image` to look at, files of other equal facts have equal headers."""
+    facts, library = np.empty(len(files), FACTS), native._library()
+    places = files.begins, np.maximum(files.begins, files.ends)  # one that was not read ends before it begins
+    BytesColumn(files.data, *places).require_inside()
+    if library is not None:
+        library.aecore_examine(files.data, *places, len(files), facts)
+        return facts
+    view = files.data.data
+    for row, (begin, end) in enumerate(zip(*(place.tolist() for place in places), strict=True)):
+        facts[row] = facts_of(view[begin:end])
+    return facts
+
+
+def facts_of(file: memoryview) -> tuple[int, bytes, int, int]:
+    """Return the facts of one file, as image.c finds them."""
+    if len(file) >= 8 and file[0] == 0x89:
+        return _png_facts(file)
+    return _jpeg_facts(file) if len(file) >= 8 and file[:2].tobytes() == b"\xff\xd8" else _UNKNOWN
+
+
+def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
+    """A PNG whose chunks fit their checksums up to IEND, with an IDAT among them."""
+    at, has_pixels = 8, False
+    if len(file) < 33 or file[:16] != _PNG_START:
+        return _UNKNOWN
+    while at + 12 <= len(file):
+        end = at + 8 + int.from_bytes(file[at : at + 4], "big")
+        if end + 4 > len(file) or zlib.crc32(file[at + 4 : end]) != int.from_bytes(file[end : end + 4], "big"):
+            return _UNKNOWN
+        name = file[at + 4 : at + 8].tobytes()
+        has_pixels = has_pixels or name == b"IDAT"
+        if name == b"IEND":
+            width, height = (int.from_bytes(file[place : place + 4], "big") for place in (16, 20))
+            return (1, bytes([file[24], file[25], 0]), width, height) if has_pixels else _UNKNOWN
+        at = end + 4
+    return _UNKNOWN
+
+
+def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
+    """A JPEG whose segments lead to one frame header and then to a scan with an end marker behind it."""
+    at, found = 2, _UNKNOWN
+    while at + 4 <= len(file):
+        start, marker, length = file[at], file[at + 1], int.from_bytes(file[at + 2 : at + 4], "big")
+        if start == marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if start != 0xFF or marker < 0xC0 or marker in (0xD8, 0xD9) or length < 2:
+            return _UNKNOWN
+        if marker == 0xDA:
+            return found if file[at:].tobytes().rfind(b"\xff\xd9") >= 0 else _UNKNOWN
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if found[0] or at + 10 > len(file):
+                return _UNKNOWN
+            height, width = (int.from_bytes(file[place : place + 2], "big") for place in (at + 5, at + 7))
+            found = (2, bytes([marker, file[at + 4], file[at + 9]]), width, height)
+        at += 2 + length
+    return _UNKNOWN
+
+
+def decode_pngs(files: BytesColumn, pixels: Bytes) -> NDArray[np.bool_]:
+    """Decode small PNGs of 8 bits into `pixels` `[n, H, W, C]`; return which were.
+
+    The others, all where there are no compiled loops or no zlib, are for a decoder that knows more; their pixels are undefined.
+    """
+    count, height, width, channels = pixels.shape
+    library, uncompress, done = native._library(), _uncompress(), np.zeros(len(files), np.uint8)
+    assert count == len(files), "every image has a place"
+    files.require_inside()
+    if library is not None and uncompress and 1 <= channels <= 4 and 0 < height * (width * channels + 1) <= _MOST_ROWS:
+        places = files.data, files.begins, files.ends
+        library.aecore_decode_pngs(uncompress, *places, count, pixels, height, width, channels, done)
+    return done.astype(np.bool_)
+
+
+@cache
+def _uncompress() -> int | None:
+    """Return the address of zlib's `uncompress`: every Linux that Pillow or imagecodecs run on has this library."""
+    try:
+        return ctypes.cast(ctypes.CDLL("libz.so.1").uncompress, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def pack_samples(target: Bytes, blank: Bytes, names: bytes, files: BytesColumn, labels: NDArray[np.int32]) -> None:
+    """Write the tar members of samples into `target`, which has their size; `data.tar` says which.
+
+    `names` are those of the data, each ended by a zero byte, with an extension and at most 96 bytes; `blank` is a header without name and
+    size. Where its label is not negative a sample has a member `cls` too.
+    """
+    library = native._library()
+    files.require_inside()
+    if library is not None:
+        library.aecore_pack(target, blank, names, files.data, files.begins, files.ends, labels, len(files))
+        return
+    at, view, source, header = 0, target.data, files.data.data, bytes(blank)
+    places = zip(names.split(b"\0")[:-1], files.begins.tolist(), files.ends.tolist(), labels.tolist(), strict=True)
+    for name, begin, end, label in places:
+        data_at, stop = frame_sample(view, at, header, name, label, end - begin)
+        view[data_at : data_at + end - begin] = source[begin:end]
+        at = stop
+
+
+def frame_sample(target: memoryview, at: int, blank: bytes, name: bytes, label: int, size: int) -> tuple[int, int]:
+    """Write all but the `size` bytes of data of a sample whose first header is at `at`; return where they and where the sample end.
+
+    As in tar.c: members are sorted by extension, and where the label is not negative one of them is `cls`.
+    """
+    stem, _, ext = name.rpartition(b".")
+    stored = _TAR_BLOCK + size + -size % _TAR_BLOCK
+    if label < 0:
+        _frame_member(target, at, blank, name, size)
+        return at + _TAR_BLOCK, at + stored
+    cls, digits = stem + b".cls", b"%d" % label
+    cls_at, data_at = (at, at + 2 * _TAR_BLOCK) if ext > b"cls" else (at + stored, at)
+    _frame_member(target, cls_at, blank, cls, len(digits))
+    target[cls_at + _TAR_BLOCK : cls_at + _TAR_BLOCK + len(digits)] = digits
+    _frame_member(target, data_at, blank, name, size)
+    return data_at + _TAR_BLOCK, at + stored + 2 * _TAR_BLOCK
+
+
+def _frame_member(target: memoryview, at: int, blank: bytes, name: bytes, size: int) -> None:
+    octal = b"%011o" % size
+    checksum = sum(name) + sum(octal) + _fixed_sum(blank)
+    target[at : at + _TAR_BLOCK] = name + blank[len(name) : 124] + octal + blank[135:148] + b"%06o\0" % checksum + blank[155:]
+    padding = -size % _TAR_BLOCK
+    end = at + _TAR_BLOCK + size
+    target[end : end + padding] = bytes(padding)
+
+
+@cache
+def _fixed_sum(blank: bytes) -> int:
+    """Return what a header counts in its checksum besides its name and size: the sum of all bytes takes as long as all else."""
+    return sum(blank) - sum(blank[124:135])

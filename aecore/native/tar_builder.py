@@ -1,0 +1,261 @@
+"""Files on their way into a tar: read, framed and hashed by threads, block by block, each file straight to its place in the tar.
+
+What the caller does here block by block, `data.pack` does sample by sample for files that are not as expected.
+"""
+
+import ctypes
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore import native
+from aecore.native import FACTS
+from aecore.native.bytes_column import Bytes, BytesColumn, Int64s
+from aecore.native.loops import StreamHash, facts_of, frame_sample
+
+PAGE = mmap.PAGESIZE
+SLOTS = 6  # blocks in memory: two are read, one is hashed, one is written, two wait for that
+_ROOM = 512  # a file that has grown is read a little further
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TarFiles:
+    """N files below an open folder that become the samples of a tar, in this order and in B blocks.
+
+    Attributes:
+        folder: its descriptor.
+        paths, names: of each file in the folder, and in the tar (with a dot, at most 96 bytes); each ended by a zero byte.
+        labels: `[N]` int32, negative where there is none.
+        starts: `[N+1]` int64, where each sample begins in the tar, with its first header, and where the last one ends.
+        begins, ends: `[N]` int64, where its data do: `ends - begins` is the size that its file is expected to have.
+        blocks: `[B+1]` int64, the first sample of each block, and N.
+        blank: `[512]` uint8, the header of a member without name and size.
+    """
+
+    folder: int
+    paths: BytesColumn
+    names: BytesColumn
+    labels: NDArray[np.int32]
+    starts: Int64s
+    begins: Int64s
+    ends: Int64s
+    blocks: Int64s
+    blank: Bytes
+
+    def require_consistent(self) -> None:
+        """AssertionError unless every file has a path, a name and a place in a block: compiled threads do not look again."""
+        texts = self.paths, self.names
+        columns = (self.paths.begins, self.names.begins, self.labels, self.starts[1:], self.begins, self.ends)
+        if {*(len(column) for column in columns), int(self.blocks[-1])} != {len(self.labels)} or self.blocks[0] != 0:
+            raise AssertionError("every file has a path, a name and a place in a block")  # no `assert`: it must hold under -O too
+        for text in texts:
+            text.require_inside()
+            if len(text) and (text.ends.max() >= len(text.data) or text.data[text.ends].any()):
+                raise AssertionError("paths and names are ended by a zero byte")
+        arrays: tuple[NDArray[Any], ...] = (*columns, self.blocks)  # any: int64 and int32 arrays
+        if not all(array.dtype == (np.int32 if array is self.labels else np.int64) and array.flags.c_contiguous for array in arrays):
+            raise AssertionError("arrays are as in tar_builder.c")
+
+
+class TarBuilder(ABC):
+    """Takes files into a tar: a context manager, whose threads end with it. `open_tar_builder` makes one.
+
+    `next_block` says which samples are read next, if all of their files are images of the expected sizes, whose `facts` are known then.
+    `submit` lets them be hashed, into `digests` and the `stream` that is the hash of the tar. `finished_pages` gives what they fill of the
+    tar, to be written, and `release` the memory to the next block. `tail` is what the tar has after its last full page, before and after.
+    """
+
+    def __init__(self, files: TarFiles, stream: StreamHash, tail: bytes) -> None:
+        files.require_consistent()
+        self.files, self.stream = files, stream
+        self.facts = np.empty(len(files.labels), FACTS)
+        self.digests = np.empty((len(files.labels), 32), np.uint8)
+        self.tail = np.frombuffer(tail.ljust(PAGE, b"\0"), np.uint8).copy()
+        self.submitted = self.released = 0  # blocks
+        self._origins = files.starts[files.blocks] // PAGE * PAGE  # place in the tar of the first byte in memory of each block
+        most = int((files.starts[files.blocks[1:]] - self._origins[:-1]).max())
+        self._slot_bytes = most // PAGE * PAGE + 2 * PAGE
+        self._num_slots = min(SLOTS, len(files.blocks) - 1)
+        memory = np.empty(self._num_slots * self._slot_bytes + PAGE, np.uint8)
+        self._slots = memory[-memory.ctypes.data % PAGE :][: self._num_slots * self._slot_bytes]
+
+    @abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None:
+        """End the threads; what was submitted is hashed."""
+
+    @abstractmethod
+    def next_block(self) -> slice | None:
+        """Wait for the next block and return its samples; None at the end, or if any of its files is not as expected."""
+
+    @abstractmethod
+    def submit(self) -> None:
+        """Let the block that was read be hashed."""
+
+    @abstractmethod
+    def finished_pages(self) -> memoryview:
+        """Wait until the oldest block that was submitted and not released is hashed; return the full pages of the tar that end in it."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """End with that block: its memory is used again."""
+
+    def content(self, row: int) -> bytes:
+        """Return the data of a sample of the block that was read."""
+        slot, origin = self._slot(self.submitted), int(self._origins[self.submitted])
+        return slot[int(self.files.begins[row]) - origin : int(self.files.ends[row]) - origin].tobytes()
+
+    def _slot(self, block: int) -> Bytes:
+        begin = block % self._num_slots * self._slot_bytes
+        return self._slots[begin : begin + self._slot_bytes]
+
+    def _rows(self, block: int) -> slice:
+        return slice(*self.files.blocks[block : block + 2].tolist())
+
+
+def open_tar_builder(files: TarFiles, stream: StreamHash, tail: bytes) -> TarBuilder:
+    """Return a builder whose first sample follows `tail`, what the tar has after its last full page; AssertionError for wrong arrays."""
+    return CompiledTarBuilder(files, stream, tail) if native.available() else PythonTarBuilder(files, stream, tail)
+
+
+class PythonTarBuilder(TarBuilder):
+    """Reads and frames in the caller's thread and hashes in another."""
+
+    def __init__(self, files: TarFiles, stream: StreamHash, tail: bytes) -> None:
+        super().__init__(files, stream, tail)
+        self._thread = ThreadPoolExecutor(1)  # starts its thread at the first call
+        self._hashed = deque[Future[None]]()  # blocks that were submitted and not released
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def next_block(self) -> slice | None:
+        if self.submitted == len(self.files.blocks) - 1 or not self._read(self.submitted):
+            return None
+        return self._rows(self.submitted)
+
+    def submit(self) -> None:
+        self._hashed.append(self._thread.submit(self._hash, self.submitted))
+        self.submitted += 1
+
+    def finished_pages(self) -> memoryview:
+        assert self.released < self.submitted, "no block was submitted"
+        self._hashed[0].result()
+        return self._slot(self.released)[: int(self._origins[self.released + 1] - self._origins[self.released])].data
+
+    def release(self) -> None:
+        self._hashed.popleft()
+        self.released += 1
+
+    def _read(self, block: int) -> bool:
+        assert block - self.released < self._num_slots, "a block's memory is released before it is used again"
+        files, slot, blank, origin = self.files, self._slot(block).data, self.files.blank.tobytes(), int(self._origins[block])
+        for row in range(*files.blocks[block : block + 2].tolist()):
+            begin, end = int(files.begins[row]) - origin, int(files.ends[row]) - origin
+            if _read_file(files.folder, files.paths[row], slot[begin : end + _ROOM]) != end - begin:
+                return False
+            self.facts[row] = facts = facts_of(slot[begin:end])
+            if not facts[0]:
+                return False
+            frame_sample(slot, int(files.starts[row]) - origin, blank, files.names[row], int(files.labels[row]), end - begin)
+        return True
+
+    def _hash(self, block: int) -> None:
+        files, slot, origin, end = self.files, self._slot(block), int(self._origins[block]), int(self._origins[block + 1])
+        rows = self._rows(block)
+        first, last = int(files.starts[rows.start]) - origin, int(files.starts[rows.stop]) - origin
+        slot[:first] = self.tail[:first]
+        samples = BytesColumn(slot, files.begins[rows] - origin, files.ends[rows] - origin)
+        self.digests[rows] = self.stream.update(slot[: end - origin].data, samples)
+        self.tail[: last - (end - origin)] = slot[end - origin : last]
+
+
+def _read_file(folder: int, path: bytes, room: memoryview) -> int:
+    """Read a file from its start; return its size, -1 if it cannot be read or is larger than the room."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a FIFO does not hold us up
+    except OSError:
+        return -1
+    try:
+        size = 0
+        while size < len(room) and (got := os.preadv(file, [room[size:]], size)):
+            size += got
+        return size if size < len(room) else -1
+    except OSError:
+        return -1
+    finally:
+        os.close(file)
+
+
+class CompiledTarBuilder(TarBuilder):
+    """Compiled threads, which do not wait for the interpreter, read, frame and hash (`src/tar_builder.c`)."""
+
+    def __init__(self, files: TarFiles, stream: StreamHash, tail: bytes) -> None:
+        self._library, self._builder = native._library(), ctypes.c_void_p()  # C sets and clears it
+        super().__init__(files, stream, tail)
+        self._given = _given(self)
+
+    def __enter__(self) -> Self:
+        assert self._library is not None, "no compiled loops here"
+        self._library.aecore_builder_start(ctypes.byref(self._given), ctypes.byref(self._builder))
+        if self._builder.value is None:
+            raise MemoryError("no memory or no threads to read samples with")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._library is not None:
+            self._library.aecore_builder_stop(ctypes.byref(self._builder))
+
+    __del__ = __exit__  # a signal that raises may come before `__enter__` or `__exit__` has ended
+
+    def next_block(self) -> slice | None:
+        return self._rows(self.submitted) if self._call("next_block") else None
+
+    def submit(self) -> None:
+        self.stream.size += int(self._origins[self.submitted + 1] - self._origins[self.submitted])
+        self.submitted += 1
+        self._call("submit")
+
+    def finished_pages(self) -> memoryview:
+        assert self.released < self.submitted, "no block was submitted"
+        return self._slot(self.released)[: self._call("finished_pages")].data
+
+    def release(self) -> None:
+        self.released += 1
+        self._call("release")
+
+    def _call(self, what: str) -> int:
+        assert self._library is not None and self._builder.value is not None, "the builder has begun and has not ended"
+        return int(getattr(self._library, f"aecore_builder_{what}")(self._builder))
+
+
+class _Given(ctypes.Structure):
+    """As in src/tar_builder.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("folder", "num_blocks", "num_slots", "slot_bytes")),
+        *((name, ctypes.c_void_p) for name in ("paths", "names", "path_at", "name_at", "labels", "starts", "begins", "ends", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("blank", "slots", "state", "digests", "tail", "facts")),
+    )
+
+
+def _given(builder: CompiledTarBuilder) -> _Given:
+    files = builder.files
+    texts = (files.paths.data, files.names.data, files.paths.begins, files.names.begins)
+    columns = (files.labels, files.starts, files.begins, files.ends, files.blocks, files.blank)
+    made = (builder._slots, builder.stream.state, builder.digests, builder.tail, builder.facts)
+    arrays: tuple[NDArray[Any], ...] = (*texts, *columns, *made)  # any: of several dtypes
+    sizes = (files.folder, len(files.blocks) - 1, builder._num_slots, builder._slot_bytes)
+    return _Given(*sizes, *(array.ctypes.data for array in arrays))
