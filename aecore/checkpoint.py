@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aecore._base.trainable import Trainable
 from aecore.errors import DataError
-from aecore.generations import FORMAT_VERSION, read_json
+from aecore.generations import FORMAT_VERSION, parse_json, read_json
 from aecore.kinds import other_kind
 from aecore.model_config import ModelConfig
 from aecore.store import FileRef, Store, canonical_json, open_store
@@ -148,14 +148,15 @@ def _commit(store: Store, ref: CheckpointRef) -> CheckpointRef:
 def read_checkpoint(store: Store, name: str, *, verify: bool | None = True) -> CheckpointRef:
     """Read the checkpoint `name`; DataError if it is unfinished or a file is damaged (`verify` False: of another size; None: any)."""
     prefix = f"{name}/" if name else ""
-    data = read_json(store, prefix + MANIFEST)
+    written = store.read(prefix + MANIFEST)
+    data = parse_json(store, prefix + MANIFEST, written)
     with _well_formed(store, prefix + MANIFEST):
         files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
         metrics = tuple(FileRef(**part) for part in data["metrics"])
         step, best, info = int(data["step"]), data["best"], data["info"]
     if verify is not None:
         store.check_all(files, verify=verify)
-    sha256 = hashlib.sha256(store.read(prefix + MANIFEST)).hexdigest()
+    sha256 = hashlib.sha256(written).hexdigest()
     return CheckpointRef(name, step, sha256, files, metrics, best, info)
 
 

@@ -65,8 +65,13 @@ def newest_of(names: Iterable[str], stem: str) -> int | None:
 
 def read_json(store: Store, name: str) -> dict[str, Any]:
     """Return one of our JSON files; DataError if it is missing, damaged or of a newer format."""
+    return parse_json(store, name, store.read(name))
+
+
+def parse_json(store: Store, name: str, content: bytes) -> dict[str, Any]:
+    """Return what `read_json` does of the content of the file `name`."""
     try:
-        data = json.loads(store.read(name))
+        data = json.loads(content)
     except ValueError as error:
         raise DataError(f"{store.url}/{name} is not valid JSON ({error}): it is damaged or not ours") from error
     if not isinstance(data, dict) or data.get("format", 0) > FORMAT_VERSION:

@@ -1,36 +1,30 @@
-"""What a run is: its specs, its identity, its claim on a folder, and its result."""
+"""What a run is: its specs, its identity, what fits it, and its result. The session (`aecore.session`) opens all of it."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from aecore._base.trainable import ModelSpec, Trainable
-from aecore.checkpoint import LoadedModel, load_model, newest_checkpoint, read_checkpoint
+from aecore.checkpoint import CheckpointRef, LoadedModel, newest_checkpoint, read_checkpoint
 from aecore.compatible import require_labels
 from aecore.data.bags import BagLoader
-from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.dataset import Dataset
 from aecore.data.loader import InputSpec, Loader, TrainLoader
-from aecore.data.names import split_in_version_1
 from aecore.data.order import TrainingOrder
 from aecore.data.pairs import PairSpec
-from aecore.data.stream import StreamLoader, open_stream
+from aecore.data.stream import StreamLoader
 from aecore.data.transform import TransformSpec
-from aecore.errors import ConfigError, DataError
-from aecore.generations import claim_generation, read_json, require_kind, require_same
+from aecore.errors import ConfigError
 from aecore.metrics import epoch_of
 from aecore.model_config import ModelConfig
-from aecore.nn import linear_path
+from aecore.noise import seed_of
 from aecore.optim import OptimSpec
 from aecore.preflight import require_batch_statistics
 from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
-
-logger = logging.getLogger(__name__)
 
 CLAIM = "run.000001.json"
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
@@ -158,113 +152,29 @@ class RunResult:
     checkpoint_sha256: str
 
 
-def recorded_job(job: TrainJob, store: Store) -> TrainJob:
-    """Return the job as the run at `store` wants it, if one is claimed there: see `TrainJob.as_recorded`."""
-    if store.size(CLAIM) is None:
-        return job
-    return job.as_recorded(read_json(store, CLAIM).get("identity", {}))
-
-
-def pinned_dataset(job: TrainJob, store: Store) -> Dataset:
-    """Open the dataset generation that the run started with (the newest one for a new run); ConfigError if `store` holds no run."""
-    require_kind(store, "run")
-    if job.input.streams:
-        return _claimed_stream(job, store) or open_stream(job.data, job.train.split, job.input.member)
-    if store.size(CLAIM) is None:
-        return open_dataset(job.data)
-    return open_dataset(job.data, number=read_json(store, CLAIM)["info"]["dataset_number"])
-
-
-def _claimed_stream(job: TrainJob, store: Store) -> Dataset | None:
-    """Return the tars that a run of version 1 took for its split, by the words that it knew; None if it is no such run.
-
-    What a stream holds is part of the identity: of tars named `dev` or `testing` that version took every one for training data.
-    """
-    split = job.train.split
-    claimed = None if store.size(CLAIM) is None else read_json(store, CLAIM).get("identity", {}).get("data", {}).get(split)
-    if claimed is None:
-        return None
-    try:
-        dataset = open_stream(job.data, split, job.input.member, split_in_version_1)
-    except DataError:
-        return None
-    return dataset if dataset.manifest.training_key(split) == claimed else None
-
-
-def is_claimed(job: TrainJob, store: Store, dataset: Dataset) -> bool:
-    """Return whether `out` belongs to this job already; ConfigError with the differing fields if it belongs to another."""
-    require_kind(store, "run")
-    if store.size(CLAIM) is None:
-        return False
-    claimed = read_json(store, CLAIM)["identity"]
-    init = claimed["init_sha256"] if job.train.init_from is not None else None  # a run in progress does not need the weights again
-    _require_same_run(job, store, dataset, job.identity(dataset, init))
-    return True
-
-
-def _require_same_run(job: TrainJob, store: Store, dataset: Dataset, identity: Mapping[str, Any]) -> None:
-    """ConfigError with the differing fields unless the claim of `store` is of this identity."""
-    claim = read_json(store, CLAIM)
-    places = {"data": (claim["info"].get("data"), dataset.url)}
-    longer = f"to train on from the weights of this run, add train.init_from={store.url} and another out"
-    hints = {"train.epochs": longer, "train.max_steps": longer}
-    require_same(store.url, "run", identity, claim["identity"], places=places, hints=hints, absent=job.absent_values())
-
-
-def claim_run(job: TrainJob, store: Store, dataset: Dataset, world: int = 1) -> None:
-    """Claim `out` for this job, or continue it; ConfigError with the differing fields if another job owns it.
-
-    What cannot be trained at all is refused before the claim (see `require_trainable`).
-    """
-    if is_claimed(job, store, dataset):
-        _warn_of_other_product(store)
-        return
-    loaded = None if job.train.init_from is None else load_model(job.train.init_from)
-    require_trainable(job, dataset, loaded, world)
-    identity = job.identity(dataset, None if loaded is None else loaded.sha256)
-    info = {
-        "data": job.data,
-        "dataset_number": dataset.manifest.number,
-        "dataset_sha256": dataset.manifest.dataset_sha256,
-        "total_steps": total_steps(job, dataset),
-        "linear": str(linear_path()),
-    }
-    claim_generation(store, "run", identity, info)
-    _require_same_run(job, store, dataset, identity)
-
-
-def _warn_of_other_product(store: Store) -> None:
-    """Warn if the linear layers of a run use another matrix product than when it began: the last bits of its weights change."""
-    begun, now = read_json(store, CLAIM)["info"].get("linear"), linear_path()
-    if begun is not None and str(begun).split(" ")[0] != now.name and store.size("model/checkpoint.json") is None:
-        text = "%s began with the matrix product %s and goes on with %s: the weights differ in the last bits from those of one machine"
-        logger.warning(text, store.url, begun, now)
-
-
 def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
     """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths."""
     shape = dataset.manifest.input_shape(sequences=_takes(job.model.kind, "lengths"))
     return ModelConfig(job.model, job.backbone, job.transform, shape)
 
 
-def require_trainable(job: TrainJob, dataset: Dataset, loaded: LoadedModel | None = None, world: int = 1) -> Trainable:
-    """Build and return the job's model, unless the dataset, its labels, its pairs or the weights of `init_from` do not fit it.
-
-    Nor if its batches over `world` ranks do not, see `require_batches_fit`.
-
-    Raises ConfigError or DataError; reads the indexes of the split if the model trains on pairs.
-    """
+def build_model(job: TrainJob, dataset: Dataset) -> Trainable:
+    """Build the job's model with the weights that its seed gives; torch's own generators stay as they are."""
     with torch.random.fork_rng(devices=[]):
-        model = model_config(job, dataset).build()
+        torch.manual_seed(seed_of("weights", job.train.seed))
+        return model_config(job, dataset).build()
+
+
+def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world: int = 1) -> None:
+    """Raise ConfigError or DataError unless the dataset, its labels, its batches over `world` ranks and the weights of `init_from` fit.
+
+    The weights of `loaded` are then those of the model.
+    """
     if loaded is not None:
         start_from(model, loaded)
     if not job.input.streams:  # tars without an index say at each batch what labels they have
         require_labels(dataset.url, dataset.manifest.classes, model)
     require_batches_fit(job, dataset, model, world)
-    with closing(train_loader(job, dataset, model)) as loader:
-        for note in loader.notes:
-            logger.info(note)
-    return model
 
 
 def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world: int) -> None:
@@ -341,5 +251,9 @@ def finished_run(store: Store) -> RunResult | None:
         return None
     model = read_checkpoint(store, "model")
     newest = newest_checkpoint(store, model.info.get("run_sha256"))
-    metrics = {} if newest is None else epoch_of(store, newest.metrics, model.step).to_dict()
+    return result_of(store, model, {} if newest is None else epoch_of(store, newest.metrics, model.step).to_dict())
+
+
+def result_of(store: Store, model: CheckpointRef, metrics: Mapping[str, Any]) -> RunResult:
+    """Return the result of a run whose published model and means of its epoch are known."""
     return RunResult(store.url, f"{store.url}/model", model.step, metrics, model.sha256)

@@ -22,13 +22,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from aecore._base.batch import Batch
-from aecore._base.trainable import Trainable
 from aecore.checkpoint import (
     CheckpointRef,
-    LoadedModel,
     best_of_attempts,
     committed_checkpoints,
-    load_model,
     load_state,
     load_weights,
     newest_checkpoint,
@@ -38,12 +35,10 @@ from aecore.checkpoint import (
     same_as_published,
     write_checkpoint,
 )
-from aecore.data.dataset import Dataset
 from aecore.data.loader import Loader
 from aecore.data.transform import Transform
-from aecore.errors import ConfigError, DataError, Interrupted
+from aecore.errors import DataError, Interrupted
 from aecore.finite import require_finite_samples
-from aecore.generations import read_json
 from aecore.loss import LossResult
 from aecore.metrics import MetricLog
 from aecore.noise import seed_generators, seed_of
@@ -52,22 +47,17 @@ from aecore.optim import build_optimizer, lr_at, set_lr
 from aecore.preflight import schedule_warnings
 from aecore.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
 from aecore.run import (
-    CLAIM,
     CheckpointSpec,
     RunResult,
     TrainJob,
     TrainSpec,
-    claim_run,
     finished_run,
     model_config,
-    pinned_dataset,
-    recorded_job,
     require_batches_fit,
+    result_of,
     start_from,
-    total_steps,
-    train_loader,
 )
-from aecore.store import Store, open_store, sha256_json
+from aecore.session import Session
 from aecore.validation import validate
 
 __all__ = ["CheckpointSpec", "OnCheckpoint", "Rank", "RunResult", "TrainJob", "TrainSpec", "fit"]
@@ -99,35 +89,51 @@ def fit(
     Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), Diverged (loss or
     weights not finite), Interrupted (`stop`).
     """
-    store = open_store(job.out)
-    job = recorded_job(job, store)
-    if rank.index == 0:
-        claim_run(job, store, pinned_dataset(job, store), rank.world)
-    from_rank_zero(rank, None)  # the other ranks open the dataset generation that the claim names
-    dataset = pinned_dataset(job, store)
-    done = from_rank_zero(rank, "done" if finished_run(store) is not None else None)
-    if not done:
-        with closing(_Training(job, store, dataset, rank, on_checkpoint, stop)) as training:
-            training.run()
-    result = finished_run(store)
+    with closing(_claimed(job, rank)) as session:
+        result = finished_run(session.store)
+        done = from_rank_zero(rank, "done" if result is not None else None)
+        if not done:
+            with closing(_Training(session, on_checkpoint, stop)) as training:
+                result = training.run()
+        result = result or finished_run(session.store)
     assert result is not None
     return result
+
+
+def _claimed(job: TrainJob, rank: Rank) -> Session:
+    """Return the session of a rank; rank 0 claims the run first, so that the others open the dataset generation that the claim names."""
+    if rank.index > 0:
+        from_rank_zero(rank, None)
+        return Session(job, rank)
+    session = Session(job, rank)
+    try:
+        session.take()
+    except BaseException:
+        session.close()
+        raise
+    from_rank_zero(rank, None)
+    return session
 
 
 class _Training:
     """One attempt of a run on one rank."""
 
-    def __init__(self, job: TrainJob, store: Store, dataset: Dataset, rank: Rank, on_checkpoint: OnCheckpoint | None, stop: Stop) -> None:
-        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
-        self.on_checkpoint = on_checkpoint
+    def __init__(self, session: Session, on_checkpoint: OnCheckpoint | None = None, stop: Stop = bool) -> None:
+        self.session, self.on_checkpoint = session, on_checkpoint
+        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank = (
+            session.job,
+            session.store,
+            session.dataset,
+            session.rank,
+        )
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
-        self.run_sha256 = sha256_json(read_json(store, CLAIM)["identity"])
-        model = self._build()
+        self.run_sha256 = session.run_sha256
+        model = session.model
         require_batches_fit(job, dataset, model, rank.world)
-        self.loader = train_loader(job, dataset, model, rank.index, rank.world)
+        self.loader = session.loader
         self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
-        self.total_steps = total_steps(job, dataset)
+        self.total_steps = session.total_steps
         for warning in schedule_warnings(job.model, self.total_steps) if rank.index == 0 else ():
             logger.warning("%s", warning)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data, stop)
@@ -141,18 +147,12 @@ class _Training:
         self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
 
     def close(self) -> None:
-        """Free the readers of both splits."""
-        for loader in (self.loader, self.val_loader):
-            if loader is not None:
-                loader.close()
+        """Free the readers of the validation split; those of the training split are the session's."""
+        if self.val_loader is not None:
+            self.val_loader.close()
 
     def _val_loader(self, split: str) -> Loader:
         return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input)
-
-    def _build(self) -> Trainable:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of("weights", self.job.train.seed))
-            return self.config.build()
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint (rank 0 chooses), if there is one.
@@ -168,7 +168,7 @@ class _Training:
             if name in (gone, None):
                 raise failure or DataError(f"{self.store.url}/{gone} could not be read by another rank: run the same command again")
         if self.job.train.init_from is not None:
-            start_from(self.objective.model, self._initial(self.job.train.init_from))
+            start_from(self.objective.model, self.session.initial(self.job.train.init_from))
 
     def _newest(self) -> str | None:
         newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.index == 0 else None
@@ -190,16 +190,8 @@ class _Training:
             logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
         return None
 
-    def _initial(self, url: str) -> LoadedModel:
-        loaded = load_model(url)
-        claimed = read_json(self.store, CLAIM)["identity"]["init_sha256"]
-        if loaded.sha256 != claimed:
-            hashes = f"now {loaded.sha256[:12]}, when this run began {claimed[:12]}"
-            raise ConfigError(f"train.init_from {url} is another checkpoint than before ({hashes}): write to another out")
-        return loaded
-
-    def run(self) -> None:
-        """Take every remaining step, then publish the chosen weights."""
+    def run(self) -> RunResult | None:
+        """Take every remaining step, then publish the chosen weights; return the result where it is known without reading it."""
         started = time.perf_counter()
         self.objective.train()
         with closing(self.loader.batches(start_step=self.step, stop_step=self.total_steps)) as batches:
@@ -209,9 +201,9 @@ class _Training:
                 self.step += 1
                 if self._after_step(started):
                     started = time.perf_counter()
-        if self.rank.index == 0:
-            self._publish()
+        result = self._publish() if self.rank.index == 0 else None
         from_rank_zero(self.rank, None)  # nobody returns before the model is published
+        return result
 
     def _train_step(self, batch: Batch) -> None:
         job, step = self.job, self.step + 1
@@ -333,7 +325,7 @@ class _Training:
             if step < oldest and name not in spared:
                 remove_checkpoint(self.store, name)
 
-    def _publish(self) -> None:
+    def _publish(self) -> RunResult | None:
         newest = newest_checkpoint(self.store, self.run_sha256)
         assert newest is not None
         assert newest.step == self.total_steps
@@ -341,3 +333,5 @@ class _Training:
         chosen = same_as_published(self.store, chosen)
         model = publish_model(self.store, chosen)
         logger.info("published step %d as %s/model (%s)", model.step, self.store.url, model.sha256[:12])
+        mean = self.log.epoch.to_dict()  # of the last step; a better one's has to be read
+        return result_of(self.store, model, mean) if mean.get("step") == model.step else None

@@ -158,32 +158,14 @@ def train_job_of(recipe: Recipe) -> Any:
 
 
 def _train_plan(job: Any, num_workers: int) -> Tree:
-    """Return what `train` would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
-    from aecore.checkpoint import load_model
-    from aecore.preflight import schedule_warnings
-    from aecore.run import finished_run, is_claimed, model_config, pinned_dataset, recorded_job, require_trainable, total_steps
+    """Return what `train` would do with so many workers (0: in this process); writes nothing."""
+    from contextlib import closing
 
-    store = open_store(job.out)
-    job = recorded_job(job, store)
-    dataset = pinned_dataset(job, store)
-    for split in (job.train.split, job.train.val_split):
-        if split is not None:
-            dataset.manifest.split(split)
-    claimed = is_claimed(job, store, dataset)
-    loaded = None if claimed or job.train.init_from is None else load_model(job.train.init_from)
-    model = require_trainable(job, dataset, loaded, max(num_workers, 1))
-    warnings = schedule_warnings(job.model, total_steps(job, dataset))
-    return {
-        "step": "train",
-        "run": job.out,
-        "dry_run": True,
-        "finished": finished_run(store) is not None,
-        "samples": dataset.manifest.num_samples(job.train.split) or None,  # tars without an index: not known
-        "input_shape": list(model_config(job, dataset).input_shape),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": total_steps(job, dataset),
-        **({"warnings": warnings} if warnings else {}),
-    }
+    from aecore.ranks import Rank
+    from aecore.session import Session
+
+    with closing(Session(job, Rank(world=max(num_workers, 1)))) as session:
+        return {"step": "train", "run": job.out, "dry_run": True, **session.plan()}
 
 
 def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:

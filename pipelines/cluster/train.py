@@ -27,7 +27,8 @@ from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed
 from aecore.memory import keep_freed_memory
 from aecore.preflight import schedule_warnings
 from aecore.ranks import Rank
-from aecore.run import RunResult, TrainJob, finished_run, pinned_dataset, total_steps
+from aecore.run import RunResult, TrainJob, finished_run
+from aecore.session import Session
 from aecore.store import open_store
 from aecore.train import fit
 from pipelines.cluster.interrupt import StopRequest
@@ -64,7 +65,7 @@ def train(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None = None) ->
     connect(cluster)
     require_local_urls_fit(cluster, job.data, job.out, job.train.init_from or "")
     require_resources(cluster, cluster.num_workers)
-    for warning in schedule_warnings(job.model, total_steps(job, pinned_dataset(job, open_store(job.out)))):
+    for warning in schedule_warnings(job.model, Session(job).total_steps):
         logger.warning("%s", warning)  # the workers' own log does not reach us
     with tempfile.TemporaryDirectory(prefix="aepipe-ray-", ignore_cleanup_errors=True) as folder:
         return _train_on_ray(job, cluster, Path(folder), on_poll)

@@ -24,7 +24,7 @@ from aecore.nn.mlp import MLPSpec
 from aecore.preflight import require_batch_statistics, schedule_warnings, shares
 from aecore.ranks import Rank, buffers_from_rank_zero, require_equal_parameters
 from aecore.registry import MODELS
-from aecore.run import require_trainable
+from aecore.run import build_model, require_trainable
 from aecore.train import fit
 from aecore.vanilla import AE
 from aecore.variational import VAE, AdaGVAE, AdaGVAESpec, ConditionalVAE, VAESpec
@@ -82,9 +82,9 @@ def test_a_rank_without_a_sample_is_no_better_and_fewer_ranks_are_fine(data, tmp
     few = job(data, tmp_path / "run", global_batch=12, lanes=4)  # 12 + 5: the four lanes have 2, 1, 1, 1 left
     dataset = open_dataset(data)
     for world in (1, 2):
-        require_trainable(few, dataset, world=world)
+        require_trainable(few, dataset, build_model(few, dataset), world=world)
     with pytest.raises(ConfigError, match=r"leave 1 sample on rank 0 of 4 in step 2"):
-        require_trainable(few, dataset, world=4)
+        require_trainable(few, dataset, build_model(few, dataset), world=4)
 
 
 def test_a_convolution_normalises_many_values_of_one_sample_and_trains(data, tmp_path) -> None:
@@ -126,7 +126,7 @@ def test_every_kind_with_batch_normalisation_is_refused_alike(kind: str, data: s
     model = MODELS.spec_type(kind)(latent_dim=2)
     asked = job(data, tmp_path / "run", model=model)
     with pytest.raises(ConfigError, match="batch normalisation"):
-        require_trainable(asked, open_dataset(data))
+        require_trainable(asked, open_dataset(data), build_model(asked, open_dataset(data)))
 
 
 def test_the_validation_of_two_ranks_is_that_of_the_model_that_they_save(data, tmp_path) -> None:

@@ -107,6 +107,6 @@ def test_samples_without_bags_are_trained_on_one_by_one(tmp_path, data):
 
 
 def test_the_log_says_that_steps_take_whole_bags(data, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "aecore.run"):
+    with caplog.at_level(logging.INFO, "aecore.session"):
         fit(bag_job(data, tmp_path / "run", max_steps=1))
     assert any(message.startswith("a step takes whole bags: ") for message in caplog.messages)

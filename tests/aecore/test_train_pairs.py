@@ -131,6 +131,6 @@ def test_what_cannot_be_paired_is_refused_before_the_claim(data, tmp_path, caplo
     with pytest.raises(DataError, match=r"has neither labels nor factor_\* columns"):
         fit(ada_job(str(tmp_path / "bare"), tmp_path / "run"))
     assert not (tmp_path / "run/run.000001.json").exists()
-    with caplog.at_level(logging.INFO, "aecore.run"):
+    with caplog.at_level(logging.INFO, "aecore.session"):
         fit(job)
     assert "pairs differ in 1 to 3 of 4 factors (shape, scale, x, y)" in caplog.messages

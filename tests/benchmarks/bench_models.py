@@ -25,9 +25,8 @@ from aecore.data.sources.arrays import ArraysSpec
 from aecore.memory import keep_freed_memory
 from aecore.nn.mlp import MLPSpec
 from aecore.optim import OptimSpec, build_optimizer
-from aecore.ranks import Rank
-from aecore.run import TrainJob, TrainSpec, claim_run, pinned_dataset
-from aecore.store import open_store
+from aecore.run import TrainJob, TrainSpec
+from aecore.session import Session
 from aecore.train import _Training
 from aecore.variational import VAESpec
 from tests import peers
@@ -63,9 +62,9 @@ def ours(folder: Path) -> Step:
         backbone=MLPSpec(hidden=(HIDDEN, HIDDEN), activation="relu"),
         train=TrainSpec(global_batch=BATCH, max_steps=1_000_000, epochs=1_000_000),
     )
-    store = open_store(job.out)
-    claim_run(job, store, dataset := pinned_dataset(job, store))
-    training = _Training(job, store, dataset, Rank(), None)
+    session = Session(job)
+    session.take()
+    training = _Training(session)
     training.objective.train()
     rows = torch.arange(BATCH)
 

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from aecore.data.dataset import open_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.ranks import Rank
 from aecore.registry import BACKBONES, MODELS, to_dict
-from aecore.run import TrainJob, require_trainable
+from aecore.run import TrainJob
+from aecore.session import Session
 from aecore.table import open_table
 from aecore.table_verify import verify_table
 from aecore.train import fit
@@ -76,7 +78,8 @@ def fitting(kind: str, datasets: dict[str, str]) -> tuple[str, str]:
     for data in datasets.values():
         for backbone in sorted(BACKBONES.kinds(), key=lambda name: (name != "mlp", name)):
             try:
-                require_trainable(job_of(kind, backbone, data, "./unused"), open_dataset(data))
+                with closing(Session(job_of(kind, backbone, data, "./unused"))) as session:
+                    session.require_trainable()
             except (ConfigError, DataError) as refused:
                 refusals.append(f"{Path(data).name}, {backbone}: {refused}")
             else:
