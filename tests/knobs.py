@@ -43,7 +43,7 @@ def _built(cls: type, values: Values) -> Any:
 def _candidates(cls: type, field: dataclasses.Field[Any]) -> list[Any]:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     bounds = [field.metadata[name] for name in ("ge", "gt", "le") if field.metadata.get(name) is not None]
-    words = re.findall(r"\w+", str(field.metadata.get("help", "")))  # a text that takes a few words only says them in its help
+    words = re.findall(r"\w[\w/]*", str(field.metadata.get("help", "")))  # a text that takes a few words only says them in its help
     return list(_of_type(field_types(cls)[field.name], default, bounds, words))
 
 
