@@ -23,11 +23,8 @@ def nearest_keys(word: str, below: Iterable[str], fields: Fields, top: Iterable[
 
 
 def _of_fields(word: str, fields: Fields) -> list[str]:
-    """Return the keys whose field looks like `word`, else those that have a word in common with it (`batch_size`, `global_batch`)."""
-    names = {field for known in fields.values() for field in known}
-    like = similar(word, names, SHOWN, SURE)
-    shared = ([name for name in names if part in name.split("_")] for part in word.split("_"))
-    like = like or next(filter(None, shared), [])
+    """Return the keys whose field looks like `word` or has a word in common with it (`batch_size`, `global_batch`)."""
+    like = similar(word, {field for known in fields.values() for field in known}, SHOWN, SURE)
     return _first(f"{name}.{field}{known[field]}" for name, known in fields.items() for field in known if field in like)
 
 

@@ -60,7 +60,7 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("split.test=0.1", r"unknown key 'split.test': did you mean splits.test\?"),
         ("backbon.hiden=[1]", r"unknown key 'backbon.hiden': did you mean backbone.hidden\?"),
         ("cell=lstm", r"unknown key 'cell': did you mean backbone.cell \(of backbone.kind=.*recurrent"),
-        ("batch_size=32", r"unknown key 'batch_size': did you mean train.global_batch or"),
+        ("batch_size=32", r"unknown key 'batch_size': did you mean .*train.global_batch or"),
         ("nets.hidden=[1]", r"unknown key 'nets.hidden': did you mean backbone.hidden\?"),
         ("outt=x", r"unknown key 'outt': did you mean out\?"),
         ("zzz=1", r"unknown key 'zzz' \(known: backbone, "),
