@@ -48,10 +48,8 @@ class Run:
     def row(self) -> str:
         """Return a row of the table."""
         scores = " | ".join(f"{value:.3f}" for value in (self.dci, self.mig, self.factor_vae))
-        return (
-            f"| {self.model} | {self.seed} | {scores} | {-self.elbo:.1f} | {self.kl:.1f} | {self.active} of {LATENTS} |"
-            + f" {processor().name} |"
-        )
+        active = f"{self.active} of {LATENTS} | {processor().name}"
+        return f"| {self.model} | {self.seed} | {scores} | {-self.elbo:.1f} | {self.kl:.1f} | {active} |"
 
 
 def jobs(data: str, root: Path, seed: int, steps: int = STEPS) -> Iterator[tuple[str, TrainJob]]:
