@@ -44,6 +44,11 @@ def _clear_up_after_failure(children: set[multiprocessing.process.BaseProcess]) 
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         with contextlib.suppress(AttributeError):
             delattr(sys, name)
+    collect_in_silence()
+
+
+def collect_in_silence() -> None:
+    """Collect garbage now; what it warns of when it goes is nobody's failure."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         gc.collect()

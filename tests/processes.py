@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-WAIT_S = 120.0
-RUN_S = 240.0  # below pytest's timeout, so that the output of a command that hangs is in the message
+WAIT_S = 240.0
+RUN_S = 480.0  # below pytest's timeout, so that the output of a command that hangs is in the message
 GRACE_S = 15.0  # between a polite end and SIGKILL
 MARK = "AECORE_TEST_PROCESS"  # in the environment of a started command and so in that of all its descendants
 
