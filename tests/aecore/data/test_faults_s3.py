@@ -18,7 +18,7 @@ from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.tasks import ShardSpec
 from aecore.errors import StoreError
 from aecore.store import _s3_client as client_module
-from aecore.store import open_files, open_store
+from aecore.store import open_files, open_store, unchecked_bodies
 from tests.aecore.data.test_foreign import two_tars
 from tests.s3 import S3
 from tests.s3.proxy import FaultProxy
@@ -205,16 +205,23 @@ class TestChecksums:
             {"ETag": '"d41d8cd98f00b204e9800998ecf8427e-3"'},
         ],
     )
-    def test_what_has_no_checksum_is_read_once_and_counted(
-        self, bad_s3: S3, read, s3_proxy: FaultProxy, tmp_path: Path, header: dict[str, str], caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_what_has_no_checksum_is_read_once_and_counted(self, read, s3_proxy: FaultProxy, header: dict[str, str]) -> None:
         s3_proxy.headers = {"ETag": f'"{"0123456789abcdef" * 2}"', **header}
+        before = unchecked_bodies()
         assert read() == self.data
-        assert s3_proxy.seen("^GET") == 1
-        bad_s3.upload(pictures(tmp_path / "pictures"), "pictures")
+        assert (s3_proxy.seen("^GET"), unchecked_bodies() - before) == (1, 1)
+
+    def test_the_log_of_a_shard_says_how_many_bodies_had_no_checksum(
+        self, bad_s3: S3, s3_proxy: FaultProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "in").mkdir()
+        for number in range(2):
+            Image.fromarray(np.full((4, 4), number, np.uint8)).save(tmp_path / f"in/{number}.bmp")
+        bad_s3.upload(tmp_path / "in", "in")
+        s3_proxy.headers = {"ETag": '"0-2"'}
         caplog.set_level(logging.INFO)
-        shard_dataset(FolderSpec(url=f"{bad_s3.url}/pictures"), str(tmp_path / "ds"), shards=ShardSpec(max_bad=0.1))
-        assert any("44 bodies were read from a bucket that gives no checksum of them" in message for message in caplog.messages)
+        shard_dataset(FolderSpec(url=f"{bad_s3.url}/in"), str(tmp_path / "ds"))
+        assert any("2 bodies were read from a bucket that gives no checksum of them" in message for message in caplog.messages)
 
     def test_a_service_that_knows_no_checksum_mode_is_asked_without(self, read, s3_proxy: FaultProxy) -> None:
         s3_proxy.headers = {"x-amz-checksum-crc32": base64.b64encode(zlib.crc32(self.data).to_bytes(4, "big")).decode()}
