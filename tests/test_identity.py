@@ -118,7 +118,9 @@ def test_the_identity_of_a_table_follows_the_rule(name):
     assert old == known != new
 
 
-@pytest.mark.parametrize(("step", "section"), [(name, section) for name, step in STEPS.items() for section in step.sections if section != "cluster"])
+@pytest.mark.parametrize(
+    ("step", "section"), [(name, section) for name, step in STEPS.items() for section in step.sections if section != "cluster"]
+)
 def test_the_key_of_a_ray_job_follows_the_rule(step, section):
     tree = {"source": {"url": "/in"}, "data": "/data", "run": "/run", "out": "/out"}
 

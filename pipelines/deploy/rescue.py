@@ -54,10 +54,11 @@ def automations(lost_after_s: int = LOST_AFTER_S) -> list[dict[str, Any]]:
 
 
 def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
-    """End the runs of these deployments (`flow/name`) whose process is gone; return how many.
+    """End the runs of these deployments (`flow/name`) that nobody can finish any more; return how many.
 
     Else they would be Running for ever and hold the one place of their deployment, so that no tick runs again. Only for a server whose
-    runs are all on this machine. With `served_elsewhere` another `aepipe serve` uses it: a pending run may be about to get its process.
+    runs are all on this machine. A new one has a new password: whatever process of an old run is left cannot report to it. With
+    `served_elsewhere` another `aepipe serve` uses the server: runs that have a process go on, and a pending one may be about to get its.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -82,7 +83,7 @@ def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
                 continue
             its_runs = DeploymentFilter(id=DeploymentFilterId(any_=[its_id]))
             found = client.read_flow_runs(deployment_filter=its_runs, flow_run_filter=under_way)
-            alive = runs_with_a_process() if found else set()
+            alive = runs_with_a_process() if found and served_elsewhere else set()
             for run in found:
                 if str(run.id) in alive:
                     continue

@@ -91,7 +91,7 @@ def lasting_server() -> Iterator[tuple[Server, bool]]:
             server, child = _recorded(record), None
             if server is None:
                 server, child = _start(_bound(PORT), home / "server.lock", log, record)
-        stack.push(lambda *_: _wait_for_end(used, record, child))
+        stack.callback(_wait_for_end, used, record, child)
         logger.warning(
             "Prefect's page: %s (password: what follows PREFECT_API_AUTH_STRING= in %s; log: %s)%s",
             server.page,
@@ -243,7 +243,7 @@ def _recorded(record: Path) -> Server | None:
     except (OSError, KeyError, ValueError):
         return None
     # the password goes only to the process that it was made for: after a restart somebody else may have its port
-    return server if _is_alive(server.process) and _listens(server.process, port) and server.answers(10) else None
+    return server if _is_alive(server.process) and _listens(server.process, port) and server.answers(60) else None
 
 
 def process_name(pid: int) -> str:
