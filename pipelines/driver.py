@@ -1,4 +1,4 @@
-"""What runs inside a Ray job: `python -m pipelines.driver STEP RECIPE`, RECIPE as JSON, on the cluster that runs the job.
+"""What runs inside a Ray job: `python -P -m pipelines.driver STEP RECIPE`, RECIPE as JSON, on the cluster that runs the job.
 
 The same steps as everywhere, without Prefect: whoever watches has that. All it says are lines on standard output: what is logged,
 progress that the watcher reads back (`progress.from_line`), and at the end one line RESULT with the summary, or with the error; the exit
@@ -33,7 +33,7 @@ def arguments(name: str, tree: Tree) -> tuple[str, ...]:
     """
     cluster = {key: value for key, value in (tree.get("cluster") or {}).items() if key not in ("address", "python")}
     cluster["kind"] = "local" if cluster.get("num_workers") == 0 else "address"
-    return ("-m", "pipelines.driver", name, json.dumps(tree | {"cluster": cluster}, separators=(",", ":")))
+    return ("-P", "-m", "pipelines.driver", name, json.dumps(tree | {"cluster": cluster}, separators=(",", ":")))
 
 
 def work(name: str, recipe: Recipe, report: progress.Report) -> Tree:

@@ -7,22 +7,20 @@ but the dashboard's. Requests end after `job_client.REQUEST_S`, waits after `clu
 No environment of this process goes into a job but the names in PASSED: credentials are those of the cluster's machines.
 """
 
-import importlib.util
 import logging
 import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from aecore.errors import ClusterError, RunFailed
 from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_here, job_address
-from pipelines.cluster.session import local_paths
+from pipelines.cluster.session import import_environment, local_paths
 from pipelines.cluster.tail import LogTail
 from pipelines.config import ClusterSpec
 
@@ -99,8 +97,8 @@ class JobServer:
 
     def environment(self) -> dict[str, str]:
         """Return the environment that travels: PASSED, and where our packages are if the head is this machine."""
-        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
-        return passed | ({"PYTHONPATH": _package_folders()} if is_here(self._host) else {})
+        passed = {name: os.environ[name] for name in PASSED if name in os.environ} | {"PYTHONSAFEPATH": "1"}
+        return passed | (import_environment() if is_here(self._host) else {})
 
     def running(self, key: str) -> str | None:
         """Return the id of the attempt that is pending or running, if there is one."""
@@ -181,9 +179,3 @@ class JobServer:
                 f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
                 "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"
             )
-
-
-def _package_folders() -> str:
-    specs: Sequence[Any] = [importlib.util.find_spec(package) for package in ("aecore", "pipelines")]
-    roots = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin is not None]
-    return os.pathsep.join(dict.fromkeys([*roots, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))

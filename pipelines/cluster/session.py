@@ -1,10 +1,12 @@
 """Connect to a running Ray (`cluster.address`, RAY_ADDRESS), or start a local one: once per process, for all stages.
 
 A cluster that we did not start is never shut down. What a job needs is compared with what the cluster has BEFORE anything is
-placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait for ever, silently. A local Ray listens on loopback
-with a token of its own that lives in this process's environment only.
+placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait for ever, silently. A local Ray listens on 127.0.0.1 only,
+without metrics ports, with a token of its own that lives in this process's environment only. Nothing in the current directory can be
+imported by what is started here: workers have another working directory, and neither it nor the user's is on their path.
 """
 
+import contextlib
 import importlib.util
 import logging
 import math
@@ -12,10 +14,12 @@ import os
 import secrets
 import signal
 import socket
+import stat
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from pipelines.config import ClusterSpec
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20  # tasks and records only; samples never pass through it
+LOOPBACK = "127.0.0.1"
 LOOK_S = 10.0  # between looks at the nodes while work is done
 _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the source tree to every worker
@@ -33,6 +38,15 @@ _SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+}
+_PATHS = ("AECORE_CACHE", "XDG_CACHE_HOME", "PREFECT_HOME", "RAY_TMPDIR", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE")
+_LOCAL_SETTINGS = {
+    # Ray's three metrics ports ask for no token. A port that does not exist is the only way to leave two of them closed
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
 }
 
 
@@ -81,7 +95,7 @@ def connect(cluster: ClusterSpec) -> None:
     try:
         if found:
             _require_reachable(address, cluster.timeout_s)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
         else:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
@@ -108,14 +122,64 @@ def _cannot_connect(error: Exception, address: str, name: str) -> str:
 
 def _start_local(ray: Any) -> None:
     make_importable()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
+    # Ray's processes keep the working directory and the environment that they are started in
+    with contextlib.chdir("/"), _defaults_for_now(_LOCAL_SETTINGS), _loopback_is_an_address():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+            job_config=_job_config(),
+            _node_ip_address=LOOPBACK,
+        )
+
+
+@contextlib.contextmanager
+def _defaults_for_now(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set what the environment does not hold, and take it back: the next Ray may be one of several machines."""
+    missing = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _loopback_is_an_address() -> Iterator[None]:
+    """Keep Ray from replacing 127.0.0.1 by the machine's outer address: what has that one as its own listens on all interfaces."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+class _PathOfWorkers(list[str]):
+    """Where workers look for modules first. Ray adds the folder of the driver's script and the current directory, in this order."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        wanted, here = list(folders), str(Path.cwd())
+        if here in wanted:
+            wanted.reverse()
+            wanted.remove(here)
+            wanted.reverse()
+        super().extend(wanted)
+
+
+def _job_config() -> Any:
+    """Return Ray's settings of our connection: workers import nothing from the driver's current directory."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _PathOfWorkers()  # an argument would be replaced by a list, as it is empty
+    return config
 
 
 def _own_token() -> dict[str, str]:
@@ -130,7 +194,10 @@ def _own_folder() -> dict[str, str]:
     TorchTrainer.fit then ends 12 s later, since its clean-up asks there which cluster is running. Short: sockets lie in it."""
     folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    return {"RAY_TMPDIR": str(folder)} if folder.stat().st_uid == os.getuid() else {}
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return {"RAY_TMPDIR": str(folder)}
+    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # somebody else took the name
 
 
 def disconnect() -> None:
@@ -141,15 +208,28 @@ def disconnect() -> None:
     _Here.address = None
 
 
+def is_local() -> bool:
+    """Return whether this process is connected to a Ray that `connect` started here."""
+    return _Here.address == _Here.LOCAL
+
+
 def make_importable() -> None:
-    """Let workers import what we import: they have another working directory, so the folder of our packages goes into PYTHONPATH."""
+    """Let the processes that this one starts work in another directory: they import what this one imports, nothing from where they
+    are started, and paths in the environment go on to mean what they mean here."""
+    paths = {name: os.path.abspath(os.environ[name]) for name in _PATHS if os.environ.get(name, "")[:1] not in ("", "~")}
+    os.environ.update(paths | import_environment())
+
+
+def import_environment() -> dict[str, str]:
+    """Return the environment in which another interpreter finds our packages wherever it works, and nothing in its working directory."""
     roots = []
     for package in ("aecore", "pipelines"):
         found = importlib.util.find_spec(package)
         if found is not None and found.origin is not None:
             roots.append(str(Path(found.origin).parent.parent))
-    known = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*roots, *known]))
+    # an empty part would be the current directory
+    known = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *known])), "PYTHONSAFEPATH": "1"}
 
 
 def _require_reachable(address: str, timeout_s: float) -> None:

@@ -26,6 +26,7 @@ from aecore.train import fit
 from pipelines.cluster.session import (
     connect,
     disconnect,
+    is_local,
     num_nodes,
     require_gpu_is_there,
     require_local_urls_fit,
@@ -107,13 +108,16 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.cluster.rendezvous import FileTorchConfig
+
+    backend = "nccl" if cluster.use_gpu else "gloo"
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.timeout_s))
     placing: dict[str, Any] = {"controller_failure_limit": cluster.max_failures}  # Ray's default: try for ever
     best: dict[str, Any] = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
     return TorchTrainer(
         _rank_loop,
         train_loop_config={"job": job, "threads": cluster.threads_per_worker, "pointers": num_nodes() == 1},
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=FileTorchConfig(backend=backend, folder=str(folder)) if is_local() else TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=worker_resources(cluster)
         ),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from aecore.errors import ClusterError
-from pipelines.cluster.session import fits, worker_resources
+from pipelines.cluster.session import fits, import_environment, worker_resources
 from pipelines.config import ClusterSpec
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
@@ -49,9 +49,9 @@ def ray(cluster: ClusterSpec) -> Iterator[Finding]:
 
 
 def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
-    command = [sys.executable, "-W", "ignore", "-m", "pipelines.cluster.probe", address]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "pipelines.cluster.probe", address]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
+        done = subprocess.run(command, env=os.environ | import_environment(), capture_output=True, text=True, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
         return failed("ray", f"{address} took the connection and did not answer as Ray within {PROBE_S:.0f} s", START)
     if done.returncode == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from aecore.errors import StoreError
 from aecore.store import AlreadyExists, Store, absolute_url, open_store
+from pipelines.cluster.session import import_environment
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
 RACERS, ROUNDS = 4, 6
@@ -106,9 +107,11 @@ def _clock(store: Store) -> Finding:
 
 def race(url: str) -> Finding:
     """Let several processes write one name at one moment, several times: exactly one may win, and its bytes have to be there."""
-    command = [sys.executable, "-W", "ignore", "-m", "pipelines.doctor._racer", url, str(ROUNDS)]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "pipelines.doctor._racer", url, str(ROUNDS)]
+    environment = os.environ | import_environment()
     racers = [
-        subprocess.Popen([*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for number in range(RACERS)
+        subprocess.Popen([*command, str(number)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for number in range(RACERS)
     ]
     try:
         deadline = time.monotonic() + RACE_S

@@ -12,8 +12,14 @@ from typing import IO
 import pytest
 
 from aecore.errors import ConfigError
-from pipelines.cluster.session import cluster_address, local_paths
+from pipelines.cluster import session
+from pipelines.cluster.session import cluster_address, import_environment, local_paths
+from pipelines.cluster.train import train
 from pipelines.config import ClusterSpec
+from tests.pipelines.cluster.test_train import job_for
+from tests.pipelines.processes import below
+from tests.pipelines.shadows import folder_of_shadows, that_ran
+from tests.pipelines.sockets import Listener, listeners
 
 SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=30")
 CLUSTER = """
@@ -102,3 +108,61 @@ def test_an_address_where_nothing_listens_is_a_cluster_error(tmp_path: Path) -> 
     assert done.returncode == 5
     assert "cannot reach the Ray cluster at RAY_ADDRESS=127.0.0.1:1: nothing answers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_of_ours_and_its_training_listen_on_loopback_alone_and_show_no_metrics(
+    two_workers: ClusterSpec, sprites: Path, tmp_path: Path
+) -> None:
+    seen: set[Listener] = set()
+    train(job_for(sprites, tmp_path / "run", "train.epochs=5"), two_workers, lambda: seen.update(listeners([os.getpid(), *below()])))
+    assert any("RayTrainWorker" in one.command for one in seen), "nobody looked while it trained"
+    assert any("raylet" in one.command for one in seen)
+    assert [one for one in seen if not one.is_loopback] == []
+    assert not {one.port for one in seen} & {44217, 44227}, "the ports of Ray's metrics"
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "AUTOSCALER_METRIC_PORT")
+    assert not [name for name in names if name in os.environ], "the next Ray may be one of several machines"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_nothing_in_the_current_directory_is_imported_by_a_verb_or_its_ray_workers(tmp_path: Path) -> None:
+    here = folder_of_shadows(tmp_path / "here")
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
+        environment = os.environ | {"RAY_TMPDIR": folder}
+        environment.pop("PYTHONSAFEPATH", None)
+        command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", "./out", *SPRITES, "cluster.resources_per_worker={CPU: 0.5}"]
+        done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=200, check=False)
+    assert that_ran(here) == set(), done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (here / "out" / "dataset.000001.json").exists(), "a relative path is one of the user's directory"
+
+
+def test_what_is_started_from_here_finds_our_packages_and_nothing_in_its_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = folder_of_shadows(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", ":" + os.environ["PYTHONPATH"])  # an empty part is the current directory
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    program = "import json, logging, random, token, numpy, aecore.errors, pipelines.config"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=here, env=os.environ | import_environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, that_ran(here)) == (0, set()), done.stderr
+
+
+def test_a_folder_that_somebody_else_put_into_tmp_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class InTmp(type(tmp_path)):  # type: ignore[misc]
+        def __new__(cls, *parts: str) -> "InTmp":
+            return super().__new__(cls, *(str(tmp_path) if part == "/tmp" else part for part in parts))
+
+    monkeypatch.setattr(session, "Path", InTmp)
+    name = tmp_path / f"aepipe-ray-{os.getuid()}"
+    assert session._own_folder() == {"RAY_TMPDIR": str(name)}
+    name.chmod(0o777)
+    (tmp_path / "elsewhere").mkdir()
+    for spoil in (lambda: None, lambda: (name.rmdir(), name.symlink_to(tmp_path / "elsewhere"))):
+        spoil()
+        other = Path(session._own_folder()["RAY_TMPDIR"])
+        assert other != name
+        assert (other.stat().st_mode & 0o777, other.is_symlink()) == (0o700, False)
+        other.rmdir()
