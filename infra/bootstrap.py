@@ -58,7 +58,7 @@ def fail(text: str) -> NoReturn:
 def answers(*command: str) -> str | None:
     """Return the output of a command that ends well, else None."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -54,9 +54,24 @@ def ask(url: str, path: str, body: Any = None) -> Any:  # any: plain JSON
     elif os.environ.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {os.environ['PREFECT_API_KEY']}"
     data = None if body is None else json.dumps(body).encode()
+    if data is not None:
+        headers |= _token(url, headers)
     request = urllib.request.Request(f"{url.rstrip('/')}{path}", data=data, headers=headers)
     with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
         return json.loads(answer.read() or b"null")
+
+
+def _token(url: str, headers: dict[str, str]) -> dict[str, str]:
+    """Return what a server with CSRF protection wants of a POST; one without it says that it has no tokens (422)."""
+    client = "aepipe-doctor"
+    request = urllib.request.Request(f"{url.rstrip('/')}/csrf-token?client={client}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+            return {"Prefect-Csrf-Token": json.loads(answer.read())["token"], "Prefect-Csrf-Client": client}
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 422):
+            return {}
+        raise
 
 
 def _shown(url: str) -> str:
@@ -82,11 +97,14 @@ def _version(url: str, version: str) -> Finding:
 
 
 def _password(url: str) -> Finding:
-    with_secret = bool(os.environ.get("PREFECT_API_AUTH_STRING") or os.environ.get("PREFECT_API_KEY"))
-    if not with_secret and urlsplit(url).hostname not in LOOPBACK:
-        remedy = "set PREFECT_SERVER_API_AUTH_STRING for the server and PREFECT_API_AUTH_STRING here"
-        return warning("prefect: password", "the server takes orders from everybody who reaches it", remedy)
-    return ok("prefect: password", "given" if with_secret else "none, and the server is on this machine")
+    """Whoever may change a deployment runs code as its owner: also on a loopback address that every user of a machine reaches."""
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/admin/version", timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return ok("prefect: password", "the server asks for it")
+    who = "every user of this machine" if urlsplit(url).hostname in LOOPBACK else "everybody who reaches it"
+    remedy = "set PREFECT_SERVER_API_AUTH_STRING for the server and PREFECT_API_AUTH_STRING here"
+    return warning("prefect: password", f"the server takes orders, and so code to run, from {who}", remedy)
 
 
 def _workers(url: str) -> Iterator[Finding]:

@@ -86,17 +86,24 @@ def test_the_services_are_secure_by_default() -> None:
     server = SERVICES["prefect-server"]["environment"]
     assert server["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
     assert ":?" in server["PREFECT_SERVER_API_AUTH_STRING"]
+    assert server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == server["PREFECT_SERVER_UI_API_URL"].removesuffix("/api")
     for name, service in SERVICES.items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), f"{name} is reached from outside"
         assert "no-new-privileges:true" in service["security_opt"], name
         assert "privileged" not in service, name
         if "ray" in str([service.get("entrypoint"), service.get("command")]):
             assert service["environment"]["RAY_AUTH_MODE"] == "token", name
+            assert service["environment"]["RAY_enable_metrics_collection"] == "0", name
     assert COMPOSE["networks"]["database"] == {"internal": True}
     assert {name for name, service in SERVICES.items() if "database" in service["networks"]} == {"postgres", "prefect-server"}
     dockerfile = (INFRA / "Dockerfile").read_text()
     assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1] == "10001:10001"
     assert "RAY_AUTH_MODE=token" in dockerfile
+    assert "PYTHONSAFEPATH=1" in dockerfile
+    units = {path.stem: path.read_text() for path in (INFRA / "systemd").iterdir()}
+    assert all("\nEnvironment=PYTHONSAFEPATH=1\n" in unit for unit in units.values())
+    assert "\nEnvironment=PREFECT_SERVER_CORS_ALLOWED_ORIGINS=http://127.0.0.1:4200\n" in units["aepipe-server"]
+    assert "\nEnvironment=PREFECT_SERVER_CSRF_PROTECTION_ENABLED=true\n" in units["aepipe-server"]
     assert (INFRA / "Dockerfile.dockerignore").read_text().splitlines()[1] == "*", "the builder gets what is named, nothing else"
     assert "/infra/.env" in (ROOT / ".gitignore").read_text().splitlines()
 

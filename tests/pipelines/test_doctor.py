@@ -1,5 +1,6 @@
 """aepipe doctor: every check against the real thing, its remedy when that is missing, and a bound on all of it."""
 
+import http.server
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -214,6 +216,7 @@ def prefect_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     secret = {"PREFECT_HOME": str(tmp_path / "server"), "PREFECT_SERVER_API_AUTH_STRING": "admin:hunter2"}
+    secret["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] = "true"
     with (tmp_path / "server.log").open("wb") as log:
         server = subprocess.Popen(command, env=os.environ | secret, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/api"
@@ -267,3 +270,19 @@ def test_a_prefect_server_is_asked_for_version_password_workers_and_schedules(pr
     assert scheduler.state == "ok", scheduler
     assert "for 1 deployments" in scheduler.said
     assert "hunter2" not in str(look())
+
+
+def test_a_prefect_server_without_a_password_is_warned_of_on_loopback_too() -> None:
+    class Open(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = _prefect._password(f"http://127.0.0.1:{server.server_port}/api")
+        server.shutdown()
+    assert (found.state, found.said) == ("warning", "the server takes orders, and so code to run, from every user of this machine")
