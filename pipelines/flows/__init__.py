@@ -20,7 +20,8 @@ SETTINGS = {
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the shortest that Prefect takes. `deploy/rescue.py` waits for three of them
     "PREFECT_LOGGING_EXTRA_LOGGERS": "aecore,pipelines",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # what threads and workers log has no run; a warning per line says so else
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",  # Prefect's own temporary server asks nobody for a password: `server.py` starts ours
+    "PYTHONSAFEPATH": "1",  # the processes of runs import nothing from where they are started
 }
 
 
@@ -28,7 +29,8 @@ def set_defaults() -> None:
     """Set what the environment does not say already."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last level only, and hangs if it cannot
+    # Prefect makes only the last level, and hangs if it cannot
+    Path(os.environ["PREFECT_HOME"]).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def require_server(timeout_s: float = 10.0) -> None:

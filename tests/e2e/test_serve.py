@@ -15,6 +15,11 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.servers import Prefect, eventually
+from tests.pipelines.processes import below
+from tests.pipelines.shadows import folder_of_shadows, that_ran
+
+SLOW = ("source.num_samples=600", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1000000")
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -122,3 +127,72 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(api: str, tmp_pat
         code = ended(serving, signal.SIGTERM)
     assert code == 0, (tmp_path / "serve.log").read_text()
     assert "never awaited" not in (tmp_path / "serve.log").read_text()
+
+
+class Serving:
+    """`aepipe serve` without PREFECT_API_URL, started in a folder; its server is the one that it starts."""
+
+    def __init__(self, cwd: Path, home: Path, *overrides: str) -> None:
+        self.log = home / "serve.log"
+        home.mkdir(parents=True, exist_ok=True)
+        self._record = home / "server.env"
+        environment = os.environ | {"PREFECT_HOME": str(home)}
+        for name in ("PYTHONSAFEPATH", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+            environment.pop(name, None)
+        command = [sys.executable, "-m", "pipelines.cli", "serve", "demo", *overrides, HERE]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=log, stderr=log)
+
+    def server(self) -> Prefect:
+        """Wait until the five deployments are there and return the server."""
+
+        def ready() -> Prefect | None:
+            assert self.process.poll() is None, self.log.read_text()
+            if not self._record.exists():
+                return None
+            lines = dict(line.split("=", 1) for line in self._record.read_text().splitlines())
+            found = Prefect(lines["PREFECT_API_URL"], lines["PREFECT_API_AUTH_STRING"], self.log, self.log.parent)
+            try:
+                return found if len(found.ask("deployments/filter")) == 5 else None
+            except OSError:  # the record of a server that was killed
+                return None
+
+        return eventually("aepipe serve has made its deployments", ready, 150)
+
+    def kill(self) -> None:
+        """End it, its server and its runs as a power cut does."""
+        pids = [self.process.pid, *below(self.process.pid)]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+@pytest.mark.prefect
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_after_a_power_cut_a_run_starts_again_and_nothing_in_the_current_directory_is_imported(tmp_path: Path) -> None:
+    here, home, deployment = folder_of_shadows(tmp_path / "here"), tmp_path / "prefect", "aepipe-pipeline/demo"
+    serving = Serving(here, home, "out=./out", *SLOW)
+    try:
+        server = serving.server()
+        first = server.start(deployment)
+        eventually("the first run runs", lambda: server.state(first) == "Running", 120)
+        second = server.start(deployment)
+        eventually("a run beside it is refused", lambda: server.state(second) == "Cancelled", 60)
+        eventually("it works in the user's folder", lambda: (here / "out" / "dataset" / "dataset.000001.json").exists(), 120)
+    finally:
+        serving.kill()
+
+    serving = Serving(here, home, "out=./out", *SLOW)
+    try:
+        server = serving.server()
+        eventually("the dead run is marked", lambda: server.states(first)[-2:] == ["Running", "Crashed"], 90)
+        third = server.start(deployment)
+        waits = ("Scheduled", "Late", "Pending", "Submitting")
+        eventually("the next run has begun or is refused", lambda: server.state(third) not in waits, 120)
+        assert server.state(third) == "Running", serving.log.read_text()[-3000:]
+    finally:
+        code = ended(serving.process, signal.SIGTERM)
+    assert code == 0, serving.log.read_text()[-3000:]
+    assert that_ran(here) == set()
+    assert not (home / "server.env").exists(), "its server has ended with it"

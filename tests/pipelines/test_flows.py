@@ -13,6 +13,7 @@ import pytest
 from pipelines.cli import main
 from pipelines.config import ClusterSpec
 from pipelines.flows import set_defaults
+from pipelines.flows.server import temporary_server
 from tests.pipelines.conftest import SMALL
 
 TINY = (*SMALL, "train.epochs=2", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32")
@@ -24,7 +25,7 @@ def newest_run(flow: str) -> tuple[Any, list[str], set[str]]:
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName, LogFilter, LogFilterFlowRunId
     from prefect.client.schemas.sorting import FlowRunSort
 
-    with get_client(sync_client=True) as client:
+    with temporary_server(), get_client(sync_client=True) as client:
         named = FlowFilter(name=FlowFilterName(any_=[flow]))
         found = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_DESC, limit=20)
         run = next(run for run in found if run.start_time is not None)  # what a schedule plans comes first

@@ -1,24 +1,172 @@
-"""The Prefect server that `aepipe serve` starts where none is named."""
+"""The Prefect servers that `aepipe serve` and `aepipe run` start: theirs alone, whoever else is on the machine."""
 
+import base64
+import contextlib
+import http.server
 import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelines.deploy.serve import local_server
+from pipelines.flows import server as server_module
+from pipelines.flows.server import PROCESS, Server, lasting_server, process_name, temporary_server
+from tests.e2e.servers import eventually
+from tests.pipelines.processes import below
+from tests.pipelines.sockets import listeners
 
-pytestmark = pytest.mark.prefect
+pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 
-def test_a_server_of_our_own_is_the_one_that_prefect_talks_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all servers of this module: the first one makes the database, which takes longest."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, database: Path) -> Path:
+    """A PREFECT_HOME of its own, and no server that the environment names."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(database))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(server_module, "PORT", probe.getsockname()[1])
+    return database
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Says yes to everything, and remembers what it was asked."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'"3.8.8"')
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def stranger() -> Iterator[list[str]]:
+    """A program of somebody else on the port that ours would take; gives what it was asked."""
+    handler = type("Handler", (Stranger,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", server_module.PORT), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler.asked
+        server.shutdown()
+
+
+def status(page: str, path: str, *, auth: str | None = None, method: str = "POST", **headers: str) -> tuple[int, str | None]:
+    """Return how the server answers, and which other page may read the answer."""
+    if auth is not None:
+        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+    request = urllib.request.Request(f"{page}/api/{path}", b"{}", {"content-type": "application/json", **headers}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers.get("access-control-allow-origin")
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get("access-control-allow-origin")
+
+
+def test_the_server_of_serve_is_the_one_that_prefect_talks_to(home: Path) -> None:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    with local_server() as page:
-        assert PREFECT_API_URL.value() == os.environ["PREFECT_API_URL"] == f"{page}/api"
+    with lasting_server() as (server, is_new):
+        assert is_new
+        assert server.page.endswith(f":{server_module.PORT}")
+        assert PREFECT_API_URL.value() == os.environ["PREFECT_API_URL"] == f"{server.page}/api"
         with get_client(sync_client=True) as client:
-            assert str(client.api_url).rstrip("/") == f"{page}/api"
+            assert str(client.api_url).rstrip("/") == f"{server.page}/api"
             assert client.api_healthcheck() is None
+            assert client.read_flow_runs() == []
+        with urllib.request.urlopen(f"{server.page}/ui-settings", timeout=20) as answer:
+            assert f"{server.page}/api".encode() in answer.read(), "the page asks its own server"
+        assert f"PREFECT_API_AUTH_STRING={server.auth}\n" in (home / "server.env").read_text()
+        assert stat.S_IMODE((home / "server.env").stat().st_mode) == 0o600
     assert "PREFECT_API_URL" not in os.environ
+    assert "PREFECT_API_AUTH_STRING" not in os.environ
+    assert not (home / "server.env").exists()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server_module.PORT), timeout=2)
+
+
+@pytest.mark.parametrize("start", [lasting_server, temporary_server])
+def test_without_its_password_a_server_of_ours_changes_nothing(start: object) -> None:
+    with start() as started:  # type: ignore[operator]
+        server: Server = started if isinstance(started, Server) else started[0]
+        for path in ("deployments/", "deployments/filter", "flow_runs/filter", "admin/database/clear"):
+            assert status(server.page, path)[0] in (401, 403), path  # the missing token or the missing password, what is looked at first
+            assert status(server.page, path, auth="admin:wrong")[0] in (401, 403), path
+        for auth in (None, "admin:wrong"):
+            assert status(server.page, "csrf-token?client=x", auth=auth, method="GET")[0] == 401, "no token without the password"
+            assert status(server.page, "deployments/filter", auth=auth, method="GET")[0] == 401
+        with_token = {"prefect-csrf-token": "x", "prefect-csrf-client": "x"}
+        assert status(server.page, "deployments/filter", auth=server.auth)[0] == 403, "the page of another site has no token"
+        assert status(server.page, "deployments/filter", auth=server.auth, **with_token)[0] == 403
+        assert status(server.page, "deployments/filter", origin="http://evil.example")[1] is None
+        found = list(listeners(below()))
+        assert {one.port for one in found} >= {int(server.page.rpartition(":")[2])}
+        assert all(one.is_loopback for one in found), found
+        secret = server.auth.partition(":")[2]
+        assert not [command for command in below().values() if secret in command], "ps shows it to everybody"
+
+
+def test_a_stranger_on_the_port_gets_no_request_and_no_deployment(
+    home: Path, stranger: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with lasting_server() as (server, is_new):
+        assert is_new
+        port = int(server.page.rpartition(":")[2])
+        assert port != server_module.PORT
+        assert f"port {server_module.PORT} is taken by another program: ours takes port {port}" in caplog.text
+        assert str(home / "server.env") in caplog.text, "how to log in"
+        assert server.auth not in caplog.text
+        assert server.answers(10)
+    assert stranger == []
+
+
+def test_a_stranger_on_the_port_of_a_dead_server_never_sees_its_password(home: Path, stranger: list[str]) -> None:
+    page = f"http://127.0.0.1:{server_module.PORT}"
+    for process in (process_name(os.getppid()), "4194305:1", f"{os.getpid()}:1"):
+        (home / "server.env").write_text(f"PREFECT_API_URL={page}/api\nPREFECT_API_AUTH_STRING=admin:old\n{PROCESS}={process}\n")
+        (home / "server.env").chmod(0o600)
+        assert server_module._recorded(home / "server.env") is None
+    assert stranger == []
+
+
+def test_a_second_serve_uses_the_server_of_the_first_and_may_outlive_it() -> None:
+    with contextlib.ExitStack() as second:
+        with lasting_server() as (server, _):
+            joined, is_new = second.enter_context(lasting_server())
+            assert not is_new
+            assert joined == server
+        assert joined.answers(10), "the first one has left"
+    eventually("the server ends with its last user", lambda: not joined.answers(1), 30)
+
+
+def test_a_server_ends_with_its_user_even_when_that_is_killed() -> None:
+    program = """
+import os
+from pipelines.flows.server import temporary_server
+with temporary_server() as server:
+    print(server.process, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    eventually("the server is gone", lambda: not server_module._is_alive(done.stdout.strip()), 60)

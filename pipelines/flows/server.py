@@ -1,0 +1,306 @@
+"""The Prefect servers that we start: a lasting one for `aepipe serve`, a temporary one for `aepipe run`.
+
+Whoever may change a deployment runs code as its owner. So a server listens on 127.0.0.1 alone, on a socket that is bound before the
+server exists: nobody else can answer on its port. Every request needs a password that is drawn for this one server; it stands in the
+environment of our processes and, for a lasting one, in `server.env` of PREFECT_HOME (readable by its owner only), on no command line.
+A server ends when the last process that uses it has let go of its lock, however that process ended.
+"""
+
+import atexit
+import base64
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aecore.errors import ClusterError
+from pipelines.cluster.session import LOOPBACK, import_environment
+
+logger = logging.getLogger(__name__)
+START_S, END_S = 120.0, 20.0
+PORT = 4200  # Prefect's own; another free one if it is taken
+PROCESS = "AEPIPE_SERVER_PROCESS"
+_left_running: "list[subprocess.Popen[bytes]]" = []
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server of ours: the address of its page, its password, its process."""
+
+    page: str
+    auth: str = field(repr=False)
+    process: str  # its id and the moment of its start, as `process_name` gives them
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Return what a client's environment holds."""
+        return {"PREFECT_API_URL": f"{self.page}/api", "PREFECT_API_AUTH_STRING": self.auth}
+
+    def answers(self, timeout_s: float) -> bool:
+        """Return whether it takes our password."""
+        login = base64.b64encode(self.auth.encode()).decode()
+        request = urllib.request.Request(f"{self.page}/api/admin/version", headers={"Authorization": f"Basic {login}"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            direct.open(request, timeout=timeout_s).close()
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+
+def on_a_server(flow: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a flow that runs on the server that the user named, or else on a temporary one of ours."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        from prefect.settings import PREFECT_API_URL
+
+        with contextlib.nullcontext() if PREFECT_API_URL.value() else temporary_server():
+            return flow(*arguments, **options)
+
+    return run
+
+
+@contextlib.contextmanager
+def lasting_server() -> Iterator[tuple[Server, bool]]:
+    """Use the lasting server of PREFECT_HOME, or start it; yields it and whether it was started for us.
+
+    While it is used, PREFECT_API_URL and PREFECT_API_AUTH_STRING of this process name it.
+
+    Raises
+    ------
+    ClusterError
+        It does not start.
+    """
+    home = _home()
+    record, log = home / "server.env", home / "server.log"
+    with contextlib.ExitStack() as stack:
+        with _locked(home / "server.start.lock", fcntl.LOCK_EX):
+            used = stack.enter_context(contextlib.ExitStack())
+            used.enter_context(_locked(home / "server.lock", fcntl.LOCK_SH))  # waits for a server that is ending
+            server, child = _recorded(record), None
+            if server is None:
+                server, child = _start(_bound(PORT), home / "server.lock", log, record)
+        stack.callback(_wait_for_end, used, record, child)
+        logger.warning(
+            "Prefect's page: %s (password: what follows PREFECT_API_AUTH_STRING= in %s; log: %s)%s",
+            server.page,
+            record,
+            log,
+            "" if child else ": the server that is there already is used",
+        )
+        stack.enter_context(_environment(server.settings))
+        with _settings(server):
+            yield server, child is not None
+
+
+@contextlib.contextmanager
+def temporary_server() -> Iterator[Server]:
+    """Use this process's temporary server, which is started the first time and ends with the process: no page, no scheduler."""
+    server = _Temporary.server
+    if server is None or not _is_alive(server.process):
+        server = _Temporary.server = _start_temporary()
+    with _settings(server, has_page=False):
+        yield server
+
+
+def empty_folder() -> Path:
+    """Return a folder to work in: Prefect imports flows from the working directory first, whatever Python was told."""
+    folder = _home() / "empty"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _home() -> Path:
+    home = Path(os.environ["PREFECT_HOME"]).absolute()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return home
+
+
+class _Temporary:
+    server: Server | None = None
+
+
+def _start_temporary() -> Server:
+    lock = _home() / f"run-{secrets.token_hex(6)}.log"
+    used = contextlib.ExitStack()
+    used.enter_context(_locked(lock, fcntl.LOCK_SH))
+    server, child = _start(_bound(0), lock, lock, None)
+    atexit.register(_wait_for_end, used, None, child)
+    return server
+
+
+def _start(listening: socket.socket, lock: Path, log: Path, record: Path | None) -> tuple[Server, "subprocess.Popen[bytes]"]:
+    """Start a server on a bound socket and wait until it answers; without a `record` it is a temporary one."""
+    page, auth = f"http://{LOOPBACK}:{listening.getsockname()[1]}", f"admin:{secrets.token_urlsafe(32)}"
+    environment = os.environ | import_environment() | _safe_settings(page, auth, has_page=record is not None)
+    environment["PREFECT_HOME"] = str(_home())
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-P", "-m", "pipelines.flows.server_process", str(listening.fileno()), str(lock), str(record or "")]
+    with listening, log.open("ab" if record is None else "wb") as output:
+        child = subprocess.Popen(
+            command, env=environment, cwd=empty_folder(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            pass_fds=[listening.fileno()], start_new_session=True,
+        )  # fmt: skip
+    server = Server(page, auth, process_name(child.pid))
+    try:
+        _wait_for_start(server, child, log)
+        if record is not None:
+            _write(record, server)
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    return server, child
+
+
+def _safe_settings(page: str, auth: str, *, has_page: bool) -> dict[str, str]:
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": auth,
+        "PREFECT_API_AUTH_STRING": auth,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page,
+        # with the default, in memory, the slots of what runs while a server ends would never be free again
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_UI_API_URL": f"{page}/api",  # the page asks port 4200 unless this names another
+        "PREFECT_SERVER_UI_ENABLED": str(has_page).lower(),
+    }
+
+
+def _wait_for_start(server: Server, child: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and child.poll() is None:
+        if server.answers(2):  # the port is open from the beginning: the first answer comes when the server is ready
+            return
+    raise ClusterError(f"the Prefect server did not start in {START_S:.0f} s, see {log}; or set PREFECT_API_URL to a running one")
+
+
+def _wait_for_end(used: contextlib.ExitStack, record: Path | None, child: "subprocess.Popen[bytes] | None") -> None:
+    """Let go of a server; if nobody else uses it, it takes its record away and ends: wait for that."""
+    used.close()
+    if child is None:
+        return
+    deadline = time.monotonic() + 2
+    while record is not None and record.exists() and child.poll() is None:
+        if time.monotonic() > deadline:
+            _left_running.append(child)  # another `aepipe serve` uses it; Python complains of a child that is forgotten
+            return
+        time.sleep(0.05)
+    try:
+        child.wait(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _bound(port: int) -> socket.socket:
+    """Return a listening socket on 127.0.0.1: on this port, or on a free one if somebody else has it."""
+    for wanted in dict.fromkeys((port, 0)):
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((LOOPBACK, wanted))
+            listening.listen(128)
+        except OSError:
+            listening.close()
+            continue
+        if wanted != port:
+            logger.warning("port %d is taken by another program: ours takes port %d", port, listening.getsockname()[1])
+        return listening
+    raise ClusterError(f"no free port on {LOOPBACK} for a Prefect server: set PREFECT_API_URL to a running one")
+
+
+def _write(record: Path, server: Server) -> None:
+    """Write what other processes of this user need to use the server; a shell can read it too (`. server.env`)."""
+    lines = server.settings | {PROCESS: server.process}
+    temporary = record.with_name(f"{record.name}.{secrets.token_hex(6)}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
+        file.writelines(f"{name}={value}\n" for name, value in lines.items())
+    temporary.replace(record)
+
+
+def _recorded(record: Path) -> Server | None:
+    """Return the server of a record, if the process that we started still listens where it did and takes the password."""
+    try:
+        with open(os.open(record, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+            found = os.fstat(file.fileno())
+            lines = dict(line.rstrip("\n").split("=", 1) for line in file if "=" in line)
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            return None
+        page = lines["PREFECT_API_URL"].removesuffix("/api")
+        server = Server(page, lines["PREFECT_API_AUTH_STRING"], lines[PROCESS])
+        port = int(page.rpartition(":")[2])
+    except (OSError, KeyError, ValueError):
+        return None
+    # the password goes only to the process that it was made for: after a restart somebody else may have its port
+    return server if _is_alive(server.process) and _listens(server.process, port) and server.answers(60) else None
+
+
+def process_name(pid: int) -> str:
+    """Return the id of a process and the moment of its start, in ticks: an id alone is given to another process some time."""
+    return f"{pid}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        return process_name(int(process.partition(":")[0])) == process
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _listens(process: str, port: int) -> bool:
+    """Return whether a process of this user has the socket that listens on this port of 127.0.0.1."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}
+    for descriptor in Path(f"/proc/{process.partition(':')[0]}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) in inodes:
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    """Hold a lock on a file, which ends with this process at the latest."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _settings(server: Server, *, has_page: bool = True) -> Iterator[None]:
+    """Let Prefect in this process use the server; it may have been imported before."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+
+    values: dict[Any, str] = {PREFECT_API_URL: f"{server.page}/api", PREFECT_API_AUTH_STRING: server.auth}
+    if not has_page:
+        values[PREFECT_UI_URL] = ""  # else the run's log would name a page that is not there
+    with temporary_settings(values):
+        yield
