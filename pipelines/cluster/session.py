@@ -95,7 +95,8 @@ def connect(cluster: ClusterSpec) -> None:
     try:
         if found:
             _require_reachable(address, cluster.timeout_s)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
+            with reached_as_named(address):
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
         else:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
@@ -159,6 +160,21 @@ def _loopback_is_an_address() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def reached_as_named(address: str) -> Iterator[None]:
+    """Let `ray.init` reach a Ray that listens on loopback alone; one that listens on the machine's outer address too is left to Ray."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        if host in (LOOPBACK, "localhost") and port.isdigit():
+            try:
+                socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+            except OSError:
+                stack.enter_context(_loopback_is_an_address())
+        yield
 
 
 class _PathOfWorkers(list[str]):
