@@ -9,25 +9,25 @@ from typing import Any
 
 import pytest
 
-from aecore.data.job import shard_dataset
+from aecore.artifact.commit import require_same
+from aecore.checkpoint.config import ModelConfig
+from aecore.data.format.transform import TransformSpec, preprocessing_sha256
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec, preprocessing_sha256
-from aecore.encode import EncodeSpec, _identity, encode_dataset
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
+from aecore.encoding.job import EncodeSpec, _identity, encode_dataset
 from aecore.errors import ConfigError
-from aecore.generate import SampleSpec, sample_run
-from aecore.generations import require_same
-from aecore.model_config import ModelConfig
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, absent_values, as_recorded, knob, spec, to_dict
-from aecore.run import TrainJob
+from aecore.sampling import SampleSpec, sample_run
 from aecore.store import sha256_json
-from aecore.train import fit
+from aecore.training.job import TrainJob
+from aecore.training.loop import fit
 from aecore.variational import VAESpec
-from pipelines.config import SECTIONS, Recipe, section_type
-from pipelines.steps import STEPS
-from pipelines.submit import job_of
+from pipelines.recipe.recipe import SECTIONS, Recipe, section_type
+from pipelines.steps.steps import STEPS
+from pipelines.steps.submit import job_of
 from tests.fixtures.make_v1 import job, write_images
 
 V1 = Path(__file__).parent / "fixtures/v1"
@@ -144,7 +144,7 @@ def test_a_config_without_a_later_field_means_what_older_versions_did(monkeypatc
     for registry, part in ((MODELS, better[0]), (BACKBONES, better[1])):
         registry.kinds()
         monkeypatch.setitem(registry._parts, part().kind, (part, registry._parts[part().kind][1]))
-    monkeypatch.setattr("aecore.model_config.TransformSpec", better[2])
+    monkeypatch.setattr("aecore.checkpoint.config.TransformSpec", better[2])
     config = ModelConfig.from_dict(recorded)
     assert [config.model.later, config.backbone.later, config.transform.later] == ["old"] * 3
     assert config.to_dict() == recorded

@@ -13,23 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # aecore, from the bottom: base, then data and models beside each other, then the jobs (everything that is named in none of these)
-BASE = (
-    "_base",
-    "disk",
-    "errors",
-    "fanout",
-    "generations",
-    "kinds",
-    "loss",
-    "memory",
-    "noise",
-    "precision",
-    "registry",
-    "slices",
-    "store",
-    "threads",
-    "native",
-)
+BASE = ("_base", "artifact", "errors", "loss", "native", "registry", "store", "threads")
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")
 MAY_IMPORT = {
@@ -38,12 +22,11 @@ MAY_IMPORT = {
     "models": {"base", "models"},
     "jobs": {"base", "data", "models", "jobs"},
 }
-# pipelines, from the bottom; a room that is not named here is between cluster and flows
-LOW = {"nearest": 0, "tree": 0, "validate": 0, "config": 1, "cluster": 2}
-LEVEL = {**LOW, "flows": 4, "deploy": 5, "launch": 5, "demo": 6, "verbs": 7, "cli": 8}
-COMMAND_LINE = {"cli", "verbs", "arguments", "overrides", "launch"}  # what every `aepipe --help` loads
+# pipelines, from the bottom; every room is named
+LEVEL = {"recipe": 1, "cluster": 2, "steps": 3, "doctor": 3, "flows": 4, "deploy": 5, "cli": 6}
+COMMAND_LINE = {"cli"}  # what every `aepipe --help` loads
 ORCHESTRATION = {"ray", "prefect", "pydantic"}
-ONLY_IN = {"prefect": {"flows", "deploy"}, "ray": {"cluster"}, "pydantic": {"validate"}}
+ONLY_IN = {"prefect": {"flows", "deploy"}, "ray": {"cluster"}, "pydantic": {"recipe"}}
 LAZY_IN_AECORE = {"s3fs", "fsspec", "botocore", "webdataset", "imagecodecs", "PIL", "pandas", "matplotlib", "sklearn", "scipy"}
 HEAVY = {"torch", "ray", "prefect", "pyarrow", "pandas", "webdataset", "s3fs", "fastapi"}
 
@@ -175,7 +158,7 @@ def test_help_of_the_command_line_loads_nothing_heavy() -> None:
     out = python(
         "import sys\n"
         "sys.argv = ['aepipe', '--help']\n"
-        "from pipelines.cli import main\n"
+        "from pipelines.cli.main import main\n"
         "try: status = main()\n"
         "except SystemExit as end: status = end.code\n"
         f"print(status or 0, sorted(set({sorted(HEAVY)!r}) & set(sys.modules)))\n"

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aecore.data.dataset import open_dataset
-    from aecore.data.webdataset import as_webdataset
+    from aecore.data.read.webdataset import as_webdataset
 
 __all__ = ["as_webdataset", "open_dataset"]
 
-_HOMES = {"as_webdataset": "aecore.data.webdataset", "open_dataset": "aecore.data.dataset"}
+_HOMES = {"as_webdataset": "aecore.data.read.webdataset", "open_dataset": "aecore.data.dataset"}
 
 
 def __getattr__(name: str) -> Any:  # any: whatever the name stands for

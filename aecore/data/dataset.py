@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aecore.artifact.commit import newest_number
+from aecore.artifact.kinds import other_kind
 from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, tar_store
 from aecore.errors import DataError
-from aecore.generations import newest_number
-from aecore.kinds import other_kind
 from aecore.store import Store, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from aecore.data.shard_reader import ShardReader
+    from aecore.data.read.shard_reader import ShardReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Dataset:
 
     def reader(self, shard: ShardRef) -> "ShardReader":
         """Return the strict reader of one shard of this manifest."""
-        from aecore.data.shard_reader import ShardReader  # only where shards are read: `aepipe show` needs none
+        from aecore.data.read.shard_reader import ShardReader  # only where shards are read: `aepipe show` needs none
 
         return ShardReader(self.store, shard)
 
@@ -49,7 +49,7 @@ def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
     """Return key, source and source bytes of every sample that was ever planned, quarantined ones too; verified."""
     import pyarrow as pa  # only where tables are read: `aepipe show` needs none
 
-    from aecore.data.index import read_table
+    from aecore.data.format.index import read_table
 
     return pa.concat_tables([read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}") for ref in manifest.listings])
 

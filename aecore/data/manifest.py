@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.data.sample_format import SampleFormat, sequence_shape
+from aecore.artifact.commit import FORMAT_VERSION, read_json
+from aecore.data.format.sample_format import SampleFormat, sequence_shape
 from aecore.errors import DataError
-from aecore.generations import FORMAT_VERSION, read_json
 from aecore.store import FileRef, Store, open_store, resolve_url, sha256_json
 
 STEM = "dataset"

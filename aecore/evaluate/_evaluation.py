@@ -15,20 +15,20 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable, has_posterior
-from aecore.checkpoint import LoadedModel, load_model
-from aecore.compatible import require_fit, require_labels
+from aecore.checkpoint.compatibility import require_fit, require_labels
+from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.transform import Transform
+from aecore.data.format.transform import Transform
+from aecore.data.read.loader import InputSpec, Loader
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate._scores import Scores, require_scorable, scores_of
 from aecore.evaluate._spec import EvaluateSpec
 from aecore.evaluate._warnings import ACTIVE_VARIANCE, pitfalls
 from aecore.loss import kl_divergence_diag_gaussian
-from aecore.objective import Objective
-from aecore.ranks import Rank
 from aecore.store import absolute_url
-from aecore.validation import split_means
+from aecore.training.objective import Objective
+from aecore.training.ranks import Rank
+from aecore.training.validation import split_means
 from aecore.variational.marginal import log_marginal
 
 MAX_CODES = 1 << 16  # entries of a codebook whose use is counted

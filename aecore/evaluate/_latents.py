@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import latent_column
-from aecore.checkpoint import LoadedModel
+from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.transform import Transform
+from aecore.data.format.transform import Transform
+from aecore.data.read.loader import InputSpec, Loader
 from aecore.errors import DataError
 
 FACTOR = "factor_"

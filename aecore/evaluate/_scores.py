@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from aecore.checkpoint import LoadedModel
+from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 from aecore.evaluate._disentanglement import NUM_BINS, dci, factor_vae_score, mig, require_scikit_learn
 from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, drawn, factors_of, labelled
 from aecore.evaluate._probe import linear_probe, nearest_neighbours
 from aecore.evaluate._spec import EvaluateSpec
-from aecore.ranks import Rank, from_rank_zero
+from aecore.training.ranks import Rank, from_rank_zero
 
 
 @dataclass(frozen=True, slots=True)

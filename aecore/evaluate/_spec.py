@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from aecore.data.transform import TransformSpec
+from aecore.data.format.transform import TransformSpec
 from aecore.registry import knob, spec
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from aecore.precision import at_least_float32, without_autocast
+from aecore.loss._precision import at_least_float32, without_autocast
 
 
 def log_density_diag_gaussian(z: Tensor, mu: Tensor | None = None, log_var: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aecore.precision import at_least_float32, without_autocast
+from aecore.loss._precision import at_least_float32, without_autocast
 
 
 def kl_divergence_diag_gaussian(

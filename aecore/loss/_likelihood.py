@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aecore.errors import did_you_mean
-from aecore.precision import at_least_float32, without_autocast
+from aecore.loss._precision import at_least_float32, without_autocast
 
 
 class LikelihoodType(StrEnum):

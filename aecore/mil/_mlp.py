@@ -10,8 +10,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from aecore.errors import did_you_mean
+from aecore.loss._precision import without_autocast
 from aecore.nn._linear import Linear
-from aecore.precision import without_autocast
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "None": nn.Identity,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from aecore.errors import InputError, did_you_mean
 from aecore.loss import kl_divergence_diag_gaussian
+from aecore.loss._precision import at_least_float32, without_autocast
 from aecore.mil._mlp import MLP, require_layers
-from aecore.precision import at_least_float32, without_autocast
 
 COVAR_MODES = ("single", "diagonal")
 REDUCTIONS = ("sum", "mean", "none")

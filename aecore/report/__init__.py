@@ -1,5 +1,5 @@
 """Pictures: pixels of samples here, the figures of a trained model in `aecore.report.figures`."""
 
-from aecore.report._pixels import grid, is_image, pixels, png, require_matplotlib
+from aecore.data.format.pictures import grid, is_image, pixels, png, require_matplotlib
 
 __all__ = ["grid", "is_image", "pixels", "png", "require_matplotlib"]

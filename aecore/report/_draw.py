@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aecore.data.transform import Transform
+from aecore.data.format.pictures import GAP, grid, is_image, pixels
+from aecore.data.format.transform import Transform
 from aecore.report._panels import Curves, Histograms, Panel, Points, Samples
-from aecore.report._pixels import GAP, grid, is_image, pixels
 
 DPI = 120
 FRAMES = 4  # of a video

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.checkpoint import newest_checkpoint
-from aecore.metrics import read_rows
+from aecore.checkpoint.files import newest_checkpoint
 from aecore.report._panels import Curves, Line, Points, pca
 from aecore.report._view import NotDrawn, View
 from aecore.store import Store
+from aecore.training.metrics import read_rows
 
 GROUPS = 20  # classes that a map has colours for
 Metrics = Sequence[Mapping[str, Any]]  # any: numbers, and the numbers of a validation

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.noise import seed_of, step_noise
 from aecore._base.trainable import has_posterior
-from aecore.generate import prior_latents
-from aecore.noise import seed_of, step_noise
 from aecore.report._view import NotDrawn, View
+from aecore.sampling import prior_latents
 
 SAMPLES = 10  # columns of a figure of samples
 STEPS = 10  # of an interpolation

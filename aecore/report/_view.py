@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.checkpoint import LoadedModel
+from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.transform import Transform
+from aecore.data.format.transform import Transform
+from aecore.data.read.loader import InputSpec, Loader
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
 from aecore.evaluate._latents import Latents, SplitLatents, drawn
-from aecore.generate import decoded, prior_dim
 from aecore.registry import to_dict
+from aecore.sampling import decoded, prior_dim
 
 Int64s = NDArray[np.int64]
 POINTS = 2000  # latents of a map

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from aecore.checkpoint import LoadedModel
+from aecore.artifact.commit import read_json, require_same
+from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.evaluate import EvaluateSpec, opened
-from aecore.generations import read_json, require_same
 from aecore.report import _maps, _panels, require_matplotlib
 from aecore.report._draw import draw
 from aecore.report._panels import Panel

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from aecore._base.batch import Batch
 from aecore._base.collective import sum_over_ranks
 from aecore.loss import LikelihoodType, LossResult
+from aecore.loss._precision import at_least_float32, without_autocast
 from aecore.nn._linear import Linear
-from aecore.precision import at_least_float32, without_autocast
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.vanilla._autoencoder import AE, AEOutput
 

@@ -16,7 +16,7 @@ from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, kl_divergence_diag_gaussian
-from aecore.precision import at_least_float32, without_autocast
+from aecore.loss._precision import at_least_float32, without_autocast
 from aecore.registry import MODELS, knob, spec
 from aecore.variational._gaussian import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec, build_nets

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aecore._base.base import ModelOutput
 from aecore._base.collective import sum_over_ranks
-from aecore.precision import at_least_float32, without_autocast
+from aecore.loss._precision import at_least_float32, without_autocast
 
 SMALLEST_COUNT = 1e-6  # a moving average of fewer vectors than this says nothing
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from aecore.errors import did_you_mean
 from aecore.loss import LikelihoodType, LossResult, kl_divergence_diag_gaussian, log_density_diag_gaussian, sample_log_likelihood
+from aecore.loss._precision import at_least_float32
 from aecore.loss.regularizers import capacity, free_bits
 from aecore.loss.schedules import linear_at
-from aecore.precision import at_least_float32
 
 OBJECTIVES = ("elbo", "iwae")
 LOG_SCALE_MIN = -6.0  # a scale below 0.0025 would let one perfectly drawn pixel outweigh everything else

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from aecore._base.batch import Batch
+from aecore._base.noise import seed_of, step_noise
 from aecore._base.trainable import Trainable
-from aecore.noise import seed_of, step_noise
 
 BLOCK = 64  # samples of K whose noise is drawn at once; part of what the numbers are
 

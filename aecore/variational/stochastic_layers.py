@@ -8,8 +8,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from aecore.loss._precision import without_autocast
 from aecore.nn._linear import LazyLinear
-from aecore.precision import without_autocast
 
 LOG_VAR_MIN, LOG_VAR_MAX = -30.0, 20.0
 

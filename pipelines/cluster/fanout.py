@@ -10,11 +10,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from aecore.artifact.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.errors import AecoreError, ClusterError, RunFailed
-from aecore.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
-from aecore.memory import keep_freed_memory
+from pipelines.cluster.memory import keep_freed_memory
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, wait_for_one, worker_resources
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 
 logger = logging.getLogger(__name__)
 TASK_RETRIES = 2

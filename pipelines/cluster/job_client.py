@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aecore.errors import ClusterError, ConfigError
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 
 logger = logging.getLogger(__name__)
 REQUEST_S = 20.0

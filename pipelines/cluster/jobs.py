@@ -22,7 +22,7 @@ from aecore.errors import ClusterError, RunFailed
 from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_here, job_address
 from pipelines.cluster.session import import_environment, local_paths
 from pipelines.cluster.tail import LogTail
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 
 logger = logging.getLogger(__name__)
 

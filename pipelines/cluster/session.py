@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import ClusterError, ConfigError
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""TorchTrainer around `aecore.train.fit`: Ray places the ranks, joins them to one process group and restarts them.
+"""TorchTrainer around `aecore.training.loop.fit`: Ray places the ranks, joins them to one process group and restarts them.
 
 The run folder is the only truth: a restarted group resumes from our newest valid checkpoint, whatever Ray remembers, and the
 answer is what `fit` read from the run folder. Ray's own storage is a temporary folder under a name of this attempt (the same
@@ -22,16 +22,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aecore.checkpoint import committed_checkpoints
+from aecore.checkpoint.files import committed_checkpoints
 from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed
-from aecore.memory import keep_freed_memory
-from aecore.preflight import schedule_warnings
-from aecore.ranks import Rank
-from aecore.run import RunResult, TrainJob, finished_run
-from aecore.session import Session
 from aecore.store import open_store
-from aecore.train import fit
+from aecore.training.job import RunResult, TrainJob, finished_run
+from aecore.training.loop import fit
+from aecore.training.preflight import schedule_warnings
+from aecore.training.ranks import Rank
+from aecore.training.session import Session
 from pipelines.cluster.interrupt import StopRequest
+from pipelines.cluster.memory import keep_freed_memory
 from pipelines.cluster.session import (
     connect,
     disconnect,
@@ -42,7 +42,7 @@ from pipelines.cluster.session import (
     require_resources,
     worker_resources,
 )
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 
 POLL_S = 0.25
 GRACE_S = 20.0  # for workers to end their step and write a checkpoint: Prefect, SLURM and Kubernetes kill after 30

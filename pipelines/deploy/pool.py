@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aecore.errors import ClusterError, ConfigError
-from pipelines.config import Recipe
 from pipelines.deploy import POOL
+from pipelines.deploy.crash_restart import LOST_AFTER_S, automations
 from pipelines.deploy.recipes import check, deployments
-from pipelines.deploy.rescue import LOST_AFTER_S, automations
 from pipelines.flows import SETTINGS, require_server, set_defaults, without_userinfo
-from pipelines.tree import Tree
+from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.yaml import Tree
 
 JOB_ENVIRONMENT = {name: value for name, value in SETTINGS.items() if name != "PREFECT_HOME" and "EPHEMERAL" not in name}
 

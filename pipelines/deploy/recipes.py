@@ -9,9 +9,9 @@ from typing import Any
 
 from aecore.errors import ConfigError
 from aecore.registry import flatten
-from pipelines.config import Recipe
-from pipelines.pipeline import PIPELINE, check_pipeline, stage
-from pipelines.steps import STEPS, with_absolute_urls
+from pipelines.recipe.recipe import Recipe
+from pipelines.steps.pipeline import PIPELINE, check_pipeline, stage
+from pipelines.steps.steps import STEPS, with_absolute_urls
 
 FLOWS = (*STEPS, PIPELINE)
 TAG = "aepipe"

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Sequence
 
 from pipelines.cluster.session import make_importable
-from pipelines.config import Recipe
+from pipelines.deploy.crash_restart import end_dead_runs
 from pipelines.deploy.recipes import check, deployments, schedule
-from pipelines.deploy.rescue import end_dead_runs
 from pipelines.flows import require_server, set_defaults
 from pipelines.flows.server import empty_folder, lasting_server
+from pipelines.recipe.recipe import Recipe
 
 
 def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:

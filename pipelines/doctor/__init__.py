@@ -10,14 +10,14 @@ from pipelines.doctor._machine import machine_checks
 from pipelines.doctor._prefect import prefect_checks
 from pipelines.doctor._ray import ray_checks
 from pipelines.doctor._store import store_checks
-from pipelines.tree import Tree
+from pipelines.recipe.yaml import Tree
 
 __all__ = ["Check", "Finding", "doctor", "exit_code"]
 
 
 def doctor(url: str | None = None, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Tree:
     """Run all checks. `recipe` (with overrides) says what the cluster has to give; an unknown recipe is a ConfigError."""
-    from pipelines.config import load_recipe
+    from pipelines.recipe.recipe import load_recipe
 
     cluster = load_recipe(recipe, overrides).cluster
     checks = [*environment_checks(), *machine_checks(cluster), *store_checks(url), *ray_checks(cluster), *prefect_checks()]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from aecore.errors import AecoreError
-from pipelines.tree import Tree
+from pipelines.recipe.yaml import Tree
 
 
 @dataclass(frozen=True, slots=True)

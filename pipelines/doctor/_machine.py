@@ -8,8 +8,8 @@ from pathlib import Path
 
 from aecore.errors import ClusterError, ConfigError
 from aecore.native import available, processor, why_not
-from pipelines.config import ClusterSpec
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
+from pipelines.recipe.recipe import ClusterSpec
 
 GB = 1 << 30
 WORKER_BYTES = GB // 2  # a process with torch and Ray

@@ -10,8 +10,8 @@ from typing import Any
 
 from aecore.errors import ClusterError
 from pipelines.cluster.session import fits, import_environment, worker_resources
-from pipelines.config import ClusterSpec
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
+from pipelines.recipe.recipe import ClusterSpec
 
 CONNECT_S, PROBE_S = 5.0, 45.0
 START = "start it (`ray start --head`), correct the address, or unset RAY_ADDRESS to work with a Ray of our own"

@@ -1,5 +1,5 @@
 """Prefect flow: external tars to a dataset, in place."""
 
-from pipelines.flows.stages import make_flow
+from pipelines.flows.factory import make_flow
 
 adopt_flow = make_flow("adopt")

@@ -1,5 +1,5 @@
 """Prefect flow: a dataset and a model to a latent table."""
 
-from pipelines.flows.stages import make_flow
+from pipelines.flows.factory import make_flow
 
 encode_flow = make_flow("encode")

@@ -1,5 +1,5 @@
 """Prefect flow: a model scored on a split of a dataset."""
 
-from pipelines.flows.stages import make_flow
+from pipelines.flows.factory import make_flow
 
 evaluate_flow = make_flow("evaluate")

@@ -7,10 +7,10 @@ With `cluster.kind=job` all stages are one Ray job and this flow only watches it
 
 from typing import Any
 
-from pipelines.config import Recipe
-from pipelines.flows.stages import leave_report, make_flow, run_step
-from pipelines.pipeline import PIPELINE, check_address, run_stages
-from pipelines.steps import with_absolute_urls
+from pipelines.flows.factory import leave_report, make_flow, run_step
+from pipelines.recipe.recipe import Recipe
+from pipelines.steps.pipeline import PIPELINE, check_address, run_stages
+from pipelines.steps.steps import with_absolute_urls
 
 
 def run_pipeline(recipe: dict[str, Any]) -> dict[str, Any]:

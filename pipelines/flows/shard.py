@@ -1,5 +1,5 @@
 """Prefect flow: raw data to a dataset of shards."""
 
-from pipelines.flows.stages import make_flow
+from pipelines.flows.factory import make_flow
 
 shard_flow = make_flow("shard")

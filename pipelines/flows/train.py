@@ -1,5 +1,5 @@
 """Prefect flow: a dataset to a trained model."""
 
-from pipelines.flows.stages import make_flow
+from pipelines.flows.factory import make_flow
 
 train_flow = make_flow("train")

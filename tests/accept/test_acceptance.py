@@ -17,19 +17,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from aecore.checkpoint import committed_checkpoints
+from aecore.checkpoint.files import committed_checkpoints
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import Loader
-from aecore.data.order import TrainingOrder
+from aecore.data.read.loader import Loader
+from aecore.data.read.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
+from aecore.data.write.job import shard_dataset
 from aecore.errors import DataError
-from aecore.metrics import last_row
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec
 from aecore.store import open_store
-from aecore.table import open_table
-from aecore.train import TrainJob, TrainSpec
+from aecore.table.table import open_table
+from aecore.training.loop import TrainJob, TrainSpec
+from aecore.training.metrics import last_row
+from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAESpec
 from tests.aecore.training import fit_on, losses
 from tests.processes import below, run, started
@@ -122,7 +122,7 @@ def _mnist_job(data: str, out: Path, steps: int) -> TrainJob:
         data=data,
         out=str(out),
         model=VAESpec(latent_dim=20, likelihood="bernoulli"),
-        backbone=MLPSpec(hidden=(256, 256)),  # silu: see aecore/train.py on ReLU
+        backbone=MLPSpec(hidden=(256, 256)),  # silu: see aecore/training/loop.py on ReLU
         optim=OptimSpec(lr=1e-3),
         train=TrainSpec(epochs=2, max_steps=steps, global_batch=128),
     )
@@ -252,7 +252,7 @@ def test_time_is_linear_and_memory_flat(real_mnist, tmp_path):
     """Sharding 1x and 2x the images: about twice the time (bounds are wide: shared machines), the same peak memory."""
     code = (
         "import resource, sys, time\n"
-        "from aecore.data.job import shard_dataset\nfrom aecore.data.sources.folder import FolderSpec\n"
+        "from aecore.data.write.job import shard_dataset\nfrom aecore.data.sources.folder import FolderSpec\n"
         "started = time.monotonic()\nshard_dataset(FolderSpec(url=sys.argv[1]), sys.argv[2])\n"
         "print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
     )

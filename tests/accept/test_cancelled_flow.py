@@ -15,7 +15,7 @@ from tests.pipelines.conftest import SMALL
 from tests.processes import Started, started
 
 LONG = (*SMALL, "train.epochs=600", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=50")
-WORKING = ("RayTrainWorker", "PartWorker", "pipelines.driver")
+WORKING = ("RayTrainWorker", "PartWorker", "pipelines.steps.job_main")
 
 
 def ask(api: str, path: str, **body: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from aecore.data.dataset import open_dataset
 from aecore.errors import DataError
 from aecore.store import open_store
-from aecore.table import open_table
+from aecore.table.table import open_table
 from tests.accept.test_acceptance import FAULTS, ROOT, aepipe, command, hashes, small  # noqa: F401  # `small` is a fixture
 from tests.aecore.training import losses
 from tests.pipelines.cluster.heads import ray_head

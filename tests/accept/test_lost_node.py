@@ -16,11 +16,11 @@ import functools, sys, threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from aecore.errors import ClusterError
-from aecore.fanout import collect
-from aecore.generations import PartRecord
+from aecore.artifact.fanout import collect
+from aecore.artifact.commit import PartRecord
 from pipelines.cluster.fanout import ray_fan_out
 from pipelines.cluster.session import disconnect
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.cluster.test_fanout import Job
 
 folder = Path(sys.argv[1])

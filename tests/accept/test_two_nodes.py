@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from aecore.checkpoint import newest_checkpoint
-from aecore.metrics import read_rows
+from aecore.checkpoint.files import newest_checkpoint
 from aecore.store import open_store
-from pipelines.config import load_recipe
-from pipelines.pipeline import run_stages
-from pipelines.steps import STEPS
+from aecore.training.metrics import read_rows
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps.pipeline import run_stages
+from pipelines.steps.steps import STEPS
 from tests.pipelines.cluster.heads import RAY, Head, ray_head
 from tests.pipelines.conftest import SMALL
 from tests.processes import run, started

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from aecore.checkpoint import publish_model, write_checkpoint
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
+from aecore.artifact.fanout import MakeWorker, Outcome, make_part
+from aecore.checkpoint.config import ModelConfig
+from aecore.checkpoint.files import publish_model, write_checkpoint
+from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSource, SpritesSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec
-from aecore.encode import EncodeSpec, encode_dataset
-from aecore.fanout import MakeWorker, Outcome, make_part
-from aecore.model_config import ModelConfig
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
+from aecore.encoding.job import EncodeSpec, encode_dataset
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store
-from aecore.table import LatentTable, open_table
-from aecore.table_manifest import TableManifest
+from aecore.table.manifest import TableManifest
+from aecore.table.table import LatentTable, open_table
 from aecore.vanilla import AESpec
 from aecore.variational import VAESpec
 

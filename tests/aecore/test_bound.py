@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 
 from aecore._base import Batch
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
+from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError, Diverged
 from aecore.evaluate import evaluate_run
 from aecore.loss import kl_divergence_diag_gaussian, log_likelihood, sample_log_likelihood
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec
 from aecore.registry import MODELS, to_dict
-from aecore.train import fit
+from aecore.training.loop import fit
+from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAE, VAESpec
 from aecore.variational.bound import LOG_SCALE_MIN, Bound
 from tests.aecore.training import fit_on, losses, published_weights, small_job, sprites_dataset

@@ -7,21 +7,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from aecore.checkpoint import load_model
-from aecore.compare import _join, _runs, compare
-from aecore.compare._join import Keys, by_ranges
-from aecore.data.job import shard_dataset
+from aecore.checkpoint.files import load_model
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.encode import EncodeSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
+from aecore.encoding.job import EncodeSpec
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate import EvaluateSpec, evaluate
-from aecore.metrics import epoch_means
+from aecore.maintenance.compare import _join, _runs, compare
+from aecore.maintenance.compare._join import Keys, by_ranges
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec
-from aecore.table import open_table
-from aecore.train import fit
+from aecore.table.table import open_table
+from aecore.training.loop import fit
+from aecore.training.metrics import epoch_means
+from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAESpec
 from tests.aecore.encoding import encode, folder_dataset, image_folder, model_config, saved_run
 from tests.aecore.training import losses, small_job, sprites_dataset

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from aecore._base import Batch
-from aecore.checkpoint import load_model
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
+from aecore.checkpoint.files import load_model
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.tasks import ShardSpec
-from aecore.encode import EncodeSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
+from aecore.encoding.job import EncodeSpec
 from aecore.errors import ConfigError, DataError, InputError
 from aecore.evaluate import evaluate_run
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import MODELS
-from aecore.table import open_table
-from aecore.train import fit
+from aecore.table.table import open_table
+from aecore.training.loop import fit
 from aecore.variational import VAE, ConditionalVAE, ConditionalVAESpec
 from aecore.variational.bound import Bound
 from aecore.variational.marginal import log_marginal

@@ -9,7 +9,7 @@ from aecore._base import Batch
 from aecore.errors import ConfigError
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import MODELS
-from aecore.train import fit
+from aecore.training.loop import fit
 from aecore.vanilla import AE, DenoisingAE, DenoisingAESpec
 from tests.aecore.training import fit_on, losses, small_job, sprites_dataset
 
@@ -142,10 +142,10 @@ def test_any_number_of_ranks_sees_the_same_noise(data: str, tmp_path, noise: str
 
 def test_it_learns_to_remove_noise(data: str, tmp_path) -> None:
     """After the same training it reconstructs noisy images better than an autoencoder that has seen clean ones only."""
-    from aecore.checkpoint import load_model
+    from aecore.checkpoint.files import load_model
     from aecore.data.dataset import open_dataset
-    from aecore.data.loader import Loader
-    from aecore.data.transform import Transform, TransformSpec
+    from aecore.data.format.transform import Transform, TransformSpec
+    from aecore.data.read.loader import Loader
     from aecore.vanilla import AESpec
 
     errors = {}

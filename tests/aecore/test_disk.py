@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import aecore.disk as disk_module
-from aecore.disk import DiskWriter
+import aecore.store._direct as disk_module
 from aecore.errors import StoreError
+from aecore.store._direct import DiskWriter
 
 PAGE = mmap.PAGESIZE
 

@@ -19,18 +19,18 @@ import pytest
 import torch
 from PIL import Image
 
-from aecore.checkpoint import load_model
+from aecore._base.noise import seed_of, step_noise
+from aecore.artifact.commit import PartRecord, read_record, recorded_parts, write_record
+from aecore.artifact.fanout import serial
+from aecore.checkpoint.files import load_model
 from aecore.data.dataset import open_dataset
-from aecore.encode import EncodePlan, EncodeSpec, EncodeWorker, _lanes, encode_dataset, plan_encoding
+from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _lanes, encode_dataset, plan_encoding
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.fanout import serial
-from aecore.generations import PartRecord, read_record, recorded_parts, write_record
-from aecore.noise import seed_of, step_noise
 from aecore.registry import from_dict
 from aecore.store import FAULT_STAGES, open_store
-from aecore.table import open_table
-from aecore.table_verify import verify_table
-from aecore.table_write import RefusedRow, commit_quarantine, fixed_size_list, numpy_view, part_metadata
+from aecore.table.part import RefusedRow, commit_quarantine, fixed_size_list, numpy_view, part_metadata
+from aecore.table.table import open_table
+from aecore.table.verify import verify_table
 from tests.aecore.encoding import (
     DIM,
     ae_config,
@@ -96,10 +96,11 @@ def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, data: str, run: s
 
 
 def test_equal_bytes_for_any_number_of_lanes(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aecore.encoder.CACHED_BYTES", 5 * 4 * int(np.prod(open_dataset(data).manifest.input_shape())))  # five rows at once
+    row_bytes = 4 * int(np.prod(open_dataset(data).manifest.input_shape()))
+    monkeypatch.setattr("aecore.encoding.encoder.CACHED_BYTES", 5 * row_bytes)  # five rows at once
     spec, trees = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True), []
     for lanes in (1, 2, 5):
-        monkeypatch.setattr("aecore.encode._lanes", lambda device, threads, lanes=lanes: lanes)
+        monkeypatch.setattr("aecore.encoding.job._lanes", lambda device, threads, lanes=lanes: lanes)
         encode(run, data, tmp_path / f"{lanes}", spec)
         trees.append(tree(tmp_path / f"{lanes}", without=("records", ".tmp")))
     assert trees[0] == trees[1] == trees[2]
@@ -409,7 +410,7 @@ def killed_after(parts: int, run: str, data: str, out: Path) -> None:
 def test_finished_parts_of_a_killed_attempt_are_not_made_again(
     tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aecore.fanout.COMMITS", 1)
+    monkeypatch.setattr("aecore.artifact.fanout.COMMITS", 1)
     killed_after(2, run, data, tmp_path / "table")
     known = recorded_parts(open_store(str(tmp_path / "table")))
     assert 2 <= len(known) <= 3  # the one that was being committed was let end
@@ -466,7 +467,7 @@ def test_a_record_that_another_attempt_wrote_meanwhile_is_checked_too(
     def late(store: Any, record: PartRecord) -> PartRecord:
         return dataclasses.replace(record, detail={**record.detail, "shard_sha256": "0" * 64})
 
-    monkeypatch.setattr("aecore.encode_worker.write_record", late)
+    monkeypatch.setattr("aecore.encoding.worker.write_record", late)
     with pytest.raises(ConfigError, match="parts of another dataset"):
         plan.make_worker()(plan.tasks[0])()
 

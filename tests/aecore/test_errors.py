@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from aecore import errors
-from aecore.data.decode import DecodeError
+from aecore.artifact.fanout import PartFailure, attempt, collect
+from aecore.data.format.decode import DecodeError
 from aecore.errors import AecoreError, InputError, RunFailed, from_json, to_json
-from aecore.fanout import PartFailure, attempt, collect
 from aecore.store._s3_client import Answered
 from tests.test_layers import modules
 
 for _name, _ in [*modules("aecore"), *modules("pipelines")]:
-    if _name != "pipelines.demo":
+    if _name != "pipelines.cli.demo":
         importlib.import_module(_name)
 
 

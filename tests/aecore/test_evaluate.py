@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.checkpoint import load_model
+from aecore._base.noise import seed_of, step_noise
+from aecore.checkpoint.files import load_model
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate import Evaluation, evaluate_run
-from aecore.noise import seed_of, step_noise
-from aecore.train import fit
+from aecore.training.loop import fit
 from aecore.variational import VAESpec
 from tests.aecore.encoding import DIM, ae_config, model_config, saved_run, sprites_dataset
 from tests.aecore.test_encode import stored_pixels

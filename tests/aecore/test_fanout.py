@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
+from aecore.artifact.commit import PartRecord
+from aecore.artifact.fanout import COMMITS, Commit, PartFailure, collect, serial
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.fanout import COMMITS, Commit, PartFailure, collect, serial
-from aecore.generations import PartRecord
 from aecore.store import AlreadyExists
 from tests.processes import WAIT_S
 

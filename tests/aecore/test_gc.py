@@ -15,21 +15,21 @@ import pytest
 import torch
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import adopt_shards, shard_dataset
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
-from aecore.encode import encode_dataset
-from aecore.encoder import EncodeSpec
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
+from aecore.encoding.encoder import EncodeSpec
+from aecore.encoding.job import encode_dataset
 from aecore.errors import DataError
-from aecore.gc import DAY_S, Report, collect_garbage
-from aecore.metrics import last_row
+from aecore.maintenance.gc import DAY_S, Report, collect_garbage
 from aecore.store import FAULT_STAGES, LocalStore, open_store
-from aecore.table import open_table
-from aecore.table_verify import verify_table
-from aecore.train import fit
+from aecore.table.table import open_table
+from aecore.table.verify import verify_table
+from aecore.training.loop import fit
+from aecore.training.metrics import last_row
 from tests.aecore.encoding import encode, image_folder, saved_run, tree
 from tests.aecore.training import losses, small_job
 from tests.aecore.training import sprites_dataset as training_data

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from aecore._base import Batch
-from aecore.checkpoint import load_model
+from aecore.checkpoint.files import load_model
 from aecore.errors import AecoreError, ConfigError, DataError
-from aecore.generate import DecodeSpec, SampleSpec, decode_run, prior_latents, sample_run
-from aecore.table import LatentTable
+from aecore.sampling import DecodeSpec, SampleSpec, decode_run, prior_latents, sample_run
+from aecore.table.table import LatentTable
 from aecore.variational import ConditionalVAESpec, VAESpec
 from tests.aecore.encoding import DIM, SHAPE, SIZE, ae_config, encode, model_config, saved_run, sprites_dataset, tree
 

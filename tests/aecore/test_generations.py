@@ -3,8 +3,7 @@ import threading
 
 import pytest
 
-from aecore.errors import ConfigError, DataError, RunFailed
-from aecore.generations import (
+from aecore.artifact.commit import (
     PartRecord,
     claim_generation,
     commit_manifest,
@@ -16,6 +15,7 @@ from aecore.generations import (
     require_same,
     write_record,
 )
+from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.store import AlreadyExists, open_store
 
 

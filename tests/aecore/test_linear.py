@@ -11,7 +11,7 @@ import aecore.nn._linear as linear_module
 from aecore.errors import ConfigError
 from aecore.native import Processor
 from aecore.nn._linear import VARIABLE, LazyLinear, Linear, linear, linear_path
-from aecore.train import fit
+from aecore.training.loop import fit
 from tests.aecore.encoding import encode, sprites_dataset
 from tests.aecore.training import small_job
 

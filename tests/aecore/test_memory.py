@@ -4,7 +4,7 @@ import sys
 PROGRAM = """
 import resource, sys
 import numpy as np
-from aecore.memory import keep_freed_memory
+from pipelines.cluster.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

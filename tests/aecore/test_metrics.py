@@ -2,8 +2,8 @@
 
 import json
 
-from aecore.metrics import EpochMean, epoch_means, last_epoch, version_of
 from aecore.store import open_store
+from aecore.training.metrics import EpochMean, epoch_means, last_epoch, version_of
 
 OLD = {"step": 1, "epoch": 0, "samples": 2, "loss": 3.0, "elbo": -3.0, "iwae_x1": -2.5, "log_likelihood": -1.0}
 NEW = {**OLD, "step": 2, "loss": 5.0, "elbo": -9.0, "metrics": 2}

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data.decode import DecodeError, Decoder
-from aecore.data.image import BadSample, ImageHeader, image_header
-from aecore.data.job import shard_dataset
-from aecore.data.sample_format import SampleFormat
+from aecore.data.format.decode import DecodeError, Decoder
+from aecore.data.format.image import BadSample, ImageHeader, image_header
+from aecore.data.format.sample_format import SampleFormat
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
 from aecore.native import loops
 from aecore.native.bytes_column import BytesColumn
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.order import TrainingOrder
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.order import TrainingOrder
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
-from aecore.encode import encode_dataset
-from aecore.encoder import EncodeSpec
-from aecore.table import open_table
-from aecore.table_verify import verify_table
-from aecore.train import fit
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
+from aecore.encoding.encoder import EncodeSpec
+from aecore.encoding.job import encode_dataset
+from aecore.table.table import open_table
+from aecore.table.verify import verify_table
+from aecore.training.loop import fit
 from tests.aecore.encoding import image_folder
 from tests.aecore.training import losses, small_job
 

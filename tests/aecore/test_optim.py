@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aecore.optim import OptimSpec, build_optimizer
+from aecore.training.optimizer import OptimSpec, build_optimizer
 
 # After three steps of the net below with `FusedAdam` of 8c16698, and its weights two steps later
 MOMENTS = {

@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.order import EpochOrder, TrainingOrder
+from aecore.data.read.order import EpochOrder, TrainingOrder
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, RunFailed
 from aecore.evaluate import EvaluateSpec, evaluate
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
-from aecore.preflight import require_batch_statistics, schedule_warnings, shares
-from aecore.ranks import Rank, buffers_from_rank_zero, require_equal_parameters
 from aecore.registry import MODELS
-from aecore.run import build_model, require_trainable
-from aecore.train import fit
+from aecore.training.job import build_model, require_trainable
+from aecore.training.loop import fit
+from aecore.training.preflight import require_batch_statistics, schedule_warnings, shares
+from aecore.training.ranks import Rank, buffers_from_rank_zero, require_equal_parameters
 from aecore.vanilla import AE
 from aecore.variational import VAE, AdaGVAE, AdaGVAESpec, ConditionalVAE, VAESpec
-from pipelines import steps
-from pipelines.config import load_recipe
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps import steps
 from tests.aecore.training import fit_on, losses, on_ranks, small_job
 
 KINDS = sorted(set(MODELS.kinds()) - {"mil_vae", "rvae", "cvae", "adagvae"})  # the first two have none of it, the others need labels

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from aecore.run import finished_run
-from aecore.session import Session
 from aecore.store import Store, open_store
-from aecore.train import fit
+from aecore.training.job import finished_run
+from aecore.training.loop import fit
+from aecore.training.session import Session
 from tests.aecore.training import small_job, sprites_dataset
 
 Calls = Counter[tuple[str, str]]

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aecore.artifact.subset import Slice, parse_slice
 from aecore.data.dataset import open_dataset
-from aecore.data.verify import verify_dataset
+from aecore.data.read.verify import verify_dataset
 from aecore.errors import ConfigError, DataError
-from aecore.slices import Slice, parse_slice
-from aecore.table import open_table
-from aecore.table_verify import verify_table
+from aecore.table.table import open_table
+from aecore.table.verify import verify_table
 from tests.aecore.encoding import encode, folder_dataset, image_folder, saved_run
 
 

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 
 from aecore._base import Batch
-from aecore.checkpoint import load_model
+from aecore.checkpoint.files import load_model
 from aecore.data.dataset import open_dataset
-from aecore.data.loader import Loader
-from aecore.data.transform import Transform, TransformSpec
+from aecore.data.format.transform import Transform, TransformSpec
+from aecore.data.read.loader import Loader
 from aecore.errors import ConfigError
 from aecore.nn.mlp import MLPSpec
-from aecore.ranks import Rank
 from aecore.registry import MODELS
-from aecore.train import fit
+from aecore.training.loop import fit
+from aecore.training.ranks import Rank
 from aecore.vanilla import SparseAE, SparseAESpec
 from tests.aecore.training import fit_on, losses, on_ranks, small_job, sprites_dataset
 

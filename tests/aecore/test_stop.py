@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from aecore import metrics
-from aecore.checkpoint import committed_checkpoints
+from aecore.checkpoint.files import committed_checkpoints
 from aecore.errors import Interrupted
-from aecore.ranks import Rank
-from aecore.run import TrainJob
 from aecore.store import open_store
-from aecore.train import fit
+from aecore.training import metrics
+from aecore.training.job import TrainJob
+from aecore.training.loop import fit
+from aecore.training.ranks import Rank
 from tests.aecore.training import fit_on, losses, on_ranks, published_weights, small_job, sprites_dataset
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from aecore.data.dataset import open_dataset
-from aecore.encode import EncodeSpec
+from aecore.encoding.job import EncodeSpec
 from aecore.errors import DataError
 from aecore.store import open_store
-from aecore.table import LatentTable, open_table
-from aecore.table_manifest import TableManifest
-from aecore.table_verify import verify_table
-from aecore.table_write import commit_part, fixed_size_list, numpy_view, part_table
+from aecore.table.manifest import TableManifest
+from aecore.table.part import commit_part, fixed_size_list, numpy_view, part_table
+from aecore.table.table import LatentTable, open_table
+from aecore.table.verify import verify_table
 from tests.aecore.encoding import DIM, encode, saved_run, sprites_dataset
 
 NUM = 120

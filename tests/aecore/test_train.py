@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from aecore import train
-from aecore.checkpoint import committed_checkpoints, load_model, verify_checkpoint
+from aecore.checkpoint.files import committed_checkpoints, load_model, verify_checkpoint
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
+from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed
-from aecore.metrics import last_epoch
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec, lr_at
 from aecore.store import canonical_json, open_store
-from aecore.train import fit
+from aecore.training import loop
+from aecore.training.loop import fit
+from aecore.training.metrics import last_epoch
+from aecore.training.optimizer import OptimSpec, lr_at
 from aecore.vanilla import AESpec
 from aecore.variational import VAESpec
 from tests.aecore.training import fit_on, losses, published_weights, small_job, sprites_dataset
@@ -169,9 +169,9 @@ def test_retention_keeps_the_newest_and_the_best(data, tmp_path):
 def test_the_best_checkpoint_of_an_attempt_that_runs_beside_is_spared(data, tmp_path, monkeypatch):
     """A cut-off node may train on: it would publish its best checkpoint, or its next one would name it."""
     job, folder = small_job(data, tmp_path / "run", epochs=4, val_split="val", keep=1, best=True), tmp_path / "run/checkpoints"
-    validate, others = train._Training._validate, []
+    validate, others = loop._Training._validate, []
 
-    def worse_and_worse(self: train._Training) -> dict[str, float]:
+    def worse_and_worse(self: loop._Training) -> dict[str, float]:
         if self.kept and not others:  # after the first epoch the other attempt has the first one's bytes as well
             mine = Path(self.kept[0]).name
             others.append(mine.rpartition("-")[0] + "-beside00")
@@ -180,7 +180,7 @@ def test_the_best_checkpoint_of_an_attempt_that_runs_beside_is_spared(data, tmp_
             manifest.write_bytes(manifest.read_bytes().replace(mine.encode(), others[0].encode()))
         return {**validate(self), "loss": 100.0 + self.step}
 
-    monkeypatch.setattr(train._Training, "_validate", worse_and_worse)
+    monkeypatch.setattr(loop._Training, "_validate", worse_and_worse)
     fit(job)
     names = [Path(name).name for _, name in committed_checkpoints(open_store(job.out))]
     assert len(names) == 3  # the last one, the best one, the other's best one
@@ -363,7 +363,7 @@ def test_a_checkpoint_that_goes_away_while_it_is_read_makes_room_for_another(dat
     fit(small_job(data, tmp_path / "whole", **options))
     job = small_job(data, tmp_path / "run", **options)
     assert _killed(job, "checkpoint.linked:4")
-    real, read = train.load_state, list[str]()
+    real, read = loop.load_state, list[str]()
 
     def removed_first(store, checkpoint):
         read.append(checkpoint.name)
@@ -371,7 +371,7 @@ def test_a_checkpoint_that_goes_away_while_it_is_read_makes_room_for_another(dat
             shutil.rmtree(tmp_path / "run" / checkpoint.name)
         return real(store, checkpoint)
 
-    monkeypatch.setattr(train, "load_state", removed_first)
+    monkeypatch.setattr(loop, "load_state", removed_first)
     fit(job)
     assert len(read) == 2
     assert read[0] > read[1]  # one step older
@@ -385,7 +385,7 @@ def test_a_checkpoint_that_cannot_be_read_is_an_error(data, tmp_path, monkeypatc
     def fails(store, checkpoint):
         raise DataError("state.pt is missing")
 
-    monkeypatch.setattr(train, "load_state", fails)
+    monkeypatch.setattr(loop, "load_state", fails)
     with pytest.raises(DataError, match=r"state\.pt is missing"):
         fit(job)
 
@@ -429,7 +429,7 @@ def test_the_result_tells_of_the_published_step_and_its_epoch(data, tmp_path):
 
 
 def test_the_line_of_an_epoch_says_its_mean_also_after_a_kill_in_the_middle(data, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "aecore.train")
+    caplog.set_level(logging.INFO, "aecore.training.loop")
     job = small_job(data, tmp_path / "run", epochs=2, every_steps=5, log_every_s=0.0)
 
     def killed_at_20(ref: Any, metrics: Any) -> None:

@@ -8,12 +8,12 @@ import signal
 import numpy as np
 import pytest
 
-from aecore.encode import EncodeSpec
+from aecore.encoding.job import EncodeSpec
 from aecore.evaluate import evaluate_run
 from aecore.mil import MilVAESpec
 from aecore.nn.mlp import MLPSpec
-from aecore.run import total_steps, trains_on_bags
-from aecore.train import fit
+from aecore.training.job import total_steps, trains_on_bags
+from aecore.training.loop import fit
 from tests.aecore.data.bag_data import bag_dataset, bag_sizes
 from tests.aecore.encoding import encode
 from tests.aecore.training import fit_on, losses, published_weights, small_job
@@ -92,8 +92,8 @@ def test_a_run_learns_and_is_encoded_one_row_per_instance_with_its_bag(data, tmp
 
 def test_samples_without_bags_are_trained_on_one_by_one(tmp_path, data):
     from aecore.data.dataset import open_dataset
-    from aecore.data.job import shard_dataset
     from aecore.data.sources.arrays import ArraysSpec
+    from aecore.data.write.job import shard_dataset
 
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32))
     shard_dataset(ArraysSpec(url=str(tmp_path / "x.npy")), str(tmp_path / "data"))
@@ -107,6 +107,6 @@ def test_samples_without_bags_are_trained_on_one_by_one(tmp_path, data):
 
 
 def test_the_log_says_that_steps_take_whole_bags(data, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "aecore.session"):
+    with caplog.at_level(logging.INFO, "aecore.training.session"):
         fit(bag_job(data, tmp_path / "run", max_steps=1))
     assert any(message.startswith("a step takes whole bags: ") for message in caplog.messages)

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.checkpoint import load_model, publish_model, weights_of, write_checkpoint
-from aecore.data.job import shard_dataset
-from aecore.data.pairs import PairSpec
-from aecore.data.plan import SplitSpec
+from aecore.checkpoint.files import load_model, publish_model, weights_of, write_checkpoint
+from aecore.data.read.pairs import PairSpec
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
-from aecore.encode import EncodeSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
+from aecore.encoding.job import EncodeSpec
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate import evaluate_run
 from aecore.store import open_store
-from aecore.table import open_table
-from aecore.train import fit
+from aecore.table.table import open_table
+from aecore.training.loop import fit
 from aecore.variational import AdaGVAESpec, VAESpec
 from tests.aecore.encoding import encode
 from tests.aecore.training import fit_on, losses, small_job, sprites_dataset
@@ -131,6 +131,6 @@ def test_what_cannot_be_paired_is_refused_before_the_claim(data, tmp_path, caplo
     with pytest.raises(DataError, match=r"has neither labels nor factor_\* columns"):
         fit(ada_job(str(tmp_path / "bare"), tmp_path / "run"))
     assert not (tmp_path / "run/run.000001.json").exists()
-    with caplog.at_level(logging.INFO, "aecore.session"):
+    with caplog.at_level(logging.INFO, "aecore.training.session"):
         fit(job)
     assert "pairs differ in 1 to 3 of 4 factors (shape, scale, x, y)" in caplog.messages

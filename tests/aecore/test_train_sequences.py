@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from aecore._base import Batch
-from aecore.checkpoint import load_model
-from aecore.data.transform import TransformSpec
-from aecore.encode import EncodeSpec
+from aecore.checkpoint.files import load_model
+from aecore.data.format.transform import TransformSpec
+from aecore.encoding.job import EncodeSpec
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate import evaluate_run
 from aecore.nn.hybrid import HybridSpec
 from aecore.nn.recurrent import RecurrentSpec
-from aecore.optim import OptimSpec
-from aecore.train import TrainJob, fit
+from aecore.training.loop import TrainJob, fit
+from aecore.training.optimizer import OptimSpec
 from aecore.variational import RecurrentVAESpec, VAESpec
 from tests.aecore.data.sequences import VOCAB, dataset_of, sentence, wave
 from tests.aecore.encoding import encode

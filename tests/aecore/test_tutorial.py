@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from aecore.registry import MODELS
 from aecore.vanilla import AE, DenoisingAE, SparseAE
 from aecore.variational import VAE, VQVAE, VectorQuantizer
-from pipelines.config import load_recipe
+from pipelines.recipe.recipe import load_recipe
 
 
 def count(model: nn.Module) -> int:

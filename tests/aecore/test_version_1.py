@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import adopt_shards, shard_dataset
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
-from aecore.encode import EncodeSpec, encode_dataset
-from aecore.gc import collect_garbage
-from aecore.generate import SampleSpec, sample_run
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.encoding.job import EncodeSpec, encode_dataset
+from aecore.maintenance.gc import collect_garbage
+from aecore.sampling import SampleSpec, sample_run
 from aecore.store import open_store
-from aecore.table import open_table
-from aecore.table_verify import verify_table
-from aecore.train import fit
+from aecore.table.table import open_table
+from aecore.table.verify import verify_table
+from aecore.training.loop import fit
 from tests.fixtures.make_v1 import job, picture, write_images, write_tar
 
 V1 = Path(__file__).parents[1] / "fixtures/v1"

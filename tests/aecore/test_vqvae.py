@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from aecore._base import Batch
-from aecore.checkpoint import load_model
-from aecore.data.job import shard_dataset
+from aecore.checkpoint.config import ModelConfig
+from aecore.checkpoint.files import load_model
+from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.transform import TransformSpec
-from aecore.encode import EncodeSpec, encode_dataset
+from aecore.data.write.job import shard_dataset
+from aecore.encoding.job import EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate import evaluate_run
 from aecore.evaluate._probe import linear_probe, nearest_neighbours
-from aecore.model_config import ModelConfig
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
-from aecore.ranks import Rank
 from aecore.registry import MODELS
-from aecore.table import open_table
-from aecore.train import fit
+from aecore.table.table import open_table
+from aecore.training.loop import fit
+from aecore.training.ranks import Rank
 from aecore.variational import VQVAE, VectorQuantizer, VQVAESpec
 from tests.aecore.encoding import saved_run
 from tests.aecore.training import fit_on, losses, on_ranks, published_weights, small_job, sprites_dataset

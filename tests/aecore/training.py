@@ -15,17 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from aecore.checkpoint import newest_checkpoint
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
+from aecore.checkpoint.files import newest_checkpoint
 from aecore.data.sources.sprites import SpritesSpec
-from aecore.data.tasks import ShardSpec
-from aecore.metrics import read_rows
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec
-from aecore.ranks import Rank
 from aecore.store import open_store
-from aecore.train import CheckpointSpec, TrainJob, TrainSpec, fit
+from aecore.training.loop import CheckpointSpec, TrainJob, TrainSpec, fit
+from aecore.training.metrics import read_rows
+from aecore.training.optimizer import OptimSpec
+from aecore.training.ranks import Rank
 from aecore.variational import VAESpec
 from tests.processes import RUN_S, children, wait_until
 

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from aecore.data.job import shard_dataset
-from aecore.data.pairs import PairSpec
+from aecore.data.read.pairs import PairSpec
 from aecore.data.sources.sprites import SpritesSpec
+from aecore.data.write.job import shard_dataset
 from aecore.evaluate import EvaluateSpec, evaluate
-from aecore.memory import keep_freed_memory
 from aecore.native import processor
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec
-from aecore.run import TrainJob, TrainSpec
-from aecore.train import fit
+from aecore.training.job import TrainJob, TrainSpec
+from aecore.training.loop import fit
+from aecore.training.optimizer import OptimSpec
 from aecore.variational import AdaGVAESpec, VAESpec
+from pipelines.cluster.memory import keep_freed_memory
 
 SEEDS, STEPS, PAIRS, LATENTS = (101, 102, 103), 2500, 64, 10
 BETAS = (1.0, 4.0, 8.0)

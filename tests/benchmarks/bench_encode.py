@@ -26,20 +26,20 @@ from PIL import Image
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.checkpoint import load_model, publish_model, write_checkpoint
+from aecore.artifact.fanout import serial
+from aecore.checkpoint.config import ModelConfig
+from aecore.checkpoint.files import load_model, publish_model, write_checkpoint
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
+from aecore.data.format.transform import Transform, TransformSpec
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import Transform, TransformSpec
-from aecore.encode import EncodeSpec, encode_dataset
-from aecore.fanout import serial
-from aecore.memory import keep_freed_memory
-from aecore.model_config import ModelConfig
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.encoding.job import EncodeSpec, encode_dataset
 from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store
 from aecore.variational import VAESpec
+from pipelines.cluster.memory import keep_freed_memory
 from tests.benchmarks.bench_input import make_folder
 from tests.benchmarks.pairs import HEADER, Home, Side, compare, two_processes
 

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.order import TrainingOrder
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
+from aecore.data.write.job import shard_dataset
 from tests.benchmarks.pairs import HEADER, compare
 from tests.realdata import unpack
 

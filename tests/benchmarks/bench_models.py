@@ -20,15 +20,15 @@ from torch.nn import functional as F
 
 import aecore.mil
 from aecore._base.batch import Batch
-from aecore.data.job import shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.memory import keep_freed_memory
+from aecore.data.write.job import shard_dataset
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec, build_optimizer
-from aecore.run import TrainJob, TrainSpec
-from aecore.session import Session
-from aecore.train import _Training
+from aecore.training.job import TrainJob, TrainSpec
+from aecore.training.loop import _Training
+from aecore.training.optimizer import OptimSpec, build_optimizer
+from aecore.training.session import Session
 from aecore.variational import VAESpec
+from pipelines.cluster.memory import keep_freed_memory
 from tests import peers
 from tests.benchmarks.pairs import HEADER, compare
 

@@ -21,15 +21,15 @@ import torch
 from PIL import Image
 
 from aecore import native
-from aecore.data.decode import Decoder
-from aecore.data.job import shard_dataset
-from aecore.data.sample_format import SampleFormat
+from aecore.data.format.decode import Decoder
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.tar import Packer, Samples
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tar import Packer, Samples
-from aecore.memory import keep_freed_memory
+from aecore.data.write.job import shard_dataset
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash, examine, list_folder, read_pieces
 from aecore.nn import _linear
+from pipelines.cluster.memory import keep_freed_memory
 from tests.benchmarks.pairs import HEADER, Pairs, Side
 
 PAIRS = 21

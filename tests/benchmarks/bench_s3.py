@@ -18,24 +18,24 @@ from typing import Any
 
 import torch
 
-from aecore.checkpoint import publish_model, write_checkpoint
+from aecore.checkpoint.config import ModelConfig
+from aecore.checkpoint.files import publish_model, write_checkpoint
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.order import TrainingOrder
+from aecore.data.format.transform import TransformSpec
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.order import TrainingOrder
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import TransformSpec
-from aecore.encode import EncodeSpec, encode_dataset
-from aecore.memory import keep_freed_memory
-from aecore.model_config import ModelConfig
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.encoding.job import EncodeSpec, encode_dataset
 from aecore.nn.mlp import MLPSpec
-from aecore.optim import OptimSpec
 from aecore.store import open_store
 from aecore.store._cache import FETCHERS
 from aecore.store._s3_files import AHEAD_FILES
-from aecore.train import TrainJob, TrainSpec, fit
+from aecore.training.loop import TrainJob, TrainSpec, fit
+from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAESpec
+from pipelines.cluster.memory import keep_freed_memory
 from tests.benchmarks.pairs import HEADER, compare
 from tests.realdata import unpack
 from tests.s3 import ACCESS_KEY, REGION, S3, SECRET_KEY, s3_environment, start_server

@@ -21,11 +21,11 @@ import webdataset
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
+from aecore.data.format.tar import BLOCK
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tar import BLOCK
-from aecore.data.tasks import ShardSpec
-from aecore.memory import keep_freed_memory
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from pipelines.cluster.memory import keep_freed_memory
 from tests.benchmarks.pairs import HEADER, Home, Side, compare, two_processes
 from tests.realdata import unpack
 

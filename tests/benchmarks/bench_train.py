@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from aecore.data.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
-from aecore.memory import keep_freed_memory
+from aecore.data.write.job import shard_dataset
 from aecore.nn.mlp import MLPSpec
-from aecore.ranks import Rank
-from aecore.run import CheckpointSpec, TrainJob, TrainSpec
-from aecore.train import fit
+from aecore.training.job import CheckpointSpec, TrainJob, TrainSpec
+from aecore.training.loop import fit
+from aecore.training.ranks import Rank
 from aecore.variational import VAESpec
+from pipelines.cluster.memory import keep_freed_memory
 from pipelines.cluster.train import train
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 from tests.benchmarks.pairs import HEADER, Pairs, peak_mib_here
 from tests.realdata import unpack
 

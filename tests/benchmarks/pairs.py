@@ -21,9 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from aecore.fanout import MakeWorker, Outcome, Worker, make_part
-from aecore.memory import keep_freed_memory
+from aecore.artifact.fanout import MakeWorker, Outcome, Worker, make_part
 from aecore.native import processor
+from pipelines.cluster.memory import keep_freed_memory
 
 Side = Callable[[], object]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.deploy.recipes import FLOWS
-from pipelines.flows.stages import RESCUED
+from pipelines.flows.factory import RESCUED
 from tests.canary import find_canary
 from tests.e2e.servers import Postgres, Prefect, postgres, prefect_server, prefect_worker
 from tests.processes import Started, below, wait_until

@@ -58,8 +58,8 @@ def understand(words: Sequence[str]) -> None:
     """Let the program's own parser read the words; an error or SystemExit if it does not know them."""
     program, arguments = words[0], [re.sub(r"\$\{(\w+):-([^}]*)\}", r"\2", word) for word in words[1:]]
     if program == "aepipe":
-        from pipelines import overrides
-        from pipelines.verbs import VERBS
+        from pipelines.cli import overrides
+        from pipelines.cli.verbs import VERBS
 
         VERBS.parse(overrides.split(arguments)[0])
     elif program == "ray":

@@ -123,12 +123,12 @@ def test_every_service_is_bounded_and_comes_back() -> None:
 
 
 def test_prefect_yaml_makes_what_aepipe_deploy_makes() -> None:
-    from pipelines.config import Recipe
     from pipelines.deploy import POOL
     from pipelines.deploy.pool import JOB_ENVIRONMENT
     from pipelines.deploy.recipes import FLOWS, deployments
-    from pipelines.pipeline import stage
-    from pipelines.steps import with_absolute_urls
+    from pipelines.recipe.recipe import Recipe
+    from pipelines.steps.pipeline import stage
+    from pipelines.steps.steps import with_absolute_urls
 
     entries = yaml.safe_load((INFRA / "prefect.yaml").read_text().replace("{{ $AEPIPE_OUT }}", "/srv/out"))["deployments"]
     trees = {entry["entrypoint"].split(".")[2]: entry["parameters"]["recipe"] for entry in entries}

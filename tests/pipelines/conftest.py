@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cluster.session import connect, disconnect
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 from tests.leftovers import collect_in_silence
 from tests.processes import below
 
@@ -47,8 +47,8 @@ def _connect_patiently(cluster: ClusterSpec, tries: int = 4) -> None:
 @pytest.fixture(scope="session")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a dataset of 384 sprites in five shards (train and test); tests only read it."""
-    from pipelines.config import load_recipe
-    from pipelines.steps import shard
+    from pipelines.recipe.recipe import load_recipe
+    from pipelines.steps.steps import shard
 
     out = tmp_path_factory.mktemp("sprites") / "dataset"
     shard(load_recipe(None, [f"out={out}", "source.kind=sprites", *SMALL, "cluster.num_workers=0"]))

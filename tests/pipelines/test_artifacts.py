@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from aecore.checkpoint import load_model
+from aecore.artifact.kinds import KINDS, detect_artifact
+from aecore.checkpoint.files import load_model
 from aecore.data.dataset import open_dataset
 from aecore.errors import AecoreError, DataError
-from aecore.kinds import KINDS, detect_artifact
 from aecore.store import open_store
-from aecore.table import open_table
-from pipelines.cli import main
+from aecore.table.table import open_table
+from pipelines.cli.main import main
 
 HERE = "cluster.num_workers=0"
 TINY = ("model.latent_dim=2", "backbone.hidden=[8]", "train.max_steps=2", "train.global_batch=16", HERE)

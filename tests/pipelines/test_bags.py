@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aecore.table import open_table
-from pipelines.cli import main
+from aecore.table.table import open_table
+from pipelines.cli.main import main
 
 BAGS = ("source.kind=arrays", "source.group=bags", "splits.by=hash", "splits.test=0.2", "cluster.num_workers=0")
 SMALL = ("model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=2", "cluster.num_workers=0")

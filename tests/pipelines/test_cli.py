@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.arguments import Verb
-from pipelines.cli import main
-from pipelines.config import SECTIONS
-from pipelines.verbs import VERBS
+from pipelines.cli.arguments import Verb
+from pipelines.cli.main import main
+from pipelines.cli.verbs import VERBS
+from pipelines.recipe.recipe import SECTIONS
 from tests.processes import started
 
 HERE = "cluster.num_workers=0"
@@ -42,7 +42,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_help_imports_nothing_heavy() -> None:
-    code = "import sys; from pipelines.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from pipelines.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print([name for name in ('torch', 'ray', 'prefect', 'pydantic', 'pyarrow') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
@@ -416,7 +416,7 @@ def test_a_bare_word_means_the_source_kind_also_beside_a_folder_of_its_name(
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_json_output_is_never_invalid(value: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines import steps
+    from pipelines.steps import steps
 
     monkeypatch.setitem(steps.STEPS, "evaluate", lambda *_, **__: {"elbo": value, "per": [{"mse": value}], "kl": 1.0})
     error = said(capsys, "evaluate", "./run", "./data", "--json", HERE, code=3)

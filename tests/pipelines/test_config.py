@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from aecore.errors import ConfigError, similar
 from aecore.registry import Registry
-from pipelines.config import SECTIONS, Recipe, load_recipe, section_type
-from pipelines.steps import with_absolute_urls
-from pipelines.tree import apply_overrides, dump_yaml, parse_yaml, shipped_recipes
+from pipelines.recipe.recipe import SECTIONS, Recipe, load_recipe, section_type
+from pipelines.recipe.yaml import apply_overrides, dump_yaml, parse_yaml, shipped_recipes
+from pipelines.steps.steps import with_absolute_urls
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="ascii"))
@@ -155,7 +155,7 @@ def test_an_address_that_runs_a_command_is_refused() -> None:
 def test_parsing_a_shard_recipe_imports_no_torch() -> None:
     code = """
 import sys
-from pipelines.config import load_recipe
+from pipelines.recipe.recipe import load_recipe
 recipe = load_recipe(None, ["source.kind=sprites"])
 recipe.source, recipe.shards, recipe.splits
 print([name for name in ("torch", "ray", "prefect") if name in sys.modules])

@@ -19,10 +19,10 @@ from aecore import native
 from aecore.errors import ClusterError, ConfigError, StoreError
 from aecore.nn import linear_path
 from aecore.store import FileRef, LocalStore, open_store
-from pipelines.cli import main
-from pipelines.config import ClusterSpec
+from pipelines.cli.main import main
 from pipelines.doctor import Check, Finding, _environment, _machine, _prefect, _ray, _store, exit_code
 from pipelines.doctor._check import ok, run_checks
+from pipelines.recipe.recipe import ClusterSpec
 from tests.e2e.servers import prefect_server
 from tests.processes import wait_until
 from tests.s3 import S3

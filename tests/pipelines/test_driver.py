@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from aecore.errors import DataError, Diverged, RunFailed, StoreError, from_json
-from pipelines import driver
 from pipelines.cluster.jobs import Ended, JobStopped
-from pipelines.config import load_recipe
-from pipelines.submit import _summary
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps import job_main
+from pipelines.steps.submit import _summary
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +24,15 @@ def own_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"out={tmp_path}/dataset", "source.kind=sprites", "source.num_samples=20", "cluster.num_workers=0", "cluster.kind=job"]
-    *_, name, text = driver.arguments("shard", load_recipe(None, [*words, "cluster.address=http://host:8265"]).tree)
-    assert driver.main([name, text]) == 0
-    said = driver.result_of(capsys.readouterr().out.splitlines()[-1])
+    *_, name, text = job_main.arguments("shard", load_recipe(None, [*words, "cluster.address=http://host:8265"]).tree)
+    assert job_main.main([name, text]) == 0
+    said = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
     assert said is not None
     assert said["summary"]["samples"] == {"train": 20}
 
     broken = json.loads(text) | {"source": {"kind": "folder", "url": f"{tmp_path}/nowhere"}}
-    assert driver.main([name, json.dumps(broken)]) == DataError.exit_code
-    said = driver.result_of(capsys.readouterr().out.splitlines()[-1])
+    assert job_main.main([name, json.dumps(broken)]) == DataError.exit_code
+    said = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
     assert said is not None
     error = from_json(said)
     assert type(error) is DataError
@@ -41,9 +41,9 @@ def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, cap
 
 def test_a_job_of_workers_uses_the_cluster_that_it_runs_on() -> None:
     tree = {"out": "/x", "cluster": {"kind": "job", "address": "http://host:8265", "python": "/p", "num_workers": 3}}
-    *_, text = driver.arguments("train", tree)
+    *_, text = job_main.arguments("train", tree)
     assert json.loads(text)["cluster"] == {"kind": "address", "num_workers": 3}
-    *_, text = driver.arguments("train", {"cluster": {"kind": "job", "num_workers": 0}})
+    *_, text = job_main.arguments("train", {"cluster": {"kind": "job", "num_workers": 0}})
     assert json.loads(text)["cluster"] == {"kind": "local", "num_workers": 0}
 
 
@@ -68,6 +68,6 @@ def test_the_end_of_a_job_becomes_the_error_that_it_had(
 
 
 def test_a_result_that_was_cut_off_on_its_way_is_none() -> None:
-    whole = driver.RESULT + json.dumps({"summary": {"rows": 3}})
-    assert driver.result_of(whole) == {"summary": {"rows": 3}}
-    assert all(driver.result_of(whole[:end]) is None for end in range(len(whole)))
+    whole = job_main.RESULT + json.dumps({"summary": {"rows": 3}})
+    assert job_main.result_of(whole) == {"summary": {"rows": 3}}
+    assert all(job_main.result_of(whole[:end]) is None for end in range(len(whole)))

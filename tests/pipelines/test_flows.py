@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.cli import main
-from pipelines.config import ClusterSpec
+from pipelines.cli.main import main
 from pipelines.flows import set_defaults
 from pipelines.flows.server import temporary_server
+from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.conftest import SMALL
 from tests.processes import run, wait_until
 

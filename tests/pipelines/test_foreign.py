@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aecore.checkpoint import newest_checkpoint
-from aecore.metrics import read_rows
+from aecore.checkpoint.files import newest_checkpoint
 from aecore.store import open_store
-from pipelines.cli import main
+from aecore.training.metrics import read_rows
+from pipelines.cli.main import main
 from pipelines.cluster.train import train
-from pipelines.config import ClusterSpec, load_recipe
-from pipelines.steps import train_job_of
+from pipelines.recipe.recipe import ClusterSpec, load_recipe
+from pipelines.steps.steps import train_job_of
 from tests.aecore.data.test_foreign import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.pipelines.test_cli import HERE, said

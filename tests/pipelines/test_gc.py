@@ -9,8 +9,8 @@ import pytest
 
 from aecore.errors import ConfigError
 from aecore.store import open_store
-from pipelines.cli import main
-from pipelines.gc import seconds_of
+from pipelines.cli.main import main
+from pipelines.steps.gc import seconds_of
 
 HERE = "cluster.num_workers=0"
 

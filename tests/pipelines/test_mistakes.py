@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import main
+from pipelines.cli.main import main
 
 HERE = "cluster.num_workers=0"
 SPRITES = ("source.num_samples=60", "splits.by=hash", "splits.test=0.2", HERE)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.cli import main
-from pipelines.config import Recipe, load_recipe
-from pipelines.pipeline import run_stages
-from pipelines.steps import STEPS
-from pipelines.text import of_pipeline
+from pipelines.cli.main import main
+from pipelines.cli.text import of_pipeline
+from pipelines.recipe.recipe import Recipe, load_recipe
+from pipelines.steps.pipeline import run_stages
+from pipelines.steps.steps import STEPS
 
 HERE = "cluster.num_workers=0"
 SPRITES = ("source.kind=sprites", "source.num_samples=120", "shards.max_samples=60")

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from pipelines.progress import Progress, TerminalLine, from_line, lines_to, log_to
+from pipelines.steps.progress import Progress, TerminalLine, from_line, lines_to, log_to
 
 
 def test_the_terminal_line_shows_rate_and_time_left() -> None:

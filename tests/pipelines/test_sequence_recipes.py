@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.tree import shipped_recipes
+from pipelines.recipe.yaml import shipped_recipes
 from tests.pipelines.test_cli import HERE, said
 
 SNIPPET = re.compile(r"^#   python - <<'EOF'\n(.*?)^#   EOF$", re.DOTALL | re.MULTILINE)

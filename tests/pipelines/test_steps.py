@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from aecore.registry import Registry, field_types
-from pipelines import text
+from pipelines.cli import text
 from pipelines.cluster.jobs import JobServer
-from pipelines.config import SECTIONS, TOP, Recipe, load_recipe, section_type
-from pipelines.pipeline import PIPELINE, stage, what_it_reads
-from pipelines.steps import ADDRESSES, STEPS, with_absolute_urls
-from pipelines.submit import job_of
-from pipelines.tree import Tree, apply_overrides, value_at
+from pipelines.recipe.recipe import SECTIONS, TOP, Recipe, load_recipe, section_type
+from pipelines.recipe.yaml import Tree, apply_overrides, value_at
+from pipelines.steps.pipeline import PIPELINE, stage, what_it_reads
+from pipelines.steps.steps import ADDRESSES, STEPS, with_absolute_urls
+from pipelines.steps.submit import job_of
 from tests.knobs import Values, changes
 
 NAMES = (*STEPS, PIPELINE)
@@ -200,7 +200,7 @@ def test_every_step_has_a_flow_a_cancellation_hook_and_a_deployment(name: str) -
     from prefect.flows import load_flow_from_entrypoint
 
     from pipelines.deploy.recipes import MANUAL, deployments
-    from pipelines.flows.stages import stop_job
+    from pipelines.flows.factory import stop_job
 
     flow = getattr(import_module(f"pipelines.flows.{name}"), f"{name}_flow")
     assert flow.name == f"aepipe-{name}"

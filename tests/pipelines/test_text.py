@@ -1,6 +1,6 @@
 """Summaries as text: what people read."""
 
-from pipelines import text
+from pipelines.cli import text
 
 EVALUATED = {"step": "evaluate", "split": "test", "dataset": "/x", "num_samples": 3, "elbo": -2.0, "seconds": 1.25}
 

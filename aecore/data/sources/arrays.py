@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.arrayfile import Array, ArrayFile, array_format, stem_of
-from aecore.data.arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
-from aecore.data.names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
-from aecore.data.record import encode_keys
+from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
+from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_of
+from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
+from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from aecore.data.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
+from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.png import StoredPng
+from aecore.data.format.png import StoredPng
 from aecore.data.sources import Listing
 from aecore.errors import DataError
 from aecore.registry import SOURCES, knob, spec

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.foreign import ForeignSample, ForeignTars, Member, TarFile, data_member
-from aecore.data.index import INDEX_SCHEMA
-from aecore.data.names import split_of
-from aecore.data.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
+from aecore.data.format.index import INDEX_SCHEMA
+from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
+from aecore.data.sources._external_tars import ForeignSample, ForeignTars, Member, TarFile, data_member
+from aecore.data.sources._names import split_of
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 

@@ -1,4 +1,4 @@
-/* Images: their structure and checksums, as aecore/data/image.py checks them, and the pixels of small PNGs. */
+/* Images: their structure and checksums, as aecore/data/format/image.py checks them, and the pixels of small PNGs. */
 
 #define _GNU_SOURCE
 #include "native.h"

@@ -1,4 +1,4 @@
-/* Members of a tar (USTAR), as aecore/data/tar.py writes them. */
+/* Members of a tar (USTAR), as aecore/data/format/tar.py writes them. */
 
 #define _GNU_SOURCE
 #include "native.h"

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 
 DIM = 6
 

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 
 VOCAB = 7
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aecore.data.arrayfile import stem_of
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.record import array_header, image_header
+from aecore.data.format.record import array_header, image_header
+from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources import Listing
+from aecore.data.sources._arrayfile import stem_of
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)

@@ -6,16 +6,16 @@ import pytest
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from aecore.artifact.commit import commit_manifest
 from aecore.data import as_webdataset
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
 from aecore.data.manifest import STEM
-from aecore.data.plan import SplitSpec
+from aecore.data.read.webdataset import decode_members
 from aecore.data.sources.sprites import SpritesSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.webdataset import decode_members
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
-from aecore.generations import commit_manifest
 from tests.aecore.data.tiny import encoded, image, write, write_images
 
 

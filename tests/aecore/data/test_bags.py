@@ -11,18 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aecore.data.bags import BagLoader, Bags
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import InputSpec
+from aecore.data.format.transform import Transform, TransformSpec
 from aecore.data.manifest import DatasetManifest
-from aecore.data.order import TrainingOrder
-from aecore.data.rows import SplitRows
+from aecore.data.read.bags import BagLoader, Bags
+from aecore.data.read.loader import InputSpec
+from aecore.data.read.order import TrainingOrder
+from aecore.data.read.rows import SplitRows
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import FolderSource, FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import Transform, TransformSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import DataError
 from tests.aecore.data.bag_data import DIM, bag_dataset, bag_sizes, write_npz
 from tests.aecore.data.tiny import encoded, image

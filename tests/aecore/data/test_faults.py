@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data.arrayfile import ArrayFile
 from aecore.data.dataset import open_dataset
-from aecore.data.job import adopt_shards, shard_dataset
+from aecore.data.read.stream import open_stream
+from aecore.data.sources._arrayfile import ArrayFile
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.stream import open_stream
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import StoreError
 from aecore.registry import SOURCES
 from aecore.store import _again as again_module
@@ -240,11 +240,11 @@ READ(read) PREAD(pread) PREAD(pread64) PREADV(preadv2) PREADV(preadv64v2)
 JOB = """
 import sys
 from aecore import native
-from aecore.data.job import shard_dataset
+from aecore.data.write.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import AecoreError
-from aecore.data.pack import Pack
+from aecore.data.write.pack import Pack
 take, taken = Pack._take, []
 Pack._take = lambda *args: taken.append(take(*args)) or taken[-1]
 try:

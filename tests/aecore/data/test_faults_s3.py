@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aecore.data.job import adopt_shards, shard_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import StoreError
 from aecore.store import _s3_client as client_module
 from aecore.store import open_files, open_store, unchecked_bodies

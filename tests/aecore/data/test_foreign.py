@@ -20,18 +20,18 @@ import pytest
 
 from aecore.data import as_webdataset
 from aecore.data.dataset import open_dataset
-from aecore.data.foreign import ForeignTars, TarFile
-from aecore.data.index import MEMBERS
-from aecore.data.job import adopt_shards, shard_dataset
-from aecore.data.loader import InputSpec, Loader
+from aecore.data.format.index import MEMBERS
 from aecore.data.manifest import DatasetManifest
-from aecore.data.names import expand_braces, split_of
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources import Listing
+from aecore.data.sources._external_tars import ForeignTars, TarFile
+from aecore.data.sources._names import expand_braces, split_of
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data.tiny import encoded, image
 
@@ -403,7 +403,7 @@ class TestAdopt:
 
     def test_a_forged_index_is_refused(self, tmp_path: Path) -> None:
         """Members that overlap or lie beyond the tar are no layout, whatever the hashes say."""
-        from aecore.data.layout import Layout
+        from aecore.data.read.layout import Layout
 
         made = adopt(two_tars(tmp_path / "theirs"), tmp_path / "ds")
         index = open_dataset(str(tmp_path / "ds")).reader(made.shards[0]).index

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from aecore.artifact.fanout import serial
 from aecore.data.dataset import open_dataset, read_listings
-from aecore.data.job import ShardWorker, shard_dataset
-from aecore.data.plan import PlanSummary
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
+from aecore.data.write.job import ShardWorker, shard_dataset
+from aecore.data.write.plan import PlanSummary
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed
-from aecore.fanout import serial
 from aecore.store import FAULT_STAGES, open_store
 from tests.aecore.data.tiny import encoded, image
 
@@ -312,9 +312,9 @@ def test_sprites_carry_their_factors_into_the_index(tmp_path):
 LOOP = """
 import os, sys
 import pyarrow
-from aecore.data.job import shard_dataset
+from aecore.data.write.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.spec import ShardSpec
 assert not {"torch", "ray", "prefect", "PIL"} & set(sys.modules)
 pyarrow.array(["x"])  # loads pandas where it is installed, 0.5 s: here once, not in every child
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.data import rows as rows_module
 from aecore.data.dataset import Dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.order import TrainingOrder
+from aecore.data.read import rows as rows_module
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.order import TrainingOrder
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data import tiny
 

@@ -4,12 +4,12 @@ import json
 import numpy as np
 import pytest
 
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
 from aecore.data.dataset import open_dataset, read_listings
+from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import DatasetManifest, read_manifest
-from aecore.data.manifest_build import next_manifest
-from aecore.data.sample_format import SampleFormat
+from aecore.data.write.manifest_build import next_manifest
 from aecore.errors import DataError
-from aecore.generations import PartRecord, claim_generation, commit_manifest
 from aecore.store import FileRef, canonical_json, open_store
 
 LISTING = FileRef("listings/000001.parquet", 9, "f" * 64)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aecore.data.order import EpochOrder, TrainingOrder, locate
+from aecore.data.read.order import EpochOrder, TrainingOrder, locate
 from aecore.errors import ConfigError
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.order import TrainingOrder
-from aecore.data.pairs import Draws, FactorPartners, LabelPartners, PairSpec
-from aecore.data.plan import SplitSpec
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.order import TrainingOrder
+from aecore.data.read.pairs import Draws, FactorPartners, LabelPartners, PairSpec
 from aecore.data.sources.sprites import SpritesSpec
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data import tiny
 

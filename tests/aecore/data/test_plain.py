@@ -16,17 +16,17 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data import pack, plain
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
+from aecore.data.format.tar import BLANK, Samples, headers, stored_size
 from aecore.data.manifest import DatasetManifest
-from aecore.data.pack import Pack
-from aecore.data.plan import plan_dataset
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tar import BLANK, Samples, headers, stored_size
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
+from aecore.data.write import fast_path, pack
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.pack import Pack
+from aecore.data.write.plan import plan_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.errors import DataError, StoreError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash, examine
@@ -49,9 +49,9 @@ def way(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(plain, "BLOCK_FILES", 5)
-    monkeypatch.setattr(plain, "BLOCK_BYTES", 40_000)
-    monkeypatch.setattr(plain, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(fast_path, "BLOCK_FILES", 5)
+    monkeypatch.setattr(fast_path, "BLOCK_BYTES", 40_000)
+    monkeypatch.setattr(fast_path, "MOST_BYTES", 100_000)
 
 
 @pytest.fixture
@@ -317,9 +317,9 @@ def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_pa
     script = """
 import os, pickle, resource, sys
 from pathlib import Path
-from aecore.data.pack import Pack
-from aecore.data.plan import plan_dataset
-from aecore.data.plain import plain_files
+from aecore.data.write.pack import Pack
+from aecore.data.write.plan import plan_dataset
+from aecore.data.write.fast_path import plain_files
 from aecore.registry import SOURCES
 import aecore.data.sources.folder
 task = pickle.load(open(sys.argv[1], "rb"))

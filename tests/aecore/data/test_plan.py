@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, in_order
-from aecore.data.plan import plan_dataset
 from aecore.data.sources import Listing
-from aecore.data.splits import SplitSpec, assign_splits, resolve_splits, split_warnings
-from aecore.data.tasks import ShardSpec
+from aecore.data.write.plan import plan_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec, assign_splits, resolve_splits, split_warnings
 from aecore.errors import ConfigError, DataError
 from aecore.store import FileRef
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.data.decode import DecodeError
-from aecore.data.loader import InputSpec, Loader
-from aecore.data.order import TrainingOrder
-from aecore.data.ragged import SequenceDecoder
-from aecore.data.sample_format import SampleFormat, sequence_shape
-from aecore.data.transform import Transform, TransformSpec
+from aecore.data.format.decode import DecodeError
+from aecore.data.format.ragged import SequenceDecoder
+from aecore.data.format.sample_format import SampleFormat, sequence_shape
+from aecore.data.format.transform import Transform, TransformSpec
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.read.order import TrainingOrder
 from aecore.errors import DataError
 from tests.aecore.data.sequences import dataset_of, sentence, wave
 from tests.aecore.data.tiny import write

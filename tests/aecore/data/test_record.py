@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from aecore.data.decode import DecodeError, Decoder
-from aecore.data.image import MAX_PIXELS, BadSample, image_header
-from aecore.data.record import (
+from aecore.data.format.decode import DecodeError, Decoder
+from aecore.data.format.image import MAX_PIXELS, BadSample, image_header
+from aecore.data.format.record import (
     ALLOWED_EXTENSIONS,
     NpyError,
     Sample,
@@ -22,8 +22,8 @@ from aecore.data.record import (
     read_npy_header,
     require_allowed,
 )
-from aecore.data.sample_format import SampleFormat
-from aecore.data.tar import Packer, Samples
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.tar import Packer, Samples
 from aecore.errors import DataError
 
 parts = st.one_of(

@@ -18,15 +18,15 @@ import webdataset
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from aecore.data import pack as pack_module
-from aecore.data.image import BadSample
-from aecore.data.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, content_sha256
+from aecore.artifact.commit import PartRecord, read_record
+from aecore.data.format.image import BadSample
+from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, content_sha256
 from aecore.data.manifest import ShardRef
-from aecore.data.shard import pack_shard
-from aecore.data.shard_reader import PARALLEL_BYTES, ShardReader
-from aecore.data.tasks import ShardSpec, ShardTask
+from aecore.data.read.shard_reader import PARALLEL_BYTES, ShardReader
+from aecore.data.write import pack as pack_module
+from aecore.data.write.shard import pack_shard
+from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.generations import PartRecord, read_record
 from aecore.store import FileRef, LocalStore, open_store
 from tests.aecore.data.tiny import MemorySource, encoded, image
 
@@ -377,7 +377,7 @@ class TestStrictReading:
 
     def test_windows_do_not_change_what_is_read(self, reader, monkeypatch):
         whole = list(reader.iterate())
-        monkeypatch.setattr("aecore.data.shard_reader.WINDOW_BYTES", 3000)
+        monkeypatch.setattr("aecore.data.read.shard_reader.WINDOW_BYTES", 3000)
         assert list(self.fresh(reader).iterate()) == whole == list(self.fresh(reader).iterate(verify=False))
         assert [sample.label for sample in whole] == [number % 3 for number in range(12)]
 
@@ -466,7 +466,7 @@ class TestIndexContent:
 
 KILLED = """
 import sys
-from aecore.data.shard import pack_shard
+from aecore.data.write.shard import pack_shard
 from aecore.store import open_store
 from tests.aecore.data.test_shard import MemorySource, pictures, task_of
 files = {**pictures(20), "bad.png": b""}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data.record import image_header
+from aecore.data.format.record import image_header
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError

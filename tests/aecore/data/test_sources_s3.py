@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import adopt_shards, shard_dataset
+from aecore.data.read.stream import open_stream
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.stream import open_stream
-from aecore.data.verify import verify_dataset
+from aecore.data.write.job import adopt_shards, shard_dataset
 from tests.aecore.data.test_foreign import EXPECTED, pixels, two_tars
 from tests.aecore.data.test_stream import batches, numbers
 from tests.aecore.data.tiny import image

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from aecore._base.batch import Batch
-from aecore.data.loader import InputSpec
-from aecore.data.names import split_in_version_1
-from aecore.data.order import TrainingOrder
-from aecore.data.stream import StreamLoader, open_stream
-from aecore.data.transform import TransformSpec
+from aecore.data.format.transform import TransformSpec
+from aecore.data.read.loader import InputSpec
+from aecore.data.read.order import TrainingOrder
+from aecore.data.read.stream import StreamLoader, open_stream
+from aecore.data.sources._names import split_in_version_1
 from aecore.errors import ConfigError, DataError
-from aecore.run import steps_per_epoch
-from aecore.train import fit
+from aecore.training.job import steps_per_epoch
+from aecore.training.loop import fit
 from tests.aecore.data.test_foreign import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.aecore.training import fit_on, losses, published_weights, small_job
@@ -172,7 +172,8 @@ class TestTraining:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
-            before.setattr("aecore.run.open_stream", lambda url, split, member, *_: open_stream(url, split, member, split_in_version_1))
+            as_before = lambda url, split, member, *_: open_stream(url, split, member, split_in_version_1)  # noqa: E731
+            before.setattr("aecore.training.session.open_stream", as_before)
             fit(job(tmp_path / "in", tmp_path / "run", every_steps=2), on_checkpoint=stop)
         assert fit(job(tmp_path / "in", tmp_path / "run", every_steps=2)).step == 6
         fit(job(tmp_path / "in", tmp_path / "new"))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecore import native
-from aecore.data.record import encode_key
-from aecore.data.tar import PAGE, Packer, Samples, headers, split_name
+from aecore.data.format.record import encode_key
+from aecore.data.format.tar import PAGE, Packer, Samples, headers, split_name
 from aecore.errors import DataError
 from aecore.native.bytes_column import BytesColumn
 

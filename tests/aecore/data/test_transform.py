@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aecore._base.batch import Batch
-from aecore.data.decode import DecodeError, Decoder, DecoderName, decoder_version
-from aecore.data.sample_format import SampleFormat
-from aecore.data.transform import Transform, TransformSpec, preprocessing_sha256
+from aecore.data.format.decode import DecodeError, Decoder, DecoderName, decoder_version
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.transform import Transform, TransformSpec, preprocessing_sha256
 from aecore.errors import ConfigError, DataError
 
 torch.set_num_threads(1)
@@ -166,8 +166,8 @@ def test_several_forms_are_refused_with_the_remedy() -> None:
 def test_a_missing_decoder_is_a_config_error_with_the_remedy() -> None:
     code = (
         "import sys; sys.modules['imagecodecs'] = None\n"
-        "from aecore.data.decode import Decoder\n"
-        "from aecore.data.sample_format import SampleFormat\n"
+        "from aecore.data.format.decode import Decoder\n"
+        "from aecore.data.format.sample_format import SampleFormat\n"
         "from aecore.errors import ConfigError\n"
         "sample = SampleFormat.of({'5x7x1/L': 1}); Decoder('pillow', sample)\n"
         "try: Decoder('imagecodecs', sample)\n"

@@ -3,11 +3,11 @@ import json
 import pytest
 
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.splits import SplitSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.verify import verify_dataset
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from tests.aecore.data.tiny import encoded, image
 
 

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from aecore.artifact.commit import PartRecord
 from aecore.data.dataset import Dataset
-from aecore.data.manifest_build import next_manifest
-from aecore.data.shard import pack_shard
 from aecore.data.sources import Listing
-from aecore.data.tasks import ShardSpec, ShardTask
-from aecore.generations import PartRecord
+from aecore.data.write.manifest_build import next_manifest
+from aecore.data.write.shard import pack_shard
+from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.store import open_store
 
 

@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from aecore._base.batch import Batch
-from aecore.checkpoint import load_model
+from aecore.checkpoint.files import load_model
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.loader import Loader
-from aecore.data.plan import SplitSpec
+from aecore.data.format.transform import Transform
+from aecore.data.read.loader import Loader
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.sprites import SpritesSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import Transform
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.evaluate import EvaluateSpec, evaluate_run
 from aecore.evaluate._disentanglement import factor_vae_score, mig
 from aecore.evaluate._evaluation import _Extra, _perplexity
 from aecore.evaluate._probe import linear_probe, nearest_neighbours
-from aecore.table import LatentTable
+from aecore.table.table import LatentTable
 from aecore.vanilla import AE, AESpec
 from aecore.variational import VAESpec
 from aecore.variational.marginal import log_marginal

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 
 from aecore.data.dataset import open_dataset
 from aecore.errors import ConfigError, DataError
-from aecore.ranks import Rank
 from aecore.registry import BACKBONES, MODELS, to_dict
-from aecore.run import TrainJob
-from aecore.session import Session
-from aecore.table import open_table
-from aecore.table_verify import verify_table
-from aecore.train import fit
-from pipelines import steps
-from pipelines.config import load_recipe
+from aecore.table.table import open_table
+from aecore.table.verify import verify_table
+from aecore.training.job import TrainJob
+from aecore.training.loop import fit
+from aecore.training.ranks import Rank
+from aecore.training.session import Session
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps import steps
 from tests.aecore.training import losses, on_ranks
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -13,20 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
-from aecore.checkpoint import LoadedModel, load_model
+from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import open_dataset
-from aecore.data.job import shard_dataset
-from aecore.data.plan import SplitSpec
+from aecore.data.format.transform import Transform
 from aecore.data.sources.sprites import SpritesSpec
-from aecore.data.tasks import ShardSpec
-from aecore.data.transform import Transform
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.plan import SplitSpec
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
 from aecore.report import _draw, _maps, _panels, figures, require_matplotlib
 from aecore.report._draw import _strips, draw
 from aecore.report._view import NotDrawn, View
 from aecore.report.figures import write_figures
-from aecore.train import fit
+from aecore.training.loop import fit
 from aecore.vanilla import AE
 from aecore.variational import VAESpec
 from tests.aecore.encoding import DIM, SHAPE, SIZE, ae_config, encode, model_config, saved_run, tree
@@ -76,7 +76,7 @@ def test_reconstructions_are_samples_of_every_class_above_what_the_model_makes_o
 def test_prior_samples_are_the_decoder_at_the_latents_of_aepipe_sample(view: View) -> None:
     panel = _panels.prior_samples(view)
     assert panel.values.shape == (8, 8, *SHAPE)
-    from aecore.generate import prior_latents
+    from aecore.sampling import prior_latents
 
     torch.testing.assert_close(panel.values.flatten(0, 1), decoded(view, prior_latents(0, 64, DIM)))
 

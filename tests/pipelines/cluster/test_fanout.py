@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from aecore.artifact.commit import PartRecord
+from aecore.artifact.fanout import Commit, PartFailure, collect
 from aecore.errors import ClusterError, DataError
-from aecore.fanout import Commit, PartFailure, collect
-from aecore.generations import PartRecord
 from pipelines.cluster.fanout import ray_fan_out
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from aecore.checkpoint import committed_checkpoints
-from aecore.metrics import last_row
+from aecore.checkpoint.files import committed_checkpoints
 from aecore.store import open_store
-from pipelines.cli import main
+from aecore.training.metrics import last_row
+from pipelines.cli.main import main
 from pipelines.cluster import train as cluster_train
 from pipelines.cluster.interrupt import StopRequest
 from pipelines.cluster.train import train
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 from tests.aecore.training import losses, published_weights
 from tests.pipelines.cluster.test_train import job_for
 

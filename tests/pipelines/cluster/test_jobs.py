@@ -15,10 +15,10 @@ import pytest
 from aecore.errors import ClusterError, ConfigError
 from pipelines.cluster.job_client import is_here, job_address
 from pipelines.cluster.jobs import JobServer
-from pipelines.config import ClusterSpec, load_recipe
-from pipelines.pipeline import run_stages
-from pipelines.steps import STEPS
-from pipelines.submit import job_of
+from pipelines.recipe.recipe import ClusterSpec, load_recipe
+from pipelines.steps.pipeline import run_stages
+from pipelines.steps.steps import STEPS
+from pipelines.steps.submit import job_of
 from tests.pipelines.cluster.heads import Head
 from tests.pipelines.conftest import SMALL
 from tests.processes import Started, run, started, wait_until
@@ -27,9 +27,9 @@ TINY = (*SMALL, "train.epochs=60", "model.latent_dim=4", "backbone.hidden=[16]",
 AEPIPE = (sys.executable, "-m", "pipelines.cli")
 STAGES = """
 import json, sys
-from pipelines.config import load_recipe
-from pipelines.pipeline import run_stages
-from pipelines.steps import STEPS
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps.pipeline import run_stages
+from pipelines.steps.steps import STEPS
 print(json.dumps(run_stages(load_recipe("demo", sys.argv[1:]), lambda name, part: STEPS[name](part))))
 """
 IDS = """
@@ -37,7 +37,7 @@ import sys
 from ray.job_submission import JobSubmissionClient
 print(*[job.submission_id for job in JobSubmissionClient(sys.argv[1]).list_jobs() if job.submission_id])
 """
-WORKING = ("RayTrainWorker", "PartWorker", "pipelines.driver")
+WORKING = ("RayTrainWorker", "PartWorker", "pipelines.steps.job_main")
 
 
 def submit(head: Head, *words: str, **environment: str) -> "contextlib.AbstractContextManager[Started]":
@@ -92,7 +92,7 @@ def test_a_job_is_there_once_can_be_stopped_and_makes_the_table_that_is_made_her
         code, _, err = finished(leaving)
         assert code == 130
         assert f"stopped watching; Ray job {key} goes on" in err
-        assert head.processes("pipelines.driver")
+        assert head.processes("pipelines.steps.job_main")
 
         watching.wait_for("train: ", "a line of the job: it watches")
         watching.wait_for(lambda: list((out / "run").glob("checkpoints/*/checkpoint.json")), "training began")
@@ -148,7 +148,7 @@ def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp
 @pytest.mark.ray
 @pytest.mark.slow
 def test_another_version_of_ray_is_named(head: Head, tmp_path: Path) -> None:
-    older = "import ray, sys; ray.__version__ = '2.50.0'; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+    older = "import ray, sys; ray.__version__ = '2.50.0'; from pipelines.cli.main import main; sys.exit(main(sys.argv[1:]))"
     words = ["shard", "sprites", str(tmp_path / "out"), *SMALL[:1], "cluster.kind=address", f"cluster.address={head.address}"]
     done = run([sys.executable, "-c", older, *words], env=head.environment)
     assert done.returncode == 5, done.stderr

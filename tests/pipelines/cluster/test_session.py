@@ -14,7 +14,7 @@ from aecore.errors import ConfigError
 from pipelines.cluster import session
 from pipelines.cluster.session import cluster_address, import_environment, local_paths
 from pipelines.cluster.train import train
-from pipelines.config import ClusterSpec
+from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.cluster.test_train import job_for
 from tests.pipelines.shadows import folder_of_shadows, that_ran
 from tests.pipelines.sockets import Listener, listeners
@@ -148,7 +148,7 @@ def test_what_is_started_from_here_finds_our_packages_and_nothing_in_its_directo
     here = folder_of_shadows(tmp_path / "here")
     monkeypatch.setenv("PYTHONPATH", ":" + os.environ["PYTHONPATH"])  # an empty part is the current directory
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    program = "import json, logging, random, token, numpy, aecore.errors, pipelines.config"
+    program = "import json, logging, random, token, numpy, aecore.errors, pipelines.recipe.recipe"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=here, env=os.environ | import_environment(), capture_output=True, text=True, check=False
     )

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from aecore.checkpoint import committed_checkpoints, load_model, newest_checkpoint
+from aecore.checkpoint.files import committed_checkpoints, load_model, newest_checkpoint
 from aecore.errors import ClusterError, ConfigError, RunFailed
-from aecore.metrics import read_rows
-from aecore.run import TrainJob
 from aecore.store import open_store
-from aecore.train import fit
+from aecore.training.job import TrainJob
+from aecore.training.loop import fit
+from aecore.training.metrics import read_rows
 from pipelines.cluster.train import train
-from pipelines.config import ClusterSpec, load_recipe
-from pipelines.steps import train_job_of
+from pipelines.recipe.recipe import ClusterSpec, load_recipe
+from pipelines.steps.steps import train_job_of
 from tests.processes import below
 
 KNOBS = ("model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=20", "checkpoint.keep=99")

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from aecore.errors import AecoreError, ClusterError, ConfigError
-from pipelines.config import load_recipe
+from pipelines.deploy.crash_restart import ENDS, automations
 from pipelines.deploy.pool import JOB_ENVIRONMENT, deploy
 from pipelines.deploy.recipes import FLOWS, check, deployments, require_no_credentials
-from pipelines.deploy.rescue import ENDS, automations
 from pipelines.deploy.serve import serve
 from pipelines.flows import require_server
-from pipelines.steps import with_absolute_urls
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps.steps import with_absolute_urls
 
 pytestmark = pytest.mark.prefect
 

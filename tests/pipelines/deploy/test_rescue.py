@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from pipelines.deploy.rescue import runs_with_a_process
+from pipelines.deploy.crash_restart import runs_with_a_process
 
 pytestmark = pytest.mark.prefect
 WAIT = "import sys; print('ready', flush=True); sys.stdin.read()"

@@ -1,0 +1,156 @@
+"""Map parts over workers: the seam between what a job does and who runs it.
+
+A job makes a list of tasks and a picklable factory of workers; a `FanOut` decides where the workers live (this process, Ray
+actors) and yields one outcome per task, in any order. A worker makes a part and returns the call that commits it: commits
+(fsync, or an upload) go on in threads of their own while the next parts are made. A part that fails does not stop the others: its failure
+is a value, and `collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
+"""
+
+import contextlib
+import functools
+import logging
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from aecore import errors
+from aecore.artifact.commit import PartRecord
+from aecore.errors import AecoreError, DataError, RunFailed
+from aecore.threads import submit_ahead
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+COMMITS = 4  # parts that are being committed while the next one is made: an upload may take longer than a part
+AHEAD = 4  # parts whose input is brought near
+SHOWN = 5  # failures spelled out in the error; the log has all of them
+
+
+class Task(Protocol):
+    """One part to make: picklable, named by `stem`, unique in its job."""
+
+    @property
+    def stem(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PartFailure:
+    """A part that could not be made: the name of the error's class, its message, the traceback if it was no `AecoreError`."""
+
+    part: str
+    error_type: str
+    message: str
+    traceback: str = ""
+
+
+Commit = Callable[[], PartRecord]
+Worker = Callable[[Any], Commit]  # any: a worker takes the tasks of its own job (ShardTask, EncodeTask)
+MakeWorker = Callable[[], Worker]
+Outcome = PartRecord | PartFailure
+FanOut = Callable[[MakeWorker, Sequence[Any]], Iterator[Outcome]]
+OnPart = Callable[[PartRecord, int, int], None]
+
+
+def attempt(call: Callable[[], T], task: Task) -> T | PartFailure:
+    """Return what `call` gives (making or committing the task's part), or its error as a value.
+
+    KeyboardInterrupt and SystemExit pass through.
+    """
+    try:
+        return call()
+    except AecoreError as error:
+        return PartFailure(task.stem, type(error).__name__, str(error))
+    except Exception as error:  # a bug in one part must not cost the others; `collect` reports it
+        return PartFailure(task.stem, type(error).__name__, str(error), traceback.format_exc())
+
+
+def make_part(worker: Worker, task: Any) -> Outcome:
+    """Make and commit one part."""
+    return attempt(lambda: worker(task)(), task)
+
+
+def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
+    """Make all parts one after the other with one worker in this process; they are committed while the next ones are made.
+
+    A worker that has a method `ahead(tasks)` is told before each part which tasks it gets now and next.
+    Closed or interrupted, it lets the commits that are under way end.
+    """
+    worker = make_worker()
+    ahead: Callable[[Sequence[Any]], None] = getattr(worker, "ahead", lambda tasks: None)
+
+    def made() -> Iterator[tuple[Commit | PartFailure, Any]]:
+        for number, task in enumerate(tasks):
+            try:
+                ahead(tasks[number : number + 1 + AHEAD])
+            except Exception as error:  # a hint: the task itself is told what is wrong
+                logger.debug("what comes after %s cannot be fetched ahead: %s", task.stem, error)
+            yield attempt(functools.partial(worker, task), task), task
+
+    def commit(part: tuple[Commit | PartFailure, Any]) -> Outcome:
+        made, task = part
+        return made if isinstance(made, PartFailure) else attempt(made, task)
+
+    with (
+        ThreadPoolExecutor(COMMITS, "commit") as background,
+        contextlib.closing(submit_ahead(lambda part: background.submit(commit, part), made(), COMMITS, eager=True)) as committing,
+    ):
+        for outcome in committing:
+            yield outcome.result()
+
+
+def collect(
+    fan_out: FanOut, make_worker: MakeWorker, tasks: Sequence[Any], *, what: str = "parts", on_part: OnPart | None = None
+) -> list[PartRecord]:
+    """Run all tasks and return their records in the order of the tasks.
+
+    Parameters
+    ----------
+    what : str
+        Plural noun of the parts, for the error.
+    on_part : callable, optional
+        Called as `on_part(record, done, total)` when a part is finished (in the order of finishing).
+
+    Raises
+    ------
+    AecoreError
+        If any part failed: of the parts' own type where they agree on one (DataError stays DataError), else RunFailed.
+        Raised after every task had its turn: finished parts are recorded and kept.
+    """
+    stems = [task.stem for task in tasks]
+    assert len(set(stems)) == len(stems), "two tasks of one job have one stem"
+    records: dict[str, PartRecord] = {}
+    failures: list[PartFailure] = []
+    outcomes = fan_out(make_worker, tasks)
+    with contextlib.ExitStack() as stack:
+        if isinstance(outcomes, Generator):  # an interrupted job must not leave workers running
+            stack.callback(outcomes.close)
+        for outcome in outcomes:
+            if isinstance(outcome, PartFailure):
+                trace = f"\n{outcome.traceback}" if outcome.traceback else ""
+                logger.error("%s failed: %s: %s%s", outcome.part, outcome.error_type, outcome.message, trace)
+                failures.append(outcome)
+                continue
+            records[outcome.part] = outcome
+            if on_part is not None:
+                on_part(outcome, len(records), len(tasks))
+    if failures:
+        raise _failed(failures, len(tasks), what)
+    lost = [stem for stem in stems if stem not in records]
+    if lost:
+        raise RunFailed(f"{len(lost)} of {len(tasks)} {what} came back without a record ({_some(lost)}): run the same command again")
+    return [records[stem] for stem in stems]
+
+
+def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
+    kinds = {failure.error_type for failure in failures}
+    kind = type(errors.from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
+    lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
+    more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
+    first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
+    return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish")
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:SHOWN]) + (", ..." if len(first) > SHOWN else "")

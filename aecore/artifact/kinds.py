@@ -1,0 +1,104 @@
+"""What is located at a URL: the one detector that every command asks, and the words for it in messages.
+
+The newest manifest decides, then the newest claim, then `checkpoint.json`, then the folders of a pipeline's root, then the manifests of
+what was drawn from a model. One listing of the address is read, and the claim where there is no manifest.
+"""
+
+from dataclasses import dataclass
+
+from aecore.artifact.commit import newest_of, read_json
+from aecore.errors import DataError
+from aecore.store import Store, open_store
+
+STAGE_FOLDERS = ("dataset", "run", "table")
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What a message calls a kind of artefact, and what a user who has one can do with it."""
+
+    name: str
+    use: str
+    manifest: str | None = None  # of what was drawn from a model
+
+
+_LOOK = "look at it with `aepipe show {url}`"
+_KINDS = {
+    "dataset": _Words(
+        "a data set", "train on it with `aepipe train RECIPE data={url} out=RUN`, encode it with `aepipe encode RUN {url} TABLE`"
+    ),
+    "table": _Words("a latent table", f"{_LOOK}, which names its data set and its run"),
+    "run": _Words("a training run", "it is RUN of `aepipe encode RUN DATASET TABLE` and `aepipe evaluate RUN DATASET`"),
+    "checkpoint": _Words("the checkpoint of a model", "it is RUN of `aepipe encode RUN DATASET TABLE`"),
+    "root": _Words("the root of a pipeline", "it holds {inside}"),
+    "samples": _Words("samples of a model's prior, written by `aepipe sample`", _LOOK, "samples.json"),
+    "decoded": _Words("decoded latents, written by `aepipe decode`", _LOOK, "decoded.json"),
+    "figures": _Words("figures of a model, written by `aepipe evaluate --figures`", _LOOK, "figures.json"),
+}
+KINDS = tuple(_KINDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What is located at a URL: one of `KINDS`, and the file that says so (None for a root, which holds the artefacts of `stages`)."""
+
+    kind: str
+    file: str | None
+    stages: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What a message calls it: "a data set", "the checkpoint of a model"."""
+        return _KINDS[self.kind].name
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether it was drawn from a model: samples, decoded latents, figures. No hashes of these are kept."""
+        return _KINDS[self.kind].manifest is not None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it is a dataset or a table that was claimed and never committed."""
+        return self.kind in ("dataset", "table") and self.file is not None and self.file.startswith("run.")
+
+
+def detect_artifact(store: Store) -> Artifact | None:
+    """Return what is located at the URL of `store`, finished or not; None if it is nothing of ours.
+
+    Raises
+    ------
+    DataError
+        There is a claim that is damaged, of a newer format, or of no kind that is known.
+    """
+    names = store.list()
+    for kind in ("dataset", "table"):
+        if (number := newest_of(names, kind)) is not None:
+            return Artifact(kind, f"{kind}.{number:06d}.json")
+    if (number := newest_of(names, "run")) is not None:
+        return _claimed(store, f"run.{number:06d}.json")
+    if "checkpoint.json" in names:
+        return Artifact("checkpoint", "checkpoint.json")
+    stages = tuple(name for name in STAGE_FOLDERS if name in names and open_store(f"{store.url}/{name}").list())
+    if stages:
+        return Artifact("root", None, stages)
+    return next((Artifact(kind, words.manifest) for kind, words in _KINDS.items() if words.manifest in names), None)
+
+
+def _claimed(store: Store, name: str) -> Artifact:
+    claim = read_json(store, name)
+    kind = claim.get("kind") or ("run" if "model" in claim.get("identity", ()) else None)
+    if kind not in STAGE_FOLDERS:
+        raise DataError(f"{store.url}/{name} says the kind {kind!r}, expected dataset, run or table: it is damaged or not ours")
+    return Artifact(str(kind), name)
+
+
+def other_kind(store: Store, wanted: str) -> str | None:
+    """Return the message for an address that holds another kind than `wanted` (dataset, table or run); None if it does not."""
+    found = detect_artifact(store)
+    if found is None or found.kind == wanted:
+        return None
+    if wanted in found.stages:
+        use = f"give {store.url}/{wanted}"
+    else:
+        use = _KINDS[found.kind].use.format(url=store.url, inside=", ".join(f"{store.url}/{name}" for name in found.stages))
+    return f"{store.url} is {found.name}, expected {_KINDS[wanted].name}: {use}"

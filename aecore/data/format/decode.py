@@ -1,0 +1,153 @@
+"""Bytes of samples in, one preallocated array `[n, H, W, C]` out. Nothing here can execute what it reads.
+
+What a member is, its first bytes say: PNG and JPEG go to the chosen decoder, `.npy` arrays are read without objects, all other
+image formats go to Pillow. The size in the header is compared with the expected one before any pixel is loaded. Both decoders
+give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name and version belong to every artefact.
+Pixels: 1-bit images are 0 and 255, 16-bit ones uint16, palettes become RGB, a colour key (PNG tRNS) is dropped, alpha is kept.
+"""
+
+import importlib
+import io
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.format.record import NpyError, read_npy_header
+from aecore.data.format.sample_format import SampleFormat
+from aecore.errors import ConfigError, DataError
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import decode_pngs
+
+DecoderName = Literal["imagecodecs", "pillow"]
+Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
+
+PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMPY"
+
+
+class DecodeError(DataError):
+    """One sample that cannot be decoded into the expected form; `row` is its place in the batch that was asked for."""
+
+    def __init__(self, reason: str, message: str, row: int = 0) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.row = row
+
+
+class Decoder:
+    """Decodes samples of one format; made once per loader, since it looks up the package and remembers good headers."""
+
+    def __init__(self, name: DecoderName, sample: SampleFormat) -> None:
+        self.sample = sample
+        self._image = _import_decoder("pillow")
+        self._codecs: Any = _import_decoder(name) if name == "imagecodecs" else None  # any: imagecodecs has no types
+        self._npy_headers: dict[bytes, int] = {}
+        # decoders give [H, W] for one channel
+        self._decoded = sample.shape[:2] if sample.image and sample.shape[2:] == (1,) else sample.shape
+
+    def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
+        """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is reported there and its row is undefined."""
+        out = np.empty((len(members), *self.sample.shape), self.sample.dtype)
+        targets = out.reshape(len(members), *self._decoded)
+        for row in self._unusual(members, out):
+            try:
+                self._into(targets[row, ...], members[row])  # `...`: a view also where a sample is one number
+            except MemoryError:
+                raise
+            except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
+                bad = error if isinstance(error, DecodeError) else DecodeError("undecodable", f"{type(error).__name__}: {error}")
+                bad.row = row
+                if on_bad is None:
+                    raise bad from error
+                on_bad(bad)
+        return out
+
+    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Sequence[int]:
+        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows."""
+        if self._codecs is None or not self.sample.image or out.dtype != np.uint8 or not len(members):
+            return range(len(members))
+        found = members if isinstance(members, BytesColumn) else BytesColumn.from_bytes(members)
+        return np.flatnonzero(~decode_pngs(found, out)).tolist()
+
+    def _into(self, target: Pixels, data: bytes) -> None:
+        if data.startswith(NPY_MAGIC):
+            pixels = self._npy(data)
+        elif not self.sample.image:
+            raise DecodeError("format", "expected a .npy array, found other bytes")
+        elif self._codecs is None:
+            pixels = self._pillow(data)
+        elif data.startswith(PNG_MAGIC):
+            pixels = self._png(data)
+        elif data.startswith(JPEG_MAGIC):
+            self._codecs.jpeg8_decode(data, out=target)  # compares header and `out` before it decodes (ValueError)
+            return
+        else:
+            pixels = self._pillow(data)
+        if pixels.shape != target.shape or pixels.dtype != target.dtype:
+            raise self._unexpected(f"shape {pixels.shape} and dtype {pixels.dtype}")
+        target[...] = pixels
+
+    def _unexpected(self, found: str) -> DecodeError:
+        return DecodeError("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample.dtype}")
+
+    def _png(self, data: bytes) -> Pixels:
+        width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+        if (height, width) != self.sample.shape[:2]:
+            raise self._unexpected(f"{height}x{width} pixels")
+        # imagecodecs prints a libpng warning for each interlaced file; Pillow gives the same pixels up to 8 bits and for 16-bit gray
+        if interlaced and (depth <= 8 or colour == 0):
+            return self._pillow(data)
+        pixels: Pixels = self._codecs.png_decode(data)
+        if pixels.ndim > len(self._decoded) or pixels.shape[2:] > self._decoded[2:]:
+            pixels = _without_colour_key(pixels, data)
+        return pixels
+
+    def _pillow(self, data: bytes) -> Pixels:
+        with self._image.open(io.BytesIO(data)) as image:
+            if (image.height, image.width) != self.sample.shape[:2]:
+                raise self._unexpected(f"{image.height}x{image.width} pixels")
+            if image.format == "PNG" and data[24] == 16 and data[25] != 0:
+                raise DecodeError("format", "Pillow reads only 8 bits of a 16-bit colour PNG: use transform.decoder=imagecodecs")
+            if image.mode == "P":  # by way of RGBA: Pillow warns about RGB when the palette has alpha
+                return np.asarray(image.convert("RGBA"))[..., :3]
+            if image.mode == "1":
+                return np.asarray(image).astype(np.uint8) * np.uint8(255)
+            return np.asarray(image)
+
+    def _npy(self, data: bytes) -> Pixels:
+        """Read a `.npy` member without objects; the header is parsed once for all samples that share it."""
+        header = data[: 10 + int.from_bytes(data[8:10], "little")]
+        if header not in self._npy_headers:
+            try:
+                dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
+            except NpyError as error:
+                raise DecodeError("format", f"{error}: only files of version 1.0 are read") from error
+            if shape != self.sample.shape or fortran or dtype != self.sample.dtype:
+                raise self._unexpected(f"an array of shape {shape}, dtype {dtype}, {'Fortran' if fortran else 'C'} order")
+            self._npy_headers[header] = start
+        values: Pixels = np.frombuffer(data, self.sample.dtype, offset=self._npy_headers[header])
+        return values.reshape(self.sample.shape)
+
+
+def _without_colour_key(pixels: Pixels, data: bytes) -> Pixels:
+    """Drop the alpha channel that imagecodecs makes of a tRNS chunk: gray stays gray, a palette gives RGB."""
+    if data[25] in (0, 2, 3) and pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        return pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., :3]
+    return pixels
+
+
+def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
+    try:
+        return importlib.import_module("PIL.Image" if name == "pillow" else name)
+    except ImportError as error:
+        raise ConfigError(
+            f"transform.decoder={name} needs the Python package {name} ({error}): install it (pip install {name}), "
+            "or choose the other decoder of imagecodecs and pillow (JPEG pixels then differ by a few levels)"
+        ) from error
+
+
+def decoder_version(name: DecoderName) -> str:
+    """Return "imagecodecs 2026.3.6": what decoded the pixels, for the artefact's metadata."""
+    return f"{name} {_import_decoder(name).__version__}"

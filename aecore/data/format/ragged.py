@@ -1,0 +1,71 @@
+"""Sequences of different lengths: `.npy` samples `[T, ...]` of one dtype that differ in nothing but T, as one array and their lengths.
+
+A batch is as long as its longest sample; what lies behind a sample's end is zero, and models that take `Batch.lengths` never look at it.
+Rows are decoded into memory that the system fills with zeros when it is touched, as wide as the longest sample of the data set,
+and cut to the longest of the batch: one very long sample costs addresses, not RAM (where the split is not cached in RAM).
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.format.decode import DecodeError, Pixels
+from aecore.data.format.image import BadSample
+from aecore.data.format.record import ArrayHeader, array_header
+from aecore.data.format.sample_format import SampleFormat
+
+Int64s = NDArray[np.int64]
+_MOST_HEADERS = 4096  # that are remembered
+
+
+class SequenceDecoder:
+    """Decodes the sequences of one data set; remembers headers, since a data set has few different lengths."""
+
+    def __init__(self, sample: SampleFormat) -> None:
+        self.sample = sample
+        self._headers: dict[tuple[bytes, int], ArrayHeader] = {}
+
+    def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> tuple[Pixels, Int64s]:
+        """Return `[n, T, ...]` with T the data set's longest, and lengths `[n]`; a bad sample raises DecodeError or goes to `on_bad`."""
+        out, lengths = np.zeros((len(members), *self.sample.shape), self.sample.dtype), np.ones(len(members), np.int64)
+        for row, data in enumerate(members):
+            try:
+                header = self._header(data)
+            except DecodeError as bad:
+                bad.row = row
+                if on_bad is None:
+                    raise
+                on_bad(bad)
+                continue
+            lengths[row] = header.shape[0]
+            values = np.frombuffer(data, self.sample.dtype, offset=header.start)
+            out[row, : header.shape[0]] = values.reshape(header.shape)
+        return out, lengths
+
+    def _header(self, data: bytes) -> ArrayHeader:
+        key = data[: 10 + int.from_bytes(data[8:10], "little")], len(data)
+        if key not in self._headers:
+            if len(self._headers) >= _MOST_HEADERS:
+                self._headers.clear()
+            self._headers[key] = self._checked(data)
+        return self._headers[key]
+
+    def _checked(self, data: bytes) -> ArrayHeader:
+        try:
+            header = array_header(data)
+        except BadSample as bad:
+            raise DecodeError(bad.reason, bad.message) from bad
+        steps, *rest = header.shape or (0,)
+        if not header.shape or tuple(rest) != self.sample.shape[1:] or header.dtype != self.sample.dtype or steps > self.sample.shape[0]:
+            longest, *inside = self.sample.shape
+            promised = f"sequences of at most {longest} steps of shape {tuple(inside)} and dtype {self.sample.dtype}"
+            raise DecodeError("shape", f"an array of shape {header.shape} and dtype {header.dtype}, the index promises {promised}")
+        if not steps:
+            raise DecodeError("empty", f"a sequence of shape {header.shape} has no step")
+        return header
+
+
+def crop(pixels: Pixels, lengths: Int64s) -> Pixels:
+    """Return the rows as long as the longest of them, as a view."""
+    return pixels[:, : int(lengths.max(initial=1))]

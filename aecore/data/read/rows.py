@@ -1,0 +1,186 @@
+"""The samples of one split by number: read by offset, verified, decoded, and kept in RAM where they fit.
+
+Sample numbers run through the split's shards in manifest order. A batch is sorted by shard and offset before it is read; every
+sample's bytes are checked against the index's sha256 when they are read (1 us for a small image), so damage after the shard was
+written is found before it is trained on. At most `MAX_OPEN` shards, and indexes of `MAX_INDEXED` samples (0.6 kB each), are open at a time.
+The RAM cache holds decoded samples (each rank its own) and fills as samples are first read: the first epoch pays for decoding.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.dataset import Dataset
+from aecore.data.format.decode import DecodeError, Decoder, DecoderName, Pixels
+from aecore.data.format.ragged import SequenceDecoder
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.read.shard_reader import ShardReader
+from aecore.errors import ConfigError, DataError
+from aecore.native.bytes_column import BytesColumn
+
+Int64s = NDArray[np.int64]
+CacheMode = Literal["auto", "ram", "none"]
+MAX_OPEN, MAX_INDEXED = 256, 400_000
+
+
+class Rows(NamedTuple):
+    """n decoded samples: pixels `[n, H, W, C]` (or arrays), planned ordinals, class ids (-1: none), of sequences the lengths."""
+
+    pixels: Pixels
+    ordinals: Int64s
+    labels: Int64s
+    lengths: Int64s | None = None
+
+    def take(self, where: Any) -> "Rows":  # any: what indexes an array
+        """Return the rows at these places."""
+        return Rows(*(None if column is None else column[where] for column in self))  # type: ignore[arg-type]  # as they were
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    reader: ShardReader
+    ordinals: Int64s
+    labels: Int64s
+
+
+class SplitRows:
+    """Random access to one split of a data set; safe to use from several threads. Nothing is read before the first sample."""
+
+    def __init__(self, dataset: Dataset, split: str, decoder: DecoderName, cache: CacheMode = "auto", cache_bytes: int = 2 << 30) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.shards = dataset.manifest.split(split)
+        self.counts = np.array([shard.samples for shard in self.shards], np.int64)
+        self.num_samples = int(self.counts.sum())
+        if not self.num_samples:
+            raise DataError(f"{dataset.url}: split {split!r} has no samples")
+        self.sample = SampleFormat.of(dataset.manifest.sample.shapes, sequences=True)
+        self.labelled = bool(dataset.manifest.classes)
+        self._starts = np.cumsum(self.counts) - self.counts
+        self._decoder = Decoder(decoder, self.sample)
+        self._sequences = SequenceDecoder(self.sample) if self.sample.varying else None
+        self.caching = _use_cache(cache, self.num_samples * self.sample.nbytes, cache_bytes)
+        self._cache: Rows | None = None
+        self._filled = np.zeros(0, np.bool_)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def read(self, indices: Int64s) -> Rows:
+        """Return the samples of these numbers, in this order. DataError names shard and key of a damaged or undecodable sample."""
+        with self._lock:
+            if not self.caching:
+                return self._load(indices)
+            cache = self._cache or self._make_cache()
+            missing = indices[~self._filled[indices]]
+            if len(missing):
+                missing = np.unique(missing)
+                for column, values in zip(cache, self._load(missing), strict=True):
+                    if column is not None and values is not None:
+                        column[missing] = values
+                self._filled[missing] = True
+                if self.in_ram:
+                    self.close()
+            return cache.take(indices)
+
+    def read_shard(self, number: int, start: int, stop: int, on_bad: Callable[[DecodeError], None]) -> Rows:
+        """Return rows [start, stop) of one shard, not cached; rows that do not decode are reported (undefined pixels)."""
+        with self._lock:
+            shard = self._shard(number)
+            members = shard.reader.read_members(np.arange(start, stop))
+            ordinals, labels = shard.ordinals[start:stop].copy(), shard.labels[start:stop].copy()
+        return self._decoded(members, ordinals, labels, on_bad)
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether every sample is in the cache: nothing is read or decoded any more."""
+        return bool(len(self._filled)) and bool(self._filled.all())
+
+    def reader(self, number: int) -> ShardReader:
+        """Return the open reader of one shard: its index is read and verified once."""
+        with self._lock:
+            return self._shard(number).reader
+
+    def prefetch(self, now: Int64s, later: Int64s | None = None) -> None:
+        """Begin to bring these shards near, in this order, where the data set is far away; let go of files that are not read `now`."""
+        if self.in_ram:
+            return
+        with self._lock:
+            for number in self._open.keys() - set(now.tolist()):
+                self._open[number].reader.close()  # its index is kept; a file that nobody has open may leave a full cache
+        shards = [self.shards[number] for number in (*now.tolist(), *(() if later is None else later.tolist()))]
+        self.dataset.prefetch(shards)
+
+    def shards_of(self, start: int, stop: int) -> Int64s:
+        """Return the numbers of the shards that hold the samples [start, stop)."""
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        return np.arange(first, last + 1)
+
+    def close(self) -> None:
+        """Close the open shards; a later read opens them again."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].reader.close()
+
+    def _make_cache(self) -> Rows:
+        self._filled = np.zeros(self.num_samples, np.bool_)
+        pixels = np.zeros((self.num_samples, *self.sample.shape), self.sample.dtype)  # mostly zero pages: RAM is taken as it fills
+        lengths = None if self._sequences is None else np.zeros(self.num_samples, np.int64)
+        self._cache = Rows(pixels, np.zeros(self.num_samples, np.int64), np.zeros(self.num_samples, np.int64), lengths)
+        return self._cache
+
+    def _load(self, indices: Int64s) -> Rows:
+        order = np.argsort(indices, kind="stable")
+        numbers = np.searchsorted(self._starts, indices[order], side="right") - 1
+        parts, ordinals, labels = list[BytesColumn](), np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
+        firsts = np.flatnonzero(np.diff(numbers, prepend=-1))  # first place of each shard
+        for number, places in zip(numbers[firsts].tolist(), np.split(order, firsts[1:]), strict=True):
+            shard, rows = self._shard(number), indices[places] - self._starts[number]
+            ordinals[places], labels[places] = shard.ordinals[rows], shard.labels[rows]
+            parts.append(shard.reader.read_members(rows))
+        members = BytesColumn.concat(parts).take(np.argsort(order))  # those of a shard were read together
+        try:
+            return self._decoded(members, ordinals, labels)
+        except DecodeError as error:
+            raise self._undecodable(int(indices[error.row]), error) from error
+
+    def _decoded(self, members: BytesColumn, ordinals: Int64s, labels: Int64s, on_bad: Callable[[DecodeError], None] | None = None) -> Rows:
+        if self._sequences is None:
+            return Rows(self._decoder.batch(members, on_bad), ordinals, labels)
+        pixels, lengths = self._sequences.batch(members, on_bad)
+        return Rows(pixels, ordinals, labels, lengths)
+
+    def _undecodable(self, index: int, error: DecodeError) -> DataError:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        key = self._shard(number).reader.index["key"][index - int(self._starts[number])].as_py()
+        return DataError(
+            f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); "
+            "shard the data again with shards.check=decode, which puts such samples into the quarantine"
+        )
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        indexed = sum(self.shards[known].samples for known in self._open)
+        while self._open and (len(self._open) >= MAX_OPEN or indexed + self.shards[number].samples > MAX_INDEXED):
+            oldest, shard = self._open.popitem(last=False)
+            shard.reader.close()
+            indexed -= self.shards[oldest].samples
+        reader = self.dataset.reader(self.shards[number])
+        index: Any = reader.index  # any: pyarrow's stubs know no `fill_null` of a column
+        ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy()
+        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels.astype(np.int64))
+        return shard
+
+
+def _use_cache(mode: CacheMode, needed: int, limit: int) -> bool:
+    if mode == "ram" and needed > limit:
+        raise ConfigError(
+            f"input.cache=ram needs {needed} bytes for the decoded split, input.cache_bytes is {limit}: raise it, or use input.cache=none"
+        )
+    return mode != "none" and needed <= limit

@@ -1,0 +1,228 @@
+"""Other people's shards to training, without an index (`input.reader=webdataset`): webdataset's pipeline, our tar walk, our decoder.
+
+What holds: nothing but allow-listed images, arrays and `.cls` is read, and nothing is executed; every step has its whole global batch,
+and all ranks take the same number of steps, so shards of any sizes and fewer shards than ranks cannot hang a run; the
+same seed, shards and number of ranks give the same batches, bit for bit.
+
+What does not hold, unlike with our own shards (`aepipe adopt` gives them all back without a copy):
+- The batches depend on the number of ranks. Each rank reads tars of its own (samples of its own, where there are fewer tars than ranks).
+- A pass is not exact: ranks begin their next pass when their own tars end, so uneven tars are seen unevenly often; with
+  `input.resampled` tars are drawn with replacement. Hence the length is said in steps (`train.max_steps`) or in samples
+  (`input.epoch_samples`).
+- A resumed run draws its tars anew, by (seed, step): each time the same, but not what the uninterrupted run would have read.
+- There are no hashes: the run's identity holds names and sizes of the tars. A sample that cannot be decoded stops the run.
+- There is no validation split and no quarantine. Ordinals number the rows of the steps.
+"""
+
+import functools
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from aecore._base.batch import Batch
+from aecore.data.dataset import Dataset
+from aecore.data.format.decode import DecodeError, Decoder
+from aecore.data.format.image import BadSample
+from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.transform import TransformSpec
+from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_sha256
+from aecore.data.read.loader import InputSpec
+from aecore.data.read.order import TrainingOrder
+from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
+from aecore.data.sources._names import split_of
+from aecore.errors import DataError
+from aecore.store import FileRef, open_store, sha256_json
+from aecore.threads import prefetched
+
+logger = logging.getLogger(__name__)
+MAX_CLASS_BYTES = 64
+StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `data` and `cls`
+REMEDY = "`aepipe adopt` or `aepipe shard` put such samples into a quarantine"
+
+
+def open_stream(url: str, split: str, member: str = "", said_split: Callable[[str], str] = split_of) -> Dataset:
+    """Return a data set of generation 0, in memory: the tars of `split`, without counts and hashes, and the form of the first sample.
+
+    A tar belongs to the split that its name says, as `said_split` reads it; where no name says one, all belong to `split`.
+
+    Raises
+    ------
+    DataError
+        If there are no tars (of that split), or the first one holds no sample that can be read.
+    """
+    tars = ForeignTars.at(url, "data")
+    sizes = tars.sizes()
+    splits = {name: said_split(name) for name in tars.names}
+    names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
+    if not names:
+        raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names say {', '.join(sorted(set(splits.values())))})")
+    where, (ext, data, _) = _first(tars, names, member)
+    try:
+        form = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).form
+    except BadSample as bad:
+        raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}") from bad
+    shards = tuple(_shard(tars.files.url, split, name, sizes[name]) for name in names)
+    manifest = DatasetManifest(
+        number=0,
+        parent=0,
+        parent_sha256=None,
+        identity={"reader": "webdataset"},
+        classes=(),
+        splits={split: shards},
+        rejected=(),
+        listings=(),
+        sample=SampleInfo(extensions={ext: 1}, shapes={form: 1}),
+        statistics={},
+        reasons={},
+        dataset_sha256=content_sha256(shards, ()),
+    )
+    return Dataset(open_store(tars.files.url), manifest)
+
+
+def _shard(url: str, split: str, name: str, size: int) -> ShardRef:
+    known = sha256_json({"name": name, "bytes": size})  # all that is known before it is read
+    return ShardRef(split, name, 0, 0, 0, FileRef(name, size, ""), FileRef("", 0, ""), known, home=url)
+
+
+def _first(tars: ForeignTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
+    for name in names:
+        for _, found in _read(tars, name, member, Counter()):
+            return f"{tars.files.url}/{name}", found
+    raise DataError(f"{tars.files.url} holds no sample with an image or array in {len(names)} tars: check data, or set input.member")
+
+
+def _read(tars: ForeignTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
+    """Yield key, and codec, bytes and class id (None: no whole number) of each sample of one tar."""
+    tar = TarFile(tars.files, name, MAX_INFLATED_BYTES)
+    try:
+        for sample in tar.samples(skipped):
+            chosen = data_member(sample, member, tar.where, "input.member")
+            if chosen is None:
+                skipped["samples without an image or array"] += 1
+                continue
+            cls = sample.members.get("cls")
+            text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
+            yield sample.key, (chosen[0], tar.read(chosen[1]), int(text) if text.isdigit() else None)
+    finally:
+        tar.close()
+
+
+class StreamLoader:
+    """Training batches of other people's tars, with the calls of `Loader` that training uses.
+
+    Args:
+        dataset: from `open_stream`.
+        split: whose tars are read.
+        transform: names the decoder.
+        order: seed, global batch and who reads.
+        steps_per_epoch: what counts as an epoch.
+        spec: how the tars are read.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        transform: TransformSpec,
+        order: TrainingOrder,
+        steps_per_epoch: int,
+        spec: InputSpec,
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self._names = [shard.tar.name for shard in dataset.manifest.split(split)]
+        self._tars = ForeignTars.named(dataset.url, tuple(self._names))
+        self._sample = SampleFormat.of(dataset.manifest.sample.shapes)
+        self._decoder = Decoder(transform.decoder, self._sample)
+        self._order, self._spec = order, spec
+        self._seed = f"{dataset.manifest.training_key(split)}|{order.seed}"
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
+        """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.
+
+        DataError names the tar and the key of a sample that does not decode to the form of the first one.
+        """
+        return prefetched(self._batches(start_step, stop_step), self._spec.prefetch)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: batches are put together of whatever comes."""
+        return ()
+
+    def reread(self, step: int) -> None:
+        """Nothing: tars without an index cannot be read again from a step on."""
+
+    def close(self) -> None:
+        """Nothing stays open between batches but what their generator holds."""
+
+    def _batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
+        order, size = self._order, self._order.global_batch
+        positions = torch.arange(order.rank * size // order.world, (order.rank + 1) * size // order.world)
+        samples, step = iter(self._pipeline(start)), start
+        while stop is None or step < stop:
+            rows = [next(samples) for _ in range(len(positions))]
+            yield self._batch(rows, positions, step * size)
+            step += 1
+
+    def _batch(self, rows: list[StreamSample], positions: torch.Tensor, first: int) -> Batch:
+        try:
+            pixels = self._decoder.batch([row["data"] for row in rows])
+        except DecodeError as error:
+            row = rows[error.row]
+            raise DataError(f"{row['__url__']}: sample {row['__key__']!r} cannot be trained on ({error}): {REMEDY}") from error
+        x = torch.from_numpy(pixels)
+        labels = [row["cls"] for row in rows]
+        label = None if None in labels else torch.tensor(labels)
+        x = x.permute(0, 3, 1, 2) if self._sample.image else x
+        return Batch(x, first + positions, positions, self._order.global_batch, label=label)
+
+    def _pipeline(self, start: int) -> Iterable[StreamSample]:
+        """Return the endless webdataset pipeline of this rank from step `start` on: tars, samples, shuffle."""
+        from webdataset import FluidWrapper, filters
+
+        rank = f"{self._order.rank} of {self._order.world}"
+        stages = [self._samples]
+        if self._spec.shuffle > 1:
+            rng = random.Random(f"{self._seed}|{start}|{rank}|samples")
+            stages.append(filters.shuffle(self._spec.shuffle, initial=self._spec.shuffle, rng=rng))
+        found: Iterable[StreamSample] = FluidWrapper(functools.partial(self._drawn, start)).compose(*stages)
+        return found
+
+    def _drawn(self, start: int) -> Iterator[tuple[str, int, int]]:
+        """Yield tars without end, with which of their samples are ours: every `step`-th from the `first` on."""
+        rank, world = self._order.rank, self._order.world
+        if self._spec.resampled:
+            rng = random.Random(f"{self._seed}|{start}|{rank} of {world}|tars")
+            while True:
+                yield rng.choice(self._names), 0, 1
+        number = 0
+        while True:
+            names = sorted(self._names)
+            random.Random(f"{self._seed}|{start}|pass {number}").shuffle(names)  # on all ranks the same
+            yield from ((name, 0, 1) for name in names[rank::world]) if len(names) >= world else ((name, rank, world) for name in names)
+            number += 1
+
+    def _samples(self, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:
+        empty, said = 0, Counter[str]()
+        for name, first, step in drawn:
+            skipped, count = Counter[str](), 0
+            for number, (key, (_, data, label)) in enumerate(_read(self._tars, name, self._spec.member, skipped)):
+                if number % step == first:
+                    count += 1
+                    yield {"__key__": key, "__url__": f"{self._tars.files.url}/{name}", "data": data, "cls": label}
+            self._tell(name, skipped, said)
+            empty = 0 if count else empty + 1
+            if empty > 2 * len(self._names) + 100:
+                raise DataError(f"{self._tars.files.url}: rank {self._order.rank} found no sample in {empty} tars: use fewer workers")
+
+    def _tell(self, name: str, skipped: Counter[str], said: Counter[str]) -> None:
+        """Log each kind of what is left out once."""
+        for what, count in skipped.items():
+            if not said[what] and self._order.rank == 0:
+                logger.warning("%s/%s: left out %d %s (other tars are not told)", self._tars.files.url, name, count, what)
+            said[what] += count

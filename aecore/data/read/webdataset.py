@@ -1,0 +1,81 @@
+"""Our shards as a `webdataset` pipeline, for code that is written for webdataset.
+
+The pipeline starts with our strict reader instead of webdataset's opener and tar reader (every byte is verified before a sample is handed
+out, several times faster) and decodes with our codecs, which execute nothing. webdataset's own `.decode()` is never used: it
+unpickles some members. Everything after that (`shuffle`, `batched`, `map`, `WebLoader`) is webdataset's.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.format.decode import Decoder
+from aecore.data.format.image import BadSample, image_header
+from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, require_allowed
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.manifest import ShardRef
+from aecore.errors import DataError
+
+if TYPE_CHECKING:
+    from webdataset import FluidWrapper
+
+WebSample = dict[str, Any]  # any: webdataset's own sample type, member name -> bytes or decoded value
+
+
+def as_webdataset(url: str, split: str = "train", *, number: int | None = None, decode: bool = True) -> "FluidWrapper":
+    """Return a webdataset pipeline over one split: dicts with `__key__`, `__url__` and the members by extension.
+
+    With `decode`, images are `[H, W, C]` arrays, `npy` arrays, `cls` int, `txt` str, `json` plain data; else bytes. The order is that of
+    the shards (shuffled once, when they were written): add `.shuffle(n)`. DataLoader workers share the shards; more than one
+    training process is refused by webdataset (`aecore`'s own loader is for that). `number` picks a generation.
+    """
+    from webdataset import FluidWrapper, shardlists
+
+    dataset = open_dataset(url, number)
+    shards = functools.partial(_shards, dataset.manifest.split(split))
+    stages = [shardlists.single_node_only, shardlists.split_by_worker, functools.partial(_samples, dataset)]
+    if decode:
+        stages.append(_decoded)
+    return FluidWrapper(shards).compose(*stages)
+
+
+def decode_members(sample: WebSample) -> WebSample:
+    """Return the sample with every member decoded by its extension; DataError for one that is damaged or not on the allow-list."""
+    return {name: value if name.startswith("__") else _decode(sample["__key__"], name, value) for name, value in sample.items()}
+
+
+def _shards(shards: tuple[ShardRef, ...]) -> Iterator[ShardRef]:
+    yield from shards
+
+
+def _samples(dataset: Dataset, shards: Iterable[ShardRef]) -> Iterator[WebSample]:
+    for shard in shards:
+        reader = dataset.reader(shard)
+        for sample in reader.iterate():
+            yield {"__key__": sample.key, "__url__": f"{dataset.tars(shard).url}/{shard.tar.name}", **sample.members}
+        reader.close()
+
+
+def _decoded(samples: Iterable[WebSample]) -> Iterator[WebSample]:
+    return map(decode_members, samples)
+
+
+def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decides
+    require_allowed(ext, f"a member of sample {key!r}")
+    try:
+        if ext in IMAGE_EXTENSIONS:
+            return _decoder(image_header(data, ext).form).batch([data])[0]
+        if ext == "npy":
+            return _decoder(array_header(data).form).batch([data])[0]
+        if ext == "json":
+            return json.loads(data)
+        return int(data) if ext == "cls" else data.decode()
+    except (BadSample, ValueError) as error:
+        raise DataError(f"the {ext} member of sample {key!r} cannot be decoded: {error}") from error
+
+
+@functools.lru_cache(256)
+def _decoder(form: str) -> Decoder:
+    return Decoder("imagecodecs", SampleFormat.parse(form))

@@ -1,0 +1,266 @@
+"""Arrays in other people's files: `.npy`, `.npz` and idx (plain or gzip'ed), mapped into memory. Nothing is ever unpickled.
+
+Only the rows that are read come from the disk, and all workers of a machine share them. What is compressed is inflated once per
+process, to a file without a name (never more bytes than its header promises and the limit allows), and mapped from there. Samples are
+read row by row instead (`ArrayFile.rows`): an error of the disk is then an OSError, where a map ends the process (SIGBUS).
+"""
+
+import contextlib
+import errno
+import gzip
+import math
+import os
+import re
+import tempfile
+import weakref
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.format.record import NpyError, read_npy_header
+from aecore.errors import DataError
+
+Array = NDArray[Any]  # any: every array has its own dtype
+CHUNK_BYTES = 1 << 20
+_IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_IDX_ENDING = re.compile(r"(?:[-._]idx\d?)?(?:[-._]ubyte)?$", re.IGNORECASE)
+_DAMAGED = (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError)
+
+
+def array_format(name: str) -> str | None:
+    """Return npy, npz or idx if a file of this name is read, None if not."""
+    plain = name.removesuffix(".gz")
+    if plain.endswith((".npy", ".npz")):
+        return plain[-3:] if plain == name else None
+    last = plain.rpartition("/")[2].lower()
+    return "idx" if (last.endswith("-ubyte") and "idx" in last) or last.endswith(".idx") else None
+
+
+def stem_of(name: str) -> str:
+    """Return a file's name without what says its format: `mnist/train-images` of `mnist/train-images-idx3-ubyte.gz`."""
+    folder, slash, last = name.rpartition("/")
+    last = last.removesuffix(".gz")
+    last = _IDX_ENDING.sub("", last) if array_format(name) == "idx" else last[:-4]
+    return folder + slash + last
+
+
+class Rows(Protocol):
+    """What rows are taken from, by number: an array, or `StoredRows`."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...  # any: every array has its own dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Any: ...  # any: as above
+
+
+class _Stored(NamedTuple):
+    """An array in an open file, whose descriptor belongs to it: its values begin at byte `start`."""
+
+    descriptor: int
+    dtype: np.dtype[Any]  # any: as above
+    shape: tuple[int, ...]
+    fortran: bool
+    start: int
+
+
+class StoredRows:
+    """The rows of an array in C order in an open file, which is closed with this object."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self._stored = stored
+        self._row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        weakref.finalize(self, os.close, stored.descriptor)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:  # any: as above
+        return self._stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    def __len__(self) -> int:
+        return self._stored.shape[0]
+
+    def __getitem__(self, row: int, /) -> Array:
+        """Return a row; OSError if it cannot be read or the file has become shorter."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        buffer, position = bytearray(self._row_bytes), self._stored.start + row * self._row_bytes
+        left = memoryview(buffer)
+        while left:
+            got = os.preadv(self._stored.descriptor, [left], position)
+            if not got:
+                raise OSError(errno.EIO, f"the file ends inside row {row}: it has become shorter")
+            position, left = position + got, left[got:]
+        return np.frombuffer(buffer, self.dtype).reshape(self.shape[1:])
+
+
+class ArrayFile:
+    """The arrays of one file by name ("" where the format has no names).
+
+    Args:
+        path: where it lies on this machine.
+        name: what it is called: decides the format and stands in errors.
+        limit: bytes that what is compressed may inflate to.
+    """
+
+    def __init__(self, path: Path, name: str, limit: int) -> None:
+        self._path, self._name, self._limit = path, name, limit
+        self._format = array_format(name)
+
+    def names(self) -> list[str]:
+        """Return the names of all arrays; DataError if the file is damaged."""
+        if self._format != "npz":
+            return [""]
+        with self._zip() as archive:
+            return [info.filename[:-4] for info in archive.infolist() if info.filename.endswith(".npy")]
+
+    def array(self, name: str, *, verify: bool = False) -> Array:
+        """Return one array, read only; with `verify` every byte is read first, and a member of an `.npz` is compared with its CRC.
+
+        Raises
+        ------
+        DataError
+            If the file is damaged, shorter than its header promises, inflates beyond the limit or holds Python objects.
+        OSError
+            If it cannot be read.
+        """
+        return self._mapped(self._stored(name, verify=verify), name)
+
+    def rows(self, name: str) -> Rows:
+        """Return the rows of one array, to be read one by one; DataError and OSError as `array`.
+
+        An array in Fortran order is mapped, since each of its rows is all over the file.
+        """
+        stored = self._stored(name, verify=False)
+        return self._mapped(stored, name) if stored.fortran or 0 in stored.shape else StoredRows(stored)
+
+    def _stored(self, name: str, *, verify: bool) -> _Stored:
+        with self._reported():
+            if self._format == "npz":
+                return self._member(name, verify=verify)
+            with self._path.open("rb") as file:
+                if self._name.endswith(".gz"):
+                    return self._gzipped_idx(file)
+                size = os.fstat(file.fileno()).st_size
+                if verify:
+                    _drain(self._path.open("rb"))
+                return (self._npy if self._format == "npy" else self._idx)(file, size)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except (zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            raise self._error(f"is damaged or cannot be read ({type(error).__name__}: {error}): restore it") from error
+
+    def _error(self, what: str, array: str = "") -> DataError:
+        return DataError(f"{self._name}{f' (array {array!r})' if array else ''} {what}")
+
+    @contextlib.contextmanager
+    def _zip(self) -> Iterator[zipfile.ZipFile]:
+        with self._reported(), zipfile.ZipFile(self._path) as archive:
+            yield archive
+
+    def _member(self, name: str, *, verify: bool) -> _Stored:
+        with self._zip() as archive, self._path.open("rb") as file:
+            info = archive.getinfo(f"{name}.npy")
+            if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+                if verify:
+                    _drain(archive.open(info))
+                file.seek(info.header_offset + 26)
+                lengths = file.read(4)  # of the name and the extra field in the local header
+                start = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+                file.seek(start)
+                return self._npy(file, info.file_size, start, name)
+            with archive.open(info) as packed, self._inflated(packed, info.file_size, name) as unpacked:
+                return self._npy(unpacked, info.file_size, 0, name)
+
+    @contextlib.contextmanager
+    def _inflated(self, packed: IO[bytes] | gzip.GzipFile, size: int, array: str = "", before: bytes = b"") -> Iterator[IO[bytes]]:
+        """Give a nameless file of `before` and the rest of `packed`, exactly `size` bytes; a map of it outlives it."""
+        if size > self._limit:
+            raise self._error(f"inflates to {size} bytes, source.max_inflated_bytes is {self._limit}: raise it if that is right", array)
+        with tempfile.TemporaryFile() as file:
+            file.write(before)
+            found = len(before)
+            while found <= size and (piece := packed.read(CHUNK_BYTES)):
+                file.write(piece)
+                found += len(piece)
+            if found != size:
+                held = "more" if found > size else f"only {found}"
+                raise self._error(f"is damaged: its header promises {size} bytes, it holds {held}: restore it", array)
+            file.flush()
+            file.seek(0)
+            yield file
+
+    def _npy(self, file: IO[bytes], size: int, start: int = 0, array: str = "") -> _Stored:
+        """Find the array of the `.npy` of `size` bytes that begins at byte `start`, the position of `file`."""
+        try:
+            dtype, shape, fortran, before = read_npy_header(file)
+        except NpyError as error:
+            what = "is not a .npy file (its first bytes are others): save it with np.save"
+            if error.cause is not None:
+                what = f"has a damaged .npy header ({error.cause}): restore it, or save it again with np.save"
+            raise self._error(what, array) from error
+        if dtype.hasobject:
+            raise self._error("holds Python objects, which only a pickle can bring back: save numbers or plain strings instead", array)
+        if dtype.kind not in "biufcUS":
+            raise self._error(f"has the dtype {dtype}: only booleans, numbers and strings are read", array)
+        return self._place(file, (dtype, shape, fortran), start + before, start + size, array)
+
+    def _idx(self, file: IO[bytes], size: int) -> _Stored:
+        dtype, shape, start = self._idx_header(file)
+        return self._place(file, (dtype, shape, False), start, size, "")
+
+    def _gzipped_idx(self, file: IO[bytes]) -> _Stored:
+        with gzip.GzipFile(fileobj=file) as packed:
+            dtype, shape, start = self._idx_header(packed)
+            size = start + math.prod(shape) * dtype.itemsize
+            with self._inflated(packed, size, before=bytes(start)) as unpacked:
+                return self._place(unpacked, (dtype, shape, False), start, size, "")
+
+    def _idx_header(self, file: IO[bytes] | gzip.GzipFile) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+        head = file.read(4)
+        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not head[3]:
+            raise self._error(f"is not an idx file (it begins with {head.hex()}): restore it, or rename it if it is something else")
+        sides = file.read(4 * head[3])
+        if len(sides) < 4 * head[3]:
+            raise self._error("ends inside its idx header: restore it")
+        return np.dtype(_IDX_TYPES[head[2]]), tuple(np.frombuffer(sides, ">u4").tolist()), 4 + len(sides)
+
+    def _place(self, file: IO[bytes], header: tuple[np.dtype[Any], tuple[int, ...], bool], start: int, end: int, array: str) -> _Stored:
+        """Return the array of a header whose values take all bytes [start, end) of `file`."""
+        dtype, shape, fortran = header
+        expected = math.prod(shape) * dtype.itemsize
+        if any(side < 0 for side in shape) or expected != end - start:
+            what = "is truncated" if expected > end - start else "is damaged"
+            raise self._error(f"{what}: an array of shape {shape} and dtype {dtype} takes {expected} bytes, there are {end - start}", array)
+        return _Stored(os.dup(file.fileno()), dtype, shape, fortran, start)
+
+    def _mapped(self, stored: _Stored, array: str) -> Array:
+        """Return an array as a map of its file, whose descriptor is closed."""
+        dtype, shape = stored.dtype, stored.shape
+        with os.fdopen(stored.descriptor, "rb") as file:
+            try:
+                if not math.prod(shape) * dtype.itemsize:
+                    return np.empty(shape, dtype)
+                return np.asarray(np.memmap(file, dtype, "r", stored.start, shape, "F" if stored.fortran else "C"))
+            except (*_DAMAGED, OverflowError) as error:  # sides that numpy refuses, or values beyond the end of the file
+                raise self._error(
+                    f"is damaged: its header promises shape {shape} and dtype {dtype} ({error}): restore it", array
+                ) from error
+
+
+def _drain(stream: IO[bytes]) -> None:
+    with stream:
+        while stream.read(CHUNK_BYTES):
+            pass

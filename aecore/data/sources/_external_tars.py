@@ -1,0 +1,285 @@
+"""Other people's tars: every header is walked and checked once, members become samples by webdataset's rule, nothing is extracted.
+
+Stricter than `tarfile`, which takes a damaged header for the end: a wrong checksum, a member beyond the end of the file or an archive
+without its end are a DataError. PAX and GNU long names and sizes are understood; links, devices, sparse files and names that
+lead elsewhere are left out and counted. A member's name is only ever a name: no path is made of it.
+"""
+
+import gzip
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aecore.data.format.record import DATA_EXTENSIONS
+from aecore.data.sources._names import expand_braces
+from aecore.errors import DataError
+from aecore.store import Files, absolute_url, open_files, read_again
+
+BLOCK, CHUNK_BYTES = 512, 1 << 20
+MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, where nobody says another limit
+MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
+MAX_DIGITS = 20  # of a PAX size
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
+_KINDS = {b"1": "hard links", b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
+_EMPTY = bytes(BLOCK)
+_CHECKSUM_AT = slice(148, 156)
+_fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 155s 12x").unpack
+
+
+class Member(NamedTuple):
+    """One regular file of a tar: its name, and where its bytes stand."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class ForeignSample(NamedTuple):
+    """Members of one key by extension (lower case), wherever in the tar they stand."""
+
+    key: str
+    members: dict[str, Member]
+
+
+class TarFile:
+    """An opened tar of others, gzip'ed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
+
+    A gzip'ed one is inflated to a nameless file first, to at most `limit` bytes (DataError).
+    """
+
+    def __init__(self, files: Files, name: str, limit: int) -> None:
+        self.where = f"{files.url}/{name}"
+        self._files, self._name, self._limit = files, name, limit
+        self.descriptor = read_again(self._opened, self.where)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def _opened(self) -> int:
+        try:
+            descriptor = os.open(self._files.local(self._name), os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
+        return descriptor if self._name.endswith(".tar") else _inflated(descriptor, self.where, self._limit)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def read(self, member: Member) -> bytes:
+        """Return the bytes of a member; DataError if the file ends before, StoreError if it cannot be read."""
+        data = self._read(member.size, member.offset)
+        if len(data) != member.size:
+            raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
+        return data
+
+    def _read(self, size: int, offset: int) -> bytes:
+        """Return the bytes at `offset`, fewer only where the file ends; StoreError if it cannot be read."""
+        try:
+            return _pread(self.descriptor, size, offset)
+        except OSError as error:
+            return read_again(lambda: self._reread(size, offset), self.where, error)
+
+    def _reread(self, size: int, offset: int) -> bytes:
+        """Open the file anew, whose descriptor may be stale, and read."""
+        descriptor = self._opened()
+        os.dup2(descriptor, self.descriptor, inheritable=False)
+        os.close(descriptor)
+        return _pread(self.descriptor, size, offset)
+
+    def samples(self, skipped: Counter[str]) -> list[ForeignSample]:
+        """Return the samples in the order of their first members; what is left out is counted in `skipped`.
+
+        Raises
+        ------
+        DataError
+            If the tar is damaged or truncated, or two members have one name.
+        """
+        found: dict[str, dict[str, Member]] = {}
+        for member in self.members(skipped):
+            match = MEMBER_NAME.fullmatch(member.name)
+            if match is None or (member.name.startswith("__") and member.name.endswith("__")):
+                skipped["files without a key and an extension"] += 1
+                continue
+            extensions = found.setdefault(match[1], {})
+            if match[2].lower() in extensions:
+                raise DataError(f"{self.where} has {member.name!r} twice: which of them is meant is not known, so write the tar again")
+            extensions[match[2].lower()] = member
+        return [ForeignSample(key, members) for key, members in found.items()]
+
+    def members(self, skipped: Counter[str]) -> Iterator[Member]:
+        """Yield the regular files in order, with safe names; DataError if the tar is damaged or truncated."""
+        position, said = 0, dict[str, str]()  # what PAX and GNU headers say of the next member
+        while (block := self._block(position)) != _EMPTY:
+            name, size, kind = self._header(block, position)
+            start = position + BLOCK
+            if kind in (b"x", b"L", b"K", b"g"):
+                said |= self._extended(kind, start, size)
+                position = start + size + -size % BLOCK
+                continue
+            size = self._said_size(said, size, position)
+            name, is_sparse = said.get("path", name), any(key.startswith("GNU.sparse") for key in said)
+            said = {}
+            has_data = kind not in (b"1", b"2", b"3", b"4", b"5", b"6")
+            position = start + (size + -size % BLOCK if has_data else 0)
+            if position > self.size or (has_data and start + size > self.size):
+                raise DataError(
+                    f"{self.where} is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}: restore it"
+                )
+            if kind in (b"0", b"\0", b"7") and not is_sparse and not name.endswith("/"):
+                yield from self._safe(Member(name.removeprefix("./"), start, size), skipped)
+            elif kind != b"5" and not name.endswith("/"):
+                skipped["sparse files" if is_sparse else _KINDS.get(kind, f"members of type {kind!r}")] += 1
+        self._after_end(position, skipped)
+
+    def _safe(self, member: Member, skipped: Counter[str]) -> Iterator[Member]:
+        if member.name.startswith("/") or ".." in member.name.split("/") or "\0" in member.name:
+            skipped["members whose name leads elsewhere (.. or /)"] += 1
+        else:
+            yield member
+
+    def _block(self, position: int) -> bytes:
+        block = self._read(BLOCK, position)
+        if len(block) < BLOCK:
+            raise DataError(
+                f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar: restore it"
+            )
+        return block
+
+    def _header(self, block: bytes, position: int) -> tuple[str, int, bytes]:
+        """Return name, size and type of a header block whose checksum is right."""
+        name, _, _, _, size, _, checksum, kind, _, magic, _, _, _, _, _, prefix = _fields(block)
+        try:
+            right = int(checksum.strip(b" \0") or b"-1", 8) == sum(block) - sum(block[_CHECKSUM_AT]) + 8 * ord(" ")
+            num_bytes = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
+            right = right and num_bytes >= 0  # a negative size leads back: the walk would never end
+        except ValueError:
+            right, num_bytes = False, 0
+        if not right:
+            what = "is not a tar" if position == 0 else f"is damaged at byte {position}"
+            raise DataError(f"{self.where} {what} (no header with a right checksum stands there): restore it")
+        text = _text(name)
+        folder = _text(prefix) if magic == b"ustar\0" else ""
+        return (f"{folder}/{text}" if folder else text), num_bytes, kind
+
+    def _extended(self, kind: bytes, start: int, size: int) -> dict[str, str]:
+        """Return what a PAX or GNU header says of the next member; one for all members may say nothing that matters."""
+        if size > MAX_EXTENDED_BYTES or start + size > self.size:
+            raise DataError(f"{self.where} has a header of {size} bytes at byte {start}: it is damaged or truncated: restore it")
+        data = self._read(size, start)
+        if kind == b"L":
+            return {"path": _text(data)}
+        found = {} if kind == b"K" else self._pax(data, start)
+        if kind == b"g" and {"path", "size"} & found.keys():
+            raise DataError(f"{self.where} gives all its members one name or size at byte {start}: it is damaged or hostile")
+        return {} if kind == b"g" else found
+
+    def _said_size(self, said: dict[str, str], size: int, position: int) -> int:
+        text = said.get("size", "")
+        if len(text) > MAX_DIGITS:
+            raise DataError(f"{self.where} has a damaged PAX header at byte {position}: it states a size of {len(text)} digits: restore it")
+        return int(text) if text.isdecimal() else size
+
+    def _pax(self, data: bytes, start: int) -> dict[str, str]:
+        found: dict[str, str] = {}
+        while data:
+            length, _, rest = data.partition(b" ")
+            size = int(length) if length.isdigit() and len(length) < 8 else 0
+            record = data[len(length) + 1 : size - 1]
+            if not rest or not len(length) + 2 < size <= len(data) or b"=" not in record or data[size - 1 : size] != b"\n":
+                raise DataError(f"{self.where} has a damaged PAX header at byte {start}: restore it")
+            key, _, value = record.partition(b"=")
+            found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+            data = data[size:]
+        return found
+
+    def _after_end(self, position: int, skipped: Counter[str]) -> None:
+        while piece := self._read(CHUNK_BYTES, position):
+            if piece.count(0) != len(piece):
+                skipped[f"bytes after the end of the archive {self.where}"] += self.size - position
+                return
+            position += len(piece)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes, fewer only where the file ends: one call may give fewer."""
+    data = os.pread(descriptor, size, offset)
+    while data and len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def _inflated(descriptor: int, where: str, limit: int) -> int:
+    """Return the descriptor of a nameless file with the inflated bytes; the given one is closed."""
+    with os.fdopen(descriptor, "rb") as packed, gzip.GzipFile(fileobj=packed) as stream, tempfile.TemporaryFile() as file:
+        size = 0
+        try:
+            while piece := stream.read(CHUNK_BYTES):
+                size += file.write(piece)
+                if size > limit:
+                    raise DataError(f"{where} inflates to more than source.max_inflated_bytes={limit}: raise it if that is right")
+        except (zlib.error, gzip.BadGzipFile, EOFError) as error:
+            raise DataError(f"{where} is damaged or truncated: its gzip data cannot be inflated ({error}): restore it") from error
+        file.flush()
+        return os.dup(file.fileno())
+
+
+@dataclass(frozen=True)
+class ForeignTars:
+    """Tars of others, by their names below `files`; what else lies there is counted in `others`."""
+
+    files: Files
+    names: tuple[str, ...]
+    others: int = 0
+
+    @classmethod
+    def at(cls, url: str, what: str = "source.url") -> "ForeignTars":
+        """Return the tars of a folder (with all below it), of one file, or of a pattern such as `shards/{00000..00009}.tar`.
+
+        DataError if there is none; what a pattern names is looked for when it is opened.
+        """
+        where = absolute_url(url, what)
+        if where.endswith(TAR_ENDINGS):
+            folder = where.partition("{")[0].rpartition("/")[0]
+            return cls(open_files(folder or "/"), tuple(expand_braces(where[len(folder) + 1 :])))
+        files = open_files(where)
+        sizes = files.sizes()
+        names = sorted(name for name in sizes if name.endswith(TAR_ENDINGS))
+        if not names:
+            raise DataError(f"{files.url} holds no .tar, .tar.gz or .tgz file: check the address")
+        return cls(files, tuple(names), len(sizes) - len(names))
+
+    @classmethod
+    def named(cls, url: str, names: tuple[str, ...]) -> "ForeignTars":
+        """Return tars whose names are known."""
+        return cls(open_files(url), names)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each tar; DataError if one is missing."""
+        known = self.files.sizes()
+        for name in self.names:
+            if name not in known:
+                raise DataError(f"{self.files.url}/{name} does not exist: check the address")
+        return {name: known[name] for name in self.names}
+
+
+def data_member(sample: ForeignSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
+    """Return codec and member of a sample's image or array, None if it has none; DataError if it is not clear which.
+
+    `wanted` is the extension to take (`seg.png`; its last part is the codec), "" the only one of the allow-list.
+    """
+    if wanted:
+        member = sample.members.get(wanted)
+        return None if member is None else (wanted.rpartition(".")[2], member)
+    found = [ext for ext in sample.members if ext in DATA_EXTENSIONS]
+    if len(found) > 1:
+        raise DataError(f"{where}: sample {sample.key!r} has the images {', '.join(found)}: say which with {option}=<extension>")
+    return (found[0], sample.members[found[0]]) if found else None

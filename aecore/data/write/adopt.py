@@ -1,0 +1,112 @@
+"""Index other people's tars where they lie: not a byte of them is copied or changed, and everything after `shard` works on the result.
+
+A shard of the data set is then a tar of theirs (or, where a split cuts it, some samples of one), with an index of ours: the place and
+the sha256 of every image, the sha256 of the whole tar. The headers are theirs, so a reader compares no headers; it checks every
+image it reads, and `verify --read-data` every byte. The order of samples is that of the tars: shuffle in training moves them by whole
+tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from aecore.artifact.commit import PartRecord, read_record
+from aecore.artifact.fanout import Commit
+from aecore.data.format.index import MEMBERS, content_sha256
+from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
+from aecore.data.write.pack import Pack
+from aecore.data.write.shard import put_table, record_shard, require_of_task
+from aecore.data.write.spec import ShardSpec, ShardTask
+from aecore.errors import ConfigError, DataError
+from aecore.store import FileRef, Files, Store, open_store, read_again, sha256_file
+
+
+class AdoptWorker:
+    """Indexes tars: opens the output and the tars once, in the process it works in."""
+
+    def __init__(self, out: str, spec: WebdatasetSpec) -> None:
+        self._store = open_store(out)
+        self._source = WebdatasetSource(spec)
+
+    def __call__(self, task: ShardTask) -> Commit:
+        known = read_record(self._store, task.stem)
+        if known is not None:
+            require_of_task(self._store, known, task)
+            return lambda: known
+        return lambda: index_tar(self._store, task, self._source)
+
+
+def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
+    """ConfigError for what cannot be done to samples that stay where they are."""
+    if not isinstance(source, WebdatasetSpec):
+        raise ConfigError(
+            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); `aepipe shard` writes the others"
+        )
+    if shards.resize is not None or shards.mode != "keep":
+        raise ConfigError(
+            "shards.resize and shards.mode change samples, and adopting leaves them as they are: use `aepipe shard SRC DATASET "
+            "source.kind=webdataset` with them"
+        )
+
+
+def files_of(sources: Sequence[str]) -> list[str]:
+    """Return the tar of each sample; DataError for one that is compressed, since its samples have no place to be read from."""
+    tars = [parse_source(source)[0] for source in sources]
+    for name in sorted(set(tars)):
+        if not name.endswith(".tar"):
+            raise DataError(f"{name} is compressed, so nothing in it can be read by offset: unpack it, or shard it with `aepipe shard`")
+    return tars
+
+
+def home_of(tars_url: str, store: Store) -> str:
+    """Return how the manifest says where the tars lie: by a path if that is inside the data set, so that both move as one."""
+    if tars_url == store.url:
+        return "."
+    inside = tars_url.removeprefix(f"{store.url}/")
+    return tars_url if inside == tars_url else inside
+
+
+def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRecord:
+    """Hash a tar and the samples of `task` in it, commit the index and the record; a bad sample goes to the quarantine."""
+    started, files = time.perf_counter(), source.tars.files
+    name = parse_source(task.sources[0])[0]
+    tar = read_again(lambda: _ref_of(files, name), f"{files.url}/{name}")
+    pack = Pack(task)
+    pack.scan(source)
+    detail: dict[str, Any] = {}
+    committed: list[FileRef] = []
+    packed = time.perf_counter()
+    if len(pack.good[0]):
+        index = _index(pack)
+        metadata = {"format": 1, "split": task.split, "stem": task.stem, "tar_sha256": tar.sha256}
+        committed.append(put_table(store, f"shards/{task.stem}.parquet", index, metadata, "index"))
+        where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": home_of(files.url, store)}
+        detail = {"content_sha256": content_sha256(index), **where, **pack.counts(), "bytes": tar.bytes}
+    return record_shard(store, pack, committed, detail, packed - started, packed)
+
+
+def _ref_of(files: Files, name: str) -> FileRef:
+    path = files.local(name)
+    return FileRef(name, os.stat(path).st_size, sha256_file(path))
+
+
+def _index(pack: Pack) -> pa.Table:
+    """Return the index of the good samples, with the places where their data stand in the tar."""
+    index = pack.index()
+    positions, codes, _ = pack.good
+    places = [parse_source(pack.task.sources[position])[1] for position in positions.tolist()]
+    exts = [header.ext for header in pack.headers]
+    flat = pa.StructArray.from_arrays(
+        [
+            pa.array([exts[code] for code in codes.tolist()]),
+            pa.array([place.offset for place in places]),
+            pa.array([place.size for place in places]),
+        ],
+        fields=list(MEMBERS.value_type),
+    )
+    members = pa.ListArray.from_arrays(pa.array(np.arange(len(places) + 1), pa.int32()), flat).cast(MEMBERS)
+    return index.set_column(index.column_names.index("members"), "members", members)

@@ -1,0 +1,124 @@
+"""What another run of `shard` adds to a data set, and what it refuses: a data set only grows.
+
+A sample is known by its key; its size and its address say whether it still is the same one.
+"""
+
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from aecore.artifact.commit import read_json
+from aecore.data.dataset import read_listings
+from aecore.data.format.index import make_table, read_table
+from aecore.data.format.record import DATA_EXTENSIONS
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.manifest import DatasetManifest
+from aecore.data.sources import Listing, take
+from aecore.data.write.spec import ShardSpec
+from aecore.errors import DataError
+from aecore.store import Store
+
+logger = logging.getLogger(__name__)
+_LISTING_FIELDS: list[tuple[str, pa.DataType]] = [("key", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
+LISTING_SCHEMA = pa.schema(_LISTING_FIELDS)
+SHOWN = 5  # examples in an error
+
+
+def listing_table(listing: Listing) -> pa.Table:
+    return make_table(LISTING_SCHEMA, {"key": listing.keys, "source": listing.sources, "bytes": listing.sizes}, len(listing))
+
+
+def warn_of_other_address(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
+    """Log a warning if samples of `listing` are known from another address: only key and size say that they are the same."""
+    url, keys = getattr(source, "url", None), pa.array(listing.keys, pa.string())
+    counts: Counter[str] = Counter()
+    for ref in parent.listings:
+        claim = f"run.{ref.name.removeprefix('listings/').removesuffix('.parquet')}.json"
+        there = read_json(store, claim).get("info", {}).get("source", {}).get("url") if store.size(claim) is not None else None
+        if there is not None and there != url:
+            known = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")["key"]
+            counts[there] += int(np.count_nonzero(pc.is_in(known, value_set=keys).to_numpy()))
+    for there, count in counts.items():
+        if count:
+            logger.warning(
+                "%s: %d samples of %s have the keys of samples that came from %s. Known samples are compared by key and size only and are "
+                "not read again: if these are other samples, give them other names or write to another URL",
+                store.url,
+                count,
+                url,
+                there,
+            )
+
+
+def warn_of_other_form(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
+    """Log a warning if all samples had one form and have several now."""
+    try:
+        SampleFormat.of(parent.sample.shapes)
+    except DataError:
+        return
+    try:
+        SampleFormat.of(manifest.sample.shapes)
+    except DataError as error:
+        logger.warning(
+            "%s: generation %d cannot be trained on or encoded as generation %d could: %s", store.url, manifest.number, parent.number, error
+        )
+
+
+def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: ShardSpec) -> NDArray[np.int64]:
+    """Return the rows whose keys the data set does not know; DataError if a known sample changed."""
+    known, asked = read_listings(store, parent), listing_table(listing)
+    at = pc.index_in(asked["key"].combine_chunks(), value_set=known["key"].combine_chunks())
+    is_known = at.is_valid().to_numpy(zero_copy_only=False)
+    before = known["bytes"].combine_chunks().take(at.drop_null()).to_numpy()
+    changed = np.flatnonzero(is_known)[before != listing.sizes[is_known]]
+    if len(changed) and shards.resize is None and shards.mode == "keep":
+        stored = _stored_sizes(store, parent, take(listing.keys, changed))
+        changed = changed[[stored.get(listing.keys[row]) != listing.sizes[row] for row in changed.tolist()]]
+    if len(changed):
+        raise DataError(_changed(store, listing, changed, "other sizes than when they were sharded"))
+    is_there = pc.is_in(asked["source"].combine_chunks(), value_set=known["source"].combine_chunks()).to_numpy(zero_copy_only=False)
+    moved = np.flatnonzero(is_there & ~is_known)
+    if len(moved):  # `a.jpg` came beside `a.png`, so `a` would become `a%2Epng` and be written twice
+        raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem came)"))
+    return np.flatnonzero(~is_known)
+
+
+def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64]) -> None:
+    """DataError if new samples belong to a bag that the data set has: a bag is one piece of one shard, and shards are not written again."""
+    if listing.groups is None or len(fresh) == len(listing):
+        return
+    is_new = np.zeros(len(listing), np.bool_)
+    is_new[fresh] = True
+    known = {listing.groups[row] for row in np.flatnonzero(~is_new).tolist()}
+    grown = [row for row in fresh.tolist() if listing.groups[row] in known]
+    if grown:
+        raise DataError(
+            f"{len(grown)} new samples belong to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} to "
+            f"{listing.groups[grown[0]]!r}. A bag cannot grow: put new samples into new bags, or write to another URL"
+        )
+
+
+def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dict[str, int]:
+    """Return how many bytes the shards hold of these samples: a file that grew between listing and reading was stored whole."""
+    sizes: dict[str, int] = {}
+    wanted = pa.array(keys, pa.string())
+    for shard in parent.shards:
+        index = read_table(store.read(shard.index.name, ref=shard.index), f"{store.url}/{shard.index.name}").select(["key", "members"])
+        for row in index.filter(pc.is_in(index["key"], value_set=wanted)).to_pylist():
+            sizes[row["key"]] = next(member["size"] for member in row["members"] if member["ext"] in DATA_EXTENSIONS)
+    return sizes
+
+
+def _changed(store: Store, listing: Listing, rows: NDArray[np.int64], what: str) -> str:
+    examples = ", ".join(repr(listing.sources[row]) for row in rows[:SHOWN].tolist())
+    more = ", ..." if len(rows) > SHOWN else ""
+    have = "sample has" if len(rows) == 1 else "samples have"
+    return (
+        f"{len(rows)} {have} {what}: {examples}{more}. A data set only grows: give changed files new names, "
+        f"restore the old ones, or write to another URL than {store.url}"
+    )

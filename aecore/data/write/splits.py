@@ -1,0 +1,151 @@
+"""PURE: which sample belongs to which split: folders, a column, or a hash.
+
+A hash is of (seed, key), or of the group, so a sample keeps its split when the data set grows and whatever else is listed.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.manifest import SPLIT_ORDER
+from aecore.data.sources import Listing, take
+from aecore.data.sources._names import split_of_folder
+from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.registry import knob, spec
+
+_SPLIT_NAME = re.compile(r"(?!.*-g\d{6}$)[A-Za-z0-9][A-Za-z0-9_-]*")  # stems append -g000002: a split must not look like that
+
+
+@spec
+class SplitSpec:
+    """Which sample belongs to which split (`splits.*` of a recipe)."""
+
+    by: Literal["auto", "folders", "hash", "column", "none"] = knob(
+        "auto",
+        "folders: the top folders, or what the names of tars say (valid, dev: val; training: train; ...); hash: of the key or group; "
+        "auto: folders if all of them say a split, else hash where val or test is set, else none",
+    )
+    val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
+    test: float = knob(0.0, "share of the training samples that becomes the split test, by hash", ge=0.0, le=1.0)
+    seed: int = knob(0, "seed of the hash", ge=0)
+    column: str | None = knob(None, "metadata column that names the split (splits.by=column)")
+
+    def __post_init__(self) -> None:
+        if self.val + self.test >= 1:
+            raise ConfigError(f"splits.val + splits.test is {self.val + self.test:g}: nothing would be left to train on, expected < 1")
+        if (self.by == "column") != (self.column is not None):
+            raise ConfigError(f"splits.by={self.by} with splits.column={self.column}: give both by=column and a column, or neither")
+        if self.by == "hash" and not (self.val or self.test):
+            raise ConfigError("splits.by=hash needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by == "none" and (self.val or self.test):
+            raise ConfigError("splits.by=none puts everything into train: set splits.by=hash to use splits.val and splits.test")
+
+
+def resolve_splits(
+    listing: Listing, splits: SplitSpec, recorded: Mapping[str, Any] | None = None, known: Collection[str] = ()
+) -> SplitSpec:  # any: plain JSON data
+    """Return `splits` with `auto` replaced by what it means for this listing: folders, hash or none.
+
+    A dataset that exists keeps the choice that it `recorded`, wherever that can still be made; `known` are the names of its splits.
+    """
+    if splits.by != "auto":
+        return splits
+    tops = set(listing.splits or ()) - {""}  # what lies directly in the source's folder changes nothing
+    says = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
+    kept = (recorded or {}).get("by")
+    if kept in ("none", "hash") or (kept == "folders" and says):
+        try:
+            return dataclasses.replace(splits, by=kept)
+        except ConfigError:
+            pass  # with splits.val and splits.test as they are asked it cannot be: the comparison of identities says so
+    if says:
+        return dataclasses.replace(splits, by="folders")
+    return dataclasses.replace(splits, by="hash" if splits.val or splits.test else "none")
+
+
+def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
+    """Return what the user should know of resolved `splits`: folders that look like splits and are none, samples in no split folder."""
+    if splits.by in ("none", "hash"):
+        folders = {key.rpartition("/")[0] for key in listing.keys}
+        found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
+        if found:
+            return [
+                f"folders are named like splits ({', '.join(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
+                "apart: give the folder that holds nothing but split folders as source.url, or set splits.by=folders into a new dataset; "
+                f"if these are classes, splits.by={splits.by} says so"
+            ]
+    if splits.by == "folders" and listing.splits is not None and "" in listing.splits:
+        loose = [source.partition("#")[0] for source, top in zip(listing.sources, listing.splits, strict=True) if not top]
+        names = list(dict.fromkeys(loose))
+        more = ", ..." if len(names) > 3 else ""
+        return [
+            f"{len(loose)} samples are in no split folder and go to train ({', '.join(names[:3])}{more}): move them into one, "
+            "or out of source.url"
+        ]
+    return []
+
+
+def assign_splits(listing: Listing, splits: SplitSpec, known: Collection[str] = ()) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
+
+    Folders named by a word for a split are stored under its usual name, unless theirs is among the `known` splits of the dataset.
+    """
+    values = _split_values(listing, splits, known)
+    rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
+    train = rows.get("train", np.zeros(0, dtype=np.int64))
+    units = listing.groups if listing.groups is not None else listing.keys
+    place = hashes(take(units, train), f"split {splits.seed}") / 2.0**64 if splits.val or splits.test else np.ones(len(train))
+    for name, start, share in (("val", 0.0, splits.val), ("test", splits.val, splits.test)):
+        if share and name in rows:
+            raise ConfigError(f"the source has its own split {name!r} ({len(rows[name])} samples): set splits.{name}=0")
+        if share:
+            rows[name] = train[(place >= start) & (place < start + share)]
+    rows["train"] = train[place >= splits.val + splits.test]
+    names = [*SPLIT_ORDER, *sorted(name for name in rows if name not in SPLIT_ORDER)]
+    return {name: rows[name] for name in names if len(rows.get(name, ()))}
+
+
+def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -> list[str] | None:
+    if splits.by == "folders":
+        if listing.splits is None:
+            raise ConfigError("splits.by=folders: this source has no folders (use hash, column or none)")
+        names = {top: top if top in known else split_of_folder(top) or top for top in set(listing.splits)}
+        names |= {"": "train"} if len(names) > 1 else {}
+        values, what = list(map(names.__getitem__, listing.splits)), "the top folder"
+    elif splits.by == "column":
+        column = splits.column or ""
+        if column not in listing.columns:
+            raise ConfigError(f"splits.column {column!r} is no column of the source{did_you_mean(column, listing.columns)}")
+        values, what = [str(value) for value in listing.columns[column].tolist()], f"the value of {column}"
+    else:
+        return None
+    for name in sorted(set(values)):
+        if not _SPLIT_NAME.fullmatch(name):
+            row = values.index(name)
+            raise DataError(
+                f"{what} {name!r} of {listing.sources[row]!r} cannot name a split (letters, digits, - and _): "
+                "rename it, or use splits.by=hash or none"
+            )
+    return values
+
+
+def _rows_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    codes = np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
+    return {value: np.flatnonzero(codes == number) for value, number in numbers.items()}
+
+
+def hashes(names: Sequence[str], salt: str) -> NDArray[np.uint64]:
+    """Return 64 hash bits of each name: the same for ever and everywhere (about 1 us each)."""
+    start = hashlib.blake2b(salt.encode() + b"\0", digest_size=8)
+    out = bytearray()
+    for name in names:
+        digest = start.copy()
+        digest.update(name.encode())
+        out += digest.digest()
+    return np.frombuffer(bytes(out), dtype=np.dtype("<u8")).astype(np.uint64)

@@ -1,0 +1,62 @@
+"""Two artefacts of one kind side by side: what differs in what they were asked for, and in what came out. Reads only.
+
+Values of both sides stand as `[a, b]`. Memory does not grow with the artefacts: rows are joined by key, one part or one range of
+keys at a time.
+"""
+
+from typing import Any
+
+from aecore.artifact.kinds import STAGE_FOLDERS, detect_artifact
+from aecore.errors import ConfigError, DataError
+from aecore.maintenance.compare._datasets import compare_datasets
+from aecore.maintenance.compare._runs import compare_runs
+from aecore.maintenance.compare._tables import compare_tables
+from aecore.store import Store, open_store
+
+__all__ = ["compare", "compare_datasets", "compare_runs", "compare_tables"]
+
+_COMPARE = {"dataset": compare_datasets, "run": compare_runs, "table": compare_tables}
+
+
+def compare(a: str, b: str) -> dict[str, Any]:
+    """Compare two runs, tables, datasets, or the ones that two roots have in common; plain JSON data.
+
+    Raises
+    ------
+    ConfigError
+        The two are of different kinds.
+    DataError
+        There is nothing to compare at one of them, or what is there is unfinished or damaged.
+    """
+    stores = open_store(a), open_store(b)
+    kinds = [_comparable(store) for store in stores]
+    if kinds[0] != kinds[1]:
+        said = " and ".join(f"{store.url} is a {kind}" for store, kind in zip(stores, kinds, strict=True))
+        raise ConfigError(f"{said}: give two of one kind, for example two runs")
+    kind = kinds[0]
+    if kind != "root":
+        return {"kind": kind, "a": stores[0].url, "b": stores[1].url, **_COMPARE[kind](stores[0].url, stores[1].url)}
+    return {"kind": kind, "a": stores[0].url, "b": stores[1].url, **_stages(*stores)}
+
+
+def _comparable(store: Store) -> str:
+    """Return the kind of what is located at a URL; DataError unless it is one of those that are compared."""
+    found = detect_artifact(store)
+    if found is None:
+        raise DataError(f"{store.url} holds no dataset, run or table to compare: check the address")
+    if found.kind not in (*_COMPARE, "root"):
+        raise DataError(f"{store.url} is {found.name}: two datasets, runs, tables or roots are compared")
+    return found.kind
+
+
+def _stages(a: Store, b: Store) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in STAGE_FOLDERS:
+        there = [bool(open_store(f"{store.url}/{name}").list()) for store in (a, b)]
+        if all(there):
+            found[name] = compare(f"{a.url}/{name}", f"{b.url}/{name}")
+        elif any(there):
+            found[name] = f"only in {'a' if there[0] else 'b'}"
+    if not any(isinstance(stage, dict) for stage in found.values()):
+        raise DataError(f"{a.url} and {b.url} have no stage in common: give two runs, tables or datasets")
+    return found

@@ -1,0 +1,96 @@
+"""Two data sets: keys that were added or removed, samples whose bytes, label or split changed, classes, splits, settings."""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.format.index import read_table
+from aecore.data.manifest import DatasetManifest, ShardRef
+from aecore.maintenance.compare._fields import differing
+from aecore.maintenance.compare._join import SHOWN, Keys, by_ranges, keys_of
+
+COLUMNS = ("key", "sha256", "label_name")
+
+
+def compare_datasets(a: str, b: str) -> dict[str, Any]:
+    """Compare the newest generations of two data sets by their indexes. Shards that are equal in both are not read."""
+    left, right = open_dataset(a), open_dataset(b)
+    equal = {_content(shard) for shard in left.manifest.shards} & {_content(shard) for shard in right.manifest.shards}
+    rest_a, rest_b = ([shard for shard in dataset.manifest.shards if _content(shard) not in equal] for dataset in (left, right))
+    keys, changed = Keys(), _Changed()
+    for rows_a, rows_b in by_ranges(rest_a, rest_b, functools.partial(_read, left), functools.partial(_read, right)):
+        changed.add(*keys.join(rows_a, rows_b))
+    keys.in_both += sum(shard.samples for shard in left.manifest.shards if _content(shard) in equal)
+    manifests = left.manifest, right.manifest
+    return {
+        "same_content": not keys.only_a and not keys.only_b and not changed.counts.total(),
+        "generation": [manifest.number for manifest in manifests],
+        "dataset_sha256": [manifest.dataset_sha256 for manifest in manifests],
+        "keys": keys.to_dict(),
+        **changed.to_dict(),
+        "equal_shards": len(equal),
+        "shards": [len(manifest.shards) for manifest in manifests],
+        "splits": _counts(*manifests),
+        "quarantined": [manifest.quarantined for manifest in manifests],
+        "classes": _classes(*manifests),
+        "shapes": differing(manifests[0].sample.shapes, manifests[1].sample.shapes),
+        "identity": differing(manifests[0].identity, manifests[1].identity),
+    }
+
+
+def _content(shard: ShardRef) -> tuple[str, str, str]:
+    return shard.split, shard.tar.sha256, shard.index_content_sha256
+
+
+def _read(dataset: Dataset, shard: ShardRef, columns: Sequence[str] | None) -> pa.Table:
+    """Read what is compared of an index, with the split as a column."""
+    index = read_table(dataset.store.read(shard.index.name, ref=shard.index), f"{dataset.url}/{shard.index.name}")
+    wanted = [name for name in (COLUMNS if columns is None else columns) if name in index.column_names]
+    rows = index.select(wanted)
+    for name in wanted:
+        if pa.types.is_dictionary(rows[name].type):
+            rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(pa.string()))
+    return rows.append_column("split", pa.array([shard.split] * len(rows), pa.string()))
+
+
+class _Changed:
+    """Samples of one key that are other samples, have another class or stand in another split."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {"sha256": [], "label_name": [], "split": []}
+
+    def add(self, a: pa.Table, b: pa.Table) -> None:
+        for name, examples in self.examples.items():
+            if name not in a.column_names or name not in b.column_names:
+                continue
+            left: Any = a[name]  # any: pyarrow's stubs know no type of a column of a file
+            right: Any = b[name]
+            same: Any = pc.or_(pc.fill_null(pc.equal(left, right), False), pc.and_(pc.is_null(left), pc.is_null(right)))
+            keys = keys_of(a).filter(pc.invert(same))
+            self.counts[name] += len(keys)
+            examples += keys.slice(0, max(0, SHOWN - len(examples))).to_pylist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        said = {"sha256": "changed_content", "label_name": "changed_class", "split": "moved_to_another_split"}
+        return {said[name]: {"samples": self.counts[name], "examples": examples} for name, examples in self.examples.items()}
+
+
+def _counts(a: DatasetManifest, b: DatasetManifest) -> dict[str, list[int | None]]:
+    names = [*a.splits, *(name for name in b.splits if name not in a.splits)]
+    return {name: [manifest.num_samples(name) if name in manifest.splits else None for manifest in (a, b)] for name in names}
+
+
+def _classes(a: DatasetManifest, b: DatasetManifest) -> dict[str, Any]:
+    return {
+        "number": [len(a.classes), len(b.classes)],
+        "only_in_a": [name for name in a.classes if name not in b.classes],
+        "only_in_b": [name for name in b.classes if name not in a.classes],
+        "same_order": list(a.classes[: len(b.classes)]) == list(b.classes[: len(a.classes)]),
+    }

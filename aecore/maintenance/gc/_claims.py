@@ -1,0 +1,103 @@
+"""The claims of a dataset or a table: which were committed, which can never be, which the same command would continue."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from aecore.artifact.commit import newest_number, read_json
+from aecore.data.manifest import SPLIT_ORDER, read_manifest
+from aecore.data.manifest import STEM as DATASET_STEM
+from aecore.errors import DataError
+from aecore.store import Store
+from aecore.table.manifest import TableManifest, read_table_manifest
+
+DATASET = DATASET_STEM
+STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:-r\d{6})?")  # a part's name: split, claim, number, rows
+
+
+class State(Enum):
+    """What became of a claim."""
+
+    COMMITTED = "committed"
+    DEAD = "dead"
+    UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What an artefact's manifests name (`stems`: the recorded parts), and the state of each claim by its number."""
+
+    kind: str
+    newest: int  # manifest; 0: none
+    files: frozenset[str]
+    stems: frozenset[str]
+    claims: Mapping[int, State]
+    splits: frozenset[str]  # parts are named after them
+    adopted: bool = False  # its tars are somebody else's, wherever they lie
+
+    @property
+    def highest(self) -> int:
+        """Number of the newest claim: it stays, so that no number is given twice."""
+        return max(self.claims, default=0)
+
+
+def read_ledger(store: Store, kind: str) -> Ledger:
+    """Read all manifests and claims. DataError if a manifest is damaged: then nobody knows what it names."""
+    newest = newest_number(store, kind) or 0
+    names = set(store.list())
+    numbers = [number for number in range(1, newest + 1) if f"{kind}.{number:06d}.json" in names]
+    claims = [number for number in range(1, (newest_number(store, "run") or 0) + 1) if claim_name(number) in names]
+    if kind == DATASET:
+        datasets = [read_manifest(store, number) for number in numbers]
+        files = frozenset(ref.name for manifest in datasets for ref in manifest.files)
+        shards = {shard.stem for manifest in datasets for shard in manifest.shards}
+        stems = frozenset(shards | {part.stem for manifest in datasets for part in manifest.rejected})
+        adopted = any("adopted" in manifest.identity for manifest in datasets) or any(_adopts(store, number) for number in claims)
+        states = {number: _dataset_state(store, number, newest, files) for number in claims}
+        return Ledger(kind, newest, files, stems, states, _splits(stems), adopted)
+    tables = [read_table_manifest(store, number) for number in numbers]
+    files = frozenset(ref.name for manifest in tables for ref in manifest.files)
+    stems = frozenset(part.stem for manifest in tables for part in manifest.parts)
+    states = {number: _table_state(store, number, tables) for number in claims}
+    return Ledger(kind, newest, files, stems, states, _splits(stems))
+
+
+def _splits(stems: Iterable[str]) -> frozenset[str]:
+    """Return the splits of recorded parts and those that every data set may have: names of others are not known to be ours."""
+    return frozenset({*SPLIT_ORDER, *(match[1] for stem in stems if (match := STEM.fullmatch(stem)))})
+
+
+def claim_name(number: int) -> str:
+    return f"run.{number:06d}.json"
+
+
+def _dataset_state(store: Store, number: int, newest: int, files: frozenset[str]) -> State:
+    if f"listings/{number:06d}.parquet" in files:
+        return State.COMMITTED
+    parent = _said(store, number, "identity", "parent")
+    return State.DEAD if parent < newest else State.UNFINISHED
+
+
+def _adopts(store: Store, number: int) -> bool:
+    dataset = _said(store, number, "identity").get("dataset")
+    return isinstance(dataset, Mapping) and "adopted" in dataset
+
+
+def _table_state(store: Store, number: int, tables: Sequence[TableManifest]) -> State:
+    sha256 = _said(store, number, "identity", "dataset_sha256")
+    if sha256 in {manifest.lineage["dataset"]["sha256"] for manifest in tables}:
+        return State.COMMITTED
+    generation = _said(store, number, "info", "lineage", "dataset", "number")
+    newest = max((manifest.lineage["dataset"]["number"] for manifest in tables), default=0)
+    return State.DEAD if generation < newest else State.UNFINISHED
+
+
+def _said(store: Store, number: int, *path: str) -> Any:
+    found: Any = read_json(store, claim_name(number))
+    for key in path:
+        if not isinstance(found, Mapping) or key not in found:
+            raise DataError(f"{store.url}/{claim_name(number)} says no {'.'.join(path)}: it is damaged or was not written by aecore")
+        found = found[key]
+    return found

@@ -1,0 +1,99 @@
+"""Plan a collection, look whether the artefact is still what the plan was made for, remove."""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aecore.artifact.kinds import detect_artifact
+from aecore.errors import DataError, RunFailed
+from aecore.maintenance.gc._parts import plan_parts
+from aecore.maintenance.gc._plan import DAY_S, Garbage, Plan, Waiting
+from aecore.maintenance.gc._run import plan_run
+from aecore.store import Store, open_store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was removed (in a dry run: would be), what waits, and what is not ours and was left alone."""
+
+    kind: str
+    url: str
+    garbage: tuple[Garbage, ...]
+    waiting: tuple[Waiting, ...]
+    not_ours: tuple[str, ...]
+    dry_run: bool
+
+    @property
+    def bytes(self) -> int:
+        """Sum of the sizes of the garbage."""
+        return sum(item.bytes for item in self.garbage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {**dataclasses.asdict(self), "files": len(self.garbage), "bytes": self.bytes}
+
+
+def collect_garbage(
+    url: str, *, older_than_s: float = DAY_S, unfinished: bool = False, dry_run: bool = False, now: float | None = None
+) -> Report:
+    """Remove the garbage of the dataset, run or table at `url`; `now` is the time that ages are counted from.
+
+    Raises
+    ------
+    DataError
+        There is none of the three, or a manifest is damaged: then nothing is removed, since nobody knows what it names.
+    RunFailed
+        An attempt was committed while the plan was made, each time it was made.
+    StoreError
+        A file cannot be removed.
+    """
+    store = open_store(url)
+    before = (time.time() if now is None else now) - older_than_s
+    for _ in range(3):
+        there = _numbered(store)
+        kind = _kind_of(store)
+        plan = Plan(store, before, unfinished)
+        if kind == "run":
+            plan_run(plan)
+        elif kind == "nothing":
+            plan.temporary_files()
+        else:
+            plan_parts(plan, kind)
+        if dry_run or there == _numbered(store):
+            return _remove(plan, kind, dry_run)
+    raise RunFailed(f"{store.url} changed three times while it was looked at: run `aepipe gc` again when fewer commands write there")
+
+
+def _numbered(store: Store) -> list[str]:
+    """Return the claims and manifests that are there: with a new one a plan is out of date."""
+    return [name for name in store.list() if name.endswith(".json")] + store.list("model")
+
+
+def _remove(plan: Plan, kind: str, dry_run: bool) -> Report:
+    if not dry_run:
+        for item in plan.garbage:
+            plan.store.remove(item.name)
+    report = Report(kind, plan.store.url, tuple(plan.garbage), tuple(plan.waiting), tuple(plan.not_ours), dry_run)
+    done = "would remove" if dry_run else "removed"
+    logger.info("%s: %s %d files, %.1f MB", report.url, done, len(report.garbage), report.bytes / 1e6)
+    return report
+
+
+def _kind_of(store: Store) -> str:
+    """Return dataset, table, run, or nothing for a place with temporary files only; DataError if there is nothing to collect from."""
+    found = detect_artifact(store)
+    if found is None:
+        if store.list() == [".tmp"]:
+            return "nothing"
+        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aepipe wrote is collected")
+    if found.is_generated:
+        raise DataError(f"{store.url} holds {found.name}: all of it is one result, remove the folder if nobody needs it")
+    if found.kind == "checkpoint":
+        raise DataError(f"{store.url} is {found.name}: a run keeps and removes whole checkpoints, give the run that it is in")
+    if found.kind == "root":
+        raise DataError(f"{store.url} is {found.name}: give one of {', '.join(f'{store.url}/{name}' for name in found.stages)}")
+    return found.kind

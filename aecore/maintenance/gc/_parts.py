@@ -1,0 +1,111 @@
+"""Garbage of a dataset or a table: parts, records, listings and claims that no manifest names and nobody will finish."""
+
+import re
+from collections.abc import Iterator
+
+from aecore.maintenance.gc._claims import DATASET, STEM, Ledger, State, claim_name, read_ledger
+from aecore.maintenance.gc._plan import Plan, below
+from aecore.store import Store
+
+_SUFFIXES = {"shards": (".tar", ".parquet"), "data": (".parquet",), "quarantine": (".parquet",), "records": (".json",)}
+_NUMBERED = re.compile(r"(?:run|dataset|table)\.\d{6}\.json")
+_FOLDERS = {"dataset": ("records", "shards", "quarantine", "listings"), "table": ("records", "data", "quarantine")}
+_WHY = {
+    State.COMMITTED: "no manifest names it, and its generation is committed",
+    State.DEAD: "of an attempt that a newer generation has overtaken",
+    State.UNFINISHED: "of an unfinished attempt that was given up",
+}
+
+
+def plan_parts(plan: Plan, kind: str) -> Ledger:
+    """Add the garbage of a dataset or a table to the plan; return what the manifests name."""
+    store = plan.store
+    ledger = read_ledger(store, kind)
+    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
+    groups: dict[int, list[str]] = {number: [] for number in ledger.claims}
+    for name in _files(store, kind):
+        if name in ledger.files or _record_of(name) in ledger.stems:
+            continue
+        claim = _claim_of(name, kind, ledger)
+        if claim is None:
+            plan.not_ours.append(name)
+        else:
+            groups.setdefault(claim, []).append(name)
+    gone = [claim for claim in sorted(groups) if _plan_group(plan, ledger, claim, groups[claim])]
+    _plan_claims(plan, ledger, gone)
+    plan.temporary_files()
+    return ledger
+
+
+def _files(store: Store, kind: str) -> Iterator[str]:
+    """Yield every file below the folders of the kind, records first: a part without a record was never finished."""
+    for folder in _FOLDERS[kind]:
+        for name in below(store, folder):
+            if folder == "data" and name.startswith("data/split="):
+                yield from below(store, name)
+            else:
+                yield name
+
+
+def _record_of(name: str) -> str | None:
+    return name.removeprefix("records/").removesuffix(".json") if name.startswith("records/") else None
+
+
+def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
+    """Return the claim that a file belongs to; None if its name is not one of ours, or of a claim that there never was.
+
+    A tar is not ours where tars are adopted: they may lie in this very folder, under names like ours.
+
+    Parts of a table carry the claim of the dataset's shard in their names, not the table's: they belong to its newest claim.
+    """
+    folder, _, file = name.partition("/")
+    inside, _, base = file.rpartition("/")
+    if ledger.adopted and file.endswith(".tar"):
+        return None
+    if folder == "listings":
+        match = re.fullmatch(r"()(\d{6})\.parquet", file)
+    else:
+        match = STEM.fullmatch(next((base.removesuffix(end) for end in _SUFFIXES[folder] if base.endswith(end)), ""))
+        if match is not None and (match[1] not in ledger.splits or inside != (f"split={match[1]}" if folder == "data" else "")):
+            return None
+    if match is None:
+        return None
+    claim = int(match[2] or 1) if kind == DATASET else ledger.highest
+    return claim if 1 <= claim <= ledger.highest else None
+
+
+def _state(ledger: Ledger, claim: int) -> State:
+    """Return what became of the files of a claim; one whose claim is gone was collected before, and somebody wrote on.
+
+    Any claim of a table may have made its parts, so one that can be continued keeps all of them.
+    """
+    if ledger.kind == DATASET or claim != ledger.highest:
+        return ledger.claims.get(claim, State.DEAD)
+    return State.UNFINISHED if State.UNFINISHED in ledger.claims.values() else State.COMMITTED
+
+
+def _plan_group(plan: Plan, ledger: Ledger, claim: int, names: list[str]) -> bool:
+    """Plan the files of one claim; return whether nothing of it is left but the claim itself."""
+    state = _state(ledger, claim)
+    what = f"{ledger.kind} claim {claim}"
+    if state is State.UNFINISHED and not plan.unfinished:
+        if names or ledger.claims.get(claim) is State.UNFINISHED:
+            plan.wait(what, names, "unfinished: the command that wrote it continues it; --unfinished gives it up")
+        return False
+    own = [claim_name(claim)] if state is not State.COMMITTED and claim in ledger.claims else []
+    if plan.young([*names, *own]):
+        if names or own:
+            plan.wait(what, names, "somebody may be writing it: something in it is younger than the limit")
+        return False
+    plan.add(names, _WHY[state])
+    return True
+
+
+def _plan_claims(plan: Plan, ledger: Ledger, gone: list[int]) -> None:
+    """Plan the claims of which nothing is left, last of all and the highest only where nothing at all remains."""
+    over = [claim for claim in gone if ledger.claims.get(claim) in (State.DEAD, State.UNFINISHED)]
+    if ledger.kind != DATASET and ledger.highest not in gone:  # its parts are still there, whoever made them
+        over = [claim for claim in over if ledger.claims[claim] is State.DEAD]
+    if ledger.newest or len(over) < len(ledger.claims):
+        over = [claim for claim in over if claim != ledger.highest]
+    plan.add([claim_name(claim) for claim in over], "claim of an attempt that nobody will finish")

@@ -1,0 +1,267 @@
+"""From latents to data: samples of the prior, and latents of a table or an array decoded.
+
+    OUT/samples.npz (or decoded.npz)    x [n, *shape] float32 in the network's scale, z [n, D], label or key where there are some
+        images/000000.png  grid.png     where the data are images: the first ones one by one, the first 64 in one picture
+        samples.json (or decoded.json)  what was asked, the checkpoint it is from; written last
+
+Latents of the prior are a function of the seed and their number: the first ten of a hundred are the ten of ten. The same command
+again writes nothing; another one into the same folder is refused.
+"""
+
+import dataclasses
+import hashlib
+import io
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aecore._base.batch import Batch
+from aecore._base.noise import seed_of, step_noise
+from aecore._base.trainable import has_posterior, latent_column
+from aecore.artifact.commit import read_json, require_same
+from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.data.format.transform import Transform
+from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
+from aecore.report import grid, is_image, pixels, png
+from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 64  # latents of the prior that are drawn at once: part of what they are
+GRID = 64  # images of grid.png
+GRID_COLUMNS = 8
+_SECTIONS = {"samples": ("sample", "samples"), "decoded": ("decode", "decoded latents")}  # section of the recipe, and what it makes
+
+
+@spec
+class SampleSpec:
+    """What is drawn from the prior of a model."""
+
+    num: int = knob(64, "number of samples", ge=1)
+    seed: int = knob(0, "seed of the latents", ge=0)
+    label: int | None = knob(None, "class id, for a model that is told the class", ge=0)
+    batch: int = knob(256, "latents decoded at once", ge=1)
+    images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
+
+
+@spec
+class DecodeSpec:
+    """Which latents are decoded."""
+
+    column: str | None = knob(None, "column of the table, or array of the .npz; none: the model's own (mu, z, codes), or the only array")
+    split: str | None = knob(None, "split of the table; none: all rows")
+    num: int = knob(0, "decode the first ones only; 0: all", ge=0)
+    label: int | None = knob(None, "class id, for a model that is told the class; none: the table's own labels", ge=0)
+    batch: int = knob(256, "latents decoded at once", ge=1)
+    images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Latents `[n, D]` to decode, what of each row is kept beside them (`key`, `label`), and where they come from."""
+
+    z: NDArray[Any]  # any: float32, float16 or int32
+    rows: Mapping[str, NDArray[Any]]
+    source: Mapping[str, Any]
+
+
+def sample_run(run: str, out: str, spec: SampleSpec, *, device: str = "cpu", dry_run: bool = False) -> dict[str, Any]:
+    """Decode samples of the prior of a finished run (or checkpoint) into `out`; return what was made as plain JSON.
+
+    Raises
+    ------
+    ConfigError
+        The model has no prior, a label is missing, not taken or unknown, or `out` holds something else.
+    """
+    loaded = load_model(absolute_url(run, "run"), device=device)
+    dim = prior_dim(loaded)
+    labels = _labels(loaded, spec.label, None, spec.num)
+    rows = {} if labels is None else {"label": labels}
+    z = prior_latents(spec.seed, spec.num, dim)
+    return _generate("samples", loaded, Latents(z.numpy(), rows, {"prior": "N(0, I)"}), out, spec, dry_run)
+
+
+def decode_run(run: str, latents: str, out: str, spec: DecodeSpec, *, device: str = "cpu", dry_run: bool = False) -> dict[str, Any]:
+    """Decode latents (a table of this checkpoint, a .npy or a .npz file) into `out`; return what was made as plain JSON.
+
+    Raises
+    ------
+    DataError
+        There are no such latents, they are of another width or not finite, or the table is of another checkpoint.
+    ConfigError
+        The model does not decode latents, a label is missing, not taken or unknown, or `out` holds something else.
+    """
+    loaded = load_model(absolute_url(run, "run"), device=device)
+    found = _read_latents(absolute_url(latents, "the latents"), loaded, spec)
+    _require_width(loaded, found, latents)
+    labels = _labels(loaded, spec.label, found.rows.get("label"), len(found.z))
+    rows = {name: column for name, column in found.rows.items() if name != "label"} | ({} if labels is None else {"label": labels})
+    return _generate("decoded", loaded, dataclasses.replace(found, rows=rows), out, spec, dry_run)
+
+
+def prior_dim(loaded: LoadedModel) -> int:
+    """Return D of the prior N(0, I); ConfigError for a model without a prior."""
+    model = loaded.config.model
+    shape = loaded.model.noise_shape()
+    if shape is None or not has_posterior(model.columns):
+        raise ConfigError(
+            f"model.kind={model.kind} has no prior to draw from (its latents are {', '.join(model.columns)}): use a model of the VAE "
+            "family, or decode given latents with `aepipe decode`"
+        )
+    return math.prod(shape)
+
+
+def prior_latents(seed: int, num: int, dim: int) -> Tensor:
+    """Return `[num, dim]` standard normal latents, a function of (seed, number)."""
+    blocks = [step_noise(seed_of("sample", seed), block, (BLOCK, dim)) for block in range(-(-num // BLOCK))]
+    return torch.cat(blocks)[:num]
+
+
+def decoded(loaded: LoadedModel, z: Tensor, label: Tensor | None, batch: int) -> Tensor:
+    """Return the expected inputs `[n, *shape]` of latents `[n, D]` on the CPU, `batch` at a time."""
+    device = next(loaded.model.parameters()).device
+    parts = []
+    for start in range(0, len(z), batch):
+        rows = slice(start, start + batch)
+        labels = None if label is None else label[rows].to(device)
+        parts.append(loaded.model.decode_latents(z[rows].to(device), label=labels, likelihood=loaded.config.model.likelihood).cpu())
+    return torch.cat(parts)
+
+
+def latent_dim(loaded: LoadedModel, column: str) -> int:
+    """Return the width of a latent column, found by encoding one row of zeros."""
+    device, shape = next(loaded.model.parameters()).device, loaded.config.input_shape
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    lengths = one + 1 if 0 in shape else None  # a sequence of any length: one step of it
+    blank = Batch(torch.zeros(1, *(size or 1 for size in shape), device=device), one.cpu(), one.cpu(), 1, label=one, lengths=lengths)
+    return int(loaded.model.latents(blank)[column].shape[1])
+
+
+def _labels(loaded: LoadedModel, asked: int | None, known: NDArray[np.int64] | None, num: int) -> NDArray[np.int64] | None:
+    """Return the class ids `[num]` that the model is told, None if it takes none; ConfigError if it needs, or knows, other ones."""
+    kind, classes = loaded.config.model.kind, to_dict(loaded.config.model).get("num_classes")
+    if "label" not in loaded.model.encode_inputs:
+        if asked is not None:
+            raise ConfigError(f"label={asked}, and model.kind={kind} is not told a class: leave label out, or use model.kind=cvae")
+        return None
+    span = f"0 to {classes - 1}" if classes else "0, 1, ..."
+    if asked is not None and classes and asked >= classes:
+        raise ConfigError(f"label={asked}, and this model knows the classes {span}: choose one of them")
+    if asked is None and known is None:
+        raise ConfigError(f"model.kind={kind} is told the class of every sample: add label=..., one of {span}")
+    return np.full(num, asked, np.int64) if asked is not None else known
+
+
+def _read_latents(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
+    found = _of_file(url, loaded, spec) if url.endswith((".npy", ".npz")) else _of_table(url, loaded, spec)
+    if found.z.ndim != 2 or found.z.dtype.kind not in "fiu":
+        raise DataError(f"{url} holds {found.z.dtype} of shape {found.z.shape}, expected numbers [n, D]: one latent a row")
+    if not np.isfinite(found.z).all():
+        raise DataError(f"{int((~np.isfinite(found.z)).any(1).sum())} of {len(found.z)} latents of {url} are not finite: leave them out")
+    if not len(found.z):
+        raise DataError(f"{url} holds no latents: there is nothing to decode")
+    return found
+
+
+def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
+    from aecore.table.table import open_table
+
+    table = open_table(url)
+    made_by = table.manifest.lineage.get("checkpoint", {}).get("sha256")
+    if made_by != loaded.sha256:
+        raise DataError(
+            f"table {url} was encoded by checkpoint {str(made_by)[:12]}, and {loaded.url} is {loaded.sha256[:12]}: the latents of one "
+            "model mean nothing to another; give the run that the table names (`aepipe show` says which)"
+        )
+    part = table if spec.split is None else table.select(spec.split)
+    stop = spec.num or part.num_rows
+    column = spec.column or latent_column(loaded.config.model.columns)
+    rows = {"key": np.array(part.keys.to_pylist()[:stop])}
+    if "label" in part.columns and not part.arrow("label").null_count:
+        rows["label"] = part.numpy("label")[:stop].astype(np.int64)
+    parts = sha256_json([one.file.sha256 for one in table.parts])
+    return Latents(part.numpy(column)[:stop], rows, {"table": url, "sha256": parts, "column": column})
+
+
+def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
+    if spec.split is not None:
+        raise ConfigError(f"decode.split={spec.split} names the split of a table, and {url} is a file: leave it out")
+    folder, _, name = url.rpartition("/")
+    data = open_store(folder or "/").read(name)
+    try:
+        read: Any = np.load(io.BytesIO(data), allow_pickle=False)  # any: an array, or the arrays of an archive
+        arrays = {"": read} if isinstance(read, np.ndarray) else {member: read[member] for member in read.files}
+    except (ValueError, OSError, EOFError, KeyError) as error:
+        raise DataError(
+            f"{url} is no array that can be read ({error}): write it with numpy.save or numpy.savez, without objects"
+        ) from error
+    own = latent_column(loaded.config.model.columns)
+    wanted = spec.column or (own if own in arrays else "z" if "z" in arrays else "")
+    if wanted not in arrays and len(arrays) == 1 and spec.column is None:
+        wanted = next(iter(arrays))
+    if wanted not in arrays:
+        raise DataError(f"{url} has no array {wanted or own!r}{did_you_mean(wanted, arrays)}: name one with column=...")
+    source = {"file": url, "sha256": hashlib.sha256(data).hexdigest(), "array": wanted}
+    return Latents(arrays[wanted][: spec.num or None], {}, source)
+
+
+def _require_width(loaded: LoadedModel, found: Latents, where: str) -> None:
+    dim = latent_dim(loaded, latent_column(loaded.config.model.columns))
+    if found.z.shape[1] != dim:
+        raise DataError(
+            f"{where} holds latents of width {found.z.shape[1]}, and {loaded.url} decodes {dim}: give the run that they were made with"
+        )
+
+
+def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: SampleSpec | DecodeSpec, dry_run: bool) -> dict[str, Any]:
+    """Decode and write; the same again is found, not made again."""
+    store = open_store(absolute_url(out, "out"))
+    known = read_json(store, f"{name}.json") if store.size(f"{name}.json") is not None else None
+    spec = spec if known is None else as_recorded(spec, known["identity"]["spec"])
+    identity = {"spec": to_dict(spec, identity_only=True), "checkpoint_sha256": loaded.sha256, "source": dict(latents.source)}
+    shape, count = list(loaded.config.input_shape), len(latents.z)
+    summary = {"out": store.url, "num": count, "shape": shape, "latent_dim": int(latents.z.shape[1]), "checkpoint": loaded.sha256}
+    if known is not None:
+        places = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
+        asked, there = _as_asked(name, identity), _as_asked(name, known["identity"])
+        absent = _as_asked(name, {"spec": absent_values(spec)})
+        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, places=places, absent=absent)
+        return {**summary, "shape": known["shape"], "files": known["files"], "made": 0}
+    if dry_run:
+        return summary
+    z = torch.from_numpy(np.array(latents.z))  # a copy: a table's memory is read-only
+    label = torch.from_numpy(latents.rows["label"]) if "label" in latents.rows else None
+    x = decoded(loaded, z if z.dtype in (torch.int32, torch.int64) else z.float(), label, spec.batch)
+    files = _write(store, name, x, {"z": latents.z, **latents.rows}, Transform(loaded.config.transform), spec.images)
+    made = list(x.shape[1:])  # sequences have a length only now
+    lineage = {"checkpoint": {"sha256": loaded.sha256, "step": loaded.checkpoint.step, "url": loaded.url}}
+    store.put(f"{name}.json", canonical_json({"identity": identity, "lineage": lineage, "shape": made, "files": files}), role=name)
+    logger.info("%s: %d %s, %d files", store.url, count, name, files)
+    return {**summary, "shape": made, "files": files, "made": files}
+
+
+def _as_asked(name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity with the keys of the spec as the recipe has them."""
+    return {_SECTIONS[name][0] if key == "spec" else key: value for key, value in identity.items()}
+
+
+def _write(store: Store, name: str, x: Tensor, columns: Mapping[str, NDArray[Any]], transform: Transform, images: int) -> int:
+    """Write arrays and pictures; return how many files."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, x=x.numpy(), **columns)
+    store.put(f"{name}.npz", buffer.getvalue(), role=name)
+    if not is_image(x.shape[1:]):
+        return 1
+    drawn = pixels(x[: max(images, GRID)], transform)
+    for number in range(min(images, len(drawn))):
+        store.put(f"images/{number:06d}.png", png(drawn[number]), role="image")
+    store.put("grid.png", png(grid(drawn[:GRID], GRID_COLUMNS)), role="image")
+    return 2 + min(images, len(drawn))

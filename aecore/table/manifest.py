@@ -1,0 +1,120 @@
+"""`table.NNNNNN.json`: the parts of a latent table, and where their rows come from.
+
+A manifest names every part with its size and hash, and the chain of custody: checkpoint, dataset generation, shards. It is a
+pure function of the part records and of the inputs: no times, so the same work gives the same bytes. Parts stand in the order of
+the dataset's manifest; generations only add. `sha256` is the hash of the rest, so that a changed byte does not pass for lineage.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aecore.artifact.commit import FORMAT_VERSION, PartRecord, read_json
+from aecore.errors import DataError
+from aecore.store import FileRef, Store, sha256_json
+
+STEM = "table"
+
+
+@dataclass(frozen=True, slots=True)
+class TablePart:
+    """One Parquet file: the rows `[row_start, row_stop)` of one input shard, less the quarantined ones."""
+
+    split: str
+    stem: str
+    rows: int
+    file: FileRef
+    shard: str
+    shard_sha256: str
+    row_start: int
+    row_stop: int
+    quarantined: int = 0
+    quarantine: FileRef | None = None
+
+    @classmethod
+    def from_record(cls, record: PartRecord) -> "TablePart":
+        """Return the manifest's entry of a recorded part."""
+        by_folder = {ref.name.split("/")[0]: ref for ref in record.files}
+        where = {name: record.detail[name] for name in ("split", "shard", "shard_sha256", "row_start", "row_stop")}
+        return cls(
+            stem=record.part,
+            rows=record.rows,
+            file=by_folder["data"],
+            quarantined=record.quarantined,
+            quarantine=by_folder.get("quarantine"),
+            **where,
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TablePart":
+        """Return the part of what `dataclasses.asdict` gave."""
+        quarantine = data["quarantine"]
+        return cls(**{**data, "file": FileRef(**data["file"]), "quarantine": FileRef(**quarantine) if quarantine else None})
+
+
+@dataclass(frozen=True, slots=True)
+class TableManifest:
+    """One generation of a table and all before it.
+
+    `identity` is what every generation shares (checkpoint, preprocessing, columns, dtype, batch); `columns` the encoded columns
+    with dtype and length; `lineage` the checkpoint and the dataset generation that the rows are complete for.
+    """
+
+    number: int
+    parent: int
+    parent_sha256: str | None
+    identity: Mapping[str, Any]
+    columns: Mapping[str, Any]
+    lineage: Mapping[str, Any]
+    parts: tuple[TablePart, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of all parts."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file that the manifest names: parts and quarantine."""
+        return tuple(ref for part in self.parts for ref in (part.file, part.quarantine) if ref is not None)
+
+    @property
+    def quarantined(self) -> int:
+        """Number of samples that are in quarantine instead of in a part."""
+        return sum(part.quarantined for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data, complete as it is committed, with its own hash; `from_json` reads it back."""
+        data: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["parts"] = [dataclasses.asdict(part) for part in self.parts]
+        data |= {"format": FORMAT_VERSION, "num_rows": self.num_rows, "quarantined": self.quarantined}
+        return {**data, "sha256": sha256_json(data)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TableManifest":
+        """Return the manifest of what `to_json` gave; KeyError or TypeError if it is something else."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "parts"]
+        return cls(**{name: data[name] for name in names}, parts=tuple(TablePart.from_json(part) for part in data["parts"]))
+
+
+def read_table_manifest(store: Store, number: int) -> TableManifest:
+    """Return one generation's manifest; DataError if it is missing, damaged or not of a table."""
+    name = f"{STEM}.{number:06d}.json"
+    try:
+        data = read_json(store, name)
+        manifest = TableManifest.from_json(data)
+        intact = _is_intact(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{store.url}/{name} is not a table manifest ({error!r}): it is damaged or was not written by aecore") from error
+    if not intact:
+        raise DataError(f"{store.url}/{name} is damaged: its content is not what it was written with; restore it, or encode to another URL")
+    return manifest
+
+
+def _is_intact(data: Mapping[str, Any]) -> bool:
+    """Return whether the hash of a manifest is that of the rest. Early ones have none, and no other key either."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    if "sha256" in data:
+        return bool(data["sha256"] == sha256_json(rest))
+    return rest.keys() == {field.name for field in dataclasses.fields(TableManifest)} | {"format", "num_rows", "quarantined"}

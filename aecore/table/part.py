@@ -1,0 +1,200 @@
+"""One part of a latent table: its columns, its key-value metadata, and how it is committed.
+
+Latents become `fixed_size_list<float32|float16>[D]`, the one type that DuckDB, Polars, pandas, HF datasets and Lance all take,
+straight from numpy's buffers. Every page carries a checksum (23 bytes a file; without it 298 of 300 bit flips read silently).
+A part of GPU floats may differ in its last bits between two attempts: the attempt that finds the name taken checks that the
+part there is the same one (metadata, columns, keys, checksums) and records that one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from aecore.artifact.commit import put_or_adopt
+from aecore.errors import DataError, StoreError, disk_remedy
+from aecore.store import FileRef, Store
+
+T = TypeVar("T")
+Compression = Literal["zstd", "none"]
+PREFIX = "aecore."
+PRODUCER = ("device", "threads", "versions")  # who computed it: recorded, not part of what it is
+NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
+OWN_COLUMNS = ("shard", "split")
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("shard", pa.string()),
+        pa.field("ordinal", pa.int64()),
+        pa.field("stage", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("sha256", pa.string()),
+    ]  # type: ignore[arg-type]  # the stubs join the fields' types to object
+)
+Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars, which are not known here
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedRow:
+    """A row of a shard that gets no latents: where it failed (`decode`, `encode`), a short reason and the message."""
+
+    row: int
+    stage: str
+    reason: str
+    message: str
+
+
+def part_name(split: str, stem: str) -> str:
+    """Return the name of a part, in the folder layout that readers call hive partitions."""
+    return f"data/split={split}/{stem}.parquet"
+
+
+def fixed_size_list(values: NDArray[Any]) -> Column:  # any: float32, float16 or int32
+    """Return `[n, D]` numbers as an Arrow column that shares their memory."""
+    flat: Any = np.ascontiguousarray(values).reshape(-1)  # any: the stubs do not see that an array is a buffer
+    child = pa.Array.from_buffers(pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)])
+    return pa.FixedSizeListArray.from_arrays(child, int(values.shape[1]))
+
+
+def numpy_view(column: Column) -> NDArray[Any]:  # any: the column's dtype
+    """Return a one-chunk number or fixed-size-list column as `[n]` or `[n, D]` without a copy (read-only)."""
+    assert column.num_chunks == 1, "a part is one row group"
+    chunk = column.chunk(0)
+    if pa.types.is_fixed_size_list(chunk.type):
+        flat: NDArray[Any] = chunk.flatten().to_numpy(zero_copy_only=True)
+        return flat.reshape(len(chunk), chunk.type.list_size)
+    view: NDArray[Any] = chunk.to_numpy(zero_copy_only=True)
+    return view
+
+
+def part_table(
+    index: pa.Table, rows: NDArray[np.int64], shard: str, columns: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> pa.Table:
+    """Return the rows of one part: key, shard, ordinal, what the index knows of each sample, then the encoded columns.
+
+    `rows` are the encoded rows of the shard's index, ascending; `columns` are `[n, D]` or `[n]`; `metadata` comes without prefix.
+    DataError if a metadata column of the dataset has the name of one of ours.
+    """
+    passed = [name for name in index.column_names if name not in NOT_PASSED and name not in ("key", "ordinal")]
+    taken = sorted({*passed} & {*columns, *OWN_COLUMNS})
+    if taken:
+        raise DataError(f"the dataset has a metadata column {taken[0]!r}, which the latent table needs itself: rename it and shard again")
+    known = index.select(["key", "ordinal", *passed])
+    first = int(rows[0]) if len(rows) else 0
+    contiguous = not len(rows) or int(rows[-1]) - first + 1 == len(rows)
+    known = known.slice(first, len(rows)) if contiguous else known.take(pa.array(rows, pa.int64()))
+    arrays: dict[str, Column] = {"key": known["key"], "shard": pa.repeat(pa.scalar(shard), len(rows)), "ordinal": known["ordinal"]}
+    for name in passed:
+        column: Column = known[name]
+        arrays[name] = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column  # HF refuses dictionaries
+    for name, values in columns.items():
+        arrays[name] = fixed_size_list(values) if values.ndim == 2 else pa.array(values)
+    return pa.table(arrays, metadata={PREFIX + key: value for key, value in metadata.items()})
+
+
+def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str]]:
+    """Write and commit one part; return it with its metadata (those of an equal part that another attempt committed first)."""
+    with store.stage() as path:
+        with _refusal_named(f"{store.url}/{name}"):
+            pq.write_table(
+                table,
+                path,
+                compression=compression,
+                use_dictionary=["shard"],  # type: ignore[arg-type]  # the stubs know only bool
+                write_statistics=["key"],
+                write_page_checksum=True,
+                row_group_size=max(1, len(table)),
+            )
+        ref, adopted = put_or_adopt(store, name, path, role="part", accepts=lambda there, _: _require_same_part(store, there, table))
+    return ref, part_metadata(table.schema if adopted is None else read_part(store, ref, ["key"]).schema)
+
+
+def _require_same_part(store: Store, ref: FileRef, table: pa.Table) -> bool:
+    """Return True if the committed `ref` is the part that `table` is, but for who computed it; else DataError."""
+    there = read_part(store, ref)
+    ours, theirs = part_metadata(table.schema), part_metadata(there.schema)
+    differing = [key for key in sorted({*ours, *theirs}) if key not in PRODUCER and ours.get(key) != theirs.get(key)]
+    if not there.schema.equals(table.schema):
+        differing.append("columns")
+    elif not there.column("key").equals(table.column("key")):
+        differing.append("keys")
+    if differing:
+        raise DataError(
+            f"{store.url}/{ref.name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten; "
+            "write to another URL"
+        )
+    return True
+
+
+def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refused: Sequence[RefusedRow]) -> FileRef | None:
+    """Commit the rows of a shard that were refused, with what its index says of them; None if there are none."""
+    if not refused:
+        return None
+    rows = sorted(refused, key=lambda row: row.row)
+    taken = index.select(["key", "ordinal", "sha256"]).take(pa.array([row.row for row in rows], pa.int64()))
+    columns: dict[str, Column] = {"key": taken["key"], "shard": [shard] * len(rows), "ordinal": taken["ordinal"], "sha256": taken["sha256"]}
+    columns |= {name: [getattr(row, name) for row in rows] for name in ("stage", "reason", "message")}
+    name, table = f"quarantine/{stem}.parquet", pa.table(columns, schema=QUARANTINE_SCHEMA)
+    with store.stage() as path:
+        with _refusal_named(f"{store.url}/{name}"):
+            pq.write_table(table, path, compression="none", write_page_checksum=True)
+        # of an earlier attempt, by another version of Parquet: the same rows count
+        return put_or_adopt(store, name, path, role="quarantine", accepts=lambda there, _: bool(read_part(store, there).equals(table)))[0]
+
+
+def part_metadata(schema: pa.Schema) -> dict[str, str]:
+    """Return our key-value metadata of a part's schema, without the prefix."""
+    pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
+    return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
+
+
+@contextlib.contextmanager
+def _refusal_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # no space, a quota, a limit on file sizes
+        raise StoreError(
+            f"cannot write {where}: {error.strerror or error}; nothing was committed under this name{disk_remedy(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged ({error}): restore it, or encode to another URL") from error
+
+
+def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read columns of a committed part, every page checked against its checksum; DataError if it is damaged."""
+    wanted = None if columns is None else list(columns)
+
+    def read(path: Path) -> pa.Table:
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=wanted)
+
+    return _read(store, ref, read)
+
+
+def read_footer(store: Store, ref: FileRef) -> pq.FileMetaData:
+    """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged."""
+    return _read(store, ref, pq.read_metadata)
+
+
+def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
+    path = store.local(ref)
+    try:
+        with _damage_named(path):
+            return read(path)
+    except DataError:
+        if not store.mend(ref):
+            raise
+        with _damage_named(path := store.local(ref)):
+            return read(path)

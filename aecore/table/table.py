@@ -1,0 +1,208 @@
+"""LatentTable: open a table of latents, read it without copies, and ask where a row comes from.
+
+A reader opens the parts that the manifest names and nothing else; page checksums are on whenever a part is read. Rows stand in
+the order of the dataset's manifest. One part is handed out as a view of Arrow's memory; more than one is filled, part by part,
+into one array.
+
+Parts get their names before the manifest that names them, so a reader that globs `data/**` (DuckDB, Polars, pandas) also sees
+the parts of a generation that is being written or was never finished; `open_table(url).dataset()` sees only what the manifest
+names. All of `data/**` is the table when no encoding runs and the last one was committed.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from aecore.artifact.commit import newest_number
+from aecore.artifact.kinds import other_kind
+from aecore.errors import DataError, did_you_mean
+from aecore.store import Store, open_store
+from aecore.table.files import PartFiles
+from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
+from aecore.table.part import Column, fixed_size_list, numpy_view, part_metadata, read_footer, read_part
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LatentTable:
+    """An opened latent table, or the part of it that belongs to one split.
+
+    `numpy` gives a view of Arrow's memory where one part holds the rows, else one array filled part by part; `torch` shares it.
+    """
+
+    def __init__(self, store: Store, manifest: TableManifest, parts: Sequence[TablePart] | None = None) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.parts = manifest.parts if parts is None else tuple(parts)
+
+    def __repr__(self) -> str:
+        return f"LatentTable({self.store.url!r}, rows={self.num_rows}, parts={len(self.parts)}, columns={list(self.manifest.columns)})"
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def url(self) -> str:
+        """Address of the table."""
+        return self.store.url
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Where the rows come from and how they were made: lineage, identity, encoded columns, generation."""
+        manifest = self.manifest
+        return {
+            "generation": manifest.number,
+            "lineage": dict(manifest.lineage),
+            "identity": dict(manifest.identity),
+            "columns": dict(manifest.columns),
+        }
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """All columns of all parts (an append may add metadata columns); reads the parts' footers."""
+        self.store.prefetch([part.file for part in self.parts])
+        schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
+        return pa.unify_schemas(schemas) if schemas else pa.schema([])
+
+    def _schema_of(self, part: TablePart) -> pa.Schema:
+        return read_footer(self.store, part.file).schema.to_arrow_schema()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns in the files; `split` is a folder name and comes with `dataset()`."""
+        return tuple(self.schema.names)
+
+    def select(self, split: str) -> "LatentTable":
+        """Return the table of one split; DataError with the known ones if there is none of that name."""
+        known = dict.fromkeys(part.split for part in self.manifest.parts)
+        if split not in known:
+            raise DataError(f"table {self.url} has no split {split!r}{did_you_mean(split, known)}")
+        return LatentTable(self.store, self.manifest, [part for part in self.parts if part.split == split])
+
+    def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read columns of one part as Arrow, every page checked against its checksum."""
+        return read_part(self.store, part.file, columns)
+
+    def _column(self, name: str) -> Iterator[Column]:
+        if name not in self.columns:
+            raise DataError(f"table {self.url} has no column {name!r}{did_you_mean(name, self.columns)}")
+        wanted = self.schema.field(name).type
+        for part in self.parts:
+            if name in self.manifest.columns or name in self._schema_of(part).names:
+                yield self.read(part, [name]).column(name)
+            else:  # a metadata column that came with a later generation
+                yield pa.chunked_array([pa.nulls(part.rows, wanted)])
+
+    def arrow(self, name: str) -> Column:
+        """Return one column as Arrow, one chunk per part, nothing copied."""
+        chunks = [chunk for column in self._column(name) for chunk in column.chunks]
+        return pa.chunked_array(chunks, type=self.schema.field(name).type)
+
+    @property
+    def keys(self) -> Column:
+        """Keys of the samples in row order."""
+        return self.arrow("key")
+
+    def numpy(self, name: str) -> NDArray[Any]:  # any: the column's dtype
+        """Return a column as `[N, D]` or `[N]`: read-only without a copy if one part holds it, else one new array."""
+        if name not in self.manifest.columns:
+            column: NDArray[Any] = self.arrow(name).to_numpy()
+            return column
+        if len(self.parts) == 1:
+            return numpy_view(next(self._column(name)))
+        info = self.manifest.columns[name]
+        shape = (self.num_rows, info["dim"]) if info["dim"] else (self.num_rows,)
+        out = np.empty(shape, dtype=info["dtype"])
+        start = 0
+        for part, column in zip(self.parts, self._column(name), strict=True):
+            if part.rows:
+                out[start : start + part.rows] = numpy_view(column)
+            start += part.rows
+        return out
+
+    def torch(self, name: str) -> "torch.Tensor":
+        """Return a number column as a CPU tensor that shares the memory of `numpy` (clone it before writing to it)."""
+        import torch
+
+        array = self.numpy(name)
+        if array.flags.writeable:
+            return torch.from_numpy(array)
+        flat = fixed_size_list(array) if array.ndim == 2 else pa.array(array)
+        values: torch.Tensor = torch.from_dlpack(flat.flatten() if array.ndim == 2 else flat)  # type: ignore[attr-defined]  # public, not in __all__
+        return values.reshape(array.shape)  # from_numpy warns of read-only memory
+
+    def dataset(self) -> pads.Dataset:
+        """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned."""
+        options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+        form = pads.ParquetFileFormat(default_fragment_scan_options=options)
+        parts = {f"{self.url}/{part.file.name}": part for part in self.parts}
+        files = pafs.PyFileSystem(PartFiles(self.store, {path: part.file for path, part in parts.items()}))
+        fragments = [form.make_fragment(path, files, pc.field("split") == part.split) for path, part in parts.items()]
+        return pads.FileSystemDataset(fragments, self.schema.append(pa.field("split", pa.string())), form, files)
+
+    def lineage(self, key: str) -> dict[str, Any]:
+        """Return the chain of custody of one row: part, shard, dataset, checkpoint, run. DataError if no row has this key.
+
+        Reads the key column of the parts whose key statistics admit the key.
+        """
+        for part in self.parts:
+            footer = read_footer(self.store, part.file)
+            if not _may_hold(footer, key):
+                continue
+            table = self.read(part, ["key", "ordinal"])
+            row = pc.index(table.column("key"), pa.scalar(key, table.schema.field("key").type)).as_py()
+            if row >= 0:
+                shard = {"split": part.split, "stem": part.shard, "sha256": part.shard_sha256}
+                where = {
+                    "key": key,
+                    "ordinal": table.column("ordinal")[row].as_py(),
+                    "part": part.file.name,
+                    "part_sha256": part.file.sha256,
+                }
+                return {**where, "shard": shard, **self.manifest.lineage, "produced_by": part_metadata(footer.schema.to_arrow_schema())}
+        raise DataError(f"table {self.url} has no row with the key {key!r}: it may be in quarantine/, or not in the dataset")
+
+
+def _may_hold(footer: pq.FileMetaData, key: str) -> bool:
+    for group in range(footer.num_row_groups):
+        statistics: Any = footer.row_group(group).column(0).statistics  # any: minimum and maximum have the column's type
+        if statistics is None or not statistics.has_min_max or statistics.min <= key <= statistics.max:
+            return True
+    return False
+
+
+def open_table(url: str, number: int | None = None) -> LatentTable:
+    """Open the newest generation of the table at `url`, or generation `number`; reads the manifest and nothing else.
+
+    Only parts that the manifest names are seen; a glob over `data/**` also finds those of an unfinished generation.
+    """
+    store = open_store(url)
+    newest = newest_number(store, STEM)
+    if newest is None:
+        other = other_kind(store, "table")
+        if other is not None:
+            raise DataError(other)
+        unfinished = newest_number(store, "run") is not None
+        state = (
+            "an unfinished encoding: run the same command again to finish it"
+            if unfinished
+            else "no latent table: write one with `aepipe encode`"
+        )
+        raise DataError(f"{store.url} holds {state}")
+    if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
+        raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
+    return LatentTable(store, read_table_manifest(store, newest if number is None else number))

@@ -1,0 +1,259 @@
+"""What a run is: its specs, its identity, what fits it, and its result. The session (`aecore.training.session`) opens all of it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from aecore._base.noise import seed_of
+from aecore._base.trainable import ModelSpec, Trainable
+from aecore.checkpoint.compatibility import require_labels
+from aecore.checkpoint.config import ModelConfig
+from aecore.checkpoint.files import CheckpointRef, LoadedModel, newest_checkpoint, read_checkpoint
+from aecore.data.dataset import Dataset
+from aecore.data.format.transform import TransformSpec
+from aecore.data.read.bags import BagLoader
+from aecore.data.read.loader import InputSpec, Loader, TrainLoader
+from aecore.data.read.order import TrainingOrder
+from aecore.data.read.pairs import PairSpec
+from aecore.data.read.stream import StreamLoader
+from aecore.errors import ConfigError
+from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
+from aecore.store import Store
+from aecore.training.metrics import epoch_of
+from aecore.training.optimizer import OptimSpec
+from aecore.training.preflight import require_batch_statistics
+
+CLAIM = "run.000001.json"
+_SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
+
+
+@spec
+class TrainSpec:
+    """How long, in which batches, from which seed."""
+
+    split: str = knob("train", "split to train on")
+    val_split: str | None = knob(None, "split to validate on after each epoch; none: no validation")
+    epochs: int = knob(10, "passes over the split", ge=1)
+    max_steps: int = knob(0, "stop after this many steps; 0: after the epochs", ge=0)
+    global_batch: int = knob(128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1)
+    lanes: int = knob(16, "lanes of the input order: the largest possible number of ranks", ge=1)
+    block: int = knob(4096, "samples that are shuffled together inside a lane", ge=1)
+    seed: int = knob(0, "seed of weights, order and noise", ge=0)
+    precision: Literal["fp32", "bf16"] = knob("fp32", "fp32, or bf16 autocast (heads and losses stay fp32)")
+    init_from: str | None = knob(None, "run or checkpoint whose weights are the start (its hash is what counts)", identity=False)
+    log_every_s: float = knob(10.0, "seconds between metric parts (at checkpoints and epoch ends in any case)", ge=0, identity=False)
+
+    def order(self, rank: int = 0, world: int = 1) -> TrainingOrder:
+        """Return the input order as `rank` of `world` reads it; ConfigError if lanes, batch and ranks do not fit each other."""
+        return TrainingOrder(seed=self.seed, lanes=self.lanes, block=self.block, global_batch=self.global_batch, rank=rank, world=world)
+
+
+@spec
+class CheckpointSpec:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = knob(0, "steps between checkpoints; 0: one at each epoch's end", ge=0, identity=False)
+    keep: int = knob(2, "newest checkpoints to keep (the best one is kept besides)", ge=1, identity=False)
+    best: bool = knob(False, "publish the weights of the epoch with the lowest validation loss instead of the last ones")
+
+
+def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: int = 1) -> None:
+    """ConfigError for combinations that cannot work, whatever the data: known before anything is read."""
+    train.order(world=max(num_workers, 1))
+    if checkpoint.best and train.val_split is None:
+        raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
+
+
+def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] | None = None) -> None:
+    """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
+    if pairs in (type(pairs)(), as_recorded(type(pairs)(), {})):  # the default of today, or of an older run
+        return
+    if "x2" in model.train_inputs if model is not None else _takes(kind, "x2"):
+        return
+    asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(pairs).items())
+    raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
+
+
+def _takes(kind: str, field: str) -> bool:
+    """Return whether the model that `kind` builds trains on a field of `Batch` (True if its build function does not say which it is)."""
+    built = MODELS.built_type(kind)
+    return not isinstance(built, type) or not issubclass(built, Trainable) or field in built.train_inputs
+
+
+def require_streamable(train: TrainSpec, input: InputSpec) -> None:
+    """ConfigError for what tars without an index cannot give."""
+    if not input.streams:
+        return
+    if not train.max_steps and (input.resampled or not input.epoch_samples):
+        raise ConfigError(
+            "input.reader=webdataset does not know how many samples there are: set train.max_steps"
+            + ("" if input.resampled else ", or input.epoch_samples with train.epochs")
+        )
+    if train.val_split is not None:
+        raise ConfigError(
+            f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
+            "`aepipe adopt SRC DATASET` makes one without a copy; or leave train.val_split out"
+        )
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything that decides a run. `data` is a dataset's URL, `out` the run's; the rest are specs."""
+
+    data: str
+    out: str
+    model: ModelSpec
+    backbone: Any  # any: a registered backbone's spec
+    transform: TransformSpec = field(default_factory=TransformSpec)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    input: InputSpec = field(default_factory=InputSpec)
+    pairs: PairSpec = field(default_factory=PairSpec)
+
+    def __post_init__(self) -> None:
+        require_possible(self.train, self.checkpoint)
+        require_streamable(self.train, self.input)
+
+    def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
+        """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
+        parts = {name: getattr(self, name) for name in _SPECS}
+        if self.pairs == as_recorded(type(self.pairs)(), {}):  # left out where it says what runs without it do: most models draw no pairs
+            del parts["pairs"]
+        splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
+        return {
+            **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
+            "input": self.input.identity(),
+            "data": {split: dataset.manifest.training_key(split) for split in splits},
+            "init_sha256": init_sha256,
+        }
+
+    def as_recorded(self, identity: Mapping[str, Any]) -> "TrainJob":
+        """Return the job as a run of this identity wants it: later fields that nobody changed mean what they meant when it was claimed."""
+        there: dict[str, Mapping[str, Any]] = {name: identity.get(name, {}) for name in _SPECS}
+        return dataclasses.replace(self, **{name: as_recorded(getattr(self, name), there[name]) for name in _SPECS})
+
+    def absent_values(self) -> dict[str, Any]:
+        """Return what the absence of later fields means, nested like the identity."""
+        return {name: absent_values(getattr(self, name)) for name in _SPECS}
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `fit` leaves behind: the published model, its step, and the means of that step's epoch (see `metrics.EpochMean`)."""
+
+    url: str
+    model_url: str
+    step: int
+    metrics: Mapping[str, Any]
+    checkpoint_sha256: str
+
+
+def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
+    """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths."""
+    shape = dataset.manifest.input_shape(sequences=_takes(job.model.kind, "lengths"))
+    return ModelConfig(job.model, job.backbone, job.transform, shape)
+
+
+def build_model(job: TrainJob, dataset: Dataset) -> Trainable:
+    """Build the job's model with the weights that its seed gives; torch's own generators stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("weights", job.train.seed))
+        return model_config(job, dataset).build()
+
+
+def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world: int = 1) -> None:
+    """Raise ConfigError or DataError unless the dataset, its labels, its batches over `world` ranks and the weights of `init_from` fit.
+
+    The weights of `loaded` are then those of the model.
+    """
+    if loaded is not None:
+        start_from(model, loaded)
+    if not job.input.streams:  # tars without an index say at each batch what labels they have
+        require_labels(dataset.url, dataset.manifest.classes, model)
+    require_batches_fit(job, dataset, model, world)
+
+
+def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world: int) -> None:
+    """ConfigError if a step of the run leaves one of `world` ranks too few samples for batch normalisation in the model.
+
+    Of whole bags the number of instances is not known before they are read: they are not looked at.
+    """
+    if trains_on_bags(job, dataset):
+        return
+    known = dataset.manifest.num_samples(job.train.split) if not job.input.streams else 0
+    shape, order = model_config(job, dataset).input_shape, job.train.order(world=world)
+    require_batch_statistics(model, shape, order, known, total_steps(job, dataset), job.train.split)
+
+
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> TrainLoader:
+    """Return the loader of the training split: of pairs or of whole bags if the model takes them, else of single samples.
+
+    ConfigError if the model takes no pairs and they are asked for.
+    """
+    require_pairs_are_taken(job.pairs, job.model.kind, type(model))
+    order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
+    if trains_on_bags(job, dataset):
+        return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input)
+    if not job.input.streams:
+        return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
+    if pairs is not None:
+        raise ConfigError(
+            f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
+            "`aepipe adopt SRC DATASET` makes one without a copy"
+        )
+    return StreamLoader(
+        dataset,
+        job.train.split,
+        transform=job.transform,
+        order=order,
+        steps_per_epoch=steps_per_epoch(job, dataset),
+        spec=job.input,
+    )
+
+
+def start_from(model: Trainable, loaded: LoadedModel) -> None:
+    """Copy the weights of a loaded model; ConfigError if they do not fit."""
+    try:
+        model.load_state_dict(loaded.model.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.init_from {loaded.url} does not fit this model: {error}; give model.* and backbone.* as that run has them"
+        ) from error
+
+
+def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
+    """Return the steps of an epoch; tars without an index have the epochs that `input.epoch_samples` says, or one."""
+    if job.input.streams:
+        return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
+    manifest, split = dataset.manifest, job.train.split
+    return job.train.order().num_steps(manifest.num_groups(split) if trains_on_bags(job, dataset) else manifest.num_samples(split))
+
+
+def trains_on_bags(job: TrainJob, dataset: Dataset) -> bool:
+    """Return whether a step takes whole bags: the model takes a `mask`, and the samples of the training split form bags."""
+    built = MODELS.built_type(job.model.kind)
+    takes_mask = isinstance(built, type) and issubclass(built, Trainable) and "mask" in built.train_inputs
+    return takes_mask and not job.input.streams and dataset.manifest.num_groups(job.train.split) > 0
+
+
+def total_steps(job: TrainJob, dataset: Dataset) -> int:
+    steps = job.train.epochs * steps_per_epoch(job, dataset)
+    return min(steps, job.train.max_steps) if job.train.max_steps else steps
+
+
+def finished_run(store: Store) -> RunResult | None:
+    """Return the result of a run whose model is published, None if it is not (yet)."""
+    if store.size("model/checkpoint.json") is None:
+        return None
+    model = read_checkpoint(store, "model")
+    newest = newest_checkpoint(store, model.info.get("run_sha256"))
+    return result_of(store, model, {} if newest is None else epoch_of(store, newest.metrics, model.step).to_dict())
+
+
+def result_of(store: Store, model: CheckpointRef, metrics: Mapping[str, Any]) -> RunResult:
+    """Return the result of a run whose published model and means of its epoch are known."""
+    return RunResult(store.url, f"{store.url}/model", model.step, metrics, model.sha256)

@@ -1,0 +1,254 @@
+"""Metrics of a run: one line a step, in parts that checkpoints list.
+
+    metrics/<first>-<last>-<attempt>.jsonl
+
+A row is of one step: `step, epoch, samples, lr, beta`, the means over its samples, at an epoch's end `validation`, and `metrics`, which
+says what the means are. 2: `loss` is what was minimised, and what depends on beta beside it is given at beta 1, per sample (see
+`LossResult.reported`). Rows without it are older: there `elbo` and `iwae` have beta in them, and are sums over a pair. Both may stand in
+one run, that was continued; they are never averaged together.
+
+A part is committed before the checkpoint that names it; parts of a killed attempt that no checkpoint names are not part of the run.
+Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one. All ranks must flush at the same
+step, but a part is due by time: each flush carries rank 0's estimate of the step of the next one to the other ranks, and whether rank 0
+was asked to stop. Several ranks therefore flush about every second, and write a part when `every_s` seconds have passed.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aecore.errors import DataError, Diverged
+from aecore.store import FileRef, Store, canonical_json
+from aecore.training.ranks import Rank, all_sum
+
+AGREE_S = 1.0  # between flushes of several ranks: so long a request to stop may wait
+VERSION = 2  # of the meaning of a row
+FACTS = ("step", "epoch", "samples", "lr", "beta", "validation", "metrics")  # of a row; all else are means over its samples
+
+
+def version_of(row: Mapping[str, Any]) -> int:
+    """Return the version of what the means of a row, or of an epoch, mean; 1 where none is written."""
+    return int(row.get("metrics", 1))
+
+
+def changed_meaning(name: str) -> bool:
+    """Return whether version 1 calls another number by this name of a mean."""
+    return name.partition("_")[0] in ("elbo", "iwae")
+
+
+@dataclass
+class EpochMean:
+    """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew.
+
+    An epoch with rows of two versions has no mean of what they do not mean alike.
+    """
+
+    last: dict[str, Any] = field(default_factory=dict)
+    _samples: int = 0
+    _sums: dict[str, float] = field(default_factory=dict)
+    _versions: set[int] = field(default_factory=set)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row; rows come in the order of their steps."""
+        if self.last.get("epoch") != row["epoch"]:
+            self._samples, self._sums, self._versions = 0, {}, set()
+        self.last = dict(row)
+        self._samples += row["samples"]
+        self._versions.add(version_of(row))
+        for name, value in row.items():
+            if name not in FACTS:
+                self._sums[name] = self._sums.get(name, 0.0) + value * row["samples"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a row for people: the means, all samples, the facts of the last row; its `epoch` counts from 1. Empty without rows."""
+        if not self.last:
+            return {}
+        means = {name: total / self._samples for name, total in self._sums.items()}
+        mean = {**self.last, **means, "epoch": self.last["epoch"] + 1, "samples": self._samples, "metrics": version_of(self.last)}
+        return mean if len(self._versions) == 1 else {name: value for name, value in mean.items() if not changed_meaning(name)}
+
+
+def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the means of each epoch of rows that stand in the order of their steps, as `EpochMean` has them."""
+    means: dict[int, EpochMean] = {}
+    for row in rows:
+        means.setdefault(row["epoch"], EpochMean()).add(row)
+    return [mean.to_dict() for mean in means.values()]
+
+
+@dataclass
+class MetricLog:
+    """Collects one rank's sums and writes the parts (rank 0). `parts` names the committed parts of steps 1..now.
+
+    `stop` is asked on rank 0 whether the run shall end, at every flush, without other ranks after every step (so it must be cheap);
+    `stopping` is its answer at the last flush, the same on all ranks.
+
+    `blame_data` is called before a loss that is not finite stops the run, with the step, or with None if it is the validation's: it
+    raises another error if the data are to blame.
+    """
+
+    store: Store
+    rank: Rank
+    attempt: str
+    every_s: float
+    blame_data: Callable[[int | None], None]
+    stop: Callable[[], bool] = bool
+    stopping: bool = False
+    epoch: EpochMean = field(default_factory=EpochMean)
+    parts: list[FileRef] = field(default_factory=list)
+    _names: tuple[str, ...] = ()
+    _sums: list[Tensor] = field(default_factory=list)
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _reduced: list[dict[str, Any]] = field(default_factory=list)  # rows that are no longer in `_rows` and not yet in a part
+    _due_rows: int = 1
+    _since: float = field(default_factory=time.monotonic)
+    _written: float = -math.inf
+
+    def add(self, row: Mapping[str, Any], means: Mapping[str, Tensor], rows: int) -> None:
+        """Record one step: `means` over this rank's `rows` samples (0 rows: none of it counts). No device sync."""
+        self._names = tuple(means)
+        self._sums.append(torch.stack([mean.detach().float() for mean in means.values()]) * rows)
+        self._rows.append({**row, "metrics": VERSION})
+
+    @property
+    def due(self) -> bool:
+        """Whether so many steps were added that the time of a flush must have come, or one rank alone shall stop; equal on all ranks."""
+        return len(self._rows) >= self._due_rows or (self.rank.world == 1 and self.stop())
+
+    def flush(self, validation: Mapping[str, float] | None = None, *, commit: bool = True) -> dict[str, Any]:
+        """Reduce what was added and return the last step's row. Diverged at a loss that is not finite.
+
+        What was reduced is written as a part if `commit` or `stopping`, else when a part is due.
+        """
+        if not self._rows:
+            return {}
+        sums = torch.stack(self._sums)
+        carried = sums.new_tensor([self._next_due(), float(self.rank.index == 0 and self.stop())])
+        totals = all_sum(self.rank, torch.cat([sums.flatten(), carried])).tolist()
+        self.stopping = totals.pop() > 0
+        self._due_rows, self._since = int(totals.pop()), time.monotonic()
+        width = len(self._names)
+        for number, row in enumerate(self._rows):
+            total = totals[number * width : (number + 1) * width]
+            row.update({name: value / row["samples"] for name, value in zip(self._names, total, strict=True)})
+        rows, self._rows, self._sums = self._rows, [], []
+        bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
+        if bad is not None:
+            self.blame_data(bad["step"])
+            raise Diverged(
+                f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch'] + 1}): training stopped, the checkpoints before "
+                "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, "
+                "and write to another out"
+            )
+        if validation is not None:
+            self._require_finite(validation, rows[-1]["step"])
+            rows[-1]["validation"] = dict(validation)
+        for row in rows:
+            self.epoch.add(row)
+        self._reduced += rows
+        if commit or self.stopping or self.rank.world == 1 or self._since - self._written >= self.every_s:
+            self._write()
+        return rows[-1]
+
+    def resume(self, parts: Iterable[FileRef], step: int) -> None:
+        """Go on behind `step`, the last one of these committed parts; a damaged one costs the means of this epoch and no more."""
+        self.parts = list(parts)
+        with contextlib.suppress(DataError):
+            self.epoch = epoch_of(self.store, self.parts, step)
+
+    def _require_finite(self, validation: Mapping[str, float], step: int) -> None:
+        for name, value in validation.items():
+            if not math.isfinite(value):
+                self.blame_data(None)
+                raise Diverged(
+                    f"validation {name} is {value} after step {step}: training stopped, the checkpoints before it are kept; "
+                    "check transform.scale and model.likelihood"
+                )
+
+    def _next_due(self) -> int:
+        """Return rank 0's estimate of the steps until the next flush; 0 on the other ranks, so that the sum is the estimate."""
+        if self.rank.index != 0:
+            return 0
+        seconds = max(time.monotonic() - self._since, 1e-6)
+        wanted = self.every_s if self.rank.world == 1 else min(self.every_s, AGREE_S)
+        return max(1, min(100_000, round(wanted * len(self._rows) / seconds)))
+
+    def _write(self) -> None:
+        rows, self._reduced, self._written = self._reduced, [], time.monotonic()
+        name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
+        if self.rank.index == 0:
+            self.parts.append(self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics"))
+
+
+def read_rows(store: Store, parts: Iterable[FileRef]) -> list[dict[str, Any]]:
+    """Return the rows of committed parts, in order; DataError if one is missing or damaged."""
+    return [json.loads(line) for part in parts for line in store.read(part.name, ref=part).splitlines()]
+
+
+def epoch_of(store: Store, parts: Iterable[FileRef], step: int) -> EpochMean:
+    """Return the means of the epoch of `step` up to there; DataError if no committed part ends with it, or one is damaged."""
+    refs = {part.name: part for part in parts}
+    mean = _epoch_until(refs, step, lambda name: read_rows(store, [refs[name]]))
+    if mean is None:
+        raise DataError(f"{store.url} has no metrics of step {step}: its newest checkpoint does not list them")
+    return mean
+
+
+def _epoch_until(names: Iterable[str], step: int, read: Callable[[str], list[dict[str, Any]]]) -> EpochMean | None:
+    """Return the means of the epoch of `step` from the parts that end there, and before; attempts that overlap wrote the same rows."""
+    by_end = {_steps(name)[1]: name for name in names}
+    rows: list[dict[str, Any]] = []
+    name = by_end.get(step)
+    while name is not None and (not rows or rows[0]["epoch"] == rows[-1]["epoch"]):
+        rows = read(name) + rows
+        name = by_end.get(_steps(name)[0] - 1)
+    mean = EpochMean()
+    for row in rows:
+        mean.add(row)
+    return mean if rows else None
+
+
+def _steps(name: str) -> tuple[int, int]:
+    first, last = name.removeprefix("metrics/").split("-")[:2]
+    return int(first), int(last)
+
+
+def last_row(store: Store) -> dict[str, Any] | None:
+    """Return the row of the highest step that any attempt has written so far, None before the first: for progress only."""
+    return _newest(store, lambda names, newest: _rows(store, newest)[-1])
+
+
+def last_epoch(store: Store) -> dict[str, Any] | None:
+    """Return the means of the epoch of the highest step so far (see `EpochMean.to_dict`), None before the first: for progress only."""
+
+    def look(names: list[str], newest: str) -> dict[str, Any]:
+        mean = _epoch_until(names, _steps(newest)[1], lambda name: _rows(store, name))
+        return {} if mean is None else mean.to_dict()
+
+    return _newest(store, look)
+
+
+def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what `look` sees in all parts and the newest; a part that `gc` removes before it is read: they are listed again."""
+    for _ in range(5):
+        names = [f"metrics/{name}" for name in store.list("metrics") if name.endswith(".jsonl")]
+        newest = max(names, key=lambda name: _steps(name)[1], default=None)
+        if newest is None:
+            return None
+        try:
+            return look(names, newest)
+        except DataError:
+            if all(store.size(name) is not None for name in names):
+                raise
+    return None
+
+
+def _rows(store: Store, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read(name).splitlines()]

@@ -1,0 +1,34 @@
+"""`aepipe demo`: the whole way from generated images to a table of latents in one command, with what to look at afterwards.
+
+The work is the shipped recipe `demo`, run as the pipeline flow; only its texts and its place are of its own.
+"""
+
+import sys
+
+from pipelines.cli import run_step, text
+from pipelines.cli.arguments import Args, Result
+from pipelines.recipe.recipe import load_recipe
+
+BEFORE = """A pile of images becomes a table of latents: 3,072 sprites are drawn and sharded, a small VAE is trained on two Ray workers,
+every image is encoded, the test split is scored; as one Prefect flow, under {out}
+
+"""
+AFTER = """
+Where things are:
+  {out}/dataset   WebDataset shards with a Parquet index      aepipe show {out}/dataset
+  {out}/run       checkpoints, metrics, the model             aepipe show {out}/run
+  {out}/table     one row of latents per image                aepipe verify {out}/table --read-data
+A query to try (DuckDB; python -c "import duckdb; duckdb.sql('...').show()"):
+  SELECT label, count(*) AS images, avg(kl) AS kl, avg(mu[1]) AS mu_1 FROM '{out}/table/data/**/*.parquet' GROUP BY label ORDER BY label"""
+
+
+def demo(args: Args) -> Result:
+    """Run the recipe under `./demo`, or under an `out=` of the overrides; a dry run is that of `aepipe run demo`."""
+    place = [] if any(word.startswith("out=") for word in args.overrides) else ["out=./demo"]
+    args.recipe, args.overrides = "demo", [*place, *args.overrides]
+    if args.dry_run:
+        return run_step.pipeline(args)
+    out = load_recipe(args.recipe, args.overrides).require("out")
+    sys.stderr.write(BEFORE.format(out=out))
+    made = run_step.pipeline(args)
+    return made._replace(as_text=lambda found: f"{text.of_pipeline(found)}\n{AFTER.format(out=out)}")

@@ -1,0 +1,202 @@
+"""Summaries as text for people; `--json` prints the same summaries as they are."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from aecore.registry import BOUNDS
+from pipelines.recipe.yaml import Tree
+
+
+def of_step(summary: Mapping[str, Any]) -> str:
+    """Return one or two lines about what a step made."""
+    if summary.get("dry_run"):
+        return "would " + _lines(summary)
+    first, *rest = _STEPS[summary["step"]](summary).split("\n")
+    return "\n".join([f"{first} ({summary['seconds']:.1f} s)", *rest])
+
+
+def of_pipeline(summaries: Mapping[str, Any]) -> str:
+    """Return the lines of all stages."""
+    return "\n".join(of_step(summary) for summary in summaries.values())
+
+
+def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
+    """Return a tree as indented `key: value` lines; long lists are cut."""
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{key}:", of_tree(value, indent + "  ")]
+        elif isinstance(value, list | tuple) and value and all(isinstance(each, Mapping) for each in value):
+            named = {str(number): each for number, each in enumerate(value, 1)} if len(value) > 1 else value[0]
+            lines += [f"{indent}{key}:", of_tree(named, indent + "  ")]
+        elif isinstance(value, list | tuple) and len(value) > 8:
+            lines.append(f"{indent}{key}: {', '.join(map(str, value[:8]))}, ... ({len(value):,} in all)")
+        else:
+            lines.append(f"{indent}{key}: {_value(value)}")
+    return "\n".join(lines)
+
+
+def of_parts(parts: Mapping[str, Any]) -> str:
+    """Return what `aepipe list` says: a kind a paragraph, a knob a line."""
+    lines = []
+    for name, part in parts.items():
+        read_by = f" (read by {', '.join(part['steps'])})" if part.get("steps") else ""
+        lines.append(f"{name}: {part['about']}{read_by}")
+        for key, knob in part.get("knobs", {}).items():
+            lines.append(f"    {key} = {_value(knob['default'])}    {knob['help']} ({_taken(knob)})")
+    return "\n".join(lines)
+
+
+def _taken(knob: Mapping[str, Any]) -> str:
+    bounds = [f"{sign} {_value(knob[name])}" for name, sign in BOUNDS.items() if name in knob]
+    return " ".join([str(knob["type"]), *([" and ".join(bounds)] if bounds else [])])
+
+
+def of_deployments(summary: Mapping[str, Any]) -> str:
+    """Return what `aepipe deploy` made, a deployment a line, and how a worker is started."""
+    lines = ["would deploy:"] if summary["dry_run"] else []
+    lines += [f"work pool {summary['pool']['name']} ({summary['pool']['type']}): {summary['pool']['made']}"]
+    lines += [f"automation {automation['name']!r}: {automation['made']}" for automation in summary["automations"]]
+    for deployment in summary["deployments"]:
+        when = f", {deployment['schedule']}" if deployment["schedule"] else ""
+        lines.append(f"deployment {deployment['name']}: {deployment['made']}{when}")
+    return "\n".join([*lines, f"a worker runs them: prefect worker start --pool {summary['pool']['name']}"])
+
+
+def _shard(summary: Mapping[str, Any]) -> str:
+    samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
+    bags = f" in {_count(sum(summary['bags'].values()), 'bag')}" if "bags" in summary else ""
+    bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
+    size = f"{_count(summary['shards'], 'shard')}, {_size(summary['bytes'])}"
+    noun = _noun(sum(summary["samples"].values()), "sample")
+    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}; {size}"
+
+
+def _train(summary: Mapping[str, Any]) -> str:
+    numbers = {name: value for name, value in summary["metrics"].items() if isinstance(value, float) and name not in ("lr", "beta")}
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+    means = f"means of epoch {summary['epoch']}: {metrics}; " if numbers else ""
+    done = "" if summary["made"] else "finished already, "
+    return f"model {summary['model']}: {done}step {summary['steps']:,}; {means}checkpoint {summary['checkpoint_sha256'][:12]}"
+
+
+def _encode(summary: Mapping[str, Any]) -> str:
+    bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
+    new = "" if summary["made"] else "nothing new, "
+    rows = f"{_count(summary['rows'], 'row')} in {_count(summary['parts'], 'part')}"
+    return f"table {summary['table']} generation {summary['generation']}: {new}{rows}{bad}"
+
+
+def _evaluate(summary: Mapping[str, Any]) -> str:
+    if "not_evaluated" in summary:
+        return f"{summary['dataset']}: not evaluated: {summary['not_evaluated']}"
+    shown = ("num_samples", "elbo", "log_likelihood", "kl", "mse", "active_units")
+    numbers = ", ".join(f"{name} {_value(summary[name])}" for name in shown if summary.get(name) is not None)
+    warnings = "".join(f"\nwarning: {warning}" for warning in summary.get("warnings", ()))
+    return f"{summary['split']} of {summary['dataset']}: {numbers}{warnings}"
+
+
+def _generate(summary: Mapping[str, Any]) -> str:
+    what = f"{_count(summary['num'], 'sample' if summary['step'] == 'sample' else 'decoded latent')} of shape {_value(summary['shape'])}"
+    files = _count(summary["files"], "file") if summary["made"] else "all there already"
+    return f"{summary['out']}: {what}, {files}; checkpoint {summary['checkpoint'][:12]}"
+
+
+_STEPS = {
+    "shard": _shard,
+    "adopt": _shard,
+    "train": _train,
+    "encode": _encode,
+    "evaluate": _evaluate,
+    "sample": _generate,
+    "decode": _generate,
+}
+
+
+def _lines(summary: Tree | Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in summary.items() if key not in ("step", "dry_run", "seconds")}
+    return f"{summary['step']}:\n{of_tree(rest, '  ')}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return "-" if value is None or value == {} else str(value)
+
+
+def of_compare(tree: Mapping[str, Any]) -> str:
+    """Return what `aepipe compare` found: numbers of both sides on one line, hashes cut, empty answers left out."""
+    return of_tree(_compact(tree))
+
+
+def _compact(tree: Mapping[str, Any]) -> Tree:
+    shown: Tree = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value.keys() & {"a", "b"} and value.keys() <= {"a", "b", "delta"}:
+            change = f" ({value['delta']:+.6g})" if "delta" in value else ""
+            shown[key] = f"{_value(value['a'])} | {_value(value['b'])}{change}"
+        elif isinstance(value, Mapping):
+            inner = _compact(value)
+            if inner:
+                shown[key] = inner
+        elif value == [] or value is None:
+            continue
+        else:
+            shown[key] = [_short(each) for each in value] if isinstance(value, list) else _short(value)
+    return shown
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
+
+
+def of_doctor(report: Mapping[str, Any]) -> str:
+    """Return a line for each check, with the remedy where there is something to do."""
+    lines = []
+    for check in report["checks"]:
+        remedy = f"; {check['remedy']}" if check["remedy"] else ""
+        lines.append(f"{check['state']:<8} {check['name']}: {check['said']}{remedy}")
+    counts = ", ".join(f"{report[state]} {state}" for state in ("ok", "warning", "failed", "skipped"))
+    return "\n".join([*lines, counts])
+
+
+def of_gc(report: Mapping[str, Any]) -> str:
+    """Return what was removed and why, what waits and what is not ours: a line for each reason."""
+    if "stages" in report:
+        lines = [of_gc(stage) for stage in report["stages"].values()]
+        return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])
+    done = "would remove" if report["dry_run"] else "removed"
+    lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]
+    for why in dict.fromkeys(item["why"] for item in report["garbage"]):
+        items = [item for item in report["garbage"] if item["why"] == why]
+        names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
+        lines.append(f"  {_count(len(items), 'file')}, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
+    lines += [
+        f"  left: {item['what']}, {_count(item['files'], 'file')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
+    ]
+    return "\n".join([*lines, *_left_alone(report, "not ours, left alone")])
+
+
+def _left_alone(report: Mapping[str, Any], why: str) -> list[str]:
+    names = report["not_ours"]
+    shown = ", ".join(names[:8]) + (f", ... ({len(names):,} in all)" if len(names) > 8 else "")
+    return [f"  {why}: {shown}"] if names else []
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {_noun(number, noun)}"
+
+
+def _noun(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}s"
+
+
+def _size(num_bytes: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:,.0f} {units[0]}" if units[0] == "bytes" else f"{num_bytes:,.1f} {units[0]}"

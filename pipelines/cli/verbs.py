@@ -1,0 +1,277 @@
+"""The verbs of `aepipe`, in the order of its help: to add one is to add a function here.
+
+A verb says its arguments, imports what it needs when it is called, and returns a `Result` that `cli.py` prints (None: there is
+nothing to print). Thin on purpose: what lasts longer than a few lines is a function of the room that does it.
+"""
+
+import os
+from typing import Any
+
+from aecore.errors import ConfigError, did_you_mean
+from pipelines.cli import overrides, run_step
+from pipelines.cli.arguments import Args, Result, Verbs, argument
+from pipelines.deploy import POOL
+
+VERBS = Verbs()
+URL = argument("url", "dataset, run, table, or a root of all three")
+
+
+@VERBS.register(
+    "shard",
+    "write images, arrays or other people's tars (or the source kind `sprites`) as a dataset, or append what is new",
+    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind (a bare word that is both means the kind: write ./sprites)"),
+    argument("dataset", "where the dataset is or goes"),
+    argument("--recipe", "recipe whose other sections are used"),
+    writes=True,
+)
+def _shard(args: Args) -> Result:
+    base = {"source": _source(args), "out": args.dataset}
+    return run_step.step("shard", args, base)
+
+
+@VERBS.register(
+    "adopt",
+    "index other people's WebDataset tars where they lie, as a dataset; not a byte of them is copied",
+    argument("src", "folder of .tar files, one of them, or a pattern like 'shards/{00000..00009}.tar'"),
+    argument("dataset", "where the dataset (manifest and indexes) is or goes"),
+    argument("--recipe", "recipe whose other sections are used"),
+    writes=True,
+)
+def _adopt(args: Args) -> Result:
+    base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset}
+    return run_step.step("adopt", args, base)
+
+
+def _source(args: Args) -> dict[str, str]:
+    """Return the section of SRC: a bare word that is a source kind means the kind, also where a folder has its name."""
+    from aecore.data.sources._detect import kind_of
+    from aecore.registry import SOURCES
+
+    word = args.src
+    if word.isidentifier():
+        if word in SOURCES.kinds():
+            return {"kind": word}
+        if not os.path.exists(word):
+            raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
+    if any(text.startswith("source.kind=") for text in args.overrides):
+        return {"url": word}
+    return {"kind": kind_of(word), "url": word}
+
+
+@VERBS.register(
+    "train",
+    "train a recipe: data=... out=...",
+    argument("recipe", "recipe file or shipped recipe", nargs="?"),
+    writes=True,
+)
+def _train(args: Args) -> Result:
+    return run_step.step("train", args, {})
+
+
+@VERBS.register(
+    "encode",
+    "encode a dataset with a trained run into a latent table",
+    argument("run", "trained run"),
+    argument("dataset", "dataset"),
+    argument("table", "where the table is or goes"),
+    argument("--recipe", "recipe whose encode and cluster sections are used"),
+    writes=True,
+)
+def _encode(args: Args) -> Result:
+    return run_step.step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table})
+
+
+@VERBS.register(
+    "evaluate",
+    "score a trained run on a split (evaluate.split=test, .iwae=100, .probe=true, .factors=true)",
+    argument("run", "trained run"),
+    argument("dataset", "dataset"),
+    argument("--figures", "draw the figures of the model into this folder or s3://bucket/prefix", metavar="OUT"),
+    argument("--recipe", "recipe whose evaluate section is used"),
+    writes=True,
+)
+def _evaluate(args: Args) -> Result:
+    base = {"run": args.run, "data": args.dataset} | ({"evaluate": {"figures": args.figures}} if args.figures else {})
+    result = run_step.step("evaluate", args, base)
+    if args.dry_run:
+        return result
+    from pipelines.cli import scores
+
+    return result._replace(as_text=scores.of_evaluation)
+
+
+@VERBS.register(
+    "sample",
+    "draw samples from the prior of a trained run (num=64 seed=0; label=3 for a model that is told the class)",
+    argument("run", "trained run"),
+    argument("out", "where the samples go"),
+    argument("--recipe", "recipe whose sample section is used"),
+    writes=True,
+)
+def _sample(args: Args) -> Result:
+    from pipelines.cli import generate
+
+    return generate.sample(args)
+
+
+@VERBS.register(
+    "decode",
+    "turn latents back into data with a trained run",
+    argument("run", "trained run"),
+    argument("latents", "latent table of this run, or a .npy or .npz file of latents [n, D]"),
+    argument("out", "where the decoded samples go"),
+    argument("--recipe", "recipe whose decode section is used"),
+    writes=True,
+)
+def _decode(args: Args) -> Result:
+    from pipelines.cli import generate
+
+    return generate.decode(args)
+
+
+@VERBS.register(
+    "run",
+    "shard, train, encode and evaluate a recipe as one flow: out=...",
+    argument("recipe", "recipe file or shipped recipe"),
+    writes=True,
+)
+def _run(args: Args) -> Result:
+    return run_step.pipeline(args)
+
+
+@VERBS.register(
+    "submit",
+    "run a recipe as a job of a Ray cluster: out=... cluster.address=http://host:8265",
+    argument("recipe", "recipe file or shipped recipe"),
+    argument("--no-wait", "return the job's id at once; the same command without it joins the job", action="store_true"),
+    argument("--detach", "the same as --no-wait", action="store_true", dest="no_wait"),
+    argument("--stop", "stop the job of this recipe", action="store_true"),
+    writes=True,
+)
+def _submit(args: Args) -> Result:
+    return run_step.submit(args)
+
+
+@VERBS.register("show", "say what lies at a URL", URL, recipe=False)
+def _show(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import show
+
+    return Result(show.show(args.url), text.of_tree)
+
+
+@VERBS.register(
+    "verify",
+    "check what lies at a URL",
+    URL,
+    argument("--read-data", "read every byte and compare the hashes", action="store_true"),
+    argument("--read-data-subset", "read the k-th of n slices of the shards and parts: n nightly checks read all", metavar="K/N"),
+    argument("--dataset", "where the dataset of a table lies now (else: where it was encoded from; in a root: its dataset/)"),
+    recipe=False,
+)
+def _verify(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import show
+
+    report = show.verify(args.url, read_data=args.read_data, dataset=args.dataset, subset=args.read_data_subset)
+    return Result(report, lambda found: f"ok\n{text.of_tree(found)}")
+
+
+@VERBS.register(
+    "compare",
+    "say in what two runs, tables, datasets or roots differ",
+    argument("a", "run, table, dataset, or a root of all three"),
+    argument("b", "another one of the same kind"),
+    recipe=False,
+)
+def _compare(args: Args) -> Result:
+    from aecore.maintenance.compare import compare
+    from pipelines.cli import text
+
+    return Result(compare(args.a, args.b), text.of_compare)
+
+
+@VERBS.register(
+    "gc",
+    "remove what killed or overtaken attempts left and nobody needs (never what a manifest names)",
+    URL,
+    argument("--older-than", "leave alone what may still be written: anything younger than this, for example 7d", default="1d"),
+    argument("--unfinished", "also give up what the same command would continue", action="store_true"),
+    writes=True,
+    recipe=False,
+)
+def _gc(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import gc
+
+    return Result(gc.gc(args.url, older_than=args.older_than, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
+
+
+@VERBS.register(
+    "doctor",
+    "check this machine, the store at URL, the Ray cluster and the Prefect server",
+    argument("url", "where artefacts will be written", nargs="?"),
+    argument("--recipe", "recipe whose cluster section says what is needed"),
+)
+def _doctor(args: Args) -> Result:
+    from pipelines import doctor
+    from pipelines.cli import text
+
+    found = doctor.doctor(args.url, args.recipe, tuple(args.overrides))
+    return Result(found, text.of_doctor, found["exit_code"])
+
+
+@VERBS.register(
+    "list",
+    "list models, backbones, sources, recipes, or the sections of a recipe with every key",
+    argument("what", choices=("models", "backbones", "sources", "recipes", "sections")),
+    recipe=False,
+)
+def _list(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import catalog
+
+    return Result(catalog.parts(args.what), text.of_parts)
+
+
+@VERBS.register(
+    "serve",
+    "wait for scheduled and manual runs of the flows (Prefect)",
+    argument("recipes", "recipe files or shipped recipes", nargs="*", metavar="RECIPE"),
+    argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
+)
+def _serve(args: Args) -> None:
+    from pipelines.deploy.serve import serve
+
+    serve(_recipes("serve", args), cron=args.cron)
+
+
+@VERBS.register(
+    "deploy",
+    "put the flows of recipes on the Prefect server of PREFECT_API_URL, for workers of a process work pool",
+    argument("recipes", "recipe files or shipped recipes (none: flows that ask for their recipe)", nargs="*", metavar="RECIPE"),
+    argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
+    argument("--pool", f"work pool, made if it is missing (default: {POOL})", default=POOL, metavar="NAME"),
+    writes=True,
+)
+def _deploy(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.deploy.pool import deploy
+
+    return Result(deploy(_recipes("deploy", args), args.cron, args.pool, dry_run=args.dry_run), text.of_deployments)
+
+
+def _recipes(verb: str, args: Args) -> list[Any]:
+    """Return the recipes that are named, each with the overrides; ConfigError for overrides of nothing."""
+    from pipelines.recipe.recipe import load_recipe
+
+    if not args.recipes:
+        overrides.refuse(verb, args.overrides, "has no recipe to change")
+    return [load_recipe(name, args.overrides) for name in args.recipes]
+
+
+@VERBS.register("demo", "make a small table of latents from generated sprites, under ./demo or out=...", writes=True)
+def _demo(args: Args) -> Result:
+    from pipelines.cli.demo import demo
+
+    return demo(args)

@@ -1,0 +1,150 @@
+"""The factory of the flows: one flow and one task per step, with retries where another attempt can help, its progress in the run's log.
+
+Every step may run again after a kill (files are put-if-absent, records say what is done), so a task is retried after storage or
+unknown errors; a wrong config, damaged data or a loss that became NaN would fail again and is not, and a cluster had its
+`cluster.timeout_s`. Progress is pulled by the driver, since nothing that Ray workers print reaches Prefect. Prefect's cache is
+off: the records on disk decide what is done.
+
+With `cluster.kind=job` a task submits the step (or the whole pipeline) as a Ray job, or joins the one that runs, and watches it. A
+cancelled run stops its job: from here when we see it, and by the hook `stop_job`, which Prefect runs when it has ended our process.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+
+from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed
+from aecore.registry import flatten
+from pipelines.cluster.jobs import JobStopped
+from pipelines.recipe.recipe import Recipe
+from pipelines.steps.pipeline import PIPELINE
+from pipelines.steps.progress import both, log_to, terminal
+from pipelines.steps.steps import STEPS
+from pipelines.steps.submit import run_as_job, stop
+
+PREFIX = "aepipe-"  # of the names of flows
+RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
+CRASHES = 3  # as often may the process of one run die before somebody has to look at it
+RESCUED = "its process was gone: run again by aepipe"
+
+
+def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
+    """Return the Prefect flow of a step, or of the pipeline, whose `body` takes the recipe; it stops its Ray job when it is cancelled.
+
+    Its entry point is `pipelines.flows.NAME.NAME_flow`, which deployments on servers keep: a module of that name has to hold it.
+    """
+
+    def run(recipe: dict[str, Any]) -> dict[str, Any]:
+        return run_step(name, recipe) if body is None else body(recipe)
+
+    run.__module__, run.__name__, run.__qualname__ = f"{__package__}.{name}", f"{name}_flow", f"{name}_flow"
+    run.__doc__ = f"Run `{name}` on a recipe (a tree of plain JSON) and return its summary."
+    return flow(name=f"{PREFIX}{name}", persist_result=False, on_cancellation=[stop_job])(run)
+
+
+def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+    """Return whether a failed task may succeed when it is run again."""
+    try:
+        state.result()
+    except (ClusterError, ConfigError, DataError, Diverged, JobStopped):
+        return False
+    except Exception:  # only looked at here: Prefect raises it where the last try has failed
+        return True
+    return False
+
+
+def run_step(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one step as a Prefect task and return its summary."""
+    require_not_always_crashing()
+    summary: dict[str, Any] = _TASKS[name](recipe)
+    return summary
+
+
+def require_not_always_crashing() -> None:
+    """RunFailed if this run was scheduled again and again by our automation (`deploy/rescue.py`), and its process died each time."""
+    run = FlowRunContext.get()
+    if run is None or run.flow_run is None or run.flow_run.deployment_id is None:
+        return
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(run.flow_run.id)
+    crashes = 0
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.is_scheduled() and state.message != RESCUED:  # a person or a schedule asked for it
+            crashes = 0
+        crashes += state.is_crashed()
+    if crashes >= CRASHES:
+        raise RunFailed(
+            f"the process of this run died {crashes} times in a row, so it is not started again by itself: look for the reason in the "
+            "worker's log (memory?), then run it again from Prefect's page; what is committed is kept"
+        )
+
+
+def _make(name: str) -> Any:
+    @task(
+        name=name,
+        retries=RETRIES,
+        retry_delay_seconds=list(RETRY_DELAY_S),
+        retry_condition_fn=worth_another_try,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+    def step(recipe: dict[str, Any]) -> dict[str, Any]:
+        logger = get_run_logger()
+        for package in ("aecore", "pipelines"):  # what they log in this process belongs to the run's log
+            logging.getLogger(package).setLevel(logging.INFO)
+        parsed, report = Recipe(recipe), both(terminal(), log_to(logger))
+        if parsed.cluster.kind == "job":
+            summary = run_as_job(name, parsed, report, logger.info, _is_cancelled)
+        else:
+            summary = STEPS[name](parsed, report)
+            logger.info("%s done in %.1f s", name, summary["seconds"])
+        for made, part in summary.items() if name == PIPELINE else [(name, summary)]:
+            leave_artifacts(made, part)
+        return summary
+
+    return step
+
+
+def _is_cancelled() -> bool:
+    """Return whether somebody cancelled the flow run that we are in."""
+    run_id = runtime.flow_run.id
+    if run_id is None:
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(run_id).state
+    except Exception as error:  # the job goes on without the server; the next question may be answered
+        logging.getLogger(__name__).debug("Prefect does not say whether the run is cancelled: %s", error)
+        return False
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+
+def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
+    """Stop the Ray job of a cancelled flow run. Prefect calls it with these names, in another process than the run's."""
+    name, tree = flow.name.removeprefix(PREFIX), (flow_run.parameters or {}).get("recipe")
+    if isinstance(tree, dict) and (recipe := Recipe(tree)).cluster.kind == "job":
+        job_id, status = stop(name, recipe)
+        logging.getLogger(__name__).info("cancelled: Ray job %s: %s", job_id, status)
+
+
+def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
+    """Leave counts or metrics as a table and the address as a link on the run's page."""
+    rows = [{"what": key, "value": value if isinstance(value, int | float | str) else str(value)} for key, value in flatten(summary)]
+    create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"what `{name}` made")
+    url = next((summary[key] for key in ("dataset", "model", "table") if key in summary), None)
+    if url is not None and name != "evaluate":
+        create_link_artifact(link=f"file://{url}" if url.startswith("/") else url, link_text=url, key=f"aepipe-{name}-url")
+
+
+def leave_report(title: str, text: str) -> None:
+    """Leave a markdown page on the run."""
+    create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
+
+
+_TASKS = {name: _make(name) for name in (*STEPS, PIPELINE)}

@@ -1,0 +1,1 @@
+"""Recipes: YAML and overrides in, validated frozen specs out. The only package that imports pydantic."""

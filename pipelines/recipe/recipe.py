@@ -1,0 +1,318 @@
+"""One tree for every verb: YAML file, command line and Prefect parameter hold the same `Recipe`.
+
+    defaults < file < key.path=value
+
+The sections are the frozen specs of `aecore`; nothing is declared a second time. A section is validated, and its module
+imported, when the tree holds it or a verb asks for it: `aepipe shard` imports no torch. How a section is validated: `validate.py`.
+Unknown keys are refused, at the top as inside a section, and the nearest known one is named.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import json
+import zoneinfo
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from aecore.errors import ConfigError, did_you_mean, similar
+from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
+from aecore.store import absolute_url
+from pipelines.recipe.nearest import nearest_keys
+from pipelines.recipe.validate import MissingKey, build_spec
+from pipelines.recipe.yaml import Tree, apply_overrides, read_recipe, require_no_broken_yaml
+
+if TYPE_CHECKING:
+    from aecore.data.format.transform import TransformSpec
+    from aecore.data.read.loader import InputSpec
+    from aecore.data.read.pairs import PairSpec
+    from aecore.data.write.spec import ShardSpec
+    from aecore.data.write.splits import SplitSpec
+    from aecore.encoding.encoder import EncodeSpec
+    from aecore.evaluate import EvaluateSpec
+    from aecore.sampling import DecodeSpec, SampleSpec
+    from aecore.training.job import CheckpointSpec, TrainSpec
+    from aecore.training.optimizer import OptimSpec
+
+
+@spec
+class ClusterSpec:
+    """Where the work runs; never part of an artefact's identity."""
+
+    kind: Literal["local", "address", "job"] = knob(
+        "local",
+        "local: this process or a Ray of ours (RAY_ADDRESS connects to a running one); address: a running cluster; "
+        "job: a Ray job of that cluster does it all, this process only watches",
+        identity=False,
+    )
+    address: str | None = knob(
+        None,
+        "address: host:port, auto or ray://host:port (else RAY_ADDRESS); "
+        "job: http://host:8265 of the dashboard (else RAY_API_SERVER_ADDRESS, RAY_ADDRESS)",
+        identity=False,
+    )
+    python: str | None = knob(
+        None, "job: interpreter on the head node that has aecore; this one where the head is this machine, else `python`", identity=False
+    )
+    shared_paths: tuple[str, ...] = knob((), "folders that every node sees under the same path (NFS)", identity=False)
+    num_workers: int = knob(2, "Ray workers; 0 stays in this process", ge=0, identity=False)
+    use_gpu: bool = knob(False, "one GPU per worker", identity=False)
+    resources_per_worker: dict[str, float] | None = knob(None, "Ray resources per worker, for example {CPU: 2}", identity=False)
+    threads_per_worker: int = knob(1, "torch threads per worker; also its CPUs unless resources_per_worker says them", ge=1, identity=False)
+    max_failures: int = knob(2, "how often training is restarted after a worker died", ge=0, identity=False)
+    timeout_s: float = knob(120.0, "longest wait for a cluster or for its resources, in seconds", gt=0, identity=False)
+
+    def __post_init__(self) -> None:
+        """ConfigError for a combination that cannot mean anything."""
+        address, job_server = self.address, (self.address or "").startswith(("http://", "https://"))
+        if address is not None and self.kind == "local":
+            kind = "job" if job_server else "address"
+            raise ConfigError(
+                f"ClusterSpec.address is {address!r}, which kind=local does not read: add cluster.kind={kind}, or leave it out"
+            )
+        if self.kind == "address" and job_server:
+            raise ConfigError(
+                f"ClusterSpec.address is {address!r}, a job server: set cluster.kind=job, or give the cluster's own host:port"
+            )
+        if self.kind == "job" and address is not None and not job_server:
+            raise ConfigError(
+                f"ClusterSpec.address is {address!r}, and jobs go to the dashboard of the head: "
+                "write cluster.address=http://host:8265, or set cluster.kind=address"
+            )
+        if self.kind == "address" and self.num_workers == 0:
+            raise ConfigError(
+                "ClusterSpec.num_workers is 0, which works in this process and leaves the cluster of kind=address idle: "
+                "set cluster.num_workers=1 or more, or cluster.kind=local"
+            )
+        if self.kind == "job" and self.num_workers == 0 and self.use_gpu:
+            raise ConfigError(
+                "ClusterSpec.num_workers is 0, which leaves a job's work to its driver on the head, and use_gpu=true wants a GPU for it: "
+                "set cluster.num_workers=1 or more, so that it goes where the GPUs are"
+            )
+        if self.python is not None and self.kind != "job":
+            raise ConfigError(
+                f"ClusterSpec.python is {self.python!r}, and only a job has an interpreter to choose: add cluster.kind=job, or leave it out"
+            )
+        for path in self.shared_paths:
+            if not path.startswith("/"):
+                raise ConfigError(f"ClusterSpec.shared_paths holds {path!r}, expected folders as absolute paths, for example /mnt/shared")
+
+
+@spec
+class ScheduleSpec:
+    """When `aepipe serve` runs the recipe."""
+
+    cron: str | None = knob(None, "cron expression, for example '0 3 * * *'", identity=False)
+    timezone: str = knob("UTC", "time zone of the cron expression, for example Europe/Berlin", identity=False)
+
+    def __post_init__(self) -> None:
+        """ConfigError for a time zone that does not exist: found here, not when the first tick is due."""
+        known = zoneinfo.available_timezones() if self.timezone != "UTC" else frozenset()
+        if known and self.timezone not in known:  # nothing is known on a machine without time zone data: the scheduler says so
+            near = _zones_like(self.timezone, known)
+            guess = f"did you mean {' or '.join(near)}?" if near else "expected an IANA name such as Europe/Berlin"
+            raise ConfigError(f"ScheduleSpec.timezone is {self.timezone!r}, which is no time zone: {guess}")
+
+
+def _zones_like(name: str, known: Iterable[str]) -> list[str]:
+    """Return the time zones that may be meant: those of this city, or the most similar names of zones or cities."""
+    word, cities = name.strip().replace(" ", "_").casefold(), dict[str, list[str]]()
+    for zone in sorted(known):
+        cities.setdefault(zone.rpartition("/")[2].casefold(), []).append(zone)
+    zones = {zone.casefold(): zone for zone in known}
+    if word in zones or word in cities:
+        return [zones[word]] if word in zones else cities[word][:3]
+    full = [zones[near] for near in similar(word, zones, count=3, at_least=0.9)]  # `europe/` alone is half a name
+    city = [zone for near in similar(word.rpartition("/")[2], cities, count=3) for zone in cities[near]]
+    return list(dict.fromkeys([*full, *city]))[:3]
+
+
+TOP: dict[str, str] = {"name": "mnist-nightly", "data": "./dataset", "run": "./run", "out": "./out"}
+SECTIONS: dict[str, str | Registry] = {
+    "source": SOURCES,
+    "splits": "aecore.data.write.splits:SplitSpec",
+    "shards": "aecore.data.write.spec:ShardSpec",
+    "model": MODELS,
+    "backbone": BACKBONES,
+    "transform": "aecore.data.format.transform:TransformSpec",
+    "optim": "aecore.training.optimizer:OptimSpec",
+    "train": "aecore.training.job:TrainSpec",
+    "checkpoint": "aecore.training.job:CheckpointSpec",
+    "input": "aecore.data.read.loader:InputSpec",
+    "pairs": "aecore.data.read.pairs:PairSpec",
+    "encode": "aecore.encoding.encoder:EncodeSpec",
+    "evaluate": "aecore.evaluate:EvaluateSpec",
+    "sample": "aecore.sampling:SampleSpec",
+    "decode": "aecore.sampling:DecodeSpec",
+    "cluster": "pipelines.recipe.recipe:ClusterSpec",
+    "schedule": "pipelines.recipe.recipe:ScheduleSpec",
+}
+DEFAULT_KINDS = {"source": "folder", "model": "vae", "backbone": "mlp"}
+
+
+class Recipe:
+    """A validated tree; each section is an attribute that gives its spec (`recipe.train.epochs`).
+
+    `tree` holds what was given (plain JSON: it is what travels to a flow), `resolved()` all values including the defaults.
+    """
+
+    if TYPE_CHECKING:
+        source: Any
+        splits: SplitSpec
+        shards: ShardSpec
+        model: Any
+        backbone: Any
+        transform: TransformSpec
+        optim: OptimSpec
+        train: TrainSpec
+        checkpoint: CheckpointSpec
+        input: InputSpec
+        pairs: PairSpec
+        encode: EncodeSpec
+        evaluate: EvaluateSpec
+        sample: SampleSpec
+        decode: DecodeSpec
+        cluster: ClusterSpec
+        schedule: ScheduleSpec
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        self.tree: Tree = json.loads(json.dumps(tree))
+        self._sections: dict[str, Any] = {}
+        self._readable = frozenset([*SECTIONS, *TOP])
+        for key, value in self.tree.items():
+            if key in TOP:
+                if value is not None and not isinstance(value, str):
+                    raise ConfigError(f"{key} is {value!r} ({type(value).__name__}), expected text, for example {key}={TOP[key]}")
+            elif key not in SECTIONS:
+                raise ConfigError(_unknown(key, self.tree))
+        for name in SECTIONS:
+            if name in self.tree:
+                with contextlib.suppress(MissingKey):  # the verb that needs the section asks again
+                    getattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in SECTIONS:
+            raise AttributeError(name)
+        self._require_readable(name)
+        if name not in self._sections:
+            self._sections[name] = build_section(name, self.tree.get(name))
+        return self._sections[name]
+
+    @property
+    def name(self) -> str:
+        """Return `name`, or the last folder of `out`."""
+        return self.tree.get("name") or (self.tree.get("out") or "aepipe").rstrip("/").rsplit("/", 1)[-1]
+
+    def require(self, key: Literal["data", "run", "out"]) -> str:
+        """Return the top-level URL `key`, absolute; ConfigError that shows an example if it is not set."""
+        self._require_readable(key)
+        if not self.tree.get(key):
+            raise ConfigError(f"{key} is missing: add {key}=..., for example {key}={TOP[key]}")
+        return absolute_url(self.tree[key], key)
+
+    def only(self, keys: Iterable[str]) -> "Recipe":
+        """Return the same recipe, of which no section and no address but these can be read: a step gets what its table entry names."""
+        part = copy.copy(self)
+        part._readable = frozenset(keys)
+        return part
+
+    def _require_readable(self, name: str) -> None:
+        assert name in self._readable, f"the step reads {name!r} of the recipe, which its entry in the table STEPS does not name"
+
+    def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:
+        """Return the whole tree with every default filled in, for the named sections."""
+        top = {key: self.tree[key] for key in TOP if self.tree.get(key)}
+        return top | {name: to_dict(getattr(self, name)) for name in sections}
+
+
+def load_recipe(name: str | None = None, overrides: Iterable[str] = (), *, base: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a file or shipped name (None: only defaults) with `base`, then the overrides, on top.
+
+    Raises
+    ------
+    ConfigError
+        Unknown recipe, key or kind, a value of the wrong type or out of its bounds.
+    """
+    file = read_recipe(name) if name is not None else {}
+    before = _merge(file, base or {})
+    tree = apply_overrides(before, overrides)
+    try:
+        return Recipe(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_kind_note(before, tree)}") from None
+
+
+def section_type(name: str, kind: str | None = None) -> type:
+    """Return the spec class of a section; for source, model and backbone that of `kind`."""
+    where = SECTIONS[name]
+    if isinstance(where, Registry):
+        return where.spec_type(kind or DEFAULT_KINDS[name])
+    module, _, cls = where.partition(":")
+    found: type = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def build_section(name: str, given: Any) -> Any:
+    """Validate one section; ConfigError names the full dotted path of everything that is wrong with it."""
+    if given is not None and not isinstance(given, dict):
+        require_no_broken_yaml(name, given)
+        raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {name}.{_a_key(name)}")
+    values, parts = dict(given or {}), SECTIONS[name]
+    if isinstance(parts, Registry):
+        kind = values.setdefault("kind", DEFAULT_KINDS[name])
+        if not isinstance(kind, str):
+            raise ConfigError(f"{name}.kind is {kind!r} ({type(kind).__name__}), expected one of {', '.join(parts.kinds())}")
+        cls = section_type(name, kind)
+    else:
+        cls = section_type(name)
+    return build_spec(name, cls, values)
+
+
+def _unknown(key: str, tree: Mapping[str, Any]) -> str:
+    below = list(tree[key]) if isinstance(tree[key], dict) else []
+    near = nearest_keys(key, below, {name: _fields(name, _kind(tree, name)) for name in SECTIONS}, TOP)
+    if near:
+        return f"unknown key {'.'.join([key, *below[:1]])!r}: did you mean {' or '.join(near)}?"
+    return f"unknown key {key!r}{did_you_mean(key, [*TOP, *SECTIONS])}"
+
+
+def _fields(name: str, kind: str | None) -> dict[str, str]:
+    """Return the fields of a section of this kind, then those that only other kinds have, each of these with the kinds that have it."""
+    found = {field.name: "" for field in dataclasses.fields(section_type(name, kind))}
+    known, others = SECTIONS[name], dict[str, list[str]]()
+    for other in known.kinds() if isinstance(known, Registry) else ():
+        for field in dataclasses.fields(section_type(name, other)):
+            others.setdefault(field.name, []).append(other)
+    return {field: f" (of {name}.kind={', '.join(kinds)})" for field, kinds in others.items()} | found
+
+
+def _kind(tree: Mapping[str, Any], name: str) -> str | None:
+    section = tree.get(name)
+    kind = section.get("kind") if isinstance(section, dict) else None
+    known = SECTIONS[name]
+    return kind if isinstance(known, Registry) and kind in known.kinds() else None
+
+
+def _kind_note(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    for name in DEFAULT_KINDS:
+        old, new = _kind(before, name), _kind(after, name)
+        if old and new and old != new:
+            return (
+                f"\n{name}.kind was changed from {old!r} to {new!r}, and the recipe's other {name} keys stayed: "
+                f"replace the whole section, '{name}={{kind: {new}}}'"
+            )
+    return ""
+
+
+def _merge(tree: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
+    out = dict(tree)
+    for key, value in top.items():
+        inner = out.get(key)
+        out[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return out
+
+
+def _a_key(name: str) -> str:
+    field = dataclasses.fields(section_type(name))[-1]
+    return f"{field.name}=..."

@@ -1,0 +1,36 @@
+"""`aepipe gc`: the garbage of a dataset, a run, a table, or of all three below a root."""
+
+import re
+
+from aecore.artifact.kinds import detect_artifact
+from aecore.errors import ConfigError
+from aecore.store import open_store
+from pipelines.recipe.yaml import Tree
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def seconds_of(text: str, option: str = "--older-than") -> float:
+    """Return the seconds of `90m`, `12h`, `7d`, `2w`; ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if match is None:
+        raise ConfigError(f"{option} {text} is no duration: write a number and one of s, m, h, d, w, for example {option} 7d")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool) -> Tree:
+    """Remove what nobody needs at `url`; return what was (or with `dry_run`: would be) removed, what waits, what is not ours."""
+    from aecore.maintenance.gc import collect_garbage
+
+    limit_s = seconds_of(older_than)
+    store = open_store(url)
+    found = detect_artifact(store)
+    if found is None or not found.stages:
+        return collect_garbage(store.url, older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run).to_dict()
+    stages = {}
+    for name in found.stages:
+        report = collect_garbage(f"{store.url}/{name}", older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run)
+        stages[name] = report.to_dict()
+    total = {key: sum(stage[key] for stage in stages.values()) for key in ("files", "bytes")}
+    not_ours = [name for name in store.list() if name not in found.stages]
+    return {"kind": "root", "url": store.url, **total, "not_ours": not_ours, "dry_run": dry_run, "stages": stages}

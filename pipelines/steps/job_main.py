@@ -1,0 +1,89 @@
+"""What runs inside a Ray job: `python -P -m pipelines.steps.job_main STEP RECIPE`, RECIPE as JSON, on the cluster that runs the job.
+
+The same steps as everywhere, without Prefect: whoever watches has that. All it says are lines on standard output: what is logged,
+progress that the watcher reads back (`progress.from_line`), and at the end one line RESULT with the summary, or with the error; the exit
+code is that of `aepipe`.
+"""
+
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from aecore import errors
+from aecore.errors import AecoreError, RunFailed
+from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.yaml import Tree
+from pipelines.steps import progress
+from pipelines.steps.pipeline import PIPELINE, run_stages
+from pipelines.steps.steps import STEPS
+
+RESULT = "aepipe-result "
+INTERRUPTED = 130
+logger = logging.getLogger(__name__)
+
+
+def arguments(name: str, tree: Tree) -> tuple[str, ...]:
+    """Return the arguments of the interpreter that runs step `name` (or PIPELINE) of a recipe inside a job.
+
+    In there the cluster is the one that RAY_ADDRESS names, which Ray sets; without workers the step stays in the job's own process.
+    """
+    cluster = {key: value for key, value in (tree.get("cluster") or {}).items() if key not in ("address", "python")}
+    cluster["kind"] = "local" if cluster.get("num_workers") == 0 else "address"
+    return ("-P", "-m", "pipelines.steps.job_main", name, json.dumps(tree | {"cluster": cluster}, separators=(",", ":")))
+
+
+def work(name: str, recipe: Recipe, report: progress.Report) -> Tree:
+    """Run one step, or all of a pipeline."""
+
+    def run(step: str, part: Recipe) -> Tree:
+        summary = STEPS[step](part, report)
+        logger.info("%s done in %.1f s", step, summary["seconds"])
+        return summary
+
+    return run_stages(recipe, run) if name == PIPELINE else run(name, recipe)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a step and return its exit code."""
+    name, text = sys.argv[1:] if argv is None else argv
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for package in ("aecore", "pipelines"):
+        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).handlers = [handler]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # that is how Ray stops a job
+    try:
+        return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "the job was interrupted; what is finished is kept"
+        return _end(INTERRUPTED, errors.to_json(RunFailed(message)))
+    except AecoreError as error:
+        return _end(error.exit_code, errors.to_json(error))
+    except Exception as error:  # a bug of ours: its traceback goes to the log, as on the command line
+        traceback.print_exc(file=sys.stdout)
+        return _end(1, errors.to_json(RunFailed(f"{type(error).__name__}: {error}")))
+
+
+def _end(exit_code: int, said: dict[str, Any]) -> int:
+    sys.stdout.write(f"{RESULT}{json.dumps(said, default=str)}\n")
+    sys.stdout.flush()
+    return exit_code
+
+
+def result_of(line: str) -> dict[str, Any] | None:
+    """Return what a line RESULT says, None for any other line, and for one that was cut off on its way."""
+    if not line.startswith(RESULT):
+        return None
+    try:
+        said = json.loads(line.removeprefix(RESULT))
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""A pipeline: shard, train, encode and evaluate one after the other under one root. It knows what a stage is given, not what it does."""
+
+from collections.abc import Callable, Collection
+
+from aecore.errors import DataError
+from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.yaml import Tree
+from pipelines.steps.steps import STEPS, check_source, with_absolute_urls
+
+PIPELINE = "pipeline"  # its name where that of a step could be
+RunStage = Callable[[str, Recipe], Tree]
+
+
+def stage(recipe: Recipe, name: str) -> Recipe:
+    """Return the recipe of one stage of a pipeline: `out` is a root that holds `dataset/`, `run/` and `table/`.
+
+    A pipeline with `data` trains on that dataset and has no shard stage.
+    """
+    root, step = recipe.require("out"), STEPS[name]
+    data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
+    made = {"dataset": data, "run": f"{root}/run", "table": f"{root}/table"}
+    inputs = {key: made[kind] for key, kind in (("data", "dataset"), ("run", "run")) if key in step.addresses}
+    rest = {key: value for key, value in with_absolute_urls(recipe).items() if key not in ("data", "run")}
+    return Recipe(rest | inputs | {"out": made[step.makes] if step.makes else root})
+
+
+def what_it_reads(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the sections and the addresses that a step (or PIPELINE) reads of this recipe.
+
+    A pipeline reads what its stages read, but for the addresses at the top, of which it is given `data` and `out` only.
+    """
+    if name != PIPELINE:
+        return list(STEPS[name].sections), list(STEPS[name].addresses)
+    parts = [STEPS[stage] for stage in (*stages(recipe), "evaluate")]
+    inside = [address for part in parts for address in part.addresses if "." in address]
+    return list(dict.fromkeys(section for part in parts for section in part.sections)), ["data", "out", *inside]
+
+
+def check_pipeline(recipe: Recipe) -> None:
+    """ConfigError for what would stop a pipeline only after its first stages."""
+    from aecore.encoding.encoder import require_posterior
+    from aecore.training.job import require_pairs_are_taken, require_possible
+
+    recipe.require("out")
+    if "shard" in stages(recipe):
+        check_source(recipe)
+    require_possible(recipe.train, recipe.checkpoint, recipe.cluster.num_workers)
+    require_posterior(recipe.model, recipe.encode)
+    require_pairs_are_taken(recipe.pairs, recipe.model.kind)
+
+
+def check_address(recipe: Recipe) -> None:
+    """ConfigError if no cluster or job server is named where the recipe needs one: in it, or in the environment of who runs it."""
+    from pipelines.cluster.job_client import job_address
+    from pipelines.cluster.session import cluster_address
+
+    if recipe.cluster.kind == "job":
+        job_address(recipe.cluster)
+    elif recipe.cluster.num_workers > 0:
+        cluster_address(recipe.cluster)
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """Return the stages of a pipeline that come before evaluate, in order."""
+    return ["train", "encode"] if recipe.tree.get("data") else ["shard", "train", "encode"]
+
+
+def run_stages(recipe: Recipe, run: RunStage) -> Tree:
+    """Run all stages of a pipeline with `run(name, recipe of the stage)`; evaluate where the dataset has the split. Summaries by name."""
+    from aecore.data.dataset import open_dataset
+
+    summaries: Tree = {}
+    last, missing = stage(recipe, "evaluate"), None
+    data = last.require("data")
+    for name in stages(recipe):
+        if name == "train":  # the last chance before hours of work
+            missing = missing_split(recipe, data, open_dataset(data).manifest.splits)
+        summaries[name] = run(name, stage(recipe, name))
+    skipped = {"step": "evaluate", "dataset": data, "not_evaluated": missing, "seconds": 0.0}
+    summaries["evaluate"] = run("evaluate", last) if missing is None else skipped
+    return summaries
+
+
+def missing_split(recipe: Recipe, data: str, splits: Collection[str]) -> str | None:
+    """Return why a pipeline ends without an evaluation (only the default split may be missing), None if it has one.
+
+    DataError if the dataset `data` has `splits` and the recipe names another one, to train or to be evaluated on.
+    """
+    from aecore.evaluate import EvaluateSpec
+
+    asked = {"train.split": recipe.train.split, "train.val_split": recipe.train.val_split, "evaluate.split": recipe.evaluate.split}
+    missing = {key: split for key, split in asked.items() if split is not None and split not in splits}
+    for key, split in missing.items():
+        if (key, split) != ("evaluate.split", EvaluateSpec().split):
+            known = ", ".join(splits) or "none"
+            raise DataError(f"{data} has no split {split!r} (it has: {known}): set {key} to another one, or make it with splits.*")
+    return f"no split {recipe.evaluate.split!r}" if missing else None

@@ -1,0 +1,172 @@
+"""How far a job is, seen from the driver: workers' logs do not reach it, so it counts records and reads the run's metric parts.
+
+A step of a pipeline calls a `Report` with `Progress` values; who listens decides what becomes of them: one line that is drawn
+again on a terminal, one INFO line per shard or epoch in a log (Prefect's run log in a flow).
+"""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from aecore.artifact.commit import PartRecord, read_json
+from aecore.artifact.fanout import OnPart
+from aecore.store import Store
+from aecore.training.metrics import last_epoch, last_row
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` `unit`s of a stage; `text` says the newest thing, `milestone` that it is worth a line in a log."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+    text: str
+    milestone: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.done} of {self.total} {self.unit}, {self.text}"
+
+
+Report = Callable[[Progress], None]
+PASSING = "... "  # begins a line about progress that is no milestone
+_LINE = re.compile(r"(\.\.\. )?(\w+): (\d+) of (\d+) (\w+), (.*)")
+
+
+def silent(progress: Progress) -> None:
+    """Ignore the progress."""
+
+
+def log_to(logger: logging.Logger | logging.LoggerAdapter) -> Report:
+    """Return a report that writes one INFO line per milestone."""
+
+    def report(progress: Progress) -> None:
+        if progress.milestone:
+            logger.info("%s", progress)
+
+    return report
+
+
+def lines_to(stream: TextIO, every_s: float = 1.0) -> Report:
+    """Return a report for a reader far away: a line per milestone, and now and then one in between; `from_line` reads them back."""
+    last = -every_s
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if progress.milestone or now - last >= every_s:
+            last = now
+            stream.write(f"{'' if progress.milestone else PASSING}{progress}\n")
+            stream.flush()
+
+    return report
+
+
+def from_line(line: str) -> Progress | None:
+    """Return the progress that a line of `lines_to` says, None for any other line."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    passing, stage, done, total, unit, text = match.groups()
+    return Progress(stage, int(done), int(total), unit, text, milestone=passing is None)
+
+
+class TerminalLine:
+    """Draws one line with rate and time left, again and again in place, at most ten times a second."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._stage, self._first, self._started, self._drawn = "", 0, 0.0, 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = self._clock()
+        if progress.stage != self._stage:
+            self._stage, self._first, self._started, self._drawn = progress.stage, progress.done, now, 0.0
+        last = progress.done >= progress.total
+        if not last and now - self._drawn < 0.1:
+            return
+        self._drawn = now
+        rate = (progress.done - self._first) / max(now - self._started, 1e-9)
+        speed = f", {rate:,.1f} {progress.unit}/s, {_duration((progress.total - progress.done) / rate)} left" if rate and not last else ""
+        self._stream.write(f"\r\x1b[2K{progress.stage}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}")
+        self._stream.write("\n" if last else "")
+        self._stream.flush()
+
+
+def terminal() -> Report:
+    """Return the line on a terminal, nothing where standard error is a file or a pipe."""
+    return TerminalLine() if sys.stderr.isatty() else silent
+
+
+def line_printer() -> Callable[[str], None]:
+    """Return what shows a line of text on standard error, above the line of `terminal` that may be drawn there."""
+    before = "\r\x1b[2K" if sys.stderr.isatty() else ""
+
+    def show(line: str) -> None:
+        sys.stderr.write(f"{before}{line}\n")
+        sys.stderr.flush()
+
+    return show
+
+
+def both(first: Report, second: Report) -> Report:
+    """Return a report to two listeners."""
+
+    def report(progress: Progress) -> None:
+        first(progress)
+        second(progress)
+
+    return report
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def on_part(stage: str, unit: str, report: Report, *, milestones: bool) -> OnPart:
+    """Return the callback of `aecore.artifact.fanout.collect` that reports every finished part.
+
+    `milestones` is false where the workers live in this process, whose own log lines say the same.
+    """
+
+    def finished(record: PartRecord, done: int, total: int) -> None:
+        bad = f", {record.quarantined:,} quarantined" if record.quarantined else ""
+        report(Progress(stage, done, total, unit, f"{record.part}: {record.rows:,} rows{bad}", milestones))
+
+    return finished
+
+
+class TrainWatch:
+    """Reads the newest metrics of a run that other processes write, and reports steps and finished epochs."""
+
+    def __init__(self, store: Store, report: Report, *, milestones: bool, interval_s: float = 0.5) -> None:
+        self._store, self._report, self._milestones, self._interval_s = store, report, milestones, interval_s
+        self._step, self._epoch, self._total, self._looked = 0, -1, 0, 0.0
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._looked >= self._interval_s:
+            self._looked = now
+            self.look()
+
+    def look(self) -> None:
+        """Report the newest step if there is a new one; a milestone for the first news of each epoch and for the last step."""
+        row = last_row(self._store)
+        if row is None or row["step"] <= self._step:
+            return
+        self._total = self._total or read_json(self._store, "run.000001.json")["info"]["total_steps"]
+        self._step = row["step"]
+        validation = f", validation {row['validation']['loss']:.4f}" if "validation" in row else ""
+        news = row["epoch"] != self._epoch or "validation" in row or self._step == self._total
+        self._epoch = row["epoch"]
+        mean = last_epoch(self._store) if news and self._milestones else None  # in between a cheap look at the newest step will do
+        loss = f"mean loss {mean['loss']:.4f}" if mean else f"loss {row['loss']:.4f}"
+        text = f"epoch {row['epoch'] + 1}, {loss}{validation}"
+        self._report(Progress("train", self._step, self._total, "steps", text, news and self._milestones))
