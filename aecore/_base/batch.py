@@ -16,7 +16,7 @@ class Batch:
         ordinals: `[n]` int64, planned position of each sample in its split; keys are looked up in the index, not carried.
         positions: `[n]` int64, position of each row in the global batch; noise drawn for the whole batch is sliced by it.
         num_global: rows of the global batch over all ranks.
-        x2, label, mask, lengths: second view, class ids, valid instances, sequence lengths; None where there are none.
+        x_pair, label, mask, lengths: second view, class ids, valid instances, sequence lengths; None where there are none.
 
     A batch of bags has a `mask [bags, N]`, N instances in the longest bag: then `x` is `[bags, N, ...]` and `label [bags, N]`, padded
     with 0 and -1; `ordinals`, `positions` and `num_global` are of the instances, bag by bag, without padding. So noise is drawn per
@@ -27,7 +27,7 @@ class Batch:
     ordinals: Tensor
     positions: Tensor
     num_global: int
-    x2: Tensor | None = None
+    x_pair: Tensor | None = None
     label: Tensor | None = None
     mask: Tensor | None = None
     lengths: Tensor | None = None
@@ -55,11 +55,11 @@ class Batch:
         assert self.mask is None, "a batch of bags has no rows of its own"
         if len(self) <= rows:
             return [self]
-        columns = (self.x, self.ordinals, self.positions, self.x2, self.label, self.lengths)
+        columns = (self.x, self.ordinals, self.positions, self.x_pair, self.label, self.lengths)
         pieces = [() if column is None else torch.split(column, rows) for column in columns]
         return [
-            Batch(x, ordinals, positions, self.num_global, x2, label, None, lengths)
-            for x, ordinals, positions, x2, label, lengths in itertools.zip_longest(*pieces)
+            Batch(x, ordinals, positions, self.num_global, x_pair, label, None, lengths)
+            for x, ordinals, positions, x_pair, label, lengths in itertools.zip_longest(*pieces)
         ]
 
     def placed(self, rows: Tensor) -> Tensor:
@@ -78,5 +78,5 @@ class Batch:
 
         x = self.x.to(device, non_blocking=non_blocking)
         return Batch(
-            x, self.ordinals, self.positions, self.num_global, move(self.x2), move(self.label), move(self.mask), move(self.lengths)
+            x, self.ordinals, self.positions, self.num_global, move(self.x_pair), move(self.label), move(self.mask), move(self.lengths)
         )

@@ -44,15 +44,15 @@ class Trainable(BaseAutoencoder):
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
         """Forward and loss of one batch; means over its n rows.
 
-        `eps` is `[n, *noise_shape(S)]` standard normal noise, `[n, 2, *noise_shape(S)]` for a batch of pairs (`x2` is there); without it
-        the model draws its own from torch's global generator. In evaluation mode every model takes single samples.
+        `eps` is standard normal noise `[n, *noise_shape(S)]`, or `[n, 2, *noise_shape(S)]` for a batch with `x_pair`; None draws it from
+        torch's global generator. In evaluation mode every model takes single samples.
         """
 
     @abstractmethod
     def latents(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of the latent table: name -> `[n, D]` float32, without sampling, under `torch.inference_mode()`."""
 
-    def points(self, batch: Batch) -> Tensor:
+    def embedding(self, batch: Batch) -> Tensor:
         """Samples as points of a space, `[n, D]` float32: what probes, factor scores and maps work on; under inference mode.
 
         By default the first column of `latents` that is no `log_var`. A model whose latents are numbers of something overrides it.

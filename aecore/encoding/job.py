@@ -27,7 +27,7 @@ from aecore.artifact.commit import (
     require_same,
 )
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
-from aecore.checkpoint.compatibility import require_fit, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
@@ -131,7 +131,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
         dataset = open_dataset(data_url)
         loaded = loading.result()  # on the CPU: the workers' device may not be on this machine
         claimed, (parent, parent_sha256), recorded = looking.result()
-    require_fit(dataset, loaded)
+    check_input_shape(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     there = claimed if parent is None else parent.identity
     if there is not None:
@@ -147,11 +147,11 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     done = {task.stem: record for task in begun if (record := recorded_part(store, task, loaded.sha256)) is not None}
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
-    make_worker = MakeEncodeWorker(setup, loaded, recorded, _lanes(device, threads))
+    make_worker = MakeEncodeWorker(setup, loaded, recorded, _num_streams(device, threads))
     return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256, done)
 
 
-def _lanes(device: str, threads: int) -> int:
+def _num_streams(device: str, threads: int) -> int:
     """Return how many pieces of `threads` threads this process's CPUs can have in the model at a time; a GPU takes one after the other."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the first not on macOS
     return max(1, min(MOST_LANES, cpus // threads)) if device == "cpu" else 1

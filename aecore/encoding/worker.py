@@ -1,7 +1,7 @@
 """The worker of `encode`: loads the model once, then turns rows of one shard into one Parquet part.
 
 One thread reads and decodes the next batch while the model works on this one, in as many threads as this process has CPUs to itself
-(`lanes`). Output buffers are allocated once per part and filled in place; Arrow takes them as they are.
+(`num_streams`). Output buffers are allocated once per part and filled in place; Arrow takes them as they are.
 """
 
 import copy
@@ -104,14 +104,16 @@ class EncodeSetup:
 class EncodeWorker:
     """Makes parts. Opens its stores and loads the model when it is made, once per process.
 
-    `lanes` pieces of batches are encoded at a time, each by a model of its own that shares its weights with the others; what comes out
+    `num_streams` pieces of batches are encoded at a time, each by its own copy of the model (the weights are shared); what comes out
     does not depend on how many there are.
     """
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, *, lanes: int = 1) -> None:
+    def __init__(
+        self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, *, num_streams: int = 1
+    ) -> None:
         torch.set_num_threads(setup.threads)
         self.setup = setup
-        self.lanes = lanes
+        self.num_streams = num_streams
         self.store = open_store(setup.out_url)
         self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one asks again
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
@@ -120,7 +122,7 @@ class EncodeWorker:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
         self.encoder = Encoder(loaded, setup.spec, setup.device)
         self.free = SimpleQueue[Encoder]()
-        for model in (loaded, *_twins(loaded, lanes - 1)):
+        for model in (loaded, *_twins(loaded, num_streams - 1)):
             self.free.put(Encoder(model, setup.spec, setup.device))
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
@@ -168,7 +170,7 @@ class EncodeWorker:
     def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:
         with (
             closing(loader.shard_batches(task.shard, self.setup.spec.batch, task.row_start, task.row_stop)) as batches,
-            closing(map_ordered(self._latents, self._pieces(batches, task, values), threads=self.lanes)) as found,
+            closing(map_ordered(self._latents, self._pieces(batches, task, values), threads=self.num_streams)) as found,
         ):
             for rows, columns in found:
                 values.add(rows, columns)
@@ -210,14 +212,16 @@ class MakeEncodeWorker:
     A copy that travelled to another process asks and loads again, and has one lane: its CPUs are counted out.
     """
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, num_streams: int = 1
+    ) -> None:
         self.setup = setup
         self.loaded = loaded if setup.device == "cpu" else None
         self.recorded = recorded
-        self.lanes = lanes
+        self.num_streams = num_streams
 
     def __call__(self) -> EncodeWorker:
-        return EncodeWorker(self.setup, self.loaded, self.recorded, lanes=self.lanes)
+        return EncodeWorker(self.setup, self.loaded, self.recorded, num_streams=self.num_streams)
 
     def __reduce__(self) -> tuple[type["MakeEncodeWorker"], tuple[EncodeSetup]]:
         return MakeEncodeWorker, (self.setup,)

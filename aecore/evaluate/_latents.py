@@ -65,7 +65,7 @@ class SplitLatents:
         values, labels = [], []
         for stored in batches:
             ready = self.transform(stored.to(self.device))
-            latent = self.loaded.model.points(ready)
+            latent = self.loaded.model.embedding(ready)
             if len(latent) != len(stored.ordinals):
                 raise DataError(f"the model gives {len(latent)} latents for {len(stored.ordinals)} samples: probes need one of each")
             values.append(latent.float().cpu().numpy())

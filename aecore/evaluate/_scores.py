@@ -47,7 +47,7 @@ def scores_of(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, rank: R
     if not (spec.probe or spec.factors):
         return Scores()
     said, failed = None, None
-    if rank.index == 0:
+    if rank.rank == 0:
         try:
             said = json.dumps(dataclasses.asdict(_scores(loaded, dataset, spec, rank.device)))
         except DataError as error:

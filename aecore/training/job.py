@@ -46,9 +46,11 @@ class TrainSpec:
     init_from: str | None = knob(None, "run or checkpoint whose weights are the start (its hash is what counts)", identity=False)
     log_every_s: float = knob(10.0, "seconds between metric parts (at checkpoints and epoch ends in any case)", ge=0, identity=False)
 
-    def order(self, rank: int = 0, world: int = 1) -> TrainingOrder:
-        """Return the input order as `rank` of `world` reads it; ConfigError if lanes, batch and ranks do not fit each other."""
-        return TrainingOrder(seed=self.seed, lanes=self.lanes, block=self.block, global_batch=self.global_batch, rank=rank, world=world)
+    def order(self, rank: int = 0, world_size: int = 1) -> TrainingOrder:
+        """Return the input order as `rank` of `world_size` reads it; ConfigError if lanes, batch and ranks do not fit each other."""
+        return TrainingOrder(
+            seed=self.seed, lanes=self.lanes, block=self.block, global_batch=self.global_batch, rank=rank, world_size=world_size
+        )
 
 
 @spec
@@ -62,7 +64,7 @@ class CheckpointSpec:
 
 def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: int = 1) -> None:
     """ConfigError for combinations that cannot work, whatever the data: known before anything is read."""
-    train.order(world=max(num_workers, 1))
+    train.order(world_size=max(num_workers, 1))
     if checkpoint.best and train.val_split is None:
         raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
 
@@ -71,7 +73,7 @@ def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] |
     """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
     if pairs in (type(pairs)(), as_recorded(type(pairs)(), {})):  # the default of today, or of an older run
         return
-    if "x2" in model.train_inputs if model is not None else _takes(kind, "x2"):
+    if "x_pair" in model.train_inputs if model is not None else _takes(kind, "x_pair"):
         return
     asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(pairs).items())
     raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
@@ -165,8 +167,8 @@ def build_model(job: TrainJob, dataset: Dataset) -> Trainable:
         return model_config(job, dataset).build()
 
 
-def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world: int = 1) -> None:
-    """Raise ConfigError or DataError unless the dataset, its labels, its batches over `world` ranks and the weights of `init_from` fit.
+def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world_size: int = 1) -> None:
+    """Raise ConfigError or DataError unless dataset, labels, batches over `world_size` ranks and the weights of `init_from` fit the model.
 
     The weights of `loaded` are then those of the model.
     """
@@ -174,28 +176,28 @@ def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded:
         start_from(model, loaded)
     if not job.input.streams:  # tars without an index say at each batch what labels they have
         require_labels(dataset.url, dataset.manifest.classes, model)
-    require_batches_fit(job, dataset, model, world)
+    require_batches_fit(job, dataset, model, world_size)
 
 
-def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world: int) -> None:
-    """ConfigError if a step of the run leaves one of `world` ranks too few samples for batch normalisation in the model.
+def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world_size: int) -> None:
+    """ConfigError if a step of the run leaves one of `world_size` ranks too few samples for batch normalisation in the model.
 
     Of whole bags the number of instances is not known before they are read: they are not looked at.
     """
     if trains_on_bags(job, dataset):
         return
     known = dataset.manifest.num_samples(job.train.split) if not job.input.streams else 0
-    shape, order = model_config(job, dataset).input_shape, job.train.order(world=world)
+    shape, order = model_config(job, dataset).input_shape, job.train.order(world_size=world_size)
     require_batch_statistics(model, shape, order, known, total_steps(job, dataset), job.train.split)
 
 
-def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> TrainLoader:
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world_size: int = 1) -> TrainLoader:
     """Return the loader of the training split: of pairs or of whole bags if the model takes them, else of single samples.
 
     ConfigError if the model takes no pairs and they are asked for.
     """
     require_pairs_are_taken(job.pairs, job.model.kind, type(model))
-    order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
+    order, pairs = job.train.order(rank, world_size), job.pairs if "x_pair" in model.train_inputs else None
     if trains_on_bags(job, dataset):
         return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input)
     if not job.input.streams:

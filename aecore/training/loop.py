@@ -40,7 +40,6 @@ from aecore.data.format.transform import Transform
 from aecore.data.read.loader import Loader
 from aecore.errors import DataError, Interrupted
 from aecore.loss import LossResult
-from aecore.training.finite import require_finite_samples
 from aecore.training.job import (
     CheckpointSpec,
     RunResult,
@@ -58,7 +57,7 @@ from aecore.training.optimizer import build_optimizer, lr_at, set_lr
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
 from aecore.training.session import Session
-from aecore.training.validation import validate
+from aecore.training.validation import require_finite_samples, validate
 
 __all__ = ["CheckpointSpec", "OnCheckpoint", "Rank", "RunResult", "TrainJob", "TrainSpec", "fit"]
 
@@ -78,8 +77,8 @@ def fit(
 ) -> RunResult:
     """Train to the end (from the newest checkpoint if there is one) and publish `<out>/model/`.
 
-    Every rank calls it with the same job; with `rank.world > 1` the default process group must exist. Killed at any instant and
-    called again, it ends with the same losses and weights (bit-equal for the same world size and threads). A finished run returns
+    Every rank calls it with the same job; with `rank.world_size > 1` the default process group must exist. Killed at any instant and
+    called again, it ends with the same losses and weights (bit-equal for the same world_size size and threads). A finished run returns
     at once. `on_checkpoint(ref, metrics)` is called on every rank at the same steps; `ref` is None on all ranks but 0.
 
     `stop` says, from some moment on, that the run shall end: then the present step is ended, a checkpoint of it written, and Interrupted
@@ -102,7 +101,7 @@ def fit(
 
 def _claimed(job: TrainJob, rank: Rank) -> Session:
     """Return the session of a rank; rank 0 claims the run first, so that the others open the dataset generation that the claim names."""
-    if rank.index > 0:
+    if rank.rank > 0:
         from_rank_zero(rank, None)
         return Session(job, rank)
     session = Session(job, rank)
@@ -130,11 +129,11 @@ class _Training:
         self.config = model_config(job, dataset)
         self.run_sha256 = session.run_sha256
         model = session.model
-        require_batches_fit(job, dataset, model, rank.world)
+        require_batches_fit(job, dataset, model, rank.world_size)
         self.loader = session.loader
         self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
         self.total_steps = session.total_steps
-        for warning in schedule_warnings(job.model, self.total_steps) if rank.index == 0 else ():
+        for warning in schedule_warnings(job.model, self.total_steps) if rank.rank == 0 else ():
             logger.warning("%s", warning)
         self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data, stop)
         self.best: dict[str, Any] | None = None
@@ -144,7 +143,7 @@ class _Training:
         self.optimizer = build_optimizer(job.optim, self.objective)
         self.step = 0
         self._resume()
-        self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
+        self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world_size > 1 else self.objective
 
     def close(self) -> None:
         """Free the readers of the validation split; those of the training split are the session's."""
@@ -171,7 +170,7 @@ class _Training:
             start_from(self.objective.model, self.session.initial(self.job.train.init_from))
 
     def _newest(self) -> str | None:
-        newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.index == 0 else None
+        newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.rank == 0 else None
         return from_rank_zero(self.rank, None if newest is None else newest.name)
 
     def _load(self, name: str) -> DataError | None:
@@ -186,7 +185,7 @@ class _Training:
         self.log.resume(checkpoint.metrics, checkpoint.step)
         self.kept, self.best = [name], None if checkpoint.best is None else dict(checkpoint.best)
         self.step = checkpoint.step
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
         return None
 
@@ -201,7 +200,7 @@ class _Training:
                 self.step += 1
                 if self._after_step(started):
                     started = time.perf_counter()
-        result = self._publish() if self.rank.index == 0 else None
+        result = self._publish() if self.rank.rank == 0 else None
         from_rank_zero(self.rank, None)  # nobody returns before the model is published
         return result
 
@@ -212,12 +211,12 @@ class _Training:
         beta = job.model.beta_at(step)
         set_lr(self.optimizer, lr)
         self.objective.model.at_step(step)
-        seed_generators(seed_of("step", job.train.seed, step, self.rank.index), self.rank.device)  # dropout in user nets resumes exactly
+        seed_generators(seed_of("step", job.train.seed, step, self.rank.rank), self.rank.device)  # dropout in user nets resumes exactly
         batch = self.objective.transform.draw(batch, job.train.seed, step)
         result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
         for parameter in self.parameters:  # 40 us less than the optimizer's own
             parameter.grad = None
-        (result.objective * (samples * self.rank.world / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
+        (result.objective * (samples * self.rank.world_size / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
         if job.optim.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, job.optim.clip)
         self.optimizer.step()
@@ -270,7 +269,7 @@ class _Training:
             require_finite_samples([batch], rows)
 
     def _say(self, seconds: float) -> None:
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             mean = self.log.epoch.to_dict()
             validation = f", validation {mean['validation']['loss']:.4f}" if "validation" in mean else ""
             text = "epoch %d: step %d of %d, mean loss %.4f%s, %.1f s"
@@ -280,7 +279,7 @@ class _Training:
         buffers_from_rank_zero(self.rank, self.objective)
         require_equal_parameters(self.rank, self.objective, self.step)
         ref = None
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             name = f"checkpoints/step-{self.step:08d}-{self.attempt}"
             if self.job.checkpoint.best and "validation" in row:
                 loss = row["validation"]["loss"]

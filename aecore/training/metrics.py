@@ -120,7 +120,7 @@ class MetricLog:
     @property
     def due(self) -> bool:
         """Whether so many steps were added that the time of a flush must have come, or one rank alone shall stop; equal on all ranks."""
-        return len(self._rows) >= self._due_rows or (self.rank.world == 1 and self.stop())
+        return len(self._rows) >= self._due_rows or (self.rank.world_size == 1 and self.stop())
 
     def flush(self, validation: Mapping[str, float] | None = None, *, commit: bool = True) -> dict[str, Any]:
         """Reduce what was added and return the last step's row. Diverged at a loss that is not finite.
@@ -130,7 +130,7 @@ class MetricLog:
         if not self._rows:
             return {}
         sums = torch.stack(self._sums)
-        carried = sums.new_tensor([self._next_due(), float(self.rank.index == 0 and self.stop())])
+        carried = sums.new_tensor([self._next_due(), float(self.rank.rank == 0 and self.stop())])
         totals = all_sum(self.rank, torch.cat([sums.flatten(), carried])).tolist()
         self.stopping = totals.pop() > 0
         self._due_rows, self._since = int(totals.pop()), time.monotonic()
@@ -153,7 +153,7 @@ class MetricLog:
         for row in rows:
             self.epoch.add(row)
         self._reduced += rows
-        if commit or self.stopping or self.rank.world == 1 or self._since - self._written >= self.every_s:
+        if commit or self.stopping or self.rank.world_size == 1 or self._since - self._written >= self.every_s:
             self._write()
         return rows[-1]
 
@@ -174,16 +174,16 @@ class MetricLog:
 
     def _next_due(self) -> int:
         """Return rank 0's estimate of the steps until the next flush; 0 on the other ranks, so that the sum is the estimate."""
-        if self.rank.index != 0:
+        if self.rank.rank != 0:
             return 0
         seconds = max(time.monotonic() - self._since, 1e-6)
-        wanted = self.every_s if self.rank.world == 1 else min(self.every_s, AGREE_S)
+        wanted = self.every_s if self.rank.world_size == 1 else min(self.every_s, AGREE_S)
         return max(1, min(100_000, round(wanted * len(self._rows) / seconds)))
 
     def _write(self) -> None:
         rows, self._reduced, self._written = self._reduced, [], time.monotonic()
         name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             self.parts.append(self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics"))
 
 

@@ -42,7 +42,7 @@ def noise_for(model: Trainable, batch: Batch, seed: int, index: int) -> Tensor |
     shape = model.noise_shape()
     if shape is None:
         return None
-    views = () if batch.x2 is None else (2,)
+    views = () if batch.x_pair is None else (2,)
     noise = step_noise(seed, index, (batch.num_global, *views, *shape))
     rows = noise[batch.positions] if len(batch.positions) else noise[:1]
     return rows.to(batch.x.device)

@@ -43,13 +43,13 @@ def require_batch_statistics(
 ) -> None:
     """ConfigError with the counts if `model` has batch normalisation that a rank of some step of the run has too few samples for.
 
-    `order.world` ranks are looked at. `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
+    `order.world_size` ranks are looked at. `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
     """
     worst = _smallest(order, num_samples, total_steps)
     if worst is None or worst.samples > 1 or not _takes_two(model, input_shape):
         return
     name = next(name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS))
-    where = f" on rank {worst.rank} of {order.world}" if order.world > 1 else ""
+    where = f" on rank {worst.rank} of {order.world_size}" if order.world_size > 1 else ""
     counts = (
         f"{num_samples:,} samples of split {split!r} in steps of train.global_batch={order.global_batch}"
         if num_samples
@@ -72,11 +72,11 @@ class _Share:
 
 
 def shares(order: TrainingOrder, num_samples: int, step: int) -> list[int]:
-    """Return the samples that each of `order.world` ranks has in a step of an epoch, as `EpochOrder` deals them out."""
+    """Return the samples that each of `order.world_size` ranks has in a step of an epoch, as `EpochOrder` deals them out."""
     lanes = np.diff([lane * num_samples // order.lanes for lane in range(order.lanes + 1)])
     rows = order.global_batch // order.lanes
     own = np.minimum(lanes, (step + 1) * rows) - np.minimum(lanes, step * rows)
-    cuts = [rank * order.lanes // order.world for rank in range(order.world + 1)]
+    cuts = [rank * order.lanes // order.world_size for rank in range(order.world_size + 1)]
     return [int(own[first:last].sum()) for first, last in itertools.pairwise(cuts)]
 
 
@@ -85,8 +85,11 @@ def _smallest(order: TrainingOrder, num_samples: int, total_steps: int) -> _Shar
     if not total_steps:
         return None
     if not num_samples:
-        size, world = order.global_batch, order.world
-        return min((_Share((r + 1) * size // world - r * size // world, 0, r) for r in range(world)), key=lambda share: share.samples)
+        size, world_size = order.global_batch, order.world_size
+        return min(
+            (_Share((r + 1) * size // world_size - r * size // world_size, 0, r) for r in range(world_size)),
+            key=lambda share: share.samples,
+        )
     last = min(order.num_steps(num_samples), total_steps) - 1
     found = [_Share(samples, step, rank) for step in sorted({0, last}) for rank, samples in enumerate(shares(order, num_samples, step))]
     return min(found, key=lambda share: share.samples)
@@ -104,7 +107,7 @@ def _remedy(order: TrainingOrder, num_samples: int, total_steps: int) -> str:
         return itertools.islice((size for size in sizes if size >= order.lanes and works(size)), 1)
 
     sizes = [str(size) for size in (*nearest(-order.lanes), *nearest(order.lanes))]
-    fewer = "fewer ranks, " if order.world > 1 else ""
+    fewer = "fewer ranks, " if order.world_size > 1 else ""
     batches = f"train.global_batch={' or '.join(sizes)}, " if sizes else ""
     return f"use {batches}{fewer}or another normalisation (backbone.norm=group)"
 

@@ -81,7 +81,7 @@ class Session:
     @cached_property
     def loader(self) -> TrainLoader:
         """This rank's part of the training split."""
-        return train_loader(self.job, self.dataset, self.model, self.rank.index, self.rank.world)
+        return train_loader(self.job, self.dataset, self.model, self.rank.rank, self.rank.world_size)
 
     @cached_property
     def total_steps(self) -> int:
@@ -117,7 +117,7 @@ class Session:
         """
         if self.job.train.init_from is not None and self.claim is None:
             self._loaded = load_model(self.job.train.init_from)
-        require_trainable(self.job, self.dataset, self.model, self._loaded, self.rank.world)
+        require_trainable(self.job, self.dataset, self.model, self._loaded, self.rank.world_size)
         for note in self.loader.notes:
             logger.info(note)
 

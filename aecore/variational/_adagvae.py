@@ -53,7 +53,7 @@ class AdaGVAE(Trainable):
     torch.Size([2, 3, 4])
     """
 
-    train_inputs: ClassVar[tuple[str, ...]] = ("x", "x2")
+    train_inputs: ClassVar[tuple[str, ...]] = ("x", "x_pair")
 
     def __init__(self, vae: VAE, averaging: str = "gvae", divergence: str = "kl") -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class AdaGVAE(Trainable):
         self.vae.at_step(step)
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of the pairs `(batch.x, batch.x2)`, always sampled; `eps` is `[n, 2, S, D]`, None draws its own.
+        """Forward and loss of the pairs `(batch.x, batch.x_pair)`, always sampled; `eps` is `[n, 2, S, D]`, None draws its own.
 
         In evaluation mode a batch without `x2` is scored as the VAE of single inputs, with its terms and `eps [n, S, D]`: so are
         validation and evaluation.
@@ -162,11 +162,11 @@ class AdaGVAE(Trainable):
         Raises:
             ValueError: a batch without `x2` in training mode.
         """
-        if batch.x2 is None:
+        if batch.x_pair is None:
             if self.training:
-                raise ValueError("AdaGVAE trains on pairs and batch.x2 is None: give the Loader pairs=PairSpec(), or call .vae.loss")
+                raise ValueError("AdaGVAE trains on pairs and batch.x_pair is None: give the Loader pairs=PairSpec(), or call .vae.loss")
             return self.vae.loss(batch, eps=eps, beta=beta, likelihood=likelihood)
-        pair = (batch.x, batch.x2)
+        pair = (batch.x, batch.x_pair)
         output = self(pair, S=self.noise_shape()[0] if eps is None else eps.shape[-2], sample=True, eps=eps)
         return self.compute_loss(pair, output, beta, likelihood)
 

@@ -14,7 +14,7 @@ from aecore.loss import expected_value
 from aecore.registry import MODELS, knob, spec
 from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec, build_nets
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 
 
 class ConditionalVAE(GaussianVAE):
@@ -34,7 +34,9 @@ class ConditionalVAE(GaussianVAE):
     encode_inputs: ClassVar[tuple[str, ...]] = ("x", "label")
     num_classes: int
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, num_classes: int, bound: Bound | None = None) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, num_classes: int, bound: VariationalObjective | None = None
+    ) -> None:
         super().__init__(encoder, decoder, latent_dim, bound)
         if num_classes < 1:
             raise ValueError(f"num_classes must be >= 1, got {num_classes}")
@@ -89,7 +91,7 @@ class ConditionalVAE(GaussianVAE):
         latent = self._encode(x, label, S, sample, eps)
         return VAEOutput(self._decode(latent.z, label).x_hat, latent.z, latent.mu, latent.log_var)
 
-    def given(self, batch: Batch) -> tuple[Tensor | None]:
+    def condition(self, batch: Batch) -> tuple[Tensor | None]:
         """Return the labels."""
         return (batch.label,)
 

@@ -16,7 +16,7 @@ from aecore.loss import expected_value
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 
 
 class RecurrentVAE(GaussianVAE):
@@ -41,7 +41,7 @@ class RecurrentVAE(GaussianVAE):
         encoder: nn.Module,
         decoder: nn.Module,
         latent_dim: int,
-        bound: Bound | None = None,
+        bound: VariationalObjective | None = None,
         *,
         num_levels: int = 0,
         sample_steps: int = 64,
@@ -71,11 +71,11 @@ class RecurrentVAE(GaussianVAE):
         latent = self._encode(x, lengths, S, sample, eps)
         return VAEOutput(self._decode(latent.z, x.shape[1]).x_hat, latent.z, latent.mu, latent.log_var)
 
-    def given(self, batch: Batch) -> tuple[Tensor | None]:
+    def condition(self, batch: Batch) -> tuple[Tensor | None]:
         """Return the lengths."""
         return (batch.lengths,)
 
-    def decode_given(self, batch: Batch) -> tuple[int]:
+    def decode_condition(self, batch: Batch) -> tuple[int]:
         """Return T."""
         return (batch.x.shape[1],)
 

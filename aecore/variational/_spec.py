@@ -9,7 +9,7 @@ from aecore.loss import LOGITS
 from aecore.loss.schedules import cyclic_at, linear_at
 from aecore.nn import Backbone
 from aecore.registry import BACKBONES, knob, spec
-from aecore.variational.bound import Bound, clashing
+from aecore.variational.bound import VariationalObjective, clashing
 
 
 @spec
@@ -78,9 +78,9 @@ class VariationalSpec:
             return cyclic_at(self.beta, self.beta_cycle_steps, self.beta_warmup_steps or self.beta_cycle_steps // 2, step)
         return linear_at(self.beta, self.beta_warmup_steps, step)
 
-    def bound(self) -> Bound:
+    def bound(self) -> VariationalObjective:
         """Return a new objective of these knobs."""
-        return Bound(
+        return VariationalObjective(
             objective=self.objective,
             num_samples=self.num_samples,
             scale=self.scale,

@@ -126,7 +126,7 @@ class VQVAE(Trainable):
         return {"codes": codes.reshape(len(codes), -1)}
 
     @torch.inference_mode()
-    def points(self, batch: Batch) -> Tensor:
+    def embedding(self, batch: Batch) -> Tensor:
         """Return the codebook's vectors at all positions, one after the other, `[n, E * P]`."""
         return self.quantizer.embed(self._encode(batch.x).codes).flatten(1).float()
 

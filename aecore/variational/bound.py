@@ -39,7 +39,7 @@ class Reconstructed(Protocol):
     log_var: Tensor
 
 
-class Bound(nn.Module):
+class VariationalObjective(nn.Module):
     """The objective of a VAE with a Gaussian posterior and the prior N(0, I).
 
     Without a learned scale it has no parameters and adds nothing to a state dict.

@@ -58,7 +58,7 @@ def test_an_interrupted_run_is_exit_code_130():
 def _stopped(job: TrainJob, rank: Rank) -> str:
     metrics.AGREE_S = 0.0  # in this process: ranks agree at every step
     with pytest.raises(Interrupted) as stopped:
-        fit(job, rank=rank, stop=at_step(job.out, 5) if rank.index == 0 else lambda: pytest.fail("only rank 0 is asked"))
+        fit(job, rank=rank, stop=at_step(job.out, 5) if rank.rank == 0 else lambda: pytest.fail("only rank 0 is asked"))
     return str(stopped.value)
 
 
