@@ -55,7 +55,7 @@ class EncodeTask:
     row_stop: int
 
     def identity(self, checkpoint_sha256: str) -> dict[str, Any]:
-        """Return what the part is made of; two datasets have shards of one name, so a name alone says nothing."""
+        """Return the inputs of the part by hash: shards of two datasets may have the same name."""
         return {
             "split": self.shard.split,
             "shard": self.shard.stem,
@@ -115,14 +115,14 @@ class EncodeWorker:
         self.setup = setup
         self.num_streams = num_streams
         self.store = open_store(setup.out_url)
-        self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one asks again
+        self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one lists them again
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
         loaded = loaded or load_model(setup.model_url, device=setup.device)
         if loaded.sha256 != setup.checkpoint_sha256:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
         self.encoder = Encoder(loaded, setup.spec, setup.device)
         self.free = SimpleQueue[Encoder]()
-        for model in (loaded, *_twins(loaded, num_streams - 1)):
+        for model in (loaded, *_copies(loaded, num_streams - 1)):
             self.free.put(Encoder(model, setup.spec, setup.device))
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
@@ -141,7 +141,7 @@ class EncodeWorker:
         return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
 
     def ahead(self, tasks: Sequence[EncodeTask]) -> None:
-        """Begin to bring the shards of the next tasks near."""
+        """Start the background download of the shards of the next tasks (nothing to do for local datasets)."""
         self.dataset.prefetch([task.shard for task in tasks if task.stem not in self.recorded])
 
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
@@ -193,10 +193,10 @@ class EncodeWorker:
             self.free.put(encoder)
 
 
-def _twins(loaded: LoadedModel, count: int) -> list[LoadedModel]:
-    """Return the same weights in models of their own: what a model keeps in its attributes while it works is no other thread's.
+def _copies(loaded: LoadedModel, count: int) -> list[LoadedModel]:
+    """Return copies of the model that share its weights: attributes that a model sets in a forward pass belong to one thread.
 
-    None for a model that cannot be copied (it holds a lock, say). Hooks and closures over a model know the first one only.
+    No copies of a model that cannot be copied (it holds a lock, say). Hooks and closures over a model refer to the first one only.
     """
     weights = {id(tensor): tensor for tensor in itertools.chain(loaded.model.parameters(), loaded.model.buffers())}
     try:
@@ -207,9 +207,9 @@ def _twins(loaded: LoadedModel, count: int) -> list[LoadedModel]:
 
 
 class MakeEncodeWorker:
-    """Makes workers. In the process of the plan they share what it knows and have all its CPUs, `setup.threads` each lane.
+    """Makes workers. In the process of the plan they share its loaded model and have all its CPUs, `setup.threads` per stream.
 
-    A copy that travelled to another process asks and loads again, and has one lane: its CPUs are counted out.
+    A copy that was sent to another process loads everything again, and has one stream: the cluster allots its CPUs.
     """
 
     def __init__(
@@ -221,6 +221,7 @@ class MakeEncodeWorker:
         self.num_streams = num_streams
 
     def __call__(self) -> EncodeWorker:
+        """Return a new worker."""
         return EncodeWorker(self.setup, self.loaded, self.recorded, num_streams=self.num_streams)
 
     def __reduce__(self) -> tuple[type["MakeEncodeWorker"], tuple[EncodeSetup]]:
@@ -239,7 +240,7 @@ class _PartValues:
         self.refused: list[RefusedRow] = []
 
     def add(self, rows: NDArray[np.int64], found: Mapping[str, Tensor]) -> None:
-        """Copy the columns of a batch (any device, converted to the column's type) behind the rows that are there."""
+        """Copy the columns of a batch (any device, converted to the column's type) behind the filled rows."""
         assert found.keys() == self.columns.keys(), "the model gives other columns than it was planned with"
         stop = self.filled + len(rows)
         self.rows[self.filled : stop] = rows
@@ -269,7 +270,7 @@ class _PartValues:
 
 
 def encoded_by(loaded: LoadedModel, setup: EncodeSetup) -> dict[str, str]:
-    """Return what the last bits of the latents depend on besides the inputs: device, threads, versions, matrix product."""
+    """Return the environment that can change the last bits: device, thread count, library versions, matrix product."""
     if setup.device.startswith("cuda"):
         device = torch.cuda.get_device_name(setup.device)
     else:

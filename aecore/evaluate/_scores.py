@@ -1,6 +1,6 @@
 """The scores that need more than the split itself: probes on labels, disentanglement of known factors.
 
-Rank 0 computes them and tells the others: they are small, and all ranks get the same bits. The factor scores take the samples of
+Rank 0 computes and broadcasts them: they are small, and all ranks get the same bits. The factor scores take the samples of
 both splits as one population, as their authors draw from the whole grid of factors; probes are fitted on one split and scored on the other.
 """
 
@@ -24,7 +24,7 @@ from aecore.training.ranks import Rank, from_rank_zero
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What was asked for; None where it was not."""
+    """The requested scores; None for the others."""
 
     probe: dict[str, Any] | None = None
     disentanglement: dict[str, Any] | None = None
@@ -32,7 +32,7 @@ class Scores:
 
 
 def require_scorable(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec) -> None:
-    """Refuse scores that cannot be had: ConfigError for the installation, DataError for data without labels or the split."""
+    """Raise for scores that cannot be computed: ConfigError without scikit-learn, DataError without labels or the split."""
     if not (spec.probe or spec.factors):
         return
     dataset.manifest.split(spec.train_split)
@@ -46,16 +46,16 @@ def scores_of(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, rank: R
     """Return the scores that the spec asks for, the same on every rank; DataError if the data have no labels or no factors."""
     if not (spec.probe or spec.factors):
         return Scores()
-    said, failed = None, None
+    computed, failed = None, None
     if rank.rank == 0:
         try:
-            said = json.dumps(dataclasses.asdict(_scores(loaded, dataset, spec, rank.device)))
+            computed = json.dumps(dataclasses.asdict(_scores(loaded, dataset, spec, rank.device)))
         except DataError as error:
             failed = str(error)
     failed = from_rank_zero(rank, failed)
     if failed is not None:
         raise DataError(failed)
-    found = json.loads(str(from_rank_zero(rank, said)))
+    found = json.loads(str(from_rank_zero(rank, computed)))
     return Scores(found["probe"], found["disentanglement"], tuple(found["warnings"]))
 
 

@@ -1,9 +1,9 @@
 """Every figure of a trained model on a split of a dataset, as PNG files below a URL.
 
-    OUT/reconstructions.png  losses.png  ...   figures.json: what they are of, written last
+    OUT/reconstructions.png  losses.png  ...   figures.json: their inputs, written last
 
-A figure that a model does not have (samples of a prior that is not there, a plane of ten latents) is left out, with the reason.
-The same command again writes nothing; the figures of another model are refused a folder that has some.
+A figure that does not apply to a model (samples of a prior it does not have, a plane of ten latents) is left out, with the reason.
+The same command again writes nothing; a folder that holds the figures of another model is refused.
 """
 
 import functools
@@ -44,7 +44,7 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
     Raises
     ------
     ConfigError
-        matplotlib is not installed, or `out` holds other figures.
+        Matplotlib is not installed, or `out` holds other figures.
     DataError
         No such run or split, or samples that do not fit.
     """

@@ -78,12 +78,12 @@ def fit(
     """Train to the end (from the newest checkpoint if there is one) and publish `<out>/model/`.
 
     Every rank calls it with the same job; with `rank.world_size > 1` the default process group must exist. Killed at any instant and
-    called again, it ends with the same losses and weights (bit-equal for the same world_size size and threads). A finished run returns
+    called again, it ends with the same losses and weights (bit-equal for the same world size and threads). A finished run returns
     at once. `on_checkpoint(ref, metrics)` is called on every rank at the same steps; `ref` is None on all ranks but 0.
 
-    `stop` says, from some moment on, that the run shall end: then the present step is ended, a checkpoint of it written, and Interrupted
-    raised on all ranks. It is asked on rank 0 only: after every step, or, with other ranks, about once a second. At the last step the run
-    is finished instead.
+    Once `stop` returns True the run ends: the current step is finished, its checkpoint written, and Interrupted raised on all
+    ranks. It is called on rank 0 only: after every step, or, with other ranks, about once a second. At the last step the
+    run is finished instead.
 
     Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), Diverged (loss or
     weights not finite), Interrupted (`stop`).
@@ -131,11 +131,12 @@ class _Training:
         model = session.model
         require_batches_fit(job, dataset, model, rank.world_size)
         self.loader = session.loader
-        self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
+        split = job.train.val_split
+        self.val_loader = None if split is None else Loader(dataset, split, transform=job.transform, spec=job.input)
         self.total_steps = session.total_steps
         for warning in schedule_warnings(job.model, self.total_steps) if rank.rank == 0 else ():
             logger.warning("%s", warning)
-        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data, stop)
+        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._require_finite_data, stop)
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
         self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
@@ -150,13 +151,10 @@ class _Training:
         if self.val_loader is not None:
             self.val_loader.close()
 
-    def _val_loader(self, split: str) -> Loader:
-        return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input)
-
     def _resume(self) -> None:
         """Load the newest valid checkpoint (rank 0 chooses), if there is one.
 
-        Another attempt that works on this run may remove it meanwhile: it has written a newer one then.
+        A concurrent attempt at this run may remove it meanwhile, once it has written a newer one.
         """
         name = self._newest()
         while name is not None:
@@ -174,7 +172,7 @@ class _Training:
         return from_rank_zero(self.rank, None if newest is None else newest.name)
 
     def _load(self, name: str) -> DataError | None:
-        """Take weights, optimizer, metrics and step of a checkpoint; return why that failed."""
+        """Load weights, optimizer, metrics and step of a checkpoint; return the error if that failed."""
         try:
             checkpoint = read_checkpoint(self.store, name)
             load_weights(self.objective.model, self.store, checkpoint)
@@ -201,7 +199,7 @@ class _Training:
                 if self._after_step(started):
                     started = time.perf_counter()
         result = self._publish() if self.rank.rank == 0 else None
-        from_rank_zero(self.rank, None)  # nobody returns before the model is published
+        from_rank_zero(self.rank, None)  # no rank returns before the model is published
         return result
 
     def _train_step(self, batch: Batch) -> None:
@@ -244,7 +242,7 @@ class _Training:
         row = self.log.flush(validation, commit=due or epoch_end)
         if epoch_end:
             require_equal_parameters(self.rank, self.objective, self.step)
-            self._say(time.perf_counter() - started)
+            self._log_epoch(time.perf_counter() - started)
         if due or self.log.stopping:
             self._checkpoint(row)
         if self.log.stopping and not last:
@@ -258,17 +256,17 @@ class _Training:
         train = self.job.train
         return validate(self.objective, self.val_loader, seed=seed_of("validation", train.seed), batch=train.global_batch, rank=self.rank)
 
-    def _blame_data(self, step: int | None) -> None:
-        """DataError if a sample of a step (None: of the validation split) is not finite; tars without an index cannot be read again."""
+    def _require_finite_data(self, step: int | None) -> None:
+        """Raise DataError if a sample of a step (None: of validation) is not finite; tars without an index cannot be read again."""
         if step is None and self.val_loader is not None:
             loader = self.val_loader
             with closing(loader.range_batches(0, loader.num_samples, self.job.train.global_batch)) as batches:
                 require_finite_samples(batches, loader.rows)
-        elif step is not None and (found := self.loader.reread(step)) is not None:  # the batch of all ranks: all say the same
+        elif step is not None and (found := self.loader.reread(step)) is not None:  # the batch of all ranks: all raise the same error
             batch, rows = found
             require_finite_samples([batch], rows)
 
-    def _say(self, seconds: float) -> None:
+    def _log_epoch(self, seconds: float) -> None:
         if self.rank.rank == 0:
             mean = self.log.epoch.to_dict()
             validation = f", validation {mean['validation']['loss']:.4f}" if "validation" in mean else ""
@@ -312,9 +310,9 @@ class _Training:
         }
 
     def _retain(self) -> None:
-        """Keep the newest `keep` of what this attempt wrote (it knows that they are good); remove all older steps but the best ones.
+        """Keep the newest `keep` checkpoints of this attempt (known to be good); remove all older steps but the best ones.
 
-        Those of other attempts count too: one may be at work at this moment, and its next checkpoint names its best one again.
+        Best ones of other attempts are kept too: one may be running now, and its next checkpoint names its best one again.
         """
         self.kept = self.kept[-self.job.checkpoint.keep :]
         oldest = int(self.kept[0].split("-")[1])

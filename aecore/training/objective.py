@@ -16,10 +16,14 @@ from aecore.loss import LossResult
 class Objective(nn.Module):
     """Transform, forward pass and loss of one model.
 
-    Parameters:
-        model: any registered model; it is asked for `loss(batch, eps=..., beta=...)` and `noise_shape()` only.
-        transform: stored dtype -> float, on the batch's device.
-        likelihood: name of log p(x|z), see `aecore.loss.log_likelihood`.
+    Parameters
+    ----------
+    model
+        Any registered model; it is asked for `loss(batch, eps=..., beta=...)` and `noise_shape()` only.
+    transform
+        Stored dtype -> float, on the batch's device.
+    likelihood
+        Name of log p(x|z), see `aecore.loss.log_likelihood`.
     """
 
     def __init__(self, model: Trainable, transform: Transform, likelihood: str) -> None:

@@ -1,8 +1,8 @@
-"""What follows from the counts of a run before its first step: batches that batch normalisation cannot take, schedules that do not end.
+"""Checks from the counts of a run before its first step: batches too small for batch normalisation, schedules that do not end.
 
 Batch normalisation needs two values per channel in training, so a net that normalises vectors cannot take one sample; a convolution gives
 it many values of one. The counts of all steps follow from samples, batch, lanes and ranks; whole bags and tars without an index, whose
-counts do not, are only checked as far as they do.
+counts are not known, are checked as far as possible.
 """
 
 import dataclasses
@@ -41,12 +41,12 @@ def schedule_warnings(model: ModelSpec, total_steps: int) -> list[str]:
 def require_batch_statistics(
     model: Trainable, input_shape: tuple[int, ...], order: TrainingOrder, num_samples: int, total_steps: int, split: str
 ) -> None:
-    """ConfigError with the counts if `model` has batch normalisation that a rank of some step of the run has too few samples for.
+    """Raise ConfigError with the counts if `model` has batch normalisation and some rank has too few samples for it in some step.
 
-    `order.world_size` ranks are looked at. `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
+    All `order.world_size` ranks are checked. `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
     """
     worst = _smallest(order, num_samples, total_steps)
-    if worst is None or worst.samples > 1 or not _takes_two(model, input_shape):
+    if worst is None or worst.samples > 1 or not _needs_two_samples(model, input_shape):
         return
     name = next(name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS))
     where = f" on rank {worst.rank} of {order.world_size}" if order.world_size > 1 else ""
@@ -112,11 +112,11 @@ def _remedy(order: TrainingOrder, num_samples: int, total_steps: int) -> str:
     return f"use {batches}{fewer}or another normalisation (backbone.norm=group)"
 
 
-class _Found(Exception):  # no error: it ends a forward pass that has shown what it was for
+class _Found(Exception):  # no error: it ends a forward pass early
     pass
 
 
-def _takes_two(model: Trainable, input_shape: tuple[int, ...]) -> bool:
+def _needs_two_samples(model: Trainable, input_shape: tuple[int, ...]) -> bool:
     """Return whether a layer of batch normalisation gets a single value per channel of one sample, and would train on it."""
     was_training = model.training
     layers = [module for module in model.train().modules() if isinstance(module, _BATCH_NORMS) and module.training]
@@ -126,7 +126,7 @@ def _takes_two(model: Trainable, input_shape: tuple[int, ...]) -> bool:
     try:
         if layers:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                model.loss(_one_sample(model, input_shape, device))
+                model.loss(Batch.blank(input_shape, device))
     except _Found:
         return True
     finally:
@@ -139,8 +139,3 @@ def _takes_two(model: Trainable, input_shape: tuple[int, ...]) -> bool:
 def _look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if inputs[0].numel() == inputs[0].shape[1]:
         raise _Found
-
-
-def _one_sample(model: Trainable, input_shape: tuple[int, ...], device: torch.device) -> Batch:
-    batch = Batch.blank(input_shape, device)
-    return dataclasses.replace(batch, label=torch.zeros(1, dtype=torch.int64, device=device)) if "label" in model.train_inputs else batch

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a run, and the few collectives that the jobs need.
+"""The rank of this process in a run, and the few collectives that the jobs need.
 
 With one rank nothing here touches torch.distributed; with more the default process group must exist (gloo or nccl).
 """
@@ -39,9 +39,9 @@ def from_rank_zero(rank: Rank, value: str | None) -> str | None:
 
 
 def buffers_from_rank_zero(rank: Rank, model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0: running statistics are of the samples that a rank saw, so each has its own.
+    """Give every rank the buffers of rank 0: running statistics are of the samples that a rank saw, so they differ.
 
-    It is rank 0's model that a checkpoint holds, so it is the one that all ranks have to validate.
+    A checkpoint holds rank 0's model, so all ranks have to validate that one.
     """
     if rank.world_size == 1:
         return
@@ -53,7 +53,7 @@ def buffers_from_rank_zero(rank: Rank, model: nn.Module) -> None:
 
 
 def require_equal_parameters(rank: Rank, model: nn.Module, step: int) -> None:
-    """RunFailed if parameters or buffers differ between ranks, Diverged if a parameter is not finite: a model that must not be saved."""
+    """Raise RunFailed if parameters or buffers differ between ranks, Diverged if a parameter is not finite: such a model is not saved."""
     with torch.no_grad():
         sums = torch.stack([_total(model.parameters()), _total(value.nan_to_num() for value in model.buffers())])
         sums = sums.to(rank.device)

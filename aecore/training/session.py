@@ -1,7 +1,7 @@
 """A run, opened once: folder, claim, dataset, model and loader, for training and for a dry run alike.
 
-What is in a bucket costs a request each time that it is looked at, so nothing is looked at twice; and all parts of a run see the same claim
-and the same generation of the dataset.
+Every look into a bucket costs a request, so nothing is read twice; and all parts of a run see the same claim and the same generation of
+the dataset.
 """
 
 import logging
@@ -27,16 +27,23 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """What a rank has open of a run. `close` frees its readers.
+    """The opened parts of a run on one rank. `close` frees its readers.
 
-    Attributes:
-        store: the run's folder.
-        claim: what it belongs to, None before it is claimed.
-        dataset: the generation that the run started with; the newest one for a new run.
+    Attributes
+    ----------
+    store
+        The run's folder.
+    claim
+        The run's claim, None before it is claimed.
+    dataset
+        The generation that the run started with; the newest one for a new run.
 
-    Raises:
-        ConfigError: `job.out` holds no run, but something else.
-        DataError: there is no dataset.
+    Raises
+    ------
+    ConfigError
+        `job.out` holds no run, but something else.
+    DataError
+        There is no dataset.
     """
 
     def __init__(self, job: TrainJob, rank: Rank = Rank()) -> None:  # noqa: B008  # frozen
@@ -59,7 +66,7 @@ class Session:
         return open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
 
     def _claimed_stream(self) -> Dataset | None:
-        """Return the tars that a run of version 1 took for its split, by the words that it knew; None if it is no such run.
+        """Return the tars that a run of version 1 took for its split, by the split names it knew; None if it is no such run.
 
         The tars of a stream are part of the identity: of tars named `dev` or `testing` that version took every one for training data.
         """
@@ -75,12 +82,12 @@ class Session:
 
     @cached_property
     def model(self) -> Trainable:
-        """The job's model, with the weights that its seed gives, or `start` copied into it."""
+        """The job's model, with the weights of its seed, or those of `init_from`."""
         return build_model(self.job, self.dataset)
 
     @cached_property
     def loader(self) -> TrainLoader:
-        """This rank's part of the training split."""
+        """The part of the training split that this rank reads."""
         return train_loader(self.job, self.dataset, self.model, self.rank.rank, self.rank.world_size)
 
     @cached_property
@@ -111,7 +118,7 @@ class Session:
         require_same(self.store.url, "run", identity, self.claim["identity"], places=places, hints=hints, absent=self.job.absent_values())
 
     def require_trainable(self) -> None:
-        """Raise ConfigError or DataError for what cannot be trained at all (see `job.require_trainable`), and log what is notable.
+        """Raise ConfigError or DataError for what cannot be trained at all (see `job.require_trainable`), and log the loader's notes.
 
         Reads the weights of `init_from`, and the indexes of the split if the model trains on pairs or bags.
         """
@@ -156,7 +163,7 @@ class Session:
             logger.warning(text, self.store.url, begun, now)
 
     def initial(self, url: str) -> LoadedModel:
-        """Return the weights that the run starts from; ConfigError if they are others than those that it was claimed with."""
+        """Return the weights that the run starts from; ConfigError if they are not those of the claim."""
         assert self.claim is not None
         loaded = self._loaded or load_model(url)
         claimed = self.claim["identity"]["init_sha256"]

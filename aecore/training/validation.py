@@ -43,7 +43,7 @@ def split_means(
     num_batches = -(-loader.num_samples // batch)
     first, last = rank.rank * num_batches // rank.world_size, (rank.rank + 1) * num_batches // rank.world_size
     weight = 1.0
-    if first == last:  # more ranks than batches: this one still has to know the names and shapes of the terms
+    if first == last:  # more ranks than batches: this one still needs the names and shapes of the terms
         first, last, weight = 0, 1, 0.0
     with closing(loader.range_batches(first * batch, min(last * batch, loader.num_samples), batch)) as batches:
         sums = _sums(objective, enumerate(batches, first), seed, rank.device, extra)
@@ -90,7 +90,7 @@ def _terms(objective: Objective, ready: Batch, eps: Tensor | None) -> dict[str, 
 
 
 def require_finite_samples(batches: Iterable[Batch], rows: SplitRows) -> None:
-    """DataError that names the first sample of these batches that holds NaN or infinity; `rows` is the split that they were read from."""
+    """Raise DataError naming the first sample of these batches that holds NaN or infinity; `rows` is the split they were read from."""
     for batch in batches:
         instances = batch.x if batch.mask is None else batch.x[batch.mask.bool()]
         values = instances[: len(batch.ordinals)].flatten(1)

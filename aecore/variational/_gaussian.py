@@ -46,13 +46,18 @@ class VAEOutput(ModelOutput):
 class GaussianVAE(Trainable):
     """A posterior N(mu, exp(log_var)), the prior N(0, I) and a `VariationalObjective`; a subclass has `_encode`, `_decode` and `forward`.
 
-    What they take after `x` and `z` (a label, lengths), `condition` and `decode_condition` read from a batch.
+    What these take after `x` and `z` (a label, lengths) is what `condition` and `decode_condition` read from a batch.
 
-    Args:
-        encoder: gives features `[B, F]`, of which the sampling layer makes `mu` and `log_var`.
-        decoder: maps latents to `x_hat`.
-        latent_dim: D.
-        bound: the objective, the scale of the likelihood and S; by default the ELBO, with one sample.
+    Parameters
+    ----------
+    encoder
+        Gives features `[B, F]`, of which the sampling layer makes `mu` and `log_var`.
+    decoder
+        Maps latents to `x_hat`.
+    latent_dim
+        D.
+    bound
+        The objective, the scale of the likelihood and S; by default the ELBO, with one sample.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, bound: VariationalObjective | None = None) -> None:
@@ -88,20 +93,22 @@ class GaussianVAE(Trainable):
         Diagnostics: `elbo` (with `beta`), `log_likelihood`, `kl_divergence` (without `beta`). In training mode the objective is that
         of `bound`, which may add to them.
 
-        Raises:
-            ValueError: `output.x_hat` is not `[B, S, *x.shape[1:]]`.
+        Raises
+        ------
+        ValueError
+            `output.x_hat` is not `[B, S, *x.shape[1:]]`.
         """
         result: LossResult = self.bound(x, output, beta, likelihood, valid)
         return result
 
     def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
-        """Return (S, D); S None is what the bound trains with, in evaluation mode 1."""
+        """Return (S, D); S None is the objective's `num_samples`, in evaluation mode 1."""
         if num_samples is None:
             num_samples = self.bound.num_samples if self.training else 1
         return (num_samples, self.latent_dim)
 
     def at_step(self, step: int) -> None:
-        """Tell the bound, whose capacity may rise."""
+        """Set the training step of the objective, whose capacity may rise."""
         self.bound.at_step(step)
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:

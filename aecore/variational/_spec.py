@@ -41,7 +41,7 @@ class VariationalSpec:
         self.check()
 
     def check(self) -> None:
-        """ConfigError for knobs that cannot stand together or that nothing would read."""
+        """Raise ConfigError for knobs that exclude each other or would have no effect."""
         name = type(self).__name__
         if (clash := clashing(self.objective, self.free_bits, self.capacity)) is not None:
             raise ConfigError(f"{name}.{clash}")
@@ -111,7 +111,7 @@ def build_nets(model: VariationalSpec, backbone: Any, input_shape: tuple[int, ..
 
 
 class _Divided(nn.Module):
-    """Levels as numbers in [0, 1], which is what a network likes."""
+    """Scales levels to numbers in [0, 1]."""
 
     def __init__(self, largest: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Objectives of the VAE beside the ELBO: IWAE, free bits, capacity, learned scale; their knobs. Legend: B batch, S samples, D latent."""
+"""Objectives of the VAE, not the ELBO: IWAE, free bits, capacity, learned scale; their knobs. Legend: B batch, S samples, D latent."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""encode: every sample of the dataset is one row or one quarantined row, whoever does the work and however often it is killed."""
+"""encode: every sample of the dataset is one row or one quarantined row, for any number of workers and kills."""
 
 import dataclasses
 import errno

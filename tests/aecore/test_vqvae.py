@@ -207,7 +207,7 @@ def test_flat_codes_of_a_spec_decode_to_the_reconstruction(backbone: object) -> 
 
 
 def test_a_map_is_quantised_where_it_is() -> None:
-    """One code per position of the map: what changes in a corner of the image changes codes near it only."""
+    """One code per position of the map: what changes in a corner of the image changes codes around it only."""
     backbone = ConvSpec(channels=(8, 8), norm="none")
     model = MODELS.build(VQVAESpec(num_embeddings=256, embedding_dim=E), backbone, (1, 16, 16)).eval()
     sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

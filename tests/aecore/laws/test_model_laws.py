@@ -70,7 +70,7 @@ def noise(model: nn.Module, batch: Batch, num_samples: int = 1) -> Tensor | None
 
 
 def loss_of(model: nn.Module, batch: Batch, **options: object) -> LossResult:
-    """The loss in training mode; what training updates beside gradients (a codebook) is put back, so that losses can be compared."""
+    """The loss in training mode; state that training updates without gradients (a codebook) is restored, so that losses can be compared."""
     with buffers_put_back(model):
         result: LossResult = model.loss(batch, **options)
     return result
