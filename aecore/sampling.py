@@ -125,7 +125,7 @@ def prior_latents(seed: int, num: int, dim: int) -> Tensor:
     return torch.cat(blocks)[:num]
 
 
-def decoded(loaded: LoadedModel, z: Tensor, label: Tensor | None, batch: int) -> Tensor:
+def decode_batches(loaded: LoadedModel, z: Tensor, label: Tensor | None, batch: int) -> Tensor:
     """Return the expected inputs `[n, *shape]` of latents `[n, D]` on the CPU, `batch` at a time."""
     device = next(loaded.model.parameters()).device
     parts = []
@@ -236,7 +236,7 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
         return summary
     z = torch.from_numpy(np.array(latents.z))  # a copy: a table's memory is read-only
     label = torch.from_numpy(latents.rows["label"]) if "label" in latents.rows else None
-    x = decoded(loaded, z if z.dtype in (torch.int32, torch.int64) else z.float(), label, spec.batch)
+    x = decode_batches(loaded, z if z.dtype in (torch.int32, torch.int64) else z.float(), label, spec.batch)
     files = _write(store, name, x, {"z": latents.z, **latents.rows}, Transform(loaded.config.transform), spec.images)
     made = list(x.shape[1:])  # sequences have a length only now
     lineage = {"checkpoint": {"sha256": loaded.sha256, "step": loaded.checkpoint.step, "url": loaded.url}}

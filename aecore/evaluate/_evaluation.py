@@ -89,7 +89,7 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     ConfigError
         A score that this model or this installation cannot give.
     """
-    dataset, loaded = opened(run, data, spec, rank.device)
+    dataset, loaded = open_for_evaluation(run, data, spec, rank.device)
     config, transform = loaded.config, spec.transform(loaded.config.transform)
     objective = Objective(loaded.model, Transform(transform), config.model.likelihood).eval()
     with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none")) as loader:
@@ -98,7 +98,7 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     return _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))
 
 
-def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Dataset, LoadedModel]:
+def open_for_evaluation(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Dataset, LoadedModel]:
     """Open dataset and model, and refuse an evaluation that cannot work; reads the model and no sample."""
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=device)

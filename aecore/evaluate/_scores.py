@@ -16,7 +16,7 @@ from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 from aecore.evaluate._disentanglement import NUM_BINS, dci, factor_vae_score, mig, require_scikit_learn
-from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, drawn, factors_of, labelled
+from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, draw_indices, factors_of, require_labelled
 from aecore.evaluate._probe import linear_probe, nearest_neighbours
 from aecore.evaluate._spec import EvaluateSpec
 from aecore.training.ranks import Rank, from_rank_zero
@@ -71,8 +71,8 @@ def _scores(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, device: s
 
 
 def _probe(fitted: SplitLatents, scored: SplitLatents, spec: EvaluateSpec) -> tuple[dict[str, Any], list[str]]:
-    train = labelled(fitted, fitted.all())
-    test = train if scored is fitted else labelled(scored, scored.all())
+    train = require_labelled(fitted, fitted.all())
+    test = train if scored is fitted else require_labelled(scored, scored.all())
     warning = f"probes were fitted and scored on the same samples (split {spec.split!r}): set evaluate.train_split to another split"
     return {
         "train_split": spec.train_split,
@@ -87,7 +87,7 @@ def _probe(fitted: SplitLatents, scored: SplitLatents, spec: EvaluateSpec) -> tu
 
 def _disentanglement(splits: list[SplitLatents], spec: EvaluateSpec) -> tuple[dict[str, Any], list[str]]:
     factors = factors_of(splits)
-    rows = drawn(len(factors.levels), spec.factor_samples + spec.factor_samples // 2, spec.seed)
+    rows = draw_indices(len(factors.levels), spec.factor_samples + spec.factor_samples // 2, spec.seed)
     values, levels = _values(splits, rows), factors.levels[rows]
     fitted = min(spec.factor_samples, len(rows) * 2 // 3)
     found: dict[str, Any] = {

@@ -14,9 +14,9 @@ from aecore.data.format.transform import Transform
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
-from aecore.evaluate._latents import Latents, SplitLatents, drawn
+from aecore.evaluate._latents import Latents, SplitLatents, draw_indices
 from aecore.registry import to_dict
-from aecore.sampling import decoded, prior_dim
+from aecore.sampling import decode_batches, prior_dim
 
 Int64s = NDArray[np.int64]
 POINTS = 2000  # latents of a map
@@ -34,7 +34,7 @@ class View:
         self.transform = Transform(loaded.config.transform)
         self.loader = Loader(dataset, spec.split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
         self.shape = loaded.config.input_shape
-        self.chosen = drawn(self.loader.num_samples, POINTS, spec.seed)
+        self.chosen = draw_indices(self.loader.num_samples, POINTS, spec.seed)
 
     def batch(self, indices: Int64s) -> Batch:
         """Return samples of the split by number, scaled, on the device."""
@@ -48,7 +48,7 @@ class View:
         """Return samples `[n, *shape]` of latents `[n, D]`, on the CPU; all of class `label` for a conditional model."""
         labels = torch.full((len(z),), label or 0) if self.conditional else None
         try:
-            return decoded(self.loaded, z.float(), labels, self.spec.batch)
+            return decode_batches(self.loaded, z.float(), labels, self.spec.batch)
         except ConfigError as refused:
             raise NotDrawn(str(refused)) from refused
 

@@ -14,7 +14,7 @@ from typing import Any
 from aecore.artifact.commit import read_json, require_same
 from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
-from aecore.evaluate import EvaluateSpec, opened
+from aecore.evaluate import EvaluateSpec, open_for_evaluation
 from aecore.report import _maps, _panels, require_matplotlib
 from aecore.report._draw import draw
 from aecore.report._panels import Panel
@@ -49,7 +49,7 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
         No such run or split, or samples that do not fit.
     """
     require_matplotlib()
-    dataset, loaded = opened(run, data, EvaluateSpec(split=spec.split, batch=spec.batch, seed=spec.seed), device)
+    dataset, loaded = open_for_evaluation(run, data, EvaluateSpec(split=spec.split, batch=spec.batch, seed=spec.seed), device)
     store, identity = open_store(absolute_url(out, "figures")), _identity(loaded, dataset, spec)
     if store.size(MANIFEST) is not None:
         known = read_json(store, MANIFEST)

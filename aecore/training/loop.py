@@ -119,12 +119,8 @@ class _Training:
 
     def __init__(self, session: Session, on_checkpoint: OnCheckpoint | None = None, stop: Stop = bool) -> None:
         self.session, self.on_checkpoint = session, on_checkpoint
-        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank = (
-            session.job,
-            session.store,
-            session.dataset,
-            session.rank,
-        )
+        job, store, dataset, rank = session.job, session.store, session.dataset, session.rank
+        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
         self.run_sha256 = session.run_sha256

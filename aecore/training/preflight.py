@@ -120,7 +120,7 @@ def _needs_two_samples(model: Trainable, input_shape: tuple[int, ...]) -> bool:
     """Return whether a layer of batch normalisation gets a single value per channel of one sample, and would train on it."""
     was_training = model.training
     layers = [module for module in model.train().modules() if isinstance(module, _BATCH_NORMS) and module.training]
-    hooks = [layer.register_forward_pre_hook(_look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(_stop_at_single_values) for layer in layers]
     model.eval()  # its running statistics stay as they are
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
@@ -136,6 +136,6 @@ def _needs_two_samples(model: Trainable, input_shape: tuple[int, ...]) -> bool:
     return False
 
 
-def _look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _stop_at_single_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if inputs[0].numel() == inputs[0].shape[1]:
         raise _Found

@@ -56,10 +56,10 @@ class Session:
             self.claim = read_json(self.store, CLAIM)
         if self.claim is not None:
             self.job = job.as_recorded(self.claim.get("identity", {}))
-        self.dataset = self._opened()
+        self.dataset = self._open_dataset()
         self._loaded: LoadedModel | None = None
 
-    def _opened(self) -> Dataset:
+    def _open_dataset(self) -> Dataset:
         job = self.job
         if job.input.streams:
             return self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member)
@@ -152,7 +152,7 @@ class Session:
         if self.claim["info"]["dataset_number"] != manifest.number and not self.job.input.streams:
             self.close()
             vars(self).pop("loader", None)
-            self.dataset = self._opened()
+            self.dataset = self._open_dataset()
 
     def _warn_if_product_changed(self) -> None:
         """Warn if the linear layers of a run use another matrix product than when it began: the last bits of its weights change."""

@@ -4,7 +4,9 @@ The ELBO is sampled (S = 1, beta 1) with noise from (seed, batch index), never t
 MNIST. Samples are scored one by one, also by a model that trains on pairs: then it is the ELBO of the VAE inside, while the training
 objective sums over both inputs of a pair.
 
-The batch size is part of the definition of the noise, not of who computes it: any number of ranks gives the same numbers.
+The batch size is part of the definition of the noise, the number of ranks is not: any number of them gives the same means.
+
+`require_finite_samples` looks for NaN in the samples themselves, once, when a loss that is not finite has stopped training.
 """
 
 from collections.abc import Callable, Iterable

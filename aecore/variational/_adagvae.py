@@ -101,7 +101,9 @@ class AdaGVAE(Trainable):
             Not a pair, two shapes, or `eps` of another shape.
         """
         x1, x2 = _require_pair(pair)
-        eps1, eps2 = (None, None) if eps is None else _noise_of_each(eps)
+        if eps is not None and (eps.ndim != 4 or eps.shape[1] != 2):
+            raise ValueError(f"the noise of a pair must have the shape [B, 2, S, D], got {tuple(eps.shape)}")
+        eps1, eps2 = (None, None) if eps is None else (eps[:, 0], eps[:, 1])
         if not self.training:
             return AdaGVAEOutput(self.vae(x1, S, sample, eps1), self.vae(x2, S, sample, eps2))
         q1, q2 = self._adapt(self._posterior(x1), self._posterior(x2))
@@ -210,12 +212,6 @@ def _require_pair(pair: Any) -> tuple[Tensor, Tensor]:  # any: what a caller gav
     if x1.shape != x2.shape:
         raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
     return x1, x2
-
-
-def _noise_of_each(eps: Tensor) -> tuple[Tensor, Tensor]:
-    if eps.ndim != 4 or eps.shape[1] != 2:
-        raise ValueError(f"the noise of a pair must have the shape [B, 2, S, D], got {tuple(eps.shape)}")
-    return eps[:, 0], eps[:, 1]
 
 
 def _average_gvae(mu1: Tensor, log_var1: Tensor, mu2: Tensor, log_var2: Tensor) -> Posterior:

@@ -230,9 +230,9 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
 
 def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
     """Return what would be evaluated: checks model, data and what the scores need; reads no sample."""
-    from aecore.evaluate import opened
+    from aecore.evaluate import open_for_evaluation
 
-    dataset, loaded = opened(run, data, spec, "cpu")
+    dataset, loaded = open_for_evaluation(run, data, spec, "cpu")
     if spec.figures is not None:
         from aecore.report import require_matplotlib
 

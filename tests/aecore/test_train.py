@@ -166,7 +166,7 @@ def test_retention_keeps_the_newest_and_the_best(data, tmp_path):
     assert load_model(str(tmp_path / "run")).checkpoint.step == best
 
 
-def test_the_best_checkpoint_of_an_attempt_that_runs_beside_is_spared(data, tmp_path, monkeypatch):
+def test_the_best_checkpoint_of_a_concurrent_attempt_is_kept(data, tmp_path, monkeypatch):
     """A cut-off node may train on: it would publish its best checkpoint, or its next one would name it."""
     job, folder = small_job(data, tmp_path / "run", epochs=4, val_split="val", keep=1, best=True), tmp_path / "run/checkpoints"
     validate, others = loop._Training._validate, []
