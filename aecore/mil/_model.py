@@ -82,7 +82,7 @@ class MilVAE(Trainable):
         Raises
         ------
         InputError
-            X and mask do not belong to each other.
+            The shapes of `x` and `mask` do not fit each other.
         """
         num_samples = self.noise_shape()[0] if eps is None else eps.shape[1]
         x, valid = batch.x, None
