@@ -2,7 +2,7 @@
 
     OUT/samples.npz (or decoded.npz)    x [n, *shape] float32 in the network's scale, z [n, D], label or key where there are some
         images/000000.png  grid.png     where the data are images: the first ones one by one, the first 64 in one picture
-        samples.json (or decoded.json)  what was asked, the checkpoint it is from; written last
+        samples.json (or decoded.json)  the settings and the checkpoint; written last
 
 Latents of the prior are a function of the seed and their number: the first ten of a hundred are the ten of ten. The same command
 again writes nothing; another one into the same folder is refused.
@@ -35,7 +35,7 @@ from aecore.store import Store, absolute_url, canonical_json, open_store, sha256
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 64  # latents of the prior that are drawn at once: part of what they are
+BLOCK = 64  # latents of the prior that are drawn at once: part of their definition
 GRID = 64  # images of grid.png
 GRID_COLUMNS = 8
 _SECTIONS = {"samples": ("sample", "samples"), "decoded": ("decode", "decoded latents")}  # section of the recipe, and what it makes
@@ -47,7 +47,7 @@ class SampleSpec:
 
     num: int = knob(64, "number of samples", ge=1)
     seed: int = knob(0, "seed of the latents", ge=0)
-    label: int | None = knob(None, "class id, for a model that is told the class", ge=0)
+    label: int | None = knob(None, "class id, for a conditional model", ge=0)
     batch: int = knob(256, "latents decoded at once", ge=1)
     images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
 
@@ -59,14 +59,14 @@ class DecodeSpec:
     column: str | None = knob(None, "column of the table, or array of the .npz; none: the model's own (mu, z, codes), or the only array")
     split: str | None = knob(None, "split of the table; none: all rows")
     num: int = knob(0, "decode the first ones only; 0: all", ge=0)
-    label: int | None = knob(None, "class id, for a model that is told the class; none: the table's own labels", ge=0)
+    label: int | None = knob(None, "class id, for a conditional model; none: the table's own labels", ge=0)
     batch: int = knob(256, "latents decoded at once", ge=1)
     images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """Latents `[n, D]` to decode, what of each row is kept beside them (`key`, `label`), and where they come from."""
+    """Latents `[n, D]` to decode, the columns kept with them (`key`, `label`), and their source."""
 
     z: NDArray[Any]  # any: float32, float16 or int32
     rows: Mapping[str, NDArray[Any]]
@@ -125,7 +125,7 @@ def prior_latents(seed: int, num: int, dim: int) -> Tensor:
     return torch.cat(blocks)[:num]
 
 
-def decoded(loaded: LoadedModel, z: Tensor, label: Tensor | None, batch: int) -> Tensor:
+def decode_batches(loaded: LoadedModel, z: Tensor, label: Tensor | None, batch: int) -> Tensor:
     """Return the expected inputs `[n, *shape]` of latents `[n, D]` on the CPU, `batch` at a time."""
     device = next(loaded.model.parameters()).device
     parts = []
@@ -138,25 +138,22 @@ def decoded(loaded: LoadedModel, z: Tensor, label: Tensor | None, batch: int) ->
 
 def latent_dim(loaded: LoadedModel, column: str) -> int:
     """Return the width of a latent column, found by encoding one row of zeros."""
-    device, shape = next(loaded.model.parameters()).device, loaded.config.input_shape
-    one = torch.zeros(1, dtype=torch.int64, device=device)
-    lengths = one + 1 if 0 in shape else None  # a sequence of any length: one step of it
-    blank = Batch(torch.zeros(1, *(size or 1 for size in shape), device=device), one.cpu(), one.cpu(), 1, label=one, lengths=lengths)
+    blank = Batch.blank(loaded.config.input_shape, next(loaded.model.parameters()).device)
     return int(loaded.model.latents(blank)[column].shape[1])
 
 
 def _labels(loaded: LoadedModel, asked: int | None, known: NDArray[np.int64] | None, num: int) -> NDArray[np.int64] | None:
-    """Return the class ids `[num]` that the model is told, None if it takes none; ConfigError if it needs, or knows, other ones."""
+    """Return the class ids `[num]` to condition on, None for unconditional models; ConfigError for a missing or unknown class."""
     kind, classes = loaded.config.model.kind, to_dict(loaded.config.model).get("num_classes")
     if "label" not in loaded.model.encode_inputs:
         if asked is not None:
-            raise ConfigError(f"label={asked}, and model.kind={kind} is not told a class: leave label out, or use model.kind=cvae")
+            raise ConfigError(f"label={asked}, and model.kind={kind} is not conditional: leave label out, or use model.kind=cvae")
         return None
     span = f"0 to {classes - 1}" if classes else "0, 1, ..."
     if asked is not None and classes and asked >= classes:
         raise ConfigError(f"label={asked}, and this model knows the classes {span}: choose one of them")
     if asked is None and known is None:
-        raise ConfigError(f"model.kind={kind} is told the class of every sample: add label=..., one of {span}")
+        raise ConfigError(f"model.kind={kind} is conditional: add label=..., one of {span}")
     return np.full(num, asked, np.int64) if asked is not None else known
 
 
@@ -222,7 +219,7 @@ def _require_width(loaded: LoadedModel, found: Latents, where: str) -> None:
 
 
 def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: SampleSpec | DecodeSpec, dry_run: bool) -> dict[str, Any]:
-    """Decode and write; the same again is found, not made again."""
+    """Decode and write; an earlier result of the same settings is returned, not made again."""
     store = open_store(absolute_url(out, "out"))
     known = read_json(store, f"{name}.json") if store.size(f"{name}.json") is not None else None
     spec = spec if known is None else as_recorded(spec, known["identity"]["spec"])
@@ -239,7 +236,7 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
         return summary
     z = torch.from_numpy(np.array(latents.z))  # a copy: a table's memory is read-only
     label = torch.from_numpy(latents.rows["label"]) if "label" in latents.rows else None
-    x = decoded(loaded, z if z.dtype in (torch.int32, torch.int64) else z.float(), label, spec.batch)
+    x = decode_batches(loaded, z if z.dtype in (torch.int32, torch.int64) else z.float(), label, spec.batch)
     files = _write(store, name, x, {"z": latents.z, **latents.rows}, Transform(loaded.config.transform), spec.images)
     made = list(x.shape[1:])  # sequences have a length only now
     lineage = {"checkpoint": {"sha256": loaded.sha256, "step": loaded.checkpoint.step, "url": loaded.url}}

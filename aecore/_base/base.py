@@ -81,8 +81,10 @@ class BaseAutoencoder(nn.Module, ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # any: torch's own types
         """Load weights as `nn.Module.load_state_dict` does and return its missing and unexpected keys.
 
-        Raises:
-            RuntimeError: as torch does, or if lazy layers are still without weights afterwards.
+        Raises
+        ------
+        RuntimeError
+            As torch does, or if lazy layers are still without weights afterwards.
         """
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         lazy = _lazy_layers(self)
@@ -99,11 +101,11 @@ class BaseAutoencoder(nn.Module, ABC):
 
 def _lazy_layers(model: nn.Module) -> str:
     """Return "name (class), ..." of the lazy layers that have no weights yet; empty if all have."""
-    return ", ".join(f"{name} ({type(module).__name__})" for name, module in model.named_modules() if _has_lazy_tensor(module))
-
-
-def _has_lazy_tensor(module: nn.Module) -> bool:
-    return any(is_lazy(tensor) for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+    return ", ".join(
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if any(is_lazy(tensor) for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+    )
 
 
 def _materialise(model: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

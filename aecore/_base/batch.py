@@ -1,4 +1,4 @@
-"""The one batch type: what a loader hands out, what a model's `loss` and `latents` take."""
+"""The one batch type: loaders yield it, a model's `loss` and `latents` take it."""
 
 import itertools
 from dataclasses import dataclass
@@ -11,12 +11,18 @@ from torch import Tensor
 class Batch:
     """The part of one global batch that one rank works on; n rows, possibly all of it.
 
-    Attributes:
-        x: `[n, ...]` samples in the stored dtype (uint8 images as `[n, C, H, W]`) until a transform makes them float.
-        ordinals: `[n]` int64, planned position of each sample in its split; keys are looked up in the index, not carried.
-        positions: `[n]` int64, position of each row in the global batch; noise drawn for the whole batch is sliced by it.
-        num_global: rows of the global batch over all ranks.
-        x2, label, mask, lengths: second view, class ids, valid instances, sequence lengths; None where there are none.
+    Attributes
+    ----------
+    x
+        `[n, ...]` samples in the stored dtype (uint8 images as `[n, C, H, W]`) until a transform makes them float.
+    ordinals
+        `[n]` int64, planned position of each sample in its split; keys are looked up in the index, not carried.
+    positions
+        `[n]` int64, position of each row in the global batch; noise drawn for the whole batch is sliced by it.
+    num_global
+        Rows of the global batch over all ranks.
+    x_pair, label, mask, lengths
+        Second view, class ids, valid instances, sequence lengths; None where the data have none.
 
     A batch of bags has a `mask [bags, N]`, N instances in the longest bag: then `x` is `[bags, N, ...]` and `label [bags, N]`, padded
     with 0 and -1; `ordinals`, `positions` and `num_global` are of the instances, bag by bag, without padding. So noise is drawn per
@@ -27,20 +33,21 @@ class Batch:
     ordinals: Tensor
     positions: Tensor
     num_global: int
-    x2: Tensor | None = None
+    x_pair: Tensor | None = None
     label: Tensor | None = None
     mask: Tensor | None = None
     lengths: Tensor | None = None
 
     @classmethod
     def blank(cls, input_shape: tuple[int, ...], device: torch.device | str = "cpu") -> "Batch":
-        """Return one row of zeros, of one step where the shape leaves their number open (0): to ask a model what it gives."""
+        """Return one row of zeros of class 0 (one step of a sequence of any length), to find out the shapes of a model's outputs."""
         one = torch.zeros(1, dtype=torch.int64)
-        lengths = torch.ones(1, dtype=torch.int64, device=device) if 0 in input_shape else None
-        return cls(torch.zeros(1, *(size or 1 for size in input_shape), device=device), one, one, 1, lengths=lengths)
+        label = one.to(device)
+        x = torch.zeros(1, *(size or 1 for size in input_shape), device=device)
+        return cls(x, one, one, 1, label=label, lengths=label + 1 if 0 in input_shape else None)
 
     def mean_per_row(self, values: Tensor) -> Tensor:
-        """Return the means `[n]` of values `[n, T, ...]`, or of values like `x`; what lies behind a sequence's end does not count."""
+        """Return the means `[n]` of values `[n, T, ...]`, or of values like `x`; steps beyond a sequence's end do not count."""
         if self.lengths is None:
             return values.flatten(1).mean(1)
         valid = torch.arange(values.shape[1], device=values.device) < self.lengths[:, None]
@@ -55,15 +62,15 @@ class Batch:
         assert self.mask is None, "a batch of bags has no rows of its own"
         if len(self) <= rows:
             return [self]
-        columns = (self.x, self.ordinals, self.positions, self.x2, self.label, self.lengths)
+        columns = (self.x, self.ordinals, self.positions, self.x_pair, self.label, self.lengths)
         pieces = [() if column is None else torch.split(column, rows) for column in columns]
         return [
-            Batch(x, ordinals, positions, self.num_global, x2, label, None, lengths)
-            for x, ordinals, positions, x2, label, lengths in itertools.zip_longest(*pieces)
+            Batch(x, ordinals, positions, self.num_global, x_pair, label, None, lengths)
+            for x, ordinals, positions, x_pair, label, lengths in itertools.zip_longest(*pieces)
         ]
 
     def placed(self, rows: Tensor) -> Tensor:
-        """Return values of the rows or instances `[n, ...]` as `x` is laid out: as they are; of bags `[bags, N, ...]`, 0 for padding."""
+        """Return values of rows `[n, ...]` in the layout of `x`: unchanged, or of instances as bags `[bags, N, ...]` with 0 for padding."""
         if self.mask is None:
             return rows
         mask = self.mask.to(rows.device).bool()
@@ -78,5 +85,5 @@ class Batch:
 
         x = self.x.to(device, non_blocking=non_blocking)
         return Batch(
-            x, self.ordinals, self.positions, self.num_global, move(self.x2), move(self.label), move(self.mask), move(self.lengths)
+            x, self.ordinals, self.positions, self.num_global, move(self.x_pair), move(self.label), move(self.mask), move(self.lengths)
         )

@@ -1,4 +1,4 @@
-"""The one collective that models need: sums over ranks of what training updates beside gradients (codebooks, mean activations)."""
+"""The one collective of models: sums over ranks of what training updates without gradients (codebooks, mean activations)."""
 
 import torch.distributed as dist
 from torch import Tensor

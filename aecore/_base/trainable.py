@@ -1,4 +1,4 @@
-"""What the trainer and the encoder ask of a model; they never look at its type. Legend: n rows, S samples, D latent."""
+"""The interface of models that training and encoding use; they never look at a model's type. Legend: n rows, S samples, D latent."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -15,9 +15,12 @@ from aecore.loss import LossResult
 class Trainable(BaseAutoencoder):
     """An autoencoder that the jobs can train and encode with. `batch.x` is float and on the model's device.
 
-    Attributes:
-        train_inputs, encode_inputs: names of the `Batch` fields that `loss` (in training mode) and `latents` read.
-        num_classes: labels that it takes are in 0..num_classes-1; None if it takes none, or any.
+    Attributes
+    ----------
+    train_inputs, encode_inputs
+        Names of the `Batch` fields that `loss` (in training mode) and `latents` read.
+    num_classes
+        Labels that it takes are in 0..num_classes-1; None if it takes none, or any.
     """
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x",)
@@ -38,54 +41,58 @@ class Trainable(BaseAutoencoder):
         """
 
     def at_step(self, step: int) -> None:
-        """Hear the number 1, 2, ... of the training step that is next; for terms that change with it besides beta."""
+        """Set the number 1, 2, ... of the next training step, for terms other than beta that change with it."""
 
     @abstractmethod
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
         """Forward and loss of one batch; means over its n rows.
 
-        `eps` is `[n, *noise_shape(S)]` standard normal noise, `[n, 2, *noise_shape(S)]` for a batch of pairs (`x2` is there); without it
-        the model draws its own from torch's global generator. In evaluation mode every model takes single samples.
+        `eps` is standard normal noise `[n, *noise_shape(S)]`, or `[n, 2, *noise_shape(S)]` for a batch with `x_pair`; None draws it from
+        torch's global generator. In evaluation mode every model takes single samples.
         """
 
     @abstractmethod
     def latents(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of the latent table: name -> `[n, D]` float32, without sampling, under `torch.inference_mode()`."""
 
-    def points(self, batch: Batch) -> Tensor:
-        """Samples as points of a space, `[n, D]` float32: what probes, factor scores and maps work on; under inference mode.
+    def embedding(self, batch: Batch) -> Tensor:
+        """Return one point per sample, `[n, D]` float32, for probes, factor scores and maps; under inference mode.
 
-        By default the first column of `latents` that is no `log_var`. A model whose latents are numbers of something overrides it.
+        By default the first column of `latents` that is no `log_var`. A model whose latents are ids overrides it.
         """
         latents = self.latents(batch)
         return latents[latent_column(latents)].float()
 
     @abstractmethod
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
-        """Expected input in data space `[n, *shape]`, float32, from the latent without sampling, under `torch.inference_mode()`."""
+        """Return the expected inputs in data space `[n, *shape]`, float32, without sampling, under `torch.inference_mode()`."""
 
     def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
         """Log importance weights log p(x|z) + log p(z) - log q(z|x), all constants included, `[n, S]` float64, under inference mode.
 
         `eps` is `[n, *noise_shape(S)]`. Their logsumexp over S minus log S is a bound of log p(x), see `aecore.variational.marginal`.
 
-        Raises:
-            ConfigError: the model has no posterior.
+        Raises
+        ------
+        ConfigError
+            The model has no posterior.
         """
         raise ConfigError(f"{type(self).__name__} has no posterior, so log p(x) cannot be estimated: use a model of the VAE family")
 
     def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:
-        """Expected inputs in data space `[n, *shape]`, float32, of latents `z [n, D]` as `latents` gives them, under inference mode.
+        """Return the expected inputs in data space `[n, *shape]`, float32, of latents `z [n, D]` of `latents`, under inference mode.
 
-        `label` is `[n]` int64 for a model that is told the class (`"label"` is one of its `encode_inputs`); the others ignore it.
+        `label` is `[n]` int64 for a conditional model (`"label"` is one of its `encode_inputs`); the others ignore it.
 
-        Raises:
-            ConfigError: the model cannot decode latents alone.
+        Raises
+        ------
+        ConfigError
+            The model cannot decode latents alone.
         """
         raise ConfigError(f"{type(self).__name__} does not decode latents alone: use a model that implements decode_latents")
 
     def add_noise(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Inputs as training gives them to the encoder: `x` itself, or corrupted by standard normal noise `eps` of its shape."""
+        """Return the inputs that the encoder gets in training: `x` itself, or corrupted by standard normal noise `eps` of its shape."""
         return x
 
 
@@ -100,7 +107,7 @@ def latent_column(columns: Iterable[str]) -> str:
 
 
 class ModelSpec(Protocol):
-    """What the trainer asks of a model's spec."""
+    """The interface of a model's spec that training uses."""
 
     @property
     def kind(self) -> str:

@@ -1,9 +1,8 @@
 """A loaded model as a function: a stored batch in, columns of the latent table out.
 
-It asks the model for `latents`, `reconstruct` and `noise_shape` only, so it does not know which model it is.
+It uses only `latents`, `reconstruct` and `noise_shape`, so it works for every model.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -37,7 +36,7 @@ class EncodeSpec:
 
 
 def require_posterior(model: ModelSpec, spec: EncodeSpec) -> None:
-    """ConfigError if columns are asked for that only a model with a posterior can give."""
+    """Raise ConfigError if columns are requested that only a model with a posterior has."""
     if (spec.kl or spec.sample) and not has_posterior(model.columns):
         raise ConfigError(
             f"model.kind={model.kind} has no posterior (its latents are {', '.join(model.columns)}): encode.kl and encode.sample need a "
@@ -58,9 +57,9 @@ class Encoder:
         require_posterior(loaded.config.model, spec)
 
     def pieces(self, batch: Batch, eps: Tensor | None) -> Iterator[tuple[slice, Batch, Tensor | None]]:
-        """Yield the rows of a stored batch, themselves and their noise, that go through the model together.
+        """Yield (rows, their part of a stored batch, its noise) that go through the model together.
 
-        On a CPU these are as many as have their activations in its cache, by the shape of a row alone.
+        On a CPU a piece is as large as fits its activations into the cache, by the shape of a row alone.
         """
         num, row_bytes = len(batch), batch.x[0].numel() * torch.finfo(torch.float32).bits // 8
         rows = num if self.device != "cpu" else max(1, CACHED_BYTES // row_bytes)
@@ -90,8 +89,6 @@ class Encoder:
     def describe(self) -> dict[str, Any]:
         """Return name -> {dtype, dim} of the columns (dim None: one number per row), found by encoding one row of zeros."""
         ready = Batch.blank(self.input_shape, self.device)
-        if "label" in self.model.encode_inputs:
-            ready = dataclasses.replace(ready, label=torch.zeros(1, dtype=torch.int64, device=self.device))
         columns = self._columns(ready, self.noise(ready, 0, ""))
         return {
             name: {"dtype": self._dtype(column), "dim": column.shape[1] if column.ndim == 2 else None} for name, column in columns.items()

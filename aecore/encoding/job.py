@@ -27,7 +27,7 @@ from aecore.artifact.commit import (
     require_same,
 )
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
-from aecore.checkpoint.compatibility import require_fit, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
@@ -40,7 +40,7 @@ from aecore.store import Store, absolute_url, canonical_json, open_store
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
 
 logger = logging.getLogger(__name__)
-MOST_LANES = 8  # more do not wait for the model but for the thread that reads and decodes
+MAX_STREAMS = 8  # more would wait for the thread that reads and decodes, not for the model
 
 __all__ = ["EncodePlan", "EncodeSpec", "EncodeTask", "EncodeWorker", "encode_dataset", "plan_encoding"]
 
@@ -89,8 +89,8 @@ def encode_dataset(
     """Bring the latent table at `out` up to the newest generation of the dataset, and return its manifest.
 
     `run` is a finished run, its `model` folder or one checkpoint. Killed at any instant and called again it ends with the same rows;
-    with nothing new it returns what is there. `dry_run` checks everything, writes nothing and returns the plan. torch's thread count
-    is set for the work and restored.
+    with nothing new it returns the existing manifest. `dry_run` checks everything, writes nothing and returns the plan. torch's thread
+    count is set for the work and restored.
 
     Raises
     ------
@@ -124,14 +124,14 @@ def encode_dataset(
 
 
 def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: str = "cpu", threads: int = 1) -> EncodePlan:
-    """Load the checkpoint and the manifests, check that all fit, and return what is to be done; writes nothing."""
+    """Load the checkpoint and the manifests, check that they fit together, and return the plan; writes nothing."""
     data_url, run_url, store = absolute_url(data, "data"), absolute_url(run, "run"), open_store(out)
-    with ThreadPoolExecutor(2) as beside:  # a bucket takes its time for every question
-        loading, looking = beside.submit(load_model, run_url), beside.submit(_look, store)
+    with ThreadPoolExecutor(2) as pool:  # every request to a bucket has a latency
+        loading, inspecting = pool.submit(load_model, run_url), pool.submit(_inspect, store)
         dataset = open_dataset(data_url)
         loaded = loading.result()  # on the CPU: the workers' device may not be on this machine
-        claimed, (parent, parent_sha256), recorded = looking.result()
-    require_fit(dataset, loaded)
+        claimed, (parent, parent_sha256), recorded = inspecting.result()
+    check_input_shape(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     there = claimed if parent is None else parent.identity
     if there is not None:
@@ -147,14 +147,14 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     done = {task.stem: record for task in begun if (record := recorded_part(store, task, loaded.sha256)) is not None}
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
-    make_worker = MakeEncodeWorker(setup, loaded, recorded, _lanes(device, threads))
+    make_worker = MakeEncodeWorker(setup, loaded, recorded, _num_streams(device, threads))
     return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256, done)
 
 
-def _lanes(device: str, threads: int) -> int:
-    """Return how many pieces of `threads` threads this process's CPUs can have in the model at a time; a GPU takes one after the other."""
+def _num_streams(device: str, threads: int) -> int:
+    """Return how many forward passes of `threads` threads the CPUs of this process can run at a time; a GPU runs one."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the first not on macOS
-    return max(1, min(MOST_LANES, cpus // threads)) if device == "cpu" else 1
+    return max(1, min(MAX_STREAMS, cpus // threads)) if device == "cpu" else 1
 
 
 def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
@@ -169,11 +169,11 @@ def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
 
 
 def _identity(loaded: LoadedModel, spec: EncodeSpec, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what every part of the table shares. `rows_per_part` is in it: two layouts side by side would double rows for a glob."""
+    """Return what every part of the table shares. `rows_per_part` is in it: a glob over two layouts in one folder would read rows twice."""
     fields = {name: value for name, value in to_dict(spec, identity_only=True).items() if name not in ("reconstruction", "kl", "sample")}
     transform = to_dict(loaded.config.transform, identity_only=True)
     return {
-        **fields,  # without those that `columns` says
+        **fields,  # without those that `columns` covers
         "checkpoint_sha256": loaded.sha256,
         "preprocessing": {"transform": transform, "input_shape": list(loaded.config.input_shape)},
         "columns": columns,
@@ -191,8 +191,8 @@ def _lineage(loaded: LoadedModel, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _look(store: Store) -> tuple[Mapping[str, Any] | None, tuple[TableManifest | None, str | None], Set[str]]:
-    """Return what is at the address of the table: the identity of its first claim, its newest manifest with its hash, recorded parts."""
+def _inspect(store: Store) -> tuple[Mapping[str, Any] | None, tuple[TableManifest | None, str | None], Set[str]]:
+    """Return the state of the table: the identity of its first claim, its newest manifest with its hash, the recorded parts."""
     names = store.list()
     require_kind(store, "table", names)
     claimed = _claimed(store) if "run.000001.json" in names else None
@@ -215,18 +215,18 @@ def _parent(store: Store, names: Sequence[str]) -> tuple[TableManifest | None, s
 def _require_same_table(
     store: Store, identity: Mapping[str, Any], there: Mapping[str, Any] | None, checkpoint: str, spec: EncodeSpec
 ) -> None:
-    """ConfigError if the table, or an attempt that was never committed, is of another identity; `checkpoint` is the address of ours."""
-    ours = json.loads(canonical_json(identity))
-    if there is not None and ours != there:
+    """Raise ConfigError if the table, or an attempt that was not committed, has another identity; `checkpoint` is the new one's URL."""
+    wanted = json.loads(canonical_json(identity))
+    if there is not None and wanted != there:
         claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
         places = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
         absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}
-        require_same(store.url, "table", ours, there, places=places, absent=absent)
+        require_same(store.url, "table", wanted, there, places=places, absent=absent)
 
 
 def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:
-    """ConfigError unless every shard of the table is a shard of the dataset."""
+    """Raise ConfigError unless every shard of the table is a shard of the dataset."""
     there = {(shard.split, shard.stem): shard.tar.sha256 for shard in dataset.manifest.shards}
     for part in () if parent is None else parent.parts:
         if there.get((part.split, part.shard)) != part.shard_sha256:
@@ -239,7 +239,7 @@ def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | 
 def _claim(store: Store, plan: EncodePlan) -> None:
     identity = {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
     claim = claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
-    if claim > 1 and plan.parent is None:  # somebody else may have claimed the same URL at the same time
+    if claim > 1 and plan.parent is None:  # another process may have claimed the same URL at the same time
         _require_same_table(store, plan.identity, _claimed(store), plan.setup.model_url, plan.setup.spec)
 
 

@@ -1,7 +1,7 @@
 """The worker of `encode`: loads the model once, then turns rows of one shard into one Parquet part.
 
 One thread reads and decodes the next batch while the model works on this one, in as many threads as this process has CPUs to itself
-(`lanes`). Output buffers are allocated once per part and filled in place; Arrow takes them as they are.
+(`num_streams`). Output buffers are allocated once per part and filled in place; Arrow takes them as they are.
 """
 
 import copy
@@ -55,7 +55,7 @@ class EncodeTask:
     row_stop: int
 
     def identity(self, checkpoint_sha256: str) -> dict[str, Any]:
-        """Return what the part is made of; two datasets have shards of one name, so a name alone says nothing."""
+        """Return the inputs of the part by hash: shards of two datasets may have the same name."""
         return {
             "split": self.shard.split,
             "shard": self.shard.stem,
@@ -104,23 +104,25 @@ class EncodeSetup:
 class EncodeWorker:
     """Makes parts. Opens its stores and loads the model when it is made, once per process.
 
-    `lanes` pieces of batches are encoded at a time, each by a model of its own that shares its weights with the others; what comes out
+    `num_streams` pieces of batches are encoded at a time, each by its own copy of the model (the weights are shared); what comes out
     does not depend on how many there are.
     """
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, *, lanes: int = 1) -> None:
+    def __init__(
+        self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, *, num_streams: int = 1
+    ) -> None:
         torch.set_num_threads(setup.threads)
         self.setup = setup
-        self.lanes = lanes
+        self.num_streams = num_streams
         self.store = open_store(setup.out_url)
-        self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one asks again
+        self.recorded = recorded_parts(self.store) if recorded is None else recorded  # a worker that replaces a killed one lists them again
         self.dataset = open_dataset(setup.data_url, number=setup.dataset_number)
         loaded = loaded or load_model(setup.model_url, device=setup.device)
         if loaded.sha256 != setup.checkpoint_sha256:
             raise DataError(f"checkpoint {setup.model_url} changed while its latents were being written: run the same command again")
         self.encoder = Encoder(loaded, setup.spec, setup.device)
         self.free = SimpleQueue[Encoder]()
-        for model in (loaded, *_twins(loaded, lanes - 1)):
+        for model in (loaded, *_copies(loaded, num_streams - 1)):
             self.free.put(Encoder(model, setup.spec, setup.device))
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
@@ -139,7 +141,7 @@ class EncodeWorker:
         return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
 
     def ahead(self, tasks: Sequence[EncodeTask]) -> None:
-        """Begin to bring the shards of the next tasks near."""
+        """Start the background download of the shards of the next tasks (nothing to do for local datasets)."""
         self.dataset.prefetch([task.shard for task in tasks if task.stem not in self.recorded])
 
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
@@ -168,7 +170,7 @@ class EncodeWorker:
     def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:
         with (
             closing(loader.shard_batches(task.shard, self.setup.spec.batch, task.row_start, task.row_stop)) as batches,
-            closing(map_ordered(self._latents, self._pieces(batches, task, values), threads=self.lanes)) as found,
+            closing(map_ordered(self._latents, self._pieces(batches, task, values), threads=self.num_streams)) as found,
         ):
             for rows, columns in found:
                 values.add(rows, columns)
@@ -191,10 +193,10 @@ class EncodeWorker:
             self.free.put(encoder)
 
 
-def _twins(loaded: LoadedModel, count: int) -> list[LoadedModel]:
-    """Return the same weights in models of their own: what a model keeps in its attributes while it works is no other thread's.
+def _copies(loaded: LoadedModel, count: int) -> list[LoadedModel]:
+    """Return copies of the model that share its weights: attributes that a model sets in a forward pass belong to one thread.
 
-    None for a model that cannot be copied (it holds a lock, say). Hooks and closures over a model know the first one only.
+    No copies of a model that cannot be copied (it holds a lock, say). Hooks and closures over a model refer to the first one only.
     """
     weights = {id(tensor): tensor for tensor in itertools.chain(loaded.model.parameters(), loaded.model.buffers())}
     try:
@@ -205,19 +207,22 @@ def _twins(loaded: LoadedModel, count: int) -> list[LoadedModel]:
 
 
 class MakeEncodeWorker:
-    """Makes workers. In the process of the plan they share what it knows and have all its CPUs, `setup.threads` each lane.
+    """Makes workers. In the process of the plan they share its loaded model and have all its CPUs, `setup.threads` per stream.
 
-    A copy that travelled to another process asks and loads again, and has one lane: its CPUs are counted out.
+    A copy that was sent to another process loads everything again, and has one stream: the cluster allots its CPUs.
     """
 
-    def __init__(self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self, setup: EncodeSetup, loaded: LoadedModel | None = None, recorded: Set[str] | None = None, num_streams: int = 1
+    ) -> None:
         self.setup = setup
         self.loaded = loaded if setup.device == "cpu" else None
         self.recorded = recorded
-        self.lanes = lanes
+        self.num_streams = num_streams
 
     def __call__(self) -> EncodeWorker:
-        return EncodeWorker(self.setup, self.loaded, self.recorded, lanes=self.lanes)
+        """Return a new worker."""
+        return EncodeWorker(self.setup, self.loaded, self.recorded, num_streams=self.num_streams)
 
     def __reduce__(self) -> tuple[type["MakeEncodeWorker"], tuple[EncodeSetup]]:
         return MakeEncodeWorker, (self.setup,)
@@ -235,7 +240,7 @@ class _PartValues:
         self.refused: list[RefusedRow] = []
 
     def add(self, rows: NDArray[np.int64], found: Mapping[str, Tensor]) -> None:
-        """Copy the columns of a batch (any device, converted to the column's type) behind the rows that are there."""
+        """Copy the columns of a batch (any device, converted to the column's type) behind the filled rows."""
         assert found.keys() == self.columns.keys(), "the model gives other columns than it was planned with"
         stop = self.filled + len(rows)
         self.rows[self.filled : stop] = rows
@@ -265,7 +270,7 @@ class _PartValues:
 
 
 def encoded_by(loaded: LoadedModel, setup: EncodeSetup) -> dict[str, str]:
-    """Return what the last bits of the latents depend on besides the inputs: device, threads, versions, matrix product."""
+    """Return the environment that can change the last bits: device, thread count, library versions, matrix product."""
     if setup.device.startswith("cuda"):
         device = torch.cuda.get_device_name(setup.device)
     else:

@@ -1,6 +1,6 @@
 """How cleanly latent dimensions hold known factors, with the settings of disentanglement_lib (Locatello et al. 2019).
 
-MIG (Chen et al. 2018), DCI (Eastwood & Williams 2018, by gradient-boosted trees), FactorVAE score (Kim & Mnih 2018). All lie in [0, 1]
+MIG (Chen et al. 2018), DCI (Eastwood & Williams 2018, by gradient-boosted trees), FactorVAE score (Kim & Mnih 2018). All are in [0, 1]
 and are 0 for a constant representation. Legend: n rows, D latent, F factors; factors are `[n, F]` integers, their levels.
 """
 
@@ -57,7 +57,7 @@ def mutual_information(a: Int64s, b: Int64s) -> float:
 
 
 def require_scikit_learn() -> None:
-    """ConfigError that says how to get scikit-learn, or how to do without, if it is not installed."""
+    """Raise ConfigError if scikit-learn is not installed, with how to install it or do without."""
     try:
         import sklearn  # noqa: F401  # only whether it is there
     except ImportError as missing:
@@ -72,7 +72,7 @@ def dci(train: Floats, train_factors: Int64s, test: Floats, test_factors: Int64s
     Raises
     ------
     ConfigError
-        scikit-learn is not installed.
+        Scikit-learn is not installed.
     DataError
         A factor has only one value in `train`.
     """

@@ -1,4 +1,4 @@
-"""Exact sums over every sample of a split, once; then what was asked for beside them.
+"""Exact sums over every sample of a split, once; then the optional scores.
 
 The ELBO is at beta 1 with one sample of the posterior and noise from (seed, batch index); at z = mu it would read 5-6 nats too good
 on MNIST. The reconstruction error is at z = mu, in data space. A dimension is an active unit if the variance of its posterior
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable, has_posterior
-from aecore.checkpoint.compatibility import require_fit, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import Transform
@@ -79,7 +79,7 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     """Evaluate a finished run (or one checkpoint) on a split of a dataset; writes nothing (for the figures see `aecore.report`).
 
     Reads every sample of the split once; probes and factor scores read theirs besides. Every rank calls it with the same arguments
-    and gets the same result; with `rank.world > 1` the default process group must exist.
+    and gets the same result; with `rank.world_size > 1` the default process group must exist.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     ConfigError
         A score that this model or this installation cannot give.
     """
-    dataset, loaded = opened(run, data, spec, rank.device)
+    dataset, loaded = open_for_evaluation(run, data, spec, rank.device)
     config, transform = loaded.config, spec.transform(loaded.config.transform)
     objective = Objective(loaded.model, Transform(transform), config.model.likelihood).eval()
     with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none")) as loader:
@@ -98,11 +98,11 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     return _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))
 
 
-def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Dataset, LoadedModel]:
-    """Open dataset and model, and refuse what could not be evaluated; reads the model and no sample."""
+def open_for_evaluation(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Dataset, LoadedModel]:
+    """Open dataset and model, and refuse an evaluation that cannot work; reads the model and no sample."""
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=device)
-    require_fit(dataset, loaded)
+    check_input_shape(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     dataset.manifest.split(spec.split, "evaluate.split")
     spec.transform(loaded.config.transform)
@@ -116,7 +116,7 @@ def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Datase
 
 @dataclass(frozen=True, slots=True)
 class _Extra:
-    """Sums over the rows of a batch beside the loss: what the warnings, the posterior, the codebook and log p(x) need."""
+    """Sums over the rows of a batch in addition to the loss: for the warnings, the posterior, the codebook and log p(x)."""
 
     spec: EvaluateSpec
     likelihood: str
@@ -140,19 +140,16 @@ class _Extra:
         if real and "codes" not in latents:  # entries of a codebook bound a latent of any size
             terms["latent_dim"] = x.new_full((), real[0] * len(batch), dtype=torch.float64)
         if self.spec.iwae:
-            terms["log_marginal"] = self._log_marginal(model, batch, number)
+            num, seed = self.spec.iwae, self.spec.seed
+            rows = log_marginal(model, batch, num_samples=num, seed=seed, index=number, likelihood=self.likelihood)
+            terms["log_marginal"] = rows.sum()
         return terms
-
-    def _log_marginal(self, model: Trainable, batch: Batch, number: int) -> Tensor:
-        spec = self.spec
-        rows = log_marginal(model, batch, num_samples=spec.iwae, seed=spec.seed, index=number, likelihood=self.likelihood)
-        return rows.sum()
 
 
 def _code_counts(codes: Tensor) -> Tensor:
     """Return how often each entry of the codebook was chosen by the rows, `[MAX_CODES]`."""
     flat = codes.flatten().long()
-    flat = flat[flat >= 0]  # none for a sample that holds NaN: other terms tell of it
+    flat = flat[flat >= 0]  # none for a sample that holds NaN, which other terms report
     if len(flat) and int(flat.max()) >= MAX_CODES:
         raise DataError(f"the model chose entry {int(flat.max())} of its codebook, and at most {MAX_CODES} entries are counted")
     return torch.bincount(flat, minlength=MAX_CODES).double()
@@ -216,6 +213,6 @@ def _active_units(means: Mapping[str, Tensor]) -> int | None:
 
 
 def _perplexity(counts: Tensor) -> float:
-    """Return exp(entropy) of how often each entry is chosen over the whole split."""
+    """Return the exponential of the entropy of how often each entry is chosen over the whole split."""
     shares = counts / counts.sum()
     return float(torch.special.entr(shares).sum().exp())

@@ -65,7 +65,7 @@ class SplitLatents:
         values, labels = [], []
         for stored in batches:
             ready = self.transform(stored.to(self.device))
-            latent = self.loaded.model.points(ready)
+            latent = self.loaded.model.embedding(ready)
             if len(latent) != len(stored.ordinals):
                 raise DataError(f"the model gives {len(latent)} latents for {len(stored.ordinals)} samples: probes need one of each")
             values.append(latent.float().cpu().numpy())
@@ -118,7 +118,7 @@ def factors_of(splits: Iterable[SplitLatents]) -> Factors:
     return Factors(tuple(kept), np.stack(levels, axis=1), tuple(cut))
 
 
-def labelled(split: SplitLatents, latents: Latents) -> Latents:
+def require_labelled(split: SplitLatents, latents: Latents) -> Latents:
     """Return the latents; DataError if a sample has no label."""
     bare = int((latents.labels < 0).sum())
     if bare or not split.labelled:
@@ -130,6 +130,6 @@ def labelled(split: SplitLatents, latents: Latents) -> Latents:
     return latents
 
 
-def drawn(total: int, num: int, seed: int) -> Int64s:
+def draw_indices(total: int, num: int, seed: int) -> Int64s:
     """Return `num` different numbers below `total` (all of them if there are fewer), shuffled by the seed."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed)).numpy()[:num]

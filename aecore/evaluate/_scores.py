@@ -1,6 +1,6 @@
 """The scores that need more than the split itself: probes on labels, disentanglement of known factors.
 
-Rank 0 computes them and tells the others: they are small, and all ranks get the same bits. The factor scores take the samples of
+Rank 0 computes and broadcasts them: they are small, and all ranks get the same bits. The factor scores take the samples of
 both splits as one population, as their authors draw from the whole grid of factors; probes are fitted on one split and scored on the other.
 """
 
@@ -16,7 +16,7 @@ from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 from aecore.evaluate._disentanglement import NUM_BINS, dci, factor_vae_score, mig, require_scikit_learn
-from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, drawn, factors_of, labelled
+from aecore.evaluate._latents import MANY_LEVELS, Floats, Int64s, SplitLatents, draw_indices, factors_of, require_labelled
 from aecore.evaluate._probe import linear_probe, nearest_neighbours
 from aecore.evaluate._spec import EvaluateSpec
 from aecore.training.ranks import Rank, from_rank_zero
@@ -24,7 +24,7 @@ from aecore.training.ranks import Rank, from_rank_zero
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What was asked for; None where it was not."""
+    """The requested scores; None for the others."""
 
     probe: dict[str, Any] | None = None
     disentanglement: dict[str, Any] | None = None
@@ -32,7 +32,7 @@ class Scores:
 
 
 def require_scorable(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec) -> None:
-    """Refuse scores that cannot be had: ConfigError for the installation, DataError for data without labels or the split."""
+    """Raise for scores that cannot be computed: ConfigError without scikit-learn, DataError without labels or the split."""
     if not (spec.probe or spec.factors):
         return
     dataset.manifest.split(spec.train_split)
@@ -46,16 +46,16 @@ def scores_of(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, rank: R
     """Return the scores that the spec asks for, the same on every rank; DataError if the data have no labels or no factors."""
     if not (spec.probe or spec.factors):
         return Scores()
-    said, failed = None, None
-    if rank.index == 0:
+    computed, failed = None, None
+    if rank.rank == 0:
         try:
-            said = json.dumps(dataclasses.asdict(_scores(loaded, dataset, spec, rank.device)))
+            computed = json.dumps(dataclasses.asdict(_scores(loaded, dataset, spec, rank.device)))
         except DataError as error:
             failed = str(error)
     failed = from_rank_zero(rank, failed)
     if failed is not None:
         raise DataError(failed)
-    found = json.loads(str(from_rank_zero(rank, said)))
+    found = json.loads(str(from_rank_zero(rank, computed)))
     return Scores(found["probe"], found["disentanglement"], tuple(found["warnings"]))
 
 
@@ -71,8 +71,8 @@ def _scores(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, device: s
 
 
 def _probe(fitted: SplitLatents, scored: SplitLatents, spec: EvaluateSpec) -> tuple[dict[str, Any], list[str]]:
-    train = labelled(fitted, fitted.all())
-    test = train if scored is fitted else labelled(scored, scored.all())
+    train = require_labelled(fitted, fitted.all())
+    test = train if scored is fitted else require_labelled(scored, scored.all())
     warning = f"probes were fitted and scored on the same samples (split {spec.split!r}): set evaluate.train_split to another split"
     return {
         "train_split": spec.train_split,
@@ -87,7 +87,7 @@ def _probe(fitted: SplitLatents, scored: SplitLatents, spec: EvaluateSpec) -> tu
 
 def _disentanglement(splits: list[SplitLatents], spec: EvaluateSpec) -> tuple[dict[str, Any], list[str]]:
     factors = factors_of(splits)
-    rows = drawn(len(factors.levels), spec.factor_samples + spec.factor_samples // 2, spec.seed)
+    rows = draw_indices(len(factors.levels), spec.factor_samples + spec.factor_samples // 2, spec.seed)
     values, levels = _values(splits, rows), factors.levels[rows]
     fitted = min(spec.factor_samples, len(rows) * 2 // 3)
     found: dict[str, Any] = {

@@ -9,14 +9,16 @@ from aecore.loss._precision import at_least_float32, without_autocast
 
 
 def log_density_diag_gaussian(z: Tensor, mu: Tensor | None = None, log_var: Tensor | None = None) -> Tensor:
-    r"""log N(z; mu, exp(log_var)) with its constants, summed over the last axis: `[B, S]` for `z [B, S, D]`, `mu`, `log_var [B, D]`.
+    r"""Return log N(z; mu, exp(log_var)) with its constants, summed over the last axis: `[B, S]` for `z [B, S, D]`, `mu`, `log_var [B, D]`.
 
     .. math:: -\tfrac12 \sum_d \left((z_d - \mu_d)^2 e^{-\log\sigma_d^2} + \log\sigma_d^2 + \log 2\pi\right)
 
     None counts as zeros, so that both None is the prior N(0, I).
 
-    Raises:
-        ValueError: `mu` or `log_var` is not `[B, D]`.
+    Raises
+    ------
+    ValueError
+        `mu` or `log_var` is not `[B, D]`.
     """
     wanted = (z.shape[0], z.shape[-1])
     for name, value in (("mu", mu), ("log_var", log_var)):

@@ -18,10 +18,12 @@ def kl_divergence_diag_gaussian(
     .. math:: \tfrac12 \left(e^d - 1 - d + (\mu_q - \mu_p)^2 e^{-\log\sigma_p^2}\right), \quad d = \log\sigma_q^2 - \log\sigma_p^2
 
     The prior p is N(0, I) where `mu_p` and `log_var_p` are None (a missing half counts as zeros). `expm1(d) - d` keeps the digits of
-    a KL near zero, where `exp(d) - 1 - d` cancels.
+    a small KL, where `exp(d) - 1 - d` cancels.
 
-    Raises:
-        ValueError: `mu_q` and `log_var_q` differ in shape, or the prior's does not broadcast to it.
+    Raises
+    ------
+    ValueError
+        `mu_q` and `log_var_q` differ in shape, or the prior's does not broadcast to it.
     """
     mu_q, log_var_q = at_least_float32(mu_q), at_least_float32(log_var_q)
     prior = [at_least_float32(value) for value in (mu_p, log_var_p) if value is not None]

@@ -1,4 +1,4 @@
-"""float32 where half precision would lie: KL divergences, sampling and sums of squares.
+"""float32 where half precision gives wrong results: KL divergences, sampling and sums of squares.
 
 A KL computed in bfloat16 comes out as 0 or negative. Networks may run under autocast; what these two functions touch does not.
 Double precision is left alone, so gradients can be checked in float64.

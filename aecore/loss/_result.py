@@ -1,4 +1,4 @@
-"""What a loss returns: the scalar to minimise and named diagnostics that cost no device sync until somebody reads them."""
+"""What a loss returns: the scalar to minimise and named diagnostics that cost no device sync until they are read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,9 +32,12 @@ class Diagnostics(Mapping[str, float]):
 class LossResult:
     """Objective and diagnostics of one batch.
 
-    Attributes:
-        objective: scalar to minimise, attached to the graph.
-        tensors: the diagnostics as detached scalar tensors on the device of the loss: add these up in a training loop.
+    Attributes
+    ----------
+    objective
+        Scalar to minimise, attached to the graph.
+    tensors
+        The diagnostics as detached scalar tensors on the device of the loss: add these up in a training loop.
     """
 
     objective: Tensor
@@ -52,8 +55,8 @@ class LossResult:
         """The terms as the jobs report them: `loss` is the objective, `elbo` is at beta 1 whatever beta was; means per sample.
 
         `elbo` is `log_likelihood - kl_divergence`, of a pair the mean over its two samples (`..._x1`, `..._x2`). So rows of runs with
-        different beta can be compared. A model that gives `elbo` without these terms is taken at its word, and one without `elbo` has
-        none. The diagnostics keep their own meaning: there `elbo` has beta in it, and is a sum over a pair.
+        different beta can be compared. An `elbo` without these terms is passed on as it is. The diagnostics differ: their `elbo` includes
+        beta, and is a sum over a pair.
         """
         terms = {"loss": self.objective, **self.tensors}
         if "elbo" in terms:

@@ -1,7 +1,9 @@
-r"""Terms that replace the plain KL divergence in a training objective. How a term is added is shown by `free_bits` and `capacity`:
+r"""Terms that replace the plain KL divergence in a training objective.
+
+To add a term (as `free_bits` and `capacity` do):
 
 1. a function here: tensors per sample in, `[B]` out, which the objective weighs by beta and averages over the batch;
-2. a field of `aecore.variational.bound.Bound`, which calls it in training mode, and a knob of `VariationalSpec`;
+2. a field of `aecore.variational.bound.VariationalObjective`, which calls it in training mode, and a knob of `VariationalSpec`;
 3. a value that changes with the step is a pure function of it (`schedules.py`), handed to the model by `Trainable.at_step`.
 
 A term is a function of ONE sample, never of a batch's mean: then the objective of a global batch is the mean over its parts, the same

@@ -14,7 +14,7 @@ class VariationalAutoEncoderMIL(VariationalAutoEncoder):
     """VAE of the instances of bags `[B, N, *input_shape]`; constructor and methods that are not here are those of the VAE of instances.
 
     A mask `[B, N]` is True (or 1) for instances and False (or 0) for padding, which changes nothing: neither a loss nor a gradient,
-    whatever stands in it.
+    whatever its values.
 
     >>> model = VariationalAutoEncoderMIL((12,), [8, 4], ["relu", "None"])
     >>> model(torch.zeros(2, 5, 12), n_samples=3).shape
@@ -44,16 +44,24 @@ class VariationalAutoEncoderMIL(VariationalAutoEncoder):
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
         """Return `{"VaeELL": -E_q[log p(x|z)], "VaeKL": KL(q || N(0, I))}` of the instances that the mask leaves.
 
-        Args:
-            X: bags `[B, N, *input_shape]`.
-            mask: `[B, N]` of True and False or 1 and 0; None: no padding.
-            reduction: "sum": over all instances of all bags; "mean": that divided by their number, so an instance counts the same in
-                every bag; "none": `[B, N]`, 0 for padding.
-            n_samples: S, over which the likelihood is averaged.
-            return_samples: also return the latents `[B, N, S, D]`, 0 for padding.
+        Parameters
+        ----------
+        X
+            Bags `[B, N, *input_shape]`.
+        mask
+            `[B, N]` of True and False or 1 and 0; None: no padding.
+        reduction
+            "sum": over all instances of all bags; "mean": that divided by their number, so an instance counts the same in
+            every bag; "none": `[B, N]`, 0 for padding.
+        n_samples
+            S, over which the likelihood is averaged.
+        return_samples
+            Also return the latents `[B, N, S, D]`, 0 for padding.
 
-        Raises:
-            InputError: a mask of another shape or with other values, or a bag without an instance.
+        Raises
+        ------
+        InputError
+            A mask of another shape or with other values, or a bag without an instance.
         """
         require_reduction(reduction)
         shape = self._bag_shape(X)

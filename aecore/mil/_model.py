@@ -1,6 +1,6 @@
 """`model.kind=mil_vae`: torchmil's autoencoder as the jobs train it, on single samples or on whole bags.
 
-A data set with groups gives bags in training: `batch.x [bags, N, ...]` with `batch.mask [bags, N]`. The loss is the mean over their
+A dataset with groups gives bags in training: `batch.x [bags, N, ...]` with `batch.mask [bags, N]`. The loss is the mean over their
 instances, so an instance counts the same in every bag and in validation, which scores instance by instance, as encoding does.
 Legend: n rows (samples, or the instances of all bags of a batch), N instances of the longest bag, S samples, D latent.
 """
@@ -77,10 +77,12 @@ class MilVAE(Trainable):
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
         """Forward and loss, always sampled: of rows `x [n, ...]`, or, with a mask, of the instances of bags; a mean over n in both cases.
 
-        `eps` is `[n, S, D]`: of bags, the noise of the instances bag by bag, none for padding. What stands in padding changes nothing.
+        `eps` is `[n, S, D]`: of bags, the noise of the instances bag by bag, none for padding. Values in padding have no effect.
 
-        Raises:
-            InputError: x and mask do not belong to each other.
+        Raises
+        ------
+        InputError
+            The shapes of `x` and `mask` do not fit each other.
         """
         num_samples = self.noise_shape()[0] if eps is None else eps.shape[1]
         x, valid = batch.x, None
@@ -175,8 +177,10 @@ class MilVAESpec:
 def build(model: MilVAESpec, backbone: object, input_shape: tuple[int, ...]) -> MilVAE:
     """Build the model of two specs for samples of `input_shape`; weights come from torch's global generator.
 
-    Raises:
-        ConfigError: a backbone that is no plain MLP.
+    Raises
+    ------
+    ConfigError
+        A backbone that is no plain MLP.
     """
     mlp = _require_plain_mlp(backbone)
     sizes, names = [*mlp.hidden, model.latent_dim], [*(mlp.activation for _ in mlp.hidden), model.last_activation]

@@ -30,16 +30,24 @@ class VariationalAutoEncoder(nn.Module):
 
     .. math:: q(z|x) = N(\mu(x), \sigma(x)^2 I), \quad p(x|z) = N(\mu(z), \sigma(z)^2 I)
 
-    Args:
-        input_shape: shape of one instance.
-        layer_sizes: widths of the encoder; the last one is D. The decoder has them in reverse.
-        activations: one per layer of the encoder, after it; "None" is none. The decoder's hidden layer of a width has the activation of
-            that width, its last layer has none. The activation of the last layer acts on mean and log_std alike.
-        covar_mode: "single": one log sigma per instance (and per latent, in the decoder); "diagonal": one for each dimension.
-        jitter: added to every log sigma.
+    Parameters
+    ----------
+    input_shape
+        Shape of one instance.
+    layer_sizes
+        Widths of the encoder; the last one is D. The decoder has them in reverse.
+    activations
+        One per layer of the encoder, after it; "None" is none. The decoder's hidden layer of a width has the activation of
+        that width, its last layer has none. The activation of the last layer acts on mean and log_std alike.
+    covar_mode
+        "single": one log sigma per instance (and per latent, in the decoder); "diagonal": one for each dimension.
+    jitter
+        Added to every log sigma.
 
-    Raises:
-        ValueError: unknown activation or covar_mode, another number of activations than layers, sizes below 1, negative jitter.
+    Raises
+    ------
+    ValueError
+        Unknown activation or covar_mode, another number of activations than layers, sizes below 1, negative jitter.
 
     >>> model = VariationalAutoEncoder((12,), [8, 4], ["relu", "None"])
     >>> model(torch.zeros(5, 12), n_samples=3).shape
@@ -123,11 +131,16 @@ class VariationalAutoEncoder(nn.Module):
     ) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
         """Return `{"VaeELL": -E_q[log p(x|z)], "VaeKL": KL(q || N(0, I))}`; their sum is the negative ELBO, in nats with all constants.
 
-        Args:
-            X: instances `[B, *input_shape]`.
-            reduction: "mean" or "sum" over the instances, or "none": `[B]` each.
-            n_samples: S, over which the likelihood is averaged.
-            return_samples: also return the latents `[B * S, D]`; those of instance i are the rows i * S to i * S + S - 1.
+        Parameters
+        ----------
+        X
+            Instances `[B, *input_shape]`.
+        reduction
+            "mean" or "sum" over the instances, or "none": `[B]` each.
+        n_samples
+            S, over which the likelihood is averaged.
+        return_samples
+            Also return the latents `[B * S, D]`; those of instance i are the rows i * S to i * S + S - 1.
         """
         require_reduction(reduction)
         samples, mean, log_std = self._posterior(X, n_samples)
@@ -168,7 +181,7 @@ class VariationalAutoEncoder(nn.Module):
     def log_marginal_likelihood_importance_sampling(self, X: Tensor, n_samples: int = 1) -> Tensor:
         r"""Return :math:`\log \frac{1}{K} \sum_k p(x|z_k) p(z_k) / q(z_k|x)`, `[B]` float64, with K = `n_samples` latents of q(z|x).
 
-        The prior is N(0, I). On average over the draws it lies below log p(x), by less the larger K is; it is exact for any K if q is the
+        The prior is N(0, I). Its expectation is below log p(x), by less the larger K is; it is exact for any K if q is the
         exact posterior. Memory does not grow with K. No gradients: it is an estimate for reports.
         """
         require_samples(n_samples)

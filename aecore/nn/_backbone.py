@@ -18,15 +18,23 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Backbone:
     """An encoder and a decoder without the layer that makes the latent; the model adds that.
 
-    Attributes:
-        encoder: `[B, *input_shape]` -> `[B, num_features]`.
-        decoder: `[N, latent_dim]` -> `[N, *input_shape]`.
-        num_features: F, width of the encoder's output.
-        bounded: the decoder's output is already squashed to [0, 1], so it cannot be read as logits.
-        sequential: the first axis of samples is time; the encoder takes `lengths [B]` beside them, the decoder the number of steps, and
-            the build function `num_levels`: K for samples that are token ids, of which the decoder then gives K logits each.
-        map_shape: (C, *axes) of the features before the encoder flattened them; None where they never were a map.
-        map_decoder: the part of the decoder that takes such a map: `[N, *map_shape]` -> `[N, *input_shape]`; None without a map.
+    Attributes
+    ----------
+    encoder
+        `[B, *input_shape]` -> `[B, num_features]`.
+    decoder
+        `[N, latent_dim]` -> `[N, *input_shape]`.
+    num_features
+        F, width of the encoder's output.
+    bounded
+        The decoder's output is already squashed to [0, 1], so it cannot be read as logits.
+    sequential
+        The first axis of samples is time; the encoder also takes `lengths [B]`, the decoder the number of steps, and
+        the build function `num_levels`: K for samples that are token ids, of which the decoder then gives K logits each.
+    map_shape
+        (C, *axes) of the features before the encoder flattened them; None where they never were a map.
+    map_decoder
+        The part of the decoder that takes such a map: `[N, *map_shape]` -> `[N, *input_shape]`; None without a map.
     """
 
     encoder: nn.Module

@@ -1,4 +1,4 @@
-"""GRU and LSTM layers over padded sequences, and the encoder and decoder made of them; what a step is, their step nets say.
+"""GRU and LSTM layers over padded sequences, and the encoder and decoder made of them; a step net of each defines what a step is.
 
 Steps behind a sequence's end change nothing: the encoder takes each direction's state at the last valid step, and runs backwards over a
 copy that is reversed within its length. So nothing is packed, and forward and loss stay one `torch.compile` graph (which `nn.GRU` is
@@ -41,11 +41,16 @@ class Recurrence(nn.Module):
 class RecurrentEncoder(nn.Module):
     """Sequences `[B, T, ...]` -> features `[B, F]`: the top layer's state after the last valid step, of each direction.
 
-    Args:
-        step: net of single steps, `[M, ...]` -> `[M, W]`.
-        cell, width, layers, bidirectional: what runs over time.
-        dropout: share of values dropped in front of every layer in training.
-        time_axis: axis of a sample that is time.
+    Parameters
+    ----------
+    step
+        Net of single steps, `[M, ...]` -> `[M, W]`.
+    cell, width, layers, bidirectional
+        What runs over time.
+    dropout
+        Share of values dropped in front of every layer in training.
+    time_axis
+        Axis of a sample that is time.
     """
 
     def __init__(
@@ -82,9 +87,12 @@ class RecurrentDecoder(nn.Module):
     and generation are the same computation, and the decoder cannot explain the data without z: the latents are what this package is for.
     Its price: text is less fluent than from a decoder that reads its own words.
 
-    Args:
-        step: net of single steps, `[M, W]` -> `[M, ...]`.
-        num_steps: T where `forward` is not told.
+    Parameters
+    ----------
+    step
+        Net of single steps, `[M, W]` -> `[M, ...]`.
+    num_steps
+        T where `forward` gets no `num_steps`.
     """
 
     def __init__(
@@ -109,9 +117,9 @@ class RecurrentDecoder(nn.Module):
     def forward(self, z: Tensor, num_steps: int | None = None) -> Tensor:
         """Decode `z` to `num_steps` steps."""
         first = torch.tanh(self.first(z)).reshape(len(z), self.num_layers, -1)
-        given = self.input(z)
-        code = time_code(self.num_steps if num_steps is None else num_steps, given.shape[1], given.device)
-        steps = given.unsqueeze(1) + code.to(given.dtype)
+        inputs = self.input(z)
+        code = time_code(self.num_steps if num_steps is None else num_steps, inputs.shape[1], inputs.device)
+        steps = inputs.unsqueeze(1) + code.to(inputs.dtype)
         for number, layer in enumerate(self.layers):
             steps = layer(self.dropout(steps), first[:, number])
         return _per_step(self.step, self.dropout(steps)).movedim(1, 1 + self.time_axis)

@@ -103,7 +103,7 @@ class Pixels(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds one learned vector to each token: attention alone does not know where a token stands."""
+    """Adds one learned vector to each token: attention alone ignores the order of tokens."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()

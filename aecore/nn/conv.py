@@ -61,7 +61,7 @@ def build(conv: ConvSpec, input_shape: tuple[int, ...], latent_dim: int) -> Back
 
 
 def with_channels(input_shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """Return the shape with its channels first, (1, n) for a vector; ConfigError unless it has 1 to 3 axes beside the channels."""
+    """Return the shape with its channels first, (1, n) for a vector; ConfigError unless it has 1 to 3 axes behind the channels."""
     channels_first = (1, *input_shape) if len(input_shape) == 1 else input_shape
     if len(channels_first) not in CONV_AXES:
         raise ConfigError(f"backbone.kind={kind} takes samples with 1 to 4 axes, these have the shape {input_shape}: use backbone.kind=mlp")

@@ -27,14 +27,14 @@ class HybridSpec:
     layers: int = knob(1, "recurrent layers, of the encoder and of the decoder", ge=1)
     bidirectional: bool = knob(True, "the encoder also runs backwards over time")
     activation: Activation = knob("silu", "after each hidden layer of a frame")
-    norm: Literal["group", "none"] = knob("group", "of the convolutions; none over a batch: it would see what only fills it up")
+    norm: Literal["group", "none"] = knob("group", "of the convolutions; no batch normalisation, which would see the padding")
     dropout: float = knob(0.0, "share of hidden values dropped in training", ge=0, le=0.95)
     output: Output = knob("identity", "the decoder's last step; sigmoid keeps it in [0, 1]")
 
 
 @BACKBONES.register(HybridSpec)
 def build(hybrid: HybridSpec, input_shape: tuple[int, ...], latent_dim: int, num_levels: int = 0) -> Backbone:
-    """Build for videos of `input_shape`: (T, C, H, W), or (T, H, W) of one channel; a first axis of 0 stands for any number of frames."""
+    """Build for videos of `input_shape`: (T, C, H, W), or (T, H, W) of one channel; a first axis of 0 means any number of frames."""
     if len(input_shape) not in (3, 4):
         raise ConfigError(
             f"backbone.kind=hybrid takes videos (T, C, H, W) or (T, H, W), these samples have the shape {input_shape}: "

@@ -34,7 +34,7 @@ class RecurrentSpec:
 
 @BACKBONES.register(RecurrentSpec)
 def build(recurrent: RecurrentSpec, input_shape: tuple[int, ...], latent_dim: int, num_levels: int = 0) -> Backbone:
-    """Build for sequences of `input_shape`; a first axis of 0 stands for any number of steps.
+    """Build for sequences of `input_shape`; a first axis of 0 means any number of steps.
 
     With `num_levels` = K samples are token ids in 0..K-1, and the decoder gives K logits for each: `[N, *input_shape, K]`.
     """

@@ -1,7 +1,7 @@
 """Residual backbone in 1, 2 or 3 dimensions (He et al. 2016, "Identity Mappings in Deep Residual Networks").
 
 A stage halves every spatial axis as the `conv` backbone does (rounding up, and back to the exact odd or even size), then refines it
-by `blocks` residual blocks: x + f(x), f = two 3-wide convolutions, each behind its normalisation and activation. The blocks stand at the
+by `blocks` residual blocks: x + f(x), f = two 3-wide convolutions, each behind its normalisation and activation. The blocks run at the
 smaller resolution, so they cost a quarter (2-D) of what they would before it. Legend: C channels, H W axes, N latents.
 """
 
@@ -85,5 +85,5 @@ def _blocks(resnet: ResNetSpec, channels: int, num_axes: int) -> list[nn.Module]
 
 
 def _ready(resnet: ResNetSpec, channels: int, num_axes: int) -> list[nn.Module]:
-    """Return what stands before a convolution: normalisation and activation."""
+    """Return the layers in front of a convolution: normalisation and activation."""
     return [*normalisation(resnet.norm, channels, num_axes), activation(resnet.activation)]

@@ -1,8 +1,6 @@
 """Panels to PNG files with matplotlib, which is imported here only, and without its global state. The same panels give the same bytes."""
 
-import contextlib
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from aecore.report._panels import Curves, Histograms, Panel, Points, Samples
 
 DPI = 120
 FRAMES = 4  # of a video
-MARKED = 20  # epochs whose means have a marker each: two of them alone are a line that says little
+MARKED = 20  # epochs whose means have a marker each: a line of two points without markers is hard to read
 INK, SOFT, STRONG, ACCENT = "#222222", "#b8c4d6", "#2456a6", "#d1495b"
 STYLE = {
     "figure.facecolor": "white",
@@ -36,7 +34,9 @@ Figure = Any  # any: matplotlib's; the checker takes the extra as missing
 
 def draw(panel: Panel, transform: Transform, subtitle: str = "") -> bytes:
     """Return the PNG of a panel; `subtitle` says what the figure is of."""
-    with _style():
+    from matplotlib import style
+
+    with style.context(["default", STYLE], after_reset=True):  # whatever the user's matplotlibrc holds
         if isinstance(panel, Samples):
             figure = _samples(panel, transform)
         elif isinstance(panel, Curves):
@@ -51,15 +51,6 @@ def draw(panel: Panel, transform: Transform, subtitle: str = "") -> bytes:
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=DPI, metadata={"Software": None})
     return data.getvalue()
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    """Our own style on matplotlib's defaults, whatever the user's matplotlibrc says."""
-    from matplotlib import style
-
-    with style.context(["default", STYLE], after_reset=True):
-        yield
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -101,9 +92,9 @@ def _strips(values: Tensor) -> Tensor:
 
 
 def _plots(panel: Samples) -> Figure:
-    """Samples that are no images, a small plot each on one scale: a vector is a line, a sequence a line for each of its values.
+    """Draw samples that are no images, a small plot each on one scale: a vector is a line, a sequence a line for each of its values.
 
-    All cells lie in one pair of axes: a hundred axes would take ten seconds to lay out.
+    All cells share one pair of axes: a hundred axes would take ten seconds to lay out.
     """
     rows, columns = panel.values.shape[:2]
     low, high = (float(np.nan_to_num(limit(panel.values.numpy()))) for limit in (np.nanmin, np.nanmax))
@@ -112,7 +103,8 @@ def _plots(panel: Samples) -> Figure:
     axes = figure.add_subplot()
     for row in range(rows):
         for column in range(columns):
-            values = _lines_of(panel.values[row, column])
+            sample = panel.values[row, column].numpy()
+            values = sample.reshape(-1, 1) if sample.ndim <= 1 else sample.reshape(len(sample), -1)[:, :16]
             x = column + 0.05 + 0.9 * np.linspace(0, 1, len(values))
             axes.plot(x, rows - 1 - row + 0.08 + 0.84 * (values - low) / scale, linewidth=0.8, color=STRONG, alpha=0.9)
     for place in range(rows + 1):
@@ -131,11 +123,6 @@ def _captions(axes: Any, panel: Samples, columns: list[float], rows: list[float]
     axes.set_xticks(columns[: len(panel.columns)], list(panel.columns))
     axes.set_yticks(rows[: len(panel.rows)], list(panel.rows))
     axes.tick_params(length=0, labelsize=size, labeltop=True, labelbottom=False)
-
-
-def _lines_of(sample: Tensor) -> Any:  # any: numpy
-    values = sample.numpy()
-    return values.reshape(-1, 1) if values.ndim <= 1 else values.reshape(len(values), -1)[:, :16]
 
 
 def _curves(panel: Curves) -> Figure:
@@ -162,7 +149,7 @@ def _curves(panel: Curves) -> Figure:
 
 
 def _mark_peak(axes: Any, lines: Any) -> None:  # any: matplotlib's; the lines of a panel
-    """Say how high the peak is that the limits leave out."""
+    """Annotate the height of the peak that the limits leave out."""
     line = max(lines, key=lambda line: line.y.max())
     top, at = axes.get_ylim()[1], int(line.y.argmax())
     if line.y[at] > top:
@@ -171,7 +158,7 @@ def _mark_peak(axes: Any, lines: Any) -> None:  # any: matplotlib's; the lines o
 
 
 def _limits(lines: Any) -> tuple[float, float]:  # any: the lines of a panel
-    """Return limits that leave out the first steps' peak: what comes later is what one looks for."""
+    """Return limits that leave out the first steps' peak, so that later steps can be read."""
     every = np.concatenate([line.y for line in lines])
     low, high = float(every.min()), float(np.quantile(every, 0.98))
     high = max(high, *(float(line.y.max()) for line in lines if line.name != "each step"))

@@ -17,7 +17,7 @@ Metrics = Sequence[Mapping[str, Any]]  # any: numbers, and the numbers of a vali
 
 
 def latents_pca(view: View) -> Points:
-    """The latents along their two directions of most variance."""
+    """Show the latents along their two directions of most variance."""
     values = view.latents.values
     if values.shape[1] < 3:
         raise NotDrawn(f"the latent has {values.shape[1]} dimensions: see latents_2d")
@@ -27,7 +27,7 @@ def latents_pca(view: View) -> Points:
 
 
 def latents_2d(view: View) -> Points:
-    """The latents as they are, of a model with two of them."""
+    """Show the latents of a model with two dimensions as they are."""
     values = view.latents.values
     if values.shape[1] != 2:
         raise NotDrawn(f"the latent has {values.shape[1]} dimensions, a plane has 2")
@@ -35,7 +35,7 @@ def latents_2d(view: View) -> Points:
 
 
 def latents_tsne(view: View) -> Points:
-    """The latents as t-SNE lays them out (van der Maaten & Hinton 2008); neighbourhoods mean something, distances between groups do not."""
+    """Show the latents by t-SNE (van der Maaten & Hinton 2008); neighbourhoods have a meaning, distances between groups have none."""
     try:
         from sklearn.manifold import TSNE
     except ImportError as missing:
@@ -60,10 +60,10 @@ def _points(view: View, title: str, xy: NDArray[np.float64], axes: tuple[str, st
 
 
 def losses(store: Store, run_sha256: str | None) -> Curves:
-    """Total loss, reconstruction and KL over the steps of a run, each step and the mean of each epoch, with the validation."""
+    """Show total loss, reconstruction and KL over the steps of a run, each step and the mean of each epoch, with the validation."""
     newest = newest_checkpoint(store, run_sha256)
     if newest is None or not newest.metrics:
-        raise NotDrawn("the metrics of a run lie in its folder: give the run, not one checkpoint of it")
+        raise NotDrawn("the metrics of a run are in its folder: give the run, not one checkpoint of it")
     return loss_curves(read_rows(store, newest.metrics))
 
 

@@ -80,7 +80,7 @@ Panel = Samples | Curves | Points | Histograms
 
 
 def reconstructions(view: View) -> Samples:
-    """Samples of the split, above what the model makes of them."""
+    """Show samples of the split above their reconstructions."""
     batch = view.batch(view.by_class(SAMPLES))
     names = _class_names(view, batch.label)
     values = torch.stack([_cut(batch.x.cpu(), batch), _cut(view.reconstruct(batch), batch)])
@@ -88,7 +88,7 @@ def reconstructions(view: View) -> Samples:
 
 
 def denoising(view: View) -> Samples:
-    """Samples, as training corrupts them, and what the model makes of those; for a model that is trained on corrupted inputs."""
+    """Show samples, corrupted as in training, and their reconstructions; for a model that is trained on corrupted inputs."""
     batch = view.batch(view.by_class(SAMPLES))
     eps = step_noise(seed_of("figures", view.spec.seed), 0, tuple(batch.x.shape)).to(batch.x.device)
     noisy = view.loaded.model.add_noise(batch.x, eps)
@@ -100,7 +100,7 @@ def denoising(view: View) -> Samples:
 
 
 def prior_samples(view: View) -> Samples:
-    """A grid of samples of the prior; of a conditional model a class a row."""
+    """Show a grid of samples of the prior; for a conditional model one class per row."""
     dim = view.prior_dim
     rows = min(view.num_classes, SAMPLES) if view.conditional else SIDE
     z = prior_latents(view.spec.seed, rows * SIDE, dim).view(rows, SIDE, dim)
@@ -110,7 +110,7 @@ def prior_samples(view: View) -> Samples:
 
 
 def interpolation(view: View) -> Samples:
-    """From a sample of one class to one of another, on a straight line and on an arc; a conditional model keeps the first class."""
+    """Move from a sample of one class to one of another, on a straight line and on an arc; a conditional model keeps the first class."""
     latents, labels = view.decodable, view.decodable.labels
     first = {int(label): int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)}
     starts = list(first.values()) if len(first) > 1 else list(range(min(PAIRS + 1, len(labels))))
@@ -147,7 +147,7 @@ def slerp(a: Tensor, b: Tensor, steps: int) -> Tensor:
 
 
 def traversals(view: View) -> Samples:
-    """One sample, with one latent dimension at a time moved over its range; the dimensions that vary most, those first."""
+    """Move one latent dimension of a sample at a time over its range, the dimensions that vary most first."""
     values = view.decodable.values
     deviations, means = values.std(0), values.mean(0)
     order = np.argsort(-deviations, kind="stable")[:TRAVERSED]
@@ -166,7 +166,7 @@ def traversals(view: View) -> Samples:
 
 
 def manifold(view: View) -> Samples:
-    """The plane of a model with two latents, decoded: at quantiles of the prior, or over the range of the data's latents."""
+    """Decode the plane of a model with two latents: at quantiles of the prior, or over the range of the data's latents."""
     values = view.decodable.values
     if values.shape[1] != 2:
         raise NotDrawn(f"the latent has {values.shape[1]} dimensions, a plane has 2")
@@ -185,7 +185,7 @@ def manifold(view: View) -> Samples:
 
 
 def reparameterisation(view: View) -> Histograms:
-    """What the sampling layer draws: the noise, z of one input in its most informative dimension, and that dimension over all inputs."""
+    """Show draws of the sampling layer: the noise, z of one input in its most informative dimension, and that dimension over all inputs."""
     batch = view.batch(view.chosen)
     latents = view.loaded.model.latents(batch)
     if not has_posterior(latents):

@@ -1,4 +1,4 @@
-"""What the figures of one model on one split are made from: some samples, their latents, the decoder. Legend: n rows, D latent."""
+"""The inputs of the figures of one model on one split: some samples, their latents, the decoder. Legend: n rows, D latent."""
 
 from functools import cached_property
 
@@ -14,9 +14,9 @@ from aecore.data.format.transform import Transform
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
-from aecore.evaluate._latents import Latents, SplitLatents, drawn
+from aecore.evaluate._latents import Latents, SplitLatents, draw_indices
 from aecore.registry import to_dict
-from aecore.sampling import decoded, prior_dim
+from aecore.sampling import decode_batches, prior_dim
 
 Int64s = NDArray[np.int64]
 POINTS = 2000  # latents of a map
@@ -34,27 +34,27 @@ class View:
         self.transform = Transform(loaded.config.transform)
         self.loader = Loader(dataset, spec.split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
         self.shape = loaded.config.input_shape
-        self.chosen = drawn(self.loader.num_samples, POINTS, spec.seed)
+        self.chosen = draw_indices(self.loader.num_samples, POINTS, spec.seed)
 
     def batch(self, indices: Int64s) -> Batch:
         """Return samples of the split by number, scaled, on the device."""
         return self.transform(self.loader.take(indices).to(self.device))
 
     def reconstruct(self, batch: Batch) -> Tensor:
-        """Return what the model makes of a batch, on the CPU."""
+        """Return the reconstructions of a batch, on the CPU."""
         return self.loaded.model.reconstruct(batch, likelihood=self.loaded.config.model.likelihood).cpu()
 
     def decode(self, z: Tensor, label: int | None) -> Tensor:
-        """Return samples `[n, *shape]` of latents `[n, D]`, on the CPU; all of one class, for a model that is told it."""
+        """Return samples `[n, *shape]` of latents `[n, D]`, on the CPU; all of class `label` for a conditional model."""
         labels = torch.full((len(z),), label or 0) if self.conditional else None
         try:
-            return decoded(self.loaded, z.float(), labels, self.spec.batch)
+            return decode_batches(self.loaded, z.float(), labels, self.spec.batch)
         except ConfigError as refused:
             raise NotDrawn(str(refused)) from refused
 
     @property
     def conditional(self) -> bool:
-        """Whether the model is told the class of every sample."""
+        """Whether the model needs the class of every sample."""
         return "label" in self.loaded.model.encode_inputs
 
     @property
@@ -80,7 +80,7 @@ class View:
     def decodable(self) -> Latents:
         """The latents, where the decoder takes points between them; NotDrawn where it takes codes."""
         if "codes" in self.loaded.config.model.columns:
-            raise NotDrawn(f"model.kind={self.loaded.config.model.kind} decodes codes, and nothing lies between two of them")
+            raise NotDrawn(f"model.kind={self.loaded.config.model.kind} decodes codes, which cannot be interpolated")
         return self.latents
 
     def label_name(self, label: int) -> str:

@@ -1,9 +1,9 @@
 """Every figure of a trained model on a split of a dataset, as PNG files below a URL.
 
-    OUT/reconstructions.png  losses.png  ...   figures.json: what they are of, written last
+    OUT/reconstructions.png  losses.png  ...   figures.json: their inputs, written last
 
-A figure that a model does not have (samples of a prior that is not there, a plane of ten latents) is left out, with the reason.
-The same command again writes nothing; the figures of another model are refused a folder that has some.
+A figure that does not apply to a model (samples of a prior it does not have, a plane of ten latents) is left out, with the reason.
+The same command again writes nothing; a folder that holds the figures of another model is refused.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 from aecore.artifact.commit import read_json, require_same
 from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
-from aecore.evaluate import EvaluateSpec, opened
+from aecore.evaluate import EvaluateSpec, open_for_evaluation
 from aecore.report import _maps, _panels, require_matplotlib
 from aecore.report._draw import draw
 from aecore.report._panels import Panel
@@ -44,12 +44,12 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
     Raises
     ------
     ConfigError
-        matplotlib is not installed, or `out` holds other figures.
+        Matplotlib is not installed, or `out` holds other figures.
     DataError
         No such run or split, or samples that do not fit.
     """
     require_matplotlib()
-    dataset, loaded = opened(run, data, EvaluateSpec(split=spec.split, batch=spec.batch, seed=spec.seed), device)
+    dataset, loaded = open_for_evaluation(run, data, EvaluateSpec(split=spec.split, batch=spec.batch, seed=spec.seed), device)
     store, identity = open_store(absolute_url(out, "figures")), _identity(loaded, dataset, spec)
     if store.size(MANIFEST) is not None:
         known = read_json(store, MANIFEST)

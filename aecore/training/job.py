@@ -1,4 +1,4 @@
-"""What a run is: its specs, its identity, what fits it, and its result. The session (`aecore.training.session`) opens all of it."""
+"""The specs, the identity, the checks and the result of a run. The session (`aecore.training.session`) opens what they describe."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -46,9 +46,11 @@ class TrainSpec:
     init_from: str | None = knob(None, "run or checkpoint whose weights are the start (its hash is what counts)", identity=False)
     log_every_s: float = knob(10.0, "seconds between metric parts (at checkpoints and epoch ends in any case)", ge=0, identity=False)
 
-    def order(self, rank: int = 0, world: int = 1) -> TrainingOrder:
-        """Return the input order as `rank` of `world` reads it; ConfigError if lanes, batch and ranks do not fit each other."""
-        return TrainingOrder(seed=self.seed, lanes=self.lanes, block=self.block, global_batch=self.global_batch, rank=rank, world=world)
+    def order(self, rank: int = 0, world_size: int = 1) -> TrainingOrder:
+        """Return the input order as `rank` of `world_size` reads it; ConfigError if lanes, batch and ranks do not fit each other."""
+        return TrainingOrder(
+            seed=self.seed, lanes=self.lanes, block=self.block, global_batch=self.global_batch, rank=rank, world_size=world_size
+        )
 
 
 @spec
@@ -61,30 +63,30 @@ class CheckpointSpec:
 
 
 def require_possible(train: TrainSpec, checkpoint: CheckpointSpec, num_workers: int = 1) -> None:
-    """ConfigError for combinations that cannot work, whatever the data: known before anything is read."""
-    train.order(world=max(num_workers, 1))
+    """Raise ConfigError for combinations that cannot work with any data, before anything is read."""
+    train.order(world_size=max(num_workers, 1))
     if checkpoint.best and train.val_split is None:
         raise ConfigError("checkpoint.best chooses by the validation loss: set train.val_split, or checkpoint.best=false")
 
 
 def require_pairs_are_taken(pairs: PairSpec, kind: str, model: type[Trainable] | None = None) -> None:
-    """ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
+    """Raise ConfigError if pairs are asked for and the model (by default the class that `kind` builds) trains on single samples."""
     if pairs in (type(pairs)(), as_recorded(type(pairs)(), {})):  # the default of today, or of an older run
         return
-    if "x2" in model.train_inputs if model is not None else _takes(kind, "x2"):
+    if "x_pair" in model.train_inputs if model is not None else _takes(kind, "x_pair"):
         return
     asked = ", ".join(f"pairs.{name}={value}" for name, value in to_dict(pairs).items())
     raise ConfigError(f"{asked} draws pairs, but model.kind={kind} trains on single samples: remove pairs.*, or use model.kind=adagvae")
 
 
 def _takes(kind: str, field: str) -> bool:
-    """Return whether the model that `kind` builds trains on a field of `Batch` (True if its build function does not say which it is)."""
+    """Return whether the model that `kind` builds trains on a field of `Batch` (True if its build function names no class)."""
     built = MODELS.built_type(kind)
     return not isinstance(built, type) or not issubclass(built, Trainable) or field in built.train_inputs
 
 
 def require_streamable(train: TrainSpec, input: InputSpec) -> None:
-    """ConfigError for what tars without an index cannot give."""
+    """Raise ConfigError for settings that need an index where the tars have none."""
     if not input.streams:
         return
     if not train.max_steps and (input.resampled or not input.epoch_samples):
@@ -121,7 +123,7 @@ class TrainJob:
     def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
         """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
         parts = {name: getattr(self, name) for name in _SPECS}
-        if self.pairs == as_recorded(type(self.pairs)(), {}):  # left out where it says what runs without it do: most models draw no pairs
+        if self.pairs == as_recorded(type(self.pairs)(), {}):  # left out at its default: most models draw no pairs
             del parts["pairs"]
         splits = [split for split in (self.train.split, self.train.val_split) if split is not None]
         return {
@@ -132,9 +134,8 @@ class TrainJob:
         }
 
     def as_recorded(self, identity: Mapping[str, Any]) -> "TrainJob":
-        """Return the job as a run of this identity wants it: later fields that nobody changed mean what they meant when it was claimed."""
-        there: dict[str, Mapping[str, Any]] = {name: identity.get(name, {}) for name in _SPECS}
-        return dataclasses.replace(self, **{name: as_recorded(getattr(self, name), there[name]) for name in _SPECS})
+        """Return the job as a run of this identity recorded it: fields added since, if unchanged, keep their meaning of that time."""
+        return dataclasses.replace(self, **{name: as_recorded(getattr(self, name), identity.get(name, {})) for name in _SPECS})
 
     def absent_values(self) -> dict[str, Any]:
         """Return what the absence of later fields means, nested like the identity."""
@@ -143,7 +144,7 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What `fit` leaves behind: the published model, its step, and the means of that step's epoch (see `metrics.EpochMean`)."""
+    """The result of `fit`: the published model, its step, and the means of that step's epoch (see `metrics.EpochMean`)."""
 
     url: str
     model_url: str
@@ -165,37 +166,37 @@ def build_model(job: TrainJob, dataset: Dataset) -> Trainable:
         return model_config(job, dataset).build()
 
 
-def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world: int = 1) -> None:
-    """Raise ConfigError or DataError unless the dataset, its labels, its batches over `world` ranks and the weights of `init_from` fit.
+def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world_size: int = 1) -> None:
+    """Raise ConfigError or DataError unless dataset, labels, batches over `world_size` ranks and the weights of `init_from` fit the model.
 
     The weights of `loaded` are then those of the model.
     """
     if loaded is not None:
         start_from(model, loaded)
-    if not job.input.streams:  # tars without an index say at each batch what labels they have
+    if not job.input.streams:  # the labels of tars without an index are checked batch by batch
         require_labels(dataset.url, dataset.manifest.classes, model)
-    require_batches_fit(job, dataset, model, world)
+    require_batches_fit(job, dataset, model, world_size)
 
 
-def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world: int) -> None:
-    """ConfigError if a step of the run leaves one of `world` ranks too few samples for batch normalisation in the model.
+def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world_size: int) -> None:
+    """Raise ConfigError if a step of the run leaves one of `world_size` ranks too few samples for batch normalisation in the model.
 
-    Of whole bags the number of instances is not known before they are read: they are not looked at.
+    Batches of whole bags are not checked: their numbers of instances are not known before they are read.
     """
     if trains_on_bags(job, dataset):
         return
     known = dataset.manifest.num_samples(job.train.split) if not job.input.streams else 0
-    shape, order = model_config(job, dataset).input_shape, job.train.order(world=world)
+    shape, order = model_config(job, dataset).input_shape, job.train.order(world_size=world_size)
     require_batch_statistics(model, shape, order, known, total_steps(job, dataset), job.train.split)
 
 
-def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world: int = 1) -> TrainLoader:
+def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world_size: int = 1) -> TrainLoader:
     """Return the loader of the training split: of pairs or of whole bags if the model takes them, else of single samples.
 
     ConfigError if the model takes no pairs and they are asked for.
     """
     require_pairs_are_taken(job.pairs, job.model.kind, type(model))
-    order, pairs = job.train.order(rank, world), job.pairs if "x2" in model.train_inputs else None
+    order, pairs = job.train.order(rank, world_size), job.pairs if "x_pair" in model.train_inputs else None
     if trains_on_bags(job, dataset):
         return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input)
     if not job.input.streams:
@@ -226,7 +227,7 @@ def start_from(model: Trainable, loaded: LoadedModel) -> None:
 
 
 def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
-    """Return the steps of an epoch; tars without an index have the epochs that `input.epoch_samples` says, or one."""
+    """Return the steps of an epoch; tars without an index have epochs of `input.epoch_samples`, or one epoch."""
     if job.input.streams:
         return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
     manifest, split = dataset.manifest, job.train.split
@@ -241,6 +242,7 @@ def trains_on_bags(job: TrainJob, dataset: Dataset) -> bool:
 
 
 def total_steps(job: TrainJob, dataset: Dataset) -> int:
+    """Return the steps of the whole run."""
     steps = job.train.epochs * steps_per_epoch(job, dataset)
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
 

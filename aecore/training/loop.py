@@ -40,7 +40,6 @@ from aecore.data.format.transform import Transform
 from aecore.data.read.loader import Loader
 from aecore.errors import DataError, Interrupted
 from aecore.loss import LossResult
-from aecore.training.finite import require_finite_samples
 from aecore.training.job import (
     CheckpointSpec,
     RunResult,
@@ -58,7 +57,7 @@ from aecore.training.optimizer import build_optimizer, lr_at, set_lr
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
 from aecore.training.session import Session
-from aecore.training.validation import validate
+from aecore.training.validation import require_finite_samples, validate
 
 __all__ = ["CheckpointSpec", "OnCheckpoint", "Rank", "RunResult", "TrainJob", "TrainSpec", "fit"]
 
@@ -78,13 +77,13 @@ def fit(
 ) -> RunResult:
     """Train to the end (from the newest checkpoint if there is one) and publish `<out>/model/`.
 
-    Every rank calls it with the same job; with `rank.world > 1` the default process group must exist. Killed at any instant and
+    Every rank calls it with the same job; with `rank.world_size > 1` the default process group must exist. Killed at any instant and
     called again, it ends with the same losses and weights (bit-equal for the same world size and threads). A finished run returns
     at once. `on_checkpoint(ref, metrics)` is called on every rank at the same steps; `ref` is None on all ranks but 0.
 
-    `stop` says, from some moment on, that the run shall end: then the present step is ended, a checkpoint of it written, and Interrupted
-    raised on all ranks. It is asked on rank 0 only: after every step, or, with other ranks, about once a second. At the last step the run
-    is finished instead.
+    Once `stop` returns True the run ends: the current step is finished, its checkpoint written, and Interrupted raised on all
+    ranks. It is called on rank 0 only: after every step, or, with other ranks, about once a second. At the last step the
+    run is finished instead.
 
     Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), Diverged (loss or
     weights not finite), Interrupted (`stop`).
@@ -102,7 +101,7 @@ def fit(
 
 def _claimed(job: TrainJob, rank: Rank) -> Session:
     """Return the session of a rank; rank 0 claims the run first, so that the others open the dataset generation that the claim names."""
-    if rank.index > 0:
+    if rank.rank > 0:
         from_rank_zero(rank, None)
         return Session(job, rank)
     session = Session(job, rank)
@@ -120,23 +119,20 @@ class _Training:
 
     def __init__(self, session: Session, on_checkpoint: OnCheckpoint | None = None, stop: Stop = bool) -> None:
         self.session, self.on_checkpoint = session, on_checkpoint
-        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank = (
-            session.job,
-            session.store,
-            session.dataset,
-            session.rank,
-        )
+        job, store, dataset, rank = session.job, session.store, session.dataset, session.rank
+        self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
         self.config = model_config(job, dataset)
         self.run_sha256 = session.run_sha256
         model = session.model
-        require_batches_fit(job, dataset, model, rank.world)
+        require_batches_fit(job, dataset, model, rank.world_size)
         self.loader = session.loader
-        self.val_loader = None if job.train.val_split is None else self._val_loader(job.train.val_split)
+        split = job.train.val_split
+        self.val_loader = None if split is None else Loader(dataset, split, transform=job.transform, spec=job.input)
         self.total_steps = session.total_steps
-        for warning in schedule_warnings(job.model, self.total_steps) if rank.index == 0 else ():
+        for warning in schedule_warnings(job.model, self.total_steps) if rank.rank == 0 else ():
             logger.warning("%s", warning)
-        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._blame_data, stop)
+        self.log = MetricLog(store, rank, self.attempt, job.train.log_every_s, self._require_finite_data, stop)
         self.best: dict[str, Any] | None = None
         self.kept: list[str] = []  # checkpoints of this attempt and the one that it resumed from, oldest first
         self.objective = Objective(model, Transform(job.transform), job.model.likelihood).to(rank.device)
@@ -144,20 +140,17 @@ class _Training:
         self.optimizer = build_optimizer(job.optim, self.objective)
         self.step = 0
         self._resume()
-        self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world > 1 else self.objective
+        self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world_size > 1 else self.objective
 
     def close(self) -> None:
         """Free the readers of the validation split; those of the training split are the session's."""
         if self.val_loader is not None:
             self.val_loader.close()
 
-    def _val_loader(self, split: str) -> Loader:
-        return Loader(self.dataset, split, transform=self.job.transform, spec=self.job.input)
-
     def _resume(self) -> None:
         """Load the newest valid checkpoint (rank 0 chooses), if there is one.
 
-        Another attempt that works on this run may remove it meanwhile: it has written a newer one then.
+        A concurrent attempt at this run may remove it meanwhile, once it has written a newer one.
         """
         name = self._newest()
         while name is not None:
@@ -171,11 +164,11 @@ class _Training:
             start_from(self.objective.model, self.session.initial(self.job.train.init_from))
 
     def _newest(self) -> str | None:
-        newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.index == 0 else None
+        newest = newest_checkpoint(self.store, self.run_sha256) if self.rank.rank == 0 else None
         return from_rank_zero(self.rank, None if newest is None else newest.name)
 
     def _load(self, name: str) -> DataError | None:
-        """Take weights, optimizer, metrics and step of a checkpoint; return why that failed."""
+        """Load weights, optimizer, metrics and step of a checkpoint; return the error if that failed."""
         try:
             checkpoint = read_checkpoint(self.store, name)
             load_weights(self.objective.model, self.store, checkpoint)
@@ -186,7 +179,7 @@ class _Training:
         self.log.resume(checkpoint.metrics, checkpoint.step)
         self.kept, self.best = [name], None if checkpoint.best is None else dict(checkpoint.best)
         self.step = checkpoint.step
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             logger.info("resuming from step %d of %d (%s)", checkpoint.step, self.total_steps, name)
         return None
 
@@ -201,8 +194,8 @@ class _Training:
                 self.step += 1
                 if self._after_step(started):
                     started = time.perf_counter()
-        result = self._publish() if self.rank.index == 0 else None
-        from_rank_zero(self.rank, None)  # nobody returns before the model is published
+        result = self._publish() if self.rank.rank == 0 else None
+        from_rank_zero(self.rank, None)  # no rank returns before the model is published
         return result
 
     def _train_step(self, batch: Batch) -> None:
@@ -212,12 +205,12 @@ class _Training:
         beta = job.model.beta_at(step)
         set_lr(self.optimizer, lr)
         self.objective.model.at_step(step)
-        seed_generators(seed_of("step", job.train.seed, step, self.rank.index), self.rank.device)  # dropout in user nets resumes exactly
+        seed_generators(seed_of("step", job.train.seed, step, self.rank.rank), self.rank.device)  # dropout in user nets resumes exactly
         batch = self.objective.transform.draw(batch, job.train.seed, step)
         result = self._loss(batch, noise_for(self.objective.model, batch, job.train.seed, step), beta)
         for parameter in self.parameters:  # 40 us less than the optimizer's own
             parameter.grad = None
-        (result.objective * (samples * self.rank.world / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
+        (result.objective * (samples * self.rank.world_size / batch.num_global)).backward()  # type: ignore[no-untyped-call]  # torch
         if job.optim.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, job.optim.clip)
         self.optimizer.step()
@@ -245,7 +238,7 @@ class _Training:
         row = self.log.flush(validation, commit=due or epoch_end)
         if epoch_end:
             require_equal_parameters(self.rank, self.objective, self.step)
-            self._say(time.perf_counter() - started)
+            self._log_epoch(time.perf_counter() - started)
         if due or self.log.stopping:
             self._checkpoint(row)
         if self.log.stopping and not last:
@@ -259,18 +252,18 @@ class _Training:
         train = self.job.train
         return validate(self.objective, self.val_loader, seed=seed_of("validation", train.seed), batch=train.global_batch, rank=self.rank)
 
-    def _blame_data(self, step: int | None) -> None:
-        """DataError if a sample of a step (None: of the validation split) is not finite; tars without an index cannot be read again."""
+    def _require_finite_data(self, step: int | None) -> None:
+        """Raise DataError if a sample of a step (None: of validation) is not finite; tars without an index cannot be read again."""
         if step is None and self.val_loader is not None:
             loader = self.val_loader
             with closing(loader.range_batches(0, loader.num_samples, self.job.train.global_batch)) as batches:
                 require_finite_samples(batches, loader.rows)
-        elif step is not None and (found := self.loader.reread(step)) is not None:  # the batch of all ranks: all say the same
+        elif step is not None and (found := self.loader.reread(step)) is not None:  # the batch of all ranks: all raise the same error
             batch, rows = found
             require_finite_samples([batch], rows)
 
-    def _say(self, seconds: float) -> None:
-        if self.rank.index == 0:
+    def _log_epoch(self, seconds: float) -> None:
+        if self.rank.rank == 0:
             mean = self.log.epoch.to_dict()
             validation = f", validation {mean['validation']['loss']:.4f}" if "validation" in mean else ""
             text = "epoch %d: step %d of %d, mean loss %.4f%s, %.1f s"
@@ -280,7 +273,7 @@ class _Training:
         buffers_from_rank_zero(self.rank, self.objective)
         require_equal_parameters(self.rank, self.objective, self.step)
         ref = None
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             name = f"checkpoints/step-{self.step:08d}-{self.attempt}"
             if self.job.checkpoint.best and "validation" in row:
                 loss = row["validation"]["loss"]
@@ -313,9 +306,9 @@ class _Training:
         }
 
     def _retain(self) -> None:
-        """Keep the newest `keep` of what this attempt wrote (it knows that they are good); remove all older steps but the best ones.
+        """Keep the newest `keep` checkpoints of this attempt (known to be good); remove all older steps but the best ones.
 
-        Those of other attempts count too: one may be at work at this moment, and its next checkpoint names its best one again.
+        Best ones of other attempts are kept too: one may be running now, and its next checkpoint names its best one again.
         """
         self.kept = self.kept[-self.job.checkpoint.keep :]
         oldest = int(self.kept[0].split("-")[1])

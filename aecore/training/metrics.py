@@ -2,10 +2,10 @@
 
     metrics/<first>-<last>-<attempt>.jsonl
 
-A row is of one step: `step, epoch, samples, lr, beta`, the means over its samples, at an epoch's end `validation`, and `metrics`, which
-says what the means are. 2: `loss` is what was minimised, and what depends on beta beside it is given at beta 1, per sample (see
-`LossResult.reported`). Rows without it are older: there `elbo` and `iwae` have beta in them, and are sums over a pair. Both may stand in
-one run, that was continued; they are never averaged together.
+A row is of one step: `step, epoch, samples, lr, beta`, the means over its samples, at an epoch's end `validation`, and `metrics`, the
+version of what the means are. 2: `loss` is the minimised objective, and the other terms that depend on beta are given at beta 1, per
+sample (see `LossResult.reported`). Rows without it are version 1: there `elbo` and `iwae` include beta, and are sums over a pair. A
+continued run may hold both; they are never averaged together.
 
 A part is committed before the checkpoint that names it; parts of a killed attempt that no checkpoint names are not part of the run.
 Sums stay on the device between flushes; a flush is one all-reduce for all steps since the last one. All ranks must flush at the same
@@ -28,18 +28,18 @@ from aecore.errors import DataError, Diverged
 from aecore.store import FileRef, Store, canonical_json
 from aecore.training.ranks import Rank, all_sum
 
-AGREE_S = 1.0  # between flushes of several ranks: so long a request to stop may wait
+AGREE_S = 1.0  # between flushes of several ranks: the longest wait of a request to stop
 VERSION = 2  # of the meaning of a row
 FACTS = ("step", "epoch", "samples", "lr", "beta", "validation", "metrics")  # of a row; all else are means over its samples
 
 
 def version_of(row: Mapping[str, Any]) -> int:
-    """Return the version of what the means of a row, or of an epoch, mean; 1 where none is written."""
+    """Return the version of the means of a row or an epoch; 1 where none is written."""
     return int(row.get("metrics", 1))
 
 
 def changed_meaning(name: str) -> bool:
-    """Return whether version 1 calls another number by this name of a mean."""
+    """Return whether the mean of this name is another number in version 1."""
     return name.partition("_")[0] in ("elbo", "iwae")
 
 
@@ -47,7 +47,7 @@ def changed_meaning(name: str) -> bool:
 class EpochMean:
     """Means over the rows of one epoch, weighted by their samples; a row of another epoch begins anew.
 
-    An epoch with rows of two versions has no mean of what they do not mean alike.
+    An epoch with rows of two versions has no mean of the terms that changed their meaning.
     """
 
     last: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class EpochMean:
                 self._sums[name] = self._sums.get(name, 0.0) + value * row["samples"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a row for people: the means, all samples, the facts of the last row; its `epoch` counts from 1. Empty without rows."""
+        """Return a row to show: the means, all samples, the facts of the last row; its `epoch` counts from 1. Empty without rows."""
         if not self.last:
             return {}
         means = {name: total / self._samples for name, total in self._sums.items()}
@@ -76,7 +76,7 @@ class EpochMean:
 
 
 def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the means of each epoch of rows that stand in the order of their steps, as `EpochMean` has them."""
+    """Return the means of each epoch (see `EpochMean`) of rows in the order of their steps."""
     means: dict[int, EpochMean] = {}
     for row in rows:
         means.setdefault(row["epoch"], EpochMean()).add(row)
@@ -87,18 +87,18 @@ def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 class MetricLog:
     """Collects one rank's sums and writes the parts (rank 0). `parts` names the committed parts of steps 1..now.
 
-    `stop` is asked on rank 0 whether the run shall end, at every flush, without other ranks after every step (so it must be cheap);
-    `stopping` is its answer at the last flush, the same on all ranks.
+    `stop` returns whether the run shall end. Rank 0 calls it at every flush, or, as the only rank, after every step (so it must be cheap);
+    `stopping` is its value at the last flush, the same on all ranks.
 
-    `blame_data` is called before a loss that is not finite stops the run, with the step, or with None if it is the validation's: it
-    raises another error if the data are to blame.
+    `require_finite_data` is called before a loss that is not finite stops the run, with the step, or with None if it is the validation's:
+    it raises DataError if samples are not finite.
     """
 
     store: Store
     rank: Rank
     attempt: str
     every_s: float
-    blame_data: Callable[[int | None], None]
+    require_finite_data: Callable[[int | None], None]
     stop: Callable[[], bool] = bool
     stopping: bool = False
     epoch: EpochMean = field(default_factory=EpochMean)
@@ -119,18 +119,18 @@ class MetricLog:
 
     @property
     def due(self) -> bool:
-        """Whether so many steps were added that the time of a flush must have come, or one rank alone shall stop; equal on all ranks."""
-        return len(self._rows) >= self._due_rows or (self.rank.world == 1 and self.stop())
+        """Whether a flush is due by the number of steps added, or the only rank shall stop; equal on all ranks."""
+        return len(self._rows) >= self._due_rows or (self.rank.world_size == 1 and self.stop())
 
     def flush(self, validation: Mapping[str, float] | None = None, *, commit: bool = True) -> dict[str, Any]:
-        """Reduce what was added and return the last step's row. Diverged at a loss that is not finite.
+        """Reduce what was added and return the last step's row. Raises Diverged at a loss that is not finite.
 
-        What was reduced is written as a part if `commit` or `stopping`, else when a part is due.
+        Reduced rows are written as a part if `commit` or `stopping`, else when a part is due.
         """
         if not self._rows:
             return {}
         sums = torch.stack(self._sums)
-        carried = sums.new_tensor([self._next_due(), float(self.rank.index == 0 and self.stop())])
+        carried = sums.new_tensor([self._next_due(), float(self.rank.rank == 0 and self.stop())])
         totals = all_sum(self.rank, torch.cat([sums.flatten(), carried])).tolist()
         self.stopping = totals.pop() > 0
         self._due_rows, self._since = int(totals.pop()), time.monotonic()
@@ -141,7 +141,7 @@ class MetricLog:
         rows, self._rows, self._sums = self._rows, [], []
         bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
         if bad is not None:
-            self.blame_data(bad["step"])
+            self.require_finite_data(bad["step"])
             raise Diverged(
                 f"the loss is {bad['loss']} at step {bad['step']} (epoch {bad['epoch'] + 1}): training stopped, the checkpoints before "
                 "it are kept; lower optim.lr, set optim.clip, or check that transform.scale and model.likelihood fit the data, "
@@ -153,12 +153,12 @@ class MetricLog:
         for row in rows:
             self.epoch.add(row)
         self._reduced += rows
-        if commit or self.stopping or self.rank.world == 1 or self._since - self._written >= self.every_s:
+        if commit or self.stopping or self.rank.world_size == 1 or self._since - self._written >= self.every_s:
             self._write()
         return rows[-1]
 
     def resume(self, parts: Iterable[FileRef], step: int) -> None:
-        """Go on behind `step`, the last one of these committed parts; a damaged one costs the means of this epoch and no more."""
+        """Continue after `step`, the last of these committed parts; a damaged part costs the means of this epoch only."""
         self.parts = list(parts)
         with contextlib.suppress(DataError):
             self.epoch = epoch_of(self.store, self.parts, step)
@@ -166,7 +166,7 @@ class MetricLog:
     def _require_finite(self, validation: Mapping[str, float], step: int) -> None:
         for name, value in validation.items():
             if not math.isfinite(value):
-                self.blame_data(None)
+                self.require_finite_data(None)
                 raise Diverged(
                     f"validation {name} is {value} after step {step}: training stopped, the checkpoints before it are kept; "
                     "check transform.scale and model.likelihood"
@@ -174,16 +174,16 @@ class MetricLog:
 
     def _next_due(self) -> int:
         """Return rank 0's estimate of the steps until the next flush; 0 on the other ranks, so that the sum is the estimate."""
-        if self.rank.index != 0:
+        if self.rank.rank != 0:
             return 0
         seconds = max(time.monotonic() - self._since, 1e-6)
-        wanted = self.every_s if self.rank.world == 1 else min(self.every_s, AGREE_S)
+        wanted = self.every_s if self.rank.world_size == 1 else min(self.every_s, AGREE_S)
         return max(1, min(100_000, round(wanted * len(self._rows) / seconds)))
 
     def _write(self) -> None:
         rows, self._reduced, self._written = self._reduced, [], time.monotonic()
         name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
-        if self.rank.index == 0:
+        if self.rank.rank == 0:
             self.parts.append(self.store.put(name, b"".join(canonical_json(row) + b"\n" for row in rows), role="metrics"))
 
 
@@ -236,7 +236,7 @@ def last_epoch(store: Store) -> dict[str, Any] | None:
 
 
 def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> dict[str, Any] | None:
-    """Return what `look` sees in all parts and the newest; a part that `gc` removes before it is read: they are listed again."""
+    """Return `look(parts, newest part)`; lists again if `gc` removed a part before it was read."""
     for _ in range(5):
         names = [f"metrics/{name}" for name in store.list("metrics") if name.endswith(".jsonl")]
         newest = max(names, key=lambda name: _steps(name)[1], default=None)

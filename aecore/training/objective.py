@@ -16,10 +16,14 @@ from aecore.loss import LossResult
 class Objective(nn.Module):
     """Transform, forward pass and loss of one model.
 
-    Parameters:
-        model: any registered model; it is asked for `loss(batch, eps=..., beta=...)` and `noise_shape()` only.
-        transform: stored dtype -> float, on the batch's device.
-        likelihood: name of log p(x|z), see `aecore.loss.log_likelihood`.
+    Parameters
+    ----------
+    model
+        Any registered model; it is asked for `loss(batch, eps=..., beta=...)` and `noise_shape()` only.
+    transform
+        Stored dtype -> float, on the batch's device.
+    likelihood
+        Name of log p(x|z), see `aecore.loss.log_likelihood`.
     """
 
     def __init__(self, model: Trainable, transform: Transform, likelihood: str) -> None:
@@ -42,7 +46,7 @@ def noise_for(model: Trainable, batch: Batch, seed: int, index: int) -> Tensor |
     shape = model.noise_shape()
     if shape is None:
         return None
-    views = () if batch.x2 is None else (2,)
+    views = () if batch.x_pair is None else (2,)
     noise = step_noise(seed, index, (batch.num_global, *views, *shape))
     rows = noise[batch.positions] if len(batch.positions) else noise[:1]
     return rows.to(batch.x.device)

@@ -1,8 +1,8 @@
-"""What follows from the counts of a run before its first step: batches that batch normalisation cannot take, schedules that do not end.
+"""Checks from the counts of a run before its first step: batches too small for batch normalisation, schedules that do not end.
 
 Batch normalisation needs two values per channel in training, so a net that normalises vectors cannot take one sample; a convolution gives
 it many values of one. The counts of all steps follow from samples, batch, lanes and ranks; whole bags and tars without an index, whose
-counts do not, are only checked as far as they do.
+counts are not known, are checked as far as possible.
 """
 
 import dataclasses
@@ -41,15 +41,15 @@ def schedule_warnings(model: ModelSpec, total_steps: int) -> list[str]:
 def require_batch_statistics(
     model: Trainable, input_shape: tuple[int, ...], order: TrainingOrder, num_samples: int, total_steps: int, split: str
 ) -> None:
-    """ConfigError with the counts if `model` has batch normalisation that a rank of some step of the run has too few samples for.
+    """Raise ConfigError with the counts if `model` has batch normalisation and some rank has too few samples for it in some step.
 
-    `order.world` ranks are looked at. `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
+    All `order.world_size` ranks are checked. `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
     """
     worst = _smallest(order, num_samples, total_steps)
-    if worst is None or worst.samples > 1 or not _takes_two(model, input_shape):
+    if worst is None or worst.samples > 1 or not _needs_two_samples(model, input_shape):
         return
     name = next(name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS))
-    where = f" on rank {worst.rank} of {order.world}" if order.world > 1 else ""
+    where = f" on rank {worst.rank} of {order.world_size}" if order.world_size > 1 else ""
     counts = (
         f"{num_samples:,} samples of split {split!r} in steps of train.global_batch={order.global_batch}"
         if num_samples
@@ -72,11 +72,11 @@ class _Share:
 
 
 def shares(order: TrainingOrder, num_samples: int, step: int) -> list[int]:
-    """Return the samples that each of `order.world` ranks has in a step of an epoch, as `EpochOrder` deals them out."""
+    """Return the samples that each of `order.world_size` ranks has in a step of an epoch, as `EpochOrder` deals them out."""
     lanes = np.diff([lane * num_samples // order.lanes for lane in range(order.lanes + 1)])
     rows = order.global_batch // order.lanes
     own = np.minimum(lanes, (step + 1) * rows) - np.minimum(lanes, step * rows)
-    cuts = [rank * order.lanes // order.world for rank in range(order.world + 1)]
+    cuts = [rank * order.lanes // order.world_size for rank in range(order.world_size + 1)]
     return [int(own[first:last].sum()) for first, last in itertools.pairwise(cuts)]
 
 
@@ -85,8 +85,11 @@ def _smallest(order: TrainingOrder, num_samples: int, total_steps: int) -> _Shar
     if not total_steps:
         return None
     if not num_samples:
-        size, world = order.global_batch, order.world
-        return min((_Share((r + 1) * size // world - r * size // world, 0, r) for r in range(world)), key=lambda share: share.samples)
+        size, world_size = order.global_batch, order.world_size
+        return min(
+            (_Share((r + 1) * size // world_size - r * size // world_size, 0, r) for r in range(world_size)),
+            key=lambda share: share.samples,
+        )
     last = min(order.num_steps(num_samples), total_steps) - 1
     found = [_Share(samples, step, rank) for step in sorted({0, last}) for rank, samples in enumerate(shares(order, num_samples, step))]
     return min(found, key=lambda share: share.samples)
@@ -104,26 +107,26 @@ def _remedy(order: TrainingOrder, num_samples: int, total_steps: int) -> str:
         return itertools.islice((size for size in sizes if size >= order.lanes and works(size)), 1)
 
     sizes = [str(size) for size in (*nearest(-order.lanes), *nearest(order.lanes))]
-    fewer = "fewer ranks, " if order.world > 1 else ""
+    fewer = "fewer ranks, " if order.world_size > 1 else ""
     batches = f"train.global_batch={' or '.join(sizes)}, " if sizes else ""
     return f"use {batches}{fewer}or another normalisation (backbone.norm=group)"
 
 
-class _Found(Exception):  # no error: it ends a forward pass that has shown what it was for
+class _Found(Exception):  # no error: it ends a forward pass early
     pass
 
 
-def _takes_two(model: Trainable, input_shape: tuple[int, ...]) -> bool:
+def _needs_two_samples(model: Trainable, input_shape: tuple[int, ...]) -> bool:
     """Return whether a layer of batch normalisation gets a single value per channel of one sample, and would train on it."""
     was_training = model.training
     layers = [module for module in model.train().modules() if isinstance(module, _BATCH_NORMS) and module.training]
-    hooks = [layer.register_forward_pre_hook(_look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(_stop_at_single_values) for layer in layers]
     model.eval()  # its running statistics stay as they are
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         if layers:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                model.loss(_one_sample(model, input_shape, device))
+                model.loss(Batch.blank(input_shape, device))
     except _Found:
         return True
     finally:
@@ -133,11 +136,6 @@ def _takes_two(model: Trainable, input_shape: tuple[int, ...]) -> bool:
     return False
 
 
-def _look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _stop_at_single_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if inputs[0].numel() == inputs[0].shape[1]:
         raise _Found
-
-
-def _one_sample(model: Trainable, input_shape: tuple[int, ...], device: torch.device) -> Batch:
-    batch = Batch.blank(input_shape, device)
-    return dataclasses.replace(batch, label=torch.zeros(1, dtype=torch.int64, device=device)) if "label" in model.train_inputs else batch

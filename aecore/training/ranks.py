@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a run, and the few collectives that the jobs need.
+"""The rank of this process in a run, and the few collectives that the jobs need.
 
 With one rank nothing here touches torch.distributed; with more the default process group must exist (gloo or nccl).
 """
@@ -15,17 +15,17 @@ from aecore.errors import Diverged, RunFailed
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Number `index` of `world` processes, working on `device`."""
+    """Number `rank` of `world_size` processes, working on `device`."""
 
-    index: int = 0
-    world: int = 1
+    rank: int = 0
+    world_size: int = 1
     device: str = "cpu"
 
 
 def all_sum(rank: Rank, values: Tensor) -> Tensor:
     """Return the sum of `values` over all ranks (float64, on the CPU)."""
     total = values.to(rank.device, torch.float64)
-    if rank.world > 1:
+    if rank.world_size > 1:
         dist.all_reduce(total)
     return total.cpu()
 
@@ -33,17 +33,17 @@ def all_sum(rank: Rank, values: Tensor) -> Tensor:
 def from_rank_zero(rank: Rank, value: str | None) -> str | None:
     """Return rank 0's `value` on every rank."""
     box = [value]
-    if rank.world > 1:
+    if rank.world_size > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def buffers_from_rank_zero(rank: Rank, model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0: running statistics are of the samples that a rank saw, so each has its own.
+    """Give every rank the buffers of rank 0: running statistics are of the samples that a rank saw, so they differ.
 
-    It is rank 0's model that a checkpoint holds, so it is the one that all ranks have to validate.
+    A checkpoint holds rank 0's model, so all ranks have to validate that one.
     """
-    if rank.world == 1:
+    if rank.world_size == 1:
         return
     with torch.no_grad():
         for buffer in model.buffers():
@@ -53,12 +53,12 @@ def buffers_from_rank_zero(rank: Rank, model: nn.Module) -> None:
 
 
 def require_equal_parameters(rank: Rank, model: nn.Module, step: int) -> None:
-    """RunFailed if parameters or buffers differ between ranks, Diverged if a parameter is not finite: a model that must not be saved."""
+    """Raise RunFailed if parameters or buffers differ between ranks, Diverged if a parameter is not finite: such a model is not saved."""
     with torch.no_grad():
         sums = torch.stack([_total(model.parameters()), _total(value.nan_to_num() for value in model.buffers())])
         sums = sums.to(rank.device)
     lowest, highest = sums.clone(), sums.clone()
-    if rank.world > 1:
+    if rank.world_size > 1:
         dist.all_reduce(lowest, dist.ReduceOp.MIN)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
     if not bool(torch.isfinite(sums[0])):

@@ -1,7 +1,7 @@
 """A run, opened once: folder, claim, dataset, model and loader, for training and for a dry run alike.
 
-What is in a bucket costs a request each time that it is looked at, so nothing is looked at twice; and all parts of a run see the same claim
-and the same generation of the dataset.
+Every look into a bucket costs a request, so nothing is read twice; and all parts of a run see the same claim and the same generation of
+the dataset.
 """
 
 import logging
@@ -27,16 +27,23 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """What a rank has open of a run. `close` frees its readers.
+    """The opened parts of a run on one rank. `close` frees its readers.
 
-    Attributes:
-        store: the run's folder.
-        claim: what it belongs to, None before it is claimed.
-        dataset: the generation that the run started with; the newest one for a new run.
+    Attributes
+    ----------
+    store
+        The run's folder.
+    claim
+        The run's claim, None before it is claimed.
+    dataset
+        The generation that the run started with; the newest one for a new run.
 
-    Raises:
-        ConfigError: `job.out` holds no run, but something else.
-        DataError: there is no dataset.
+    Raises
+    ------
+    ConfigError
+        `job.out` holds no run, but something else.
+    DataError
+        There is no dataset.
     """
 
     def __init__(self, job: TrainJob, rank: Rank = Rank()) -> None:  # noqa: B008  # frozen
@@ -49,17 +56,17 @@ class Session:
             self.claim = read_json(self.store, CLAIM)
         if self.claim is not None:
             self.job = job.as_recorded(self.claim.get("identity", {}))
-        self.dataset = self._opened()
+        self.dataset = self._open_dataset()
         self._loaded: LoadedModel | None = None
 
-    def _opened(self) -> Dataset:
+    def _open_dataset(self) -> Dataset:
         job = self.job
         if job.input.streams:
             return self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member)
         return open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
 
     def _claimed_stream(self) -> Dataset | None:
-        """Return the tars that a run of version 1 took for its split, by the words that it knew; None if it is no such run.
+        """Return the tars that a run of version 1 took for its split, by the split names it knew; None if it is no such run.
 
         The tars of a stream are part of the identity: of tars named `dev` or `testing` that version took every one for training data.
         """
@@ -75,13 +82,13 @@ class Session:
 
     @cached_property
     def model(self) -> Trainable:
-        """The job's model, with the weights that its seed gives, or `start` copied into it."""
+        """The job's model, with the weights of its seed, or those of `init_from`."""
         return build_model(self.job, self.dataset)
 
     @cached_property
     def loader(self) -> TrainLoader:
-        """This rank's part of the training split."""
-        return train_loader(self.job, self.dataset, self.model, self.rank.index, self.rank.world)
+        """The part of the training split that this rank reads."""
+        return train_loader(self.job, self.dataset, self.model, self.rank.rank, self.rank.world_size)
 
     @cached_property
     def total_steps(self) -> int:
@@ -111,13 +118,13 @@ class Session:
         require_same(self.store.url, "run", identity, self.claim["identity"], places=places, hints=hints, absent=self.job.absent_values())
 
     def require_trainable(self) -> None:
-        """Raise ConfigError or DataError for what cannot be trained at all (see `job.require_trainable`), and log what is notable.
+        """Raise ConfigError or DataError for what cannot be trained at all (see `job.require_trainable`), and log the loader's notes.
 
         Reads the weights of `init_from`, and the indexes of the split if the model trains on pairs or bags.
         """
         if self.job.train.init_from is not None and self.claim is None:
             self._loaded = load_model(self.job.train.init_from)
-        require_trainable(self.job, self.dataset, self.model, self._loaded, self.rank.world)
+        require_trainable(self.job, self.dataset, self.model, self._loaded, self.rank.world_size)
         for note in self.loader.notes:
             logger.info(note)
 
@@ -145,7 +152,7 @@ class Session:
         if self.claim["info"]["dataset_number"] != manifest.number and not self.job.input.streams:
             self.close()
             vars(self).pop("loader", None)
-            self.dataset = self._opened()
+            self.dataset = self._open_dataset()
 
     def _warn_if_product_changed(self) -> None:
         """Warn if the linear layers of a run use another matrix product than when it began: the last bits of its weights change."""
@@ -156,7 +163,7 @@ class Session:
             logger.warning(text, self.store.url, begun, now)
 
     def initial(self, url: str) -> LoadedModel:
-        """Return the weights that the run starts from; ConfigError if they are others than those that it was claimed with."""
+        """Return the weights that the run starts from; ConfigError if they are not those of the claim."""
         assert self.claim is not None
         loaded = self._loaded or load_model(url)
         claimed = self.claim["identity"]["init_sha256"]

@@ -4,11 +4,14 @@ The ELBO is sampled (S = 1, beta 1) with noise from (seed, batch index), never t
 MNIST. Samples are scored one by one, also by a model that trains on pairs: then it is the ELBO of the VAE inside, while the training
 objective sums over both inputs of a pair.
 
-The batch size is part of the definition of the noise, not of who computes it: any number of ranks gives the same numbers.
+The batch size is part of the definition of the noise, the number of ranks is not: any number of them gives the same means.
+
+`require_finite_samples` looks for NaN in the samples themselves, once, when a loss that is not finite has stopped training.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.data.read.loader import Loader
+from aecore.data.read.rows import SplitRows
 from aecore.errors import ConfigError, DataError
 from aecore.training.objective import Objective, noise_for
 from aecore.training.ranks import Rank, all_sum
@@ -39,9 +43,9 @@ def split_means(
     if batch < 1:
         raise ConfigError(f"validation in batches of {batch} samples: expected at least 1")
     num_batches = -(-loader.num_samples // batch)
-    first, last = rank.index * num_batches // rank.world, (rank.index + 1) * num_batches // rank.world
+    first, last = rank.rank * num_batches // rank.world_size, (rank.rank + 1) * num_batches // rank.world_size
     weight = 1.0
-    if first == last:  # more ranks than batches: this one still has to know the names and shapes of the terms
+    if first == last:  # more ranks than batches: this one still needs the names and shapes of the terms
         first, last, weight = 0, 1, 0.0
     with closing(loader.range_batches(first * batch, min(last * batch, loader.num_samples), batch)) as batches:
         sums = _sums(objective, enumerate(batches, first), seed, rank.device, extra)
@@ -85,3 +89,28 @@ def _terms(objective: Objective, ready: Batch, eps: Tensor | None) -> dict[str, 
         **{name: mean.double() * len(ready) for name, mean in result.reported.items()},
         "mse": ready.mean_per_row(error.double().square()).sum(),
     }
+
+
+def require_finite_samples(batches: Iterable[Batch], rows: SplitRows) -> None:
+    """Raise DataError naming the first sample of these batches that holds NaN or infinity; `rows` is the split they were read from."""
+    for batch in batches:
+        instances = batch.x if batch.mask is None else batch.x[batch.mask.bool()]
+        values = instances[: len(batch.ordinals)].flatten(1)
+        wrong = (~torch.isfinite(values)).sum(1)
+        bad = wrong.nonzero().flatten()
+        if len(bad):
+            ordinal, count = int(batch.ordinals[bad[0]]), int(wrong[bad[0]])
+            raise DataError(
+                f"{rows.dataset.url}: sample {_key(rows, ordinal)!r} (ordinal {ordinal} of split {rows.split!r}) holds NaN or infinity in "
+                f"{count:,} of {values.shape[1]:,} values, as {len(bad):,} of {len(values):,} samples of its batch do: no loss of it is "
+                "finite. Repair or leave out such samples and shard into another dataset; shards.check=decode puts them into the quarantine"
+            )
+
+
+def _key(rows: SplitRows, ordinal: int) -> str:
+    for number in range(len(rows.shards)):
+        index: Any = rows.reader(number).index  # any: pyarrow's stubs know no type of a column of a file
+        found = (index["ordinal"].to_numpy() == ordinal).nonzero()[0]
+        if len(found):
+            return str(index["key"][int(found[0])].as_py())
+    raise DataError(f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: run `aepipe verify` on it")

@@ -63,8 +63,10 @@ class AE(Trainable):
     def compute_loss(self, x: Tensor, output: AEOutput, likelihood: str | LikelihoodType = LikelihoodType.GAUSSIAN) -> LossResult:
         """Negative log-likelihood, summed over features, mean over the batch; diagnostics: `log_likelihood`.
 
-        Raises:
-            ValueError: `output.x_hat` and `x` differ in shape.
+        Raises
+        ------
+        ValueError
+            `output.x_hat` and `x` differ in shape.
         """
         mean = row_log_likelihood(x, output.x_hat, likelihood).mean()
         return LossResult(-mean, {"log_likelihood": mean})

@@ -17,7 +17,7 @@ RANGES: dict[str, tuple[float, float] | None] = {"unit": (0.0, 1.0), "symmetric"
 
 
 class DenoisingAE(AE):
-    r"""Autoencoder that is given :math:`\tilde x` and scored against x.
+    r"""Autoencoder that reads a corrupted :math:`\tilde x` and is scored against x.
 
     gaussian: :math:`\tilde x = \mathrm{clamp}(x + f \epsilon)`; mask: each value is 0 with probability f; salt_pepper: each value is the
     lowest or the highest of the range, each with probability f / 2. In evaluation mode nothing is corrupted unless `add_noise=True`.
@@ -26,10 +26,14 @@ class DenoisingAE(AE):
     >>> x = torch.rand(8, 784)
     >>> denoised = model(model.add_noise(x), add_noise=False).x_hat
 
-    Parameters:
-        noise_factor: f; a standard deviation for gaussian noise, else a share in [0, 1].
-        clamp: range of the values, to which gaussian noise is clamped; None does not clamp (salt_pepper needs a range).
-        input_shape: shape of one sample, for the trainer that draws the noise; None: `loss` draws its own.
+    Parameters
+    ----------
+    noise_factor
+        F; a standard deviation for gaussian noise, else a share in [0, 1].
+    clamp
+        Range of the values, to which gaussian noise is clamped; None does not clamp (salt_pepper needs a range).
+    input_shape
+        Shape of one sample, for the trainer that draws the noise; None: `loss` draws its own.
     """
 
     def __init__(
@@ -51,8 +55,10 @@ class DenoisingAE(AE):
     def add_noise(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
         """Return `x` corrupted by standard normal noise `eps` of its shape; None draws it from torch's global generator.
 
-        Raises:
-            ValueError: `eps` of another shape.
+        Raises
+        ------
+        ValueError
+            `eps` of another shape.
         """
         if eps is None:
             eps = torch.randn_like(x)

@@ -20,7 +20,7 @@ class SparseAE(AE):
     r"""Autoencoder with a price on active latents: :math:`-\log p(x|z) + \beta\,w\,\Omega(z)`.
 
     l1: :math:`\Omega = \sum_j |z_j|`, mean over the batch. kl (Ng 2011): :math:`\sum_j KL(\rho \,\|\, \hat\rho_j)` between Bernoulli
-    variables, with :math:`\hat\rho_j` the mean of z_j over the batch; z has to lie in (0, 1), so end the encoder with `nn.Sigmoid()`.
+    variables, with :math:`\hat\rho_j` the mean of z_j over the batch; z must be in (0, 1), so end the encoder with `nn.Sigmoid()`.
     The mean is that of the global batch: in training it is summed over ranks if torch.distributed is initialised.
 
     >>> encoder = nn.Sequential(nn.Linear(784, 64), nn.ReLU())
@@ -60,8 +60,10 @@ class SparseAE(AE):
         Diagnostics: `log_likelihood`, `sparsity` (without its weights), `mean_activation` (of |z|), `active_share` (of latents that are
         not 0). `counts=False` leaves the rows out of the batch's mean activations: a rank without a sample.
 
-        Raises:
-            ValueError: `output.x_hat` and `x` differ in shape.
+        Raises
+        ------
+        ValueError
+            `output.x_hat` and `x` differ in shape.
         """
         plain = super().compute_loss(x, output, likelihood)
         with without_autocast(output.z):

@@ -41,11 +41,15 @@ class AdaGVAE(Trainable):
     Per pair and dimension :math:`\delta_d = KL(q_1 \| q_2)`; dimensions with :math:`\delta_d < (\max_d \delta_d + \min_d \delta_d) / 2`
     are shared. The objective of a pair is the sum of both negative ELBOs, so it is about twice that of one input.
 
-    Args:
-        vae: encodes and decodes; also the model for single inputs.
-        averaging: of a shared dimension. `gvae`: mean of the means and of the variances (Hosoya 2019). `mlvae`: normalised geometric
-            mean of the posteriors, that is precision-weighted mean and harmonic mean of the variances (Bouchacourt et al. 2018).
-        divergence: `kl` as above, or `symmetric`: the mean of KL(q1 || q2) and KL(q2 || q1).
+    Parameters
+    ----------
+    vae
+        Encodes and decodes; also the model for single inputs.
+    averaging
+        Of a shared dimension. `gvae`: mean of the means and of the variances (Hosoya 2019). `mlvae`: normalised geometric
+        mean of the posteriors, that is precision-weighted mean and harmonic mean of the variances (Bouchacourt et al. 2018).
+    divergence
+        `kl` as above, or `symmetric`: the mean of KL(q1 || q2) and KL(q2 || q1).
 
     >>> model = AdaGVAE(VAE(nn.Linear(12, 8), nn.Linear(4, 12), latent_dim=4))
     >>> model.build(torch.zeros(1, 12))
@@ -53,7 +57,7 @@ class AdaGVAE(Trainable):
     torch.Size([2, 3, 4])
     """
 
-    train_inputs: ClassVar[tuple[str, ...]] = ("x", "x2")
+    train_inputs: ClassVar[tuple[str, ...]] = ("x", "x_pair")
 
     def __init__(self, vae: VAE, averaging: str = "gvae", divergence: str = "kl") -> None:
         super().__init__()
@@ -80,17 +84,26 @@ class AdaGVAE(Trainable):
     def forward(self, pair: tuple[Tensor, Tensor], S: int = 1, sample: bool | None = None, eps: Tensor | None = None) -> AdaGVAEOutput:
         """Encode both inputs, average what they share (training mode only), draw S latents of each and decode them.
 
-        Args:
-            pair: inputs `x1` and `x2`, both `[B, ...]`.
-            S: latents per input, at least 1.
-            sample: True draws, False takes z = mu; None draws in training mode and takes the mean in evaluation mode.
-            eps: standard normal noise `[B, 2, S, D]`, of x1 and x2; None takes it from torch's global generator.
+        Parameters
+        ----------
+        pair
+            Inputs `x1` and `x2`, both `[B, ...]`.
+        S
+            Latents per input, at least 1.
+        sample
+            True draws, False takes z = mu; None draws in training mode and takes the mean in evaluation mode.
+        eps
+            Standard normal noise `[B, 2, S, D]`, of x1 and x2; None takes it from torch's global generator.
 
-        Raises:
-            ValueError: not a pair, two shapes, or `eps` of another shape.
+        Raises
+        ------
+        ValueError
+            Not a pair, two shapes, or `eps` of another shape.
         """
         x1, x2 = _require_pair(pair)
-        eps1, eps2 = (None, None) if eps is None else _noise_of_each(eps)
+        if eps is not None and (eps.ndim != 4 or eps.shape[1] != 2):
+            raise ValueError(f"the noise of a pair must have the shape [B, 2, S, D], got {tuple(eps.shape)}")
+        eps1, eps2 = (None, None) if eps is None else (eps[:, 0], eps[:, 1])
         if not self.training:
             return AdaGVAEOutput(self.vae(x1, S, sample, eps1), self.vae(x2, S, sample, eps2))
         q1, q2 = self._adapt(self._posterior(x1), self._posterior(x2))
@@ -132,10 +145,12 @@ class AdaGVAE(Trainable):
         """Sum of the negative ELBOs of both inputs, each as `VAE.compute_loss` has it.
 
         Diagnostics: `elbo` (of the pair, with `beta`), `log_likelihood_x1`, `log_likelihood_x2`, `kl_divergence_x1`, `kl_divergence_x2`,
-        and what the VAE's bound adds, of both inputs.
+        and the further terms of the VAE's objective, of both inputs.
 
-        Raises:
-            ValueError: not a pair, two shapes, or an `x_hat` that is not `[B, S, *x.shape[1:]]`.
+        Raises
+        ------
+        ValueError
+            Not a pair, two shapes, or an `x_hat` that is not `[B, S, *x.shape[1:]]`.
         """
         x1, x2 = _require_pair(pair)
         first = self.vae.compute_loss(x1, output.output1, beta, likelihood)
@@ -146,27 +161,29 @@ class AdaGVAE(Trainable):
         return LossResult(first.objective + second.objective, {"elbo": elbo, **terms})
 
     def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
-        """Return (S, D), for each input of a pair; S None is what the VAE's bound trains with, in evaluation mode 1."""
+        """Return (S, D), for each input of a pair; S None is the VAE's `num_samples`, in evaluation mode 1."""
         return self.vae.noise_shape(num_samples)
 
     def at_step(self, step: int) -> None:
-        """Tell the bound of the VAE, whose capacity may rise."""
+        """Set the training step of the VAE's objective, whose capacity may rise."""
         self.vae.at_step(step)
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
-        """Forward and loss of the pairs `(batch.x, batch.x2)`, always sampled; `eps` is `[n, 2, S, D]`, None draws its own.
+        """Forward and loss of the pairs `(batch.x, batch.x_pair)`, always sampled; `eps` is `[n, 2, S, D]`, None draws its own.
 
-        In evaluation mode a batch without `x2` is scored as the VAE of single inputs, with its terms and `eps [n, S, D]`: so are
+        In evaluation mode a batch without `x_pair` is scored as the VAE of single inputs, with its terms and `eps [n, S, D]`: so are
         validation and evaluation.
 
-        Raises:
-            ValueError: a batch without `x2` in training mode.
+        Raises
+        ------
+        ValueError
+            A batch without `x_pair` in training mode.
         """
-        if batch.x2 is None:
+        if batch.x_pair is None:
             if self.training:
-                raise ValueError("AdaGVAE trains on pairs and batch.x2 is None: give the Loader pairs=PairSpec(), or call .vae.loss")
+                raise ValueError("AdaGVAE trains on pairs and batch.x_pair is None: give the Loader pairs=PairSpec(), or call .vae.loss")
             return self.vae.loss(batch, eps=eps, beta=beta, likelihood=likelihood)
-        pair = (batch.x, batch.x2)
+        pair = (batch.x, batch.x_pair)
         output = self(pair, S=self.noise_shape()[0] if eps is None else eps.shape[-2], sample=True, eps=eps)
         return self.compute_loss(pair, output, beta, likelihood)
 
@@ -189,18 +206,12 @@ class AdaGVAE(Trainable):
 
 def _require_pair(pair: Any) -> tuple[Tensor, Tensor]:  # any: what a caller gave
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
-        given = f"a tensor of shape {tuple(pair.shape)}" if isinstance(pair, Tensor) else type(pair).__name__
-        raise ValueError(f"AdaGVAE takes a pair (x1, x2) of tensors, got {given}: for single inputs use model.encode(x) or model.vae(x)")
+        got = f"a tensor of shape {tuple(pair.shape)}" if isinstance(pair, Tensor) else type(pair).__name__
+        raise ValueError(f"AdaGVAE takes a pair (x1, x2) of tensors, got {got}: for single inputs use model.encode(x) or model.vae(x)")
     x1, x2 = pair
     if x1.shape != x2.shape:
         raise ValueError(f"x1 and x2 must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
     return x1, x2
-
-
-def _noise_of_each(eps: Tensor) -> tuple[Tensor, Tensor]:
-    if eps.ndim != 4 or eps.shape[1] != 2:
-        raise ValueError(f"the noise of a pair must have the shape [B, 2, S, D], got {tuple(eps.shape)}")
-    return eps[:, 0], eps[:, 1]
 
 
 def _average_gvae(mu1: Tensor, log_var1: Tensor, mu2: Tensor, log_var2: Tensor) -> Posterior:

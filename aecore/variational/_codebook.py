@@ -1,6 +1,6 @@
-"""A codebook: the nearest of K vectors stands for each vector of the encoder. Legend: B batch, E embedding, P positions, K codes, N = B P.
+"""A codebook: the nearest of K vectors replaces each vector of the encoder. Legend: B batch, E embedding, P positions, K codes, N = B P.
 
-What moves the codebook beside gradients (moving averages, dead codes) is in buffers, so checkpoints hold it. Its statistics are summed
+Statistics that move the codebook without gradients (moving averages, dead codes) are buffers, so checkpoints hold them. They are summed
 over ranks in float64 before they are used, and nothing is drawn: which vector replaces a dead code is a function of the number of
 updates and of the row's position in the global batch. So any number of ranks, and a resumed run, get the same codebook.
 """
@@ -17,7 +17,7 @@ from aecore._base.base import ModelOutput
 from aecore._base.collective import sum_over_ranks
 from aecore.loss._precision import at_least_float32, without_autocast
 
-SMALLEST_COUNT = 1e-6  # a moving average of fewer vectors than this says nothing
+SMALLEST_COUNT = 1e-6  # a moving average of fewer vectors than this is not used
 
 
 @dataclass(slots=True, eq=False)
@@ -66,8 +66,8 @@ class VectorQuantizer(nn.Module):
         if codebook not in ("ema", "loss"):
             raise ValueError(f"codebook must be 'ema' or 'loss', got {codebook!r}")
         if not 0 <= decay < 1 or not 0 <= reset_below < 1 or commitment_cost < 0:
-            given = f"decay={decay}, reset_below={reset_below}, commitment_cost={commitment_cost}"
-            raise ValueError(f"expected 0 <= decay < 1, 0 <= reset_below < 1 and commitment_cost >= 0, got {given}")
+            got = f"decay={decay}, reset_below={reset_below}, commitment_cost={commitment_cost}"
+            raise ValueError(f"expected 0 <= decay < 1, 0 <= reset_below < 1 and commitment_cost >= 0, got {got}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.commitment_cost, self.decay, self.reset_below = commitment_cost, decay, reset_below
         self.follows_gradient = codebook == "loss"
@@ -95,8 +95,10 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Return the codes `[B, ...]` int32 of the codebook's vectors nearest to `z [B, E, ...]`.
 
-        Raises:
-            ValueError: the second axis of `z` is not E.
+        Raises
+        ------
+        ValueError
+            The second axis of `z` is not E.
         """
         with without_autocast(z):
             vectors = self._vectors(z)
@@ -147,7 +149,8 @@ class VectorQuantizer(nn.Module):
                 sums.index_add_(0, flat, vectors)
                 counts = self.count(codes)
             picked = self._pick(vectors, positions.to(z.device), len(z) if num_global is None else num_global, len(vectors) // len(z))
-            counts, sums, picked = self._over_ranks(counts, sums, picked)
+            together = sum_over_ranks(torch.cat([counts.unsqueeze(1), sums, picked], 1))
+            counts, sums, picked = together[:, 0], *torch.split(together[:, 1:], self.embedding_dim, 1)
             self.ema_count.mul_(self.decay).add_(counts.float(), alpha=1 - self.decay)
             if not self.follows_gradient:
                 self.ema_sum.mul_(self.decay).add_(sums.float(), alpha=1 - self.decay)
@@ -158,10 +161,6 @@ class VectorQuantizer(nn.Module):
                 self._reset(picked.float())
             self.num_updates.add_(1)
         return counts
-
-    def _over_ranks(self, counts: Tensor, sums: Tensor, picked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        together = sum_over_ranks(torch.cat([counts.unsqueeze(1), sums, picked], 1))
-        return together[:, 0], together[:, 1 : 1 + self.embedding_dim], together[:, 1 + self.embedding_dim :]
 
     def _pick(self, vectors: Tensor, positions: Tensor, num_global: int, num_places: int) -> Tensor:
         """Return one vector of the global batch per code `[K, E]`, zeros where another rank has it; all different while there are enough.
@@ -207,7 +206,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 def _stride(total: int) -> int:
-    """Return a step that visits all of `total` places before it comes back, and spreads them: near the golden section, coprime."""
+    """Return a step that visits all of `total` places before it comes back, and spreads them: coprime, about 0.618 (golden) of it."""
     stride = max(1, int(total * 0.618))
     while math.gcd(stride, total) != 1:
         stride += 1

@@ -1,6 +1,6 @@
-"""The conditional VAE of Sohn et al. (2015): posterior and decoder are told the class. Legend: B batch, S samples, D latent, n rows.
+"""The conditional VAE of Sohn et al. (2015): posterior and decoder depend on the class. Legend: B batch, S samples, D latent, n rows.
 
-The class id goes in as a one-hot vector beside the encoder's features and beside the latent, so z is left with what the class does not say.
+The class id is appended as a one-hot vector to the encoder's features and to the latent, so z encodes what the class does not.
 """
 
 from typing import Any, ClassVar, Literal
@@ -14,11 +14,11 @@ from aecore.loss import expected_value
 from aecore.registry import MODELS, knob, spec
 from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec, build_nets
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 
 
 class ConditionalVAE(GaussianVAE):
-    r"""VAE given a class y of `num_classes`: encoder `[B, ...] -> [B, F]`, decoder `[N, D + num_classes] -> [N, ...]`.
+    r"""VAE conditioned on a class y of `num_classes`: encoder `[B, ...] -> [B, F]`, decoder `[N, D + num_classes] -> [N, ...]`.
 
     .. math:: \mathcal{L}(x; \beta) = E_{q(z|x,y)}[\log p(x|z,y)] - \beta\, KL(q(z|x,y) \,\|\, N(0, I))
 
@@ -34,7 +34,9 @@ class ConditionalVAE(GaussianVAE):
     encode_inputs: ClassVar[tuple[str, ...]] = ("x", "label")
     num_classes: int
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, num_classes: int, bound: Bound | None = None) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, num_classes: int, bound: VariationalObjective | None = None
+    ) -> None:
         super().__init__(encoder, decoder, latent_dim, bound)
         if num_classes < 1:
             raise ValueError(f"num_classes must be >= 1, got {num_classes}")
@@ -61,7 +63,7 @@ class ConditionalVAE(GaussianVAE):
     def _one_hot(self, label: Tensor | None, like: Tensor) -> Tensor:
         """Return `[B, num_classes]` in the dtype and on the device of `like [B, ...]`; InputError for labels that name no class.
 
-        On a GPU, or while compiling, labels are not looked at (that would wait for the device): a wrong one becomes NaN, which the
+        On a GPU, or while compiling, labels are not checked (that would wait for the device): a wrong one becomes NaN, which the
         loss shows.
         """
         wanted = f"ConditionalVAE takes one class id in 0..{self.num_classes - 1} per input"
@@ -83,13 +85,15 @@ class ConditionalVAE(GaussianVAE):
     ) -> VAEOutput:
         """Encode inputs `[B, ...]` of classes `label [B]`, draw S latents each and decode them; `sample` and `eps` as for `VAE`.
 
-        Raises:
-            InputError: no labels, one that names no class, or a wrong shape.
+        Raises
+        ------
+        InputError
+            No labels, one that names no class, or a wrong shape.
         """
         latent = self._encode(x, label, S, sample, eps)
         return VAEOutput(self._decode(latent.z, label).x_hat, latent.z, latent.mu, latent.log_var)
 
-    def given(self, batch: Batch) -> tuple[Tensor | None]:
+    def condition(self, batch: Batch) -> tuple[Tensor | None]:
         """Return the labels."""
         return (batch.label,)
 
@@ -101,7 +105,7 @@ class ConditionalVAE(GaussianVAE):
 
 @spec
 class ConditionalVAESpec(VariationalSpec):
-    """Conditional VAE of a backbone: it is told the class of every sample, in training, encoding and generation."""
+    """Conditional VAE of a backbone: it needs the class of every sample, in training, encoding and generation."""
 
     kind: Literal["cvae"] = "cvae"
     num_classes: int = knob(10, "classes of the data", ge=1)

@@ -13,7 +13,7 @@ from aecore._base.base import ModelOutput
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, expected_value
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 from aecore.variational.stochastic_layers import FullyFactorizedGaussian
 
 
@@ -44,32 +44,37 @@ class VAEOutput(ModelOutput):
 
 
 class GaussianVAE(Trainable):
-    """A posterior N(mu, exp(log_var)), the prior N(0, I) and a `Bound`; a subclass has `_encode`, `_decode` and `forward`.
+    """A posterior N(mu, exp(log_var)), the prior N(0, I) and a `VariationalObjective`; a subclass has `_encode`, `_decode` and `forward`.
 
-    What they are told beside `x` and `z` (a label, lengths), `given` and `decode_given` take from a batch.
+    What these take after `x` and `z` (a label, lengths) is what `condition` and `decode_condition` read from a batch.
 
-    Args:
-        encoder: gives features `[B, F]`, of which the sampling layer makes `mu` and `log_var`.
-        decoder: maps latents to `x_hat`.
-        latent_dim: D.
-        bound: the objective, the scale of the likelihood and S; by default the ELBO, with one sample.
+    Parameters
+    ----------
+    encoder
+        Gives features `[B, F]`, of which the sampling layer makes `mu` and `log_var`.
+    decoder
+        Maps latents to `x_hat`.
+    latent_dim
+        D.
+    bound
+        The objective, the scale of the likelihood and S; by default the ELBO, with one sample.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, bound: Bound | None = None) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, bound: VariationalObjective | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim
         self.sampling_layer = FullyFactorizedGaussian(latent_dim)
-        self.bound = bound or Bound()
+        self.bound = bound or VariationalObjective()
 
-    def given(self, batch: Batch) -> tuple[Any, ...]:  # any: what the subclass takes
+    def condition(self, batch: Batch) -> tuple[Any, ...]:  # any: what the subclass takes
         """Return what `_encode` and `forward` take after `x`."""
         return ()
 
-    def decode_given(self, batch: Batch) -> tuple[Any, ...]:  # any: what the subclass takes
+    def decode_condition(self, batch: Batch) -> tuple[Any, ...]:  # any: what the subclass takes
         """Return what `_decode` takes after `z`; by default the same."""
-        return self.given(batch)
+        return self.condition(batch)
 
     def valid(self, batch: Batch) -> Tensor | None:
         """Return which values of `batch.x` count, bool of its shape; None: all."""
@@ -88,44 +93,48 @@ class GaussianVAE(Trainable):
         Diagnostics: `elbo` (with `beta`), `log_likelihood`, `kl_divergence` (without `beta`). In training mode the objective is that
         of `bound`, which may add to them.
 
-        Raises:
-            ValueError: `output.x_hat` is not `[B, S, *x.shape[1:]]`.
+        Raises
+        ------
+        ValueError
+            `output.x_hat` is not `[B, S, *x.shape[1:]]`.
         """
         result: LossResult = self.bound(x, output, beta, likelihood, valid)
         return result
 
     def noise_shape(self, num_samples: int | None = None) -> tuple[int, int]:
-        """Return (S, D); S None is what the bound trains with, in evaluation mode 1."""
+        """Return (S, D); S None is the objective's `num_samples`, in evaluation mode 1."""
         if num_samples is None:
             num_samples = self.bound.num_samples if self.training else 1
         return (num_samples, self.latent_dim)
 
     def at_step(self, step: int) -> None:
-        """Tell the bound, whose capacity may rise."""
+        """Set the training step of the objective, whose capacity may rise."""
         self.bound.at_step(step)
 
     def loss(self, batch: Batch, *, eps: Tensor | None = None, beta: float | Tensor = 1.0, likelihood: str = "gaussian") -> LossResult:
         """Forward and loss of `batch`, always sampled, with noise `eps [n, S, D]`; None draws as many latents as `noise_shape` says."""
         num_samples = self.noise_shape()[0] if eps is None else eps.shape[1]
-        output = self(batch.x, *self.given(batch), S=num_samples, sample=True, eps=eps)
+        output = self(batch.x, *self.condition(batch), S=num_samples, sample=True, eps=eps)
         return self.compute_loss(batch.x, output, beta, likelihood, self.valid(batch))
 
     @torch.inference_mode()
     def log_weights(self, batch: Batch, eps: Tensor, *, likelihood: str = "gaussian") -> Tensor:
         """Return log p(x|z) + log p(z) - log q(z|x), `[n, S]` float64, of the latents that `eps [n, S, D]` draws."""
-        q, told = self._encode(batch.x, *self.given(batch), sample=False), self.decode_given(batch)
-        return self.bound.log_weights(batch.x, q.mu, q.log_var, eps, lambda z: self._decode(z, *told).x_hat, likelihood, self.valid(batch))
+        q, condition = self._encode(batch.x, *self.condition(batch), sample=False), self.decode_condition(batch)
+        return self.bound.log_weights(
+            batch.x, q.mu, q.log_var, eps, lambda z: self._decode(z, *condition).x_hat, likelihood, self.valid(batch)
+        )
 
     @torch.inference_mode()
     def latents(self, batch: Batch) -> dict[str, Tensor]:
         """Return `{"mu": [n, D], "log_var": [n, D]}`, float32."""
-        latent = self._encode(batch.x, *self.given(batch), sample=False)
+        latent = self._encode(batch.x, *self.condition(batch), sample=False)
         return {"mu": latent.mu.float(), "log_var": latent.log_var.float()}
 
     @torch.inference_mode()
     def reconstruct(self, batch: Batch, *, likelihood: str = "gaussian") -> Tensor:
         """Return the expected inputs `[n, ...]` at z = mu, see `expected_value`."""
-        return expected_value(self(batch.x, *self.given(batch), sample=False).x_hat.squeeze(1), likelihood)
+        return expected_value(self(batch.x, *self.condition(batch), sample=False).x_hat.squeeze(1), likelihood)
 
     def _require_latents(self, z: Tensor, instead: str = "model.decoder(z) directly") -> None:
         if z.ndim != 3 or z.shape[2] != self.latent_dim:

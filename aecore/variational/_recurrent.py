@@ -16,7 +16,7 @@ from aecore.loss import expected_value
 from aecore.registry import BACKBONES, MODELS, knob, spec
 from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 
 
 class RecurrentVAE(GaussianVAE):
@@ -24,13 +24,20 @@ class RecurrentVAE(GaussianVAE):
 
     .. math:: \mathcal{L} = E_{q(z|x)}\Big[\sum_{t < length} \log p(x_t|z)\Big] - \beta\, KL(q(z|x) \,\|\, N(0, I))
 
-    Args:
-        encoder: `(x [B, T, ...], lengths)` -> `[B, F]`.
-        decoder: `(z [N, D], T)` -> `[N, T, ...]`, for token ids the logits `[N, T, ..., K]`.
-        latent_dim: D.
-        bound: the objective, by default the ELBO.
-        num_levels: K for token ids; 0: the values of a step are numbers.
-        sample_steps: steps that `decode_latents` gives.
+    Parameters
+    ----------
+    encoder
+        `(x [B, T, ...], lengths)` -> `[B, F]`.
+    decoder
+        `(z [N, D], T)` -> `[N, T, ...]`, for token ids the logits `[N, T, ..., K]`.
+    latent_dim
+        D.
+    bound
+        The objective, by default the ELBO.
+    num_levels
+        K for token ids; 0: the values of a step are numbers.
+    sample_steps
+        Steps that `decode_latents` gives.
     """
 
     train_inputs: ClassVar[tuple[str, ...]] = ("x", "lengths")
@@ -41,7 +48,7 @@ class RecurrentVAE(GaussianVAE):
         encoder: nn.Module,
         decoder: nn.Module,
         latent_dim: int,
-        bound: Bound | None = None,
+        bound: VariationalObjective | None = None,
         *,
         num_levels: int = 0,
         sample_steps: int = 64,
@@ -65,17 +72,19 @@ class RecurrentVAE(GaussianVAE):
     ) -> VAEOutput:
         """Encode, draw S latents per sequence (see `VAE.forward`) and decode each to as many steps as `x` has.
 
-        Raises:
-            InputError: `lengths` is not `[B]` int64, or one is 0 or beyond T (looked at where that costs no wait: on the CPU).
+        Raises
+        ------
+        InputError
+            `lengths` is not `[B]` int64, or one is 0 or beyond T (looked at where that costs no wait: on the CPU).
         """
         latent = self._encode(x, lengths, S, sample, eps)
         return VAEOutput(self._decode(latent.z, x.shape[1]).x_hat, latent.z, latent.mu, latent.log_var)
 
-    def given(self, batch: Batch) -> tuple[Tensor | None]:
+    def condition(self, batch: Batch) -> tuple[Tensor | None]:
         """Return the lengths."""
         return (batch.lengths,)
 
-    def decode_given(self, batch: Batch) -> tuple[int]:
+    def decode_condition(self, batch: Batch) -> tuple[int]:
         """Return T."""
         return (batch.x.shape[1],)
 

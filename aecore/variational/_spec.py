@@ -9,7 +9,7 @@ from aecore.loss import LOGITS
 from aecore.loss.schedules import cyclic_at, linear_at
 from aecore.nn import Backbone
 from aecore.registry import BACKBONES, knob, spec
-from aecore.variational.bound import Bound, clashing
+from aecore.variational.bound import VariationalObjective, clashing
 
 
 @spec
@@ -41,7 +41,7 @@ class VariationalSpec:
         self.check()
 
     def check(self) -> None:
-        """ConfigError for knobs that cannot stand together or that nothing would read."""
+        """Raise ConfigError for knobs that exclude each other or would have no effect."""
         name = type(self).__name__
         if (clash := clashing(self.objective, self.free_bits, self.capacity)) is not None:
             raise ConfigError(f"{name}.{clash}")
@@ -78,9 +78,9 @@ class VariationalSpec:
             return cyclic_at(self.beta, self.beta_cycle_steps, self.beta_warmup_steps or self.beta_cycle_steps // 2, step)
         return linear_at(self.beta, self.beta_warmup_steps, step)
 
-    def bound(self) -> Bound:
+    def bound(self) -> VariationalObjective:
         """Return a new objective of these knobs."""
-        return Bound(
+        return VariationalObjective(
             objective=self.objective,
             num_samples=self.num_samples,
             scale=self.scale,
@@ -111,7 +111,7 @@ def build_nets(model: VariationalSpec, backbone: Any, input_shape: tuple[int, ..
 
 
 class _Divided(nn.Module):
-    """Levels as numbers in [0, 1], which is what a network likes."""
+    """Scales levels to numbers in [0, 1]."""
 
     def __init__(self, largest: int) -> None:
         super().__init__()

@@ -34,11 +34,16 @@ class VAE(GaussianVAE):
     def forward(self, x: Tensor, S: int = 1, sample: bool | None = None, eps: Tensor | None = None) -> VAEOutput:
         """Encode, draw S latents per input and decode them.
 
-        Args:
-            x: inputs `[B, ...]`.
-            S: latents per input, at least 1.
-            sample: True draws, False takes z = mu; None draws in training mode and takes the mean in evaluation mode.
-            eps: standard normal noise `[B, S, D]` to draw with; None takes it from torch's global generator.
+        Parameters
+        ----------
+        x
+            Inputs `[B, ...]`.
+        S
+            Latents per input, at least 1.
+        sample
+            True draws, False takes z = mu; None draws in training mode and takes the mean in evaluation mode.
+        eps
+            Standard normal noise `[B, S, D]` to draw with; None takes it from torch's global generator.
         """
         latent = self._encode(x, S, sample, eps)
         return VAEOutput(self._decode(latent.z).x_hat, latent.z, latent.mu, latent.log_var)

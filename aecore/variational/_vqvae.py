@@ -57,8 +57,10 @@ class VQVAE(Trainable):
     >>> model.decode(codes)
     VQVAEDecodeOutput(x_hat=Tensor(shape=(2, 1, 28, 28), dtype=torch.float32))
 
-    Parameters:
-        code_shape: axes of one sample's codes, such as (7, 7); only `decode_latents` asks, to give flat codes their shape back.
+    Parameters
+    ----------
+    code_shape
+        Axes of one sample's codes, such as (7, 7); only `decode_latents` asks, to give flat codes their shape back.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, quantizer: VectorQuantizer, code_shape: tuple[int, ...] = (-1,)) -> None:
@@ -98,8 +100,10 @@ class VQVAE(Trainable):
         part of a global batch it is (see `VectorQuantizer.update`). Diagnostics: `log_likelihood`, `commitment` (without its weight),
         `perplexity`: how many codes this batch uses, in training over all ranks.
 
-        Raises:
-            ValueError: `output.x_hat` and `x` differ in shape.
+        Raises
+        ------
+        ValueError
+            `output.x_hat` and `x` differ in shape.
         """
         log_px = row_log_likelihood(x, output.x_hat, likelihood).mean()
         commitment, codebook = self.quantizer.losses(output.z_e, output.codes)
@@ -126,7 +130,7 @@ class VQVAE(Trainable):
         return {"codes": codes.reshape(len(codes), -1)}
 
     @torch.inference_mode()
-    def points(self, batch: Batch) -> Tensor:
+    def embedding(self, batch: Batch) -> Tensor:
         """Return the codebook's vectors at all positions, one after the other, `[n, E * P]`."""
         return self.quantizer.embed(self._encode(batch.x).codes).flatten(1).float()
 
@@ -139,8 +143,10 @@ class VQVAE(Trainable):
     def decode_latents(self, z: Tensor, *, label: Tensor | None = None, likelihood: str = "gaussian") -> Tensor:
         """Return the expected inputs `[n, ...]` of flat codes `z [n, P]`, as the column `codes` holds them.
 
-        Raises:
-            DataError: a code that the codebook does not have.
+        Raises
+        ------
+        DataError
+            A code that the codebook does not have.
         """
         lowest, highest, known = int(z.min()), int(z.max()), self.quantizer.num_embeddings
         if lowest < 0 or highest >= known:

@@ -1,4 +1,4 @@
-r"""From reconstructions and a posterior to the number that is minimised: ELBO, IWAE, and what stands beside the KL.
+r"""From reconstructions and a posterior to the number that is minimised: ELBO, IWAE, and terms that replace the KL.
 
 | setting | objective per sample, in training mode | paper |
 |---|---|---|
@@ -31,7 +31,7 @@ LOG_SCALE_MIN = -6.0  # a scale below 0.0025 would let one perfectly drawn pixel
 
 
 class Reconstructed(Protocol):
-    """What a bound reads of a model's output: `x_hat [B, S, ...]`, `z [B, S, D]`, `mu [B, D]`, `log_var [B, D]`."""
+    """The parts of a model's output that the objective reads: `x_hat [B, S, ...]`, `z [B, S, D]`, `mu [B, D]`, `log_var [B, D]`."""
 
     x_hat: Tensor
     z: Tensor
@@ -39,18 +39,25 @@ class Reconstructed(Protocol):
     log_var: Tensor
 
 
-class Bound(nn.Module):
+class VariationalObjective(nn.Module):
     """The objective of a VAE with a Gaussian posterior and the prior N(0, I).
 
     Without a learned scale it has no parameters and adds nothing to a state dict.
 
-    Args:
-        objective: `elbo`, with the KL in closed form, or `iwae`, the importance-weighted bound of all S samples.
-        num_samples: latents per input that a trainer draws, S; evaluation draws one.
-        scale: of a gaussian or laplace likelihood in the units of x; `learned` makes it a parameter, 1 at first.
-        free_bits: nats that a latent dimension may cost without being pushed down; 0: off.
-        capacity: nats C that the KL is pulled to, 0: off. beta weighs the distance, so give it a large one.
-        capacity_steps: training steps over which C rises from 0, see `at_step`; 0: C from the first.
+    Parameters
+    ----------
+    objective
+        `elbo`, with the KL in closed form, or `iwae`, the importance-weighted bound of all S samples.
+    num_samples
+        Latents per input that a trainer draws, S; evaluation draws one.
+    scale
+        Of a gaussian or laplace likelihood in the units of x; `learned` makes it a parameter, 1 at first.
+    free_bits
+        Nats that a latent dimension may cost without being pushed down; 0: off.
+    capacity
+        Nats C that the KL is pulled to, 0: off. beta weighs the distance, so give it a large one.
+    capacity_steps
+        Training steps over which C rises from 0, see `at_step`; 0: C from the first.
     """
 
     capacity_now: Tensor
@@ -103,7 +110,7 @@ class Bound(nn.Module):
     ) -> LossResult:
         """Return the objective with `elbo` (with `beta`), `log_likelihood` and `kl_divergence`, means over the batch.
 
-        In training mode also `iwae` (the importance-weighted bound itself, at beta 1), or `kl_penalty` (what stands for the KL) and
+        In training mode also `iwae` (the importance-weighted bound itself, at beta 1), or `kl_penalty` (the term that replaces the KL) and
         `capacity`; with a learned scale `scale`.
         `valid` says which elements of `x` count, see `sample_log_likelihood`; None: all.
         """
@@ -120,13 +127,11 @@ class Bound(nn.Module):
                 at_beta_1 = _log_mean_weight(log_px + ratio)
             return LossResult(-_log_mean_weight(log_px + beta * ratio), {"iwae": at_beta_1, **terms})
         if self.training and (self.free_bits or self.capacity):
-            penalty = self._penalty(per_dimension).mean()
+            replaced = capacity(per_dimension, self.capacity_now) if self.capacity else free_bits(per_dimension, self.free_bits)
+            penalty = replaced.mean()
             extra = {"capacity": self.capacity_now.clone()} if self.capacity else {}
             return LossResult(beta * penalty - mean_log_px, {"kl_penalty": penalty, **extra, **terms})
         return LossResult(-elbo, terms)
-
-    def _penalty(self, per_dimension: Tensor) -> Tensor:
-        return capacity(per_dimension, self.capacity_now) if self.capacity else free_bits(per_dimension, self.free_bits)
 
     def log_weights(
         self,
@@ -138,13 +143,15 @@ class Bound(nn.Module):
         likelihood: str | LikelihoodType,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """log p(x|z) + log p(z) - log q(z|x) with all constants, `[n, S]` float64, of z = mu + exp(log_var / 2) * eps.
+        """Return log p(x|z) + log p(z) - log q(z|x) with all constants, `[n, S]` float64, of z = mu + exp(log_var / 2) * eps.
 
         `decode` maps `z [n, S, D]`, in the dtype of `mu`, to `x_hat [n, S, ...]`. The noise is used as it is, never got back from z,
         and the terms of the latent are float64: a posterior that is exact then gives equal weights.
 
-        Raises:
-            ValueError: `eps` is not `[n, S, D]`.
+        Raises
+        ------
+        ValueError
+            `eps` is not `[n, S, D]`.
         """
         if eps.ndim != 3 or (eps.shape[0], eps.shape[2]) != mu.shape:
             raise ValueError(f"eps must have the shape [n, S, D] = [{mu.shape[0]}, S, {mu.shape[1]}], got {tuple(eps.shape)}")
@@ -160,10 +167,10 @@ def _log_mean_weight(log_weights: Tensor) -> Tensor:
 
 
 def clashing(objective: str, free_bits: float, capacity: float) -> str | None:
-    """Return why these settings cannot stand together, None if they can."""
+    """Return why these settings exclude each other, None if they do not."""
     if free_bits and capacity:
         return f"free_bits is {free_bits} and capacity {capacity}: both replace the KL, set one of them to 0"
     if objective == "iwae" and (free_bits or capacity):
-        given = f"free_bits={free_bits}" if free_bits else f"capacity={capacity}"
-        return f"{given} replaces the KL, which objective=iwae does not have: leave it out, or use objective=elbo"
+        setting = f"free_bits={free_bits}" if free_bits else f"capacity={capacity}"
+        return f"{setting} replaces the KL, which objective=iwae does not have: leave it out, or use objective=elbo"
     return None

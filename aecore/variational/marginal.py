@@ -35,17 +35,27 @@ def log_marginal(
 ) -> Tensor:
     """Return the importance-sampled log p(x) of every row, `[n]` float64 in nats, with all constants.
 
-    Args:
-        model: one with a posterior (`Trainable.log_weights`), in the mode that it shall be used in.
-        batch: transformed samples on the model's device.
-        num_samples: K.
-        seed, index: of the noise; `index` is the number of the batch in its split.
-        likelihood: name of log p(x|z).
-        chunk: latents decoded at once; memory grows with it, the result changes by rounding only.
+    Parameters
+    ----------
+    model
+        One with a posterior (`Trainable.log_weights`), in the mode that it shall be used in.
+    batch
+        Transformed samples on the model's device.
+    num_samples
+        K.
+    seed, index
+        Of the noise; `index` is the number of the batch in its split.
+    likelihood
+        Name of log p(x|z).
+    chunk
+        Latents decoded at once; memory grows with it, the result changes by rounding only.
 
-    Raises:
-        ValueError: K or `chunk` is below 1.
-        ConfigError: the model has no posterior.
+    Raises
+    ------
+    ValueError
+        K or `chunk` is below 1.
+    ConfigError
+        The model has no posterior.
     """
     total = torch.full((len(batch),), -torch.inf, dtype=torch.float64, device=batch.x.device)
     for rows, weights in _log_weights(model, batch, num_samples, seed, index, likelihood, chunk):

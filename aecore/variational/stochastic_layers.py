@@ -47,8 +47,10 @@ class FullyFactorizedGaussian(nn.Module):
 
         `eps` is standard normal noise `[B, S, D]`; None draws it by `randn_like`, so torch's seed reproduces it.
 
-        Raises:
-            ValueError: S < 1, or `eps` of another shape.
+        Raises
+        ------
+        ValueError
+            S < 1, or `eps` of another shape.
         """
         mu = _tile(mu, S)
         if eps is None:

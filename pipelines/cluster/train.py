@@ -31,7 +31,7 @@ from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
 from aecore.training.session import Session
 from pipelines.cluster.interrupt import StopRequest
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.session import (
     connect,
     disconnect,
@@ -76,7 +76,7 @@ def _train_here(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None) -> 
 
     require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
-    keep_freed_memory()
+    disable_malloc_trim()
     ended = threading.Event()
     watcher = threading.Thread(target=_poll_until, args=(ended, on_poll or (lambda: None)), daemon=True)
     watcher.start()
@@ -201,7 +201,7 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(config["threads"])
-    keep_freed_memory()
+    disable_malloc_trim()
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
 

@@ -164,7 +164,7 @@ def _train_plan(job: Any, num_workers: int) -> Tree:
     from aecore.training.ranks import Rank
     from aecore.training.session import Session
 
-    with closing(Session(job, Rank(world=max(num_workers, 1)))) as session:
+    with closing(Session(job, Rank(world_size=max(num_workers, 1)))) as session:
         return {"step": "train", "run": job.out, "dry_run": True, **session.plan()}
 
 
@@ -230,9 +230,9 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
 
 def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
     """Return what would be evaluated: checks model, data and what the scores need; reads no sample."""
-    from aecore.evaluate import opened
+    from aecore.evaluate import open_for_evaluation
 
-    dataset, loaded = opened(run, data, spec, "cpu")
+    dataset, loaded = open_for_evaluation(run, data, spec, "cpu")
     if spec.figures is not None:
         from aecore.report import require_matplotlib
 
@@ -250,12 +250,12 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
 
     from aecore.evaluate import evaluate
     from aecore.training.ranks import Rank
-    from pipelines.cluster.memory import keep_freed_memory
+    from pipelines.cluster.memory import disable_malloc_trim
     from pipelines.cluster.session import require_gpu_is_there
 
     require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
-    keep_freed_memory()
+    disable_malloc_trim()
     rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
     if spec.figures is None:
         return evaluate(run, data, spec, rank=rank).to_dict()

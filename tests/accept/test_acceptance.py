@@ -131,21 +131,21 @@ def _mnist_job(data: str, out: Path, steps: int) -> TrainJob:
 def test_1_2_and_3_ranks_see_the_same_batches_and_losses_over_500_steps(whole, tmp_path):
     data = str(whole / "dataset")
     reference: list[list[int]] = []
-    for world in (1, 2, 3):
+    for world_size in (1, 2, 3):
         steps: dict[int, dict[int, int]] = {}
-        for rank in range(world):
-            with Loader(open_dataset(data), "train", order=TrainingOrder(rank=rank, world=world)) as loader:
+        for rank in range(world_size):
+            with Loader(open_dataset(data), "train", order=TrainingOrder(rank=rank, world_size=world_size)) as loader:
                 for step, batch in enumerate(loader.batches(0, 500)):
                     steps.setdefault(step, {}).update(zip(batch.positions.tolist(), batch.ordinals.tolist(), strict=True))
         ordinals = [[steps[step][position] for position in sorted(steps[step])] for step in range(500)]
         reference = reference or ordinals
         assert ordinals == reference
-    for world in (1, 2, 3):
-        fit_on(_mnist_job(data, tmp_path / str(world), 500), world)
+    for world_size in (1, 2, 3):
+        fit_on(_mnist_job(data, tmp_path / str(world_size), 500), world_size)
     one = np.array([row["loss"] for row in losses(tmp_path / "1")])
-    for world in (2, 3):
-        many = np.array([row["loss"] for row in losses(tmp_path / str(world))])
-        print(f"\n{world} ranks: largest relative difference of 500 losses {np.abs(many / one - 1).max():.1e}")
+    for world_size in (2, 3):
+        many = np.array([row["loss"] for row in losses(tmp_path / str(world_size))])
+        print(f"\n{world_size} ranks: largest relative difference of 500 losses {np.abs(many / one - 1).max():.1e}")
         np.testing.assert_allclose(many, one, rtol=1e-5)
 
 

@@ -40,7 +40,7 @@ def pair() -> tuple[Tensor, Tensor]:
 
 
 def batch_of(x: Tensor, x2: Tensor | None = None) -> Batch:
-    return Batch(x, torch.arange(len(x)), torch.arange(len(x)), len(x), x2=x2)
+    return Batch(x, torch.arange(len(x)), torch.arange(len(x)), len(x), x_pair=x2)
 
 
 def test_documented_training_and_inference_snippets() -> None:
@@ -244,7 +244,7 @@ def test_wrong_arguments_are_refused_with_what_to_do(model: AdaGVAE, pair: tuple
         model(pair, eps=torch.zeros(B, 1, D))
     with pytest.raises(ValueError, match=r"S must be >= 1, got 0"):
         model(pair, S=0)
-    with pytest.raises(ValueError, match=r"trains on pairs and batch\.x2 is None"):
+    with pytest.raises(ValueError, match=r"trains on pairs and batch\.x_pair is None"):
         model.loss(batch_of(x1))
     with pytest.raises(ValueError, match=r"averaging is 'mean', expected one of gvae, mlvae"):
         AdaGVAE(model.vae, averaging="mean")

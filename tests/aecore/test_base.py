@@ -159,7 +159,7 @@ def test_a_batch_in_pieces_has_the_rows_of_the_whole_and_its_place_in_the_global
     assert [len(piece) for piece in pieces] == [3, 3, 1]
     for name in ("x", "ordinals", "positions", "label"):
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name)), name
-    assert all(piece.num_global == 70 and piece.x2 is None and piece.lengths is None for piece in pieces)
+    assert all(piece.num_global == 70 and piece.x_pair is None and piece.lengths is None for piece in pieces)
     assert batch.split(7)[0] is batch
     with pytest.raises(AssertionError, match="batch of bags"):
         Batch(x, rows, rows, 7, mask=rows > 3).split(2)

@@ -1,4 +1,4 @@
-"""Objectives of the VAE beside the ELBO: IWAE, free bits, capacity, learned scale; their knobs. Legend: B batch, S samples, D latent."""
+"""Objectives of the VAE, not the ELBO: IWAE, free bits, capacity, learned scale; their knobs. Legend: B batch, S samples, D latent."""
 
 import contextlib
 import logging
@@ -29,7 +29,7 @@ from aecore.registry import MODELS, to_dict
 from aecore.training.loop import fit
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAE, VAESpec
-from aecore.variational.bound import LOG_SCALE_MIN, Bound
+from aecore.variational.bound import LOG_SCALE_MIN, VariationalObjective
 from tests.aecore.training import fit_on, losses, published_weights, small_job, sprites_dataset
 
 B, S, D = 6, 5, 3
@@ -40,7 +40,7 @@ def batch_of(x: Tensor) -> Batch:
     return Batch(x, rows, rows, len(x))
 
 
-def vae(bound: Bound | None = None) -> VAE:
+def vae(bound: VariationalObjective | None = None) -> VAE:
     torch.manual_seed(0)
     model = VAE(nn.Sequential(nn.Linear(12, 8), nn.Tanh()), nn.Linear(D, 12), D, bound)
     model.build(torch.zeros(1, 12))
@@ -58,7 +58,7 @@ def eps() -> Tensor:
 
 
 def test_iwae_is_the_log_of_the_mean_weight(batch: Batch, eps: Tensor) -> None:
-    model = vae(Bound(objective="iwae", num_samples=S))
+    model = vae(VariationalObjective(objective="iwae", num_samples=S))
     result = model.loss(batch, eps=eps, likelihood="bernoulli")
     output = model(batch.x, S=S, eps=eps)
     q = Normal(output.mu.unsqueeze(1), (output.log_var / 2).exp().unsqueeze(1))
@@ -71,7 +71,7 @@ def test_iwae_is_the_log_of_the_mean_weight(batch: Batch, eps: Tensor) -> None:
 
 
 def test_the_iwae_that_is_reported_is_a_bound_of_log_p_whatever_beta_weighs(batch: Batch, eps: Tensor) -> None:
-    model = vae(Bound(objective="iwae", num_samples=S))
+    model = vae(VariationalObjective(objective="iwae", num_samples=S))
     plain, weighted = (model.loss(batch, eps=eps, beta=beta, likelihood="bernoulli") for beta in (1.0, 4.0))
     assert weighted.objective.item() != pytest.approx(plain.objective.item(), rel=1e-3)
     assert weighted.reported["iwae"].item() == pytest.approx(plain.reported["iwae"].item(), rel=1e-6)
@@ -80,7 +80,7 @@ def test_the_iwae_that_is_reported_is_a_bound_of_log_p_whatever_beta_weighs(batc
 
 
 def test_iwae_of_one_sample_is_the_sampled_elbo_and_more_samples_bound_tighter(batch: Batch) -> None:
-    model = vae(Bound(objective="iwae", num_samples=64))
+    model = vae(VariationalObjective(objective="iwae", num_samples=64))
     eps = torch.randn(B, 64, D, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         of = {count: float(model.loss(batch, eps=eps[:, :count]).objective) for count in (1, 64)}
@@ -93,7 +93,11 @@ def test_iwae_of_one_sample_is_the_sampled_elbo_and_more_samples_bound_tighter(b
 
 def test_evaluation_is_the_elbo_of_one_sample_whatever_was_trained(batch: Batch, eps: Tensor) -> None:
     plain = vae().eval()
-    for bound in (Bound(objective="iwae", num_samples=7), Bound(free_bits=3.0), Bound(capacity=20.0)):
+    for bound in (
+        VariationalObjective(objective="iwae", num_samples=7),
+        VariationalObjective(free_bits=3.0),
+        VariationalObjective(capacity=20.0),
+    ):
         model = vae(bound).eval()
         model.load_state_dict(plain.state_dict())
         found, expected = (net.loss(batch, eps=eps[:, :1], likelihood="bernoulli") for net in (model, plain))
@@ -103,7 +107,7 @@ def test_evaluation_is_the_elbo_of_one_sample_whatever_was_trained(batch: Batch,
 
 
 def test_a_model_asks_for_its_samples_in_training_and_for_one_in_evaluation(batch: Batch) -> None:
-    model = vae(Bound(num_samples=4))
+    model = vae(VariationalObjective(num_samples=4))
     assert (model.noise_shape(), model.noise_shape(2), model.eval().noise_shape()) == ((4, D), (2, D), (1, D))
     torch.manual_seed(3)
     drawn = model.train().loss(batch).objective
@@ -112,7 +116,7 @@ def test_a_model_asks_for_its_samples_in_training_and_for_one_in_evaluation(batc
 
 
 def test_free_bits_leave_dimensions_below_them_alone(batch: Batch, eps: Tensor) -> None:
-    model = vae(Bound(free_bits=0.05))
+    model = vae(VariationalObjective(free_bits=0.05))
     result = model.loss(batch, eps=eps, beta=2.0)
     q = model(batch.x, sample=False)
     per_dimension = kl_divergence_diag_gaussian(q.mu, q.log_var, reduce_sum=False)
@@ -125,7 +129,7 @@ def test_free_bits_leave_dimensions_below_them_alone(batch: Batch, eps: Tensor) 
 
 
 def test_capacity_is_a_pure_function_of_the_step(batch: Batch, eps: Tensor) -> None:
-    model = vae(Bound(capacity=10.0, capacity_steps=4))
+    model = vae(VariationalObjective(capacity=10.0, capacity_steps=4))
     kl = model.eval().loss(batch, eps=eps).tensors["kl_divergence"]
     q = model.encode(batch.x, sample=False)
     each = kl_divergence_diag_gaussian(q.mu, q.log_var)
@@ -141,7 +145,7 @@ def test_capacity_is_a_pure_function_of_the_step(batch: Batch, eps: Tensor) -> N
 
 
 def test_a_learned_scale_finds_the_spread_of_the_residuals() -> None:
-    model = vae(Bound(scale="learned"))
+    model = vae(VariationalObjective(scale="learned"))
     x = torch.randn(400, 12) * 0.25
     with torch.no_grad():
         output = model(x, sample=False)
@@ -160,15 +164,15 @@ def test_a_learned_scale_finds_the_spread_of_the_residuals() -> None:
 
 
 def test_a_fixed_scale_weighs_the_likelihood(batch: Batch, eps: Tensor) -> None:
-    result = vae(Bound(scale=0.5)).loss(batch, eps=eps)
+    result = vae(VariationalObjective(scale=0.5)).loss(batch, eps=eps)
     output = vae()(batch.x, S=S, eps=eps)
     expected = Normal(output.x_hat, 0.5).log_prob(batch.x.unsqueeze(1)).sum(2).mean() + 12 * 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(result.tensors["log_likelihood"], expected.detach())
 
 
 def test_a_scale_is_saved_only_if_it_is_learned() -> None:
-    assert vae().state_dict().keys() == vae(Bound(scale=0.3, capacity=3.0)).state_dict().keys()
-    assert vae(Bound(scale="learned")).state_dict().keys() - vae().state_dict().keys() == {"bound.log_scale"}
+    assert vae().state_dict().keys() == vae(VariationalObjective(scale=0.3, capacity=3.0)).state_dict().keys()
+    assert vae(VariationalObjective(scale="learned")).state_dict().keys() - vae().state_dict().keys() == {"bound.log_scale"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_a_scale_is_saved_only_if_it_is_learned() -> None:
     ids=lambda kwargs: next(iter(kwargs)),
 )
 def test_every_objective_compiles_to_one_graph_at_all_steps(batch: Batch, eps: Tensor, bound: dict[str, Any]) -> None:
-    model, graphs = vae(Bound(**bound)), 0
+    model, graphs = vae(VariationalObjective(**bound)), 0
 
     def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
         nonlocal graphs
@@ -197,7 +201,7 @@ def test_every_objective_compiles_to_one_graph_at_all_steps(batch: Batch, eps: T
     "bound", [{"objective": "iwae", "num_samples": S}, {"free_bits": 0.1}, {"capacity": 5.0}, {"scale": "learned"}], ids=str
 )
 def test_gradients_of_every_objective_are_exact_in_float64(batch: Batch, eps: Tensor, bound: dict[str, Any]) -> None:
-    model = vae(Bound(**bound)).double()
+    model = vae(VariationalObjective(**bound)).double()
     double = batch_of(batch.x.double())
 
     def objective(*_: Tensor) -> Tensor:
@@ -274,7 +278,7 @@ def test_knobs_that_cannot_work_are_refused(knobs: dict[str, Any], message: str)
 )
 def test_a_bound_in_python_refuses_the_same(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Bound(**arguments)
+        VariationalObjective(**arguments)
 
 
 def test_logits_of_levels_are_not_squashed() -> None:
@@ -315,8 +319,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("spec", TRAINED, ids=["iwae", "free bits", "capacity", "learned scale"])
 def test_every_objective_trains_alike_on_any_number_of_ranks_and_is_validated_as_the_elbo(data: str, tmp_path: Path, spec: VAESpec) -> None:
-    for world in (1, 2):
-        fit_on(small_job(data, tmp_path / str(world), epochs=2, val_split="val", model=spec), world)
+    for world_size in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world_size), epochs=2, val_split="val", model=spec), world_size)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     for name in one[0].keys() - {"step", "epoch", "validation"}:
         np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=2e-5, err_msg=name)
@@ -357,8 +361,11 @@ def test_a_killed_run_goes_on_with_its_samples_and_its_capacity(data: str, tmp_p
 
 def test_black_and_white_training_images_are_the_same_on_any_number_of_ranks(data: str, tmp_path: Path) -> None:
     spec = VAESpec(latent_dim=4, likelihood="bernoulli", objective="iwae", num_samples=2)
-    for world in (1, 2):
-        fit_on(small_job(data, tmp_path / str(world), val_split="val", model=spec, transform=TransformSpec(binarize="dynamic")), world)
+    for world_size in (1, 2):
+        fit_on(
+            small_job(data, tmp_path / str(world_size), val_split="val", model=spec, transform=TransformSpec(binarize="dynamic")),
+            world_size,
+        )
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=2e-5)
     assert two[-1]["validation"]["elbo"] == pytest.approx(one[-1]["validation"]["elbo"], rel=1e-5)

@@ -29,7 +29,7 @@ from tests.aecore.training import losses, small_job, sprites_dataset
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Two data sets (one has more samples and other shards), two runs, tables of both."""
+    """Two datasets (one has more samples and other shards), two runs, tables of both."""
     root = tmp_path_factory.mktemp("compare")
     few, many = image_folder(root / "few", "train", range(30)), image_folder(root / "many", "train", range(36))
     folder_dataset(few, root / "a/dataset", max_samples=8)

@@ -23,7 +23,7 @@ from aecore.registry import MODELS
 from aecore.table.table import open_table
 from aecore.training.loop import fit
 from aecore.variational import VAE, ConditionalVAE, ConditionalVAESpec
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 from aecore.variational.marginal import log_marginal
 from tests.aecore.encoding import encode
 from tests.aecore.training import fit_on, losses, small_job, sprites_dataset
@@ -141,7 +141,7 @@ def test_a_label_that_explains_the_data_leaves_nothing_for_the_latent() -> None:
 
 
 def test_iwae_and_samples_come_from_the_bound(x: Tensor) -> None:
-    model = ConditionalVAE(nn.Linear(12, 8), nn.Linear(D + CLASSES, 12), D, CLASSES, Bound(objective="iwae", num_samples=S))
+    model = ConditionalVAE(nn.Linear(12, 8), nn.Linear(D + CLASSES, 12), D, CLASSES, VariationalObjective(objective="iwae", num_samples=S))
     model.build(x)
     assert model.noise_shape() == (S, D)
     assert "iwae" in model.loss(batch_of(x, LABEL)).tensors
@@ -157,8 +157,8 @@ SPEC = ConditionalVAESpec(latent_dim=4, num_classes=3, likelihood="bernoulli")
 
 
 def test_it_trains_alike_on_one_and_two_ranks_and_encodes_to_a_table(data: str, tmp_path: Path) -> None:
-    for world in (1, 2):
-        fit_on(small_job(data, tmp_path / str(world), epochs=2, val_split="val", model=SPEC), world)
+    for world_size in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world_size), epochs=2, val_split="val", model=SPEC), world_size)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
     assert one[-1]["loss"] < 0.6 * one[0]["loss"]

@@ -134,9 +134,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("noise", ["gaussian", "mask", "salt_pepper"])
 def test_any_number_of_ranks_sees_the_same_noise(data: str, tmp_path, noise: str) -> None:
     spec = DenoisingAESpec(latent_dim=8, noise=noise, noise_factor=0.4)
-    for world in (1, 2):
-        fit_on(small_job(data, tmp_path / str(world), max_steps=6, model=spec), world)
-    one, two = (losses(tmp_path / str(world)) for world in (1, 2))
+    for world_size in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world_size), max_steps=6, model=spec), world_size)
+    one, two = (losses(tmp_path / str(world_size)) for world_size in (1, 2))
     np.testing.assert_allclose([row["loss"] for row in two], [row["loss"] for row in one], rtol=1e-5)
 
 

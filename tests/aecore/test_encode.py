@@ -1,4 +1,4 @@
-"""encode: every sample of the dataset is one row or one quarantined row, whoever does the work and however often it is killed."""
+"""encode: every sample of the dataset is one row or one quarantined row, for any number of workers and kills."""
 
 import dataclasses
 import errno
@@ -24,7 +24,7 @@ from aecore.artifact.commit import PartRecord, read_record, recorded_parts, writ
 from aecore.artifact.fanout import serial
 from aecore.checkpoint.files import load_model
 from aecore.data.dataset import open_dataset
-from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _lanes, encode_dataset, plan_encoding
+from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _num_streams, encode_dataset, plan_encoding
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.registry import from_dict
 from aecore.store import FAULT_STAGES, open_store
@@ -95,23 +95,23 @@ def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, data: str, run: s
     assert [name for name in one if one[name] != three[name]] == []
 
 
-def test_equal_bytes_for_any_number_of_lanes(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_bytes_for_any_number_of_streams(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row_bytes = 4 * int(np.prod(open_dataset(data).manifest.input_shape()))
     monkeypatch.setattr("aecore.encoding.encoder.CACHED_BYTES", 5 * row_bytes)  # five rows at once
     spec, trees = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True), []
-    for lanes in (1, 2, 5):
-        monkeypatch.setattr("aecore.encoding.job._lanes", lambda device, threads, lanes=lanes: lanes)
-        encode(run, data, tmp_path / f"{lanes}", spec)
-        trees.append(tree(tmp_path / f"{lanes}", without=("records", ".tmp")))
+    for num_streams in (1, 2, 5):
+        monkeypatch.setattr("aecore.encoding.job._num_streams", lambda device, threads, num_streams=num_streams: num_streams)
+        encode(run, data, tmp_path / f"{num_streams}", spec)
+        trees.append(tree(tmp_path / f"{num_streams}", without=("records", ".tmp")))
     assert trees[0] == trees[1] == trees[2]
     usual = encode(run, data, tmp_path / "usual", dataclasses.replace(spec, batch=5))
     table = open_table(str(tmp_path / "5"))
     np.testing.assert_allclose(table.numpy("mu"), usual.numpy("mu"), rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_model_keeps_while_it_works_is_no_other_lanes(tmp_path: Path, data: str, run: str) -> None:
+def test_state_that_a_model_keeps_while_it_works_is_not_shared_between_streams(tmp_path: Path, data: str, run: str) -> None:
     plan = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec())
-    worker = EncodeWorker(plan.setup, lanes=3)
+    worker = EncodeWorker(plan.setup, num_streams=3)
     models = [worker.free.get().model for _ in range(3)]
     assert len({id(module) for model in models for module in model.modules()}) == 3 * len(list(models[0].modules()))
     for first, *others in zip(*(model.parameters() for model in models), strict=True):
@@ -122,22 +122,24 @@ def test_a_model_that_cannot_be_copied_is_encoded_by_one_lane(tmp_path: Path, da
     plan = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec())
     loaded = load_model(run)
     loaded.model.lock = threading.Lock()  # type: ignore[assignment]  # as a user's model may have
-    assert EncodeWorker(plan.setup, loaded, lanes=3).free.qsize() == 1
+    assert EncodeWorker(plan.setup, loaded, num_streams=3).free.qsize() == 1
     del loaded.model.lock
-    assert EncodeWorker(plan.setup, loaded, lanes=3).free.qsize() == 3
+    assert EncodeWorker(plan.setup, loaded, num_streams=3).free.qsize() == 3
 
 
-@pytest.mark.parametrize(("device", "threads", "lanes"), [("cpu", 1, 3), ("cpu", 2, 1), ("cpu", 4, 1), ("cuda", 1, 1)])
-def test_lanes_are_what_the_cpus_of_this_process_carry(device: str, threads: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "threads", "num_streams"), [("cpu", 1, 3), ("cpu", 2, 1), ("cpu", 4, 1), ("cuda", 1, 1)])
+def test_number_of_streams_is_what_the_cpus_of_this_process_carry(
+    device: str, threads: int, num_streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 2, 5})
-    assert _lanes(device, threads) == lanes
+    assert _num_streams(device, threads) == num_streams
 
 
 def test_a_worker_in_another_process_has_one_lane(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
     make_worker = plan_encoding(run, data, str(tmp_path / "table"), EncodeSpec()).make_worker
-    assert make_worker().lanes == 3
-    assert pickle.loads(pickle.dumps(make_worker))().lanes == 1
+    assert make_worker().num_streams == 3
+    assert pickle.loads(pickle.dumps(make_worker))().num_streams == 1
 
 
 def test_ranges_of_a_shard_hold_the_same_bits_as_the_whole(tmp_path: Path, data: str, run: str) -> None:

@@ -80,11 +80,11 @@ def numbers(found: Evaluation) -> dict[str, Any]:
     return scalars | {f"kl_{dimension}": kl for dimension, kl in enumerate(found.kl_per_dimension or ())}
 
 
-@pytest.mark.parametrize(("world", "batch"), [(2, 7), (3, 20)])  # 27 samples: uneven ranges, and a rank without a batch
-def test_any_number_of_ranks_gives_the_means_of_one(data: str, run: str, world: int, batch: int) -> None:
+@pytest.mark.parametrize(("world_size", "batch"), [(2, 7), (3, 20)])  # 27 samples: uneven ranges, and a rank without a batch
+def test_any_number_of_ranks_gives_the_means_of_one(data: str, run: str, world_size: int, batch: int) -> None:
     alone = evaluate_run(run, data, batch=batch)
-    ranks = on_ranks(functools.partial(evaluate_run, run, data, batch=batch), world)
-    assert ranks == [ranks[0]] * world
+    ranks = on_ranks(functools.partial(evaluate_run, run, data, batch=batch), world_size)
+    assert ranks == [ranks[0]] * world_size
     assert numbers(ranks[0]) == pytest.approx(numbers(alone), rel=1e-6)
     same = {"log_likelihood", "mse", "elbo", "kl", "kl_per_dimension"}
     assert all(value == alone.to_dict()[name] for name, value in ranks[0].to_dict().items() if name not in same)

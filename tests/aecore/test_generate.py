@@ -110,7 +110,7 @@ def test_a_model_without_a_prior_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_label_for_a_model_that_takes_none_is_refused(tmp_path: Path, run: str) -> None:
-    with pytest.raises(ConfigError, match="label=3, and model.kind=vae is not told a class"):
+    with pytest.raises(ConfigError, match="label=3, and model.kind=vae is not conditional"):
         sample_run(run, str(tmp_path / "out"), SampleSpec(label=3))
 
 
@@ -155,7 +155,7 @@ def saved(path: Path, **members: np.ndarray) -> str:
         ({"a": np.zeros((3, DIM)), "b": np.zeros((3, DIM))}, {}, "has no array 'mu'"),
         ({"mean": np.zeros((3, DIM))}, {"column": "meen"}, "has no array 'meen' .did you mean 'mean'"),
         ({"z": np.zeros((3, DIM))}, {"split": "test"}, "names the split of a table"),
-        ({"z": np.zeros((3, DIM))}, {"label": 2}, "is not told a class"),
+        ({"z": np.zeros((3, DIM))}, {"label": 2}, "is not conditional"),
     ],
 )
 def test_latents_that_cannot_be_decoded_are_refused(
@@ -189,7 +189,7 @@ def test_a_table_of_another_checkpoint_is_refused(tmp_path: Path, table: LatentT
         decode_run(saved_run(tmp_path / "run", seed=3), table.url, str(tmp_path / "out"), DecodeSpec())
 
 
-def test_a_conditional_model_is_told_the_label_that_was_asked_for(tmp_path: Path) -> None:
+def test_a_conditional_model_decodes_with_the_requested_label(tmp_path: Path) -> None:
     run = saved_run(tmp_path / "run", model_config(ConditionalVAESpec(latent_dim=DIM, num_classes=3)))
     spec = SampleSpec(num=4, label=2)
     sample_run(run, str(tmp_path / "two"), spec)
@@ -201,7 +201,7 @@ def test_a_conditional_model_is_told_the_label_that_was_asked_for(tmp_path: Path
     assert not np.allclose(found["x"], model.decode_latents(z, label=torch.full((4,), 1)).numpy(), atol=1e-4)
     with pytest.raises(ConfigError, match="label=3, and this model knows the classes 0 to 2"):
         sample_run(run, str(tmp_path / "x"), SampleSpec(label=3))
-    with pytest.raises(ConfigError, match="is told the class of every sample: add label=..., one of 0 to 2"):
+    with pytest.raises(ConfigError, match="is conditional: add label=..., one of 0 to 2"):
         sample_run(run, str(tmp_path / "x"), SampleSpec())
     table = encode(run, sprites_dataset(tmp_path / "dataset", num_samples=20), tmp_path / "table")
     decode_run(run, table.url, str(tmp_path / "own"), DecodeSpec())

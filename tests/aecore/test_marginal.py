@@ -11,7 +11,7 @@ from aecore._base import Batch
 from aecore.errors import ConfigError
 from aecore.vanilla import AE
 from aecore.variational import VAE, AdaGVAE
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 from aecore.variational.marginal import BLOCK, log_elbo, log_marginal
 
 N, FEATURES, LATENT, SCALE = 24, 6, 3, 0.6
@@ -30,7 +30,7 @@ def linear_gaussian(spread: float = 1.0, shift: float = 0.0) -> tuple[VAE, Tenso
     generator = torch.Generator().manual_seed(5)
     basis = torch.linalg.qr(torch.randn(FEATURES, LATENT, generator=generator)).Q
     weight, bias = basis * torch.tensor([2.0, 1.0, 0.3]), torch.randn(FEATURES, generator=generator)
-    model = VAE(nn.Identity(), nn.Linear(LATENT, FEATURES), LATENT, Bound(scale=SCALE))
+    model = VAE(nn.Identity(), nn.Linear(LATENT, FEATURES), LATENT, VariationalObjective(scale=SCALE))
     model.build(torch.zeros(1, FEATURES))
     variance = 1 / (1 + weight.square().sum(0) / SCALE**2)
     to_mean = variance.unsqueeze(1) * weight.T / SCALE**2

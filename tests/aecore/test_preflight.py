@@ -51,10 +51,10 @@ def job(data: str, out: Any, **changes: Any) -> Any:
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 4), st.data())
 def test_the_shares_of_ranks_are_those_of_the_order(num_samples: int, lanes: int, rows: int, draw: st.DataObject) -> None:
-    world = draw.draw(st.integers(1, lanes))
-    order = TrainingOrder(lanes=lanes, global_batch=lanes * rows, world=world)
+    world_size = draw.draw(st.integers(1, lanes))
+    order = TrainingOrder(lanes=lanes, global_batch=lanes * rows, world_size=world_size)
     step = draw.draw(st.integers(0, order.num_steps(num_samples) - 1))
-    dealt = [EpochOrder([num_samples], "", dataclasses.replace(order, rank=rank), 3).step(step).indices for rank in range(world)]
+    dealt = [EpochOrder([num_samples], "", dataclasses.replace(order, rank=rank), 3).step(step).indices for rank in range(world_size)]
     assert shares(order, num_samples, step) == [len(indices) for indices in dealt]
 
 
@@ -81,10 +81,10 @@ def test_a_dry_run_refuses_it_too_for_the_workers_of_the_recipe(data, tmp_path) 
 def test_a_rank_without_a_sample_is_no_better_and_fewer_ranks_are_fine(data, tmp_path) -> None:
     few = job(data, tmp_path / "run", global_batch=12, lanes=4)  # 12 + 5: the four lanes have 2, 1, 1, 1 left
     dataset = open_dataset(data)
-    for world in (1, 2):
-        require_trainable(few, dataset, build_model(few, dataset), world=world)
+    for world_size in (1, 2):
+        require_trainable(few, dataset, build_model(few, dataset), world_size=world_size)
     with pytest.raises(ConfigError, match=r"leave 1 sample on rank 0 of 4 in step 2"):
-        require_trainable(few, dataset, build_model(few, dataset), world=4)
+        require_trainable(few, dataset, build_model(few, dataset), world_size=4)
 
 
 def test_a_convolution_normalises_many_values_of_one_sample_and_trains(data, tmp_path) -> None:
@@ -138,7 +138,7 @@ def test_the_validation_of_two_ranks_is_that_of_the_model_that_they_save(data, t
 def _with_statistics_of_its_own(rank: Rank) -> str:
     model = nn.BatchNorm1d(3)
     assert model.running_mean is not None
-    model.running_mean += rank.index
+    model.running_mean += rank.rank
     try:
         require_equal_parameters(rank, model, 5)
     except RunFailed as error:

@@ -29,7 +29,7 @@ def batch_of(x: Tensor, lengths: Tensor | None) -> Batch:
 
 
 def sequences(kind: str, fill: float = 0.0) -> Batch:
-    """Four sequences of 7, 1, 4 and 3 steps; what lies behind their ends is `fill`."""
+    """Four sequences of 7, 1, 4 and 3 steps; the padding is `fill`."""
     torch.manual_seed(1)
     values = {
         "gaussian": torch.randn(4, 7, 3),

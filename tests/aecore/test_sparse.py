@@ -73,11 +73,11 @@ def _gradients(cut: list[int], rank: Rank = Rank()) -> tuple[float, list[Tensor]
     """Return objective and gradients of a global batch of 10 rows, of which this rank has a part; weighted and summed as fit does."""
     model = small("kl")
     x = torch.rand(10, 1, 3, 4, generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(10)[cut[rank.index] : cut[rank.index + 1]]
+    rows = torch.arange(10)[cut[rank.rank] : cut[rank.rank + 1]]
     result = model.loss(batch_of(x[rows] if len(rows) else x[:1], rows, 10))
     (result.objective * len(rows) / 10).backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    if rank.world > 1:
+    if rank.world_size > 1:
         for gradient in gradients:
             torch.distributed.all_reduce(gradient)
     return result.diagnostics["sparsity"], gradients
@@ -99,9 +99,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_two_ranks_train_the_kl_penalty_as_one(data: str, tmp_path) -> None:
     spec = SparseAESpec(latent_dim=8, penalty="kl", sparsity_weight=2.0)
-    for world in (1, 2):
-        fit_on(small_job(data, tmp_path / str(world), max_steps=8, model=spec, val_split="val"), world)
-    one, two = (losses(tmp_path / str(world)) for world in (1, 2))
+    for world_size in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world_size), max_steps=8, model=spec, val_split="val"), world_size)
+    one, two = (losses(tmp_path / str(world_size)) for world_size in (1, 2))
     for name in ("loss", "sparsity", "mean_activation"):
         np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=1e-4, err_msg=name)
     assert two[-1]["validation"] == pytest.approx(one[-1]["validation"], rel=1e-4)

@@ -58,7 +58,7 @@ def test_an_interrupted_run_is_exit_code_130():
 def _stopped(job: TrainJob, rank: Rank) -> str:
     metrics.AGREE_S = 0.0  # in this process: ranks agree at every step
     with pytest.raises(Interrupted) as stopped:
-        fit(job, rank=rank, stop=at_step(job.out, 5) if rank.index == 0 else lambda: pytest.fail("only rank 0 is asked"))
+        fit(job, rank=rank, stop=at_step(job.out, 5) if rank.rank == 0 else lambda: pytest.fail("only rank 0 is asked"))
     return str(stopped.value)
 
 
@@ -66,10 +66,10 @@ def test_all_ranks_stop_at_the_step_that_rank_0_chooses(data, tmp_path):
     options = {"epochs": 2, "every_steps": 1000, "log_every_s": 0.0}
     fit_on(small_job(data, tmp_path / "whole", **options), 2)
     job = small_job(data, tmp_path / "run", **options)
-    said = on_ranks(functools.partial(_stopped, job), 2)
+    messages = on_ranks(functools.partial(_stopped, job), 2)
     (step, _), *others = committed_checkpoints(open_store(job.out))
     assert not others
-    assert said == [f"interrupted at step {step}: checkpoint step-{step:08d} written; the same command goes on from there"] * 2
+    assert messages == [f"interrupted at step {step}: checkpoint step-{step:08d} written; the same command goes on from there"] * 2
     fit_on(job, 2)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")

@@ -57,11 +57,11 @@ def test_every_epoch_counts_every_sample_once(data, tmp_path):
     assert counts == [open_dataset(data).manifest.num_samples("train")] * 2
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world):
-    for number in (1, world):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world_size):
+    for number in (1, world_size):
         fit_on(small_job(data, tmp_path / str(number), epochs=2, val_split="val"), number)
-    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world))
+    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world_size))
     for name in ("loss", "log_likelihood", "kl_divergence", "samples"):
         np.testing.assert_allclose([row[name] for row in many], [row[name] for row in one], rtol=1e-5, err_msg=name)
     for name, value in one[-1]["validation"].items():
@@ -166,7 +166,7 @@ def test_retention_keeps_the_newest_and_the_best(data, tmp_path):
     assert load_model(str(tmp_path / "run")).checkpoint.step == best
 
 
-def test_the_best_checkpoint_of_an_attempt_that_runs_beside_is_spared(data, tmp_path, monkeypatch):
+def test_the_best_checkpoint_of_a_concurrent_attempt_is_kept(data, tmp_path, monkeypatch):
     """A cut-off node may train on: it would publish its best checkpoint, or its next one would name it."""
     job, folder = small_job(data, tmp_path / "run", epochs=4, val_split="val", keep=1, best=True), tmp_path / "run/checkpoints"
     validate, others = loop._Training._validate, []

@@ -45,11 +45,11 @@ def test_a_step_takes_whole_bags_and_its_samples_are_instances(data, tmp_path):
     assert len({row["samples"] for row in rows}) > 5, "bags differ in size"
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world):
-    for number in (1, world):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world_size):
+    for number in (1, world_size):
         fit_on(bag_job(data, tmp_path / str(number), val_split="val"), number)
-    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world))
+    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world_size))
     for name in TERMS:
         np.testing.assert_allclose([row[name] for row in many], [row[name] for row in one], rtol=1e-5, atol=1e-6, err_msg=name)
     for name, value in one[-1]["validation"].items():

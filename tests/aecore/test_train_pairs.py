@@ -39,11 +39,11 @@ def ada_job(data: str, out: Path, **changes):
     return small_job(data, out, **{"model": AdaGVAESpec(latent_dim=4, likelihood="bernoulli"), **changes})
 
 
-@pytest.mark.parametrize(("world", "pairs"), [(2, PairSpec(k=1)), (3, PairSpec(by="label"))])
-def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world, pairs):
-    for number in (1, world):
+@pytest.mark.parametrize(("world_size", "pairs"), [(2, PairSpec(k=1)), (3, PairSpec(by="label"))])
+def test_any_number_of_ranks_gives_the_losses_of_one(data, tmp_path, world_size, pairs):
+    for number in (1, world_size):
         fit_on(ada_job(data, tmp_path / str(number), epochs=2, val_split="val", pairs=pairs), number)
-    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world))
+    one, many = losses(tmp_path / "1"), losses(tmp_path / str(world_size))
     for name in TERMS:
         np.testing.assert_allclose([row[name] for row in many], [row[name] for row in one], rtol=1e-5, err_msg=name)
     for name, value in one[-1]["validation"].items():

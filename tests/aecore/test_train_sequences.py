@@ -57,8 +57,8 @@ def trained(waves: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_any_number_of_ranks_gives_the_losses_of_one(waves: str, tmp_path: Path) -> None:
-    for world in (1, 2):
-        fit_on(rvae_job(waves, tmp_path / str(world), epochs=2, val_split="val"), world)
+    for world_size in (1, 2):
+        fit_on(rvae_job(waves, tmp_path / str(world_size), epochs=2, val_split="val"), world_size)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     for name in TERMS:
         np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=1e-5, err_msg=name)

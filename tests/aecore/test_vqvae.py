@@ -207,7 +207,7 @@ def test_flat_codes_of_a_spec_decode_to_the_reconstruction(backbone: object) -> 
 
 
 def test_a_map_is_quantised_where_it_is() -> None:
-    """One code per position of the map: what changes in a corner of the image changes codes near it only."""
+    """One code per position of the map: what changes in a corner of the image changes codes around it only."""
     backbone = ConvSpec(channels=(8, 8), norm="none")
     model = MODELS.build(VQVAESpec(num_embeddings=256, embedding_dim=E), backbone, (1, 16, 16)).eval()
     sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -256,12 +256,12 @@ def _trained_codebook(codebook: str, cuts: list[list[int]], rank: Rank = Rank())
     for step in range(12):
         x = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(step))
         cut = cuts[step % len(cuts)]
-        rows = torch.arange(10)[cut[rank.index] : cut[rank.index + 1]]
+        rows = torch.arange(10)[cut[rank.rank] : cut[rank.rank + 1]]
         mine = x[rows] if len(rows) else x[:1]
         result = model.loss(batch_of(mine, rows, 10))
         optimizer.zero_grad()
         (result.objective * len(rows) / 10).backward()
-        if rank.world > 1:
+        if rank.world_size > 1:
             for parameter in model.parameters():
                 torch.distributed.all_reduce(parameter.grad)
         optimizer.step()
@@ -305,9 +305,9 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(data: str, tmp_
 
 
 def test_a_run_on_two_ranks_logs_the_perplexity_of_the_whole_batch(data: str, tmp_path) -> None:
-    for world in (1, 2):
-        fit_on(small_job(data, tmp_path / str(world), max_steps=8, val_split="val", model=SPEC, backbone=NETS), world)
-    one, two = (losses(tmp_path / str(world)) for world in (1, 2))
+    for world_size in (1, 2):
+        fit_on(small_job(data, tmp_path / str(world_size), max_steps=8, val_split="val", model=SPEC, backbone=NETS), world_size)
+    one, two = (losses(tmp_path / str(world_size)) for world_size in (1, 2))
     for name in ("loss", "log_likelihood", "commitment", "perplexity"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4), name
     assert two[-1]["validation"] == pytest.approx(one[-1]["validation"], rel=1e-4)

@@ -68,11 +68,11 @@ def published_weights(out: str | Path) -> bytes:
     return (Path(out) / "model/model.safetensors").read_bytes()
 
 
-def _rank_main(work: RankWork, index: int, world: int, folder: str) -> None:
+def _rank_main(work: RankWork, index: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world)
-        result = work(rank=Rank(index, world))
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=world_size)
+        result = work(rank=Rank(index, world_size))
         dist.destroy_process_group()
         Path(folder, f"result-{index}").write_bytes(pickle.dumps(result))
     except BaseException:
@@ -80,20 +80,20 @@ def _rank_main(work: RankWork, index: int, world: int, folder: str) -> None:
         os._exit(1)
 
 
-def fit_on(job: TrainJob, world: int) -> None:
-    """Run `fit` on `world` ranks; world 1 runs in this process."""
-    if world == 1:
+def fit_on(job: TrainJob, world_size: int) -> None:
+    """Run `fit` on `world_size` ranks; world_size 1 runs in this process."""
+    if world_size == 1:
         fit(job)
     else:
-        on_ranks(functools.partial(fit, job), world)
+        on_ranks(functools.partial(fit, job), world_size)
 
 
-def on_ranks(work: RankWork, world: int) -> list[Any]:
-    """Return what `work(rank=...)` returns on each of `world` processes joined by gloo."""
+def on_ranks(work: RankWork, world_size: int) -> list[Any]:
+    """Return what `work(rank=...)` returns on each of `world_size` processes joined by gloo."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pickle.dumps(work)  # a job must be able to travel
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank_main, args=(work, index, world, folder)) for index in range(world)]
+        processes = [context.Process(target=_rank_main, args=(work, index, world_size, folder)) for index in range(world_size)]
         with children(*processes):  # one that failed leaves the others waiting for it
 
             def over() -> bool:
@@ -104,4 +104,4 @@ def on_ranks(work: RankWork, world: int) -> list[Any]:
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
         assert not errors, errors[0]
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
-        return [pickle.loads(Path(folder, f"result-{index}").read_bytes()) for index in range(world)]
+        return [pickle.loads(Path(folder, f"result-{index}").read_bytes()) for index in range(world_size)]

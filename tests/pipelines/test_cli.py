@@ -200,7 +200,7 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["encode", "{tmp}/none", "{walk}/dataset", "{tmp}/t", HERE], 3, "`aepipe train RECIPE data=DATASET out={tmp}/none`"),
         (["evaluate", "{walk}/run", "{walk}/dataset", "evaluate.split=val", HERE], 3, "has no split 'val' (it has: train, test)"),
         (["evaluate", "{walk}/run", "{walk}/dataset", "evaluate.split=val", HERE], 3, "write evaluate.split=train, or another one"),
-        (["sample", "{walk}/run", "{tmp}/s", "label=3"], 2, "label=3, and model.kind=vae is not told a class"),
+        (["sample", "{walk}/run", "{tmp}/s", "label=3"], 2, "label=3, and model.kind=vae is not conditional"),
         (["sample", "{walk}/run", "{tmp}/s", "num=0"], 2, "sample.num"),
         (["sample", "{walk}/run", "{tmp}/s", "sample.nun=3"], 2, "unknown key 'sample.nun' (did you mean 'sample.num'?"),
         (["sample", "{walk}/run", "{tmp}/s", "nm=3"], 2, "unknown key 'nm' (did you mean 'num'?"),

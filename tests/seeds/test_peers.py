@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aecore._base import Batch
 from aecore.vanilla import AE
 from aecore.variational import VAE, AdaGVAE
-from aecore.variational.bound import Bound
+from aecore.variational.bound import VariationalObjective
 from aecore.variational.marginal import log_marginal
 from tests.peers import load_or_skip
 
@@ -87,7 +87,7 @@ class _Nets:
 @pytest.fixture
 def ours(x: Tensor) -> VAE:
     torch.manual_seed(0)
-    model = VAE(encoder(), nn.Linear(D, FEATURES), D, Bound(objective="iwae", num_samples=S))
+    model = VAE(encoder(), nn.Linear(D, FEATURES), D, VariationalObjective(objective="iwae", num_samples=S))
     model.build(x)
     return model
 

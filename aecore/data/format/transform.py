@@ -38,7 +38,7 @@ class TransformSpec:
 
 
 class Transform:
-    """The scaling of a spec: call it on a batch, get the batch with float32 `x` (and `x2`), contiguous.
+    """The scaling of a spec: call it on a batch, get the batch with float32 `x` (and `x_pair`), contiguous.
 
     uint8 is divided by 255, uint16 by 65535, bool becomes 0 and 1; symmetric then maps [0, 1] to [-1, 1]. Float arrays are taken as
     they are under `unit` (their values are the user's own scale). Other integers have no natural range: only `none` takes them.
@@ -48,7 +48,7 @@ class Transform:
         self.spec = spec
 
     def __call__(self, batch: Batch) -> Batch:
-        return dataclasses.replace(batch, x=self.scale(batch.x), x2=None if batch.x2 is None else self.scale(batch.x2))
+        return dataclasses.replace(batch, x=self.scale(batch.x), x_pair=None if batch.x_pair is None else self.scale(batch.x_pair))
 
     def draw(self, batch: Batch, seed: int, index: int) -> Batch:
         """Return the stored batch with drawn black and white samples (bool) if the spec asks for it, else as it is.
@@ -58,9 +58,9 @@ class Transform:
         """
         if self.spec.binarize == "none":
             return batch
-        views = [batch.x] if batch.x2 is None else [batch.x, batch.x2]
+        views = [batch.x] if batch.x_pair is None else [batch.x, batch.x_pair]
         drawn = [self._black_or_white(view, batch, seed_of("binarize", seed, number), index) for number, view in enumerate(views)]
-        return dataclasses.replace(batch, x=drawn[0], x2=drawn[1] if len(drawn) > 1 else None)
+        return dataclasses.replace(batch, x=drawn[0], x_pair=drawn[1] if len(drawn) > 1 else None)
 
     def _black_or_white(self, stored: Tensor, batch: Batch, seed: int, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of(seed, index))

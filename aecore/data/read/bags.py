@@ -124,7 +124,7 @@ class BagLoader:
     def reread(self, step: int) -> tuple[Batch, SplitRows]:
         """Return the batch of optimizer step 1, 2, ... of all ranks together, and the split that it is of."""
         whole = copy.copy(self)
-        whole._order = dataclasses.replace(self._order, rank=0, world=1)
+        whole._order = dataclasses.replace(self._order, rank=0, world_size=1)
         with closing(whole.batches(step - 1, step)) as batches:
             return next(batches), self.rows
 
@@ -135,7 +135,7 @@ class BagLoader:
     def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
         epoch, first = locate(start, self.steps_per_epoch)
         order = self._epoch_order(epoch, self._order)
-        everyone = self._epoch_order(epoch, dataclasses.replace(self._order, rank=0, world=1)) if self._order.world > 1 else order
+        everyone = self._epoch_order(epoch, dataclasses.replace(self._order, rank=0, world_size=1)) if self._order.world_size > 1 else order
         block = -1
         for step in range(first, first + stop - start):
             if order.block_of(step) != block:

@@ -117,7 +117,7 @@ class Loader:
         transform: names the decoder.
         spec: cache and prefetch.
         order: what `batches` follows; who reads ranges and shards only needs none.
-        pairs: gives every batch of `batches` partners in `x2`; None: there is no `x2`.
+        pairs: gives every batch of `batches` partners in `x_pair`; None: there is no `x_pair`.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Loader:
     def reread(self, step: int) -> tuple[Batch, SplitRows]:
         """Return the batch of optimizer step 1, 2, ... of all ranks together, and the split that it is of."""
         whole = copy.copy(self)
-        whole._order = dataclasses.replace(self.order, rank=0, world=1)
+        whole._order = dataclasses.replace(self.order, rank=0, world_size=1)
         with closing(whole.batches(step - 1, step)) as batches:
             return next(batches), self.rows
 
@@ -229,10 +229,10 @@ class Loader:
             if order.block_of(step) != block:
                 block = order.block_of(step)
                 self._prefetch(*order.shards_from(step))
-            rows, x2 = self._read(indices, partners)
+            rows, x_pair = self._read(indices, partners)
             if not len(part.indices):
                 rows = rows._replace(ordinals=rows.ordinals[:0])
-            yield self._batch(rows, part.positions, part.num_global, x2)
+            yield self._batch(rows, part.positions, part.num_global, x_pair)
 
     def _prefetch(self, now: Int64s, later: Int64s) -> None:
         """Begin to bring shards near; partners may lie in any of them, so with pairs all are needed now."""
@@ -275,13 +275,13 @@ class Loader:
             bad = tuple(BadRow(start + error.row, error.reason, str(error)) for error in errors)
             yield ShardBatch(self._batch(rows, places, stop - start), start + places, bad)
 
-    def _batch(self, rows: Rows, positions: Int64s, num_global: int, x2: Pixels | None = None) -> Batch:
+    def _batch(self, rows: Rows, positions: Int64s, num_global: int, x_pair: Pixels | None = None) -> Batch:
         pixels = rows.pixels if rows.lengths is None else crop(rows.pixels, rows.lengths)
-        x, partners = self._tensor(pixels), None if x2 is None else self._tensor(x2)
+        x, partners = self._tensor(pixels), None if x_pair is None else self._tensor(x_pair)
         lengths = None if rows.lengths is None else torch.from_numpy(rows.lengths)
         label = torch.from_numpy(rows.labels) if self.rows.labelled else None
         ordinals = torch.from_numpy(rows.ordinals)
-        return Batch(x, ordinals, torch.from_numpy(positions), num_global, x2=partners, label=label, lengths=lengths)
+        return Batch(x, ordinals, torch.from_numpy(positions), num_global, x_pair=partners, label=label, lengths=lengths)
 
     def _tensor(self, pixels: Pixels) -> torch.Tensor:
         tensor = torch.from_numpy(pixels)

@@ -27,7 +27,7 @@ class TrainingOrder:
         lanes: C, the largest possible number of ranks; divides `global_batch`.
         block: samples of a lane that are shuffled together.
         global_batch: G, samples of a step over all ranks.
-        rank, world: who reads here.
+        rank, world_size: who reads here.
 
     Raises:
         ConfigError: numbers that do not fit each other; it names some that do.
@@ -38,7 +38,7 @@ class TrainingOrder:
     block: int = 4096
     global_batch: int = 128
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         batch, lanes = self.global_batch, self.lanes
@@ -52,17 +52,18 @@ class TrainingOrder:
                 f"train.global_batch is {batch}, which train.lanes={lanes} does not divide: "
                 f"use train.global_batch={batches}, or train.lanes={fits}"
             )
-        if self.world > lanes:
+        if self.world_size > lanes:
             raise ConfigError(
-                f"{self.world} ranks need at least as many lanes, train.lanes is {lanes}: use fewer workers or train.lanes>={self.world}"
+                f"{self.world_size} ranks need at least as many lanes, train.lanes is {lanes}: "
+                f"use fewer workers or train.lanes>={self.world_size}"
             )
-        if not 0 <= self.rank < self.world:
-            raise ConfigError(f"rank {self.rank} of {self.world} ranks: expected 0 to {self.world - 1}")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} of {self.world_size} ranks: expected 0 to {self.world_size - 1}")
 
     @property
     def own_lanes(self) -> range:
         """The lanes that this rank reads."""
-        return range(self.rank * self.lanes // self.world, (self.rank + 1) * self.lanes // self.world)
+        return range(self.rank * self.lanes // self.world_size, (self.rank + 1) * self.lanes // self.world_size)
 
     def num_steps(self, num_samples: int) -> int:
         """Return the steps of an epoch; only the last one may be short."""

@@ -162,7 +162,7 @@ class StreamLoader:
 
     def _batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         order, size = self._order, self._order.global_batch
-        positions = torch.arange(order.rank * size // order.world, (order.rank + 1) * size // order.world)
+        positions = torch.arange(order.rank * size // order.world_size, (order.rank + 1) * size // order.world_size)
         samples, step = iter(self._pipeline(start)), start
         while stop is None or step < stop:
             rows = [next(samples) for _ in range(len(positions))]
@@ -185,7 +185,7 @@ class StreamLoader:
         """Return the endless webdataset pipeline of this rank from step `start` on: tars, samples, shuffle."""
         from webdataset import FluidWrapper, filters
 
-        rank = f"{self._order.rank} of {self._order.world}"
+        rank = f"{self._order.rank} of {self._order.world_size}"
         stages = [self._samples]
         if self._spec.shuffle > 1:
             rng = random.Random(f"{self._seed}|{start}|{rank}|samples")
@@ -195,16 +195,20 @@ class StreamLoader:
 
     def _drawn(self, start: int) -> Iterator[tuple[str, int, int]]:
         """Yield tars without end, with which of their samples are ours: every `step`-th from the `first` on."""
-        rank, world = self._order.rank, self._order.world
+        rank, world_size = self._order.rank, self._order.world_size
         if self._spec.resampled:
-            rng = random.Random(f"{self._seed}|{start}|{rank} of {world}|tars")
+            rng = random.Random(f"{self._seed}|{start}|{rank} of {world_size}|tars")
             while True:
                 yield rng.choice(self._names), 0, 1
         number = 0
         while True:
             names = sorted(self._names)
             random.Random(f"{self._seed}|{start}|pass {number}").shuffle(names)  # on all ranks the same
-            yield from ((name, 0, 1) for name in names[rank::world]) if len(names) >= world else ((name, rank, world) for name in names)
+            yield from (
+                ((name, 0, 1) for name in names[rank::world_size])
+                if len(names) >= world_size
+                else ((name, rank, world_size) for name in names)
+            )
             number += 1
 
     def _samples(self, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:

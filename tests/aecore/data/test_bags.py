@@ -43,9 +43,9 @@ def truth(tmp_path_factory):
         return arrays["bags"]
 
 
-def loader(dataset: Dataset, rank: int = 0, world: int = 1, **options) -> BagLoader:
+def loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **options) -> BagLoader:
     spec = options.pop("spec", InputSpec())
-    order = TrainingOrder(**{"lanes": 4, "block": 4, "global_batch": 8, "seed": 5, "rank": rank, "world": world, **options})
+    order = TrainingOrder(**{"lanes": 4, "block": 4, "global_batch": 8, "seed": 5, "rank": rank, "world_size": world_size, **options})
     return BagLoader(dataset, "train", transform=TransformSpec(), order=order, spec=spec)
 
 
@@ -199,10 +199,10 @@ def test_an_epoch_has_every_instance_once_in_whole_bags(dataset, truth, spec):
     assert sorted(seen) == list(range(len(truth)))
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_together_see_the_batches_of_one_rank(dataset, world):
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_see_the_batches_of_one_rank(dataset, world_size):
     whole = list(loader(dataset).batches(0, 8))
-    parts = [list(loader(dataset, rank, world).batches(0, 8)) for rank in range(world)]
+    parts = [list(loader(dataset, rank, world_size).batches(0, 8)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         ranks = [part[step] for part in parts]
         places = torch.cat([part.positions for part in ranks])
@@ -233,8 +233,8 @@ def test_a_rank_without_a_bag_gets_one_instance_of_no_weight(tmp_path):
 def test_black_and_white_pixels_are_drawn_by_instance_the_same_on_any_number_of_ranks(tmp_path):
     dataset, transform = bag_dataset(tmp_path, 9, images=True), Transform(TransformSpec(binarize="dynamic"))
 
-    def drawn(rank: int, world: int):
-        for step, batch in enumerate(loader(dataset, rank, world, global_batch=4).batches(0, 3)):
+    def drawn(rank: int, world_size: int):
+        for step, batch in enumerate(loader(dataset, rank, world_size, global_batch=4).batches(0, 3)):
             found = transform.draw(batch, 3, step)
             assert found.x.dtype == torch.bool
             assert not found.x[~batch.mask].any()
@@ -261,9 +261,9 @@ def test_bags_of_images_are_channels_first(tmp_path):
 @settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.data())
 def test_positions_of_all_ranks_number_the_instances_whatever_the_order(dataset, lanes, rows, block, data):
-    world = data.draw(st.integers(1, lanes))
+    world_size = data.draw(st.integers(1, lanes))
     options = {"lanes": lanes, "global_batch": lanes * rows, "block": block}
-    parts = [list(loader(dataset, rank, world, **options).batches(0, 4)) for rank in range(world)]
+    parts = [list(loader(dataset, rank, world_size, **options).batches(0, 4)) for rank in range(world_size)]
     for step in range(4):
         positions = torch.cat([part[step].positions for part in parts])
         assert sorted(positions.tolist()) == list(range(parts[0][step].num_global))

@@ -71,11 +71,11 @@ def test_batches_are_the_order_of_the_epoch(dataset: Dataset) -> None:
         assert batch.num_global == expected.num_global
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_together_see_the_batches_of_one_rank(dataset: Dataset, world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_see_the_batches_of_one_rank(dataset: Dataset, world_size: int) -> None:
     with loader(dataset) as alone:
         whole = list(alone.batches(0, 8))
-    parts = [list(loader(dataset, rank=rank, world=world).batches(0, 8)) for rank in range(world)]
+    parts = [list(loader(dataset, rank=rank, world_size=world_size).batches(0, 8)) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         ranks = [part[step] for part in parts]
         places = torch.cat([part.positions for part in ranks])
@@ -92,7 +92,7 @@ def test_batches_continue_at_any_step(dataset: Dataset) -> None:
 
 def test_a_rank_without_samples_gets_one_row_of_no_weight(tmp_path: Path) -> None:
     dataset = tiny.write_images(tmp_path, [5])  # 4 lanes: two rows, the second with one sample
-    ranks = [list(loader(dataset, global_batch=4, rank=rank, world=4).batches(0, 2)) for rank in range(4)]
+    ranks = [list(loader(dataset, global_batch=4, rank=rank, world_size=4).batches(0, 2)) for rank in range(4)]
     last = [rank[1] for rank in ranks]
     assert sorted(len(batch.positions) for batch in last) == [0, 0, 0, 1]
     assert all(len(batch) == 1 and batch.num_global == 1 and len(batch.ordinals) == len(batch.positions) for batch in last)
@@ -244,7 +244,7 @@ def test_an_unknown_split_an_unknown_shard_and_batches_without_an_order_are_refu
 
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_any_rank_reads_the_whole_batch_of_a_step_again(dataset: Dataset, step: int) -> None:
-    with loader(dataset) as alone, loader(dataset, rank=1, world=3) as one_of_three:
+    with loader(dataset) as alone, loader(dataset, rank=1, world_size=3) as one_of_three:
         (expected,) = alone.batches(step - 1, step)
         batch, rows = one_of_three.reread(step)
         assert rows is one_of_three.rows

@@ -19,10 +19,10 @@ def cases(draw: st.DrawFn) -> tuple[list[int], TrainingOrder]:
     return counts, TrainingOrder(seed=1, lanes=lanes, block=draw(st.integers(1, 20)), global_batch=lanes * draw(st.integers(1, 4)))
 
 
-def batches(counts: list[int], order: TrainingOrder, world: int = 1, key: str = "k", epoch: int = 0) -> list[list[int]]:
+def batches(counts: list[int], order: TrainingOrder, world_size: int = 1, key: str = "k", epoch: int = 0) -> list[list[int]]:
     """All global batches as lists, put together from the ranks' parts by position (checks that positions are 0..n-1)."""
     out = []
-    ranks = [EpochOrder(counts, key, replace(order, rank=rank, world=world), epoch) for rank in range(world)]
+    ranks = [EpochOrder(counts, key, replace(order, rank=rank, world_size=world_size), epoch) for rank in range(world_size)]
     for step in range(ranks[0].num_steps):
         parts = [rank.step(step) for rank in ranks]
         positions = np.concatenate([part.positions for part in parts])
@@ -40,8 +40,8 @@ def test_every_sample_comes_exactly_once_for_any_number_of_ranks(case: tuple[lis
     counts, order = case
     reference = batches(counts, order)
     assert sorted(sum(reference, [])) == list(range(sum(counts)))
-    for world in range(2, order.lanes + 1):
-        assert batches(counts, order, world) == reference
+    for world_size in range(2, order.lanes + 1):
+        assert batches(counts, order, world_size) == reference
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,8 +57,8 @@ def test_only_the_last_step_is_short_and_none_is_empty(case: tuple[list[int], Tr
 @given(cases(), st.data())
 def test_any_step_is_found_without_walking_to_it(case: tuple[list[int], TrainingOrder], data: st.DataObject) -> None:
     counts, order = case
-    world = data.draw(st.integers(1, order.lanes))
-    last_rank = replace(order, rank=world - 1, world=world)
+    world_size = data.draw(st.integers(1, order.lanes))
+    last_rank = replace(order, rank=world_size - 1, world_size=world_size)
     walked = EpochOrder(counts, "k", last_rank, 3)
     start = data.draw(st.integers(0, walked.num_steps - 1))
     steps = [walked.step(step) for step in range(start + 1)]
@@ -72,7 +72,7 @@ def test_any_step_is_found_without_walking_to_it(case: tuple[list[int], Training
 def test_lanes_are_equal_ranges_of_the_permuted_stream(case: tuple[list[int], TrainingOrder]) -> None:
     counts, order = case
     lanes, block = order.lanes, order.block
-    ranks = [EpochOrder(counts, "k", replace(order, rank=lane, world=lanes, global_batch=lanes), 0) for lane in range(lanes)]
+    ranks = [EpochOrder(counts, "k", replace(order, rank=lane, world_size=lanes, global_batch=lanes), 0) for lane in range(lanes)]
     drawn = [np.concatenate([rank.step(row).indices for row in range(rank.num_steps)]) for rank in ranks]
     sizes = [len(lane) for lane in drawn]
     assert max(sizes) - min(sizes) <= 1
@@ -114,7 +114,7 @@ FROZEN = [[2, 8, 14, 1, 5, 11], [3, 7, 12, 0, 6, 13], [4, 10, 15, 9, 16]]
 
 def test_an_epoch_of_imagenet_size_costs_seconds_not_minutes() -> None:
     began = time.perf_counter()
-    order = EpochOrder([10_000] * 1281, "k", TrainingOrder(lanes=64, block=8192, global_batch=4096, rank=3, world=8), 0)
+    order = EpochOrder([10_000] * 1281, "k", TrainingOrder(lanes=64, block=8192, global_batch=4096, rank=3, world_size=8), 0)
     seen = sum(len(order.step(step).indices) for step in range(order.num_steps))
     assert seen == pytest.approx(12_810_000 / 8, abs=16)
     assert time.perf_counter() - began < 5
@@ -133,11 +133,11 @@ def test_a_batch_that_the_lanes_do_not_divide_names_values_that_work() -> None:
 
 
 def test_more_ranks_than_lanes_and_a_rank_that_is_not_there_are_refused() -> None:
-    TrainingOrder(global_batch=128, lanes=16, world=16)
+    TrainingOrder(global_batch=128, lanes=16, world_size=16)
     with pytest.raises(ConfigError, match="17 ranks.*train.lanes>=17"):
-        TrainingOrder(global_batch=16, lanes=16, world=17)
+        TrainingOrder(global_batch=16, lanes=16, world_size=17)
     with pytest.raises(ConfigError, match="rank 2 of 2 ranks"):
-        TrainingOrder(rank=2, world=2)
+        TrainingOrder(rank=2, world_size=2)
 
 
 def test_a_step_is_an_epoch_and_a_step_in_it() -> None:
@@ -152,8 +152,10 @@ def test_a_step_is_an_epoch_and_a_step_in_it() -> None:
     data=st.data(),
 )
 def test_the_shards_to_come_are_those_that_the_rank_reads(counts, lanes, rows, block, data):
-    world = data.draw(st.integers(1, lanes))
-    order = TrainingOrder(lanes=lanes, block=block, global_batch=lanes * rows, rank=data.draw(st.integers(0, world - 1)), world=world)
+    world_size = data.draw(st.integers(1, lanes))
+    order = TrainingOrder(
+        lanes=lanes, block=block, global_batch=lanes * rows, rank=data.draw(st.integers(0, world_size - 1)), world_size=world_size
+    )
     epoch, starts = EpochOrder(counts, "key", order, 0), np.cumsum(counts) - counts
     read = [set((np.searchsorted(starts, epoch.step(step).indices, side="right") - 1).tolist()) for step in range(epoch.num_steps)]
     for step in range(epoch.num_steps):

@@ -132,8 +132,8 @@ def test_partners_depend_on_split_seed_epoch_and_ordinal_only() -> None:
     assert pinned.tolist() == [964, 23, 395, 779, 171], "runs in progress would draw other pairs"
 
 
-def loader(dataset: Dataset, pairs: PairSpec, rank: int = 0, world: int = 1, **spec: object) -> Loader:
-    order = TrainingOrder(lanes=4, block=4, global_batch=8, seed=5, rank=rank, world=world)
+def loader(dataset: Dataset, pairs: PairSpec, rank: int = 0, world_size: int = 1, **spec: object) -> Loader:
+    order = TrainingOrder(lanes=4, block=4, global_batch=8, seed=5, rank=rank, world_size=world_size)
     return Loader(dataset, "train", order=order, pairs=pairs, spec=InputSpec(**spec))  # type: ignore[arg-type]
 
 
@@ -159,35 +159,35 @@ def test_batches_hold_the_pixels_of_the_partners(labelled: Dataset, cache: str) 
     with loader(labelled, PairSpec(), cache=cache) as source:
         seen = 0
         for batch in source.batches(0, 2 * source.steps_per_epoch):
-            assert batch.x2 is not None
-            assert batch.x2.shape == batch.x.shape
-            for x, x2, ordinal in zip(batch.x, batch.x2, batch.ordinals.tolist(), strict=True):
+            assert batch.x_pair is not None
+            assert batch.x_pair.shape == batch.x.shape
+            for x, x_pair, ordinal in zip(batch.x, batch.x_pair, batch.ordinals.tolist(), strict=True):
                 assert number_of(x) == ordinal
-                assert number_of(x2) % 3 == ordinal % 3
-                assert number_of(x2) != ordinal
-                np.testing.assert_array_equal(x2[0].numpy(), tiny.image(number_of(x2)))
+                assert number_of(x_pair) % 3 == ordinal % 3
+                assert number_of(x_pair) != ordinal
+                np.testing.assert_array_equal(x_pair[0].numpy(), tiny.image(number_of(x_pair)))
                 seen += 1
         assert seen == 2 * 32
-        assert next(source.range_batches(0, 4, 4)).x2 is None
+        assert next(source.range_batches(0, 4, 4)).x_pair is None
 
 
 def pairs_by_sample(batches: list) -> dict[tuple[int, int], bytes]:
     """(step, ordinal) -> pixels of the partner."""
     found = {}
     for step, batch in enumerate(batches):
-        for ordinal, x2 in zip(batch.ordinals.tolist(), batch.x2, strict=False):
-            found[step, ordinal] = x2.numpy().tobytes()
+        for ordinal, x_pair in zip(batch.ordinals.tolist(), batch.x_pair, strict=False):
+            found[step, ordinal] = x_pair.numpy().tobytes()
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_draw_the_pairs_of_one_rank(labelled: Dataset, sprites: Dataset, world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_draw_the_pairs_of_one_rank(labelled: Dataset, sprites: Dataset, world_size: int) -> None:
     for dataset in (labelled, sprites):
         with loader(dataset, PairSpec()) as alone:
             expected = pairs_by_sample(list(alone.batches(0, 8)))
         found: dict = {}
-        for rank in range(world):
-            with loader(dataset, PairSpec(), rank, world, cache="none") as part:
+        for rank in range(world_size):
+            with loader(dataset, PairSpec(), rank, world_size, cache="none") as part:
                 mine = pairs_by_sample(list(part.batches(0, 8)))
                 assert not set(mine) & set(found)
                 found |= mine
@@ -201,9 +201,9 @@ def test_a_resumed_order_goes_on_with_the_same_pairs(sprites: Dataset) -> None:
         rest = list(source.batches(5, 12))
     for one, two in zip(whole[5:], rest, strict=True):
         assert torch.equal(one.x, two.x)
-        assert one.x2 is not None
-        assert two.x2 is not None
-        assert torch.equal(one.x2, two.x2)
+        assert one.x_pair is not None
+        assert two.x_pair is not None
+        assert torch.equal(one.x_pair, two.x_pair)
 
 
 def test_a_rank_without_a_sample_still_has_a_pair_to_run(tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ def test_a_rank_without_a_sample_still_has_a_pair_to_run(tmp_path: Path) -> None
     with loader(dataset, PairSpec(), 0, 4) as source:
         last = list(source.batches(0, 2))[1]
     assert len(last.positions) == 0
-    assert last.x2 is not None
-    assert last.x2.shape == last.x.shape == (1, 1, 4, 4)
+    assert last.x_pair is not None
+    assert last.x_pair.shape == last.x.shape == (1, 1, 4, 4)
 
 
 def test_auto_takes_factors_where_there_are_some(labelled: Dataset, sprites: Dataset) -> None:

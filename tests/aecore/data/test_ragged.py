@@ -133,7 +133,7 @@ def test_every_rank_pads_its_own_rows_and_all_see_every_sequence_once(tmp_path: 
     dataset = dataset_of(tmp_path, samples)
     seen: list[bytes] = []
     for rank in range(2):
-        order = TrainingOrder(seed=0, lanes=2, block=8, global_batch=6, rank=rank, world=2)
+        order = TrainingOrder(seed=0, lanes=2, block=8, global_batch=6, rank=rank, world_size=2)
         with Loader(dataset, "train", order=order) as loader:
             for batch in loader.batches(0, loader.steps_per_epoch):
                 seen += [row.tobytes() for row in rows_of(batch)[: len(batch.positions)]]

@@ -23,9 +23,9 @@ from tests.aecore.data.tiny import encoded, image
 from tests.aecore.training import fit_on, losses, published_weights, small_job
 
 
-def batches(url: Path | str, steps: int = 10, start: int = 0, rank: int = 0, world: int = 1, **options: Any) -> list[Batch]:
+def batches(url: Path | str, steps: int = 10, start: int = 0, rank: int = 0, world_size: int = 1, **options: Any) -> list[Batch]:
     spec = InputSpec(**{"reader": "webdataset", "shuffle": 8, "prefetch": 0, **options})
-    order = TrainingOrder(global_batch=16, lanes=8, rank=rank, world=world)
+    order = TrainingOrder(global_batch=16, lanes=8, rank=rank, world_size=world_size)
     dataset = open_stream(str(url), "train")
     loader = StreamLoader(dataset, "train", transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
     return list(loader.batches(start, start + steps))
@@ -63,12 +63,12 @@ class TestBatches:
         assert first != numbers(batches(tars, 12, start=6, resampled=resampled))
 
     def test_ranks_share_a_batch_and_read_different_tars(self, tars: Path) -> None:
-        parts = [batches(tars, 2, rank=rank, world=2, shuffle=0) for rank in range(2)]
+        parts = [batches(tars, 2, rank=rank, world_size=2, shuffle=0) for rank in range(2)]
         assert [part[0].positions.tolist() for part in parts] == [list(range(8)), list(range(8, 16))]
         assert not set(numbers(parts[0])) & set(numbers(parts[1]))
 
     def test_ranks_beyond_the_number_of_tars_share_their_samples(self, tars: Path) -> None:
-        parts = [set(numbers(batches(tars, 100, rank=rank, world=4))) for rank in range(4)]
+        parts = [set(numbers(batches(tars, 100, rank=rank, world_size=4))) for rank in range(4)]
         assert set.union(*parts) == set(range(50))
         assert sum(map(len, parts)) == 50
 
@@ -104,7 +104,7 @@ class TestRefused:
     def test_a_rank_without_samples_ends_instead_of_reading_for_ever(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", samples(0, 1))
         with pytest.raises(DataError, match=r"rank 1 found no sample in \d+ tars: use fewer workers"):
-            batches(tmp_path, rank=1, world=2)
+            batches(tmp_path, rank=1, world_size=2)
 
     @pytest.mark.parametrize(
         ("changes", "input", "message"),

@@ -252,9 +252,9 @@ def test_pixels_are_drawn_anew_at_every_step_and_alike_on_any_number_of_ranks() 
     assert not torch.equal(transform.draw(grey_batch(rows), 4, 7).x, whole)
     alone = dataclasses.replace(grey_batch(rows[:1]), positions=rows[:0])  # a rank without a sample
     assert transform.draw(alone, 3, 7).x.shape == (1, 1, 16, 16)
-    pair = dataclasses.replace(grey_batch(rows), x2=grey_batch(rows).x)
+    pair = dataclasses.replace(grey_batch(rows), x_pair=grey_batch(rows).x)
     drawn = transform.draw(pair, 3, 7)
-    assert torch.equal(drawn.x, whole) and drawn.x2 is not None and not torch.equal(drawn.x2, whole)
+    assert torch.equal(drawn.x, whole) and drawn.x_pair is not None and not torch.equal(drawn.x_pair, whole)
 
 
 def test_without_binarize_a_batch_stays_as_it_is_and_encoding_always_takes_the_grey() -> None:

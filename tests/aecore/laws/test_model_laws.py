@@ -53,24 +53,24 @@ def batch_of(model: nn.Module, *shape: int) -> Batch:
         rows,
         rows,
         shape[0],
-        x2=torch.rand(shape) if "x2" in inputs else None,
+        x_pair=torch.rand(shape) if "x_pair" in inputs else None,
         label=rows % 2 if "label" in inputs else None,
     )
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    per_row = {name: getattr(batch, name) for name in ("x", "ordinals", "positions", "x2", "label", "mask", "lengths")}
+    per_row = {name: getattr(batch, name) for name in ("x", "ordinals", "positions", "x_pair", "label", "mask", "lengths")}
     return Batch(num_global=batch.num_global, **{name: None if value is None else value[rows] for name, value in per_row.items()})
 
 
 def noise(model: nn.Module, batch: Batch, num_samples: int = 1) -> Tensor | None:
     shape = model.noise_shape(num_samples)
-    views = () if batch.x2 is None else (2,)
+    views = () if batch.x_pair is None else (2,)
     return None if shape is None else torch.randn(len(batch), *views, *shape)
 
 
 def loss_of(model: nn.Module, batch: Batch, **options: object) -> LossResult:
-    """The loss in training mode; what training updates beside gradients (a codebook) is put back, so that losses can be compared."""
+    """The loss in training mode; state that training updates without gradients (a codebook) is restored, so that losses can be compared."""
     with buffers_put_back(model):
         result: LossResult = model.loss(batch, **options)
     return result
@@ -87,9 +87,9 @@ def buffers_put_back(model: nn.Module) -> Iterator[None]:
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """The reconstruction of the (first) input as `forward` gives it."""
-    if batch.x2 is None:
+    if batch.x_pair is None:
         return model(batch.x, *([] if batch.label is None else [batch.label])).x_hat
-    return model((batch.x, batch.x2)).output1.x_hat
+    return model((batch.x, batch.x_pair)).output1.x_hat
 
 
 ALL = list(itertools.product(MODELS.kinds(), BACKBONES.kinds(), SHAPES))

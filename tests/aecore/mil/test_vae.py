@@ -173,7 +173,7 @@ def test_importance_sampling_comes_within_two_hundredths_of_a_nat_of_the_exact_l
     assert found.dtype == torch.float64
     assert (found - truth).abs().max() <= 0.02
     one = torch.stack([model.log_marginal_likelihood_importance_sampling(x, 1) for _ in range(200)])
-    assert (one.mean(0) < truth).all(), "one sample gives the ELBO, which lies below"
+    assert (one.mean(0) < truth).all(), "one sample gives the ELBO, which is a lower bound"
 
 
 def test_the_prior_is_a_unit_gaussian_and_the_estimate_is_not_above_the_exact_value_by_more_than_its_error():

@@ -204,7 +204,7 @@ def test_loss_curves_hold_every_step_the_means_of_epochs_and_the_validation() ->
     assert [line.y.tolist() for line in kl] == [[1, 1, 1, 1], [1, 1], [0.5]]
 
 
-def test_few_epochs_have_markers_and_a_peak_that_is_cut_off_is_told() -> None:
+def test_few_epochs_have_markers_and_a_peak_that_is_cut_off_is_annotated() -> None:
     pytest.importorskip("matplotlib")
     falling = [20.0, *([3.0] * 99)]
     peak, flat = (_draw._curves(_maps.loss_curves(rows_of(100, loss=loss))).axes[0] for loss in (falling, [3.0] * 100))
@@ -297,7 +297,7 @@ def test_an_autoencoder_of_vectors_has_its_figures_too(tmp_path: Path) -> None:
     data = arrays(tmp_path, np.random.default_rng(0).random((60, 6)).astype(np.float32), y=np.arange(60) % 3)
     made = write_figures(saved_run(tmp_path / "run", ae_config(shape=(6,))), data, str(tmp_path / "out"))
     assert made["files"] == ["reconstructions.png", "interpolation.png", "traversals.png", "latents_pca.png", "latents_tsne.png"]
-    assert made["left_out"]["losses"].startswith("the metrics of a run lie in its folder")
+    assert made["left_out"]["losses"].startswith("the metrics of a run are in its folder")
     assert "has no prior" in made["left_out"]["prior_samples"]
 
 
