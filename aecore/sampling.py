@@ -230,10 +230,10 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
     shape, count = list(loaded.config.input_shape), len(latents.z)
     summary = {"out": store.url, "num": count, "shape": shape, "latent_dim": int(latents.z.shape[1]), "checkpoint": loaded.sha256}
     if known is not None:
-        places = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
+        urls = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
         asked, there = _as_asked(name, identity), _as_asked(name, known["identity"])
         absent = _as_asked(name, {"spec": absent_values(spec)})
-        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, places=places, absent=absent)
+        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, urls=urls, absent=absent)
         return {**summary, "shape": known["shape"], "files": known["files"], "made": 0}
     if dry_run:
         return summary

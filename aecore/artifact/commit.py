@@ -196,10 +196,10 @@ def commit_manifest(store: Store, stem: str, parent: int, manifest: Mapping[str,
 def require_same(
     url: str,
     what: str,
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     *,
-    places: Mapping[str, tuple[object, object]] | None = None,
+    urls: Mapping[str, tuple[object, object]] | None = None,
     hints: Mapping[str, str] | None = None,
     absent: Mapping[str, Any] | None = None,
 ) -> None:
@@ -208,17 +208,17 @@ def require_same(
     A field that only one of them has is None in the other, or what `absent` says: nested like the identities, the values that the absence
     of later fields means (see `aecore.registry.absent_values`).
 
-    A hash says nothing to people: `places` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
+    A hash says nothing to people: `urls` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
     are of. `hints` are what else can be done where a field differs.
     """
     missing = list(flatten(absent or {}))
-    mine, known = dict([*missing, *flatten(ours)]), dict([*missing, *flatten(theirs)])
+    mine, known = dict([*missing, *flatten(asked)]), dict([*missing, *flatten(recorded)])
     differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
     if not differing:
         return
     lines = ""
     for key in differing:
-        where = next((pair for field, pair in (places or {}).items() if f"{key}.".startswith(f"{field}.")), (None, None))
+        where = next((pair for field, pair in (urls or {}).items() if f"{key}.".startswith(f"{field}.")), (None, None))
         lines += f"\n  {key}: there {_shown(known.get(key), where[0])}, asked {_shown(mine.get(key), where[1])}"
     more = "".join(f"; {hint}" for hint in dict.fromkeys((hints or {}).get(key, "") for key in differing) if hint)
     raise ConfigError(f"{url} holds another {what}:{lines}\nwrite to another URL, or use the values that are there{more}")

@@ -23,7 +23,7 @@ from aecore.threads import submit_ahead
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 COMMITS = 4  # parts that are being committed while the next one is made: an upload may take longer than a part
-AHEAD = 4  # parts whose input is brought near
+PREFETCHED = 4  # parts whose input is downloaded in the background
 SHOWN = 5  # failures spelled out in the error; the log has all of them
 
 
@@ -73,18 +73,18 @@ def make_part(worker: Worker, task: Any) -> Outcome:
 def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     """Make all parts one after the other with one worker in this process; they are committed while the next ones are made.
 
-    A worker that has a method `ahead(tasks)` is told before each part which tasks it gets now and next.
+    A worker that has a method `prefetch(tasks)` gets, before each part, this task and the next `PREFETCHED` ones.
     Closed or interrupted, it lets the commits that are under way end.
     """
     worker = make_worker()
-    ahead: Callable[[Sequence[Any]], None] = getattr(worker, "ahead", lambda tasks: None)
+    prefetch: Callable[[Sequence[Any]], None] = getattr(worker, "prefetch", lambda tasks: None)
 
     def made() -> Iterator[tuple[Commit | PartFailure, Any]]:
         for number, task in enumerate(tasks):
             try:
-                ahead(tasks[number : number + 1 + AHEAD])
-            except Exception as error:  # a hint: the task itself is told what is wrong
-                logger.debug("what comes after %s cannot be fetched ahead: %s", task.stem, error)
+                prefetch(tasks[number : number + 1 + PREFETCHED])
+            except Exception as error:  # only a hint: the task itself raises the error
+                logger.debug("the input of the parts after %s cannot be prefetched: %s", task.stem, error)
             yield attempt(functools.partial(worker, task), task), task
 
     def commit(part: tuple[Commit | PartFailure, Any]) -> Outcome:

@@ -8,7 +8,7 @@ from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 
 
-def require_fit(dataset: Dataset, loaded: LoadedModel) -> None:
+def check_input_shape(dataset: Dataset, loaded: LoadedModel) -> None:
     """DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps)."""
     expected = loaded.config.input_shape
     varying = expected[:1] == (0,)

@@ -27,7 +27,7 @@ from aecore.artifact.commit import (
     require_same,
 )
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
-from aecore.checkpoint.compatibility import require_fit, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
@@ -131,7 +131,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
         dataset = open_dataset(data_url)
         loaded = loading.result()  # on the CPU: the workers' device may not be on this machine
         claimed, (parent, parent_sha256), recorded = looking.result()
-    require_fit(dataset, loaded)
+    check_input_shape(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     there = claimed if parent is None else parent.identity
     if there is not None:
@@ -220,9 +220,9 @@ def _require_same_table(
     if there is not None and ours != there:
         claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
-        places = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
+        urls = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
         absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}
-        require_same(store.url, "table", ours, there, places=places, absent=absent)
+        require_same(store.url, "table", ours, there, urls=urls, absent=absent)
 
 
 def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:

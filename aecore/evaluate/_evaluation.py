@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable, has_posterior
-from aecore.checkpoint.compatibility import require_fit, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import Transform
@@ -102,7 +102,7 @@ def opened(run: str, data: str, spec: EvaluateSpec, device: str) -> tuple[Datase
     """Open dataset and model, and refuse what could not be evaluated; reads the model and no sample."""
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=device)
-    require_fit(dataset, loaded)
+    check_input_shape(dataset, loaded)
     require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     dataset.manifest.split(spec.split, "evaluate.split")
     spec.transform(loaded.config.transform)

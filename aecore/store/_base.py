@@ -86,7 +86,7 @@ class Store(Protocol):
     def open(self, ref: FileRef) -> int:
         """Return a descriptor to read `ref` with `pread`, as `local`; the caller closes it."""
 
-    def mend(self, ref: FileRef) -> bool:
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
         """Say whether it is worth to read `ref` once more after it was found damaged: a near copy was, and is fetched again."""
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
@@ -116,7 +116,7 @@ class Files(Protocol):
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; OSError if it cannot be read."""
 
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
         """Return `read` for who reads exactly these names in this order: where reading takes long it works ahead."""
 
     def local(self, name: str) -> Path:

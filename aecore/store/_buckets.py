@@ -16,12 +16,12 @@ class Bucket:
         self._noted = False
         self._lock = threading.Lock()  # event loops of several threads count
 
-    def of_etag(self) -> None:
+    def count_match(self) -> None:
         """Count an ETag that was the MD5 of its object."""
         with self._lock:
             self.matched += 1
 
-    def of_no_checksum(self) -> None:
+    def count_unchecked(self) -> None:
         """Count a body that could not be compared."""
         with self._lock:
             self.unchecked += 1
@@ -29,7 +29,7 @@ class Bucket:
         if is_first:
             logger.info("%s: objects without a checksum that can be compared are read once (counted for each shard)", self.url)
 
-    def of_other_etag(self, where: str) -> None:
+    def note_other_etag(self, where: str) -> None:
         """Take note of an ETag that is not the MD5 of its object."""
         with self._lock:
             self.ignores_etags = self.matched == 0

@@ -26,7 +26,7 @@ from aecore.store._base import FileRef, sha256_file
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
 DEFAULT_BYTES = 16 << 30
-_OURS = re.compile(r"[0-9a-f]{64}(?:\.part)?")
+_OBJECT_NAME = re.compile(r"[0-9a-f]{64}(?:\.part)?")
 KEPT_S = 60.0  # an object whose path was given out may be opened this much later
 FETCHERS = 8
 POLL_S = 0.01
@@ -65,7 +65,7 @@ class ObjectCache:
         """Remove an object, so that it is fetched again; who has it open keeps what is there."""
         (self.root / ref.sha256).unlink(missing_ok=True)
 
-    def mend(self, ref: FileRef) -> bool:
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
         """Forget an object if its bytes are damaged; return whether it is not here any more."""
         path = self.root / ref.sha256
         with contextlib.suppress(FileNotFoundError):
@@ -144,7 +144,7 @@ def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:
     found = []
     for name in os.listdir(root):
         with contextlib.suppress(FileNotFoundError):
-            if _OURS.fullmatch(name):
+            if _OBJECT_NAME.fullmatch(name):
                 found.append(((root / name).stat(), root / name))
     return found
 

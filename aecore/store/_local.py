@@ -96,7 +96,7 @@ class LocalStore:
     def open(self, ref: FileRef) -> int:
         return os.open(self.local(ref), os.O_RDONLY)
 
-    def mend(self, ref: FileRef) -> bool:
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
         return False
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
@@ -214,7 +214,7 @@ class LocalFiles:
     def read(self, name: str) -> bytes:
         return self.local(name).read_bytes()
 
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
         return self.read
 
     def local(self, name: str) -> Path:

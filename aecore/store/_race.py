@@ -54,47 +54,47 @@ def race(store: Store) -> str | None:
             store.remove(name)
 
 
-def require_atomic(store: Store, place: str, memory: Path) -> None:
+def require_atomic(store: Store, location: str, memory: Path) -> None:
     """StoreError unless `store` has passed a race here, now or within `KEPT_S`.
 
     Parameters
     ----------
-    place : str
+    location : str
         What one race speaks for: endpoint and bucket.
     memory : Path
         Folder of this machine in which it is remembered.
     """
-    if place in _passed:
+    if location in _passed:
         return
     with _racing:
-        if place in _passed:
+        if location in _passed:
             return
-        if not _remembered(place, memory):
+        if not _remembered(location, memory):
             wrong = race(store)
             if wrong is not None:
                 raise StoreError(
-                    f"{place} does not create files atomically: {wrong}; two runs at once could mix their files: write to another "
-                    "place, or have the service repaired"
+                    f"{location} does not create files atomically: {wrong}; two runs at once could mix their files: write to another "
+                    "location, or have the service repaired"
                 )
-            remember(place, memory)
-        _passed.add(place)
+            remember(location, memory)
+        _passed.add(location)
 
 
-def remember(place: str, memory: Path) -> None:
-    """Take note that a race at `place` was passed; where there is no room for that, each process races."""
+def remember(location: str, memory: Path) -> None:
+    """Take note that a race at `location` was passed; where there is no room for that, each process races."""
     try:
         memory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(_note(place, memory), os.O_WRONLY | os.O_CREAT, 0o600))
-        os.utime(_note(place, memory))
+        os.close(os.open(_note(location, memory), os.O_WRONLY | os.O_CREAT, 0o600))
+        os.utime(_note(location, memory))
     except OSError as error:
-        logger.debug("%s: that it creates atomically cannot be remembered: %s", place, error)
+        logger.debug("%s: that it creates atomically cannot be remembered: %s", location, error)
 
 
-def _remembered(place: str, memory: Path) -> bool:
+def _remembered(location: str, memory: Path) -> bool:
     with contextlib.suppress(OSError):
-        return abs(time.time() - _note(place, memory).stat().st_mtime) < KEPT_S
+        return abs(time.time() - _note(location, memory).stat().st_mtime) < KEPT_S
     return False
 
 
-def _note(place: str, memory: Path) -> Path:
-    return memory / f"atomic-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+def _note(location: str, memory: Path) -> Path:
+    return memory / f"atomic-{hashlib.sha256(location.encode()).hexdigest()[:16]}"

@@ -22,7 +22,7 @@ from aecore.store._cache import ObjectCache
 from aecore.store._race import ROLE, require_atomic
 from aecore.store._s3_body import written_sha256
 from aecore.store._s3_client import Answered, code_of, endpoint, retried
-from aecore.store._s3_place import Place
+from aecore.store._s3_prefix import BucketPrefix
 from aecore.store._scratch import new_path
 from aecore.threads import map_ordered
 
@@ -35,7 +35,7 @@ RECENT_S, SMALL_BYTES, MAX_RECENT = 5.0, 1 << 18, 256  # a small file is read on
 _recent: dict[str, tuple[float, bytes]] = {}  # address -> when it was read, bytes
 
 
-class S3Store(Place):
+class S3Store(BucketPrefix):
     """One artefact in a bucket."""
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, str, str | None]]:
@@ -68,7 +68,7 @@ class S3Store(Place):
     def _create(self, ref: FileRef, upload: Any, role: str) -> None:  # any: a coroutine function of the file system
         assert ref.bytes, f"{ref.name} has no bytes"
         if role != ROLE:
-            require_atomic(self, self.place, self._cache.root)
+            require_atomic(self, self.location, self._cache.root)
         fault_point(f"{role}.synced")
         try:
             self._client.run(upload)
@@ -185,14 +185,14 @@ class S3Store(Place):
     def open(self, ref: FileRef) -> int:
         return self._cache.open(ref, self._fetch)
 
-    def mend(self, ref: FileRef) -> bool:
-        return self._cache.mend(ref)
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
+        return self._cache.refetch_if_corrupt(ref)
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         self._cache.prefetch(refs, self._fetch)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Bucket and endpoint."""
         return f"{'/'.join(self.url.split('/', 3)[:3])} at {endpoint()}"
 

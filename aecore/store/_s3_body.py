@@ -93,7 +93,7 @@ async def receive(
             f"cannot read {where}: two reads gave the same bytes, which do not match its {got.by[0]}: the object is damaged; "
             "restore it, then run the same command again"
         )
-    known.of_other_etag(where)
+    known.note_other_etag(where)
     return None
 
 
@@ -114,12 +114,12 @@ async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[
     if by_service:
         return _Received((by_service[0],), True, ())
     if not expected:
-        known.of_no_checksum()
+        known.count_unchecked()
         return _Received((), True, ())
     found = {name: digest.hexdigest() for name, digest in digests.items()}
     matches = [name for name in expected if found[name] == expected[name]]
     if "ETag" in matches:
-        known.of_etag()
+        known.count_match()
     return _Received(tuple(expected), bool(matches), tuple(found.values()))
 
 

@@ -165,9 +165,9 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
             return await work()
         except Exception as error:
             if not _passing(error):
-                raise told(error, url, doing) from error
+                raise store_error(error, url, doing) from error
             if attempt == ATTEMPTS or time.monotonic() - started > BUDGET_S:
-                raise told(error, url, doing, attempt, time.monotonic() - started) from error
+                raise store_error(error, url, doing, attempt, time.monotonic() - started) from error
         await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
     raise AssertionError("not reached")
 
@@ -217,7 +217,7 @@ _REMEDIES = {
 _REMEDIES |= {"403": _REMEDIES["AccessDenied"], "Forbidden": _REMEDIES["AccessDenied"], "ExpiredTokenException": _REMEDIES["ExpiredToken"]}
 
 
-def told(error: Exception, url: str, doing: str, attempts: int = 0, seconds: float = 0.0) -> AecoreError:
+def store_error(error: Exception, url: str, doing: str, attempts: int = 0, seconds: float = 0.0) -> AecoreError:
     """Return the error to raise, in words that name the remedy."""
     from botocore import exceptions
 

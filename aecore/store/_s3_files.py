@@ -8,13 +8,13 @@ from pathlib import Path
 from aecore.errors import DataError
 from aecore.store._cache import ObjectCache
 from aecore.store._s3_client import Answered
-from aecore.store._s3_place import Place
+from aecore.store._s3_prefix import BucketPrefix
 from aecore.threads import submit_ahead
 
 AHEAD_FILES = 48  # in flight
 
 
-class S3Files(Place):
+class S3Files(BucketPrefix):
     """Files of somebody else below a prefix."""
 
     def sizes(self) -> dict[str, int]:
@@ -37,7 +37,7 @@ class S3Files(Place):
                 raise FileNotFoundError(errno.ENOENT, "the object is not there any more", self._where(name)) from None
             raise
 
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
         """Return `read` for these names in this order, with `AHEAD_FILES` of them in flight."""
         expected = iter(names)
         bodies = submit_ahead(lambda name: self._client.submit(lambda filesystem: self._body(filesystem, name)), names, AHEAD_FILES)

@@ -14,7 +14,7 @@ _cleaned: set[int] = set()
 _cleaning = threading.Lock()
 
 
-def _place() -> str:
+def _pid_namespace() -> str:
     """Return where our process id means something: containers and machines that share a folder do not see each other's processes."""
     namespace = Path("/proc/self/ns/pid")
     inode = namespace.stat().st_ino if namespace.exists() else 0
@@ -23,7 +23,7 @@ def _place() -> str:
 
 def new_path() -> Path:
     """Return a path for a file to stage; its name says which process has it."""
-    return _folder() / f"{os.getpid()}-{_place()}-{uuid.uuid4().hex}"
+    return _folder() / f"{os.getpid()}-{_pid_namespace()}-{uuid.uuid4().hex}"
 
 
 def _folder() -> Path:
@@ -37,6 +37,6 @@ def _folder() -> Path:
             _cleaned.add(os.getpid())
             for path in folder.iterdir():
                 pid, _, rest = path.name.partition("-")
-                if pid.isdigit() and rest.startswith(f"{_place()}-") and not Path("/proc", pid).exists():
+                if pid.isdigit() and rest.startswith(f"{_pid_namespace()}-") and not Path("/proc", pid).exists():
                     path.unlink(missing_ok=True)
     return folder

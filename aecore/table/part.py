@@ -194,7 +194,7 @@ def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
         with _damage_named(path):
             return read(path)
     except DataError:
-        if not store.mend(ref):
+        if not store.refetch_if_corrupt(ref):
             raise
         with _damage_named(path := store.local(ref)):
             return read(path)

@@ -76,25 +76,25 @@ def claim_name(number: int) -> str:
 def _dataset_state(store: Store, number: int, newest: int, files: frozenset[str]) -> State:
     if f"listings/{number:06d}.parquet" in files:
         return State.COMMITTED
-    parent = _said(store, number, "identity", "parent")
+    parent = _claim_value(store, number, "identity", "parent")
     return State.DEAD if parent < newest else State.UNFINISHED
 
 
 def _adopts(store: Store, number: int) -> bool:
-    dataset = _said(store, number, "identity").get("dataset")
+    dataset = _claim_value(store, number, "identity").get("dataset")
     return isinstance(dataset, Mapping) and "adopted" in dataset
 
 
 def _table_state(store: Store, number: int, tables: Sequence[TableManifest]) -> State:
-    sha256 = _said(store, number, "identity", "dataset_sha256")
+    sha256 = _claim_value(store, number, "identity", "dataset_sha256")
     if sha256 in {manifest.lineage["dataset"]["sha256"] for manifest in tables}:
         return State.COMMITTED
-    generation = _said(store, number, "info", "lineage", "dataset", "number")
+    generation = _claim_value(store, number, "info", "lineage", "dataset", "number")
     newest = max((manifest.lineage["dataset"]["number"] for manifest in tables), default=0)
     return State.DEAD if generation < newest else State.UNFINISHED
 
 
-def _said(store: Store, number: int, *path: str) -> Any:
+def _claim_value(store: Store, number: int, *path: str) -> Any:
     found: Any = read_json(store, claim_name(number))
     for key in path:
         if not isinstance(found, Mapping) or key not in found:

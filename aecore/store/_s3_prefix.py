@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PAGE = 1000
 
 
-class Place:
+class BucketPrefix:
     """A bucket and a prefix, and the client that reaches them."""
 
     def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
