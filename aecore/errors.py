@@ -1,18 +1,19 @@
-"""Errors that a user can act on, each with the exit code of the command line.
+"""Errors that a user can act on, each with an exit code for command lines.
 
-A message says the value seen, what was expected or the known choices, and the next action. `assert` is left for our own
-invariants; anything that is not an `AecoreError` and reaches the command line is a bug of ours and shows its traceback.
+A message gives the value seen, what was expected or the known choices, and the next action in terms of this library: the functions and
+fields to use. What a command line can add to it is named by a `Hint`. `assert` is for internal invariants; any exception that is not
+an `AecoreError` is a bug and keeps its traceback.
 """
 
 import difflib
 import errno
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _REMEDIES = {
-    errno.ENOSPC: "; what is finished is kept: free space there (`aepipe gc` finds what killed runs left), then run the same command again",
+    errno.ENOSPC: "; what is finished is kept: free space there, then run the same command again",
     errno.EDQUOT: "; what is finished is kept: free space or raise the quota, then run the same command again",
     errno.EROFS: "; it is mounted read-only: write to another URL",
     errno.EACCES: "; this user may not write there: write to another URL, or have the folder's owner allow it",
@@ -24,10 +25,22 @@ SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar 
 _WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 
 
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """The name of a situation for which a command line knows the next command, and the values (URLs) of that command."""
+
+    name: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
 class AecoreError(Exception):
-    """Base of all errors that a user can act on; `exit_code` is what `aepipe` returns for it."""
+    """Base of all errors that a user can act on; `exit_code` is for the process of a command line that it ends."""
 
     exit_code = 1
+
+    def __init__(self, *args: object, hint: Hint | None = None) -> None:
+        super().__init__(*args)
+        self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the constructor, which may take more than a message: an error travels whole to another process."""
@@ -85,9 +98,10 @@ def _restored(kind: type[AecoreError], args: tuple[Any, ...], attributes: dict[s
 
 
 def to_json(error: BaseException) -> dict[str, Any]:
-    """Return the name of the error's class, its message and exit code as plain JSON data; `from_json` makes the error of it."""
-    exit_code = error.exit_code if isinstance(error, AecoreError) else AecoreError.exit_code
-    return {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+    """Return the name of the error's class, its message, exit code and hint (if any) as plain JSON data, for `from_json`."""
+    known = error if isinstance(error, AecoreError) else AecoreError()
+    data = {"error": type(error).__name__, "message": str(error), "exit_code": known.exit_code}
+    return data if known.hint is None else {**data, "hint": asdict(known.hint)}
 
 
 def from_json(data: Mapping[str, Any]) -> AecoreError:
@@ -100,8 +114,8 @@ def from_json(data: Mapping[str, Any]) -> AecoreError:
     named = next((kind for kind in known if kind.__name__ == data.get("error")), None)
     if named is None:
         named = next((kind for kind in known if kind.exit_code == data.get("exit_code")), RunFailed)
-    plain = next(kind for kind in named.__mro__ if not inspect.isfunction(getattr(kind, "__init__", None)))
-    error: AecoreError = plain(str(data.get("message")))
+    plain = next(kind for kind in named.__mro__ if getattr(kind, "__init__", None) is AecoreError.__init__)
+    error: AecoreError = plain(str(data.get("message")), hint=Hint(**data["hint"]) if "hint" in data else None)
     return error
 
 
@@ -146,6 +160,6 @@ def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
     return f" ({guess}known: {', '.join(prefix + name for name in names) or 'none'})"
 
 
-def disk_remedy(error: OSError) -> str:
-    """Return "; what to do", the ending of an error about a file that could not be written; "" if nothing is known."""
-    return _REMEDIES.get(error.errno or 0, "")
+def disk_error(message: str, error: OSError) -> StoreError:
+    """Return the error about a file that could not be written: `message` and, where it is known, what to do."""
+    return StoreError(message + _REMEDIES.get(error.errno or 0, ""), hint=Hint("disk-full") if error.errno == errno.ENOSPC else None)

@@ -28,7 +28,7 @@ from aecore._base.trainable import has_posterior, latent_column
 from aecore.artifact.commit import read_json, require_same
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.format.transform import Transform
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import ConfigError, DataError, Hint, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
 from aecore.report import grid, is_image, pixels, png
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
@@ -114,7 +114,8 @@ def prior_dim(loaded: LoadedModel) -> int:
     if shape is None or not has_posterior(model.columns):
         raise ConfigError(
             f"model.kind={model.kind} has no prior to draw from (its latents are {', '.join(model.columns)}): use a model of the VAE "
-            "family, or decode given latents with `aepipe decode`"
+            "family, or decode given latents (decode_run)",
+            hint=Hint("no-prior"),
         )
     return math.prod(shape)
 
@@ -179,7 +180,8 @@ def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     if made_by != loaded.sha256:
         raise DataError(
             f"table {url} was encoded by checkpoint {str(made_by)[:12]}, and {loaded.url} is {loaded.sha256[:12]}: the latents of one "
-            "model mean nothing to another; give the run that the table names (`aepipe show` says which)"
+            "model mean nothing to another; give the run that the table names (open_table(...).manifest.lineage)",
+            hint=Hint("other-checkpoint", {"url": url}),
         )
     part = table if spec.split is None else table.select(spec.split)
     stop = spec.num or part.num_rows

@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from aecore import errors
 from aecore.artifact.commit import PartRecord
-from aecore.errors import AecoreError, DataError, RunFailed
+from aecore.errors import AecoreError, DataError, Hint, RunFailed, from_json
 from aecore.threads import submit_ahead
 
 T = TypeVar("T")
@@ -36,12 +35,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PartFailure:
-    """A part that could not be made: the name of the error's class, its message, the traceback if it was no `AecoreError`."""
+    """A part that could not be made: the class name, message and hint of its error, the traceback if it was no `AecoreError`."""
 
     part: str
     error_type: str
     message: str
     traceback: str = ""
+    hint: Hint | None = None
 
 
 Commit = Callable[[], PartRecord]
@@ -60,7 +60,7 @@ def attempt(call: Callable[[], T], task: Task) -> T | PartFailure:
     try:
         return call()
     except AecoreError as error:
-        return PartFailure(task.stem, type(error).__name__, str(error))
+        return PartFailure(task.stem, type(error).__name__, str(error), hint=error.hint)
     except Exception as error:  # a bug in one part must not cost the others; `collect` reports it
         return PartFailure(task.stem, type(error).__name__, str(error), traceback.format_exc())
 
@@ -144,11 +144,12 @@ def collect(
 
 def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     kinds = {failure.error_type for failure in failures}
-    kind = type(errors.from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
+    kind = type(from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
     lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
     more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
     first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
-    return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish")
+    message = f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish"
+    return kind(message, hint=next((failure.hint for failure in failures if failure.hint is not None), None))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from aecore._base.trainable import Trainable
 from aecore.artifact.commit import FORMAT_VERSION, parse_json, read_json
 from aecore.artifact.kinds import other_kind
 from aecore.checkpoint.config import ModelConfig
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 from aecore.store import FileRef, Store, canonical_json, open_store
 
 logger = logging.getLogger(__name__)
@@ -261,12 +261,13 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     if not name and store.size(MANIFEST) is None:
         other = other_kind(store, "run")
         if other is not None:
-            raise DataError(other)
+            raise other
         if store.size("run.000001.json") is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
         raise DataError(
             f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder; check the address, "
-            f"or train one with `aepipe train RECIPE data=DATASET out={store.url}`"
+            "or train one (aecore.training.loop.fit)",
+            hint=Hint("no-model", {"url": store.url}),
         )
     checkpoint = read_checkpoint(store, name, verify=None)
     config_ref = checkpoint.file("config.json")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from aecore.errors import StoreError, disk_remedy
+from aecore.errors import disk_error
 
 SYNC_BYTES = 1 << 24
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
@@ -70,7 +70,7 @@ class DiskWriter:
         try:
             yield
         except OSError as error:
-            raise StoreError(f"cannot write {self._path}: {error.strerror}{disk_remedy(error)}") from error
+            raise disk_error(f"cannot write {self._path}: {error.strerror}", error) from error
 
 
 def _open(path: Path) -> tuple[int, bool]:

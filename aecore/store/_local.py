@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from aecore.errors import DataError, StoreError, disk_remedy
+from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
 LINK_TRIES = 20
@@ -177,7 +177,7 @@ def _storage_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{doing}: {error.strerror or error}{disk_remedy(error)}") from error
+        raise disk_error(f"{doing}: {error.strerror or error}", error) from error
 
 
 def _cannot_list(error: OSError) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import put_or_adopt
-from aecore.errors import DataError, StoreError, disk_remedy
+from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store
 
 T = TypeVar("T")
@@ -160,9 +160,7 @@ def _refusal_named(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # no space, a quota, a limit on file sizes
-        raise StoreError(
-            f"cannot write {where}: {error.strerror or error}; nothing was committed under this name{disk_remedy(error)}"
-        ) from error
+        raise disk_error(f"cannot write {where}: {error.strerror or error}; nothing was committed under this name", error) from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
-from aecore.errors import DataError, did_you_mean
+from aecore.errors import DataError, Hint, did_you_mean
 from aecore.store import Store, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -195,14 +195,11 @@ def open_table(url: str, number: int | None = None) -> LatentTable:
     if newest is None:
         other = other_kind(store, "table")
         if other is not None:
-            raise DataError(other)
-        unfinished = newest_number(store, "run") is not None
-        state = (
-            "an unfinished encoding: run the same command again to finish it"
-            if unfinished
-            else "no latent table: write one with `aepipe encode`"
-        )
-        raise DataError(f"{store.url} holds {state}")
+            raise other
+        if newest_number(store, "run") is not None:
+            raise DataError(f"{store.url} holds an unfinished encoding: run the same command again to finish it")
+        message = f"{store.url} holds no latent table: write one with aecore.encoding.job.encode_dataset, or check the address"
+        raise DataError(message, hint=Hint("no-table", {"url": store.url}))
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
     return LatentTable(store, read_table_manifest(store, newest if number is None else number))

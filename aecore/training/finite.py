@@ -7,7 +7,7 @@ import torch
 
 from aecore._base.batch import Batch
 from aecore.data.read.rows import SplitRows
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 
 
 def require_finite_samples(batches: Iterable[Batch], rows: SplitRows) -> None:
@@ -32,4 +32,7 @@ def _key(rows: SplitRows, ordinal: int) -> str:
         found = (index["ordinal"].to_numpy() == ordinal).nonzero()[0]
         if len(found):
             return str(index["key"][int(found[0])].as_py())
-    raise DataError(f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: run `aepipe verify` on it")
+    raise DataError(
+        f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: verify it (aecore.data.read.verify.verify_dataset)",
+        hint=Hint("damaged-dataset", {"url": rows.dataset.url}),
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.data.read.loader import Loader
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, Hint
 from aecore.training.objective import Objective, noise_for
 from aecore.training.ranks import Rank, all_sum
 
@@ -51,7 +51,8 @@ def split_means(
         dataset, split = loader.rows.dataset.url, loader.rows.split
         raise DataError(
             f"{count} samples of split {split!r} were read, the manifest of {dataset} says {loader.num_samples}: "
-            f"run `aepipe verify {dataset} --read-data`"
+            "verify it with read_data (aecore.data.read.verify.verify_dataset)",
+            hint=Hint("damaged-dataset", {"url": dataset}),
         )
     return {name: total.reshape(sums[name].shape) / loader.num_samples for name, total in totals.items()}
 

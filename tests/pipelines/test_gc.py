@@ -76,7 +76,7 @@ def test_what_was_made_from_a_model_is_told_and_never_called_somebody_elses(
     assert main(["sample", run, out, "num=2", "seed=5"]) == 0
     shown = json.loads(said(capsys, "show", out, "--json"))
     assert (shown["kind"], shown["identity"]["spec"]["seed"], shown["files"]) == ("samples", 5, 4)
-    what = f"{out} holds samples of a model's prior, written by `aepipe sample`: "
+    what = f"{out} holds samples of a model's prior: "
     assert what + "no hashes" in said(capsys, "verify", out, code=3)
     assert what + "all of it is one result" in said(capsys, "gc", out, code=3)
 

@@ -1,4 +1,4 @@
-"""`aepipe verify` of a data set: is everything there that the manifest names, and is it what was written?
+"""`verify_dataset`: is everything there that the manifest names, and is it what was written?
 
 Sizes always (one stat per file). With `read_data` every byte: hashes, strict iteration of the tars, keys of tar, index,
 quarantine and listing against each other; with a slice those of its shards only. Problems are collected, not raised: one look

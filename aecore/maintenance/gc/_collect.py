@@ -65,7 +65,7 @@ def collect_garbage(
             plan_parts(plan, kind)
         if dry_run or there == _numbered(store):
             return _remove(plan, kind, dry_run)
-    raise RunFailed(f"{store.url} changed three times while it was looked at: run `aepipe gc` again when fewer commands write there")
+    raise RunFailed(f"{store.url} changed three times while it was looked at: collect again when fewer commands write there")
 
 
 def _numbered(store: Store) -> list[str]:
@@ -89,7 +89,7 @@ def _kind_of(store: Store) -> str:
     if found is None:
         if store.list() == [".tmp"]:
             return "nothing"
-        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aepipe wrote is collected")
+        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aecore wrote is collected")
     if found.is_generated:
         raise DataError(f"{store.url} holds {found.name}: all of it is one result, remove the folder if nobody needs it")
     if found.kind == "checkpoint":
