@@ -54,11 +54,11 @@ class RunFailed(AecoreError):
 
 
 class Diverged(RunFailed):
-    """A loss or weight became NaN or infinite: running the same again would end the same."""
+    """A loss or weight became NaN or infinite: the same run again would end the same way."""
 
 
 class Interrupted(RunFailed):
-    """The run was asked to stop, and wrote a checkpoint before it did: running the same again goes on from there."""
+    """The run was asked to stop and wrote a checkpoint first: the same run again continues from it."""
 
     exit_code = 130
 
@@ -76,7 +76,7 @@ class DataError(AecoreError):
 
 
 class InputError(DataError, ValueError):
-    """A batch that a model cannot take: missing labels, a mask of another shape. Also a ValueError, which Python users expect."""
+    """A batch that a model cannot take: missing labels, a mask of another shape. Also a ValueError, as Python users expect."""
 
 
 class StoreError(AecoreError):
@@ -105,10 +105,10 @@ def to_json(error: BaseException) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> AecoreError:
-    """Return the error that `to_json` described, of the class that it had.
+    """Return the error that `to_json` described, with its class, message and hint.
 
-    A class that takes more than a message comes back as the nearest one that does not; one that is unknown here as the first of its exit
-    code, or RunFailed.
+    A class whose constructor takes more than a message becomes its nearest base class without one; an unknown class becomes the first
+    class with its exit code, or RunFailed.
     """
     known = list(_subclasses(AecoreError))
     named = next((kind for kind in known if kind.__name__ == data.get("error")), None)
@@ -120,7 +120,7 @@ def from_json(data: Mapping[str, Any]) -> AecoreError:
 
 
 def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
-    """Yield the classes below `kind`, wider ones first: those of this module come before narrower ones of others."""
+    """Yield the subclasses of `kind`, breadth first: those of this module come before the narrower ones of other modules."""
     below = kind.__subclasses__()
     yield from below
     for narrower in below:
@@ -128,23 +128,23 @@ def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
 
 
 def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
-    """Return up to `count` known names that may have been meant by an unknown one, the most similar first; [] if none is similar.
+    """Return up to `count` known names that an unknown `word` may mean, the most similar first; [] if none is similar.
 
-    Names one typo away come first, whatever their length; then those that difflib finds similar enough; if there are none, those that have
-    a whole word in common with it (`batch_size`, `global_batch`).
+    Names one typo away come first, whatever their length; then those with a difflib ratio of at least `at_least`; if there are none,
+    those that share a whole word with it (`batch_size`, `global_batch`).
     """
     names = list(known)
     found = [name for name in names if _is_one_typo(word.casefold(), name.casefold())]
     found += difflib.get_close_matches(word, names, n=count, cutoff=at_least)
     if not found:
-        said = set(_WORD.findall(word.casefold()))
-        sharing = [name for name in names if said & set(_WORD.findall(name.casefold()))]
+        words = set(_WORD.findall(word.casefold()))
+        sharing = [name for name in names if words & set(_WORD.findall(name.casefold()))]
         found = difflib.get_close_matches(word, sharing, n=count, cutoff=0.0)
     return list(dict.fromkeys(found))[:count]
 
 
 def _is_one_typo(word: str, name: str) -> bool:
-    """Return whether one letter that is wrong, missing or too much, or two neighbours that changed places, is all that differs."""
+    """Return whether they differ by one wrong, missing or extra letter, or by two swapped neighbours."""
     while word and name and word[0] == name[0]:
         word, name = word[1:], name[1:]
     while word and name and word[-1] == name[-1]:
@@ -153,7 +153,7 @@ def _is_one_typo(word: str, name: str) -> bool:
 
 
 def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name; `prefix` is put before each name."""
+    """Return " (did you mean 'x'? known: a, b, x)", to end a message about an unknown name; `prefix` is put before each name."""
     names = sorted(known)
     nearest = similar(value, names)
     guess = f"did you mean {prefix + nearest[0]!r}? " if nearest else ""

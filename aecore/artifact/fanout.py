@@ -1,16 +1,16 @@
-"""Map parts over workers: the seam between what a job does and who runs it.
+"""Map parts over workers: the interface between what a job does and where it runs.
 
 A job makes a list of tasks and a picklable factory of workers; a `FanOut` decides where the workers live (this process, Ray
 actors) and yields one outcome per task, in any order. A worker makes a part and returns the call that commits it: commits
-(fsync, or an upload) go on in threads of their own while the next parts are made. A part that fails does not stop the others: its failure
-is a value, and `collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
+(fsync, or an upload) run in background threads while the next parts are made. A part that fails does not stop the others: its failure
+is a value, and `collect` raises when everything else is done and recorded, so the next run makes only the failed parts.
 """
 
 import contextlib
 import functools
 import logging
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -30,7 +30,8 @@ class Task(Protocol):
     """One part to make: picklable, named by `stem`, unique in its job."""
 
     @property
-    def stem(self) -> str: ...
+    def stem(self) -> str:
+        """Name of the part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ OnPart = Callable[[PartRecord, int, int], None]
 
 
 def attempt(call: Callable[[], T], task: Task) -> T | PartFailure:
-    """Return what `call` gives (making or committing the task's part), or its error as a value.
+    """Return the result of `call` (making or committing the task's part), or its error as a value.
 
     KeyboardInterrupt and SystemExit pass through.
     """
@@ -74,7 +75,7 @@ def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     """Make all parts one after the other with one worker in this process; they are committed while the next ones are made.
 
     A worker that has a method `prefetch(tasks)` gets, before each part, this task and the next `PREFETCHED` ones.
-    Closed or interrupted, it lets the commits that are under way end.
+    If it is closed or interrupted, it waits for the commits that have begun.
     """
     worker = make_worker()
     prefetch: Callable[[Sequence[Any]], None] = getattr(worker, "prefetch", lambda tasks: None)
@@ -138,7 +139,8 @@ def collect(
         raise _failed(failures, len(tasks), what)
     lost = [stem for stem in stems if stem not in records]
     if lost:
-        raise RunFailed(f"{len(lost)} of {len(tasks)} {what} came back without a record ({_some(lost)}): run the same command again")
+        names = ", ".join(lost[:SHOWN]) + (", ..." if len(lost) > SHOWN else "")
+        raise RunFailed(f"{len(lost)} of {len(tasks)} {what} came back without a record ({names}): run the same command again")
     return [records[stem] for stem in stems]
 
 
@@ -150,8 +152,3 @@ def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
     message = f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish"
     return kind(message, hint=next((failure.hint for failure in failures if failure.hint is not None), None))
-
-
-def _some(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:SHOWN]) + (", ..." if len(first) > SHOWN else "")

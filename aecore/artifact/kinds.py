@@ -1,7 +1,7 @@
-"""What is located at a URL: the one detector that every command asks, and the words for it in messages.
+"""What is located at a URL: the one detector for all callers, and the names of kinds in messages.
 
 The newest manifest decides, then the newest claim, then `checkpoint.json`, then the folders of a pipeline's root, then the manifests of
-what was drawn from a model. One listing of the address is read, and the claim where there is no manifest.
+what was drawn from a model. It reads one listing of the URL, and the claim where there is no manifest.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class _Kind:
 
 
 _KINDS = {
-    "dataset": _Kind("a data set"),
+    "dataset": _Kind("a dataset"),
     "table": _Kind("a latent table"),
     "run": _Kind("a training run"),
     "checkpoint": _Kind("the checkpoint of a model"),
@@ -36,7 +36,7 @@ KINDS = tuple(_KINDS)
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """What is located at a URL: one of `KINDS`, and the file that says so (None for a root, which holds the artefacts of `stages`)."""
+    """What is located at a URL: one of `KINDS`, and the file that shows it (None for a root, which holds the artefacts of `stages`)."""
 
     kind: str
     file: str | None
@@ -44,7 +44,7 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """What a message calls it: "a data set", "the checkpoint of a model"."""
+        """Its name in messages: "a dataset", "the checkpoint of a model"."""
         return _KINDS[self.kind].name
 
     @property
@@ -59,12 +59,12 @@ class Artifact:
 
 
 def detect_artifact(store: Store) -> Artifact | None:
-    """Return what is located at the URL of `store`, finished or not; None if it is nothing of ours.
+    """Return what is located at the URL of `store`, finished or not; None if it is no artefact of aecore.
 
     Raises
     ------
     DataError
-        There is a claim that is damaged, of a newer format, or of no kind that is known.
+        If the claim is damaged, of a newer format, or of an unknown kind.
     """
     names = store.list()
     for kind in ("dataset", "table"):
@@ -84,7 +84,7 @@ def _claimed(store: Store, name: str) -> Artifact:
     claim = read_json(store, name)
     kind = claim.get("kind") or ("run" if "model" in claim.get("identity", ()) else None)
     if kind not in STAGE_FOLDERS:
-        raise DataError(f"{store.url}/{name} says the kind {kind!r}, expected dataset, run or table: it is damaged or not ours")
+        raise DataError(f"{store.url}/{name} has kind {kind!r}, expected dataset, run or table: it is damaged or was not written by aecore")
     return Artifact(str(kind), name)
 
 

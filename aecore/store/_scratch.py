@@ -1,4 +1,4 @@
-"""Where files are staged before they are sent: a folder of this user on this machine's disk, kept clean."""
+"""Where files are staged before an upload: a folder of this user on the local disk, cleaned of files of dead processes."""
 
 import hashlib
 import os
@@ -15,19 +15,19 @@ _cleaning = threading.Lock()
 
 
 def _pid_namespace() -> str:
-    """Return where our process id means something: containers and machines that share a folder do not see each other's processes."""
+    """Return a hash of host and PID namespace: containers and machines that share a folder do not see each other's processes."""
     namespace = Path("/proc/self/ns/pid")
     inode = namespace.stat().st_ino if namespace.exists() else 0
     return hashlib.sha256(f"{socket.gethostname()} {inode}".encode()).hexdigest()[:8]
 
 
 def new_path() -> Path:
-    """Return a path for a file to stage; its name says which process has it."""
+    """Return a path for a staged file; its name holds this process's id and PID namespace."""
     return _folder() / f"{os.getpid()}-{_pid_namespace()}-{uuid.uuid4().hex}"
 
 
 def _folder() -> Path:
-    """Return this user's folder for staged files; what processes of this place that are gone left there is removed, once per process."""
+    """Return this user's folder for staged files; once per process it is cleaned of files of dead processes of this PID namespace."""
     folder = Path(tempfile.gettempdir(), f"aecore-staged-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():

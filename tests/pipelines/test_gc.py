@@ -62,7 +62,7 @@ def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
 
 def test_a_place_that_is_not_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"x")
-    assert "holds no dataset, run or table: check the address; only what aepipe wrote is collected" in said(
+    assert "holds no dataset, run or table: check the address; only what aecore wrote is collected" in said(
         capsys, "gc", str(tmp_path), code=3
     )
     assert open_store(tmp_path).list() == ["photo.jpg"]

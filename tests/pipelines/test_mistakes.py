@@ -94,28 +94,28 @@ def test_a_folder_with_a_strange_name_is_still_a_folder(
     [
         (
             ["train", "data={root}/table", "out={tmp}/r", *TINY],
-            "{root}/table is a latent table, expected a data set: give another address; look at it with `aepipe show",
+            "{root}/table is a latent table, expected a dataset: give another address; look at it with `aepipe show",
         ),
         (
             ["train", "data={root}/run", "out={tmp}/r", *TINY],
-            "{root}/run is a training run, expected a data set: give another address; it is RUN of `aepipe encode",
+            "{root}/run is a training run, expected a dataset: give another address; it is RUN of `aepipe encode",
         ),
-        (["train", "data={root}", "out={tmp}/r", *TINY], "{root} is the root of a pipeline, expected a data set: give {root}/dataset"),
+        (["train", "data={root}", "out={tmp}/r", *TINY], "{root} is the root of a pipeline, expected a dataset: give {root}/dataset"),
         (
             ["encode", "{root}/dataset", "{root}/dataset", "{tmp}/t", HERE],
-            "{root}/dataset is a data set, expected a training run: give another address; train on it",
+            "{root}/dataset is a dataset, expected a training run: give another address; train on it",
         ),
         (
             ["encode", "{root}/dataset", "{root}/run", "{tmp}/t", HERE],
-            "{root}/run is a training run, expected a data set: give another address; it is RUN of",
+            "{root}/run is a training run, expected a dataset: give another address; it is RUN of",
         ),
         (
             ["encode", "{root}", "{root}/dataset", "{tmp}/t", HERE],
             "{root} is the root of a pipeline, expected a training run: give {root}/run",
         ),
         (["evaluate", "{root}/table", "{root}/dataset", HERE], "{root}/table is a latent table, expected a training run"),
-        (["verify", "{root}/table", "--dataset", "{root}/run"], "{root}/run is a training run, expected a data set"),
-        (["encode", "{root}/run", "{root}/run/model", "{tmp}/t", HERE], "model is the checkpoint of a model, expected a data set"),
+        (["verify", "{root}/table", "--dataset", "{root}/run"], "{root}/run is a training run, expected a dataset"),
+        (["encode", "{root}/run", "{root}/run/model", "{tmp}/t", HERE], "model is the checkpoint of a model, expected a dataset"),
     ],
 )
 def test_another_kind_of_artefact_is_named_with_the_verb_to_use(
