@@ -1,18 +1,19 @@
-"""Errors that a user can act on, each with the exit code of the command line.
+"""Errors that a user can act on, each with an exit code for command lines.
 
-A message says the value seen, what was expected or the known choices, and the next action. `assert` is left for our own
-invariants; anything that is not an `AecoreError` and reaches the command line is a bug of ours and shows its traceback.
+A message gives the value seen, what was expected or the known choices, and the next action in terms of this library: the functions and
+fields to use. What a command line can add to it is named by a `Hint`. `assert` is for internal invariants; any exception that is not
+an `AecoreError` is a bug and keeps its traceback.
 """
 
 import difflib
 import errno
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _REMEDIES = {
-    errno.ENOSPC: "; what is finished is kept: free space there (`aepipe gc` finds what killed runs left), then run the same command again",
+    errno.ENOSPC: "; what is finished is kept: free space there, then run the same command again",
     errno.EDQUOT: "; what is finished is kept: free space or raise the quota, then run the same command again",
     errno.EROFS: "; it is mounted read-only: write to another URL",
     errno.EACCES: "; this user may not write there: write to another URL, or have the folder's owner allow it",
@@ -24,10 +25,22 @@ SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar 
 _WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 
 
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """The name of a situation for which a command line knows the next command, and the values (URLs) of that command."""
+
+    name: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
 class AecoreError(Exception):
-    """Base of all errors that a user can act on; `exit_code` is what `aepipe` returns for it."""
+    """Base of all errors that a user can act on; `exit_code` is for the process of a command line that it ends."""
 
     exit_code = 1
+
+    def __init__(self, *args: object, hint: Hint | None = None) -> None:
+        super().__init__(*args)
+        self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the constructor, which may take more than a message: an error travels whole to another process."""
@@ -41,11 +54,11 @@ class RunFailed(AecoreError):
 
 
 class Diverged(RunFailed):
-    """A loss or weight became NaN or infinite: running the same again would end the same."""
+    """A loss or weight became NaN or infinite: the same run again would end the same way."""
 
 
 class Interrupted(RunFailed):
-    """The run was asked to stop, and wrote a checkpoint before it did: running the same again goes on from there."""
+    """The run was asked to stop and wrote a checkpoint first: the same run again continues from it."""
 
     exit_code = 130
 
@@ -63,7 +76,7 @@ class DataError(AecoreError):
 
 
 class InputError(DataError, ValueError):
-    """A batch that a model cannot take: missing labels, a mask of another shape. Also a ValueError, which Python users expect."""
+    """A batch that a model cannot take: missing labels, a mask of another shape. Also a ValueError, as Python users expect."""
 
 
 class StoreError(AecoreError):
@@ -85,28 +98,29 @@ def _restored(kind: type[AecoreError], args: tuple[Any, ...], attributes: dict[s
 
 
 def to_json(error: BaseException) -> dict[str, Any]:
-    """Return the name of the error's class, its message and exit code as plain JSON data; `from_json` makes the error of it."""
-    exit_code = error.exit_code if isinstance(error, AecoreError) else AecoreError.exit_code
-    return {"error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+    """Return the name of the error's class, its message, exit code and hint (if any) as plain JSON data, for `from_json`."""
+    known = error if isinstance(error, AecoreError) else AecoreError()
+    data = {"error": type(error).__name__, "message": str(error), "exit_code": known.exit_code}
+    return data if known.hint is None else {**data, "hint": asdict(known.hint)}
 
 
 def from_json(data: Mapping[str, Any]) -> AecoreError:
-    """Return the error that `to_json` described, of the class that it had.
+    """Return the error that `to_json` described, with its class, message and hint.
 
-    A class that takes more than a message comes back as the nearest one that does not; one that is unknown here as the first of its exit
-    code, or RunFailed.
+    A class whose constructor takes more than a message becomes its nearest base class without one; an unknown class becomes the first
+    class with its exit code, or RunFailed.
     """
     known = list(_subclasses(AecoreError))
     named = next((kind for kind in known if kind.__name__ == data.get("error")), None)
     if named is None:
         named = next((kind for kind in known if kind.exit_code == data.get("exit_code")), RunFailed)
-    plain = next(kind for kind in named.__mro__ if not inspect.isfunction(getattr(kind, "__init__", None)))
-    error: AecoreError = plain(str(data.get("message")))
+    plain = next(kind for kind in named.__mro__ if getattr(kind, "__init__", None) is AecoreError.__init__)
+    error: AecoreError = plain(str(data.get("message")), hint=Hint(**data["hint"]) if "hint" in data else None)
     return error
 
 
 def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
-    """Yield the classes below `kind`, wider ones first: those of this module come before narrower ones of others."""
+    """Yield the subclasses of `kind`, breadth first: those of this module come before the narrower ones of other modules."""
     below = kind.__subclasses__()
     yield from below
     for narrower in below:
@@ -114,23 +128,23 @@ def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
 
 
 def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
-    """Return up to `count` known names that may have been meant by an unknown one, the most similar first; [] if none is similar.
+    """Return up to `count` known names that an unknown `word` may mean, the most similar first; [] if none is similar.
 
-    Names one typo away come first, whatever their length; then those that difflib finds similar enough; if there are none, those that have
-    a whole word in common with it (`batch_size`, `global_batch`).
+    Names one typo away come first, whatever their length; then those with a difflib ratio of at least `at_least`; if there are none,
+    those that share a whole word with it (`batch_size`, `global_batch`).
     """
     names = list(known)
     found = [name for name in names if _is_one_typo(word.casefold(), name.casefold())]
     found += difflib.get_close_matches(word, names, n=count, cutoff=at_least)
     if not found:
-        said = set(_WORD.findall(word.casefold()))
-        sharing = [name for name in names if said & set(_WORD.findall(name.casefold()))]
+        words = set(_WORD.findall(word.casefold()))
+        sharing = [name for name in names if words & set(_WORD.findall(name.casefold()))]
         found = difflib.get_close_matches(word, sharing, n=count, cutoff=0.0)
     return list(dict.fromkeys(found))[:count]
 
 
 def _is_one_typo(word: str, name: str) -> bool:
-    """Return whether one letter that is wrong, missing or too much, or two neighbours that changed places, is all that differs."""
+    """Return whether they differ by one wrong, missing or extra letter, or by two swapped neighbours."""
     while word and name and word[0] == name[0]:
         word, name = word[1:], name[1:]
     while word and name and word[-1] == name[-1]:
@@ -139,13 +153,13 @@ def _is_one_typo(word: str, name: str) -> bool:
 
 
 def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return " (did you mean 'x'? known: a, b, x)", the ending of an error about an unknown name; `prefix` is put before each name."""
+    """Return " (did you mean 'x'? known: a, b, x)", to end a message about an unknown name; `prefix` is put before each name."""
     names = sorted(known)
     nearest = similar(value, names)
     guess = f"did you mean {prefix + nearest[0]!r}? " if nearest else ""
     return f" ({guess}known: {', '.join(prefix + name for name in names) or 'none'})"
 
 
-def disk_remedy(error: OSError) -> str:
-    """Return "; what to do", the ending of an error about a file that could not be written; "" if nothing is known."""
-    return _REMEDIES.get(error.errno or 0, "")
+def disk_error(message: str, error: OSError) -> StoreError:
+    """Return the error about a file that could not be written: `message` and, where it is known, what to do."""
+    return StoreError(message + _REMEDIES.get(error.errno or 0, ""), hint=Hint("disk-full") if error.errno == errno.ENOSPC else None)

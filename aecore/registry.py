@@ -2,8 +2,8 @@
 
 A spec is a frozen dataclass made with `@spec`; its fields are `knob`s with a default, a bound and one line of description.
 The same spec is what YAML holds, what a checkpoint's config.json holds and what Python users write. A `Registry` finds parts by
-importing the modules of the packages it was given, when somebody first asks: nothing is listed in a second place.
-A field that is added later says so (`knob(..., since=2)`), and every artefact that exists keeps its identity.
+importing the modules of its packages at first use: there is no second list to keep in step.
+A field that is added later is marked (`knob(..., since=2)`), and every artefact that exists keeps its identity.
 Specs never name import paths, so reading one cannot execute anything that is not already part of the program.
 """
 
@@ -36,11 +36,11 @@ def knob(
 
     `identity=False` marks a field that cannot change the artefact (cache sizes, intervals): recorded, but not hashed.
 
-    `since` is the format version that brought the field. A field that is younger than version 1 is left out of identities and of a
-    checkpoint's config while it has the value that says what older versions did, so artefacts written before it keep their hashes. That
-    value is the default; where the default of new artefacts is another one, it is `absent` (see `absent_values`, `as_recorded`).
+    `since` is the format version that introduced the field. A field newer than version 1 is left out of identities and of a
+    checkpoint's config while it has the value that describes the older versions, so artefacts written before it keep their hashes. That
+    value is the default; where new artefacts have another default, it is `absent` (see `absent_values`, `as_recorded`).
     """
-    assert since > 1 or absent is dataclasses.MISSING, "`absent` says what the absence of a later field means: give `since` as well"
+    assert since > 1 or absent is dataclasses.MISSING, "`absent` is the value that a missing later field implies: give `since` as well"
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "identity": identity}
     if since > 1:
         metadata |= {"since": since, "absent": default if absent is dataclasses.MISSING else absent}
@@ -97,8 +97,8 @@ def field_types(cls: type) -> dict[str, Any]:
 def to_dict(instance: Any, *, identity_only: bool = False) -> dict[str, Any]:  # any: every spec type
     """Return a spec (or a tree of specs) as plain JSON data.
 
-    With `identity_only` it is what identities are made of and checkpoints keep: without the `identity=False` fields, and without later
-    fields (`since`) that have the value that says what older versions did.
+    With `identity_only` it is the content of identities and of checkpoints' configs: without the `identity=False` fields, and without
+    later fields (`since`) that have the value that describes the older versions.
     """
     out: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
@@ -116,9 +116,9 @@ def _plain(value: Any, identity_only: bool) -> Any:  # any: a field's value
 
 
 def absent_values(part: Any) -> dict[str, Any]:  # any: every spec type, or an instance of one
-    """Return, as plain JSON data, what the absence of a later field (`since`) of a spec means in data that were recorded without it.
+    """Return, as plain JSON data, the values of later fields (`since`) that data recorded without them imply.
 
-    Specs inside an instance are looked into as well. `{**absent_values(cls), **recorded}` is a spec as its artefact was made.
+    Nested specs of an instance are included. `{**absent_values(cls), **recorded}` is the spec that made the artefact.
     """
     out: dict[str, Any] = {}
     for field in dataclasses.fields(part):
@@ -131,16 +131,16 @@ def absent_values(part: Any) -> dict[str, Any]:  # any: every spec type, or an i
 
 
 def as_recorded(asked: T, recorded: Mapping[str, Any]) -> T:
-    """Return the spec as an artefact that exists wants it: later fields that its record lacks and nobody changed mean the old value.
+    """Return `asked` with the old value in later fields that the record of an existing artefact lacks and that have their default.
 
-    A field whose default is better than what older versions did (`absent`) would otherwise refuse every artefact of these versions.
+    Otherwise a field whose default improves on the older versions (`absent`) would refuse every artefact of these versions.
     A value other than the default stays: the comparison of identities then names the field and both values.
     """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(asked):  # type: ignore[arg-type]  # every spec is a dataclass
         value = getattr(asked, field.name)
-        if dataclasses.is_dataclass(value) and isinstance(there := recorded.get(field.name), Mapping):
-            changes[field.name] = as_recorded(value, there)
+        if dataclasses.is_dataclass(value) and isinstance(known := recorded.get(field.name), Mapping):
+            changes[field.name] = as_recorded(value, known)
         elif "absent" in field.metadata and field.name not in recorded and value == _default(field):
             changes[field.name] = field.metadata["absent"]
     return dataclasses.replace(asked, **changes)  # type: ignore[type-var]  # as above
@@ -160,16 +160,16 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 def flatten(tree: Any, *, lists: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:  # any: plain data
-    """Yield the dotted key and the value of every leaf of nested mappings, in their order; an empty mapping has none.
+    """Yield the dotted key and the value of every leaf of nested mappings, in order; an empty mapping has none.
 
     Parameters
     ----------
     tree : Mapping
-        Nested mappings; a tuple among the values is given as the list that JSON makes of it.
+        Nested mappings; a tuple among the values is returned as a list, as in JSON.
     lists : bool
-        Also go into lists and tuples; the key of an item is its position (`columns.0.name`).
+        Descend into lists and tuples too; the key of an item is its position (`columns.0.name`).
     prefix : str
-        Key that all keys start with.
+        Key that all returned keys start with.
     """
     if not isinstance(tree, Mapping) and not (lists and isinstance(tree, list | tuple)):
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
@@ -221,8 +221,8 @@ class Registry:
             raise ConfigError(f"unknown {self.noun} kind {kind!r}{did_you_mean(kind, self._parts)}")
         return self._parts[kind][0]
 
-    def built_type(self, kind: str) -> Any:  # any: a class, or another type that the build function says it returns
-        """Return what the build function of `kind` says it returns (None if it says nothing), without building one."""
+    def built_type(self, kind: str) -> Any:  # any: a class, or another annotated return type
+        """Return the annotated return type of the build function of `kind` (None if it has none), without building one."""
         self.spec_type(kind)
         build = self._parts[kind][1]
         return build if isinstance(build, type) else get_type_hints(build).get("return")

@@ -28,7 +28,7 @@ from aecore._base.trainable import has_posterior, latent_column
 from aecore.artifact.commit import read_json, require_same
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.format.transform import Transform
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import ConfigError, DataError, Hint, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
 from aecore.report import grid, is_image, pixels, png
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
@@ -114,7 +114,8 @@ def prior_dim(loaded: LoadedModel) -> int:
     if shape is None or not has_posterior(model.columns):
         raise ConfigError(
             f"model.kind={model.kind} has no prior to draw from (its latents are {', '.join(model.columns)}): use a model of the VAE "
-            "family, or decode given latents with `aepipe decode`"
+            "family, or decode given latents (decode_run)",
+            hint=Hint("no-prior"),
         )
     return math.prod(shape)
 
@@ -176,7 +177,8 @@ def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     if made_by != loaded.sha256:
         raise DataError(
             f"table {url} was encoded by checkpoint {str(made_by)[:12]}, and {loaded.url} is {loaded.sha256[:12]}: the latents of one "
-            "model mean nothing to another; give the run that the table names (`aepipe show` says which)"
+            "model mean nothing to another; give the run that the table names (open_table(...).manifest.lineage)",
+            hint=Hint("other-checkpoint", {"url": url}),
         )
     part = table if spec.split is None else table.select(spec.split)
     stop = spec.num or part.num_rows
@@ -227,10 +229,10 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
     shape, count = list(loaded.config.input_shape), len(latents.z)
     summary = {"out": store.url, "num": count, "shape": shape, "latent_dim": int(latents.z.shape[1]), "checkpoint": loaded.sha256}
     if known is not None:
-        places = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
+        urls = {"checkpoint_sha256": (known["lineage"]["checkpoint"]["url"], loaded.url)}
         asked, there = _as_asked(name, identity), _as_asked(name, known["identity"])
         absent = _as_asked(name, {"spec": absent_values(spec)})
-        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, places=places, absent=absent)
+        require_same(store.url, f"set of {_SECTIONS[name][1]}", asked, there, urls=urls, absent=absent)
         return {**summary, "shape": known["shape"], "files": known["files"], "made": 0}
     if dry_run:
         return summary

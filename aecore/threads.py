@@ -1,7 +1,7 @@
-"""Work ahead in threads, in the order of the work: for calls that release the interpreter lock (hashes, files, the network, torch).
+"""Ordered work-ahead in threads, for calls that release the interpreter lock (hashes, files, the network, torch).
 
-Nothing here outlives its `with` block or its generator: leaving either waits for the calls that have begun. An error is raised where
-the result of its call would have come.
+Nothing here outlives its `with` block or its generator: leaving either waits for the calls that have begun. The error of a call is
+raised in place of its result.
 """
 
 import threading
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class BackgroundCall(Generic[P]):
-    """Call it to begin `function` in a thread; a call first waits for the one before and raises its error.
+    """Each call starts `function` in a thread, after it has waited for the previous call and raised its error, if any.
 
     Leaving the `with` block waits for the last call and raises its error, unless another error leaves the block.
     """
@@ -31,6 +31,7 @@ class BackgroundCall(Generic[P]):
         self._last: Future[object] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Wait for the previous call and start the next one."""
         self._wait()
         self._last = self._thread.submit(self._function, *args, **kwargs)
 
@@ -58,16 +59,20 @@ def submit_ahead(
     alone: Callable[[A], bool] = lambda argument: False,
     eager: bool = False,
 ) -> Generator[Future[R], None, None]:
-    """Yield the futures of `submit(argument)` in order; the caller takes the result of each, or its error, and may go on after an error.
+    """Yield the futures of `submit(argument)` in order; the caller takes each result or error, and may continue after an error.
 
     Parameters
     ----------
-    most
-        So many calls are begun before the first future is yielded, and kept begun from then on (at least 1).
-    alone
-        An argument that is not submitted before the futures of all earlier ones were taken (it is large, say).
-    eager
-        Yield also what is done already before the next argument is taken: for arguments that take long to make.
+    submit : callable
+        Starts one call and returns its future.
+    arguments : iterable
+        One argument per call, taken in the caller's thread.
+    most : int
+        Number of calls that are in flight (at least 1).
+    alone : callable, optional
+        Whether an argument waits until the futures of all earlier ones were taken (it is large, say).
+    eager : bool
+        Yield finished futures before the next argument is taken: for arguments that are slow to make.
     """
     begun = deque[Future[R]]()
     try:
@@ -87,7 +92,7 @@ def submit_ahead(
 def map_ordered(
     function: Callable[[A], R], arguments: Iterable[A], *, threads: int, alone: Callable[[A], bool] = lambda argument: False
 ) -> Generator[R, None, None]:
-    """Yield `function(argument)` of each argument in their order, made by so many threads, at most one more than there are threads ahead.
+    """Yield `function(argument)` of each argument in order, computed by `threads` threads, at most `threads + 1` calls ahead.
 
     Arguments are taken in the caller's thread; for `alone` see `submit_ahead`.
     """
@@ -100,9 +105,9 @@ def map_ordered(
 
 
 def prefetched(source: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
-    """Yield the items of `source`, computed by one thread at most `depth` items ahead; `depth` 0 takes no thread.
+    """Yield the items of `source`, computed by one thread at most `depth` items ahead; `depth` 0 uses no thread.
 
-    `source` is closed at the end in either case.
+    `source` is closed at the end in both cases.
     """
     if depth == 0:
         yield from source

@@ -119,10 +119,10 @@ def _bucket(server: int, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, value in s3_environment(port, tmp_path / "cache").items():
         monkeypatch.setenv(name, value)
     made = S3(server, port).with_bucket()
-    place = S3Store(made.url, made.bucket, "", None).place
-    monkeypatch.setattr(race_module, "_passed", {place} if known else set())
+    location = S3Store(made.url, made.bucket, "", None).location
+    monkeypatch.setattr(race_module, "_passed", {location} if known else set())
     if known:  # that this server creates atomically has tests of its own
-        remember(place, tmp_path / "cache")
+        remember(location, tmp_path / "cache")
     return made
 
 

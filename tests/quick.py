@@ -21,7 +21,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_generations.py": (),
     "test_native.py": (),
     "test_registry.py": (),
-    "test_slices.py": (),
+    "test_subset.py": (),
     "test_store.py": ("killed",),
     # data
     "test_arrays.py": (),

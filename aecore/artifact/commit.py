@@ -4,8 +4,8 @@
     records/<part>.json    the commit point of one part
     <stem>.NNNNNN.json     the manifest; a reader takes the highest one, and it names everything that exists for a reader
 
-A manifest's number is its parent's plus one, so of two concurrent appends exactly one gets the name; the other one is told to
-run again. Claims are numbered on their own (a dead claim leaves a gap); part names carry the claim's number.
+A manifest's number is its parent's plus one, so of two concurrent appends exactly one gets the name; the other one fails with
+RunFailed and can run again. Claims have their own numbers (a dead claim leaves a gap); part names carry the claim's number.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """One finished part: its files, its rows, and what the manifest says of it. Timings are kept here, never in a manifest.
+    """One finished part: its files, its rows, and its entry of the manifest. Timings are kept here, never in a manifest.
 
     `detail` is a pure function of the part's content (plain JSON); `timings` are seconds by step.
     """
@@ -57,23 +57,23 @@ def newest_number(store: Store, stem: str) -> int | None:
 
 
 def newest_of(names: Iterable[str], stem: str) -> int | None:
-    """Return the highest N of `<stem>.NNNNNN.json` among the names at an artefact's address: in a bucket a listing is worth sharing."""
+    """Return the highest N of `<stem>.NNNNNN.json` among the names, a listing of the artefact that the caller has made."""
     pattern = re.compile(re.escape(stem) + r"\.(\d{6})\.json")
     numbers = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
     return max(numbers, default=None)
 
 
 def read_json(store: Store, name: str) -> dict[str, Any]:
-    """Return one of our JSON files; DataError if it is missing, damaged or of a newer format."""
+    """Return a JSON file of the artefact; DataError if it is missing, damaged or of a newer format."""
     return parse_json(store, name, store.read(name))
 
 
 def parse_json(store: Store, name: str, content: bytes) -> dict[str, Any]:
-    """Return what `read_json` does of the content of the file `name`."""
+    """Return the parsed `content` of the file `name`, as `read_json` does."""
     try:
         data = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{store.url}/{name} is not valid JSON ({error}): it is damaged or not ours") from error
+        raise DataError(f"{store.url}/{name} is not valid JSON ({error}): it is damaged or was not written by aecore") from error
     if not isinstance(data, dict) or data.get("format", 0) > FORMAT_VERSION:
         raise DataError(f"{store.url}/{name} has format {data.get('format')!r}, this version reads up to {FORMAT_VERSION}: upgrade aecore")
     return data
@@ -88,7 +88,7 @@ def read_newest(store: Store, stem: str) -> tuple[int, dict[str, Any]] | None:
 def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
     """Return the number of the claim of `identity`: an earlier one of the same identity, else a new one.
 
-    `info` (addresses, versions) is recorded beside the identity and never compared. ConfigError if the place belongs to an artefact of
+    `info` (addresses, versions) is recorded with the identity and never compared. ConfigError if the URL belongs to an artefact of
     another `kind` ("dataset", "run", "table").
     """
     names = store.list()
@@ -106,13 +106,13 @@ def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info:
         try:
             store.put(f"run.{number:06d}.json", canonical_json(claim), role="run")
             return number
-        except AlreadyExists:  # somebody else took this number just now: the same work, or other work?
+        except AlreadyExists:  # another process has just taken this number: for the same work, or for other work?
             if canonical_json(read_json(store, f"run.{number:06d}.json")["identity"]) == wanted:
                 return number
 
 
 def require_kind(store: Store, kind: str, names: Sequence[str] | None = None) -> None:
-    """ConfigError if another kind of artefact lives at this address; `names` is its listing, if that is known."""
+    """ConfigError if the URL holds another kind of artefact; `names` is its listing, if that is known."""
     number = newest_of(store.list() if names is None else names, "run")
     there = kind if number is None else read_json(store, f"run.{number:06d}.json").get("kind", kind)
     if there != kind:
@@ -126,17 +126,20 @@ def put_or_adopt(
 
     Parameters
     ----------
-    accepts
-        Asked only if the name holds other bytes: are these (reference, bytes) as good as ours? It may also raise.
+    accepts : callable
+        Called only if the name holds other bytes: whether these (reference, bytes) are accepted instead of `content`. It may also raise.
 
     Returns
     -------
-    The reference of the committed file, and its bytes where they are another attempt's (None: ours, or equal to ours).
+    ref : FileRef
+        The committed file.
+    adopted : bytes or None
+        Its bytes if they are another attempt's and differ from `content`, else None.
 
     Raises
     ------
     AlreadyExists
-        The name holds bytes that are not accepted; nothing is overwritten.
+        If the name holds bytes that are not accepted; nothing is overwritten.
     """
     try:
         if isinstance(content, Path):
@@ -151,7 +154,7 @@ def put_or_adopt(
 
 
 def write_record(store: Store, record: PartRecord) -> PartRecord:
-    """Commit one part; if another attempt was first, return ITS record (same part, so the caller's files equal its files)."""
+    """Commit one part; if another attempt was first, return its record (same part, so the files are equal)."""
     data = {"format": FORMAT_VERSION, **dataclasses.asdict(record)}
     _, first = put_or_adopt(store, f"records/{record.part}.json", canonical_json(data), role="record", accepts=lambda ref, there: True)
     known = record if first is None else read_record(store, record.part)
@@ -160,17 +163,17 @@ def write_record(store: Store, record: PartRecord) -> PartRecord:
 
 
 def recorded_parts(store: Store) -> frozenset[str]:
-    """Return the names of the parts that seem to be committed: one question instead of one per part.
+    """Return the names of the parts that have a record, with one listing instead of a request per part.
 
-    A hint: a part that it misses is made again, and found to be there when it is committed.
+    A hint: a part that it misses is made again, and its commit finds the first one.
     """
     return frozenset(name.removesuffix(".json") for name in store.list("records"))
 
 
 def read_record(store: Store, part: str) -> PartRecord | None:
-    """Return the record of a part whose files are all there with their sizes; None if it was never committed.
+    """Return the record of a part whose files all exist with their sizes; None if it was never committed.
 
-    A committed part with a missing or truncated file is a DataError: it existed once, so somebody removed it.
+    A committed part with a missing or truncated file is a DataError: the file existed once and was removed or changed.
     """
     if store.size(f"records/{part}.json") is None:
         return None
@@ -196,35 +199,42 @@ def commit_manifest(store: Store, stem: str, parent: int, manifest: Mapping[str,
 def require_same(
     url: str,
     what: str,
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     *,
-    places: Mapping[str, tuple[object, object]] | None = None,
+    urls: Mapping[str, tuple[object, object]] | None = None,
     hints: Mapping[str, str] | None = None,
     absent: Mapping[str, Any] | None = None,
 ) -> None:
     """ConfigError that shows the differing fields (dotted) with both values, unless the two identities are equal.
 
-    A field that only one of them has is None in the other, or what `absent` says: nested like the identities, the values that the absence
-    of later fields means (see `aecore.registry.absent_values`).
-
-    A hash says nothing to people: `places` names, for a field or for all fields below it, the addresses (there, asked) that the two hashes
-    are of. `hints` are what else can be done where a field differs.
+    Parameters
+    ----------
+    url, what : str
+        URL of the artefact and the noun for it, for the message.
+    asked, recorded : Mapping
+        The identity that is asked for and the one of the artefact. A field that only one of them has is None in the other.
+    urls : Mapping, optional
+        Field -> (recorded, asked) URLs that the hashes in this field, or in those below it, belong to: a hash alone tells a user nothing.
+    hints : Mapping, optional
+        Field -> what else can be done if it differs.
+    absent : Mapping, optional
+        Values of later fields that a record lacks, instead of None (see `aecore.registry.absent_values`), nested like the identities.
     """
     missing = list(flatten(absent or {}))
-    mine, known = dict([*missing, *flatten(ours)]), dict([*missing, *flatten(theirs)])
-    differing = [key for key in sorted({*mine, *known}) if mine.get(key) != known.get(key)]
+    wanted, known = dict([*missing, *flatten(asked)]), dict([*missing, *flatten(recorded)])
+    differing = [key for key in sorted({*wanted, *known}) if wanted.get(key) != known.get(key)]
     if not differing:
         return
     lines = ""
     for key in differing:
-        where = next((pair for field, pair in (places or {}).items() if f"{key}.".startswith(f"{field}.")), (None, None))
-        lines += f"\n  {key}: there {_shown(known.get(key), where[0])}, asked {_shown(mine.get(key), where[1])}"
+        where = next((pair for field, pair in (urls or {}).items() if f"{key}.".startswith(f"{field}.")), (None, None))
+        lines += f"\n  {key}: there {_shown(known.get(key), where[0])}, asked {_shown(wanted.get(key), where[1])}"
     more = "".join(f"; {hint}" for hint in dict.fromkeys((hints or {}).get(key, "") for key in differing) if hint)
     raise ConfigError(f"{url} holds another {what}:{lines}\nwrite to another URL, or use the values that are there{more}")
 
 
 def _shown(value: object, where: object) -> str:
-    """Return a value of an identity as a message says it: a hash short, after the address it is of."""
+    """Return a value of an identity as messages show it: a hash is cut, and preceded by the URL that it belongs to."""
     short = value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
     return short if where is None or value is None else f"{where} ({short})"

@@ -1,29 +1,28 @@
-"""Map parts over workers: the seam between what a job does and who runs it.
+"""Map parts over workers: the interface between what a job does and where it runs.
 
 A job makes a list of tasks and a picklable factory of workers; a `FanOut` decides where the workers live (this process, Ray
 actors) and yields one outcome per task, in any order. A worker makes a part and returns the call that commits it: commits
-(fsync, or an upload) go on in threads of their own while the next parts are made. A part that fails does not stop the others: its failure
-is a value, and `collect` raises when everything else is done and recorded, so that the next run has only the failed parts left.
+(fsync, or an upload) run in background threads while the next parts are made. A part that fails does not stop the others: its failure
+is a value, and `collect` raises when everything else is done and recorded, so the next run makes only the failed parts.
 """
 
 import contextlib
 import functools
 import logging
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from aecore import errors
 from aecore.artifact.commit import PartRecord
-from aecore.errors import AecoreError, DataError, RunFailed
+from aecore.errors import AecoreError, DataError, Hint, RunFailed, from_json
 from aecore.threads import submit_ahead
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 COMMITS = 4  # parts that are being committed while the next one is made: an upload may take longer than a part
-AHEAD = 4  # parts whose input is brought near
+PREFETCHED = 4  # parts whose input is downloaded in the background
 SHOWN = 5  # failures spelled out in the error; the log has all of them
 
 
@@ -31,17 +30,19 @@ class Task(Protocol):
     """One part to make: picklable, named by `stem`, unique in its job."""
 
     @property
-    def stem(self) -> str: ...
+    def stem(self) -> str:
+        """Name of the part."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartFailure:
-    """A part that could not be made: the name of the error's class, its message, the traceback if it was no `AecoreError`."""
+    """A part that could not be made: the class name, message and hint of its error, the traceback if it was no `AecoreError`."""
 
     part: str
     error_type: str
     message: str
     traceback: str = ""
+    hint: Hint | None = None
 
 
 Commit = Callable[[], PartRecord]
@@ -53,14 +54,14 @@ OnPart = Callable[[PartRecord, int, int], None]
 
 
 def attempt(call: Callable[[], T], task: Task) -> T | PartFailure:
-    """Return what `call` gives (making or committing the task's part), or its error as a value.
+    """Return the result of `call` (making or committing the task's part), or its error as a value.
 
     KeyboardInterrupt and SystemExit pass through.
     """
     try:
         return call()
     except AecoreError as error:
-        return PartFailure(task.stem, type(error).__name__, str(error))
+        return PartFailure(task.stem, type(error).__name__, str(error), hint=error.hint)
     except Exception as error:  # a bug in one part must not cost the others; `collect` reports it
         return PartFailure(task.stem, type(error).__name__, str(error), traceback.format_exc())
 
@@ -73,18 +74,18 @@ def make_part(worker: Worker, task: Any) -> Outcome:
 def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     """Make all parts one after the other with one worker in this process; they are committed while the next ones are made.
 
-    A worker that has a method `ahead(tasks)` is told before each part which tasks it gets now and next.
-    Closed or interrupted, it lets the commits that are under way end.
+    A worker that has a method `prefetch(tasks)` gets, before each part, this task and the next `PREFETCHED` ones.
+    If it is closed or interrupted, it waits for the commits that have begun.
     """
     worker = make_worker()
-    ahead: Callable[[Sequence[Any]], None] = getattr(worker, "ahead", lambda tasks: None)
+    prefetch: Callable[[Sequence[Any]], None] = getattr(worker, "prefetch", lambda tasks: None)
 
     def made() -> Iterator[tuple[Commit | PartFailure, Any]]:
         for number, task in enumerate(tasks):
             try:
-                ahead(tasks[number : number + 1 + AHEAD])
-            except Exception as error:  # a hint: the task itself is told what is wrong
-                logger.debug("what comes after %s cannot be fetched ahead: %s", task.stem, error)
+                prefetch(tasks[number : number + 1 + PREFETCHED])
+            except Exception as error:  # only a hint: the task itself raises the error
+                logger.debug("the input of the parts after %s cannot be prefetched: %s", task.stem, error)
             yield attempt(functools.partial(worker, task), task), task
 
     def commit(part: tuple[Commit | PartFailure, Any]) -> Outcome:
@@ -138,19 +139,16 @@ def collect(
         raise _failed(failures, len(tasks), what)
     lost = [stem for stem in stems if stem not in records]
     if lost:
-        raise RunFailed(f"{len(lost)} of {len(tasks)} {what} came back without a record ({_some(lost)}): run the same command again")
+        names = ", ".join(lost[:SHOWN]) + (", ..." if len(lost) > SHOWN else "")
+        raise RunFailed(f"{len(lost)} of {len(tasks)} {what} came back without a record ({names}): run the same command again")
     return [records[stem] for stem in stems]
 
 
 def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     kinds = {failure.error_type for failure in failures}
-    kind = type(errors.from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
+    kind = type(from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
     lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
     more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
     first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
-    return kind(f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish")
-
-
-def _some(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:SHOWN]) + (", ..." if len(first) > SHOWN else "")
+    message = f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish"
+    return kind(message, hint=next((failure.hint for failure in failures if failure.hint is not None), None))

@@ -1,46 +1,42 @@
-"""What is located at a URL: the one detector that every command asks, and the words for it in messages.
+"""What is located at a URL: the one detector for all callers, and the names of kinds in messages.
 
 The newest manifest decides, then the newest claim, then `checkpoint.json`, then the folders of a pipeline's root, then the manifests of
-what was drawn from a model. One listing of the address is read, and the claim where there is no manifest.
+what was drawn from a model. It reads one listing of the URL, and the claim where there is no manifest.
 """
 
 from dataclasses import dataclass
 
 from aecore.artifact.commit import newest_of, read_json
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
 
 STAGE_FOLDERS = ("dataset", "run", "table")
 
 
 @dataclass(frozen=True, slots=True)
-class _Words:
-    """What a message calls a kind of artefact, and what a user who has one can do with it."""
+class _Kind:
+    """What a message calls a kind of artefact, and the manifest of what was drawn from a model."""
 
     name: str
-    use: str
-    manifest: str | None = None  # of what was drawn from a model
+    manifest: str | None = None
 
 
-_LOOK = "look at it with `aepipe show {url}`"
 _KINDS = {
-    "dataset": _Words(
-        "a data set", "train on it with `aepipe train RECIPE data={url} out=RUN`, encode it with `aepipe encode RUN {url} TABLE`"
-    ),
-    "table": _Words("a latent table", f"{_LOOK}, which names its data set and its run"),
-    "run": _Words("a training run", "it is RUN of `aepipe encode RUN DATASET TABLE` and `aepipe evaluate RUN DATASET`"),
-    "checkpoint": _Words("the checkpoint of a model", "it is RUN of `aepipe encode RUN DATASET TABLE`"),
-    "root": _Words("the root of a pipeline", "it holds {inside}"),
-    "samples": _Words("samples of a model's prior, written by `aepipe sample`", _LOOK, "samples.json"),
-    "decoded": _Words("decoded latents, written by `aepipe decode`", _LOOK, "decoded.json"),
-    "figures": _Words("figures of a model, written by `aepipe evaluate --figures`", _LOOK, "figures.json"),
+    "dataset": _Kind("a dataset"),
+    "table": _Kind("a latent table"),
+    "run": _Kind("a training run"),
+    "checkpoint": _Kind("the checkpoint of a model"),
+    "root": _Kind("the root of a pipeline"),
+    "samples": _Kind("samples of a model's prior", "samples.json"),
+    "decoded": _Kind("decoded latents", "decoded.json"),
+    "figures": _Kind("figures of a model", "figures.json"),
 }
 KINDS = tuple(_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """What is located at a URL: one of `KINDS`, and the file that says so (None for a root, which holds the artefacts of `stages`)."""
+    """What is located at a URL: one of `KINDS`, and the file that shows it (None for a root, which holds the artefacts of `stages`)."""
 
     kind: str
     file: str | None
@@ -48,7 +44,7 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """What a message calls it: "a data set", "the checkpoint of a model"."""
+        """Its name in messages: "a dataset", "the checkpoint of a model"."""
         return _KINDS[self.kind].name
 
     @property
@@ -63,12 +59,12 @@ class Artifact:
 
 
 def detect_artifact(store: Store) -> Artifact | None:
-    """Return what is located at the URL of `store`, finished or not; None if it is nothing of ours.
+    """Return what is located at the URL of `store`, finished or not; None if it is no artefact of aecore.
 
     Raises
     ------
     DataError
-        There is a claim that is damaged, of a newer format, or of no kind that is known.
+        If the claim is damaged, of a newer format, or of an unknown kind.
     """
     names = store.list()
     for kind in ("dataset", "table"):
@@ -81,24 +77,26 @@ def detect_artifact(store: Store) -> Artifact | None:
     stages = tuple(name for name in STAGE_FOLDERS if name in names and open_store(f"{store.url}/{name}").list())
     if stages:
         return Artifact("root", None, stages)
-    return next((Artifact(kind, words.manifest) for kind, words in _KINDS.items() if words.manifest in names), None)
+    return next((Artifact(name, kind.manifest) for name, kind in _KINDS.items() if kind.manifest in names), None)
 
 
 def _claimed(store: Store, name: str) -> Artifact:
     claim = read_json(store, name)
     kind = claim.get("kind") or ("run" if "model" in claim.get("identity", ()) else None)
     if kind not in STAGE_FOLDERS:
-        raise DataError(f"{store.url}/{name} says the kind {kind!r}, expected dataset, run or table: it is damaged or not ours")
+        raise DataError(f"{store.url}/{name} has kind {kind!r}, expected dataset, run or table: it is damaged or was not written by aecore")
     return Artifact(str(kind), name)
 
 
-def other_kind(store: Store, wanted: str) -> str | None:
-    """Return the message for an address that holds another kind than `wanted` (dataset, table or run); None if it does not."""
+def other_kind(store: Store, wanted: str) -> DataError | None:
+    """Return the error for an address that holds another kind than `wanted` (dataset, table or run); None if it does not."""
     found = detect_artifact(store)
     if found is None or found.kind == wanted:
         return None
+    inside = [f"{store.url}/{name}" for name in found.stages]
     if wanted in found.stages:
-        use = f"give {store.url}/{wanted}"
+        remedy = f"give {store.url}/{wanted}"
     else:
-        use = _KINDS[found.kind].use.format(url=store.url, inside=", ".join(f"{store.url}/{name}" for name in found.stages))
-    return f"{store.url} is {found.name}, expected {_KINDS[wanted].name}: {use}"
+        remedy = f"it holds {', '.join(inside)}" if inside else "give another address"
+    message = f"{store.url} is {found.name}, expected {_KINDS[wanted].name}: {remedy}"
+    return DataError(message, hint=None if inside else Hint(f"is-{found.kind}", {"url": store.url}))

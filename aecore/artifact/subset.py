@@ -1,4 +1,4 @@
-"""One of n slices of the parts of an artefact, the same ones every time: n nightly checks read everything once."""
+"""One of n fixed subsets of the parts of an artefact: n nightly checks read everything once."""
 
 import hashlib
 import re
@@ -8,23 +8,23 @@ from aecore.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """The `number`-th of `total` slices. A stem belongs to exactly one: its sha256 modulo `total` decides, appends move none."""
+class VerifySubset:
+    """The `number`-th of `total` subsets. Each part belongs to exactly one, by the sha256 of its stem modulo `total`; appends move none."""
 
     number: int = 1
     total: int = 1
 
     def takes(self, stem: str) -> bool:
-        """Return whether a part of this stem is in the slice."""
+        """Return whether the part with this stem is in the subset."""
         return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") % self.total == self.number - 1
 
     def __str__(self) -> str:
         return f"{self.number}/{self.total}"
 
 
-def parse_slice(text: str, option: str = "--read-data-subset") -> Slice:
-    """Return the slice of `k/n`; ConfigError unless 1 <= k <= n."""
+def parse_subset(text: str, option: str = "--read-data-subset") -> VerifySubset:
+    """Return the subset of `k/n`; ConfigError unless 1 <= k <= n."""
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"{option} {text} is no slice: write k/n with 1 <= k <= n, for example {option} 1/7 for the first of seven")
-    return Slice(int(match[1]), int(match[2]))
+    return VerifySubset(int(match[1]), int(match[2]))

@@ -1,4 +1,4 @@
-"""Whether data and model go together, asked before any work begins."""
+"""Whether a dataset and a model are compatible, checked before any work begins."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from aecore.errors import DataError
 
 
 def check_input_shape(dataset: Dataset, loaded: LoadedModel) -> None:
-    """DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps)."""
+    """Raise DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps)."""
     expected = loaded.config.input_shape
     varying = expected[:1] == (0,)
     shape = dataset.manifest.input_shape(sequences=varying)

@@ -13,9 +13,9 @@ from aecore.registry import BACKBONES, MODELS, Registry, absent_values, from_dic
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything that is needed to build a model again; `input_shape` is `(C, H, W)`, `(F,)` or whatever the data has.
+    """Everything that is needed to rebuild a model; `input_shape` is `(C, H, W)`, `(F,)` or any other shape of the data.
 
-    A first axis of 0 stands for sequences of any number of steps.
+    A first axis of 0 means sequences of any number of steps.
     """
 
     model: ModelSpec
@@ -31,7 +31,7 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON data: what decides weights and latents, later fields only where they differ from what was."""
+        """Return the fields that decide weights and latents, later fields only if they differ from the old behaviour."""
         return {
             "format": FORMAT_VERSION,
             "model": to_dict(self.model, identity_only=True),

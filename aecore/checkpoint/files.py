@@ -1,7 +1,7 @@
-"""config.json + safetensors, never a pickle: what a run leaves, and how a model comes back from it.
+"""Checkpoints: config.json and safetensors; no pickle is ever executed. Written by a run, loaded as a model.
 
-A checkpoint is a folder whose `checkpoint.json` is written last and lists every other file with size and sha256: no valid list, no
-checkpoint. `config.json` holds the specs (plain data: a kind and numbers), so loading builds registered parts only and executes
+A checkpoint is a folder whose `checkpoint.json` is written last and lists every other file with size and sha256: without a valid list
+it is no checkpoint. `config.json` holds the specs (plain data: a kind and numbers), so loading builds registered parts only and executes
 nothing from the file. `model/` is the same format without the optimizer's state: what encode, evaluate and users load.
 """
 
@@ -26,7 +26,7 @@ from aecore._base.trainable import Trainable
 from aecore.artifact.commit import FORMAT_VERSION, parse_json, read_json
 from aecore.artifact.kinds import other_kind
 from aecore.checkpoint.config import ModelConfig
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 from aecore.store import FileRef, Store, canonical_json, open_store
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _FOLDER = re.compile(r"step-(\d{8})-[0-9a-z]+")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """A committed checkpoint: `sha256` is that of its checkpoint.json, `metrics` the metric parts of steps 1..step."""
+    """A committed checkpoint: `sha256` is the hash of its checkpoint.json, `metrics` the metric parts of steps 1..step."""
 
     name: str
     step: int
@@ -57,7 +57,7 @@ class CheckpointRef:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode with what it was trained on and how its input is prepared."""
+    """A model in eval mode, with its config (input shape, transform) and its checkpoint."""
 
     model: Trainable
     config: ModelConfig
@@ -103,17 +103,17 @@ def write_checkpoint(
 
 
 def same_as_published(store: Store, chosen: CheckpointRef) -> CheckpointRef:
-    """Return `chosen`, or the checkpoint of the same step whose weights already lie in `model/`.
+    """Return `chosen`, or the checkpoint of the same step whose weights are in `model/` already.
 
-    Two attempts at once (on other numbers of ranks, say) may end with weights that differ in the last bits; if one of them was
-    killed while it published, its checkpoint has to be the one that is finished.
+    Two concurrent attempts (on different numbers of ranks, say) may end with weights that differ in the last bits; if one of them
+    was killed while it published, its checkpoint is the one to finish.
     """
     if store.size("model/model.safetensors") is None:
         return chosen
     published = hashlib.sha256(store.read("model/model.safetensors")).hexdigest()
     for step, name in committed_checkpoints(store):
         if step == chosen.step:
-            with contextlib.suppress(DataError):  # a damaged one is not the one to finish
+            with contextlib.suppress(DataError):  # a damaged one cannot be finished
                 known = read_checkpoint(store, name)
                 if known.file("model.safetensors").sha256 == published:
                     return known
@@ -123,7 +123,7 @@ def same_as_published(store: Store, chosen: CheckpointRef) -> CheckpointRef:
 def publish_model(store: Store, checkpoint: CheckpointRef) -> CheckpointRef:
     """Copy the weights and config of a committed checkpoint to `model/`: the run's result.
 
-    The bytes depend on the weights, the config and the data only, so a run that was killed and resumed publishes the same ones.
+    The bytes depend on the weights, the config and the data only, so a run that was killed and resumed publishes the same bytes.
     """
     files = []
     for suffix in ("model.safetensors", "config.json"):
@@ -162,7 +162,7 @@ def read_checkpoint(store: Store, name: str, *, verify: bool | None = True) -> C
 
 @contextlib.contextmanager
 def _well_formed(store: Store, name: str) -> Iterator[None]:
-    """DataError for a file that is JSON and yet not what we write."""
+    """DataError for a file that is JSON but not a checkpoint of aecore."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -188,7 +188,7 @@ def committed_checkpoints(store: Store) -> list[tuple[int, str]]:
 
 
 def best_of_attempts(store: Store, committed: Sequence[tuple[int, str]]) -> set[str]:
-    """Return which of these checkpoints (newest first) are the best ones that some attempt knows; all of an attempt that cannot be read."""
+    """Return those of these checkpoints (newest first) that are the best of their attempt; all of an attempt that cannot be read."""
     of_attempt: dict[str, list[str]] = {}
     for _, name in committed:
         of_attempt.setdefault(name.rpartition("-")[2], []).append(name)
@@ -205,7 +205,7 @@ def best_of_attempts(store: Store, committed: Sequence[tuple[int, str]]) -> set[
 def newest_checkpoint(store: Store, run_sha256: str | None = None) -> CheckpointRef | None:
     """Return the newest checkpoint whose every file matches its sha256; damaged ones are skipped with a warning.
 
-    With `run_sha256` (the hash of the run's identity) those of another run, copied here, are skipped as well.
+    With `run_sha256` (the hash of the run's identity) those that were copied from another run are skipped as well.
     """
     for _, name in committed_checkpoints(store):
         try:
@@ -215,14 +215,14 @@ def newest_checkpoint(store: Store, run_sha256: str | None = None) -> Checkpoint
             continue
         if run_sha256 is None or checkpoint.info.get("run_sha256") == run_sha256:
             return checkpoint
-        logger.warning("skipping %s/%s: it is of another run (another config or dataset)", store.url, name)
+        logger.warning("skipping %s/%s: it belongs to another run (another config or dataset)", store.url, name)
     return None
 
 
 def remove_checkpoint(store: Store, name: str) -> None:
     """Remove a checkpoint that this run wrote; checkpoint.json goes first, so a half-removed one is no checkpoint.
 
-    One that is damaged (we cannot tell what is ours in it) or that another attempt is removing is left alone with a warning.
+    A damaged one (which files belong to it is unknown), or one that another attempt is removing, is kept with a warning.
     """
     try:
         files = read_json(store, f"{name}/{MANIFEST}")["files"]
@@ -261,12 +261,13 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     if not name and store.size(MANIFEST) is None:
         other = other_kind(store, "run")
         if other is not None:
-            raise DataError(other)
+            raise other
         if store.size("run.000001.json") is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
         raise DataError(
             f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder; check the address, "
-            f"or train one with `aepipe train RECIPE data=DATASET out={store.url}`"
+            "or train one (aecore.training.loop.fit)",
+            hint=Hint("no-model", {"url": store.url}),
         )
     checkpoint = read_checkpoint(store, name, verify=None)
     config_ref = checkpoint.file("config.json")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
 from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, tar_store
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ class Dataset:
 
     def reader(self, shard: ShardRef) -> "ShardReader":
         """Return the strict reader of one shard of this manifest."""
-        from aecore.data.read.shard_reader import ShardReader  # only where shards are read: `aepipe show` needs none
+        from aecore.data.read.shard_reader import ShardReader  # imported late: who reads manifests alone needs no reader
 
         return ShardReader(self.store, shard)
 
 
 def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
     """Return key, source and source bytes of every sample that was ever planned, quarantined ones too; verified."""
-    import pyarrow as pa  # only where tables are read: `aepipe show` needs none
+    import pyarrow as pa  # imported late: who reads manifests alone needs no tables
 
     from aecore.data.format.index import read_table
 
@@ -65,20 +65,23 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
     store = open_store(url)
     newest = newest_number(store, STEM)
     if newest is None:
-        raise DataError(_nothing_here(store))
+        raise _nothing_here(store)
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
     return Dataset(store, read_manifest(store, newest if number is None else number))
 
 
-def _nothing_here(store: Store) -> str:
+def _nothing_here(store: Store) -> DataError:
     other = other_kind(store, "dataset")
     if other is not None:
         return other
     if newest_number(store, "run") is None:
-        return (
-            f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address; other people's tars "
-            "need `aepipe adopt`, or are read without an index with input.reader=webdataset"
+        return DataError(
+            f"{store.url} holds no data set: write one with aecore.data.write.job.shard_dataset, or check the address; external tars need "
+            "an index (adopt_shards, in the same module), or are read without one with input.reader=webdataset",
+            hint=Hint("no-dataset", {"url": store.url}),
         )
     parts = sum(name.endswith(".json") for name in store.list("records"))
-    return f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"
+    return DataError(
+        f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"
+    )

@@ -119,7 +119,7 @@ class DatasetManifest:
             choose = "" if key is None or not self.splits else f"write {key}={next(iter(self.splits))}, or another one that is there; "
             raise DataError(
                 f"the data set (generation {self.number}) has no split {name!r} (it has: {known}): {choose}"
-                "splits.* say how `aepipe shard` makes them"
+                "splits.* of the sharding job say how they are made"
             )
         return self.splits[name]
 

@@ -220,9 +220,9 @@ def _require_same_table(
     if there is not None and wanted != there:
         claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
-        places = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
+        urls = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
         absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}
-        require_same(store.url, "table", wanted, there, places=places, absent=absent)
+        require_same(store.url, "table", wanted, there, urls=urls, absent=absent)
 
 
 def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:

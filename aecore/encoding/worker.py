@@ -140,7 +140,7 @@ class EncodeWorker:
             index = loader.index(task.shard)
         return functools.partial(self._commit, task, values, index, time.perf_counter() - started)
 
-    def ahead(self, tasks: Sequence[EncodeTask]) -> None:
+    def prefetch(self, tasks: Sequence[EncodeTask]) -> None:
         """Start the background download of the shards of the next tasks (nothing to do for local datasets)."""
         self.dataset.prefetch([task.shard for task in tasks if task.stem not in self.recorded])
 

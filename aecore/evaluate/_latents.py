@@ -16,7 +16,7 @@ from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.format.transform import Transform
 from aecore.data.read.loader import InputSpec, Loader
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 
 FACTOR = "factor_"
 MANY_LEVELS, FEW_LEVELS = 100, 20  # a numeric factor with more levels is cut into as many bins of equal width
@@ -113,7 +113,8 @@ def factors_of(splits: Iterable[SplitLatents]) -> Factors:
         where = splits[0].loader.rows.dataset.url
         raise DataError(
             f"{where} has no {FACTOR}* column that varies (it has: {', '.join(names) or 'none'}): factor scores need data "
-            "with known factors, such as `aepipe shard sprites`; leave out evaluate.factors"
+            "with known factors, such as source.kind=sprites; leave out evaluate.factors",
+            hint=Hint("no-factors"),
         )
     return Factors(tuple(kept), np.stack(levels, axis=1), tuple(cut))
 

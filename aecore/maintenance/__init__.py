@@ -1,1 +1,1 @@
-"""What keeps artefacts in order: `gc` removes what nobody needs, `compare` finds in what two artefacts differ."""
+"""Maintenance of artefacts: `gc` removes files that are no longer needed, `compare` lists how two artefacts differ."""

@@ -1,12 +1,12 @@
 """URL in, bytes out; put-if-absent. The only module that touches storage.
 
-Every file of an artefact appears under its final name at once and complete, or not at all. On a disk: written to a temporary file
+Every file of an artefact appears under its final name in one step and complete, or not at all. On a disk: written to a temporary file
 under `<artefact>/.tmp/`, fsynced, hard-linked to the final name (which fails if the name is taken), folder fsynced. In a bucket: staged
-on this machine, sent by one conditional create. Nothing is ever overwritten: a name that is taken by the same bytes is success (our
-own earlier attempt), by other bytes it is `AlreadyExists`. No locks and no mutable pointers. A process killed at any instant leaves
-at most a file under `.tmp/`, or an upload that was not completed, which no reader looks at.
+on this machine, sent by one conditional create. Nothing is ever overwritten: a name that is taken by the same bytes is success (an
+earlier attempt wrote them), by other bytes it is `AlreadyExists`. No locks and no mutable pointers. A process killed at any instant
+leaves at most a file under `.tmp/`, or an upload that was not completed, which no reader looks at.
 
-`Store` is what the rest of the code sees; `open_store` chooses the implementation by the URL.
+`Store` is the interface for the rest of the code; `open_store` chooses the implementation by the URL.
 Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` ends it by SIGKILL at the third record linked.
 """
 

@@ -1,4 +1,4 @@
-"""Reads of a file system that are tried again: an error of the moment says nothing about the bytes that could not be read."""
+"""Retried reads of a file system: a transient I/O error is no property of the bytes that could not be read."""
 
 import errno
 import time
@@ -19,16 +19,16 @@ _USUAL = "nothing is recorded about it: run the same command again when the stor
 
 
 def read_again(read: Callable[[], T], where: str, error: OSError | None = None) -> T:
-    """Return what `read()` gives, called up to `READS` times, with a pause after each OSError.
+    """Return the result of `read()`, called up to `READS` times with a growing pause after each OSError.
 
     Parameters
     ----------
     read : callable
-        Reads from the beginning: it opens what a stale handle may hold open.
+        Reads from the beginning and opens the file itself: a handle that is open already may be stale.
     where : str
-        What is read, for the error.
+        Name of the file for the error.
     error : OSError, optional
-        The error of a first read that the caller has made.
+        Error of a first read by the caller; it counts as one of the `READS`.
 
     Raises
     ------

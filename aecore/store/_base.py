@@ -1,4 +1,4 @@
-"""What every store is: its calls, its file references, its fault points. See the package for the rules."""
+"""The interface of all stores, references to files, fault points. The package docstring has the rules."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ _faults_seen: dict[str, int] = {}
 
 
 class AlreadyExists(StoreError):
-    """The final name is taken by other bytes than ours."""
+    """The final name is taken by other bytes than those to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def sha256_file(path: Path) -> str:
 
 
 class Store(Protocol):
-    """Files of one artefact under one URL. Names are relative, with `/`; roles name the fault points."""
+    """Files of one artefact under one URL. Names are relative to it and separated by `/`; roles name the fault points."""
 
     url: str
 
@@ -69,58 +69,58 @@ class Store(Protocol):
         """Commit a file made with `stage` as `name` (the hash is computed if it is not given)."""
 
     def stage(self) -> contextlib.AbstractContextManager[Path]:
-        """Give the path of a new temporary file on local disk; removed at the end of the `with` if it is still there."""
+        """Yield the path of a new temporary file on local disk; the end of the `with` block removes it unless it was committed."""
 
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
         """Return the bytes of `name`; with `ref`, DataError unless size and sha256 agree. DataError if missing."""
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
-        """DataError unless `ref` is there with its size, and with its sha256 if `verify` (then every byte is read)."""
+        """DataError unless `ref` exists with its size, and with its sha256 if `verify` (which reads every byte)."""
 
     def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
-        """Check several files, at once where they are far away; the first in order that is wrong is raised."""
+        """Check several files, concurrently where the store is remote; the error is that of the first wrong one in order."""
 
     def local(self, ref: FileRef) -> Path:
-        """Return a path on this machine that holds `ref`, for use at once; DataError if it is missing or has another size."""
+        """Return the path of a local copy of `ref`, for immediate use; DataError if it is missing or has another size."""
 
     def open(self, ref: FileRef) -> int:
-        """Return a descriptor to read `ref` with `pread`, as `local`; the caller closes it."""
+        """Return a file descriptor of the local copy of `ref` (see `local`), for `pread`; the caller closes it."""
 
-    def mend(self, ref: FileRef) -> bool:
-        """Say whether it is worth to read `ref` once more after it was found damaged: a near copy was, and is fetched again."""
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
+        """Drop the cached copy of `ref` if that is corrupt; return whether another read fetches it again (False: nothing to gain)."""
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
-        """Begin to bring these files near, in this order, in the background; a hint that never fails."""
+        """Start the background download of these files, in this order (no-op for local stores); never raises."""
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, None if there is no such file."""
 
     def modified(self, name: str) -> float | None:
-        """Return when `name` was written, in seconds since the epoch by the storage's clock; None if there is no such file."""
+        """Return the modification time of `name`, in seconds since the epoch by the storage's clock; None if there is no such file."""
 
     def list(self, folder: str = "") -> list[str]:
-        """Return the names directly below `folder` ("" is the artefact itself), sorted; empty if there is none."""
+        """Return the sorted names directly below `folder` ("" is the artefact itself); empty if there is none."""
 
     def remove(self, name: str) -> None:
-        """Remove a file that this program created (retention of checkpoints, `gc`); missing is fine."""
+        """Remove a file that this program created (retention of checkpoints, garbage collection); no error if it is missing."""
 
 
 class Files(Protocol):
-    """Files of somebody else below one URL, read only: what a source shards."""
+    """External files below one URL, read-only: the input of a source."""
 
     url: str
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of every file by its name below the URL, with `/`, sorted by name; DataError if there is nothing."""
+        """Return name -> size in bytes of every file below the URL, sorted by name; DataError if there is none."""
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; OSError if it cannot be read."""
 
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
-        """Return `read` for who reads exactly these names in this order: where reading takes long it works ahead."""
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
+        """Return a `read` for exactly these names in this order; a remote store downloads the next ones in the background."""
 
     def local(self, name: str) -> Path:
-        """Return a path on this machine that holds the file (an object is fetched once); OSError if it cannot be read."""
+        """Return the path of a local copy of the file (an object is downloaded once); OSError if it cannot be read."""
 
 
 def damaged(where: object, ref: FileRef, found: str) -> DataError:
@@ -138,9 +138,9 @@ def require_size(where: object, ref: FileRef, size: int | None) -> None:
         raise DataError(f"{where} has {size} bytes, the manifest says {ref.bytes}: it was truncated or changed; restore it")
 
 
-def other_content(where: object, ref: FileRef, there: str) -> AlreadyExists:
-    """Return the error about a name that is taken by bytes with the sha256 `there`."""
+def other_content(where: object, ref: FileRef, found: str) -> AlreadyExists:
+    """Return the error about a name that is taken by bytes with the sha256 `found`."""
     return AlreadyExists(
-        f"{where} exists with other content (sha256 {there[:12]}, ours {ref.sha256[:12]}): nothing was overwritten. An earlier attempt "
-        "made it from other inputs: restore what has changed since, or write to another URL"
+        f"{where} exists with other content (sha256 {found[:12]}, expected {ref.sha256[:12]}): nothing was overwritten. An earlier "
+        "attempt made it from other inputs: restore what has changed since, or write to another URL"
     )

@@ -1,4 +1,4 @@
-"""What this process has seen of the checksums of each bucket that it reads from."""
+"""Per bucket: counts of the checksums that this process has compared, and what the service does not support."""
 
 import logging
 import threading
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Bucket:
-    """What this process knows of the checksums of one bucket."""
+    """Counts of compared and uncomparable checksums of one bucket."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -16,12 +16,12 @@ class Bucket:
         self._noted = False
         self._lock = threading.Lock()  # event loops of several threads count
 
-    def of_etag(self) -> None:
+    def count_match(self) -> None:
         """Count an ETag that was the MD5 of its object."""
         with self._lock:
             self.matched += 1
 
-    def of_no_checksum(self) -> None:
+    def count_unchecked(self) -> None:
         """Count a body that could not be compared."""
         with self._lock:
             self.unchecked += 1
@@ -29,8 +29,8 @@ class Bucket:
         if is_first:
             logger.info("%s: objects without a checksum that can be compared are read once (counted for each shard)", self.url)
 
-    def of_other_etag(self, where: str) -> None:
-        """Take note of an ETag that is not the MD5 of its object."""
+    def note_other_etag(self, where: str) -> None:
+        """Record an ETag that is not the MD5 of its object."""
         with self._lock:
             self.ignores_etags = self.matched == 0
             self.unchecked += 1
@@ -46,13 +46,13 @@ _making = threading.Lock()
 
 
 def bucket(url: str) -> Bucket:
-    """Return what is known of the bucket of an `s3://[profile@]bucket/...` URL."""
-    place = "/".join(url.split("/", 3)[:3])
+    """Return the counts of the bucket of an `s3://[profile@]bucket/...` URL."""
+    key = "/".join(url.split("/", 3)[:3])
     with _making:
-        return _buckets.setdefault(place, Bucket(place))
+        return _buckets.setdefault(key, Bucket(key))
 
 
 def unchecked_bodies() -> int:
-    """Return how many bodies this process has read that had no checksum to be compared with."""
+    """Return how many bodies this process has read without a checksum to compare with."""
     with _making:
         return sum(known.unchecked for known in _buckets.values())

@@ -1,11 +1,11 @@
-"""Whole objects on this machine's disk: verified when they arrive, shared by its processes, bounded.
+"""Cache of whole objects on the local disk: verified on arrival, shared by all processes, bounded in size.
 
-    $AECORE_CACHE (default ~/.cache/aecore)/<sha256>         an object, complete; its time says when it was last asked for
-                                            <sha256>.part    one that is arriving, locked by who fetches it
+    $AECORE_CACHE (default ~/.cache/aecore)/<sha256>         a complete object; its mtime is the time of its last use
+                                            <sha256>.part    a download in progress, locked by its process
 
-At most `AECORE_CACHE_BYTES` (default 16 GiB) lie there: before an object is fetched, those that were not asked for the longest time go.
-One that somebody has open stays (readers hold a shared lock), so only what is being read at the same moment can exceed the bound.
-Everything in the folder can be removed at any time; a process that is killed leaves at most `.part` files, which the next one removes.
+It holds at most `AECORE_CACHE_BYTES` (default 16 GiB): before a download the least recently used objects are evicted. An object that is
+open in any process stays (readers hold a shared lock), so only concurrent reads can exceed the bound. Everything in the folder can be
+removed at any time; a killed process leaves at most `.part` files, which the next one removes.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ from aecore.store._base import FileRef, sha256_file
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
 DEFAULT_BYTES = 16 << 30
-_OURS = re.compile(r"[0-9a-f]{64}(?:\.part)?")
-KEPT_S = 60.0  # an object whose path was given out may be opened this much later
+_OBJECT_NAME = re.compile(r"[0-9a-f]{64}(?:\.part)?")
+KEPT_S = 60.0  # an object whose path was returned may be opened this much later
 FETCHERS = 8
 POLL_S = 0.01
 
 
 class ObjectCache:
-    """The cache of this machine; cheap to make."""
+    """The cache of this machine; cheap to construct."""
 
     def __init__(self, root: Path | None = None, limit: int | None = None) -> None:
         self.root = root or _default_root()
         self.limit = _default_limit() if limit is None else limit
 
     def path(self, ref: FileRef, fetch: Fetch) -> Path:
-        """Return the path of an object, fetched if it is not there; it stays for `KEPT_S`."""
+        """Return the path of an object, downloaded if it is not cached; it is not evicted for `KEPT_S`."""
         os.close(self.open(ref, fetch, keep_s=KEPT_S))
         return self.root / ref.sha256
 
     def open(self, ref: FileRef, fetch: Fetch, keep_s: float = 0.0) -> int:
-        """Return a descriptor of an object, fetched if it is not there; while it is open the object is not evicted."""
+        """Return a descriptor of an object, downloaded if it is not cached; while it is open the object is not evicted."""
         path = self.root / ref.sha256
         while True:
             with _errors(self.root), contextlib.suppress(FileNotFoundError):
@@ -62,11 +62,11 @@ class ObjectCache:
             self._fetch(ref, path, fetch)
 
     def forget(self, ref: FileRef) -> None:
-        """Remove an object, so that it is fetched again; who has it open keeps what is there."""
+        """Remove an object, so that it is downloaded again; open descriptors keep the removed bytes."""
         (self.root / ref.sha256).unlink(missing_ok=True)
 
-    def mend(self, ref: FileRef) -> bool:
-        """Forget an object if its bytes are damaged; return whether it is not here any more."""
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
+        """Remove an object if its bytes are corrupt; return whether it is absent now."""
         path = self.root / ref.sha256
         with contextlib.suppress(FileNotFoundError):
             if sha256_file(path) == ref.sha256:
@@ -76,7 +76,7 @@ class ObjectCache:
         return True
 
     def prefetch(self, refs: Sequence[FileRef], fetch: Fetch) -> None:
-        """Fetch these objects in the background, in this order, as far as half the cache holds them."""
+        """Download these objects in the background, in this order, as far as half the cache holds them."""
         total = 0
         for ref in refs:
             total += ref.bytes
@@ -86,7 +86,7 @@ class ObjectCache:
                 _fetchers.submit(self, ref, fetch)
 
     def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
-        """Return the path of an object that has no known sha256; `identity` (address and version) stands for it."""
+        """Return the path of an object without a known sha256; it is cached under the hash of `identity` (address and version)."""
         ref = FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
 
         def whole(_: FileRef, target: Path) -> None:
@@ -98,7 +98,7 @@ class ObjectCache:
         return self.path(ref, whole)
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
-        """Bring one object here; waits if another process or thread is doing so."""
+        """Download one object; waits while another process or thread does."""
         part = path.with_suffix(".part")
         with _errors(self.root):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,21 +108,21 @@ class ObjectCache:
                 if path.exists() or not _is_at(descriptor, part):
                     return
                 time.sleep(POLL_S)
-            if path.exists() or not _is_at(descriptor, part):  # somebody else was first, or removed what nobody held
+            if path.exists() or not _is_at(descriptor, part):  # another process was first, or evicted the part before it was locked
                 return
             try:
                 with _errors(self.root):
                     self._make_room(descriptor, ref.bytes)
                     fetch(ref, part)
                     part.rename(path)
-            except BaseException:  # of who holds the lock: to stop waiting for it must not cost somebody else the file
+            except BaseException:  # only the holder of the lock removes the part: it may be another process's download
                 part.unlink(missing_ok=True)
                 raise
         finally:
             _release(descriptor)
 
     def _make_room(self, descriptor: int, needed: int) -> None:
-        """Evict what was not asked for the longest time until `needed` more bytes fit, and take them for the file of `descriptor`."""
+        """Evict the least recently used objects until `needed` more bytes fit, and reserve them in the file of `descriptor`."""
         with _locked(self.root / "lock"):
             found = _objects(self.root)
             total = sum(state.st_size for state, _ in found)
@@ -140,11 +140,11 @@ class ObjectCache:
 
 
 def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:
-    """Return what we put into the cache, whatever else lies there; an object that arrives meanwhile changes its name."""
+    """Return state and path of the cache's own files; one that is renamed meanwhile, as its download ends, is left out."""
     found = []
     for name in os.listdir(root):
         with contextlib.suppress(FileNotFoundError):
-            if _OURS.fullmatch(name):
+            if _OBJECT_NAME.fullmatch(name):
                 found.append(((root / name).stat(), root / name))
     return found
 
@@ -196,7 +196,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _release(descriptor: int) -> None:
-    """Unlock and close: a child that was forked meanwhile has the descriptor too, and would hold the lock as long as it lives."""
+    """Unlock and close: a child that was forked meanwhile shares the descriptor, and would hold the lock as long as it lives."""
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
@@ -212,7 +212,7 @@ def _errors(root: Path) -> Iterator[None]:
 
 
 class _Fetchers:
-    """A few threads that fetch in the background and end with the process, whatever they are doing."""
+    """Daemon threads that download in the background; they end with the process, even in the middle of a download."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[ObjectCache, FileRef, Fetch]] = SimpleQueue()
@@ -236,7 +236,7 @@ class _Fetchers:
             cache, ref, fetch = queue.get()
             try:
                 os.close(cache.open(ref, fetch))
-            except Exception as error:  # who needs the object asks again and is told
+            except Exception as error:  # the read that needs the object raises it
                 logger.debug("prefetch of %s: %s", ref.name, error)
             with self._lock:
                 self._asked.discard(ref.sha256)

@@ -1,8 +1,8 @@
-"""A new file, written in order and past the system's page cache where the file system allows it (O_DIRECT).
+"""Sequential writer of a new file that bypasses the page cache where the file system allows it (O_DIRECT).
 
 Through the cache every page is copied, and fsync then writes all of them at once: 0.6 GB/s on a disk that takes 2 GB/s (2-core machine,
-ext4). What is written past it is on the disk already when the commit asks for it. File systems that refuse O_DIRECT (tmpfs, some network
-mounts) are written through the cache, with an fsync every 16 MiB so that the disk works all the time.
+ext4). With O_DIRECT the bytes are on the disk before the commit's fsync. File systems that refuse it (tmpfs, some network mounts) are
+written through the cache, with an fsync every 16 MiB so that the disk is never idle.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from aecore.errors import StoreError, disk_remedy
+from aecore.errors import disk_error
 
 SYNC_BYTES = 1 << 24
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
@@ -35,12 +35,12 @@ class DiskWriter:
         os.close(self._descriptor)
 
     def pages(self, data: memoryview) -> None:
-        """Append whole pages of memory that begin at a page."""
+        """Append whole pages from page-aligned memory."""
         with self._errors():
             self._write(data)
 
     def end(self, data: bytes) -> None:
-        """Append bytes of any number, the last ones."""
+        """Append the last bytes, any number of them."""
         with self._errors():
             self._use_the_cache()
             self._write(memoryview(data))
@@ -70,11 +70,11 @@ class DiskWriter:
         try:
             yield
         except OSError as error:
-            raise StoreError(f"cannot write {self._path}: {error.strerror}{disk_remedy(error)}") from error
+            raise disk_error(f"cannot write {self._path}: {error.strerror}", error) from error
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Create the file; return its descriptor and whether it is written past the cache."""
+    """Create the file; return its descriptor and whether it bypasses the cache."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     if _DIRECT:
         try:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from aecore.errors import DataError, StoreError, disk_remedy
+from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
 LINK_TRIES = 20
@@ -96,11 +96,11 @@ class LocalStore:
     def open(self, ref: FileRef) -> int:
         return os.open(self.local(ref), os.O_RDONLY)
 
-    def mend(self, ref: FileRef) -> bool:
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
         return False
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
-        """Nothing to do: the files are near."""
+        """No-op: the files are local."""
 
     def size(self, name: str) -> int | None:
         try:
@@ -130,9 +130,12 @@ class LocalStore:
         path = self._path(name)
         with _storage_errors(f"cannot remove {path}"), contextlib.suppress(NotADirectoryError):
             path.unlink(missing_ok=True)
-        if path.parent in (self.root, self.root / ".tmp"):  # the first may be the user's, in the second somebody may be about to write
+        if path.parent in (
+            self.root,
+            self.root / ".tmp",
+        ):  # the user's folder; one that another process may need at once
             return
-        with contextlib.suppress(OSError):  # the folder is ours and goes with its last file
+        with contextlib.suppress(OSError):  # this program made the folder: it is removed with its last file
             path.parent.rmdir()
 
 
@@ -145,7 +148,7 @@ def _fsync(path: Path) -> None:
 
 
 def _link(staged: Path, target: Path) -> None:
-    """Link `staged` to `target` and make the folder for it, again if `remove` takes the empty folder away in between."""
+    """Link `staged` to `target`, creating its folder; tried again if `remove` deletes the empty folder in between."""
     for left in range(LINK_TRIES, 0, -1):
         try:
             os.link(staged, target)
@@ -155,7 +158,7 @@ def _link(staged: Path, target: Path) -> None:
                 raise
         _make_folder(target.parent.parent)
         with contextlib.suppress(FileExistsError, FileNotFoundError):
-            target.parent.mkdir()  # linked to at once: fsynced before, it would lie empty for a while
+            target.parent.mkdir()  # linked at once: fsynced first, it would be an empty folder for a while
             with contextlib.suppress(FileNotFoundError):
                 os.link(staged, target)
                 _fsync(target.parent.parent)
@@ -177,7 +180,7 @@ def _storage_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{doing}: {error.strerror or error}{disk_remedy(error)}") from error
+        raise disk_error(f"{doing}: {error.strerror or error}", error) from error
 
 
 def _cannot_list(error: OSError) -> None:
@@ -214,7 +217,7 @@ class LocalFiles:
     def read(self, name: str) -> bytes:
         return self.local(name).read_bytes()
 
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
         return self.read
 
     def local(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""From a URL to the store that holds it."""
+"""URLs: how they are checked and made absolute, and which store they open."""
 
 import os
 from pathlib import Path
@@ -36,24 +36,24 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
 
 
 def is_remote(url: str) -> bool:
-    """Return whether an absolute URL is in a bucket, which every machine reaches, and no path, which may be of one machine."""
+    """Return whether an absolute URL is in a bucket, which every machine reaches; a path may exist on one machine only."""
     return url.startswith("s3://")
 
 
 def resolve_url(base: str, url: str) -> str:
-    """Return `url` if it is absolute, else what it names below the absolute URL `base` ("." is `base` itself)."""
+    """Return `url` if it is absolute, else resolved below the absolute URL `base` ("." is `base` itself)."""
     return url if is_remote(url) or url.startswith("/") else f"{base}/{url}".removesuffix("/.")
 
 
 def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
     """Return profile, bucket and prefix of `s3://[profile@]bucket/prefix`; ConfigError that never repeats what could be a secret."""
-    place, _, prefix = text.removeprefix("s3://").partition("/")
-    profile, at, bucket = place.rpartition("@")
-    if ":" in place and not at:  # a secret key may hold a slash, so that what follows it looks like a prefix
-        profile, bucket = place, "bucket"
+    netloc, _, prefix = text.removeprefix("s3://").partition("/")
+    profile, at, bucket = netloc.rpartition("@")
+    if ":" in netloc and not at:  # a secret key may hold a slash, so that what follows it looks like a prefix
+        profile, bucket = netloc, "bucket"
     if ":" in profile or (at and not profile):
         raise ConfigError(
-            f"{what} has something else than the name of a profile before the @: write s3://profile@{bucket}/... with a profile of "
+            f"{what} has something other than the name of a profile before the @: write s3://profile@{bucket}/... with a profile of "
             "~/.aws/config; keys belong there or into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, never into a URL"
         )
     if not bucket:
@@ -64,7 +64,7 @@ def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
-    """Return the store of the artefact at `url` (nothing is created before the first put, nothing is asked before the first call)."""
+    """Return the store of the artefact at `url`. No I/O: nothing is created before the first put."""
     where = absolute_url(url)
     if not is_remote(where):
         return LocalStore(Path(where))
@@ -75,7 +75,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
 
 
 def open_files(url: str | os.PathLike[str]) -> Files:
-    """Return the files below `url`, to read."""
+    """Return read access to the external files below `url`."""
     where = absolute_url(url)
     if not is_remote(where):
         return LocalFiles(Path(where))

@@ -1,9 +1,9 @@
-"""Does a store create conditionally and atomically? Of several overlapping writes of one name exactly one may be told that it wrote it.
+"""Does a store create conditionally and atomically? Of several overlapping writes of one name exactly one may succeed.
 
-Amazon's store does, and so do file systems with hard links. A service that looks whether a name is taken before it reads the body, and
-never again, passes any test that writes one after the other, and tells up to all of the writers that overlap that they have won
-(measured: OpenStack Swift, 16 of 16): two runs at once would then mix their files. So each bucket is tried once by a race before the
-first write there; that it passed is remembered for `KEPT_S` in the cache folder of the machine.
+Amazon S3 does, and so do file systems with hard links. A service that checks whether a name is taken only before it reads the body
+passes every sequential test, and acknowledges up to all of the overlapping writers (measured: OpenStack Swift, 16 of 16): two concurrent
+runs would then mix their files. So each bucket is tested by a race before the first write; a pass is remembered for `KEPT_S` in the cache
+folder of the machine.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _racing = threading.Lock()
 
 
 def race(store: Store) -> str | None:
-    """Write one new name from `RACERS` threads at once; return what was wrong, None if exactly one write won. The file is removed.
+    """Write one new name from `RACERS` threads at once; return what was wrong, None if exactly one write succeeded. The file is removed.
 
     Raises StoreError if the store cannot be written.
     """
@@ -45,56 +45,56 @@ def race(store: Store) -> str | None:
         with ThreadPoolExecutor(RACERS) as racers:
             winners = [ref for ref in racers.map(write, range(RACERS)) if ref is not None]
         if len(winners) != 1:
-            return f"{len(winners)} of {RACERS} overlapping writes of one name were told that they had written it"
+            return f"{len(winners)} of {RACERS} overlapping writes of one name were acknowledged"
         if hashlib.sha256(store.read(name)).hexdigest() != winners[0].sha256:
-            return "the bytes of another write are there than of the one that was told that it had written them"
+            return "the stored bytes are not those of the write that was acknowledged"
         return None
     finally:
-        with contextlib.suppress(StoreError):  # who may not remove what he wrote may still write
+        with contextlib.suppress(StoreError):  # credentials that may write but not remove are fine
             store.remove(name)
 
 
-def require_atomic(store: Store, place: str, memory: Path) -> None:
-    """StoreError unless `store` has passed a race here, now or within `KEPT_S`.
+def require_atomic(store: Store, location: str, memory: Path) -> None:
+    """StoreError unless `store` has passed a race on this machine, now or within the last `KEPT_S`.
 
     Parameters
     ----------
-    place : str
-        What one race speaks for: endpoint and bucket.
+    location : str
+        Endpoint and bucket, which one race tests.
     memory : Path
-        Folder of this machine in which it is remembered.
+        Local folder in which a pass is remembered.
     """
-    if place in _passed:
+    if location in _passed:
         return
     with _racing:
-        if place in _passed:
+        if location in _passed:
             return
-        if not _remembered(place, memory):
+        if not _remembered(location, memory):
             wrong = race(store)
             if wrong is not None:
                 raise StoreError(
-                    f"{place} does not create files atomically: {wrong}; two runs at once could mix their files: write to another "
-                    "place, or have the service repaired"
+                    f"{location} does not create files atomically: {wrong}; two runs at once could mix their files: write to another "
+                    "location, or have the service repaired"
                 )
-            remember(place, memory)
-        _passed.add(place)
+            remember(location, memory)
+        _passed.add(location)
 
 
-def remember(place: str, memory: Path) -> None:
-    """Take note that a race at `place` was passed; where there is no room for that, each process races."""
+def remember(location: str, memory: Path) -> None:
+    """Record that `location` passed; where that cannot be written, each process tests again."""
     try:
         memory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(_note(place, memory), os.O_WRONLY | os.O_CREAT, 0o600))
-        os.utime(_note(place, memory))
+        os.close(os.open(_note(location, memory), os.O_WRONLY | os.O_CREAT, 0o600))
+        os.utime(_note(location, memory))
     except OSError as error:
-        logger.debug("%s: that it creates atomically cannot be remembered: %s", place, error)
+        logger.debug("%s: the passed test of atomic creation cannot be recorded: %s", location, error)
 
 
-def _remembered(place: str, memory: Path) -> bool:
+def _remembered(location: str, memory: Path) -> bool:
     with contextlib.suppress(OSError):
-        return abs(time.time() - _note(place, memory).stat().st_mtime) < KEPT_S
+        return abs(time.time() - _note(location, memory).stat().st_mtime) < KEPT_S
     return False
 
 
-def _note(place: str, memory: Path) -> Path:
-    return memory / f"atomic-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+def _note(location: str, memory: Path) -> Path:
+    return memory / f"atomic-{hashlib.sha256(location.encode()).hexdigest()[:16]}"

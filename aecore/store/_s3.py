@@ -1,8 +1,8 @@
 """An artefact below `s3://[profile@]bucket/prefix` of any S3-compatible service.
 
 A file is staged on this machine and appears by ONE conditional create (`If-None-Match: *`, its sha256 as metadata), in parts if it is
-large. "Exists" with the same sha256 is success: our own lost acknowledgement, or another attempt. Whole objects are read: into
-memory, or into the cache of this machine (`_cache.py`), where they are checked against their sha256 as they arrive.
+large. "Exists" with the same sha256 is success: a lost acknowledgement of this write, or another attempt. Whole objects are read: into
+memory, or into the local cache (`_cache.py`), and checked against their sha256 as they arrive.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from aecore.store._cache import ObjectCache
 from aecore.store._race import ROLE, require_atomic
 from aecore.store._s3_body import written_sha256
 from aecore.store._s3_client import Answered, code_of, endpoint, retried
-from aecore.store._s3_place import Place
+from aecore.store._s3_prefix import BucketPrefix
 from aecore.store._scratch import new_path
 from aecore.threads import map_ordered
 
@@ -35,7 +35,7 @@ RECENT_S, SMALL_BYTES, MAX_RECENT = 5.0, 1 << 18, 256  # a small file is read on
 _recent: dict[str, tuple[float, bytes]] = {}  # address -> when it was read, bytes
 
 
-class S3Store(Place):
+class S3Store(BucketPrefix):
     """One artefact in a bucket."""
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, str, str | None]]:
@@ -68,7 +68,7 @@ class S3Store(Place):
     def _create(self, ref: FileRef, upload: Any, role: str) -> None:  # any: a coroutine function of the file system
         assert ref.bytes, f"{ref.name} has no bytes"
         if role != ROLE:
-            require_atomic(self, self.place, self._cache.root)
+            require_atomic(self, self.location, self._cache.root)
         fault_point(f"{role}.synced")
         try:
             self._client.run(upload)
@@ -83,7 +83,9 @@ class S3Store(Place):
     def _sha256_of(self, name: str) -> str:
         head = self._head(name)
         if head is None:
-            raise StoreError(f"{self._where(name)} was there when we wrote it and is gone now: who removes files below {self.url}?")
+            raise StoreError(
+                f"{self._where(name)} existed while it was written and is gone now: another process removes files below {self.url}"
+            )
         return written_sha256(head) or hashlib.sha256(self._get(name)).hexdigest()
 
     async def _put_whole(self, filesystem: "S3FileSystem", ref: FileRef, data: bytes) -> None:
@@ -100,7 +102,7 @@ class S3Store(Place):
             complete = {"MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
             await retried(lambda: self._complete(filesystem, upload, complete, ref), where, "write")
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error counts; what stays is an unfinished upload that nobody sees
+            with contextlib.suppress(Exception):  # the first error counts; what may remain is an unfinished upload, invisible to readers
                 await filesystem._call_s3("abort_multipart_upload", **upload)
             raise
 
@@ -125,20 +127,20 @@ class S3Store(Place):
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # nothing is sent any more when the upload is aborted
+            await asyncio.gather(*tasks, return_exceptions=True)  # no part is in flight any more when the upload is aborted
 
     async def _complete(self, filesystem: "S3FileSystem", upload: dict[str, str], complete: dict[str, Any], ref: FileRef) -> None:
         try:
             await filesystem._call_s3("complete_multipart_upload", **upload, **complete)
         except OSError as error:
-            if code_of(error) != "NoSuchUpload":  # else an earlier attempt completed it and its answer was lost, or somebody aborted it
+            if code_of(error) != "NoSuchUpload":  # else an earlier attempt completed it (the response was lost), or it was aborted
                 raise
             try:
                 head = await filesystem._call_s3("head_object", **self._at(ref.name))
             except OSError:
                 head = {}
             if written_sha256(head) != ref.sha256:
-                raise StoreError(f"the upload of {self._where(ref.name)} was ended by somebody else: run the same command again") from error
+                raise StoreError(f"the upload of {self._where(ref.name)} was aborted elsewhere: run the same command again") from error
 
     def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
         if ref is not None:
@@ -159,7 +161,7 @@ class S3Store(Place):
         return data
 
     def _read_verified(self, ref: FileRef) -> bytes:
-        """Return the bytes of `ref`; a copy on this machine that a power failure or a disk has damaged is fetched again."""
+        """Return the bytes of `ref`; a cached copy that a power failure or a disk has corrupted is downloaded again."""
         for _ in range(2):
             with os.fdopen(self.open(ref), "rb") as file:
                 data = file.read()
@@ -185,14 +187,14 @@ class S3Store(Place):
     def open(self, ref: FileRef) -> int:
         return self._cache.open(ref, self._fetch)
 
-    def mend(self, ref: FileRef) -> bool:
-        return self._cache.mend(ref)
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
+        return self._cache.refetch_if_corrupt(ref)
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
         self._cache.prefetch(refs, self._fetch)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Bucket and endpoint."""
         return f"{'/'.join(self.url.split('/', 3)[:3])} at {endpoint()}"
 

@@ -1,14 +1,14 @@
-"""Bodies of objects: received whole, compared with a checksum, and read again where they differ from it.
+"""Bodies of objects: received whole, compared with a checksum, and read again on a mismatch.
 
-A bit that flips on the way is otherwise stored: most JPEGs and all BMPs with one still decode. A body is compared with, in this order,
+Otherwise a bit that flips in transit is stored: most JPEGs and all BMPs with one still decode. A body is compared with, in this order,
 
-- `x-amz-checksum-*` of the whole object, by botocore as it arrives (CRC-32, SHA-1, SHA-256; those of parts say nothing of the whole),
+- `x-amz-checksum-*` of the whole object, by botocore as it arrives (CRC-32, SHA-1, SHA-256; those of parts do not cover the whole),
 - the sha256 that this project writes as metadata,
-- the ETag, where it is 32 hex digits and the answer names no KMS key and no key of the customer: then it is the MD5.
+- the ETag, where it is 32 hex digits and the response names no KMS key and no customer key: then it is the MD5.
 
-Two equal reads that differ from the ETag mean that the ETag is no MD5: that is noted once, and if no ETag of the bucket was one, they are
-not compared any more. Reads that differ from each other are a fault: the third one must match. A body without any checksum is read
-once and counted. The price is one MD5 (0.6 GB/s of one core), in threads of its own where a body is large.
+Two equal reads that differ from the ETag mean that the ETag is no MD5: that is logged once, and if no ETag of the bucket was one, ETags
+are not compared any more. Reads that differ from each other are a fault: the third one must match. A body without any checksum is read
+once and counted. The price is one MD5 (0.6 GB/s of one core), in separate threads for large bodies.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Take = Callable[[bytes], object]
 READS, READ_BYTES = 3, 1 << 20
-THREAD_BYTES = 1 << 15  # a smaller piece is hashed in less time than another thread needs to begin
+THREAD_BYTES = 1 << 15  # a smaller piece is hashed in less time than a thread needs to start
 _VERIFIED = ("ChecksumCRC32", "ChecksumSHA1", "ChecksumSHA256")  # by botocore; the others need a library that it does not bring along
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,7 +42,7 @@ class _Digest(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Received:
-    """One read of a whole body: by what it was compared and whether it matched, and its digests (of equal bytes they are equal)."""
+    """One read of a whole body: the checksums it was compared with, whether one matched, and its digests (equal for equal bytes)."""
 
     by: tuple[str, ...]
     matches: bool
@@ -52,24 +52,24 @@ class _Received:
 async def receive(
     filesystem: "S3FileSystem", at: dict[str, str], where: str, begin: Callable[[], Take], sha256: str | None = None
 ) -> str | None:
-    """Give the body of an object to the function that `begin()` returns; `begin` is called again for each read.
+    """Feed the body of an object to the function that `begin()` returns; `begin` is called again for each read.
 
     Parameters
     ----------
     at : dict
         Bucket and key.
     sha256 : str, optional
-        What the caller knows of the content; then nothing else is compared.
+        Expected hash of the content; nothing else is compared then.
 
     Returns
     -------
     str or None
-        The sha256 of what was received if the caller gave one: another one if the object is another.
+        The sha256 of the received bytes if `sha256` was given (it differs if the object does), else None.
 
     Raises
     ------
     StoreError
-        If it cannot be read, or differs from its checksum and each read from the one before.
+        If it cannot be read, or if no read matches its checksum and the reads differ from each other.
     """
     known = bucket(where)
     before: _Received | None = None
@@ -79,11 +79,11 @@ async def receive(
             return sha256
         if number == 1 and before is not None and got.digests and got.digests == before.digests:
             break
-        logger.warning("%s: what arrived does not match its %s: it is read again", where, got.by[0])
+        logger.warning("%s: the received bytes do not match its %s: it is read again", where, got.by[0])
         before = got
     else:
         raise StoreError(
-            f"cannot read {where}: none of {READS} reads matched its {got.by[0]}: the network or a proxy changes what passes; nothing is "
+            f"cannot read {where}: none of {READS} reads matched its {got.by[0]}: the network or a proxy changes the bytes; nothing is "
             "recorded about it: run the same command again when that is repaired"
         )
     if sha256 is not None:
@@ -93,7 +93,7 @@ async def receive(
             f"cannot read {where}: two reads gave the same bytes, which do not match its {got.by[0]}: the object is damaged; "
             "restore it, then run the same command again"
         )
-    known.of_other_etag(where)
+    known.note_other_etag(where)
     return None
 
 
@@ -104,9 +104,11 @@ async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[
     asked = sha256 is None and not known.refuses_mode
     answer = await _answer(filesystem, at, known) if asked else await filesystem._call_s3("get_object", **at)
     expected = {"sha256": sha256} if sha256 else _expected(answer, known)
-    # botocore compares what it was told to ask for
+    # botocore compares the checksums that it was asked to request
     by_service = [name for name in _VERIFIED if "-" not in answer.get(name, "-")] if asked and not known.refuses_mode else []
-    digests = {} if by_service else {name: _new_digest(name) for name in expected}
+    digests: dict[str, _Digest] = {}
+    if not by_service:
+        digests = {name: hashlib.md5(usedforsecurity=False) if name == "ETag" else hashlib.sha256() for name in expected}
     try:
         await _stream(answer, begin(), list(digests.values()))
     except FlexibleChecksumError:
@@ -114,17 +116,17 @@ async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[
     if by_service:
         return _Received((by_service[0],), True, ())
     if not expected:
-        known.of_no_checksum()
+        known.count_unchecked()
         return _Received((), True, ())
     found = {name: digest.hexdigest() for name, digest in digests.items()}
     matches = [name for name in expected if found[name] == expected[name]]
     if "ETag" in matches:
-        known.of_etag()
+        known.count_match()
     return _Received(tuple(expected), bool(matches), tuple(found.values()))
 
 
 async def _answer(filesystem: "S3FileSystem", at: dict[str, str], known: Bucket) -> dict[str, Any]:  # any: S3's answer
-    """Ask for an object and its checksums, without them where the service knows no such question."""
+    """Request an object with its checksums, without them where the service does not know that mode."""
     try:
         answer: dict[str, Any] = await filesystem._call_s3("get_object", **at, ChecksumMode="ENABLED")
     except Exception as error:
@@ -136,7 +138,7 @@ async def _answer(filesystem: "S3FileSystem", at: dict[str, str], known: Bucket)
 
 
 def _expected(answer: dict[str, Any], known: Bucket) -> dict[str, str]:
-    """Return the digests of the whole object that its metadata and ETag give, by name; a body is right if one of them fits."""
+    """Return name -> expected digest of the whole object, from its metadata and ETag; a body is intact if one of them matches."""
     found: dict[str, str] = {}
     written = written_sha256(answer)
     if written is not None and _SHA256.fullmatch(written):
@@ -148,17 +150,13 @@ def _expected(answer: dict[str, Any], known: Bucket) -> dict[str, str]:
     return found
 
 
-def _new_digest(name: str) -> _Digest:
-    return hashlib.md5(usedforsecurity=False) if name == "ETag" else hashlib.sha256()
-
-
 def written_sha256(answer: dict[str, Any]) -> str | None:  # any: S3's answer
     """Return the sha256 that the writer of an object left in its metadata; services differ in the case of names."""
     return next((str(value) for name, value in answer.get("Metadata", {}).items() if name.lower() == "sha256"), None)
 
 
 async def _stream(answer: dict[str, Any], take: Take, digests: list[_Digest]) -> None:
-    """Give the pieces of a body to `take` and to the digests, which large ones reach in another thread while the next piece arrives."""
+    """Feed the pieces of a body to `take` and to the digests; large pieces are hashed in a thread while the next one arrives."""
     expected, received = answer["ContentLength"], 0
     hashing: asyncio.Future[None] | None = None
 

@@ -1,8 +1,8 @@
-"""Calls to an S3 service through s3fs: tried again in bounded time, many at once, errors that say what to do.
+"""Calls to an S3 service through s3fs: retried in bounded time, many at once, errors that name the remedy.
 
-Credentials, region and endpoint come from where every S3 tool looks: `AWS_*` variables, or a profile of `~/.aws`. They stay inside
-the session that botocore makes from them: nothing here keeps, pickles or shows them. s3fs's own retries and those of botocore
-multiply (26 requests at a permanent 503); both are off, and `Client.retried` is the one place that tries again.
+Credentials, region and endpoint come from the usual places: `AWS_*` variables, or a profile of `~/.aws`. They stay inside botocore's
+session: nothing here keeps, pickles or prints them. The retries of s3fs and of botocore multiply (26 requests at a permanent 503); both
+are off, and `retried` is the only place that retries.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ T = TypeVar("T")
 ATTEMPTS, BUDGET_S = 6, 60.0  # the last attempt begins within the budget
 FIRST_PAUSE_S = 0.2
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
-LOOPS = 4  # one event loop carries a quarter of what a network of 10 Gbit/s does
+LOOPS = 4  # one event loop carries a quarter of a network of 10 Gbit/s
 _RETRIED_CODES = frozenset(
     {
         "BadDigest",
@@ -48,7 +48,7 @@ _making = threading.Lock()
 
 
 class ShortBody(OSError):
-    """A response that ended before its length."""
+    """A response that ended before its Content-Length."""
 
 
 class Answered(StoreError):
@@ -71,12 +71,12 @@ class Client:
         self._lock = threading.Lock()
 
     def submit(self, work: "Callable[[S3FileSystem], Coroutine[Any, Any, T]]") -> Future[T]:
-        """Run `work(filesystem)` in an event loop of ours."""
+        """Start `work(filesystem)` in one of the client's event loops."""
         loop, filesystem = self._session()
         return asyncio.run_coroutine_threadsafe(work(filesystem), loop)
 
     def run(self, work: "Callable[[S3FileSystem], Coroutine[Any, Any, T]]") -> T:
-        """Return what `work(filesystem)` gives; KeyboardInterrupt cancels it."""
+        """Return the result of `work(filesystem)`; KeyboardInterrupt cancels it."""
         future = self.submit(work)
         try:
             return future.result()
@@ -84,8 +84,8 @@ class Client:
             future.cancel()
             raise
 
-    def call(self, url: str, doing: str, method: str, **arguments: Any) -> Any:  # any: S3's answers are plain dicts
-        """Return the answer of one S3 call, tried again where that can help."""
+    def call(self, url: str, doing: str, method: str, **arguments: Any) -> Any:  # any: S3's responses are plain dicts
+        """Return the response of one S3 call, retried where that can help."""
         return self.run(lambda filesystem: retried(lambda: filesystem._call_s3(method, **arguments), url, doing))
 
     def _session(self) -> "tuple[asyncio.AbstractEventLoop, S3FileSystem]":
@@ -119,7 +119,7 @@ class Client:
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
                 "max_pool_connections": 64,
-                "request_checksum_calculation": "when_required",  # other services than Amazon's know no checksum trailers
+                "request_checksum_calculation": "when_required",  # services other than Amazon's know no checksum trailers
                 "response_checksum_validation": "when_required",
             },
         )
@@ -128,7 +128,7 @@ class Client:
 
 
 def client(profile: str | None) -> Client:
-    """Return this process's client of a profile (None: the default credentials); threads of a forked parent are not there."""
+    """Return this process's client of a profile (None: the default credentials); a forked child makes its own, threads end at a fork."""
     with _making:
         return _clients.setdefault((os.getpid(), profile), Client(profile))
 
@@ -155,9 +155,14 @@ def close_clients() -> None:
 
 
 async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
-    """Await `work()` until it succeeds; give up at an error that no repetition mends, or when attempts or time are used up.
+    """Await `work()` until it succeeds, fails permanently, or attempts or time are used up.
 
-    Raises Answered for what a caller may expect, StoreError for what a user must mend.
+    Raises
+    ------
+    Answered
+        The service answered with a code that a caller may expect.
+    StoreError
+        Anything else; the message names the remedy.
     """
     started = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
@@ -165,15 +170,15 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
             return await work()
         except Exception as error:
             if not _passing(error):
-                raise told(error, url, doing) from error
+                raise store_error(error, url, doing) from error
             if attempt == ATTEMPTS or time.monotonic() - started > BUDGET_S:
-                raise told(error, url, doing, attempt, time.monotonic() - started) from error
+                raise store_error(error, url, doing, attempt, time.monotonic() - started) from error
         await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
     raise AssertionError("not reached")
 
 
 def code_of(error: BaseException | None) -> str:
-    """Return S3's code for an error (`PreconditionFailed`, `404`), "" if the service said nothing. s3fs translates, the cause knows."""
+    """Return S3's code of an error (`PreconditionFailed`, `404`) or ""; s3fs translates errors, so their causes are searched too."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -217,8 +222,8 @@ _REMEDIES = {
 _REMEDIES |= {"403": _REMEDIES["AccessDenied"], "Forbidden": _REMEDIES["AccessDenied"], "ExpiredTokenException": _REMEDIES["ExpiredToken"]}
 
 
-def told(error: Exception, url: str, doing: str, attempts: int = 0, seconds: float = 0.0) -> AecoreError:
-    """Return the error to raise, in words that name the remedy."""
+def store_error(error: Exception, url: str, doing: str, attempts: int = 0, seconds: float = 0.0) -> AecoreError:
+    """Return the error to raise, with a message that names the remedy."""
     from botocore import exceptions
 
     if isinstance(error, AecoreError):

@@ -1,4 +1,4 @@
-"""Files of somebody else in a bucket, to read: listed at once, fetched many at a time."""
+"""External files in a bucket, read-only: listed in pages, downloaded many at a time."""
 
 import errno
 from collections.abc import Callable, Sequence
@@ -8,14 +8,14 @@ from pathlib import Path
 from aecore.errors import DataError
 from aecore.store._cache import ObjectCache
 from aecore.store._s3_client import Answered
-from aecore.store._s3_place import Place
+from aecore.store._s3_prefix import BucketPrefix
 from aecore.threads import submit_ahead
 
-AHEAD_FILES = 48  # in flight
+IN_FLIGHT = 48  # files
 
 
-class S3Files(Place):
-    """Files of somebody else below a prefix."""
+class S3Files(BucketPrefix):
+    """External files below a prefix."""
 
     def sizes(self) -> dict[str, int]:
         prefix, found = f"{self._prefix}/" if self._prefix else "", dict[str, int]()
@@ -37,16 +37,16 @@ class S3Files(Place):
                 raise FileNotFoundError(errno.ENOENT, "the object is not there any more", self._where(name)) from None
             raise
 
-    def ahead(self, names: Sequence[str]) -> Callable[[str], bytes]:
-        """Return `read` for these names in this order, with `AHEAD_FILES` of them in flight."""
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
+        """Return `read` for these names in this order, with `IN_FLIGHT` of them being downloaded."""
         expected = iter(names)
-        bodies = submit_ahead(lambda name: self._client.submit(lambda filesystem: self._body(filesystem, name)), names, AHEAD_FILES)
+        bodies = submit_ahead(lambda name: self._client.submit(lambda filesystem: self._body(filesystem, name)), names, IN_FLIGHT)
 
         def read(name: str) -> bytes:
             body = next(bodies, None)
             if body is None:
                 return self.read(name)
-            assert next(expected) == name, "files are read in the order that was said"
+            assert next(expected) == name, "files are read in the order of `names`"
             return self._result(body, name)
 
         return read

@@ -1,4 +1,4 @@
-"""Addresses that were meant to be URLs: refused, since as a path each of them would become a folder of a strange name here."""
+"""Mistyped URLs: refused, since taken as a path each would create a folder with a strange name in the working directory."""
 
 import re
 
@@ -31,7 +31,7 @@ def refuse_typos(text: str, what: str) -> None:
     if slip is None or slip["scheme"].lower() not in (*SCHEMES, *_ELSEWHERE) or text.startswith("file:/"):
         return
     scheme, rest = slip["scheme"].lower(), slip["rest"].lstrip("/\\")
-    if "@" in text:  # what stands before it may be a secret
+    if "@" in text:  # the part before it may be a secret
         raise ConfigError(f"{what} is no URL: write {scheme}://profile@bucket/prefix")
     raise ConfigError(
         f"{what} {text!r} is neither a URL nor a likely path: did you mean {scheme}://{rest}? (a folder of that name is written ./{text})"
@@ -39,7 +39,7 @@ def refuse_typos(text: str, what: str) -> None:
 
 
 def _advice(scheme: str, rest: str) -> str:
-    rest = rest.rpartition("@")[2]  # what stands before the @ may be a secret, with slashes in it
+    rest = rest.rpartition("@")[2]  # the part before the @ may be a secret, with slashes in it
     host = rest.partition("/")[0]
     hint = _ELSEWHERE.get(scheme.lower())
     if hint is not None:

@@ -1,4 +1,4 @@
-"""The parts of a table as a pyarrow file system: fetched when they are first read, and readable as long as they are open."""
+"""The parts of a table as a pyarrow file system: downloaded at the first read, readable as long as they are open."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from aecore.store import FileRef, Store
 class PartFiles(pafs.FileSystemHandler):
     """Files of a store by address (`<url>/<name>`); read-only.
 
-    A file of a bucket is opened in this machine's cache: an eviction takes its name, not what is open.
+    A file of a bucket is opened in the local cache: an eviction removes its name, an open file stays readable.
     """
 
     def __init__(self, store: Store, refs: Mapping[str, FileRef]) -> None:
@@ -25,12 +25,15 @@ class PartFiles(pafs.FileSystemHandler):
     __hash__ = object.__hash__
 
     def get_type_name(self) -> str:
+        """Return the name of this kind of file system."""
         return "aecore"
 
     def normalize_path(self, path: str) -> str:
+        """Return the path as it is."""
         return path
 
     def get_file_info(self, paths: str | list[str]) -> list[pafs.FileInfo]:
+        """Return size and kind of these paths, without I/O: the manifest has the sizes."""
         known = {path: self._refs.get(path) for path in ([paths] if isinstance(paths, str) else paths)}
         return [
             pafs.FileInfo(path, pafs.FileType.NotFound) if ref is None else pafs.FileInfo(path, pafs.FileType.File, size=ref.bytes)
@@ -38,19 +41,21 @@ class PartFiles(pafs.FileSystemHandler):
         ]
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        """Return size and kind of the files below a folder."""
         inside = [path for path in self._refs if path.startswith(f"{selector.base_dir.rstrip('/')}/")]
         return self.get_file_info(inside)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
+        """Open a file; an object is downloaded first."""
         descriptor = self._store.open(self._refs[path])
         try:
-            return pa.OSFile(f"/dev/fd/{descriptor}", "rb")  # a descriptor of its own, of this very file
+            return pa.OSFile(f"/dev/fd/{descriptor}", "rb")  # OSFile gets its own descriptor of the same file
         finally:
             os.close(descriptor)
 
     open_input_stream = open_input_file
 
-    def _refused(self, *_: Any) -> None:  # any: whatever the operation takes
+    def _refused(self, *_: Any) -> None:  # any: the arguments of the operation
         raise OSError("a latent table is read-only")
 
     create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = _refused  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""`table.NNNNNN.json`: the parts of a latent table, and where their rows come from.
+"""`table.NNNNNN.json`: the parts of a latent table and the lineage of their rows.
 
 A manifest names every part with its size and hash, and the chain of custody: checkpoint, dataset generation, shards. It is a
-pure function of the part records and of the inputs: no times, so the same work gives the same bytes. Parts stand in the order of
-the dataset's manifest; generations only add. `sha256` is the hash of the rest, so that a changed byte does not pass for lineage.
+pure function of the part records and of the inputs, without timestamps, so the same work gives the same bytes. Parts are in the order
+of the dataset's manifest; generations only append. `sha256` is the hash of the rest, so that a changed byte is detected.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class TablePart:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TablePart":
-        """Return the part of what `dataclasses.asdict` gave."""
+        """Return the part from the result of `dataclasses.asdict`."""
         quarantine = data["quarantine"]
         return cls(**{**data, "file": FileRef(**data["file"]), "quarantine": FileRef(**quarantine) if quarantine else None})
 
@@ -57,8 +57,8 @@ class TablePart:
 class TableManifest:
     """One generation of a table and all before it.
 
-    `identity` is what every generation shares (checkpoint, preprocessing, columns, dtype, batch); `columns` the encoded columns
-    with dtype and length; `lineage` the checkpoint and the dataset generation that the rows are complete for.
+    `identity` is shared by all generations (checkpoint, preprocessing, columns, dtype, batch); `columns` are the encoded columns
+    with dtype and length; `lineage` names the checkpoint and the dataset generation that the rows cover.
     """
 
     number: int
@@ -93,7 +93,7 @@ class TableManifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TableManifest":
-        """Return the manifest of what `to_json` gave; KeyError or TypeError if it is something else."""
+        """Return the manifest from the result of `to_json`; KeyError or TypeError for other data."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "parts"]
         return cls(**{name: data[name] for name in names}, parts=tuple(TablePart.from_json(part) for part in data["parts"]))
 
@@ -108,12 +108,12 @@ def read_table_manifest(store: Store, number: int) -> TableManifest:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{store.url}/{name} is not a table manifest ({error!r}): it is damaged or was not written by aecore") from error
     if not intact:
-        raise DataError(f"{store.url}/{name} is damaged: its content is not what it was written with; restore it, or encode to another URL")
+        raise DataError(f"{store.url}/{name} is damaged: its content does not match its sha256; restore it, or encode to another URL")
     return manifest
 
 
 def _is_intact(data: Mapping[str, Any]) -> bool:
-    """Return whether the hash of a manifest is that of the rest. Early ones have none, and no other key either."""
+    """Return whether `sha256` is the hash of the other keys. Early manifests have no hash, and exactly the other keys."""
     rest = {key: value for key, value in data.items() if key != "sha256"}
     if "sha256" in data:
         return bool(data["sha256"] == sha256_json(rest))

@@ -3,7 +3,7 @@
 Latents become `fixed_size_list<float32|float16>[D]`, the one type that DuckDB, Polars, pandas, HF datasets and Lance all take,
 straight from numpy's buffers. Every page carries a checksum (23 bytes a file; without it 298 of 300 bit flips read silently).
 A part of GPU floats may differ in its last bits between two attempts: the attempt that finds the name taken checks that the
-part there is the same one (metadata, columns, keys, checksums) and records that one.
+committed part is the same one (metadata, columns, keys, checksums) and records that one.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import put_or_adopt
-from aecore.errors import DataError, StoreError, disk_remedy
+from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store
 
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
 PREFIX = "aecore."
-PRODUCER = ("device", "threads", "versions")  # who computed it: recorded, not part of what it is
+PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
 NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
 OWN_COLUMNS = ("shard", "split")
 QUARANTINE_SCHEMA = pa.schema(
@@ -43,7 +43,7 @@ Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars, which
 
 @dataclass(frozen=True, slots=True)
 class RefusedRow:
-    """A row of a shard that gets no latents: where it failed (`decode`, `encode`), a short reason and the message."""
+    """A row of a shard without latents: the stage that failed (`decode`, `encode`), a short reason and the message."""
 
     row: int
     stage: str
@@ -52,7 +52,7 @@ class RefusedRow:
 
 
 def part_name(split: str, stem: str) -> str:
-    """Return the name of a part, in the folder layout that readers call hive partitions."""
+    """Return the name of a part, in the layout of Hive partitions."""
     return f"data/split={split}/{stem}.parquet"
 
 
@@ -77,15 +77,15 @@ def numpy_view(column: Column) -> NDArray[Any]:  # any: the column's dtype
 def part_table(
     index: pa.Table, rows: NDArray[np.int64], shard: str, columns: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
 ) -> pa.Table:
-    """Return the rows of one part: key, shard, ordinal, what the index knows of each sample, then the encoded columns.
+    """Return the rows of one part: key, shard, ordinal, the metadata columns of the index, then the encoded columns.
 
     `rows` are the encoded rows of the shard's index, ascending; `columns` are `[n, D]` or `[n]`; `metadata` comes without prefix.
-    DataError if a metadata column of the dataset has the name of one of ours.
+    DataError if a metadata column of the dataset has the name of a column of the table.
     """
     passed = [name for name in index.column_names if name not in NOT_PASSED and name not in ("key", "ordinal")]
     taken = sorted({*passed} & {*columns, *OWN_COLUMNS})
     if taken:
-        raise DataError(f"the dataset has a metadata column {taken[0]!r}, which the latent table needs itself: rename it and shard again")
+        raise DataError(f"the dataset has a metadata column {taken[0]!r}, which the latent table uses itself: rename it and shard again")
     known = index.select(["key", "ordinal", *passed])
     first = int(rows[0]) if len(rows) else 0
     contiguous = not len(rows) or int(rows[-1]) - first + 1 == len(rows)
@@ -100,7 +100,7 @@ def part_table(
 
 
 def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str]]:
-    """Write and commit one part; return it with its metadata (those of an equal part that another attempt committed first)."""
+    """Write and commit one part; return it with its metadata (of the equal part, if another attempt committed one first)."""
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(
@@ -117,13 +117,13 @@ def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compre
 
 
 def _require_same_part(store: Store, ref: FileRef, table: pa.Table) -> bool:
-    """Return True if the committed `ref` is the part that `table` is, but for who computed it; else DataError."""
-    there = read_part(store, ref)
-    ours, theirs = part_metadata(table.schema), part_metadata(there.schema)
-    differing = [key for key in sorted({*ours, *theirs}) if key not in PRODUCER and ours.get(key) != theirs.get(key)]
-    if not there.schema.equals(table.schema):
+    """Return True if the committed `ref` equals `table` up to its producer and the values of latents; else DataError."""
+    committed = read_part(store, ref)
+    new, known = part_metadata(table.schema), part_metadata(committed.schema)
+    differing = [key for key in sorted({*new, *known}) if key not in PRODUCER and new.get(key) != known.get(key)]
+    if not committed.schema.equals(table.schema):
         differing.append("columns")
-    elif not there.column("key").equals(table.column("key")):
+    elif not committed.column("key").equals(table.column("key")):
         differing.append("keys")
     if differing:
         raise DataError(
@@ -134,7 +134,7 @@ def _require_same_part(store: Store, ref: FileRef, table: pa.Table) -> bool:
 
 
 def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refused: Sequence[RefusedRow]) -> FileRef | None:
-    """Commit the rows of a shard that were refused, with what its index says of them; None if there are none."""
+    """Commit the quarantined rows of a shard with their keys, ordinals and hashes; None if there are none."""
     if not refused:
         return None
     rows = sorted(refused, key=lambda row: row.row)
@@ -145,12 +145,12 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(table, path, compression="none", write_page_checksum=True)
-        # of an earlier attempt, by another version of Parquet: the same rows count
+        # an earlier attempt may have used another version of Parquet: equal rows are accepted
         return put_or_adopt(store, name, path, role="quarantine", accepts=lambda there, _: bool(read_part(store, there).equals(table)))[0]
 
 
 def part_metadata(schema: pa.Schema) -> dict[str, str]:
-    """Return our key-value metadata of a part's schema, without the prefix."""
+    """Return the key-value metadata with our prefix of a part's schema, without the prefix."""
     pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
 
@@ -160,9 +160,7 @@ def _refusal_named(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # no space, a quota, a limit on file sizes
-        raise StoreError(
-            f"cannot write {where}: {error.strerror or error}; nothing was committed under this name{disk_remedy(error)}"
-        ) from error
+        raise disk_error(f"cannot write {where}: {error.strerror or error}; nothing was committed under this name", error) from error
 
 
 @contextlib.contextmanager
@@ -174,7 +172,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a committed part, every page checked against its checksum; DataError if it is damaged."""
+    """Read columns of a committed part, verifying the checksum of every page; DataError if it is damaged."""
     wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:
@@ -194,7 +192,7 @@ def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
         with _damage_named(path):
             return read(path)
     except DataError:
-        if not store.mend(ref):
+        if not store.refetch_if_corrupt(ref):
             raise
         with _damage_named(path := store.local(ref)):
             return read(path)

@@ -1,8 +1,7 @@
-"""LatentTable: open a table of latents, read it without copies, and ask where a row comes from.
+"""LatentTable: open a table of latents, read it without copies, and trace the lineage of a row.
 
-A reader opens the parts that the manifest names and nothing else; page checksums are on whenever a part is read. Rows stand in
-the order of the dataset's manifest. One part is handed out as a view of Arrow's memory; more than one is filled, part by part,
-into one array.
+A reader opens the parts that the manifest names and nothing else; page checksums are verified on every read. Rows are in the order
+of the dataset's manifest. One part is returned as a view of Arrow's memory; several are copied, part by part, into one array.
 
 Parts get their names before the manifest that names them, so a reader that globs `data/**` (DuckDB, Polars, pandas) also sees
 the parts of a generation that is being written or was never finished; `open_table(url).dataset()` sees only what the manifest
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
-from aecore.errors import DataError, did_you_mean
+from aecore.errors import DataError, Hint, did_you_mean
 from aecore.store import Store, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
@@ -62,7 +61,7 @@ class LatentTable:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Where the rows come from and how they were made: lineage, identity, encoded columns, generation."""
+        """Lineage, identity, encoded columns and generation, as plain data."""
         manifest = self.manifest
         return {
             "generation": manifest.number,
@@ -94,7 +93,7 @@ class LatentTable:
         return LatentTable(self.store, self.manifest, [part for part in self.parts if part.split == split])
 
     def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read columns of one part as Arrow, every page checked against its checksum."""
+        """Read columns of one part as Arrow, verifying the checksum of every page."""
         return read_part(self.store, part.file, columns)
 
     def _column(self, name: str) -> Iterator[Column]:
@@ -104,7 +103,7 @@ class LatentTable:
         for part in self.parts:
             if name in self.manifest.columns or name in self._schema_of(part).names:
                 yield self.read(part, [name]).column(name)
-            else:  # a metadata column that came with a later generation
+            else:  # a metadata column that a later generation added
                 yield pa.chunked_array([pa.nulls(part.rows, wanted)])
 
     def arrow(self, name: str) -> Column:
@@ -195,14 +194,11 @@ def open_table(url: str, number: int | None = None) -> LatentTable:
     if newest is None:
         other = other_kind(store, "table")
         if other is not None:
-            raise DataError(other)
-        unfinished = newest_number(store, "run") is not None
-        state = (
-            "an unfinished encoding: run the same command again to finish it"
-            if unfinished
-            else "no latent table: write one with `aepipe encode`"
-        )
-        raise DataError(f"{store.url} holds {state}")
+            raise other
+        if newest_number(store, "run") is not None:
+            raise DataError(f"{store.url} holds an unfinished encoding: run the same command again to finish it")
+        message = f"{store.url} holds no latent table: write one with aecore.encoding.job.encode_dataset, or check the address"
+        raise DataError(message, hint=Hint("no-table", {"url": store.url}))
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
     return LatentTable(store, read_table_manifest(store, newest if number is None else number))

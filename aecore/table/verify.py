@@ -1,10 +1,10 @@
-"""verify: is a latent table what its manifest says, and does it hold every sample of its dataset exactly once?
+"""Verify that a latent table matches its manifest, and that it holds every sample of its dataset exactly once.
 
-Without `read_data`: every file there with its size, footers agree with the manifest (rows, shard, checkpoint, who encoded them),
-and the manifest with itself. With it: every file's sha256, every page's checksum, keys unique, every row of a part on the part's
-shard. The chain goes on where its other ends still lie: the dataset's generation has the hash that the lineage names, the keys of
-rows and quarantine together are, shard by shard and in order, the keys of its indexes, and the checkpoint has the hash that the
-rows name. All problems are collected, then raised.
+Without `read_data`: every file exists with its size, footers agree with the manifest (rows, shard, checkpoint, producer), and the
+manifest is consistent. With it also: every file's sha256, every page's checksum, unique keys, every row belongs to the part's shard.
+Dataset and checkpoint are compared if they still exist at the URLs of the lineage: the dataset's generation has the recorded hash, the
+keys of rows and quarantine together are, shard by shard and in order, the keys of its indexes, and the checkpoint has the recorded
+hash. All problems are collected, then raised.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.subset import Slice
+from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
@@ -31,7 +31,7 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class TableReport:
-    """What was checked: counts of the table, and the dataset and checkpoint it was compared with (None: not there any more)."""
+    """What was checked: counts of the table, and the dataset and checkpoint it was compared with (None: they no longer exist)."""
 
     url: str
     generation: int
@@ -41,7 +41,7 @@ class TableReport:
     read_data: bool
     dataset: str | None = None
     checkpoint: str | None = None
-    slice: str | None = None  # k/n: of all parts only those of one slice were read
+    slice: str | None = None  # k/n: only the parts of this subset were read
     parts_read: int = 0
     bytes_read: int = 0
 
@@ -50,16 +50,26 @@ class TableReport:
         return dataclasses.asdict(self)
 
 
-def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None, only: Slice | None = None) -> TableReport:
-    """Check a table and return what was counted.
+def verify_table(
+    table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None, only: VerifySubset | None = None
+) -> TableReport:
+    """Check a table and return the counts.
 
-    `dataset_url` names the dataset whose indexes are compared, by default the one of the lineage if it still lies there; the
-    generation is the one that the table's manifest names. `only` reads, and compares with the dataset, the parts of one slice.
+    Parameters
+    ----------
+    table : LatentTable
+        The table.
+    read_data : bool
+        Also read every byte.
+    dataset_url : str, optional
+        The dataset whose indexes are compared, by default that of the lineage if it still exists; the generation is that of the lineage.
+    only : VerifySubset, optional
+        Read, and compare with the dataset, only the parts of this subset.
 
     Raises
     ------
     DataError
-        With all the problems found (the first 20 spelled out).
+        If there are problems; the first 20 are spelled out.
     """
     problems: list[str] = []
     keys: list[pa.ChunkedArray[Any]] = []
@@ -89,7 +99,7 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise DataError(f"table {table.url} is not what its manifest says, {count}:{lines}\nencode to a new URL, or restore the files")
+        raise DataError(f"table {table.url} does not match its manifest, {count}:{lines}\nencode to a new URL, or restore the files")
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
     read_bytes = sum(ref.bytes for part in chosen for ref in (part.file, part.quarantine) if ref is not None)
@@ -111,12 +121,12 @@ def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: st
 def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
     lineage = table.manifest.lineage["dataset"]
     if url is None and newest_number(open_store(lineage["url"]), "dataset") is None:
-        return None  # moved or removed: the table stands on its own
+        return None  # moved or removed: the table is verified without it
     return open_dataset(url or lineage["url"], number=lineage["number"])
 
 
 def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
-    """Return where the checkpoint of the rows lies, None if it lies there no more; another one in its place is a problem."""
+    """Return the URL of the rows' checkpoint, None if it no longer exists; another checkpoint at that URL is a problem."""
     url, wanted = table.manifest.lineage["checkpoint"]["url"], table.manifest.identity["checkpoint_sha256"]
     store = open_store(url)
     if store.size("checkpoint.json") is None:
@@ -161,7 +171,7 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> It
     }
     for key, value in wanted.items():
         if metadata.get(key) != value:
-            yield f"{name} says {key} {metadata.get(key)!r}, the manifest {value!r}"
+            yield f"{name} has {key} {metadata.get(key)!r}, the manifest {value!r}"
     if {key: metadata.get(key) for key in PRODUCER} not in lineage["encoded_by"]:
         yield f"{name} was encoded on {metadata.get('device')!r} with versions that the lineage does not name"
 

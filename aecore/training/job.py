@@ -19,7 +19,7 @@ from aecore.data.read.loader import InputSpec, Loader, TrainLoader
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.pairs import PairSpec
 from aecore.data.read.stream import StreamLoader
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, Hint
 from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
 from aecore.training.metrics import epoch_of
@@ -97,7 +97,8 @@ def require_streamable(train: TrainSpec, input: InputSpec) -> None:
     if train.val_split is not None:
         raise ConfigError(
             f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
-            "`aepipe adopt SRC DATASET` makes one without a copy; or leave train.val_split out"
+            "index the tars without a copy (aecore.data.write.job.adopt_shards), or leave train.val_split out",
+            hint=Hint("needs-index"),
         )
 
 
@@ -204,7 +205,8 @@ def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 
     if pairs is not None:
         raise ConfigError(
             f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
-            "`aepipe adopt SRC DATASET` makes one without a copy"
+            "Index the tars without a copy (aecore.data.write.job.adopt_shards)",
+            hint=Hint("needs-index"),
         )
     return StreamLoader(
         dataset,

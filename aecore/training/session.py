@@ -112,10 +112,10 @@ class Session:
 
     def _require_same(self, identity: Mapping[str, Any]) -> None:
         assert self.claim is not None
-        places = {"data": (self.claim["info"].get("data"), self.dataset.url)}
+        urls = {"data": (self.claim["info"].get("data"), self.dataset.url)}
         longer = f"to train on from the weights of this run, add train.init_from={self.store.url} and another out"
         hints = {"train.epochs": longer, "train.max_steps": longer}
-        require_same(self.store.url, "run", identity, self.claim["identity"], places=places, hints=hints, absent=self.job.absent_values())
+        require_same(self.store.url, "run", identity, self.claim["identity"], urls=urls, hints=hints, absent=self.job.absent_values())
 
     def require_trainable(self) -> None:
         """Raise ConfigError or DataError for what cannot be trained at all (see `job.require_trainable`), and log the loader's notes.

@@ -20,7 +20,7 @@ from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.data.read.loader import Loader
 from aecore.data.read.rows import SplitRows
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, Hint
 from aecore.training.objective import Objective, noise_for
 from aecore.training.ranks import Rank, all_sum
 
@@ -55,7 +55,8 @@ def split_means(
         dataset, split = loader.rows.dataset.url, loader.rows.split
         raise DataError(
             f"{count} samples of split {split!r} were read, the manifest of {dataset} says {loader.num_samples}: "
-            f"run `aepipe verify {dataset} --read-data`"
+            "verify it with read_data (aecore.data.read.verify.verify_dataset)",
+            hint=Hint("damaged-dataset", {"url": dataset}),
         )
     return {name: total.reshape(sums[name].shape) / loader.num_samples for name, total in totals.items()}
 
@@ -113,4 +114,7 @@ def _key(rows: SplitRows, ordinal: int) -> str:
         found = (index["ordinal"].to_numpy() == ordinal).nonzero()[0]
         if len(found):
             return str(index["key"][int(found[0])].as_py())
-    raise DataError(f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: run `aepipe verify` on it")
+    raise DataError(
+        f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: verify it (aecore.data.read.verify.verify_dataset)",
+        hint=Hint("damaged-dataset", {"url": rows.dataset.url}),
+    )

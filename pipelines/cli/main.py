@@ -19,10 +19,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from aecore.errors import AecoreError, DataError, to_json
+from aecore.errors import AecoreError, DataError
 from aecore.registry import flatten
 from pipelines.cli import overrides
 from pipelines.cli.verbs import VERBS
+from pipelines.steps.hints import next_command
 
 INTERRUPTED = 130
 
@@ -42,14 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AecoreError as error:
         if debug:
             traceback.print_exc()
-        return _failed(to_json(error), as_json=as_json)
+        more = next_command(error)
+        message = str(error) if more is None else f"{error}; {more}"
+        return _failed({"error": type(error).__name__, "message": message, "exit_code": error.exit_code}, as_json=as_json)
     except BrokenPipeError:  # the reader of our output has gone, as in `aepipe show x | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's own flush at exit does not fail
         return 0
 
 
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:
-    """Say an error (see `errors.to_json`) on standard error, with `--json` also where the result would be; return its exit code."""
+    """Print an error on standard error, with `--json` also where the result would be; return its exit code."""
     print(f"aepipe: {error['message']}", file=sys.stderr)
     if as_json:
         print(json.dumps(error, indent=2))

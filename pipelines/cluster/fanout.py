@@ -45,7 +45,7 @@ class PartWorker:
         if self._worker is None:
             error = self.prepare(make_worker)
             if error is not None:
-                return PartFailure(task.stem, type(error).__name__, str(error))
+                return PartFailure(task.stem, type(error).__name__, str(error), hint=error.hint)
         assert self._worker is not None
         return make_part(self._worker, task)
 

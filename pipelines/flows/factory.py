@@ -19,10 +19,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 
-from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed
+from aecore.errors import AecoreError, ClusterError, ConfigError, DataError, Diverged, RunFailed
 from aecore.registry import flatten
 from pipelines.cluster.jobs import JobStopped
 from pipelines.recipe.recipe import Recipe
+from pipelines.steps.hints import next_command
 from pipelines.steps.pipeline import PIPELINE
 from pipelines.steps.progress import both, log_to, terminal
 from pipelines.steps.steps import STEPS
@@ -99,11 +100,16 @@ def _make(name: str) -> Any:
         for package in ("aecore", "pipelines"):  # what they log in this process belongs to the run's log
             logging.getLogger(package).setLevel(logging.INFO)
         parsed, report = Recipe(recipe), both(terminal(), log_to(logger))
-        if parsed.cluster.kind == "job":
-            summary = run_as_job(name, parsed, report, logger.info, _is_cancelled)
-        else:
-            summary = STEPS[name](parsed, report)
-            logger.info("%s done in %.1f s", name, summary["seconds"])
+        try:
+            if parsed.cluster.kind == "job":
+                summary = run_as_job(name, parsed, report, logger.info, _is_cancelled)
+            else:
+                summary = STEPS[name](parsed, report)
+                logger.info("%s done in %.1f s", name, summary["seconds"])
+        except AecoreError as error:
+            if (more := next_command(error)) is not None:
+                logger.error(more)
+            raise
         for made, part in summary.items() if name == PIPELINE else [(name, summary)]:
             leave_artifacts(made, part)
         return summary

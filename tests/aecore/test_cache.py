@@ -263,11 +263,11 @@ def test_nobody_waits_for_who_reads_an_object_that_just_arrived(tmp_path):
 def test_a_damaged_object_is_mended_and_a_whole_one_stays(tmp_path, caplog):
     cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
     ref = origin.ref("a")
-    assert cache.mend(ref)  # it is not here
+    assert cache.refetch_if_corrupt(ref)  # it is not here
     read(cache, origin, "a")
-    assert not cache.mend(ref)
+    assert not cache.refetch_if_corrupt(ref)
     (cache.root / ref.sha256).write_bytes(bytes(ref.bytes))
-    assert cache.mend(ref)
+    assert cache.refetch_if_corrupt(ref)
     assert "damaged copy of a" in caplog.text
     assert read(cache, origin, "a") == origin.data("a")
 

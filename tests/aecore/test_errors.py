@@ -10,7 +10,7 @@ import pytest
 from aecore import errors
 from aecore.artifact.fanout import PartFailure, attempt, collect
 from aecore.data.format.decode import DecodeError
-from aecore.errors import AecoreError, InputError, RunFailed, from_json, to_json
+from aecore.errors import AecoreError, Hint, InputError, RunFailed, from_json, to_json
 from aecore.store._s3_client import Answered
 from tests.test_layers import modules
 
@@ -65,6 +65,19 @@ def test_every_error_of_a_part_ends_the_job_as_the_class_it_has(kind: type[Aecor
 @pytest.mark.parametrize("kind", [errors.RunFailed, errors.ConfigError, errors.DataError, errors.StoreError, errors.ClusterError])
 def test_an_error_of_a_class_that_is_unknown_here_is_the_first_of_its_exit_code(kind: type[AecoreError]) -> None:
     assert type(from_json({"error": "OfANewerVersion", "message": "x", "exit_code": kind.exit_code})) is kind
+
+
+def test_a_hint_travels_as_a_value_as_json_and_with_a_failed_part() -> None:
+    error = errors.DataError("a message", hint=Hint("no-dataset", {"url": "/x"}))
+    failure = PartFailure("part-0", "DataError", str(error), hint=error.hint)
+
+    class Task:
+        stem = "part-0"
+
+    with pytest.raises(errors.DataError) as raised:
+        collect(lambda make, tasks: iter([failure]), lambda: pytest.fail("no worker is needed"), [Task()])
+    travelled = (pickle.loads(pickle.dumps(error)), from_json(json.loads(json.dumps(to_json(error)))), raised.value)
+    assert [found.hint for found in travelled] == [error.hint] * 3
 
 
 def test_an_error_that_nobody_planned_is_a_failed_run() -> None:

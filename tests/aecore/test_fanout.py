@@ -135,7 +135,7 @@ def test_a_worker_that_wants_to_know_is_told_what_comes_next():
     told = []
 
     class Foresighted(Worker):
-        def ahead(self, tasks):
+        def prefetch(self, tasks):
             told.append([task.stem for task in tasks])
 
     collect(serial, Foresighted, [Task("a"), Task("b"), Task("c")])

@@ -226,7 +226,7 @@ def test_a_place_without_an_artefact_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no dataset, run or table"):
         later(tmp_path / "photos")
     (tmp_path / "run.000001.json").write_text(json.dumps({"kind": "notes", "identity": {}}))
-    with pytest.raises(DataError, match="says the kind 'notes'"):
+    with pytest.raises(DataError, match="has kind 'notes'"):
         later(tmp_path)
 
 

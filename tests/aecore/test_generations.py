@@ -136,7 +136,7 @@ def test_a_differing_hash_is_shown_short_after_the_address_that_it_is_of():
             "run",
             {"data": {"train": "a" * 64, "val": "c" * 64}, "database": 1, "train": {"epochs": 5}},
             {"data": {"train": "b" * 64, "val": None}, "database": 2, "train": {"epochs": 4}},
-            places={"data": ("/x/ds", "/x/ds2")},
+            urls={"data": ("/x/ds", "/x/ds2")},
             hints={"train.epochs": "to train longer do this", "optim.lr": "not asked"},
         )
     message = str(error.value)

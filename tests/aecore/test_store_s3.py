@@ -13,7 +13,7 @@ from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
 from aecore.store import _s3 as s3_module
 from aecore.store import _s3_client as client_module
-from aecore.store import _s3_place as place_module
+from aecore.store import _s3_prefix as place_module
 from aecore.store import _scratch as scratch_module
 from tests.s3 import ACCESS_KEY, SECRET_KEY
 
@@ -161,10 +161,10 @@ class TestFiles:
         files = open_files(f"{s3.url}/in")
         sizes = files.sizes()
         assert list(sizes) == [f"c/{number:03d}.png" for number in range(120)]
-        read = files.ahead(list(sizes))
+        read = files.prefetch(list(sizes))
         assert [read(name) for name in sizes] == [b"%d" % number for number in range(120)]
         s3.raw.delete_object(Bucket=s3.bucket, Key="in/c/007.png")
-        read, found = files.ahead(list(sizes)), []
+        read, found = files.prefetch(list(sizes)), []
         for name in sizes:
             try:
                 found.append(read(name))

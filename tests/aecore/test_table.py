@@ -241,7 +241,7 @@ def test_verify_finds_a_lineage_that_is_not_that_of_the_rows(table: LatentTable)
     cases = {
         r"has dataset_sha256 .*, the lineage names 000000000000": changed_lineage(table, "dataset", sha256="0" * 64),
         r"lineage names the checkpoint with sha256 000000000000, ": changed_lineage(table, "checkpoint", sha256="0" * 64),
-        r"says checkpoint_step '0', the manifest '7'": changed_lineage(table, "checkpoint", step=7),
+        r"has checkpoint_step '0', the manifest '7'": changed_lineage(table, "checkpoint", step=7),
         r"was encoded on 'cpu .*' with versions that the lineage does not name": unnamed,
     }
     for problem, changed in cases.items():
@@ -337,7 +337,7 @@ def test_verify_finds_rows_that_the_manifest_does_not_account_for(own_table: Lat
     cases = {
         r"32 rows, the manifest says 31": changed(0, rows=31),
         r"32 rows and 1 quarantined of 32 samples": changed(0, quarantined=1),
-        r"says shard_sha256 ": changed(0, shard_sha256="0" * 64),
+        r"has shard_sha256 ": changed(0, shard_sha256="0" * 64),
         r"the table covers 0 of them": LatentTable(own_table.store, dataclasses.replace(manifest, parts=manifest.parts[1:])),
         r"overlap or leave rows out": LatentTable(
             own_table.store, dataclasses.replace(manifest, parts=(*manifest.parts, manifest.parts[0]))
@@ -366,7 +366,7 @@ def test_a_metadata_column_with_the_name_of_ours_is_refused() -> None:
 
 
 def test_no_table_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no latent table: write one with `aepipe encode`"):
+    with pytest.raises(DataError, match="no latent table: write one with aecore.encoding.job.encode_dataset"):
         open_table(str(tmp_path))
 
 

@@ -31,7 +31,7 @@ from aecore.encoding.job import EncodeSpec, encode_dataset
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store
 from aecore.store._cache import FETCHERS
-from aecore.store._s3_files import AHEAD_FILES
+from aecore.store._s3_files import IN_FLIGHT
 from aecore.training.loop import TrainJob, TrainSpec, fit
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAESpec
@@ -55,7 +55,7 @@ class Bench:
 
         os.environ.update(s3_environment(port, folder / "cache"))
         keys = {"aws_access_key_id": ACCESS_KEY, "aws_secret_access_key": SECRET_KEY, "region_name": REGION}
-        self.boto = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", config=Config(max_pool_connections=AHEAD_FILES), **keys)
+        self.boto = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", config=Config(max_pool_connections=IN_FLIGHT), **keys)
         self.s3, self.folder = S3(port, port).with_bucket(), folder
 
     def fresh(self) -> tuple[str, Path]:
@@ -158,7 +158,7 @@ def rounds(bench: Bench, data: str, run: str, manifest: Any) -> None:
 
     def shard_floor() -> None:
         _, folder = bench.fresh()
-        bench.fetch("some/", folder / "in", AHEAD_FILES)
+        bench.fetch("some/", folder / "in", IN_FLIGHT)
         shard_dataset(FolderSpec(url=str(folder / "in")), str(folder / "out"), shards=ShardSpec(max_samples=500))
         bench.put(folder / "out/shards", folder.name)
 

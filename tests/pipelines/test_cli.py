@@ -212,7 +212,7 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["sample", "{tmp}/none", "{tmp}/s", "label=cat"], 2, "class_names of `aepipe show DATASET`, counted from 0"),
         (["sample", "{walk}/table", "{tmp}/s"], 3, "table is a latent table, expected a training run"),
         (["sample", "{walk}/run", "{tmp}/s", "cluster={kind: address, address: h:1}"], 2, "`aepipe sample` works in this process"),
-        (["decode", "{walk}/run", "{walk}/dataset", "{tmp}/s"], 3, "dataset is a data set, expected a latent table"),
+        (["decode", "{walk}/run", "{walk}/dataset", "{tmp}/s"], 3, "dataset is a dataset, expected a latent table"),
         (["decode", "{walk}/run", "{tmp}/no.npy", "{tmp}/s"], 3, "no.npy"),
         (["decode", "{walk}/run", "{walk}/table", "{tmp}/s", "split=val"], 3, "has no split 'val'"),
         (["show", "{tmp}"], 3, "holds no dataset, run or table"),

@@ -99,7 +99,7 @@ def test_a_bucket_passes_and_nothing_of_the_check_is_left(s3: S3) -> None:
 def test_a_bucket_that_does_not_create_atomically_fails(bare_s3: S3) -> None:
     (found,) = run_checks(_store.store_checks(f"{bare_s3.url}/place"))
     assert (found.name, found.state, found.exit_code) == ("store: race", "failed", 4)
-    assert re.fullmatch("[2-8] of 8 overlapping writes of one name were told that they had written it", found.said)
+    assert re.fullmatch("[2-8] of 8 overlapping writes of one name were acknowledged", found.said)
     assert bare_s3.objects() == {}
 
 
@@ -124,7 +124,7 @@ def test_a_store_that_overwrites_and_a_race_without_one_winner_are_found(tmp_pat
     found = _store._exclusive(store)
     assert (found.state, found.said) == ("failed", "a second write under one name was not refused")
     raced = _store.raced(store)
-    assert (raced.state, raced.said) == ("failed", "8 of 8 overlapping writes of one name were told that they had written it")
+    assert (raced.state, raced.said) == ("failed", "8 of 8 overlapping writes of one name were acknowledged")
 
 
 def test_a_clock_that_is_wrong_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
 
 def test_a_place_that_is_not_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"x")
-    assert "holds no dataset, run or table: check the address; only what aepipe wrote is collected" in said(
+    assert "holds no dataset, run or table: check the address; only what aecore wrote is collected" in said(
         capsys, "gc", str(tmp_path), code=3
     )
     assert open_store(tmp_path).list() == ["photo.jpg"]
@@ -76,7 +76,7 @@ def test_what_was_made_from_a_model_is_told_and_never_called_somebody_elses(
     assert main(["sample", run, out, "num=2", "seed=5"]) == 0
     shown = json.loads(said(capsys, "show", out, "--json"))
     assert (shown["kind"], shown["identity"]["spec"]["seed"], shown["files"]) == ("samples", 5, 4)
-    what = f"{out} holds samples of a model's prior, written by `aepipe sample`: "
+    what = f"{out} holds samples of a model's prior: "
     assert what + "no hashes" in said(capsys, "verify", out, code=3)
     assert what + "all of it is one result" in said(capsys, "gc", out, code=3)
 

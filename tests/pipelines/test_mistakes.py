@@ -94,25 +94,28 @@ def test_a_folder_with_a_strange_name_is_still_a_folder(
     [
         (
             ["train", "data={root}/table", "out={tmp}/r", *TINY],
-            "{root}/table is a latent table, expected a data set: look at it with `aepipe show",
+            "{root}/table is a latent table, expected a dataset: give another address; look at it with `aepipe show",
         ),
         (
             ["train", "data={root}/run", "out={tmp}/r", *TINY],
-            "{root}/run is a training run, expected a data set: it is RUN of `aepipe encode",
+            "{root}/run is a training run, expected a dataset: give another address; it is RUN of `aepipe encode",
         ),
-        (["train", "data={root}", "out={tmp}/r", *TINY], "{root} is the root of a pipeline, expected a data set: give {root}/dataset"),
+        (["train", "data={root}", "out={tmp}/r", *TINY], "{root} is the root of a pipeline, expected a dataset: give {root}/dataset"),
         (
             ["encode", "{root}/dataset", "{root}/dataset", "{tmp}/t", HERE],
-            "{root}/dataset is a data set, expected a training run: train on it",
+            "{root}/dataset is a dataset, expected a training run: give another address; train on it",
         ),
-        (["encode", "{root}/dataset", "{root}/run", "{tmp}/t", HERE], "{root}/run is a training run, expected a data set: it is RUN of"),
+        (
+            ["encode", "{root}/dataset", "{root}/run", "{tmp}/t", HERE],
+            "{root}/run is a training run, expected a dataset: give another address; it is RUN of",
+        ),
         (
             ["encode", "{root}", "{root}/dataset", "{tmp}/t", HERE],
             "{root} is the root of a pipeline, expected a training run: give {root}/run",
         ),
         (["evaluate", "{root}/table", "{root}/dataset", HERE], "{root}/table is a latent table, expected a training run"),
-        (["verify", "{root}/table", "--dataset", "{root}/run"], "{root}/run is a training run, expected a data set"),
-        (["encode", "{root}/run", "{root}/run/model", "{tmp}/t", HERE], "model is the checkpoint of a model, expected a data set"),
+        (["verify", "{root}/table", "--dataset", "{root}/run"], "{root}/run is a training run, expected a dataset"),
+        (["encode", "{root}/run", "{root}/run/model", "{tmp}/t", HERE], "model is the checkpoint of a model, expected a dataset"),
     ],
 )
 def test_another_kind_of_artefact_is_named_with_the_verb_to_use(
@@ -214,7 +217,8 @@ def test_a_full_disk_says_so_and_the_same_command_finishes_when_there_is_space(
     argv = ["shard", "sprites", str(small_disk / "out"), "source.num_samples=600", "shards.max_samples=60", *SPRITES[1:]]
     error = refused(capsys, *argv, code=4)
     assert "No space left on device" in error
-    assert "what is finished is kept: free space there (`aepipe gc` finds what killed runs left), then run the same command again" in error
+    assert "what is finished is kept: free space there, then run the same command again" in error
+    assert "; `aepipe gc URL` finds what killed runs left" in error
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     assert main(argv) == 0
     assert main(["verify", str(small_disk / "out"), "--read-data"]) == 0

@@ -133,7 +133,7 @@ class ShardReader:
         """Return whether there is another tar to read than that of `descriptor`, which stays open for those who are reading it."""
         with self._mending:
             if self._descriptor == descriptor:
-                if not self._tars.mend(self.shard.tar):
+                if not self._tars.refetch_if_corrupt(self.shard.tar):
                     return False
                 del self._descriptor
             return self._descriptor != descriptor

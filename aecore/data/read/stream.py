@@ -4,7 +4,7 @@ What holds: nothing but allow-listed images, arrays and `.cls` is read, and noth
 and all ranks take the same number of steps, so shards of any sizes and fewer shards than ranks cannot hang a run; the
 same seed, shards and number of ranks give the same batches, bit for bit.
 
-What does not hold, unlike with our own shards (`aepipe adopt` gives them all back without a copy):
+What does not hold, unlike with our own shards (`adopt_shards` gives them all back without a copy):
 - The batches depend on the number of ranks. Each rank reads tars of its own (samples of its own, where there are fewer tars than ranks).
 - A pass is not exact: ranks begin their next pass when their own tars end, so uneven tars are seen unevenly often; with
   `input.resampled` tars are drawn with replacement. Hence the length is said in steps (`train.max_steps`) or in samples
@@ -35,14 +35,14 @@ from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
 from aecore.data.sources._names import split_of
-from aecore.errors import DataError
+from aecore.errors import DataError, Hint
 from aecore.store import FileRef, open_store, sha256_json
 from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
 MAX_CLASS_BYTES = 64
 StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `data` and `cls`
-REMEDY = "`aepipe adopt` or `aepipe shard` put such samples into a quarantine"
+REMEDY = "adopt_shards and shard_dataset (aecore.data.write.job) put such samples into a quarantine"
 
 
 def open_stream(url: str, split: str, member: str = "", said_split: Callable[[str], str] = split_of) -> Dataset:
@@ -65,7 +65,7 @@ def open_stream(url: str, split: str, member: str = "", said_split: Callable[[st
     try:
         form = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).form
     except BadSample as bad:
-        raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}") from bad
+        raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}", hint=Hint("bad-sample")) from bad
     shards = tuple(_shard(tars.files.url, split, name, sizes[name]) for name in names)
     manifest = DatasetManifest(
         number=0,
@@ -174,7 +174,9 @@ class StreamLoader:
             pixels = self._decoder.batch([row["data"] for row in rows])
         except DecodeError as error:
             row = rows[error.row]
-            raise DataError(f"{row['__url__']}: sample {row['__key__']!r} cannot be trained on ({error}): {REMEDY}") from error
+            raise DataError(
+                f"{row['__url__']}: sample {row['__key__']!r} cannot be trained on ({error}): {REMEDY}", hint=Hint("bad-sample")
+            ) from error
         x = torch.from_numpy(pixels)
         labels = [row["cls"] for row in rows]
         label = None if None in labels else torch.tensor(labels)

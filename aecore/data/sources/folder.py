@@ -183,8 +183,8 @@ class BucketSource(FolderSource):
     def file_root(self) -> None:
         """Objects are no files of this machine."""
 
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        read = self._files.ahead(sources)
+    def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        read = self._files.prefetch(sources)
         return lambda source: (_extension(source), read(source))
 
     def _require_folder(self) -> None:

@@ -21,7 +21,7 @@ from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, par
 from aecore.data.write.pack import Pack
 from aecore.data.write.shard import put_table, record_shard, require_of_task
 from aecore.data.write.spec import ShardSpec, ShardTask
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, Hint
 from aecore.store import FileRef, Files, Store, open_store, read_again, sha256_file
 
 
@@ -44,12 +44,14 @@ def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every sou
     """ConfigError for what cannot be done to samples that stay where they are."""
     if not isinstance(source, WebdatasetSpec):
         raise ConfigError(
-            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); `aepipe shard` writes the others"
+            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); shard_dataset writes the others",
+            hint=Hint("shard-instead"),
         )
     if shards.resize is not None or shards.mode != "keep":
         raise ConfigError(
-            "shards.resize and shards.mode change samples, and adopting leaves them as they are: use `aepipe shard SRC DATASET "
-            "source.kind=webdataset` with them"
+            "shards.resize and shards.mode change samples, and adopting leaves them as they are: use shard_dataset with "
+            "source.kind=webdataset",
+            hint=Hint("shard-instead"),
         )
 
 
@@ -58,7 +60,10 @@ def files_of(sources: Sequence[str]) -> list[str]:
     tars = [parse_source(source)[0] for source in sources]
     for name in sorted(set(tars)):
         if not name.endswith(".tar"):
-            raise DataError(f"{name} is compressed, so nothing in it can be read by offset: unpack it, or shard it with `aepipe shard`")
+            raise DataError(
+                f"{name} is compressed, so nothing in it can be read by offset: unpack it, or shard it (shard_dataset)",
+                hint=Hint("shard-instead"),
+            )
     return tars
 
 

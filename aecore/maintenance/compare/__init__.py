@@ -1,6 +1,6 @@
-"""Two artefacts of one kind side by side: what differs in what they were asked for, and in what came out. Reads only.
+"""Compare two artefacts of one kind: how their settings differ, and how their contents do. Read-only.
 
-Values of both sides stand as `[a, b]`. Memory does not grow with the artefacts: rows are joined by key, one part or one range of
+Values of both sides are given as `[a, b]`. Memory does not grow with the artefacts: rows are joined by key, one part or one range of
 keys at a time.
 """
 
@@ -24,15 +24,15 @@ def compare(a: str, b: str) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        The two are of different kinds.
+        If the two are of different kinds.
     DataError
-        There is nothing to compare at one of them, or what is there is unfinished or damaged.
+        If one of them is no such artefact, or is unfinished or damaged.
     """
     stores = open_store(a), open_store(b)
     kinds = [_comparable(store) for store in stores]
     if kinds[0] != kinds[1]:
-        said = " and ".join(f"{store.url} is a {kind}" for store, kind in zip(stores, kinds, strict=True))
-        raise ConfigError(f"{said}: give two of one kind, for example two runs")
+        found = " and ".join(f"{store.url} is a {kind}" for store, kind in zip(stores, kinds, strict=True))
+        raise ConfigError(f"{found}: give two of one kind, for example two runs")
     kind = kinds[0]
     if kind != "root":
         return {"kind": kind, "a": stores[0].url, "b": stores[1].url, **_COMPARE[kind](stores[0].url, stores[1].url)}
@@ -40,7 +40,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
 
 
 def _comparable(store: Store) -> str:
-    """Return the kind of what is located at a URL; DataError unless it is one of those that are compared."""
+    """Return the kind of the artefact; DataError unless it is one that can be compared."""
     found = detect_artifact(store)
     if found is None:
         raise DataError(f"{store.url} holds no dataset, run or table to compare: check the address")
@@ -52,11 +52,11 @@ def _comparable(store: Store) -> str:
 def _stages(a: Store, b: Store) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in STAGE_FOLDERS:
-        there = [bool(open_store(f"{store.url}/{name}").list()) for store in (a, b)]
-        if all(there):
+        exists = [bool(open_store(f"{store.url}/{name}").list()) for store in (a, b)]
+        if all(exists):
             found[name] = compare(f"{a.url}/{name}", f"{b.url}/{name}")
-        elif any(there):
-            found[name] = f"only in {'a' if there[0] else 'b'}"
+        elif any(exists):
+            found[name] = f"only in {'a' if exists[0] else 'b'}"
     if not any(isinstance(stage, dict) for stage in found.values()):
         raise DataError(f"{a.url} and {b.url} have no stage in common: give two runs, tables or datasets")
     return found

@@ -1,4 +1,4 @@
-"""Two data sets: keys that were added or removed, samples whose bytes, label or split changed, classes, splits, settings."""
+"""Compare two datasets: keys that were added or removed, samples whose bytes, label or split changed, classes, splits, settings."""
 
 import functools
 from collections import Counter
@@ -18,7 +18,7 @@ COLUMNS = ("key", "sha256", "label_name")
 
 
 def compare_datasets(a: str, b: str) -> dict[str, Any]:
-    """Compare the newest generations of two data sets by their indexes. Shards that are equal in both are not read."""
+    """Compare the newest generations of two datasets by their indexes. Shards that are equal in both are not read."""
     left, right = open_dataset(a), open_dataset(b)
     equal = {_content(shard) for shard in left.manifest.shards} & {_content(shard) for shard in right.manifest.shards}
     rest_a, rest_b = ([shard for shard in dataset.manifest.shards if _content(shard) not in equal] for dataset in (left, right))
@@ -48,7 +48,7 @@ def _content(shard: ShardRef) -> tuple[str, str, str]:
 
 
 def _read(dataset: Dataset, shard: ShardRef, columns: Sequence[str] | None) -> pa.Table:
-    """Read what is compared of an index, with the split as a column."""
+    """Read the compared columns of an index, with the split as a column."""
     index = read_table(dataset.store.read(shard.index.name, ref=shard.index), f"{dataset.url}/{shard.index.name}")
     wanted = [name for name in (COLUMNS if columns is None else columns) if name in index.column_names]
     rows = index.select(wanted)
@@ -59,7 +59,7 @@ def _read(dataset: Dataset, shard: ShardRef, columns: Sequence[str] | None) -> p
 
 
 class _Changed:
-    """Samples of one key that are other samples, have another class or stand in another split."""
+    """Counts and examples of common keys whose content, class or split differs."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -78,8 +78,8 @@ class _Changed:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        said = {"sha256": "changed_content", "label_name": "changed_class", "split": "moved_to_another_split"}
-        return {said[name]: {"samples": self.counts[name], "examples": examples} for name, examples in self.examples.items()}
+        names = {"sha256": "changed_content", "label_name": "changed_class", "split": "moved_to_another_split"}
+        return {names[name]: {"samples": self.counts[name], "examples": examples} for name, examples in self.examples.items()}
 
 
 def _counts(a: DatasetManifest, b: DatasetManifest) -> dict[str, list[int | None]]:

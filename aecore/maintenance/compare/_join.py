@@ -1,7 +1,7 @@
-"""Rows of many parts joined by key with bounded memory: one range of keys at a time.
+"""Join the rows of many parts by key in bounded memory: one range of keys at a time.
 
-The ranges come from every 64th key of each part, so that each holds about `RANGE_ROWS` rows; a pass over the parts for each range is
-the price. Parts that belong together (the same rows of the same shard) are joined on their own and need no ranges.
+The ranges come from every 64th key of each part, so that each holds about `RANGE_ROWS` rows. The price: one pass over
+the parts per range. Corresponding parts (the same rows of the same shard) are joined separately and need no ranges.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Keys:
     examples_b: list[str] = field(default_factory=list)
 
     def join(self, a: pa.Table, b: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """Count the keys of two tables and return the rows that both have, in one order."""
+        """Count the keys of two tables and return their common rows, in the same order."""
         left, right = keys_of(a), keys_of(b)
         at = pc.index_in(left, value_set=right)
         known = at.is_valid()
@@ -60,7 +60,7 @@ class Keys:
 def by_ranges(
     a: Sequence[Any], b: Sequence[Any], read_a: Read, read_b: Read, *, rows: int = RANGE_ROWS
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield the rows of both sides, one range of keys after the other; each key of both sides is in exactly one of the pairs."""
+    """Yield the rows of both sides, one range of keys after the other; each key is in exactly one of the pairs."""
     if not a and not b:
         return
     bounds: list[str | None] = [None, *_bounds([(part, read_a) for part in a] + [(part, read_b) for part in b], rows), None]

@@ -1,7 +1,7 @@
-"""Two training runs: config, data, metrics, loss curves at common steps, weights, checkpoints, throughput.
+"""Compare two training runs: config, data, metrics, loss curves at common steps, weights, checkpoints, throughput.
 
-`loss` is what a run minimised, so runs with different beta are compared by `elbo`. Where the rows of one are older than version 2
-(`metrics` says it, see `aecore.training.metrics`), its `elbo` is another number, and no difference of the two is given.
+`loss` is the minimised objective, so runs with different beta are compared by `elbo`. In rows older than version 2 (key `metrics`, see
+`aecore.training.metrics`) `elbo` has another meaning, and no difference of the two is given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Run:
-    """What is read of one run: its claim, the rows of its metrics, the newest checkpoint, and the one whose weights are compared."""
+    """One run: its claim, the rows of its metrics, its newest checkpoint, and the one whose weights are compared."""
 
     store: Store
     claim: Mapping[str, Any]
@@ -103,7 +103,7 @@ def _side_by_side(left: Row, right: Row) -> dict[str, Any]:
 
 
 def _curves(a: Sequence[Row], b: Sequence[Row]) -> dict[str, Any]:
-    """Return where the loss curves differ at the steps that both have: |a - b| / max(|a|, |b|)."""
+    """Return how the loss curves differ at common steps: |a - b| / max(|a|, |b|)."""
     other = {row["step"]: row["loss"] for row in b}
     pairs = [(row["step"], row["loss"], other[row["step"]]) for row in a if row["step"] in other]
     relative = [(abs(x - y) / max(abs(x), abs(y), 1e-30), step) for step, x, y in pairs]
@@ -119,7 +119,7 @@ def _weights(a: _Run, b: _Run) -> dict[str, Any]:
     if refs[0].sha256 == refs[1].sha256:
         return facts
     left, right = (load_safetensors(run.store.read(ref.name, ref=ref)) for run, ref in zip((a, b), refs, strict=True))
-    for name in sorted({*left, *right}):  # safetensors gives another order at each call
+    for name in sorted({*left, *right}):  # safetensors returns another order at each call
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (left, right)]
         if shapes[0] != shapes[1]:
             facts["differing_shapes"][name] = shapes
@@ -146,12 +146,12 @@ def _hashes(run: _Run) -> dict[int, str]:
         try:
             found.setdefault(step, read_checkpoint(run.store, name, verify=False).file("model.safetensors").sha256)
         except (AecoreError, KeyError, TypeError):
-            continue  # a damaged one: `verify` says so
+            continue  # a damaged one, which verification reports
     return found
 
 
 def _samples_per_s(run: _Run) -> float | None:
-    """Return the samples per second between metric parts of one attempt, by the times at which the storage got them.
+    """Return the samples per second between metric parts of one attempt, from their modification times.
 
     None where no attempt wrote two parts, or where the times are those of a copy (all at once).
     """

@@ -1,4 +1,4 @@
-"""Two latent tables: keys, the difference of every column, lineage and identity."""
+"""Compare two latent tables: keys, the difference of every column, lineage and identity."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from aecore.table.manifest import TablePart
 from aecore.table.part import numpy_view, read_footer
 from aecore.table.table import LatentTable, open_table
 
-PLACE = ("key", "shard", "ordinal")  # where a row stands, not what it says
+POSITION = ("key", "shard", "ordinal")  # columns that locate a row and are not compared
 
 
 def compare_tables(a: str, b: str) -> dict[str, Any]:
     """Compare the newest generations of two tables. Reads every part once, and more often those without a counterpart."""
     left, right = open_table(a), open_table(b)
-    shared = [name for name in left.columns if name in right.columns and name not in PLACE]
+    shared = [name for name in left.columns if name in right.columns and name not in POSITION]
     gaps = {name: _Gap(name, left, right) for name in shared}
     keys = Keys()
     pairs, rest_a, rest_b = _pairs(left, right)
@@ -46,9 +46,9 @@ def compare_tables(a: str, b: str) -> dict[str, Any]:
 
 
 def _pairs(a: LatentTable, b: LatentTable) -> tuple[list[tuple[TablePart, TablePart]], list[TablePart], list[TablePart]]:
-    """Return the parts that hold the same rows of the same shard, and the others of both tables."""
-    there = {_rows_of(part): part for part in b.parts}
-    pairs = [(part, there[_rows_of(part)]) for part in a.parts if _rows_of(part) in there]
+    """Return the pairs of parts with the same rows of the same shard, and the other parts of both tables."""
+    known = {_rows_of(part): part for part in b.parts}
+    pairs = [(part, known[_rows_of(part)]) for part in a.parts if _rows_of(part) in known]
     paired = {_rows_of(part) for part, _ in pairs}
     rest_a, rest_b = ([part for part in table.parts if _rows_of(part) not in paired] for table in (a, b))
     return pairs, rest_a, rest_b
@@ -59,11 +59,11 @@ def _rows_of(part: TablePart) -> tuple[str, str, str, int, int]:
 
 
 def _read(table: LatentTable, part: TablePart, columns: Sequence[str]) -> pa.Table:
-    """Read the key and columns of a part (one that came with a later generation is null in the others), with its split."""
-    there = set(read_footer(table.store, part.file).schema.to_arrow_schema().names)
-    rows = table.read(part, ["key", *(name for name in columns if name in there)])
+    """Read key and columns of a part; a column that a later generation added is null in earlier parts."""
+    present = set(read_footer(table.store, part.file).schema.to_arrow_schema().names)
+    rows = table.read(part, ["key", *(name for name in columns if name in present)])
     for name in columns:
-        if name not in there:
+        if name not in present:
             rows = rows.append_column(name, pa.nulls(len(rows), table.schema.field(name).type))
     return rows
 
@@ -80,7 +80,7 @@ def _compare_rows(keys: Keys, gaps: Mapping[str, "_Gap"], a: pa.Table, b: pa.Tab
 
 
 class _Gap:
-    """How far a column of two tables is apart, over the rows that were added."""
+    """The difference of one column of two tables, over the rows added so far."""
 
     def __init__(self, name: str, a: LatentTable, b: LatentTable) -> None:
         self.name = name
@@ -92,12 +92,16 @@ class _Gap:
         self.at: str | None = None
 
     def add(self, a: pa.Table, b: pa.Table) -> None:
-        """Add rows of one order."""
+        """Add common rows in the same order."""
         if not self.comparable:
             return
         if not self.is_latent:
-            equal = pc.fill_null(pc.equal(*_in_one_type(a[self.name], b[self.name])), False)
-            both_null = pc.and_(pc.is_null(a[self.name]), pc.is_null(b[self.name]))
+            left: Any = a[self.name]  # any: pyarrow's stubs know no type of a column of a file
+            right: Any = b[self.name]
+            if left.type != right.type:  # compared as text
+                left, right = left.cast(pa.string()), right.cast(pa.string())
+            equal: Any = pc.fill_null(pc.equal(left, right), False)
+            both_null = pc.and_(pc.is_null(left), pc.is_null(right))
             self.rows += len(a) - int(pc.sum(pc.or_(equal, both_null)).as_py() or 0)
             return
         gap = np.abs(_numbers(a, self.name) - _numbers(b, self.name)).reshape(len(a), -1)
@@ -117,11 +121,6 @@ class _Gap:
             return {"differing_rows": self.rows}
         mean = self.total / self.values if self.values else 0.0
         return {"differing_rows": self.rows, "max_difference": self.max, "mean_difference": mean, "worst_key": self.at}
-
-
-def _in_one_type(a: Any, b: Any) -> tuple[Any, Any]:  # any: columns
-    """Return two columns in one type: as they are, or as text."""
-    return (a, b) if a.type == b.type else (a.cast(pa.string()), b.cast(pa.string()))
 
 
 def _numbers(rows: pa.Table, name: str) -> Any:  # any: an array of float64

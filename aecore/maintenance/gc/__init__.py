@@ -1,9 +1,9 @@
-"""gc: remove what nobody needs any more, and nothing else.
+"""Garbage collection: remove files that no manifest needs, and nothing else.
 
-Garbage are the temporary files, and what killed or overtaken attempts left and no manifest (or checkpoint) names. Three fences: a
-name has to be of our patterns; what an attempt that may still run has written (anything younger than a limit) stays, all of it;
-and what the same command would continue stays, unless `unfinished` gives it up. The highest claim is kept as a number that is
-taken, so a rerun writes the same names and bytes as if nothing had been removed. Killed at any instant, it can be run again.
+Garbage is temporary files, and files of killed or superseded attempts that no manifest (or checkpoint) names. Three safeguards: a file
+must match the name patterns of aecore; all files of an attempt that may still run (any of them is younger than a limit) stay; and files
+that the same command would continue stay, unless `unfinished` gives them up. The highest claim is kept, so that its number stays taken
+and a rerun writes the same names and bytes as without the collection. Killed at any instant, a collection can be run again.
 """
 
 from aecore.maintenance.gc._collect import Report, collect_garbage

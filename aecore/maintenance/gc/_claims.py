@@ -1,4 +1,4 @@
-"""The claims of a dataset or a table: which were committed, which can never be, which the same command would continue."""
+"""The claims of a dataset or a table: which are committed, which are dead, which the same command would continue."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:-r\d{6})?
 
 
 class State(Enum):
-    """What became of a claim."""
+    """State of a claim."""
 
     COMMITTED = "committed"
     DEAD = "dead"
@@ -27,7 +27,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Ledger:
-    """What an artefact's manifests name (`stems`: the recorded parts), and the state of each claim by its number."""
+    """The files and parts (`stems`) that an artefact's manifests name, and the state of each claim by its number."""
 
     kind: str
     newest: int  # manifest; 0: none
@@ -35,16 +35,16 @@ class Ledger:
     stems: frozenset[str]
     claims: Mapping[int, State]
     splits: frozenset[str]  # parts are named after them
-    adopted: bool = False  # its tars are somebody else's, wherever they lie
+    adopted: bool = False  # its tars are external, wherever they are
 
     @property
     def highest(self) -> int:
-        """Number of the newest claim: it stays, so that no number is given twice."""
+        """Number of the newest claim; it is kept, so that no number is used twice."""
         return max(self.claims, default=0)
 
 
 def read_ledger(store: Store, kind: str) -> Ledger:
-    """Read all manifests and claims. DataError if a manifest is damaged: then nobody knows what it names."""
+    """Read all manifests and claims. DataError if a manifest is damaged: the files that it names are unknown then."""
     newest = newest_number(store, kind) or 0
     names = set(store.list())
     numbers = [number for number in range(1, newest + 1) if f"{kind}.{number:06d}.json" in names]
@@ -65,39 +65,40 @@ def read_ledger(store: Store, kind: str) -> Ledger:
 
 
 def _splits(stems: Iterable[str]) -> frozenset[str]:
-    """Return the splits of recorded parts and those that every data set may have: names of others are not known to be ours."""
+    """Return the splits of recorded parts and the usual ones: parts of any other split may be external files."""
     return frozenset({*SPLIT_ORDER, *(match[1] for stem in stems if (match := STEM.fullmatch(stem)))})
 
 
 def claim_name(number: int) -> str:
+    """Return the file name of a claim."""
     return f"run.{number:06d}.json"
 
 
 def _dataset_state(store: Store, number: int, newest: int, files: frozenset[str]) -> State:
     if f"listings/{number:06d}.parquet" in files:
         return State.COMMITTED
-    parent = _said(store, number, "identity", "parent")
+    parent = _claim_value(store, number, "identity", "parent")
     return State.DEAD if parent < newest else State.UNFINISHED
 
 
 def _adopts(store: Store, number: int) -> bool:
-    dataset = _said(store, number, "identity").get("dataset")
+    dataset = _claim_value(store, number, "identity").get("dataset")
     return isinstance(dataset, Mapping) and "adopted" in dataset
 
 
 def _table_state(store: Store, number: int, tables: Sequence[TableManifest]) -> State:
-    sha256 = _said(store, number, "identity", "dataset_sha256")
+    sha256 = _claim_value(store, number, "identity", "dataset_sha256")
     if sha256 in {manifest.lineage["dataset"]["sha256"] for manifest in tables}:
         return State.COMMITTED
-    generation = _said(store, number, "info", "lineage", "dataset", "number")
+    generation = _claim_value(store, number, "info", "lineage", "dataset", "number")
     newest = max((manifest.lineage["dataset"]["number"] for manifest in tables), default=0)
     return State.DEAD if generation < newest else State.UNFINISHED
 
 
-def _said(store: Store, number: int, *path: str) -> Any:
+def _claim_value(store: Store, number: int, *path: str) -> Any:
     found: Any = read_json(store, claim_name(number))
     for key in path:
         if not isinstance(found, Mapping) or key not in found:
-            raise DataError(f"{store.url}/{claim_name(number)} says no {'.'.join(path)}: it is damaged or was not written by aecore")
+            raise DataError(f"{store.url}/{claim_name(number)} has no {'.'.join(path)}: it is damaged or was not written by aecore")
         found = found[key]
     return found

@@ -1,4 +1,4 @@
-"""Plan a collection, look whether the artefact is still what the plan was made for, remove."""
+"""Plan a collection, check that the artefact has not changed meanwhile, remove."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was removed (in a dry run: would be), what waits, and what is not ours and was left alone."""
+    """What was removed (in a dry run: would be), what has to wait, and `not_ours`: external files, which are never touched."""
 
     kind: str
     url: str
@@ -40,21 +40,34 @@ class Report:
 def collect_garbage(
     url: str, *, older_than_s: float = DAY_S, unfinished: bool = False, dry_run: bool = False, now: float | None = None
 ) -> Report:
-    """Remove the garbage of the dataset, run or table at `url`; `now` is the time that ages are counted from.
+    """Remove the garbage of the dataset, run or table at `url`.
+
+    Parameters
+    ----------
+    url : str
+        URL of one artefact.
+    older_than_s : float
+        All files of an attempt stay if one of them is younger.
+    unfinished : bool
+        Also give up attempts that the same command would continue.
+    dry_run : bool
+        Remove nothing.
+    now : float, optional
+        The time from which ages are counted, in seconds since the epoch.
 
     Raises
     ------
     DataError
-        There is none of the three, or a manifest is damaged: then nothing is removed, since nobody knows what it names.
+        If there is none of the three, or a manifest is damaged: then nothing is removed, since the files that it names are unknown.
     RunFailed
-        An attempt was committed while the plan was made, each time it was made.
+        If attempts were committed during each of three tries to make a plan.
     StoreError
-        A file cannot be removed.
+        If a file cannot be removed.
     """
     store = open_store(url)
     before = (time.time() if now is None else now) - older_than_s
     for _ in range(3):
-        there = _numbered(store)
+        before_plan = _numbered(store)
         kind = _kind_of(store)
         plan = Plan(store, before, unfinished)
         if kind == "run":
@@ -63,13 +76,13 @@ def collect_garbage(
             plan.temporary_files()
         else:
             plan_parts(plan, kind)
-        if dry_run or there == _numbered(store):
+        if dry_run or before_plan == _numbered(store):
             return _remove(plan, kind, dry_run)
-    raise RunFailed(f"{store.url} changed three times while it was looked at: run `aepipe gc` again when fewer commands write there")
+    raise RunFailed(f"{store.url} changed three times while it was examined: collect again when fewer commands write there")
 
 
 def _numbered(store: Store) -> list[str]:
-    """Return the claims and manifests that are there: with a new one a plan is out of date."""
+    """Return the names of claims and manifests: a new one makes a plan out of date."""
     return [name for name in store.list() if name.endswith(".json")] + store.list("model")
 
 
@@ -84,14 +97,14 @@ def _remove(plan: Plan, kind: str, dry_run: bool) -> Report:
 
 
 def _kind_of(store: Store) -> str:
-    """Return dataset, table, run, or nothing for a place with temporary files only; DataError if there is nothing to collect from."""
+    """Return dataset, table or run, or "nothing" for a folder with temporary files only; DataError for anything else."""
     found = detect_artifact(store)
     if found is None:
         if store.list() == [".tmp"]:
             return "nothing"
-        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aepipe wrote is collected")
+        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aecore wrote is collected")
     if found.is_generated:
-        raise DataError(f"{store.url} holds {found.name}: all of it is one result, remove the folder if nobody needs it")
+        raise DataError(f"{store.url} holds {found.name}: all of it is one result, remove the folder if it is not needed")
     if found.kind == "checkpoint":
         raise DataError(f"{store.url} is {found.name}: a run keeps and removes whole checkpoints, give the run that it is in")
     if found.kind == "root":

@@ -1,4 +1,4 @@
-"""Garbage of a dataset or a table: parts, records, listings and claims that no manifest names and nobody will finish."""
+"""Garbage of a dataset or a table: parts, records, listings and claims that no manifest names and no command will finish."""
 
 import re
 from collections.abc import Iterator
@@ -12,19 +12,20 @@ _NUMBERED = re.compile(r"(?:run|dataset|table)\.\d{6}\.json")
 _FOLDERS = {"dataset": ("records", "shards", "quarantine", "listings"), "table": ("records", "data", "quarantine")}
 _WHY = {
     State.COMMITTED: "no manifest names it, and its generation is committed",
-    State.DEAD: "of an attempt that a newer generation has overtaken",
+    State.DEAD: "of an attempt that a newer generation has superseded",
     State.UNFINISHED: "of an unfinished attempt that was given up",
 }
 
 
 def plan_parts(plan: Plan, kind: str) -> Ledger:
-    """Add the garbage of a dataset or a table to the plan; return what the manifests name."""
+    """Add the garbage of a dataset or a table to the plan; return what its manifests and claims hold."""
     store = plan.store
     ledger = read_ledger(store, kind)
     plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
     groups: dict[int, list[str]] = {number: [] for number in ledger.claims}
     for name in _files(store, kind):
-        if name in ledger.files or _record_of(name) in ledger.stems:
+        is_record = name.startswith("records/")
+        if name in ledger.files or (is_record and name.removeprefix("records/").removesuffix(".json") in ledger.stems):
             continue
         claim = _claim_of(name, kind, ledger)
         if claim is None:
@@ -47,14 +48,10 @@ def _files(store: Store, kind: str) -> Iterator[str]:
                 yield name
 
 
-def _record_of(name: str) -> str | None:
-    return name.removeprefix("records/").removesuffix(".json") if name.startswith("records/") else None
-
-
 def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
-    """Return the claim that a file belongs to; None if its name is not one of ours, or of a claim that there never was.
+    """Return the claim that a file belongs to; None if its name matches no pattern, or names a claim that never existed.
 
-    A tar is not ours where tars are adopted: they may lie in this very folder, under names like ours.
+    Where tars are adopted every tar is external: they may be in this very folder, under names that match the patterns.
 
     Parts of a table carry the claim of the dataset's shard in their names, not the table's: they belong to its newest claim.
     """
@@ -75,7 +72,7 @@ def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
 
 
 def _state(ledger: Ledger, claim: int) -> State:
-    """Return what became of the files of a claim; one whose claim is gone was collected before, and somebody wrote on.
+    """Return the state of the files of a claim; they are dead if a collection removed the claim and its process went on writing.
 
     Any claim of a table may have made its parts, so one that can be continued keeps all of them.
     """
@@ -85,7 +82,7 @@ def _state(ledger: Ledger, claim: int) -> State:
 
 
 def _plan_group(plan: Plan, ledger: Ledger, claim: int, names: list[str]) -> bool:
-    """Plan the files of one claim; return whether nothing of it is left but the claim itself."""
+    """Plan the files of one claim; return whether only the claim itself is left."""
     state = _state(ledger, claim)
     what = f"{ledger.kind} claim {claim}"
     if state is State.UNFINISHED and not plan.unfinished:
@@ -95,17 +92,17 @@ def _plan_group(plan: Plan, ledger: Ledger, claim: int, names: list[str]) -> boo
     own = [claim_name(claim)] if state is not State.COMMITTED and claim in ledger.claims else []
     if plan.young([*names, *own]):
         if names or own:
-            plan.wait(what, names, "somebody may be writing it: something in it is younger than the limit")
+            plan.wait(what, names, "it may still be written: something in it is younger than the limit")
         return False
     plan.add(names, _WHY[state])
     return True
 
 
 def _plan_claims(plan: Plan, ledger: Ledger, gone: list[int]) -> None:
-    """Plan the claims of which nothing is left, last of all and the highest only where nothing at all remains."""
+    """Plan the claims of which nothing is left, last of all, and the highest only if nothing else remains."""
     over = [claim for claim in gone if ledger.claims.get(claim) in (State.DEAD, State.UNFINISHED)]
-    if ledger.kind != DATASET and ledger.highest not in gone:  # its parts are still there, whoever made them
+    if ledger.kind != DATASET and ledger.highest not in gone:  # its parts still exist, whichever claim made them
         over = [claim for claim in over if ledger.claims[claim] is State.DEAD]
     if ledger.newest or len(over) < len(ledger.claims):
         over = [claim for claim in over if claim != ledger.highest]
-    plan.add([claim_name(claim) for claim in over], "claim of an attempt that nobody will finish")
+    plan.add([claim_name(claim) for claim in over], "claim of an attempt that no command will finish")

@@ -1,4 +1,4 @@
-"""What a collection is made of: files to remove, in order; groups that have to wait; names that are not ours."""
+"""The plan of a collection: files to remove, in order; groups that have to wait; names of external files."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ TEMPORARY = re.compile(r"\.tmp/[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """One file to remove, its size, and why nobody needs it."""
+    """One file to remove, its size, and why it is not needed."""
 
     name: str
     bytes: int
@@ -31,7 +31,7 @@ class Waiting:
 
 @dataclass
 class Plan:
-    """What is found at one artefact. `garbage` stands in the order of removal."""
+    """The findings for one artefact; `garbage` is in the order of removal."""
 
     store: Store
     before: float  # files written after this moment may belong to an attempt that still runs
@@ -45,27 +45,27 @@ class Plan:
         return any((written := self.store.modified(name)) is not None and written > self.before for name in names)
 
     def add(self, names: Iterable[str], why: str) -> None:
-        """Put files on the list of garbage (one that has gone meanwhile is none)."""
+        """Add files to the garbage; one that no longer exists is left out."""
         for name in names:
             size = self.store.size(name)
             if size is not None:
                 self.garbage.append(Garbage(name, size, why))
 
     def wait(self, what: str, names: Sequence[str], why: str) -> None:
-        """Note that files are left for now."""
+        """Record that files are kept for now."""
         sizes = [size for name in names if (size := self.store.size(name)) is not None]
         self.waiting.append(Waiting(what, len(sizes), sum(sizes), why))
 
     def remove_or_wait(self, what: str, names: Sequence[str], why: str) -> bool:
-        """Remove a group of files unless one of them is young; return whether it goes."""
+        """Remove a group of files unless one of them is young; return whether it is removed."""
         if self.young(names):
-            self.wait(what, names, "somebody may be writing it: something in it is younger than the limit")
+            self.wait(what, names, "it may still be written: something in it is younger than the limit")
             return False
         self.add(names, why)
         return True
 
     def temporary_files(self) -> None:
-        """Collect what killed processes left in `.tmp/`."""
+        """Add the files of killed processes in `.tmp/`."""
         for name in below(self.store, ".tmp"):
             if not TEMPORARY.fullmatch(name):
                 self.not_ours.append(name)

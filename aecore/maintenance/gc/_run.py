@@ -1,4 +1,4 @@
-"""Garbage of a run: checkpoints that are unfinished or damaged and that a newer valid one has replaced, metrics that none names."""
+"""Garbage of a run: unfinished or damaged checkpoints with a newer valid one, metrics that no checkpoint names."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ _MODEL_FILES = (MANIFEST, "model.safetensors", "config.json")
 
 
 def plan_run(plan: Plan) -> None:
-    """Add the garbage of a run to the plan; an unfinished run as a whole if it is given up."""
+    """Add the garbage of a run to the plan; all of an unfinished run if it is given up."""
     store = plan.store
     known = {CLAIM, "checkpoints", "metrics", "model", ".tmp"}
     plan.not_ours += [name for name in store.list() if name not in known]
@@ -39,18 +39,18 @@ def plan_run(plan: Plan) -> None:
 
 
 def _files_of(plan: Plan, folders: Iterable[str]) -> list[str]:
-    """Return the files of checkpoints in the order of removal; what does not belong there is noted."""
+    """Return the files of checkpoints in the order of removal; other files are recorded in `not_ours`."""
     found = []
     for folder in folders:
-        there = list(below(plan.store, folder))
-        ours = [f"{folder}/{file}" for file in _CHECKPOINT_FILES]
-        plan.not_ours += [name for name in there if name not in ours]
-        found += [name for name in ours if name in there]
+        listed = list(below(plan.store, folder))
+        expected = [f"{folder}/{file}" for file in _CHECKPOINT_FILES]
+        plan.not_ours += [name for name in listed if name not in expected]
+        found += [name for name in expected if name in listed]
     return found
 
 
 def _plan_attempts(plan: Plan, folders: list[str], metrics: list[str]) -> None:
-    """Plan what each attempt lost. An attempt of which anything is young may still run: it keeps all that it has."""
+    """Plan the garbage of each attempt. An attempt with any young file may still run: it keeps all its files."""
     store = plan.store
     valid = {name: ref for name in folders if (ref := _valid(store, name)) is not None}
     newest = max((ref.step for ref in valid.values()), default=-1)
@@ -61,13 +61,13 @@ def _plan_attempts(plan: Plan, folders: list[str], metrics: list[str]) -> None:
     for attempt in sorted({_attempt(name) for name in (*lost, *unnamed)}):
         everything = [*_files_of(plan, (name for name in folders if _attempt(name) == attempt))]
         everything += [name for name in metrics if _attempt(name) == attempt]
-        mine = [name for name in unnamed if _attempt(name) == attempt]
+        own = [name for name in unnamed if _attempt(name) == attempt]
         checkpoints = [name for name in lost if _attempt(name) == attempt]
         if plan.young(everything):
-            plan.wait(f"attempt {attempt}", mine, "it may still run: something that it wrote is younger than the limit")
+            plan.wait(f"attempt {attempt}", own, "it may still run: something that it wrote is younger than the limit")
             continue
         plan.add(_files_of(plan, checkpoints), f"of a checkpoint that is unfinished or damaged; the one of step {newest} is valid")
-        plan.add(mine, "metrics that no checkpoint names")
+        plan.add(own, "metrics that no checkpoint names")
     plan.not_ours = list(dict.fromkeys(plan.not_ours))
 
 
@@ -79,7 +79,7 @@ def _valid(store: Store, name: str) -> CheckpointRef | None:
 
 
 def _metrics_of(store: Store, name: str) -> list[str]:
-    """Return the metric parts that a checkpoint names, also if one of its files is damaged: somebody may restore it."""
+    """Return the metric parts that a checkpoint names, even if one of its files is damaged: it may be restored."""
     try:
         return [str(part["name"]) for part in read_json(store, f"{name}/{MANIFEST}")["metrics"]]
     except (DataError, KeyError, TypeError):

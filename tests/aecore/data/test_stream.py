@@ -111,7 +111,7 @@ class TestRefused:
         [
             ({}, {}, r"does not know how many samples.*set train.max_steps, or input.epoch_samples"),
             ({}, {"resampled": True, "epoch_samples": 9}, r"does not know how many samples there are: set train.max_steps$"),
-            ({"max_steps": 3, "val_split": "val"}, {}, r"train.val_split=val needs an index.*aepipe adopt"),
+            ({"max_steps": 3, "val_split": "val"}, {}, r"train.val_split=val needs an index.*adopt_shards"),
         ],
     )
     def test_what_only_an_index_gives(self, tars: Path, tmp_path: Path, changes: dict, input: dict, message: str) -> None:

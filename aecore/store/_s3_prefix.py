@@ -1,4 +1,4 @@
-"""A bucket and a prefix: what an artefact and somebody else's files there have in common."""
+"""A bucket and a prefix: the calls that the store of an artefact and external files share."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PAGE = 1000
 
 
-class Place:
+class BucketPrefix:
     """A bucket and a prefix, and the client that reaches them."""
 
     def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
@@ -72,8 +72,8 @@ class Place:
         return b"".join(pieces)
 
     def _download(self, name: str, target: Path, sha256: str | None = None) -> str | None:
-        """Write an object to `target`; return its sha256 if the one it should have is given."""
-        # not emptied first: the cache counts the size that it gave the file
+        """Write an object to `target`; return its sha256 if the expected one is given."""
+        # not truncated first: the cache counts the bytes that it has reserved in the file
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
 
             def begin() -> Take:
@@ -86,7 +86,7 @@ class Place:
 
 
 def _write(file: FileIO, piece: bytes) -> None:
-    """Write all of a piece: a file without a buffer may take less."""
+    """Write all of a piece: an unbuffered write may be short."""
     left = memoryview(piece)
     while left:
         left = left[file.write(left) :]

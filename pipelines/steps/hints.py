@@ -1,0 +1,34 @@
+"""The next command for each situation that an error of `aecore` names (`aecore.errors.Hint`): the library itself knows no command line.
+
+The command line puts it after the message, and a flow into the run's log. The error of a Ray job brings its hint along as JSON.
+"""
+
+from aecore.errors import AecoreError
+
+HINTS = {
+    "bad-sample": "`aepipe adopt` and `aepipe shard` put such samples into a quarantine",
+    "damaged-dataset": "`aepipe verify {url} --read-data` lists what is wrong",
+    "disk-full": "`aepipe gc URL` finds what killed runs left",
+    "is-checkpoint": "it is RUN of `aepipe encode RUN DATASET TABLE`",
+    "is-dataset": "train on it with `aepipe train RECIPE data={url} out=RUN`, encode it with `aepipe encode RUN {url} TABLE`",
+    "is-decoded": "look at it with `aepipe show {url}`",
+    "is-figures": "look at it with `aepipe show {url}`",
+    "is-run": "it is RUN of `aepipe encode RUN DATASET TABLE` and `aepipe evaluate RUN DATASET`",
+    "is-samples": "look at it with `aepipe show {url}`",
+    "is-table": "look at it with `aepipe show {url}`, which names its dataset and its run",
+    "needs-index": "`aepipe adopt SRC DATASET` makes an index without a copy",
+    "no-dataset": "`aepipe shard SOURCE {url}` writes a dataset there, `aepipe adopt SOURCE {url}` an index of external tars",
+    "no-factors": "`aepipe shard sprites DATASET` makes a dataset with known factors",
+    "no-model": "`aepipe train RECIPE data=DATASET out={url}` trains one",
+    "no-prior": "`aepipe decode RUN LATENTS OUT` decodes given latents",
+    "no-table": "`aepipe encode RUN DATASET {url}` writes one",
+    "other-checkpoint": "`aepipe show {url}` says which run that is",
+    "shard-instead": "the command for that is `aepipe shard SRC DATASET`",
+}
+
+
+def next_command(error: AecoreError) -> str | None:
+    """Return what a user of the command line can do about an error; None if its message says it all."""
+    if error.hint is None or error.hint.name not in HINTS:  # a hint of a newer version, from a Ray job
+        return None
+    return HINTS[error.hint.name].format(**error.hint.values)
