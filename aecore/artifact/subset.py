@@ -8,7 +8,7 @@ from aecore.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class VerifySubset:
     """The `number`-th of `total` slices. A stem belongs to exactly one: its sha256 modulo `total` decides, appends move none."""
 
     number: int = 1
@@ -22,9 +22,9 @@ class Slice:
         return f"{self.number}/{self.total}"
 
 
-def parse_slice(text: str, option: str = "--read-data-subset") -> Slice:
+def parse_subset(text: str, option: str = "--read-data-subset") -> VerifySubset:
     """Return the slice of `k/n`; ConfigError unless 1 <= k <= n."""
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"{option} {text} is no slice: write k/n with 1 <= k <= n, for example {option} 1/7 for the first of seven")
-    return Slice(int(match[1]), int(match[2]))
+    return VerifySubset(int(match[1]), int(match[2]))

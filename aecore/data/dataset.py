@@ -32,10 +32,11 @@ class Dataset:
         return tar_store(self.store, shard)
 
     def prefetch(self, shards: Sequence[ShardRef]) -> None:
-        """Begin to bring these shards near, index and tar, in this order, in the background."""
-        self.store.prefetch([ref for shard in shards for ref in ([shard.index, shard.tar] if shard.home is None else [shard.index])])
-        for home in dict.fromkeys(shard.home for shard in shards if shard.home is not None):
-            adopted = [shard for shard in shards if shard.home == home]
+        """Start the background download of these shards, index and tar, in this order (no-op for local files)."""
+        own = [[shard.index, shard.tar] if shard.tar_base_url is None else [shard.index] for shard in shards]
+        self.store.prefetch([ref for refs in own for ref in refs])
+        for base_url in dict.fromkeys(shard.tar_base_url for shard in shards if shard.tar_base_url is not None):
+            adopted = [shard for shard in shards if shard.tar_base_url == base_url]
             self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
 
     def reader(self, shard: ShardRef) -> "ShardReader":

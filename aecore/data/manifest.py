@@ -23,7 +23,7 @@ SPLIT_ORDER = ("train", "val", "test")
 class ShardRef:
     """One shard of a manifest: `samples` of `planned` are in the tar, `quarantined` are not; ordinals start at `first_ordinal`.
 
-    `home` is where the name of an adopted tar begins: an absolute URL, or a path below the data set's own; None for a tar of ours.
+    `tar_base_url` is where the name of an adopted tar begins: an absolute URL, or a path below the data set's own; None for a tar of ours.
     `groups` is the number of bags that the samples form; 0 where the source has none.
     """
 
@@ -37,7 +37,7 @@ class ShardRef:
     index_content_sha256: str
     quarantine: FileRef | None = None
     quarantined: int = 0
-    home: str | None = None
+    tar_base_url: str | None = None
     groups: int = 0
 
 
@@ -199,14 +199,15 @@ class DatasetManifest:
 
 def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
     data = dataclasses.asdict(shard)
-    absent = {"home": None, "groups": 0}  # left out: most shards have neither
-    return {key: value for key, value in data.items() if key not in absent or value != absent[key]}
+    optional = {"home": data.pop("tar_base_url"), "groups": data.pop("groups")}  # most shards have neither
+    return data | {key: value for key, value in optional.items() if value not in (None, 0)}
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
     quarantine = data["quarantine"]
     files = {"tar": FileRef(**data["tar"]), "index": FileRef(**data["index"]), "quarantine": FileRef(**quarantine) if quarantine else None}
-    return ShardRef(**{**data, **files})
+    fields = {**data, **files}
+    return ShardRef(tar_base_url=fields.pop("home", None), **fields)
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
@@ -226,9 +227,9 @@ def content_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
 
 def tar_store(store: Store, shard: ShardRef) -> Store:
     """Return the store in which the tar of a shard lies: `store`, that of the data set, unless it was adopted."""
-    if shard.home is None:
+    if shard.tar_base_url is None:
         return store
-    return open_store(resolve_url(store.url, shard.home))
+    return open_store(resolve_url(store.url, shard.tar_base_url))
 
 
 def read_manifest(store: Store, number: int) -> DatasetManifest:

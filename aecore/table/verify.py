@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.subset import Slice
+from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
@@ -50,7 +50,9 @@ class TableReport:
         return dataclasses.asdict(self)
 
 
-def verify_table(table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None, only: Slice | None = None) -> TableReport:
+def verify_table(
+    table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None, only: VerifySubset | None = None
+) -> TableReport:
     """Check a table and return what was counted.
 
     `dataset_url` names the dataset whose indexes are compared, by default the one of the lineage if it still lies there; the

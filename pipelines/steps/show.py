@@ -5,7 +5,7 @@ import json
 
 from aecore.artifact.commit import read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
-from aecore.artifact.subset import parse_slice
+from aecore.artifact.subset import parse_subset
 from aecore.errors import ConfigError, DataError
 from aecore.store import Store, absolute_url, open_store
 from pipelines.recipe.yaml import Tree
@@ -38,7 +38,7 @@ def _dataset(store: Store) -> Tree:
 
     dataset = open_dataset(store.url)
     manifest = dataset.manifest
-    homes = sorted({dataset.tars(shard).url for shard in manifest.shards if shard.home is not None})
+    homes = sorted({dataset.tars(shard).url for shard in manifest.shards if shard.tar_base_url is not None})
     return {
         **dataset_summary(manifest),
         **({"adopted_from": homes} if homes else {}),
@@ -113,7 +113,7 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
     """
     if subset is not None and read_data:
         raise ConfigError(f"--read-data reads everything and --read-data-subset {subset} a part of it: leave out one of them")
-    only = None if subset is None else parse_slice(subset)
+    only = None if subset is None else parse_subset(subset)
     store = open_store(url)
     found = located(store)
     kind = found.kind

@@ -52,7 +52,7 @@ class ImageHeader:
     length: None = field(default=None, init=False)  # what a sequence has and an image does not
 
     @property
-    def form(self) -> str:
+    def format_text(self) -> str:
         """Return `HxWxC/mode` of the decoded image, for example `28x28x1/L`; a palette counts as its 3 colours."""
         return f"{self.height}x{self.width}x{_CHANNELS.get(self.mode.partition(';')[0], 3)}/{self.mode}"
 

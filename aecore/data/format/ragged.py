@@ -22,13 +22,13 @@ _MOST_HEADERS = 4096  # that are remembered
 class SequenceDecoder:
     """Decodes the sequences of one data set; remembers headers, since a data set has few different lengths."""
 
-    def __init__(self, sample: SampleFormat) -> None:
-        self.sample = sample
+    def __init__(self, sample_format: SampleFormat) -> None:
+        self.sample_format = sample_format
         self._headers: dict[tuple[bytes, int], ArrayHeader] = {}
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> tuple[Pixels, Int64s]:
         """Return `[n, T, ...]` with T the data set's longest, and lengths `[n]`; a bad sample raises DecodeError or goes to `on_bad`."""
-        out, lengths = np.zeros((len(members), *self.sample.shape), self.sample.dtype), np.ones(len(members), np.int64)
+        out, lengths = np.zeros((len(members), *self.sample_format.shape), self.sample_format.dtype), np.ones(len(members), np.int64)
         for row, data in enumerate(members):
             try:
                 header = self._header(data)
@@ -39,7 +39,7 @@ class SequenceDecoder:
                 on_bad(bad)
                 continue
             lengths[row] = header.shape[0]
-            values = np.frombuffer(data, self.sample.dtype, offset=header.start)
+            values = np.frombuffer(data, self.sample_format.dtype, offset=header.start)
             out[row, : header.shape[0]] = values.reshape(header.shape)
         return out, lengths
 
@@ -57,9 +57,9 @@ class SequenceDecoder:
         except BadSample as bad:
             raise DecodeError(bad.reason, bad.message) from bad
         steps, *rest = header.shape or (0,)
-        if not header.shape or tuple(rest) != self.sample.shape[1:] or header.dtype != self.sample.dtype or steps > self.sample.shape[0]:
-            longest, *inside = self.sample.shape
-            promised = f"sequences of at most {longest} steps of shape {tuple(inside)} and dtype {self.sample.dtype}"
+        (longest, *inside), dtype = self.sample_format.shape, self.sample_format.dtype
+        if not header.shape or rest != inside or header.dtype != dtype or steps > longest:
+            promised = f"sequences of at most {longest} steps of shape {tuple(inside)} and dtype {dtype}"
             raise DecodeError("shape", f"an array of shape {header.shape} and dtype {header.dtype}, the index promises {promised}")
         if not steps:
             raise DecodeError("empty", f"a sequence of shape {header.shape} has no step")

@@ -86,7 +86,7 @@ class ArrayHeader:
         return self.shape[0] if self.shape else None
 
     @property
-    def form(self) -> str:
+    def format_text(self) -> str:
         """Return for example `3x32x32/float32`."""
         return f"{'x'.join(map(str, self.shape))}/{self.dtype.name}"
 

@@ -46,7 +46,7 @@ class SampleFormat:
             raise DataError(f"samples of form {text}: the pixel mode {mode!r} is not supported (known: {', '.join(MODE_DTYPES)})") from None
 
     @classmethod
-    def of(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
+    def from_shapes(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
         """Return the one format of a manifest's `sample.shapes`; DataError if there are several.
 
         With `sequences` arrays that differ in nothing but their first axis are one format, of varying length.

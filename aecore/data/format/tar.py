@@ -111,7 +111,7 @@ def plain_names(keys: list[str], exts: list[str], names: str) -> bool:
     return longest <= _NAME and names.isascii() and names.count("\0") == len(keys)
 
 
-class Packer:
+class TarPacker:
     """Packs samples as they stand in a tar: header, bytes, zeros up to a full block.
 
     It gives whole pages that begin at a page, as a disk takes them without the system's cache, and keeps what is left for the next
@@ -134,7 +134,7 @@ class Packer:
             self._buffer = mmap.mmap(-1, total + total // 4)
         view = memoryview(self._buffer)[:total]
         view[:begin] = self.rest
-        _pack(np.frombuffer(view, np.uint8)[begin:], samples)
+        _fill(np.frombuffer(view, np.uint8)[begin:], samples)
         pages = total - total % PAGE
         self.rest = view[pages:]
         self.size += size
@@ -145,7 +145,7 @@ class Packer:
         return bytes(self.rest) + end_of_archive(self.size)
 
 
-def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
+def _fill(target: NDArray[np.uint8], samples: Samples) -> None:
     """Fill `target` with the members of the samples."""
     if samples.plain(names := joined_names(samples.keys, samples.exts)):
         pack_samples(target, BLANK, names.encode(), samples.contents, samples.ids())
@@ -164,7 +164,7 @@ def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
 def different_headers(
     window: NDArray[np.uint8], names: list[bytes], begins: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the numbers of the files whose header or padding in `window` (whole blocks) differs from what `Packer` writes.
+    """Return the numbers of the files whose header or padding in `window` (whole blocks) differs from what `TarPacker` writes.
 
     The contents of the files stand at `begins` to `ends` of the window; they are not looked at.
     """

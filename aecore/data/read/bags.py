@@ -91,7 +91,7 @@ class BagLoader:
 
     def __init__(self, dataset: Dataset, split: str, *, transform: TransformSpec, order: TrainingOrder, spec: InputSpec) -> None:
         self.rows = SplitRows(dataset, split, transform.decoder, spec.cache, spec.cache_bytes)
-        if self.rows.sample.varying:
+        if self.rows.sample_format.varying:
             raise DataError(
                 f"{dataset.url}: the instances of bags are sequences of different lengths, expected one shape: cut or pad them, or train "
                 "a model of sequences without bags, such as model.kind=rvae"
@@ -163,7 +163,7 @@ class BagLoader:
         labels[mask] = rows.labels
         x = torch.from_numpy(pixels)
         return Batch(
-            x.permute(0, 1, 4, 2, 3) if self.rows.sample.image else x,
+            x.permute(0, 1, 4, 2, 3) if self.rows.sample_format.image else x,
             torch.from_numpy(rows.ordinals),
             torch.from_numpy(positions),
             num_global,

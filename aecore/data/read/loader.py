@@ -248,7 +248,7 @@ class Loader:
             if self.partners is None:
                 yield from zip(parts, indices, itertools.repeat(None))
             else:
-                drawn = self.partners.of(np.concatenate(indices), epoch)
+                drawn = self.partners.partners_of(np.concatenate(indices), epoch)
                 yield from zip(parts, indices, np.split(drawn, np.cumsum([len(own) for own in indices])[:-1]), strict=True)
 
     def _read(self, indices: Int64s, partners: Int64s | None) -> tuple[Rows, Pixels | None]:
@@ -285,4 +285,4 @@ class Loader:
 
     def _tensor(self, pixels: Pixels) -> torch.Tensor:
         tensor = torch.from_numpy(pixels)
-        return tensor.permute(0, 3, 1, 2) if self.rows.sample.image else tensor
+        return tensor.permute(0, 3, 1, 2) if self.rows.sample_format.image else tensor

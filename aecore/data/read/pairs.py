@@ -49,7 +49,7 @@ class Partners(Protocol):
 
     notes: tuple[str, ...]
 
-    def of(self, indices: Int64s, epoch: int) -> Int64s:
+    def partners_of(self, indices: Int64s, epoch: int) -> Int64s:
         """Return the number of the partner of each sample `[n]` in an epoch."""
         ...
 
@@ -144,7 +144,7 @@ class LabelPartners:
         note = f"{alone} of {classes} classes in {where} have one sample, which is paired with itself"
         self.notes: tuple[str, ...] = (f"pairs share their label, one of {classes}", *([note] if alone else []))
 
-    def of(self, indices: Int64s, epoch: int) -> Int64s:
+    def partners_of(self, indices: Int64s, epoch: int) -> Int64s:
         starts, counts = self._groups.find(self._labels[indices])
         own = self._place[indices] - starts
         other = self._draws.below(indices, epoch, "partner", np.maximum(counts - 1, 1))
@@ -194,13 +194,13 @@ class FactorPartners:
         wanted = f"{self._k} of {len(names)} factors" if self._k != "random" else f"1 to {len(names) - 1} of {len(names)} factors"
         total = len(self._levels)
         some = np.unique(np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(np.int64))
-        alone = int((self.of(some, 0) == some).sum())
+        alone = int((self.partners_of(some, 0) == some).sum())
         if alone == len(some):
             raise DataError(f"no two samples of {where} differ in {wanted} ({', '.join(names)}): use another pairs.k, or more of the grid")
         share = f"{alone} of {len(some)} samples looked at in {where} have no partner that differs in {wanted}: paired with themselves"
         return (f"pairs differ in {wanted} ({', '.join(names)})", *([share] if alone else []))
 
-    def of(self, indices: Int64s, epoch: int) -> Int64s:
+    def partners_of(self, indices: Int64s, epoch: int) -> Int64s:
         num_changed = self._num_changed(indices, epoch)
         partners = np.full(len(indices), -1, np.int64)
         for attempt in range(PROPOSALS):

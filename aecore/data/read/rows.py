@@ -59,12 +59,12 @@ class SplitRows:
         self.num_samples = int(self.counts.sum())
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
-        self.sample = SampleFormat.of(dataset.manifest.sample.shapes, sequences=True)
+        self.sample_format = SampleFormat.from_shapes(dataset.manifest.sample.shapes, sequences=True)
         self.labelled = bool(dataset.manifest.classes)
         self._starts = np.cumsum(self.counts) - self.counts
-        self._decoder = Decoder(decoder, self.sample)
-        self._sequences = SequenceDecoder(self.sample) if self.sample.varying else None
-        self.caching = _use_cache(cache, self.num_samples * self.sample.nbytes, cache_bytes)
+        self._decoder = Decoder(decoder, self.sample_format)
+        self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
+        self.caching = _use_cache(cache, self.num_samples * self.sample_format.nbytes, cache_bytes)
         self._cache: Rows | None = None
         self._filled = np.zeros(0, np.bool_)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -128,7 +128,8 @@ class SplitRows:
 
     def _make_cache(self) -> Rows:
         self._filled = np.zeros(self.num_samples, np.bool_)
-        pixels = np.zeros((self.num_samples, *self.sample.shape), self.sample.dtype)  # mostly zero pages: RAM is taken as it fills
+        # mostly zero pages: RAM is taken as it fills
+        pixels = np.zeros((self.num_samples, *self.sample_format.shape), self.sample_format.dtype)
         lengths = None if self._sequences is None else np.zeros(self.num_samples, np.int64)
         self._cache = Rows(pixels, np.zeros(self.num_samples, np.int64), np.zeros(self.num_samples, np.int64), lengths)
         return self._cache

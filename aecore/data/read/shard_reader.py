@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.format.cuts import cuts
 from aecore.data.format.index import content_sha256, read_table
+from aecore.data.format.limits import split_by_limits
 from aecore.data.format.record import Sample
 from aecore.data.format.tar import different_headers, end_of_archive
 from aecore.data.manifest import ShardRef, tar_store
@@ -41,8 +41,8 @@ class ShardReader:
     def __init__(self, store: Store, shard: ShardRef) -> None:
         self.shard = shard
         self._store, self._tars = store, tar_store(store, shard)
-        self._adopted = shard.home is not None
-        self._mending = threading.Lock()
+        self._adopted = shard.tar_base_url is not None
+        self._refetching = threading.Lock()
         self._close: weakref.finalize[..., ShardReader] | None = None
 
     def __repr__(self) -> str:
@@ -123,15 +123,15 @@ class ShardReader:
         try:
             self._check_members(found, rows)
         except DataError:
-            if not self._mended(descriptor):
+            if not self._refetch_if_corrupt(descriptor):
                 raise
             found = self._pread(rows)
             self._check_members(found, rows)
         return found
 
-    def _mended(self, descriptor: int) -> bool:
+    def _refetch_if_corrupt(self, descriptor: int) -> bool:
         """Return whether there is another tar to read than that of `descriptor`, which stays open for those who are reading it."""
-        with self._mending:
+        with self._refetching:
             if self._descriptor == descriptor:
                 if not self._tars.mend(self.shard.tar):
                     return False
@@ -160,12 +160,12 @@ class ShardReader:
             return bool(starts[window[1]] - starts[window[0]] > WINDOW_BYTES)
 
         # hashing and reading let other threads run
-        found = map_ordered(lambda window: self._window(*window, verify), cuts((starts, WINDOW_BYTES)), threads=2, alone=is_huge)
+        found = map_ordered(lambda window: self._window(*window, verify), split_by_limits((starts, WINDOW_BYTES)), threads=2, alone=is_huge)
         with closing(found) as windows:
             for samples in windows:
                 yield from samples
         end, descriptor = end_of_archive(int(starts[-1])), self._descriptor
-        if verify and self._tail(len(end)) != end and not (self._mended(descriptor) and self._tail(len(end)) == end):
+        if verify and self._tail(len(end)) != end and not (self._refetch_if_corrupt(descriptor) and self._tail(len(end)) == end):
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")
 
     def _window(self, first: int, stop: int, verify: bool) -> list[Sample]:
@@ -178,7 +178,7 @@ class ShardReader:
         try:
             self._check(window, samples, first)
         except DataError:
-            if not self._mended(descriptor):
+            if not self._refetch_if_corrupt(descriptor):
                 raise
             window = self._read(starts[first], starts[stop])
             samples = self._cut(window, first, stop)

@@ -33,7 +33,7 @@ from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_sha256
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
-from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
+from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ExternalTars, TarFile, data_member
 from aecore.data.sources._names import split_of
 from aecore.errors import DataError
 from aecore.store import FileRef, open_store, sha256_json
@@ -55,7 +55,7 @@ def open_stream(url: str, split: str, member: str = "", said_split: Callable[[st
     DataError
         If there are no tars (of that split), or the first one holds no sample that can be read.
     """
-    tars = ForeignTars.at(url, "data")
+    tars = ExternalTars.at(url, "data")
     sizes = tars.sizes()
     splits = {name: said_split(name) for name in tars.names}
     names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
@@ -63,7 +63,7 @@ def open_stream(url: str, split: str, member: str = "", said_split: Callable[[st
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names say {', '.join(sorted(set(splits.values())))})")
     where, (ext, data, _) = _first(tars, names, member)
     try:
-        form = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).form
+        form = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).format_text
     except BadSample as bad:
         raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}") from bad
     shards = tuple(_shard(tars.files.url, split, name, sizes[name]) for name in names)
@@ -86,17 +86,17 @@ def open_stream(url: str, split: str, member: str = "", said_split: Callable[[st
 
 def _shard(url: str, split: str, name: str, size: int) -> ShardRef:
     known = sha256_json({"name": name, "bytes": size})  # all that is known before it is read
-    return ShardRef(split, name, 0, 0, 0, FileRef(name, size, ""), FileRef("", 0, ""), known, home=url)
+    return ShardRef(split, name, 0, 0, 0, FileRef(name, size, ""), FileRef("", 0, ""), known, tar_base_url=url)
 
 
-def _first(tars: ForeignTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
+def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
     for name in names:
         for _, found in _read(tars, name, member, Counter()):
             return f"{tars.files.url}/{name}", found
     raise DataError(f"{tars.files.url} holds no sample with an image or array in {len(names)} tars: check data, or set input.member")
 
 
-def _read(tars: ForeignTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
+def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
     """Yield key, and codec, bytes and class id (None: no whole number) of each sample of one tar."""
     tar = TarFile(tars.files, name, MAX_INFLATED_BYTES)
     try:
@@ -136,8 +136,8 @@ class StreamLoader:
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self._names = [shard.tar.name for shard in dataset.manifest.split(split)]
-        self._tars = ForeignTars.named(dataset.url, tuple(self._names))
-        self._sample = SampleFormat.of(dataset.manifest.sample.shapes)
+        self._tars = ExternalTars.named(dataset.url, tuple(self._names))
+        self._sample = SampleFormat.from_shapes(dataset.manifest.sample.shapes)
         self._decoder = Decoder(transform.decoder, self._sample)
         self._order, self._spec = order, spec
         self._seed = f"{dataset.manifest.training_key(split)}|{order.seed}"

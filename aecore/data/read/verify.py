@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from aecore.artifact.subset import Slice
+from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, read_listings
 from aecore.data.format.index import read_table
 from aecore.data.manifest import RejectedPart, ShardRef, content_sha256, read_manifest
@@ -38,7 +38,7 @@ class Verification:
         return not self.problems
 
 
-def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: Slice | None = None) -> Verification:
+def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySubset | None = None) -> Verification:
     """Check one generation (and all before it, whose shards it names); touches the disk only to read.
 
     `only` reads the shards of one slice (and all listings, which say what was planned).

@@ -66,9 +66,9 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
     require_allowed(ext, f"a member of sample {key!r}")
     try:
         if ext in IMAGE_EXTENSIONS:
-            return _decoder(image_header(data, ext).form).batch([data])[0]
+            return _decoder(image_header(data, ext).format_text).batch([data])[0]
         if ext == "npy":
-            return _decoder(array_header(data).form).batch([data])[0]
+            return _decoder(array_header(data).format_text).batch([data])[0]
         if ext == "json":
             return json.loads(data)
         return int(data) if ext == "cls" else data.decode()

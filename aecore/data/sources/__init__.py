@@ -116,12 +116,12 @@ def file_root(source: Source) -> Path | None:
 
 
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-    """Return what reads exactly these samples in this order: `source.ahead(names)` where a source works ahead, else `source.read`.
+    """Return what reads exactly these samples in this order: `source.prefetch(names)` where a source works ahead, else `source.read`.
 
     What cannot be read is read again, then it is a StoreError: it says nothing about the sample.
     """
-    ahead: Callable[[Sequence[str]], Callable[[str], tuple[str, bytes]]] | None = getattr(source, "ahead", None)
-    first = source.read if ahead is None else ahead(names)
+    prefetch: Callable[[Sequence[str]], Callable[[str], tuple[str, bytes]]] | None = getattr(source, "prefetch", None)
+    first = source.read if prefetch is None else prefetch(names)
 
     def read(name: str) -> tuple[str, bytes]:
         try:

@@ -41,7 +41,7 @@ class Member(NamedTuple):
     size: int
 
 
-class ForeignSample(NamedTuple):
+class ExternalSample(NamedTuple):
     """Members of one key by extension (lower case), wherever in the tar they stand."""
 
     key: str
@@ -91,7 +91,7 @@ class TarFile:
         os.close(descriptor)
         return _pread(self.descriptor, size, offset)
 
-    def samples(self, skipped: Counter[str]) -> list[ForeignSample]:
+    def samples(self, skipped: Counter[str]) -> list[ExternalSample]:
         """Return the samples in the order of their first members; what is left out is counted in `skipped`.
 
         Raises
@@ -109,7 +109,7 @@ class TarFile:
             if match[2].lower() in extensions:
                 raise DataError(f"{self.where} has {member.name!r} twice: which of them is meant is not known, so write the tar again")
             extensions[match[2].lower()] = member
-        return [ForeignSample(key, members) for key, members in found.items()]
+        return [ExternalSample(key, members) for key, members in found.items()]
 
     def members(self, skipped: Counter[str]) -> Iterator[Member]:
         """Yield the regular files in order, with safe names; DataError if the tar is damaged or truncated."""
@@ -233,7 +233,7 @@ def _inflated(descriptor: int, where: str, limit: int) -> int:
 
 
 @dataclass(frozen=True)
-class ForeignTars:
+class ExternalTars:
     """Tars of others, by their names below `files`; what else lies there is counted in `others`."""
 
     files: Files
@@ -241,7 +241,7 @@ class ForeignTars:
     others: int = 0
 
     @classmethod
-    def at(cls, url: str, what: str = "source.url") -> "ForeignTars":
+    def at(cls, url: str, what: str = "source.url") -> "ExternalTars":
         """Return the tars of a folder (with all below it), of one file, or of a pattern such as `shards/{00000..00009}.tar`.
 
         DataError if there is none; what a pattern names is looked for when it is opened.
@@ -258,7 +258,7 @@ class ForeignTars:
         return cls(files, tuple(names), len(sizes) - len(names))
 
     @classmethod
-    def named(cls, url: str, names: tuple[str, ...]) -> "ForeignTars":
+    def named(cls, url: str, names: tuple[str, ...]) -> "ExternalTars":
         """Return tars whose names are known."""
         return cls(open_files(url), names)
 
@@ -271,7 +271,7 @@ class ForeignTars:
         return {name: known[name] for name in self.names}
 
 
-def data_member(sample: ForeignSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
+def data_member(sample: ExternalSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
     """Return codec and member of a sample's image or array, None if it has none; DataError if it is not clear which.
 
     `wanted` is the extension to take (`seg.png`; its last part is the codec), "" the only one of the allow-list.

@@ -183,7 +183,7 @@ class BucketSource(FolderSource):
     def file_root(self) -> None:
         """Objects are no files of this machine."""
 
-    def ahead(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+    def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         read = self._files.ahead(sources)
         return lambda source: (_extension(source), read(source))
 

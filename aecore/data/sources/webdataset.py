@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
-from aecore.data.sources._external_tars import ForeignSample, ForeignTars, Member, TarFile, data_member
+from aecore.data.sources._external_tars import ExternalSample, ExternalTars, Member, TarFile, data_member
 from aecore.data.sources._names import split_of
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
@@ -67,12 +67,12 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._open: OrderedDict[str, TarFile] = OrderedDict()
-        self._found: ForeignTars | None = None
+        self._found: ExternalTars | None = None
 
     @property
-    def tars(self) -> ForeignTars:
+    def tars(self) -> ExternalTars:
         """The tars, found when they are first asked for."""
-        self._found = self._found or ForeignTars.at(self._spec.url)
+        self._found = self._found or ExternalTars.at(self._spec.url)
         return self._found
 
     def listing(self) -> Listing:
@@ -128,9 +128,9 @@ class WebdatasetSource:
                 raise error.__cause__ from None
             raise
 
-    def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ForeignSample, Member]]:
+    def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ExternalSample, Member]]:
         """Return the samples of a tar that have an image or array, in the order in which these stand."""
-        chosen: list[tuple[ForeignSample, Member]] = []
+        chosen: list[tuple[ExternalSample, Member]] = []
         for sample in tar.samples(found.skipped):
             found.skipped.update(f".{ext} members" for ext in sample.members if ext not in ALLOWED_EXTENSIONS and ext != self._spec.member)
             member = data_member(sample, self._spec.member, tar.where)
@@ -140,7 +140,7 @@ class WebdatasetSource:
                 chosen.append((sample, member[1]))
         return sorted(chosen, key=lambda pair: pair[1].offset)
 
-    def _add(self, found: _Columns, sample: ForeignSample, member: Member, tar: TarFile, name: str) -> None:
+    def _add(self, found: _Columns, sample: ExternalSample, member: Member, tar: TarFile, name: str) -> None:
         fields = self._fields(found, sample, tar)
         found.keys.append(f"{_stem(name)}/{sample.key}" if self._spec.keys == "shard" else sample.key)
         found.sources.append(f"{name}#{member.offset}+{member.size}#{member.name}")
@@ -151,7 +151,7 @@ class WebdatasetSource:
         for column, values in found.fields.items():
             values.append(fields.get(column))
 
-    def _fields(self, found: _Columns, sample: ForeignSample, tar: TarFile) -> dict[str, Field]:
+    def _fields(self, found: _Columns, sample: ExternalSample, tar: TarFile) -> dict[str, Field]:
         """Return what the json and txt members say, where it is asked for; what cannot be read is counted."""
         fields: dict[str, Field] = {}
         if self._spec.label.startswith("json:") or set(self._spec.columns) - {"txt"}:
@@ -167,7 +167,7 @@ class WebdatasetSource:
             fields["txt"] = _small(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
         return fields
 
-    def _label(self, found: _Columns, sample: ForeignSample, tar: TarFile, fields: dict[str, Field]) -> str:
+    def _label(self, found: _Columns, sample: ExternalSample, tar: TarFile, fields: dict[str, Field]) -> str:
         if self._spec.label == "none":
             return ""
         if self._spec.label.startswith("json:"):

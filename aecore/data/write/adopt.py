@@ -18,7 +18,7 @@ from aecore.artifact.commit import PartRecord, read_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import MEMBERS, content_sha256
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
-from aecore.data.write.pack import Pack
+from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, require_of_task
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError
@@ -62,7 +62,7 @@ def files_of(sources: Sequence[str]) -> list[str]:
     return tars
 
 
-def home_of(tars_url: str, store: Store) -> str:
+def base_url_in_manifest(tars_url: str, store: Store) -> str:
     """Return how the manifest says where the tars lie: by a path if that is inside the data set, so that both move as one."""
     if tars_url == store.url:
         return "."
@@ -75,18 +75,18 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
     started, files = time.perf_counter(), source.tars.files
     name = parse_source(task.sources[0])[0]
     tar = read_again(lambda: _ref_of(files, name), f"{files.url}/{name}")
-    pack = Pack(task)
-    pack.scan(source)
+    writer = ShardWriter(task)
+    writer.scan(source)
     detail: dict[str, Any] = {}
     committed: list[FileRef] = []
     packed = time.perf_counter()
-    if len(pack.good[0]):
-        index = _index(pack)
+    if len(writer.good[0]):
+        index = _index(writer)
         metadata = {"format": 1, "split": task.split, "stem": task.stem, "tar_sha256": tar.sha256}
         committed.append(put_table(store, f"shards/{task.stem}.parquet", index, metadata, "index"))
-        where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": home_of(files.url, store)}
-        detail = {"content_sha256": content_sha256(index), **where, **pack.counts(), "bytes": tar.bytes}
-    return record_shard(store, pack, committed, detail, packed - started, packed)
+        where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": base_url_in_manifest(files.url, store)}
+        detail = {"content_sha256": content_sha256(index), **where, **writer.counts(), "bytes": tar.bytes}
+    return record_shard(store, writer, committed, detail, packed - started, packed)
 
 
 def _ref_of(files: Files, name: str) -> FileRef:
@@ -94,12 +94,12 @@ def _ref_of(files: Files, name: str) -> FileRef:
     return FileRef(name, os.stat(path).st_size, sha256_file(path))
 
 
-def _index(pack: Pack) -> pa.Table:
+def _index(writer: ShardWriter) -> pa.Table:
     """Return the index of the good samples, with the places where their data stand in the tar."""
-    index = pack.index()
-    positions, codes, _ = pack.good
-    places = [parse_source(pack.task.sources[position])[1] for position in positions.tolist()]
-    exts = [header.ext for header in pack.headers]
+    index = writer.index()
+    positions, codes, _ = writer.good
+    places = [parse_source(writer.task.sources[position])[1] for position in positions.tolist()]
+    exts = [header.ext for header in writer.headers]
     flat = pa.StructArray.from_arrays(
         [
             pa.array([exts[code] for code in codes.tolist()]),

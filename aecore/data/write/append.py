@@ -33,7 +33,7 @@ def listing_table(listing: Listing) -> pa.Table:
     return make_table(LISTING_SCHEMA, {"key": listing.keys, "source": listing.sources, "bytes": listing.sizes}, len(listing))
 
 
-def warn_of_other_address(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
+def warn_if_address_changed(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
     """Log a warning if samples of `listing` are known from another address: only key and size say that they are the same."""
     url, keys = getattr(source, "url", None), pa.array(listing.keys, pa.string())
     counts: Counter[str] = Counter()
@@ -55,14 +55,14 @@ def warn_of_other_address(store: Store, parent: DatasetManifest, source: Any, li
             )
 
 
-def warn_of_other_form(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
+def warn_if_format_changed(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
     """Log a warning if all samples had one form and have several now."""
     try:
-        SampleFormat.of(parent.sample.shapes)
+        SampleFormat.from_shapes(parent.sample.shapes)
     except DataError:
         return
     try:
-        SampleFormat.of(manifest.sample.shapes)
+        SampleFormat.from_shapes(manifest.sample.shapes)
     except DataError as error:
         logger.warning(
             "%s: generation %d cannot be trained on or encoded as generation %d could: %s", store.url, manifest.number, parent.number, error

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.cuts import before, cuts
-from aecore.data.format.tar import BLANK, BLOCK, Packer, joined_names, plain_names, stored_size
+from aecore.data.format.limits import exclusive_cumsum, split_by_limits
+from aecore.data.format.tar import BLANK, BLOCK, TarPacker, joined_names, plain_names, stored_size
 from aecore.data.sources import Source, file_root
 from aecore.data.write.spec import ShardTask
 from aecore.native.bytes_column import BytesColumn
@@ -41,10 +41,10 @@ class PlainFiles:
         self.exts = exts
         labelled = np.zeros(len(task), bool) if task.labels is None else task.labels >= 0
         self._labels = np.full(len(task), -1, np.int32) if task.labels is None else np.ascontiguousarray(task.labels)
-        self._starts = before(stored_size(task.sizes) + 2 * BLOCK * labelled)
+        self._starts = exclusive_cumsum(stored_size(task.sizes) + 2 * BLOCK * labelled)
         self._begins = self._starts[:-1] + BLOCK + 2 * BLOCK * labelled  # `cls` stands before all of these extensions
         self._ends = self._begins + task.sizes
-        runs = cuts((self._starts, BLOCK_BYTES), (np.arange(len(task) + 1), BLOCK_FILES))
+        runs = split_by_limits((self._starts, BLOCK_BYTES), (np.arange(len(task) + 1), BLOCK_FILES))
         self.blocks = np.array([0, *(stop for _, stop in runs)], np.int64)
         plain = (np.diff(self._starts) <= MOST_BYTES) & (True if all(exts) else np.array([ext != "" for ext in exts]))
         self._other_blocks = np.flatnonzero(~np.logical_and.reduceat(plain, self.blocks[:-1]))
@@ -52,7 +52,7 @@ class PlainFiles:
         self._names = BytesColumn.from_texts(names.encode())
 
     @contextlib.contextmanager
-    def builder(self, block: int, most: int, packed: Packer, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
+    def builder(self, block: int, most: int, packed: TarPacker, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
         """Begin to take at most `most` blocks, this one and what follows, behind what is packed; None if this one cannot be plain."""
         later = self._other_blocks[self._other_blocks >= block]
         last = min(int(later[0]) if len(later) else len(self.blocks) - 1, block + most)

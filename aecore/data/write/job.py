@@ -28,7 +28,7 @@ from aecore.data.format.index import read_table, table_bytes
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
-from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_of_other_address, warn_of_other_form
+from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
 from aecore.data.write.shard import pack_shard
@@ -173,7 +173,7 @@ def _compare(
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     absent = {name: absent_values(spec) for name, spec in specs.items()}
     require_same(store.url, "data set", identity, parent.identity, absent=absent)
-    warn_of_other_address(store, parent, source, listing)
+    warn_if_address_changed(store, parent, source, listing)
     rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
     require_whole_bags(store, listing, rows)
@@ -222,7 +222,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     if parent is not None:
-        warn_of_other_form(store, parent, manifest)
+        warn_if_format_changed(store, parent, manifest)
     return manifest
 
 

@@ -50,7 +50,7 @@ def _shard_of(record: PartRecord) -> ShardRef:
         index_content_sha256=detail["content_sha256"],
         quarantine=_quarantine_of(record) if record.quarantined else None,
         quarantined=record.quarantined,
-        home=detail.get("home"),
+        tar_base_url=detail.get("home"),
         groups=detail.get("groups", 0),
     )
 

@@ -2,7 +2,7 @@
 
 The order is the task's; a sample whose bytes are damaged is left out and kept as a row for the quarantine. One that cannot be read ends
 the shard (StoreError): only bytes that were read whole are judged. Where the source is files and all in a block are plain images, nothing
-is done sample by sample in Python (`_take`); everything else goes through `_checked`, which says what is wrong, one thread beside it
+is done sample by sample in Python (`_write_fast`); everything else goes through `_checked`, which says what is wrong, one thread beside it
 hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
 """
 
@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.format.cuts import before
 from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
-from aecore.data.format.tar import BLOCK, PAGE, Packer, Samples
+from aecore.data.format.limits import exclusive_cumsum
+from aecore.data.format.tar import BLOCK, PAGE, Samples, TarPacker
 from aecore.data.sources import Source, reader
 from aecore.data.write.convert import Header, prepare
 from aecore.data.write.fast_path import PlainFiles, plain_files
@@ -40,7 +40,7 @@ _MOST_TEXT = 2**31 - 1  # bytes of all texts in a column of an index
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
 
 
-class Pack:
+class ShardWriter:
     """The shard being written: good samples by column, bad samples by row, hash and size of the tar so far."""
 
     def __init__(self, task: ShardTask) -> None:
@@ -54,16 +54,16 @@ class Pack:
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
-        packed, files, ahead = Packer(), plain_files(source, self.task), len(self.task)
+        packed, files, ahead = TarPacker(), plain_files(source, self.task), len(self.task)
         read = reader(source, self.task.sources)
         cuts = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
             block, num_blocks, in_vain = 0, len(cuts) - 1, 0
             while block < num_blocks:
-                taken = 0 if files is None or in_vain == IN_VAIN else self._take(files, block, ahead, packed, file)
+                taken = 0 if files is None or in_vain == IN_VAIN else self._write_fast(files, block, ahead, packed, file)
                 block, in_vain = block + taken, 0 if taken else min(in_vain + 1, IN_VAIN)
                 if taken < ahead and block < num_blocks:  # this one is not plain
-                    self._pack(cuts[block], cuts[block + 1], read, packed, file)
+                    self._write_checked(cuts[block], cuts[block + 1], read, packed, file)
                     block += 1
                 ahead = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
             end = packed.end()
@@ -77,7 +77,7 @@ class Pack:
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
 
-    def _pack(self, first: int, stop: int, read: Read, packed: Packer, file: DiskWriter) -> None:
+    def _write_checked(self, first: int, stop: int, read: Read, packed: TarPacker, file: DiskWriter) -> None:
         """Take the samples [first, stop) one by one: read, check, pack; hash and write beside it."""
         with BackgroundCall(self._hash) as hashing, BackgroundCall(file.pages) as writing:
             while first < stop:
@@ -89,7 +89,7 @@ class Pack:
     def _hash(self, tar: memoryview, samples: Samples) -> None:
         self._digests.append(self.hash.update(tar, samples.contents))
 
-    def _take(self, files: PlainFiles, block: int, most: int, packed: Packer, file: DiskWriter) -> int:
+    def _write_fast(self, files: PlainFiles, block: int, most: int, packed: TarPacker, file: DiskWriter) -> int:
         """Take blocks of plain images from their files, from this block on up to one that needs a closer look; return how many."""
         first = int(files.blocks[block])
         with files.builder(block, most, packed, self.hash) as builder:
@@ -173,17 +173,17 @@ class Pack:
         labels = None if task.labels is None else task.labels[rows]
         headers = list(self.headers)
         columns: dict[str, Any] = {  # any: lists and arrays
-            "key": _strings(_take(task.keys, positions)),
+            "key": _strings(_select(task.keys, positions)),
             "ordinal": task.ordinals[rows],
             "label": None if labels is None else pa.array(labels, pa.int32(), mask=labels < 0),
-            "label_name": _take(task.label_names, positions),
-            "source": _strings(_take(task.sources, positions)),
-            "sha256": _cut(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
+            "label_name": _select(task.label_names, positions),
+            "source": _strings(_select(task.sources, positions)),
+            "sha256": _split_text(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
             "members": _members([header.ext for header in headers], codes, sizes, labels),
             "width": pa.array([header.width for header in headers], pa.int32()).take(at),
             "height": pa.array([header.height for header in headers], pa.int32()).take(at),
             "mode": pa.array([header.mode for header in headers], pa.string()).take(at),
-            "group": _take(task.groups, positions),
+            "group": _select(task.groups, positions),
             "length": pa.array([header.length for header in headers], pa.int32()).take(at),
         }
         columns |= {name: values[rows] for name, values in task.columns.items()}
@@ -195,11 +195,11 @@ class Pack:
         extensions: Counter[str] = Counter()
         rows, codes, _ = self.good
         for header, count in zip(self.headers, np.bincount(codes).tolist(), strict=True):
-            forms[header.form] += count
+            forms[header.format_text] += count
             extensions[header.ext] += count
         positions, labels = rows.tolist(), self.task.labels
-        names = _take(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
-        groups = _take(self.task.groups, positions)
+        names = _select(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
+        groups = _select(self.task.groups, positions)
         bags = {} if groups is None else {"groups": len(set(groups))}
         return {"bytes": self.hash.size, "shapes": dict(forms), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
 
@@ -207,8 +207,8 @@ class Pack:
         """Return the table of the bad samples."""
         positions, stages, reasons, messages, hashes = (list(column) for column in zip(*self.bad, strict=True))
         columns = {
-            "source": _take(self.task.sources, positions),
-            "key": _take(self.task.keys, positions),
+            "source": _select(self.task.sources, positions),
+            "key": _select(self.task.keys, positions),
             "ordinal": self.task.ordinals[positions],
             "split": [self.task.split] * len(positions),
             "stage": stages,
@@ -222,33 +222,33 @@ class Pack:
 def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs leave open what it holds
     """Return the strings as an array, or as they are where one is not ASCII: half the time of pyarrow's own conversion."""
     joined = "".join(values)
-    return _cut(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
+    return _split_text(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
 
 
-def _cut(joined: str, lengths: Int64s) -> Any:  # any: as above
+def _split_text(joined: str, lengths: Int64s) -> Any:  # any: as above
     """Return the strings of these lengths that stand in `joined`, which is ASCII, one after the other, as an array."""
-    offsets = before(lengths)
+    offsets = exclusive_cumsum(lengths)
     if offsets[-1] > _MOST_TEXT:
         raise ConfigError(f"{len(lengths)} samples are too many for the index of one shard: lower shards.max_samples")
     return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(offsets.astype(np.int32).data), pa.py_buffer(joined.encode()))
 
 
 @overload
-def _take(values: list[T], positions: list[int]) -> list[T]: ...
+def _select(values: list[T], positions: list[int]) -> list[T]: ...
 
 
 @overload
-def _take(values: list[T] | None, positions: list[int]) -> list[T] | None: ...
+def _select(values: list[T] | None, positions: list[int]) -> list[T] | None: ...
 
 
-def _take(values: list[T] | None, positions: list[int]) -> list[T] | None:
+def _select(values: list[T] | None, positions: list[int]) -> list[T] | None:
     if values is None or len(values) == len(positions):  # nearly always all of them
         return values
     return [values[position] for position in positions]
 
 
 def _members(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
-    """Return a list array of ext, offset and size of every member, in the order and at the places where `Pack` wrote them.
+    """Return a list array of ext, offset and size of every member, in the order and at the places where `ShardWriter` wrote them.
 
     `exts[codes]` are the extensions of the data members.
     """

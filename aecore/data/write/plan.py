@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
-from aecore.data.format.cuts import before, cuts
+from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.write.spec import ShardSpec, ShardTask
@@ -170,5 +170,5 @@ def _cut(listing: Listing, rows: NDArray[np.int64], shards: ShardSpec) -> list[t
         last = [left != right for left, right in itertools.pairwise(groups)]
         ends = np.append(np.flatnonzero(last) + 1, len(rows))
     num = np.concatenate([[0], ends])  # samples, and bytes, before each unit
-    size = before(listing.sizes[rows])[num]
-    return [(int(num[start]), int(num[stop])) for start, stop in cuts((num, shards.max_samples), (size, shards.max_bytes))]
+    size = exclusive_cumsum(listing.sizes[rows])[num]
+    return [(int(num[start]), int(num[stop])) for start, stop in split_by_limits((num, shards.max_samples), (size, shards.max_bytes))]

@@ -66,7 +66,7 @@ class TestFormats:
         assert (len(found), found.splits, found.label_names) == (12, None, None)
         ext, data = source(tmp_path).read(found.sources[3])
         assert (ext, len(data)) == ("png", found.sizes[3])
-        assert image_header(data, "png").form == "5x7x1/L"
+        assert image_header(data, "png").format_text == "5x7x1/L"
         assert np.array_equal(pixels_of(data), PIXELS[3])
 
     @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

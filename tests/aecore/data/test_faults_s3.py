@@ -19,7 +19,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.errors import StoreError
 from aecore.store import _s3_client as client_module
 from aecore.store import open_files, open_store, unchecked_bodies
-from tests.aecore.data.test_foreign import two_tars
+from tests.aecore.data.test_external_tars import two_tars
 from tests.s3 import S3
 from tests.s3.proxy import FaultProxy
 

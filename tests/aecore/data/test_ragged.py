@@ -115,7 +115,7 @@ def test_sequences_differ_in_their_first_axis_alone(forms: list[str], shape: tup
     assert sequence_shape(set(map(SampleFormat.parse, forms))) == shape
     if shape is None:
         with pytest.raises(DataError, match="different forms"):
-            SampleFormat.of(dict.fromkeys(forms, 1), sequences=True)
+            SampleFormat.from_shapes(dict.fromkeys(forms, 1), sequences=True)
 
 
 def test_float_sequences_are_scaled_to_contiguous_batches(tmp_path: Path) -> None:

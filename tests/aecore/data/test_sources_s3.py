@@ -11,7 +11,7 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
-from tests.aecore.data.test_foreign import EXPECTED, pixels, two_tars
+from tests.aecore.data.test_external_tars import EXPECTED, pixels, two_tars
 from tests.aecore.data.test_stream import batches, numbers
 from tests.aecore.data.tiny import image
 

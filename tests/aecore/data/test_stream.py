@@ -18,7 +18,7 @@ from aecore.data.sources._names import split_in_version_1
 from aecore.errors import ConfigError, DataError
 from aecore.training.job import steps_per_epoch
 from aecore.training.loop import fit
-from tests.aecore.data.test_foreign import samples, two_tars, write_tar
+from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.aecore.training import fit_on, losses, published_weights, small_job
 

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def cuts(*limits: tuple[NDArray[np.int64], int]) -> list[tuple[int, int]]:
+def split_by_limits(*limits: tuple[NDArray[np.int64], int]) -> list[tuple[int, int]]:
     """Return [start, stop) of each run of N units: as many as fit all limits, at least one.
 
     A limit is what stands before each unit and at the end, `[N+1]` and ascending, and the most that a run may have of it.
@@ -17,6 +17,6 @@ def cuts(*limits: tuple[NDArray[np.int64], int]) -> list[tuple[int, int]]:
     return runs
 
 
-def before(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def exclusive_cumsum(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the sums before each of N sizes and of all, `[N+1]`."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
