@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """An opened data set: where it is, and the generation that is read."""
+    """An opened dataset: where it is, and the generation that is read."""
 
     store: Store
     manifest: DatasetManifest
 
     @property
     def url(self) -> str:
+        """The dataset's address."""
         return self.store.url
 
     def tars(self, shard: ShardRef) -> Store:
-        """Return the store in which the tar of a shard of this manifest lies."""
+        """Return the store that holds the tar of a shard of this manifest."""
         return tar_store(self.store, shard)
 
     def prefetch(self, shards: Sequence[ShardRef]) -> None:
@@ -56,7 +57,7 @@ def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
 
 
 def open_dataset(url: str, number: int | None = None) -> Dataset:
-    """Open the newest generation of the data set at `url`, or generation `number`; reads the manifest and nothing else.
+    """Open the newest generation of the dataset at `url`, or generation `number`; reads the manifest and nothing else.
 
     Raises
     ------
@@ -78,7 +79,7 @@ def _nothing_here(store: Store) -> str:
         return other
     if newest_number(store, "run") is None:
         return (
-            f"{store.url} holds no data set: write one with `aepipe shard SOURCE {store.url}`, or check the address; other people's tars "
+            f"{store.url} holds no dataset: write one with `aepipe shard SOURCE {store.url}`, or check the address; external tars "
             "need `aepipe adopt`, or are read without an index with input.reader=webdataset"
         )
     parts = sum(name.endswith(".json") for name in store.list("records"))

@@ -1,6 +1,6 @@
 """Bytes of samples in, one preallocated array `[n, H, W, C]` out. Nothing here can execute what it reads.
 
-What a member is, its first bytes say: PNG and JPEG go to the chosen decoder, `.npy` arrays are read without objects, all other
+The first bytes of a member decide what it is: PNG and JPEG go to the chosen decoder, `.npy` arrays are read without objects, all other
 image formats go to Pillow. The size in the header is compared with the expected one before any pixel is loaded. Both decoders
 give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name and version belong to every artefact.
 Pixels: 1-bit images are 0 and 255, 16-bit ones uint16, palettes become RGB, a colour key (PNG tRNS) is dropped, alpha is kept.
@@ -28,7 +28,7 @@ PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMP
 
 
 class DecodeError(DataError):
-    """One sample that cannot be decoded into the expected form; `row` is its place in the batch that was asked for."""
+    """One sample that cannot be decoded into the expected format; `row` is its row in the requested batch."""
 
     def __init__(self, reason: str, message: str, row: int = 0) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class Decoder:
         self._decoded = shape[:2] if sample_format.image and shape[2:] == (1,) else shape
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
-        """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is reported there and its row is undefined."""
+        """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is passed to that function and its row is undefined."""
         out = np.empty((len(members), *self.sample_format.shape), self.sample_format.dtype)
         targets = out.reshape(len(members), *self._decoded)
         for row in self._unusual(members, out):
@@ -150,5 +150,5 @@ def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
 
 
 def decoder_version(name: DecoderName) -> str:
-    """Return "imagecodecs 2026.3.6": what decoded the pixels, for the artefact's metadata."""
+    """Return "imagecodecs 2026.3.6": the decoder's name and version, for the artefact's metadata."""
     return f"{name} {_import_decoder(name).__version__}"

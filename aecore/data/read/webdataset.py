@@ -1,7 +1,7 @@
-"""Our shards as a `webdataset` pipeline, for code that is written for webdataset.
+"""The shards of a dataset as a `webdataset` pipeline, for code that is written for webdataset.
 
-The pipeline starts with our strict reader instead of webdataset's opener and tar reader (every byte is verified before a sample is handed
-out, several times faster) and decodes with our codecs, which execute nothing. webdataset's own `.decode()` is never used: it
+The pipeline starts with `ShardReader` instead of webdataset's opener and tar reader (every byte is verified before a sample is handed
+out, several times faster) and decodes with `Decoder`, which executes nothing. webdataset's own `.decode()` is never used: it
 unpickles some members. Everything after that (`shuffle`, `batched`, `map`, `WebLoader`) is webdataset's.
 """
 
@@ -77,5 +77,5 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
 
 
 @functools.lru_cache(256)
-def _decoder(form: str) -> Decoder:
-    return Decoder("imagecodecs", SampleFormat.parse(form))
+def _decoder(format_text: str) -> Decoder:
+    return Decoder("imagecodecs", SampleFormat.parse(format_text))

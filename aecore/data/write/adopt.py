@@ -1,9 +1,9 @@
-"""Index other people's tars where they lie: not a byte of them is copied or changed, and everything after `shard` works on the result.
+"""Index external tars in place: not a byte of them is copied or changed, and every later step works on the result.
 
-A shard of the data set is then a tar of theirs (or, where a split cuts it, some samples of one), with an index of ours: the place and
-the sha256 of every image, the sha256 of the whole tar. The headers are theirs, so a reader compares no headers; it checks every
-image it reads, and `verify --read-data` every byte. The order of samples is that of the tars: shuffle in training moves them by whole
-tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
+A shard of the dataset is then an external tar (or, where a split divides it, some samples of one) with an index: the offset and
+the sha256 of every image, the sha256 of the whole tar. Another program wrote the headers, so a reader does not compare them; it checks
+every image it reads, and `verify --read-data` every byte. The order of samples is that of the tars: the shuffle in training moves them by
+whole tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
 """
 
 import os
@@ -33,6 +33,7 @@ class AdoptWorker:
         self._source = WebdatasetSource(spec)
 
     def __call__(self, task: ShardTask) -> Commit:
+        """Return the call that commits the shard of `task`, or its record if it is committed."""
         known = read_record(self._store, task.stem)
         if known is not None:
             require_of_task(self._store, known, task)
@@ -41,7 +42,7 @@ class AdoptWorker:
 
 
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
-    """ConfigError for what cannot be done to samples that stay where they are."""
+    """Raise ConfigError for other sources than tars, and for options that would change the samples."""
     if not isinstance(source, WebdatasetSpec):
         raise ConfigError(
             f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); `aepipe shard` writes the others"
@@ -54,7 +55,7 @@ def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every sou
 
 
 def files_of(sources: Sequence[str]) -> list[str]:
-    """Return the tar of each sample; DataError for one that is compressed, since its samples have no place to be read from."""
+    """Return the tar of each sample; DataError for one that is compressed, since its samples cannot be read by offset."""
     tars = [parse_source(source)[0] for source in sources]
     for name in sorted(set(tars)):
         if not name.endswith(".tar"):
@@ -63,7 +64,7 @@ def files_of(sources: Sequence[str]) -> list[str]:
 
 
 def base_url_in_manifest(tars_url: str, store: Store) -> str:
-    """Return how the manifest says where the tars lie: by a path if that is inside the data set, so that both move as one."""
+    """Return the manifest's `home` of tars: a relative path if they are inside the dataset, so that both move together."""
     if tars_url == store.url:
         return "."
     inside = tars_url.removeprefix(f"{store.url}/")
@@ -95,7 +96,7 @@ def _ref_of(files: Files, name: str) -> FileRef:
 
 
 def _index(writer: ShardWriter) -> pa.Table:
-    """Return the index of the good samples, with the places where their data stand in the tar."""
+    """Return the index of the good samples, with the offsets of their data in the tar."""
     index = writer.index()
     positions, codes, _ = writer.good
     places = [parse_source(writer.task.sources[position])[1] for position in positions.tolist()]

@@ -1,8 +1,8 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
-The order is the task's; a sample whose bytes are damaged is left out and kept as a row for the quarantine. One that cannot be read ends
-the shard (StoreError): only bytes that were read whole are judged. Where the source is files and all in a block are plain images, nothing
-is done sample by sample in Python (`_write_fast`); everything else goes through `_checked`, which says what is wrong, one thread beside it
+Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine. A read error ends the shard
+(StoreError): only complete bytes are judged. If the source is files and a block holds only plain images, nothing is done sample by sample
+in Python (`_write_fast`). Everything else goes through `_write_checked`, which finds the reason of a damage; one background thread
 hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
 """
 
@@ -35,7 +35,7 @@ from aecore.threads import BackgroundCall
 Int64s = NDArray[np.int64]
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
-CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # so many blocks that are not plain, one after the other: the rest of the shard is not tried
+CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # after this many consecutive blocks that are not plain, the fast path is no longer tried
 _MOST_TEXT = 2**31 - 1  # bytes of all texts in a column of an index
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
 
@@ -46,27 +46,27 @@ class ShardWriter:
     def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.hash = StreamHash()  # of the tar
-        self.headers: dict[Header, int] = {}  # and their numbers: a data set has few different ones
+        self.headers: dict[Header, int] = {}  # header -> code: a dataset has few different ones
         self.bad: list[tuple[int, str, str, str, str | None]] = []  # position, stage, reason, message, sha256
-        self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, numbers of the headers, sizes
+        self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
-        packed, files, ahead = TarPacker(), plain_files(source, self.task), len(self.task)
+        packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
         read = reader(source, self.task.sources)
-        cuts = [0, len(self.task)] if files is None else files.blocks.tolist()
+        bounds = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
-            block, num_blocks, in_vain = 0, len(cuts) - 1, 0
+            block, num_blocks, in_vain = 0, len(bounds) - 1, 0
             while block < num_blocks:
-                taken = 0 if files is None or in_vain == IN_VAIN else self._write_fast(files, block, ahead, packed, file)
+                taken = 0 if files is None or in_vain == IN_VAIN else self._write_fast(files, block, most, packer, file)
                 block, in_vain = block + taken, 0 if taken else min(in_vain + 1, IN_VAIN)
-                if taken < ahead and block < num_blocks:  # this one is not plain
-                    self._write_checked(cuts[block], cuts[block + 1], read, packed, file)
+                if taken < most and block < num_blocks:  # this one is not plain
+                    self._write_checked(bounds[block], bounds[block + 1], read, packer, file)
                     block += 1
-                ahead = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
-            end = packed.end()
+                most = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
+            end = packer.end()
             self.hash.append(end)
             file.end(end)
 
@@ -77,22 +77,22 @@ class ShardWriter:
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
 
-    def _write_checked(self, first: int, stop: int, read: Read, packed: TarPacker, file: DiskWriter) -> None:
-        """Take the samples [first, stop) one by one: read, check, pack; hash and write beside it."""
+    def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
+        """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
         with BackgroundCall(self._hash) as hashing, BackgroundCall(file.pages) as writing:
             while first < stop:
                 samples, first = self._checked(first, stop, read)
-                pages = packed(samples)
+                pages = packer(samples)
                 hashing(pages, samples)
                 writing(pages)
 
     def _hash(self, tar: memoryview, samples: Samples) -> None:
         self._digests.append(self.hash.update(tar, samples.contents))
 
-    def _write_fast(self, files: PlainFiles, block: int, most: int, packed: TarPacker, file: DiskWriter) -> int:
-        """Take blocks of plain images from their files, from this block on up to one that needs a closer look; return how many."""
+    def _write_fast(self, files: PlainFiles, block: int, most: int, packer: TarPacker, file: DiskWriter) -> int:
+        """Write blocks of plain images from their files, from this block up to one that is not plain; return how many."""
         first = int(files.blocks[block])
-        with files.builder(block, most, packed, self.hash) as builder:
+        with files.builder(block, most, packer, self.hash) as builder:
             if builder is None:
                 return 0
             while (rows := builder.next_block()) is not None:
@@ -103,7 +103,7 @@ class ShardWriter:
                 codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
                 count, sizes = rows.stop - rows.start, builder.files.ends[rows] - builder.files.begins[rows]
                 self._good.append((np.arange(first + rows.start, first + rows.stop), np.broadcast_to(codes, count), sizes))
-                if builder.submitted - builder.released > 2:  # two more are hashed meanwhile
+                if builder.submitted - builder.released > 2:  # two more are being hashed
                     file.pages(builder.finished_pages())
                     builder.release()
             while builder.released < builder.submitted:
@@ -111,12 +111,12 @@ class ShardWriter:
                 builder.release()
         done = builder.files.blocks[builder.submitted]
         self._digests.append(builder.digests[:done])
-        packed.size = int(builder.files.starts[done])
-        packed.rest = builder.tail[: packed.size % PAGE].tobytes()
+        packer.size = int(builder.files.starts[done])
+        packer.rest = builder.tail[: packer.size % PAGE].tobytes()
         return builder.submitted
 
     def _headers_of(self, builder: TarBuilder, rows: slice, exts: list[str]) -> Sequence[Header] | None:
-        """Return the header of each of these images, or one that all have; None if one is of a kind that only `prepare` knows."""
+        """Return the header of each of these images, or the single header of all; None if one needs `prepare`."""
         facts = builder.facts[rows].view(f"V{builder.facts.itemsize}")
         different = slice(0, 1) if (facts == facts[0]).all() and len(set(exts)) == 1 else slice(None)
         keys = list(zip([fact.tobytes() for fact in facts[different]], exts[different], strict=True))
@@ -140,7 +140,7 @@ class ShardWriter:
             try:
                 header, data = prepare(data, ext, shards)
             except BadSample as bad:
-                self._reject(position, "check", bad.reason, bad.message, data)
+                self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
@@ -155,12 +155,9 @@ class ShardWriter:
         good = [keys[position] for position in positions]
         return Samples(good, exts, column, None if labels is None else labels[positions]), last
 
-    def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes) -> None:
-        self.bad.append((position, stage, reason, message, hashlib.sha256(data).hexdigest()))
-
     @cached_property
     def good(self) -> tuple[Int64s, Int64s, Int64s]:
-        """Positions of the good samples in the task, the numbers of their headers, their sizes; known when all are read."""
+        """Positions of the good samples in the task, codes of their headers, their sizes; complete when all are read."""
         columns = zip(*self._good, strict=True) if self._good else [()] * 3
         positions, codes, sizes = (np.concatenate([np.zeros(0, np.int64), *column]) for column in columns)
         return positions, codes, sizes
@@ -190,18 +187,18 @@ class ShardWriter:
         return make_table(INDEX_SCHEMA, columns, len(rows))
 
     def counts(self) -> dict[str, Any]:
-        """Return what the manifest sums up: bytes of the tar, forms, extensions, samples per class name (or id), bags if there are any."""
-        forms: Counter[str] = Counter()
+        """Return the counts for the manifest: bytes of the tar, formats, extensions, samples per class name (or id), and bags."""
+        formats: Counter[str] = Counter()
         extensions: Counter[str] = Counter()
         rows, codes, _ = self.good
         for header, count in zip(self.headers, np.bincount(codes).tolist(), strict=True):
-            forms[header.format_text] += count
+            formats[header.format_text] += count
             extensions[header.ext] += count
         positions, labels = rows.tolist(), self.task.labels
         names = _select(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
         groups = _select(self.task.groups, positions)
         bags = {} if groups is None else {"groups": len(set(groups))}
-        return {"bytes": self.hash.size, "shapes": dict(forms), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
+        return {"bytes": self.hash.size, "shapes": dict(formats), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
 
     def quarantine(self) -> pa.Table:
         """Return the table of the bad samples."""
@@ -219,14 +216,14 @@ class ShardWriter:
         return make_table(QUARANTINE_SCHEMA, columns, len(positions))
 
 
-def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs leave open what it holds
-    """Return the strings as an array, or as they are where one is not ASCII: half the time of pyarrow's own conversion."""
+def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs do not give the type
+    """Return the strings as an array, or unchanged if one is not ASCII: half the time of pyarrow's own conversion."""
     joined = "".join(values)
     return _split_text(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
 
 
 def _split_text(joined: str, lengths: Int64s) -> Any:  # any: as above
-    """Return the strings of these lengths that stand in `joined`, which is ASCII, one after the other, as an array."""
+    """Return the consecutive strings of these lengths in `joined`, which is ASCII, as an array."""
     offsets = exclusive_cumsum(lengths)
     if offsets[-1] > _MOST_TEXT:
         raise ConfigError(f"{len(lengths)} samples are too many for the index of one shard: lower shards.max_samples")
@@ -248,11 +245,11 @@ def _select(values: list[T] | None, positions: list[int]) -> list[T] | None:
 
 
 def _members(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
-    """Return a list array of ext, offset and size of every member, in the order and at the places where `ShardWriter` wrote them.
+    """Return a list array of ext, offset and size of every member, in the order and at the offsets that `ShardWriter` wrote.
 
     `exts[codes]` are the extensions of the data members.
     """
-    names = sorted({*exts, "cls"})  # members of a sample stand by extension, so codes sort them
+    names = sorted({*exts, "cls"})  # members of a sample are sorted by extension, so codes sort them
     data = np.array([names.index(ext) for ext in exts])[codes]
     codes = np.stack([data, np.full_like(data, names.index("cls"))], axis=1)  # [N, 2]: data member, class member
     present = np.ones(codes.shape, bool)

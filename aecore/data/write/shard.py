@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     """Pack one shard and return the call that commits it; an earlier attempt's record is returned as it is (a rerun).
 
-    Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the record there is of another task; never
-    for a bad sample (see the record's `quarantined`).
+    Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the existing record is of another task;
+    never for a bad sample (see the record's `quarantined`).
     """
     known = read_record(store, task.stem)
     if known is not None:
@@ -47,7 +47,7 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
         unchecked = unchecked_bodies()
         writer.write(staged, source)
         if unchecked := unchecked_bodies() - unchecked:
-            _log.info("shard %s: %d bodies were read from a bucket that gives no checksum of them", task.stem, unchecked)
+            _log.info("shard %s: %d bodies were read from a bucket that returned no checksum", task.stem, unchecked)
         return functools.partial(_commit, store, writer, staged, stack.pop_all(), time.perf_counter() - started)
 
 
@@ -74,25 +74,25 @@ def record_shard(
 
 
 def place_of(task: ShardTask) -> dict[str, Any]:
-    """Return what of a task's record is known before a byte is read."""
+    """Return the fields of a task's record that are known before a byte is read."""
     return {"split": task.split, "planned": len(task), "first_ordinal": int(task.ordinals[0]) if len(task) else 0}
 
 
 def require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
-    """ConfigError if the record was written for other samples: another version planned other shards under this name."""
+    """Raise ConfigError if the record was written for other samples: another version planned other shards under this name."""
     asked = place_of(task)
     there = {name: known.detail.get(name) for name in asked}
     if there != asked:
         raise ConfigError(
-            f"{store.url}: the recorded shard {task.stem} is of other samples than this plan gives it (there {there}, asked {asked}): "
+            f"{store.url}: the recorded shard {task.stem} is of other samples than in this plan (recorded {there}, planned {asked}): "
             "another version of this package may have written it; write to another URL"
         )
 
 
 def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[FileRef], dict[str, Any]]:
-    """Commit the tar, then the index, which is built while the tar goes to the disk (fsync).
+    """Commit the tar, then the index, which is built while the tar is written to the disk (fsync).
 
-    In this order: an index without its tar would bind a rerun to samples that it may find changed.
+    In this order, because an index without its tar would bind a rerun to samples that may have changed since.
     """
     stem, sha256 = writer.task.stem, writer.hash.hexdigest()
     with ThreadPoolExecutor(1) as background:
@@ -105,7 +105,7 @@ def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[Fi
 
 
 def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
-    """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is taken as it is."""
+    """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is kept."""
 
     def has_the_same_rows(there: FileRef, data: bytes) -> bool:
         return content_sha256(read_table(data, f"{store.url}/{there.name}")) == content_sha256(table)

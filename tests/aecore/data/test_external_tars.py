@@ -195,7 +195,7 @@ class TestSource:
     def test_several_images_in_a_sample(self, tmp_path: Path) -> None:
         mask = {"seg.png": lambda number: encoded(image(number + 100)), "jpg": lambda number: encoded(image(number, 8), "JPEG")}
         write_tar(tmp_path / "a.tar", samples(0, 3, **mask))
-        with pytest.raises(DataError, match=r"'000000' has the images png, jpg: say which with source.member"):
+        with pytest.raises(DataError, match=r"'000000' has the images png, jpg: choose one with source.member"):
             listing(tmp_path)
         found = listing(tmp_path, member="seg.png")
         ext, data = WebdatasetSource(WebdatasetSpec(url=str(tmp_path), member="seg.png")).read(found.sources[1])
@@ -225,13 +225,13 @@ class TestHostile:
         found = listing(tmp_path / "in")
         assert found.keys == ["000000", "000001", "000002"]
         assert set(found.notes) == {
-            "left out 1 hard links",
-            "left out 1 pipes",
-            "left out 1 symbolic links",
-            "left out 3 .pickle members",
-            "left out 3 .pth members",
-            "left out 3 .pyd members",
-            "left out 3 members whose name leads elsewhere (.. or /)",
+            "skipped 1 hard links",
+            "skipped 1 pipes",
+            "skipped 1 symbolic links",
+            "skipped 3 .pickle members",
+            "skipped 3 .pth members",
+            "skipped 3 .pyd members",
+            "skipped 3 members whose name leaves the archive (.. or /)",
         }
         adopt(tmp_path / "in", tmp_path / "ds")
         assert len(list(as_webdataset(str(tmp_path / "ds")))) == 3
@@ -418,7 +418,7 @@ class TestAdopt:
         ):
             forged = index.set_column(index.column_names.index("members"), "members", pa.array([[place]] * index.num_rows, MEMBERS))
             for packed in (True, False):
-                with pytest.raises(DataError, match="impossible places"):
+                with pytest.raises(DataError, match="impossible offsets"):
                     Layout(forged, "x", packed=packed)
 
     def test_killed_and_run_again(self, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ class TestAdopt:
         adopt(tars, tmp_path / "adopted")
         shard_dataset(WebdatasetSpec(url=str(tars)), str(tmp_path / "sharded"), shards=ShardSpec(max_samples=7))
         assert pixels(tmp_path / "adopted") == pixels(tmp_path / "sharded") == EXPECTED
-        with pytest.raises(ConfigError, match=r"holds another data set"):
+        with pytest.raises(ConfigError, match=r"holds another dataset"):
             shard_dataset(WebdatasetSpec(url=str(tars)), str(tmp_path / "adopted"))
 
     def test_only_adopted_shards_have_a_home_in_the_manifest(self, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_samples_of_the_same_factors_are_as_likely_as_each_other() -> None:
 def test_factors_without_partners_are_noted_or_refused() -> None:
     some = by_factors(np.array([[0, 0, 0], [0, 0, 1], [1, 1, 0], [2, 2, 2]]), 1)
     assert some.partners_of(np.arange(4), 0).tolist() == [1, 0, 2, 3]
-    assert "2 of 4 samples looked at in here have no partner that differs in 1 of 3 factors: paired with themselves" in some.notes[-1]
+    assert "2 of 4 sampled rows of here have no partner that differs in 1 of 3 factors: paired with themselves" in some.notes[-1]
     with pytest.raises(DataError, match="no two samples of here differ in 1 of 3 factors \\(f0, f1, f2\\): use another pairs.k"):
         by_factors(np.array([[0, 0, 0], [1, 1, 1], [2, 2, 2]]), 1)
     with pytest.raises(DataError, match="at least 2 factor_\\* columns that vary in here, found f1: use pairs.by=label"):

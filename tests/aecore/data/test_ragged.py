@@ -114,7 +114,7 @@ def test_a_model_that_takes_no_lengths_is_told_which_does(tmp_path: Path) -> Non
 def test_sequences_differ_in_their_first_axis_alone(forms: list[str], shape: tuple[int, ...] | None) -> None:
     assert sequence_shape(set(map(SampleFormat.parse, forms))) == shape
     if shape is None:
-        with pytest.raises(DataError, match="different forms"):
+        with pytest.raises(DataError, match="different formats"):
             SampleFormat.from_shapes(dict.fromkeys(forms, 1), sequences=True)
 
 

@@ -228,7 +228,7 @@ class TestArrays:
     def test_what_to_do_about_the_order_is_said(self):
         for values, match in (
             (np.ones((2, 3), order="F"), "ascontiguousarray"),
-            (np.ones(3, ">f4"), r"foreign byte order.*astype\('float32'\)"),
+            (np.ones(3, ">f4"), r"non-native byte order.*astype\('float32'\)"),
         ):
             file = io.BytesIO()
             np.save(file, values)

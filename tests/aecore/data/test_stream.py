@@ -83,7 +83,7 @@ class TestBatches:
         write_tar(tmp_path / "train-0.tar", samples(0, 5))
         write_tar(tmp_path / "test-0.tar", samples(5, 5))
         assert set(numbers(batches(tmp_path))) == set(range(5))
-        with pytest.raises(DataError, match=r"no tars of split 'val' .their names say test, train"):
+        with pytest.raises(DataError, match=r"no tars of split 'val' .their names have test, train"):
             open_stream(str(tmp_path), "val")
 
     def test_a_pattern_is_data(self, tars: Path) -> None:

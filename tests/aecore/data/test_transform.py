@@ -155,7 +155,7 @@ def test_object_arrays_are_never_unpickled() -> None:
 
 def test_several_forms_are_refused_with_the_remedy() -> None:
     assert SampleFormat.from_shapes({"5x7x1/L": 3, "5x7x1/1": 1}) == SampleFormat((5, 7, 1), np.dtype("u1"), image=True)
-    with pytest.raises(DataError, match=r"2 different forms.*shards.resize=<side>"):
+    with pytest.raises(DataError, match=r"2 different formats.*shards.resize=<side>"):
         SampleFormat.from_shapes({"5x7x1/L": 3, "5x8x1/L": 1})
     with pytest.raises(DataError, match="shards.mode=RGB"):
         SampleFormat.from_shapes({"5x7x4/CMYK": 1})
