@@ -1,4 +1,4 @@
-"""Other people's WebDataset shards: read, sharded again, adopted in place. Written here by webdataset itself and by tarfile."""
+"""External WebDataset shards: read, sharded again, adopted in place. Written here by webdataset itself and by tarfile."""
 
 import gzip
 import hashlib

@@ -228,7 +228,7 @@ class TestChecksums:
         s3_proxy.add("^GET", "status", status=501, code="NotImplemented")
         assert [read(), read()] == [self.data] * 2
         assert s3_proxy.seen("^GET") == 3
-        s3_proxy.add("^GET", "flip")  # nobody compares a checksum that was not asked for: the ETag is
+        s3_proxy.add("^GET", "flip")  # a checksum that was not requested is not compared: the ETag is
         assert read() == self.data
 
     def test_our_own_files_are_compared_with_what_the_manifest_says(self, bad_s3: S3, s3_proxy: FaultProxy) -> None:

@@ -340,13 +340,13 @@ for fault in sys.stdin.read().split():  # one interpreter forks all the processe
 
 
 def poll(root, done, wrong):
-    """What a reader sees while processes die: no data set, or a whole one."""
+    """What a reader sees while processes die: no dataset, or a whole one."""
     while not done.wait(0.02):
         for url in root.glob("*"):
             try:
                 dataset = open_dataset(str(url))
             except DataError as error:
-                wrong += [] if "holds no data set" in str(error) or "holds an unfinished run" in str(error) else [str(error)]
+                wrong += [] if "holds no dataset" in str(error) or "holds an unfinished run" in str(error) else [str(error)]
                 continue
             wrong += verify_dataset(dataset).problems
 

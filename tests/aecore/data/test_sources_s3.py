@@ -1,4 +1,4 @@
-"""Arrays and other people's tars in a bucket: the same data sets as from a folder, adopted in place or not."""
+"""Arrays and external tars in a bucket: the same datasets as from a folder, adopted in place or not."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Other people's tars to training without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
+"""Train on external tars without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
 
 import dataclasses
 import json
