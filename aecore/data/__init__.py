@@ -12,7 +12,7 @@ __all__ = ["as_webdataset", "open_dataset"]
 _HOMES = {"as_webdataset": "aecore.data.read.webdataset", "open_dataset": "aecore.data.dataset"}
 
 
-def __getattr__(name: str) -> Any:  # any: whatever the name stands for
+def __getattr__(name: str) -> Any:  # any: the object of that name
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

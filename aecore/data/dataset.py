@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """An opened data set: where it is, and the generation that is read."""
+    """An opened dataset: where it is, and the generation that is read."""
 
     store: Store
     manifest: DatasetManifest
 
     @property
     def url(self) -> str:
+        """The dataset's address."""
         return self.store.url
 
     def tars(self, shard: ShardRef) -> Store:
-        """Return the store in which the tar of a shard of this manifest lies."""
+        """Return the store that holds the tar of a shard of this manifest."""
         return tar_store(self.store, shard)
 
     def prefetch(self, shards: Sequence[ShardRef]) -> None:
-        """Begin to bring these shards near, index and tar, in this order, in the background."""
-        self.store.prefetch([ref for shard in shards for ref in ([shard.index, shard.tar] if shard.home is None else [shard.index])])
-        for home in dict.fromkeys(shard.home for shard in shards if shard.home is not None):
-            adopted = [shard for shard in shards if shard.home == home]
+        """Start the background download of these shards, index and tar, in this order (no-op for local files)."""
+        own = [[shard.index, shard.tar] if shard.tar_base_url is None else [shard.index] for shard in shards]
+        self.store.prefetch([ref for refs in own for ref in refs])
+        for base_url in dict.fromkeys(shard.tar_base_url for shard in shards if shard.tar_base_url is not None):
+            adopted = [shard for shard in shards if shard.tar_base_url == base_url]
             self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
 
     def reader(self, shard: ShardRef) -> "ShardReader":
@@ -55,7 +57,7 @@ def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
 
 
 def open_dataset(url: str, number: int | None = None) -> Dataset:
-    """Open the newest generation of the data set at `url`, or generation `number`; reads the manifest and nothing else.
+    """Open the newest generation of the dataset at `url`, or generation `number`; reads the manifest and nothing else.
 
     Raises
     ------
@@ -77,7 +79,7 @@ def _nothing_here(store: Store) -> DataError:
         return other
     if newest_number(store, "run") is None:
         return DataError(
-            f"{store.url} holds no data set: write one with aecore.data.write.job.shard_dataset, or check the address; external tars need "
+            f"{store.url} holds no dataset: write one with aecore.data.write.job.shard_dataset, or check the address; external tars need "
             "an index (adopt_shards, in the same module), or are read without one with input.reader=webdataset",
             hint=Hint("no-dataset", {"url": store.url}),
         )

@@ -1,7 +1,7 @@
-"""`dataset.NNNNNN.json`: all that a reader may open, with its size and hash, and what is in it.
+"""`dataset.NNNNNN.json`: every file that a reader may open, with its size and hash, and counts of what the files hold.
 
 A manifest is a pure function of the part records and of its parent: no times, no addresses, so the same data and config give
-the same bytes. Generations only add: the shards of the parent come first in every split, `classes` grows at its end.
+the same bytes. Generations only add: the shards of the parent come first in every split, `classes` grows at the end.
 """
 
 import dataclasses
@@ -23,8 +23,13 @@ SPLIT_ORDER = ("train", "val", "test")
 class ShardRef:
     """One shard of a manifest: `samples` of `planned` are in the tar, `quarantined` are not; ordinals start at `first_ordinal`.
 
-    `home` is where the name of an adopted tar begins: an absolute URL, or a path below the data set's own; None for a tar of ours.
-    `groups` is the number of bags that the samples form; 0 where the source has none.
+    Attributes
+    ----------
+    tar_base_url : str, optional
+        Address that the name of an adopted tar is relative to (`home` on disk): an absolute URL, or a path below the dataset's own URL;
+        None for a tar that was written by `aepipe shard`.
+    groups : int
+        Number of bags that the samples form; 0 where the source has none.
     """
 
     split: str
@@ -37,13 +42,13 @@ class ShardRef:
     index_content_sha256: str
     quarantine: FileRef | None = None
     quarantined: int = 0
-    home: str | None = None
+    tar_base_url: str | None = None
     groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedPart:
-    """A planned shard of which not one sample was good: there is no tar, all `planned` samples are in its quarantine."""
+    """A planned shard without a single good sample: there is no tar, all `planned` samples are in its quarantine."""
 
     split: str
     stem: str
@@ -64,7 +69,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SampleInfo:
-    """What one sample is: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
+    """Formats of the samples: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
 
     extensions: Mapping[str, int]
     shapes: Mapping[str, int]
@@ -77,10 +82,10 @@ class SampleInfo:
 
 @dataclass(frozen=True, slots=True)
 class DatasetManifest:
-    """One generation of a data set and all before it.
+    """One generation of a dataset and all before it.
 
     `parent` is the number of the generation it adds to (0: none). `listings` has one file per generation: the keys and source
-    sizes that were planned, so that an append knows what is already here or in quarantine. `reasons` counts the quarantine.
+    sizes that were planned, so that an append knows which samples are already stored or in quarantine. `reasons` counts the quarantine.
     """
 
     number: int
@@ -113,12 +118,12 @@ class DatasetManifest:
         return sum(shard.quarantined for shard in self.shards) + sum(part.planned for part in self.rejected)
 
     def split(self, name: str, key: str | None = None) -> tuple[ShardRef, ...]:
-        """Return the shards of a split; DataError with the known splits if there is none; it names `key`, which asked for the split."""
+        """Return the shards of a split; DataError with the known splits if there is none; `key` is the configuration key to name in it."""
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
-            choose = "" if key is None or not self.splits else f"write {key}={next(iter(self.splits))}, or another one that is there; "
+            choose = "" if key is None or not self.splits else f"write {key}={next(iter(self.splits))}, or another of these; "
             raise DataError(
-                f"the data set (generation {self.number}) has no split {name!r} (it has: {known}): {choose}"
+                f"the dataset (generation {self.number}) has no split {name!r} (it has: {known}): {choose}"
                 "splits.* of the sharding job say how they are made"
             )
         return self.splits[name]
@@ -140,7 +145,7 @@ class DatasetManifest:
     def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
         """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
 
-        With `sequences` arrays may differ in their first axis: it then stands as 0, as in `(0, 3)`.
+        With `sequences` arrays may differ in their first axis, which is then 0, as in `(0, 3)`.
         """
         formats = self.sample.formats
         dims = {known.tensor_shape for known in formats}
@@ -159,13 +164,13 @@ class DatasetManifest:
         return dims.pop()
 
     def training_key(self, split: str = "train") -> str:
-        """Return the hash that keys the order of a split: of its shards alone, so appends to other splits do not change it."""
+        """Return the key of a split's training order: a hash of its shards alone, so appends to other splits do not change it."""
         return content_sha256(self.split(split), ())
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order.
 
-        `sha256` is the hash of all the rest: `read_manifest` finds a damaged file by it.
+        `sha256` is the hash of everything else: `read_manifest` detects a damaged file by it.
         """
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
         data["classes"] = list(self.classes)
@@ -180,7 +185,7 @@ class DatasetManifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "DatasetManifest":
-        """Return the manifest of what `to_json` gave; KeyError or TypeError if it is something else."""
+        """Return the manifest from the data of `to_json`; KeyError or TypeError if it is something else."""
         return cls(
             number=data["number"],
             parent=data["parent"],
@@ -199,14 +204,15 @@ class DatasetManifest:
 
 def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
     data = dataclasses.asdict(shard)
-    absent = {"home": None, "groups": 0}  # left out: most shards have neither
-    return {key: value for key, value in data.items() if key not in absent or value != absent[key]}
+    optional = {"home": data.pop("tar_base_url"), "groups": data.pop("groups")}  # most shards have neither
+    return data | {key: value for key, value in optional.items() if value not in (None, 0)}
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
     quarantine = data["quarantine"]
     files = {"tar": FileRef(**data["tar"]), "index": FileRef(**data["index"]), "quarantine": FileRef(**quarantine) if quarantine else None}
-    return ShardRef(**{**data, **files})
+    fields = {**data, **files}
+    return ShardRef(tar_base_url=fields.pop("home", None), **fields)
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
@@ -225,10 +231,10 @@ def content_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
 
 
 def tar_store(store: Store, shard: ShardRef) -> Store:
-    """Return the store in which the tar of a shard lies: `store`, that of the data set, unless it was adopted."""
-    if shard.home is None:
+    """Return the store that holds the tar of a shard: the dataset's own `store`, unless the tar was adopted."""
+    if shard.tar_base_url is None:
         return store
-    return open_store(resolve_url(store.url, shard.home))
+    return open_store(resolve_url(store.url, shard.tar_base_url))
 
 
 def read_manifest(store: Store, number: int) -> DatasetManifest:
@@ -236,7 +242,7 @@ def read_manifest(store: Store, number: int) -> DatasetManifest:
     name = f"{STEM}.{number:06d}.json"
     try:
         data = read_json(store, name)
-        expected = data.pop("sha256", None)  # the first data sets have none
+        expected = data.pop("sha256", None)  # the first datasets have none
         if expected is not None and expected != sha256_json(data):
             raise DataError(f"{store.url}/{name} is damaged (its content does not have the sha256 it states): restore it from a copy")
         return DatasetManifest.from_json(data)

@@ -1,8 +1,8 @@
-"""The compiled path: the loops that run for every byte of a shard, in C where that was built, else in Python, behind one interface.
+"""The loops that run for every byte of a shard, compiled from C if possible, else in Python, behind one interface.
 
-`src/` is compiled when the package is installed, if there is a C compiler, and runs on x86-64 Linux with SHA instructions. It is called
-without holding the interpreter, so threads do work at once. `loops` and `tar_builder` give the same bytes without it: callers do not
-ask which is used. `available` and `why_not` are for messages; AECORE_NATIVE=0 leaves it out.
+`src/` is compiled when the package is installed, if there is a C compiler, and runs on x86-64 Linux with SHA instructions. Calls
+release the interpreter lock, so threads run in parallel. `loops` and `tar_builder` give the same bytes without it, so callers need not
+know which is used. `available` and `why_not` are for messages; AECORE_NATIVE=0 disables it.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-VERSION = 8  # of native.h, which has it too: a library that was built from another one is not used
+VERSION = 8  # equal to the one in native.h: a library built from another version is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 
 
 class Processor(NamedTuple):
-    """What /proc/cpuinfo calls this machine's processor: its maker (`GenuineIntel`, `AuthenticAMD`) and name; "" where it does not say."""
+    """Maker (`GenuineIntel`, `AuthenticAMD`) and name of a processor as in /proc/cpuinfo; "" where it has none."""
 
     vendor: str
     name: str
@@ -58,7 +58,7 @@ def _path() -> Path | None:
 
 @cache
 def _load() -> tuple[Any | None, str]:  # any: as above
-    """Return the library, or None and why it is not used."""
+    """Return the library and "", or None and the reason."""
     path = _path()
     if path is None:
         return None, "they were not built: install a C compiler, then the package again"

@@ -1,4 +1,4 @@
-"""Many strings of bytes in one buffer: what a shard gives, a decoder takes and a loop works on, without an object for each of them."""
+"""Many byte strings in one buffer, without a Python object for each: the type that readers, decoders and compiled loops exchange."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BytesColumn(Sequence[bytes]):
-    """n values: `data[begins[i]:ends[i]]`, anywhere in the buffer; a sequence of their bytes, which are copied when asked for."""
+    """n values: `data[begins[i]:ends[i]]`, anywhere in the buffer; a sequence of bytes objects, copied on access."""
 
     data: Bytes
     begins: Int64s
@@ -28,14 +28,14 @@ class BytesColumn(Sequence[bytes]):
 
     @classmethod
     def from_texts(cls, joined: bytes) -> "BytesColumn":
-        """Return the values that stand in `joined`, each ended by a zero byte, as C wants them; the zeros are not part of them."""
+        """Return the zero-terminated values in `joined`; the zeros are not part of them."""
         data = np.frombuffer(joined, np.uint8)
         ends: Int64s = np.flatnonzero(data == 0)
         return cls(data, np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1]) if len(ends) else ends, ends)
 
     @classmethod
     def concat(cls, parts: Sequence["BytesColumn"]) -> "BytesColumn":
-        """Return the values of all parts, one part after the other."""
+        """Return the values of all parts, in order."""
         if len(parts) == 1:
             return parts[0]
         starts = np.cumsum([0, *(len(part.data) for part in parts)])
@@ -63,7 +63,7 @@ class BytesColumn(Sequence[bytes]):
             yield bytes(view[begin:end])
 
     def take(self, rows: Int64s) -> "BytesColumn":
-        """Return the values with these numbers, in this order."""
+        """Return the values with these indices, in this order."""
         return BytesColumn(self.data, self.begins[rows], self.ends[rows])
 
     @property
@@ -72,7 +72,7 @@ class BytesColumn(Sequence[bytes]):
         return self.ends - self.begins
 
     def require_inside(self) -> None:
-        """AssertionError unless every value is part of the buffer: compiled loops do not look again."""
+        """Raise AssertionError unless every value is inside the buffer: compiled loops do not check it."""
         begins, ends, size = self.begins, self.ends, len(self.data)
         if len(begins) != len(ends) or (len(begins) and not (begins.min() >= 0 and (begins <= ends).all() and ends.max() <= size)):
             raise AssertionError("messages are inside the buffer and end after they begin")  # no `assert`: it must hold under -O too

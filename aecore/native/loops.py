@@ -1,6 +1,6 @@
-"""Hash many samples, read many pieces, list a folder, look at many images, decode small PNGs, pack samples: each in C or in Python.
+"""Hash many samples, read many pieces, list a folder, examine many images, decode small PNGs, pack samples: each in C or in Python.
 
-Both give the same, except where it says so: then what is not done is for a caller who knows more.
+Both give the same results. Functions that may leave items undone return which; the caller handles these with slower, complete code.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 class StreamHash:
-    """The sha256 of a stream of whole blocks of 64 bytes, and of messages that are hashed with it.
+    """The sha256 of a stream of whole blocks of 64 bytes, and of messages that are hashed together with it.
 
-    Both at once take little longer than one of them where the compiled loops are used.
+    With the compiled loops both together take little longer than one of them.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class StreamHash:
         self.update(stream, _NOTHING)
 
     def hexdigest(self) -> str:
-        """Return the hash of the stream up to now."""
+        """Return the hash of the stream so far."""
         if self._library is None:
             return self._plain.hexdigest()
         state, padding = self.state.copy(), b"\x80" + bytes(_BLOCK - 9) + (8 * self.size).to_bytes(8, "big")
@@ -104,7 +104,7 @@ def list_folder(folder: int) -> dict[str, int]:
             names = os.fsdecode(joined[:length].tobytes()).split("\0")[:-1]
             return dict(zip(names, sizes[: len(names)].tolist(), strict=True))
         if length == -2:
-            break  # Python says why
+            break  # Python raises the error
         most *= 8
     with os.scandir(folder) as entries:
         found = {entry.name: _file_size(entry) for entry in entries}
@@ -114,14 +114,14 @@ def list_folder(folder: int) -> dict[str, int]:
 def _file_size(entry: os.DirEntry[str]) -> int:
     try:
         return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
-    except FileNotFoundError:  # it was there when the folder was read
+    except FileNotFoundError:  # deleted since the folder was read
         return -1
 
 
 def examine(files: BytesColumn) -> NDArray[Any]:  # any: structured
-    """Return `FACTS` of each file: kind 0 is for `data.image` to look at, files of other equal facts have equal headers."""
+    """Return `FACTS` of each file; kind 0 needs `data.format.image`, files with other equal facts have equal headers."""
     facts, library = np.empty(len(files), FACTS), native._library()
-    places = files.begins, np.maximum(files.begins, files.ends)  # one that was not read ends before it begins
+    places = files.begins, np.maximum(files.begins, files.ends)  # the end of one that was not read is before its begin
     BytesColumn(files.data, *places).require_inside()
     if library is not None:
         library.aecore_examine(files.data, *places, len(files), facts)
@@ -133,14 +133,14 @@ def examine(files: BytesColumn) -> NDArray[Any]:  # any: structured
 
 
 def facts_of(file: memoryview) -> tuple[int, bytes, int, int]:
-    """Return the facts of one file, as image.c finds them."""
+    """Return the facts of one file, like image.c."""
     if len(file) >= 8 and file[0] == 0x89:
         return _png_facts(file)
     return _jpeg_facts(file) if len(file) >= 8 and file[:2].tobytes() == b"\xff\xd8" else _UNKNOWN
 
 
 def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
-    """A PNG whose chunks fit their checksums up to IEND, with an IDAT among them."""
+    """Return the facts of a PNG whose chunks match their checksums up to IEND and include an IDAT."""
     at, has_pixels = 8, False
     if len(file) < 33 or file[:16] != _PNG_START:
         return _UNKNOWN
@@ -158,7 +158,7 @@ def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
 
 
 def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
-    """A JPEG whose segments lead to one frame header and then to a scan with an end marker behind it."""
+    """Return the facts of a JPEG with one frame header before a scan that has an end marker after it."""
     at, found = 2, _UNKNOWN
     while at + 4 <= len(file):
         start, marker, length = file[at], file[at + 1], int.from_bytes(file[at + 2 : at + 4], "big")
@@ -179,13 +179,13 @@ def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
 
 
 def decode_pngs(files: BytesColumn, pixels: Bytes) -> NDArray[np.bool_]:
-    """Decode small PNGs of 8 bits into `pixels` `[n, H, W, C]`; return which were.
+    """Decode small PNGs of 8 bits into `pixels` `[n, H, W, C]`; return which were decoded, as bools `[n]`.
 
-    The others, all where there are no compiled loops or no zlib, are for a decoder that knows more; their pixels are undefined.
+    The pixels of the others (all, without compiled loops or zlib) are undefined: use a complete decoder for them.
     """
     count, height, width, channels = pixels.shape
     library, uncompress, done = native._library(), _uncompress(), np.zeros(len(files), np.uint8)
-    assert count == len(files), "every image has a place"
+    assert count == len(files), "one row of pixels for each file"
     files.require_inside()
     if library is not None and uncompress and 1 <= channels <= 4 and 0 < height * (width * channels + 1) <= _MOST_ROWS:
         places = files.data, files.begins, files.ends
@@ -195,7 +195,7 @@ def decode_pngs(files: BytesColumn, pixels: Bytes) -> NDArray[np.bool_]:
 
 @cache
 def _uncompress() -> int | None:
-    """Return the address of zlib's `uncompress`: every Linux that Pillow or imagecodecs run on has this library."""
+    """Return the address of zlib's `uncompress`: every Linux that runs Pillow or imagecodecs has this library."""
     try:
         return ctypes.cast(ctypes.CDLL("libz.so.1").uncompress, ctypes.c_void_p).value
     except (OSError, AttributeError):
@@ -203,10 +203,10 @@ def _uncompress() -> int | None:
 
 
 def pack_samples(target: Bytes, blank: Bytes, names: bytes, files: BytesColumn, labels: NDArray[np.int32]) -> None:
-    """Write the tar members of samples into `target`, which has their size; `data.tar` says which.
+    """Write the tar members of samples into `target`, which has their size, in the format of `data.format.tar`.
 
-    `names` are those of the data, each ended by a zero byte, with an extension and at most 96 bytes; `blank` is a header without name and
-    size. Where its label is not negative a sample has a member `cls` too.
+    `names` are the zero-terminated names of the data members, with an extension and at most 96 bytes; `blank` is a header without name
+    and size. A sample with a non-negative label also has a member `cls`.
     """
     library = native._library()
     files.require_inside()
@@ -222,9 +222,9 @@ def pack_samples(target: Bytes, blank: Bytes, names: bytes, files: BytesColumn, 
 
 
 def frame_sample(target: memoryview, at: int, blank: bytes, name: bytes, label: int, size: int) -> tuple[int, int]:
-    """Write all but the `size` bytes of data of a sample whose first header is at `at`; return where they and where the sample end.
+    """Write a sample whose first header is at `at`, except its `size` bytes of data; return their offset and the end of the sample.
 
-    As in tar.c: members are sorted by extension, and where the label is not negative one of them is `cls`.
+    As in tar.c: members are sorted by extension, and a non-negative label adds the member `cls`.
     """
     stem, _, ext = name.rpartition(b".")
     stored = _TAR_BLOCK + size + -size % _TAR_BLOCK
@@ -250,5 +250,5 @@ def _frame_member(target: memoryview, at: int, blank: bytes, name: bytes, size: 
 
 @cache
 def _fixed_sum(blank: bytes) -> int:
-    """Return what a header counts in its checksum besides its name and size: the sum of all bytes takes as long as all else."""
+    """Return the part of a header's checksum that is independent of name and size; cached: summing is half the work."""
     return sum(blank) - sum(blank[124:135])

@@ -1,6 +1,6 @@
-"""Files on their way into a tar: read, framed and hashed by threads, block by block, each file straight to its place in the tar.
+"""Build a tar from files: threads read, frame and hash them block by block, each file directly at its offset in the tar.
 
-What the caller does here block by block, `data.pack` does sample by sample for files that are not as expected.
+Files that are not as expected go through `data.write.pack` instead, sample by sample.
 """
 
 import ctypes
@@ -29,14 +29,22 @@ _ROOM = 512  # a file that has grown is read a little further
 class TarFiles:
     """N files below an open folder that become the samples of a tar, in this order and in B blocks.
 
-    Attributes:
-        folder: its descriptor.
-        paths, names: of each file in the folder, and in the tar (with a dot, at most 96 bytes); each ended by a zero byte.
-        labels: `[N]` int32, negative where there is none.
-        starts: `[N+1]` int64, where each sample begins in the tar, with its first header, and where the last one ends.
-        begins, ends: `[N]` int64, where its data do: `ends - begins` is the size that its file is expected to have.
-        blocks: `[B+1]` int64, the first sample of each block, and N.
-        blank: `[512]` uint8, the header of a member without name and size.
+    Attributes
+    ----------
+    folder : int
+        Its descriptor.
+    paths, names : BytesColumn
+        Path of each file in the folder, and name in the tar (with a dot, at most 96 bytes); zero-terminated.
+    labels : `[N]` int32
+        Class ids, negative: none.
+    starts : `[N+1]` int64
+        Offset in the tar of each sample's first header, and the end of the last sample.
+    begins, ends : `[N]` int64
+        Byte range of the data in the tar: `ends - begins` is the expected size of the file.
+    blocks : `[B+1]` int64
+        The first sample of each block, and N.
+    blank : `[512]` uint8
+        The header of a member without name and size.
     """
 
     folder: int
@@ -50,11 +58,11 @@ class TarFiles:
     blank: Bytes
 
     def require_consistent(self) -> None:
-        """AssertionError unless every file has a path, a name and a place in a block: compiled threads do not look again."""
+        """Raise AssertionError unless every file has a path, a name and a block: compiled threads do not check it."""
         texts = self.paths, self.names
         columns = (self.paths.begins, self.names.begins, self.labels, self.starts[1:], self.begins, self.ends)
         if {*(len(column) for column in columns), int(self.blocks[-1])} != {len(self.labels)} or self.blocks[0] != 0:
-            raise AssertionError("every file has a path, a name and a place in a block")  # no `assert`: it must hold under -O too
+            raise AssertionError("every file has a path, a name and a block")  # no `assert`: it must hold under -O too
         for text in texts:
             text.require_inside()
             if len(text) and (text.ends.max() >= len(text.data) or text.data[text.ends].any()):
@@ -65,11 +73,11 @@ class TarFiles:
 
 
 class TarBuilder(ABC):
-    """Takes files into a tar: a context manager, whose threads end with it. `open_tar_builder` makes one.
+    """Builds a tar from files: a context manager, whose threads end with it. `open_tar_builder` makes one.
 
-    `next_block` says which samples are read next, if all of their files are images of the expected sizes, whose `facts` are known then.
-    `submit` lets them be hashed, into `digests` and the `stream` that is the hash of the tar. `finished_pages` gives what they fill of the
-    tar, to be written, and `release` the memory to the next block. `tail` is what the tar has after its last full page, before and after.
+    `next_block` returns the next samples if all of their files are images of the expected sizes, and sets their `facts`. `submit` starts
+    hashing them, into `digests` and `stream`, the hash of the tar. `finished_pages` returns the hashed pages, to be written, and `release`
+    frees their memory for another block. `tail` holds the bytes of the tar after its last full page, before and after.
     """
 
     def __init__(self, files: TarFiles, stream: StreamHash, tail: bytes) -> None:
@@ -79,7 +87,7 @@ class TarBuilder(ABC):
         self.digests = np.empty((len(files.labels), 32), np.uint8)
         self.tail = np.frombuffer(tail.ljust(PAGE, b"\0"), np.uint8).copy()
         self.submitted = self.released = 0  # blocks
-        self._origins = files.starts[files.blocks] // PAGE * PAGE  # place in the tar of the first byte in memory of each block
+        self._origins = files.starts[files.blocks] // PAGE * PAGE  # offset in the tar of the first byte of each block's memory
         most = int((files.starts[files.blocks[1:]] - self._origins[:-1]).max())
         self._slot_bytes = most // PAGE * PAGE + 2 * PAGE
         self._num_slots = min(SLOTS, len(files.blocks) - 1)
@@ -91,7 +99,7 @@ class TarBuilder(ABC):
 
     @abstractmethod
     def __exit__(self, *_: object) -> None:
-        """End the threads; what was submitted is hashed."""
+        """End the threads; submitted blocks are still hashed."""
 
     @abstractmethod
     def next_block(self) -> slice | None:
@@ -99,7 +107,7 @@ class TarBuilder(ABC):
 
     @abstractmethod
     def submit(self) -> None:
-        """Let the block that was read be hashed."""
+        """Start hashing the block that `next_block` returned."""
 
     @abstractmethod
     def finished_pages(self) -> memoryview:
@@ -107,10 +115,10 @@ class TarBuilder(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """End with that block: its memory is used again."""
+        """Free the memory of that block."""
 
     def content(self, row: int) -> bytes:
-        """Return the data of a sample of the block that was read."""
+        """Return the data of a sample of the current block."""
         slot, origin = self._slot(self.submitted), int(self._origins[self.submitted])
         return slot[int(self.files.begins[row]) - origin : int(self.files.ends[row]) - origin].tobytes()
 
@@ -123,7 +131,7 @@ class TarBuilder(ABC):
 
 
 def open_tar_builder(files: TarFiles, stream: StreamHash, tail: bytes) -> TarBuilder:
-    """Return a builder whose first sample follows `tail`, what the tar has after its last full page; AssertionError for wrong arrays."""
+    """Return a builder whose first sample follows `tail`, the bytes after the last full page; AssertionError for inconsistent arrays."""
     return CompiledTarBuilder(files, stream, tail) if native.available() else PythonTarBuilder(files, stream, tail)
 
 
@@ -142,20 +150,24 @@ class PythonTarBuilder(TarBuilder):
         self._thread.shutdown()
 
     def next_block(self) -> slice | None:
+        """Implement `TarBuilder.next_block`."""
         if self.submitted == len(self.files.blocks) - 1 or not self._read(self.submitted):
             return None
         return self._rows(self.submitted)
 
     def submit(self) -> None:
+        """Implement `TarBuilder.submit`."""
         self._hashed.append(self._thread.submit(self._hash, self.submitted))
         self.submitted += 1
 
     def finished_pages(self) -> memoryview:
+        """Implement `TarBuilder.finished_pages`."""
         assert self.released < self.submitted, "no block was submitted"
         self._hashed[0].result()
         return self._slot(self.released)[: int(self._origins[self.released + 1] - self._origins[self.released])].data
 
     def release(self) -> None:
+        """Implement `TarBuilder.release`."""
         self._hashed.popleft()
         self.released += 1
 
@@ -185,7 +197,7 @@ class PythonTarBuilder(TarBuilder):
 def _read_file(folder: int, path: bytes, room: memoryview) -> int:
     """Read a file from its start; return its size, -1 if it cannot be read or is larger than the room."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a FIFO does not hold us up
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a FIFO does not block
     except OSError:
         return -1
     try:
@@ -200,16 +212,16 @@ def _read_file(folder: int, path: bytes, room: memoryview) -> int:
 
 
 class CompiledTarBuilder(TarBuilder):
-    """Compiled threads, which do not wait for the interpreter, read, frame and hash (`src/tar_builder.c`)."""
+    """Reads, frames and hashes in compiled threads without the interpreter lock (`src/tar_builder.c`)."""
 
     def __init__(self, files: TarFiles, stream: StreamHash, tail: bytes) -> None:
         self._library, self._builder = native._library(), ctypes.c_void_p()  # C sets and clears it
         super().__init__(files, stream, tail)
-        self._given = _given(self)
+        self._arguments = _arguments(self)
 
     def __enter__(self) -> Self:
         assert self._library is not None, "no compiled loops here"
-        self._library.aecore_builder_start(ctypes.byref(self._given), ctypes.byref(self._builder))
+        self._library.aecore_builder_start(ctypes.byref(self._arguments), ctypes.byref(self._builder))
         if self._builder.value is None:
             raise MemoryError("no memory or no threads to read samples with")
         return self
@@ -221,18 +233,22 @@ class CompiledTarBuilder(TarBuilder):
     __del__ = __exit__  # a signal that raises may come before `__enter__` or `__exit__` has ended
 
     def next_block(self) -> slice | None:
+        """Implement `TarBuilder.next_block`."""
         return self._rows(self.submitted) if self._call("next_block") else None
 
     def submit(self) -> None:
+        """Implement `TarBuilder.submit`."""
         self.stream.size += int(self._origins[self.submitted + 1] - self._origins[self.submitted])
         self.submitted += 1
         self._call("submit")
 
     def finished_pages(self) -> memoryview:
+        """Implement `TarBuilder.finished_pages`."""
         assert self.released < self.submitted, "no block was submitted"
         return self._slot(self.released)[: self._call("finished_pages")].data
 
     def release(self) -> None:
+        """Implement `TarBuilder.release`."""
         self.released += 1
         self._call("release")
 
@@ -241,8 +257,8 @@ class CompiledTarBuilder(TarBuilder):
         return int(getattr(self._library, f"aecore_builder_{what}")(self._builder))
 
 
-class _Given(ctypes.Structure):
-    """As in src/tar_builder.c."""
+class _Arguments(ctypes.Structure):
+    """The struct `Given` of src/tar_builder.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("folder", "num_blocks", "num_slots", "slot_bytes")),
@@ -251,11 +267,11 @@ class _Given(ctypes.Structure):
     )
 
 
-def _given(builder: CompiledTarBuilder) -> _Given:
+def _arguments(builder: CompiledTarBuilder) -> _Arguments:
     files = builder.files
     texts = (files.paths.data, files.names.data, files.paths.begins, files.names.begins)
     columns = (files.labels, files.starts, files.begins, files.ends, files.blocks, files.blank)
     made = (builder._slots, builder.stream.state, builder.digests, builder.tail, builder.facts)
     arrays: tuple[NDArray[Any], ...] = (*texts, *columns, *made)  # any: of several dtypes
     sizes = (files.folder, len(files.blocks) - 1, builder._num_slots, builder._slot_bytes)
-    return _Given(*sizes, *(array.ctypes.data for array in arrays))
+    return _Arguments(*sizes, *(array.ctypes.data for array in arrays))

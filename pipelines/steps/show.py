@@ -38,7 +38,7 @@ def _dataset(store: Store) -> Tree:
 
     dataset = open_dataset(store.url)
     manifest = dataset.manifest
-    homes = sorted({dataset.tars(shard).url for shard in manifest.shards if shard.home is not None})
+    homes = sorted({dataset.tars(shard).url for shard in manifest.shards if shard.tar_base_url is not None})
     return {
         **dataset_summary(manifest),
         **({"adopted_from": homes} if homes else {}),

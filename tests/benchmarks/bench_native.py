@@ -23,7 +23,7 @@ from PIL import Image
 from aecore import native
 from aecore.data.format.decode import Decoder
 from aecore.data.format.sample_format import SampleFormat
-from aecore.data.format.tar import Packer, Samples
+from aecore.data.format.tar import Samples, TarPacker
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
 from aecore.native.bytes_column import BytesColumn
@@ -104,7 +104,7 @@ def loops() -> Iterator[Pairs]:
     images = BytesColumn.from_bytes(files)
     yield row("examine images of 300 bytes", functools.partial(examine, images), len(files))
     samples = Samples([f"{number:05d}" for number in range(len(files))], ["png"], images, np.zeros(len(files), np.int32))
-    yield row("pack images of 300 bytes into a tar", lambda: Packer()(samples), len(files))
+    yield row("pack images of 300 bytes into a tar", lambda: TarPacker()(samples), len(files))
     with folder_of(files) as scratch:
         folder = os.open(scratch / "files/0", os.O_RDONLY)
         yield row("list a folder", functools.partial(list_folder, folder), len(files) // 10)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.aecore.data.test_foreign import samples, write_tar
+from tests.aecore.data.test_external_tars import samples, write_tar
 from tests.processes import run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -155,5 +155,5 @@ def test_nothing_of_ours_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"x")
     assert detect_artifact(open_store(tmp_path)) is None
     assert detect_artifact(open_store(tmp_path / "missing")) is None
-    with pytest.raises(AecoreError, match="holds no data set"):
+    with pytest.raises(AecoreError, match="holds no dataset"):
         open_dataset(str(tmp_path))

@@ -1,6 +1,6 @@
 """Bytes of samples in, one preallocated array `[n, H, W, C]` out. Nothing here can execute what it reads.
 
-What a member is, its first bytes say: PNG and JPEG go to the chosen decoder, `.npy` arrays are read without objects, all other
+The first bytes of a member decide what it is: PNG and JPEG go to the chosen decoder, `.npy` arrays are read without objects, all other
 image formats go to Pillow. The size in the header is compared with the expected one before any pixel is loaded. Both decoders
 give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name and version belong to every artefact.
 Pixels: 1-bit images are 0 and 255, 16-bit ones uint16, palettes become RGB, a colour key (PNG tRNS) is dropped, alpha is kept.
@@ -28,7 +28,7 @@ PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMP
 
 
 class DecodeError(DataError):
-    """One sample that cannot be decoded into the expected form; `row` is its place in the batch that was asked for."""
+    """One sample that cannot be decoded into the expected format; `row` is its row in the requested batch."""
 
     def __init__(self, reason: str, message: str, row: int = 0) -> None:
         super().__init__(message)
@@ -39,17 +39,18 @@ class DecodeError(DataError):
 class Decoder:
     """Decodes samples of one format; made once per loader, since it looks up the package and remembers good headers."""
 
-    def __init__(self, name: DecoderName, sample: SampleFormat) -> None:
-        self.sample = sample
+    def __init__(self, name: DecoderName, sample_format: SampleFormat) -> None:
+        self.sample_format = sample_format
         self._image = _import_decoder("pillow")
         self._codecs: Any = _import_decoder(name) if name == "imagecodecs" else None  # any: imagecodecs has no types
         self._npy_headers: dict[bytes, int] = {}
         # decoders give [H, W] for one channel
-        self._decoded = sample.shape[:2] if sample.image and sample.shape[2:] == (1,) else sample.shape
+        shape = sample_format.shape
+        self._decoded = shape[:2] if sample_format.image and shape[2:] == (1,) else shape
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
-        """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is reported there and its row is undefined."""
-        out = np.empty((len(members), *self.sample.shape), self.sample.dtype)
+        """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is passed to that function and its row is undefined."""
+        out = np.empty((len(members), *self.sample_format.shape), self.sample_format.dtype)
         targets = out.reshape(len(members), *self._decoded)
         for row in self._unusual(members, out):
             try:
@@ -66,7 +67,7 @@ class Decoder:
 
     def _unusual(self, members: Sequence[bytes], out: Pixels) -> Sequence[int]:
         """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows."""
-        if self._codecs is None or not self.sample.image or out.dtype != np.uint8 or not len(members):
+        if self._codecs is None or not self.sample_format.image or out.dtype != np.uint8 or not len(members):
             return range(len(members))
         found = members if isinstance(members, BytesColumn) else BytesColumn.from_bytes(members)
         return np.flatnonzero(~decode_pngs(found, out)).tolist()
@@ -74,7 +75,7 @@ class Decoder:
     def _into(self, target: Pixels, data: bytes) -> None:
         if data.startswith(NPY_MAGIC):
             pixels = self._npy(data)
-        elif not self.sample.image:
+        elif not self.sample_format.image:
             raise DecodeError("format", "expected a .npy array, found other bytes")
         elif self._codecs is None:
             pixels = self._pillow(data)
@@ -90,11 +91,11 @@ class Decoder:
         target[...] = pixels
 
     def _unexpected(self, found: str) -> DecodeError:
-        return DecodeError("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample.dtype}")
+        return DecodeError("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample_format.dtype}")
 
     def _png(self, data: bytes) -> Pixels:
         width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-        if (height, width) != self.sample.shape[:2]:
+        if (height, width) != self.sample_format.shape[:2]:
             raise self._unexpected(f"{height}x{width} pixels")
         # imagecodecs prints a libpng warning for each interlaced file; Pillow gives the same pixels up to 8 bits and for 16-bit gray
         if interlaced and (depth <= 8 or colour == 0):
@@ -106,7 +107,7 @@ class Decoder:
 
     def _pillow(self, data: bytes) -> Pixels:
         with self._image.open(io.BytesIO(data)) as image:
-            if (image.height, image.width) != self.sample.shape[:2]:
+            if (image.height, image.width) != self.sample_format.shape[:2]:
                 raise self._unexpected(f"{image.height}x{image.width} pixels")
             if image.format == "PNG" and data[24] == 16 and data[25] != 0:
                 raise DecodeError("format", "Pillow reads only 8 bits of a 16-bit colour PNG: use transform.decoder=imagecodecs")
@@ -124,11 +125,11 @@ class Decoder:
                 dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
             except NpyError as error:
                 raise DecodeError("format", f"{error}: only files of version 1.0 are read") from error
-            if shape != self.sample.shape or fortran or dtype != self.sample.dtype:
+            if shape != self.sample_format.shape or fortran or dtype != self.sample_format.dtype:
                 raise self._unexpected(f"an array of shape {shape}, dtype {dtype}, {'Fortran' if fortran else 'C'} order")
             self._npy_headers[header] = start
-        values: Pixels = np.frombuffer(data, self.sample.dtype, offset=self._npy_headers[header])
-        return values.reshape(self.sample.shape)
+        values: Pixels = np.frombuffer(data, self.sample_format.dtype, offset=self._npy_headers[header])
+        return values.reshape(self.sample_format.shape)
 
 
 def _without_colour_key(pixels: Pixels, data: bytes) -> Pixels:
@@ -149,5 +150,5 @@ def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
 
 
 def decoder_version(name: DecoderName) -> str:
-    """Return "imagecodecs 2026.3.6": what decoded the pixels, for the artefact's metadata."""
+    """Return "imagecodecs 2026.3.6": the decoder's name and version, for the artefact's metadata."""
     return f"{name} {_import_decoder(name).__version__}"

@@ -1,8 +1,8 @@
-"""What an image file says about itself, read from its bytes without decoding pixels; the first line against damaged input.
+"""Size, mode and structure of an image file, read from its bytes without decoding pixels; the first check against damaged input.
 
 PNG and JPEG are parsed here without Pillow. Every PNG chunk is checked against its CRC up to IEND; a JPEG must walk from SOI through
-its segments to a frame header and hold an EOI after it (JPEG has no checksums: damage inside the scan is seen by a full decode at
-best). Other formats go through Pillow's header readers, which notice less. The content decides the format, not the file name.
+its segments to a frame header and hold an EOI after it (JPEG has no checksums: damage inside the scan is found by a full decode at
+best). Other formats go through Pillow's header readers, which detect less damage. The content decides the format, not the file name.
 """
 
 import functools
@@ -26,11 +26,11 @@ _PILLOW_FORMATS = {"WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "GIF": "gif"}
 _CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4}
 _chunk_head = struct.Struct(">I4s").unpack_from
 _chunk_crc = struct.Struct(">I").unpack_from
-_headers_seen: dict[bytes, "ImageHeader"] = {}  # first 33 bytes of a PNG -> its header: data sets repeat them
+_headers_seen: dict[bytes, "ImageHeader"] = {}  # first 33 bytes of a PNG -> its header: datasets repeat them
 
 
 class BadSample(Exception):
-    """One sample that cannot be used; it goes to the quarantine with a short `reason` and a `message` for people."""
+    """One sample that cannot be used; it goes to the quarantine with a short `reason` and a readable `message`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -43,7 +43,7 @@ class BadSample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """Size in pixels, mode in Pillow's words (16-bit PNG: `I;16`, `RGB;16`, `LA;16`, `RGBA;16`), extension of the true format."""
+    """Size in pixels, mode as Pillow names it (16-bit PNG: `I;16`, `RGB;16`, `LA;16`, `RGBA;16`), extension of the true format."""
 
     width: int
     height: int
@@ -52,7 +52,7 @@ class ImageHeader:
     length: None = field(default=None, init=False)  # what a sequence has and an image does not
 
     @property
-    def form(self) -> str:
+    def format_text(self) -> str:
         """Return `HxWxC/mode` of the decoded image, for example `28x28x1/L`; a palette counts as its 3 colours."""
         return f"{self.height}x{self.width}x{_CHANNELS.get(self.mode.partition(';')[0], 3)}/{self.mode}"
 
@@ -169,14 +169,14 @@ def load_image(data: bytes, header: ImageHeader) -> Any:  # any: PIL.Image.Image
     return image
 
 
-def _decoding(step: Callable[[], Any], ext: str) -> Any:  # any: whatever the step gives
+def _decoding(step: Callable[[], Any], ext: str) -> Any:  # any: the result of `step`
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # corrupt EXIF and sizes above Pillow's own limit: ours was checked or will be
         try:
             return step()
         except MemoryError:
             raise
-        except Exception as error:  # decoders of foreign bytes raise whatever they like: OSError, SyntaxError, struct.error, ...
+        except Exception as error:  # decoders of untrusted bytes raise anything: OSError, SyntaxError, struct.error, ...
             raise BadSample("decode", f"not a readable {ext} image ({type(error).__name__})") from error
 
 

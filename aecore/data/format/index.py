@@ -1,4 +1,4 @@
-"""The Parquet table beside each shard: one row per sample with its place in the tar, its hash and its metadata.
+"""The Parquet index of a shard: one row per sample with its offset in the tar, its hash and its metadata.
 
 Two hashes, two purposes: the sha256 of the file finds damage, the content hash (over canonical rows) is what a dataset's identity
 is made of, so another Parquet version or compression level does not make another dataset. Pages carry checksums.

@@ -23,7 +23,7 @@ def is_image(shape: Sequence[int]) -> bool:
 def pixels(values: Tensor, transform: Transform) -> Image:
     """Return samples `[n, C, H, W]` of the network's scale as `[n, H, W]` or `[n, H, W, 3]` levels.
 
-    `transform.scale=none` does not say a range: if the values do not lie in [0, 1] they are taken as levels from 0 to 255.
+    `transform.scale=none` defines no range: values outside [0, 1] are taken as levels from 0 to 255.
     """
     unit = transform.spec.scale == "none" and float(values.min()) >= 0 and float(values.max()) <= 1
     levels = (values * 255).round().to(torch.uint8) if unit else transform.inverse(values)
@@ -48,9 +48,9 @@ def png(image: Image) -> bytes:
 
 
 def require_matplotlib() -> None:
-    """ConfigError that says how to get matplotlib if it is not installed."""
+    """Raise ConfigError, which says how to install matplotlib, if it is missing."""
     try:
-        import matplotlib  # noqa: F401  # only whether it is there
+        import matplotlib  # noqa: F401  # only whether it can be imported
     except ImportError as missing:
         raise ConfigError(
             f"figures need matplotlib ({missing}): install it with `pip install 'aecore[report]'`, or leave them out"

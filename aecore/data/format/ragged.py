@@ -1,8 +1,8 @@
-"""Sequences of different lengths: `.npy` samples `[T, ...]` of one dtype that differ in nothing but T, as one array and their lengths.
+"""Sequences of different lengths: `.npy` samples `[T, ...]` of one dtype that differ only in T, as one padded array and their lengths.
 
-A batch is as long as its longest sample; what lies behind a sample's end is zero, and models that take `Batch.lengths` never look at it.
-Rows are decoded into memory that the system fills with zeros when it is touched, as wide as the longest sample of the data set,
-and cut to the longest of the batch: one very long sample costs addresses, not RAM (where the split is not cached in RAM).
+A batch is as long as its longest sample; shorter ones are padded with zeros, and models that take `Batch.lengths` ignore the padding.
+Rows are decoded into lazily allocated zero pages as wide as the longest sample of the dataset, and cropped to the longest of the
+batch: one very long sample costs address space, not RAM (unless the split is cached in RAM).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from aecore.data.format.record import ArrayHeader, array_header
 from aecore.data.format.sample_format import SampleFormat
 
 Int64s = NDArray[np.int64]
-_MOST_HEADERS = 4096  # that are remembered
+_MOST_HEADERS = 4096  # in the cache
 
 
 class SequenceDecoder:
-    """Decodes the sequences of one data set; remembers headers, since a data set has few different lengths."""
+    """Decodes the sequences of one dataset; caches parsed headers, since a dataset has few different lengths."""
 
-    def __init__(self, sample: SampleFormat) -> None:
-        self.sample = sample
+    def __init__(self, sample_format: SampleFormat) -> None:
+        self.sample_format = sample_format
         self._headers: dict[tuple[bytes, int], ArrayHeader] = {}
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> tuple[Pixels, Int64s]:
-        """Return `[n, T, ...]` with T the data set's longest, and lengths `[n]`; a bad sample raises DecodeError or goes to `on_bad`."""
-        out, lengths = np.zeros((len(members), *self.sample.shape), self.sample.dtype), np.ones(len(members), np.int64)
+        """Return `[n, T, ...]` with T the dataset's longest, and lengths `[n]`; a bad one raises DecodeError or goes to `on_bad`."""
+        out, lengths = np.zeros((len(members), *self.sample_format.shape), self.sample_format.dtype), np.ones(len(members), np.int64)
         for row, data in enumerate(members):
             try:
                 header = self._header(data)
@@ -39,7 +39,7 @@ class SequenceDecoder:
                 on_bad(bad)
                 continue
             lengths[row] = header.shape[0]
-            values = np.frombuffer(data, self.sample.dtype, offset=header.start)
+            values = np.frombuffer(data, self.sample_format.dtype, offset=header.start)
             out[row, : header.shape[0]] = values.reshape(header.shape)
         return out, lengths
 
@@ -57,9 +57,9 @@ class SequenceDecoder:
         except BadSample as bad:
             raise DecodeError(bad.reason, bad.message) from bad
         steps, *rest = header.shape or (0,)
-        if not header.shape or tuple(rest) != self.sample.shape[1:] or header.dtype != self.sample.dtype or steps > self.sample.shape[0]:
-            longest, *inside = self.sample.shape
-            promised = f"sequences of at most {longest} steps of shape {tuple(inside)} and dtype {self.sample.dtype}"
+        (longest, *inside), dtype = self.sample_format.shape, self.sample_format.dtype
+        if not header.shape or rest != inside or header.dtype != dtype or steps > longest:
+            promised = f"sequences of at most {longest} steps of shape {tuple(inside)} and dtype {dtype}"
             raise DecodeError("shape", f"an array of shape {header.shape} and dtype {header.dtype}, the index promises {promised}")
         if not steps:
             raise DecodeError("empty", f"a sequence of shape {header.shape} has no step")

@@ -1,4 +1,4 @@
-"""One sample as it stands in a shard: a key and named byte members, and the short list of extensions a member may have.
+"""One sample as stored in a shard: a key and named byte members, and the short list of extensions a member may have.
 
 Keys are made so that webdataset groups them back exactly: no dot, no leading underscore in a component, only `[A-Za-z0-9_%/-]`.
 Nothing here can execute code: `.npy` headers are read as literals and object arrays are refused.
@@ -86,13 +86,13 @@ class ArrayHeader:
         return self.shape[0] if self.shape else None
 
     @property
-    def form(self) -> str:
+    def format_text(self) -> str:
         """Return for example `3x32x32/float32`."""
         return f"{'x'.join(map(str, self.shape))}/{self.dtype.name}"
 
 
 def require_allowed(ext: str, where: str) -> None:
-    """DataError that names the allow-list unless members of extension `ext` may be read."""
+    """Raise DataError, which names the allow-list, unless members of extension `ext` may be read."""
     if ext not in ALLOWED_EXTENSIONS:
         raise DataError(f"{where} has the extension {ext!r}, which is not read (allowed: {', '.join(sorted(ALLOWED_EXTENSIONS))})")
 
@@ -114,7 +114,7 @@ def encode_key(path: str) -> str:
 
 
 def encode_keys(paths: list[str]) -> list[str]:
-    """Return `encode_key` of each path; where all are plain this is found out for all at once (0.5 us per path less)."""
+    """Return `encode_key` of each path; if all are plain, that is checked for all at once (saves 0.5 us per path)."""
     text = "/".join(["", *paths, ""])
     is_plain = text.isascii() and not text.encode().translate(None, _PLAIN_BYTES) and "//" not in text and "/_" not in text
     if is_plain and max(map(len, paths), default=0) < _SHORTENED_BYTES:
@@ -164,7 +164,7 @@ def array_header(data: bytes) -> ArrayHeader:
     if fortran:
         raise BadSample("unsupported", ".npy in Fortran order: only C order is read; save np.ascontiguousarray(array)")
     if dtype != np.dtype(dtype.name):
-        raise BadSample("unsupported", f".npy of dtype {dtype.str} (foreign byte order): save array.astype({dtype.name!r})")
+        raise BadSample("unsupported", f".npy of dtype {dtype.str} (non-native byte order): save array.astype({dtype.name!r})")
     expected = start + math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(data) != expected:
         raise BadSample("truncated", f".npy of {len(data)} bytes, its header promises {expected}")
@@ -172,7 +172,7 @@ def array_header(data: bytes) -> ArrayHeader:
 
 
 class NpyError(ValueError):
-    """No `.npy` header that is read: of another `version`, damaged (`cause`: the error's class), or, with neither, no `.npy` at all."""
+    """Not a readable `.npy` header: of another `version`, damaged (`cause`: the error's class) or, with neither, not a `.npy` at all."""
 
     def __init__(self, version: str | None = None, cause: str | None = None) -> None:
         super().__init__(f"version {version} of .npy is not read" if version else f"damaged .npy header ({cause})" if cause else "not .npy")
@@ -180,7 +180,7 @@ class NpyError(ValueError):
 
 
 class NpyHeader(NamedTuple):
-    """What stands before the values of a `.npy` file; they begin at byte `start` after its first one."""
+    """The header of a `.npy` file; its values begin at byte `start` of the file."""
 
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
@@ -189,9 +189,9 @@ class NpyHeader(NamedTuple):
 
 
 def read_npy_header(file: IO[bytes], versions: Container[str] = ("1.0", "2.0", "3.0")) -> NpyHeader:
-    """Read the header of the `.npy` that begins where `file` stands; nothing is executed and no objects are made. NpyError if it is none.
+    """Read the header of the `.npy` at the current position of `file`; nothing is executed and no objects are made. NpyError if it is none.
 
-    What the header promises (dtypes, sides, bytes) is the caller's to check.
+    The caller checks what the header promises (dtype, shape, number of bytes).
     """
     head = file.read(12)
     if len(head) < 12 or head[:6] != b"\x93NUMPY":

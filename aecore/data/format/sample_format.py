@@ -1,4 +1,4 @@
-"""What one sample is when it is decoded: its shape and dtype. A manifest counts samples by the text of it (`28x28x1/L`, `64x3/float32`)."""
+"""Shape and dtype of one decoded sample. A manifest counts samples by its text (`28x28x1/L`, `64x3/float32`)."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -37,19 +37,21 @@ class SampleFormat:
         dims, _, mode = text.partition("/")
         shape = tuple(int(size) for size in dims.split("x")) if dims else ()
         if mode == "CMYK":
-            raise DataError(f"samples of form {text} cannot be decoded faithfully: shard again with shards.mode=RGB")
+            raise DataError(f"samples of format {text} cannot be decoded faithfully: shard again with shards.mode=RGB")
         if mode in MODE_DTYPES:
             return cls(shape, np.dtype(MODE_DTYPES[mode]), image=True)
         try:
             return cls(shape, np.dtype(mode), image=False)
         except TypeError:
-            raise DataError(f"samples of form {text}: the pixel mode {mode!r} is not supported (known: {', '.join(MODE_DTYPES)})") from None
+            raise DataError(
+                f"samples of format {text}: the pixel mode {mode!r} is not supported (known: {', '.join(MODE_DTYPES)})"
+            ) from None
 
     @classmethod
-    def of(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
+    def from_shapes(cls, shapes: Mapping[str, int], *, sequences: bool = False) -> "SampleFormat":
         """Return the one format of a manifest's `sample.shapes`; DataError if there are several.
 
-        With `sequences` arrays that differ in nothing but their first axis are one format, of varying length.
+        With `sequences` arrays that differ only in their first axis are one format, of varying length.
         """
         found = {cls.parse(text) for text in shapes}
         if len(found) == 1:
@@ -59,7 +61,7 @@ class SampleFormat:
             return cls(longest.shape, longest.dtype, image=False, varying=True)
         shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
         raise DataError(
-            f"the samples have {len(found)} different forms ({shown or 'no samples'}), one is needed: "
+            f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: "
             "shard again with shards.resize=<side> and shards.mode=L or RGB"
         )
 
@@ -75,7 +77,7 @@ class SampleFormat:
 
 
 def sequence_shape(formats: Collection[SampleFormat]) -> tuple[int, ...] | None:
-    """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ in nothing but T; None for anything else."""
+    """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ only in T; None for anything else."""
     if len({(known.image, known.dtype, known.shape[1:]) for known in formats}) != 1 or any(
         known.image or not known.shape for known in formats
     ):

@@ -1,6 +1,6 @@
 """USTAR members, byte for byte what `webdataset.TarWriter(mtime=0)` writes, many at once and without `tarfile`.
 
-The writer packs the members of a chunk, the strict reader builds their headers again from the index and compares. Names over
+The writer packs the members of a chunk; the strict reader rebuilds their headers from the index and compares. Names over
 100 bytes use USTAR's prefix field (webdataset writes PAX there).
 """
 
@@ -98,7 +98,7 @@ class Samples:
 
 
 def joined_names(keys: list[str], exts: list[str]) -> str:
-    """Return the names of the data members of samples, each ended by a zero byte; one extension may stand for all."""
+    """Return the names of the data members of samples, each ended by a zero byte; a single extension applies to all."""
     if len(exts) == 1:
         end = f".{exts[0]}\0"
         return end.join(keys) + end if keys else ""
@@ -111,13 +111,18 @@ def plain_names(keys: list[str], exts: list[str], names: str) -> bool:
     return longest <= _NAME and names.isascii() and names.count("\0") == len(keys)
 
 
-class Packer:
-    """Packs samples as they stand in a tar: header, bytes, zeros up to a full block.
+class TarPacker:
+    """Packs samples into the bytes of a tar: header, data, zeros up to a full block.
 
-    It gives whole pages that begin at a page, as a disk takes them without the system's cache, and keeps what is left for the next
-    call. Two buffers are used in turn: fresh memory for every chunk costs as much as filling it.
+    A call returns whole, page-aligned pages, as direct I/O needs them, and keeps the remainder for the next call. Two buffers alternate:
+    fresh memory for every chunk costs as much as filling it.
 
-    `size` is that of the members up to now, `rest` what the tar has after its last full page; who writes members on the way sets both.
+    Attributes
+    ----------
+    size : int
+        Bytes of all members so far. A caller that writes members itself updates `size` and `rest`.
+    rest : bytes
+        Bytes of the tar after its last full page.
     """
 
     def __init__(self) -> None:
@@ -126,7 +131,7 @@ class Packer:
         self.size = 0
 
     def __call__(self, samples: Samples) -> memoryview:
-        """Return the full pages that these samples complete; the view is good until the call after the next."""
+        """Return the full pages that these samples complete; the view is valid until the call after the next."""
         begin, size = len(self.rest), samples.size()
         total = begin + size
         self._buffer, self._other = self._other, self._buffer
@@ -134,18 +139,18 @@ class Packer:
             self._buffer = mmap.mmap(-1, total + total // 4)
         view = memoryview(self._buffer)[:total]
         view[:begin] = self.rest
-        _pack(np.frombuffer(view, np.uint8)[begin:], samples)
+        _fill(np.frombuffer(view, np.uint8)[begin:], samples)
         pages = total - total % PAGE
         self.rest = view[pages:]
         self.size += size
         return view[:pages]
 
     def end(self) -> bytes:
-        """Return the rest of the tar: what stands after the last full page, and the end of the archive."""
+        """Return the rest of the tar: the bytes after the last full page, and the end of the archive."""
         return bytes(self.rest) + end_of_archive(self.size)
 
 
-def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
+def _fill(target: NDArray[np.uint8], samples: Samples) -> None:
     """Fill `target` with the members of the samples."""
     if samples.plain(names := joined_names(samples.keys, samples.exts)):
         pack_samples(target, BLANK, names.encode(), samples.contents, samples.ids())
@@ -164,9 +169,9 @@ def _pack(target: NDArray[np.uint8], samples: Samples) -> None:
 def different_headers(
     window: NDArray[np.uint8], names: list[bytes], begins: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the numbers of the files whose header or padding in `window` (whole blocks) differs from what `Packer` writes.
+    """Return the indices of the files whose header or padding in `window` (whole blocks) differs from what `TarPacker` writes.
 
-    The contents of the files stand at `begins` to `ends` of the window; they are not looked at.
+    The contents of the files, `begins` to `ends` of the window, are not compared.
     """
     blocks = window.view(np.uint64).reshape(-1, BLOCK // 8)  # eight bytes are compared at once
     wrong = np.bitwise_or.reduce(blocks[begins // BLOCK - 1] ^ headers(names, ends - begins).view(np.uint64), axis=1)

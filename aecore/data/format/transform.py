@@ -1,4 +1,4 @@
-"""From stored values to what a network takes, and back for figures; runs on the device, on whole batches.
+"""Scale stored values to network inputs, and back for figures; runs on the device, on whole batches.
 
 The scaling is a function of the stored dtype alone, so it is the same for every batch, rank and machine; it is part of the
 checkpoint's config, and with the decoder's name and version of the preprocessing hash of every latent table.
@@ -48,6 +48,7 @@ class Transform:
         self.spec = spec
 
     def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with scaled `x` (and `x_pair`)."""
         return dataclasses.replace(batch, x=self.scale(batch.x), x_pair=None if batch.x_pair is None else self.scale(batch.x_pair))
 
     def draw(self, batch: Batch, seed: int, index: int) -> Batch:
@@ -96,7 +97,7 @@ class Transform:
 
 
 def _where_grey(drawn: Tensor, grey: Tensor) -> Tensor:
-    """Return what was drawn; DataError if there is a value that is no shade of grey. On a GPU it becomes NaN, which the loss shows."""
+    """Return what was drawn; DataError if a value is outside [0, 1]. On a GPU it becomes NaN, which the loss reports."""
     known = (grey >= 0) & (grey <= 1)
     if grey.device.type != "cpu":
         return torch.where(known, drawn, torch.nan)
@@ -109,7 +110,7 @@ def _where_grey(drawn: Tensor, grey: Tensor) -> Tensor:
 
 
 def preprocessing_sha256(spec: TransformSpec, decoder: str | None = None) -> str:
-    """Return the hash of all that stands between stored bytes and network input.
+    """Return the hash of everything that turns stored bytes into network input.
 
     `decoder` is the decoder's name and version ("imagecodecs 2026.3.6"); by default the installed one.
     """

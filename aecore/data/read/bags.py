@@ -1,9 +1,9 @@
-"""Whole bags to training: the same lanes, counted in bags; a batch is padded to its longest bag and has a mask.
+"""Load whole bags for training: the same lanes, counted in bags; a batch is padded to its longest bag and has a mask.
 
-A bag is the samples of one `group` of the index, side by side in one shard. `train.global_batch` counts bags; positions in the global
-batch count instances, so what is drawn per instance does not depend on padding, which is another one on every rank.
-The price: which samples form which bag is held in memory on every rank (16 bytes per bag), and the indexes are read before the first
-step. A bag is never cut, so memory follows the largest one.
+A bag is the samples of one `group` of the index, adjacent in one shard. `train.global_batch` counts bags; positions in the global
+batch count instances, so noise per instance does not depend on padding, which differs between ranks.
+The price: every rank holds the table of bags in memory (16 bytes per bag) and reads the indexes before the first step. A bag is never
+split, so memory follows the largest one.
 """
 
 import copy
@@ -53,26 +53,28 @@ class Bags:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know: how many bags, of how many instances."""
+        """Messages for the user: the number of bags and of their instances."""
         sizes = self.sizes
         return (f"a step takes whole bags: {len(self)} bags of {sizes.min()} to {sizes.max()} instances, {sizes.mean():.1f} on average",)
 
     def samples(self, bags: Int64s) -> Int64s:
-        """Return the numbers of all samples of these bags, bag by bag."""
+        """Return the indices of all samples of these bags, bag by bag."""
         return _ranges(self.starts[bags], self.sizes[bags])
 
 
 def _require_new(where: str, stem: str, names: set[str], found: list[str], num_bags: int) -> None:
-    """Raise DataError if a bag lies in two places: it would be two bags, half each."""
+    """Raise DataError if a bag is stored in two pieces: each would count as a bag."""
     again = sorted(names.intersection(found))
     if again or num_bags != len(found):
         bag = f"bag {again[0]!r}" if again else "a bag"
-        raise DataError(f"{where}: {bag} of shard {stem} lies in two places, and a bag is one piece of one shard: shard the data again")
+        raise DataError(
+            f"{where}: {bag} of shard {stem} is stored in two pieces, and a bag must be contiguous in one shard: shard the data again"
+        )
     names.update(found)
 
 
 def _ranges(starts: Int64s, sizes: Int64s) -> Int64s:
-    """Return [start, start + size) of each, one after the other."""
+    """Return the concatenated ranges [start, start + size)."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     places: Int64s = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - sizes), sizes)
@@ -80,18 +82,23 @@ def _ranges(starts: Int64s, sizes: Int64s) -> Int64s:
 
 
 class BagLoader:
-    """Training batches of whole bags, with the calls of `Loader` that training uses.
+    """Training batches of whole bags; a `TrainLoader`.
 
-    Args:
-        dataset, split: what is read; its indexes have groups.
-        transform: names the decoder.
-        order: lanes and global batch in bags.
-        spec: cache and prefetch.
+    Parameters
+    ----------
+    dataset, split : Dataset and str
+        What is read; its indexes have groups.
+    transform : TransformSpec
+        Names the decoder.
+    order : TrainingOrder
+        Lanes, and the global batch in bags.
+    spec : InputSpec
+        Cache and prefetch.
     """
 
     def __init__(self, dataset: Dataset, split: str, *, transform: TransformSpec, order: TrainingOrder, spec: InputSpec) -> None:
         self.rows = SplitRows(dataset, split, transform.decoder, spec.cache, spec.cache_bytes)
-        if self.rows.sample.varying:
+        if self.rows.sample_format.varying:
             raise DataError(
                 f"{dataset.url}: the instances of bags are sequences of different lengths, expected one shape: cut or pad them, or train "
                 "a model of sequences without bags, such as model.kind=rvae"
@@ -101,28 +108,28 @@ class BagLoader:
 
     @cached_property
     def bags(self) -> Bags:
-        """The bags of the split; when first asked it reads the split's indexes."""
+        """The bags of the split; the first access reads the split's indexes."""
         return Bags(self.rows)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.
 
-        A rank without a bag in a short last step gets a bag of one instance with empty `positions` and `ordinals`: run it, count it 0.
+        A rank without a bag in a short last step gets a bag of one instance with empty `positions` and `ordinals`: run it with weight 0.
         """
         step = start_step
         while stop_step is None or step < stop_step:
-            ahead = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
-            stop = ahead if stop_step is None else min(ahead, stop_step)
+            epoch_end = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+            stop = epoch_end if stop_step is None else min(epoch_end, stop_step)
             yield from prefetched(self._epoch(step, stop), 0 if self.rows.in_ram else self._spec.prefetch)
             step = stop
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many bags a split has, of how many instances; reads the indexes."""
+        """Messages for the user: the number of bags and of their instances; reads the indexes."""
         return self.bags.notes
 
     def reread(self, step: int) -> tuple[Batch, SplitRows]:
-        """Return the batch of optimizer step 1, 2, ... of all ranks together, and the split that it is of."""
+        """Return the batch of optimizer step 1, 2, ... of all ranks together, and its split."""
         whole = copy.copy(self)
         whole._order = dataclasses.replace(self._order, rank=0, world_size=1)
         with closing(whole.batches(step - 1, step)) as batches:
@@ -135,13 +142,14 @@ class BagLoader:
     def _epoch(self, start: int, stop: int) -> Generator[Batch, None, None]:
         epoch, first = locate(start, self.steps_per_epoch)
         order = self._epoch_order(epoch, self._order)
-        everyone = self._epoch_order(epoch, dataclasses.replace(self._order, rank=0, world_size=1)) if self._order.world_size > 1 else order
+        whole = dataclasses.replace(self._order, rank=0, world_size=1)
+        every_rank = self._epoch_order(epoch, whole) if self._order.world_size > 1 else order
         block = -1
         for step in range(first, first + stop - start):
             if order.block_of(step) != block:
                 block = order.block_of(step)
                 self.rows.prefetch(*order.shards_from(step))
-            own, sizes = order.step(step), self.bags.sizes[everyone.step(step).indices]
+            own, sizes = order.step(step), self.bags.sizes[every_rank.step(step).indices]
             firsts = np.cumsum(sizes) - sizes  # position of each bag's first instance in the global batch
             positions = _ranges(firsts[own.positions], sizes[own.positions])
             yield self._batch(own.indices, positions, int(sizes.sum()))
@@ -163,7 +171,7 @@ class BagLoader:
         labels[mask] = rows.labels
         x = torch.from_numpy(pixels)
         return Batch(
-            x.permute(0, 1, 4, 2, 3) if self.rows.sample.image else x,
+            x.permute(0, 1, 4, 2, 3) if self.rows.sample_format.image else x,
             torch.from_numpy(rows.ordinals),
             torch.from_numpy(positions),
             num_global,

@@ -1,7 +1,8 @@
-"""Where everything of a shard stands, from its index: arrays to read by offset, plain lists to read in order.
+"""Offsets of every member of a shard's tar, from its index: arrays to read by offset, plain lists to read in order.
 
-An index is refused (DataError) if it lacks a value, names members that are not read, a sample without exactly one data member, members
-that do not follow each other without gaps (in an adopted tar: in order), or hashes that are none. The lists are made when first asked for.
+An index is refused (DataError) if a value is missing, a member has another extension than the allowed ones, a sample has not exactly
+one data member, members do not follow each other without gaps (in an adopted tar: in order), or a hash is malformed.
+Lists are built lazily.
 """
 
 import itertools
@@ -18,24 +19,24 @@ from aecore.data.format.record import DATA_EXTENSIONS, require_allowed
 from aecore.data.format.tar import BLOCK, stored_size
 from aecore.errors import DataError
 
-REMEDY = "restore it or write the data set again"
+REMEDY = "restore it or write the dataset again"
 DIGEST_BYTES = 32
 Int64s = NDArray[np.int64]
 
 
 class Layout:
-    """Places in a tar of N samples and M members, in file order; `where` names the tar in errors, `packed` says that it is ours.
+    """Offsets in a tar of N samples and M members, in file order; `where` names the tar in errors, `packed` is False for adopted tars.
 
     Attributes
     ----------
     data_ext, data_begins, data_ends : list of N str, `[N]` int64
-        Extension and bytes of the data member (the image or array) of each sample.
+        Extension and byte range of the data member (the image or array) of each sample.
     digests : `[N, 32]` uint8
         The sha256 of each data member.
     begins, ends : `[M]` int64
-        Bytes of each member.
+        Byte range of each member.
     firsts : `[N+1]` int64
-        Number of each sample's first member, and M.
+        Index of each sample's first member, and M.
     starts : `[N+1]` int64
         First byte of each sample's first header, and of the end of the archive.
     """
@@ -55,7 +56,7 @@ class Layout:
         self.begins: Int64s = begins.to_numpy()
         self.ends: Int64s = self.begins + sizes.to_numpy()
         if (self.begins < BLOCK).any() or (self.ends < self.begins).any():
-            raise DataError(f"the index of {where} has members at impossible places: {REMEDY}")
+            raise DataError(f"the index of {where} has members at impossible offsets: {REMEDY}")
         self.firsts: Int64s = np.concatenate([[0], np.cumsum(members.value_lengths().to_numpy())])
         is_data = np.array([name in DATA_EXTENSIONS for name in self._names], bool)
         data = np.flatnonzero(is_data[self._codes])
@@ -72,7 +73,7 @@ class Layout:
         self.digests = _digests(index.column("sha256"), where)
 
     def _require_order(self, where: str) -> Int64s:
-        """Return the ends of members that stand anywhere in the tar, in order."""
+        """Return the ends of an adopted tar's members, which must be in order without overlap."""
         if (self.begins < BLOCK).any() or (self.begins[1:] < self.ends[:-1]).any() or (self.ends < self.begins).any():
             raise DataError(f"the members in the index of {where} overlap or are out of order: {REMEDY}")
         return self.ends
@@ -112,7 +113,7 @@ class Layout:
 
 
 def _require_columns(index: pa.Table, where: str) -> None:
-    """DataError unless the columns that are read have their types, and a value in every row (a label may be missing)."""
+    """Raise DataError unless the columns that are read have their types and a value in every row (a label may be missing)."""
     for name in ("key", "ordinal", "label", "sha256", "members"):
         wanted = INDEX_SCHEMA.field(name).type
         found = index.schema.field(name).type if name in index.column_names else None

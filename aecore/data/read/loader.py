@@ -1,8 +1,8 @@
-"""From a data set to batches: training order with a cursor, contiguous ranges for validation, one shard after another for encoding.
+"""Load batches of a dataset: in training order from any step, in contiguous ranges for validation, shard by shard for encoding.
 
 Batches hold stored values (`Transform` scales them on the device), planned ordinals, labels and positions in the global batch.
-One thread works ahead. Its price: it shares the interpreter with the training loop, which is what small images on few cores want;
-nothing is copied between processes.
+One background thread prefetches batches. It shares the interpreter with the training loop: nothing is copied between processes, which
+suits small images on few cores.
 """
 
 import copy
@@ -35,10 +35,10 @@ DRAWN_AT_ONCE = 4096  # samples of a global batch whose partners are drawn in on
 
 @spec
 class InputSpec:
-    """How batches are read (`input.*` of a recipe). What `reader=webdataset` does not promise: see `aecore.data.read.stream`."""
+    """How batches are read (`input.*` of a recipe). For the limits of `reader=webdataset` see `aecore.data.read.stream`."""
 
     reader: Literal["lanes", "webdataset"] = knob(
-        "lanes", "lanes: our shards by offset, the same batches on any number of ranks; webdataset: tars of others, without an index"
+        "lanes", "lanes: indexed shards by offset, the same batches on any number of ranks; webdataset: external tars without an index"
     )
     resampled: bool = knob(False, "webdataset: draw tars with replacement; needs train.max_steps")
     epoch_samples: int = knob(0, "webdataset: samples that count as an epoch; 0: the whole run is one, train.max_steps long", ge=0)
@@ -51,12 +51,12 @@ class InputSpec:
     def __post_init__(self) -> None:
         if not self.streams and (self.resampled or self.epoch_samples or self.member):
             raise ConfigError(
-                "input.resampled, input.epoch_samples and input.member belong to input.reader=webdataset: set it, or leave them"
+                "input.resampled, input.epoch_samples and input.member belong to input.reader=webdataset: set it, or leave them out"
             )
 
     @property
     def streams(self) -> bool:
-        """Whether tars without an index are read from their beginning to their end; all that follows from `reader` follows from this."""
+        """Whether tars without an index are streamed; code branches on this instead of on `reader`."""
         return self.reader == "webdataset"
 
     def identity(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class InputSpec:
 
 
 class TrainLoader(Protocol):
-    """What training asks of a loader: of single samples and pairs (`Loader`), of whole bags, of tars without an index."""
+    """The loader interface of training: `Loader` (samples, pairs), `BagLoader` (whole bags), `StreamLoader` (tars without an index)."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,7 +77,7 @@ class TrainLoader(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of how batches are put together; reads the indexes where pairs or bags need them."""
+        """Messages for the user about how batches are composed; reads the indexes where pairs or bags need them."""
         ...
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
@@ -89,12 +89,12 @@ class TrainLoader(Protocol):
         ...
 
     def close(self) -> None:
-        """Close what is open; safe to repeat."""
+        """Close open files; safe to repeat."""
         ...
 
 
 class BadRow(NamedTuple):
-    """A sample that does not decode: its row in the shard's index, a short reason, a message for people."""
+    """A sample that does not decode: its row in the shard's index, a short reason, a readable message."""
 
     row: int
     reason: str
@@ -112,12 +112,18 @@ class ShardBatch(NamedTuple):
 class Loader:
     """Batches of one split. Opens nothing before the first batch; `close` (or `with`) closes files and is safe to repeat.
 
-    Args:
-        dataset, split: what is read.
-        transform: names the decoder.
-        spec: cache and prefetch.
-        order: what `batches` follows; who reads ranges and shards only needs none.
-        pairs: gives every batch of `batches` partners in `x_pair`; None: there is no `x_pair`.
+    Parameters
+    ----------
+    dataset, split : Dataset and str
+        What is read.
+    transform : TransformSpec, optional
+        Names the decoder.
+    spec : InputSpec, optional
+        Cache and prefetch.
+    order : TrainingOrder, optional
+        The order of `batches`; not needed to read ranges and shards.
+    pairs : PairSpec, optional
+        Gives every batch of `batches` partners in `x_pair`; None: there is no `x_pair`.
     """
 
     def __init__(
@@ -145,7 +151,7 @@ class Loader:
 
     @cached_property
     def partners(self) -> Partners | None:
-        """What draws the partners, None without `pairs`; when first asked it reads the split's indexes (see `find_partners`)."""
+        """The object that draws partners, None without `pairs`; the first access reads the split's indexes (see `find_partners`)."""
         return None if self._pairs is None else find_partners(self.rows, self._pairs, self.order.seed)
 
     @property
@@ -160,23 +166,23 @@ class Loader:
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the order's global batches [start_step, stop_step), on and on if `stop_step` is None.
 
-        A rank without a sample in a short last step gets one repeated row with empty `positions` and `ordinals`: run it, count it 0.
+        A rank without a sample in a short last step gets one repeated row with empty `positions` and `ordinals`: run it with weight 0.
         """
         step = start_step
         while stop_step is None or step < stop_step:
-            ahead = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
-            stop = ahead if stop_step is None else min(ahead, stop_step)
+            epoch_end = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+            stop = epoch_end if stop_step is None else min(epoch_end, stop_step)
             # taking rows from RAM costs less than handing them over from a thread
             yield from prefetched(self._epoch(step, stop), 0 if self.rows.in_ram else self.spec.prefetch)
             step = stop
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the pairs; reads the indexes. Empty without pairs."""
+        """Messages for the user about the pairs; reads the indexes. Empty without pairs."""
         return () if self.partners is None else self.partners.notes
 
     def reread(self, step: int) -> tuple[Batch, SplitRows]:
-        """Return the batch of optimizer step 1, 2, ... of all ranks together, and the split that it is of."""
+        """Return the batch of optimizer step 1, 2, ... of all ranks together, and its split."""
         whole = copy.copy(self)
         whole._order = dataclasses.replace(self.order, rank=0, world_size=1)
         with closing(whole.batches(step - 1, step)) as batches:
@@ -186,23 +192,23 @@ class Loader:
         """Yield samples [start_row, stop_row) of the split in stored order, `batch` at a time; every batch counts as a global one."""
         if not 0 <= start_row <= stop_row <= self.num_samples or batch < 1:
             raise DataError(
-                f"rows [{start_row}, {stop_row}) by {batch} do not lie in the {self.num_samples} samples of split {self.rows.split!r}"
+                f"rows [{start_row}, {stop_row}) by {batch} are not within the {self.num_samples} samples of split {self.rows.split!r}"
             )
         return prefetched(self._range(start_row, stop_row, batch), 0 if self.rows.in_ram else self.spec.prefetch)
 
     def take(self, indices: Int64s) -> Batch:
-        """Return the samples of these numbers of the split, in this order; the batch counts as a global one."""
+        """Return the samples of the split with these indices, in this order; the batch counts as a global one."""
         return self._batch(self.rows.read(indices), np.arange(len(indices)), len(indices))
 
     def shard_batches(self, shard: ShardRef, batch: int, start: int = 0, stop: int | None = None) -> Generator[ShardBatch, None, None]:
-        """Yield rows [start, stop) of one shard, cut every `batch` rows; rows that do not decode are reported instead of raised.
+        """Yield rows [start, stop) of one shard, `batch` rows at a time; rows that do not decode are reported instead of raised.
 
-        `positions` are places in the cut, bad rows included, so noise sliced by them does not depend on what decodes.
+        `positions` count bad rows too, so noise sliced by them does not depend on which samples decode.
         """
         return prefetched(self._shard(self._number(shard), start, shard.samples if stop is None else stop, batch), self.spec.prefetch)
 
     def index(self, shard: ShardRef) -> pa.Table:
-        """Return the index of one shard, read and verified once while the shard is open."""
+        """Return the index of one shard; it is read and verified once while the shard is open."""
         return self.rows.reader(self._number(shard)).index
 
     def _number(self, shard: ShardRef) -> int:
@@ -235,12 +241,12 @@ class Loader:
             yield self._batch(rows, part.positions, part.num_global, x_pair)
 
     def _prefetch(self, now: Int64s, later: Int64s) -> None:
-        """Begin to bring shards near; partners may lie in any of them, so with pairs all are needed now."""
+        """Start background download of shards; a partner may be in any shard, so with pairs all are needed now."""
         paired = self.partners is not None
         self.rows.prefetch(np.concatenate([now, np.setdiff1d(np.arange(len(self.rows.shards)), now)]) if paired else now, later)
 
     def _steps(self, order: EpochOrder, epoch: int, steps: range) -> Generator[tuple[StepRows, Int64s, Int64s | None], None, None]:
-        """Yield steps with the samples to read and their partners, which are drawn for many steps at once: that costs a fifth."""
+        """Yield steps with the samples to read and their partners, drawn for many steps at once at a fifth of the cost."""
         at_once = max(1, DRAWN_AT_ONCE // self.order.global_batch)
         for begin in range(0, len(steps), at_once):
             parts = [order.step(step) for step in steps[begin : begin + at_once]]
@@ -248,11 +254,11 @@ class Loader:
             if self.partners is None:
                 yield from zip(parts, indices, itertools.repeat(None))
             else:
-                drawn = self.partners.of(np.concatenate(indices), epoch)
+                drawn = self.partners.partners_of(np.concatenate(indices), epoch)
                 yield from zip(parts, indices, np.split(drawn, np.cumsum([len(own) for own in indices])[:-1]), strict=True)
 
     def _read(self, indices: Int64s, partners: Int64s | None) -> tuple[Rows, Pixels | None]:
-        """Return samples and the pixels of their partners, all read together; None without partners."""
+        """Return samples and the pixels of their partners (None without partners), read together."""
         if partners is None:
             return self.rows.read(indices), None
         both = self.rows.read(np.concatenate([indices, partners]))
@@ -285,4 +291,4 @@ class Loader:
 
     def _tensor(self, pixels: Pixels) -> torch.Tensor:
         tensor = torch.from_numpy(pixels)
-        return tensor.permute(0, 3, 1, 2) if self.rows.sample.image else tensor
+        return tensor.permute(0, 3, 1, 2) if self.rows.sample_format.image else tensor

@@ -2,7 +2,7 @@
 
 An epoch permutes the shards, cuts the stream of their samples into C lanes whose sizes differ by at most one, and shuffles inside
 blocks of every lane. Row k takes the k-th sample of every lane; a step is G/C rows; rank r of W takes lanes [rC/W, (r+1)C/W).
-The batches are therefore the same for any W <= C, and any step of any epoch is found without walking to it.
+The batches are therefore the same for any W <= C, and any step of any epoch is computed directly.
 The price: a sample moves only as far as its lane's block within an epoch (and with its shard between epochs), and G divides by C.
 """
 
@@ -22,15 +22,23 @@ Int64s = NDArray[np.int64]
 class TrainingOrder:
     """How the samples of a split become global batches, and which part of each of them one rank reads.
 
-    Attributes:
-        seed: chooses the shuffle, together with the epoch and what the samples are.
-        lanes: C, the largest possible number of ranks; divides `global_batch`.
-        block: samples of a lane that are shuffled together.
-        global_batch: G, samples of a step over all ranks.
-        rank, world_size: who reads here.
+    Attributes
+    ----------
+    seed : int
+        Chooses the shuffle, together with the epoch and the hash of the samples.
+    lanes : int
+        C, the largest possible number of ranks; divides `global_batch`.
+    block : int
+        Samples of a lane that are shuffled together.
+    global_batch : int
+        G, samples of a step over all ranks.
+    rank, world_size : int
+        The rank that reads, and the number of ranks.
 
-    Raises:
-        ConfigError: numbers that do not fit each other; it names some that do.
+    Raises
+    ------
+    ConfigError
+        The numbers do not fit each other; the message names some that do.
     """
 
     seed: int = 0
@@ -74,10 +82,14 @@ class TrainingOrder:
 class StepRows:
     """The n rows of one global batch that one rank works on; n may be 0 in the short last step of an epoch.
 
-    Attributes:
-        indices: `[n]` int64, samples numbered through the split's shards in manifest order.
-        positions: `[n]` int64, ascending, position of each row in the global batch.
-        num_global: rows of the global batch over all ranks.
+    Attributes
+    ----------
+    indices : `[n]` int64
+        Samples, numbered through the split's shards in manifest order.
+    positions : `[n]` int64
+        Position of each row in the global batch, ascending.
+    num_global : int
+        Rows of the global batch over all ranks.
     """
 
     indices: Int64s
@@ -86,18 +98,23 @@ class StepRows:
 
 
 def locate(step: int, steps_per_epoch: int) -> tuple[int, int]:
-    """Return (epoch, step in that epoch) of a training step: all that a resumed run has to know."""
+    """Return (epoch, step in that epoch) of a training step: the whole cursor of a resumed run."""
     return divmod(step, steps_per_epoch)
 
 
 class EpochOrder:
     """One epoch of a training order. Blocks of lanes are computed when a step first needs them: memory is O(lanes * block + shards).
 
-    Args:
-        counts: samples of each shard in manifest order; empty shards are fine.
-        key: what the samples are (the training split's hash); other data, other order.
-        order: seed, lanes and who reads.
-        epoch: its number.
+    Parameters
+    ----------
+    counts : sequence of int
+        Samples of each shard in manifest order; empty shards are fine.
+    key : str
+        The training split's hash: other data, other order.
+    order : TrainingOrder
+        Seed, lanes and rank.
+    epoch : int
+        Its number.
     """
 
     def __init__(self, counts: Sequence[int], key: str, order: TrainingOrder, epoch: int) -> None:
@@ -122,7 +139,9 @@ class EpochOrder:
         start, stop = step * rows, min((step + 1) * rows, self._num_rows)
         indices = self._rows(start, stop)
         present = indices >= 0
-        return StepRows(indices[present], self._positions(start, stop)[:, own.start : own.stop][present], self._num_present(start, stop))
+        sizes = np.diff(self._bounds)
+        num_global = int((np.minimum(sizes, stop) - np.minimum(sizes, start)).sum())
+        return StepRows(indices[present], self._positions(start, stop)[:, own.start : own.stop][present], num_global)
 
     def block_of(self, step: int) -> int:
         """Return the number of the block that a step begins in."""
@@ -131,7 +150,7 @@ class EpochOrder:
     def shards_from(self, step: int) -> tuple[Int64s, Int64s]:
         """Return the numbers of the shards that the rank reads in the block of `step`, and of those that it first needs later.
 
-        Both in the order of need, as far as blocks tell: inside a block samples are shuffled.
+        Both in the order in which they are needed, block by block: inside a block samples are shuffled.
         """
         block, begin = self._order.block, self.block_of(step) * self._order.block
         needed: dict[int, int] = {}  # shard -> first block
@@ -146,9 +165,6 @@ class EpochOrder:
         order = sorted(needed, key=needed.__getitem__)
         now = sum(at == 0 for at in needed.values())
         return np.array(order[:now], np.int64), np.array(order[now:], np.int64)
-
-    def _num_present(self, start: int, stop: int) -> int:
-        return int(np.minimum(np.diff(self._bounds), stop).sum() - np.minimum(np.diff(self._bounds), start).sum())
 
     def _positions(self, start: int, stop: int) -> Int64s:
         """Return `[rows, C]`: row by row, lane by lane; lanes that have ended take no position (only in the epoch's last row)."""
@@ -185,7 +201,7 @@ def _starts(sizes: Int64s) -> Int64s:
 
 
 def _permutation(text: str, length: int) -> Int64s:
-    """Return a permutation of `range(length)` that every numpy version gives: raw bits of Philox, sorted (stable).
+    """Return a permutation of `range(length)` that is the same in every numpy version: raw bits of Philox, sorted (stable).
 
     `Generator.permutation` may change between numpy versions; the raw stream of a bit generator may not.
     """

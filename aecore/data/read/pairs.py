@@ -1,11 +1,11 @@
-"""Pairs for training: which sample is the partner of which, drawn anew in every epoch and stored nowhere.
+"""Pairs for training: the partner of each sample, drawn anew in every epoch and stored nowhere.
 
 A partner is a pure function of (training split, seed, epoch, ordinal of the sample), so it does not depend on ranks, batches or
-resuming. It shares the label, or all factors (`factor_*` columns of the index) but k. The price: labels or factors of the whole split
-are held in memory on every rank (about 50 bytes per sample and 8 more per factor), and the indexes are read before the first step.
+resuming. It shares the label, or all factors (`factor_*` columns of the index) but k. The price: every rank holds the labels
+or factors of the whole split in memory (about 50 bytes per sample and 8 more per factor), and reads the indexes before the first step.
 
-A sample without a fitting partner (alone in its class, a hole in the grid of factors) is paired with itself: nothing is left out of
-an epoch, and two equal posteriors teach nothing wrong. A note says how many there are; if it is all of them, that is an error.
+A sample without a partner (alone in its class, a hole in the grid of factors) is paired with itself: no sample is left out of
+an epoch, and two equal posteriors add no wrong gradient. A note reports how many there are; if it is all of them, that is an error.
 """
 
 import hashlib
@@ -45,24 +45,24 @@ class PairSpec:
 
 
 class Partners(Protocol):
-    """Draws the partners of one split. `notes` is what the user should know of it."""
+    """Draws the partners of one split; `notes` are messages for the user."""
 
     notes: tuple[str, ...]
 
-    def of(self, indices: Int64s, epoch: int) -> Int64s:
-        """Return the number of the partner of each sample `[n]` in an epoch."""
+    def partners_of(self, indices: Int64s, epoch: int) -> Int64s:
+        """Return the index of the partner of each sample `[n]` in an epoch."""
         ...
 
 
 def find_partners(rows: "SplitRows", pairs: PairSpec, seed: int) -> Partners:
-    """Read the labels or factors of a split and return what draws its partners.
+    """Read the labels or factors of a split and return its `Partners`.
 
     Raises
     ------
     DataError
         No labels, no factors, unlabelled samples, or no two samples that could be partners.
     ConfigError
-        `pairs.k` is not possible with the factors that are there.
+        `pairs.k` is not possible with the factors of the split.
     """
     where = f"split {rows.split!r} of {rows.dataset.url}"
     rows.dataset.store.prefetch([shard.index for shard in rows.shards])
@@ -84,7 +84,7 @@ def find_partners(rows: "SplitRows", pairs: PairSpec, seed: int) -> Partners:
 
 
 class Draws:
-    """Random bits as a function of (key, epoch, ordinal, number of the draw): SplitMix64 on counters, whole columns at once."""
+    """Random bits as a function of (key, epoch, ordinal, name of the draw): SplitMix64 on counters, vectorized over samples."""
 
     def __init__(self, key: str, ordinals: Int64s) -> None:
         self._key = key
@@ -109,7 +109,7 @@ def _mixed(x: Bits) -> Bits:
 
 
 class _Groups:
-    """Samples by an integer code: the members of each code lie side by side in `members`."""
+    """Samples grouped by an integer code: the members of each code are adjacent in `members`."""
 
     def __init__(self, codes: Int64s) -> None:
         self.members = np.argsort(codes, kind="stable")
@@ -124,10 +124,14 @@ class _Groups:
 class LabelPartners:
     """Partners of the same label, every other sample of the class with the same probability.
 
-    Args:
-        where: names the split in messages.
-        labels: `[n]` class id of each sample of the split; -1 is none.
-        draws: over the same samples.
+    Parameters
+    ----------
+    where : str
+        Names the split in messages.
+    labels : `[n]` int64
+        Class id of each sample of the split; -1 is none.
+    draws : Draws
+        Over the same samples.
     """
 
     def __init__(self, where: str, labels: Int64s, draws: Draws) -> None:
@@ -144,24 +148,30 @@ class LabelPartners:
         note = f"{alone} of {classes} classes in {where} have one sample, which is paired with itself"
         self.notes: tuple[str, ...] = (f"pairs share their label, one of {classes}", *([note] if alone else []))
 
-    def of(self, indices: Int64s, epoch: int) -> Int64s:
+    def partners_of(self, indices: Int64s, epoch: int) -> Int64s:
+        """Return the index of the partner of each sample `[n]` in an epoch."""
         starts, counts = self._groups.find(self._labels[indices])
         own = self._place[indices] - starts
         other = self._draws.below(indices, epoch, "partner", np.maximum(counts - 1, 1))
-        other += (other >= own) & (counts > 1)  # the others of the class: itself is stepped over
+        other += (other >= own) & (counts > 1)  # the others of the class: the sample itself is skipped
         return self._groups.members[starts + np.where(counts > 1, other, own)]
 
 
 class FactorPartners:
-    """Partners that differ in exactly k factors: which k is drawn first, every set alike, then a new level of each.
+    """Partners that differ in exactly k factors: first the set of factors is drawn uniformly, then a new level of each.
 
     Combinations that no sample has are drawn again; k stays what it was, as long as a partner with it exists.
 
-    Args:
-        where: names the split in messages.
-        levels: name -> `[n]` level of each sample, 0 to L-1; factors with one level are left out here.
-        k: factors that differ, or "random": 1 to K-1, all alike.
-        draws: over the same samples.
+    Parameters
+    ----------
+    where : str
+        Names the split in messages.
+    levels : dict of `[n]` int64
+        Level of each sample, 0 to L-1, by name of the factor; factors with one level are ignored.
+    k : int or "random"
+        Factors that differ; random: 1 to K-1 with equal probability.
+    draws : Draws
+        Over the same samples.
     """
 
     def __init__(self, where: str, levels: dict[str, Int64s], k: int | Literal["random"], draws: Draws) -> None:
@@ -190,17 +200,18 @@ class FactorPartners:
             )
 
     def _notes(self, where: str, names: list[str]) -> tuple[str, ...]:
-        """Say what is drawn, and how many of some evenly spread samples have no partner; DataError if none of them has one."""
+        """Return messages: what is drawn, and how many of some evenly spread samples have no partner. DataError if none of them has one."""
         wanted = f"{self._k} of {len(names)} factors" if self._k != "random" else f"1 to {len(names) - 1} of {len(names)} factors"
         total = len(self._levels)
         some = np.unique(np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(np.int64))
-        alone = int((self.of(some, 0) == some).sum())
+        alone = int((self.partners_of(some, 0) == some).sum())
         if alone == len(some):
             raise DataError(f"no two samples of {where} differ in {wanted} ({', '.join(names)}): use another pairs.k, or more of the grid")
-        share = f"{alone} of {len(some)} samples looked at in {where} have no partner that differs in {wanted}: paired with themselves"
+        share = f"{alone} of {len(some)} sampled rows of {where} have no partner that differs in {wanted}: paired with themselves"
         return (f"pairs differ in {wanted} ({', '.join(names)})", *([share] if alone else []))
 
-    def of(self, indices: Int64s, epoch: int) -> Int64s:
+    def partners_of(self, indices: Int64s, epoch: int) -> Int64s:
+        """Return the index of the partner of each sample `[n]` in an epoch."""
         num_changed = self._num_changed(indices, epoch)
         partners = np.full(len(indices), -1, np.int64)
         for attempt in range(PROPOSALS):
@@ -230,7 +241,7 @@ class FactorPartners:
         return np.where(counts > 0, self._groups.members[place], -1)
 
     def _searched(self, index: Int64s, epoch: int, num_changed: int) -> int:
-        """Return one of all samples that differ in so many factors; with a random k in the nearest possible number; else itself."""
+        """Return one of all samples that differ in `num_changed` factors, with a random k in the nearest possible number; else itself."""
         differing = (self._levels != self._levels[index]).sum(1)
         possible = [num_changed] if self._k != "random" else sorted(range(1, self.num_factors), key=lambda k: (abs(k - num_changed), k))
         for number in possible:
@@ -241,7 +252,7 @@ class FactorPartners:
 
 
 def _needed(index: pa.Table) -> Any:  # any: pyarrow's stubs know no `fill_null` of a column
-    """Return the few columns of an index that pairs are drawn by; the others are let go when the shard is closed."""
+    """Return the few columns of an index that pairs are drawn by; the others are freed when the shard is closed."""
     return index.select([name for name in index.column_names if name in ("ordinal", "label") or name.startswith(FACTOR)])
 
 
@@ -250,7 +261,7 @@ def _levels(where: str, tables: list[Any], names: list[str]) -> dict[str, Int64s
     levels = {}
     for name in names:
         if not all(name in table.column_names for table in tables):
-            raise DataError(f"{name} stands in some shards of {where} only: pairs.by=factors needs it of every sample")
+            raise DataError(f"{name} is a column of only some shards of {where}: pairs.by=factors needs it of every sample")
         column = pa.chunked_array([chunk for table in tables for chunk in table[name].chunks])
         if column.null_count:
             raise DataError(

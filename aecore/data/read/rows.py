@@ -1,8 +1,8 @@
-"""The samples of one split by number: read by offset, verified, decoded, and kept in RAM where they fit.
+"""Random access to the samples of one split: read by offset, verified, decoded, and cached in RAM where they fit.
 
-Sample numbers run through the split's shards in manifest order. A batch is sorted by shard and offset before it is read; every
-sample's bytes are checked against the index's sha256 when they are read (1 us for a small image), so damage after the shard was
-written is found before it is trained on. At most `MAX_OPEN` shards, and indexes of `MAX_INDEXED` samples (0.6 kB each), are open at a time.
+Samples are numbered through the split's shards in manifest order. A batch is sorted by shard and offset before it is read; every
+sample's bytes are compared with the index's sha256 when they are read (1 us for a small image), so damage after the shard was
+written is found before training uses it. At most `MAX_OPEN` shards, and indexes of `MAX_INDEXED` samples (0.6 kB each), are open at a time.
 The RAM cache holds decoded samples (each rank its own) and fills as samples are first read: the first epoch pays for decoding.
 """
 
@@ -36,8 +36,8 @@ class Rows(NamedTuple):
     labels: Int64s
     lengths: Int64s | None = None
 
-    def take(self, where: Any) -> "Rows":  # any: what indexes an array
-        """Return the rows at these places."""
+    def take(self, where: Any) -> "Rows":  # any: an index of an array
+        """Return these rows."""
         return Rows(*(None if column is None else column[where] for column in self))  # type: ignore[arg-type]  # as they were
 
 
@@ -49,7 +49,7 @@ class _OpenShard:
 
 
 class SplitRows:
-    """Random access to one split of a data set; safe to use from several threads. Nothing is read before the first sample."""
+    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample."""
 
     def __init__(self, dataset: Dataset, split: str, decoder: DecoderName, cache: CacheMode = "auto", cache_bytes: int = 2 << 30) -> None:
         self.dataset = dataset
@@ -59,19 +59,19 @@ class SplitRows:
         self.num_samples = int(self.counts.sum())
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
-        self.sample = SampleFormat.of(dataset.manifest.sample.shapes, sequences=True)
+        self.sample_format = SampleFormat.from_shapes(dataset.manifest.sample.shapes, sequences=True)
         self.labelled = bool(dataset.manifest.classes)
         self._starts = np.cumsum(self.counts) - self.counts
-        self._decoder = Decoder(decoder, self.sample)
-        self._sequences = SequenceDecoder(self.sample) if self.sample.varying else None
-        self.caching = _use_cache(cache, self.num_samples * self.sample.nbytes, cache_bytes)
+        self._decoder = Decoder(decoder, self.sample_format)
+        self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
+        self.caching = _use_cache(cache, self.num_samples * self.sample_format.nbytes, cache_bytes)
         self._cache: Rows | None = None
         self._filled = np.zeros(0, np.bool_)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.RLock()
 
     def read(self, indices: Int64s) -> Rows:
-        """Return the samples of these numbers, in this order. DataError names shard and key of a damaged or undecodable sample."""
+        """Return the samples with these indices, in this order. DataError names shard and key of a damaged or undecodable sample."""
         with self._lock:
             if not self.caching:
                 return self._load(indices)
@@ -97,7 +97,7 @@ class SplitRows:
 
     @property
     def in_ram(self) -> bool:
-        """Whether every sample is in the cache: nothing is read or decoded any more."""
+        """Whether every sample is cached: nothing is read or decoded any more."""
         return bool(len(self._filled)) and bool(self._filled.all())
 
     def reader(self, number: int) -> ShardReader:
@@ -106,17 +106,20 @@ class SplitRows:
             return self._shard(number).reader
 
     def prefetch(self, now: Int64s, later: Int64s | None = None) -> None:
-        """Begin to bring these shards near, in this order, where the data set is far away; let go of files that are not read `now`."""
+        """Start background download of these shards, in this order (no-op for local files).
+
+        Closes shards that are not in `now`, so that the cache may evict them.
+        """
         if self.in_ram:
             return
         with self._lock:
             for number in self._open.keys() - set(now.tolist()):
-                self._open[number].reader.close()  # its index is kept; a file that nobody has open may leave a full cache
+                self._open[number].reader.close()  # its index is kept; a full cache may evict a file that is not open
         shards = [self.shards[number] for number in (*now.tolist(), *(() if later is None else later.tolist()))]
         self.dataset.prefetch(shards)
 
     def shards_of(self, start: int, stop: int) -> Int64s:
-        """Return the numbers of the shards that hold the samples [start, stop)."""
+        """Return the indices of the shards that hold the samples [start, stop)."""
         first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
         return np.arange(first, last + 1)
 
@@ -128,7 +131,8 @@ class SplitRows:
 
     def _make_cache(self) -> Rows:
         self._filled = np.zeros(self.num_samples, np.bool_)
-        pixels = np.zeros((self.num_samples, *self.sample.shape), self.sample.dtype)  # mostly zero pages: RAM is taken as it fills
+        # mostly zero pages: RAM is taken as it fills
+        pixels = np.zeros((self.num_samples, *self.sample_format.shape), self.sample_format.dtype)
         lengths = None if self._sequences is None else np.zeros(self.num_samples, np.int64)
         self._cache = Rows(pixels, np.zeros(self.num_samples, np.int64), np.zeros(self.num_samples, np.int64), lengths)
         return self._cache

@@ -1,8 +1,8 @@
-"""Read one shard strictly: what the manifest, the index and the tar say must agree to the last bit, else DataError.
+"""Read one shard strictly: manifest, index and tar must agree to the last bit, else DataError.
 
 `iterate` compares every header and padding with what the index implies, and every data member with its sha256: no flipped bit and no
 truncation passes. `read_rows` reads members by offset (one descriptor, thread-safe `pread`), each verified by its sha256. The headers of
-an adopted tar are somebody else's: there `verify` compares the sha256 of the whole file instead.
+an adopted tar were written by another program: there `verify` compares the sha256 of the whole file instead.
 """
 
 import functools
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.format.cuts import cuts
 from aecore.data.format.index import content_sha256, read_table
+from aecore.data.format.limits import split_by_limits
 from aecore.data.format.record import Sample
 from aecore.data.format.tar import different_headers, end_of_archive
 from aecore.data.manifest import ShardRef, tar_store
@@ -41,8 +41,8 @@ class ShardReader:
     def __init__(self, store: Store, shard: ShardRef) -> None:
         self.shard = shard
         self._store, self._tars = store, tar_store(store, shard)
-        self._adopted = shard.home is not None
-        self._mending = threading.Lock()
+        self._adopted = shard.tar_base_url is not None
+        self._refetching = threading.Lock()
         self._close: weakref.finalize[..., ShardReader] | None = None
 
     def __repr__(self) -> str:
@@ -115,7 +115,7 @@ class ShardReader:
             return BytesColumn.concat([self._read_members(rows[:half], verify=True), rest.result()])
 
     def _read_members(self, rows: NDArray[np.int64], *, verify: bool) -> BytesColumn:
-        """Return the data members of these rows; a damaged copy on this machine is fetched again, and read once more."""
+        """Return the data members of these rows; a damaged cached copy is fetched again and read once more."""
         descriptor = self._descriptor
         found = self._pread(rows)
         if not verify:
@@ -123,15 +123,15 @@ class ShardReader:
         try:
             self._check_members(found, rows)
         except DataError:
-            if not self._mended(descriptor):
+            if not self._refetch_if_corrupt(descriptor):
                 raise
             found = self._pread(rows)
             self._check_members(found, rows)
         return found
 
-    def _mended(self, descriptor: int) -> bool:
-        """Return whether there is another tar to read than that of `descriptor`, which stays open for those who are reading it."""
-        with self._mending:
+    def _refetch_if_corrupt(self, descriptor: int) -> bool:
+        """Fetch a corrupt cached tar again; return whether the file is now another than `descriptor`, which stays open for its readers."""
+        with self._refetching:
             if self._descriptor == descriptor:
                 if not self._tars.refetch_if_corrupt(self.shard.tar):
                     return False
@@ -160,16 +160,16 @@ class ShardReader:
             return bool(starts[window[1]] - starts[window[0]] > WINDOW_BYTES)
 
         # hashing and reading let other threads run
-        found = map_ordered(lambda window: self._window(*window, verify), cuts((starts, WINDOW_BYTES)), threads=2, alone=is_huge)
+        found = map_ordered(lambda window: self._window(*window, verify), split_by_limits((starts, WINDOW_BYTES)), threads=2, alone=is_huge)
         with closing(found) as windows:
             for samples in windows:
                 yield from samples
         end, descriptor = end_of_archive(int(starts[-1])), self._descriptor
-        if verify and self._tail(len(end)) != end and not (self._mended(descriptor) and self._tail(len(end)) == end):
+        if verify and self._tail(len(end)) != end and not (self._refetch_if_corrupt(descriptor) and self._tail(len(end)) == end):
             raise DataError(f"{self._name} is damaged after its last sample: {REMEDY}")
 
     def _window(self, first: int, stop: int, verify: bool) -> list[Sample]:
-        """Return the samples of the rows [first, stop); a damaged copy on this machine is fetched again, and read once more."""
+        """Return the samples of the rows [first, stop); a damaged cached copy is fetched again and read once more."""
         descriptor, starts = self._descriptor, self._layout.starts
         window = self._read(starts[first], starts[stop])
         samples = self._cut(window, first, stop)
@@ -178,7 +178,7 @@ class ShardReader:
         try:
             self._check(window, samples, first)
         except DataError:
-            if not self._mended(descriptor):
+            if not self._refetch_if_corrupt(descriptor):
                 raise
             window = self._read(starts[first], starts[stop])
             samples = self._cut(window, first, stop)
@@ -190,7 +190,7 @@ class ShardReader:
         return self._read(begin, begin + size + 1)
 
     def _members(self, *, verify: bool) -> Iterator[Sample]:
-        """Yield the samples of an adopted tar: the data members, and labels as members `cls` of ours."""
+        """Yield the samples of an adopted tar: the data members, and labels from the index as members `cls`."""
         layout, num = self._layout, len(self)
         for start in range(0, num, ADOPTED_ROWS):
             rows = np.arange(start, min(start + ADOPTED_ROWS, num))
@@ -203,13 +203,13 @@ class ShardReader:
         for _ in self.iterate():
             pass
         self._tars.check(self.shard.tar, verify=True)
-        self._store.check(self.shard.index, verify=True)  # where it lies: what was read above may be a copy on this machine
+        self._store.check(self.shard.index, verify=True)  # in the store itself: what was read above may be a cached copy
         if self.quarantine is not None and self.quarantine.num_rows != self.shard.quarantined:
             found, expected = self.quarantine.num_rows, self.shard.quarantined
             raise DataError(f"{self._name}: {found} rows in quarantine, the manifest says {expected}: {REMEDY}")
 
     def _read(self, begin: np.int64, end: np.int64) -> bytes:
-        """Return the bytes [begin, end) of the tar, fewer where the file ends before: that is the caller's to notice."""
+        """Return the bytes [begin, end) of the tar, fewer where the file ends early: the caller checks the length."""
         position, pieces = int(begin), list[bytes]()
         while position < end:
             piece = read_again(functools.partial(os.pread, self._descriptor, int(end) - position, position), self._name)
@@ -225,7 +225,7 @@ class ShardReader:
         return [Sample(key, {ext: window[begin - base : end - base] for ext, begin, end in members}, label) for key, members, label in rows]
 
     def _check(self, window: bytes, samples: list[Sample], first: int) -> None:
-        """DataError naming a damaged sample unless all hashes, labels, headers and paddings are what the index implies.
+        """Raise DataError, which names a damaged sample, unless all hashes, labels, headers and paddings are what the index implies.
 
         `window` starts at the first header of the samples (row `first` and on), which were cut from it.
         """
@@ -237,7 +237,7 @@ class ShardReader:
         classes = [sample.members.get("cls") for sample in samples]
         if classes != layout.classes[first:last]:
             raise self._damaged(first + next(at for at, found in enumerate(classes) if found != layout.classes[first + at]))
-        if len(window) < layout.starts[last] - layout.starts[first]:  # all contents are there: what is cut off is the last padding
+        if len(window) < layout.starts[last] - layout.starts[first]:  # all contents are complete: the last padding is truncated
             raise self._damaged(last - 1)
         members_of = slice(layout.firsts[first], layout.firsts[last])
         begins, ends = (places[members_of] - layout.starts[first] for places in (layout.begins, layout.ends))
@@ -246,7 +246,7 @@ class ShardReader:
             raise self._damaged(int(np.searchsorted(layout.firsts, members_of.start + wrong[0], side="right")) - 1)
 
     def _check_members(self, members: BytesColumn, rows: NDArray[np.int64]) -> None:
-        """DataError naming the first of these rows whose bytes have not the sha256 of the index."""
+        """Raise DataError, which names the first of these rows whose bytes do not have the sha256 of the index."""
         wrong = (sha256s(members) != self._layout.digests[rows]).any(axis=1)
         if wrong.any():
             raise self._damaged(int(rows[np.argmax(wrong)]))

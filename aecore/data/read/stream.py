@@ -1,15 +1,15 @@
-"""Other people's shards to training, without an index (`input.reader=webdataset`): webdataset's pipeline, our tar walk, our decoder.
+"""Train on external tars without an index (`input.reader=webdataset`): webdataset's pipeline, our parser and decoder.
 
-What holds: nothing but allow-listed images, arrays and `.cls` is read, and nothing is executed; every step has its whole global batch,
+Guaranteed: nothing but allow-listed images, arrays and `.cls` is read, and nothing is executed; every step has its whole global batch,
 and all ranks take the same number of steps, so shards of any sizes and fewer shards than ranks cannot hang a run; the
 same seed, shards and number of ranks give the same batches, bit for bit.
 
 What does not hold, unlike with our own shards (`adopt_shards` gives them all back without a copy):
 - The batches depend on the number of ranks. Each rank reads tars of its own (samples of its own, where there are fewer tars than ranks).
 - A pass is not exact: ranks begin their next pass when their own tars end, so uneven tars are seen unevenly often; with
-  `input.resampled` tars are drawn with replacement. Hence the length is said in steps (`train.max_steps`) or in samples
+  `input.resampled` tars are drawn with replacement. Hence the length is set in steps (`train.max_steps`) or in samples
   (`input.epoch_samples`).
-- A resumed run draws its tars anew, by (seed, step): each time the same, but not what the uninterrupted run would have read.
+- A resumed run draws its tars anew, by (seed, step): reproducibly, but not as the uninterrupted run would have.
 - There are no hashes: the run's identity holds names and sizes of the tars. A sample that cannot be decoded stops the run.
 - There is no validation split and no quarantine. Ordinals number the rows of the steps.
 """
@@ -33,7 +33,7 @@ from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_sha256
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
-from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ForeignTars, TarFile, data_member
+from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ExternalTars, TarFile, data_member
 from aecore.data.sources._names import split_of
 from aecore.errors import DataError, Hint
 from aecore.store import FileRef, open_store, sha256_json
@@ -45,25 +45,25 @@ StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `
 REMEDY = "adopt_shards and shard_dataset (aecore.data.write.job) put such samples into a quarantine"
 
 
-def open_stream(url: str, split: str, member: str = "", said_split: Callable[[str], str] = split_of) -> Dataset:
-    """Return a data set of generation 0, in memory: the tars of `split`, without counts and hashes, and the form of the first sample.
+def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of) -> Dataset:
+    """Return a dataset of generation 0, in memory: the tars of `split`, without counts and hashes, and the format of the first sample.
 
-    A tar belongs to the split that its name says, as `said_split` reads it; where no name says one, all belong to `split`.
+    `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`.
 
     Raises
     ------
     DataError
         If there are no tars (of that split), or the first one holds no sample that can be read.
     """
-    tars = ForeignTars.at(url, "data")
+    tars = ExternalTars.at(url, "data")
     sizes = tars.sizes()
-    splits = {name: said_split(name) for name in tars.names}
+    splits = {name: split_in_name(name) for name in tars.names}
     names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
     if not names:
-        raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names say {', '.join(sorted(set(splits.values())))})")
+        raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names have {', '.join(sorted(set(splits.values())))})")
     where, (ext, data, _) = _first(tars, names, member)
     try:
-        form = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).form
+        format_text = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).format_text
     except BadSample as bad:
         raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}", hint=Hint("bad-sample")) from bad
     shards = tuple(_shard(tars.files.url, split, name, sizes[name]) for name in names)
@@ -76,7 +76,7 @@ def open_stream(url: str, split: str, member: str = "", said_split: Callable[[st
         splits={split: shards},
         rejected=(),
         listings=(),
-        sample=SampleInfo(extensions={ext: 1}, shapes={form: 1}),
+        sample=SampleInfo(extensions={ext: 1}, shapes={format_text: 1}),
         statistics={},
         reasons={},
         dataset_sha256=content_sha256(shards, ()),
@@ -86,17 +86,17 @@ def open_stream(url: str, split: str, member: str = "", said_split: Callable[[st
 
 def _shard(url: str, split: str, name: str, size: int) -> ShardRef:
     known = sha256_json({"name": name, "bytes": size})  # all that is known before it is read
-    return ShardRef(split, name, 0, 0, 0, FileRef(name, size, ""), FileRef("", 0, ""), known, home=url)
+    return ShardRef(split, name, 0, 0, 0, FileRef(name, size, ""), FileRef("", 0, ""), known, tar_base_url=url)
 
 
-def _first(tars: ForeignTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
+def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
     for name in names:
         for _, found in _read(tars, name, member, Counter()):
             return f"{tars.files.url}/{name}", found
     raise DataError(f"{tars.files.url} holds no sample with an image or array in {len(names)} tars: check data, or set input.member")
 
 
-def _read(tars: ForeignTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
+def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
     """Yield key, and codec, bytes and class id (None: no whole number) of each sample of one tar."""
     tar = TarFile(tars.files, name, MAX_INFLATED_BYTES)
     try:
@@ -113,15 +113,22 @@ def _read(tars: ForeignTars, name: str, member: str, skipped: Counter[str]) -> I
 
 
 class StreamLoader:
-    """Training batches of other people's tars, with the calls of `Loader` that training uses.
+    """Training batches of external tars; a `TrainLoader`.
 
-    Args:
-        dataset: from `open_stream`.
-        split: whose tars are read.
-        transform: names the decoder.
-        order: seed, global batch and who reads.
-        steps_per_epoch: what counts as an epoch.
-        spec: how the tars are read.
+    Parameters
+    ----------
+    dataset : Dataset
+        From `open_stream`.
+    split : str
+        The split whose tars are read.
+    transform : TransformSpec
+        Names the decoder.
+    order : TrainingOrder
+        Seed, global batch and rank.
+    steps_per_epoch : int
+        Steps that count as an epoch.
+    spec : InputSpec
+        How the tars are read.
     """
 
     def __init__(
@@ -136,8 +143,8 @@ class StreamLoader:
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self._names = [shard.tar.name for shard in dataset.manifest.split(split)]
-        self._tars = ForeignTars.named(dataset.url, tuple(self._names))
-        self._sample = SampleFormat.of(dataset.manifest.sample.shapes)
+        self._tars = ExternalTars.named(dataset.url, tuple(self._names))
+        self._sample = SampleFormat.from_shapes(dataset.manifest.sample.shapes)
         self._decoder = Decoder(transform.decoder, self._sample)
         self._order, self._spec = order, spec
         self._seed = f"{dataset.manifest.training_key(split)}|{order.seed}"
@@ -145,20 +152,20 @@ class StreamLoader:
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.
 
-        DataError names the tar and the key of a sample that does not decode to the form of the first one.
+        DataError names the tar and the key of a sample that does not decode to the format of the first one.
         """
         return prefetched(self._batches(start_step, stop_step), self._spec.prefetch)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing: batches are put together of whatever comes."""
+        """No messages."""
         return ()
 
     def reread(self, step: int) -> None:
-        """Nothing: tars without an index cannot be read again from a step on."""
+        """Return None: tars without an index cannot be read again from a step on."""
 
     def close(self) -> None:
-        """Nothing stays open between batches but what their generator holds."""
+        """Do nothing: open files belong to the generator of `batches`."""
 
     def _batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         order, size = self._order, self._order.global_batch
@@ -196,7 +203,7 @@ class StreamLoader:
         return found
 
     def _drawn(self, start: int) -> Iterator[tuple[str, int, int]]:
-        """Yield tars without end, with which of their samples are ours: every `step`-th from the `first` on."""
+        """Yield tars without end, each with the samples that this rank reads: every `step`-th from the `first` on."""
         rank, world_size = self._order.rank, self._order.world_size
         if self._spec.resampled:
             rng = random.Random(f"{self._seed}|{start}|{rank} of {world_size}|tars")
@@ -214,21 +221,21 @@ class StreamLoader:
             number += 1
 
     def _samples(self, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:
-        empty, said = 0, Counter[str]()
+        empty, logged = 0, Counter[str]()
         for name, first, step in drawn:
             skipped, count = Counter[str](), 0
             for number, (key, (_, data, label)) in enumerate(_read(self._tars, name, self._spec.member, skipped)):
                 if number % step == first:
                     count += 1
                     yield {"__key__": key, "__url__": f"{self._tars.files.url}/{name}", "data": data, "cls": label}
-            self._tell(name, skipped, said)
+            self._log_skipped(name, skipped, logged)
             empty = 0 if count else empty + 1
             if empty > 2 * len(self._names) + 100:
                 raise DataError(f"{self._tars.files.url}: rank {self._order.rank} found no sample in {empty} tars: use fewer workers")
 
-    def _tell(self, name: str, skipped: Counter[str], said: Counter[str]) -> None:
-        """Log each kind of what is left out once."""
+    def _log_skipped(self, name: str, skipped: Counter[str], logged: Counter[str]) -> None:
+        """Log each kind of skipped members once."""
         for what, count in skipped.items():
-            if not said[what] and self._order.rank == 0:
-                logger.warning("%s/%s: left out %d %s (other tars are not told)", self._tars.files.url, name, count, what)
-            said[what] += count
+            if not logged[what] and self._order.rank == 0:
+                logger.warning("%s/%s: skipped %d %s (logged once, not for every tar)", self._tars.files.url, name, count, what)
+            logged[what] += count

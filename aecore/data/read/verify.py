@@ -1,8 +1,8 @@
 """`verify_dataset`: is everything there that the manifest names, and is it what was written?
 
-Sizes always (one stat per file). With `read_data` every byte: hashes, strict iteration of the tars, keys of tar, index,
-quarantine and listing against each other; with a slice those of its shards only. Problems are collected, not raised: one look
-says all that is wrong.
+Sizes are always compared (one stat per file). With `read_data` every byte is: hashes, strict iteration of the tars, keys of tar, index,
+quarantine and listing against each other; with a subset only those of its shards. Problems are collected, not raised: one run
+reports all of them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from aecore.store import FileRef, Store
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, and what is wrong (empty: nothing)."""
+    """What was checked, and the problems found (empty: none)."""
 
     problems: tuple[str, ...]
     files: int
@@ -28,25 +28,27 @@ class Verification:
     samples: int
     quarantined: int
     data_read: bool
-    slice: str | None = None  # k/n: of all shards only those of one slice were read
+    slice: str | None = None  # k/n: only the shards of this subset were read
     parts_read: int = 0
     parts: int = 0
     bytes_read: int = 0
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
 
 def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySubset | None = None) -> Verification:
-    """Check one generation (and all before it, whose shards it names); touches the disk only to read.
+    """Check one generation (and all before it, whose shards it names); reads only.
 
-    `only` reads the shards of one slice (and all listings, which say what was planned).
+    With `only`, the shards of that subset are read (and all listings, which hold the planned keys).
     """
     manifest, refs = dataset.manifest, dataset.manifest.files
     parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
-    problems = [*_structure(dataset), *_sizes(_placed(dataset))]
+    tars = {shard.tar: dataset.tars(shard) for shard in manifest.shards}  # adopted ones are in another store
+    problems = [*_structure(dataset), *_sizes((tars.get(ref, dataset.store), ref) for ref in refs)]
     if read_data or only is not None:
         problems += [problem for problem in _contents(dataset, chosen) if problem not in problems]
     return Verification(
@@ -68,13 +70,6 @@ def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
     return [ref for ref in refs if ref is not None]
 
 
-def _placed(dataset: Dataset) -> Iterator[tuple[Store, FileRef]]:
-    """Yield every file of the manifest with the store that holds it: tars may lie elsewhere."""
-    tars = {shard.tar: dataset.tars(shard) for shard in dataset.manifest.shards}
-    for ref in dataset.manifest.files:
-        yield tars.get(ref, dataset.store), ref
-
-
 def _structure(dataset: Dataset) -> Iterator[str]:
     manifest = dataset.manifest
     if content_sha256(manifest.shards, manifest.classes) != manifest.dataset_sha256:
@@ -89,7 +84,7 @@ def _structure(dataset: Dataset) -> Iterator[str]:
             yield str(error)
             return
         if parent.dataset_sha256 != manifest.parent_sha256:
-            yield f"{dataset.url}: generation {manifest.number} was added to another generation {manifest.parent} than is there"
+            yield f"{dataset.url}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
 
 
 def _sizes(refs: Iterable[tuple[Store, FileRef]]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Our shards as a `webdataset` pipeline, for code that is written for webdataset.
+"""The shards of a dataset as a `webdataset` pipeline, for code that is written for webdataset.
 
-The pipeline starts with our strict reader instead of webdataset's opener and tar reader (every byte is verified before a sample is handed
-out, several times faster) and decodes with our codecs, which execute nothing. webdataset's own `.decode()` is never used: it
+The pipeline starts with `ShardReader` instead of webdataset's opener and tar reader (every byte is verified before a sample is handed
+out, several times faster) and decodes with `Decoder`, which executes nothing. webdataset's own `.decode()` is never used: it
 unpickles some members. Everything after that (`shuffle`, `batched`, `map`, `WebLoader`) is webdataset's.
 """
 
@@ -66,9 +66,9 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
     require_allowed(ext, f"a member of sample {key!r}")
     try:
         if ext in IMAGE_EXTENSIONS:
-            return _decoder(image_header(data, ext).form).batch([data])[0]
+            return _decoder(image_header(data, ext).format_text).batch([data])[0]
         if ext == "npy":
-            return _decoder(array_header(data).form).batch([data])[0]
+            return _decoder(array_header(data).format_text).batch([data])[0]
         if ext == "json":
             return json.loads(data)
         return int(data) if ext == "cls" else data.decode()
@@ -77,5 +77,5 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
 
 
 @functools.lru_cache(256)
-def _decoder(form: str) -> Decoder:
-    return Decoder("imagecodecs", SampleFormat.parse(form))
+def _decoder(format_text: str) -> Decoder:
+    return Decoder("imagecodecs", SampleFormat.parse(format_text))

@@ -1,7 +1,7 @@
-"""Where raw samples come from. One file per kind; each lists its samples cheaply and reads the bytes of one when asked.
+"""Sources of raw samples. One file per kind; each lists its samples cheaply and reads the bytes of one on demand.
 
-A source never decodes, resizes or filters by content: what it lists is planned, and a sample that turns out to be damaged goes
-to the quarantine. What cannot be read is no damaged sample: it ends the shard, and nothing is recorded. Adding a source is adding a file
+A source never decodes, resizes or filters by content: everything listed is planned, and a sample that turns out to be damaged goes
+to the quarantine. A read error is not a damaged sample: it ends the shard, and nothing is recorded. Adding a source is adding a file
 here: a `@spec` with `kind`, and a build function registered in `SOURCES`.
 """
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All samples of a source, by column: n rows in the source's own, stable order; no bytes.
+    """All samples of a source, by column: n rows in the source's own, stable order; no sample bytes.
 
     Attributes
     ----------
@@ -33,16 +33,16 @@ class Listing:
         Bytes of each sample in the source.
     label_names : list of str, optional
         Class of each sample, "" where it has none. Where `splits` is given these are paths below the source's root, so they
-        begin with the top folder (`train/Greek/character01`): whether that is a split or a part of the class, the plan decides.
-        Where `label_paths` is false they are plain names.
+        begin with the top folder (`train/Greek/character01`), and the plan decides whether that is a split or a part of the class.
+        If `label_paths` is false they are plain names.
     splits : list of str, optional
-        Top folder of each sample ("" directly below the root) or the split that its file's name says, for sources that have folders.
+        Top folder of each sample ("" directly below the root) or the split in its file's name, for sources that have folders.
     groups : list of str, optional
         Bag of each sample: rows of one group stay adjacent, in one shard and one split.
     columns : mapping
         Further columns for the index (factors, metadata), n values each.
     notes : tuple of str
-        What the user should know of the listing (files that were skipped).
+        Messages for the user (files that were skipped).
     """
 
     keys: list[str]
@@ -100,7 +100,7 @@ def take(values: list[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None s
 
 
 class Source(Protocol):
-    """What the registry `SOURCES` builds from a spec; made in every worker, so it opens nothing until it is asked."""
+    """The interface of what the registry `SOURCES` builds from a spec; made in every worker, so it opens files lazily."""
 
     def listing(self) -> Listing:
         """List all samples. DataError if the source is missing, unreadable or empty."""
@@ -110,15 +110,15 @@ class Source(Protocol):
 
 
 def file_root(source: Source) -> Path | None:
-    """Return the folder in which the names of samples are paths of files, each a sample as it is; None if the source has no such files."""
+    """Return the folder that sample names are file paths in, each file one sample; None if the source has no such files."""
     root: Callable[[], Path | None] | None = getattr(source, "file_root", None)
     return None if root is None else root()
 
 
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-    """Return what reads exactly these samples in this order: `source.prefetch(names)` where a source can prefetch, else `source.read`.
+    """Return a function that reads these samples in this order: `source.prefetch(names)` if the source has it, else `source.read`.
 
-    What cannot be read is read again, then it is a StoreError: it says nothing about the sample.
+    A read error is retried and then raised as StoreError: it is not a property of the sample.
     """
     prefetch: Callable[[Sequence[str]], Callable[[str], tuple[str, bytes]]] | None = getattr(source, "prefetch", None)
     first = source.read if prefetch is None else prefetch(names)

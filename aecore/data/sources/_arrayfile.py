@@ -1,7 +1,7 @@
-"""Arrays in other people's files: `.npy`, `.npz` and idx (plain or gzip'ed), mapped into memory. Nothing is ever unpickled.
+"""Arrays in external files: `.npy`, `.npz` and idx (plain or gzip'ed), mapped into memory. Nothing is ever unpickled.
 
-Only the rows that are read come from the disk, and all workers of a machine share them. What is compressed is inflated once per
-process, to a file without a name (never more bytes than its header promises and the limit allows), and mapped from there. Samples are
+Only the rows that are read come from the disk, and all workers of a machine share them. Compressed data is inflated once per
+process to an unnamed temporary file (never more bytes than its header promises and the limit allows), and mapped from there. Samples are
 read row by row instead (`ArrayFile.rows`): an error of the disk is then an OSError, where a map ends the process (SIGBUS).
 """
 
@@ -42,7 +42,7 @@ def array_format(name: str) -> str | None:
 
 
 def stem_of(name: str) -> str:
-    """Return a file's name without what says its format: `mnist/train-images` of `mnist/train-images-idx3-ubyte.gz`."""
+    """Return a file's name without its format's suffix: `mnist/train-images` of `mnist/train-images-idx3-ubyte.gz`."""
     folder, slash, last = name.rpartition("/")
     last = last.removesuffix(".gz")
     last = _IDX_ENDING.sub("", last) if array_format(name) == "idx" else last[:-4]
@@ -50,7 +50,7 @@ def stem_of(name: str) -> str:
 
 
 class Rows(Protocol):
-    """What rows are taken from, by number: an array, or `StoredRows`."""
+    """Rows by number: an array, or `StoredRows`."""
 
     @property
     def dtype(self) -> np.dtype[Any]: ...  # any: every array has its own dtype
@@ -61,7 +61,7 @@ class Rows(Protocol):
 
 
 class _Stored(NamedTuple):
-    """An array in an open file, whose descriptor belongs to it: its values begin at byte `start`."""
+    """An array in an open file whose descriptor it owns; its values begin at byte `start`."""
 
     descriptor: int
     dtype: np.dtype[Any]  # any: as above
@@ -106,10 +106,14 @@ class StoredRows:
 class ArrayFile:
     """The arrays of one file by name ("" where the format has no names).
 
-    Args:
-        path: where it lies on this machine.
-        name: what it is called: decides the format and stands in errors.
-        limit: bytes that what is compressed may inflate to.
+    Parameters
+    ----------
+    path : Path
+        Its local path.
+    name : str
+        Its name in errors, which also decides the format.
+    limit : int
+        Bytes that compressed data may inflate to.
     """
 
     def __init__(self, path: Path, name: str, limit: int) -> None:
@@ -138,7 +142,7 @@ class ArrayFile:
     def rows(self, name: str) -> Rows:
         """Return the rows of one array, to be read one by one; DataError and OSError as `array`.
 
-        An array in Fortran order is mapped, since each of its rows is all over the file.
+        An array in Fortran order is mapped, since its rows are not contiguous.
         """
         stored = self._stored(name, verify=False)
         return self._mapped(stored, name) if stored.fortran or 0 in stored.shape else StoredRows(stored)
@@ -186,7 +190,7 @@ class ArrayFile:
 
     @contextlib.contextmanager
     def _inflated(self, packed: IO[bytes] | gzip.GzipFile, size: int, array: str = "", before: bytes = b"") -> Iterator[IO[bytes]]:
-        """Give a nameless file of `before` and the rest of `packed`, exactly `size` bytes; a map of it outlives it."""
+        """Yield an unnamed file of `before` and the rest of `packed`, exactly `size` bytes; a map of it outlives it."""
         if size > self._limit:
             raise self._error(f"inflates to {size} bytes, source.max_inflated_bytes is {self._limit}: raise it if that is right", array)
         with tempfile.TemporaryFile() as file:
@@ -207,7 +211,7 @@ class ArrayFile:
         try:
             dtype, shape, fortran, before = read_npy_header(file)
         except NpyError as error:
-            what = "is not a .npy file (its first bytes are others): save it with np.save"
+            what = "is not a .npy file (by its first bytes): save it with np.save"
             if error.cause is not None:
                 what = f"has a damaged .npy header ({error.cause}): restore it, or save it again with np.save"
             raise self._error(what, array) from error

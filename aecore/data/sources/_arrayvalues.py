@@ -1,4 +1,4 @@
-"""What arrays of other people must be to be samples, labels or factors, and how one row is stored."""
+"""Check external arrays that are samples, labels or factors, and write one row as a member."""
 
 import io
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from aecore.errors import ConfigError, DataError
 
 
 def require_samples(array: Array, where: str) -> Array:
-    """Return an array of N rows of numbers; DataError if it is something else."""
+    """Return `array`, N rows of numbers; DataError if it is something else."""
     if array.ndim < 2 or not array.size:
         raise DataError(f"{where} has shape {array.shape}: expected [N, ...] with at least one row, a sample each")
     if array.dtype.kind not in "biufc":
@@ -21,7 +21,7 @@ def require_samples(array: Array, where: str) -> Array:
 
 
 def require_rows(values: Array, count: int, where: str, of: str) -> Array:
-    """Return values of which there are `count`, as of the samples `of`; DataError if there are more or fewer."""
+    """Return `values`; DataError unless there are `count` of them, one for each of the samples `of`."""
     if not values.ndim or len(values) != count:
         found = f"{len(values)} rows" if values.ndim else "one number"
         raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row")
@@ -29,7 +29,7 @@ def require_rows(values: Array, count: int, where: str, of: str) -> Array:
 
 
 def native(values: Array) -> Array:
-    """Return values in this machine's byte order, strings as objects: what a column of an index takes."""
+    """Return values in this machine's byte order, strings as objects, as a column of an index needs them."""
     if values.dtype.kind == "S":
         return np.array([value.decode("utf-8", "backslashreplace") for value in values.tolist()], dtype=object)
     if values.dtype.kind == "U":
@@ -62,7 +62,7 @@ def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array
     if not 1 <= int(lengths.min()) <= int(lengths.max()) <= samples.shape[1]:
         row = int(np.flatnonzero((lengths < 1) | (lengths > samples.shape[1]))[0])
         raise DataError(
-            f"{where} says {int(lengths[row])} steps for row {row}, the rows of {of} have 1 to {samples.shape[1]}: leave empty rows out"
+            f"{where} gives {int(lengths[row])} steps for row {row}, the rows of {of} have 1 to {samples.shape[1]}: leave empty rows out"
         )
     return lengths.astype(np.int64)
 
@@ -95,7 +95,7 @@ def _sequence_writer(array: Rows, lengths: Array, store_as: str, where: str) -> 
 
 
 def _npy_start(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Return what stands before the values in a `.npy` file."""
+    """Return the header of a `.npy` file."""
     head = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(head, fields)

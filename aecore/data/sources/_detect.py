@@ -1,4 +1,4 @@
-"""Which kind of source lies at an address, said by names alone: no file is opened."""
+"""Detect the kind of source at an address, by file names alone: no file is opened."""
 
 import os
 import re
@@ -14,11 +14,11 @@ _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
 
 
 def kind_of(url: str) -> str:
-    """Return arrays or webdataset where all that is data at `url` is of that kind, else folder.
+    """Return arrays or webdataset if all data files at `url` are of that kind, else folder.
 
-    A folder on this machine counts by the names of the files below it, up to the first image; one that holds images, or kinds side by
-    side, is a folder of files, and so is a data set of ours: sharding its tars again would lose what its index says. A bucket is not
-    listed for this: there `source.kind` says it, unless the address is one file.
+    A local folder is judged by the names of the files below it, up to the first image. One with images or with several kinds is a
+    folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. A bucket is not listed
+    for this: set `source.kind`, unless the address is one file.
     """
     where = absolute_url(url, "SRC")
     known = _of_name(where)

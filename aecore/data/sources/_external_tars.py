@@ -1,8 +1,8 @@
-"""Other people's tars: every header is walked and checked once, members become samples by webdataset's rule, nothing is extracted.
+"""Read external tars: every header is parsed and checked once, members become samples by webdataset's rule, nothing is extracted.
 
 Stricter than `tarfile`, which takes a damaged header for the end: a wrong checksum, a member beyond the end of the file or an archive
 without its end are a DataError. PAX and GNU long names and sizes are understood; links, devices, sparse files and names that
-lead elsewhere are left out and counted. A member's name is only ever a name: no path is made of it.
+leave the archive are skipped and counted. A member's name is only ever a name: no path is made of it.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from aecore.errors import DataError
 from aecore.store import Files, absolute_url, open_files, read_again
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
-MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, where nobody says another limit
+MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, unless another limit is configured
 MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
 MAX_DIGITS = 20  # of a PAX size
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -34,24 +34,24 @@ _fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 15
 
 
 class Member(NamedTuple):
-    """One regular file of a tar: its name, and where its bytes stand."""
+    """One regular file of a tar: its name, offset and size."""
 
     name: str
     offset: int
     size: int
 
 
-class ForeignSample(NamedTuple):
-    """Members of one key by extension (lower case), wherever in the tar they stand."""
+class ExternalSample(NamedTuple):
+    """Members of one key by extension (lower case), at any positions in the tar."""
 
     key: str
     members: dict[str, Member]
 
 
 class TarFile:
-    """An opened tar of others, gzip'ed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
+    """An open external tar, gzip'ed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
 
-    A gzip'ed one is inflated to a nameless file first, to at most `limit` bytes (DataError).
+    A gzip'ed one is inflated to an unnamed file first, to at most `limit` bytes (DataError).
     """
 
     def __init__(self, files: Files, name: str, limit: int) -> None:
@@ -68,10 +68,11 @@ class TarFile:
         return descriptor if self._name.endswith(".tar") else _inflated(descriptor, self.where, self._limit)
 
     def close(self) -> None:
+        """Close the descriptor."""
         os.close(self.descriptor)
 
     def read(self, member: Member) -> bytes:
-        """Return the bytes of a member; DataError if the file ends before, StoreError if it cannot be read."""
+        """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read."""
         data = self._read(member.size, member.offset)
         if len(data) != member.size:
             raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
@@ -85,14 +86,14 @@ class TarFile:
             return read_again(lambda: self._reread(size, offset), self.where, error)
 
     def _reread(self, size: int, offset: int) -> bytes:
-        """Open the file anew, whose descriptor may be stale, and read."""
+        """Reopen the file, since the descriptor may be stale, and read."""
         descriptor = self._opened()
         os.dup2(descriptor, self.descriptor, inheritable=False)
         os.close(descriptor)
         return _pread(self.descriptor, size, offset)
 
-    def samples(self, skipped: Counter[str]) -> list[ForeignSample]:
-        """Return the samples in the order of their first members; what is left out is counted in `skipped`.
+    def samples(self, skipped: Counter[str]) -> list[ExternalSample]:
+        """Return the samples in the order of their first members; skipped members are counted in `skipped`.
 
         Raises
         ------
@@ -107,23 +108,23 @@ class TarFile:
                 continue
             extensions = found.setdefault(match[1], {})
             if match[2].lower() in extensions:
-                raise DataError(f"{self.where} has {member.name!r} twice: which of them is meant is not known, so write the tar again")
+                raise DataError(f"{self.where} has {member.name!r} twice, and it is not known which one is meant: write the tar again")
             extensions[match[2].lower()] = member
-        return [ForeignSample(key, members) for key, members in found.items()]
+        return [ExternalSample(key, members) for key, members in found.items()]
 
     def members(self, skipped: Counter[str]) -> Iterator[Member]:
         """Yield the regular files in order, with safe names; DataError if the tar is damaged or truncated."""
-        position, said = 0, dict[str, str]()  # what PAX and GNU headers say of the next member
+        position, extended = 0, dict[str, str]()  # fields that PAX and GNU headers set for the next member
         while (block := self._block(position)) != _EMPTY:
             name, size, kind = self._header(block, position)
             start = position + BLOCK
             if kind in (b"x", b"L", b"K", b"g"):
-                said |= self._extended(kind, start, size)
+                extended |= self._extended(kind, start, size)
                 position = start + size + -size % BLOCK
                 continue
-            size = self._said_size(said, size, position)
-            name, is_sparse = said.get("path", name), any(key.startswith("GNU.sparse") for key in said)
-            said = {}
+            size = self._extended_size(extended, size, position)
+            name, is_sparse = extended.get("path", name), any(key.startswith("GNU.sparse") for key in extended)
+            extended = {}
             has_data = kind not in (b"1", b"2", b"3", b"4", b"5", b"6")
             position = start + (size + -size % BLOCK if has_data else 0)
             if position > self.size or (has_data and start + size > self.size):
@@ -138,7 +139,7 @@ class TarFile:
 
     def _safe(self, member: Member, skipped: Counter[str]) -> Iterator[Member]:
         if member.name.startswith("/") or ".." in member.name.split("/") or "\0" in member.name:
-            skipped["members whose name leads elsewhere (.. or /)"] += 1
+            skipped["members whose name leaves the archive (.. or /)"] += 1
         else:
             yield member
 
@@ -151,23 +152,23 @@ class TarFile:
         return block
 
     def _header(self, block: bytes, position: int) -> tuple[str, int, bytes]:
-        """Return name, size and type of a header block whose checksum is right."""
+        """Return name, size and type of a header block; DataError if its checksum is wrong."""
         name, _, _, _, size, _, checksum, kind, _, magic, _, _, _, _, _, prefix = _fields(block)
         try:
             right = int(checksum.strip(b" \0") or b"-1", 8) == sum(block) - sum(block[_CHECKSUM_AT]) + 8 * ord(" ")
             num_bytes = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
-            right = right and num_bytes >= 0  # a negative size leads back: the walk would never end
+            right = right and num_bytes >= 0  # a negative size would move the position back: an endless loop
         except ValueError:
             right, num_bytes = False, 0
         if not right:
             what = "is not a tar" if position == 0 else f"is damaged at byte {position}"
-            raise DataError(f"{self.where} {what} (no header with a right checksum stands there): restore it")
+            raise DataError(f"{self.where} {what} (no header with a valid checksum): restore it")
         text = _text(name)
         folder = _text(prefix) if magic == b"ustar\0" else ""
         return (f"{folder}/{text}" if folder else text), num_bytes, kind
 
     def _extended(self, kind: bytes, start: int, size: int) -> dict[str, str]:
-        """Return what a PAX or GNU header says of the next member; one for all members may say nothing that matters."""
+        """Return the fields that a PAX or GNU header sets for the next member; a global header may not set a name or size."""
         if size > MAX_EXTENDED_BYTES or start + size > self.size:
             raise DataError(f"{self.where} has a header of {size} bytes at byte {start}: it is damaged or truncated: restore it")
         data = self._read(size, start)
@@ -178,8 +179,8 @@ class TarFile:
             raise DataError(f"{self.where} gives all its members one name or size at byte {start}: it is damaged or hostile")
         return {} if kind == b"g" else found
 
-    def _said_size(self, said: dict[str, str], size: int, position: int) -> int:
-        text = said.get("size", "")
+    def _extended_size(self, extended: dict[str, str], size: int, position: int) -> int:
+        text = extended.get("size", "")
         if len(text) > MAX_DIGITS:
             raise DataError(f"{self.where} has a damaged PAX header at byte {position}: it states a size of {len(text)} digits: restore it")
         return int(text) if text.isdecimal() else size
@@ -210,7 +211,7 @@ def _text(field: bytes) -> str:
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Return `size` bytes, fewer only where the file ends: one call may give fewer."""
+    """Return `size` bytes, fewer only at the end of the file: a single `pread` may return fewer."""
     data = os.pread(descriptor, size, offset)
     while data and len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
         data += more
@@ -218,7 +219,7 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def _inflated(descriptor: int, where: str, limit: int) -> int:
-    """Return the descriptor of a nameless file with the inflated bytes; the given one is closed."""
+    """Return the descriptor of an unnamed file with the inflated bytes; `descriptor` is closed."""
     with os.fdopen(descriptor, "rb") as packed, gzip.GzipFile(fileobj=packed) as stream, tempfile.TemporaryFile() as file:
         size = 0
         try:
@@ -233,18 +234,18 @@ def _inflated(descriptor: int, where: str, limit: int) -> int:
 
 
 @dataclass(frozen=True)
-class ForeignTars:
-    """Tars of others, by their names below `files`; what else lies there is counted in `others`."""
+class ExternalTars:
+    """External tars, by their names below `files`; `others` counts the other files there."""
 
     files: Files
     names: tuple[str, ...]
     others: int = 0
 
     @classmethod
-    def at(cls, url: str, what: str = "source.url") -> "ForeignTars":
+    def at(cls, url: str, what: str = "source.url") -> "ExternalTars":
         """Return the tars of a folder (with all below it), of one file, or of a pattern such as `shards/{00000..00009}.tar`.
 
-        DataError if there is none; what a pattern names is looked for when it is opened.
+        DataError if there is none; the files of a pattern are checked when they are opened.
         """
         where = absolute_url(url, what)
         if where.endswith(TAR_ENDINGS):
@@ -258,8 +259,8 @@ class ForeignTars:
         return cls(files, tuple(names), len(sizes) - len(names))
 
     @classmethod
-    def named(cls, url: str, names: tuple[str, ...]) -> "ForeignTars":
-        """Return tars whose names are known."""
+    def named(cls, url: str, names: tuple[str, ...]) -> "ExternalTars":
+        """Return the tars with these names."""
         return cls(open_files(url), names)
 
     def sizes(self) -> dict[str, int]:
@@ -271,8 +272,8 @@ class ForeignTars:
         return {name: known[name] for name in self.names}
 
 
-def data_member(sample: ForeignSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
-    """Return codec and member of a sample's image or array, None if it has none; DataError if it is not clear which.
+def data_member(sample: ExternalSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
+    """Return codec and member of a sample's image or array, None if it has none; DataError if it is ambiguous.
 
     `wanted` is the extension to take (`seg.png`; its last part is the codec), "" the only one of the allow-list.
     """
@@ -281,5 +282,5 @@ def data_member(sample: ForeignSample, wanted: str, where: str, option: str = "s
         return None if member is None else (wanted.rpartition(".")[2], member)
     found = [ext for ext in sample.members if ext in DATA_EXTENSIONS]
     if len(found) > 1:
-        raise DataError(f"{where}: sample {sample.key!r} has the images {', '.join(found)}: say which with {option}=<extension>")
+        raise DataError(f"{where}: sample {sample.key!r} has the images {', '.join(found)}: choose one with {option}=<extension>")
     return (found[0], sample.members[found[0]]) if found else None

@@ -1,4 +1,4 @@
-"""What the names of other people's files say: which split, images or labels; and the names that a brace pattern stands for."""
+"""Guess from the names of external files their split and whether they hold images or labels; expand brace patterns."""
 
 import itertools
 import re
@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from aecore.errors import ConfigError
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "t10k": "test"}
-_LATER = {"dev": "val", "testing": "test"}  # unknown to version 1: they count where no other word does, so what it stored keeps its split
+_LATER = {
+    "dev": "val",
+    "testing": "test",
+}  # unknown to version 1: they count only where no other word does, so samples that it stored keep their split
 _WORDS = _SPLITS | _LATER
 _DATA = frozenset({"images", "image", "imgs", "img", "data", "x", "inputs", "features"})
 _LABELS = frozenset({"labels", "label", "targets", "target", "y"})
@@ -15,21 +18,21 @@ _FORMAT = re.compile(r"idx\d|ubyte|npy|npz|gz")
 _WORD = re.compile(r"[^a-z0-9]+")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-MAX_NAMES = 1_000_000  # that a pattern may stand for
+MAX_NAMES = 1_000_000  # of one pattern
 
 
 def words(name: str) -> list[str]:
-    """Return the words of a name, lower case, without those that say the format."""
+    """Return the words of a name, lower case, without those of the format."""
     return [word for word in _WORD.split(name.lower()) if word and not _FORMAT.fullmatch(word)]
 
 
 def split_of(path: str) -> str:
-    """Return train, val or test if the first component of `path` that says a split says only one of them, else ""."""
+    """Return train, val or test if the first component of `path` with a word for a split names only one, else ""."""
     return split_in_version_1(path) or _split_by(path, _LATER)
 
 
 def split_in_version_1(path: str) -> str:
-    """Return the same by the words that version 1 knew."""
+    """Return the same with the words that version 1 knew."""
     return _split_by(path, _SPLITS)
 
 
@@ -42,14 +45,14 @@ def _split_by(path: str, known: Mapping[str, str]) -> str:
 
 
 def split_words(name: str) -> frozenset[str]:
-    """Return the words of a name that say a split."""
+    """Return the words of a name that mean a split."""
     return frozenset(word for word in words(name) if word in _WORDS)
 
 
 def begins_keys(name: str, names: Sequence[str]) -> bool:
     """Return whether the keys of the array `name`, one of `names` of a file, begin with its name.
 
-    It does where the name says a split, by the words of version 1: an array that said none had the keys of the file for itself.
+    It does if the name contains a split, with the words of version 1, in which an array without one had keys without its name.
     """
     others = [other for other in names if not split_in_version_1(other)]
     return name not in others or len(others) > 1
@@ -61,34 +64,34 @@ def split_of_folder(name: str) -> str:
 
 
 def is_labels(name: str) -> bool:
-    """Return whether a name says labels and not images (`train_labels`, `y_test`)."""
+    """Return whether a name means labels and not images (`train_labels`, `y_test`)."""
     return bool(_LABELS & set(words(name))) and not is_data(name)
 
 
 def is_data(name: str) -> bool:
-    """Return whether a name says images or data (`train_images`, `x_test`)."""
+    """Return whether a name means images or data (`train_images`, `x_test`)."""
     return bool(_DATA & set(words(name)))
 
 
 def subject(name: str) -> tuple[str, ...]:
-    """Return the words of a name that say neither images nor labels: those of an array and of its labels are the same."""
+    """Return the words of a name that mean neither images nor labels: equal for an array and its labels."""
     return tuple(word for word in words(name) if word not in _DATA | _LABELS)
 
 
 def without_split(name: str) -> tuple[str, ...]:
-    """Return the words of a name that say no split."""
+    """Return the words of a name that are not a split."""
     return tuple(word for word in words(name) if word not in _WORDS)
 
 
 def partner(name: str, arrays: Sequence[str], labels: Iterable[str]) -> str | None:
-    """Return the labels of the array `name`, one of `arrays`: those whose name is the same but for images and labels, or the only ones."""
+    """Return the labels of the array `name`, one of `arrays`: those with the same other words in their name, or the only ones."""
     known = list(labels)
     same = [other for other in known if subject(other) == subject(name)] or (known if len(arrays) == 1 else [])
     return same[0] if len(same) == 1 else None
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names of a pattern such as `{00000..00009}.tar` or `{a,b}.tar`; ConfigError if braces are left or it is too many."""
+    """Return the names of a pattern such as `{00000..00009}.tar` or `{a,b}.tar`; ConfigError if braces are unbalanced or too many."""
     parts = _BRACES.split(pattern)  # text, choices, text, ...
     if any(brace in text for text in parts[::2] for brace in "{}"):
         raise ConfigError(f"{pattern!r} has braces that do not fit each other: write {{00000..00009}} or {{a,b}}, not nested")
@@ -97,7 +100,7 @@ def expand_braces(pattern: str) -> list[str]:
     for option in options:
         count *= len(option)
     if count > MAX_NAMES:
-        raise ConfigError(f"{pattern!r} stands for {count} names, at most {MAX_NAMES}: give the folder instead")
+        raise ConfigError(f"{pattern!r} expands to {count} names, at most {MAX_NAMES}: give the folder instead")
     return ["".join(chosen) for chosen in itertools.product(*options)]
 
 

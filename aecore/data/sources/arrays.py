@@ -3,7 +3,7 @@
 uint8 arrays `[N, H, W]` and `[N, H, W, 1 | 3 | 4]` are images, and are stored as PNG (stored, not deflated: about the bytes of a `.npy`
 member, the same on every machine): so `shards.resize` and `shards.mode` work, networks get `[C, H, W]`, and any reader of
 WebDataset sees pictures. The pixels are those of the array. Everything else, and everything with `source.store_as=npy`, keeps its values
-in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads the rows of its shard and no others.
+in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads only the rows of its shard.
 """
 
 import re
@@ -29,22 +29,22 @@ FACTOR = "factor_"
 
 @spec
 class ArraysSpec:
-    """Rows of arrays in .npy, .npz or idx files; labels come from the array or file that is named like them (y, labels, ...)."""
+    """Rows of arrays in .npy, .npz or idx files; labels come from the array or file with a matching name (y, labels, ...)."""
 
     kind: Literal["arrays"] = "arrays"
     url: str = knob("", "file, or folder of files", identity=False)
     images: str = knob("", "array of an .npz that holds the samples; empty: images, x, data, ... or the only one")
     labels: str = knob("", "array of an .npz that holds the labels; empty: labels, y, ... if there is one")
-    factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, besides those named factor_*")
-    lengths: str = knob("", "array of an .npz that says how many steps of each row are valid; the rest is not stored")
-    group: str | None = knob(None, "array of an .npz that says the bag of each sample: bags stay whole, see model.kind=mil_vae")
+    factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, in addition to those named factor_*")
+    lengths: str = knob("", "array of an .npz with the number of valid steps of each row; the rest is not stored")
+    group: str | None = knob(None, "array of an .npz with the bag of each sample: bags stay whole, see model.kind=mil_vae")
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(16 << 30, "bytes that one compressed array may inflate to", ge=1, identity=False)
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One array of N samples: how sources name it, what its keys begin with, its split, labels and bags (N names), factor columns."""
+    """One array of N samples: its name in sources, the prefix of its keys, its split, labels and bags (N names), factor columns."""
 
     head: str
     stem: str
@@ -73,7 +73,7 @@ class ArraysSource:
         Raises
         ------
         DataError
-            If there is no such file, one is damaged, lengths differ, or it is not clear which array holds the samples.
+            If there is no such file, one is damaged, lengths differ, or it is ambiguous which array holds the samples.
         StoreError
             If one cannot be read.
         """
@@ -100,7 +100,7 @@ class ArraysSource:
         )
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and bytes of one row; OSError if its file cannot be read (the next read opens it anew)."""
+        """Return extension and bytes of one row; OSError if its file cannot be read (the next read reopens it)."""
         head, _, row = source.rpartition("#")
         try:
             return (self._rows.get(head) or self._open(head))(int(row))
@@ -143,7 +143,7 @@ class ArraysSource:
             raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address")
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
         notes = [f"skipped {len(sizes) - len(names)} other files"] if len(sizes) > len(names) else []
-        notes += [f"skipped {len(twins)} .gz files that lie beside their inflated ones"] if twins else []
+        notes += [f"skipped {len(twins)} .gz files whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 
     def _with_labels(self, name: str) -> list[str]:
@@ -170,9 +170,9 @@ class ArraysSource:
             raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
         elif not is_labels(stem.rpartition("/")[2]):
             array = require_samples(file.array(""), name)
-            beside = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
-            found = partner(_last(stem), [other for other in beside if not is_labels(other)], filter(is_labels, beside))
-            labels = None if found is None else beside[found]
+            siblings = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
+            found = partner(_last(stem), [other for other in siblings if not is_labels(other)], filter(is_labels, siblings))
+            labels = None if found is None else siblings[found]
             yield _Block(name, stem, array, split_of(stem), None if labels is None else self._label_names(labels, "", array, name))
 
     def _npz_blocks(self, file: ArrayFile, name: str, stem: str) -> Iterator[_Block]:
@@ -189,7 +189,7 @@ class ArraysSource:
             yield _Block(f"{name}/{data}", prefix, array, split, labels, factors, lengths, bags)
 
     def _bags(self, known: list[str], name: str, data: str, array: Array, prefix: str) -> list[str] | None:
-        """Return the bag of each sample, with what its keys begin with: bag 3 of another file or split is another bag."""
+        """Return the bag of each sample, with the prefix of its keys: bag 3 of another file or split is another bag."""
         if self._spec.group is None:
             return None
         bags = self._label_names(name, self._chosen(known, self._spec.group, data, name, "source.group"), array, data)
@@ -198,8 +198,8 @@ class ArraysSource:
     def _data_names(self, known: list[str], where: str) -> list[str]:
         """Return the arrays of an .npz that hold samples: one, or one for each split."""
         asked = self._spec.images
-        said = {without_split(name) for name in self._said()}
-        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or without_split(name) in said}
+        other = {without_split(name) for name in self._arrays_of_other_use()}
+        extra = {name for name in known if name.startswith(FACTOR) or is_labels(name) or without_split(name) in other}
         if asked:
             found = [name for name in known if without_split(name) == without_split(asked)]
         else:
@@ -211,13 +211,13 @@ class ArraysSource:
                 if asked
                 else f"the arrays {', '.join(known) or 'none'}, none named images"
             )
-            raise DataError(f"{where} has {what}: say which one holds the samples with source.images")
+            raise DataError(f"{where} has {what}: choose the one that holds the samples with source.images")
         if len({split_words(name) for name in found}) < len(found):
-            raise DataError(f"{where} has several arrays that may hold the samples ({', '.join(found)}): say which with source.images")
+            raise DataError(f"{where} has several arrays that may hold the samples ({', '.join(found)}): choose one with source.images")
         return found
 
-    def _said(self) -> tuple[str, ...]:
-        """Return the arrays that the spec names for something else than samples."""
+    def _arrays_of_other_use(self) -> tuple[str, ...]:
+        """Return the arrays that the spec names as something other than samples."""
         return tuple(name for name in (self._spec.labels, self._spec.lengths, self._spec.group, *self._spec.factors) if name)
 
     def _chosen(self, known: list[str], asked: str, data: str, where: str, key: str = "source.labels or source.factors") -> str:
@@ -266,7 +266,7 @@ def _last(stem: str) -> str:
 
 
 def _label_files(name: str) -> list[str]:
-    """Return the names that the labels of a single file may have beside it."""
+    """Return the names that the file of labels may have next to a single file of images."""
     pairs = (("images", "labels"), ("imgs", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"))
     found = [re.sub(rf"(?<![A-Za-z0-9]){old}(?![A-Za-z0-9])", new, name) for old, new in pairs]
     names = [re.sub(r"idx\d", "idx1", other) for other in found if other != name]
@@ -278,7 +278,7 @@ def _groups(blocks: list[_Block]) -> list[str] | None:
         return None
     without = [block.head for block in blocks if block.groups is None]
     if without:
-        raise DataError(f"{without[0]} is no array of an .npz, so source.group names no bags in it: shard it on its own")
+        raise DataError(f"{without[0]} is no array of an .npz, so source.group cannot name bags in it: shard it separately")
     return [bag for block in blocks for bag in block.groups or ()]
 
 
@@ -287,5 +287,5 @@ def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
     for name in names:
         without = [block.head for block in blocks if name not in block.factors]
         if without:
-            raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files on their own")
+            raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files separately")
     return {name: np.concatenate([block.factors[name] for block in blocks]) for name in names}

@@ -1,7 +1,7 @@
 """A folder tree of images (or `.npy` arrays), on a disk or in a bucket: class folders, optionally below split folders.
 
 Skipped and counted: hidden files and folders, files of other extensions, and symbolic links that leave the tree or lead to
-folders (a folder would be listed twice, or for ever). Everything else is listed by name and size; nothing is opened.
+folders (a folder would be listed twice, or endlessly). Everything else is listed by name and size; nothing is opened.
 """
 
 import bisect
@@ -91,14 +91,14 @@ class FolderSource:
             return Listing(_keys(paths), paths, sizes, label_names=labels, splits=tops, notes=notes)
         if "" in known:
             raise DataError(
-                f"{self._url}/{paths[labels.index('')]} lies in no folder, and source.group=parent takes the folder of a file as its bag: "
+                f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
         above = [label.rpartition("/")[0] for label in labels]
         return Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes)
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and all bytes of one file; OSError if it cannot be read, or ends before the size that it has."""
+        """Return extension and all bytes of one file; OSError if it cannot be read, or is shorter than its size."""
         path = self._prefix + source
         descriptor = os.open(path, _READ_FLAGS)  # half the time of `open`
         try:
@@ -115,7 +115,7 @@ class FolderSource:
         return _extension(source), data
 
     def file_root(self) -> Path | None:
-        """Return the folder: what `read` gives are the bytes of a file below it."""
+        """Return the folder: samples are the bytes of the files below it."""
         return self._root
 
     def _require_folder(self) -> None:
@@ -131,7 +131,7 @@ class FolderSource:
 
     def _walk(self, skipped: Counter[str]) -> dict[str, int]:
         """Return the bytes of every sample by its relative path, unsorted."""
-        found: dict[str, int] = {}  # strings and numbers: the garbage collector would walk a list of tuples again and again
+        found: dict[str, int] = {}  # strings and numbers: the garbage collector would traverse a list of tuples again and again
         with ThreadPoolExecutor(LISTERS) as listing:
             folders = deque([("", listing.submit(_entries, self._root))])
             while folders:
@@ -178,17 +178,19 @@ class BucketSource(FolderSource):
         self._files = open_files(self._url)
 
     def read(self, source: str) -> tuple[str, bytes]:
+        """Return extension and all bytes of one object."""
         return _extension(source), self._files.read(source)
 
     def file_root(self) -> None:
-        """Objects are no files of this machine."""
+        """Return None: objects are not local files."""
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
-        read = self._files.prefetch(sources)
+        """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
+        read = self._files.ahead(sources)
         return lambda source: (_extension(source), read(source))
 
     def _require_folder(self) -> None:
-        """What is missing is found by listing it."""
+        """Do nothing: listing the objects finds out."""
 
     def _walk(self, skipped: Counter[str]) -> dict[str, int]:
         found = self._files.sizes()
@@ -223,7 +225,7 @@ def _entries(folder: Path) -> dict[str, int]:
 
 
 def _rest(descriptor: int, size: int) -> bytes:
-    """Return what is left to read of a file of this size, in one read where its size is told truthfully."""
+    """Return what is left to read of a file of this size, in one read if the size is right."""
     pieces = list[bytes]()
     while piece := os.read(descriptor, max(size, LARGE_READ_BYTES)):
         pieces.append(piece)
@@ -231,7 +233,7 @@ def _rest(descriptor: int, size: int) -> bytes:
 
 
 def _folders(paths: list[str]) -> list[str]:
-    """Return the folder of each of these sorted paths, "" of those in none."""
+    """Return the folder of each of these sorted paths, "" for those in none."""
     folders = list[str]()
     while len(folders) < len(paths):
         begin = len(folders)
@@ -246,7 +248,7 @@ def _folders(paths: list[str]) -> list[str]:
 
 
 def _keys(paths: list[str]) -> list[str]:
-    """Return the key of each path: without its extension, unless two files of one folder differ in nothing else."""
+    """Return the key of each path: without its extension, unless two files of one folder differ only in it."""
     usual = len(endings := _endings(paths)) == 1 and endings.pop() in _USUAL
     stems = [path[:-4] for path in paths] if usual else [path.rpartition(".")[0] for path in paths]
     if len(set(stems)) == len(stems):

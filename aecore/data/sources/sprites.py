@@ -1,6 +1,6 @@
 """Generated sprites with known factors: shape x scale x orientation x position, on a complete grid.
 
-For demos, tests and disentanglement scores: needs no download, and the truth about every image stands in the index
+For demos, tests and disentanglement scores: needs no download, and the index holds the true factors of every image
 (`factor_*`). Bytes are the same on every machine: coverage is counted on a 4x4 sub-pixel grid and the PNG is stored, not
 deflated, since deflate output differs between zlib builds (a 32x32 image takes 1.1 kB instead of about 0.2).
 """
@@ -18,7 +18,7 @@ from aecore.errors import DataError
 from aecore.registry import SOURCES, knob, spec
 
 SUBPIXELS = 4
-RADIUS = (0.10, 0.22)  # of the smallest and the largest scale, in image sides; every sprite lies inside the image
+RADIUS = (0.10, 0.22)  # of the smallest and the largest scale, in image sides; every sprite is inside the image
 FACTORS = ("shape", "scale", "orientation", "x", "y")
 Mask = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
 

@@ -1,4 +1,4 @@
-"""Other people's WebDataset shards as a source: image by image, with their labels, captions and other fields as columns.
+"""External WebDataset shards as a source: image by image, with their labels, captions and other fields as columns.
 
 Members are grouped by key as webdataset does it, wherever in their tar they stand. Read are the one image (or array) of each
 sample, its `.cls`, and the `.json` and `.txt` that were asked for; everything else (`.pyd`, `.pickle`, ...) is left where it is, counted
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
-from aecore.data.sources._external_tars import ForeignSample, ForeignTars, Member, TarFile, data_member
+from aecore.data.sources._external_tars import ExternalSample, ExternalTars, Member, TarFile, data_member
 from aecore.data.sources._names import split_of
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
@@ -30,7 +30,7 @@ Field = str | int | float | bool | None
 
 @spec
 class WebdatasetSpec:
-    """WebDataset shards of others: tars of images with .cls, .json or .txt beside them."""
+    """External WebDataset shards: tars of images with .cls, .json or .txt members."""
 
     kind: Literal["webdataset"] = "webdataset"
     url: str = knob("", "folder of .tar, .tar.gz or .tgz files, one of them, or a pattern like shards/{00000..00009}.tar", identity=False)
@@ -49,7 +49,7 @@ class WebdatasetSpec:
 
 
 class _Columns:
-    """What is gathered of all samples, by column."""
+    """The listed samples, by column."""
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
@@ -67,21 +67,21 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._open: OrderedDict[str, TarFile] = OrderedDict()
-        self._found: ForeignTars | None = None
+        self._found: ExternalTars | None = None
 
     @property
-    def tars(self) -> ForeignTars:
-        """The tars, found when they are first asked for."""
-        self._found = self._found or ForeignTars.at(self._spec.url)
+    def tars(self) -> ExternalTars:
+        """The tars, listed at the first access."""
+        self._found = self._found or ExternalTars.at(self._spec.url)
         return self._found
 
     def listing(self) -> Listing:
-        """List every sample, tar by tar, after walking all headers.
+        """List every sample, tar by tar, after parsing all headers.
 
         Raises
         ------
         DataError
-            If there is no tar, one is damaged or truncated, a key comes twice, or it is not clear which member is the sample.
+            If there is no tar, one is damaged or truncated, a key comes twice, or it is ambiguous which member is the sample.
         """
         found = _Columns(self._spec.columns)
         for name in self.tars.names:
@@ -102,15 +102,15 @@ class WebdatasetSource:
             np.array(found.sizes, np.int64),
             label_names=found.labels if any(found.labels) else None,
             splits=found.splits if any(found.splits) else None,
-            columns={_column_name(name): _column(values) for name, values in found.fields.items()},
-            notes=tuple(f"left out {count} {what}" for what, count in sorted(found.skipped.items())),
+            columns={f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values) for name, values in found.fields.items()},
+            notes=tuple(f"skipped {count} {what}" for what, count in sorted(found.skipped.items())),
             label_paths=False,
         )
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return codec and bytes of one sample.
 
-        Raises OSError if its tar is not there any more, StoreError if it cannot be read, DataError if it was cut after listing.
+        Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing.
         """
         tar, member = parse_source(source)
         if tar not in self._open:
@@ -124,13 +124,13 @@ class WebdatasetSource:
         try:
             return TarFile(self.tars.files, tar, self._spec.max_inflated_bytes)
         except DataError as error:
-            if isinstance(error.__cause__, OSError):  # no wrong address: it was listed
+            if isinstance(error.__cause__, OSError):  # not a wrong address: it was listed
                 raise error.__cause__ from None
             raise
 
-    def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ForeignSample, Member]]:
-        """Return the samples of a tar that have an image or array, in the order in which these stand."""
-        chosen: list[tuple[ForeignSample, Member]] = []
+    def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ExternalSample, Member]]:
+        """Return the samples of a tar that have an image or array, in the order of their offsets."""
+        chosen: list[tuple[ExternalSample, Member]] = []
         for sample in tar.samples(found.skipped):
             found.skipped.update(f".{ext} members" for ext in sample.members if ext not in ALLOWED_EXTENSIONS and ext != self._spec.member)
             member = data_member(sample, self._spec.member, tar.where)
@@ -140,9 +140,10 @@ class WebdatasetSource:
                 chosen.append((sample, member[1]))
         return sorted(chosen, key=lambda pair: pair[1].offset)
 
-    def _add(self, found: _Columns, sample: ForeignSample, member: Member, tar: TarFile, name: str) -> None:
+    def _add(self, found: _Columns, sample: ExternalSample, member: Member, tar: TarFile, name: str) -> None:
         fields = self._fields(found, sample, tar)
-        found.keys.append(f"{_stem(name)}/{sample.key}" if self._spec.keys == "shard" else sample.key)
+        stem = name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+        found.keys.append(f"{stem}/{sample.key}" if self._spec.keys == "shard" else sample.key)
         found.sources.append(f"{name}#{member.offset}+{member.size}#{member.name}")
         found.sizes.append(member.size)
         found.splits.append(split_of(name))
@@ -151,8 +152,8 @@ class WebdatasetSource:
         for column, values in found.fields.items():
             values.append(fields.get(column))
 
-    def _fields(self, found: _Columns, sample: ForeignSample, tar: TarFile) -> dict[str, Field]:
-        """Return what the json and txt members say, where it is asked for; what cannot be read is counted."""
+    def _fields(self, found: _Columns, sample: ExternalSample, tar: TarFile) -> dict[str, Field]:
+        """Return the fields of the json and txt members, if configured; unreadable members are counted."""
         fields: dict[str, Field] = {}
         if self._spec.label.startswith("json:") or set(self._spec.columns) - {"txt"}:
             try:
@@ -167,7 +168,7 @@ class WebdatasetSource:
             fields["txt"] = _small(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
         return fields
 
-    def _label(self, found: _Columns, sample: ForeignSample, tar: TarFile, fields: dict[str, Field]) -> str:
+    def _label(self, found: _Columns, sample: ExternalSample, tar: TarFile, fields: dict[str, Field]) -> str:
         if self._spec.label == "none":
             return ""
         if self._spec.label.startswith("json:"):
@@ -195,15 +196,11 @@ class WebdatasetSource:
 
 
 def parse_source(source: str) -> tuple[str, Member]:
-    """Return the tar and the member that a source of this kind names."""
+    """Return the tar and the member of a source name of this kind."""
     match = _SOURCE.fullmatch(source)
     if match is None:
         raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
     return match[1], Member(match[4], int(match[2]), int(match[3]))
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
 
 
 def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:
@@ -215,12 +212,8 @@ def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:
 
 
 def _clean(text: str) -> str:
-    """Return text that UTF-8 and our hashes can hold."""
+    """Return the text without what UTF-8 and the listing's hash cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "")
-
-
-def _column_name(field: str) -> str:
-    return f"json_{field}" if field in INDEX_SCHEMA.names else field
 
 
 def _column(values: list[Field]) -> NDArray[Any]:  # any: every column has its own dtype

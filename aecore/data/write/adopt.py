@@ -1,9 +1,9 @@
-"""Index other people's tars where they lie: not a byte of them is copied or changed, and everything after `shard` works on the result.
+"""Index external tars in place: not a byte of them is copied or changed, and every later step works on the result.
 
-A shard of the data set is then a tar of theirs (or, where a split cuts it, some samples of one), with an index of ours: the place and
-the sha256 of every image, the sha256 of the whole tar. The headers are theirs, so a reader compares no headers; it checks every
-image it reads, and `verify --read-data` every byte. The order of samples is that of the tars: shuffle in training moves them by whole
-tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
+A shard of the dataset is then an external tar (or, where a split divides it, some samples of one) with an index: the offset and
+the sha256 of every image, the sha256 of the whole tar. Another program wrote the headers, so a reader does not compare them; it checks
+every image it reads, and `verify --read-data` every byte. The order of samples is that of the tars: the shuffle in training moves them by
+whole tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
 """
 
 import os
@@ -18,7 +18,7 @@ from aecore.artifact.commit import PartRecord, read_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import MEMBERS, content_sha256
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
-from aecore.data.write.pack import Pack
+from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, require_of_task
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint
@@ -33,6 +33,7 @@ class AdoptWorker:
         self._source = WebdatasetSource(spec)
 
     def __call__(self, task: ShardTask) -> Commit:
+        """Return the call that commits the shard of `task`, or its record if it is committed."""
         known = read_record(self._store, task.stem)
         if known is not None:
             require_of_task(self._store, known, task)
@@ -41,7 +42,7 @@ class AdoptWorker:
 
 
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
-    """ConfigError for what cannot be done to samples that stay where they are."""
+    """Raise ConfigError for other sources than tars, and for options that would change the samples."""
     if not isinstance(source, WebdatasetSpec):
         raise ConfigError(
             f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); shard_dataset writes the others",
@@ -56,7 +57,7 @@ def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every sou
 
 
 def files_of(sources: Sequence[str]) -> list[str]:
-    """Return the tar of each sample; DataError for one that is compressed, since its samples have no place to be read from."""
+    """Return the tar of each sample; DataError for one that is compressed, since its samples cannot be read by offset."""
     tars = [parse_source(source)[0] for source in sources]
     for name in sorted(set(tars)):
         if not name.endswith(".tar"):
@@ -67,8 +68,8 @@ def files_of(sources: Sequence[str]) -> list[str]:
     return tars
 
 
-def home_of(tars_url: str, store: Store) -> str:
-    """Return how the manifest says where the tars lie: by a path if that is inside the data set, so that both move as one."""
+def base_url_in_manifest(tars_url: str, store: Store) -> str:
+    """Return the manifest's `home` of tars: a relative path if they are inside the dataset, so that both move together."""
     if tars_url == store.url:
         return "."
     inside = tars_url.removeprefix(f"{store.url}/")
@@ -80,18 +81,18 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
     started, files = time.perf_counter(), source.tars.files
     name = parse_source(task.sources[0])[0]
     tar = read_again(lambda: _ref_of(files, name), f"{files.url}/{name}")
-    pack = Pack(task)
-    pack.scan(source)
+    writer = ShardWriter(task)
+    writer.scan(source)
     detail: dict[str, Any] = {}
     committed: list[FileRef] = []
     packed = time.perf_counter()
-    if len(pack.good[0]):
-        index = _index(pack)
+    if len(writer.good[0]):
+        index = _index(writer)
         metadata = {"format": 1, "split": task.split, "stem": task.stem, "tar_sha256": tar.sha256}
         committed.append(put_table(store, f"shards/{task.stem}.parquet", index, metadata, "index"))
-        where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": home_of(files.url, store)}
-        detail = {"content_sha256": content_sha256(index), **where, **pack.counts(), "bytes": tar.bytes}
-    return record_shard(store, pack, committed, detail, packed - started, packed)
+        where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": base_url_in_manifest(files.url, store)}
+        detail = {"content_sha256": content_sha256(index), **where, **writer.counts(), "bytes": tar.bytes}
+    return record_shard(store, writer, committed, detail, packed - started, packed)
 
 
 def _ref_of(files: Files, name: str) -> FileRef:
@@ -99,12 +100,12 @@ def _ref_of(files: Files, name: str) -> FileRef:
     return FileRef(name, os.stat(path).st_size, sha256_file(path))
 
 
-def _index(pack: Pack) -> pa.Table:
-    """Return the index of the good samples, with the places where their data stand in the tar."""
-    index = pack.index()
-    positions, codes, _ = pack.good
-    places = [parse_source(pack.task.sources[position])[1] for position in positions.tolist()]
-    exts = [header.ext for header in pack.headers]
+def _index(writer: ShardWriter) -> pa.Table:
+    """Return the index of the good samples, with the offsets of their data in the tar."""
+    index = writer.index()
+    positions, codes, _ = writer.good
+    places = [parse_source(writer.task.sources[position])[1] for position in positions.tolist()]
+    exts = [header.ext for header in writer.headers]
     flat = pa.StructArray.from_arrays(
         [
             pa.array([exts[code] for code in codes.tolist()]),

@@ -1,6 +1,6 @@
-"""What another run of `shard` adds to a data set, and what it refuses: a data set only grows.
+"""Find what another run of `shard` adds to a dataset, and refuse changed samples: a dataset only grows.
 
-A sample is known by its key; its size and its address say whether it still is the same one.
+A sample is identified by its key; its size and its address tell whether it is unchanged.
 """
 
 import logging
@@ -30,11 +30,12 @@ SHOWN = 5  # examples in an error
 
 
 def listing_table(listing: Listing) -> pa.Table:
+    """Return keys, sources and sizes of a listing as a table of `LISTING_SCHEMA`."""
     return make_table(LISTING_SCHEMA, {"key": listing.keys, "source": listing.sources, "bytes": listing.sizes}, len(listing))
 
 
-def warn_of_other_address(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
-    """Log a warning if samples of `listing` are known from another address: only key and size say that they are the same."""
+def warn_if_address_changed(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above
+    """Log a warning if samples of `listing` are known from another address: only key and size identify them."""
     url, keys = getattr(source, "url", None), pa.array(listing.keys, pa.string())
     counts: Counter[str] = Counter()
     for ref in parent.listings:
@@ -55,14 +56,14 @@ def warn_of_other_address(store: Store, parent: DatasetManifest, source: Any, li
             )
 
 
-def warn_of_other_form(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
-    """Log a warning if all samples had one form and have several now."""
+def warn_if_format_changed(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
+    """Log a warning if the parent's samples had one format and the new generation's have several."""
     try:
-        SampleFormat.of(parent.sample.shapes)
+        SampleFormat.from_shapes(parent.sample.shapes)
     except DataError:
         return
     try:
-        SampleFormat.of(manifest.sample.shapes)
+        SampleFormat.from_shapes(manifest.sample.shapes)
     except DataError as error:
         logger.warning(
             "%s: generation %d cannot be trained on or encoded as generation %d could: %s", store.url, manifest.number, parent.number, error
@@ -70,7 +71,7 @@ def warn_of_other_form(store: Store, parent: DatasetManifest, manifest: DatasetM
 
 
 def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: ShardSpec) -> NDArray[np.int64]:
-    """Return the rows whose keys the data set does not know; DataError if a known sample changed."""
+    """Return the rows whose keys the dataset does not know; DataError if a known sample changed."""
     known, asked = read_listings(store, parent), listing_table(listing)
     at = pc.index_in(asked["key"].combine_chunks(), value_set=known["key"].combine_chunks())
     is_known = at.is_valid().to_numpy(zero_copy_only=False)
@@ -83,13 +84,13 @@ def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: Sh
         raise DataError(_changed(store, listing, changed, "other sizes than when they were sharded"))
     is_there = pc.is_in(asked["source"].combine_chunks(), value_set=known["source"].combine_chunks()).to_numpy(zero_copy_only=False)
     moved = np.flatnonzero(is_there & ~is_known)
-    if len(moved):  # `a.jpg` came beside `a.png`, so `a` would become `a%2Epng` and be written twice
-        raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem came)"))
+    if len(moved):  # `a.jpg` was added next to `a.png`, so `a` would become `a%2Epng` and be written twice
+        raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem was added)"))
     return np.flatnonzero(~is_known)
 
 
 def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64]) -> None:
-    """DataError if new samples belong to a bag that the data set has: a bag is one piece of one shard, and shards are not written again."""
+    """Raise DataError if new samples belong to an existing bag: a bag is contiguous in one shard, and shards are not rewritten."""
     if listing.groups is None or len(fresh) == len(listing):
         return
     is_new = np.zeros(len(listing), np.bool_)
@@ -104,7 +105,7 @@ def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64])
 
 
 def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dict[str, int]:
-    """Return how many bytes the shards hold of these samples: a file that grew between listing and reading was stored whole."""
+    """Return the stored bytes of these samples: a file that grew between listing and reading was stored whole."""
     sizes: dict[str, int] = {}
     wanted = pa.array(keys, pa.string())
     for shard in parent.shards:
@@ -119,6 +120,6 @@ def _changed(store: Store, listing: Listing, rows: NDArray[np.int64], what: str)
     more = ", ..." if len(rows) > SHOWN else ""
     have = "sample has" if len(rows) == 1 else "samples have"
     return (
-        f"{len(rows)} {have} {what}: {examples}{more}. A data set only grows: give changed files new names, "
+        f"{len(rows)} {have} {what}: {examples}{more}. A dataset only grows: give changed files new names, "
         f"restore the old ones, or write to another URL than {store.url}"
     )

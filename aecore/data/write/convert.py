@@ -1,6 +1,6 @@
-"""From a file's bytes to a shard's member: check always, change only if `shards.resize` or `shards.mode` asks for it.
+"""Turn a file into a shard's member: always check it, change it only for `shards.resize` or `shards.mode`.
 
-Where size and mode are right already the original bytes are kept. Else the image goes through Pillow: PNG stays PNG, JPEG stays JPEG
+If size and mode are right already the original bytes are kept. Else the image goes through Pillow: PNG stays PNG, JPEG stays JPEG
 (quality 95), every other format becomes PNG. Images are resized to a square without keeping their aspect; alpha is dropped by
 `mode`; 16-bit grey is scaled by 255/65535 (Pillow's own conversion clips it). 32-bit integer and float images have no fixed range, so they
 are kept or quarantined, never changed. Equal versions of Pillow give equal bytes.
@@ -68,7 +68,7 @@ def _encoded(image: Any, header: ImageHeader) -> bytes:  # any: PIL.Image.Image
             image.save(out, "JPEG", quality=JPEG_QUALITY)
         else:
             image.save(out, "PNG")
-    except OSError as error:  # Pillow's word for a mode that the format does not have
+    except OSError as error:  # Pillow's error for a mode that the format does not have
         raise BadSample("unsupported", f"{error}: choose shards.mode, or keep the original bytes (no shards.resize)") from error
     return out.getvalue()
 
@@ -80,12 +80,9 @@ def _to_mode(image: Any, mode: str) -> Any:  # any: PIL.Image.Image
         steps = {"P": "RGBA" if "transparency" in image.info else "RGB", "1": "L"}  # modes that cannot be interpolated
         return image.convert(steps[image.mode]) if image.mode in steps else image
     if image.mode.startswith("I"):  # 16 bits: others were refused
-        image = Image.fromarray(_to_bytes(np.asarray(image)))
+        levels = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
+        image = Image.fromarray(np.rint(levels * (255 / 65535)).astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
-
-
-def _to_bytes(values: Any) -> Any:  # any: numpy array of a 16-bit image
-    return np.rint(np.clip(values.astype(np.float64), 0, 65535) * (255 / 65535)).astype(np.uint8)
 
 
 def _resized(image: Any, side: int) -> Any:  # any: PIL.Image.Image

@@ -1,7 +1,7 @@
-"""Plain images on this machine's disk, which go from their files into a tar without an object for each of them.
+"""The fast path for plain local images: from their files into a tar without a Python object for each of them.
 
-Where each file will stand in the tar follows from the sizes that were listed, so a `TarBuilder` reads it right there. What is not
-as expected (another size, a damaged file, another format, a name that is too long) is left to `pack`, block by block.
+The listed sizes determine the offset of each file in the tar, so a `TarBuilder` reads it directly into place. A block with anything
+unexpected (another size, a damaged file, another format, a name that is too long) goes through `pack` instead.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.cuts import before, cuts
-from aecore.data.format.tar import BLANK, BLOCK, Packer, joined_names, plain_names, stored_size
+from aecore.data.format.limits import exclusive_cumsum, split_by_limits
+from aecore.data.format.tar import BLANK, BLOCK, TarPacker, joined_names, plain_names, stored_size
 from aecore.data.sources import Source, file_root
 from aecore.data.write.spec import ShardTask
 from aecore.native.bytes_column import BytesColumn
@@ -24,16 +24,23 @@ from aecore.native.tar_builder import TarBuilder, TarFiles, open_tar_builder
 from aecore.store import read_again
 
 Int64s = NDArray[np.int64]
-BLOCK_FILES, BLOCK_BYTES, MOST_BYTES = 1024, 1 << 21, 1 << 24  # of a block: as many files as fit, one larger one, not even one
+BLOCK_FILES, BLOCK_BYTES, MOST_BYTES = (
+    1024,
+    1 << 21,
+    1 << 24,
+)  # of a block: files, bytes; a larger single file is a block up to MOST_BYTES and not plain above
 _ENDINGS = {".png": "png", ".PNG": "png", ".jpg": "jpg", ".JPG": "jpg", "jpeg": "jpeg", "JPEG": "jpeg"}
 
 
 class PlainFiles:
-    """The samples of a task as files, cut into blocks; see `plain_files`.
+    """The samples of a task as files, split into blocks; see `plain_files`.
 
-    Attributes:
-        blocks: `[B+1]`, the first sample of each block, and their number.
-        exts: the extension of each file that may be plain, "" for others.
+    Attributes
+    ----------
+    blocks : `[B+1]` int64
+        The first sample of each block, and their number.
+    exts : list of str
+        The extension of each file that may be plain, "" for others.
     """
 
     def __init__(self, root: Path, task: ShardTask, exts: list[str], names: str) -> None:
@@ -41,10 +48,10 @@ class PlainFiles:
         self.exts = exts
         labelled = np.zeros(len(task), bool) if task.labels is None else task.labels >= 0
         self._labels = np.full(len(task), -1, np.int32) if task.labels is None else np.ascontiguousarray(task.labels)
-        self._starts = before(stored_size(task.sizes) + 2 * BLOCK * labelled)
-        self._begins = self._starts[:-1] + BLOCK + 2 * BLOCK * labelled  # `cls` stands before all of these extensions
+        self._starts = exclusive_cumsum(stored_size(task.sizes) + 2 * BLOCK * labelled)
+        self._begins = self._starts[:-1] + BLOCK + 2 * BLOCK * labelled  # `cls` sorts before all of these extensions
         self._ends = self._begins + task.sizes
-        runs = cuts((self._starts, BLOCK_BYTES), (np.arange(len(task) + 1), BLOCK_FILES))
+        runs = split_by_limits((self._starts, BLOCK_BYTES), (np.arange(len(task) + 1), BLOCK_FILES))
         self.blocks = np.array([0, *(stop for _, stop in runs)], np.int64)
         plain = (np.diff(self._starts) <= MOST_BYTES) & (True if all(exts) else np.array([ext != "" for ext in exts]))
         self._other_blocks = np.flatnonzero(~np.logical_and.reduceat(plain, self.blocks[:-1]))
@@ -52,29 +59,29 @@ class PlainFiles:
         self._names = BytesColumn.from_texts(names.encode())
 
     @contextlib.contextmanager
-    def builder(self, block: int, most: int, packed: Packer, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
-        """Begin to take at most `most` blocks, this one and what follows, behind what is packed; None if this one cannot be plain."""
+    def builder(self, block: int, most: int, packer: TarPacker, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
+        """Yield a builder for at most `most` blocks from this one on, which follow the packed ones; None if this one cannot be plain."""
         later = self._other_blocks[self._other_blocks >= block]
         last = min(int(later[0]) if len(later) else len(self.blocks) - 1, block + most)
         if last == block:
             yield None
             return
         first, stop = int(self.blocks[block]), int(self.blocks[last])
-        rows, move = slice(first, stop), packed.size - int(self._starts[first])
+        rows, move = slice(first, stop), packer.size - int(self._starts[first])
         places = self._starts[first : stop + 1] + move, self._begins[rows] + move, self._ends[rows] + move
-        # shorter paths are found sooner
+        # relative to an open folder, since the kernel resolves shorter paths faster
         folder = read_again(lambda: os.open(self._root, os.O_RDONLY | os.O_DIRECTORY), str(self._root))
         try:
             texts, blocks = (self._paths[rows], self._names[rows]), self.blocks[block : last + 1] - first
             files = TarFiles(folder, *texts, self._labels[rows], *places, blocks, BLANK)
-            with open_tar_builder(files, stream, bytes(packed.rest)) as builder:
+            with open_tar_builder(files, stream, bytes(packer.rest)) as builder:
                 yield builder
         finally:
             os.close(folder)
 
 
 def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:
-    """Return the samples as files, None if those may not go into the tar as they are."""
+    """Return the samples as files, None if they may not be stored unchanged."""
     root = file_root(source) if task.shards.keeps_bytes and len(task) else None
     if root is None:
         return None

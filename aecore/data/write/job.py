@@ -1,8 +1,8 @@
-"""`shard_dataset`: a source becomes a data set, or the next generation of one.
+"""`shard_dataset`: a source becomes a dataset, or the next generation of one.
 
-List, compare with what is there, plan, write the shards (anywhere: see `fanout`), publish the manifest. Everything but the
-manifest may be half done when the process dies: the same command finds its claim again and continues. Nothing is overwritten;
-a sample that is there already, in a shard or in quarantine, is never written again.
+List, compare with the dataset, plan, write the shards (anywhere: see `fanout`), publish the manifest. The process may die at any
+point before the manifest: the same command finds its claim again and continues. Nothing is overwritten; a sample that is stored
+already, in a shard or in quarantine, is never written again.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from aecore.data.format.index import read_table, table_bytes
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
-from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_of_other_address, warn_of_other_form
+from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
 from aecore.data.write.shard import pack_shard
@@ -42,13 +42,14 @@ logger = logging.getLogger(__name__)
 
 
 class ShardWorker:
-    """Writes shards of one data set: opens the output and the source once, in the process it works in."""
+    """Writes shards of one dataset: opens the output and the source once, in the process it works in."""
 
     def __init__(self, out: str, source: Any) -> None:  # any: every source kind has its own spec class
         self._store = open_store(out)
         self._source = SOURCES.build(source)
 
     def __call__(self, task: ShardTask) -> Commit:
+        """Pack the shard of `task` and return the call that commits it."""
         return pack_shard(self._store, task, self._source)
 
 
@@ -62,16 +63,16 @@ def shard_dataset(
     dry_run: bool = False,
     on_part: OnPart | None = None,
 ) -> DatasetManifest | PlanSummary:
-    """Write the samples of `source` that the data set at `out` does not have yet, as its next generation.
+    """Write the samples of `source` that the dataset at `out` does not have yet, as its next generation.
 
     Parameters
     ----------
     source : spec
         A source spec, for example `FolderSpec(url="./mnist")`.
     out : str
-        URL of the data set; made if it is not there.
+        URL of the dataset, which is created if needed.
     fan_out : FanOut
-        Who writes the shards; the bytes do not depend on it.
+        Runs the shard tasks; the bytes do not depend on it.
     dry_run : bool
         Return the plan's summary; nothing is written.
     on_part : callable, optional
@@ -104,7 +105,7 @@ def adopt_shards(
     dry_run: bool = False,
     on_part: OnPart | None = None,
 ) -> DatasetManifest | PlanSummary:
-    """Index the tars of a `WebdatasetSpec` where they lie, as a data set at `out` or its next generation; see `adopt` and `shard_dataset`.
+    """Index the tars of a `WebdatasetSpec` in place, as a dataset at `out` or its next generation; see `adopt` and `shard_dataset`.
 
     Raises ConfigError for other sources and for shards.resize and shards.mode, DataError for tars that are compressed or damaged.
     """
@@ -126,7 +127,7 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What there is to do: the newest generation, everything listed, and the samples of it that are new."""
+    """The work of one run: the newest generation, everything listed, and the samples of it that are new."""
 
     store: Store
     source: Any  # any: every source kind has its own spec class
@@ -140,7 +141,7 @@ class _Work:
     adopt: bool
 
     def plan(self, claim: int) -> DatasetPlan:
-        """Return the plan of the new samples, its notes starting with what `auto` means here."""
+        """Return the plan of the new samples, its notes starting with the choice of `auto`."""
         files = files_of(self.fresh.sources) if self.adopt else None
         plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source, files)
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
@@ -172,8 +173,8 @@ def _compare(
         _warn(store, listing, asked, splits)
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     absent = {name: absent_values(spec) for name, spec in specs.items()}
-    require_same(store.url, "data set", identity, parent.identity, absent=absent)
-    warn_of_other_address(store, parent, source, listing)
+    require_same(store.url, "dataset", identity, parent.identity, absent=absent)
+    warn_if_address_changed(store, parent, source, listing)
     rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
     require_whole_bags(store, listing, rows)
@@ -183,7 +184,7 @@ def _compare(
 
 
 def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping[str, Any] | None:  # any: plain JSON data
-    """Return the identity under which a first generation of this very listing was begun and not finished, None if there is none."""
+    """Return the identity of an unfinished first generation of this same listing, None if there is none."""
     number = newest_of(names, "run") or 0
     claims = [name for claim in range(number, 0, -1) if (name := f"run.{claim:06d}.json") in names]
     wanted = listing.sha256() if claims else ""
@@ -196,7 +197,7 @@ def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping
 
 
 def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -> None:
-    """Log what is odd about the splits; whoever asked for none or for a hash knows it."""
+    """Log warnings about the splits; not for an explicit choice of none or hash."""
     if asked.by == "auto" or splits.by == "folders":
         for warning in split_warnings(listing, splits):
             logger.warning("%s: %s", store.url, warning)
@@ -211,8 +212,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
-    with ThreadPoolExecutor(1, "listing") as beside:  # nothing waits for it but the manifest
-        listing = beside.submit(_put_listing, store, claim, work.fresh)
+    with ThreadPoolExecutor(1, "listing") as background:  # only the manifest waits for it
+        listing = background.submit(_put_listing, store, claim, work.fresh)
         records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
         listed = listing.result()
     _require_good(store, records, work.shards.max_bad)
@@ -222,7 +223,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     if parent is not None:
-        warn_of_other_form(store, parent, manifest)
+        warn_if_format_changed(store, parent, manifest)
     return manifest
 
 
@@ -233,11 +234,11 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
 
 
 def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
-    """Commit keys, sources and source sizes of the planned samples: what the next append compares with."""
+    """Commit keys, sources and source sizes of the planned samples; the next append compares its listing with them."""
     name = f"listings/{claim:06d}.parquet"
     content = table_bytes(listing_table(listing), {"claim": claim})
-    # an earlier attempt's is as good: the claim stands for the same rows, Parquet's bytes may differ
-    return put_or_adopt(store, name, content, role="listing", accepts=lambda there, data: True)[0]
+    # an earlier attempt's file is equivalent: the claim fixes the rows, Parquet's bytes may differ
+    return put_or_adopt(store, name, content, role="listing", accepts=lambda existing, data: True)[0]
 
 
 def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:

@@ -1,4 +1,4 @@
-"""Part records + parent -> the next manifest. Pure: the same records give the same manifest on any machine, at any time."""
+"""Build the next manifest from part records and the parent. Pure: equal records give an equal manifest on any machine, at any time."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,11 @@ def next_manifest(
 ) -> DatasetManifest:
     """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses."""
     shards = [_shard_of(record) for record in records if record.rows]
-    rejected = [_rejected_of(record) for record in records if not record.rows]
+    rejected = [
+        RejectedPart(record.detail["split"], record.part, record.detail["planned"], record.detail["first_ordinal"], _quarantine_of(record))
+        for record in records
+        if not record.rows
+    ]
     splits = in_order([*(parent.shards if parent else ()), *shards])
     everything = [shard for split in splits.values() for shard in split]
     details = [record.detail for record in records]
@@ -45,19 +49,13 @@ def _shard_of(record: PartRecord) -> ShardRef:
         samples=record.rows,
         planned=detail["planned"],
         first_ordinal=detail["first_ordinal"],
-        tar=FileRef(**detail["tar"]) if "tar" in detail else record.file(".tar"),  # an adopted tar is no file of the data set
+        tar=FileRef(**detail["tar"]) if "tar" in detail else record.file(".tar"),  # an adopted tar is no file of the dataset
         index=next(ref for ref in record.files if ref.name.startswith("shards/") and ref.name.endswith(".parquet")),
         index_content_sha256=detail["content_sha256"],
         quarantine=_quarantine_of(record) if record.quarantined else None,
         quarantined=record.quarantined,
-        home=detail.get("home"),
+        tar_base_url=detail.get("home"),
         groups=detail.get("groups", 0),
-    )
-
-
-def _rejected_of(record: PartRecord) -> RejectedPart:
-    return RejectedPart(
-        record.detail["split"], record.part, record.detail["planned"], record.detail["first_ordinal"], _quarantine_of(record)
     )
 
 
@@ -76,13 +74,13 @@ def _statistics(known: Mapping[str, SplitStatistics], details: Sequence[Mapping[
     found = dict(known)
     for split in {detail["split"]: None for detail in details}:
         old = known.get(split, SplitStatistics(0, 0, 0, {}))
-        mine = [detail for detail in details if detail["split"] == split]
-        classes = _added(old.classes, mine, "classes")
+        own = [detail for detail in details if detail["split"] == split]
+        classes = _added(old.classes, own, "classes")
         classes.pop("", None)  # samples without a class
         found[split] = SplitStatistics(
-            samples=old.samples + sum(detail["samples"] for detail in mine),
-            quarantined=old.quarantined + sum(detail["quarantined"] for detail in mine),
-            bytes=old.bytes + sum(detail.get("bytes", 0) for detail in mine),
+            samples=old.samples + sum(detail["samples"] for detail in own),
+            quarantined=old.quarantined + sum(detail["quarantined"] for detail in own),
+            bytes=old.bytes + sum(detail.get("bytes", 0) for detail in own),
             classes=classes,
         )
     return found

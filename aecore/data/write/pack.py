@@ -1,8 +1,8 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
-The order is the task's; a sample whose bytes are damaged is left out and kept as a row for the quarantine. One that cannot be read ends
-the shard (StoreError): only bytes that were read whole are judged. Where the source is files and all in a block are plain images, nothing
-is done sample by sample in Python (`_take`); everything else goes through `_checked`, which says what is wrong, one thread beside it
+Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine. A read error ends the shard
+(StoreError): only complete bytes are judged. If the source is files and a block holds only plain images, nothing is done sample by sample
+in Python (`_write_fast`). Everything else goes through `_write_checked`, which finds the reason of a damage; one background thread
 hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
 """
 
@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.format.cuts import before
 from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
-from aecore.data.format.tar import BLOCK, PAGE, Packer, Samples
+from aecore.data.format.limits import exclusive_cumsum
+from aecore.data.format.tar import BLOCK, PAGE, Samples, TarPacker
 from aecore.data.sources import Source, reader
 from aecore.data.write.convert import Header, prepare
 from aecore.data.write.fast_path import PlainFiles, plain_files
@@ -35,38 +35,38 @@ from aecore.threads import BackgroundCall
 Int64s = NDArray[np.int64]
 T = TypeVar("T")
 Read = Callable[[str], tuple[str, bytes]]  # a source to its extension and bytes
-CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # so many blocks that are not plain, one after the other: the rest of the shard is not tried
+CHUNK_BYTES, IN_VAIN = 1 << 20, 4  # after this many consecutive blocks that are not plain, the fast path is no longer tried
 _MOST_TEXT = 2**31 - 1  # bytes of all texts in a column of an index
 _POWERS = 10 ** np.arange(1, 10)  # a class id has one digit more than the powers up to it
 
 
-class Pack:
+class ShardWriter:
     """The shard being written: good samples by column, bad samples by row, hash and size of the tar so far."""
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.hash = StreamHash()  # of the tar
-        self.headers: dict[Header, int] = {}  # and their numbers: a data set has few different ones
+        self.headers: dict[Header, int] = {}  # header -> code: a dataset has few different ones
         self.bad: list[tuple[int, str, str, str, str | None]] = []  # position, stage, reason, message, sha256
-        self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, numbers of the headers, sizes
+        self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
-        packed, files, ahead = Packer(), plain_files(source, self.task), len(self.task)
+        packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
         read = reader(source, self.task.sources)
-        cuts = [0, len(self.task)] if files is None else files.blocks.tolist()
+        bounds = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
-            block, num_blocks, in_vain = 0, len(cuts) - 1, 0
+            block, num_blocks, in_vain = 0, len(bounds) - 1, 0
             while block < num_blocks:
-                taken = 0 if files is None or in_vain == IN_VAIN else self._take(files, block, ahead, packed, file)
+                taken = 0 if files is None or in_vain == IN_VAIN else self._write_fast(files, block, most, packer, file)
                 block, in_vain = block + taken, 0 if taken else min(in_vain + 1, IN_VAIN)
-                if taken < ahead and block < num_blocks:  # this one is not plain
-                    self._pack(cuts[block], cuts[block + 1], read, packed, file)
+                if taken < most and block < num_blocks:  # this one is not plain
+                    self._write_checked(bounds[block], bounds[block + 1], read, packer, file)
                     block += 1
-                ahead = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
-            end = packed.end()
+                most = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
+            end = packer.end()
             self.hash.append(end)
             file.end(end)
 
@@ -77,22 +77,22 @@ class Pack:
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
 
-    def _pack(self, first: int, stop: int, read: Read, packed: Packer, file: DiskWriter) -> None:
-        """Take the samples [first, stop) one by one: read, check, pack; hash and write beside it."""
+    def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
+        """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
         with BackgroundCall(self._hash) as hashing, BackgroundCall(file.pages) as writing:
             while first < stop:
                 samples, first = self._checked(first, stop, read)
-                pages = packed(samples)
+                pages = packer(samples)
                 hashing(pages, samples)
                 writing(pages)
 
     def _hash(self, tar: memoryview, samples: Samples) -> None:
         self._digests.append(self.hash.update(tar, samples.contents))
 
-    def _take(self, files: PlainFiles, block: int, most: int, packed: Packer, file: DiskWriter) -> int:
-        """Take blocks of plain images from their files, from this block on up to one that needs a closer look; return how many."""
+    def _write_fast(self, files: PlainFiles, block: int, most: int, packer: TarPacker, file: DiskWriter) -> int:
+        """Write blocks of plain images from their files, from this block up to one that is not plain; return how many."""
         first = int(files.blocks[block])
-        with files.builder(block, most, packed, self.hash) as builder:
+        with files.builder(block, most, packer, self.hash) as builder:
             if builder is None:
                 return 0
             while (rows := builder.next_block()) is not None:
@@ -103,7 +103,7 @@ class Pack:
                 codes = np.array([self.headers.setdefault(header, len(self.headers)) for header in headers], np.int64)
                 count, sizes = rows.stop - rows.start, builder.files.ends[rows] - builder.files.begins[rows]
                 self._good.append((np.arange(first + rows.start, first + rows.stop), np.broadcast_to(codes, count), sizes))
-                if builder.submitted - builder.released > 2:  # two more are hashed meanwhile
+                if builder.submitted - builder.released > 2:  # two more are being hashed
                     file.pages(builder.finished_pages())
                     builder.release()
             while builder.released < builder.submitted:
@@ -111,12 +111,12 @@ class Pack:
                 builder.release()
         done = builder.files.blocks[builder.submitted]
         self._digests.append(builder.digests[:done])
-        packed.size = int(builder.files.starts[done])
-        packed.rest = builder.tail[: packed.size % PAGE].tobytes()
+        packer.size = int(builder.files.starts[done])
+        packer.rest = builder.tail[: packer.size % PAGE].tobytes()
         return builder.submitted
 
     def _headers_of(self, builder: TarBuilder, rows: slice, exts: list[str]) -> Sequence[Header] | None:
-        """Return the header of each of these images, or one that all have; None if one is of a kind that only `prepare` knows."""
+        """Return the header of each of these images, or the single header of all; None if one needs `prepare`."""
         facts = builder.facts[rows].view(f"V{builder.facts.itemsize}")
         different = slice(0, 1) if (facts == facts[0]).all() and len(set(exts)) == 1 else slice(None)
         keys = list(zip([fact.tobytes() for fact in facts[different]], exts[different], strict=True))
@@ -140,7 +140,7 @@ class Pack:
             try:
                 header, data = prepare(data, ext, shards)
             except BadSample as bad:
-                self._reject(position, "check", bad.reason, bad.message, data)
+                self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
@@ -155,12 +155,9 @@ class Pack:
         good = [keys[position] for position in positions]
         return Samples(good, exts, column, None if labels is None else labels[positions]), last
 
-    def _reject(self, position: int, stage: str, reason: str, message: str, data: bytes) -> None:
-        self.bad.append((position, stage, reason, message, hashlib.sha256(data).hexdigest()))
-
     @cached_property
     def good(self) -> tuple[Int64s, Int64s, Int64s]:
-        """Positions of the good samples in the task, the numbers of their headers, their sizes; known when all are read."""
+        """Positions of the good samples in the task, codes of their headers, their sizes; complete when all are read."""
         columns = zip(*self._good, strict=True) if self._good else [()] * 3
         positions, codes, sizes = (np.concatenate([np.zeros(0, np.int64), *column]) for column in columns)
         return positions, codes, sizes
@@ -173,42 +170,42 @@ class Pack:
         labels = None if task.labels is None else task.labels[rows]
         headers = list(self.headers)
         columns: dict[str, Any] = {  # any: lists and arrays
-            "key": _strings(_take(task.keys, positions)),
+            "key": _strings(_select(task.keys, positions)),
             "ordinal": task.ordinals[rows],
             "label": None if labels is None else pa.array(labels, pa.int32(), mask=labels < 0),
-            "label_name": _take(task.label_names, positions),
-            "source": _strings(_take(task.sources, positions)),
-            "sha256": _cut(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
+            "label_name": _select(task.label_names, positions),
+            "source": _strings(_select(task.sources, positions)),
+            "sha256": _split_text(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
             "members": _members([header.ext for header in headers], codes, sizes, labels),
             "width": pa.array([header.width for header in headers], pa.int32()).take(at),
             "height": pa.array([header.height for header in headers], pa.int32()).take(at),
             "mode": pa.array([header.mode for header in headers], pa.string()).take(at),
-            "group": _take(task.groups, positions),
+            "group": _select(task.groups, positions),
             "length": pa.array([header.length for header in headers], pa.int32()).take(at),
         }
         columns |= {name: values[rows] for name, values in task.columns.items()}
         return make_table(INDEX_SCHEMA, columns, len(rows))
 
     def counts(self) -> dict[str, Any]:
-        """Return what the manifest sums up: bytes of the tar, forms, extensions, samples per class name (or id), bags if there are any."""
-        forms: Counter[str] = Counter()
+        """Return the counts for the manifest: bytes of the tar, formats, extensions, samples per class name (or id), and bags."""
+        formats: Counter[str] = Counter()
         extensions: Counter[str] = Counter()
         rows, codes, _ = self.good
         for header, count in zip(self.headers, np.bincount(codes).tolist(), strict=True):
-            forms[header.form] += count
+            formats[header.format_text] += count
             extensions[header.ext] += count
         positions, labels = rows.tolist(), self.task.labels
-        names = _take(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
-        groups = _take(self.task.groups, positions)
+        names = _select(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
+        groups = _select(self.task.groups, positions)
         bags = {} if groups is None else {"groups": len(set(groups))}
-        return {"bytes": self.hash.size, "shapes": dict(forms), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
+        return {"bytes": self.hash.size, "shapes": dict(formats), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
 
     def quarantine(self) -> pa.Table:
         """Return the table of the bad samples."""
         positions, stages, reasons, messages, hashes = (list(column) for column in zip(*self.bad, strict=True))
         columns = {
-            "source": _take(self.task.sources, positions),
-            "key": _take(self.task.keys, positions),
+            "source": _select(self.task.sources, positions),
+            "key": _select(self.task.keys, positions),
             "ordinal": self.task.ordinals[positions],
             "split": [self.task.split] * len(positions),
             "stage": stages,
@@ -219,40 +216,40 @@ class Pack:
         return make_table(QUARANTINE_SCHEMA, columns, len(positions))
 
 
-def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs leave open what it holds
-    """Return the strings as an array, or as they are where one is not ASCII: half the time of pyarrow's own conversion."""
+def _strings(values: list[str]) -> Any:  # any: pyarrow's stubs do not give the type
+    """Return the strings as an array, or unchanged if one is not ASCII: half the time of pyarrow's own conversion."""
     joined = "".join(values)
-    return _cut(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
+    return _split_text(joined, np.fromiter(map(len, values), np.int64, len(values))) if joined.isascii() else values
 
 
-def _cut(joined: str, lengths: Int64s) -> Any:  # any: as above
-    """Return the strings of these lengths that stand in `joined`, which is ASCII, one after the other, as an array."""
-    offsets = before(lengths)
+def _split_text(joined: str, lengths: Int64s) -> Any:  # any: as above
+    """Return the consecutive strings of these lengths in `joined`, which is ASCII, as an array."""
+    offsets = exclusive_cumsum(lengths)
     if offsets[-1] > _MOST_TEXT:
         raise ConfigError(f"{len(lengths)} samples are too many for the index of one shard: lower shards.max_samples")
     return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(offsets.astype(np.int32).data), pa.py_buffer(joined.encode()))
 
 
 @overload
-def _take(values: list[T], positions: list[int]) -> list[T]: ...
+def _select(values: list[T], positions: list[int]) -> list[T]: ...
 
 
 @overload
-def _take(values: list[T] | None, positions: list[int]) -> list[T] | None: ...
+def _select(values: list[T] | None, positions: list[int]) -> list[T] | None: ...
 
 
-def _take(values: list[T] | None, positions: list[int]) -> list[T] | None:
+def _select(values: list[T] | None, positions: list[int]) -> list[T] | None:
     if values is None or len(values) == len(positions):  # nearly always all of them
         return values
     return [values[position] for position in positions]
 
 
 def _members(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
-    """Return a list array of ext, offset and size of every member, in the order and at the places where `Pack` wrote them.
+    """Return a list array of ext, offset and size of every member, in the order and at the offsets that `ShardWriter` wrote.
 
     `exts[codes]` are the extensions of the data members.
     """
-    names = sorted({*exts, "cls"})  # members of a sample stand by extension, so codes sort them
+    names = sorted({*exts, "cls"})  # members of a sample are sorted by extension, so codes sort them
     data = np.array([names.index(ext) for ext in exts])[codes]
     codes = np.stack([data, np.full_like(data, names.index("cls"))], axis=1)  # [N, 2]: data member, class member
     present = np.ones(codes.shape, bool)

@@ -1,8 +1,8 @@
-"""PURE: listing + config -> which sample goes to which shard of which split. No file is opened, no worker is known.
+"""PURE: plan which sample goes to which shard of which split, from the listing and the config. No file is opened.
 
 The write-time shuffle sorts by a hash of (seed, split, key), or of the group: it depends neither on the listing's order nor on
 any library's random stream. Samples of a group stay adjacent, in one shard. A bad sample found later leaves a short shard;
-nothing moves up.
+no other sample moves.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
-from aecore.data.format.cuts import before, cuts
+from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.write.spec import ShardSpec, ShardTask
@@ -42,7 +42,7 @@ class PlanSummary:
 
 @dataclass(frozen=True, slots=True)
 class DatasetPlan:
-    """The shards to write: tasks in manifest order, all class names (the parent's first), the splits that were chosen."""
+    """The shards to write: tasks in manifest order, all class names (the parent's first), the chosen splits."""
 
     tasks: tuple[ShardTask, ...]
     classes: tuple[str, ...]
@@ -51,7 +51,7 @@ class DatasetPlan:
     notes: tuple[str, ...]
 
     def summary(self, known: int = 0) -> PlanSummary:
-        """Return the counts; `known` is the number of listed samples that the data set has already."""
+        """Return the counts; `known` is the number of listed samples that the dataset has already."""
         samples: dict[str, int] = {}
         shards: dict[str, int] = {}
         for task in self.tasks:
@@ -71,14 +71,14 @@ def plan_dataset(
 ) -> DatasetPlan:  # any: every source kind has its own spec class
     """Return the plan for the samples of `listing`, all of them new to `parent`.
 
-    With `files`, the file in which each sample lies, shards follow these files, in the order of the listing.
+    With `files`, the file that holds each sample, shards follow these files, in the order of the listing.
 
     Raises
     ------
     DataError
         If two samples have one key, or a folder or column value cannot name a split.
     ConfigError
-        If the source does not have what `splits` asks for.
+        If the source does not have the folders or column that `splits` needs.
     """
     require_unique(listing)
     chosen = resolve_splits(listing, splits)
@@ -114,7 +114,7 @@ def plan_dataset(
 
 
 def require_unique(listing: Listing) -> None:
-    """DataError that names both sources if two samples of a listing (in whatever splits) have one key."""
+    """Raise DataError, which names both sources, if two samples of a listing (in any splits) have one key."""
     if len(set(listing.keys)) == len(listing):
         return
     seen: dict[str, str] = {}
@@ -134,7 +134,7 @@ def _label_names(listing: Listing, splits: SplitSpec) -> list[str] | None:
 
 
 def _grown(classes: Sequence[str], names: list[str] | None) -> tuple[str, ...]:
-    """Return the classes with the new names after them, sorted; numbers stand by value, so that class 10 of 100 is number 10."""
+    """Return the classes with the new names after them, sorted; numbers are sorted by value, so that class 10 of 100 is number 10."""
     new = set(names or ()) - {*classes, ""}
     return (*classes, *(sorted(new, key=lambda name: (int(name), name)) if all(map(_NUMBER.fullmatch, new)) else sorted(new)))
 
@@ -153,22 +153,22 @@ def _order(listing: Listing, rows: NDArray[np.int64], split: str, shards: ShardS
     codes = np.fromiter((numbers[group] for group in groups), dtype=np.int64, count=len(groups))
     if not shards.shuffle:
         return rows[np.argsort(codes, kind="stable")]
-    return rows[np.lexsort((codes, hashes(groups, f"order {shards.seed} {split}")))]  # the code parts groups of equal hashes
+    return rows[np.lexsort((codes, hashes(groups, f"order {shards.seed} {split}")))]  # the code separates groups of equal hashes
 
 
 def _runs(values: Sequence[str]) -> list[tuple[int, int]]:
     """Return [start, stop) of each run of equal values."""
-    cuts = [0, *(at for at, (left, right) in enumerate(itertools.pairwise(values), 1) if left != right), len(values)]
-    return list(itertools.pairwise(cuts))
+    bounds = [0, *(at for at, (left, right) in enumerate(itertools.pairwise(values), 1) if left != right), len(values)]
+    return list(itertools.pairwise(bounds))
 
 
 def _cut(listing: Listing, rows: NDArray[np.int64], shards: ShardSpec) -> list[tuple[int, int]]:
-    """Return [start, stop) of each shard: as many units as fit both limits, at least one (a unit is a sample or a whole group)."""
+    """Return [start, stop) of each shard: as many units (samples or whole groups) as fit both limits, at least one."""
     ends = np.arange(1, len(rows) + 1)
     if listing.groups is not None:
         groups = take(listing.groups, rows)
         last = [left != right for left, right in itertools.pairwise(groups)]
         ends = np.append(np.flatnonzero(last) + 1, len(rows))
     num = np.concatenate([[0], ends])  # samples, and bytes, before each unit
-    size = before(listing.sizes[rows])[num]
-    return [(int(num[start]), int(num[stop])) for start, stop in cuts((num, shards.max_samples), (size, shards.max_bytes))]
+    size = exclusive_cumsum(listing.sizes[rows])[num]
+    return [(int(num[start]), int(num[stop])) for start, stop in split_by_limits((num, shards.max_samples), (size, shards.max_bytes))]

@@ -19,7 +19,7 @@ import pyarrow as pa
 from aecore.artifact.commit import PartRecord, put_or_adopt, read_record, write_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import content_sha256, read_table, table_bytes
-from aecore.data.write.pack import Pack
+from aecore.data.write.pack import ShardWriter
 from aecore.data.write.spec import ShardTask
 from aecore.errors import ConfigError
 from aecore.store import FileRef, Store, unchecked_bodies
@@ -33,79 +33,79 @@ _log = logging.getLogger(__name__)
 def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     """Pack one shard and return the call that commits it; an earlier attempt's record is returned as it is (a rerun).
 
-    Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the record there is of another task; never
-    for a bad sample (see the record's `quarantined`).
+    Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the existing record is of another task;
+    never for a bad sample (see the record's `quarantined`).
     """
     known = read_record(store, task.stem)
     if known is not None:
         require_of_task(store, known, task)
         return lambda: known
     started = time.perf_counter()
-    pack = Pack(task)
+    writer = ShardWriter(task)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(store.stage())
         unchecked = unchecked_bodies()
-        pack.write(staged, source)
+        writer.write(staged, source)
         if unchecked := unchecked_bodies() - unchecked:
-            _log.info("shard %s: %d bodies were read from a bucket that gives no checksum of them", task.stem, unchecked)
-        return functools.partial(_commit, store, pack, staged, stack.pop_all(), time.perf_counter() - started)
+            _log.info("shard %s: %d bodies were read from a bucket that returned no checksum", task.stem, unchecked)
+        return functools.partial(_commit, store, writer, staged, stack.pop_all(), time.perf_counter() - started)
 
 
-def _commit(store: Store, pack: Pack, staged: Path, release: contextlib.ExitStack, pack_s: float) -> PartRecord:
+def _commit(store: Store, writer: ShardWriter, staged: Path, release: contextlib.ExitStack, pack_s: float) -> PartRecord:
     started = time.perf_counter()
     with release:
-        files, detail = _put_shard(store, pack, staged) if len(pack.good[0]) else ([], {})
-    return record_shard(store, pack, files, detail, pack_s, started)
+        files, detail = _put_shard(store, writer, staged) if len(writer.good[0]) else ([], {})
+    return record_shard(store, writer, files, detail, pack_s, started)
 
 
 def record_shard(
-    store: Store, pack: Pack, files: list[FileRef], detail: dict[str, Any], pack_s: float, started: float
+    store: Store, writer: ShardWriter, files: list[FileRef], detail: dict[str, Any], pack_s: float, started: float
 ) -> PartRecord:  # any: plain JSON data
     """Commit the quarantine and the record of a shard whose `files` are committed."""
-    task = pack.task
-    if pack.bad:
+    task = writer.task
+    if writer.bad:
         name, metadata = f"quarantine/{task.stem}.parquet", {"format": 1, "split": task.split, "stem": task.stem}
-        files.append(put_table(store, name, pack.quarantine(), metadata, "quarantine"))
-    detail |= place_of(task) | {"samples": len(pack.good[0]), "quarantined": len(pack.bad)}
-    detail |= {"reasons": dict(Counter(bad[2] for bad in pack.bad))}
+        files.append(put_table(store, name, writer.quarantine(), metadata, "quarantine"))
+    detail |= place_of(task) | {"samples": len(writer.good[0]), "quarantined": len(writer.bad)}
+    detail |= {"reasons": dict(Counter(bad[2] for bad in writer.bad))}
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
-    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(pack.good[0]), len(pack.bad), sum(timings.values()))
-    return write_record(store, PartRecord(task.stem, tuple(files), len(pack.good[0]), len(pack.bad), detail, timings))
+    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(writer.good[0]), len(writer.bad), sum(timings.values()))
+    return write_record(store, PartRecord(task.stem, tuple(files), len(writer.good[0]), len(writer.bad), detail, timings))
 
 
 def place_of(task: ShardTask) -> dict[str, Any]:
-    """Return what of a task's record is known before a byte is read."""
+    """Return the fields of a task's record that are known before a byte is read."""
     return {"split": task.split, "planned": len(task), "first_ordinal": int(task.ordinals[0]) if len(task) else 0}
 
 
 def require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
-    """ConfigError if the record was written for other samples: another version planned other shards under this name."""
+    """Raise ConfigError if the record was written for other samples: another version planned other shards under this name."""
     asked = place_of(task)
     there = {name: known.detail.get(name) for name in asked}
     if there != asked:
         raise ConfigError(
-            f"{store.url}: the recorded shard {task.stem} is of other samples than this plan gives it (there {there}, asked {asked}): "
+            f"{store.url}: the recorded shard {task.stem} is of other samples than in this plan (recorded {there}, planned {asked}): "
             "another version of this package may have written it; write to another URL"
         )
 
 
-def _put_shard(store: Store, pack: Pack, staged: Path) -> tuple[list[FileRef], dict[str, Any]]:
-    """Commit the tar, then the index, which is built while the tar goes to the disk (fsync).
+def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[FileRef], dict[str, Any]]:
+    """Commit the tar, then the index, which is built while the tar is written to the disk (fsync).
 
-    In this order: an index without its tar would bind a rerun to samples that it may find changed.
+    In this order, because an index without its tar would bind a rerun to samples that may have changed since.
     """
-    stem, sha256 = pack.task.stem, pack.hash.hexdigest()
+    stem, sha256 = writer.task.stem, writer.hash.hexdigest()
     with ThreadPoolExecutor(1) as background:
         committing = background.submit(store.put_staged, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
-        index = pack.index()
-        detail = {"content_sha256": content_sha256(index), **pack.counts()}
+        index = writer.index()
+        detail = {"content_sha256": content_sha256(index), **writer.counts()}
         tar = committing.result()
-    metadata = {"format": 1, "split": pack.task.split, "stem": stem, "tar_sha256": sha256}
+    metadata = {"format": 1, "split": writer.task.split, "stem": stem, "tar_sha256": sha256}
     return [tar, put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 
 
 def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
-    """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is taken as it is."""
+    """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is kept."""
 
     def has_the_same_rows(there: FileRef, data: bytes) -> bool:
         return content_sha256(read_table(data, f"{store.url}/{there.name}")) == content_sha256(table)

@@ -1,4 +1,4 @@
-"""What travels to a worker that writes one shard: plain lists, arrays and specs, no sample bytes and no open files."""
+"""The task of a worker that writes one shard: plain lists, arrays and specs, no sample bytes and no open files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from aecore.registry import knob, spec
 
 @spec
 class ShardSpec:
-    """How samples become shards: how many per shard, in which order, in which form (`shards.*` of a recipe)."""
+    """How samples become shards: how many per shard, in which order, in which format (`shards.*` of a recipe)."""
 
     max_samples: int = knob(10_000, "samples per shard at most", ge=1)
     max_bytes: int = knob(256 << 20, "source bytes per shard at most (one larger sample gets a shard of its own)", ge=1)
@@ -25,7 +25,7 @@ class ShardSpec:
 
     @property
     def keeps_bytes(self) -> bool:
-        """Whether every good sample is stored as it is, known by its header alone."""
+        """Whether every good sample is stored unchanged, after a check of its header alone."""
         return self.resize is None and self.mode == "keep" and self.check == "header"
 
 
@@ -33,16 +33,26 @@ class ShardSpec:
 class ShardTask:
     """One shard to write: n planned samples of one split, in order; picklable, and a pure function of the plan.
 
-    Attributes:
-        split, stem: names of the split and of the part (`train`, `train-000000`).
-        source: spec of the source that reads the bytes.
-        keys, sources: n encoded keys, and n names that the source reads from.
-        sizes: `[n]` int64, bytes of each sample in the source when it was listed.
-        ordinals: `[n]` int64, planned position of each sample in its split.
-        labels, label_names: `[n]` int32 class ids and n names, None where the data has no labels.
-        groups: n names of bags, None where there are none.
-        columns: further index columns (factors, metadata), each `[n]`.
-        shards: resize, mode and check of the shards.
+    Attributes
+    ----------
+    split, stem : str
+        Names of the split and of the part (`train`, `train-000000`).
+    source : spec
+        Spec of the source that reads the bytes.
+    keys, sources : list of str
+        n encoded keys, and n names that the source reads from.
+    sizes : `[n]` int64
+        Bytes of each sample in the source when it was listed.
+    ordinals : `[n]` int64
+        Planned position of each sample in its split.
+    labels, label_names : `[n]` int32, list of str
+        Class ids and names, None if the data has no labels.
+    groups : list of str
+        n names of bags, None if there are none.
+    columns : mapping of `[n]` arrays
+        Further index columns (factors, metadata).
+    shards : ShardSpec
+        Resize, mode and check of the shards.
     """
 
     split: str

@@ -1,6 +1,6 @@
-"""PURE: which sample belongs to which split: folders, a column, or a hash.
+"""PURE: assign samples to splits by folders, a column, or a hash.
 
-A hash is of (seed, key), or of the group, so a sample keeps its split when the data set grows and whatever else is listed.
+A hash is of (seed, key), or of the group, so a sample keeps its split when the dataset grows, regardless of the other samples.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class SplitSpec:
 
     by: Literal["auto", "folders", "hash", "column", "none"] = knob(
         "auto",
-        "folders: the top folders, or what the names of tars say (valid, dev: val; training: train; ...); hash: of the key or group; "
-        "auto: folders if all of them say a split, else hash where val or test is set, else none",
+        "folders: the top folders, or the words in the names of tars (valid, dev: val; training: train; ...); hash: of the key or group; "
+        "auto: folders if all of them name a split, else hash where val or test is set, else none",
     )
     val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
     test: float = knob(0.0, "share of the training samples that becomes the split test, by hash", ge=0.0, le=1.0)
@@ -49,27 +49,27 @@ class SplitSpec:
 def resolve_splits(
     listing: Listing, splits: SplitSpec, recorded: Mapping[str, Any] | None = None, known: Collection[str] = ()
 ) -> SplitSpec:  # any: plain JSON data
-    """Return `splits` with `auto` replaced by what it means for this listing: folders, hash or none.
+    """Return `splits` with `auto` resolved for this listing: folders, hash or none.
 
-    A dataset that exists keeps the choice that it `recorded`, wherever that can still be made; `known` are the names of its splits.
+    An existing dataset keeps its `recorded` choice wherever that is still possible; `known` are the names of its splits.
     """
     if splits.by != "auto":
         return splits
-    tops = set(listing.splits or ()) - {""}  # what lies directly in the source's folder changes nothing
-    says = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
+    tops = set(listing.splits or ()) - {""}  # files directly in the source's folder change nothing
+    all_known = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
     kept = (recorded or {}).get("by")
-    if kept in ("none", "hash") or (kept == "folders" and says):
+    if kept in ("none", "hash") or (kept == "folders" and all_known):
         try:
             return dataclasses.replace(splits, by=kept)
         except ConfigError:
-            pass  # with splits.val and splits.test as they are asked it cannot be: the comparison of identities says so
-    if says:
+            pass  # not possible with the requested splits.val and splits.test: the comparison of identities reports it
+    if all_known:
         return dataclasses.replace(splits, by="folders")
     return dataclasses.replace(splits, by="hash" if splits.val or splits.test else "none")
 
 
 def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
-    """Return what the user should know of resolved `splits`: folders that look like splits and are none, samples in no split folder."""
+    """Return warnings about resolved `splits`: folders that look like splits and are not used, samples outside the split folders."""
     if splits.by in ("none", "hash"):
         folders = {key.rpartition("/")[0] for key in listing.keys}
         found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
@@ -77,7 +77,7 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
             return [
                 f"folders are named like splits ({', '.join(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
                 "apart: give the folder that holds nothing but split folders as source.url, or set splits.by=folders into a new dataset; "
-                f"if these are classes, splits.by={splits.by} says so"
+                f"if these are classes, set splits.by={splits.by} explicitly"
             ]
     if splits.by == "folders" and listing.splits is not None and "" in listing.splits:
         loose = [source.partition("#")[0] for source, top in zip(listing.sources, listing.splits, strict=True) if not top]
@@ -93,7 +93,7 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
 def assign_splits(listing: Listing, splits: SplitSpec, known: Collection[str] = ()) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
 
-    Folders named by a word for a split are stored under its usual name, unless theirs is among the `known` splits of the dataset.
+    Folders named by a word for a split are stored under its usual name, unless their own name is among the `known` splits of the dataset.
     """
     values = _split_values(listing, splits, known)
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
@@ -141,7 +141,7 @@ def _rows_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
 
 
 def hashes(names: Sequence[str], salt: str) -> NDArray[np.uint64]:
-    """Return 64 hash bits of each name: the same for ever and everywhere (about 1 us each)."""
+    """Return 64 hash bits of each name: stable across versions and machines (about 1 us each)."""
     start = hashlib.blake2b(salt.encode() + b"\0", digest_size=8)
     out = bytearray()
     for name in names:

@@ -27,8 +27,8 @@ int64_t read_whole(int file, uint8_t *buffer, int64_t room, int64_t expected, in
     return -2;
 }
 
-/* Read [offsets[i], offsets[i] + ends[i] - begins[i]) of a file into [begins[i], ends[i]) of `buffer`, for each of `n` pieces; `ends` becomes
- * where the bytes end if the file has fewer. Return 0, or the number of the error. */
+/* Read [offsets[i], offsets[i] + ends[i] - begins[i]) of a file into [begins[i], ends[i]) of `buffer`, for each of `n` pieces; `ends` is
+ * lowered where the file has fewer bytes. Return 0, or errno. */
 int64_t aecore_read_pieces(int file, const int64_t *offsets, int64_t n, uint8_t *buffer, const int64_t *begins, int64_t *ends) {
     for (int64_t i = 0; i < n; i++) {
         int64_t at = begins[i];
@@ -44,7 +44,7 @@ int64_t aecore_read_pieces(int file, const int64_t *offsets, int64_t n, uint8_t 
 
 static int by_name(const void *one, const void *other) { return strcmp(*(char *const *)one, *(char *const *)other); }
 
-/* List an open folder, sorted: names into `names`, each ended by a zero byte, and into `sizes` the bytes of regular files, -1 for everything
+/* List an open folder, sorted: zero-terminated names into `names`, and into `sizes` the bytes of regular files, -1 for everything
  * else. `room` is as large as `names`, `order` has a place for each of `most` names.
  *
  * Return the bytes of all names, or -1 if they do not fit (`capacity` bytes of names, `most` of them), or -2 if the folder cannot be read. */

@@ -37,7 +37,7 @@ static uint32_t number(const uint8_t *data, int bytes) {
     return value;
 }
 
-/* A PNG whose chunks fit their checksums up to IEND, with an IDAT among them. */
+/* A PNG whose chunks match their checksums up to IEND, with an IDAT among them. */
 static Facts examine_png(const uint8_t *data, int64_t size) {
     static const uint8_t start[16] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n', 0, 0, 0, 13, 'I', 'H', 'D', 'R'};
     Facts none = {0}, found = {.kind = 1};
@@ -92,7 +92,7 @@ Facts examine(const uint8_t *file, int64_t size) {
     return file[0] == 0xFF && file[1] == 0xD8 ? examine_jpeg(file, size) : none;
 }
 
-/* Say what each of `n` files at [begins[i], ends[i]) of `data` is. */
+/* Set the facts of each of `n` files at [begins[i], ends[i]) of `data`. */
 void aecore_examine(const uint8_t *data, const int64_t *begins, const int64_t *ends, int64_t n, Facts *facts) {
     for (int64_t i = 0; i < n; i++) facts[i] = examine(data + begins[i], ends[i] - begins[i]);
 }
@@ -127,7 +127,7 @@ static int unfilter(const uint8_t *rows, uint8_t *pixels, int64_t height, int64_
     return 1;
 }
 
-/* Whether a chunk changes nothing of the stored pixels; what is not known is for libpng to judge. */
+/* Return whether a chunk leaves the stored pixels unchanged; unknown chunks are left to libpng. */
 static int is_harmless(const uint8_t *name) {
     static const char known[][5] = {"tEXt", "zTXt", "iTXt", "tIME", "pHYs", "gAMA", "cHRM", "sRGB", "iCCP", "sBIT", "bKGD", "eXIf", "tRNS"};
     for (unsigned k = 0; k < sizeof known / sizeof *known; k++)

@@ -1,7 +1,7 @@
 /* sha256 (FIPS 180-4) with the processor's own instructions (SHA-NI), two messages at a time.
  *
  * A round waits for the round before, so one message leaves half of the unit idle; a second one fills it (1.5 times the bytes per second).
- * Wider vector instructions are not mixed in: AVX-512 beside SHA-NI gained 10 % on an AMD EPYC, and was 60 times slower than
+ * Wider vector instructions are not mixed in: AVX-512 together with SHA-NI gained 10 % on an AMD EPYC, and was 60 times slower than
  * SHA-NI alone on an Intel Xeon.
  */
 
@@ -26,7 +26,7 @@ static const uint32_t K[64] __attribute__((aligned(16))) = {
 static const uint32_t START[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
 
 typedef struct {
-    __m128i abef, cdgh; /* the eight working variables, as the instructions want them */
+    __m128i abef, cdgh; /* the eight working variables, as the instructions need them */
     __m128i words[4];   /* 16 words of the message schedule */
 } Rounds;
 
@@ -100,7 +100,7 @@ typedef struct {
     uint32_t own[8], *state;   /* of a message, or the caller's */
     const uint8_t *data;       /* what is hashed next */
     int64_t blocks;            /* whole ones there */
-    uint8_t end[128], *digest; /* last bytes of a message with its padding; where its digest goes, NULL where there is none to come */
+    uint8_t end[128], *digest; /* last bytes of a message with its padding; where its digest goes, NULL if there is none */
     int64_t end_blocks;
 } Job;
 

@@ -14,7 +14,7 @@ static void write_octal(uint8_t *field, int64_t value, int digits) {
 
 int64_t stored_size(int64_t size) { return BLOCK + size + (-size & (BLOCK - 1)); }
 
-/* Write what stands around the `size` bytes of a member: before them a copy of the header `blank` with name, size and checksum, behind them
+/* Write the frame of the `size` bytes of a member: before them a copy of the header `blank` with name, size and checksum, after them
  * zeros up to a full block. */
 static void frame_member(uint8_t *buffer, const uint8_t *blank, const char *name, size_t name_size, int64_t size) {
     uint32_t sum = 0;
@@ -46,8 +46,8 @@ uint8_t *frame_sample(uint8_t *buffer, const uint8_t *blank, const char *name, i
     return member + BLOCK;
 }
 
-/* Write `n` samples one after the other: the data at [begins[i], ends[i]) under its name, which is ended by a zero byte, and its label.
- * `blank` has spaces in its checksum's place. */
+/* Write `n` samples one after the other: the data at [begins[i], ends[i]) under its zero-terminated name, and its label.
+ * `blank` has spaces in its checksum field. */
 void aecore_pack(uint8_t *buffer, const uint8_t *blank, const char *names, const uint8_t *data, const int64_t *begins, const int64_t *ends,
                  const int32_t *labels, int64_t n) {
     for (int64_t i = 0; i < n; i++, names += strlen(names) + 1) {

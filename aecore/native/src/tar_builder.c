@@ -1,9 +1,9 @@
 /* From files to a tar.
  *
- * The samples are cut into blocks. Two threads read blocks, each file to its place in the tar, and write the headers around it; one thread
- * where files are large: hashing those takes longer than reading. The caller takes the blocks in their order (`aecore_builder_next_block`), looks at
- * their facts and lets them be hashed (`aecore_builder_submit`), which a third thread does; then the caller has the pages of the tar that they
- * fill (`aecore_builder_finished_pages`) to write, and releases their memory.
+ * The samples are cut into blocks. Two threads read blocks, each file at its offset in the tar, and write the headers around it; one thread
+ * if files are large: hashing those takes longer than reading. The caller takes the blocks in their order (`aecore_builder_next_block`), checks
+ * their facts and submits them (`aecore_builder_submit`) to a third thread, which hashes them; then the caller writes the pages of the tar
+ * that they fill (`aecore_builder_finished_pages`) and releases their memory.
  */
 
 #define _GNU_SOURCE
@@ -22,7 +22,7 @@ enum { MOST_WAITING = 32, READERS = 2, LARGE = 4096, PAGE = 4096, UNREAD = 0, PL
 
 typedef struct {
     int64_t folder, num_blocks, num_slots, slot_bytes;
-    const char *paths, *names;                  /* each ended by a zero byte */
+    const char *paths, *names;                  /* zero-terminated */
     const int64_t *path_at, *name_at;           /* where each begins */
     const int32_t *labels;                      /* negative: none */
     const int64_t *starts, *begins, *ends;      /* of each sample in the tar: its first header, its data */
@@ -30,7 +30,7 @@ typedef struct {
     const uint8_t *blank;                       /* header */
     uint8_t *slots;                             /* memory for `num_slots` blocks, each from a page on */
     uint32_t *state;                            /* of the tar's hash */
-    uint8_t *digests, *tail;                    /* of the samples; what the tar has after its last full page */
+    uint8_t *digests, *tail;                    /* of the samples; bytes of the tar after its last full page */
     Facts *facts;                               /* of the samples */
 } Given;
 
@@ -46,13 +46,13 @@ typedef struct {
 
 static int64_t page_of(int64_t place) { return place & ~(int64_t)(PAGE - 1); }
 
-/* Return the memory of a block, and the place in the tar of its first byte. */
+/* Return the memory of a block, and the offset in the tar of its first byte. */
 static uint8_t *slot_of(const Builder *builder, int64_t block, int64_t *origin) {
     *origin = page_of(builder->given.starts[builder->given.blocks[block]]);
     return builder->given.slots + block % builder->given.num_slots * builder->given.slot_bytes;
 }
 
-/* Write all but the data of a sample that was read; 0 if it has another size than expected, or is no image that is known. */
+/* Write all but the data of a sample that was read; 0 if it has another size than expected, or is not a known image. */
 static int finish_sample(const Given *given, int64_t i, uint8_t *slot, int64_t origin, int64_t size) {
     if (size != given->ends[i] - given->begins[i]) return 0;
     given->facts[i] = examine(slot + (given->begins[i] - origin), size);
@@ -72,7 +72,7 @@ static int read_block(const Builder *builder, int64_t block) {
         int64_t expected = given->ends[i < stop ? i : stop - 1] - given->begins[i < stop ? i : stop - 1], size = -1;
         int file = -1, full = num == MOST_WAITING || i == stop || !plain;
         if (!full) {
-            file = openat((int)given->folder, given->paths + given->path_at[i], O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a FIFO does not hold us up */
+            file = openat((int)given->folder, given->paths + given->path_at[i], O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a FIFO does not block */
             full = file < 0 && num && (errno == EMFILE || errno == ENFILE);
         }
         if (full) {
@@ -135,7 +135,7 @@ static void *hasher(void *argument) {
     pthread_mutex_lock(&builder->lock);
     for (;;) {
         while (!builder->stopped && builder->hashed == builder->submitted) pthread_cond_wait(&builder->changed, &builder->lock);
-        if (builder->hashed == builder->submitted) break; /* what was submitted is hashed also when no more is to come */
+        if (builder->hashed == builder->submitted) break; /* submitted blocks are hashed even after the end */
         pthread_mutex_unlock(&builder->lock);
         hash_block(builder, builder->hashed);
         pthread_mutex_lock(&builder->lock);
@@ -163,7 +163,7 @@ void aecore_builder_stop(Builder **begun) {
 }
 
 /* Begin, and leave the builder at `begun`, NULL there if there is no memory or no thread: as a result it would be lost, with its threads running, if
- * a signal raised an exception right after the call. What is given stays where it is until `aecore_builder_stop`. */
+ * a signal raised an exception right after the call. The arguments must stay at their addresses until `aecore_builder_stop`. */
 void aecore_builder_start(const Given *given, Builder **begun) {
     Builder *builder = calloc(1, sizeof *builder);
     *begun = NULL;
@@ -174,7 +174,7 @@ void aecore_builder_start(const Given *given, Builder **begun) {
     pthread_cond_init(&builder->changed, NULL);
     sigset_t all, before;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads that know Python */
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals go to Python's threads */
     int64_t count = given->blocks[given->num_blocks], num_readers = given->starts[count] - given->starts[0] > LARGE * count ? 1 : READERS;
     for (int k = 0; builder->kinds && k <= num_readers; k++) {
         if (pthread_create(&builder->threads[k], NULL, k < num_readers ? reader : hasher, builder) != 0) break;
@@ -195,7 +195,7 @@ int64_t aecore_builder_next_block(Builder *builder) {
     return plain;
 }
 
-/* Let the block that was read last be hashed. */
+/* Submit the block that was read last for hashing. */
 void aecore_builder_submit(Builder *builder) {
     pthread_mutex_lock(&builder->lock);
     builder->submitted++;
@@ -203,7 +203,7 @@ void aecore_builder_submit(Builder *builder) {
     pthread_mutex_unlock(&builder->lock);
 }
 
-/* Wait until the oldest submitted block that was not given back is hashed; return the bytes of the full pages that end in it. */
+/* Wait until the oldest submitted and not released block is hashed; return the bytes of the full pages that end in it. */
 int64_t aecore_builder_finished_pages(Builder *builder) {
     int64_t origin;
     pthread_mutex_lock(&builder->lock);
@@ -213,7 +213,7 @@ int64_t aecore_builder_finished_pages(Builder *builder) {
     return page_of(builder->given.starts[builder->given.blocks[builder->released + 1]]) - origin;
 }
 
-/* Give its memory back. */
+/* Release its memory. */
 void aecore_builder_release(Builder *builder) {
     pthread_mutex_lock(&builder->lock);
     builder->released++;

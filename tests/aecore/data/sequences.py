@@ -1,4 +1,4 @@
-"""Folders of sequences as `.npy` files, and data sets of them: waves of numbers and sentences of token ids, of many lengths."""
+"""Folders of sequences as `.npy` files, and datasets of them: waves of numbers and sentences of token ids, of many lengths."""
 
 from pathlib import Path
 

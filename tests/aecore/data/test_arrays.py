@@ -66,7 +66,7 @@ class TestFormats:
         assert (len(found), found.splits, found.label_names) == (12, None, None)
         ext, data = source(tmp_path).read(found.sources[3])
         assert (ext, len(data)) == ("png", found.sizes[3])
-        assert image_header(data, "png").form == "5x7x1/L"
+        assert image_header(data, "png").format_text == "5x7x1/L"
         assert np.array_equal(pixels_of(data), PIXELS[3])
 
     @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -204,15 +204,19 @@ class TestRefused:
             ({"images": PIXELS, "labels": LABELS[:5]}, {}, r"'labels'\) has 5 rows, images has 12"),
             ({"images": PIXELS, "factor_a": LABELS[:5]}, {}, r"'factor_a'\) has 5 rows, images has 12"),
             ({"images": PIXELS[:0]}, {}, r"shape \(0, 5, 7\): expected \[N, ...\] with at least one row"),
-            ({"a": PIXELS, "b": PIXELS}, {}, "the arrays a, b, none named images: say which one holds the samples with source.images"),
+            (
+                {"a": PIXELS, "b": PIXELS},
+                {},
+                "the arrays a, b, none named images: choose the one that holds the samples with source.images",
+            ),
             ({"pictures": PIXELS}, {"images": "picture"}, "no array 'picture' .did you mean 'pictures'"),
             ({"images": PIXELS, "digits": LABELS}, {"labels": "digit"}, "no array 'digit' .did you mean 'digits'"),
             ({"images": PIXELS, "data": PIXELS}, {}, r"several arrays that may hold the samples \(images, data\)"),
             ({"images": PIXELS, "labels": np.eye(12)}, {}, r"shape \(12, 12\): labels are one number or name.*argmax"),
             ({"images": PIXELS, "labels": LABELS + 0.5}, {}, "holds fractions"),
             ({"x": PIXELS, "n": LABELS[:5]}, {"lengths": "n"}, r"'n'\) has 5 rows, x has 12"),
-            ({"x": PIXELS, "n": LABELS % 5}, {"lengths": "n"}, "says 0 steps for row 0, the rows of x have 1 to 5: leave empty rows out"),
-            ({"x": PIXELS, "n": LABELS * 0 + 6}, {"lengths": "n"}, "says 6 steps for row 0, the rows of x have 1 to 5"),
+            ({"x": PIXELS, "n": LABELS % 5}, {"lengths": "n"}, "gives 0 steps for row 0, the rows of x have 1 to 5: leave empty rows out"),
+            ({"x": PIXELS, "n": LABELS * 0 + 6}, {"lengths": "n"}, "gives 6 steps for row 0, the rows of x have 1 to 5"),
             ({"x": PIXELS, "n": LABELS / 2}, {"lengths": "n"}, "lengths are one whole number for each row"),
             ({"x": PIXELS, "steps": LABELS}, {"lengths": "step"}, "no array 'step' .did you mean 'steps'.*source.lengths"),
         ],

@@ -135,7 +135,7 @@ def test_wrong_arrays_of_bags_are_refused(tmp_path):
         ArraysSource(ArraysSpec(url=str(tmp_path / "a.npz"), group="bags")).listing()
     np.save(tmp_path / "b.npy", np.zeros((3, 2)))
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), bags=np.zeros(3))
-    with pytest.raises(DataError, match="b.npy is no array of an .npz, so source.group names no bags in it"):
+    with pytest.raises(DataError, match="b.npy is no array of an .npz, so source.group cannot name bags in it"):
         ArraysSource(ArraysSpec(url=str(tmp_path), group="bags")).listing()
 
 
@@ -153,7 +153,7 @@ def test_a_folder_is_a_bag_and_the_folders_above_it_its_label(tmp_path):
 
 def test_a_file_that_lies_in_no_folder_has_no_bag(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(image(1)))
-    with pytest.raises(DataError, match="a.png lies in no folder, and source.group=parent takes the folder of a file as its bag"):
+    with pytest.raises(DataError, match="a.png is in no folder, and source.group=parent takes the folder of a file as its bag"):
         FolderSource(FolderSpec(url=str(tmp_path), group="parent")).listing()
 
 
@@ -272,7 +272,7 @@ def test_positions_of_all_ranks_number_the_instances_whatever_the_order(dataset,
 def test_a_bag_in_two_places_is_refused(dataset):
     split = SplitRows(dataset, "train", "imagecodecs")
     again = dataclasses.replace(dataset.manifest, splits={"train": (split.shards[0], *split.shards)})
-    with pytest.raises(DataError, match=r"bag 'raw/\d+' of shard train-000000 lies in two places"):
+    with pytest.raises(DataError, match=r"bag 'raw/\d+' of shard train-000000 is stored in two pieces"):
         Bags(SplitRows(Dataset(dataset.store, again), "train", "imagecodecs"))
 
 

@@ -26,8 +26,8 @@ from aecore.data.write.spec import ShardSpec
 from aecore.errors import StoreError
 from aecore.registry import SOURCES
 from aecore.store import _again as again_module
+from tests.aecore.data.test_external_tars import two_tars
 from tests.aecore.data.test_faults_s3 import pictures, written
-from tests.aecore.data.test_foreign import two_tars
 from tests.aecore.data.test_stream import batches
 
 FAULTS = (errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT)
@@ -244,9 +244,9 @@ from aecore.data.write.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import AecoreError
-from aecore.data.write.pack import Pack
-take, taken = Pack._take, []
-Pack._take = lambda *args: taken.append(take(*args)) or taken[-1]
+from aecore.data.write.pack import ShardWriter
+take, taken = ShardWriter._write_fast, []
+ShardWriter._write_fast = lambda *args: taken.append(take(*args)) or taken[-1]
 try:
     shard_dataset(FolderSpec(url=sys.argv[1]), sys.argv[2], shards=ShardSpec(max_bad=0.1, max_samples=20))
 except AecoreError as error:

@@ -19,7 +19,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.errors import StoreError
 from aecore.store import _s3_client as client_module
 from aecore.store import open_files, open_store, unchecked_bodies
-from tests.aecore.data.test_foreign import two_tars
+from tests.aecore.data.test_external_tars import two_tars
 from tests.s3 import S3
 from tests.s3.proxy import FaultProxy
 
@@ -221,14 +221,14 @@ class TestChecksums:
         s3_proxy.headers = {"ETag": '"0-2"'}
         caplog.set_level(logging.INFO)
         shard_dataset(FolderSpec(url=f"{bad_s3.url}/in"), str(tmp_path / "ds"))
-        assert any("2 bodies were read from a bucket that gives no checksum of them" in message for message in caplog.messages)
+        assert any("2 bodies were read from a bucket that returned no checksum" in message for message in caplog.messages)
 
     def test_a_service_that_knows_no_checksum_mode_is_asked_without(self, read, s3_proxy: FaultProxy) -> None:
         s3_proxy.headers = {"x-amz-checksum-crc32": base64.b64encode(zlib.crc32(self.data).to_bytes(4, "big")).decode()}
         s3_proxy.add("^GET", "status", status=501, code="NotImplemented")
         assert [read(), read()] == [self.data] * 2
         assert s3_proxy.seen("^GET") == 3
-        s3_proxy.add("^GET", "flip")  # nobody compares a checksum that was not asked for: the ETag is
+        s3_proxy.add("^GET", "flip")  # a checksum that was not requested is not compared: the ETag is
         assert read() == self.data
 
     def test_our_own_files_are_compared_with_what_the_manifest_says(self, bad_s3: S3, s3_proxy: FaultProxy) -> None:

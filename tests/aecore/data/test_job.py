@@ -136,7 +136,7 @@ def test_a_known_sample_that_changed_is_a_data_error_and_nothing_is_written(tmp_
     for number in (1, 2, 3):
         (tmp_path / "in" / "ab"[number % 2] / f"{number:03d}.png").write_bytes(encoded(image(number, side=9)))
     images(tmp_path / "in", [20])
-    with pytest.raises(DataError, match=r"3 samples have other sizes than .*'a/002.png', 'b/001.png', 'b/003.png'\. A data set only grows"):
+    with pytest.raises(DataError, match=r"3 samples have other sizes than .*'a/002.png', 'b/001.png', 'b/003.png'\. A dataset only grows"):
         shard(source, tmp_path / "out", max_bad=0.5)
     assert snapshot(tmp_path / "out") == before
 
@@ -340,13 +340,13 @@ for fault in sys.stdin.read().split():  # one interpreter forks all the processe
 
 
 def poll(root, done, wrong):
-    """What a reader sees while processes die: no data set, or a whole one."""
+    """What a reader sees while processes die: no dataset, or a whole one."""
     while not done.wait(0.02):
         for url in root.glob("*"):
             try:
                 dataset = open_dataset(str(url))
             except DataError as error:
-                wrong += [] if "holds no data set" in str(error) or "holds an unfinished run" in str(error) else [str(error)]
+                wrong += [] if "holds no dataset" in str(error) or "holds an unfinished run" in str(error) else [str(error)]
                 continue
             wrong += verify_dataset(dataset).problems
 

@@ -42,7 +42,7 @@ def require_uniform(counts: np.ndarray) -> None:
 def test_partners_share_the_label_and_every_other_sample_is_as_likely() -> None:
     labels = np.array([0, 1, 0, 2, 1, 0, 2, 0])
     partners = by_label(labels.tolist())
-    drawn = np.stack([partners.of(np.arange(8), epoch) for epoch in range(3000)])
+    drawn = np.stack([partners.partners_of(np.arange(8), epoch) for epoch in range(3000)])
     assert (labels[drawn] == labels).all()
     assert (drawn != np.arange(8)).all()
     require_uniform(np.bincount(drawn[:, 2], minlength=8)[[0, 5, 7]])
@@ -54,7 +54,7 @@ def test_partners_share_the_label_and_every_other_sample_is_as_likely() -> None:
 
 def test_a_sample_alone_in_its_class_is_its_own_partner_and_a_note_says_so() -> None:
     partners = by_label([0, 1, 0, 2])
-    assert partners.of(np.array([1, 3, 0]), 0).tolist() == [1, 3, 2]
+    assert partners.partners_of(np.array([1, 3, 0]), 0).tolist() == [1, 3, 2]
     assert partners.notes[-1] == "2 of 3 classes in here have one sample, which is paired with itself"
     assert len(by_label([0, 0, 1, 1]).notes) == 1
     with pytest.raises(DataError, match="every class in here has one sample"):
@@ -67,7 +67,7 @@ def test_a_sample_alone_in_its_class_is_its_own_partner_and_a_note_says_so() -> 
 def test_partners_differ_in_exactly_k_factors_every_set_alike(k: int) -> None:
     partners = by_factors(GRID, k)
     rows = np.arange(len(GRID))
-    drawn = np.concatenate([partners.of(rows, epoch) for epoch in range(40)])
+    drawn = np.concatenate([partners.partners_of(rows, epoch) for epoch in range(40)])
     changed = GRID[drawn] != np.tile(GRID, (40, 1))
     assert (changed.sum(1) == k).all()
     sets = [list(chosen) for chosen in itertools.combinations(range(4), k)]
@@ -79,7 +79,7 @@ def test_partners_differ_in_exactly_k_factors_every_set_alike(k: int) -> None:
 
 def test_a_random_k_is_drawn_per_pair_from_one_to_one_less_than_all() -> None:
     partners = by_factors(GRID)
-    drawn = np.concatenate([partners.of(np.arange(len(GRID)), epoch) for epoch in range(20)])
+    drawn = np.concatenate([partners.partners_of(np.arange(len(GRID)), epoch) for epoch in range(20)])
     differing = (GRID[drawn] != np.tile(GRID, (20, 1))).sum(1)
     require_uniform(np.bincount(differing, minlength=5)[1:4])
     assert set(differing) == {1, 2, 3}
@@ -89,7 +89,7 @@ def test_a_random_k_is_drawn_per_pair_from_one_to_one_less_than_all() -> None:
 def test_in_a_grid_with_holes_partners_still_differ_in_k_factors(k: object) -> None:
     present = GRID[np.random.default_rng(0).random(len(GRID)) < 0.3]
     partners = by_factors(present, k)
-    found = np.concatenate([partners.of(np.arange(len(present)), epoch) for epoch in range(30)])
+    found = np.concatenate([partners.partners_of(np.arange(len(present)), epoch) for epoch in range(30)])
     differing = (present[found] != np.tile(present, (30, 1))).sum(1).reshape(30, -1)
     possible = np.array([[((present != row).sum(1) == number).any() for number in range(5)] for row in present])
     if k == "random":
@@ -102,14 +102,14 @@ def test_in_a_grid_with_holes_partners_still_differ_in_k_factors(k: object) -> N
 def test_samples_of_the_same_factors_are_as_likely_as_each_other() -> None:
     twice = np.repeat(np.array([[0, 0], [0, 1], [1, 1]]), [1, 3, 2], axis=0)
     partners = by_factors(twice, 1)
-    drawn = np.array([partners.of(np.array([0]), epoch)[0] for epoch in range(300)])
+    drawn = np.array([partners.partners_of(np.array([0]), epoch)[0] for epoch in range(300)])
     require_uniform(np.bincount(drawn, minlength=6)[1:4])
 
 
 def test_factors_without_partners_are_noted_or_refused() -> None:
     some = by_factors(np.array([[0, 0, 0], [0, 0, 1], [1, 1, 0], [2, 2, 2]]), 1)
-    assert some.of(np.arange(4), 0).tolist() == [1, 0, 2, 3]
-    assert "2 of 4 samples looked at in here have no partner that differs in 1 of 3 factors: paired with themselves" in some.notes[-1]
+    assert some.partners_of(np.arange(4), 0).tolist() == [1, 0, 2, 3]
+    assert "2 of 4 sampled rows of here have no partner that differs in 1 of 3 factors: paired with themselves" in some.notes[-1]
     with pytest.raises(DataError, match="no two samples of here differ in 1 of 3 factors \\(f0, f1, f2\\): use another pairs.k"):
         by_factors(np.array([[0, 0, 0], [1, 1, 1], [2, 2, 2]]), 1)
     with pytest.raises(DataError, match="at least 2 factor_\\* columns that vary in here, found f1: use pairs.by=label"):
@@ -123,12 +123,12 @@ def test_factors_without_partners_are_noted_or_refused() -> None:
 def test_partners_depend_on_split_seed_epoch_and_ordinal_only() -> None:
     rows = np.arange(len(GRID))
     partners = by_factors(GRID)
-    together = partners.of(rows, 3)
-    alone = np.concatenate([partners.of(rows[start : start + 7], 3) for start in range(0, len(rows), 7)])
+    together = partners.partners_of(rows, 3)
+    alone = np.concatenate([partners.partners_of(rows[start : start + 7], 3) for start in range(0, len(rows), 7)])
     assert (together == alone).all()
-    for other in (by_factors(GRID, key="other").of(rows, 3), partners.of(rows, 4)):
+    for other in (by_factors(GRID, key="other").partners_of(rows, 3), partners.partners_of(rows, 4)):
         assert (together != other).mean() > 0.8
-    pinned = by_label([0] * 1000).of(np.array([0, 1, 2, 3, 999]), 7)
+    pinned = by_label([0] * 1000).partners_of(np.array([0, 1, 2, 3, 999]), 7)
     assert pinned.tolist() == [964, 23, 395, 779, 171], "runs in progress would draw other pairs"
 
 

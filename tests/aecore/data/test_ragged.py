@@ -114,8 +114,8 @@ def test_a_model_that_takes_no_lengths_is_told_which_does(tmp_path: Path) -> Non
 def test_sequences_differ_in_their_first_axis_alone(forms: list[str], shape: tuple[int, ...] | None) -> None:
     assert sequence_shape(set(map(SampleFormat.parse, forms))) == shape
     if shape is None:
-        with pytest.raises(DataError, match="different forms"):
-            SampleFormat.of(dict.fromkeys(forms, 1), sequences=True)
+        with pytest.raises(DataError, match="different formats"):
+            SampleFormat.from_shapes(dict.fromkeys(forms, 1), sequences=True)
 
 
 def test_float_sequences_are_scaled_to_contiguous_batches(tmp_path: Path) -> None:

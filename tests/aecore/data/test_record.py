@@ -23,8 +23,9 @@ from aecore.data.format.record import (
     require_allowed,
 )
 from aecore.data.format.sample_format import SampleFormat
-from aecore.data.format.tar import Packer, Samples
+from aecore.data.format.tar import Samples, TarPacker
 from aecore.errors import DataError
+from aecore.native.bytes_column import BytesColumn
 
 parts = st.one_of(
     st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), max_size=12),
@@ -47,9 +48,8 @@ def picture(*shape: int) -> np.ndarray:
 
 def as_webdataset_reads(keys: list[str]) -> list[dict]:
     """What webdataset finds in a shard of these keys, each with itself as data and its number as label."""
-    packer, sizes = Packer(), np.array([len(key) for key in keys])
-    ends, data = np.cumsum(sizes), np.frombuffer("".join(keys).encode(), np.uint8)
-    samples = Samples(keys, ["jpeg"], data, ends - sizes, ends, np.arange(len(keys), dtype=np.int32))
+    packer, column = TarPacker(), BytesColumn.from_bytes([key.encode() for key in keys])
+    samples = Samples(keys, ["jpeg"], column, np.arange(len(keys), dtype=np.int32))
     stream = io.BytesIO(bytes(packer(samples)) + packer.end())
     return list(group_by_keys(tar_file_expander([{"url": "x.tar", "stream": stream}])))
 
@@ -98,10 +98,10 @@ class TestPNG:
         assert Image.open(io.BytesIO(data)).mode == mode
 
     def test_sixteen_bits_and_palettes_are_told_apart(self):
-        assert image_header(encoded(np.full((4, 4), 300, np.uint16), "PNG"), "png").form == "4x4x1/I;16"
+        assert image_header(encoded(np.full((4, 4), 300, np.uint16), "PNG"), "png").format_text == "4x4x1/I;16"
         palette = io.BytesIO()
         Image.fromarray(picture(4, 4, 3)).quantize(5).save(palette, "PNG")
-        assert image_header(palette.getvalue(), "png").form == "4x4x3/P"
+        assert image_header(palette.getvalue(), "png").format_text == "4x4x3/P"
 
     def test_every_truncation_and_every_flipped_bit_is_found(self):
         data = encoded(picture(8, 8), "PNG")
@@ -163,7 +163,7 @@ class TestArrays:
         file = io.BytesIO()
         np.save(file, np.zeros((3, 4), np.float32))
         header = array_header(file.getvalue())
-        assert (header.shape, header.form, header.start) == ((3, 4), "3x4/float32", 128)
+        assert (header.shape, header.format_text, header.start) == ((3, 4), "3x4/float32", 128)
 
     def test_objects_truncations_and_rubbish_are_refused(self):
         file = io.BytesIO()
@@ -210,7 +210,7 @@ class TestArrays:
         bad += [headed("{'descr': '<f4', 'fortran_order': False, 'shape': (6,), 'more': 1}"), headed("{'descr': '<f4', 'shape': (6,)}")]
         bad += [headed("{'descr': '<f4', 'fortran_order': False, 'shape': (6,)}", pad=10_000)]
         for data in good:
-            pixels = Decoder("pillow", SampleFormat.of({array_header(data).form: 1})).batch([data])
+            pixels = Decoder("pillow", SampleFormat.from_shapes({array_header(data).format_text: 1})).batch([data])
             np.testing.assert_array_equal(pixels[0], np.load(io.BytesIO(data)))
         for data in bad:
             with pytest.raises(BadSample):
@@ -228,7 +228,7 @@ class TestArrays:
     def test_what_to_do_about_the_order_is_said(self):
         for values, match in (
             (np.ones((2, 3), order="F"), "ascontiguousarray"),
-            (np.ones(3, ">f4"), r"foreign byte order.*astype\('float32'\)"),
+            (np.ones(3, ">f4"), r"non-native byte order.*astype\('float32'\)"),
         ):
             file = io.BytesIO()
             np.save(file, values)

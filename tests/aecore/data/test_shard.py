@@ -136,7 +136,7 @@ class TestWriting:
         write_shard(open_store(tmp_path), task_of(list(files)), MemorySource(files))
         task = task_of(list(files)[:4])
         with pytest.raises(
-            ConfigError, match=r"train-000000 is of other samples .*there .*'planned': 5.*asked .*'planned': 4.*another URL"
+            ConfigError, match=r"train-000000 is of other samples .*recorded .*'planned': 5.*planned .*'planned': 4.*another URL"
         ):
             write_shard(open_store(tmp_path), task, MemorySource(files))
         for other in ({"split": "val"}, {"ordinals": np.arange(5)}):

@@ -146,7 +146,7 @@ def test_a_sprite_is_a_grey_png_of_what_was_drawn(size):
     source = SpritesSource(SpritesSpec(size=size, scales=1, positions=2, orientations=3))
     for name in source.listing().sources[:: 1 if size < 100 else 9]:
         ext, data = source.read(name)
-        assert image_header(data, ext).form == f"{size}x{size}x1/L"
+        assert image_header(data, ext).format_text == f"{size}x{size}x1/L"
         shape, _, rest = name.partition("/")
         with Image.open(io.BytesIO(data)) as picture:
             np.testing.assert_array_equal(np.asarray(picture), source.draw(shape, *(int(part[1:]) for part in rest.split("-"))))

@@ -1,4 +1,4 @@
-"""Arrays and other people's tars in a bucket: the same data sets as from a folder, adopted in place or not."""
+"""Arrays and external tars in a bucket: the same datasets as from a folder, adopted in place or not."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
-from tests.aecore.data.test_foreign import EXPECTED, pixels, two_tars
+from tests.aecore.data.test_external_tars import EXPECTED, pixels, two_tars
 from tests.aecore.data.test_stream import batches, numbers
 from tests.aecore.data.tiny import image
 

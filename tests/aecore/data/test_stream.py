@@ -1,4 +1,4 @@
-"""Other people's tars to training without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
+"""Train on external tars without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from aecore.data.sources._names import split_in_version_1
 from aecore.errors import ConfigError, DataError
 from aecore.training.job import steps_per_epoch
 from aecore.training.loop import fit
-from tests.aecore.data.test_foreign import samples, two_tars, write_tar
+from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.aecore.training import fit_on, losses, published_weights, small_job
 
@@ -83,7 +83,7 @@ class TestBatches:
         write_tar(tmp_path / "train-0.tar", samples(0, 5))
         write_tar(tmp_path / "test-0.tar", samples(5, 5))
         assert set(numbers(batches(tmp_path))) == set(range(5))
-        with pytest.raises(DataError, match=r"no tars of split 'val' .their names say test, train"):
+        with pytest.raises(DataError, match=r"no tars of split 'val' .their names have test, train"):
             open_stream(str(tmp_path), "val")
 
     def test_a_pattern_is_data(self, tars: Path) -> None:

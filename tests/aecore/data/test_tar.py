@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aecore import native
 from aecore.data.format.record import encode_key
-from aecore.data.format.tar import PAGE, Packer, Samples, headers, split_name
+from aecore.data.format.tar import PAGE, Samples, TarPacker, headers, split_name
 from aecore.errors import DataError
 from aecore.native.bytes_column import BytesColumn
 
@@ -47,7 +47,7 @@ def chunk_of(samples: list[dict]) -> Samples:
 
 def packed(*chunks: list[dict]) -> bytes:
     """The tar of samples that are packed chunk by chunk."""
-    packer, written = Packer(), list[bytes]()
+    packer, written = TarPacker(), list[bytes]()
     for samples in chunks:
         pages = packer(chunk_of(samples))
         assert len(pages) % PAGE == 0 and np.frombuffer(pages, np.uint8).ctypes.data % PAGE == 0  # what O_DIRECT asks for
@@ -89,7 +89,7 @@ def test_chunks_that_reuse_the_buffers_make_the_same_tar_as_one(size):
 
 
 def test_a_page_is_given_as_soon_as_it_is_full():
-    packer = Packer()
+    packer = TarPacker()
     half = chunk_of([{"__key__": "a", "png": bytes(PAGE // 2 - 512)}])  # a page with its header
     lengths = [len(packer(half)) for _ in range(4)]
     assert lengths == [0, PAGE, 0, PAGE]

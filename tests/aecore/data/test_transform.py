@@ -73,7 +73,7 @@ PNGS: dict[str, tuple[bytes, str, NDArray[np.generic]]] = {
 
 
 def form(pixels: NDArray[np.generic], mode: str) -> SampleFormat:
-    return SampleFormat.of({"x".join(map(str, pixels.shape)) + "/" + mode: 1})
+    return SampleFormat.from_shapes({"x".join(map(str, pixels.shape)) + "/" + mode: 1})
 
 
 @pytest.mark.parametrize("decoder", BOTH)
@@ -104,7 +104,7 @@ def test_other_formats_decode_close_to_the_pixels(format: str, decoder: DecoderN
 @pytest.mark.parametrize("decoder", BOTH)
 def test_arrays_keep_their_values(decoder: DecoderName) -> None:
     values = RNG.standard_normal((3, 4, 2)).astype(np.float32)
-    out = Decoder(decoder, SampleFormat.of({"4x2/float32": 3})).batch([npy(value) for value in values])
+    out = Decoder(decoder, SampleFormat.from_shapes({"4x2/float32": 3})).batch([npy(value) for value in values])
     np.testing.assert_array_equal(out, values)
 
 
@@ -150,17 +150,17 @@ def test_object_arrays_are_never_unpickled() -> None:
 
     data = npy(np.array([Bomb()], dtype=object))
     with pytest.raises(DecodeError):
-        Decoder("imagecodecs", SampleFormat.of({"1/object": 1})).batch([data])
+        Decoder("imagecodecs", SampleFormat.from_shapes({"1/object": 1})).batch([data])
 
 
 def test_several_forms_are_refused_with_the_remedy() -> None:
-    assert SampleFormat.of({"5x7x1/L": 3, "5x7x1/1": 1}) == SampleFormat((5, 7, 1), np.dtype("u1"), image=True)
-    with pytest.raises(DataError, match=r"2 different forms.*shards.resize=<side>"):
-        SampleFormat.of({"5x7x1/L": 3, "5x8x1/L": 1})
+    assert SampleFormat.from_shapes({"5x7x1/L": 3, "5x7x1/1": 1}) == SampleFormat((5, 7, 1), np.dtype("u1"), image=True)
+    with pytest.raises(DataError, match=r"2 different formats.*shards.resize=<side>"):
+        SampleFormat.from_shapes({"5x7x1/L": 3, "5x8x1/L": 1})
     with pytest.raises(DataError, match="shards.mode=RGB"):
-        SampleFormat.of({"5x7x4/CMYK": 1})
+        SampleFormat.from_shapes({"5x7x4/CMYK": 1})
     with pytest.raises(DataError, match="HSV"):
-        SampleFormat.of({"5x7x3/HSV": 1})
+        SampleFormat.from_shapes({"5x7x3/HSV": 1})
 
 
 def test_a_missing_decoder_is_a_config_error_with_the_remedy() -> None:
@@ -169,7 +169,7 @@ def test_a_missing_decoder_is_a_config_error_with_the_remedy() -> None:
         "from aecore.data.format.decode import Decoder\n"
         "from aecore.data.format.sample_format import SampleFormat\n"
         "from aecore.errors import ConfigError\n"
-        "sample = SampleFormat.of({'5x7x1/L': 1}); Decoder('pillow', sample)\n"
+        "sample = SampleFormat.from_shapes({'5x7x1/L': 1}); Decoder('pillow', sample)\n"
         "try: Decoder('imagecodecs', sample)\n"
         "except ConfigError as error: print(error)"
     )

@@ -23,7 +23,7 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write import fast_path, pack
 from aecore.data.write.job import shard_dataset
-from aecore.data.write.pack import Pack
+from aecore.data.write.pack import ShardWriter
 from aecore.data.write.plan import plan_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
@@ -57,8 +57,8 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def taken(monkeypatch):
     """How many blocks each run took."""
-    found, take = list[int](), Pack._take
-    monkeypatch.setattr(Pack, "_take", lambda *args: found.append(take(*args)) or found[-1])
+    found, take = list[int](), ShardWriter._write_fast
+    monkeypatch.setattr(ShardWriter, "_write_fast", lambda *args: found.append(take(*args)) or found[-1])
     return found
 
 
@@ -317,7 +317,7 @@ def test_few_descriptors_are_enough_also_for_files_that_are_not_in_memory(tmp_pa
     script = """
 import os, pickle, resource, sys
 from pathlib import Path
-from aecore.data.write.pack import Pack
+from aecore.data.write.pack import ShardWriter
 from aecore.data.write.plan import plan_dataset
 from aecore.data.write.fast_path import plain_files
 from aecore.registry import SOURCES
@@ -332,7 +332,7 @@ for path in Path(task.source.url).rglob("*.*"):
     os.close(file)
 spare = os.open("/", os.O_RDONLY)
 resource.setrlimit(resource.RLIMIT_NOFILE, (spare + int(sys.argv[3]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-pack = Pack(task)
+pack = ShardWriter(task)
 pack.write(Path(sys.argv[2]), source)
 assert not pack.bad
 """
@@ -340,7 +340,7 @@ assert not pack.bad
     listing = SOURCES.build(source).listing()
     (task,) = plan_dataset(listing, SplitSpec(by="none"), ShardSpec(), None, 1, source).tasks
     (tmp_path / "task").write_bytes(pickle.dumps(task))
-    Pack(task).write(tmp_path / "usual", SOURCES.build(source))
+    ShardWriter(task).write(tmp_path / "usual", SOURCES.build(source))
     for spare in (8, 20, 40):
         out = tmp_path / f"out{spare}"
         subprocess.run([sys.executable, "-c", script, str(tmp_path / "task"), str(out), str(spare)], check=True)

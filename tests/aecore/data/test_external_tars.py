@@ -1,6 +1,5 @@
-"""Other people's WebDataset shards: read, sharded again, adopted in place. Written here by webdataset itself and by tarfile."""
+"""External WebDataset shards: read, sharded again, adopted in place. Written here by webdataset itself and by tarfile."""
 
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -10,7 +9,7 @@ import os
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from aecore.data.manifest import DatasetManifest
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources import Listing
-from aecore.data.sources._external_tars import ForeignTars, TarFile
+from aecore.data.sources._external_tars import ExternalTars, TarFile
 from aecore.data.sources._names import expand_braces, split_of
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
@@ -196,7 +195,7 @@ class TestSource:
     def test_several_images_in_a_sample(self, tmp_path: Path) -> None:
         mask = {"seg.png": lambda number: encoded(image(number + 100)), "jpg": lambda number: encoded(image(number, 8), "JPEG")}
         write_tar(tmp_path / "a.tar", samples(0, 3, **mask))
-        with pytest.raises(DataError, match=r"'000000' has the images png, jpg: say which with source.member"):
+        with pytest.raises(DataError, match=r"'000000' has the images png, jpg: choose one with source.member"):
             listing(tmp_path)
         found = listing(tmp_path, member="seg.png")
         ext, data = WebdatasetSource(WebdatasetSpec(url=str(tmp_path), member="seg.png")).read(found.sources[1])
@@ -226,13 +225,13 @@ class TestHostile:
         found = listing(tmp_path / "in")
         assert found.keys == ["000000", "000001", "000002"]
         assert set(found.notes) == {
-            "left out 1 hard links",
-            "left out 1 pipes",
-            "left out 1 symbolic links",
-            "left out 3 .pickle members",
-            "left out 3 .pth members",
-            "left out 3 .pyd members",
-            "left out 3 members whose name leads elsewhere (.. or /)",
+            "skipped 1 hard links",
+            "skipped 1 pipes",
+            "skipped 1 symbolic links",
+            "skipped 3 .pickle members",
+            "skipped 3 .pth members",
+            "skipped 3 .pyd members",
+            "skipped 3 members whose name leaves the archive (.. or /)",
         }
         adopt(tmp_path / "in", tmp_path / "ds")
         assert len(list(as_webdataset(str(tmp_path / "ds")))) == 3
@@ -261,7 +260,7 @@ class TestHostile:
         header[124:136], header[156:157], header[148:156] = b"-1000".ljust(12, b"\0"), kind, b" " * 8
         header[148:156] = b"%06o\0 " % sum(header)
         (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
-        tar = TarFile(ForeignTars.at(str(tmp_path)).files, "a.tar", 1)
+        tar = TarFile(ExternalTars.at(str(tmp_path)).files, "a.tar", 1)
         with pytest.raises(DataError, match="restore it"):
             list(itertools.islice(tar.members(Counter()), 9))
         tar.close()
@@ -304,7 +303,7 @@ class TestHostile:
             files = [(f"{'x' * length}/{length}ü.png", bytes(length)) for length in (1, 80, 90)] + [("y" * 95 + ".png", b"1")]
             files += [("z" * 200 + "/a.png", b"2")] if form != tarfile.USTAR_FORMAT else []
             path = write_tar(tmp_path / "a.tar", files, format=form, mtime=0.25)
-            tar = TarFile(ForeignTars.at(str(path)).files, "a.tar", 0)
+            tar = TarFile(ExternalTars.at(str(path)).files, "a.tar", 0)
             with tarfile.open(path) as theirs:
                 expected = [(info.name, info.offset_data, info.size) for info in theirs]
             assert [tuple(member) for member in tar.members(Counter())] == expected
@@ -318,7 +317,7 @@ class TestAdopt:
         made = adopt(tars, tmp_path / "ds")
         assert hashes(tars) == before, "not a byte of theirs is touched"
         assert not list((tmp_path / "ds").rglob("*.tar")), "nor copied"
-        assert [(shard.samples, shard.tar.name, shard.home) for shard in made.shards] == [
+        assert [(shard.samples, shard.tar.name, shard.tar_base_url) for shard in made.shards] == [
             (30, "00000.tar", str(tars)),
             (20, "00001.tar", str(tars)),
         ]
@@ -342,12 +341,12 @@ class TestAdopt:
 
     def test_a_dataset_in_the_folder_of_its_tars_moves_with_them(self, tmp_path: Path) -> None:
         root = two_tars(tmp_path / "a")
-        assert {shard.home for shard in adopt(root, root).shards} == {"."}
+        assert {shard.tar_base_url for shard in adopt(root, root).shards} == {"."}
         root.rename(tmp_path / "b")
         assert pixels(tmp_path / "b") == EXPECTED
         above = tmp_path / "c"
         two_tars(above / "tars/x")
-        assert {shard.home for shard in adopt(above / "tars", above).shards} == {"tars"}
+        assert {shard.tar_base_url for shard in adopt(above / "tars", above).shards} == {"tars"}
         above.rename(tmp_path / "d")
         assert pixels(tmp_path / "d") == EXPECTED
 
@@ -419,7 +418,7 @@ class TestAdopt:
         ):
             forged = index.set_column(index.column_names.index("members"), "members", pa.array([[place]] * index.num_rows, MEMBERS))
             for packed in (True, False):
-                with pytest.raises(DataError, match="impossible places"):
+                with pytest.raises(DataError, match="impossible offsets"):
                     Layout(forged, "x", packed=packed)
 
     def test_killed_and_run_again(self, tmp_path: Path) -> None:
@@ -435,12 +434,12 @@ class TestAdopt:
         adopt(tars, tmp_path / "adopted")
         shard_dataset(WebdatasetSpec(url=str(tars)), str(tmp_path / "sharded"), shards=ShardSpec(max_samples=7))
         assert pixels(tmp_path / "adopted") == pixels(tmp_path / "sharded") == EXPECTED
-        with pytest.raises(ConfigError, match=r"holds another data set"):
+        with pytest.raises(ConfigError, match=r"holds another dataset"):
             shard_dataset(WebdatasetSpec(url=str(tars)), str(tmp_path / "adopted"))
 
-    def test_a_manifest_of_our_own_shards_has_no_home(self, tmp_path: Path) -> None:
+    def test_only_adopted_shards_have_a_home_in_the_manifest(self, tmp_path: Path) -> None:
         made = shard_dataset(WebdatasetSpec(url=str(two_tars(tmp_path / "theirs"))), str(tmp_path / "ds"))
         assert isinstance(made, DatasetManifest)
         assert all("home" not in shard for shard in made.to_json()["shards"])
-        adopted: Mapping[str, Any] = dataclasses.asdict(adopt(tmp_path / "theirs", tmp_path / "ad").shards[0])
+        adopted = adopt(tmp_path / "theirs", tmp_path / "ad").to_json()["shards"][0]
         assert adopted["home"] == str(tmp_path / "theirs")

@@ -13,7 +13,7 @@ from pipelines.cli.main import main
 from pipelines.cluster.train import train
 from pipelines.recipe.recipe import ClusterSpec, load_recipe
 from pipelines.steps.steps import train_job_of
-from tests.aecore.data.test_foreign import samples, two_tars, write_tar
+from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.pipelines.test_cli import HERE, said
 
