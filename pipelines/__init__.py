@@ -3,7 +3,7 @@
 import sys
 
 
-def _forget_current_directory() -> None:
+def _drop_current_directory() -> None:
     """Take the current directory off the path where Python put it there for `python -m pipelines.NAME`, before anything else is imported.
 
     A `./token.py` of the user would be imported instead of Python's own. A folder that holds these packages themselves stays.
@@ -12,4 +12,4 @@ def _forget_current_directory() -> None:
         del sys.path[0]
 
 
-_forget_current_directory()
+_drop_current_directory()

@@ -108,11 +108,11 @@ class Verbs:
         args, unknown = parser.parse_known_args(words)
         if unknown:
             sub = parsers.choices[args.verb.name]
-            sub.error("; ".join(_not_taken(word, sub.format_help(), args.verb) for word in unknown))
+            sub.error("; ".join(_unknown_argument(word, sub.format_help(), args.verb) for word in unknown))
         return args
 
 
-def _not_taken(word: str, help: str, verb: Verb) -> str:
+def _unknown_argument(word: str, help: str, verb: Verb) -> str:
     """Return what is said of a word that a verb has no place for."""
     if word.startswith("-"):
         near = similar(word.partition("=")[0], set(re.findall(r"--[a-z-]+", help)))

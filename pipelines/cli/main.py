@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
-        return _failed({"error": "Interrupted", "message": said, "exit_code": INTERRUPTED}, as_json=as_json)
+        message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
+        return _failed({"error": "Interrupted", "message": message, "exit_code": INTERRUPTED}, as_json=as_json)
     except AecoreError as error:
         if debug:
             traceback.print_exc()

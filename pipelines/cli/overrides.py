@@ -34,10 +34,10 @@ def require_no_conflict(base: Mapping[str, Any], overrides: Sequence[str]) -> No
     from pipelines.recipe.yaml import apply_overrides, value_at
 
     tree = apply_overrides(base, overrides)
-    for key, said in flatten(base):
+    for key, given in flatten(base):
         value = value_at(tree, key)
-        same = value == said or (not key.endswith(".kind") and bool(value) and absolute_url(str(value)) == absolute_url(said))
+        same = value == given or (not key.endswith(".kind") and bool(value) and absolute_url(str(value)) == absolute_url(given))
         if not same:
             raise ConfigError(
-                f"{key} is given twice: {said!r} as an argument and {value!r} as an override ({key}=...): leave out one of them"
+                f"{key} is given twice: {given!r} as an argument and {value!r} as an override ({key}=...): leave out one of them"
             )

@@ -102,5 +102,5 @@ def flow(name: str, *, debug: bool) -> Callable[..., Any]:
         logging.getLogger(logger).handlers = []
     if not debug:
         import_module("pipelines.flows.console").hide_tracebacks()
-    found: Callable[..., Any] = import_module("pipelines.flows.server").on_a_server(getattr(module, f"{name}_flow"))
+    found: Callable[..., Any] = import_module("pipelines.flows.server").with_server(getattr(module, f"{name}_flow"))
     return found

@@ -44,11 +44,11 @@ def of_parts(parts: Mapping[str, Any]) -> str:
         read_by = f" (read by {', '.join(part['steps'])})" if part.get("steps") else ""
         lines.append(f"{name}: {part['about']}{read_by}")
         for key, knob in part.get("knobs", {}).items():
-            lines.append(f"    {key} = {_value(knob['default'])}    {knob['help']} ({_taken(knob)})")
+            lines.append(f"    {key} = {_value(knob['default'])}    {knob['help']} ({_type_and_bounds(knob)})")
     return "\n".join(lines)
 
 
-def _taken(knob: Mapping[str, Any]) -> str:
+def _type_and_bounds(knob: Mapping[str, Any]) -> str:
     bounds = [f"{sign} {_value(knob[name])}" for name, sign in BOUNDS.items() if name in knob]
     return " ".join([str(knob["type"]), *([" and ".join(bounds)] if bounds else [])])
 
@@ -158,7 +158,7 @@ def of_doctor(report: Mapping[str, Any]) -> str:
     lines = []
     for check in report["checks"]:
         remedy = f"; {check['remedy']}" if check["remedy"] else ""
-        lines.append(f"{check['state']:<8} {check['name']}: {check['said']}{remedy}")
+        lines.append(f"{check['state']:<8} {check['name']}: {check['message']}{remedy}")
     counts = ", ".join(f"{report[state]} {state}" for state in ("ok", "warning", "failed", "skipped"))
     return "\n".join([*lines, counts])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aecore.artifact.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.errors import AecoreError, ClusterError, RunFailed
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, wait_for_one, worker_resources
 from pipelines.recipe.recipe import ClusterSpec
 
@@ -24,7 +24,7 @@ class PartWorker:
     """What runs in an actor: makes the job's worker at its first call and keeps it."""
 
     def __init__(self, threads: int) -> None:
-        keep_freed_memory()
+        disable_malloc_trim()
         self._threads = threads
         self._worker: Worker | None = None
 
@@ -56,7 +56,7 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
     `urls` are the addresses that the workers read and write: on several nodes they must not be local paths.
     """
     if cluster.num_workers == 0:
-        keep_freed_memory()
+        disable_malloc_trim()
         return serial
 
     def fan_out(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
@@ -80,7 +80,7 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
 
     options = _options(cluster) | {"max_retries": TASK_RETRIES}
     try:
-        result = ray.get(wait_for_one([ray.remote(_answer).options(**options).remote(function, cluster.threads_per_worker)], cluster))
+        result = ray.get(wait_for_one([ray.remote(_call).options(**options).remote(function, cluster.threads_per_worker)], cluster))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
         raise RunFailed(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
     if isinstance(result, AecoreError):
@@ -88,12 +88,12 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
     return result
 
 
-def _answer(function: Callable[[], Any], threads: int) -> Any:
+def _call(function: Callable[[], Any], threads: int) -> Any:
     """Run on a worker; an error that the user can act on comes back as a value (it keeps its type that way)."""
     import torch
 
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    disable_malloc_trim()
     try:
         return function()
     except AecoreError as error:

@@ -40,7 +40,7 @@ def job_address(cluster: ClusterSpec) -> str:
     return address.rstrip("/")
 
 
-def is_here(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
     """Return whether `host` is this machine: only its own addresses can be bound."""
     try:
         family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -93,11 +93,11 @@ def connect_to_jobs(address: str) -> Any:
             del os.environ["RAY_API_SERVER_ADDRESS"]
             if before is not None:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
-    _say_versions(address, client)
+    _warn_if_versions_differ(address, client)
     return client
 
 
-def _say_versions(address: str, client: Any) -> None:
+def _warn_if_versions_differ(address: str, client: Any) -> None:
     import ray
 
     theirs = client._server_ray_version

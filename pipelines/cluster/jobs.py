@@ -4,7 +4,7 @@ A job has a key, a function of what it makes. Its attempts are called KEY, KEY-2
 of that key joins it, when it has ended the next submit takes the next name. Ray refuses a name that is taken, so of two clients
 at once one submits and the other one joins. All of it goes over HTTP: this process starts no Ray and needs none of the cluster's ports
 but the dashboard's. Requests end after `job_client.REQUEST_S`, waits after `cluster.timeout_s`; following lasts as long as the job does.
-No environment of this process goes into a job but the names in PASSED: credentials are those of the cluster's machines.
+No environment of this process goes into a job but the names in PASSED_VARIABLES: credentials are those of the cluster's machines.
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aecore.errors import ClusterError, RunFailed
-from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_here, job_address
+from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_this_machine, job_address
 from pipelines.cluster.session import import_environment, local_paths
 from pipelines.cluster.tail import LogTail
 from pipelines.recipe.recipe import ClusterSpec
@@ -27,7 +27,7 @@ from pipelines.recipe.recipe import ClusterSpec
 logger = logging.getLogger(__name__)
 
 POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
-PASSED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # no secret can be in them
+PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # no secret can be in them
 
 
 class JobStopped(RunFailed):
@@ -92,13 +92,13 @@ class JobServer:
 
     def entrypoint(self, job: JobSpec) -> str:
         """Return the command line of a job: an explicit interpreter, every word quoted, no shell left around it."""
-        python = self._cluster.python or (sys.executable if is_here(self._host) else "python")
+        python = self._cluster.python or (sys.executable if is_this_machine(self._host) else "python")
         return "exec " + shlex.join([python, *job.arguments])
 
     def environment(self) -> dict[str, str]:
-        """Return the environment that travels: PASSED, and where our packages are if the head is this machine."""
-        passed = {name: os.environ[name] for name in PASSED if name in os.environ} | {"PYTHONSAFEPATH": "1"}
-        return passed | (import_environment() if is_here(self._host) else {})
+        """Return the environment that travels: PASSED_VARIABLES, and where our packages are if the head is this machine."""
+        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ} | {"PYTHONSAFEPATH": "1"}
+        return passed | (import_environment() if is_this_machine(self._host) else {})
 
     def running(self, key: str) -> str | None:
         """Return the id of the attempt that is pending or running, if there is one."""
@@ -119,12 +119,12 @@ class JobServer:
                 self._client.stop_job(job_id)
             time.sleep(POLL_S)
 
-    def follow(self, job_id: str, on_line: Callable[[str], None], stop_asked: Callable[[], bool] = lambda: False) -> Ended:
-        """Hand on every line that the job prints until it has ended; stop it when `stop_asked` says so."""
+    def follow(self, job_id: str, on_line: Callable[[str], None], stop_requested: Callable[[], bool] = lambda: False) -> Ended:
+        """Hand on every line that the job prints until it has ended; stop it when `stop_requested` says so."""
         began = seen = asked = time.monotonic()
         with LogTail(self._client, job_id) as tail:
             while True:
-                tail.hand_on(on_line, LOOK_S)
+                tail.deliver(on_line, LOOK_S)
                 try:
                     info, seen = self._look(job_id), time.monotonic()
                 except Unreachable as error:
@@ -132,13 +132,13 @@ class JobServer:
                         raise ClusterError(f"{error}; Ray job {job_id} may go on: the same command joins it again") from error
                     continue
                 if info.status.is_terminal():
-                    tail.hand_on_rest(on_line)
+                    tail.deliver_rest(on_line)
                     return Ended(job_id, str(info.status.value), info.driver_exit_code, info.message or "")
                 if info.status.value == "PENDING" and time.monotonic() - began > self._cluster.timeout_s:
                     raise self._not_started(job_id)
                 if time.monotonic() - asked > ASK_S:
                     asked = time.monotonic()
-                    if stop_asked():
+                    if stop_requested():
                         self.stop(job_id)
 
     def log(self, job_id: str) -> str:
@@ -174,7 +174,7 @@ class JobServer:
 
     def _require_urls_fit(self, job: JobSpec) -> None:
         local = local_paths(self._cluster, *job.urls)
-        if local and not is_here(self._host):
+        if local and not is_this_machine(self._host):
             raise ClusterError(
                 f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
                 "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"

@@ -12,7 +12,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # numbers of glibc's <malloc.h>
 KEPT_BYTES = 1 << 30  # of free memory at the end of the heap; what is above goes back to the kernel
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Set this for the whole process and for good; nothing happens where the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

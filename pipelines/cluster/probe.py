@@ -12,9 +12,9 @@ def main(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    from pipelines.cluster.session import reached_as_named
+    from pipelines.cluster.session import allow_loopback
 
-    with reached_as_named(address):
+    with allow_loopback(address):
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sys.stdout.write(json.dumps({"version": ray.__version__, "nodes": nodes, "free": ray.available_resources()}) + "\n")

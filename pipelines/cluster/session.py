@@ -50,7 +50,7 @@ _LOCAL_SETTINGS = {
 }
 
 
-class _Here:
+class _Connection:
     """What this process is connected to by `connect`: an address, or LOCAL for a Ray of ours; None if somebody else connected it."""
 
     LOCAL = "a local Ray"
@@ -81,13 +81,13 @@ def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
 def connect(cluster: ClusterSpec) -> None:
     """Make sure that this process is connected to Ray; ClusterError if that fails or takes too long."""
     found = cluster_address(cluster)
-    address, name = found or (_Here.LOCAL, "")
-    for key, value in (_SETTINGS if found else _SETTINGS | _own_token() | _own_folder()).items():
+    address, name = found or (_Connection.LOCAL, "")
+    for key, value in (_SETTINGS if found else _SETTINGS | _local_token() | _local_session_folder()).items():
         os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
-        if _Here.address in (None, address):
+        if _Connection.address in (None, address):
             return
         disconnect()
     started = time.perf_counter()
@@ -95,16 +95,18 @@ def connect(cluster: ClusterSpec) -> None:
     try:
         if found:
             _require_reachable(address, cluster.timeout_s)
-            with reached_as_named(address):
+            with allow_loopback(address):
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
         else:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise ClusterError(_cannot_connect(error, address, name)) from error
-    _Here.address = address
+    _Connection.address = address
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own there, which ends the process where Prefect or we would clean up
-    logger.info("%s Ray in %.1f s: %s", "connected to" if found else "started", time.perf_counter() - started, _says(_totals(ray)))
+    logger.info(
+        "%s Ray in %.1f s: %s", "connected to" if found else "started", time.perf_counter() - started, format_resources(_totals(ray))
+    )
 
 
 def _cannot_connect(error: Exception, address: str, name: str) -> str:
@@ -124,7 +126,7 @@ def _cannot_connect(error: Exception, address: str, name: str) -> str:
 def _start_local(ray: Any) -> None:
     make_importable()
     # Ray's processes keep the working directory and the environment that they are started in
-    with contextlib.chdir("/"), _defaults_for_now(_LOCAL_SETTINGS), _loopback_is_an_address():
+    with contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address():
         ray.init(
             address="local",
             include_dashboard=False,
@@ -138,7 +140,7 @@ def _start_local(ray: Any) -> None:
 
 
 @contextlib.contextmanager
-def _defaults_for_now(settings: Mapping[str, str]) -> Iterator[None]:
+def _temporary_defaults(settings: Mapping[str, str]) -> Iterator[None]:
     """Set what the environment does not hold, and take it back: the next Ray may be one of several machines."""
     missing = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(missing)
@@ -150,7 +152,7 @@ def _defaults_for_now(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loopback_is_an_address() -> Iterator[None]:
+def _keep_loopback_address() -> Iterator[None]:
     """Keep Ray from replacing 127.0.0.1 by the machine's outer address: what has that one as its own listens on all interfaces."""
     from ray._private import ray_constants
 
@@ -163,7 +165,7 @@ def _loopback_is_an_address() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reached_as_named(address: str) -> Iterator[None]:
+def allow_loopback(address: str) -> Iterator[None]:
     """Let `ray.init` reach a Ray that listens on loopback alone; one that listens on the machine's outer address too is left to Ray."""
     import ray
 
@@ -173,11 +175,11 @@ def reached_as_named(address: str) -> Iterator[None]:
             try:
                 socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
             except OSError:
-                stack.enter_context(_loopback_is_an_address())
+                stack.enter_context(_keep_loopback_address())
         yield
 
 
-class _PathOfWorkers(list[str]):
+class _WorkerSysPath(list[str]):
     """Where workers look for modules first. Ray adds the folder of the driver's script and the current directory, in this order."""
 
     def extend(self, folders: Iterable[str]) -> None:
@@ -194,18 +196,18 @@ def _job_config() -> Any:
     from ray.job_config import JobConfig
 
     config = JobConfig()
-    config._py_driver_sys_path = _PathOfWorkers()  # an argument would be replaced by a list, as it is empty
+    config._py_driver_sys_path = _WorkerSysPath()  # an argument would be replaced by a list, as it is empty
     return config
 
 
-def _own_token() -> dict[str, str]:
+def _local_token() -> dict[str, str]:
     """Return a token for a Ray of ours, unless the user set one up. Ray reads it at its import, and not again."""
     if "ray" in sys.modules or any(name.startswith("RAY_AUTH_") for name in os.environ):
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _own_folder() -> dict[str, str]:
+def _local_session_folder() -> dict[str, str]:
     """Return a folder for the sessions of our Rays. In Ray's own, /tmp/ray, the address of a cluster that died may lie: every
     TorchTrainer.fit then ends 12 s later, since its clean-up asks there which cluster is running. Short: sockets lie in it."""
     folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
@@ -221,12 +223,12 @@ def disconnect() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
-    _Here.address = None
+    _Connection.address = None
 
 
 def is_local() -> bool:
     """Return whether this process is connected to a Ray that `connect` started here."""
-    return _Here.address == _Here.LOCAL
+    return _Connection.address == _Connection.LOCAL
 
 
 def make_importable() -> None:
@@ -278,15 +280,15 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
     room = sum(fits(node, need) for node in nodes)
     if room < cluster.num_workers:
         raise ClusterError(
-            f"cluster.num_workers={cluster.num_workers} workers of {_says(need)} each do not fit: the cluster has {_says(_totals(ray))} on "
-            f"{len(nodes)} node(s), room for {room}; {_smaller(nodes, need, room)}"
+            f"cluster.num_workers={cluster.num_workers} workers of {format_resources(need)} each do not fit: "
+            f"the cluster has {_totals(ray)} on {len(nodes)} node(s), room for {room}; {_suggest_fit(nodes, need, room)}"
         )
     deadline = time.monotonic() + cluster.timeout_s
     while fits(ray.available_resources(), need) < num_workers:
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"waited {cluster.timeout_s:.0f} s for {num_workers} workers of {_says(need)} each: free are "
-                f"{_says(ray.available_resources())} (other work holds the rest); "
+                f"waited {cluster.timeout_s:.0f} s for {num_workers} workers of {format_resources(need)} each: free are "
+                f"{format_resources(ray.available_resources())} (other work holds the rest); "
                 "wait for it, ask for fewer workers, or raise cluster.timeout_s"
             )
         time.sleep(0.2)
@@ -306,7 +308,7 @@ def wait_for_one(refs: Sequence[Any], cluster: ClusterSpec) -> Any:  # any: Ray'
         elif time.monotonic() - seen > cluster.timeout_s:
             raise ClusterError(
                 f"the cluster has lost its nodes: for {cluster.timeout_s:.0f} s none of {len(_nodes(ray))} could hold a worker of "
-                f"{_says(need)}; what is finished is kept, run the same command again when they are back"
+                f"{format_resources(need)}; what is finished is kept, run the same command again when they are back"
             )
 
 
@@ -314,7 +316,7 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _smaller(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:
+def _suggest_fit(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:
     """Return what to ask for instead: fewer workers, a smaller share, or none of what no node has."""
     missing = [name for name in need if need[name] > 0 and not any(node.get(name) for node in nodes)]
     if "GPU" in missing:
@@ -364,10 +366,11 @@ def fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
     return min((math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount > 0), default=1 << 30)
 
 
-def _totals(ray: Any) -> dict[str, float]:
-    return {name: amount for name, amount in sorted(ray.cluster_resources().items()) if name in ("CPU", "GPU")}
+def _totals(ray: Any) -> str:
+    return format_resources({name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")})
 
 
-def _says(resources: Mapping[str, float]) -> str:
+def format_resources(resources: Mapping[str, float]) -> str:
+    """Return resources as text, for example `2 CPU, 1 GPU`, without memory and names of nodes."""
     shown = {name: amount for name, amount in resources.items() if ":" not in name and name not in ("memory", "object_store_memory")}
-    return ", ".join(f"{amount:g} {name}" for name, amount in shown.items()) or "nothing"
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

@@ -14,7 +14,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 AGAIN_S, REST_S = 1.0, 10.0
-_RAYS_OWN = (" -- Runtime env is setting up.", "Running entrypoint for job ")  # what Ray adds to the log of every job
+_RAY_LINES = (" -- Runtime env is setting up.", "Running entrypoint for job ")  # what Ray adds to the log of every job
 
 
 class LogTail:
@@ -36,7 +36,7 @@ class LogTail:
             self._loop.call_soon_threadsafe(self._cancel)
         self._thread.join(REST_S)
 
-    def hand_on(self, on_line: Callable[[str], None], wait_s: float) -> None:
+    def deliver(self, on_line: Callable[[str], None], wait_s: float) -> None:
         """Give the lines of the next `wait_s` seconds to `on_line`."""
         deadline = time.monotonic() + wait_s
         while (left := deadline - time.monotonic()) > 0:
@@ -46,7 +46,7 @@ class LogTail:
             with contextlib.suppress(queue.Empty):
                 self._take(self._chunks.get(timeout=left), on_line)
 
-    def hand_on_rest(self, on_line: Callable[[str], None]) -> None:
+    def deliver_rest(self, on_line: Callable[[str], None]) -> None:
         """Give what is left of an ended job's log to `on_line`: its server closes the connection after the last line."""
         deadline = time.monotonic() + REST_S
         while not self._ended and time.monotonic() < deadline:
@@ -58,7 +58,7 @@ class LogTail:
         self._ended = self._ended or chunk is None
         *lines, self._open = (self._open + (chunk or "")).split("\n")
         for line in lines:
-            if not any(mark in line for mark in _RAYS_OWN):
+            if not any(mark in line for mark in _RAY_LINES):
                 on_line(line)
 
     def _run(self) -> None:

@@ -31,7 +31,7 @@ from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
 from aecore.training.session import Session
 from pipelines.cluster.interrupt import StopRequest
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.session import (
     connect,
     disconnect,
@@ -76,7 +76,7 @@ def _train_here(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None) -> 
 
     require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
-    keep_freed_memory()
+    disable_malloc_trim()
     ended = threading.Event()
     watcher = threading.Thread(target=_poll_until, args=(ended, on_poll or (lambda: None)), daemon=True)
     watcher.start()
@@ -103,15 +103,15 @@ class StopFlag:
     """An actor on no CPU: the driver sets it, rank 0 asks it."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
 
-    def ask(self) -> None:
+    def request(self) -> None:
         """Ask the run to stop."""
-        self._asked = True
+        self._requested = True
 
-    def is_asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Return whether it was asked to."""
-        return self._asked
+        return self._requested
 
 
 def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: OnPoll | None) -> RunResult:
@@ -134,7 +134,7 @@ def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: On
     if not in_time:
         stop.end(f"interrupted, and the workers did not end their step within {GRACE_S:.0f} s: {_saved(job)}")
     if failed is not None:
-        error = _typed(failed, job) if isinstance(failed, Exception) else failed
+        error = _to_aecore_error(failed, job) if isinstance(failed, Exception) else failed
         if stop() and isinstance(error, Interrupted):
             stop.end(str(error))
         raise error from failed
@@ -152,7 +152,7 @@ def _wait_for(future: "concurrent.futures.Future[Any]", stop: StopRequest, flag:
     while not concurrent.futures.wait([future], POLL_S).done:
         on_poll()
         if deadline is None and stop():
-            flag.ask.remote()
+            flag.request.remote()
             deadline = time.monotonic() + GRACE_S
         elif deadline is not None and time.monotonic() > deadline:
             return False
@@ -201,7 +201,7 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(config["threads"])
-    keep_freed_memory()
+    disable_malloc_trim()
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), str(ray.train.torch.get_device()))
 
@@ -219,7 +219,7 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
 
     def stop() -> bool:
         try:
-            return bool(ray.get(config["stop"].is_asked.remote(), timeout=ASK_S))
+            return bool(ray.get(config["stop"].is_requested.remote(), timeout=ASK_S))
         except ray.exceptions.RayError:  # the driver ends us itself, or the node of the actor is gone
             return False
 
@@ -230,16 +230,16 @@ def _stop_callback() -> Any:
     """Return a Ray Train callback that ends the run at an error which another attempt would meet again."""
     from ray.train import UserCallback
 
-    class StopAtOurErrors(UserCallback):
+    class StopAtAecoreErrors(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-            error = _ours(list(worker_exceptions.values()))
+            error = _find_aecore_error(list(worker_exceptions.values()))
             if error is not None:
                 raise error
 
-    return StopAtOurErrors()
+    return StopAtAecoreErrors()
 
 
-def _ours(errors: list[BaseException | None]) -> AecoreError | None:
+def _find_aecore_error(errors: list[BaseException | None]) -> AecoreError | None:
     """Return the first `AecoreError` in or behind these exceptions (Ray wraps what a worker raised)."""
     seen: set[int] = set()
     while errors:
@@ -254,8 +254,8 @@ def _ours(errors: list[BaseException | None]) -> AecoreError | None:
     return None
 
 
-def _typed(error: Exception, job: TrainJob) -> AecoreError:
-    ours = _ours([error])
+def _to_aecore_error(error: Exception, job: TrainJob) -> AecoreError:
+    ours = _find_aecore_error([error])
     if ours is not None:
         return ours
     lines = [line for line in str(error).strip().splitlines() if line.strip()]

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.deploy.recipes import TAG
-from pipelines.flows.factory import RESCUED
+from pipelines.flows.factory import CRASH_RESTARTED
 
 logger = logging.getLogger(__name__)
 LOST_AFTER_S = 90  # three heartbeats (`pipelines.flows.SETTINGS`)
 AGAIN_AFTER_S = 30  # Prefect's worker reports one crash twice, 6 s apart: the second would end a run that is on its way already
 ENDS = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed", "Suspended", "Paused", "AwaitingRetry")
-OF_OURS = {
+OUR_FLOW_RUNS = {
     "match": {"prefect.resource.id": "prefect.flow-run.*"},
     "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
     "for_each": ["prefect.resource.id"],
@@ -36,18 +36,18 @@ def automations(lost_after_s: int = LOST_AFTER_S) -> list[dict[str, Any]]:
     crash = {"type": "event", "posture": "Proactive", "after": ["prefect.flow-run.Crashed"], "threshold": 1, "within": AGAIN_AFTER_S}
     crash |= {"expect": [f"prefect.flow-run.{name}" for name in ("AwaitingRetry", "Scheduled", "Pending", "Running")]}
     mark = {"type": "change-flow-run-state", "state": "CRASHED", "message": f"nothing heard from its process for {lost_after_s} s"}
-    again = {"type": "change-flow-run-state", "state": "SCHEDULED", "name": "AwaitingRetry", "message": RESCUED}
+    again = {"type": "change-flow-run-state", "state": "SCHEDULED", "name": "AwaitingRetry", "message": CRASH_RESTARTED}
     return [
         {
             "name": "aepipe: mark a run crashed when its process is gone",
             "description": "A run that says nothing any more has lost its process.",
-            "trigger": silence | OF_OURS,
+            "trigger": silence | OUR_FLOW_RUNS,
             "actions": [mark],
         },
         {
             "name": "aepipe: run again what crashed",
             "description": "The same run goes on from what it has committed; after three crashes in a row it fails.",
-            "trigger": crash | OF_OURS,
+            "trigger": crash | OUR_FLOW_RUNS,
             "actions": [again],
         },
     ]
@@ -83,7 +83,7 @@ def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
                 continue
             its_runs = DeploymentFilter(id=DeploymentFilterId(any_=[its_id]))
             found = client.read_flow_runs(deployment_filter=its_runs, flow_run_filter=under_way)
-            alive = runs_with_a_process() if found and served_elsewhere else set()
+            alive = run_ids_with_process() if found and served_elsewhere else set()
             for run in found:
                 if str(run.id) in alive:
                     continue
@@ -94,7 +94,7 @@ def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
     return ended
 
 
-def runs_with_a_process() -> set[str]:
+def run_ids_with_process() -> set[str]:
     """Return the ids of the flow runs that a process of this user on this machine runs."""
     found = set()
     for folder in Path("/proc").iterdir():

@@ -45,7 +45,7 @@ def deploy(
     made = [deployment for recipe in wanted for deployment in deployments(recipe, cron, **options)]
     from prefect.client.orchestration import get_client
 
-    with _understood(), get_client(sync_client=True) as client:
+    with _api_errors(), get_client(sync_client=True) as client:
         return {
             "pool": _make_pool(client, pool, dry_run),
             "automations": [_make_automation(client, automation, dry_run) for automation in automations(lost_after_s)],
@@ -55,7 +55,7 @@ def deploy(
 
 
 @contextlib.contextmanager
-def _understood() -> Iterator[None]:
+def _api_errors() -> Iterator[None]:
     """ClusterError for what the server refuses, with what to do about it."""
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError

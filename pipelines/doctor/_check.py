@@ -15,7 +15,7 @@ class Finding:
 
     name: str
     state: str
-    said: str
+    message: str
     remedy: str = ""
     exit_code: int = 0
 
@@ -35,20 +35,20 @@ class Check:
     remedy: str = "put right what it says, then run `aepipe doctor` again"
 
 
-def ok(name: str, said: str) -> Finding:
-    return Finding(name, "ok", said)
+def ok(name: str, message: str) -> Finding:
+    return Finding(name, "ok", message)
 
 
-def skipped(name: str, said: str) -> Finding:
-    return Finding(name, "skipped", said)
+def skipped(name: str, message: str) -> Finding:
+    return Finding(name, "skipped", message)
 
 
-def warning(name: str, said: str, remedy: str) -> Finding:
-    return Finding(name, "warning", said, remedy)
+def warning(name: str, message: str, remedy: str) -> Finding:
+    return Finding(name, "warning", message, remedy)
 
 
-def failed(name: str, said: str, remedy: str) -> Finding:
-    return Finding(name, "failed", said, remedy)
+def failed(name: str, message: str, remedy: str) -> Finding:
+    return Finding(name, "failed", message, remedy)
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
@@ -83,6 +83,6 @@ def _run(check: Check) -> list[Finding]:
     if thread.is_alive():
         return [*found, failed(check.name, f"no answer within {check.timeout_s:.0f} s", "see whether the service or disk behind it hangs")]
     for error in trouble:
-        said = str(error) if isinstance(error, AecoreError) else f"{type(error).__name__}: {error}"
-        found.append(failed(check.name, said.strip() or type(error).__name__, check.remedy))
+        message = str(error) if isinstance(error, AecoreError) else f"{type(error).__name__}: {error}"
+        found.append(failed(check.name, message.strip() or type(error).__name__, check.remedy))
     return found

@@ -47,7 +47,7 @@ def installed(name: str) -> Version | None:
         return None
 
 
-def _wanted() -> list[Requirement] | None:
+def _requirements() -> list[Requirement] | None:
     """Return what our package asks for, None if it is not installed."""
     try:
         wanted = [Requirement(text) for text in metadata.requires("aecore") or ()]
@@ -58,7 +58,7 @@ def _wanted() -> list[Requirement] | None:
 
 def packages() -> Iterator[Finding]:
     """Compare what is installed with what our package asks for, and with the lock where it lies beside us."""
-    wanted = _wanted()
+    wanted = _requirements()
     if wanted is None:
         yield skipped("packages", "aecore runs from its sources and is not installed: no list of what it needs")
         return
@@ -92,7 +92,7 @@ def _public(pin: Requirement, version: Version) -> bool:
 
 def conflicts() -> Iterator[Finding]:
     """Look for pairs of versions that are known not to work together."""
-    wanted = _wanted()
+    wanted = _requirements()
     if wanted is None:
         yield skipped("known conflicts", "aecore runs from its sources and is not installed: no list of what it needs")
         return
@@ -103,8 +103,8 @@ def conflicts() -> Iterator[Finding]:
             continue
         if _in(first, owner_range) and not need.specifier.contains(second, prereleases=True):
             clean = False
-            said = f"{owner} {first} with {name} {second}, needs {need.specifier}: with newer ones {what}"
-            yield failed("known conflicts", said, f"pip install '{need}'")
+            message = f"{owner} {first} with {name} {second}, needs {need.specifier}: with newer ones {what}"
+            yield failed("known conflicts", message, f"pip install '{need}'")
     if clean:
         yield ok("known conflicts", "none among " + ", ".join(f"{owner} and {name}" for owner, _, name, _ in KNOWN_BAD))
 
@@ -123,8 +123,8 @@ def torch() -> Iterator[Finding]:
         yield ok("torch", f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU: {names}")
     elif driver:
         build = f"its build is for CUDA {torch.version.cuda}" if torch.version.cuda else "it is a build for CPUs"
-        said = f"torch {torch.__version__} sees no GPU although the driver knows {driver}: {build}"
-        yield warning("torch", said, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
+        message = f"torch {torch.__version__} sees no GPU although the driver knows {driver}: {build}"
+        yield warning("torch", message, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
     else:
         yield ok("torch", f"torch {torch.__version__}, no GPU on this machine (cluster.use_gpu=false)")
 

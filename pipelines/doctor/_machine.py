@@ -69,16 +69,16 @@ def _quota() -> float | None:
 def memory(cluster: ClusterSpec) -> Iterator[Finding]:
     """Compare the free memory, and the shared memory for Ray's object store, with what the workers take at least."""
     free, needed = free_bytes(), max(cluster.num_workers, 1) * WORKER_BYTES
-    said = f"{free / GB:.1f} GB free, {max(cluster.num_workers, 1)} workers take {needed / GB:.1f} GB before any data"
+    message = f"{free / GB:.1f} GB free, {max(cluster.num_workers, 1)} workers take {needed / GB:.1f} GB before any data"
     here = not os.environ.get("RAY_ADDRESS")
     if free < needed and here:
-        yield failed("memory", said, "lower cluster.num_workers, or free memory")
+        yield failed("memory", message, "lower cluster.num_workers, or free memory")
     else:
-        yield ok("memory", said)
+        yield ok("memory", message)
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     if shared < SHM_BYTES and cluster.num_workers and here:
-        said = f"/dev/shm has {shared / 1e6:.0f} MB, Ray's object store takes {SHM_BYTES / 1e6:.0f} MB: it falls back to the slower disk"
-        yield warning("shared memory", said, "give the container more, for example docker run --shm-size=1g")
+        message = f"/dev/shm has {shared / 1e6:.0f} MB, Ray's object store takes {SHM_BYTES / 1e6:.0f} MB: it falls back to the slower disk"
+        yield warning("shared memory", message, "give the container more, for example docker run --shm-size=1g")
     else:
         yield ok("shared memory", f"/dev/shm has {shared / GB:.1f} GB")
 
@@ -98,10 +98,10 @@ def free_bytes() -> int:
 def temporary_disk() -> Finding:
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    said = f"{folder} has {free / GB:.1f} GB free (Ray's sessions, files on their way to a bucket)"
+    message = f"{folder} has {free / GB:.1f} GB free (Ray's sessions, files on their way to a bucket)"
     if free < TEMPORARY_BYTES:
-        return warning("temporary disk", said, "free space there, or set TMPDIR and RAY_TMPDIR to a larger disk")
-    return ok("temporary disk", said)
+        return warning("temporary disk", message, "free space there, or set TMPDIR and RAY_TMPDIR to a larger disk")
+    return ok("temporary disk", message)
 
 
 def open_files() -> Finding:

@@ -110,16 +110,16 @@ def _password(url: str) -> Finding:
 def _workers(url: str) -> Iterator[Finding]:
     pools = [pool for pool in ask(url, "/work_pools/filter", {}) if not pool.get("is_paused")]
     if not pools:
-        said = "no work pool: deployments of `aepipe deploy` would wait; `aepipe serve` needs none"
-        yield warning("prefect: workers", said, "prefect work-pool create local --type process; prefect worker start --pool local")
+        message = "no work pool: deployments of `aepipe deploy` would wait; `aepipe serve` needs none"
+        yield warning("prefect: workers", message, "prefect work-pool create local --type process; prefect worker start --pool local")
     for pool in pools:
         workers = ask(url, f"/work_pools/{quote(pool['name'], safe='')}/workers/filter", {})
         alive = [worker["name"] for worker in workers if worker.get("status") == "ONLINE"]
         if alive:
             yield ok("prefect: workers", f"pool {pool['name']}: {len(alive)} alive")
         else:
-            said = f"pool {pool['name']} has no worker that is alive ({len(workers)} known): its runs wait"
-            yield warning("prefect: workers", said, f"prefect worker start --pool {pool['name']}")
+            message = f"pool {pool['name']} has no worker that is alive ({len(workers)} known): its runs wait"
+            yield warning("prefect: workers", message, f"prefect worker start --pool {pool['name']}")
 
 
 def _scheduler(url: str) -> Iterator[Finding]:
@@ -134,16 +134,16 @@ def _scheduler(url: str) -> Iterator[Finding]:
     now = datetime.now(UTC)
     planned, late = sum(when > now for when in times), sum(when < now - timedelta(seconds=LATE_S) for when in times)
     if late:
-        said = f"{late} scheduled runs are more than {LATE_S:.0f} s late"
+        message = f"{late} scheduled runs are more than {LATE_S:.0f} s late"
         yield warning(
-            "prefect: scheduler", said, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
+            "prefect: scheduler", message, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
         )
     if planned:
         yield ok("prefect: scheduler", f"{planned} runs planned for {len(scheduled)} deployments")
     else:
-        said = f"{len(scheduled)} deployments have an active schedule and no run is planned: the scheduler does not work"
+        message = f"{len(scheduled)} deployments have an active schedule and no run is planned: the scheduler does not work"
         remedy = "start `prefect server services start` beside a server without services; SQLAlchemy has to be < 2.1"
-        yield failed("prefect: scheduler", said, remedy)
+        yield failed("prefect: scheduler", message, remedy)
 
 
 def _moment(text: str) -> datetime:

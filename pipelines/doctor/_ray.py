@@ -5,11 +5,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from aecore.errors import ClusterError
-from pipelines.cluster.session import fits, import_environment, worker_resources
+from pipelines.cluster.session import fits, format_resources, import_environment, worker_resources
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 from pipelines.recipe.recipe import ClusterSpec
 
@@ -43,9 +43,18 @@ def ray(cluster: ClusterSpec) -> Iterator[Finding]:
     if isinstance(answer, Finding):
         yield answer
         return
-    said = f"Ray {answer['version']} at {address}, {len(answer['nodes'])} node(s), free: {_says(answer['free'])}"
-    yield ok("ray", said)
-    yield _room(cluster, answer["nodes"])
+    message = f"Ray {answer['version']} at {address}, {len(answer['nodes'])} node(s), free: {format_resources(answer['free'])}"
+    yield ok("ray", message)
+    need = worker_resources(cluster)
+    room = sum(fits(node, need) for node in answer["nodes"])
+    message = f"room for {room} workers of {format_resources(need)} each, the recipe asks for {cluster.num_workers}"
+    if room < cluster.num_workers:
+        remedy = f"set cluster.num_workers={room} or less, or cluster.resources_per_worker to a smaller share"
+        yield failed("ray: resources", message, remedy)
+    elif room == cluster.num_workers and len(answer["nodes"]) > 1:
+        yield warning("ray: resources", message, "the loss of one node would leave too little: add a node, or ask for fewer workers")
+    else:
+        yield ok("ray: resources", message)
 
 
 def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
@@ -62,19 +71,3 @@ def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
     token = any(word in done.stderr.lower() for word in ("token", "unauthenticated", "authentication"))
     remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token" if token else START
     return failed("ray", f"cannot connect to {address}: {why}", remedy)
-
-
-def _room(cluster: ClusterSpec, nodes: Sequence[Mapping[str, float]]) -> Finding:
-    need = worker_resources(cluster)
-    room = sum(fits(node, need) for node in nodes)
-    said = f"room for {room} workers of {_says(need)} each, the recipe asks for {cluster.num_workers}"
-    if room < cluster.num_workers:
-        return failed("ray: resources", said, f"set cluster.num_workers={room} or less, or cluster.resources_per_worker to a smaller share")
-    if room == cluster.num_workers and len(nodes) > 1:
-        return warning("ray: resources", said, "the loss of one node would leave too little: add a node, or ask for fewer workers")
-    return ok("ray: resources", said)
-
-
-def _says(resources: Mapping[str, float]) -> str:
-    shown = {name: amount for name, amount in resources.items() if ":" not in name and name not in ("memory", "object_store_memory")}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

@@ -99,8 +99,8 @@ def _clock(store: Store) -> Finding:
     written, now = store.modified("now"), time.time()
     skew = abs(now - (written or 0.0))
     if skew > SKEW_S:
-        said = f"the clock of the storage and of this machine are {skew:,.0f} s apart"
-        return warning("store: clock", said, "synchronise them (NTP): `aepipe gc` reckons the age of files, S3 refuses at 15 minutes")
+        message = f"the clock of the storage and of this machine are {skew:,.0f} s apart"
+        return warning("store: clock", message, "synchronise them (NTP): `aepipe gc` reckons the age of files, S3 refuses at 15 minutes")
     return ok("store: clock", f"{skew:.1f} s apart at most")
 
 
@@ -116,9 +116,9 @@ def raced(store: Store) -> Finding:
 def space(place: Path) -> Finding:
     folder = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
-    said = f"{free / 1e9:.1f} GB free under {folder}"
+    message = f"{free / 1e9:.1f} GB free under {folder}"
     if free < LOWEST_BYTES:
-        return failed("store: free space", said, "free space there, or write to another URL")
+        return failed("store: free space", message, "free space there, or write to another URL")
     if free < LOW_BYTES:
-        return warning("store: free space", said, "see that it is enough for shards, checkpoints and the table")
-    return ok("store: free space", said)
+        return warning("store: free space", message, "see that it is enough for shards, checkpoints and the table")
+    return ok("store: free space", message)

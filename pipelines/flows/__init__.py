@@ -17,7 +17,7 @@ SETTINGS = {
     "PREFECT_HOME": str(_CACHE / "aepipe" / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the shortest that Prefect takes. `deploy/rescue.py` waits for three of them
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the shortest that Prefect takes; `deploy/crash_restart.py` waits for three
     "PREFECT_LOGGING_EXTRA_LOGGERS": "aecore,pipelines",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # what threads and workers log has no run; a warning per line says so else
     "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",  # Prefect's own temporary server asks nobody for a password: `server.py` starts ours

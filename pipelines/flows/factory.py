@@ -31,7 +31,7 @@ from pipelines.steps.submit import run_as_job, stop
 PREFIX = "aepipe-"  # of the names of flows
 RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
 CRASHES = 3  # as often may the process of one run die before somebody has to look at it
-RESCUED = "its process was gone: run again by aepipe"
+CRASH_RESTARTED = "its process was gone: run again by aepipe"
 
 
 def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
@@ -48,7 +48,7 @@ def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None
     return flow(name=f"{PREFIX}{name}", persist_result=False, on_cancellation=[stop_job])(run)
 
 
-def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
+def is_retryable(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed when it is run again."""
     try:
         state.result()
@@ -67,7 +67,7 @@ def run_step(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_not_always_crashing() -> None:
-    """RunFailed if this run was scheduled again and again by our automation (`deploy/rescue.py`), and its process died each time."""
+    """RunFailed if this run was scheduled again and again by our automation (`deploy/crash_restart.py`), and its process died each time."""
     run = FlowRunContext.get()
     if run is None or run.flow_run is None or run.flow_run.deployment_id is None:
         return
@@ -75,7 +75,7 @@ def require_not_always_crashing() -> None:
         states = client.read_flow_run_states(run.flow_run.id)
     crashes = 0
     for state in sorted(states, key=lambda state: state.timestamp):
-        if state.is_scheduled() and state.message != RESCUED:  # a person or a schedule asked for it
+        if state.is_scheduled() and state.message != CRASH_RESTARTED:  # a person or a schedule asked for it
             crashes = 0
         crashes += state.is_crashed()
     if crashes >= CRASHES:
@@ -90,7 +90,7 @@ def _make(name: str) -> Any:
         name=name,
         retries=RETRIES,
         retry_delay_seconds=list(RETRY_DELAY_S),
-        retry_condition_fn=worth_another_try,
+        retry_condition_fn=is_retryable,
         cache_policy=NO_CACHE,
         persist_result=False,
     )
@@ -105,7 +105,7 @@ def _make(name: str) -> Any:
             summary = STEPS[name](parsed, report)
             logger.info("%s done in %.1f s", name, summary["seconds"])
         for made, part in summary.items() if name == PIPELINE else [(name, summary)]:
-            leave_artifacts(made, part)
+            publish_artifacts(made, part)
         return summary
 
     return step
@@ -133,7 +133,7 @@ def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
         logging.getLogger(__name__).info("cancelled: Ray job %s: %s", job_id, status)
 
 
-def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
+def publish_artifacts(name: str, summary: Mapping[str, Any]) -> None:
     """Leave counts or metrics as a table and the address as a link on the run's page."""
     rows = [{"what": key, "value": value if isinstance(value, int | float | str) else str(value)} for key, value in flatten(summary)]
     create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"what `{name}` made")
@@ -142,7 +142,7 @@ def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
         create_link_artifact(link=f"file://{url}" if url.startswith("/") else url, link_text=url, key=f"aepipe-{name}-url")
 
 
-def leave_report(title: str, text: str) -> None:
+def publish_report(title: str, text: str) -> None:
     """Leave a markdown page on the run."""
     create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
 

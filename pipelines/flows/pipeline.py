@@ -7,7 +7,7 @@ With `cluster.kind=job` all stages are one Ray job and this flow only watches it
 
 from typing import Any
 
-from pipelines.flows.factory import leave_report, make_flow, run_step
+from pipelines.flows.factory import make_flow, publish_report, run_step
 from pipelines.recipe.recipe import Recipe
 from pipelines.steps.pipeline import PIPELINE, check_address, run_stages
 from pipelines.steps.steps import with_absolute_urls
@@ -21,7 +21,7 @@ def run_pipeline(recipe: dict[str, Any]) -> dict[str, Any]:
         summaries = run_step(PIPELINE, with_absolute_urls(parsed))
     else:
         summaries = run_stages(parsed, lambda name, part: run_step(name, part.tree))
-    leave_report(parsed.name, report(summaries))
+    publish_report(parsed.name, report(summaries))
     return summaries
 
 

@@ -59,7 +59,7 @@ class Server:
         return True
 
 
-def on_a_server(flow: Callable[..., Any]) -> Callable[..., Any]:
+def with_server(flow: Callable[..., Any]) -> Callable[..., Any]:
     """Return a flow that runs on the server that the user named, or else on a temporary one of ours."""
 
     def run(*arguments: Any, **options: Any) -> Any:

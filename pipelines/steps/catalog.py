@@ -73,5 +73,5 @@ def _type_name(hint: Any) -> str:  # any: a type
 def _header(text: str) -> str:
     """Return the first sentence of the comment that a recipe begins with."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.lstrip().splitlines())
-    said = " ".join(line.removeprefix("#").strip() for line in lines)
-    return re.split(r"(?<=\.)(?<!\bal\.)\s", said, maxsplit=1)[0]
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.)(?<!\bal\.)\s", comment, maxsplit=1)[0]

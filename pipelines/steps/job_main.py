@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(1, errors.to_json(RunFailed(f"{type(error).__name__}: {error}")))
 
 
-def _end(exit_code: int, said: dict[str, Any]) -> int:
-    sys.stdout.write(f"{RESULT}{json.dumps(said, default=str)}\n")
+def _end(exit_code: int, result: dict[str, Any]) -> int:
+    sys.stdout.write(f"{RESULT}{json.dumps(result, default=str)}\n")
     sys.stdout.flush()
     return exit_code
 
@@ -79,10 +79,10 @@ def result_of(line: str) -> dict[str, Any] | None:
     if not line.startswith(RESULT):
         return None
     try:
-        said = json.loads(line.removeprefix(RESULT))
+        result = json.loads(line.removeprefix(RESULT))
     except ValueError:
         return None
-    return said if isinstance(said, dict) else None
+    return result if isinstance(result, dict) else None
 
 
 if __name__ == "__main__":

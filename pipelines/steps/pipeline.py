@@ -24,7 +24,7 @@ def stage(recipe: Recipe, name: str) -> Recipe:
     return Recipe(rest | inputs | {"out": made[step.makes] if step.makes else root})
 
 
-def what_it_reads(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
+def sections_and_addresses(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
     """Return the sections and the addresses that a step (or PIPELINE) reads of this recipe.
 
     A pipeline reads what its stages read, but for the addresses at the top, of which it is given `data` and `out` only.

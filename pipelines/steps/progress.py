@@ -20,9 +20,9 @@ from aecore.training.metrics import last_epoch, last_row
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` `unit`s of a stage; `text` says the newest thing, `milestone` that it is worth a line in a log."""
+    """`done` of `total` `unit`s of a step; `text` says the newest thing, `milestone` that it is worth a line in a log."""
 
-    stage: str
+    step: str
     done: int
     total: int
     unit: str
@@ -30,7 +30,7 @@ class Progress:
     milestone: bool = True
 
     def __str__(self) -> str:
-        return f"{self.stage}: {self.done} of {self.total} {self.unit}, {self.text}"
+        return f"{self.step}: {self.done} of {self.total} {self.unit}, {self.text}"
 
 
 Report = Callable[[Progress], None]
@@ -72,8 +72,8 @@ def from_line(line: str) -> Progress | None:
     match = _LINE.fullmatch(line)
     if match is None:
         return None
-    passing, stage, done, total, unit, text = match.groups()
-    return Progress(stage, int(done), int(total), unit, text, milestone=passing is None)
+    passing, step, done, total, unit, text = match.groups()
+    return Progress(step, int(done), int(total), unit, text, milestone=passing is None)
 
 
 class TerminalLine:
@@ -81,19 +81,19 @@ class TerminalLine:
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream or sys.stderr, clock
-        self._stage, self._first, self._started, self._drawn = "", 0, 0.0, 0.0
+        self._step, self._first, self._started, self._drawn = "", 0, 0.0, 0.0
 
     def __call__(self, progress: Progress) -> None:
         now = self._clock()
-        if progress.stage != self._stage:
-            self._stage, self._first, self._started, self._drawn = progress.stage, progress.done, now, 0.0
+        if progress.step != self._step:
+            self._step, self._first, self._started, self._drawn = progress.step, progress.done, now, 0.0
         last = progress.done >= progress.total
         if not last and now - self._drawn < 0.1:
             return
         self._drawn = now
         rate = (progress.done - self._first) / max(now - self._started, 1e-9)
         speed = f", {rate:,.1f} {progress.unit}/s, {_duration((progress.total - progress.done) / rate)} left" if rate and not last else ""
-        self._stream.write(f"\r\x1b[2K{progress.stage}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}")
+        self._stream.write(f"\r\x1b[2K{progress.step}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}")
         self._stream.write("\n" if last else "")
         self._stream.flush()
 
@@ -130,7 +130,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def on_part(stage: str, unit: str, report: Report, *, milestones: bool) -> OnPart:
+def on_part(step: str, unit: str, report: Report, *, milestones: bool) -> OnPart:
     """Return the callback of `aecore.artifact.fanout.collect` that reports every finished part.
 
     `milestones` is false where the workers live in this process, whose own log lines say the same.
@@ -138,7 +138,7 @@ def on_part(stage: str, unit: str, report: Report, *, milestones: bool) -> OnPar
 
     def finished(record: PartRecord, done: int, total: int) -> None:
         bad = f", {record.quarantined:,} quarantined" if record.quarantined else ""
-        report(Progress(stage, done, total, unit, f"{record.part}: {record.rows:,} rows{bad}", milestones))
+        report(Progress(step, done, total, unit, f"{record.part}: {record.rows:,} rows{bad}", milestones))
 
     return finished
 

@@ -250,12 +250,12 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
 
     from aecore.evaluate import evaluate
     from aecore.training.ranks import Rank
-    from pipelines.cluster.memory import keep_freed_memory
+    from pipelines.cluster.memory import disable_malloc_trim
     from pipelines.cluster.session import require_gpu_is_there
 
     require_gpu_is_there(cluster)
     torch.set_num_threads(cluster.threads_per_worker)
-    keep_freed_memory()
+    disable_malloc_trim()
     rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
     if spec.figures is None:
         return evaluate(run, data, spec, rank=rank).to_dict()

@@ -17,7 +17,7 @@ from pipelines.cluster.jobs import Ended, JobServer, JobSpec, JobStopped
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps import job_main
-from pipelines.steps.pipeline import what_it_reads
+from pipelines.steps.pipeline import sections_and_addresses
 from pipelines.steps.progress import Report, from_line
 from pipelines.steps.steps import urls_at, with_absolute_urls
 
@@ -36,16 +36,16 @@ def job_of(name: str, recipe: Recipe) -> JobSpec:
 
 def identity(name: str, recipe: Recipe) -> Tree:
     """Return what decides which job this is, as plain JSON."""
-    sections, _ = what_it_reads(name, recipe)
+    sections, _ = sections_and_addresses(name, recipe)
     specs = {section: to_dict(getattr(recipe, section), identity_only=True) for section in sections}
     return {"step": name, "addresses": _addresses(name, recipe), **specs}
 
 
 def _addresses(name: str, recipe: Recipe) -> dict[str, str]:
-    return urls_at(recipe, what_it_reads(name, recipe)[1])
+    return urls_at(recipe, sections_and_addresses(name, recipe)[1])
 
 
-def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_asked: Callable[[], bool] = lambda: False) -> Tree:
+def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_requested: Callable[[], bool] = lambda: False) -> Tree:
     """Submit or join the job of a step and follow it to its end; return the summary that the step has everywhere.
 
     Raises
@@ -56,33 +56,36 @@ def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_
     """
     server = JobServer(recipe.cluster)
     job_id = submit(server, job_of(name, recipe))
-    said: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     last = ""
 
     def listen(line: str) -> None:
         nonlocal last
         last = line.strip() or last
-        result, progress = job_main.result_of(line), from_line(line)
-        if result is not None:
-            said.update(result)
+        found, progress = job_main.result_of(line), from_line(line)
+        if found is not None:
+            result.update(found)
         elif progress is not None:
             report(progress)
         else:
             on_line(line)
 
     try:
-        ended = server.follow(job_id, listen, stop_asked)
+        ended = server.follow(job_id, listen, stop_requested)
     except BaseException as stop:
-        if isinstance(stop, Exception) or not stop_asked():
+        if isinstance(stop, Exception) or not stop_requested():
             if isinstance(stop, KeyboardInterrupt):
-                raise KeyboardInterrupt(_left(job_id)) from None
+                raise KeyboardInterrupt(
+                    f"stopped watching; Ray job {job_id} goes on: the same command joins it again, "
+                    "`aepipe submit RECIPE ... --stop` stops it"
+                ) from None
             raise
         server.stop(job_id)
         raise
-    if not said:  # its lines did not reach us (a proxy without websockets)
-        found = [result for line in server.log(job_id).splitlines() if (result := job_main.result_of(line)) is not None]
-        said.update(found[-1] if found else {})
-    return _summary(ended, said, last)
+    if not result:  # its lines did not reach us (a proxy without websockets)
+        for line in server.log(job_id).splitlines():
+            result.update(job_main.result_of(line) or {})
+    return _summary(ended, result, last)
 
 
 def submit(server: JobServer, job: JobSpec) -> str:
@@ -108,18 +111,14 @@ def plan(name: str, recipe: Recipe) -> Tree:
     return {"job": job.key, "arguments": list(job.arguments), "metadata": dict(job.metadata), "identity": identity(name, recipe)}
 
 
-def _left(job_id: str) -> str:
-    return f"stopped watching; Ray job {job_id} goes on: the same command joins it again, `aepipe submit RECIPE ... --stop` stops it"
-
-
-def _summary(ended: Ended, said: dict[str, Any], last: str) -> Tree:
-    if ended.status == "SUCCEEDED" and isinstance(said.get("summary"), dict):
-        summary: Tree = said["summary"]
+def _summary(ended: Ended, result: dict[str, Any], last: str) -> Tree:
+    if ended.status == "SUCCEEDED" and isinstance(result.get("summary"), dict):
+        summary: Tree = result["summary"]
         return summary
     if ended.status == "STOPPED":
         raise JobStopped(f"Ray job {ended.id} was stopped; what is finished is kept, the same command goes on from there")
-    if "error" in said:
-        raise errors.from_json({"exit_code": ended.exit_code, **said, "message": f"{said.get('message')} (Ray job {ended.id})"})
+    if "error" in result:
+        raise errors.from_json({"exit_code": ended.exit_code, **result, "message": f"{result.get('message')} (Ray job {ended.id})"})
     raise _failure(ended, last)
 
 

@@ -24,7 +24,7 @@ from aecore.training.job import TrainJob, TrainSpec
 from aecore.training.loop import fit
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import AdaGVAESpec, VAESpec
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 
 SEEDS, STEPS, PAIRS, LATENTS = (101, 102, 103), 2500, 64, 10
 BETAS = (1.0, 4.0, 8.0)
@@ -85,7 +85,7 @@ def ratios(runs: Sequence[Run], score: str) -> list[float]:
 
 def main(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         shard_dataset(SpritesSpec(), f"{folder}/data")

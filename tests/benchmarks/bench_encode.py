@@ -39,7 +39,7 @@ from aecore.nn.conv import ConvSpec
 from aecore.nn.mlp import MLPSpec
 from aecore.store import open_store
 from aecore.variational import VAESpec
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from tests.benchmarks.bench_input import make_folder
 from tests.benchmarks.pairs import HEADER, Home, Side, compare, two_processes
 
@@ -80,7 +80,7 @@ def begin() -> None:
 
 def begin_ours() -> None:
     begin()
-    keep_freed_memory()
+    disable_malloc_trim()
 
 
 def ours(case: Case, fan_out: Any = serial) -> None:

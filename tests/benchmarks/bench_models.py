@@ -28,7 +28,7 @@ from aecore.training.loop import _Training
 from aecore.training.optimizer import OptimSpec, build_optimizer
 from aecore.training.session import Session
 from aecore.variational import VAESpec
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from tests import peers
 from tests.benchmarks.pairs import HEADER, compare
 
@@ -181,7 +181,7 @@ def sides() -> dict[str, Step]:
 
 
 def main() -> None:
-    keep_freed_memory()
+    disable_malloc_trim()
     torch.set_num_threads(1)
     data = batches()
 

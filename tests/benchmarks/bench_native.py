@@ -29,7 +29,7 @@ from aecore.data.write.job import shard_dataset
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash, examine, list_folder, read_pieces
 from aecore.nn import _linear
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from tests.benchmarks.pairs import HEADER, Pairs, Side
 
 PAIRS = 21
@@ -147,7 +147,7 @@ def products() -> Iterator[Pairs]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     print(f"compiled loops: {native.why_not() or 'used'}; linear layers: {_linear.linear_path()}")
     print(HEADER)
     groups: tuple[Callable[[], Iterator[Pairs]], ...] = (*((loops,) if native.available() else ()), products)

@@ -35,7 +35,7 @@ from aecore.store._s3_files import AHEAD_FILES
 from aecore.training.loop import TrainJob, TrainSpec, fit
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import VAESpec
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from tests.benchmarks.pairs import HEADER, compare
 from tests.realdata import unpack
 from tests.s3 import ACCESS_KEY, REGION, S3, SECRET_KEY, s3_environment, start_server
@@ -138,7 +138,7 @@ def _bytes_in(folder: Path) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     with tempfile.TemporaryDirectory() as scratch, start_server(Path(scratch), LATENCY_S) as port:
         bench = Bench(port, Path(scratch))
         images = Path(scratch) / "images"

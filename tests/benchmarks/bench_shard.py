@@ -25,7 +25,7 @@ from aecore.data.format.tar import BLOCK
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from tests.benchmarks.pairs import HEADER, Home, Side, compare, two_processes
 from tests.realdata import unpack
 
@@ -125,7 +125,7 @@ def read_peer(dataset: Path) -> int:
 
 
 def rows(name: str, prepare: Callable[[Path], int]) -> None:
-    with tempfile.TemporaryDirectory() as folder, Home(keep_freed_memory) as process, Home(keep_freed_memory) as processes:
+    with tempfile.TemporaryDirectory() as folder, Home(disable_malloc_trim) as process, Home(disable_malloc_trim) as processes:
         files, scratch, dataset = (Path(folder) / part for part in ("files", "out", "dataset"))
         scratch.mkdir()
         units = prepare(files)

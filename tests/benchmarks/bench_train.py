@@ -21,7 +21,7 @@ from aecore.training.job import CheckpointSpec, TrainJob, TrainSpec
 from aecore.training.loop import fit
 from aecore.training.ranks import Rank
 from aecore.variational import VAESpec
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.train import train
 from pipelines.recipe.recipe import ClusterSpec
 from tests.benchmarks.pairs import HEADER, Pairs, peak_mib_here
@@ -83,7 +83,7 @@ def main() -> None:
 def rank_main(pickled: str) -> None:
     """What torchrun starts: one rank of `fit`, with the settings of our workers."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     dist.init_process_group("gloo")
     fit(pickle.loads(Path(pickled).read_bytes()), rank=Rank(dist.get_rank(), dist.get_world_size()))
     dist.destroy_process_group()

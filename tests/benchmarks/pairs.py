@@ -23,7 +23,7 @@ from typing import Any
 
 from aecore.artifact.fanout import MakeWorker, Outcome, Worker, make_part
 from aecore.native import processor
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 
 Side = Callable[[], object]
 
@@ -208,7 +208,7 @@ def _private_kib(pid: int) -> int:
 
 def two_processes(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
     """Fan out over two processes. They are started once and kept, as the workers of a cluster are: starting them is not timed."""
-    pool = _pools.get(os.getpid()) or ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=keep_freed_memory)
+    pool = _pools.get(os.getpid()) or ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=disable_malloc_trim)
     _pools[os.getpid()] = pool
     made = pickle.dumps(make_worker)
     for future in as_completed([pool.submit(_part, made, task) for task in tasks]):

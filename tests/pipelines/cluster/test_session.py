@@ -162,12 +162,12 @@ def test_a_folder_that_somebody_else_put_into_tmp_is_not_used(monkeypatch: pytes
 
     monkeypatch.setattr(session, "Path", InTmp)
     name = tmp_path / f"aepipe-ray-{os.getuid()}"
-    assert session._own_folder() == {"RAY_TMPDIR": str(name)}
+    assert session._local_session_folder() == {"RAY_TMPDIR": str(name)}
     name.chmod(0o777)
     (tmp_path / "elsewhere").mkdir()
     for spoil in (lambda: None, lambda: (name.rmdir(), name.symlink_to(tmp_path / "elsewhere"))):
         spoil()
-        other = Path(session._own_folder()["RAY_TMPDIR"])
+        other = Path(session._local_session_folder()["RAY_TMPDIR"])
         assert other != name
         assert (other.stat().st_mode & 0o777, other.is_symlink()) == (0o700, False)
         other.rmdir()

@@ -4,10 +4,10 @@ import sys
 PROGRAM = """
 import resource, sys
 import numpy as np
-from pipelines.cluster.memory import keep_freed_memory
+from pipelines.cluster.memory import disable_malloc_trim
 
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    disable_malloc_trim()
 for number in range(101):
     if number == 1:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
