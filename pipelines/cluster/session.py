@@ -1,9 +1,9 @@
-"""Connect to a running Ray (`cluster.address`, RAY_ADDRESS), or start a local one: once per process, for all stages.
+"""Connects to a running Ray (`cluster.address`, RAY_ADDRESS) or starts a local one: once per process, for all steps.
 
-A cluster that we did not start is never shut down. What a job needs is compared with what the cluster has BEFORE anything is
-placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait for ever, silently. A local Ray listens on 127.0.0.1 only,
-without metrics ports, with a token of its own that lives in this process's environment only. Nothing in the current directory can be
-imported by what is started here: workers have another working directory, and neither it nor the user's is on their path.
+A cluster that this process did not start is never shut down. Requested resources are compared with those of the cluster BEFORE
+anything is placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait forever, silently. A local Ray listens on
+127.0.0.1 only, without metrics ports, with its own token, which is kept in this process's environment only. Processes that are started
+here import nothing from the current directory: they have another working directory, and neither is on their path.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20  # tasks and records only; samples never pass through it
 LOOPBACK = "127.0.0.1"
-LOOK_S = 10.0  # between looks at the nodes while work is done
+LOOK_S = 10.0  # between checks of the nodes while work is done
 _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the source tree to every worker
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # default 2 s: three seconds of every short run
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default, 2 s, costs every short run three seconds
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
 _PATHS = ("AECORE_CACHE", "XDG_CACHE_HOME", "PREFECT_HOME", "RAY_TMPDIR", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE")
 _LOCAL_SETTINGS = {
-    # Ray's three metrics ports ask for no token. A port that does not exist is the only way to leave two of them closed
+    # Ray's three metrics ports require no token; two of them stay closed only with an invalid port number
     "RAY_enable_metrics_collection": "0",
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
@@ -51,19 +51,19 @@ _LOCAL_SETTINGS = {
 
 
 class _Connection:
-    """What this process is connected to by `connect`: an address, or LOCAL for a Ray of ours; None if somebody else connected it."""
+    """The cluster that `connect` connected this process to: an address, or LOCAL; None if `connect` did not."""
 
     LOCAL = "a local Ray"
     address: str | None = None
 
 
 def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
-    """Return the running cluster to use and who named it (`cluster.address` or `RAY_ADDRESS`); None: a local Ray of ours.
+    """Return the address of the running cluster to use and its origin (`cluster.address` or `RAY_ADDRESS`); None: a local Ray.
 
-    ConfigError if `kind=address` has none, or if it is the address of a job server.
+    ConfigError if `kind=address` has none, or for the address of a job server.
     """
     if cluster.kind == "job":
-        raise ConfigError("cluster.kind=job works through a Ray job (aepipe submit, or a flow); this step works itself: set another kind")
+        raise ConfigError("cluster.kind=job runs as a Ray job (aepipe submit, or a flow), not inside of a step: set another kind")
     if cluster.address is not None:
         return cluster.address, "cluster.address"
     address = os.environ.get("RAY_ADDRESS")
@@ -79,7 +79,7 @@ def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
 
 
 def connect(cluster: ClusterSpec) -> None:
-    """Make sure that this process is connected to Ray; ClusterError if that fails or takes too long."""
+    """Connect this process to Ray if it is not connected; ClusterError if that fails or takes too long."""
     found = cluster_address(cluster)
     address, name = found or (_Connection.LOCAL, "")
     for key, value in (_SETTINGS if found else _SETTINGS | _local_token() | _local_session_folder()).items():
@@ -103,10 +103,9 @@ def connect(cluster: ClusterSpec) -> None:
         raise ClusterError(_cannot_connect(error, address, name)) from error
     _Connection.address = address
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own there, which ends the process where Prefect or we would clean up
-    logger.info(
-        "%s Ray in %.1f s: %s", "connected to" if found else "started", time.perf_counter() - started, format_resources(_totals(ray))
-    )
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaced it by one that ends the process without cleaning up
+    how, seconds = "connected to" if found else "started", time.perf_counter() - started
+    logger.info("%s Ray in %.1f s: %s", how, seconds, _totals(ray))
 
 
 def _cannot_connect(error: Exception, address: str, name: str) -> str:
@@ -141,7 +140,7 @@ def _start_local(ray: Any) -> None:
 
 @contextlib.contextmanager
 def _temporary_defaults(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set what the environment does not hold, and take it back: the next Ray may be one of several machines."""
+    """Set variables that are not set, and unset them at the end: the next Ray may be a cluster of several machines."""
     missing = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(missing)
     try:
@@ -153,7 +152,7 @@ def _temporary_defaults(settings: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keep_loopback_address() -> Iterator[None]:
-    """Keep Ray from replacing 127.0.0.1 by the machine's outer address: what has that one as its own listens on all interfaces."""
+    """Keep Ray from replacing 127.0.0.1 by the machine's external address, with which it listens on all interfaces."""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -166,7 +165,7 @@ def _keep_loopback_address() -> Iterator[None]:
 
 @contextlib.contextmanager
 def allow_loopback(address: str) -> Iterator[None]:
-    """Let `ray.init` reach a Ray that listens on loopback alone; one that listens on the machine's outer address too is left to Ray."""
+    """Let `ray.init` connect to a Ray that listens on loopback only; no effect for one that also has an external address."""
     import ray
 
     host, _, port = address.rpartition(":")
@@ -180,46 +179,47 @@ def allow_loopback(address: str) -> Iterator[None]:
 
 
 class _WorkerSysPath(list[str]):
-    """Where workers look for modules first. Ray adds the folder of the driver's script and the current directory, in this order."""
+    """First entries of the workers' sys.path, to which Ray adds the folder of the script and the current directory, in this order."""
 
     def extend(self, folders: Iterable[str]) -> None:
-        wanted, here = list(folders), str(Path.cwd())
-        if here in wanted:
-            wanted.reverse()
-            wanted.remove(here)
-            wanted.reverse()
-        super().extend(wanted)
+        entries, here = list(folders), str(Path.cwd())
+        if here in entries:  # leaves out its last occurrence
+            del entries[len(entries) - 1 - entries[::-1].index(here)]
+        super().extend(entries)
 
 
 def _job_config() -> Any:
-    """Return Ray's settings of our connection: workers import nothing from the driver's current directory."""
+    """Return a job config with which workers import nothing from the current directory of this process."""
     from ray.job_config import JobConfig
 
     config = JobConfig()
-    config._py_driver_sys_path = _WorkerSysPath()  # an argument would be replaced by a list, as it is empty
+    config._py_driver_sys_path = _WorkerSysPath()  # not the argument: Ray replaces an empty one by a plain list
     return config
 
 
 def _local_token() -> dict[str, str]:
-    """Return a token for a Ray of ours, unless the user set one up. Ray reads it at its import, and not again."""
+    """Return a token for a local Ray, unless the user configured one. Ray reads it once, at its import."""
     if "ray" in sys.modules or any(name.startswith("RAY_AUTH_") for name in os.environ):
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _local_session_folder() -> dict[str, str]:
-    """Return a folder for the sessions of our Rays. In Ray's own, /tmp/ray, the address of a cluster that died may lie: every
-    TorchTrainer.fit then ends 12 s later, since its clean-up asks there which cluster is running. Short: sockets lie in it."""
+    """Return the folder for sessions of local Rays, with a short name since it holds sockets.
+
+    Ray's default, /tmp/ray, may hold the address of a dead cluster: every TorchTrainer.fit then ends 12 s later, since its clean-up
+    looks up the running cluster there.
+    """
     folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         return {"RAY_TMPDIR": str(folder)}
-    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # somebody else took the name
+    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # the name belongs to another user
 
 
 def disconnect() -> None:
-    """End our work and leave the cluster; one that `connect` started ends with it, any other goes on."""
+    """Disconnect from the cluster; one that `connect` started ends, any other goes on."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
@@ -227,34 +227,36 @@ def disconnect() -> None:
 
 
 def is_local() -> bool:
-    """Return whether this process is connected to a Ray that `connect` started here."""
+    """Return whether this process is connected to a Ray that `connect` started."""
     return _Connection.address == _Connection.LOCAL
 
 
 def make_importable() -> None:
-    """Let the processes that this one starts work in another directory: they import what this one imports, nothing from where they
-    are started, and paths in the environment go on to mean what they mean here."""
+    """Prepare the environment for child processes with another working directory.
+
+    They import the same packages and nothing from their working directory; paths in the environment become absolute.
+    """
     paths = {name: os.path.abspath(os.environ[name]) for name in _PATHS if os.environ.get(name, "")[:1] not in ("", "~")}
     os.environ.update(paths | import_environment())
 
 
 def import_environment() -> dict[str, str]:
-    """Return the environment in which another interpreter finds our packages wherever it works, and nothing in its working directory."""
+    """Return the environment in which a child interpreter imports our packages, and nothing from its working directory."""
     roots = []
     for package in ("aecore", "pipelines"):
         found = importlib.util.find_spec(package)
         if found is not None and found.origin is not None:
             roots.append(str(Path(found.origin).parent.parent))
-    # an empty part would be the current directory
+    # an empty entry would be the current directory
     known = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *known])), "PYTHONSAFEPATH": "1"}
 
 
 def _require_reachable(address: str, timeout_s: float) -> None:
-    """Try the port of `host:port` first: ray.init waits for minutes at an address where nothing listens."""
+    """ConnectionError if nothing listens at `host:port`, where ray.init would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto" and the like: Ray's own look-up, which fails at once
+        return  # `auto` and the like: Ray's own look-up fails at once
     try:
         with socket.create_connection((host, int(port)), timeout=min(timeout_s, 10.0)):
             pass
@@ -263,7 +265,7 @@ def _require_reachable(address: str, timeout_s: float) -> None:
 
 
 def worker_resources(cluster: ClusterSpec) -> dict[str, float]:
-    """Return what one worker reserves: `resources_per_worker` on top of its threads as CPUs and its GPU."""
+    """Return the resources of one worker: its threads as CPUs and its GPU, overridden by `resources_per_worker`."""
     resources = {"CPU": float(cluster.threads_per_worker)}
     if cluster.use_gpu:
         resources["GPU"] = 1.0
@@ -271,8 +273,10 @@ def worker_resources(cluster: ClusterSpec) -> dict[str, float]:
 
 
 def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
-    """ClusterError unless the cluster has room for `cluster.num_workers` workers at all, and for `num_workers` of them now or
-    within `cluster.timeout_s` (other work may hold it)."""
+    """Wait until the cluster has free resources for `num_workers` workers.
+
+    ClusterError if it is too small for `cluster.num_workers`, or if they are not free within `cluster.timeout_s`.
+    """
     import ray
 
     need = worker_resources(cluster)
@@ -295,7 +299,7 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
 
 
 def wait_for_one(refs: Sequence[Any], cluster: ClusterSpec) -> Any:  # any: Ray's object refs
-    """Return the first of `refs` that is done; ClusterError if for `cluster.timeout_s` no node could hold a worker (nodes were lost)."""
+    """Return the first of `refs` that is done; ClusterError if for `cluster.timeout_s` no node has room for a worker (nodes were lost)."""
     import ray
 
     need, seen = worker_resources(cluster), time.monotonic()
@@ -317,20 +321,20 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
 
 
 def _suggest_fit(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:
-    """Return what to ask for instead: fewer workers, a smaller share, or none of what no node has."""
+    """Return a remedy: fewer workers, fewer resources per worker, or none of a resource that no node has."""
     missing = [name for name in need if need[name] > 0 and not any(node.get(name) for node in nodes)]
     if "GPU" in missing:
         return "no node has a GPU: set cluster.use_gpu=false, or connect to a cluster with GPUs (RAY_ADDRESS)"
     if missing:
         return f"no node has {', '.join(missing)}: correct cluster.resources_per_worker"
-    share = "a smaller share for each, for example 'cluster.resources_per_worker={CPU: 0.5}'"
+    share = "fewer resources for each, for example 'cluster.resources_per_worker={CPU: 0.5}'"
     without = ", or cluster.use_gpu=false" if "GPU" in need else ""
     fewer = f"set cluster.num_workers={room} or less, or {share}" if room else f"ask for {share}, or fewer cluster.threads_per_worker"
     return fewer + without
 
 
 def require_local_urls_fit(cluster: ClusterSpec, *urls: str) -> None:
-    """ClusterError if a local path outside of `cluster.shared_paths` would be used on several nodes: each would see its own disk."""
+    """ClusterError for a local path outside of `cluster.shared_paths` on several nodes, each of which has its own disk."""
     nodes, local = num_nodes(), local_paths(cluster, *urls)
     if nodes > 1 and local:
         raise ClusterError(
@@ -341,20 +345,20 @@ def require_local_urls_fit(cluster: ClusterSpec, *urls: str) -> None:
 
 
 def num_nodes() -> int:
-    """Return how many nodes of the cluster are alive."""
+    """Return the number of nodes that are alive."""
     import ray
 
     return sum(1 for node in ray.nodes() if node["Alive"])
 
 
 def local_paths(cluster: ClusterSpec, *urls: str) -> list[str]:
-    """Return those of the addresses that are paths, and in no folder of `cluster.shared_paths`."""
+    """Return those addresses that are paths outside of `cluster.shared_paths`."""
     paths = [url for url in urls if url and "://" not in url]
     return [path for path in paths if not any(Path(path).is_relative_to(shared) for shared in cluster.shared_paths)]
 
 
 def require_gpu_is_there(cluster: ClusterSpec) -> None:
-    """ConfigError if GPUs are asked for without workers on a machine that has none."""
+    """ConfigError if this process has to use a GPU and torch sees none."""
     import torch
 
     if cluster.use_gpu and not torch.cuda.is_available():
@@ -362,7 +366,7 @@ def require_gpu_is_there(cluster: ClusterSpec) -> None:
 
 
 def fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """Return how many workers of `need` a node (or what is free) has room for."""
+    """Return how many workers with resources `need` fit into `have`."""
     return min((math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount > 0), default=1 << 30)
 
 

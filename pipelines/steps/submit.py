@@ -1,8 +1,8 @@
-"""A step or a pipeline as a Ray job, seen from outside: submit or join it, follow it, bring back its summary or its error.
+"""The client of a Ray job that runs a step or a pipeline: submits or joins it, follows it, returns its summary or raises its error.
 
 The key of a job is a hash of what it makes: the identity fields of the sections that the step reads, and its addresses. Neither the size
-of the cluster nor the recipe's name is in it, so whoever asks for the same thing again joins the job that is making it.
-To stop watching (Ctrl-C, a killed worker) leaves the job alone; only `aepipe submit --stop` or a cancelled flow run stops it.
+of the cluster nor the recipe's name is in it, so another submit of the same work joins the running job.
+A client that ends (Ctrl-C, a killed worker) leaves the job running; only `aepipe submit --stop` or a cancelled flow run stops it.
 """
 
 import logging
@@ -35,7 +35,7 @@ def job_of(name: str, recipe: Recipe) -> JobSpec:
 
 
 def identity(name: str, recipe: Recipe) -> Tree:
-    """Return what decides which job this is, as plain JSON."""
+    """Return what identifies a job, as plain JSON."""
     sections, _ = sections_and_addresses(name, recipe)
     specs = {section: to_dict(getattr(recipe, section), identity_only=True) for section in sections}
     return {"step": name, "addresses": _addresses(name, recipe), **specs}
@@ -46,13 +46,13 @@ def _addresses(name: str, recipe: Recipe) -> dict[str, str]:
 
 
 def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_requested: Callable[[], bool] = lambda: False) -> Tree:
-    """Submit or join the job of a step and follow it to its end; return the summary that the step has everywhere.
+    """Submit or join the job of a step and follow it to its end; return the summary of the step.
 
     Raises
     ------
     AecoreError
-        The error that ended the job, with the class and so the exit code that it had there; `JobStopped` if somebody stopped it;
-        ClusterError if the cluster could not run it.
+        The error that ended the job, with its class and exit code; `JobStopped` if it was stopped; ClusterError if the cluster could
+        not run it.
     """
     server = JobServer(recipe.cluster)
     job_id = submit(server, job_of(name, recipe))
@@ -82,7 +82,7 @@ def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_
             raise
         server.stop(job_id)
         raise
-    if not result:  # its lines did not reach us (a proxy without websockets)
+    if not result:  # no lines were received (a proxy without websockets)
         for line in server.log(job_id).splitlines():
             result.update(job_main.result_of(line) or {})
     return _summary(ended, result, last)
@@ -99,14 +99,14 @@ def submit(server: JobServer, job: JobSpec) -> str:
 
 
 def stop(name: str, recipe: Recipe) -> tuple[str | None, str]:
-    """Stop the job of a step if it is running; return its id (None: nothing ran) and how it ended."""
+    """Stop the job of a step if it is running; return its id (None: not running) and its status."""
     server = JobServer(recipe.cluster)
     job_id = server.running(job_of(name, recipe).key)
     return job_id, "nothing is running" if job_id is None else server.stop(job_id)
 
 
 def plan(name: str, recipe: Recipe) -> Tree:
-    """Return what would be submitted, without asking the server."""
+    """Return what would be submitted, without a request to the server."""
     job = job_of(name, recipe)
     return {"job": job.key, "arguments": list(job.arguments), "metadata": dict(job.metadata), "identity": identity(name, recipe)}
 
@@ -123,14 +123,14 @@ def _summary(ended: Ended, result: dict[str, Any], last: str) -> Tree:
 
 
 def _failure(ended: Ended, last: str) -> AecoreError:
-    """Return the error of a job whose own last word is missing: it did not start, or its process was killed. `last`: its last line."""
+    """Return the error of a job without a result: it did not start, or its process was killed. `last` is its last line."""
     if ended.exit_code in (126, 127) or "No module named" in last:
         return ClusterError(
             f"Ray job {ended.id}: its interpreter on the head node cannot run aecore ({last}): install this version there, "
             "and name the interpreter that has it in cluster.python"
         )
     if ended.status == "SUCCEEDED":
-        return RunFailed(f"Ray job {ended.id} succeeded, and its log holds no result: run the same command again, what is made is found")
+        return RunFailed(f"Ray job {ended.id} succeeded, and its log holds no result: run the same command again, finished work is kept")
     if ended.exit_code is None:
         return ClusterError(f"Ray job {ended.id} could not run: {(ended.message.strip() or ended.status).splitlines()[-1]}")
     if ended.exit_code in (-9, 137):

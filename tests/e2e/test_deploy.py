@@ -126,7 +126,7 @@ def test_a_deployment_that_cannot_work_is_refused_with_what_to_do(site: Site, ni
     message = site.deploy("demo", f"out={site.folder / 'x'}", "--pool", "boxes", code=2)
     assert "the work pool 'boxes' is of type 'docker', expected 'process': choose another with --pool NAME" in message
     wrong = server.run("pipelines.cli", "deploy", env={"PREFECT_API_AUTH_STRING": "admin:wrong"}, check=False)
-    assert (wrong.returncode, "refuses us (401): set PREFECT_API_AUTH_STRING" in wrong.stderr) == (5, True), wrong.stderr
+    assert (wrong.returncode, "refuses this client (401): set PREFECT_API_AUTH_STRING" in wrong.stderr) == (5, True), wrong.stderr
 
 
 def test_a_run_that_always_crashes_fails_in_the_end(site: Site, nightly: object) -> None:
@@ -200,7 +200,7 @@ def test_a_run_goes_on_when_its_worker_was_killed_with_it(site: Site) -> None:
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    assert site.server.state(run) == "Running"  # nobody is left who could say otherwise
+    assert site.server.state(run) == "Running"  # no process is left that could change it
     with site.worker():
         wait_until(lambda: site.server.state(run) in OVER, "the lost run is over", 400, 0.5)
     states = site.server.states(run)

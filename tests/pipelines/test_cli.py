@@ -60,7 +60,7 @@ def test_the_help_of_a_verb_names_every_option_and_whether_it_reads_a_recipe(ver
     for option in ("--json", "--debug", *(name for name, _ in verb.arguments if name.startswith("-"))):
         assert f"\n  {option}" in output
     assert ("--dry-run" in output) == verb.writes
-    assert ("key.path=value sets any key of a recipe" in output) == verb.reads_recipe
+    assert ("key.path=value sets any key of the recipe" in output) == verb.reads_recipe
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if not verb.reads_recipe], ids=lambda verb: verb.name)
@@ -321,7 +321,7 @@ def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> Non
         ("shard sprites ./s --jsn", "`aepipe shard` has no option --jsn: did you mean --json?", "DATASET [key=value ...]"),
         ("shard sprites ./s cluster.num_workers", "write key=value, as in cluster.num_workers=...", "DATASET [key=value ...]"),
         ("gc ./s --dry", "`aepipe gc` has no option --dry: did you mean --dry-run?", "URL"),
-        ("show a b", "`aepipe show` has no place for 'b'", "URL"),
+        ("show a b", "`aepipe show` takes no argument 'b'", "URL"),
         ("list modls", "invalid choice: 'modls'", "{models,backbones,sources,recipes,sections}"),
     ],
 )
@@ -452,10 +452,14 @@ def test_list_says_every_key_of_a_recipe_with_its_meaning_and_the_steps_that_rea
     unclear = {f"{name}.{key}" for name, section in sections.items() for key, knob in section["knobs"].items() if not knob["help"]}
     assert not unclear
     assert sections["train"]["knobs"]["epochs"] == {"default": 10, "help": "passes over the split", "type": "int", "ge": 1}
-    assert (sections["pairs"]["steps"], sections["shards"]["steps"], sections["cluster"]["steps"]) == (["train"], ["shard", "adopt"], [])
+    assert (sections["pairs"]["steps"], sections["shards"]["steps"]) == (["train"], ["shard", "adopt"])
+    assert sections["cluster"]["steps"] == ["shard", "adopt", "train", "encode", "evaluate"]
+    assert sections["optim"]["knobs"]["kind"]["choices"] == ["adam", "adamw"]
+    assert sections["cluster"]["knobs"]["kind"]["choices"] == ["local", "address", "job"]
     text = printed(capsys, "list", "sections")
-    assert re.search(r"\nencode: .*\(read by encode\)\n    batch = 512    .*\(int >= 1\)\n", text)
-    assert "model: The model: `aepipe list models` names its kinds" in text
+    assert re.search(r"\n\nencode: .*\(read by encode\)\n    batch = 512 +.*\(int >= 1\)\n", text)
+    assert re.search(r"\n    val_split = null +.*\(str or null\)\n", text)
+    assert "model: kind and knobs of the model, see `aepipe list models` (read by train)" in text
 
 
 def test_one_of_a_thing_is_singular_and_small_data_has_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -468,7 +472,7 @@ def test_list_says_what_each_knob_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert (knobs["latent_dim"]["type"], knobs["latent_dim"]["ge"]) == ("int", 1)
     assert knobs["likelihood"]["choices"] == ["gaussian", "bernoulli", "laplace", "categorical"]
     assert "choices" not in knobs["beta"]
-    assert "  latent_dim = 10    size of the latent vector (int >= 1)\n" in printed(capsys, "list", "models")
+    assert re.search(r"\n    latent_dim = 10 +size of the latent vector \(int >= 1\)\n", printed(capsys, "list", "models"))
     folder = json.loads(printed(capsys, "list", "sources", "--json"))["folder"]["knobs"]
     assert (folder["extensions"]["type"], folder["group"]["choices"]) == ("list of str", ["parent"])
 

@@ -113,7 +113,7 @@ def test_what_is_missing_is_asked_for_with_an_example() -> None:
     ("text", "message"),
     [
         ("train: [", "is not valid YAML"),
-        ("train: {epochs: 1, epochs: 2}", "the key 'epochs' stands twice"),
+        ("train: {epochs: 1, epochs: 2}", "the key 'epochs' occurs twice"),
         ("- 1\n- 2", "holds list, expected sections"),
         ("name: &a [*a]", "is YAML, but not plain data"),
         ("train: &a {epochs: *a}", "no alias inside of its own anchor"),

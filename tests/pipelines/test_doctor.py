@@ -252,7 +252,7 @@ def test_a_prefect_server_is_asked_for_version_password_workers_and_schedules(se
     assert "no work pool" in found["prefect: workers"].message
     assert found["prefect: scheduler"].state == "skipped"
     _prefect.ask(server_url, "/work_pools/", {"name": "local", "type": "process"})
-    assert "pool local has no worker that is alive" in look()["prefect: workers"].message
+    assert "pool local has no live worker" in look()["prefect: workers"].message
     flow = _prefect.ask(server_url, "/flows/", {"name": "nightly"})
     schedule = {"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC"}}
     deployment = {"name": "nightly", "flow_id": flow["id"], "schedules": [schedule], "work_pool_name": "local"}
@@ -275,4 +275,7 @@ def test_a_prefect_server_without_a_password_is_warned_of_on_loopback_too() -> N
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = _prefect._password(f"http://127.0.0.1:{server.server_port}/api")
         server.shutdown()
-    assert (found.state, found.message) == ("warning", "the server takes orders, and so code to run, from every user of this machine")
+    assert (found.state, found.message) == (
+        "warning",
+        "the server accepts deployments, and so code to run, from every user of this machine",
+    )

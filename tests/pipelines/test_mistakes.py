@@ -178,8 +178,8 @@ def test_a_ray_cluster_that_is_not_there_ends_in_bounded_time(
     [
         ([{"CPU": 2.0}], {"CPU": 1.0, "GPU": 1.0}, 0, "no node has a GPU: set cluster.use_gpu=false, or connect to a cluster with GPUs"),
         ([{"CPU": 2.0}], {"CPU": 1.0, "TPU": 1.0}, 0, "no node has TPU: correct cluster.resources_per_worker"),
-        ([{"CPU": 2.0}], {"CPU": 1.0}, 2, "set cluster.num_workers=2 or less, or a smaller share"),
-        ([{"CPU": 2.0}], {"CPU": 4.0}, 0, "ask for a smaller share for each"),
+        ([{"CPU": 2.0}], {"CPU": 1.0}, 2, "set cluster.num_workers=2 or less, or fewer resources"),
+        ([{"CPU": 2.0}], {"CPU": 4.0}, 0, "ask for fewer resources for each"),
         ([{"CPU": 2.0, "GPU": 1.0}], {"CPU": 1.0, "GPU": 1.0}, 1, "set cluster.num_workers=1 or less, .* or cluster.use_gpu=false"),
     ],
 )

@@ -84,7 +84,7 @@ def test_an_ignored_signal_stays_ignored_and_a_thread_hears_none() -> None:
 
 @pytest.fixture(scope="module")
 def whole(sprites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a run that nobody interrupted."""
+    """Give an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main(["train", *keys(sprites), f"out={out}"]) == 0
     return out
@@ -166,5 +166,5 @@ def test_workers_that_do_not_end_their_step_in_time_are_waited_for_no_longer(mon
 
 
 def test_what_a_run_keeps_is_said_by_its_newest_checkpoint(sprites: Path, whole: Path, tmp_path: Path) -> None:
-    assert cluster_train._saved(job_for(sprites, tmp_path)) == "no checkpoint was written yet, the same command begins anew"
-    assert cluster_train._saved(job_for(sprites, whole)).startswith("its newest checkpoint is that of step 440, the same command goes on")
+    assert cluster_train._saved(job_for(sprites, tmp_path)) == "no checkpoint was written yet, the same command starts from the beginning"
+    assert cluster_train._saved(job_for(sprites, whole)).startswith("its newest checkpoint is that of step 440, the same command continues")

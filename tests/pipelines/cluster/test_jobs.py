@@ -141,7 +141,7 @@ def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp
     assert f"aepipe: source.url {tmp_path}/nowhere does not exist" in ended[3][2]
     assert "cluster.num_workers=12 workers of 1 CPU each do not fit: the cluster has 4 CPU" in ended[5][2]
     assert "cannot run aecore" in ended[-5][2] and "cluster.python" in ended[-5][2]
-    assert "refuses us" in ended[-55][2] and "RAY_AUTH_TOKEN" in ended[-55][2]
+    assert "refuses this client" in ended[-55][2] and "RAY_AUTH_TOKEN" in ended[-55][2]
     assert not list(tmp_path.glob("*/dataset/dataset.*"))
 
 

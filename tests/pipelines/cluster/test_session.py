@@ -122,7 +122,7 @@ def test_a_ray_of_ours_and_its_training_listen_on_loopback_alone_and_show_no_met
 ) -> None:
     seen: set[Listener] = set()
     train(job_for(sprites, tmp_path / "run", "train.epochs=5"), two_workers, lambda: seen.update(listeners([os.getpid(), *below()])))
-    assert any("RayTrainWorker" in one.command for one in seen), "nobody looked while it trained"
+    assert any("RayTrainWorker" in one.command for one in seen), "the processes were not listed while it trained"
     assert any("raylet" in one.command for one in seen)
     assert [one for one in seen if not one.is_loopback] == []
     assert not {one.port for one in seen} & {44217, 44227}, "the ports of Ray's metrics"
