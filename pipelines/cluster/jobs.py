@@ -67,12 +67,7 @@ class JobServer:
 
     def submit(self, job: JobSpec) -> tuple[str, bool]:
         """Submit or join a job; return the id of its attempt, and whether it is new."""
-        local = local_paths(self._cluster, *job.urls)
-        if local and not is_this_machine(self._host):
-            raise ClusterError(
-                f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
-                "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"
-            )
+        self._require_urls_fit(job)
         deadline = time.monotonic() + self._cluster.timeout_s
         while True:
             with answers(self.address):
@@ -172,3 +167,11 @@ class JobServer:
                         "run the same command again to submit it anew"
                     ) from None
                 raise
+
+    def _require_urls_fit(self, job: JobSpec) -> None:
+        local = local_paths(self._cluster, *job.urls)
+        if local and not is_this_machine(self._host):
+            raise ClusterError(
+                f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
+                "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"
+            )

@@ -106,7 +106,7 @@ def test_a_bucket_that_does_not_create_atomically_fails(bare_s3: S3) -> None:
 def test_a_place_that_cannot_be_written_fails_with_exit_code_4(capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(capsys, "/proc/nothing/here", code=4)
     assert "cannot write under /proc/nothing/here" in found["store"]["message"]
-    assert found["store"]["remedy"].startswith("give another URL")
+    assert found["store"]["remedy"].startswith("use another URL")
 
 
 class Overwriting(LocalStore):
