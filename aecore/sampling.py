@@ -56,10 +56,10 @@ class SampleSpec:
 class DecodeSpec:
     """Which latents are decoded."""
 
-    column: str | None = knob(None, "column of the table, or array of the .npz; none: the model's own (mu, z, codes), or the only array")
-    split: str | None = knob(None, "split of the table; none: all rows")
+    column: str | None = knob(None, "column of the table, or array of the .npz; null: the model's own (mu, z, codes), or the only array")
+    split: str | None = knob(None, "split of the table; null: all rows")
     num: int = knob(0, "decode the first ones only; 0: all", ge=0)
-    label: int | None = knob(None, "class id, for a conditional model; none: the table's own labels", ge=0)
+    label: int | None = knob(None, "class id, for a conditional model; null: the table's own labels", ge=0)
     batch: int = knob(256, "latents decoded at once", ge=1)
     images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
 

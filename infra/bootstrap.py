@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Set up `.venv` from the exact lock, then run one of the project's jobs in it. Standard library only, no make needed.
+"""Set up `.venv` from the exact lock, then run one of the project's jobs in it. Needs only the standard library, no make.
 
     python3 infra/bootstrap.py [setup | demo | test | quick | lint | accept | bench | servers | peers | lock] [arguments of the job]
 
-One pip command installs everything, so nothing is upgraded behind the lock's back; `pip check` has the last word. A stamp in
-`.venv` makes later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without
-one the `+cpu` build, looked for on the configured indexes and on the one that AECORE_TORCH_INDEX names.
+One pip command installs everything, so nothing differs from the lock; `pip check` verifies the result. A stamp in `.venv` makes
+later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without one the `+cpu`
+build, from the configured indexes or the one that AECORE_TORCH_INDEX names.
 System packages (venv, a C compiler, Chromium for one test) are installed only as root, with apt-get, and only if missing;
 AECORE_APT=0 forbids it.
 """
 
-from __future__ import annotations  # an old Python must get as far as the message that it is too old
+from __future__ import annotations  # an old Python has to reach the message that it is too old
 
 import fcntl
 import hashlib
@@ -48,15 +48,17 @@ REMEDIES = {
 
 
 def say(text: str) -> None:
+    """Print a line of the set-up."""
     print(f"[setup] {text}", flush=True)
 
 
 def fail(text: str) -> NoReturn:
+    """End with an error message."""
     sys.exit(f"[setup] error: {text}")
 
 
-def answers(*command: str) -> str | None:
-    """Return the output of a command that ends well, else None."""
+def output_of(*command: str) -> str | None:
+    """Return the output of a command, None if it fails or times out."""
     try:
         done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -64,8 +66,8 @@ def answers(*command: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def quietly(command: list[str], what: str, timeout_s: float = 3600) -> tuple[int, str]:
-    """Run a command without its output but a line each 15 s; return (exit status, output)."""
+def run_quietly(command: list[str], what: str, timeout_s: float = 3600) -> tuple[int, str]:
+    """Run a command, print only a line every 15 s; return (exit status, output)."""
     begun, over = time.monotonic(), threading.Event()
 
     def still_alive() -> None:
@@ -88,62 +90,64 @@ def quietly(command: list[str], what: str, timeout_s: float = 3600) -> tuple[int
 
 
 def apt_install(*packages: str) -> bool:
-    """Install Debian packages if that is possible and allowed here; return whether they are installed now."""
+    """Install Debian packages if this is root on a system with apt-get and AECORE_APT allows it; return whether that succeeded."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None or os.environ.get("AECORE_APT") == "0":
         return False
     names = " ".join(packages)
     say(f"apt-get install {names}")
-    quietly(["apt-get", "update"], "apt-get update", 300)
-    status, output = quietly(["apt-get", "install", "-y", "--no-install-recommends", *packages], f"apt-get install {names}", 600)
+    run_quietly(["apt-get", "update"], "apt-get update", 300)
+    status, output = run_quietly(["apt-get", "install", "-y", "--no-install-recommends", *packages], f"apt-get install {names}", 600)
     if status != 0:
         say(f"apt-get could not install {names}: {(output.strip().splitlines() or ['no output'])[-1]}")
     return status == 0
 
 
 def choose_python() -> tuple[str, str]:
-    """Return a Python >= 3.11 that runs (a pyenv shim may exist and not run), 3.11 if there is one."""
+    """Return command and version of a Python >= 3.11 that runs (a pyenv shim may not), preferably 3.11."""
     for candidate in (*PREFERRED, sys.executable, "python3"):
-        version = answers(candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
+        version = output_of(candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
         if version and tuple(map(int, version.split("."))) >= (3, 11):
             return shutil.which(candidate) or candidate, version.strip()
     fail(f"Python 3.11 or newer is needed, found only {sys.version.split()[0]}: install python3.11 (Debian: apt-get install python3)")
 
 
 def make_venv() -> list[str]:
-    """Make or repair `.venv`; return the pip command that installs into it."""
+    """Create or repair `.venv`; return the pip command that installs into it."""
     own_pip = [str(PYTHON), "-m", "pip"]
-    if answers(*own_pip, "--version"):
+    if output_of(*own_pip, "--version"):
         return own_pip
     python, version = choose_python()
     system_pip: list[str] = []
     say(f"making .venv with Python {version}")
-    if answers(python, "-c", "import ensurepip, venv") is None and not apt_install(f"python{version}-venv"):
-        if answers(python, "-c", "import venv") is None or answers(python, "-m", "pip", "--version") is None:
+    if output_of(python, "-c", "import ensurepip, venv") is None and not apt_install(f"python{version}-venv"):
+        if output_of(python, "-c", "import venv") is None or output_of(python, "-m", "pip", "--version") is None:
             fail(f"Python {version} has no venv module: run `sudo apt-get install python{version}-venv`, then the same command again")
         say("ensurepip is missing: the system's pip puts pip into .venv")
         system_pip = [python, "-m", "pip", "--python", str(PYTHON)]
-    explain(*quietly([python, "-m", "venv", *(["--without-pip"] if system_pip else []), str(VENV)], "venv"))
+    require_success(*run_quietly([python, "-m", "venv", *(["--without-pip"] if system_pip else []), str(VENV)], "venv"))
     if system_pip:
-        explain(*quietly([*system_pip, "install", "-qq", "pip"], "pip"))
+        require_success(*run_quietly([*system_pip, "install", "-qq", "pip"], "pip"))
     return own_pip
 
 
 def has_gpu() -> bool:
-    return "GPU " in (answers("nvidia-smi", "-L") or "") if shutil.which("nvidia-smi") else False
+    """Return whether the NVIDIA driver lists a GPU."""
+    return "GPU " in (output_of("nvidia-smi", "-L") or "") if shutil.which("nvidia-smi") else False
 
 
 def pinned(name: str) -> str:
+    """Return the version of a package in the lock."""
     found = re.search(rf"^{name}==(\S+)", LOCK.read_text(), re.MULTILINE)
     return found.group(1) if found else fail(f"{LOCK} does not pin {name}")
 
 
 def torch_choices(gpu: bool) -> list[tuple[str, str]]:
-    """Return what to ask pip for, best first: a requirement and a warning to print before it is tried."""
+    """Return the requirements of torch to try in order, each with a warning to print before."""
     plain = f"torch=={pinned('torch')}"
     if gpu:
         return [(plain, "")]
     warning = (
-        f"no {plain}+cpu on the configured indexes: taking plain {plain}, which may bring about 2.7 GB of CUDA packages. "
+        f"no {plain}+cpu on the configured indexes: installing {plain}, which may bring about 2.7 GB of CUDA packages. "
         "To avoid it stop here and set AECORE_TORCH_INDEX to the address of PyTorch's index of CPU builds"
     )
     return [(f"{plain}+cpu", ""), (plain, warning)]
@@ -156,29 +160,31 @@ def install(pip: list[str], gpu: bool) -> None:
     for torch, warning in torch_choices(gpu):
         if warning:
             say(warning)
-        status, output = quietly([*pip, "install", "-qq", *extra, torch, "-r", str(LOCK)], "installing")
+        status, output = run_quietly([*pip, "install", "-qq", *extra, torch, "-r", str(LOCK)], "installing")
         if status == 0 or f"No matching distribution found for {torch}" not in output:
             break
-    explain(status, output)
+    require_success(status, output)
     if shutil.which("cc") is None and not apt_install("gcc", "libc6-dev"):
         say("no C compiler: shards are written and read more slowly, all else is the same (Debian: sudo apt-get install gcc libc6-dev)")
     for old in (ROOT / "aecore").glob("_native*.so"):
-        old.unlink()  # a build that fails must not leave the one before
-    explain(*quietly([*pip, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)], "installing aecore"))
-    explain(*quietly([*pip, "check"], "pip check"))
+        old.unlink()  # a failed build must not leave the previous one
+    require_success(*run_quietly([*pip, "install", "-qq", "--no-deps", "--no-build-isolation", "-e", str(ROOT)], "installing aecore"))
+    require_success(*run_quietly([*pip, "check"], "pip check"))
 
 
-def explain(status: int, output: str) -> None:
+def require_success(status: int, output: str) -> None:
+    """End with the output of a failed command and a remedy."""
     if status == 0:
         return
     print("\n".join(output.strip().splitlines()[-25:]), file=sys.stderr)
     for pattern, remedy in REMEDIES.items():
         if re.search(pattern, output):
             fail(remedy)
-    fail("the set-up failed (its last lines are above); what is installed is kept, the same command goes on from there")
+    fail("the set-up failed (its last lines are above); what is installed is kept, the same command continues")
 
 
 def wanted_stamp(gpu: bool) -> dict[str, object]:
+    """Return the stamp of an up-to-date `.venv`: a hash of its inputs and the properties of the machine."""
     digest = hashlib.sha256()
     for path in (LOCK, ROOT / "pyproject.toml", *sorted((ROOT / "aecore" / "native" / "src").iterdir()), Path(__file__)):
         digest.update(path.read_bytes())
@@ -186,7 +192,7 @@ def wanted_stamp(gpu: bool) -> dict[str, object]:
 
 
 def setup() -> None:
-    """Bring `.venv` to the lock; instant if it is there already. One set-up at a time, others wait."""
+    """Install the lock into `.venv`, unless its stamp is up to date. Concurrent set-ups wait for each other."""
     gpu = has_gpu()
     stamp = wanted_stamp(gpu)
     guard = os.open(LOCK.parent, os.O_RDONLY)
@@ -202,14 +208,14 @@ def setup() -> None:
         packages = sum(1 for line in LOCK.read_text().splitlines() if "==" in line)
         say(f"installing {packages} locked packages and torch for {'CUDA' if gpu else 'the CPU'} into .venv (a few minutes the first time)")
         install(pip, gpu)
-        STAMP.write_text(json.dumps(wanted_stamp(gpu)))  # a compiler may have come
+        STAMP.write_text(json.dumps(wanted_stamp(gpu)))  # a compiler may have been installed
         say(f"ready in {time.monotonic() - begun:.0f} s")
     finally:
         os.close(guard)
 
 
 def job(*command: str, **environ: str) -> int:
-    """Run a command of `.venv` in the project's root with its output shown; return its exit status."""
+    """Run a command of `.venv` in the root of the project; return its exit status."""
     path = os.pathsep.join([str(PYTHON.parent), os.environ.get("PATH", "")])
     try:
         return subprocess.run(
@@ -220,20 +226,22 @@ def job(*command: str, **environ: str) -> int:
 
 
 def demo(args: list[str]) -> int:
+    """Run `aepipe demo`."""
     return job("aepipe", "demo", *args)
 
 
 def lint(args: list[str]) -> int:
+    """Run ruff and mypy, all of them even if one fails."""
     statuses = [job("ruff", "check", "--quiet", "."), job("ruff", "format", "--check", "--quiet", "."), job("mypy")]
     if any(statuses):
-        print("lint: failed (`.venv/bin/ruff check --fix . && .venv/bin/ruff format .` mends most of ruff's)", flush=True)
+        print("lint: failed (`.venv/bin/ruff check --fix . && .venv/bin/ruff format .` fixes most of ruff's)", flush=True)
     return max(statuses)
 
 
 def test(args: list[str]) -> int:
-    """Lint, then all tests but the full-size ones. Both run even if lint fails; pytest's closing line comes last.
+    """Run lint, then all tests but the full-size ones, also if lint fails; pytest's summary comes last.
 
-    Without arguments in two processes, one of which has all tests that start services: they wait more than they work.
+    Without arguments in two processes, one of which runs all tests that start services: they are mostly waiting.
     """
     servers([])
     peers([])
@@ -242,23 +250,25 @@ def test(args: list[str]) -> int:
 
 
 def quick(args: list[str]) -> int:
-    """The tests that show most faults in at most 90 s; neither lint nor services."""
+    """Run the tests that find most faults in at most 90 s, without lint and services."""
     return job("python", "-m", "pytest", "-m", "quick", "-n", "2", *args)
 
 
 def accept(args: list[str]) -> int:
+    """Run the full-size acceptance tests."""
     servers([])
     peers([])
     return job("python", "-m", "pytest", "-m", "accept", "--timeout=5400", *args, AECORE_ACCEPT="1")
 
 
 def bench(args: list[str]) -> int:
+    """Run the benchmarks."""
     peers([])
     return job("python", "-m", "tests.benchmarks", *args)
 
 
 def servers(args: list[str]) -> int:
-    """Install what tests start beside Python packages, if it is missing and that is possible; they skip without it."""
+    """Install the programs that tests start, if they are missing and it is possible; tests skip without them."""
     if not any(map(shutil.which, BROWSERS)) and not apt_install("chromium"):
         say("no Chromium: the test that opens Prefect's page will be skipped (Debian: sudo apt-get install chromium)")
     if not any(Path("/usr/share/postgresql").glob("*/extension/pg_trgm.control")) and not apt_install("postgresql"):
@@ -267,13 +277,13 @@ def servers(args: list[str]) -> int:
 
 
 def peers(args: list[str]) -> int:
-    """Install the libraries that we are compared with into a folder of their own, if that is possible; tests skip without them."""
+    """Install the libraries of the comparisons into a separate folder, if possible; tests skip without them."""
     stamp = PEERS / PEERS_LOCK.name
     if stamp.is_file() and stamp.read_bytes() == PEERS_LOCK.read_bytes():
         return 0
     shutil.rmtree(PEERS, ignore_errors=True)
     command = [str(PYTHON), "-m", "pip", "install", "-qq", "--no-deps", "--target", str(PEERS), "-r", str(PEERS_LOCK)]
-    status, output = quietly(command, "installing the libraries of comparison")
+    status, output = run_quietly(command, "installing the libraries of the comparisons")
     if status == 0:
         shutil.copy(PEERS_LOCK, stamp)
     else:
@@ -282,11 +292,11 @@ def peers(args: list[str]) -> int:
 
 
 def lock(args: list[str]) -> int:
-    """Resolve pyproject.toml afresh and rewrite the lock with what a plain CPU machine gets (no local versions, no CUDA packages)."""
+    """Resolve pyproject.toml and rewrite the lock for a machine without GPU (no local versions, no CUDA packages)."""
     report = Path(tempfile.mkdtemp()) / "report.json"
     torch = torch_choices(gpu=False)[0][0]
     command = [str(PYTHON), "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed", "--report", str(report)]
-    explain(*quietly([*command, torch, "setuptools", f"{ROOT}[test,bench]"], "resolving"))
+    require_success(*run_quietly([*command, torch, "setuptools", f"{ROOT}[test,bench]"], "resolving"))
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report.read_text())["install"]}
     ours = {name: version.split("+")[0] for name, version in found.items() if name != "aecore"}
     if any(name.startswith("nvidia") for name in ours):
@@ -313,6 +323,7 @@ JOBS = {
 
 
 def main(argv: list[str]) -> int:
+    """Set up, then run the named job."""
     name, args = (argv[0], argv[1:]) if argv else ("setup", [])
     if name not in JOBS:
         print(__doc__)

@@ -1,15 +1,8 @@
-"""Who runs the jobs of `aecore`, where, and what happens when they fail: command line, Prefect flows, Ray."""
+"""Runs the jobs of `aecore`: command line, Prefect flows, Ray. Decides where they run and what happens when they fail."""
 
 import sys
 
-
-def _forget_current_directory() -> None:
-    """Take the current directory off the path where Python put it there for `python -m pipelines.NAME`, before anything else is imported.
-
-    A `./token.py` of the user would be imported instead of Python's own. A folder that holds these packages themselves stays.
-    """
-    if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path and not __file__.startswith(f"{sys.path[0]}/pipelines/"):
-        del sys.path[0]
-
-
-_forget_current_directory()
+# `python -m pipelines.NAME` puts the current directory first on the path: a `./token.py` of the user would be imported instead of
+# Python's own. It is removed before anything else is imported, unless it holds these packages themselves.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path and not __file__.startswith(f"{sys.path[0]}/pipelines/"):
+    del sys.path[0]

@@ -61,7 +61,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     # recipes and the command line
     "test_cli.py": ("ctrl_c", "figures"),
     "test_config.py": (),
-    "test_driver.py": (),
+    "test_job_main.py": (),
     "test_jobs.py": (),
     "test_progress.py": (),
     "test_session.py": (),

@@ -24,7 +24,7 @@ class EvaluateSpec:
     dci: bool = knob(True, "factors: also DCI, whose boosted trees need scikit-learn and most of the time")
     factor_samples: int = knob(10_000, "factors: samples that the scores are fitted on, half as many again test them", ge=100)
     train_split: str = knob("train", "split that probes are fitted on; the factor scores draw from it and from `split`")
-    figures: str | None = knob(None, "folder or s3://bucket/prefix that gets the figures; none: no figures", identity=False)
+    figures: str | None = knob(None, "folder or s3://bucket/prefix that gets the figures; null: no figures", identity=False)
 
     def transform(self, trained: TransformSpec) -> TransformSpec:
         """Return the transform of a run as this evaluation applies it. ConfigError if samples of that scale cannot be drawn from."""

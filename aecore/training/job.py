@@ -35,7 +35,7 @@ class TrainSpec:
     """How long, in which batches, from which seed."""
 
     split: str = knob("train", "split to train on")
-    val_split: str | None = knob(None, "split to validate on after each epoch; none: no validation")
+    val_split: str | None = knob(None, "split to validate on after each epoch; null: no validation")
     epochs: int = knob(10, "passes over the split", ge=1)
     max_steps: int = knob(0, "stop after this many steps; 0: after the epochs", ge=0)
     global_batch: int = knob(128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1)

@@ -1,7 +1,7 @@
-"""What a verb of the command line is: its name, its arguments, and the function that runs it.
+"""The definition of a verb: its name, its arguments, and the function that runs it.
 
-A verb is registered in one place (`verbs.py`) and from there on has its help, `--json`, `--debug` and, if it writes, `--dry-run`.
-Nothing is run and nothing heavy is imported here: every `aepipe --help` passes through.
+A verb is registered in `verbs.py` and gets its help, `--json`, `--debug` and, if it writes, `--dry-run` from here.
+Nothing heavy is imported: every `aepipe --help` passes through this module.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 from aecore.errors import ConfigError, similar
 
 Args = argparse.Namespace
-RECIPE_NOTE = "key.path=value sets any key of a recipe"
+RECIPE_NOTE = "key.path=value sets any key of the recipe; `aepipe list sections` shows them all"
 
 
 class Result(NamedTuple):
-    """What a verb found or made: plain JSON, the function that says it to people, and the exit code that it ends with."""
+    """The result of a verb: plain JSON data, the function that formats it as text, and the exit code."""
 
     data: Any
     as_text: Callable[[Any], str]
@@ -27,7 +27,7 @@ class Result(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """One argument of a verb, as `argparse` wants it."""
+    """One argument of a verb: its name and the keyword arguments of `add_argument`."""
 
     name: str
     settings: dict[str, Any]
@@ -38,7 +38,7 @@ Run = Callable[[Args], Result | None]
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb; `reads_recipe` says whether `key.path=value` means something to it."""
+    """A verb; `reads_recipe` is whether it accepts overrides `key.path=value`."""
 
     name: str
     about: str
@@ -49,21 +49,21 @@ class Verb:
 
 
 def argument(name: str, about: str | None = None, **settings: Any) -> Argument:
-    """Return an argument; one without dashes is positional, and shown in capitals unless its choices are."""
+    """Return an argument. A name without dashes is positional, shown in capitals unless it has choices."""
     if not name.startswith("-") and "choices" not in settings:
         settings.setdefault("metavar", name.upper())
     return Argument(name, {"help": about, **settings})
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose usage errors are errors like all others: they end with the usage of the verb that was meant."""
+    """A parser that raises usage errors as ConfigError, with the usage of the verb."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
 
 class _Version(argparse.Action):
-    """`--version`: reads what is installed only when it is asked."""
+    """`--version`: reads the metadata of the installed package only when it is used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         sys.stdout.write(f"aepipe {importlib.metadata.version('aecore')}\n")
@@ -80,7 +80,7 @@ class Verbs:
         return iter(self._verbs.values())
 
     def register(self, name: str, about: str, *arguments: Argument, writes: bool = False, recipe: bool = True) -> Callable[[Run], Run]:
-        """Return a decorator that makes a function a verb; it gets the parsed arguments, with `overrides` beside them."""
+        """Return a decorator that registers a function as a verb; it gets the parsed arguments, including `overrides`."""
 
         def add(run: Run) -> Run:
             self._verbs[name] = Verb(name, about, arguments, run, writes, recipe)
@@ -89,9 +89,9 @@ class Verbs:
         return add
 
     def parse(self, words: Sequence[str]) -> Args:
-        """Return the arguments of the verb that is named, as `verb`; ConfigError for a usage error, SystemExit for help and version."""
-        parser = _Parser(prog="aepipe", description="Raw data to a table of latents.", epilog=RECIPE_NOTE)
-        parser.add_argument("--version", action=_Version, nargs=0, help="say which version this is")
+        """Return the parsed arguments with the verb as `verb`; ConfigError for a usage error, SystemExit for help and version."""
+        parser = _Parser(prog="aepipe", description="Turn raw data into a table of latents.", epilog=RECIPE_NOTE)
+        parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
         parsers = parser.add_subparsers(required=True, metavar="VERB")
         for verb in self:
             epilog = RECIPE_NOTE if verb.reads_recipe else None
@@ -100,7 +100,7 @@ class Verbs:
             sub.add_argument("--json", action="store_true", help="print the result as JSON")
             sub.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
             if verb.writes:
-                sub.add_argument("--dry-run", action="store_true", help="check and say what would be done; write nothing")
+                sub.add_argument("--dry-run", action="store_true", help="check everything and show what would be done, without writing")
             for name, settings in verb.arguments:
                 sub.add_argument(name, **settings)
             if verb.reads_recipe:
@@ -108,15 +108,15 @@ class Verbs:
         args, unknown = parser.parse_known_args(words)
         if unknown:
             sub = parsers.choices[args.verb.name]
-            sub.error("; ".join(_not_taken(word, sub.format_help(), args.verb) for word in unknown))
+            sub.error("; ".join(_unknown_argument(word, sub.format_help(), args.verb) for word in unknown))
         return args
 
 
-def _not_taken(word: str, help: str, verb: Verb) -> str:
-    """Return what is said of a word that a verb has no place for."""
+def _unknown_argument(word: str, help: str, verb: Verb) -> str:
+    """Return the message about an argument that the verb does not take."""
     if word.startswith("-"):
         near = similar(word.partition("=")[0], set(re.findall(r"--[a-z-]+", help)))
         return f"`aepipe {verb.name}` has no option {word}" + (f": did you mean {near[0]}?" if near else "")
     if verb.reads_recipe and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", word):
         return f"{word} sets nothing: write key=value, as in {word}=..."
-    return f"`aepipe {verb.name}` has no place for {word!r}"
+    return f"`aepipe {verb.name}` takes no argument {word!r}"

@@ -1,6 +1,6 @@
-"""`aepipe demo`: the whole way from generated images to a table of latents in one command, with what to look at afterwards.
+"""`aepipe demo`: from generated images to a table of latents in one command, with suggestions what to look at afterwards.
 
-The work is the shipped recipe `demo`, run as the pipeline flow; only its texts and its place are of its own.
+It runs the shipped recipe `demo` as the pipeline flow and adds only the texts and the default `out`.
 """
 
 import sys
@@ -23,7 +23,7 @@ A query to try (DuckDB; python -c "import duckdb; duckdb.sql('...').show()"):
 
 
 def demo(args: Args) -> Result:
-    """Run the recipe under `./demo`, or under an `out=` of the overrides; a dry run is that of `aepipe run demo`."""
+    """Run the recipe under `./demo`, or under `out=` if the overrides set it; a dry run equals that of `aepipe run demo`."""
     place = [] if any(word.startswith("out=") for word in args.overrides) else ["out=./demo"]
     args.recipe, args.overrides = "demo", [*place, *args.overrides]
     if args.dry_run:

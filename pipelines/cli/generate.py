@@ -1,4 +1,4 @@
-"""`aepipe sample` and `aepipe decode`: a recipe's section in, files out, in this process (a GPU of it with cluster.use_gpu=true)."""
+"""`aepipe sample` and `aepipe decode`: a section of a recipe in, files out, in this process (on its GPU with cluster.use_gpu=true)."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def _recipe(section: str, args: Args, base: Mapping[str, Any]) -> Recipe:
     names = {field.name for field in dataclasses.fields(section_type(section))}
     for key in (word.partition("=")[0] for word in args.overrides):
         if "." not in key and key not in {*names, *TOP, *SECTIONS}:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, names)}: `aepipe {section}` takes these, and sections of a recipe")
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, names)}: `aepipe {section}` takes these and recipe sections")
     words = [f"{section}.{word}" if word.partition("=")[0] in names else word for word in args.overrides]
     _require_class_id(apply_overrides({}, words).get(section), args.run)
     require_no_conflict(base, words)
@@ -52,7 +52,7 @@ def _recipe(section: str, args: Args, base: Mapping[str, Any]) -> Recipe:
 
 
 def _require_class_id(given: Any, run: str) -> None:
-    """ConfigError that lists the classes if a section's label is a word; the dataset of the run names them, if it is still there."""
+    """ConfigError that lists the classes if the label is a word; their names are read from the run's dataset, if it still exists."""
     label = given.get("label") if isinstance(given, Mapping) else None
     if not isinstance(label, str):
         return
@@ -61,11 +61,8 @@ def _require_class_id(given: Any, run: str) -> None:
         info = read_json(open_store(run), "run.000001.json")["info"]
         names = open_dataset(info["data"], info["dataset_number"]).manifest.classes
     known = ", ".join(f"{number} {name}" for number, name in enumerate(names)) or "class_names of `aepipe show DATASET`, counted from 0"
-    raise ConfigError(f"label is {label!r}, expected the number of a class: {known}{_named(label, names)}")
-
-
-def _named(label: str, names: tuple[str, ...]) -> str:
-    return f"; write label={names.index(label)}" if label in names else ""
+    hint = f"; write label={names.index(label)}" if label in names else ""
+    raise ConfigError(f"label is {label!r}, expected the number of a class: {known}{hint}")
 
 
 def _run(name: str, args: Args, recipe: Recipe, call: Any) -> Result:

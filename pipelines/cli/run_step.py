@@ -1,7 +1,7 @@
-"""How a verb starts the work of a recipe: one step in this process or as its flow, the pipeline always as a flow.
+"""Runs a step or the pipeline for a verb: a step in this process or as a flow, the pipeline always as a flow.
 
-A step goes through Prefect where `PREFECT_API_URL` names a server; both ways call the same functions of `steps.py`. The functions
-here import what they need when they are called.
+A step is a flow if `PREFECT_API_URL` names a server; both ways call the same functions of `pipelines.steps`. Imports are inside
+the functions, so that `aepipe --help` stays fast.
 """
 
 import logging
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def step(name: str, args: Args, base: Mapping[str, Any]) -> Result:
-    """Run one step. `base` holds the keys that were given as arguments; a dry run shows the sections of the recipe that the step reads."""
+    """Run one step. `base` holds the keys set by arguments; a dry run shows the sections of the recipe that the step reads."""
     from pipelines.cli import text
     from pipelines.recipe.recipe import load_recipe
     from pipelines.steps import pipeline, progress, steps
@@ -41,7 +41,7 @@ def step(name: str, args: Args, base: Mapping[str, Any]) -> Result:
 
 
 def pipeline(args: Args) -> Result:
-    """Run all stages of a recipe as one flow; a dry run names them and plans those that can be planned."""
+    """Run all steps of a recipe as one flow; a dry run lists them and plans those whose input exists."""
     from pipelines.cli import text
     from pipelines.recipe.recipe import load_recipe
     from pipelines.steps import pipeline
@@ -58,7 +58,7 @@ def pipeline(args: Args) -> Result:
 
 
 def submit(args: Args) -> Result:
-    """Submit the pipeline of a recipe as a Ray job, or join the one that runs; follow it, unless `--no-wait`; or stop it (`--stop`)."""
+    """Submit the pipeline as a Ray job, or join the running one, and follow it unless `--no-wait`; `--stop` stops it."""
     from pipelines.cli import text
     from pipelines.cluster.job_client import job_address
     from pipelines.cluster.jobs import JobServer
@@ -68,7 +68,7 @@ def submit(args: Args) -> Result:
 
     recipe = load_recipe(args.recipe, ["cluster.kind=job", *args.overrides])
     if recipe.cluster.kind != "job":
-        raise ConfigError(f"cluster.kind={recipe.cluster.kind}, and `aepipe submit` submits a job: leave it out, or use aepipe run")
+        raise ConfigError(f"cluster.kind={recipe.cluster.kind}, and `aepipe submit` submits a job: remove it, or use aepipe run")
     pipeline.check_pipeline(recipe)
     where = job_address(recipe.cluster)
     if args.dry_run:
@@ -83,7 +83,7 @@ def submit(args: Args) -> Result:
 
 
 def _as_job(name: str, recipe: "Recipe") -> "Tree":
-    """Run a step or the pipeline as a Ray job; its lines go to standard error, its progress where ours would go."""
+    """Run a step or the pipeline as a Ray job; its log goes to standard error, its progress is reported as for a local run."""
     from pipelines.steps import progress
     from pipelines.steps.submit import run_as_job
 
@@ -92,15 +92,15 @@ def _as_job(name: str, recipe: "Recipe") -> "Tree":
 
 
 def flow(name: str, *, debug: bool) -> Callable[..., Any]:
-    """Return a Prefect flow; its console keeps tracebacks for `--debug` (Prefect's own record has them always)."""
+    """Return a Prefect flow; its console shows tracebacks only with `debug` (Prefect always records them)."""
     from importlib import import_module
 
     flows: Any = import_module("pipelines.flows")
     flows.require_server()
     module = import_module(f"pipelines.flows.{name}")
-    for logger in ("aecore", "pipelines"):  # Prefect's own handlers take them from here on
+    for logger in ("aecore", "pipelines"):  # Prefect's own handlers take over
         logging.getLogger(logger).handlers = []
     if not debug:
         import_module("pipelines.flows.console").hide_tracebacks()
-    found: Callable[..., Any] = import_module("pipelines.flows.server").on_a_server(getattr(module, f"{name}_flow"))
+    found: Callable[..., Any] = import_module("pipelines.flows.server").with_server(getattr(module, f"{name}_flow"))
     return found

@@ -1,4 +1,4 @@
-"""The table of `aepipe evaluate`: a score a line, with its unit or what it is of."""
+"""The table of `aepipe evaluate`: one score per line, with its unit or meaning."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ SHOWN_DIMENSIONS = 12
 
 
 def of_evaluation(summary: Mapping[str, Any]) -> str:
-    """Return the scores of a summary as aligned lines, then its lineage and its warnings; what was not computed is left out."""
+    """Return the scores of a summary as aligned lines, then lineage and warnings; scores that were not computed are omitted."""
     rows, notes = list(_rows(summary)), [*_figures(summary.get("figures")), ("lineage", _lineage(summary["lineage"]))]
     wide, high = max(len(row[0]) for row in [*rows, *notes]), max(len(value) for name, value, _ in rows if name != "KL per dimension")
     lines = [f"  {name:<{wide}}  {value:>{high}}  {about}".rstrip() for name, value, about in rows]
@@ -46,7 +46,7 @@ def _row(name: str, value: float | None, about: str, form: str) -> Iterator[Row]
 
 
 def _per_dimension(kl: list[float]) -> Row:
-    """Return the largest ones with the numbers of their dimensions."""
+    """Return the largest ones with their dimensions."""
     order = sorted(range(len(kl)), key=lambda dimension: -kl[dimension])
     shown = "  ".join(f"{dimension}: {kl[dimension]:.2f}" for dimension in order[:SHOWN_DIMENSIONS])
     return "KL per dimension", shown, f"... ({len(kl)} in all)" if len(kl) > SHOWN_DIMENSIONS else ""

@@ -1,5 +1,6 @@
-"""Summaries as text for people; `--json` prints the same summaries as they are."""
+"""Formats summaries as text; `--json` prints the same summaries as JSON."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from pipelines.recipe.yaml import Tree
 
 
 def of_step(summary: Mapping[str, Any]) -> str:
-    """Return one or two lines about what a step made."""
+    """Return one or two lines about the result of a step."""
     if summary.get("dry_run"):
         return "would " + _lines(summary)
     first, *rest = _STEPS[summary["step"]](summary).split("\n")
@@ -17,7 +18,7 @@ def of_step(summary: Mapping[str, Any]) -> str:
 
 
 def of_pipeline(summaries: Mapping[str, Any]) -> str:
-    """Return the lines of all stages."""
+    """Return the lines of all steps."""
     return "\n".join(of_step(summary) for summary in summaries.values())
 
 
@@ -38,23 +39,28 @@ def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
 
 
 def of_parts(parts: Mapping[str, Any]) -> str:
-    """Return what `aepipe list` says: a kind a paragraph, a knob a line."""
-    lines = []
+    """Return the output of `aepipe list`: one paragraph per part, one line per knob with default, meaning, type and bounds."""
+    paragraphs = []
     for name, part in parts.items():
         read_by = f" (read by {', '.join(part['steps'])})" if part.get("steps") else ""
-        lines.append(f"{name}: {part['about']}{read_by}")
+        settings = {key: f"{key} = {_yaml(knob['default'])}" for key, knob in part.get("knobs", {}).items()}
+        width = max(map(len, settings.values()), default=0)
+        lines = [f"{name}: {part['about']}{read_by}"]
         for key, knob in part.get("knobs", {}).items():
-            lines.append(f"    {key} = {_value(knob['default'])}    {knob['help']} ({_taken(knob)})")
-    return "\n".join(lines)
+            bounds = " and ".join(f"{sign} {_value(knob[name])}" for name, sign in BOUNDS.items() if name in knob)
+            takes = f"{knob['type']} {bounds}".rstrip()
+            lines.append(f"    {settings[key]:<{width}}    {knob['help']} ({takes})")
+        paragraphs.append("\n".join(lines))
+    return ("\n\n" if any(part.get("knobs") for part in parts.values()) else "\n").join(paragraphs)
 
 
-def _taken(knob: Mapping[str, Any]) -> str:
-    bounds = [f"{sign} {_value(knob[name])}" for name, sign in BOUNDS.items() if name in knob]
-    return " ".join([str(knob["type"]), *([" and ".join(bounds)] if bounds else [])])
+def _yaml(value: Any) -> str:
+    """Return a default as a recipe writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) or value == "" else _value(value)
 
 
 def of_deployments(summary: Mapping[str, Any]) -> str:
-    """Return what `aepipe deploy` made, a deployment a line, and how a worker is started."""
+    """Return what `aepipe deploy` did, one line per deployment, and how to start a worker."""
     lines = ["would deploy:"] if summary["dry_run"] else []
     lines += [f"work pool {summary['pool']['name']} ({summary['pool']['type']}): {summary['pool']['made']}"]
     lines += [f"automation {automation['name']!r}: {automation['made']}" for automation in summary["automations"]]
@@ -128,7 +134,7 @@ def _value(value: Any) -> str:
 
 
 def of_compare(tree: Mapping[str, Any]) -> str:
-    """Return what `aepipe compare` found: numbers of both sides on one line, hashes cut, empty answers left out."""
+    """Return the output of `aepipe compare`: values of both sides on one line, hashes shortened, empty entries omitted."""
     return of_tree(_compact(tree))
 
 
@@ -154,17 +160,17 @@ def _short(value: Any) -> Any:
 
 
 def of_doctor(report: Mapping[str, Any]) -> str:
-    """Return a line for each check, with the remedy where there is something to do."""
+    """Return one line per check, with its remedy if it has one."""
     lines = []
     for check in report["checks"]:
         remedy = f"; {check['remedy']}" if check["remedy"] else ""
-        lines.append(f"{check['state']:<8} {check['name']}: {check['said']}{remedy}")
+        lines.append(f"{check['state']:<8} {check['name']}: {check['message']}{remedy}")
     counts = ", ".join(f"{report[state]} {state}" for state in ("ok", "warning", "failed", "skipped"))
     return "\n".join([*lines, counts])
 
 
 def of_gc(report: Mapping[str, Any]) -> str:
-    """Return what was removed and why, what waits and what is not ours: a line for each reason."""
+    """Return the output of `aepipe gc`: one line per reason for what was removed, what is kept for now, and what is unknown."""
     if "stages" in report:
         lines = [of_gc(stage) for stage in report["stages"].values()]
         return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])

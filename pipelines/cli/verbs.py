@@ -1,7 +1,7 @@
-"""The verbs of `aepipe`, in the order of its help: to add one is to add a function here.
+"""The verbs of `aepipe`, in the order of its help; adding a verb is adding a function here.
 
-A verb says its arguments, imports what it needs when it is called, and returns a `Result` that `cli.py` prints (None: there is
-nothing to print). Thin on purpose: what lasts longer than a few lines is a function of the room that does it.
+A verb declares its arguments, imports what it needs when it is called, and returns a `Result` that `main.py` prints (None: nothing).
+Verbs are thin: anything longer than a few lines is a function of the package that does the work.
 """
 
 import os
@@ -18,9 +18,9 @@ URL = argument("url", "dataset, run, table, or a root of all three")
 
 @VERBS.register(
     "shard",
-    "write images, arrays or other people's tars (or the source kind `sprites`) as a dataset, or append what is new",
-    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind (a bare word that is both means the kind: write ./sprites)"),
-    argument("dataset", "where the dataset is or goes"),
+    "write images, arrays or tars (or generated `sprites`) as a dataset, or append new samples to it",
+    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind; a word that is both means the kind, ./sprites the folder"),
+    argument("dataset", "dataset to create or append to"),
     argument("--recipe", "recipe whose other sections are used"),
     writes=True,
 )
@@ -31,9 +31,9 @@ def _shard(args: Args) -> Result:
 
 @VERBS.register(
     "adopt",
-    "index other people's WebDataset tars where they lie, as a dataset; not a byte of them is copied",
+    "index external WebDataset tars in place, as a dataset; nothing is copied",
     argument("src", "folder of .tar files, one of them, or a pattern like 'shards/{00000..00009}.tar'"),
-    argument("dataset", "where the dataset (manifest and indexes) is or goes"),
+    argument("dataset", "dataset (manifest and indexes) to create or append to"),
     argument("--recipe", "recipe whose other sections are used"),
     writes=True,
 )
@@ -43,7 +43,7 @@ def _adopt(args: Args) -> Result:
 
 
 def _source(args: Args) -> dict[str, str]:
-    """Return the section of SRC: a bare word that is a source kind means the kind, also where a folder has its name."""
+    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name."""
     from aecore.data.sources._detect import kind_of
     from aecore.registry import SOURCES
 
@@ -60,7 +60,7 @@ def _source(args: Args) -> dict[str, str]:
 
 @VERBS.register(
     "train",
-    "train a recipe: data=... out=...",
+    "train the model of a recipe: data=... out=...",
     argument("recipe", "recipe file or shipped recipe", nargs="?"),
     writes=True,
 )
@@ -73,7 +73,7 @@ def _train(args: Args) -> Result:
     "encode a dataset with a trained run into a latent table",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
-    argument("table", "where the table is or goes"),
+    argument("table", "table to create or extend"),
     argument("--recipe", "recipe whose encode and cluster sections are used"),
     writes=True,
 )
@@ -86,7 +86,7 @@ def _encode(args: Args) -> Result:
     "score a trained run on a split (evaluate.split=test, .iwae=100, .probe=true, .factors=true)",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
-    argument("--figures", "draw the figures of the model into this folder or s3://bucket/prefix", metavar="OUT"),
+    argument("--figures", "write figures of the model to this folder or s3://bucket/prefix", metavar="OUT"),
     argument("--recipe", "recipe whose evaluate section is used"),
     writes=True,
 )
@@ -102,9 +102,9 @@ def _evaluate(args: Args) -> Result:
 
 @VERBS.register(
     "sample",
-    "draw samples from the prior of a trained run (num=64 seed=0; label=3 for a model that is told the class)",
+    "draw samples from the prior of a trained run (num=64 seed=0; label=3 for a conditional model)",
     argument("run", "trained run"),
-    argument("out", "where the samples go"),
+    argument("out", "folder or s3://bucket/prefix for the samples"),
     argument("--recipe", "recipe whose sample section is used"),
     writes=True,
 )
@@ -119,7 +119,7 @@ def _sample(args: Args) -> Result:
     "turn latents back into data with a trained run",
     argument("run", "trained run"),
     argument("latents", "latent table of this run, or a .npy or .npz file of latents [n, D]"),
-    argument("out", "where the decoded samples go"),
+    argument("out", "folder or s3://bucket/prefix for the decoded samples"),
     argument("--recipe", "recipe whose decode section is used"),
     writes=True,
 )
@@ -141,9 +141,9 @@ def _run(args: Args) -> Result:
 
 @VERBS.register(
     "submit",
-    "run a recipe as a job of a Ray cluster: out=... cluster.address=http://host:8265",
+    "run a recipe as a job on a Ray cluster: out=... cluster.address=http://host:8265",
     argument("recipe", "recipe file or shipped recipe"),
-    argument("--no-wait", "return the job's id at once; the same command without it joins the job", action="store_true"),
+    argument("--no-wait", "print the job's id and return; the same command without this option follows the job", action="store_true"),
     argument("--detach", "the same as --no-wait", action="store_true", dest="no_wait"),
     argument("--stop", "stop the job of this recipe", action="store_true"),
     writes=True,
@@ -152,7 +152,7 @@ def _submit(args: Args) -> Result:
     return run_step.submit(args)
 
 
-@VERBS.register("show", "say what lies at a URL", URL, recipe=False)
+@VERBS.register("show", "show what is at a URL", URL, recipe=False)
 def _show(args: Args) -> Result:
     from pipelines.cli import text
     from pipelines.steps import show
@@ -162,11 +162,11 @@ def _show(args: Args) -> Result:
 
 @VERBS.register(
     "verify",
-    "check what lies at a URL",
+    "check that what is at a URL is complete and undamaged",
     URL,
     argument("--read-data", "read every byte and compare the hashes", action="store_true"),
     argument("--read-data-subset", "read the k-th of n slices of the shards and parts: n nightly checks read all", metavar="K/N"),
-    argument("--dataset", "where the dataset of a table lies now (else: where it was encoded from; in a root: its dataset/)"),
+    argument("--dataset", "where the dataset of a table is now (default: where it was encoded from; in a root: its dataset/)"),
     recipe=False,
 )
 def _verify(args: Args) -> Result:
@@ -179,7 +179,7 @@ def _verify(args: Args) -> Result:
 
 @VERBS.register(
     "compare",
-    "say in what two runs, tables, datasets or roots differ",
+    "show how two runs, tables, datasets or roots differ",
     argument("a", "run, table, dataset, or a root of all three"),
     argument("b", "another one of the same kind"),
     recipe=False,
@@ -193,10 +193,10 @@ def _compare(args: Args) -> Result:
 
 @VERBS.register(
     "gc",
-    "remove what killed or overtaken attempts left and nobody needs (never what a manifest names)",
+    "remove what killed or superseded attempts left (never what a manifest names)",
     URL,
-    argument("--older-than", "leave alone what may still be written: anything younger than this, for example 7d", default="1d"),
-    argument("--unfinished", "also give up what the same command would continue", action="store_true"),
+    argument("--older-than", "keep anything newer than this, which may still be in use, for example 7d", default="1d"),
+    argument("--unfinished", "also remove what the same command would continue from", action="store_true"),
     writes=True,
     recipe=False,
 )
@@ -210,8 +210,8 @@ def _gc(args: Args) -> Result:
 @VERBS.register(
     "doctor",
     "check this machine, the store at URL, the Ray cluster and the Prefect server",
-    argument("url", "where artefacts will be written", nargs="?"),
-    argument("--recipe", "recipe whose cluster section says what is needed"),
+    argument("url", "URL at which artefacts will be written", nargs="?"),
+    argument("--recipe", "recipe whose cluster section the machine or cluster has to fit"),
 )
 def _doctor(args: Args) -> Result:
     from pipelines import doctor
@@ -236,7 +236,7 @@ def _list(args: Args) -> Result:
 
 @VERBS.register(
     "serve",
-    "wait for scheduled and manual runs of the flows (Prefect)",
+    "serve the flows of recipes: wait for scheduled and manual runs (Prefect)",
     argument("recipes", "recipe files or shipped recipes", nargs="*", metavar="RECIPE"),
     argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
 )
@@ -248,10 +248,10 @@ def _serve(args: Args) -> None:
 
 @VERBS.register(
     "deploy",
-    "put the flows of recipes on the Prefect server of PREFECT_API_URL, for workers of a process work pool",
-    argument("recipes", "recipe files or shipped recipes (none: flows that ask for their recipe)", nargs="*", metavar="RECIPE"),
+    "deploy the flows of recipes to the Prefect server of PREFECT_API_URL, for workers of a process work pool",
+    argument("recipes", "recipe files or shipped recipes (without: flows that take a recipe as parameter)", nargs="*", metavar="RECIPE"),
     argument("--cron", "cron expression for the pipelines of the recipes, for example '0 3 * * *'"),
-    argument("--pool", f"work pool, made if it is missing (default: {POOL})", default=POOL, metavar="NAME"),
+    argument("--pool", f"work pool, created if it does not exist (default: {POOL})", default=POOL, metavar="NAME"),
     writes=True,
 )
 def _deploy(args: Args) -> Result:
@@ -262,7 +262,7 @@ def _deploy(args: Args) -> Result:
 
 
 def _recipes(verb: str, args: Args) -> list[Any]:
-    """Return the recipes that are named, each with the overrides; ConfigError for overrides of nothing."""
+    """Return the named recipes, each with the overrides; ConfigError for overrides without a recipe."""
     from pipelines.recipe.recipe import load_recipe
 
     if not args.recipes:
@@ -270,7 +270,7 @@ def _recipes(verb: str, args: Args) -> list[Any]:
     return [load_recipe(name, args.overrides) for name in args.recipes]
 
 
-@VERBS.register("demo", "make a small table of latents from generated sprites, under ./demo or out=...", writes=True)
+@VERBS.register("demo", "make a small table of latents from generated sprites, in ./demo or out=...", writes=True)
 def _demo(args: Args) -> Result:
     from pipelines.cli.demo import demo
 

@@ -1,1 +1,1 @@
-"""Where the work runs. The only package that imports ray; nothing here knows what a shard or a model is."""
+"""Ray: sessions, fan-out, training and jobs. The only package that imports ray; it does not know what a shard or a model is."""

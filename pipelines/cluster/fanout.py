@@ -1,8 +1,8 @@
-"""Map parts over a pool of Ray actors: one worker per actor, made once; results in the order of finishing.
+"""Maps parts over a pool of Ray actors: one worker per actor, created once; results in order of completion.
 
-An actor holds one part at a time. If it dies, another one gets the same part, twice at most (a part is safe to run again: its files
-are put-if-absent and its record says whether it is done); a part that kills its worker every time becomes a `PartFailure`. If a node
-is gone for good the new actor starts where another one has nothing left to do. Only tasks and records travel, never sample bytes.
+An actor processes one part at a time. If it dies, a new actor gets the same part, twice at most: a part can be run again, since its
+files are put-if-absent and its record shows whether it is done. A part that kills its worker every time becomes a `PartFailure`. If
+a node is lost for good, the new actor starts where another one has finished. Only tasks and records are sent, never sample bytes.
 """
 
 import logging
@@ -21,7 +21,7 @@ TASK_RETRIES = 2
 
 
 class PartWorker:
-    """What runs in an actor: makes the job's worker at its first call and keeps it."""
+    """The Ray actor: creates the job's worker at its first call and keeps it."""
 
     def __init__(self, threads: int) -> None:
         disable_malloc_trim()
@@ -29,7 +29,7 @@ class PartWorker:
         self._worker: Worker | None = None
 
     def prepare(self, make_worker: MakeWorker) -> AecoreError | None:
-        """Make the worker; return an error that the user can act on as a value (it keeps its type that way)."""
+        """Create the worker; return an `AecoreError` as a value, since Ray would change the type of a raised one."""
         import sys
 
         try:
@@ -41,7 +41,7 @@ class PartWorker:
         return None
 
     def run(self, make_worker: MakeWorker, task: Any) -> Outcome:
-        """Make one part. A restarted actor has lost its worker and makes it again."""
+        """Process one part. A restarted actor has lost its worker and creates it again."""
         if self._worker is None:
             error = self.prepare(make_worker)
             if error is not None:
@@ -51,9 +51,9 @@ class PartWorker:
 
 
 def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
-    """Return a fan-out over `cluster.num_workers` Ray actors, or `serial` for 0. Ray starts when there is a task.
+    """Return a fan-out over `cluster.num_workers` Ray actors, or `serial` for 0. Ray is started when there is a task.
 
-    `urls` are the addresses that the workers read and write: on several nodes they must not be local paths.
+    `urls` are the addresses that the workers read and write; on several nodes they must not be local paths.
     """
     if cluster.num_workers == 0:
         disable_malloc_trim()
@@ -72,7 +72,7 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
 
 
 def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str) -> Any:
-    """Return what `function` returns on one worker of the cluster (small plain data); it is run again if its worker dies."""
+    """Call `function` on one worker of the cluster and return its result (small plain data); it is retried if the worker dies."""
     connect(cluster)
     require_local_urls_fit(cluster, *urls)
     require_resources(cluster, 1)
@@ -80,7 +80,7 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
 
     options = _options(cluster) | {"max_retries": TASK_RETRIES}
     try:
-        result = ray.get(wait_for_one([ray.remote(_answer).options(**options).remote(function, cluster.threads_per_worker)], cluster))
+        result = ray.get(wait_for_one([ray.remote(_call).options(**options).remote(function, cluster.threads_per_worker)], cluster))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
         raise RunFailed(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
     if isinstance(result, AecoreError):
@@ -88,8 +88,8 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
     return result
 
 
-def _answer(function: Callable[[], Any], threads: int) -> Any:
-    """Run on a worker; an error that the user can act on comes back as a value (it keeps its type that way)."""
+def _call(function: Callable[[], Any], threads: int) -> Any:
+    """Run on a worker; an `AecoreError` is returned as a value, since Ray would change the type of a raised one."""
     import torch
 
     torch.set_num_threads(threads)
@@ -114,33 +114,35 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
     deaths: Counter[str] = Counter()  # by stem of the part that was being made
     waiting, busy = deque(tasks), dict[Any, tuple[Any, Any]]()
 
-    def give(actor: Any) -> None:
+    def assign_next(actor: Any) -> None:
         task = waiting.popleft()
         busy[actor.run.remote(factory, task)] = (actor, task)
 
     try:
         _prepare(ray, actors, factory, cluster.timeout_s)
         for actor in actors:
-            give(actor)
+            assign_next(actor)
         while busy:
             done = wait_for_one(list(busy), cluster)
             actor, task = busy.pop(done)
             try:
-                outcome = _outcome(ray, done, task)
+                outcome: Outcome = ray.get(done)
             except ray.exceptions.RayActorError as died:  # the process, or its node, or the network to it
                 ray.kill(actor)
                 actors[actors.index(actor)] = actor = remote.remote(cluster.threads_per_worker)
                 deaths[task.stem] += 1
                 if deaths[task.stem] <= TASK_RETRIES:
-                    logger.warning("the worker of %s died, another one starts: %s", task.stem, _first_line(died))
+                    logger.warning("the worker of %s died, starting another one: %s", task.stem, _first_line(died))
                     waiting.appendleft(task)
-                    give(actor)
+                    assign_next(actor)
                     continue
                 outcome = PartFailure(task.stem, "RunFailed", f"its worker died {deaths[task.stem]} times ({_first_line(died)})")
+            except ray.exceptions.RayError as error:  # the task or its record cannot be serialised: our bug, fails this part only
+                outcome = PartFailure(task.stem, type(error).__name__, str(error))
             if waiting:
-                give(actor)
+                assign_next(actor)
             else:
-                ray.kill(actor)  # its place may be what a worker waits for whose node is gone
+                ray.kill(actor)  # frees its resources for a worker whose node is lost
             yield outcome
     finally:
         for actor in actors:
@@ -148,7 +150,7 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
 
 
 def _prepare(ray: Any, actors: Sequence[Any], factory: Any, timeout_s: float) -> None:
-    """Wait until every actor has made its worker; raise what kept one from it."""
+    """Wait until every actor has created its worker; raise the error of one that could not."""
     refs = [actor.prepare.remote(factory) for actor in actors]
     ready, late = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
     for ref in ready:
@@ -162,16 +164,6 @@ def _prepare(ray: Any, actors: Sequence[Any], factory: Any, timeout_s: float) ->
         raise ClusterError(
             f"{len(late)} of {len(refs)} workers did not start within cluster.timeout_s={timeout_s:.0f}: ask for fewer workers, or raise it"
         )
-
-
-def _outcome(ray: Any, ref: Any, task: Any) -> Outcome:
-    try:
-        outcome: Outcome = ray.get(ref)
-        return outcome
-    except ray.exceptions.RayActorError:
-        raise
-    except ray.exceptions.RayError as error:  # the task or its record could not travel: a bug of ours, of this part only
-        return PartFailure(task.stem, type(error).__name__, str(error))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM as a request to stop, for work that saves where it is before it ends.
+"""Turns Ctrl-C and SIGTERM into a request to stop, for work that saves its state before it ends.
 
-While a `StopRequest` is entered the first signal only sets it, and a second one does at once what it would have done. The program then
-ends as it would have ended (Prefect, for one, has a handler of its own for SIGTERM), only later: by `end`.
+Inside a `StopRequest` the first signal only sets the request; a second one has its usual effect at once. `end` then gives the first
+signal its usual effect too (Prefect, for example, has its own handler of SIGTERM).
 """
 
 import logging
@@ -13,18 +13,19 @@ from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-HEARD = b"\naepipe: ending the present step and writing a checkpoint; the same signal again ends at once\n"
+STOP_MESSAGE = b"\naepipe: finishing the current step and writing a checkpoint; send the signal again to end at once\n"
 
 
 class StopRequest:
-    """Whether a signal came since it was entered: call it. Outside of the main thread, and for signals that are ignored, never."""
+    """A context manager; calling it returns whether a signal was received. Outside the main thread, and for ignored signals, never."""
 
     def __init__(self) -> None:
-        self._heard: int | None = None
-        self._before: dict[int, Any] = {}  # any: as the signal module types handlers
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}  # any: the type of handlers in `signal`
 
     def __call__(self) -> bool:
-        return self._heard is not None
+        """Return whether a signal was received."""
+        return self._received is not None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -32,7 +33,7 @@ class StopRequest:
                 before = signal.getsignal(number)
                 if before not in (None, signal.SIG_IGN):
                     self._before[number] = before
-                    signal.signal(number, self._hear)
+                    signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -40,24 +41,24 @@ class StopRequest:
 
     def _restore(self) -> None:
         for number, before in self._before.items():
-            if signal.getsignal(number) == self._hear:
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, before)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._heard is None:
-            self._heard = number
-            os.write(2, HEARD)  # a handler may run inside of a write to standard error, which cannot be entered again
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._received is None:
+            self._received = number
+            os.write(2, STOP_MESSAGE)  # not `sys.stderr`: a handler may run in the middle of a write to it, which is not reentrant
             return
         self._restore()
         signal.raise_signal(number)
 
     def end(self, message: str) -> NoReturn:
-        """Do what the signal would have done when it came; a KeyboardInterrupt says `message`, anything else is logged with it."""
+        """Give the received signal its usual effect: a KeyboardInterrupt carries `message`, for any other effect it is logged."""
         self._restore()
-        before = self._before.get(self._heard or 0)
+        before = self._before.get(self._received or 0)
         try:
             if callable(before):
-                before(self._heard, None)
+                before(self._received, None)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(message) from None
         except BaseException:

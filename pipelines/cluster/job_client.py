@@ -1,4 +1,4 @@
-"""The HTTP client of a cluster's job server: where it is, requests that end, and errors that say what to do."""
+"""The HTTP client of a cluster's job server: its address, requests with a timeout, and errors with a remedy."""
 
 import contextlib
 import logging
@@ -18,11 +18,11 @@ _ADDRESS_LOCK = threading.Lock()
 
 
 class Unreachable(ClusterError):
-    """No answer; the next request may have one."""
+    """The server did not answer; a later request may succeed."""
 
 
 def job_address(cluster: ClusterSpec) -> str:
-    """Return the address of the job server; ConfigError if there is none, or if it is none."""
+    """Return the address of the job server; ConfigError if none is set, or if it is not an HTTP address."""
     names = {"cluster.address": cluster.address} | {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
     name, address = next(((name, value) for name, value in names.items() if value), (None, None))
     if name is None or address is None:
@@ -40,8 +40,8 @@ def job_address(cluster: ClusterSpec) -> str:
     return address.rstrip("/")
 
 
-def is_here(host: str) -> bool:
-    """Return whether `host` is this machine: only its own addresses can be bound."""
+def is_this_machine(host: str) -> bool:
+    """Return whether `host` is this machine (only its own addresses can be bound)."""
     try:
         family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -53,14 +53,14 @@ def is_here(host: str) -> bool:
 
 @contextlib.contextmanager
 def answers(address: str) -> Iterator[None]:
-    """Turn what goes wrong between us and the server at `address` into a ClusterError."""
+    """Turn errors of requests to the server at `address` into a ClusterError."""
     from ray.exceptions import AuthenticationError
 
     try:
         yield
     except AuthenticationError as error:
         raise ClusterError(
-            f"the job server at {address} refuses us ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            f"the job server at {address} refuses this client ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
             "or RAY_AUTH_TOKEN_PATH to the token that the head was started with"
         ) from None
     except OSError as error:  # those of `requests` are OSErrors too
@@ -70,21 +70,22 @@ def answers(address: str) -> Iterator[None]:
         ) from error
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         kind = Unreachable if "status code 5" in str(error) else ClusterError
-        raise kind(f"the job server at {address} could not do it: {_last_line(error)}; is it the dashboard of Ray?") from error
+        raise kind(f"the job server at {address} failed: {_last_line(error)}; is it the dashboard of Ray?") from error
 
 
 def connect_to_jobs(address: str) -> Any:
-    """Return Ray's client of the job server, every request bounded by REQUEST_S; call it and use it within `answers`."""
+    """Return Ray's client of the job server with a timeout of REQUEST_S per request; create and use it within `answers`."""
+    import ray
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        """Ray's client waits for an answer for ever."""
+        """Ray's own client has no timeout."""
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **({"timeout": REQUEST_S} | options))
 
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it says when a log has ended
-    with _ADDRESS_LOCK:  # Ray's own variables win over the argument
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs the end of every log
+    with _ADDRESS_LOCK:  # Ray's own variables take precedence over the argument
         before = os.environ.get("RAY_API_SERVER_ADDRESS")
         os.environ["RAY_API_SERVER_ADDRESS"] = address
         try:
@@ -93,18 +94,10 @@ def connect_to_jobs(address: str) -> Any:
             del os.environ["RAY_API_SERVER_ADDRESS"]
             if before is not None:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
-    _say_versions(address, client)
+    version = client._server_ray_version
+    if version != ray.__version__:
+        logger.warning("%s runs Ray %s, this is %s: cluster.python must have %s", address, version, ray.__version__, version)
     return client
-
-
-def _say_versions(address: str, client: Any) -> None:
-    import ray
-
-    theirs = client._server_ray_version
-    if theirs != ray.__version__:
-        logger.warning(
-            "%s runs Ray %s, here is Ray %s: the job's interpreter (cluster.python) must have %s", address, theirs, ray.__version__, theirs
-        )
 
 
 def _last_line(error: Exception) -> str:

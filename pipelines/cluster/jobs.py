@@ -1,10 +1,10 @@
-"""Ray jobs: submit one to the job server of a cluster, or join the one that runs already; follow it, stop it.
+"""Ray jobs: submits one to the job server of a cluster or joins the running one, follows it, stops it.
 
-A job has a key, a function of what it makes. Its attempts are called KEY, KEY-2, KEY-3: while one is pending or running every submit
-of that key joins it, when it has ended the next submit takes the next name. Ray refuses a name that is taken, so of two clients
-at once one submits and the other one joins. All of it goes over HTTP: this process starts no Ray and needs none of the cluster's ports
-but the dashboard's. Requests end after `job_client.REQUEST_S`, waits after `cluster.timeout_s`; following lasts as long as the job does.
-No environment of this process goes into a job but the names in PASSED: credentials are those of the cluster's machines.
+The key of a job is a function of what it makes. Its attempts are named KEY, KEY-2, KEY-3: while one is pending or running, every
+submit of that key joins it; once it has ended, the next submit takes the next name. Ray refuses a name that is taken, so of two
+concurrent clients one submits and the other joins. Everything goes over HTTP: this process starts no Ray and needs only the port of
+the dashboard. Requests time out after `job_client.REQUEST_S`, waits after `cluster.timeout_s`; following lasts as long as the job.
+Only the variables in PASSED_VARIABLES go from this environment into a job: credentials are those of the cluster's machines.
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aecore.errors import ClusterError, RunFailed
-from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_here, job_address
+from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_this_machine, job_address
 from pipelines.cluster.session import import_environment, local_paths
 from pipelines.cluster.tail import LogTail
 from pipelines.recipe.recipe import ClusterSpec
@@ -27,18 +27,18 @@ from pipelines.recipe.recipe import ClusterSpec
 logger = logging.getLogger(__name__)
 
 POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
-PASSED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # no secret can be in them
+PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # they hold no secrets
 
 
 class JobStopped(RunFailed):
-    """Somebody stopped the job: to run it again is for them to decide, so nothing tries again by itself."""
+    """A person stopped the job, so it is not retried automatically."""
 
     exit_code = 130
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What is to run: `python ARGUMENTS` on the head node. `urls` are the addresses it reads and writes."""
+    """A job: `python ARGUMENTS` on the head node. `urls` are the addresses that it reads and writes."""
 
     key: str
     arguments: tuple[str, ...]
@@ -48,7 +48,7 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: Ray's word (SUCCEEDED, FAILED, STOPPED), its exit code if the command ran, and what Ray says of it."""
+    """How a job ended: Ray's status (SUCCEEDED, FAILED, STOPPED), the exit code if the command ran, and Ray's message."""
 
     id: str
     status: str
@@ -57,7 +57,7 @@ class Ended:
 
 
 class JobServer:
-    """The job server of a cluster; ClusterError if it cannot be reached, refuses us, or is something else."""
+    """The job server of a cluster; ClusterError if it cannot be reached, refuses the token, or is another service."""
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self.address = job_address(cluster)
@@ -66,7 +66,7 @@ class JobServer:
             self._client = connect_to_jobs(self.address)
 
     def submit(self, job: JobSpec) -> tuple[str, bool]:
-        """Return the id of the attempt that runs this job, and whether it is a new one."""
+        """Submit or join a job; return the id of its attempt, and whether it is new."""
         self._require_urls_fit(job)
         deadline = time.monotonic() + self._cluster.timeout_s
         while True:
@@ -84,30 +84,30 @@ class JobServer:
                     )
                     return name, True
                 except RuntimeError as error:
-                    if "already exists" in str(error):  # submitted by somebody else since we looked
+                    if "already exists" in str(error):  # another client submitted it since the look-up
                         return name, False
-                    if "agent" not in str(error) or time.monotonic() > deadline:  # a head that starts has no agent yet
+                    if "agent" not in str(error) or time.monotonic() > deadline:  # a head that is starting has no agent yet
                         raise
             time.sleep(LOOK_S)
 
     def entrypoint(self, job: JobSpec) -> str:
-        """Return the command line of a job: an explicit interpreter, every word quoted, no shell left around it."""
-        python = self._cluster.python or (sys.executable if is_here(self._host) else "python")
+        """Return the command line of a job: an explicit interpreter, every argument quoted, `exec` replaces the shell."""
+        python = self._cluster.python or (sys.executable if is_this_machine(self._host) else "python")
         return "exec " + shlex.join([python, *job.arguments])
 
     def environment(self) -> dict[str, str]:
-        """Return the environment that travels: PASSED, and where our packages are if the head is this machine."""
-        passed = {name: os.environ[name] for name in PASSED if name in os.environ} | {"PYTHONSAFEPATH": "1"}
-        return passed | (import_environment() if is_here(self._host) else {})
+        """Return the environment of a job: PASSED_VARIABLES, and the path of our packages if the head is this machine."""
+        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ} | {"PYTHONSAFEPATH": "1"}
+        return passed | (import_environment() if is_this_machine(self._host) else {})
 
     def running(self, key: str) -> str | None:
-        """Return the id of the attempt that is pending or running, if there is one."""
+        """Return the id of the pending or running attempt, None without one."""
         with answers(self.address):
             _, newest = max(self._attempts(key).items(), default=(0, None))
         return None if newest is None or newest.status.is_terminal() else str(newest.submission_id)
 
     def stop(self, job_id: str) -> str:
-        """Stop a job, wait until it has ended, and return how; a job that has ended already is left as it is."""
+        """Stop a job, wait until it has ended, and return its status; a job that has ended is left alone."""
         deadline = time.monotonic() + self._cluster.timeout_s
         while True:
             info = self._look(job_id)
@@ -119,12 +119,12 @@ class JobServer:
                 self._client.stop_job(job_id)
             time.sleep(POLL_S)
 
-    def follow(self, job_id: str, on_line: Callable[[str], None], stop_asked: Callable[[], bool] = lambda: False) -> Ended:
-        """Hand on every line that the job prints until it has ended; stop it when `stop_asked` says so."""
+    def follow(self, job_id: str, on_line: Callable[[str], None], stop_requested: Callable[[], bool] = lambda: False) -> Ended:
+        """Pass every line that the job prints to `on_line` until it has ended; stop it when `stop_requested()` is true."""
         began = seen = asked = time.monotonic()
         with LogTail(self._client, job_id) as tail:
             while True:
-                tail.hand_on(on_line, LOOK_S)
+                tail.deliver(on_line, LOOK_S)
                 try:
                     info, seen = self._look(job_id), time.monotonic()
                 except Unreachable as error:
@@ -132,17 +132,22 @@ class JobServer:
                         raise ClusterError(f"{error}; Ray job {job_id} may go on: the same command joins it again") from error
                     continue
                 if info.status.is_terminal():
-                    tail.hand_on_rest(on_line)
+                    tail.deliver_rest(on_line)
                     return Ended(job_id, str(info.status.value), info.driver_exit_code, info.message or "")
                 if info.status.value == "PENDING" and time.monotonic() - began > self._cluster.timeout_s:
-                    raise self._not_started(job_id)
+                    with answers(self.address):
+                        self._client.stop_job(job_id)  # takes effect once the job has started
+                    raise ClusterError(
+                        f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for a process on the head node and was stopped: "
+                        f"see what the head is doing at {self.address}, or raise cluster.timeout_s"
+                    )
                 if time.monotonic() - asked > ASK_S:
                     asked = time.monotonic()
-                    if stop_asked():
+                    if stop_requested():
                         self.stop(job_id)
 
     def log(self, job_id: str) -> str:
-        """Return everything that the job has printed so far."""
+        """Return everything that the job has printed."""
         with answers(self.address):
             return str(self._client.get_job_logs(job_id))
 
@@ -163,18 +168,9 @@ class JobServer:
                     ) from None
                 raise
 
-    def _not_started(self, job_id: str) -> ClusterError:
-        """Ask Ray to stop a job that did not start (it does so once the job has started); return what to say of it."""
-        with answers(self.address):
-            self._client.stop_job(job_id)
-        return ClusterError(
-            f"Ray job {job_id} waited {self._cluster.timeout_s:.0f} s for a process on the head node and was stopped: "
-            f"see what the head is doing at {self.address}, or raise cluster.timeout_s"
-        )
-
     def _require_urls_fit(self, job: JobSpec) -> None:
         local = local_paths(self._cluster, *job.urls)
-        if local and not is_here(self._host):
+        if local and not is_this_machine(self._host):
             raise ClusterError(
                 f"{local[0]} is a path on this machine, and the job runs on {self._host}, which has its own disk: "
                 "use a storage that both see (a folder that they share: name it in cluster.shared_paths)"

@@ -1,9 +1,9 @@
-"""Connect to a running Ray (`cluster.address`, RAY_ADDRESS), or start a local one: once per process, for all stages.
+"""Connects to a running Ray (`cluster.address`, RAY_ADDRESS) or starts a local one: once per process, for all steps.
 
-A cluster that we did not start is never shut down. What a job needs is compared with what the cluster has BEFORE anything is
-placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait for ever, silently. A local Ray listens on 127.0.0.1 only,
-without metrics ports, with a token of its own that lives in this process's environment only. Nothing in the current directory can be
-imported by what is started here: workers have another working directory, and neither it nor the user's is on their path.
+A cluster that this process did not start is never shut down. Requested resources are compared with those of the cluster BEFORE
+anything is placed, and every wait ends after `cluster.timeout_s`: Ray itself would wait forever, silently. A local Ray listens on
+127.0.0.1 only, without metrics ports, with its own token, which is kept in this process's environment only. Processes that are started
+here import nothing from the current directory: they have another working directory, and neither is on their path.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20  # tasks and records only; samples never pass through it
 LOOPBACK = "127.0.0.1"
-LOOK_S = 10.0  # between looks at the nodes while work is done
+LOOK_S = 10.0  # between checks of the nodes while work is done
 _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the source tree to every worker
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # default 2 s: three seconds of every short run
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default, 2 s, costs every short run three seconds
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
 _PATHS = ("AECORE_CACHE", "XDG_CACHE_HOME", "PREFECT_HOME", "RAY_TMPDIR", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE")
 _LOCAL_SETTINGS = {
-    # Ray's three metrics ports ask for no token. A port that does not exist is the only way to leave two of them closed
+    # Ray's three metrics ports require no token; two of them stay closed only with an invalid port number
     "RAY_enable_metrics_collection": "0",
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
@@ -50,20 +50,20 @@ _LOCAL_SETTINGS = {
 }
 
 
-class _Here:
-    """What this process is connected to by `connect`: an address, or LOCAL for a Ray of ours; None if somebody else connected it."""
+class _Connection:
+    """The cluster that `connect` connected this process to: an address, or LOCAL; None if `connect` did not."""
 
     LOCAL = "a local Ray"
     address: str | None = None
 
 
 def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
-    """Return the running cluster to use and who named it (`cluster.address` or `RAY_ADDRESS`); None: a local Ray of ours.
+    """Return the address of the running cluster to use and its origin (`cluster.address` or `RAY_ADDRESS`); None: a local Ray.
 
-    ConfigError if `kind=address` has none, or if it is the address of a job server.
+    ConfigError if `kind=address` has none, or for the address of a job server.
     """
     if cluster.kind == "job":
-        raise ConfigError("cluster.kind=job works through a Ray job (aepipe submit, or a flow); this step works itself: set another kind")
+        raise ConfigError("cluster.kind=job runs as a Ray job (aepipe submit, or a flow), not inside of a step: set another kind")
     if cluster.address is not None:
         return cluster.address, "cluster.address"
     address = os.environ.get("RAY_ADDRESS")
@@ -79,15 +79,15 @@ def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
 
 
 def connect(cluster: ClusterSpec) -> None:
-    """Make sure that this process is connected to Ray; ClusterError if that fails or takes too long."""
+    """Connect this process to Ray if it is not connected; ClusterError if that fails or takes too long."""
     found = cluster_address(cluster)
-    address, name = found or (_Here.LOCAL, "")
-    for key, value in (_SETTINGS if found else _SETTINGS | _own_token() | _own_folder()).items():
+    address, name = found or (_Connection.LOCAL, "")
+    for key, value in (_SETTINGS if found else _SETTINGS | _local_token() | _local_session_folder()).items():
         os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
-        if _Here.address in (None, address):
+        if _Connection.address in (None, address):
             return
         disconnect()
     started = time.perf_counter()
@@ -95,16 +95,17 @@ def connect(cluster: ClusterSpec) -> None:
     try:
         if found:
             _require_reachable(address, cluster.timeout_s)
-            with reached_as_named(address):
+            with allow_loopback(address):
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
         else:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise ClusterError(_cannot_connect(error, address, name)) from error
-    _Here.address = address
+    _Connection.address = address
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own there, which ends the process where Prefect or we would clean up
-    logger.info("%s Ray in %.1f s: %s", "connected to" if found else "started", time.perf_counter() - started, _says(_totals(ray)))
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaced it by one that ends the process without cleaning up
+    how, seconds = "connected to" if found else "started", time.perf_counter() - started
+    logger.info("%s Ray in %.1f s: %s", how, seconds, _totals(ray))
 
 
 def _cannot_connect(error: Exception, address: str, name: str) -> str:
@@ -124,7 +125,7 @@ def _cannot_connect(error: Exception, address: str, name: str) -> str:
 def _start_local(ray: Any) -> None:
     make_importable()
     # Ray's processes keep the working directory and the environment that they are started in
-    with contextlib.chdir("/"), _defaults_for_now(_LOCAL_SETTINGS), _loopback_is_an_address():
+    with contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address():
         ray.init(
             address="local",
             include_dashboard=False,
@@ -138,8 +139,8 @@ def _start_local(ray: Any) -> None:
 
 
 @contextlib.contextmanager
-def _defaults_for_now(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set what the environment does not hold, and take it back: the next Ray may be one of several machines."""
+def _temporary_defaults(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that are not set, and unset them at the end: the next Ray may be a cluster of several machines."""
     missing = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(missing)
     try:
@@ -150,8 +151,8 @@ def _defaults_for_now(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loopback_is_an_address() -> Iterator[None]:
-    """Keep Ray from replacing 127.0.0.1 by the machine's outer address: what has that one as its own listens on all interfaces."""
+def _keep_loopback_address() -> Iterator[None]:
+    """Keep Ray from replacing 127.0.0.1 by the machine's external address, with which it listens on all interfaces."""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -163,8 +164,8 @@ def _loopback_is_an_address() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reached_as_named(address: str) -> Iterator[None]:
-    """Let `ray.init` reach a Ray that listens on loopback alone; one that listens on the machine's outer address too is left to Ray."""
+def allow_loopback(address: str) -> Iterator[None]:
+    """Let `ray.init` connect to a Ray that listens on loopback only; no effect for one that also has an external address."""
     import ray
 
     host, _, port = address.rpartition(":")
@@ -173,86 +174,89 @@ def reached_as_named(address: str) -> Iterator[None]:
             try:
                 socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
             except OSError:
-                stack.enter_context(_loopback_is_an_address())
+                stack.enter_context(_keep_loopback_address())
         yield
 
 
-class _PathOfWorkers(list[str]):
-    """Where workers look for modules first. Ray adds the folder of the driver's script and the current directory, in this order."""
+class _WorkerSysPath(list[str]):
+    """First entries of the workers' sys.path, to which Ray adds the folder of the script and the current directory, in this order."""
 
     def extend(self, folders: Iterable[str]) -> None:
-        wanted, here = list(folders), str(Path.cwd())
-        if here in wanted:
-            wanted.reverse()
-            wanted.remove(here)
-            wanted.reverse()
-        super().extend(wanted)
+        entries, here = list(folders), str(Path.cwd())
+        if here in entries:  # leaves out its last occurrence
+            del entries[len(entries) - 1 - entries[::-1].index(here)]
+        super().extend(entries)
 
 
 def _job_config() -> Any:
-    """Return Ray's settings of our connection: workers import nothing from the driver's current directory."""
+    """Return a job config with which workers import nothing from the current directory of this process."""
     from ray.job_config import JobConfig
 
     config = JobConfig()
-    config._py_driver_sys_path = _PathOfWorkers()  # an argument would be replaced by a list, as it is empty
+    config._py_driver_sys_path = _WorkerSysPath()  # not the argument: Ray replaces an empty one by a plain list
     return config
 
 
-def _own_token() -> dict[str, str]:
-    """Return a token for a Ray of ours, unless the user set one up. Ray reads it at its import, and not again."""
+def _local_token() -> dict[str, str]:
+    """Return a token for a local Ray, unless the user configured one. Ray reads it once, at its import."""
     if "ray" in sys.modules or any(name.startswith("RAY_AUTH_") for name in os.environ):
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _own_folder() -> dict[str, str]:
-    """Return a folder for the sessions of our Rays. In Ray's own, /tmp/ray, the address of a cluster that died may lie: every
-    TorchTrainer.fit then ends 12 s later, since its clean-up asks there which cluster is running. Short: sockets lie in it."""
+def _local_session_folder() -> dict[str, str]:
+    """Return the folder for sessions of local Rays, with a short name since it holds sockets.
+
+    Ray's default, /tmp/ray, may hold the address of a dead cluster: every TorchTrainer.fit then ends 12 s later, since its clean-up
+    looks up the running cluster there.
+    """
     folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         return {"RAY_TMPDIR": str(folder)}
-    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # somebody else took the name
+    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # the name belongs to another user
 
 
 def disconnect() -> None:
-    """End our work and leave the cluster; one that `connect` started ends with it, any other goes on."""
+    """Disconnect from the cluster; one that `connect` started ends, any other goes on."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
-    _Here.address = None
+    _Connection.address = None
 
 
 def is_local() -> bool:
-    """Return whether this process is connected to a Ray that `connect` started here."""
-    return _Here.address == _Here.LOCAL
+    """Return whether this process is connected to a Ray that `connect` started."""
+    return _Connection.address == _Connection.LOCAL
 
 
 def make_importable() -> None:
-    """Let the processes that this one starts work in another directory: they import what this one imports, nothing from where they
-    are started, and paths in the environment go on to mean what they mean here."""
+    """Prepare the environment for child processes with another working directory.
+
+    They import the same packages and nothing from their working directory; paths in the environment become absolute.
+    """
     paths = {name: os.path.abspath(os.environ[name]) for name in _PATHS if os.environ.get(name, "")[:1] not in ("", "~")}
     os.environ.update(paths | import_environment())
 
 
 def import_environment() -> dict[str, str]:
-    """Return the environment in which another interpreter finds our packages wherever it works, and nothing in its working directory."""
+    """Return the environment in which a child interpreter imports our packages, and nothing from its working directory."""
     roots = []
     for package in ("aecore", "pipelines"):
         found = importlib.util.find_spec(package)
         if found is not None and found.origin is not None:
             roots.append(str(Path(found.origin).parent.parent))
-    # an empty part would be the current directory
+    # an empty entry would be the current directory
     known = [os.path.abspath(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *known])), "PYTHONSAFEPATH": "1"}
 
 
 def _require_reachable(address: str, timeout_s: float) -> None:
-    """Try the port of `host:port` first: ray.init waits for minutes at an address where nothing listens."""
+    """ConnectionError if nothing listens at `host:port`, where ray.init would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto" and the like: Ray's own look-up, which fails at once
+        return  # `auto` and the like: Ray's own look-up fails at once
     try:
         with socket.create_connection((host, int(port)), timeout=min(timeout_s, 10.0)):
             pass
@@ -261,7 +265,7 @@ def _require_reachable(address: str, timeout_s: float) -> None:
 
 
 def worker_resources(cluster: ClusterSpec) -> dict[str, float]:
-    """Return what one worker reserves: `resources_per_worker` on top of its threads as CPUs and its GPU."""
+    """Return the resources of one worker: its threads as CPUs and its GPU, overridden by `resources_per_worker`."""
     resources = {"CPU": float(cluster.threads_per_worker)}
     if cluster.use_gpu:
         resources["GPU"] = 1.0
@@ -269,8 +273,10 @@ def worker_resources(cluster: ClusterSpec) -> dict[str, float]:
 
 
 def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
-    """ClusterError unless the cluster has room for `cluster.num_workers` workers at all, and for `num_workers` of them now or
-    within `cluster.timeout_s` (other work may hold it)."""
+    """Wait until the cluster has free resources for `num_workers` workers.
+
+    ClusterError if it is too small for `cluster.num_workers`, or if they are not free within `cluster.timeout_s`.
+    """
     import ray
 
     need = worker_resources(cluster)
@@ -278,22 +284,22 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
     room = sum(fits(node, need) for node in nodes)
     if room < cluster.num_workers:
         raise ClusterError(
-            f"cluster.num_workers={cluster.num_workers} workers of {_says(need)} each do not fit: the cluster has {_says(_totals(ray))} on "
-            f"{len(nodes)} node(s), room for {room}; {_smaller(nodes, need, room)}"
+            f"cluster.num_workers={cluster.num_workers} workers of {format_resources(need)} each do not fit: "
+            f"the cluster has {_totals(ray)} on {len(nodes)} node(s), room for {room}; {_suggest_fit(nodes, need, room)}"
         )
     deadline = time.monotonic() + cluster.timeout_s
     while fits(ray.available_resources(), need) < num_workers:
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"waited {cluster.timeout_s:.0f} s for {num_workers} workers of {_says(need)} each: free are "
-                f"{_says(ray.available_resources())} (other work holds the rest); "
+                f"waited {cluster.timeout_s:.0f} s for {num_workers} workers of {format_resources(need)} each: free are "
+                f"{format_resources(ray.available_resources())} (other work holds the rest); "
                 "wait for it, ask for fewer workers, or raise cluster.timeout_s"
             )
         time.sleep(0.2)
 
 
 def wait_for_one(refs: Sequence[Any], cluster: ClusterSpec) -> Any:  # any: Ray's object refs
-    """Return the first of `refs` that is done; ClusterError if for `cluster.timeout_s` no node could hold a worker (nodes were lost)."""
+    """Return the first of `refs` that is done; ClusterError if for `cluster.timeout_s` no node has room for a worker (nodes were lost)."""
     import ray
 
     need, seen = worker_resources(cluster), time.monotonic()
@@ -306,7 +312,7 @@ def wait_for_one(refs: Sequence[Any], cluster: ClusterSpec) -> Any:  # any: Ray'
         elif time.monotonic() - seen > cluster.timeout_s:
             raise ClusterError(
                 f"the cluster has lost its nodes: for {cluster.timeout_s:.0f} s none of {len(_nodes(ray))} could hold a worker of "
-                f"{_says(need)}; what is finished is kept, run the same command again when they are back"
+                f"{format_resources(need)}; what is finished is kept, run the same command again when they are back"
             )
 
 
@@ -314,21 +320,21 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _smaller(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:
-    """Return what to ask for instead: fewer workers, a smaller share, or none of what no node has."""
+def _suggest_fit(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], room: int) -> str:
+    """Return a remedy: fewer workers, fewer resources per worker, or none of a resource that no node has."""
     missing = [name for name in need if need[name] > 0 and not any(node.get(name) for node in nodes)]
     if "GPU" in missing:
         return "no node has a GPU: set cluster.use_gpu=false, or connect to a cluster with GPUs (RAY_ADDRESS)"
     if missing:
         return f"no node has {', '.join(missing)}: correct cluster.resources_per_worker"
-    share = "a smaller share for each, for example 'cluster.resources_per_worker={CPU: 0.5}'"
+    share = "fewer resources for each, for example 'cluster.resources_per_worker={CPU: 0.5}'"
     without = ", or cluster.use_gpu=false" if "GPU" in need else ""
     fewer = f"set cluster.num_workers={room} or less, or {share}" if room else f"ask for {share}, or fewer cluster.threads_per_worker"
     return fewer + without
 
 
 def require_local_urls_fit(cluster: ClusterSpec, *urls: str) -> None:
-    """ClusterError if a local path outside of `cluster.shared_paths` would be used on several nodes: each would see its own disk."""
+    """ClusterError for a local path outside of `cluster.shared_paths` on several nodes, each of which has its own disk."""
     nodes, local = num_nodes(), local_paths(cluster, *urls)
     if nodes > 1 and local:
         raise ClusterError(
@@ -339,20 +345,20 @@ def require_local_urls_fit(cluster: ClusterSpec, *urls: str) -> None:
 
 
 def num_nodes() -> int:
-    """Return how many nodes of the cluster are alive."""
+    """Return the number of nodes that are alive."""
     import ray
 
     return sum(1 for node in ray.nodes() if node["Alive"])
 
 
 def local_paths(cluster: ClusterSpec, *urls: str) -> list[str]:
-    """Return those of the addresses that are paths, and in no folder of `cluster.shared_paths`."""
+    """Return those addresses that are paths outside of `cluster.shared_paths`."""
     paths = [url for url in urls if url and "://" not in url]
     return [path for path in paths if not any(Path(path).is_relative_to(shared) for shared in cluster.shared_paths)]
 
 
 def require_gpu_is_there(cluster: ClusterSpec) -> None:
-    """ConfigError if GPUs are asked for without workers on a machine that has none."""
+    """ConfigError if this process has to use a GPU and torch sees none."""
     import torch
 
     if cluster.use_gpu and not torch.cuda.is_available():
@@ -360,14 +366,15 @@ def require_gpu_is_there(cluster: ClusterSpec) -> None:
 
 
 def fits(have: Mapping[str, float], need: Mapping[str, float]) -> int:
-    """Return how many workers of `need` a node (or what is free) has room for."""
+    """Return how many workers with resources `need` fit into `have`."""
     return min((math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in need.items() if amount > 0), default=1 << 30)
 
 
-def _totals(ray: Any) -> dict[str, float]:
-    return {name: amount for name, amount in sorted(ray.cluster_resources().items()) if name in ("CPU", "GPU")}
+def _totals(ray: Any) -> str:
+    return format_resources({name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")})
 
 
-def _says(resources: Mapping[str, float]) -> str:
+def format_resources(resources: Mapping[str, float]) -> str:
+    """Return resources as text, for example `2 CPU, 1 GPU`, without memory and names of nodes."""
     shown = {name: amount for name, amount in resources.items() if ":" not in name and name not in ("memory", "object_store_memory")}
-    return ", ".join(f"{amount:g} {name}" for name, amount in shown.items()) or "nothing"
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

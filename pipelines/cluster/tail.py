@@ -1,6 +1,6 @@
-"""The lines that a Ray job prints, while it prints them: a thread holds the connection, the caller takes the lines.
+"""Follows the log of a Ray job: a thread holds the connection, the caller takes the lines.
 
-A connection that breaks is made again; the server then sends everything from the start, and what was seen is skipped.
+A broken connection is opened again; the server then sends everything from the start, and what was received before is skipped.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 AGAIN_S, REST_S = 1.0, 10.0
-_RAYS_OWN = (" -- Runtime env is setting up.", "Running entrypoint for job ")  # what Ray adds to the log of every job
+_RAY_LINES = (" -- Runtime env is setting up.", "Running entrypoint for job ")  # lines that Ray adds to the log of every job
 
 
 class LogTail:
@@ -32,12 +32,12 @@ class LogTail:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop has ended by itself
-            self._loop.call_soon_threadsafe(self._cancel)
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(self._loop)])
         self._thread.join(REST_S)
 
-    def hand_on(self, on_line: Callable[[str], None], wait_s: float) -> None:
-        """Give the lines of the next `wait_s` seconds to `on_line`."""
+    def deliver(self, on_line: Callable[[str], None], wait_s: float) -> None:
+        """Pass the lines of the next `wait_s` seconds to `on_line`."""
         deadline = time.monotonic() + wait_s
         while (left := deadline - time.monotonic()) > 0:
             if self._ended:
@@ -46,8 +46,8 @@ class LogTail:
             with contextlib.suppress(queue.Empty):
                 self._take(self._chunks.get(timeout=left), on_line)
 
-    def hand_on_rest(self, on_line: Callable[[str], None]) -> None:
-        """Give what is left of an ended job's log to `on_line`: its server closes the connection after the last line."""
+    def deliver_rest(self, on_line: Callable[[str], None]) -> None:
+        """Pass the rest of an ended job's log to `on_line`; the server closes the connection after the last line."""
         deadline = time.monotonic() + REST_S
         while not self._ended and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
@@ -58,23 +58,19 @@ class LogTail:
         self._ended = self._ended or chunk is None
         *lines, self._open = (self._open + (chunk or "")).split("\n")
         for line in lines:
-            if not any(mark in line for mark in _RAYS_OWN):
+            if not any(mark in line for mark in _RAY_LINES):
                 on_line(line)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._follow())
-        except (asyncio.CancelledError, Exception) as error:  # without its lines a job is followed all the same
-            logger.debug("the log of %s is not followed any more: %r", self._job_id, error)
+        except (asyncio.CancelledError, Exception) as error:  # the job is followed without its lines
+            logger.debug("stopped following the log of %s: %r", self._job_id, error)
         finally:
             self._chunks.put(None)
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
-
-    def _cancel(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
 
     async def _follow(self) -> None:
         import aiohttp
@@ -91,5 +87,5 @@ class LogTail:
                     self._chunks.put(new)
                 return
             except (aiohttp.ClientError, OSError, RuntimeError) as error:
-                logger.debug("the log of %s broke off: %s", self._job_id, error)
+                logger.debug("lost the connection to the log of %s: %s", self._job_id, error)
                 await asyncio.sleep(AGAIN_S)

@@ -1,13 +1,13 @@
 """TorchTrainer around `aecore.training.loop.fit`: Ray places the ranks, joins them to one process group and restarts them.
 
-The run folder is the only truth: a restarted group resumes from our newest valid checkpoint, whatever Ray remembers, and the
-answer is what `fit` read from the run folder. Ray's own storage is a temporary folder under a name of this attempt (the same
-name would give back the metrics of a finished run). Checkpoints are reported by reference: a pointer file with our URL, step
-and hash; on several nodes only the metrics, since Ray would want a second storage that all of them see. `CheckpointConfig.num_to_keep`
-stays unset, because Ray would delete what the pointers stand in; retention is ours.
+The run folder is the source of truth: a restarted group resumes from its newest valid checkpoint, whatever Ray recorded, and the
+result is read from it. Ray's own storage is a temporary folder with a name unique to this attempt (with the same name Ray would return
+the metrics of a finished run). Checkpoints are reported by reference: a pointer file with URL, step and hash; on several nodes only
+the metrics are reported, since Ray would need a second shared storage. `CheckpointConfig.num_to_keep` stays unset, because Ray would
+delete the folders of the pointers; `aecore` decides which checkpoints are kept.
 
-Ctrl-C or SIGTERM ends the present step, writes a checkpoint and says its step. Workers get no signals: rank 0 asks an actor that the
-driver sets, and the ranks learn of it at their next flush of metrics.
+Ctrl-C or SIGTERM ends the current step, writes a checkpoint and prints its step. Workers get no signals: rank 0 polls an actor that
+the driver sets, and the ranks learn of it at their next flush of metrics.
 """
 
 import concurrent.futures
@@ -59,14 +59,14 @@ def train(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None = None) ->
     """
     done = finished_run(open_store(job.out))
     if done is not None:
-        return fit(job)  # checks that the run is this job's, and returns its result
+        return fit(job)  # checks that the run belongs to this job, and returns its result
     if cluster.num_workers == 0:
         return _train_here(job, cluster, on_poll)
     connect(cluster)
     require_local_urls_fit(cluster, job.data, job.out, job.train.init_from or "")
     require_resources(cluster, cluster.num_workers)
     for warning in schedule_warnings(job.model, Session(job).total_steps):
-        logger.warning("%s", warning)  # the workers' own log does not reach us
+        logger.warning("%s", warning)  # the log of the workers is not forwarded
     with tempfile.TemporaryDirectory(prefix="aepipe-ray-", ignore_cleanup_errors=True) as folder:
         return _train_on_ray(job, cluster, Path(folder), on_poll)
 
@@ -100,22 +100,22 @@ def _poll_until(ended: threading.Event, on_poll: OnPoll) -> None:
 
 
 class StopFlag:
-    """An actor on no CPU: the driver sets it, rank 0 asks it."""
+    """A Ray actor that reserves no CPU: the driver sets the flag, rank 0 polls it."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
 
-    def ask(self) -> None:
-        """Ask the run to stop."""
-        self._asked = True
+    def request(self) -> None:
+        """Request a stop."""
+        self._requested = True
 
-    def is_asked(self) -> bool:
-        """Return whether it was asked to."""
-        return self._asked
+    def is_requested(self) -> bool:
+        """Return whether a stop was requested."""
+        return self._requested
 
 
 def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: OnPoll | None) -> RunResult:
-    """Run the trainer in a thread: Ray Train replaces the SIGINT handler of a main thread, and ours has to poll anyway."""
+    """Run the trainer in a thread: in the main thread, which polls here, Ray Train would replace the SIGINT handler."""
     import ray
 
     flag = ray.remote(num_cpus=0)(StopFlag).remote()
@@ -134,7 +134,7 @@ def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: On
     if not in_time:
         stop.end(f"interrupted, and the workers did not end their step within {GRACE_S:.0f} s: {_saved(job)}")
     if failed is not None:
-        error = _typed(failed, job) if isinstance(failed, Exception) else failed
+        error = _to_aecore_error(failed, job) if isinstance(failed, Exception) else failed
         if stop() and isinstance(error, Interrupted):
             stop.end(str(error))
         raise error from failed
@@ -147,12 +147,12 @@ def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: On
 
 
 def _wait_for(future: "concurrent.futures.Future[Any]", stop: StopRequest, flag: Any, on_poll: OnPoll) -> bool:
-    """Return whether the trainer came to its end; from a request to stop on it has `GRACE_S` for it."""
+    """Return whether the trainer ended; after a request to stop it has `GRACE_S` to do so."""
     deadline: float | None = None
     while not concurrent.futures.wait([future], POLL_S).done:
         on_poll()
         if deadline is None and stop():
-            flag.ask.remote()
+            flag.request.remote()
             deadline = time.monotonic() + GRACE_S
         elif deadline is not None and time.monotonic() > deadline:
             return False
@@ -160,11 +160,11 @@ def _wait_for(future: "concurrent.futures.Future[Any]", stop: StopRequest, flag:
 
 
 def _saved(job: TrainJob) -> str:
-    """Return what of a run is kept, for people."""
+    """Return a message about the newest checkpoint of a run."""
     steps = [step for step, _ in committed_checkpoints(open_store(job.out))]
     if not steps:
-        return "no checkpoint was written yet, the same command begins anew"
-    return f"its newest checkpoint is that of step {max(steps)}, the same command goes on from there"
+        return "no checkpoint was written yet, the same command starts from the beginning"
+    return f"its newest checkpoint is that of step {max(steps)}, the same command continues from there"
 
 
 def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> Any:
@@ -195,7 +195,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> An
 
 
 def _rank_loop(config: Mapping[str, Any]) -> None:
-    """Run on every rank: join the process group that Ray made to `fit`."""
+    """Run `fit` on every rank, in the process group that Ray created."""
     import ray.train
     import ray.train.torch
     import torch
@@ -219,28 +219,28 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
 
     def stop() -> bool:
         try:
-            return bool(ray.get(config["stop"].is_asked.remote(), timeout=ASK_S))
-        except ray.exceptions.RayError:  # the driver ends us itself, or the node of the actor is gone
+            return bool(ray.get(config["stop"].is_requested.remote(), timeout=ASK_S))
+        except ray.exceptions.RayError:  # the driver kills this worker itself, or the node of the actor is lost
             return False
 
     fit(config["job"], rank=rank, on_checkpoint=report, stop=stop)
 
 
 def _stop_callback() -> Any:
-    """Return a Ray Train callback that ends the run at an error which another attempt would meet again."""
+    """Return a Ray Train callback that ends the run at an `AecoreError`, which a restart would only repeat."""
     from ray.train import UserCallback
 
-    class StopAtOurErrors(UserCallback):
+    class StopAtAecoreErrors(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-            error = _ours(list(worker_exceptions.values()))
+            error = _find_aecore_error(list(worker_exceptions.values()))
             if error is not None:
                 raise error
 
-    return StopAtOurErrors()
+    return StopAtAecoreErrors()
 
 
-def _ours(errors: list[BaseException | None]) -> AecoreError | None:
-    """Return the first `AecoreError` in or behind these exceptions (Ray wraps what a worker raised)."""
+def _find_aecore_error(errors: list[BaseException | None]) -> AecoreError | None:
+    """Return the first `AecoreError` in these exceptions or in their causes (Ray wraps what a worker raised)."""
     seen: set[int] = set()
     while errors:
         error = errors.pop(0)
@@ -254,12 +254,12 @@ def _ours(errors: list[BaseException | None]) -> AecoreError | None:
     return None
 
 
-def _typed(error: Exception, job: TrainJob) -> AecoreError:
-    ours = _ours([error])
-    if ours is not None:
-        return ours
+def _to_aecore_error(error: Exception, job: TrainJob) -> AecoreError:
+    found = _find_aecore_error([error])
+    if found is not None:
+        return found
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     message = lines[-1] if lines else type(error).__name__
     if "Startup" in type(getattr(error, "controller_failure", None)).__name__:  # Ray's own classes for it are private
         return ClusterError(f"the workers did not start: {message}; ask for fewer workers, or raise cluster.timeout_s")
-    return RunFailed(f"training failed for good after cluster.max_failures restarts: {message}; {_saved(job)}")
+    return RunFailed(f"training failed after cluster.max_failures restarts: {message}; {_saved(job)}")

@@ -1,11 +1,11 @@
-"""Runs whose process is gone are run again: two automations on the Prefect server, and a limit that the flows keep.
+"""Restarts flow runs whose process died: two automations on the Prefect server, and a limit in the flows.
 
-A flow run says every 30 s that it lives. After `LOST_AFTER_S` without a word (its worker was killed, its machine is gone) the first
-automation marks it Crashed; Prefect's worker does that itself where it outlives the run (no memory, for example). The second one
-schedules what crashed once more: the same run, which goes on from what is committed. A run that is taken for dead and is not does
-no harm: both write the same files, put-if-absent. `pipelines.flows.factory` gives up after three crashes in a row.
+A flow run sends a heartbeat every 30 s. After `LOST_AFTER_S` without one (its worker was killed, its machine is lost) the first
+automation marks it Crashed; Prefect's worker does so itself where it survives the run (out of memory, for example). The second one
+schedules a crashed run again: the same run, which continues from what is committed. A false alarm is harmless: both processes write
+the same files, put-if-absent. `pipelines.flows.factory` gives up after three crashes in a row.
 
-`aepipe serve` looks for what a power cut left behind when it starts (`end_dead_runs`): all runs of its server are on this machine.
+`aepipe serve` ends the runs that a power cut left behind when it starts (`end_dead_runs`): all runs of its server are on this machine.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.deploy.recipes import TAG
-from pipelines.flows.factory import RESCUED
+from pipelines.flows.factory import CRASH_RESTARTED
 
 logger = logging.getLogger(__name__)
 LOST_AFTER_S = 90  # three heartbeats (`pipelines.flows.SETTINGS`)
-AGAIN_AFTER_S = 30  # Prefect's worker reports one crash twice, 6 s apart: the second would end a run that is on its way already
+AGAIN_AFTER_S = 30  # Prefect's worker reports one crash twice, 6 s apart: the second would end a run that has been restarted
 ENDS = ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed", "Suspended", "Paused", "AwaitingRetry")
-OF_OURS = {
+OUR_FLOW_RUNS = {
     "match": {"prefect.resource.id": "prefect.flow-run.*"},
     "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
     "for_each": ["prefect.resource.id"],
@@ -29,36 +29,36 @@ OF_OURS = {
 
 
 def automations(lost_after_s: int = LOST_AFTER_S) -> list[dict[str, Any]]:
-    """Return the automations as plain JSON, as Prefect's API takes them."""
+    """Return the automations as plain JSON, in the format of Prefect's API."""
     heartbeat = "prefect.flow-run.heartbeat"
     silence = {"type": "event", "posture": "Proactive", "after": [heartbeat], "threshold": 1, "within": lost_after_s}
     silence |= {"expect": [heartbeat, *(f"prefect.flow-run.{name}" for name in ENDS)]}
     crash = {"type": "event", "posture": "Proactive", "after": ["prefect.flow-run.Crashed"], "threshold": 1, "within": AGAIN_AFTER_S}
     crash |= {"expect": [f"prefect.flow-run.{name}" for name in ("AwaitingRetry", "Scheduled", "Pending", "Running")]}
     mark = {"type": "change-flow-run-state", "state": "CRASHED", "message": f"nothing heard from its process for {lost_after_s} s"}
-    again = {"type": "change-flow-run-state", "state": "SCHEDULED", "name": "AwaitingRetry", "message": RESCUED}
+    again = {"type": "change-flow-run-state", "state": "SCHEDULED", "name": "AwaitingRetry", "message": CRASH_RESTARTED}
     return [
         {
             "name": "aepipe: mark a run crashed when its process is gone",
-            "description": "A run that says nothing any more has lost its process.",
-            "trigger": silence | OF_OURS,
+            "description": "A run without heartbeats has lost its process.",
+            "trigger": silence | OUR_FLOW_RUNS,
             "actions": [mark],
         },
         {
             "name": "aepipe: run again what crashed",
-            "description": "The same run goes on from what it has committed; after three crashes in a row it fails.",
-            "trigger": crash | OF_OURS,
+            "description": "The same run continues from what it has committed; after three crashes in a row it fails.",
+            "trigger": crash | OUR_FLOW_RUNS,
             "actions": [again],
         },
     ]
 
 
 def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
-    """End the runs of these deployments (`flow/name`) that nobody can finish any more; return how many.
+    """End the runs of these deployments (`flow/name`) that have no process; return how many.
 
-    Else they would be Running for ever and hold the one place of their deployment, so that no tick runs again. Only for a server whose
-    runs are all on this machine. A new one has a new password: whatever process of an old run is left cannot report to it. With
-    `served_elsewhere` another `aepipe serve` uses the server: runs that have a process go on, and a pending one may be about to get its.
+    They would stay Running forever and hold the only concurrency slot of their deployment, so that it never runs again. Only for a server
+    whose runs are all on this machine. A new server has a new password: a surviving process of an old run cannot report to it. With
+    `served_elsewhere` another `aepipe serve` uses the server: runs that have a process are kept, and so are pending ones.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -83,7 +83,7 @@ def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
                 continue
             its_runs = DeploymentFilter(id=DeploymentFilterId(any_=[its_id]))
             found = client.read_flow_runs(deployment_filter=its_runs, flow_run_filter=under_way)
-            alive = runs_with_a_process() if found and served_elsewhere else set()
+            alive = run_ids_with_process() if found and served_elsewhere else set()
             for run in found:
                 if str(run.id) in alive:
                     continue
@@ -94,13 +94,13 @@ def end_dead_runs(deployments: Sequence[str], *, served_elsewhere: bool) -> int:
     return ended
 
 
-def runs_with_a_process() -> set[str]:
-    """Return the ids of the flow runs that a process of this user on this machine runs."""
+def run_ids_with_process() -> set[str]:
+    """Return the ids of the flow runs that have a process of this user on this machine."""
     found = set()
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if not folder.name.isdigit() or b"\0prefect." not in (folder / "cmdline").read_bytes():
-                continue  # a run's Ray has its environment too, and may outlive it
+                continue  # the Ray of a run inherits its environment, and may outlive it
             names = dict(entry.partition(b"=")[::2] for entry in (folder / "environ").read_bytes().split(b"\0"))
             found.add(names.get(b"PREFECT__FLOW_RUN_ID", b"").decode())
     return found - {""}

@@ -1,7 +1,7 @@
-"""Deploy recipes to a process work pool of the Prefect server at PREFECT_API_URL: what `aepipe deploy` does.
+"""`aepipe deploy`: deploys recipes to a process work pool of the Prefect server at PREFECT_API_URL.
 
-May be called again at any time: what is there is brought to the recipe, a schedule that the recipe no longer has is taken away, and
-nothing else on the server is touched. Workers (`prefect worker start --pool aepipe`) then run the flows, each in a process of its own.
+It can be repeated at any time: existing deployments are updated to the recipe, a schedule that the recipe no longer has is removed, and
+nothing else on the server is touched. Workers (`prefect worker start --pool aepipe`) then run the flows, each in a separate process.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ JOB_ENVIRONMENT = {name: value for name, value in SETTINGS.items() if name != "P
 def deploy(
     recipes: Sequence[Recipe], cron: str | None = None, pool: str = POOL, *, lost_after_s: int = LOST_AFTER_S, dry_run: bool = False
 ) -> Tree:
-    """Make or update pool, automations and deployments; without recipes, flows that ask for theirs. `dry_run` writes nothing.
+    """Create or update pool, automations and deployments; without recipes, of flows that take one as parameter. `dry_run` writes nothing.
 
     Raises
     ------
     ConfigError
         No PREFECT_API_URL, a recipe that cannot run or holds credentials, a pool of another type.
     ClusterError
-        The server does not answer, or refuses us.
+        The server does not answer, or refuses the password.
     """
     check(recipes, cron, "deploy")
     if not os.environ.get("PREFECT_API_URL"):
@@ -45,7 +45,7 @@ def deploy(
     made = [deployment for recipe in wanted for deployment in deployments(recipe, cron, **options)]
     from prefect.client.orchestration import get_client
 
-    with _understood(), get_client(sync_client=True) as client:
+    with _api_errors(), get_client(sync_client=True) as client:
         return {
             "pool": _make_pool(client, pool, dry_run),
             "automations": [_make_automation(client, automation, dry_run) for automation in automations(lost_after_s)],
@@ -55,7 +55,7 @@ def deploy(
 
 
 @contextlib.contextmanager
-def _understood() -> Iterator[None]:
+def _api_errors() -> Iterator[None]:
     """ClusterError for what the server refuses, with what to do about it."""
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError
@@ -67,7 +67,7 @@ def _understood() -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise ClusterError(
-                f"the Prefect server at {url} refuses us ({status}): set PREFECT_API_AUTH_STRING=user:password to what it was started with"
+                f"the Prefect server at {url} refuses this client ({status}): set PREFECT_API_AUTH_STRING=user:password as on the server"
             ) from None
         raise ClusterError(f"the Prefect server at {url} answered {status}: {error.response.text[:300]}") from None
     except httpx.HTTPError as error:
@@ -90,8 +90,8 @@ def _make_pool(client: Any, name: str, dry_run: bool) -> Tree:
         return {"name": name, "type": "process", "made": "new"}
     if found.type != "process":
         raise ConfigError(
-            f"the work pool {name!r} is of type {found.type!r}, expected 'process': choose another with --pool NAME (one that is not "
-            "there yet is made)"
+            f"the work pool {name!r} is of type {found.type!r}, expected 'process': choose another with --pool NAME (created if it "
+            "does not exist)"
         )
     return {"name": name, "type": "process", "made": "kept"}
 

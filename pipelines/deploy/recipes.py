@@ -1,6 +1,6 @@
-"""A recipe -> one Prefect deployment per flow, named `<flow>/<recipe name>`; the pipeline gets the schedule.
+"""Turns a recipe into one Prefect deployment per flow, named `<flow>/<recipe name>`; the pipeline gets the schedule.
 
-The parameters are what Prefect keeps in its database and shows on its page: the recipe's tree, in which no credentials may stand.
+Prefect keeps the parameters in its database and shows them on its page: the recipe's tree, which must not hold credentials.
 """
 
 import re
@@ -15,13 +15,13 @@ from pipelines.steps.steps import STEPS, with_absolute_urls
 
 FLOWS = (*STEPS, PIPELINE)
 TAG = "aepipe"
-MANUAL = "manual"  # deployments that have no recipe: whoever starts a run gives one
+MANUAL = "manual"  # deployments without a recipe: a run is started with one
 _SECRET = re.compile(r"://[^/?#@\s]*:[^/?#@\s]*@|s3://[^/?#@\s]*:|[?&](X-Amz-Signature|Signature|sig|token)=", re.IGNORECASE)
 _NOT_IN_A_NAME = re.compile(r"[/%&><]")
 
 
 def check(recipes: Sequence[Recipe], cron: str | None, verb: str) -> None:
-    """ConfigError if a recipe could never run, or must not stand in Prefect's database."""
+    """ConfigError if a recipe cannot run, or holds credentials, which must not enter Prefect's database."""
     if cron is not None and not recipes:
         raise ConfigError(f"--cron needs a recipe to run: aepipe {verb} RECIPE out=... --cron '0 3 * * *'")
     for recipe in recipes:
@@ -37,11 +37,11 @@ def check(recipes: Sequence[Recipe], cron: str | None, verb: str) -> None:
 
 
 def require_no_credentials(tree: Mapping[str, Any]) -> None:
-    """ConfigError, which does not repeat the value, if an address holds a password or a signature."""
+    """ConfigError if an address holds a password or a signature; the message does not repeat it."""
     for key, value in flatten(tree, lists=True):
         if isinstance(value, str) and _SECRET.search(value):
             raise ConfigError(
-                f"{key} holds credentials, and a recipe is kept and shown by Prefect: take them out of the address and give them to the "
+                f"{key} holds credentials, and Prefect stores and shows recipes: remove them from the address and set them in the "
                 "workers' environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )
 
@@ -63,7 +63,7 @@ def schedule(recipe: Recipe, cron: str | None = None) -> Any:
 
 
 def deployments(recipe: Recipe | None, cron: str | None = None, **options: Any) -> list[Any]:
-    """Return one Prefect deployment per flow for a recipe; without one, flows that ask for their recipe. `options` are Prefect's."""
+    """Return one Prefect deployment per flow; without a recipe, of flows that take one as parameter. `options` are Prefect's."""
     from importlib import import_module
 
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy

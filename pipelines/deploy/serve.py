@@ -1,8 +1,8 @@
-"""Serve all flows from this process: runs are started by cron, from Prefect's page, or by `prefect deployment run`.
+"""`aepipe serve`: serves all flows from this process; runs are started by cron, on Prefect's page, or by `prefect deployment run`.
 
-Needs neither pool nor worker: right for one machine. Each recipe becomes one deployment per flow, with the recipe as its parameter;
-the pipeline gets the schedule. Without PREFECT_API_URL a server of ours is used (`flows/server.py`), with its SQLite file under
-PREFECT_HOME: the temporary server that a single flow gets has no scheduler, so cron ticks would never fire.
+It needs neither pool nor worker, which is right for one machine. Each recipe becomes one deployment per flow; the pipeline gets the
+schedule. Without PREFECT_API_URL it uses the lasting server of `flows/server.py`, with its SQLite file under PREFECT_HOME: the
+temporary server of a single flow has no scheduler, so schedules would never fire.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from pipelines.recipe.recipe import Recipe
 
 
 def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
-    """Serve until interrupted, which is no failure. `cron` overrides `schedule.cron`; ConfigError if a recipe could never run."""
+    """Serve until interrupted, which is not a failure. `cron` overrides `schedule.cron`; ConfigError if a recipe cannot run."""
     check(recipes, cron, "serve")
     set_defaults()
     for recipe in recipes:
-        schedule(recipe, cron)  # refuses a wrong one before a server is started
-    make_importable()  # scheduled runs are processes of their own
+        schedule(recipe, cron)  # checks it before a server is started
+    make_importable()  # scheduled runs are separate processes
     wanted: Sequence[Recipe | None] = recipes or [None]
     with contextlib.ExitStack() as stack:
         if os.environ.get("PREFECT_API_URL"):
@@ -36,7 +36,7 @@ def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
             end_dead_runs([deployment.full_name for deployment in made], served_elsewhere=not is_new)
         import prefect
 
-        stack.enter_context(contextlib.chdir(empty_folder()))  # that of all runs; what recipes name is absolute by now
+        stack.enter_context(contextlib.chdir(empty_folder()))  # the working directory of all runs; paths of recipes are absolute
         # Prefect's own handler of SIGTERM forgets to await it; the runner stops all the same
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "coroutine 'Runner.astop' was never awaited", RuntimeWarning)

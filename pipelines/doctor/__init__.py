@@ -1,7 +1,7 @@
-"""`aepipe doctor`: is this place able to run what it is asked for? One line a check, each with its remedy.
+"""`aepipe doctor`: checks whether this machine, store, cluster and server can run a recipe; one line per check, with a remedy.
 
-Every check has a bound: it works in a thread of its own that is left behind when the time is over. Nothing is changed; what the
-checks of a store write lies below one folder of its own, which they remove. What is not configured is skipped, and it is said why.
+Every check has a timeout: it runs in a thread that is abandoned afterwards. Nothing is changed; the checks of a store write below a
+folder that they remove. What is not configured is skipped, with the reason.
 """
 
 from pipelines.doctor._check import Check, Finding, exit_code, run_checks
@@ -16,7 +16,7 @@ __all__ = ["Check", "Finding", "doctor", "exit_code"]
 
 
 def doctor(url: str | None = None, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> Tree:
-    """Run all checks. `recipe` (with overrides) says what the cluster has to give; an unknown recipe is a ConfigError."""
+    """Run all checks; `recipe` (with overrides) states the required resources. An unknown recipe is a ConfigError."""
     from pipelines.recipe.recipe import load_recipe
 
     cluster = load_recipe(recipe, overrides).cluster

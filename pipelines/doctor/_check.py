@@ -1,4 +1,4 @@
-"""What a check is, and how it is kept from hanging."""
+"""Checks and their findings; a check that hangs becomes a failed one."""
 
 import dataclasses
 import threading
@@ -11,11 +11,11 @@ from pipelines.recipe.yaml import Tree
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found: `ok`, `warning`, `failed` or `skipped`; a remedy where there is something to do."""
+    """The result of a check; `state` is `ok`, `warning`, `failed` or `skipped`, `remedy` what the user can do."""
 
     name: str
     state: str
-    said: str
+    message: str
     remedy: str = ""
     exit_code: int = 0
 
@@ -26,43 +26,43 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A name, the work (it yields or returns findings), the class of its failure's error, the longest time, what to do if it raises."""
+    """A check: `work` returns or yields findings; `error` gives the exit code of a failure, `remedy` is for an exception in `work`."""
 
     name: str
     work: Callable[[], "Iterator[Finding] | Finding"]
     error: type[AecoreError]
     timeout_s: float = 20.0
-    remedy: str = "put right what it says, then run `aepipe doctor` again"
+    remedy: str = "fix the cause, then run `aepipe doctor` again"
 
 
-def ok(name: str, said: str) -> Finding:
-    return Finding(name, "ok", said)
+def ok(name: str, message: str) -> Finding:
+    return Finding(name, "ok", message)
 
 
-def skipped(name: str, said: str) -> Finding:
-    return Finding(name, "skipped", said)
+def skipped(name: str, message: str) -> Finding:
+    return Finding(name, "skipped", message)
 
 
-def warning(name: str, said: str, remedy: str) -> Finding:
-    return Finding(name, "warning", said, remedy)
+def warning(name: str, message: str, remedy: str) -> Finding:
+    return Finding(name, "warning", message, remedy)
 
 
-def failed(name: str, said: str, remedy: str) -> Finding:
-    return Finding(name, "failed", said, remedy)
+def failed(name: str, message: str, remedy: str) -> Finding:
+    return Finding(name, "failed", message, remedy)
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
-    """Run the checks one after the other; one that raises or takes too long is a failed one."""
-    return [_with_code(finding, check) for check in checks for finding in _run(check)]
+    """Run the checks one after the other; one that raises or times out is a failed one."""
+    return [
+        dataclasses.replace(finding, exit_code=check.error.exit_code) if finding.state == "failed" else finding
+        for check in checks
+        for finding in _run(check)
+    ]
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
     """Return the code of the first failure, 0 if there is none."""
     return next((finding.exit_code for finding in findings if finding.state == "failed"), 0)
-
-
-def _with_code(finding: Finding, check: Check) -> Finding:
-    return dataclasses.replace(finding, exit_code=check.error.exit_code) if finding.state == "failed" else finding
 
 
 def _run(check: Check) -> list[Finding]:
@@ -74,15 +74,18 @@ def _run(check: Check) -> list[Finding]:
             result = check.work()
             for finding in [result] if isinstance(result, Finding) else result:
                 found.append(finding)
-        except Exception as error:  # whatever it is, the other checks have their turn, and this one says what it was
+        except Exception as error:  # any: the other checks still run, and the finding names it
             trouble.append(error)
 
     thread = threading.Thread(target=work, daemon=True, name=f"doctor: {check.name}")
     thread.start()
     thread.join(check.timeout_s)
     if thread.is_alive():
-        return [*found, failed(check.name, f"no answer within {check.timeout_s:.0f} s", "see whether the service or disk behind it hangs")]
+        return [
+            *found,
+            failed(check.name, f"no answer within {check.timeout_s:.0f} s", "check the service or disk behind it"),
+        ]
     for error in trouble:
-        said = str(error) if isinstance(error, AecoreError) else f"{type(error).__name__}: {error}"
-        found.append(failed(check.name, said.strip() or type(error).__name__, check.remedy))
+        message = str(error) if isinstance(error, AecoreError) else f"{type(error).__name__}: {error}"
+        found.append(failed(check.name, message.strip() or type(error).__name__, check.remedy))
     return found

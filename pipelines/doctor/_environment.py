@@ -1,4 +1,4 @@
-"""Versions of Python and packages against what we need, and what torch sees."""
+"""Checks the versions of Python and packages, and which GPUs torch sees."""
 
 import shutil
 import subprocess
@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from aecore.errors import ConfigError
@@ -16,7 +17,7 @@ from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 OLDEST = (3, 11)
 LOCK = Path(__file__).resolve().parent.parent.parent / "infra" / "requirements.lock"
 INSTALL = "set it up again with `python3 infra/bootstrap.py setup`, or install the versions of infra/requirements.lock"
-# importing shows none of these; each was seen with the Prefect that we pin, above the versions that our package asks for
+# an import shows none of these; each was seen with the pinned Prefect and a version above the required range
 KNOWN_BAD = (
     ("prefect", "<3.9", "fastapi", "every flow fails at its start"),
     ("prefect", "<3.9", "sqlalchemy", "cron schedules never fire"),
@@ -40,15 +41,15 @@ def python() -> Finding:
 
 
 def installed(name: str) -> Version | None:
-    """Return the version of an installed package, None if it is not there."""
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return Version(metadata.version(name))
     except metadata.PackageNotFoundError:
         return None
 
 
-def _wanted() -> list[Requirement] | None:
-    """Return what our package asks for, None if it is not installed."""
+def _requirements() -> list[Requirement] | None:
+    """Return the requirements of aecore, None if it is not installed as a package."""
     try:
         wanted = [Requirement(text) for text in metadata.requires("aecore") or ()]
     except metadata.PackageNotFoundError:
@@ -57,10 +58,10 @@ def _wanted() -> list[Requirement] | None:
 
 
 def packages() -> Iterator[Finding]:
-    """Compare what is installed with what our package asks for, and with the lock where it lies beside us."""
-    wanted = _wanted()
+    """Compare the installed versions with the requirements of aecore, and with the lock of a development checkout."""
+    wanted = _requirements()
     if wanted is None:
-        yield skipped("packages", "aecore runs from its sources and is not installed: no list of what it needs")
+        yield skipped("packages", "aecore runs from its sources and is not installed: its requirements are unknown")
         return
     fitting = 0
     for need in wanted:
@@ -71,7 +72,7 @@ def packages() -> Iterator[Finding]:
         else:
             fitting += 1
     if fitting == len(wanted):
-        yield ok("packages", f"all {fitting} have versions that are asked for")
+        yield ok("packages", f"all {fitting} have a required version")
     yield from _drift()
 
 
@@ -86,35 +87,31 @@ def _drift() -> Iterator[Finding]:
 
 
 def _public(pin: Requirement, version: Version) -> bool:
-    """Return whether a version is the pinned one, `+cpu` and the like apart."""
+    """Return whether a version is the pinned one, apart from a local suffix such as `+cpu`."""
     return pin.specifier.contains(version.public, prereleases=True) or pin.specifier.contains(version, prereleases=True)
 
 
 def conflicts() -> Iterator[Finding]:
-    """Look for pairs of versions that are known not to work together."""
-    wanted = _wanted()
+    """Look for pairs of versions that are known to be incompatible."""
+    wanted = _requirements()
     if wanted is None:
-        yield skipped("known conflicts", "aecore runs from its sources and is not installed: no list of what it needs")
+        yield skipped("known conflicts", "aecore runs from its sources and is not installed: its requirements are unknown")
         return
     needs, clean = {need.name: need for need in wanted}, True
     for owner, owner_range, name, what in KNOWN_BAD:
         first, second, need = installed(owner), installed(name), needs[name]
         if first is None or second is None:
             continue
-        if _in(first, owner_range) and not need.specifier.contains(second, prereleases=True):
+        if SpecifierSet(owner_range).contains(first, prereleases=True) and not need.specifier.contains(second, prereleases=True):
             clean = False
-            said = f"{owner} {first} with {name} {second}, needs {need.specifier}: with newer ones {what}"
-            yield failed("known conflicts", said, f"pip install '{need}'")
+            message = f"{owner} {first} with {name} {second}, needs {need.specifier}: with newer ones {what}"
+            yield failed("known conflicts", message, f"pip install '{need}'")
     if clean:
         yield ok("known conflicts", "none among " + ", ".join(f"{owner} and {name}" for owner, _, name, _ in KNOWN_BAD))
 
 
-def _in(version: Version, text: str) -> bool:
-    return Requirement(f"x{text}").specifier.contains(version, prereleases=True)
-
-
 def torch() -> Iterator[Finding]:
-    """Say which torch this is and which GPUs it sees."""
+    """Report the version of torch and the GPUs that it sees."""
     import torch
 
     cuda, driver = torch.cuda.is_available(), _driver()
@@ -123,14 +120,14 @@ def torch() -> Iterator[Finding]:
         yield ok("torch", f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU: {names}")
     elif driver:
         build = f"its build is for CUDA {torch.version.cuda}" if torch.version.cuda else "it is a build for CPUs"
-        said = f"torch {torch.__version__} sees no GPU although the driver knows {driver}: {build}"
-        yield warning("torch", said, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
+        message = f"torch {torch.__version__} sees no GPU although the driver knows {driver}: {build}"
+        yield warning("torch", message, "install the CUDA build that fits the driver: python3 infra/bootstrap.py setup on this machine")
     else:
         yield ok("torch", f"torch {torch.__version__}, no GPU on this machine (cluster.use_gpu=false)")
 
 
 def _driver() -> str:
-    """Return the GPUs that the NVIDIA driver knows, "" if there are none."""
+    """Return the names of the GPUs that the NVIDIA driver lists, "" without any."""
     if shutil.which("nvidia-smi") is None:
         return ""
     try:

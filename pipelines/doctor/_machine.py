@@ -1,4 +1,4 @@
-"""The processor and which paths fit it; cores, memory, shared memory, disk and limits against what the workers will want."""
+"""Checks the machine: the compiled loops, cores, memory, shared memory, disk and limits that the workers need."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from pipelines.recipe.recipe import ClusterSpec
 
 GB = 1 << 30
 WORKER_BYTES = GB // 2  # a process with torch and Ray
-SHM_BYTES = 128 << 20  # what a Ray of ours asks for
+SHM_BYTES = 128 << 20  # the object store of a local Ray
 TEMPORARY_BYTES = GB
 OPEN_FILES = 1024
 
@@ -30,21 +30,21 @@ def machine_checks(cluster: ClusterSpec) -> list[Check]:
 
 
 def compiled_loops() -> Finding:
-    """Say whether the loops of aecore/native/src are used; everything works without them, shards are slower."""
+    """Report whether the compiled loops of aecore/native are used; without them sharding is slower."""
     if available():
         return ok("compiled loops", f"shards are read, hashed and packed by compiled code ({processor().name}, SHA instructions)")
     return skipped("compiled loops", f"shards are read, hashed and packed in Python ({why_not()})")
 
 
 def linear_layers() -> Finding:
-    """Say which matrix product models use on this processor, and why."""
+    """Report which matrix product models use on this processor, and why."""
     from aecore.nn import linear_path
 
     return ok("linear layers", f"on CPUs {linear_path()} [{processor().name}]")
 
 
 def cores(cluster: ClusterSpec) -> Iterator[Finding]:
-    """Compare the threads of all workers with the cores; only where they work on this machine."""
+    """Compare the threads of all local workers with the cores."""
     number = len(os.sched_getaffinity(0))
     share = _quota()
     usable = min(number, share) if share else number
@@ -58,7 +58,7 @@ def cores(cluster: ClusterSpec) -> Iterator[Finding]:
 
 
 def _quota() -> float | None:
-    """Return the cores that a container may use, None without a limit."""
+    """Return the CPU quota of the container in cores, None without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -67,24 +67,24 @@ def _quota() -> float | None:
 
 
 def memory(cluster: ClusterSpec) -> Iterator[Finding]:
-    """Compare the free memory, and the shared memory for Ray's object store, with what the workers take at least."""
+    """Compare free memory, and shared memory for Ray's object store, with the minimum that the workers need."""
     free, needed = free_bytes(), max(cluster.num_workers, 1) * WORKER_BYTES
-    said = f"{free / GB:.1f} GB free, {max(cluster.num_workers, 1)} workers take {needed / GB:.1f} GB before any data"
+    message = f"{free / GB:.1f} GB free, {max(cluster.num_workers, 1)} workers take {needed / GB:.1f} GB before any data"
     here = not os.environ.get("RAY_ADDRESS")
     if free < needed and here:
-        yield failed("memory", said, "lower cluster.num_workers, or free memory")
+        yield failed("memory", message, "lower cluster.num_workers, or free memory")
     else:
-        yield ok("memory", said)
+        yield ok("memory", message)
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     if shared < SHM_BYTES and cluster.num_workers and here:
-        said = f"/dev/shm has {shared / 1e6:.0f} MB, Ray's object store takes {SHM_BYTES / 1e6:.0f} MB: it falls back to the slower disk"
-        yield warning("shared memory", said, "give the container more, for example docker run --shm-size=1g")
+        message = f"/dev/shm has {shared / 1e6:.0f} MB, Ray's object store takes {SHM_BYTES / 1e6:.0f} MB: it falls back to the slower disk"
+        yield warning("shared memory", message, "give the container more, for example docker run --shm-size=1g")
     else:
         yield ok("shared memory", f"/dev/shm has {shared / GB:.1f} GB")
 
 
 def free_bytes() -> int:
-    """Return the memory that can still be had here: of the machine, or of the container's limit if that is less."""
+    """Return the available memory of the machine, or of the container's limit if that is less."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
     free = int(lines["MemAvailable"].split()[0]) * 1024
     try:
@@ -98,10 +98,10 @@ def free_bytes() -> int:
 def temporary_disk() -> Finding:
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    said = f"{folder} has {free / GB:.1f} GB free (Ray's sessions, files on their way to a bucket)"
+    message = f"{folder} has {free / GB:.1f} GB free (Ray's sessions, files on their way to a bucket)"
     if free < TEMPORARY_BYTES:
-        return warning("temporary disk", said, "free space there, or set TMPDIR and RAY_TMPDIR to a larger disk")
-    return ok("temporary disk", said)
+        return warning("temporary disk", message, "free space there, or set TMPDIR and RAY_TMPDIR to a larger disk")
+    return ok("temporary disk", message)
 
 
 def open_files() -> Finding:

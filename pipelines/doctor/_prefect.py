@@ -1,4 +1,4 @@
-"""The Prefect server of PREFECT_API_URL, asked by plain HTTP: reachable, of our version, with a password, workers and a scheduler."""
+"""Checks the Prefect server of PREFECT_API_URL over plain HTTP: reachable, same version, password, workers, scheduler."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ def prefect_checks() -> list[Check]:
 
 
 def prefect() -> Iterator[Finding]:
-    """Ask the server. Whatever it wants to know of us goes into a header and is never shown."""
+    """Query the server. Credentials go into a header and are never shown."""
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         yield skipped("prefect", "PREFECT_API_URL is not set: verbs work without a server, `aepipe run` starts a temporary one")
@@ -47,7 +47,7 @@ def prefect() -> Iterator[Finding]:
 
 
 def ask(url: str, path: str, body: Any = None) -> Any:  # any: plain JSON
-    """Return the server's answer; `body` makes it a POST."""
+    """Return the server's JSON answer; with `body` the request is a POST."""
     headers = {"Content-Type": "application/json"}
     if os.environ.get("PREFECT_API_AUTH_STRING"):
         headers["Authorization"] = "Basic " + base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
@@ -62,7 +62,7 @@ def ask(url: str, path: str, body: Any = None) -> Any:  # any: plain JSON
 
 
 def _token(url: str, headers: dict[str, str]) -> dict[str, str]:
-    """Return what a server with CSRF protection wants of a POST; one without it says that it has no tokens (422)."""
+    """Return the CSRF headers of a POST; {} for a server without CSRF protection, which answers 404 or 422."""
     client = "aepipe-doctor"
     request = urllib.request.Request(f"{url.rstrip('/')}/csrf-token?client={client}", headers=headers)
     try:
@@ -75,7 +75,7 @@ def _token(url: str, headers: dict[str, str]) -> dict[str, str]:
 
 
 def _shown(url: str) -> str:
-    """Return the address without a password that stands in it."""
+    """Return the address without its user name and password."""
     parts = urlsplit(url)
     return url.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2])
 
@@ -97,54 +97,51 @@ def _version(url: str, version: str) -> Finding:
 
 
 def _password(url: str) -> Finding:
-    """Whoever may change a deployment runs code as its owner: also on a loopback address that every user of a machine reaches."""
+    """Check that the server requires a password: a client that can change a deployment runs code as the owner, on loopback too."""
     try:
         urllib.request.urlopen(f"{url.rstrip('/')}/admin/version", timeout=ANSWER_S).close()
     except urllib.error.HTTPError:
         return ok("prefect: password", "the server asks for it")
-    who = "every user of this machine" if urlsplit(url).hostname in LOOPBACK else "everybody who reaches it"
+    who = "every user of this machine" if urlsplit(url).hostname in LOOPBACK else "everyone who can connect to it"
     remedy = "set PREFECT_SERVER_API_AUTH_STRING for the server and PREFECT_API_AUTH_STRING here"
-    return warning("prefect: password", f"the server takes orders, and so code to run, from {who}", remedy)
+    return warning("prefect: password", f"the server accepts deployments, and so code to run, from {who}", remedy)
 
 
 def _workers(url: str) -> Iterator[Finding]:
     pools = [pool for pool in ask(url, "/work_pools/filter", {}) if not pool.get("is_paused")]
     if not pools:
-        said = "no work pool: deployments of `aepipe deploy` would wait; `aepipe serve` needs none"
-        yield warning("prefect: workers", said, "prefect work-pool create local --type process; prefect worker start --pool local")
+        message = "no work pool: deployments of `aepipe deploy` would wait; `aepipe serve` needs none"
+        yield warning("prefect: workers", message, "prefect work-pool create local --type process; prefect worker start --pool local")
     for pool in pools:
         workers = ask(url, f"/work_pools/{quote(pool['name'], safe='')}/workers/filter", {})
         alive = [worker["name"] for worker in workers if worker.get("status") == "ONLINE"]
         if alive:
             yield ok("prefect: workers", f"pool {pool['name']}: {len(alive)} alive")
         else:
-            said = f"pool {pool['name']} has no worker that is alive ({len(workers)} known): its runs wait"
-            yield warning("prefect: workers", said, f"prefect worker start --pool {pool['name']}")
+            message = f"pool {pool['name']} has no live worker ({len(workers)} known): its runs wait"
+            yield warning("prefect: workers", message, f"prefect worker start --pool {pool['name']}")
 
 
 def _scheduler(url: str) -> Iterator[Finding]:
-    """A scheduler that is alive plans the next runs of every active schedule; runs that are long due mean that nobody takes them."""
+    """Check that runs are planned, which a live scheduler does for every active schedule, and that none is overdue."""
     deployments = [each for each in ask(url, "/deployments/filter", {"limit": 200}) if not each.get("paused")]
     scheduled = [each for each in deployments if any(schedule.get("active") for schedule in each.get("schedules") or ())]
     if not scheduled:
         yield skipped("prefect: scheduler", "no deployment with an active schedule: nothing shows whether it plans runs")
         return
     waiting = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200, "sort": "EXPECTED_START_TIME_ASC"}
-    times = [_moment(run["expected_start_time"]) for run in ask(url, "/flow_runs/filter", waiting) if run.get("expected_start_time")]
+    expected = [run.get("expected_start_time") for run in ask(url, "/flow_runs/filter", waiting)]
+    times = [datetime.fromisoformat(when) for when in expected if when]
     now = datetime.now(UTC)
     planned, late = sum(when > now for when in times), sum(when < now - timedelta(seconds=LATE_S) for when in times)
     if late:
-        said = f"{late} scheduled runs are more than {LATE_S:.0f} s late"
+        message = f"{late} scheduled runs are more than {LATE_S:.0f} s late"
         yield warning(
-            "prefect: scheduler", said, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
+            "prefect: scheduler", message, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
         )
     if planned:
         yield ok("prefect: scheduler", f"{planned} runs planned for {len(scheduled)} deployments")
     else:
-        said = f"{len(scheduled)} deployments have an active schedule and no run is planned: the scheduler does not work"
-        remedy = "start `prefect server services start` beside a server without services; SQLAlchemy has to be < 2.1"
-        yield failed("prefect: scheduler", said, remedy)
-
-
-def _moment(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+        message = f"{len(scheduled)} deployments have an active schedule and no run is planned: the scheduler does not work"
+        remedy = "run `prefect server services start` for a server without services; SQLAlchemy has to be < 2.1"
+        yield failed("prefect: scheduler", message, remedy)

@@ -1,20 +1,20 @@
-"""The Ray cluster of RAY_ADDRESS: is it there, does it let us in, has it what the recipe asks for?"""
+"""Checks the Ray cluster of the recipe or of RAY_ADDRESS: reachable, accepts the token, has the required resources."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from aecore.errors import ClusterError
-from pipelines.cluster.session import fits, import_environment, worker_resources
+from pipelines.cluster.session import fits, format_resources, import_environment, worker_resources
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 from pipelines.recipe.recipe import ClusterSpec
 
 CONNECT_S, PROBE_S = 5.0, 45.0
-START = "start it (`ray start --head`), correct the address, or unset RAY_ADDRESS to work with a Ray of our own"
+START = "start it (`ray start --head`), correct the address, or unset RAY_ADDRESS to use a local Ray"
 
 
 def ray_checks(cluster: ClusterSpec) -> list[Check]:
@@ -22,15 +22,15 @@ def ray_checks(cluster: ClusterSpec) -> list[Check]:
 
 
 def address_of(cluster: ClusterSpec) -> str | None:
-    """Return the address of a cluster that somebody else started, None for a Ray of our own."""
+    """Return the address of a running cluster, None for a local Ray."""
     return getattr(cluster, "address", None) or os.environ.get("RAY_ADDRESS") or None
 
 
 def ray(cluster: ClusterSpec) -> Iterator[Finding]:
-    """Reach the address, then ask the cluster in a process of its own: Ray itself may wait for minutes."""
+    """Connect to the address, then query the cluster in a subprocess, since Ray itself may wait for minutes."""
     address = address_of(cluster)
     if address is None:
-        yield skipped("ray", "RAY_ADDRESS is not set: a Ray of our own starts on this machine when there is work for it")
+        yield skipped("ray", "RAY_ADDRESS is not set: a local Ray is started when there is work for it")
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
@@ -43,9 +43,18 @@ def ray(cluster: ClusterSpec) -> Iterator[Finding]:
     if isinstance(answer, Finding):
         yield answer
         return
-    said = f"Ray {answer['version']} at {address}, {len(answer['nodes'])} node(s), free: {_says(answer['free'])}"
-    yield ok("ray", said)
-    yield _room(cluster, answer["nodes"])
+    message = f"Ray {answer['version']} at {address}, {len(answer['nodes'])} node(s), free: {format_resources(answer['free'])}"
+    yield ok("ray", message)
+    need = worker_resources(cluster)
+    room = sum(fits(node, need) for node in answer["nodes"])
+    message = f"room for {room} workers of {format_resources(need)} each, the recipe asks for {cluster.num_workers}"
+    if room < cluster.num_workers:
+        remedy = f"set cluster.num_workers={room} or less, or lower cluster.resources_per_worker"
+        yield failed("ray: resources", message, remedy)
+    elif room == cluster.num_workers and len(answer["nodes"]) > 1:
+        yield warning("ray: resources", message, "the loss of one node would leave too little: add a node, or ask for fewer workers")
+    else:
+        yield ok("ray: resources", message)
 
 
 def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
@@ -53,7 +62,7 @@ def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
     try:
         done = subprocess.run(command, env=os.environ | import_environment(), capture_output=True, text=True, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
-        return failed("ray", f"{address} took the connection and did not answer as Ray within {PROBE_S:.0f} s", START)
+        return failed("ray", f"{address} accepted the connection and did not answer as Ray within {PROBE_S:.0f} s", START)
     if done.returncode == 0:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
@@ -62,19 +71,3 @@ def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON
     token = any(word in done.stderr.lower() for word in ("token", "unauthenticated", "authentication"))
     remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token" if token else START
     return failed("ray", f"cannot connect to {address}: {why}", remedy)
-
-
-def _room(cluster: ClusterSpec, nodes: Sequence[Mapping[str, float]]) -> Finding:
-    need = worker_resources(cluster)
-    room = sum(fits(node, need) for node in nodes)
-    said = f"room for {room} workers of {_says(need)} each, the recipe asks for {cluster.num_workers}"
-    if room < cluster.num_workers:
-        return failed("ray: resources", said, f"set cluster.num_workers={room} or less, or cluster.resources_per_worker to a smaller share")
-    if room == cluster.num_workers and len(nodes) > 1:
-        return warning("ray: resources", said, "the loss of one node would leave too little: add a node, or ask for fewer workers")
-    return ok("ray: resources", said)
-
-
-def _says(resources: Mapping[str, float]) -> str:
-    shown = {name: amount for name, amount in resources.items() if ":" not in name and name not in ("memory", "object_store_memory")}
-    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "nothing"

@@ -1,4 +1,4 @@
-"""Does a place keep what a store promises? Put-if-absent under a race, read after write, listing, hard links, space, clock."""
+"""Checks the guarantees of a store: put-if-absent under a race, read after write, listing, hard links, space, clock."""
 
 import contextlib
 import os
@@ -16,22 +16,20 @@ ROUNDS = 3
 TIMEOUT_S = 120.0
 SKEW_S = 5.0
 LOW_BYTES, LOWEST_BYTES = 5 << 30, 100 << 20
-WRITABLE = "give another URL, or see that this user may write there and that the service answers"
-OTHER = "write to another place: without it two runs at once could mix their files"
+WRITABLE = "use another URL, or check that this user may write there and that the service answers"
+OTHER = "use another store: without it two concurrent runs could mix their files"
 
 
 def store_checks(url: str | None) -> list[Check]:
     if url is None:
-        return [
-            Check("store", lambda: skipped("store", "no URL given: `aepipe doctor URL` tries put-if-absent and the rest there"), StoreError)
-        ]
+        return [Check("store", lambda: skipped("store", "no URL given: `aepipe doctor URL` checks put-if-absent and more"), StoreError)]
     where = absolute_url(url)
     checks = [Check("store", lambda: semantics(where), StoreError, TIMEOUT_S, WRITABLE)]
     return checks if is_remote(where) else [*checks, Check("store: free space", lambda: space(Path(where)), StoreError)]
 
 
 def semantics(url: str) -> Iterator[Finding]:
-    """Try everything in a folder of our own below `url`, and remove it."""
+    """Check the guarantees in a temporary folder below `url`."""
     with _place(url) as store:
         atomic = raced(store)
         yield atomic
@@ -49,7 +47,7 @@ def semantics(url: str) -> Iterator[Finding]:
 
 @contextlib.contextmanager
 def _place(url: str) -> Iterator[Store]:
-    """Give a store below `url` that nobody uses, and remove it with all that is in it and all that was made for it."""
+    """Yield a new store below `url`; remove it at the end, with the parent folders that were created for it."""
     made = [] if is_remote(url) else [folder for folder in (Path(url), *Path(url).parents) if not folder.exists()]
     store = open_store(f"{url}/aepipe-doctor-{secrets.token_hex(6)}")
     try:
@@ -60,14 +58,14 @@ def _place(url: str) -> Iterator[Store]:
                 store.remove(name)
         if not is_remote(url):
             for folder in (Path(store.url, ".tmp"), Path(store.url), *made):
-                with contextlib.suppress(OSError):  # not empty: something of somebody else came in
+                with contextlib.suppress(OSError):  # not empty: another process wrote to it
                     folder.rmdir()
 
 
 def _read_back(store: Store, sha256: str) -> Finding:
     wrong = [what for what, found in (("read", store.read("one") == b"first"), ("list", "one" in store.list())) if not found]
     if wrong or store.size("one") != 5:
-        return failed("store: read after write", f"what was just written is not there for {' and '.join(wrong) or 'size'}", OTHER)
+        return failed("store: read after write", f"what was just written is missing in {' and '.join(wrong) or 'size'}", OTHER)
     return ok("store: read after write", f"read, listed and hashed ({sha256[:8]})")
 
 
@@ -87,7 +85,7 @@ def _hard_links(folder: Path) -> Finding:
         links = path.stat().st_nlink
     except OSError as error:
         return failed(
-            "store: hard links", f"not possible: {error.strerror}", "write to a file system that knows them (not FAT, not some FUSE mounts)"
+            "store: hard links", f"not possible: {error.strerror}", "use a file system that has them (not FAT, not some FUSE mounts)"
         )
     if links != 2:
         return failed("store: hard links", f"a linked file counts {links} links, expected 2", OTHER)
@@ -99,13 +97,13 @@ def _clock(store: Store) -> Finding:
     written, now = store.modified("now"), time.time()
     skew = abs(now - (written or 0.0))
     if skew > SKEW_S:
-        said = f"the clock of the storage and of this machine are {skew:,.0f} s apart"
-        return warning("store: clock", said, "synchronise them (NTP): `aepipe gc` reckons the age of files, S3 refuses at 15 minutes")
+        message = f"the clock of the storage and of this machine are {skew:,.0f} s apart"
+        return warning("store: clock", message, "synchronise them (NTP): `aepipe gc` depends on the age of files, S3 refuses 15 minutes")
     return ok("store: clock", f"{skew:.1f} s apart at most")
 
 
 def raced(store: Store) -> Finding:
-    """Let several writes of one name overlap, several times: exactly one may win, and its bytes have to be there."""
+    """Check that of several overlapping writes of one name exactly one succeeds, and that its bytes are stored."""
     for _ in range(ROUNDS):
         wrong = race(store)
         if wrong is not None:
@@ -116,9 +114,9 @@ def raced(store: Store) -> Finding:
 def space(place: Path) -> Finding:
     folder = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
-    said = f"{free / 1e9:.1f} GB free under {folder}"
+    message = f"{free / 1e9:.1f} GB free under {folder}"
     if free < LOWEST_BYTES:
-        return failed("store: free space", said, "free space there, or write to another URL")
+        return failed("store: free space", message, "free space there, or write to another URL")
     if free < LOW_BYTES:
-        return warning("store: free space", said, "see that it is enough for shards, checkpoints and the table")
-    return ok("store: free space", said)
+        return warning("store: free space", message, "check that it is enough for shards, checkpoints and the table")
+    return ok("store: free space", message)

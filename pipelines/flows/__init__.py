@@ -1,7 +1,7 @@
-"""Prefect flows around the steps: the only package that imports prefect.
+"""Prefect flows of the steps: with `deploy`, the only packages that import prefect.
 
-Parameters and results are plain JSON (a recipe's tree, a summary): no sample bytes, no credentials. Prefect's settings are given
-their defaults here, before its first import: a home of our own, so that another program's Prefect is left alone, and no telemetry.
+Parameters and results are plain JSON (a recipe's tree, a summary): no sample bytes, no credentials. Defaults of Prefect's settings
+are set here, before its first import: a separate home, so that another program's Prefect is not affected, and no telemetry.
 """
 
 import os
@@ -17,19 +17,19 @@ SETTINGS = {
     "PREFECT_HOME": str(_CACHE / "aepipe" / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; the shortest that Prefect takes. `deploy/rescue.py` waits for three of them
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds, the shortest that Prefect takes; `deploy/crash_restart.py` waits for three
     "PREFECT_LOGGING_EXTRA_LOGGERS": "aecore,pipelines",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # what threads and workers log has no run; a warning per line says so else
-    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",  # Prefect's own temporary server asks nobody for a password: `server.py` starts ours
-    "PYTHONSAFEPATH": "1",  # the processes of runs import nothing from where they are started
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # threads log outside of a run, which would be a warning per line
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",  # Prefect's own temporary server has no password: `server.py` starts one that has
+    "PYTHONSAFEPATH": "1",  # the processes of runs import nothing from their working directory
 }
 
 
 def set_defaults() -> None:
-    """Set what the environment does not say already."""
+    """Set the variables of SETTINGS that the environment does not set."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    # Prefect makes only the last level, and hangs if it cannot
+    # Prefect creates only the last level, and hangs if it cannot
     Path(os.environ["PREFECT_HOME"]).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
@@ -41,7 +41,7 @@ def require_server(timeout_s: float = 10.0) -> None:
     try:
         urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s).close()
     except urllib.error.HTTPError:
-        return  # it answers: what it wants (a password) is between it and Prefect
+        return  # it answers; Prefect handles a missing password
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Prefect server answers at PREFECT_API_URL={without_userinfo(url)} ({error}): "
@@ -50,7 +50,7 @@ def require_server(timeout_s: float = 10.0) -> None:
 
 
 def without_userinfo(url: str) -> str:
-    """Return an address for people to read: without `user:password@`."""
+    """Return an address without `user:password@`, for messages."""
     return re.sub(r"://[^/@]*@", "://", url)
 
 

@@ -1,4 +1,4 @@
-"""Keeps Python tracebacks of failed runs off Prefect's console; its API still records them."""
+"""Hides Python tracebacks of failed runs on Prefect's console; its API still records them."""
 
 import copy
 import logging
@@ -7,7 +7,7 @@ _MARK = "Traceback (most recent call last)"
 
 
 class _NoTraceback(logging.Formatter):
-    """Formats a copy of the record, so that the other handlers still see the traceback."""
+    """Formats a copy of the record, so that other handlers still get the traceback."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()

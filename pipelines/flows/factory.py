@@ -1,12 +1,12 @@
-"""The factory of the flows: one flow and one task per step, with retries where another attempt can help, its progress in the run's log.
+"""The factory of the flows: one flow and one task per step, with retries where they can help and progress in the run's log.
 
-Every step may run again after a kill (files are put-if-absent, records say what is done), so a task is retried after storage or
-unknown errors; a wrong config, damaged data or a loss that became NaN would fail again and is not, and a cluster had its
-`cluster.timeout_s`. Progress is pulled by the driver, since nothing that Ray workers print reaches Prefect. Prefect's cache is
-off: the records on disk decide what is done.
+Every step can run again after a kill (files are put-if-absent, records show what is done), so a task is retried after storage and
+unknown errors. A wrong config, damaged data or a NaN loss would only fail again, and a cluster had its `cluster.timeout_s`: these
+are not retried. Progress is polled by the driver, since the output of Ray workers does not reach Prefect. Prefect's cache is off:
+the records on disk decide what is done.
 
-With `cluster.kind=job` a task submits the step (or the whole pipeline) as a Ray job, or joins the one that runs, and watches it. A
-cancelled run stops its job: from here when we see it, and by the hook `stop_job`, which Prefect runs when it has ended our process.
+With `cluster.kind=job` a task submits the step (or the whole pipeline) as a Ray job, or joins the running one, and follows it. A
+cancelled run stops its job: in the task when it notices, and in the hook `stop_job`, which Prefect calls after it ended the process.
 """
 
 import logging
@@ -31,8 +31,8 @@ from pipelines.steps.submit import run_as_job, stop
 
 PREFIX = "aepipe-"  # of the names of flows
 RETRIES, RETRY_DELAY_S = 2, (2.0, 10.0)
-CRASHES = 3  # as often may the process of one run die before somebody has to look at it
-RESCUED = "its process was gone: run again by aepipe"
+CRASHES = 3  # in a row: then the process of a run is not restarted any more
+CRASH_RESTARTED = "its process was gone: run again by aepipe"
 
 
 def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
@@ -49,13 +49,13 @@ def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None
     return flow(name=f"{PREFIX}{name}", persist_result=False, on_cancellation=[stop_job])(run)
 
 
-def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
-    """Return whether a failed task may succeed when it is run again."""
+def is_retryable(task: Any, task_run: Any, state: Any) -> bool:
+    """Return whether a failed task may succeed on a retry."""
     try:
         state.result()
     except (ClusterError, ConfigError, DataError, Diverged, JobStopped):
         return False
-    except Exception:  # only looked at here: Prefect raises it where the last try has failed
+    except Exception:  # Prefect raises it after the last attempt
         return True
     return False
 
@@ -68,7 +68,7 @@ def run_step(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_not_always_crashing() -> None:
-    """RunFailed if this run was scheduled again and again by our automation (`deploy/rescue.py`), and its process died each time."""
+    """RunFailed if the automation of `deploy/crash_restart.py` restarted this run and its process died CRASHES times in a row."""
     run = FlowRunContext.get()
     if run is None or run.flow_run is None or run.flow_run.deployment_id is None:
         return
@@ -76,12 +76,12 @@ def require_not_always_crashing() -> None:
         states = client.read_flow_run_states(run.flow_run.id)
     crashes = 0
     for state in sorted(states, key=lambda state: state.timestamp):
-        if state.is_scheduled() and state.message != RESCUED:  # a person or a schedule asked for it
+        if state.is_scheduled() and state.message != CRASH_RESTARTED:  # started by a person or a schedule
             crashes = 0
         crashes += state.is_crashed()
     if crashes >= CRASHES:
         raise RunFailed(
-            f"the process of this run died {crashes} times in a row, so it is not started again by itself: look for the reason in the "
+            f"the process of this run died {crashes} times in a row, so it is not restarted automatically: look for the reason in the "
             "worker's log (memory?), then run it again from Prefect's page; what is committed is kept"
         )
 
@@ -91,13 +91,13 @@ def _make(name: str) -> Any:
         name=name,
         retries=RETRIES,
         retry_delay_seconds=list(RETRY_DELAY_S),
-        retry_condition_fn=worth_another_try,
+        retry_condition_fn=is_retryable,
         cache_policy=NO_CACHE,
         persist_result=False,
     )
     def step(recipe: dict[str, Any]) -> dict[str, Any]:
         logger = get_run_logger()
-        for package in ("aecore", "pipelines"):  # what they log in this process belongs to the run's log
+        for package in ("aecore", "pipelines"):  # their log in this process belongs to the run's log
             logging.getLogger(package).setLevel(logging.INFO)
         parsed, report = Recipe(recipe), both(terminal(), log_to(logger))
         try:
@@ -111,45 +111,45 @@ def _make(name: str) -> Any:
                 logger.error(more)
             raise
         for made, part in summary.items() if name == PIPELINE else [(name, summary)]:
-            leave_artifacts(made, part)
+            publish_artifacts(made, part)
         return summary
 
     return step
 
 
 def _is_cancelled() -> bool:
-    """Return whether somebody cancelled the flow run that we are in."""
+    """Return whether the current flow run was cancelled."""
     run_id = runtime.flow_run.id
     if run_id is None:
         return False
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run_id).state
-    except Exception as error:  # the job goes on without the server; the next question may be answered
-        logging.getLogger(__name__).debug("Prefect does not say whether the run is cancelled: %s", error)
+    except Exception as error:  # the job goes on without the server; a later query may succeed
+        logging.getLogger(__name__).debug("cannot ask Prefect whether the run is cancelled: %s", error)
         return False
     return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
-    """Stop the Ray job of a cancelled flow run. Prefect calls it with these names, in another process than the run's."""
+    """Stop the Ray job of a cancelled flow run. Prefect calls it with these parameter names, in another process than the run's."""
     name, tree = flow.name.removeprefix(PREFIX), (flow_run.parameters or {}).get("recipe")
     if isinstance(tree, dict) and (recipe := Recipe(tree)).cluster.kind == "job":
         job_id, status = stop(name, recipe)
         logging.getLogger(__name__).info("cancelled: Ray job %s: %s", job_id, status)
 
 
-def leave_artifacts(name: str, summary: Mapping[str, Any]) -> None:
-    """Leave counts or metrics as a table and the address as a link on the run's page."""
+def publish_artifacts(name: str, summary: Mapping[str, Any]) -> None:
+    """Publish counts or metrics as a table and the address as a link on the run's page."""
     rows = [{"what": key, "value": value if isinstance(value, int | float | str) else str(value)} for key, value in flatten(summary)]
-    create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"what `{name}` made")
+    create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"result of `{name}`")
     url = next((summary[key] for key in ("dataset", "model", "table") if key in summary), None)
     if url is not None and name != "evaluate":
         create_link_artifact(link=f"file://{url}" if url.startswith("/") else url, link_text=url, key=f"aepipe-{name}-url")
 
 
-def leave_report(title: str, text: str) -> None:
-    """Leave a markdown page on the run."""
+def publish_report(title: str, text: str) -> None:
+    """Publish a markdown report on the run's page."""
     create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
 
 

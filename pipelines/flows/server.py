@@ -1,9 +1,9 @@
-"""The Prefect servers that we start: a lasting one for `aepipe serve`, a temporary one for `aepipe run`.
+"""The Prefect servers that `pipelines` starts: a lasting one for `aepipe serve`, a temporary one for `aepipe run`.
 
-Whoever may change a deployment runs code as its owner. So a server listens on 127.0.0.1 alone, on a socket that is bound before the
-server exists: nobody else can answer on its port. Every request needs a password that is drawn for this one server; it stands in the
-environment of our processes and, for a lasting one, in `server.env` of PREFECT_HOME (readable by its owner only), on no command line.
-A server ends when the last process that uses it has let go of its lock, however that process ended.
+A client that can change a deployment can run code as its owner. So a server listens on 127.0.0.1 only, on a socket that is bound before
+it starts: no other process can answer on its port. Every request needs a random password of this server; it is in the environment of
+our processes and, for a lasting server, in `server.env` of PREFECT_HOME (readable by its owner only), never on a command line.
+A server ends when the last process that uses it has released its lock, however that process ended.
 """
 
 import atexit
@@ -29,26 +29,26 @@ from pipelines.cluster.session import LOOPBACK, import_environment
 
 logger = logging.getLogger(__name__)
 START_S, END_S = 120.0, 20.0
-PORT = 4200  # Prefect's own; another free one if it is taken
+PORT = 4200  # Prefect's default; any free one if it is taken
 PROCESS = "AEPIPE_SERVER_PROCESS"
 _left_running: "list[subprocess.Popen[bytes]]" = []
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server of ours: the address of its page, its password, its process."""
+    """A server that was started here: the address of its page, its password, its process."""
 
     page: str
     auth: str = field(repr=False)
-    process: str  # its id and the moment of its start, as `process_name` gives them
+    process: str  # see `process_name`
 
     @property
     def settings(self) -> dict[str, str]:
-        """Return what a client's environment holds."""
+        """Return the environment of a client."""
         return {"PREFECT_API_URL": f"{self.page}/api", "PREFECT_API_AUTH_STRING": self.auth}
 
     def answers(self, timeout_s: float) -> bool:
-        """Return whether it takes our password."""
+        """Return whether it accepts the password."""
         login = base64.b64encode(self.auth.encode()).decode()
         request = urllib.request.Request(f"{self.page}/api/admin/version", headers={"Authorization": f"Basic {login}"})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -59,8 +59,8 @@ class Server:
         return True
 
 
-def on_a_server(flow: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a flow that runs on the server that the user named, or else on a temporary one of ours."""
+def with_server(flow: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a flow that runs on the server of PREFECT_API_URL, or else on a temporary one."""
 
     def run(*arguments: Any, **options: Any) -> Any:
         from prefect.settings import PREFECT_API_URL
@@ -73,7 +73,7 @@ def on_a_server(flow: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def lasting_server() -> Iterator[tuple[Server, bool]]:
-    """Use the lasting server of PREFECT_HOME, or start it; yields it and whether it was started for us.
+    """Use the lasting server of PREFECT_HOME, or start it; yields it and whether it was started.
 
     While it is used, PREFECT_API_URL and PREFECT_API_AUTH_STRING of this process name it.
 
@@ -93,11 +93,11 @@ def lasting_server() -> Iterator[tuple[Server, bool]]:
                 server, child = _start(_bound(PORT), home / "server.lock", log, record)
         stack.callback(_wait_for_end, used, record, child)
         logger.warning(
-            "Prefect's page: %s (password: what follows PREFECT_API_AUTH_STRING= in %s; log: %s)%s",
+            "Prefect's page: %s (password: the value of PREFECT_API_AUTH_STRING in %s; log: %s)%s",
             server.page,
             record,
             log,
-            "" if child else ": the server that is there already is used",
+            "" if child else ": using the server that is running",
         )
         stack.enter_context(_environment(server.settings))
         with _settings(server):
@@ -115,7 +115,7 @@ def temporary_server() -> Iterator[Server]:
 
 
 def empty_folder() -> Path:
-    """Return a folder to work in: Prefect imports flows from the working directory first, whatever Python was told."""
+    """Return an empty working directory: Prefect imports flows from it first, even with PYTHONSAFEPATH."""
     folder = _home() / "empty"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
@@ -170,9 +170,9 @@ def _safe_settings(page: str, auth: str, *, has_page: bool) -> dict[str, str]:
         "PREFECT_API_AUTH_STRING": auth,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": page,
-        # with the default, in memory, the slots of what runs while a server ends would never be free again
+        # with the default, in memory, the slots of runs that outlive the server would never be freed
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "PREFECT_SERVER_UI_API_URL": f"{page}/api",  # the page asks port 4200 unless this names another
+        "PREFECT_SERVER_UI_API_URL": f"{page}/api",  # the page uses port 4200 unless this is set
         "PREFECT_SERVER_UI_ENABLED": str(has_page).lower(),
     }
 
@@ -180,20 +180,20 @@ def _safe_settings(page: str, auth: str, *, has_page: bool) -> dict[str, str]:
 def _wait_for_start(server: Server, child: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and child.poll() is None:
-        if server.answers(2):  # the port is open from the beginning: the first answer comes when the server is ready
+        if server.answers(2):  # the socket is open before the server is ready
             return
     raise ClusterError(f"the Prefect server did not start in {START_S:.0f} s, see {log}; or set PREFECT_API_URL to a running one")
 
 
 def _wait_for_end(used: contextlib.ExitStack, record: Path | None, child: "subprocess.Popen[bytes] | None") -> None:
-    """Let go of a server; if nobody else uses it, it takes its record away and ends: wait for that."""
+    """Release a server. If no other process uses it, it removes its record and ends: wait for that."""
     used.close()
     if child is None:
         return
     deadline = time.monotonic() + 2
     while record is not None and record.exists() and child.poll() is None:
         if time.monotonic() > deadline:
-            _left_running.append(child)  # another `aepipe serve` uses it; Python complains of a child that is forgotten
+            _left_running.append(child)  # another `aepipe serve` uses it; Python warns of a child without a reference
             return
         time.sleep(0.05)
     try:
@@ -204,7 +204,7 @@ def _wait_for_end(used: contextlib.ExitStack, record: Path | None, child: "subpr
 
 
 def _bound(port: int) -> socket.socket:
-    """Return a listening socket on 127.0.0.1: on this port, or on a free one if somebody else has it."""
+    """Return a listening socket on 127.0.0.1: on this port, or on a free one if it is taken."""
     for wanted in dict.fromkeys((port, 0)):
         listening = socket.socket()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -215,13 +215,13 @@ def _bound(port: int) -> socket.socket:
             listening.close()
             continue
         if wanted != port:
-            logger.warning("port %d is taken by another program: ours takes port %d", port, listening.getsockname()[1])
+            logger.warning("port %d is taken by another program: using port %d", port, listening.getsockname()[1])
         return listening
     raise ClusterError(f"no free port on {LOOPBACK} for a Prefect server: set PREFECT_API_URL to a running one")
 
 
 def _write(record: Path, server: Server) -> None:
-    """Write what other processes of this user need to use the server; a shell can read it too (`. server.env`)."""
+    """Write address and password for other processes of this user; a shell can read the file too (`. server.env`)."""
     lines = server.settings | {PROCESS: server.process}
     temporary = record.with_name(f"{record.name}.{secrets.token_hex(6)}")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
@@ -230,7 +230,7 @@ def _write(record: Path, server: Server) -> None:
 
 
 def _recorded(record: Path) -> Server | None:
-    """Return the server of a record, if the process that we started still listens where it did and takes the password."""
+    """Return the server of a record if its process is alive, listens on its port and accepts the password, else None."""
     try:
         with open(os.open(record, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             found = os.fstat(file.fileno())
@@ -242,12 +242,12 @@ def _recorded(record: Path) -> Server | None:
         port = int(page.rpartition(":")[2])
     except (OSError, KeyError, ValueError):
         return None
-    # the password goes only to the process that it was made for: after a restart somebody else may have its port
+    # the password is sent only to the process that it belongs to: after a reboot another one may listen on the port
     return server if _is_alive(server.process) and _listens(server.process, port) and server.answers(60) else None
 
 
 def process_name(pid: int) -> str:
-    """Return the id of a process and the moment of its start, in ticks: an id alone is given to another process some time."""
+    """Return `PID:START`, with the start of the process in ticks, since a pid alone may be reused."""
     return f"{pid}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
 
 
@@ -259,7 +259,7 @@ def _is_alive(process: str) -> bool:
 
 
 def _listens(process: str, port: int) -> bool:
-    """Return whether a process of this user has the socket that listens on this port of 127.0.0.1."""
+    """Return whether this process owns the socket that listens on this port of 127.0.0.1."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}
     for descriptor in Path(f"/proc/{process.partition(':')[0]}/fd").iterdir():
@@ -271,7 +271,7 @@ def _listens(process: str, port: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path, how: int) -> Iterator[None]:
-    """Hold a lock on a file, which ends with this process at the latest."""
+    """Hold a lock on a file; the kernel releases it when the process ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, how)
@@ -296,11 +296,11 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings(server: Server, *, has_page: bool = True) -> Iterator[None]:
-    """Let Prefect in this process use the server; it may have been imported before."""
+    """Make Prefect in this process use the server, even if it was imported before."""
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
     values: dict[Any, str] = {PREFECT_API_URL: f"{server.page}/api", PREFECT_API_AUTH_STRING: server.auth}
     if not has_page:
-        values[PREFECT_UI_URL] = ""  # else the run's log would name a page that is not there
+        values[PREFECT_UI_URL] = ""  # else the run's log would show the address of a page that does not exist
     with temporary_settings(values):
         yield

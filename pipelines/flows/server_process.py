@@ -1,7 +1,7 @@
-"""The process of a Prefect server of ours: `python -P -m pipelines.flows.server_process SOCKET LOCK RECORD`.
+"""The process of a local Prefect server: `python -P -m pipelines.flows.server_process SOCKET LOCK RECORD`.
 
-It takes the listening socket that its starter bound, and ends when nobody holds the lock any more. Without a record it is a temporary
-server: no page, no scheduler, and the lock, which is its log, goes with it.
+It inherits the listening socket of its parent, and ends when no process holds the lock any more. Without a record it is a temporary
+server: no page, no scheduler, and the lock file, which is also its log, is removed at the end.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ END_S = 15.0
 
 
 def main(descriptor: str, lock: str, record: str) -> None:
-    """Serve until nobody uses the server."""
+    """Serve until no process uses the server."""
     import uvicorn
     from prefect.server.api.server import create_app
 
@@ -27,14 +27,14 @@ def main(descriptor: str, lock: str, record: str) -> None:
     server.run(sockets=[socket.socket(fileno=int(descriptor))])
 
 
-def _end_when_unused(server: Any, lock: Path, goes: Path) -> None:
-    """Wait until the last user has let go, take the record away, and end; whoever wants a server meanwhile waits for the lock."""
+def _end_when_unused(server: Any, lock: Path, remove: Path) -> None:
+    """Wait until the last user has released the lock, remove the record, and end; new users meanwhile wait for the lock."""
     held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     fcntl.flock(held, fcntl.LOCK_EX)
-    goes.unlink(missing_ok=True)
+    remove.unlink(missing_ok=True)
     server.should_exit = True
     time.sleep(END_S)
-    os._exit(0)  # something of Prefect's did not end
+    os._exit(0)  # Prefect did not shut down in time
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Which keys of a recipe somebody may have meant by an unknown one. Names in, names out: no part is imported here."""
+"""Suggests known keys of a recipe for an unknown one. Works on names only: no part is imported."""
 
 from collections.abc import Iterable, Mapping
 
 from aecore.errors import similar
 
 SHOWN = 4
-SURE = 0.75  # among the keys of all sections something is always half similar
-Fields = Mapping[str, Mapping[str, str]]  # section -> its fields, each with what has to be said beside it ("" or " (of model.kind=vae)")
+SURE = 0.75  # among the keys of all sections there is always one that is half similar
+Fields = Mapping[str, Mapping[str, str]]  # section -> its fields, each with a note ("" or " (of model.kind=vae)")
 
 
 def nearest_keys(word: str, below: Iterable[str], fields: Fields, top: Iterable[str]) -> list[str]:
-    """Return the known keys nearest to `word`, or to `word.x` for every x in `below`; best first, [] if none is near."""
+    """Return the known keys most similar to `word`, or to `word.x` for every x in `below`; best first, [] if none is similar."""
     tails = list(below)
     section = similar(word, fields)
     if tails and section:
@@ -23,7 +23,7 @@ def nearest_keys(word: str, below: Iterable[str], fields: Fields, top: Iterable[
 
 
 def _of_fields(word: str, fields: Fields) -> list[str]:
-    """Return the keys whose field looks like `word` or has a word in common with it (`batch_size`, `global_batch`)."""
+    """Return the keys whose field is similar to `word` or shares a word with it (`batch_size`, `global_batch`)."""
     like = similar(word, {field for known in fields.values() for field in known}, SHOWN, SURE)
     return _first(f"{name}.{field}{known[field]}" for name, known in fields.items() for field in known if field in like)
 

@@ -1,10 +1,10 @@
-"""One tree for every verb: YAML file, command line and Prefect parameter hold the same `Recipe`.
+"""The recipe: one tree for the YAML file, the command line and the parameter of a Prefect flow.
 
     defaults < file < key.path=value
 
-The sections are the frozen specs of `aecore`; nothing is declared a second time. A section is validated, and its module
-imported, when the tree holds it or a verb asks for it: `aepipe shard` imports no torch. How a section is validated: `validate.py`.
-Unknown keys are refused, at the top as inside a section, and the nearest known one is named.
+The sections are the frozen specs of `aecore`; nothing is declared twice. A section is validated (`validate.py`), and its module
+imported, when the tree holds it or a step reads it: `aepipe shard` does not import torch. Unknown keys are refused, at the top and
+in sections, with the most similar known ones.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ class ClusterSpec:
 
     kind: Literal["local", "address", "job"] = knob(
         "local",
-        "local: this process or a Ray of ours (RAY_ADDRESS connects to a running one); address: a running cluster; "
-        "job: a Ray job of that cluster does it all, this process only watches",
+        "local: this process or a local Ray (RAY_ADDRESS connects to a running one); address: a running cluster; "
+        "job: everything runs as a Ray job of that cluster, which this process follows",
         identity=False,
     )
     address: str | None = knob(
@@ -59,12 +59,12 @@ class ClusterSpec:
     num_workers: int = knob(2, "Ray workers; 0 stays in this process", ge=0, identity=False)
     use_gpu: bool = knob(False, "one GPU per worker", identity=False)
     resources_per_worker: dict[str, float] | None = knob(None, "Ray resources per worker, for example {CPU: 2}", identity=False)
-    threads_per_worker: int = knob(1, "torch threads per worker; also its CPUs unless resources_per_worker says them", ge=1, identity=False)
+    threads_per_worker: int = knob(1, "torch threads per worker; also its CPUs unless resources_per_worker sets them", ge=1, identity=False)
     max_failures: int = knob(2, "how often training is restarted after a worker died", ge=0, identity=False)
     timeout_s: float = knob(120.0, "longest wait for a cluster or for its resources, in seconds", gt=0, identity=False)
 
     def __post_init__(self) -> None:
-        """ConfigError for a combination that cannot mean anything."""
+        """ConfigError for combinations that contradict each other."""
         address, job_server = self.address, (self.address or "").startswith(("http://", "https://"))
         if address is not None and self.kind == "local":
             kind = "job" if job_server else "address"
@@ -82,13 +82,13 @@ class ClusterSpec:
             )
         if self.kind == "address" and self.num_workers == 0:
             raise ConfigError(
-                "ClusterSpec.num_workers is 0, which works in this process and leaves the cluster of kind=address idle: "
+                "ClusterSpec.num_workers is 0, which leaves the cluster of kind=address idle: "
                 "set cluster.num_workers=1 or more, or cluster.kind=local"
             )
         if self.kind == "job" and self.num_workers == 0 and self.use_gpu:
             raise ConfigError(
-                "ClusterSpec.num_workers is 0, which leaves a job's work to its driver on the head, and use_gpu=true wants a GPU for it: "
-                "set cluster.num_workers=1 or more, so that it goes where the GPUs are"
+                "ClusterSpec.num_workers is 0, which runs a job's work on the head node, and use_gpu=true needs a GPU there: "
+                "set cluster.num_workers=1 or more, so that it runs where the GPUs are"
             )
         if self.python is not None and self.kind != "job":
             raise ConfigError(
@@ -107,16 +107,16 @@ class ScheduleSpec:
     timezone: str = knob("UTC", "time zone of the cron expression, for example Europe/Berlin", identity=False)
 
     def __post_init__(self) -> None:
-        """ConfigError for a time zone that does not exist: found here, not when the first tick is due."""
+        """ConfigError for an unknown time zone, before the schedule is used."""
         known = zoneinfo.available_timezones() if self.timezone != "UTC" else frozenset()
-        if known and self.timezone not in known:  # nothing is known on a machine without time zone data: the scheduler says so
+        if known and self.timezone not in known:  # without time zone data on this machine the scheduler reports it
             near = _zones_like(self.timezone, known)
             guess = f"did you mean {' or '.join(near)}?" if near else "expected an IANA name such as Europe/Berlin"
             raise ConfigError(f"ScheduleSpec.timezone is {self.timezone!r}, which is no time zone: {guess}")
 
 
 def _zones_like(name: str, known: Iterable[str]) -> list[str]:
-    """Return the time zones that may be meant: those of this city, or the most similar names of zones or cities."""
+    """Return suggestions for a time zone: those of this city, or the most similar names of zones or cities."""
     word, cities = name.strip().replace(" ", "_").casefold(), dict[str, list[str]]()
     for zone in sorted(known):
         cities.setdefault(zone.rpartition("/")[2].casefold(), []).append(zone)
@@ -154,7 +154,7 @@ DEFAULT_KINDS = {"source": "folder", "model": "vae", "backbone": "mlp"}
 class Recipe:
     """A validated tree; each section is an attribute that gives its spec (`recipe.train.epochs`).
 
-    `tree` holds what was given (plain JSON: it is what travels to a flow), `resolved()` all values including the defaults.
+    `tree` holds the given values (plain JSON, the parameter of a flow), `resolved()` all values including the defaults.
     """
 
     if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Recipe:
                 raise ConfigError(_unknown(key, self.tree))
         for name in SECTIONS:
             if name in self.tree:
-                with contextlib.suppress(MissingKey):  # the verb that needs the section asks again
+                with contextlib.suppress(MissingKey):  # raised again by the step that reads the section
                     getattr(self, name)
 
     def __getattr__(self, name: str) -> Any:
@@ -212,13 +212,13 @@ class Recipe:
         return absolute_url(self.tree[key], key)
 
     def only(self, keys: Iterable[str]) -> "Recipe":
-        """Return the same recipe, of which no section and no address but these can be read: a step gets what its table entry names."""
+        """Return a copy of which only these sections and addresses can be read: those that the table STEPS declares for a step."""
         part = copy.copy(self)
         part._readable = frozenset(keys)
         return part
 
     def _require_readable(self, name: str) -> None:
-        assert name in self._readable, f"the step reads {name!r} of the recipe, which its entry in the table STEPS does not name"
+        assert name in self._readable, f"the step reads {name!r} of the recipe, which its entry in the table STEPS does not declare"
 
     def resolved(self, sections: Iterable[str] = SECTIONS) -> Tree:
         """Return the whole tree with every default filled in, for the named sections."""
@@ -227,7 +227,7 @@ class Recipe:
 
 
 def load_recipe(name: str | None = None, overrides: Iterable[str] = (), *, base: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe of a file or shipped name (None: only defaults) with `base`, then the overrides, on top.
+    """Return the recipe of a file or shipped name (None: only defaults), updated with `base`, then with the overrides.
 
     Raises
     ------
@@ -254,10 +254,11 @@ def section_type(name: str, kind: str | None = None) -> type:
 
 
 def build_section(name: str, given: Any) -> Any:
-    """Validate one section; ConfigError names the full dotted path of everything that is wrong with it."""
+    """Validate one section; ConfigError names the dotted path of every wrong value."""
     if given is not None and not isinstance(given, dict):
         require_no_broken_yaml(name, given)
-        raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {name}.{_a_key(name)}")
+        example = f"{name}.{dataclasses.fields(section_type(name))[-1].name}=..."
+        raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {example}")
     values, parts = dict(given or {}), SECTIONS[name]
     if isinstance(parts, Registry):
         kind = values.setdefault("kind", DEFAULT_KINDS[name])
@@ -278,7 +279,7 @@ def _unknown(key: str, tree: Mapping[str, Any]) -> str:
 
 
 def _fields(name: str, kind: str | None) -> dict[str, str]:
-    """Return the fields of a section of this kind, then those that only other kinds have, each of these with the kinds that have it."""
+    """Return the fields of a section of this kind, then those of other kinds only, each with a note that names these kinds."""
     found = {field.name: "" for field in dataclasses.fields(section_type(name, kind))}
     known, others = SECTIONS[name], dict[str, list[str]]()
     for other in known.kinds() if isinstance(known, Registry) else ():
@@ -311,8 +312,3 @@ def _merge(tree: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
         inner = out.get(key)
         out[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
     return out
-
-
-def _a_key(name: str) -> str:
-    field = dataclasses.fields(section_type(name))[-1]
-    return f"{field.name}=..."

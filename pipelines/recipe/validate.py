@@ -1,6 +1,6 @@
-"""Plain JSON -> a frozen spec, with messages that name the dotted path of everything that is wrong. The only place with pydantic.
+"""Turns plain JSON into a frozen spec, with errors that name the dotted path of every wrong value. The only module with pydantic.
 
-pydantic checks the types, strictly (the text "8" is no number), and refuses unknown keys; bounds are checked by the spec itself.
+pydantic checks the types, strictly (the string "8" is not a number), and refuses unknown keys; bounds are checked by the spec itself.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import (
     Any,
-    NotRequired,  # pydantic refuses the ones of typing before Python 3.12
+    NotRequired,  # pydantic refuses those of `typing` before Python 3.12
     Union,
     get_args,
     get_origin,
@@ -27,11 +27,11 @@ EXAMPLES = {"source.url": "/data/images"}
 
 
 class MissingKey(ConfigError):
-    """A key without default that nobody gave."""
+    """A key without a default is not set."""
 
 
 def build_spec(section: str, cls: type, values: Mapping[str, Any]) -> Any:
-    """Return the spec `cls` of a section of a recipe; ConfigError for what is wrong, MissingKey if keys are missing and nothing else is."""
+    """Return the spec `cls` of a section; MissingKey if the only problem is missing keys, ConfigError for any other."""
     try:
         return cls(**_types(cls).validate_json(json.dumps(values), strict=True))
     except pydantic.ValidationError as error:
@@ -44,7 +44,7 @@ def build_spec(section: str, cls: type, values: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _types(cls: type) -> pydantic.TypeAdapter[Any]:
-    """Return the validator of the types alone; bounds are checked by the spec itself, whose `ge` pydantic would apply to tuples."""
+    """Return the validator of the types; bounds are checked by the spec itself, since pydantic would apply `ge` to whole tuples."""
     hints = field_types(cls)
     required = {field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING}
     fields = {name: hint if name in required else NotRequired[hint] for name, hint in hints.items()}
@@ -55,7 +55,7 @@ def _types(cls: type) -> pydantic.TypeAdapter[Any]:
 
 
 def _joined(cls: type, problems: Sequence[Any]) -> list[Any]:
-    """Return the problems, those of one field of several types (`int | Literal["random"]`) as one: pydantic reports each type alone."""
+    """Return the problems, with those of one union field (`int | Literal["random"]`) merged: pydantic reports one per type."""
     joined: dict[tuple[Any, ...], Any] = {}
     for problem in problems:
         hint = field_types(cls).get(problem["loc"][0]) if problem["loc"] else None

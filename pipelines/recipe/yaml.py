@@ -1,7 +1,7 @@
-"""YAML file + dotted overrides -> one plain tree (dicts, lists, scalars). Nothing is validated and no part is imported here.
+"""Turns a YAML file and dotted overrides into one plain tree (dicts, lists, scalars). It validates nothing and imports no part.
 
-Reads with a `yaml.SafeLoader`, so a file can hold data only. Two traps of YAML 1.1 are closed: `1e-3` is a number, and a key
-that stands twice in one section is refused instead of the last one winning silently.
+It reads with a `yaml.SafeLoader`, so a file can hold data only. Two traps of YAML 1.1 are avoided: `1e-3` is a number, and a
+duplicate key in a section is refused instead of the last one winning silently.
 """
 
 import copy
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice in one section", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice in one section", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -42,8 +42,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return json.loads(json.dumps(yaml.load(text, _Loader), default=str))  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    except (ValueError, TypeError, RecursionError) as error:  # an alias inside of its own anchor, a date as a key or out of the calendar
-        raise ConfigError(f"{where} is YAML, but not plain data (keys of text, no alias inside of its own anchor): {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:  # an alias inside its own anchor, a date as a key, an impossible date
+        raise ConfigError(f"{where} is YAML, but not plain data (keys of text, no alias inside its own anchor): {error}") from None
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -53,7 +53,7 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def read_recipe(name: str) -> Tree:
-    """Return the tree of a recipe file, or of a shipped recipe by its name; ConfigError that names the nearest ones."""
+    """Return the tree of a recipe file, or of a shipped recipe by its name; ConfigError that names the most similar ones."""
     path = Path(name).expanduser()
     if path.is_file():
         try:
@@ -84,11 +84,11 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     try:
         return path, parse_yaml(value, key)
     except ConfigError:
-        return path, value  # a path or URL with characters that mean something in YAML
+        return path, value  # a path or URL with special characters of YAML
 
 
 def require_no_broken_yaml(key: str, value: Any) -> None:
-    """ConfigError with what YAML says if a value was meant as `{...}` or `[...]` and stayed text because it is no YAML."""
+    """ConfigError with the message of YAML if a value looks like `{...}` or `[...]` but is not valid YAML."""
     if isinstance(value, str) and value.startswith(("{", "[")):
         parse_yaml(value, f"the value of {key}")
 
@@ -125,7 +125,7 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which our loader would read as a number."""
+    """SafeDumper that quotes text that `_Loader` would read as a number."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers

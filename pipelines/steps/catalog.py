@@ -1,4 +1,4 @@
-"""What there is to choose from: registered parts and the sections of a recipe with their knobs, shipped recipes."""
+"""The output of `aepipe list`: registered parts and sections of a recipe with their knobs, shipped recipes."""
 
 import dataclasses
 import itertools
@@ -24,26 +24,26 @@ def parts(what: str) -> Tree:
 
 
 def _section(name: str) -> Tree:
-    """Return what a section of a recipe is for, the steps that read it, and its knobs; those of a part depend on its kind."""
+    """Return the purpose of a section, the verbs that read it, and its knobs; those of a model, backbone or source depend on its kind."""
     from pipelines.steps.steps import STEPS
 
-    parts, steps = SECTIONS[name], [step for step, entry in STEPS.items() if name in entry.sections]
+    parts, readers = SECTIONS[name], {"sample": ["sample"], "decode": ["decode"], "schedule": ["serve", "deploy"], "cluster": [*STEPS]}
     if isinstance(parts, Registry):
-        whole = {"about": f"The {parts.noun}: `aepipe list {name}s` names its kinds and their knobs.", "knobs": {}}
+        section = {"about": f"kind and knobs of the {parts.noun}, see `aepipe list {name}s`", "knobs": {}}
     else:
-        whole = _part(section_type(name))
-    return {**whole, "steps": steps}
+        section = _part(section_type(name))
+    return {**section, "steps": [*readers.get(name, ()), *(step for step, entry in STEPS.items() if name in entry.sections)]}
 
 
 def _part(cls: type) -> Tree:
-    about = (cls.__doc__ or "").strip().splitlines()[0]
     hints = field_types(cls)
-    knobs = {field.name: _knob(field, hints[field.name]) for field in dataclasses.fields(cls) if field.name != "kind"}
-    return {"about": about, "knobs": knobs}
+    fields = [field for field in dataclasses.fields(cls) if get_origin(hint := hints[field.name]) is not Literal or len(get_args(hint)) > 1]
+    knobs = {field.name: _knob(field, hints[field.name]) for field in fields}
+    return {"about": (cls.__doc__ or "").strip().splitlines()[0], "knobs": knobs}
 
 
 def _knob(field: dataclasses.Field[Any], hint: Any) -> Tree:  # any: a type
-    """Return the default of a knob, what it means, its type, its choices and its bounds (where there are some)."""
+    """Return default, meaning, type, choices and bounds of a knob."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     bounds = {name: field.metadata[name] for name in BOUNDS if field.metadata.get(name) is not None}
     choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
@@ -57,7 +57,7 @@ def _knob(field: dataclasses.Field[Any], hint: Any) -> Tree:  # any: a type
 
 
 def _type_name(hint: Any) -> str:  # any: a type
-    """Return a type in words: `int`, `str or none`, `gaussian or bernoulli`, `list of int`."""
+    """Return a type in words: `int`, `str or null`, `gaussian or bernoulli`, `list of int`."""
     origin, parts = get_origin(hint), [part for part in get_args(hint) if part is not Ellipsis]
     if origin is Literal:
         return " or ".join(map(str, parts))
@@ -67,11 +67,11 @@ def _type_name(hint: Any) -> str:  # any: a type
         return f"list of {_type_name(parts[0])}"
     if origin is dict:
         return f"map of {_type_name(parts[0])} to {_type_name(parts[1])}"
-    return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
+    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def _header(text: str) -> str:
-    """Return the first sentence of the comment that a recipe begins with."""
+    """Return the first sentence of the comment at the top of a recipe."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.lstrip().splitlines())
-    said = " ".join(line.removeprefix("#").strip() for line in lines)
-    return re.split(r"(?<=\.)(?<!\bal\.)\s", said, maxsplit=1)[0]
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return re.split(r"(?<=\.)(?<!\bal\.)\s", comment, maxsplit=1)[0]

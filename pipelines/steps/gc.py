@@ -1,4 +1,4 @@
-"""`aepipe gc`: the garbage of a dataset, a run, a table, or of all three below a root."""
+"""`aepipe gc`: removes the garbage of a dataset, run or table, or of all three below a root."""
 
 import re
 
@@ -19,7 +19,7 @@ def seconds_of(text: str, option: str = "--older-than") -> float:
 
 
 def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool) -> Tree:
-    """Remove what nobody needs at `url`; return what was (or with `dry_run`: would be) removed, what waits, what is not ours."""
+    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files."""
     from aecore.maintenance.gc import collect_garbage
 
     limit_s = seconds_of(older_than)

@@ -1,8 +1,7 @@
-"""What runs inside a Ray job: `python -P -m pipelines.steps.job_main STEP RECIPE`, RECIPE as JSON, on the cluster that runs the job.
+"""The main program of a Ray job: `python -P -m pipelines.steps.job_main STEP RECIPE`, RECIPE as JSON, on the cluster of the job.
 
-The same steps as everywhere, without Prefect: whoever watches has that. All it says are lines on standard output: what is logged,
-progress that the watcher reads back (`progress.from_line`), and at the end one line RESULT with the summary, or with the error; the exit
-code is that of `aepipe`.
+It runs the same steps, without Prefect, which the client has. Its output are lines on standard output: the log, progress that the
+client parses (`progress.from_line`), and at the end one line RESULT with the summary or the error; the exit code is that of `aepipe`.
 """
 
 import json
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 def arguments(name: str, tree: Tree) -> tuple[str, ...]:
     """Return the arguments of the interpreter that runs step `name` (or PIPELINE) of a recipe inside a job.
 
-    In there the cluster is the one that RAY_ADDRESS names, which Ray sets; without workers the step stays in the job's own process.
+    Inside a job the cluster is that of RAY_ADDRESS, which Ray sets; without workers the step runs in the job's own process.
     """
     cluster = {key: value for key, value in (tree.get("cluster") or {}).items() if key not in ("address", "python")}
     cluster["kind"] = "local" if cluster.get("num_workers") == 0 else "address"
@@ -37,7 +36,7 @@ def arguments(name: str, tree: Tree) -> tuple[str, ...]:
 
 
 def work(name: str, recipe: Recipe, report: progress.Report) -> Tree:
-    """Run one step, or all of a pipeline."""
+    """Run one step, or all steps of a pipeline."""
 
     def run(step: str, part: Recipe) -> Tree:
         summary = STEPS[step](part, report)
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("aecore", "pipelines"):
         logging.getLogger(package).setLevel(logging.INFO)
         logging.getLogger(package).handlers = [handler]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # that is how Ray stops a job
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray stops a job by SIGTERM
     try:
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
     except KeyboardInterrupt as interrupt:
@@ -63,26 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(INTERRUPTED, errors.to_json(RunFailed(message)))
     except AecoreError as error:
         return _end(error.exit_code, errors.to_json(error))
-    except Exception as error:  # a bug of ours: its traceback goes to the log, as on the command line
+    except Exception as error:  # a bug: its traceback goes to the log, as on the command line
         traceback.print_exc(file=sys.stdout)
         return _end(1, errors.to_json(RunFailed(f"{type(error).__name__}: {error}")))
 
 
-def _end(exit_code: int, said: dict[str, Any]) -> int:
-    sys.stdout.write(f"{RESULT}{json.dumps(said, default=str)}\n")
+def _end(exit_code: int, result: dict[str, Any]) -> int:
+    sys.stdout.write(f"{RESULT}{json.dumps(result, default=str)}\n")
     sys.stdout.flush()
     return exit_code
 
 
 def result_of(line: str) -> dict[str, Any] | None:
-    """Return what a line RESULT says, None for any other line, and for one that was cut off on its way."""
+    """Return the object of a line RESULT, None for any other line and for a truncated one."""
     if not line.startswith(RESULT):
         return None
     try:
-        said = json.loads(line.removeprefix(RESULT))
+        result = json.loads(line.removeprefix(RESULT))
     except ValueError:
         return None
-    return said if isinstance(said, dict) else None
+    return result if isinstance(result, dict) else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A pipeline: shard, train, encode and evaluate one after the other under one root. It knows what a stage is given, not what it does."""
+"""The pipeline: shard, train, encode and evaluate under one root. A step of a pipeline is called a stage in names of functions."""
 
 from collections.abc import Callable, Collection
 
@@ -7,14 +7,14 @@ from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps.steps import STEPS, check_source, with_absolute_urls
 
-PIPELINE = "pipeline"  # its name where that of a step could be
+PIPELINE = "pipeline"  # its name, wherever the name of a step is expected
 RunStage = Callable[[str, Recipe], Tree]
 
 
 def stage(recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe of one stage of a pipeline: `out` is a root that holds `dataset/`, `run/` and `table/`.
+    """Return the recipe of one step of a pipeline, whose `out` is a root that holds `dataset/`, `run/` and `table/`.
 
-    A pipeline with `data` trains on that dataset and has no shard stage.
+    A pipeline with `data` trains on that dataset and does not shard.
     """
     root, step = recipe.require("out"), STEPS[name]
     data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
@@ -24,10 +24,10 @@ def stage(recipe: Recipe, name: str) -> Recipe:
     return Recipe(rest | inputs | {"out": made[step.makes] if step.makes else root})
 
 
-def what_it_reads(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
+def sections_and_addresses(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
     """Return the sections and the addresses that a step (or PIPELINE) reads of this recipe.
 
-    A pipeline reads what its stages read, but for the addresses at the top, of which it is given `data` and `out` only.
+    A pipeline reads what its steps read, but of the addresses at the top only `data` and `out`.
     """
     if name != PIPELINE:
         return list(STEPS[name].sections), list(STEPS[name].addresses)
@@ -37,7 +37,7 @@ def what_it_reads(name: str, recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def check_pipeline(recipe: Recipe) -> None:
-    """ConfigError for what would stop a pipeline only after its first stages."""
+    """ConfigError for what would otherwise stop a pipeline only after its first steps."""
     from aecore.encoding.encoder import require_posterior
     from aecore.training.job import require_pairs_are_taken, require_possible
 
@@ -50,7 +50,7 @@ def check_pipeline(recipe: Recipe) -> None:
 
 
 def check_address(recipe: Recipe) -> None:
-    """ConfigError if no cluster or job server is named where the recipe needs one: in it, or in the environment of who runs it."""
+    """ConfigError if the recipe needs a cluster or job server and neither it nor the environment names one."""
     from pipelines.cluster.job_client import job_address
     from pipelines.cluster.session import cluster_address
 
@@ -61,19 +61,19 @@ def check_address(recipe: Recipe) -> None:
 
 
 def stages(recipe: Recipe) -> list[str]:
-    """Return the stages of a pipeline that come before evaluate, in order."""
+    """Return the steps of a pipeline before evaluate, in order."""
     return ["train", "encode"] if recipe.tree.get("data") else ["shard", "train", "encode"]
 
 
 def run_stages(recipe: Recipe, run: RunStage) -> Tree:
-    """Run all stages of a pipeline with `run(name, recipe of the stage)`; evaluate where the dataset has the split. Summaries by name."""
+    """Run all steps of a pipeline with `run(name, recipe of the step)`, evaluate if the dataset has the split; return summaries by name."""
     from aecore.data.dataset import open_dataset
 
     summaries: Tree = {}
     last, missing = stage(recipe, "evaluate"), None
     data = last.require("data")
     for name in stages(recipe):
-        if name == "train":  # the last chance before hours of work
+        if name == "train":  # checked before hours of work
             missing = missing_split(recipe, data, open_dataset(data).manifest.splits)
         summaries[name] = run(name, stage(recipe, name))
     skipped = {"step": "evaluate", "dataset": data, "not_evaluated": missing, "seconds": 0.0}

@@ -1,4 +1,4 @@
-"""What `aepipe run --dry-run` says: every stage with its place, and the dry runs of those whose input is there. Writes nothing."""
+"""`aepipe run --dry-run`: every step with its output URL, and the dry runs of those whose input exists. Writes nothing."""
 
 from aecore.store import open_store
 from pipelines.recipe.recipe import Recipe
@@ -8,10 +8,10 @@ from pipelines.steps.steps import STEPS
 
 
 def plan_pipeline(recipe: Recipe) -> Tree:
-    """Return stages, recipe and plans; raises what would stop the real run, as far as it can be known now.
+    """Return steps, recipe and plans; raises what would stop the real run, as far as it is known before.
 
-    Sharding is planned always, training where the dataset is, encoding where the run has ended: both for the dataset as it is now, what
-    an append adds is counted under `shard` alone.
+    Sharding is always planned, training if the dataset exists, encoding if the run has ended: both for the current dataset, new samples
+    are counted under `shard` only.
     """
     from aecore.artifact.commit import newest_number
     from aecore.data.dataset import open_dataset

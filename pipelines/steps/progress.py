@@ -1,7 +1,7 @@
-"""How far a job is, seen from the driver: workers' logs do not reach it, so it counts records and reads the run's metric parts.
+"""Progress of a job in the driver: the logs of workers do not reach it, so it counts records and reads the run's metric parts.
 
-A step of a pipeline calls a `Report` with `Progress` values; who listens decides what becomes of them: one line that is drawn
-again on a terminal, one INFO line per shard or epoch in a log (Prefect's run log in a flow).
+A step calls a `Report` with `Progress` values. A report shows them: as one line that is redrawn on a terminal, or as one INFO line
+per shard or epoch in a log (Prefect's run log in a flow).
 """
 
 import logging
@@ -20,9 +20,9 @@ from aecore.training.metrics import last_epoch, last_row
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` `unit`s of a stage; `text` says the newest thing, `milestone` that it is worth a line in a log."""
+    """`done` of `total` `unit`s of a step; `text` describes the latest result, `milestone` is whether it is logged."""
 
-    stage: str
+    step: str
     done: int
     total: int
     unit: str
@@ -30,11 +30,11 @@ class Progress:
     milestone: bool = True
 
     def __str__(self) -> str:
-        return f"{self.stage}: {self.done} of {self.total} {self.unit}, {self.text}"
+        return f"{self.step}: {self.done} of {self.total} {self.unit}, {self.text}"
 
 
 Report = Callable[[Progress], None]
-PASSING = "... "  # begins a line about progress that is no milestone
+PASSING = "... "  # prefix of a line that is not a milestone
 _LINE = re.compile(r"(\.\.\. )?(\w+): (\d+) of (\d+) (\w+), (.*)")
 
 
@@ -53,7 +53,7 @@ def log_to(logger: logging.Logger | logging.LoggerAdapter) -> Report:
 
 
 def lines_to(stream: TextIO, every_s: float = 1.0) -> Report:
-    """Return a report for a reader far away: a line per milestone, and now and then one in between; `from_line` reads them back."""
+    """Return a report for another process: a line per milestone, and at most one per `every_s` in between; see `from_line`."""
     last = -every_s
 
     def report(progress: Progress) -> None:
@@ -68,43 +68,44 @@ def lines_to(stream: TextIO, every_s: float = 1.0) -> Report:
 
 
 def from_line(line: str) -> Progress | None:
-    """Return the progress that a line of `lines_to` says, None for any other line."""
+    """Parse a line of `lines_to`; None for any other line."""
     match = _LINE.fullmatch(line)
     if match is None:
         return None
-    passing, stage, done, total, unit, text = match.groups()
-    return Progress(stage, int(done), int(total), unit, text, milestone=passing is None)
+    passing, step, done, total, unit, text = match.groups()
+    return Progress(step, int(done), int(total), unit, text, milestone=passing is None)
 
 
 class TerminalLine:
-    """Draws one line with rate and time left, again and again in place, at most ten times a second."""
+    """Redraws one line with rate and time left, at most ten times a second."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream or sys.stderr, clock
-        self._stage, self._first, self._started, self._drawn = "", 0, 0.0, 0.0
+        self._step, self._first, self._started, self._drawn = "", 0, 0.0, 0.0
 
     def __call__(self, progress: Progress) -> None:
+        """Draw the progress, unless the line was drawn less than 0.1 s ago."""
         now = self._clock()
-        if progress.stage != self._stage:
-            self._stage, self._first, self._started, self._drawn = progress.stage, progress.done, now, 0.0
+        if progress.step != self._step:
+            self._step, self._first, self._started, self._drawn = progress.step, progress.done, now, 0.0
         last = progress.done >= progress.total
         if not last and now - self._drawn < 0.1:
             return
         self._drawn = now
         rate = (progress.done - self._first) / max(now - self._started, 1e-9)
         speed = f", {rate:,.1f} {progress.unit}/s, {_duration((progress.total - progress.done) / rate)} left" if rate and not last else ""
-        self._stream.write(f"\r\x1b[2K{progress.stage}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}")
+        self._stream.write(f"\r\x1b[2K{progress.step}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}")
         self._stream.write("\n" if last else "")
         self._stream.flush()
 
 
 def terminal() -> Report:
-    """Return the line on a terminal, nothing where standard error is a file or a pipe."""
+    """Return a progress line if standard error is a terminal, else a report that shows nothing."""
     return TerminalLine() if sys.stderr.isatty() else silent
 
 
 def line_printer() -> Callable[[str], None]:
-    """Return what shows a line of text on standard error, above the line of `terminal` that may be drawn there."""
+    """Return a function that prints a line to standard error, above the progress line of `terminal`."""
     before = "\r\x1b[2K" if sys.stderr.isatty() else ""
 
     def show(line: str) -> None:
@@ -115,7 +116,7 @@ def line_printer() -> Callable[[str], None]:
 
 
 def both(first: Report, second: Report) -> Report:
-    """Return a report to two listeners."""
+    """Return a report that calls two others."""
 
     def report(progress: Progress) -> None:
         first(progress)
@@ -130,34 +131,35 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def on_part(stage: str, unit: str, report: Report, *, milestones: bool) -> OnPart:
+def on_part(step: str, unit: str, report: Report, *, milestones: bool) -> OnPart:
     """Return the callback of `aecore.artifact.fanout.collect` that reports every finished part.
 
-    `milestones` is false where the workers live in this process, whose own log lines say the same.
+    `milestones` is false if the workers run in this process, whose own log has the same lines.
     """
 
     def finished(record: PartRecord, done: int, total: int) -> None:
         bad = f", {record.quarantined:,} quarantined" if record.quarantined else ""
-        report(Progress(stage, done, total, unit, f"{record.part}: {record.rows:,} rows{bad}", milestones))
+        report(Progress(step, done, total, unit, f"{record.part}: {record.rows:,} rows{bad}", milestones))
 
     return finished
 
 
 class TrainWatch:
-    """Reads the newest metrics of a run that other processes write, and reports steps and finished epochs."""
+    """Polls the metrics of a run that other processes write, and reports steps and finished epochs."""
 
     def __init__(self, store: Store, report: Report, *, milestones: bool, interval_s: float = 0.5) -> None:
         self._store, self._report, self._milestones, self._interval_s = store, report, milestones, interval_s
         self._step, self._epoch, self._total, self._looked = 0, -1, 0, 0.0
 
     def __call__(self) -> None:
+        """Call `look` at most once per interval."""
         now = time.monotonic()
         if now - self._looked >= self._interval_s:
             self._looked = now
             self.look()
 
     def look(self) -> None:
-        """Report the newest step if there is a new one; a milestone for the first news of each epoch and for the last step."""
+        """Report the newest step if it is new; the first report of an epoch and that of the last step are milestones."""
         row = last_row(self._store)
         if row is None or row["step"] <= self._step:
             return
@@ -166,7 +168,7 @@ class TrainWatch:
         validation = f", validation {row['validation']['loss']:.4f}" if "validation" in row else ""
         news = row["epoch"] != self._epoch or "validation" in row or self._step == self._total
         self._epoch = row["epoch"]
-        mean = last_epoch(self._store) if news and self._milestones else None  # in between a cheap look at the newest step will do
+        mean = last_epoch(self._store) if news and self._milestones else None  # in between, the newest step is enough, and cheap
         loss = f"mean loss {mean['loss']:.4f}" if mean else f"loss {row['loss']:.4f}"
         text = f"epoch {row['epoch'] + 1}, {loss}{validation}"
         self._report(Progress("train", self._step, self._total, "steps", text, news and self._milestones))

@@ -1,4 +1,4 @@
-"""What is located at a URL, and whether it is whole: any kind of artefact, or a root that holds several. Reads only."""
+"""`aepipe show` and `aepipe verify`: any kind of artefact, or a root that holds several. Reads only."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from pipelines.recipe.yaml import Tree
 
 
 def located(store: Store) -> Artifact:
-    """Return what is located at a URL; DataError if it is none of our artefacts."""
+    """Return the artefact at a URL; DataError if there is none."""
     found = detect_artifact(store)
     if found is None:
         raise DataError(f"{store.url} holds no dataset, run or table: check the address; `aepipe shard`, `train` and `encode` write them")
@@ -100,11 +100,11 @@ def _unfinished(store: Store, found: Artifact) -> Tree:
 
 
 def verify(url: str, *, read_data: bool = False, dataset: str | None = None, subset: str | None = None) -> Tree:
-    """Check the artefact at `url` and return what was checked; DataError that lists everything that is wrong.
+    """Check the artefact at `url` and return what was checked; DataError lists all problems.
 
     Without `read_data` names and sizes are checked, with it every byte against its sha256, with `subset` (`k/n`) those of the shards
-    and parts of one slice; the small files of a run are always read. `dataset` is where the dataset of a table lies now, if not
-    where it was encoded from (in a root: its own `dataset/`): each row is looked up in its indexes.
+    and parts of one slice; the small files of a run are always read. `dataset` is the current URL of the dataset of a table
+    (default: where it was encoded from; in a root: its own `dataset/`): each row is looked up in its indexes.
 
     Raises
     ------
@@ -153,12 +153,12 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
 
 
 def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:
-    """Refuse a dataset that nothing would be compared with, or that is not there, before anything is read."""
+    """ConfigError if there is no table to compare with `dataset`; checks that it exists, before data is read."""
     from aecore.data.dataset import open_dataset
 
     if found.kind != "table" and "table" not in found.stages:
         raise ConfigError(
-            f"--dataset {dataset} says where the dataset of a table lies, but {store.url} is a {found.kind} without a table: leave it out"
+            f"--dataset {dataset} names the dataset of a table, but {store.url} is a {found.kind} without a table: leave it out"
         )
     open_dataset(absolute_url(dataset, "--dataset"))
 

@@ -1,10 +1,10 @@
-"""The steps and their table: a recipe in, a plain JSON summary out. Command line, flows and Ray jobs call the same ones.
+"""The steps and their table: a recipe in, a plain JSON summary out. Command line, flows and Ray jobs call the same functions.
 
-A step takes its sections of the recipe, asks `cluster/` for the workers and calls the function of `aecore`. It imports what it
-needs when it is called. Every step may be called again after a kill: what is committed is found, not made again.
+A step takes its sections of the recipe, gets workers from `cluster/` and calls the function of `aecore`. Imports are inside the
+functions. Every step can be called again after a kill: what is committed is found, not made again.
 
-`STEPS` is the only place that says what a step reads of a recipe. The key of a job, absolute addresses, the places of a pipeline, dry
-runs, flows and deployments follow it, and a step that is called through it cannot read anything else.
+`STEPS` alone declares what a step reads of a recipe. Keys of jobs, absolute addresses, the URLs of a pipeline, dry runs, flows and
+deployments are derived from it, and a step that is called through it cannot read anything else.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step does and what it reads of a recipe: nothing but these sections, these addresses and `cluster`.
+    """A step and what it reads of a recipe: only these sections, these addresses and `cluster`.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class Step:
     addresses : tuple of str
         Keys of the recipe that hold a URL which the step reads or writes: at the top, or inside one of the sections.
     makes : str or None
-        What stands at `out` afterwards; None for a step that writes no artefact.
+        The artefact that the step writes to `out`; None if it writes none.
     """
 
     run: Callable[..., Tree]
@@ -47,7 +47,7 @@ class Step:
     makes: Literal["dataset", "run", "table"] | None
 
     def __call__(self, recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-        """Run the step, here or on the cluster of the recipe, with absolute addresses: workers have another working directory."""
+        """Run the step, with absolute addresses since workers have another working directory."""
         reads = (*self.sections, *self.addresses, "cluster")
         return self.run(Recipe(with_absolute_urls(recipe, self.addresses)).only(reads), report, dry_run=dry_run)
 
@@ -58,7 +58,7 @@ def urls_at(recipe: Recipe, addresses: Iterable[str]) -> dict[str, str]:
 
 
 def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -> Tree:
-    """Return the tree of a recipe with these addresses (by default all) absolute: a flow, a job or a worker runs in another directory."""
+    """Return the tree of a recipe with these addresses (default: all) absolute, for a process in another directory."""
     tree: Tree = json.loads(json.dumps(recipe.tree))
     for address, url in urls_at(recipe, ADDRESSES if addresses is None else addresses).items():
         *above, key = address.split(".")
@@ -74,7 +74,7 @@ def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
 
 
 def adopt(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Index the tars of `source` where they lie, as the dataset `out`, or append the new ones."""
+    """Index the tars of `source` in place, as the dataset `out`, or append the new ones."""
     from aecore.data.write.job import adopt_shards
 
     return _dataset("adopt", adopt_shards, recipe, report, dry_run=dry_run)
@@ -107,7 +107,7 @@ def check_source(recipe: Recipe) -> None:
 
 
 def dataset_summary(manifest: Any) -> Tree:
-    """Return the counts of a dataset manifest as plain JSON; `bags` where its samples form some."""
+    """Return the counts of a dataset manifest as plain JSON, with `bags` if its samples are in bags."""
     bags = {split: manifest.num_groups(split) for split in manifest.splits}
     return {
         "generation": manifest.number,
@@ -158,7 +158,7 @@ def train_job_of(recipe: Recipe) -> Any:
 
 
 def _train_plan(job: Any, num_workers: int) -> Tree:
-    """Return what `train` would do with so many workers (0: in this process); writes nothing."""
+    """Return what `train` would do with this number of workers (0: in this process); writes nothing."""
     from contextlib import closing
 
     from aecore.training.ranks import Rank
@@ -186,7 +186,7 @@ def encode(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) ->
         data,
         out,
         recipe.encode,
-        device=_device(recipe),
+        device="cuda" if cluster.use_gpu else "cpu",
         threads=cluster.threads_per_worker,
         fan_out=ray_fan_out(cluster, *urls_at(recipe, STEPS["encode"].addresses).values()),
         dry_run=dry_run,
@@ -215,7 +215,7 @@ def _producer(facts: Mapping[str, str]) -> Tree:
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
     """Evaluate the model of `run` on one split of `data`.
 
-    In this process, or on one worker of a cluster that is named: GPUs and memory are there, not where the driver waits.
+    In this process, or with cluster.kind=address on one worker of the cluster, which has the GPUs and the memory.
     """
     from pipelines.cluster.fanout import call_on_worker
 
@@ -229,7 +229,7 @@ def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) 
 
 
 def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
-    """Return what would be evaluated: checks model, data and what the scores need; reads no sample."""
+    """Return what would be evaluated; checks model, data and the requirements of the scores, and reads no sample."""
     from aecore.evaluate import open_for_evaluation
 
     dataset, loaded = open_for_evaluation(run, data, spec, "cpu")
@@ -300,10 +300,6 @@ STEPS: dict[str, Step] = {
     ),
 }
 ADDRESSES = tuple(dict.fromkeys(address for step in STEPS.values() for address in step.addresses))
-
-
-def _device(recipe: Recipe) -> str:
-    return "cuda" if recipe.cluster.use_gpu else "cpu"
 
 
 def _since(started: float) -> float:

@@ -1,8 +1,8 @@
-"""A step or a pipeline as a Ray job, seen from outside: submit or join it, follow it, bring back its summary or its error.
+"""The client of a Ray job that runs a step or a pipeline: submits or joins it, follows it, returns its summary or raises its error.
 
 The key of a job is a hash of what it makes: the identity fields of the sections that the step reads, and its addresses. Neither the size
-of the cluster nor the recipe's name is in it, so whoever asks for the same thing again joins the job that is making it.
-To stop watching (Ctrl-C, a killed worker) leaves the job alone; only `aepipe submit --stop` or a cancelled flow run stops it.
+of the cluster nor the recipe's name is in it, so another submit of the same work joins the running job.
+A client that ends (Ctrl-C, a killed worker) leaves the job running; only `aepipe submit --stop` or a cancelled flow run stops it.
 """
 
 import logging
@@ -17,7 +17,7 @@ from pipelines.cluster.jobs import Ended, JobServer, JobSpec, JobStopped
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps import job_main
-from pipelines.steps.pipeline import what_it_reads
+from pipelines.steps.pipeline import sections_and_addresses
 from pipelines.steps.progress import Report, from_line
 from pipelines.steps.steps import urls_at, with_absolute_urls
 
@@ -35,54 +35,57 @@ def job_of(name: str, recipe: Recipe) -> JobSpec:
 
 
 def identity(name: str, recipe: Recipe) -> Tree:
-    """Return what decides which job this is, as plain JSON."""
-    sections, _ = what_it_reads(name, recipe)
+    """Return what identifies a job, as plain JSON."""
+    sections, _ = sections_and_addresses(name, recipe)
     specs = {section: to_dict(getattr(recipe, section), identity_only=True) for section in sections}
     return {"step": name, "addresses": _addresses(name, recipe), **specs}
 
 
 def _addresses(name: str, recipe: Recipe) -> dict[str, str]:
-    return urls_at(recipe, what_it_reads(name, recipe)[1])
+    return urls_at(recipe, sections_and_addresses(name, recipe)[1])
 
 
-def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_asked: Callable[[], bool] = lambda: False) -> Tree:
-    """Submit or join the job of a step and follow it to its end; return the summary that the step has everywhere.
+def run_as_job(name: str, recipe: Recipe, report: Report, on_line: OnLine, stop_requested: Callable[[], bool] = lambda: False) -> Tree:
+    """Submit or join the job of a step and follow it to its end; return the summary of the step.
 
     Raises
     ------
     AecoreError
-        The error that ended the job, with the class and so the exit code that it had there; `JobStopped` if somebody stopped it;
-        ClusterError if the cluster could not run it.
+        The error that ended the job, with its class and exit code; `JobStopped` if it was stopped; ClusterError if the cluster could
+        not run it.
     """
     server = JobServer(recipe.cluster)
     job_id = submit(server, job_of(name, recipe))
-    said: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     last = ""
 
     def listen(line: str) -> None:
         nonlocal last
         last = line.strip() or last
-        result, progress = job_main.result_of(line), from_line(line)
-        if result is not None:
-            said.update(result)
+        found, progress = job_main.result_of(line), from_line(line)
+        if found is not None:
+            result.update(found)
         elif progress is not None:
             report(progress)
         else:
             on_line(line)
 
     try:
-        ended = server.follow(job_id, listen, stop_asked)
+        ended = server.follow(job_id, listen, stop_requested)
     except BaseException as stop:
-        if isinstance(stop, Exception) or not stop_asked():
+        if isinstance(stop, Exception) or not stop_requested():
             if isinstance(stop, KeyboardInterrupt):
-                raise KeyboardInterrupt(_left(job_id)) from None
+                raise KeyboardInterrupt(
+                    f"stopped watching; Ray job {job_id} goes on: the same command joins it again, "
+                    "`aepipe submit RECIPE ... --stop` stops it"
+                ) from None
             raise
         server.stop(job_id)
         raise
-    if not said:  # its lines did not reach us (a proxy without websockets)
-        found = [result for line in server.log(job_id).splitlines() if (result := job_main.result_of(line)) is not None]
-        said.update(found[-1] if found else {})
-    return _summary(ended, said, last)
+    if not result:  # no lines were received (a proxy without websockets)
+        for line in server.log(job_id).splitlines():
+            result.update(job_main.result_of(line) or {})
+    return _summary(ended, result, last)
 
 
 def submit(server: JobServer, job: JobSpec) -> str:
@@ -96,42 +99,38 @@ def submit(server: JobServer, job: JobSpec) -> str:
 
 
 def stop(name: str, recipe: Recipe) -> tuple[str | None, str]:
-    """Stop the job of a step if it is running; return its id (None: nothing ran) and how it ended."""
+    """Stop the job of a step if it is running; return its id (None: not running) and its status."""
     server = JobServer(recipe.cluster)
     job_id = server.running(job_of(name, recipe).key)
     return job_id, "nothing is running" if job_id is None else server.stop(job_id)
 
 
 def plan(name: str, recipe: Recipe) -> Tree:
-    """Return what would be submitted, without asking the server."""
+    """Return what would be submitted, without a request to the server."""
     job = job_of(name, recipe)
     return {"job": job.key, "arguments": list(job.arguments), "metadata": dict(job.metadata), "identity": identity(name, recipe)}
 
 
-def _left(job_id: str) -> str:
-    return f"stopped watching; Ray job {job_id} goes on: the same command joins it again, `aepipe submit RECIPE ... --stop` stops it"
-
-
-def _summary(ended: Ended, said: dict[str, Any], last: str) -> Tree:
-    if ended.status == "SUCCEEDED" and isinstance(said.get("summary"), dict):
-        summary: Tree = said["summary"]
+def _summary(ended: Ended, result: dict[str, Any], last: str) -> Tree:
+    if ended.status == "SUCCEEDED" and isinstance(result.get("summary"), dict):
+        summary: Tree = result["summary"]
         return summary
     if ended.status == "STOPPED":
         raise JobStopped(f"Ray job {ended.id} was stopped; what is finished is kept, the same command goes on from there")
-    if "error" in said:
-        raise errors.from_json({"exit_code": ended.exit_code, **said, "message": f"{said.get('message')} (Ray job {ended.id})"})
+    if "error" in result:
+        raise errors.from_json({"exit_code": ended.exit_code, **result, "message": f"{result.get('message')} (Ray job {ended.id})"})
     raise _failure(ended, last)
 
 
 def _failure(ended: Ended, last: str) -> AecoreError:
-    """Return the error of a job whose own last word is missing: it did not start, or its process was killed. `last`: its last line."""
+    """Return the error of a job without a result: it did not start, or its process was killed. `last` is its last line."""
     if ended.exit_code in (126, 127) or "No module named" in last:
         return ClusterError(
             f"Ray job {ended.id}: its interpreter on the head node cannot run aecore ({last}): install this version there, "
             "and name the interpreter that has it in cluster.python"
         )
     if ended.status == "SUCCEEDED":
-        return RunFailed(f"Ray job {ended.id} succeeded, and its log holds no result: run the same command again, what is made is found")
+        return RunFailed(f"Ray job {ended.id} succeeded, and its log holds no result: run the same command again, finished work is kept")
     if ended.exit_code is None:
         return ClusterError(f"Ray job {ended.id} could not run: {(ended.message.strip() or ended.status).splitlines()[-1]}")
     if ended.exit_code in (-9, 137):

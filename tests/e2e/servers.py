@@ -1,7 +1,7 @@
 """Servers of our own for tests: PostgreSQL, Prefect on it with a password and CSRF protection, a Prefect worker.
 
 PostgreSQL is the system's (Prefect needs its extension pg_trgm, which the wheels of PostgreSQL leave out) and refuses to run as root:
-as root it runs as `nobody`, in a folder of its own in /tmp. Everything is ended by its process, and only what was started here.
+as root it runs as `nobody`, in a separate folder in /tmp. Only processes that were started here are ended, by their ids.
 """
 
 import base64

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.deploy.recipes import FLOWS
-from pipelines.flows.factory import RESCUED
+from pipelines.flows.factory import CRASH_RESTARTED
 from tests.canary import find_canary
 from tests.e2e.servers import Postgres, Prefect, postgres, prefect_server, prefect_worker
 from tests.processes import Started, below, wait_until
@@ -74,8 +74,8 @@ def nightly(site: Site) -> Iterator[Started]:
     site.deploy()
     soon = time.gmtime(time.time() + 100).tm_min
     env = {"AEPIPE_OUT": str(site.folder / "nightly"), "AEPIPE_CRON": f"{soon},{(soon + 4) % 60} * * * *"}
-    said = site.server.run("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--all", env=env).stdout
-    assert said.count("successfully created") == len(FLOWS), said
+    printed = site.server.run("prefect", "--no-prompt", "deploy", "--prefect-file", "infra/prefect.yaml", "--all", env=env).stdout
+    assert printed.count("successfully created") == len(FLOWS), printed
     with site.worker() as worker:
         yield worker
 
@@ -126,7 +126,7 @@ def test_a_deployment_that_cannot_work_is_refused_with_what_to_do(site: Site, ni
     message = site.deploy("demo", f"out={site.folder / 'x'}", "--pool", "boxes", code=2)
     assert "the work pool 'boxes' is of type 'docker', expected 'process': choose another with --pool NAME" in message
     wrong = server.run("pipelines.cli", "deploy", env={"PREFECT_API_AUTH_STRING": "admin:wrong"}, check=False)
-    assert (wrong.returncode, "refuses us (401): set PREFECT_API_AUTH_STRING" in wrong.stderr) == (5, True), wrong.stderr
+    assert (wrong.returncode, "refuses this client (401): set PREFECT_API_AUTH_STRING" in wrong.stderr) == (5, True), wrong.stderr
 
 
 def test_a_run_that_always_crashes_fails_in_the_end(site: Site, nightly: object) -> None:
@@ -135,12 +135,12 @@ def test_a_run_that_always_crashes_fails_in_the_end(site: Site, nightly: object)
     later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2999-01-01T00:00:00Z"}}
     runs = {crashes: site.server.start(deployment, state=later) for crashes in (2, 3)}
     for crashes, run in runs.items():
-        states = [{"type": "CRASHED"}, later | {"message": RESCUED}] * crashes
+        states = [{"type": "CRASHED"}, later | {"message": CRASH_RESTARTED}] * crashes
         for state in [
             {"type": "CRASHED"},
             later,
             *states[:-1],
-            {"type": "SCHEDULED", "message": RESCUED},
+            {"type": "SCHEDULED", "message": CRASH_RESTARTED},
         ]:  # the first one was answered by hand
             site.server.ask(f"flow_runs/{run}/set_state", state=state, force=True)
         wait_until(lambda run=run: site.server.state(run) in OVER, "the run is over", 240, 0.5)
@@ -200,7 +200,7 @@ def test_a_run_goes_on_when_its_worker_was_killed_with_it(site: Site) -> None:
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    assert site.server.state(run) == "Running"  # nobody is left who could say otherwise
+    assert site.server.state(run) == "Running"  # no process is left that could change it
     with site.worker():
         wait_until(lambda: site.server.state(run) in OVER, "the lost run is over", 400, 0.5)
     states = site.server.states(run)

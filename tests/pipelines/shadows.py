@@ -1,6 +1,6 @@
 """A folder whose modules must never be imported: they have the names of what everything imports, and leave a mark when they run.
 
-`pipelines` itself is not among them: `python -m pipelines.cli` without `-P` asks for it before any line of ours runs.
+`pipelines` itself is not among them: `python -m pipelines.cli` without `-P` imports it before any of our code runs.
 """
 
 from pathlib import Path
@@ -18,5 +18,5 @@ def folder_of_shadows(place: Path) -> Path:
 
 
 def that_ran(place: Path) -> set[str]:
-    """Return the names of the modules that somebody imported."""
+    """Return the names of the modules that were imported."""
     return set((place / "ran").read_text().split()) if (place / "ran").exists() else set()

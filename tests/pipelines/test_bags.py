@@ -22,7 +22,7 @@ def bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
     capsys.readouterr()
     got = main(argv)
     output = capsys.readouterr()
@@ -32,31 +32,31 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
 
 def test_the_recipe_shards_trains_encodes_and_evaluates_bags(bags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run, table = (str(tmp_path / name) for name in ("dataset", "run", "table"))
-    made = json.loads(said(capsys, "shard", str(bags), data, *BAGS, "--json"))
+    made = json.loads(printed(capsys, "shard", str(bags), data, *BAGS, "--json"))
     assert sum(made["bags"].values()) == 60
     assert made["bags"]["train"] > made["bags"]["test"] > 0
-    assert "in 60 bags" in said(capsys, "shard", str(bags), data, *BAGS)
-    trained = json.loads(said(capsys, "train", "mnist_bags", f"data={data}", f"out={run}", *SMALL, "--json"))
+    assert "in 60 bags" in printed(capsys, "shard", str(bags), data, *BAGS)
+    trained = json.loads(printed(capsys, "train", "mnist_bags", f"data={data}", f"out={run}", *SMALL, "--json"))
     assert trained["steps"] == 2 * -(-made["bags"]["train"] // 16), "a step is 16 bags"
-    encoded = json.loads(said(capsys, "encode", run, data, table, "cluster.num_workers=0", "--json"))
-    scores = json.loads(said(capsys, "evaluate", run, data, "cluster.num_workers=0", "--json"))
+    encoded = json.loads(printed(capsys, "encode", run, data, table, "cluster.num_workers=0", "--json"))
+    scores = json.loads(printed(capsys, "evaluate", run, data, "cluster.num_workers=0", "--json"))
     assert (encoded["rows"], scores["num_samples"]) == (sum(made["samples"].values()), made["samples"]["test"])
     assert scores["elbo"] == pytest.approx(scores["log_likelihood"] - scores["kl"])
     groups = open_table(table).arrow("group").to_pylist()
     with np.load(bags) as arrays:
         assert sorted(groups) == sorted(f"bags/{bag}" for bag in arrays["bags"])
-    assert said(capsys, "verify", table, "--read-data").startswith("ok")
-    assert said(capsys, "verify", data, "--read-data").startswith("ok")
+    assert printed(capsys, "verify", table, "--read-data").startswith("ok")
+    assert printed(capsys, "verify", data, "--read-data").startswith("ok")
 
 
 def test_what_cannot_be_done_with_bags_is_refused(bags: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, here = str(tmp_path / "dataset"), "cluster.num_workers=0"
-    message = said(capsys, "shard", str(bags), data, "source.kind=arrays", "source.group=bag", here, code=3)
+    message = printed(capsys, "shard", str(bags), data, "source.kind=arrays", "source.group=bag", here, code=3)
     assert "has no array 'bag' (did you mean 'bags'" in message
-    message = said(capsys, "shard", str(tmp_path), data, "source.kind=folder", "source.group=parents", here, code=2)
+    message = printed(capsys, "shard", str(tmp_path), data, "source.kind=folder", "source.group=parents", here, code=2)
     assert "source.group" in message
     assert "parent" in message
-    said(capsys, "shard", str(bags), data, *BAGS)
-    message = said(capsys, "train", "mnist_bags", f"data={data}", f"out={tmp_path}/run", "backbone={kind: conv}", here, code=2)
+    printed(capsys, "shard", str(bags), data, *BAGS)
+    message = printed(capsys, "train", "mnist_bags", f"data={data}", f"out={tmp_path}/run", "backbone={kind: conv}", here, code=2)
     assert "model.kind=mil_vae consists of MLPs, backbone.kind is conv" in message
     assert not (tmp_path / "run/run.000001.json").exists()

@@ -21,7 +21,7 @@ SPRITES = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "shard
 TINY = ("model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=2", "train.global_batch=32", HERE)
 
 
-def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
     """Run a verb and return its standard output, or its message where a failure is expected."""
     capsys.readouterr()
     got = main(argv)
@@ -60,35 +60,35 @@ def test_the_help_of_a_verb_names_every_option_and_whether_it_reads_a_recipe(ver
     for option in ("--json", "--debug", *(name for name, _ in verb.arguments if name.startswith("-"))):
         assert f"\n  {option}" in output
     assert ("--dry-run" in output) == verb.writes
-    assert ("key.path=value sets any key of a recipe" in output) == verb.reads_recipe
+    assert ("key.path=value sets any key of the recipe" in output) == verb.reads_recipe
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if not verb.reads_recipe], ids=lambda verb: verb.name)
 def test_a_verb_without_a_recipe_refuses_every_override(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     words = [settings.get("choices", ["x"])[0] for name, settings in verb.arguments if not name.startswith("-")]
-    message = said(capsys, verb.name, *words, "train.epochs=3", code=2)
+    message = printed(capsys, verb.name, *words, "train.epochs=3", code=2)
     assert f"`aepipe {verb.name}` reads no recipe, so 'train.epochs=3' would change nothing" in message
 
 
 def test_every_stage_is_shown_and_verified(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, kind in (("dataset", "dataset"), ("run", "run"), ("table", "table"), ("", "root")):
-        shown = json.loads(said(capsys, "show", str(walk / name), "--json"))
+        shown = json.loads(printed(capsys, "show", str(walk / name), "--json"))
         assert shown["kind"] == kind
-        assert said(capsys, "verify", str(walk / name), "--read-data").startswith("ok\n")
-    whole = json.loads(said(capsys, "show", str(walk), "--json"))
+        assert printed(capsys, "verify", str(walk / name), "--read-data").startswith("ok\n")
+    whole = json.loads(printed(capsys, "show", str(walk), "--json"))
     assert whole["dataset"]["samples"] == COUNTS
     assert whole["run"]["finished"]
     assert whole["table"]["rows"] == 200
     assert whole["table"]["lineage"]["checkpoint"]["sha256"] == whole["run"]["checkpoint_sha256"]
-    checked = json.loads(said(capsys, "verify", str(walk), "--read-data", "--json"))
+    checked = json.loads(printed(capsys, "verify", str(walk), "--read-data", "--json"))
     assert checked["table"]["rows"] == whole["table"]["rows"] == checked["dataset"]["samples"], "the names are those of show"
     assert (checked["dataset"]["read_data"], checked["table"]["read_data"]) == (True, True)
-    assert "samples:" in said(capsys, "show", str(walk / "dataset"))
-    assert said(capsys, "verify", str(walk / "table"), "--dataset", str(walk / "dataset")).startswith("ok\n")
+    assert "samples:" in printed(capsys, "show", str(walk / "dataset"))
+    assert printed(capsys, "verify", str(walk / "table"), "--dataset", str(walk / "dataset")).startswith("ok\n")
 
 
 def test_a_run_is_shown_with_the_means_of_its_last_epoch_counted_from_1(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = json.loads(said(capsys, "show", str(walk / "run"), "--json"))["metrics"]
+    metrics = json.loads(printed(capsys, "show", str(walk / "run"), "--json"))["metrics"]
     lines = b"".join(path.read_bytes() for path in sorted((walk / "run/metrics").iterdir())).splitlines()
     rows = [row for row in map(json.loads, lines) if row["epoch"] == 1]
     total = sum(row["samples"] for row in rows)
@@ -97,17 +97,17 @@ def test_a_run_is_shown_with_the_means_of_its_last_epoch_counted_from_1(walk: Pa
 
 
 def test_what_encoded_a_table_is_shown_as_lines(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = said(capsys, "show", str(walk / "table"))
+    shown = printed(capsys, "show", str(walk / "table"))
     assert "\n  encoded_by:\n    device: cpu" in shown
     assert "\n    versions:\n      decoder: " in shown
     assert "{" not in shown
 
 
 def test_evaluate_gives_the_elbo_of_the_test_split(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = json.loads(said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), "--json", HERE))
+    result = json.loads(printed(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), "--json", HERE))
     assert result["num_samples"] == COUNTS["test"]
     assert result["elbo"] == pytest.approx(result["log_likelihood"] - result["kl"], rel=1e-5)
-    assert "elbo" in said(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), HERE)
+    assert "elbo" in printed(capsys, "evaluate", str(walk / "run"), str(walk / "dataset"), HERE)
 
 
 def test_evaluate_adds_the_scores_that_are_asked_for_to_its_table(walk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +120,8 @@ def test_evaluate_adds_the_scores_that_are_asked_for_to_its_table(walk: Path, ca
         "evaluate.dci=false",
         HERE,
     ]
-    result = json.loads(said(capsys, *argv, "--json"))
-    lines = {line.split("  ")[1].strip(): line for line in said(capsys, *argv).splitlines() if line.startswith("  ")}
+    result = json.loads(printed(capsys, *argv, "--json"))
+    lines = {line.split("  ")[1].strip(): line for line in printed(capsys, *argv).splitlines() if line.startswith("  ")}
     assert f"{result['probe']['linear']:.4f}" in lines["linear probe"]
     assert f"{result['probe']['knn']:.4f}" in lines["5-NN"]
     assert f"{result['disentanglement']['mig']:.4f}" in lines["MIG"]
@@ -135,41 +135,41 @@ def test_evaluate_adds_the_scores_that_are_asked_for_to_its_table(walk: Path, ca
 def test_evaluate_draws_figures_and_says_which_it_left_out(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     argv, out = ["evaluate", str(walk / "run"), str(walk / "dataset"), HERE], tmp_path / "figures"
-    planned = json.loads(said(capsys, *argv, "--figures", str(out), "--dry-run", "--json"))
+    planned = json.loads(printed(capsys, *argv, "--figures", str(out), "--dry-run", "--json"))
     assert planned["figures"] == str(out) and not out.exists()
-    text = said(capsys, *argv, "--figures", str(out))
+    text = printed(capsys, *argv, "--figures", str(out))
     assert "not drawn" in text and "manifold: the latent has 4 dimensions, a plane has 2" in text
     assert {"losses.png", "reconstructions.png", "prior_samples.png", "figures.json"} <= {path.name for path in out.iterdir()}
-    found = json.loads(said(capsys, *argv, f"evaluate.figures={out}", "--json"))["figures"]
+    found = json.loads(printed(capsys, *argv, f"evaluate.figures={out}", "--json"))["figures"]
     assert found["url"] == str(out) and "losses.png" in found["files"]
 
 
 def test_samples_are_drawn_and_a_table_is_decoded(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, table = str(walk / "run"), str(walk / "table")
-    made = json.loads(said(capsys, "sample", run, str(tmp_path / "a"), "num=5", "sample.seed=3", HERE, "--json"))
+    made = json.loads(printed(capsys, "sample", run, str(tmp_path / "a"), "num=5", "sample.seed=3", HERE, "--json"))
     assert (made["num"], made["latent_dim"], made["shape"], made["files"]) == (5, 4, [1, 32, 32], 7)
-    assert "5 samples of shape [1, 32, 32], all there already" in said(capsys, "sample", run, str(tmp_path / "a"), "num=5", "seed=3")
-    assert "34 decoded latents of shape" in said(capsys, "decode", run, table, str(tmp_path / "b"), "split=test", "images=0")
+    assert "5 samples of shape [1, 32, 32], all there already" in printed(capsys, "sample", run, str(tmp_path / "a"), "num=5", "seed=3")
+    assert "34 decoded latents of shape" in printed(capsys, "decode", run, table, str(tmp_path / "b"), "split=test", "images=0")
     assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.name[0] != ".") == ["decoded.json", "decoded.npz", "grid.png"]
-    planned = json.loads(said(capsys, "decode", run, table, str(tmp_path / "c"), "num=3", "--dry-run", "--json"))
+    planned = json.loads(printed(capsys, "decode", run, table, str(tmp_path / "c"), "num=3", "--dry-run", "--json"))
     assert (planned["num"], planned["recipe"]["decode"]["num"]) == (3, 3)
-    assert "would sample:" in said(capsys, "sample", run, str(tmp_path / "c"), "--dry-run")
+    assert "would sample:" in printed(capsys, "sample", run, str(tmp_path / "c"), "--dry-run")
     assert not (tmp_path / "c").exists()
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run, out = str(walk / "dataset"), str(walk / "run"), str(tmp_path / "out")
-    sharding = json.loads(said(capsys, "shard", "sprites", out, *SPRITES, "--dry-run", "--json"))
+    sharding = json.loads(printed(capsys, "shard", "sprites", out, *SPRITES, "--dry-run", "--json"))
     assert sharding["samples"] == COUNTS
-    training = json.loads(said(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run", "--json"))
+    training = json.loads(printed(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run", "--json"))
     assert (training["steps"], training["input_shape"], training["recipe"]["train"]["epochs"]) == (12, [1, 32, 32], 2)
-    encoding = json.loads(said(capsys, "encode", run, data, out, HERE, "--dry-run", "--json"))
+    encoding = json.loads(printed(capsys, "encode", run, data, out, HERE, "--dry-run", "--json"))
     assert encoding["new_rows"] == 200
-    evaluating = json.loads(said(capsys, "evaluate", run, data, HERE, "--dry-run", "--json"))
+    evaluating = json.loads(printed(capsys, "evaluate", run, data, HERE, "--dry-run", "--json"))
     assert (evaluating["samples"], evaluating["model"], evaluating["recipe"]["evaluate"]["iwae"]) == (COUNTS["test"], "vae", 0)
-    running = json.loads(said(capsys, "run", "demo", f"out={out}", *SPRITES, "--dry-run", "--json"))
+    running = json.loads(printed(capsys, "run", "demo", f"out={out}", *SPRITES, "--dry-run", "--json"))
     assert running["stages"] == {"shard": f"{out}/dataset", "train": f"{out}/run", "encode": f"{out}/table"}
-    assert said(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run").startswith("would train:")
+    assert printed(capsys, "train", f"data={data}", f"out={out}", *TINY, "--dry-run").startswith("would train:")
     assert not Path(out).exists()
 
 
@@ -179,9 +179,9 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
 
     before = files()
     data, run = str(walk / "dataset"), str(walk / "run")
-    assert "generation 1" in said(capsys, "shard", "sprites", data, *SPRITES)
-    assert "run/model: finished already, step 12; means of epoch 2: " in said(capsys, "train", f"data={data}", f"out={run}", *TINY)
-    assert "table generation 1: nothing new, 200 rows in 3 parts" in said(capsys, "encode", run, data, str(walk / "table"), HERE)
+    assert "generation 1" in printed(capsys, "shard", "sprites", data, *SPRITES)
+    assert "run/model: finished already, step 12; means of epoch 2: " in printed(capsys, "train", f"data={data}", f"out={run}", *TINY)
+    assert "table generation 1: nothing new, 200 rows in 3 parts" in printed(capsys, "encode", run, data, str(walk / "table"), HERE)
     assert files() == before
 
 
@@ -280,7 +280,7 @@ def test_bad_input_ends_with_its_exit_code_and_one_message(
     argv: list[str], code: int, message: str, walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"tmp": str(tmp_path), "walk": str(walk)}
-    error = said(capsys, *[word.replace("{tmp}", places["tmp"]).replace("{walk}", places["walk"]) for word in argv], code=code)
+    error = printed(capsys, *[word.replace("{tmp}", places["tmp"]).replace("{walk}", places["walk"]) for word in argv], code=code)
     assert message.replace("{tmp}", places["tmp"]).replace("{walk}", places["walk"]) in error
     assert "Traceback" not in error
     assert [line for line in error.splitlines() if line.startswith("aepipe: ")], error
@@ -290,13 +290,13 @@ def test_a_model_on_pairs_trains_encodes_and_is_evaluated_like_any_other(
     walk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, table, data = str(tmp_path / "run"), str(tmp_path / "table"), str(walk / "dataset")
-    trained = json.loads(said(capsys, "train", f"data={data}", f"out={run}", *TINY, "model.kind=adagvae", "pairs.k=2", "--json"))
+    trained = json.loads(printed(capsys, "train", f"data={data}", f"out={run}", *TINY, "model.kind=adagvae", "pairs.k=2", "--json"))
     assert {"elbo", "log_likelihood_x1", "kl_divergence_x2"} <= set(trained["metrics"])
-    assert json.loads(said(capsys, "encode", run, data, table, HERE, "--json"))["rows"] == 200
-    scores = json.loads(said(capsys, "evaluate", run, data, HERE, "--json"))
+    assert json.loads(printed(capsys, "encode", run, data, table, HERE, "--json"))["rows"] == 200
+    scores = json.loads(printed(capsys, "evaluate", run, data, HERE, "--json"))
     assert scores["elbo"] == pytest.approx(scores["log_likelihood"] - scores["kl"])
-    assert said(capsys, "verify", table, "--read-data").startswith("ok")
-    knobs = json.loads(said(capsys, "list", "models", "--json"))["adagvae"]["knobs"]
+    assert printed(capsys, "verify", table, "--read-data").startswith("ok")
+    knobs = json.loads(printed(capsys, "list", "models", "--json"))["adagvae"]["knobs"]
     assert {"latent_dim", "beta", "likelihood", "averaging", "divergence"} <= set(knobs)
 
 
@@ -305,12 +305,12 @@ def test_a_prefect_server_that_does_not_answer_is_a_cluster_error(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     for argv in (["shard", "sprites", str(tmp_path / "out"), *SPRITES], ["serve", "demo", f"out={tmp_path}/out"]):
-        assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in said(capsys, *argv, code=5)
+        assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in printed(capsys, *argv, code=5)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    error = said(capsys, "shard", "only-one", code=2)
+    error = printed(capsys, "shard", "only-one", code=2)
     assert "the following arguments are required: DATASET\nusage: aepipe shard " in error
     assert error.endswith("SRC DATASET [key=value ...]\n")
 
@@ -321,14 +321,14 @@ def test_a_usage_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> Non
         ("shard sprites ./s --jsn", "`aepipe shard` has no option --jsn: did you mean --json?", "DATASET [key=value ...]"),
         ("shard sprites ./s cluster.num_workers", "write key=value, as in cluster.num_workers=...", "DATASET [key=value ...]"),
         ("gc ./s --dry", "`aepipe gc` has no option --dry: did you mean --dry-run?", "URL"),
-        ("show a b", "`aepipe show` has no place for 'b'", "URL"),
+        ("show a b", "`aepipe show` takes no argument 'b'", "URL"),
         ("list modls", "invalid choice: 'modls'", "{models,backbones,sources,recipes,sections}"),
     ],
 )
 def test_a_word_without_a_place_ends_with_the_usage_of_its_verb(
     words: str, message: str, usage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = said(capsys, *words.split(), code=2)
+    error = printed(capsys, *words.split(), code=2)
     assert message in error
     assert f"\nusage: aepipe {words.split()[0]} " in error and error.endswith(f" {usage}\n")
 
@@ -369,20 +369,20 @@ def test_damage_is_found(walk: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     content = bytearray(tar.read_bytes())
     content[1000] ^= 1
     tar.write_bytes(content)
-    assert said(capsys, "verify", str(tmp_path / "copy" / "dataset")).startswith("ok"), "sizes are right"
-    assert tar.name in said(capsys, "verify", str(tmp_path / "copy" / "dataset"), "--read-data", code=3)
+    assert printed(capsys, "verify", str(tmp_path / "copy" / "dataset")).startswith("ok"), "sizes are right"
+    assert tar.name in printed(capsys, "verify", str(tmp_path / "copy" / "dataset"), "--read-data", code=3)
     tar.unlink()
-    assert "is missing" in said(capsys, "verify", str(tmp_path / "copy" / "dataset"), code=3)
+    assert "is missing" in printed(capsys, "verify", str(tmp_path / "copy" / "dataset"), code=3)
     assert main(["verify", str(tmp_path / "copy" / "dataset"), "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert tar.name in found["message"] and found["exit_code"] == 3
     table = tmp_path / "table"
-    error = said(capsys, "encode", str(walk / "run"), str(tmp_path / "copy" / "dataset"), str(table), HERE, code=3)
+    error = printed(capsys, "encode", str(walk / "run"), str(tmp_path / "copy" / "dataset"), str(table), HERE, code=3)
     assert error.endswith("the rest is kept; put that right, then run the same command again to finish\n")
     assert "\n\n" not in error
     weights = next((tmp_path / "copy" / "run" / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert weights.name in said(capsys, "verify", str(tmp_path / "copy" / "run"), code=3)
+    assert weights.name in printed(capsys, "verify", str(tmp_path / "copy" / "run"), code=3)
 
 
 def test_a_root_is_checked_against_its_own_dataset_or_the_one_that_is_given(
@@ -393,14 +393,14 @@ def test_a_root_is_checked_against_its_own_dataset_or_the_one_that_is_given(
     moved, other = tmp_path / "moved", tmp_path / "other"
     shutil.copytree(walk, moved)
     assert main(["shard", "sprites", str(other), *SPRITES, "source.size=16", "splits.test=0.5"]) == 0
-    assert said(capsys, "verify", str(moved)).startswith("ok")
-    assert said(capsys, "verify", str(moved), "--dataset", str(walk / "dataset")).startswith("ok")
-    assert "has 88 samples, the table covers 34" in said(capsys, "verify", str(moved), "--dataset", str(other), code=3)
+    assert printed(capsys, "verify", str(moved)).startswith("ok")
+    assert printed(capsys, "verify", str(moved), "--dataset", str(walk / "dataset")).startswith("ok")
+    assert "has 88 samples, the table covers 34" in printed(capsys, "verify", str(moved), "--dataset", str(other), code=3)
     shutil.rmtree(moved / "dataset")
     shutil.copytree(other, moved / "dataset")
-    assert "has 88 samples" in said(capsys, "verify", str(moved), code=3), "where it was encoded from does not count: the root is one thing"
+    assert "has 88 samples" in printed(capsys, "verify", str(moved), code=3), "where it was encoded from does not count"
     shutil.rmtree(moved / "table")
-    assert "is a root without a table" in said(capsys, "verify", str(moved), "--dataset", str(other), code=2)
+    assert "is a root without a table" in printed(capsys, "verify", str(moved), "--dataset", str(other), code=2)
 
 
 def test_a_bare_word_means_the_source_kind_also_beside_a_folder_of_its_name(
@@ -408,10 +408,10 @@ def test_a_bare_word_means_the_source_kind_also_beside_a_folder_of_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert "generation 1" in said(capsys, "shard", "sprites", "./sprites", *SPRITES)
-    assert "sprites holds no file with one of the extensions" in said(capsys, "shard", "./sprites", "./again", HERE, code=3)
+        assert "generation 1" in printed(capsys, "shard", "sprites", "./sprites", *SPRITES)
+    assert "sprites holds no file with one of the extensions" in printed(capsys, "shard", "./sprites", "./again", HERE, code=3)
     same = ("out=sprites", "source.kind=sprites")
-    assert "generation 1" in said(capsys, "shard", "sprites", "./sprites", *same, *SPRITES), "the same value twice is no conflict"
+    assert "generation 1" in printed(capsys, "shard", "sprites", "./sprites", *same, *SPRITES), "the same value twice is no conflict"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -419,7 +419,7 @@ def test_json_output_is_never_invalid(value: float, monkeypatch: pytest.MonkeyPa
     from pipelines.steps import steps
 
     monkeypatch.setitem(steps.STEPS, "evaluate", lambda *_, **__: {"elbo": value, "per": [{"mse": value}], "kl": 1.0})
-    error = said(capsys, "evaluate", "./run", "./data", "--json", HERE, code=3)
+    error = printed(capsys, "evaluate", "./run", "./data", "--json", HERE, code=3)
     assert f"elbo is {value}; per.0.mse is {value};" in error
     assert "Traceback" not in error
 
@@ -431,45 +431,49 @@ def test_a_folder_of_images_is_sharded_by_its_splits(tmp_path: Path, capsys: pyt
         path = tmp_path / "raw" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), number * 50).save(path)
-    result = json.loads(said(capsys, "shard", str(tmp_path / "raw"), str(tmp_path / "out"), "--json", HERE))
+    result = json.loads(printed(capsys, "shard", str(tmp_path / "raw"), str(tmp_path / "out"), "--json", HERE))
     assert (result["samples"], result["classes"]) == ({"train": 2, "test": 1}, 2)
 
 
 @pytest.mark.parametrize("what", ["models", "backbones", "sources", "recipes", "sections"])
 def test_list_names_what_there_is(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     known = {"models": "vae", "backbones": "mlp", "sources": "sprites", "recipes": "mnist_vae", "sections": "optim"}[what]
-    parts = json.loads(said(capsys, "list", what, "--json"))
+    parts = json.loads(printed(capsys, "list", what, "--json"))
     assert parts[known]["about"]
-    assert f"{known}: " in said(capsys, "list", what)
+    assert f"{known}: " in printed(capsys, "list", what)
     if what == "recipes":
         assert [part["about"] for part in parts.values() if not part["about"].endswith(".")] == [], "whole sentences"
         assert parts["mnist_iwae"]["about"].endswith("(Burda et al. 2015).")
 
 
 def test_list_says_every_key_of_a_recipe_with_its_meaning_and_the_steps_that_read_it(capsys: pytest.CaptureFixture[str]) -> None:
-    sections = json.loads(said(capsys, "list", "sections", "--json"))
+    sections = json.loads(printed(capsys, "list", "sections", "--json"))
     assert list(sections) == list(SECTIONS)
     unclear = {f"{name}.{key}" for name, section in sections.items() for key, knob in section["knobs"].items() if not knob["help"]}
     assert not unclear
     assert sections["train"]["knobs"]["epochs"] == {"default": 10, "help": "passes over the split", "type": "int", "ge": 1}
-    assert (sections["pairs"]["steps"], sections["shards"]["steps"], sections["cluster"]["steps"]) == (["train"], ["shard", "adopt"], [])
-    text = said(capsys, "list", "sections")
-    assert re.search(r"\nencode: .*\(read by encode\)\n    batch = 512    .*\(int >= 1\)\n", text)
-    assert "model: The model: `aepipe list models` names its kinds" in text
+    assert (sections["pairs"]["steps"], sections["shards"]["steps"]) == (["train"], ["shard", "adopt"])
+    assert sections["cluster"]["steps"] == ["shard", "adopt", "train", "encode", "evaluate"]
+    assert sections["optim"]["knobs"]["kind"]["choices"] == ["adam", "adamw"]
+    assert sections["cluster"]["knobs"]["kind"]["choices"] == ["local", "address", "job"]
+    text = printed(capsys, "list", "sections")
+    assert re.search(r"\n\nencode: .*\(read by encode\)\n    batch = 512 +.*\(int >= 1\)\n", text)
+    assert re.search(r"\n    val_split = null +.*\(str or null\)\n", text)
+    assert "model: kind and knobs of the model, see `aepipe list models` (read by train)" in text
 
 
 def test_one_of_a_thing_is_singular_and_small_data_has_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, "shard", "sprites", str(tmp_path / "out"), "source.num_samples=1", "splits.by=none", HERE)
+    text = printed(capsys, "shard", "sprites", str(tmp_path / "out"), "source.num_samples=1", "splits.by=none", HERE)
     assert re.search(r"generation 1: train 1 sample; 1 shard, [\d.]+ kB \(", text)
 
 
 def test_list_says_what_each_knob_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    knobs = json.loads(said(capsys, "list", "models", "--json"))["vae"]["knobs"]
+    knobs = json.loads(printed(capsys, "list", "models", "--json"))["vae"]["knobs"]
     assert (knobs["latent_dim"]["type"], knobs["latent_dim"]["ge"]) == ("int", 1)
     assert knobs["likelihood"]["choices"] == ["gaussian", "bernoulli", "laplace", "categorical"]
     assert "choices" not in knobs["beta"]
-    assert "  latent_dim = 10    size of the latent vector (int >= 1)\n" in said(capsys, "list", "models")
-    folder = json.loads(said(capsys, "list", "sources", "--json"))["folder"]["knobs"]
+    assert re.search(r"\n    latent_dim = 10 +size of the latent vector \(int >= 1\)\n", printed(capsys, "list", "models"))
+    folder = json.loads(printed(capsys, "list", "sources", "--json"))["folder"]["knobs"]
     assert (folder["extensions"]["type"], folder["group"]["choices"]) == ("list of str", ["parent"])
 
 

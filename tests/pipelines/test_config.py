@@ -113,10 +113,10 @@ def test_what_is_missing_is_asked_for_with_an_example() -> None:
     ("text", "message"),
     [
         ("train: [", "is not valid YAML"),
-        ("train: {epochs: 1, epochs: 2}", "the key 'epochs' stands twice"),
+        ("train: {epochs: 1, epochs: 2}", "the key 'epochs' occurs twice"),
         ("- 1\n- 2", "holds list, expected sections"),
         ("name: &a [*a]", "is YAML, but not plain data"),
-        ("train: &a {epochs: *a}", "no alias inside of its own anchor"),
+        ("train: &a {epochs: *a}", "no alias inside its own anchor"),
         ("2026-01-01: 3", "is YAML, but not plain data"),
         pytest.param("name: " + "[" * 1100, "is YAML, but not plain data", id="deep"),
         ("train: !!python/object/apply:os.system [echo]", "is not valid YAML"),

@@ -47,7 +47,7 @@ def test_with_nothing_configured_it_passes_and_says_what_it_skipped(capsys: pyte
     assert [name for name, check in found.items() if check["state"] == "failed"] == []
     for name, why in (("store", "no URL given"), ("ray", "RAY_ADDRESS is not set"), ("prefect", "PREFECT_API_URL is not set")):
         assert found[name]["state"] == "skipped"
-        assert why in found[name]["said"]
+        assert why in found[name]["message"]
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ok       python: Python 3.")
@@ -57,24 +57,24 @@ def test_with_nothing_configured_it_passes_and_says_what_it_skipped(capsys: pyte
 def test_it_says_whether_the_compiled_loops_are_used_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.available():
         assert _machine.compiled_loops().state == "ok"
-        assert native.processor().name in _machine.compiled_loops().said
+        assert native.processor().name in _machine.compiled_loops().message
         with monkeypatch.context() as patch:
             patch.setenv("AECORE_NATIVE", "0")
             patch.setattr(native, "_load", native._load.__wrapped__)
-            assert _machine.compiled_loops().said == "shards are read, hashed and packed in Python (AECORE_NATIVE=0)"
+            assert _machine.compiled_loops().message == "shards are read, hashed and packed in Python (AECORE_NATIVE=0)"
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
     monkeypatch.setattr(native, "_path", lambda: None)
-    assert "install a C compiler" in _machine.compiled_loops().said
+    assert "install a C compiler" in _machine.compiled_loops().message
 
 
 def test_it_says_which_matrix_product_is_used_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     linear_path.cache_clear()
     monkeypatch.setenv("AECORE_LINEAR", "torch")
-    assert "torch (AECORE_LINEAR=torch)" in _machine.linear_layers().said
+    assert "torch (AECORE_LINEAR=torch)" in _machine.linear_layers().message
     linear_path.cache_clear()
     monkeypatch.setenv("AECORE_LINEAR", "mkl")
     (finding,) = run_checks([check for check in _machine.machine_checks(ClusterSpec()) if check.name == "linear layers"])
-    assert finding.state == "failed" and "AECORE_LINEAR=mkl" in finding.said
+    assert finding.state == "failed" and "AECORE_LINEAR=mkl" in finding.message
     linear_path.cache_clear()
 
 
@@ -99,14 +99,14 @@ def test_a_bucket_passes_and_nothing_of_the_check_is_left(s3: S3) -> None:
 def test_a_bucket_that_does_not_create_atomically_fails(bare_s3: S3) -> None:
     (found,) = run_checks(_store.store_checks(f"{bare_s3.url}/place"))
     assert (found.name, found.state, found.exit_code) == ("store: race", "failed", 4)
-    assert re.fullmatch("[2-8] of 8 overlapping writes of one name were acknowledged", found.said)
+    assert re.fullmatch("[2-8] of 8 overlapping writes of one name were acknowledged", found.message)
     assert bare_s3.objects() == {}
 
 
 def test_a_place_that_cannot_be_written_fails_with_exit_code_4(capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(capsys, "/proc/nothing/here", code=4)
-    assert "cannot write under /proc/nothing/here" in found["store"]["said"]
-    assert found["store"]["remedy"].startswith("give another URL")
+    assert "cannot write under /proc/nothing/here" in found["store"]["message"]
+    assert found["store"]["remedy"].startswith("use another URL")
 
 
 class Overwriting(LocalStore):
@@ -122,9 +122,9 @@ def test_a_store_that_overwrites_and_a_race_without_one_winner_are_found(tmp_pat
     store = Overwriting(tmp_path)
     store.put("one", b"first", role="doctor")
     found = _store._exclusive(store)
-    assert (found.state, found.said) == ("failed", "a second write under one name was not refused")
+    assert (found.state, found.message) == ("failed", "a second write under one name was not refused")
     raced = _store.raced(store)
-    assert (raced.state, raced.said) == ("failed", "8 of 8 overlapping writes of one name were acknowledged")
+    assert (raced.state, raced.message) == ("failed", "8 of 8 overlapping writes of one name were acknowledged")
 
 
 def test_a_clock_that_is_wrong_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_clock_that_is_wrong_is_a_warning(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(_store.time, "time", lambda: later)
     found = _store._clock(open_store(tmp_path))
     assert found.state == "warning"
-    assert found.said == "the clock of the storage and of this machine are 400 s apart"
+    assert found.message == "the clock of the storage and of this machine are 400 s apart"
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_versions_that_do_not_work_together_are_named_with_the_range_of_the_pack
     monkeypatch.setattr(_environment, "installed", lambda asked: Version(version) if asked == name else real(asked))
     (found,) = run_checks([Check("known conflicts", _environment.conflicts, ConfigError)])
     assert (found.state, found.exit_code, found.remedy) == ("failed", 2, remedy)
-    assert what in found.said
+    assert what in found.message
     listed = run_checks([Check("packages", _environment.packages, ConfigError)])
-    assert any(name in finding.said and finding.state == "failed" for finding in listed)
+    assert any(name in finding.message and finding.state == "failed" for finding in listed)
 
 
 def test_what_is_installed_here_is_what_the_project_asks_for() -> None:
@@ -175,8 +175,8 @@ def test_a_check_that_hangs_or_breaks_is_a_failure_and_the_others_have_their_tur
         ("fine", "ok", 0),
     ]
     assert exit_code(found) == 5
-    assert "no answer within 0 s" in found[0].said
-    assert found[1].said == "ValueError: odd"
+    assert "no answer within 0 s" in found[0].message
+    assert found[1].message == "ValueError: odd"
     assert all(finding.remedy for finding in found if finding.state == "failed")
 
 
@@ -210,9 +210,9 @@ def test_services_that_are_not_there_fail_with_exit_code_5(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     found = checked(capsys, code=5)
-    assert "nothing answers at 127.0.0.1:1" in found["ray"]["said"]
+    assert "nothing answers at 127.0.0.1:1" in found["ray"]["message"]
     assert "unset RAY_ADDRESS" in found["ray"]["remedy"]
-    assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in found["prefect"]["said"]
+    assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in found["prefect"]["message"]
 
 
 @pytest.mark.ray
@@ -222,10 +222,10 @@ def test_a_running_ray_is_compared_with_what_the_recipe_asks_for(two_workers: Cl
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     found = {finding.name: finding for finding in run_checks(_ray.ray_checks(two_workers))}
     assert states(list(found.values())) == {"ray": "ok", "ray: resources": "ok"}, found
-    assert f"Ray {ray.__version__} at " in found["ray"].said
+    assert f"Ray {ray.__version__} at " in found["ray"].message
     (_, short) = run_checks(_ray.ray_checks(ClusterSpec(num_workers=3000)))
     assert (short.state, short.exit_code) == ("failed", 5)
-    assert "the recipe asks for 3000" in short.said
+    assert "the recipe asks for 3000" in short.message
 
 
 @pytest.fixture
@@ -249,16 +249,16 @@ def test_a_prefect_server_is_asked_for_version_password_workers_and_schedules(se
     found = look()
     assert found["prefect"].state == "ok", found
     assert found["prefect: password"].state == "ok"
-    assert "no work pool" in found["prefect: workers"].said
+    assert "no work pool" in found["prefect: workers"].message
     assert found["prefect: scheduler"].state == "skipped"
     _prefect.ask(server_url, "/work_pools/", {"name": "local", "type": "process"})
-    assert "pool local has no worker that is alive" in look()["prefect: workers"].said
+    assert "pool local has no live worker" in look()["prefect: workers"].message
     flow = _prefect.ask(server_url, "/flows/", {"name": "nightly"})
     schedule = {"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC"}}
     deployment = {"name": "nightly", "flow_id": flow["id"], "schedules": [schedule], "work_pool_name": "local"}
     _prefect.ask(server_url, "/deployments/", deployment)
     wait_until(lambda: look()["prefect: scheduler"].state == "ok", lambda: f"the scheduler is ok: {look()}", every_s=0.5)
-    assert "for 1 deployments" in look()["prefect: scheduler"].said
+    assert "for 1 deployments" in look()["prefect: scheduler"].message
     assert "hunter2" not in str(look())
 
 
@@ -275,4 +275,7 @@ def test_a_prefect_server_without_a_password_is_warned_of_on_loopback_too() -> N
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = _prefect._password(f"http://127.0.0.1:{server.server_port}/api")
         server.shutdown()
-    assert (found.state, found.said) == ("warning", "the server takes orders, and so code to run, from every user of this machine")
+    assert (found.state, found.message) == (
+        "warning",
+        "the server accepts deployments, and so code to run, from every user of this machine",
+    )

@@ -15,7 +15,7 @@ from pipelines.recipe.recipe import ClusterSpec, load_recipe
 from pipelines.steps.steps import train_job_of
 from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
-from tests.pipelines.test_cli import HERE, said
+from tests.pipelines.test_cli import HERE, printed
 
 SMALL = ("model.latent_dim=2", "backbone.hidden=[8]", "train.global_batch=16")
 
@@ -37,27 +37,27 @@ def test_the_kind_of_a_source_is_found_by_names(tmp_path: Path, tars: Path, caps
         "theirs/{00000..00001}.tar": "webdataset",
     }
     for name, kind in kinds.items():
-        shown = json.loads(said(capsys, "shard", str(tmp_path / name), str(tmp_path / "out"), "--dry-run", "--json", HERE))
+        shown = json.loads(printed(capsys, "shard", str(tmp_path / name), str(tmp_path / "out"), "--dry-run", "--json", HERE))
         assert shown["recipe"]["source"]["kind"] == kind
         explicit = json.loads(
-            said(capsys, "shard", str(tmp_path / name), str(tmp_path / "out"), f"source.kind={kind}", "--dry-run", "--json", HERE)
+            printed(capsys, "shard", str(tmp_path / name), str(tmp_path / "out"), f"source.kind={kind}", "--dry-run", "--json", HERE)
         )
         assert explicit["samples"] == shown["samples"]
     (tmp_path / "arrays/train/photo.png").write_bytes(encoded(image(0)))
-    shown = json.loads(said(capsys, "shard", str(tmp_path / "arrays"), str(tmp_path / "out"), "--dry-run", "--json", HERE))
+    shown = json.loads(printed(capsys, "shard", str(tmp_path / "arrays"), str(tmp_path / "out"), "--dry-run", "--json", HERE))
     assert shown["recipe"]["source"]["kind"] == "folder"
 
 
 def test_a_kind_may_be_said_twice_and_an_unknown_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "shard", "sprites", str(tmp_path / "out"), "source.kind=sprites", "--dry-run", HERE)
-    said(capsys, "shard", "arrays", str(tmp_path / "out"), f"source.url={tmp_path / 'a.npz'}", "--dry-run", HERE, code=3)
-    assert "did you mean 'arrays'" in said(
+    printed(capsys, "shard", "sprites", str(tmp_path / "out"), "source.kind=sprites", "--dry-run", HERE)
+    printed(capsys, "shard", "arrays", str(tmp_path / "out"), f"source.url={tmp_path / 'a.npz'}", "--dry-run", HERE, code=3)
+    assert "did you mean 'arrays'" in printed(
         capsys, "shard", str(tmp_path / "a.npz"), str(tmp_path / "out"), "source.kind=array", HERE, code=2
     )
 
 
 def test_list_sources_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
-    parts = json.loads(said(capsys, "list", "sources", "--json"))
+    parts = json.loads(printed(capsys, "list", "sources", "--json"))
     assert {"arrays", "webdataset"} <= parts.keys()
     assert "source.label" not in parts["webdataset"]["knobs"]
     assert "label" in parts["webdataset"]["knobs"]
@@ -68,31 +68,31 @@ def test_adopted_tars_are_trained_on_encoded_verified_and_shown(tmp_path: Path, 
     (tars / "00000.tar").rename(tars / "train-00000.tar")
     (tars / "00001.tar").rename(tars / "train-00001.tar")
     data, run, table = (str(tmp_path / name) for name in ("dataset", "run", "table"))
-    planned = json.loads(said(capsys, "adopt", str(tars), data, "--dry-run", "--json", HERE))
+    planned = json.loads(printed(capsys, "adopt", str(tars), data, "--dry-run", "--json", HERE))
     assert (planned["samples"], Path(data).exists()) == ({"train": 50, "test": 10}, False)
-    assert "dataset " in said(capsys, "adopt", str(tars), data, HERE)
+    assert "dataset " in printed(capsys, "adopt", str(tars), data, HERE)
     assert main(["train", f"data={data}", f"out={run}", *SMALL, "train.epochs=1", HERE]) == 0
     assert main(["encode", run, data, table, HERE]) == 0
     assert main(["evaluate", run, data]) == 0
-    shown = json.loads(said(capsys, "show", data, "--json"))
+    shown = json.loads(printed(capsys, "show", data, "--json"))
     assert (shown["samples"], shown["adopted_from"]) == ({"train": 50, "test": 10}, [str(tars)])
     for name in (data, run, table):
-        assert said(capsys, "verify", name, "--read-data").startswith("ok\n")
-    assert json.loads(said(capsys, "show", table, "--json"))["rows"] == 60
+        assert printed(capsys, "verify", name, "--read-data").startswith("ok\n")
+    assert json.loads(printed(capsys, "show", table, "--json"))["rows"] == 60
     whole = bytearray((tars / "train-00000.tar").read_bytes())
     whole[110] ^= 1
     (tars / "train-00000.tar").write_bytes(whole)
-    assert "train-00000.tar is damaged" in said(capsys, "verify", data, "--read-data", code=3)
+    assert "train-00000.tar is damaged" in printed(capsys, "verify", data, "--read-data", code=3)
 
 
 def test_tars_without_an_index_are_trained_on(tmp_path: Path, tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("train", f"data={tars}", f"out={tmp_path / 'run'}", *SMALL, HERE)
-    assert "aepipe adopt" in said(capsys, *asked, code=3)
-    assert "set train.max_steps" in said(capsys, *asked, "input.reader=webdataset", code=2)
+    assert "aepipe adopt" in printed(capsys, *asked, code=3)
+    assert "set train.max_steps" in printed(capsys, *asked, "input.reader=webdataset", code=2)
     streamed = (*asked, "input.reader=webdataset", "input.resampled=true", "train.max_steps=5")
-    planned = json.loads(said(capsys, *streamed, "--dry-run", "--json"))
+    planned = json.loads(printed(capsys, *streamed, "--dry-run", "--json"))
     assert (planned["steps"], planned["input_shape"], planned["samples"]) == (5, [1, 4, 4], None)
-    assert json.loads(said(capsys, *streamed, "--json"))["steps"] == 5
+    assert json.loads(printed(capsys, *streamed, "--json"))["steps"] == 5
     assert main(["adopt", str(tars), str(tmp_path / "data"), HERE]) == 0
     assert main(["encode", str(tmp_path / "run"), str(tmp_path / "data"), str(tmp_path / "table"), HERE]) == 0
 

@@ -93,7 +93,7 @@ def test_a_pipeline_on_two_ray_workers_makes_the_same_dataset(two_workers: Clust
         lines = newest_run("aepipe-pipeline")[1]
         return {line.partition(": ")[0] for line in lines} >= {"shard", "train", "encode"}
 
-    wait_until(logged, "progress of the workers stands in the run's log", every_s=0.5)
+    wait_until(logged, "progress of the workers is in the run's log", every_s=0.5)
     assert newest_run("aepipe-pipeline")[0].state.is_completed()
     assert main(["verify", f"{tmp_path}/out", "--read-data"]) == 0
 

@@ -15,7 +15,7 @@ from pipelines.steps.gc import seconds_of
 HERE = "cluster.num_workers=0"
 
 
-def said(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
     capsys.readouterr()
     got = main(argv)
     output = capsys.readouterr()
@@ -36,17 +36,17 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_root_is_collected_stage_by_stage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dry = said(capsys, "gc", str(root), "--dry-run")
+    dry = printed(capsys, "gc", str(root), "--dry-run")
     assert f"dataset {root}/dataset: would remove 1 file, 5.0 kB" in dry
     assert "1 file, 5.0 kB, temporary file of a process that was killed: .tmp/0123456789abcdef0123456789abcdef" in dry
     assert "left alone (not dataset/, run/ or table/ of this root): notes.txt" in dry
-    kept = json.loads(said(capsys, "gc", str(root), "--older-than", "3d", "--json"))
+    kept = json.loads(printed(capsys, "gc", str(root), "--older-than", "3d", "--json"))
     assert (kept["files"], kept["bytes"]) == (0, 0)
     assert len(os.listdir(root / "dataset/.tmp")) == 1
-    done = json.loads(said(capsys, "gc", str(root), "--json"))
+    done = json.loads(printed(capsys, "gc", str(root), "--json"))
     assert (done["files"], done["bytes"], done["not_ours"]) == (1, 5000, ["notes.txt"])
     assert os.listdir(root / "dataset/.tmp") == []
-    assert said(capsys, "verify", str(root / "dataset"), "--read-data").startswith("ok")
+    assert printed(capsys, "verify", str(root / "dataset"), "--read-data").startswith("ok")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("2m", 120), ("1.5h", 5400), ("7d", 604800), ("2w", 1209600)])
@@ -62,7 +62,7 @@ def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
 
 def test_a_place_that_is_not_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"x")
-    assert "holds no dataset, run or table: check the address; only what aecore wrote is collected" in said(
+    assert "holds no dataset, run or table: check the address; only what aecore wrote is collected" in printed(
         capsys, "gc", str(tmp_path), code=3
     )
     assert open_store(tmp_path).list() == ["photo.jpg"]
@@ -74,28 +74,28 @@ def test_what_was_made_from_a_model_is_told_and_never_called_somebody_elses(
     data, run, out = str(root / "dataset"), str(root / "run"), str(tmp_path / "samples")
     assert main(["train", f"data={data}", f"out={run}", "model.latent_dim=2", "backbone.hidden=[8]", "train.max_steps=2", HERE]) == 0
     assert main(["sample", run, out, "num=2", "seed=5"]) == 0
-    shown = json.loads(said(capsys, "show", out, "--json"))
+    shown = json.loads(printed(capsys, "show", out, "--json"))
     assert (shown["kind"], shown["identity"]["spec"]["seed"], shown["files"]) == ("samples", 5, 4)
     what = f"{out} holds samples of a model's prior: "
-    assert what + "no hashes" in said(capsys, "verify", out, code=3)
-    assert what + "all of it is one result" in said(capsys, "gc", out, code=3)
+    assert what + "no hashes" in printed(capsys, "verify", out, code=3)
+    assert what + "all of it is one result" in printed(capsys, "gc", out, code=3)
 
 
 def test_verify_reads_a_slice_and_says_how_much(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [json.loads(said(capsys, "verify", str(root), "--read-data-subset", f"{k}/2", "--json"))["dataset"] for k in (1, 2)]
+    parts = [json.loads(printed(capsys, "verify", str(root), "--read-data-subset", f"{k}/2", "--json"))["dataset"] for k in (1, 2)]
     assert sum(part["parts_read"] for part in parts) == parts[0]["parts"] == 1
     assert sorted(part["bytes_read"] > 0 for part in parts) == [False, True]
-    assert "--read-data-subset 3/2 is no slice" in said(capsys, "verify", str(root), "--read-data-subset", "3/2", code=2)
+    assert "--read-data-subset 3/2 is no slice" in printed(capsys, "verify", str(root), "--read-data-subset", "3/2", code=2)
     both = ("verify", str(root), "--read-data", "--read-data-subset", "1/2")
-    assert "leave out one of them" in said(capsys, *both, code=2)
+    assert "leave out one of them" in printed(capsys, *both, code=2)
 
 
 def test_compare_prints_both_sides_and_refuses_two_kinds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = str(root / "dataset")
     run = str(root / "run")
     assert main(["train", f"data={data}", f"out={run}", "model.latent_dim=2", "backbone.hidden=[8]", "train.max_steps=2", HERE]) == 0
-    text = said(capsys, "compare", run, run)
+    text = printed(capsys, "compare", run, run)
     assert "same_weights: True" in text
     assert "(+0)" in text
-    assert json.loads(said(capsys, "compare", run, run, "--json"))["weights"]["max_difference"] == 0.0
-    assert "give two of one kind" in said(capsys, "compare", run, data, code=2)
+    assert json.loads(printed(capsys, "compare", run, run, "--json"))["weights"]["max_difference"] == 0.0
+    assert "give two of one kind" in printed(capsys, "compare", run, data, code=2)

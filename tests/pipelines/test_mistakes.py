@@ -49,7 +49,7 @@ def test_a_misspelled_key_names_the_nearest_one(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "expected"),
     [
         (
             "s3:/bucket/x",
@@ -68,11 +68,11 @@ def test_a_misspelled_key_names_the_nearest_one(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_an_address_with_a_slip_is_refused_and_makes_no_folder(
-    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for argv in (["shard", "sprites", url, *SPRITES], ["show", url], ["gc", url], ["train", "demo", "data=./x", f"out={url}", HERE]):
-        assert said in refused(capsys, *argv, code=2)
+        assert expected in refused(capsys, *argv, code=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,7 +90,7 @@ def test_a_folder_with_a_strange_name_is_still_a_folder(
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (
             ["train", "data={root}/table", "out={tmp}/r", *TINY],
@@ -119,12 +119,12 @@ def test_a_folder_with_a_strange_name_is_still_a_folder(
     ],
 )
 def test_another_kind_of_artefact_is_named_with_the_verb_to_use(
-    argv: list[str], said: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], expected: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def filled(text: str) -> str:
         return text.replace("{root}", str(root)).replace("{tmp}", str(tmp_path))
 
-    assert filled(said) in refused(capsys, *map(filled, argv), code=3)
+    assert filled(expected) in refused(capsys, *map(filled, argv), code=3)
 
 
 def test_an_output_that_holds_another_kind_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,21 +177,21 @@ def test_a_ray_cluster_that_is_not_there_ends_in_bounded_time(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "need", "room", "said"),
+    ("nodes", "need", "room", "expected"),
     [
         ([{"CPU": 2.0}], {"CPU": 1.0, "GPU": 1.0}, 0, "no node has a GPU: set cluster.use_gpu=false, or connect to a cluster with GPUs"),
         ([{"CPU": 2.0}], {"CPU": 1.0, "TPU": 1.0}, 0, "no node has TPU: correct cluster.resources_per_worker"),
-        ([{"CPU": 2.0}], {"CPU": 1.0}, 2, "set cluster.num_workers=2 or less, or a smaller share"),
-        ([{"CPU": 2.0}], {"CPU": 4.0}, 0, "ask for a smaller share for each"),
+        ([{"CPU": 2.0}], {"CPU": 1.0}, 2, "set cluster.num_workers=2 or less, or fewer resources"),
+        ([{"CPU": 2.0}], {"CPU": 4.0}, 0, "ask for fewer resources for each"),
         ([{"CPU": 2.0, "GPU": 1.0}], {"CPU": 1.0, "GPU": 1.0}, 1, "set cluster.num_workers=1 or less, .* or cluster.use_gpu=false"),
     ],
 )
-def test_a_cluster_that_is_too_small_says_what_would_fit(nodes, need, room, said) -> None:  # type: ignore[no-untyped-def]
+def test_a_cluster_that_is_too_small_says_what_would_fit(nodes, need, room, expected) -> None:  # type: ignore[no-untyped-def]
     import re
 
-    from pipelines.cluster.session import _smaller
+    from pipelines.cluster.session import _suggest_fit
 
-    assert re.search(said, _smaller(nodes, need, room))
+    assert re.search(expected, _suggest_fit(nodes, need, room))
 
 
 @pytest.fixture

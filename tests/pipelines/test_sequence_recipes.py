@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.recipe.yaml import shipped_recipes
-from tests.pipelines.test_cli import HERE, said
+from tests.pipelines.test_cli import HERE, printed
 
 SNIPPET = re.compile(r"^#   python - <<'EOF'\n(.*?)^#   EOF$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"source.url=(\S+)")
@@ -26,13 +26,13 @@ def test_a_recipe_runs_on_the_data_that_its_header_makes(recipe: str, tmp_path: 
     code = re.sub(r"\b[12]000\b", "120", found[1].replace("#   ", ""))  # fewer samples: the shapes are what is tried
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     data, run, table = (str(tmp_path / place) for place in ("dataset", "run", "table"))
-    said(capsys, "shard", str(tmp_path / name[1]), data, "--recipe", recipe, HERE)
-    said(capsys, "train", recipe, f"data={data}", f"out={run}", *FEW, HERE)
-    made = json.loads(said(capsys, "encode", run, data, table, "encode.batch=64", "--json", HERE))
+    printed(capsys, "shard", str(tmp_path / name[1]), data, "--recipe", recipe, HERE)
+    printed(capsys, "train", recipe, f"data={data}", f"out={run}", *FEW, HERE)
+    made = json.loads(printed(capsys, "encode", run, data, table, "encode.batch=64", "--json", HERE))
     assert made["rows"] == 120
-    scores = json.loads(said(capsys, "evaluate", run, data, "--json", HERE))
+    scores = json.loads(printed(capsys, "evaluate", run, data, "--json", HERE))
     assert scores["elbo"] < 0
-    drawn = json.loads(said(capsys, "sample", run, str(tmp_path / "drawn"), "sample.num=3", "--json"))
+    drawn = json.loads(printed(capsys, "sample", run, str(tmp_path / "drawn"), "sample.num=3", "--json"))
     assert drawn
     shape = np.load(tmp_path / "drawn/samples.npz")["x"].shape
     assert shape == {

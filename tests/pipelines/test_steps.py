@@ -14,7 +14,7 @@ from pipelines.cli import text
 from pipelines.cluster.jobs import JobServer
 from pipelines.recipe.recipe import SECTIONS, TOP, Recipe, load_recipe, section_type
 from pipelines.recipe.yaml import Tree, apply_overrides, value_at
-from pipelines.steps.pipeline import PIPELINE, stage, what_it_reads
+from pipelines.steps.pipeline import PIPELINE, sections_and_addresses, stage
 from pipelines.steps.steps import ADDRESSES, STEPS, with_absolute_urls
 from pipelines.steps.submit import job_of
 from tests.knobs import Values, changes
@@ -35,11 +35,11 @@ def key(name: str, tree: Tree) -> str:
 
 
 def read_sections(name: str) -> list[str]:
-    return what_it_reads(name, Recipe(base(name)))[0]
+    return sections_and_addresses(name, Recipe(base(name)))[0]
 
 
 def read_addresses(name: str) -> list[str]:
-    return what_it_reads(name, Recipe(base(name)))[1]
+    return sections_and_addresses(name, Recipe(base(name)))[1]
 
 
 def kinds(section: str) -> list[str | None]:

@@ -186,7 +186,7 @@ class BucketSource(FolderSource):
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
-        read = self._files.ahead(sources)
+        read = self._files.prefetch(sources)
         return lambda source: (_extension(source), read(source))
 
     def _require_folder(self) -> None:

@@ -84,7 +84,7 @@ def test_an_ignored_signal_stays_ignored_and_a_thread_hears_none() -> None:
 
 @pytest.fixture(scope="module")
 def whole(sprites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a run that nobody interrupted."""
+    """Give an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main(["train", *keys(sprites), f"out={out}"]) == 0
     return out
@@ -148,13 +148,13 @@ def test_workers_end_their_step_and_save_it_when_the_driver_is_told_to_end(two_w
 @pytest.mark.usefixtures("handlers")
 def test_workers_that_do_not_end_their_step_in_time_are_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Flag:
-        """The actor, as the driver sees it: `flag.ask.remote()`."""
+        """The actor, as the driver sees it: `flag.request.remote()`."""
 
         def __init__(self) -> None:
-            self.ask, self.asked = self, 0
+            self.request, self.requested = self, 0
 
         def remote(self) -> None:
-            self.asked += 1
+            self.requested += 1
 
     monkeypatch.setattr(cluster_train, "GRACE_S", 0.0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -162,9 +162,9 @@ def test_workers_that_do_not_end_their_step_in_time_are_waited_for_no_longer(mon
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert cluster_train._wait_for(never, stop, flag, lambda: None) is False
-    assert flag.asked == 1
+    assert flag.requested == 1
 
 
 def test_what_a_run_keeps_is_said_by_its_newest_checkpoint(sprites: Path, whole: Path, tmp_path: Path) -> None:
-    assert cluster_train._saved(job_for(sprites, tmp_path)) == "no checkpoint was written yet, the same command begins anew"
-    assert cluster_train._saved(job_for(sprites, whole)).startswith("its newest checkpoint is that of step 440, the same command goes on")
+    assert cluster_train._saved(job_for(sprites, tmp_path)) == "no checkpoint was written yet, the same command starts from the beginning"
+    assert cluster_train._saved(job_for(sprites, whole)).startswith("its newest checkpoint is that of step 440, the same command continues")

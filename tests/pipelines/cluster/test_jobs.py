@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aecore.errors import ClusterError, ConfigError
-from pipelines.cluster.job_client import is_here, job_address
+from pipelines.cluster.job_client import is_this_machine, job_address
 from pipelines.cluster.jobs import JobServer
 from pipelines.recipe.recipe import ClusterSpec, load_recipe
 from pipelines.steps.pipeline import run_stages
@@ -141,7 +141,7 @@ def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp
     assert f"aepipe: source.url {tmp_path}/nowhere does not exist" in ended[3][2]
     assert "cluster.num_workers=12 workers of 1 CPU each do not fit: the cluster has 4 CPU" in ended[5][2]
     assert "cannot run aecore" in ended[-5][2] and "cluster.python" in ended[-5][2]
-    assert "refuses us" in ended[-55][2] and "RAY_AUTH_TOKEN" in ended[-55][2]
+    assert "refuses this client" in ended[-55][2] and "RAY_AUTH_TOKEN" in ended[-55][2]
     assert not list(tmp_path.glob("*/dataset/dataset.*"))
 
 
@@ -156,7 +156,7 @@ def test_another_version_of_ray_is_named(head: Head, tmp_path: Path) -> None:
     words = ["submit", "demo", f"out={tmp_path}/out", "--stop", f"cluster.address={head.dashboard}"]
     done = run([sys.executable, "-c", older, *words], env=head.environment)
     assert done.returncode == 0, done.stderr
-    assert "here is Ray 2.50.0: the job's interpreter (cluster.python) must have" in done.stderr
+    assert "this is 2.50.0: cluster.python must have" in done.stderr
     assert "nothing is running" in done.stdout
 
 
@@ -194,8 +194,8 @@ def test_the_entrypoint_is_one_command_whatever_is_in_the_recipe(tmp_path: Path)
     server = object.__new__(JobServer)
     server._cluster, server._host = ClusterSpec(kind="job", address="http://127.0.0.1:8265", python="/bin/echo"), "127.0.0.1"
     job = spec_of(f'out={tmp_path}/it\'s "$(touch {tmp_path}/no)"; exit 3')
-    said = subprocess.run(server.entrypoint(job), shell=True, capture_output=True, text=True, check=True).stdout
-    assert said.rstrip("\n") == " ".join(job.arguments)
+    printed = subprocess.run(server.entrypoint(job), shell=True, capture_output=True, text=True, check=True).stdout
+    assert printed.rstrip("\n") == " ".join(job.arguments)
     assert not (tmp_path / "no").exists()
     assert json.loads(job.arguments[-1])["out"].endswith("; exit 3")
 
@@ -203,8 +203,8 @@ def test_the_entrypoint_is_one_command_whatever_is_in_the_recipe(tmp_path: Path)
 def test_a_local_path_is_refused_for_a_head_elsewhere(tmp_path: Path) -> None:
     server = object.__new__(JobServer)
     server._cluster, server._host = ClusterSpec(kind="job", address="http://192.0.2.77:8265"), "192.0.2.77"
-    assert not is_here("192.0.2.77")
-    assert is_here("127.0.0.1")
+    assert not is_this_machine("192.0.2.77")
+    assert is_this_machine("127.0.0.1")
     with pytest.raises(ClusterError, match=r"is a path on this machine, and the job runs on 192.0.2.77.*cluster.shared_paths"):
         server._require_urls_fit(spec_of(f"out={tmp_path}/out"))
     server._cluster = ClusterSpec(kind="job", address="http://192.0.2.77:8265", shared_paths=(str(tmp_path),))

@@ -122,7 +122,7 @@ def test_a_ray_of_ours_and_its_training_listen_on_loopback_alone_and_show_no_met
 ) -> None:
     seen: set[Listener] = set()
     train(job_for(sprites, tmp_path / "run", "train.epochs=5"), two_workers, lambda: seen.update(listeners([os.getpid(), *below()])))
-    assert any("RayTrainWorker" in one.command for one in seen), "nobody looked while it trained"
+    assert any("RayTrainWorker" in one.command for one in seen), "the processes were not listed while it trained"
     assert any("raylet" in one.command for one in seen)
     assert [one for one in seen if not one.is_loopback] == []
     assert not {one.port for one in seen} & {44217, 44227}, "the ports of Ray's metrics"
@@ -162,12 +162,12 @@ def test_a_folder_that_somebody_else_put_into_tmp_is_not_used(monkeypatch: pytes
 
     monkeypatch.setattr(session, "Path", InTmp)
     name = tmp_path / f"aepipe-ray-{os.getuid()}"
-    assert session._own_folder() == {"RAY_TMPDIR": str(name)}
+    assert session._local_session_folder() == {"RAY_TMPDIR": str(name)}
     name.chmod(0o777)
     (tmp_path / "elsewhere").mkdir()
     for spoil in (lambda: None, lambda: (name.rmdir(), name.symlink_to(tmp_path / "elsewhere"))):
         spoil()
-        other = Path(session._own_folder()["RAY_TMPDIR"])
+        other = Path(session._local_session_folder()["RAY_TMPDIR"])
         assert other != name
         assert (other.stat().st_mode & 0o777, other.is_symlink()) == (0o700, False)
         other.rmdir()

@@ -25,7 +25,7 @@ class Breaks:
 def test_a_connection_that_breaks_is_made_again_and_no_line_is_lost_or_said_twice() -> None:
     client, lines = Breaks(), list[str]()
     with LogTail(client, "a") as tail:
-        tail.hand_on_rest(lines.append)
+        tail.deliver_rest(lines.append)
     assert client.connections == 3
     assert lines == ["first", "second \u00e9", "", "last without end"]
 
@@ -42,5 +42,5 @@ class Waits:
 
 def test_leaving_does_not_wait_for_a_log_that_says_nothing() -> None:
     with LogTail(Waits(), "a") as tail:
-        tail.hand_on(lambda line: None, 0.2)
+        tail.deliver(lambda line: None, 0.2)
     assert not tail._thread.is_alive()

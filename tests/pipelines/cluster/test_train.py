@@ -33,7 +33,7 @@ def losses(out: Path) -> list[float]:
 
 
 def train_workers() -> list[int]:
-    """Return the train workers below this process: other people's Ray on this machine is left alone."""
+    """Return the train workers below this process: an external Ray on this machine is left alone."""
     return [pid for pid, command in below().items() if "RayTrainWorker" in command]
 
 

@@ -16,7 +16,7 @@ from pipelines.steps.steps import with_absolute_urls
 pytestmark = pytest.mark.prefect
 
 
-def said(error: type[AecoreError], *arguments: str, cron: str | None = None) -> str:
+def printed(error: type[AecoreError], *arguments: str, cron: str | None = None) -> str:
     with pytest.raises(error) as caught:
         deploy([load_recipe("demo", arguments)] if arguments else [], cron)
     return str(caught.value)
@@ -56,7 +56,7 @@ def test_a_recipe_with_credentials_is_refused_without_repeating_them(value: str)
     ],
 )
 def test_what_cannot_be_deployed_is_refused(arguments: tuple[str, ...], cron: str | None, message: str) -> None:
-    assert message in said(ConfigError, *arguments, cron=cron)
+    assert message in printed(ConfigError, *arguments, cron=cron)
 
 
 def test_a_wrong_schedule_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

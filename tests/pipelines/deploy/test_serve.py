@@ -1,4 +1,4 @@
-"""The Prefect servers that `aepipe serve` and `aepipe run` start: theirs alone, whoever else is on the machine."""
+"""The Prefect servers that `aepipe serve` and `aepipe run` start: safe from other users of the machine."""
 
 import base64
 import contextlib
@@ -62,7 +62,7 @@ class Stranger(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stranger() -> Iterator[list[str]]:
-    """A program of somebody else on the port that ours would take; gives what it was asked."""
+    """Give the requests to another program on the default port."""
     handler = type("Handler", (Stranger,), {"asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", server_module.PORT), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -133,7 +133,7 @@ def test_a_stranger_on_the_port_gets_no_request_and_no_deployment(
         assert is_new
         port = int(server.page.rpartition(":")[2])
         assert port != server_module.PORT
-        assert f"port {server_module.PORT} is taken by another program: ours takes port {port}" in caplog.text
+        assert f"port {server_module.PORT} is taken by another program: using port {port}" in caplog.text
         assert str(home / "server.env") in caplog.text, "how to log in"
         assert server.auth not in caplog.text
         assert server.answers(10)

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from pipelines.deploy.crash_restart import runs_with_a_process
+from pipelines.deploy.crash_restart import run_ids_with_process
 
 pytestmark = pytest.mark.prefect
 WAIT = "import sys; print('ready', flush=True); sys.stdin.read()"
@@ -24,9 +24,9 @@ def test_a_run_has_a_process_while_its_engine_lives_whatever_else_has_its_enviro
         for process in (first, second):
             assert process.stdout is not None
             process.stdout.readline()
-        found = runs_with_a_process()
+        found = run_ids_with_process()
         assert (engine in found, other in found) == (True, False)
         first.kill()
         first.wait(10)
-        assert engine not in runs_with_a_process()
+        assert engine not in run_ids_with_process()
         second.kill()

@@ -26,15 +26,15 @@ def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, cap
     words = [f"out={tmp_path}/dataset", "source.kind=sprites", "source.num_samples=20", "cluster.num_workers=0", "cluster.kind=job"]
     *_, name, text = job_main.arguments("shard", load_recipe(None, [*words, "cluster.address=http://host:8265"]).tree)
     assert job_main.main([name, text]) == 0
-    said = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
-    assert said is not None
-    assert said["summary"]["samples"] == {"train": 20}
+    result = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
+    assert result is not None
+    assert result["summary"]["samples"] == {"train": 20}
 
     broken = json.loads(text) | {"source": {"kind": "folder", "url": f"{tmp_path}/nowhere"}}
     assert job_main.main([name, json.dumps(broken)]) == DataError.exit_code
-    said = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
-    assert said is not None
-    error = from_json(said)
+    result = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
+    assert result is not None
+    error = from_json(result)
     assert type(error) is DataError
     assert "does not exist" in str(error)
 
@@ -48,7 +48,7 @@ def test_a_job_of_workers_uses_the_cluster_that_it_runs_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "exit_code", "said", "last", "expected", "message"),
+    ("status", "exit_code", "result", "last", "expected", "message"),
     [
         ("FAILED", 4, {"error": "StoreError", "message": "no space"}, "", StoreError, r"no space \(Ray job a\)"),
         ("FAILED", 1, {"error": "Diverged", "message": "NaN"}, "", Diverged, "NaN"),
@@ -60,10 +60,10 @@ def test_a_job_of_workers_uses_the_cluster_that_it_runs_on() -> None:
     ],
 )
 def test_the_end_of_a_job_becomes_the_error_that_it_had(
-    status: str, exit_code: int | None, said: dict[str, str], last: str, expected: type, message: str
+    status: str, exit_code: int | None, result: dict[str, str], last: str, expected: type, message: str
 ) -> None:
     with pytest.raises(expected, match=message) as raised:
-        _summary(Ended("a", status, exit_code, ""), said, last)
+        _summary(Ended("a", status, exit_code, ""), result, last)
     assert type(raised.value) is expected
 
 
