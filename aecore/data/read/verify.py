@@ -1,4 +1,4 @@
-"""`verify_dataset`: is everything there that the manifest names, and is it what was written?
+"""Verify a dataset: every file that the manifest names exists and is what was written.
 
 Sizes are always compared (one stat per file). With `read_data` every byte is: hashes, strict iteration of the tars, keys of tar, index,
 quarantine and listing against each other; with a subset only those of its shards. Problems are collected, not raised: one run

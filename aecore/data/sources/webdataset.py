@@ -1,9 +1,9 @@
 """External WebDataset shards as a source: image by image, with their labels, captions and other fields as columns.
 
-Members are grouped by key as webdataset does it, wherever in their tar they stand. Read are the one image (or array) of each
+Members are grouped by key as webdataset does it, wherever they are in their tar. It reads the one image (or array) of each
 sample, its `.cls`, and the `.json` and `.txt` that were asked for; everything else (`.pyd`, `.pickle`, ...) is left where it is, counted
 by extension. The headers of all tars are walked once, when listing; a worker then reads by offset. A gzip'ed tar is inflated once by
-each worker that reads from it: unpack large ones first. To index tars where they lie, without a copy: `adopt_shards`.
+each worker that reads from it: unpack large ones first. To index tars in place, without a copy: `adopt_shards`.
 """
 
 import json
