@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
+from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
@@ -60,6 +61,16 @@ class DatasetPlan:
         return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes)
 
 
+def _require_free_columns(listing: Listing) -> None:
+    """Raise DataError if the source names a further column like one that the index has anyway: it would take that one's place."""
+    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names})
+    if taken:
+        raise DataError(
+            f"the source gives {', '.join(map(repr, taken))} as further columns, which are columns of every index: give labels as "
+            "`label_names`, bags as `groups`, splits as `splits` of the Listing, or name the column differently (for example factor_label)"
+        )
+
+
 def plan_dataset(
     listing: Listing,
     splits: SplitSpec,
@@ -81,6 +92,7 @@ def plan_dataset(
         If the source does not have the folders or column that `splits` needs.
     """
     require_unique(listing)
+    _require_free_columns(listing)
     chosen = resolve_splits(listing, splits)
     members = assign_splits(listing, chosen, parent.splits.keys() if parent else ())
     names = _label_names(listing, chosen)

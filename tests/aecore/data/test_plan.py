@@ -46,6 +46,13 @@ def parent_with(planned, classes=()):
 samples = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 4)), min_size=1, max_size=80)  # size in bytes, group
 
 
+@pytest.mark.parametrize("name", ["label", "sha256", "ordinal", "members", "group"])
+def test_a_source_cannot_replace_a_column_that_every_index_has(name):
+    with pytest.raises(DataError, match=f"'{name}' as further columns.*label_names"):
+        plan(dataclasses.replace(plain(3), columns={name: np.array([1, 2, 3])}))
+    assert len(plan(plain(3, factor_label=[1, 2, 3])).tasks) == 1
+
+
 @given(samples, st.integers(1, 12), st.integers(1, 120), st.booleans(), st.booleans(), st.integers(0, 3), st.sampled_from([0.0, 0.3]))
 def test_every_sample_is_planned_once_and_the_limits_hold(rows, max_samples, max_bytes, shuffle, grouped, seed, val):
     groups = [f"bag {group}" for _, group in rows] if grouped else None
