@@ -27,10 +27,10 @@ from aecore._base.noise import seed_of, step_noise
 from aecore._base.trainable import has_posterior, latent_column
 from aecore.artifact.commit import read_json, require_same
 from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.data.format.pictures import grid, is_image, pixels, png
 from aecore.data.format.transform import Transform
 from aecore.errors import ConfigError, DataError, Hint, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
-from aecore.report import grid, is_image, pixels, png
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The tests of `make quick`: at most 90 s, and most faults. They get the marker `quick` by their file's name, wherever it lies.
+"""The tests of `make quick`: at most 90 s, and most faults. They get the marker `quick` by their file's name, whatever its folder.
 
 Chosen are the laws that cost little in each room, and one chain in this process (shard, train, encode, evaluate, verify: test_cli.py).
 Left out are services (Ray, Prefect, S3), processes that are killed at every fault point, ranks in processes, and training in earnest.
@@ -15,12 +15,12 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_canary.py": (),
     # bytes, registry, commits
     "test_base.py": (),
-    "test_beside.py": (),
     "test_cache.py": ("processes_share",),
     "test_fanout.py": (),
     "test_generations.py": (),
     "test_native.py": (),
     "test_registry.py": (),
+    "test_threads.py": (),
     "test_subset.py": (),
     "test_store.py": ("killed",),
     # data
@@ -30,7 +30,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_job.py": ("killed",),
     "test_loader.py": (),
     "test_manifest.py": (),
-    "test_members.py": (),
+    "test_bytes_column.py": (),
     "test_order.py": (),
     "test_pairs.py": (),
     "test_fast_path.py": ("few_descriptors",),

@@ -28,7 +28,7 @@ def data_folder() -> Path:
 
 
 def unpack(name: str, target: Path, *, train_per_class: int | None = None, test_per_class: int | None = None) -> Path:
-    """Write `<split>/<class>/<image>` of data set `name` below `target` and return it; NoRealData if it is absent.
+    """Write `<split>/<class>/<image>` of dataset `name` below `target` and return it; NoRealData if it is absent.
 
     The limits take the first images of each class by name; None takes all. An unpacked folder is copied: sources follow no links.
     """

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# aecore, from the bottom: base, then data and models beside each other, then the jobs (everything that is named in none of these)
+# aecore, from the bottom: base, then data and models side by side, then the jobs (everything that is named in none of these)
 BASE = ("_base", "artifact", "errors", "loss", "native", "registry", "store", "threads")
 DATA = ("data",)
 MODELS = ("mil", "nn", "vanilla", "variational")
@@ -112,6 +112,27 @@ def test_no_module_imports_itself_through_others_not_even_inside_a_function(pack
         TopologicalSorter(arrows).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_rooms_are_few_and_tied_by_few_imports_without_a_circle() -> None:
+    """A room is a folder or a loose module directly below `aecore`; `pipelines` is one, `infra` (which nobody imports) another."""
+    arrows: dict[tuple[str, str], str] = {}
+    for found in (*imports("aecore"), *imports("pipelines")):
+        ends = [room(name) if root(name) == "aecore" else root(name) for name in (found.module, found.target)]
+        if root(found.target) in ("aecore", "pipelines") and all(ends) and ends[0] != ends[1]:
+            arrows.setdefault((ends[0], ends[1]), str(found))
+    rooms = {end for arrow in arrows for end in arrow}
+    assert {"data", "training", "pipelines"} <= rooms
+    assert len(rooms) + 1 <= 24, sorted(rooms)
+    assert len(arrows) <= 120
+    graph: dict[str, set[str]] = {}
+    for importer, imported in arrows:
+        graph.setdefault(importer, set()).add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        cycle = error.args[1]
+        raise AssertionError([arrows[pair] for pair in zip(cycle[1:], cycle, strict=False)]) from None
 
 
 def test_optional_and_slow_packages_are_imported_inside_functions_of_aecore() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 from aecore.artifact.commit import read_json, require_same
 from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
+from aecore.data.format.pictures import require_matplotlib
 from aecore.evaluate import EvaluateSpec, open_for_evaluation
-from aecore.report import _maps, _panels, require_matplotlib
+from aecore.report import _maps, _panels
 from aecore.report._draw import draw
 from aecore.report._panels import Panel
 from aecore.report._view import NotDrawn, View

@@ -234,7 +234,7 @@ def _evaluation_plan(run: str, data: str, spec: Any) -> Tree:
 
     dataset, loaded = open_for_evaluation(run, data, spec, "cpu")
     if spec.figures is not None:
-        from aecore.report import require_matplotlib
+        from aecore.data.format.pictures import require_matplotlib
 
         require_matplotlib()
     return {
@@ -259,7 +259,7 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
     rank = Rank(device="cuda" if cluster.use_gpu else "cpu")
     if spec.figures is None:
         return evaluate(run, data, spec, rank=rank).to_dict()
-    from aecore.report import require_matplotlib
+    from aecore.data.format.pictures import require_matplotlib
     from aecore.report.figures import write_figures
 
     require_matplotlib()

@@ -1,4 +1,4 @@
-"""The product at full size with everything in a bucket: three data sets, and a kill at every fault point. Part of `make accept`."""
+"""The product at full size with everything in a bucket: three datasets, and a kill at every fault point. Part of `make accept`."""
 
 import hashlib
 import signal

@@ -237,4 +237,4 @@ class TestRecord:
         assert "matrix product" not in caplog.text, "it is finished"
         shutil.rmtree(tmp_path / "run/model")
         fit(job)
-        assert "began with the matrix product torch (AECORE_LINEAR=torch) and goes on with onednn" in caplog.text
+        assert "began with the matrix product torch (AECORE_LINEAR=torch) and continues with onednn" in caplog.text

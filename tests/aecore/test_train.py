@@ -395,7 +395,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed(data, tmp_path, caplog):
     job = small_job(data, tmp_path / "run", max_steps=20)
     shutil.copytree(tmp_path / "other/checkpoints", tmp_path / "run/checkpoints")
     fit(job)
-    assert "it is of another run" in caplog.text
+    assert "it belongs to another run" in caplog.text
     fit(small_job(data, tmp_path / "alone", max_steps=20))
     assert published_weights(tmp_path / "run") == published_weights(tmp_path / "alone")
 

@@ -172,7 +172,7 @@ def test_a_step_reads_all_that_its_entry_names_and_cannot_read_anything_else(nam
     assert step(recipe, dry_run=True)["step"] == name
     for section in step.sections:
         less = dataclasses.replace(step, sections=tuple(known for known in step.sections if known != section))
-        with pytest.raises(AssertionError, match=f"reads '{section}' of the recipe, which its entry .* does not name"):
+        with pytest.raises(AssertionError, match=f"reads '{section}' of the recipe, which its entry .* does not declare"):
             less(recipe, dry_run=True)
     for address in (address for address in step.addresses if "." not in address):
         less = dataclasses.replace(step, addresses=tuple(known for known in step.addresses if known != address))

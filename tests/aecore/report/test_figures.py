@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aecore._base.batch import Batch
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import open_dataset
+from aecore.data.format.pictures import require_matplotlib
 from aecore.data.format.transform import Transform
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.data.write.job import shard_dataset
@@ -22,7 +23,7 @@ from aecore.data.write.plan import SplitSpec
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError
 from aecore.evaluate import EvaluateSpec
-from aecore.report import _draw, _maps, _panels, figures, require_matplotlib
+from aecore.report import _draw, _maps, _panels, figures
 from aecore.report._draw import _strips, draw
 from aecore.report._view import NotDrawn, View
 from aecore.report.figures import write_figures
