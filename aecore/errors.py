@@ -130,11 +130,12 @@ def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
 def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
     """Return up to `count` known names that an unknown `word` may mean, the most similar first; [] if none is similar.
 
-    Names one typo away come first, whatever their length; then those with a difflib ratio of at least `at_least`; if there are none,
-    those that share a whole word with it (`batch_size`, `global_batch`).
+    Names one typo away come first, whatever their length; then those that begin with it; then those with a difflib ratio of at least
+    `at_least`; if there are none, those that share a whole word with it (`batch_size`, `global_batch`).
     """
     names = list(known)
     found = [name for name in names if _is_one_typo(word.casefold(), name.casefold())]
+    found += [name for name in names if len(word) >= 3 and name.casefold().startswith(word.casefold())]
     found += difflib.get_close_matches(word, names, n=count, cutoff=at_least)
     if not found:
         words = set(_WORD.findall(word.casefold()))

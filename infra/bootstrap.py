@@ -241,7 +241,7 @@ def lint(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     """Run lint, then all tests but the full-size ones, also if lint fails; pytest's summary comes last.
 
-    Without arguments in two processes, one of which runs all tests that start services: they are mostly waiting.
+    Without arguments in two processes; all tests of a file that starts services run in one of them.
     """
     servers([])
     peers([])

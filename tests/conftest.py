@@ -1,19 +1,23 @@
 """What every test shares: one torch thread, private and offline homes for Ray, Prefect and Hugging Face, real data if it is there.
 
 The environment is set when pytest loads this file, before anything imports Ray or Prefect, so that sub-processes inherit it too.
-With `-n 2 --dist loadgroup` (`make test` without arguments) tests that start services stay in one process, so they never meet.
+With `-n 2 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services run in one process.
 """
 
+import functools
 import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadGroupScheduling
 
 from aecore.store import _race as race_module
 from aecore.store import _s3 as s3_module
@@ -59,9 +63,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(full_size)]
         config.hook.pytest_deselected(items=full_size)
     mark_quick(items)
-    for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("prefect"):
-            item.add_marker(pytest.mark.xdist_group("services"))
+
+
+class FilesOfServicesTogether(LoadGroupScheduling):
+    """Give each test to a process of its own choice, but all tests of a file that starts services to one: they share servers and folders.
+
+    Groups of xdist 3.8 have no effect with pytest 9.2 (it does not find `Item._nodeid`), so the file decides.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return file if _starts_services(file) else nodeid
+
+
+@functools.cache
+def _starts_services(file: str) -> bool:
+    return re.search(r"mark\.(ray|prefect)\b", (ROOT / file).read_text()) is not None
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # any: xdist has no types
+    return FilesOfServicesTogether(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_unconfigure() -> None:

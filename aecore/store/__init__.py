@@ -25,11 +25,12 @@ from aecore.store._base import (
 from aecore.store._buckets import unchecked_bodies
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
-from aecore.store._race import RACERS, race
+from aecore.store._race import RACERS, ROUNDS, race
 
 __all__ = [
     "FAULT_STAGES",
     "RACERS",
+    "ROUNDS",
     "AlreadyExists",
     "FileRef",
     "Files",

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aecore.errors import StoreError
-from aecore.store import RACERS, AlreadyExists, Store, absolute_url, is_remote, open_store, race
+from aecore.store import RACERS, ROUNDS, AlreadyExists, Store, absolute_url, is_remote, open_store, race
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
-ROUNDS = 3
 TIMEOUT_S = 120.0
 SKEW_S = 5.0
 LOW_BYTES, LOWEST_BYTES = 5 << 30, 100 << 20

@@ -4,7 +4,6 @@ import concurrent.futures
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pipelines.cluster.train import train
 from pipelines.recipe.recipe import ClusterSpec
 from tests.aecore.training import losses, published_weights
 from tests.pipelines.cluster.test_train import job_for
+from tests.processes import started
 
 LONG = ("train.epochs=150", "checkpoint.every_steps=100000")
 SAID = re.compile(r"interrupted at step (\d+): checkpoint step-(\d{8}) written; the same command goes on from there")
@@ -100,12 +100,12 @@ def test_an_interrupted_command_says_the_step_that_it_saved_and_goes_on_from_it(
     sprites: Path, whole: Path, tmp_path: Path, number: int
 ) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "train", *keys(sprites), f"out={tmp_path}/run"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        first = next(line for line in process.stderr if line.startswith("epoch 3:"))  # training is at work
-        process.send_signal(number)
-        error = first + process.stderr.read()
-        assert process.wait(60) == 130, error
+    with started(command) as process:
+        process.wait_for("epoch 3:")  # training is at work
+        process.send(number)
+        done = process.finish()
+    error = done.stderr
+    assert done.returncode == 130, error
     found = SAID.search(error)
     assert found, error
     assert "Traceback" not in error
