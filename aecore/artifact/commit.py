@@ -79,12 +79,6 @@ def parse_json(store: Store, name: str, content: bytes) -> dict[str, Any]:
     return data
 
 
-def read_newest(store: Store, stem: str) -> tuple[int, dict[str, Any]] | None:
-    """Return number and content of the highest manifest `<stem>.NNNNNN.json`, None if there is none."""
-    number = newest_number(store, stem)
-    return None if number is None else (number, read_json(store, f"{stem}.{number:06d}.json"))
-
-
 def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
     """Return the number of the claim of `identity`: an earlier one of the same identity, else a new one.
 

@@ -84,7 +84,7 @@ class Store(Protocol):
         """Return the path of a local copy of `ref`, for immediate use; DataError if it is missing or has another size."""
 
     def open(self, ref: FileRef) -> int:
-        """Return a file descriptor of the local copy of `ref` (see `local`), for `pread`; the caller closes it."""
+        """Return a file descriptor of the local copy of `ref` (see `local`), for `pread`; the caller closes it. StoreError if it fails."""
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
         """Drop the cached copy of `ref` if that is corrupt; return whether another read fetches it again (False: nothing to gain)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import DataError, StoreError, disk_error
+from aecore.store._again import read_again
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
 
 LINK_TRIES = 20
@@ -94,7 +95,7 @@ class LocalStore:
         return self._path(ref.name)
 
     def open(self, ref: FileRef) -> int:
-        return os.open(self.local(ref), os.O_RDONLY)
+        return read_again(lambda: os.open(self.local(ref), os.O_RDONLY), str(self._path(ref.name)))
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
         return False

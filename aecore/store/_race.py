@@ -22,6 +22,7 @@ from aecore.store._base import AlreadyExists, FileRef, Store
 logger = logging.getLogger(__name__)
 ROLE = "race"  # of the files that a race writes
 RACERS, RACE_BYTES, ROUNDS = 8, 1 << 20, 3  # now and then one writer of a store that is not atomic is alone
+START_S = 60.0  # for all racers to start
 KEPT_S = 30 * 86400.0
 _passed: set[str] = set()
 _racing = threading.Lock()
@@ -30,13 +31,16 @@ _racing = threading.Lock()
 def race(store: Store) -> str | None:
     """Write one new name from `RACERS` threads at once; return what was wrong, None if exactly one write succeeded. The file is removed.
 
-    Raises StoreError if the store cannot be written.
+    Raises StoreError if the store cannot be written, or the racers do not start within `START_S`.
     """
     name, together = f".tmp/{uuid.uuid4().hex}", threading.Barrier(RACERS)
 
     def write(number: int) -> FileRef | None:
         data = bytes([number]) * RACE_BYTES
-        together.wait()
+        try:
+            together.wait(START_S)
+        except threading.BrokenBarrierError as error:
+            raise StoreError(f"cannot test {store.url}: {RACERS} threads did not start within {START_S:g} s; run it again") from error
         with contextlib.suppress(AlreadyExists):
             return store.put(name, data, role=ROLE)
         return None

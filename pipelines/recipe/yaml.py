@@ -117,15 +117,3 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Return the tree as YAML text that `parse_yaml` reads back equal."""
-    return yaml.dump(json.loads(json.dumps(tree)), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text that `_Loader` would read as a number."""
-
-
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers

@@ -1,12 +1,13 @@
 import logging
 import pickle
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 
+from aecore.artifact import fanout
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import COMMITS, Commit, PartFailure, collect, serial
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
@@ -154,8 +155,16 @@ def test_a_commit_that_fails_is_the_failure_of_its_part():
     assert seen == ["b", "c"]
 
 
-def test_an_interrupt_lets_the_running_commit_end():
-    ended, begun = [], threading.Event()
+def test_an_interrupt_lets_the_running_commit_end(monkeypatch):
+    ended, begun, awaited = [], threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, **options):
+            if wait:
+                awaited.set()
+            super().shutdown(wait, **options)
+
+    monkeypatch.setattr(fanout, "ThreadPoolExecutor", Pool)
 
     def worker(task):
         if task.stem == "b":
@@ -164,7 +173,7 @@ def test_an_interrupt_lets_the_running_commit_end():
 
         def commit():
             begun.set()
-            time.sleep(0.2)  # long enough for the interrupt to be seen meanwhile
+            assert awaited.wait(WAIT_S), "the interrupt did not wait for the commit"
             ended.append(task.stem)
             return PartRecord(task.stem, (), 1)
 

@@ -10,7 +10,7 @@ from aecore.artifact.commit import (
     newest_number,
     part_stem,
     put_or_adopt,
-    read_newest,
+    read_json,
     read_record,
     require_same,
     write_record,
@@ -69,13 +69,12 @@ def test_of_concurrent_appends_exactly_one_is_committed(tmp_path):
 
 def test_readers_take_the_highest_manifest(tmp_path):
     store = open_store(tmp_path)
-    assert read_newest(store, "dataset") is None
+    assert newest_number(store, "dataset") is None
     commit_manifest(store, "dataset", 0, {"x": 1})
     commit_manifest(store, "dataset", 1, {"x": 2})
     (tmp_path / "dataset.000009.json.part").write_text("{")
     assert newest_number(store, "dataset") == 2
-    number, manifest = read_newest(store, "dataset")
-    assert (number, manifest["x"]) == (2, 2)
+    assert read_json(store, "dataset.000002.json")["x"] == 2
 
 
 def test_a_record_comes_back_as_written_and_another_attempts_record_wins(tmp_path):
@@ -149,13 +148,13 @@ def test_a_differing_hash_is_shown_short_after_the_address_that_it_is_of():
 def test_a_manifest_of_a_newer_format_asks_for_an_upgrade(tmp_path):
     (tmp_path / "dataset.000001.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match="upgrade aecore"):
-        read_newest(open_store(tmp_path), "dataset")
+        read_json(open_store(tmp_path), "dataset.000001.json")
 
 
 def test_a_damaged_manifest_is_named(tmp_path):
     (tmp_path / "dataset.000001.json").write_text('{"format": 1, ')
     with pytest.raises(DataError, match=r"dataset\.000001\.json is not valid JSON"):
-        read_newest(open_store(tmp_path), "dataset")
+        read_json(open_store(tmp_path), "dataset.000001.json")
 
 
 def test_another_kind_of_artefact_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -59,3 +60,10 @@ def test_who_may_not_remove_what_was_raced_for_may_write(bad_s3: S3, s3_proxy, m
     s3_proxy.add("^DELETE", "status", status=403, code="AccessDenied", times=None)
     open_store(f"{bad_s3.url}/ds").put("a", b"1", role="part")
     assert bad_s3.objects()["ds/a"] == b"1"
+
+
+def test_a_race_whose_racers_do_not_all_start_is_an_error_and_no_endless_wait(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(race_module, "START_S", 0.05)
+    monkeypatch.setattr(race_module, "ThreadPoolExecutor", lambda num: ThreadPoolExecutor(num - 1))
+    with pytest.raises(StoreError, match=r"8 threads did not start within 0.05 s"):
+        race(open_store(tmp_path))

@@ -9,10 +9,11 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from aecore.native.loops import read_pieces, sha256s
 from aecore.store import Store, read_again
 from aecore.threads import map_ordered
 
+T = TypeVar("T")
 WINDOW_BYTES = 1 << 21
 LARGE_SAMPLE, ADOPTED_ROWS = 1 << 12, 64
 PARALLEL_BYTES = 1 << 20  # of large samples: they are read and hashed in two threads, which costs 0.1 ms
@@ -56,7 +58,7 @@ class ShardReader:
         if self._close is not None:
             self._close()
             self._close = None
-            del self._descriptor
+            vars(self).pop("_descriptor", None)  # gone already where a corrupt copy could not be fetched again
 
     @cached_property
     def _descriptor(self) -> int:
@@ -139,15 +141,30 @@ class ShardReader:
             return self._descriptor != descriptor
 
     def _pread(self, rows: NDArray[np.int64]) -> BytesColumn:
-        return read_again(lambda: self._pieces(rows), self._name)
+        return self._again(functools.partial(self._pieces, rows))
 
-    def _pieces(self, rows: NDArray[np.int64]) -> BytesColumn:
+    def _again(self, read: Callable[[int], T]) -> T:
+        """Return `read(descriptor)`, tried again with the tar opened anew after an OSError: the descriptor may be stale."""
+        try:
+            return read(self._descriptor)
+        except OSError as error:
+            return read_again(lambda: read(self._reopened()), self._name, error)
+
+    def _reopened(self) -> int:
+        """Open the tar again under the number of the descriptor, which other threads may be reading."""
+        descriptor = self._tars.open(self.shard.tar)
+        try:
+            return os.dup2(descriptor, self._descriptor, inheritable=False)
+        finally:
+            os.close(descriptor)
+
+    def _pieces(self, rows: NDArray[np.int64], descriptor: int) -> BytesColumn:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]
         if len(rows) and ends[-1] - begins[0] <= WINDOW_BYTES and (np.diff(rows) == 1).all():  # one read costs less than many
-            window = read_pieces(self._descriptor, begins[:1], ends[-1:] - begins[:1])
+            window = read_pieces(descriptor, begins[:1], ends[-1:] - begins[:1])
             size = window.ends[0]
             return BytesColumn(window.data, (begins - begins[0]).clip(max=size), (ends - begins[0]).clip(max=size))
-        return read_pieces(self._descriptor, begins, ends - begins)
+        return read_pieces(descriptor, begins, ends - begins)
 
     def iterate(self, *, verify: bool = True) -> Iterator[Sample]:
         """Yield all samples in order; nothing of a damaged window is yielded. Without `verify` only the size is checked."""
@@ -212,7 +229,7 @@ class ShardReader:
         """Return the bytes [begin, end) of the tar, fewer where the file ends early: the caller checks the length."""
         position, pieces = int(begin), list[bytes]()
         while position < end:
-            piece = read_again(functools.partial(os.pread, self._descriptor, int(end) - position, position), self._name)
+            piece = self._again(functools.partial(_pread, int(end) - position, position))
             if not piece:
                 break
             pieces.append(piece)
@@ -253,3 +270,7 @@ class ShardReader:
 
     def _damaged(self, row: int) -> DataError:
         return DataError(f"{self._name} is damaged at sample {self._layout.keys[row]!r} (row {row}): {REMEDY}")
+
+
+def _pread(size: int, position: int, descriptor: int) -> bytes:
+    return os.pread(descriptor, size, position)

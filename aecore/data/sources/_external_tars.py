@@ -6,6 +6,7 @@ leave the archive are skipped and counted. A member's name is only ever a name: 
 """
 
 import gzip
+import io
 import os
 import re
 import struct
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.sources._names import expand_braces
-from aecore.errors import DataError
+from aecore.errors import DataError, disk_error
 from aecore.store import Files, absolute_url, open_files, read_again
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
@@ -220,17 +221,30 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 def _inflated(descriptor: int, where: str, limit: int) -> int:
     """Return the descriptor of an unnamed file with the inflated bytes; `descriptor` is closed."""
-    with os.fdopen(descriptor, "rb") as packed, gzip.GzipFile(fileobj=packed) as stream, tempfile.TemporaryFile() as file:
+    with (
+        os.fdopen(descriptor, "rb") as packed,
+        gzip.GzipFile(fileobj=packed) as stream,
+        tempfile.TemporaryFile(buffering=0) as file,  # unbuffered: its end writes nothing, so that only `_append` can fail
+    ):
         size = 0
         try:
             while piece := stream.read(CHUNK_BYTES):
-                size += file.write(piece)
+                size += len(piece)
+                _append(file, piece, where)
                 if size > limit:
                     raise DataError(f"{where} inflates to more than source.max_inflated_bytes={limit}: raise it if that is right")
         except (zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise DataError(f"{where} is damaged or truncated: its gzip data cannot be inflated ({error}): restore it") from error
-        file.flush()
         return os.dup(file.fileno())
+
+
+def _append(file: io.FileIO, piece: bytes, where: str) -> None:
+    """Write all of `piece`; StoreError, not an OSError: to read the source again would not help."""
+    try:
+        while piece:
+            piece = piece[file.write(piece) :]
+    except OSError as error:
+        raise disk_error(f"cannot inflate {where} in {tempfile.gettempdir()} (TMPDIR): {error.strerror or error}", error) from error
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, StoreError
 from tests.aecore.data.tiny import encoded, image
 
 Files = list[tuple[str, bytes]]
@@ -281,6 +281,20 @@ class TestHostile:
         write_tar(tmp_path / "a.tar", samples(0, 1, json=lambda _: b" " * 2_000_000))
         with pytest.raises(DataError, match=r"'000000.json' has 2000000 bytes, at most 1048576"):
             listing(tmp_path, columns=("a",))
+
+    def test_a_full_disk_under_an_inflated_tar_is_not_blamed_on_the_source(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(3000)))
+        made = list[int]()
+
+        def full(buffering: int) -> io.FileIO:
+            made.append(buffering)
+            return open("/dev/full", "wb", buffering=0)  # the caller closes it
+
+        monkeypatch.setattr("tempfile.TemporaryFile", full)
+        with pytest.raises(StoreError, match=r"cannot inflate .*a.tar.gz in .*TMPDIR.*: No space left on device; .*free space") as raised:
+            listing(tmp_path)
+        assert made == [0], "it is not tried again"
+        assert raised.value.hint is not None and raised.value.hint.name == "disk-full"
 
     @pytest.mark.parametrize("record", [b"999 path=x\n", b"9 path=x", b"x", b"-1 a=b\n", b"11 path\n", b"5011 size=" + b"9" * 5000 + b"\n"])
     def test_damaged_pax_headers(self, tmp_path: Path, record: bytes) -> None:

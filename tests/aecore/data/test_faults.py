@@ -169,6 +169,64 @@ def test_rows_of_adopted_tars_are_read_again_and_then_it_is_said_that_they_canno
             read(dataset.reader(dataset.manifest.shards[0]))
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_tar_that_cannot_be_opened_for_a_moment_is_opened_again_and_then_it_is_said(tmp_path: Path, code: int) -> None:
+    spec, _ = make("adopt", tmp_path / "in")
+    write("adopt", spec, tmp_path / "ds")
+    dataset = open_dataset(str(tmp_path / "ds"))
+    for read in (lambda reader: reader.read_rows([0, 3]), lambda reader: list(reader.iterate())):
+        whole = read(dataset.reader(dataset.manifest.shards[0]))
+        with faults("00000.tar", code, times=2, calls=("open",)):
+            assert read(dataset.reader(dataset.manifest.shards[0])) == whole
+        reader = dataset.reader(dataset.manifest.shards[0])
+        with faults("00000.tar", code, calls=("open",)), pytest.raises(StoreError, match=f"00000.tar: {os.strerror(code)} .tried 3 times"):
+            read(reader)
+        reader.close()
+
+
+@pytest.mark.usefixtures("without_loops")
+@pytest.mark.parametrize("kind", ["adopt", "tar"])
+def test_a_stale_descriptor_is_replaced(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, _ = make(kind, tmp_path / "in")
+    write(kind, spec, tmp_path / "ds")
+    dataset = open_dataset(str(tmp_path / "ds"))
+    calls, stale = {name: getattr(os, name) for name in ("open", "pread", "preadv")}, True
+
+    def opening(*args: Any, **options: Any) -> int:
+        nonlocal stale
+        stale = False
+        return int(calls["open"](*args, **options))
+
+    def reading(name: str, *args: Any) -> Any:
+        if stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return calls[name](*args)
+
+    for read in (lambda reader: reader.read_rows([0, 3]), lambda reader: list(reader.iterate())):
+        reader = dataset.reader(dataset.manifest.shards[0])
+        whole = read(reader)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", opening)
+            for name in ("pread", "preadv"):
+                patch.setattr(os, name, lambda *args, name=name: reading(name, *args))
+            stale = True
+            assert read(reader) == whole
+        reader.close()
+        assert read(reader) == whole, "opened again after close"
+
+
+def test_closing_a_reader_whose_tar_could_not_be_fetched_again_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, _ = make("adopt", tmp_path / "in")
+    write("adopt", spec, tmp_path / "ds")
+    dataset = open_dataset(str(tmp_path / "ds"))
+    reader = dataset.reader(dataset.manifest.shards[0])
+    reader.read_rows([0])
+    monkeypatch.setattr(type(reader._tars), "refetch_if_corrupt", lambda self, ref: True)
+    with faults("00000.tar", errno.EIO, calls=("open",)), pytest.raises(StoreError):
+        reader._refetch_if_corrupt(reader._descriptor)
+    reader.close()
+
+
 def test_a_label_file_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
     make("idx", tmp_path)
     (tmp_path / "rows-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + (30).to_bytes(4, "big") + bytes(30))
