@@ -27,6 +27,7 @@ from pipelines.recipe.recipe import ClusterSpec
 logger = logging.getLogger(__name__)
 
 POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
+STOP_S = 30  # from SIGTERM to SIGKILL, for a job whose workers have `train.GRACE_S` to write a checkpoint; Ray's default is 3
 PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # they hold no secrets
 
 
@@ -96,8 +97,9 @@ class JobServer:
         return "exec " + shlex.join([python, *job.arguments])
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of a job: PASSED_VARIABLES, and the path of our packages if the head is this machine."""
-        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ} | {"PYTHONSAFEPATH": "1"}
+        """Return the environment of a job: PASSED_VARIABLES, settings, and the path of our packages if the head is this machine."""
+        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+        passed |= {"PYTHONSAFEPATH": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}  # Ray's process that stops a job has its environment
         return passed | (import_environment() if is_this_machine(self._host) else {})
 
     def running(self, key: str) -> str | None:
@@ -108,13 +110,14 @@ class JobServer:
 
     def stop(self, job_id: str) -> str:
         """Stop a job, wait until it has ended, and return its status; a job that has ended is left alone."""
-        deadline = time.monotonic() + self._cluster.timeout_s
+        timeout_s = self._cluster.timeout_s + STOP_S
+        deadline = time.monotonic() + timeout_s
         while True:
             info = self._look(job_id)
             if info.status.is_terminal():
                 return str(info.status.value)
             if time.monotonic() > deadline:
-                raise ClusterError(f"Ray job {job_id} did not stop in {self._cluster.timeout_s:.0f} s: look at {self.address}/#/jobs")
+                raise ClusterError(f"Ray job {job_id} did not stop in {timeout_s:.0f} s: look at {self.address}/#/jobs")
             with answers(self.address):
                 self._client.stop_job(job_id)
             time.sleep(POLL_S)

@@ -211,11 +211,12 @@ def _local_session_folder() -> dict[str, str]:
     looks up the running cluster there.
     """
     folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         return {"RAY_TMPDIR": str(folder)}
-    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # the name belongs to another user
+    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # the name is taken by something else
 
 
 def disconnect() -> None:

@@ -262,7 +262,11 @@ def _listens(process: str, port: int) -> bool:
     """Return whether this process owns the socket that listens on this port of 127.0.0.1."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1] == f"0100007F:{port:04X}"}
-    for descriptor in Path(f"/proc/{process.partition(':')[0]}/fd").iterdir():
+    try:
+        descriptors = list(Path(f"/proc/{process.partition(':')[0]}/fd").iterdir())
+    except OSError:  # it has ended meanwhile
+        return False
+    for descriptor in descriptors:
         with contextlib.suppress(OSError):
             if os.readlink(descriptor) in inodes:
                 return True

@@ -15,6 +15,7 @@ import pytest
 from aecore.errors import ClusterError, ConfigError
 from pipelines.cluster.job_client import is_this_machine, job_address
 from pipelines.cluster.jobs import JobServer
+from pipelines.cluster.train import GRACE_S
 from pipelines.recipe.recipe import ClusterSpec, load_recipe
 from pipelines.steps.pipeline import run_stages
 from pipelines.steps.steps import STEPS
@@ -188,6 +189,13 @@ def test_no_secret_of_the_environment_is_in_a_job(monkeypatch: pytest.MonkeyPatc
     job = spec_of(f"out={tmp_path}/it's $(out)")
     assert "canary-7f3a" not in json.dumps([server.environment(), server.entrypoint(job), job.metadata, job.arguments])
     assert server.environment()["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.77"])
+def test_a_job_that_is_stopped_has_time_to_write_its_checkpoint(host: str) -> None:
+    server = object.__new__(JobServer)
+    server._cluster, server._host = ClusterSpec(kind="job", address=f"http://{host}:8265"), host
+    assert int(server.environment()["RAY_JOB_STOP_WAIT_TIME_S"]) >= GRACE_S + 5, "Ray kills the job then; its default is 3 s"
 
 
 def test_the_entrypoint_is_one_command_whatever_is_in_the_recipe(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,13 @@ def test_a_folder_that_somebody_else_put_into_tmp_is_not_used(monkeypatch: pytes
     assert session._local_session_folder() == {"RAY_TMPDIR": str(name)}
     name.chmod(0o777)
     (tmp_path / "elsewhere").mkdir()
-    for spoil in (lambda: None, lambda: (name.rmdir(), name.symlink_to(tmp_path / "elsewhere"))):
+    spoils: tuple[Callable[[], object], ...] = (
+        lambda: None,
+        lambda: (name.rmdir(), name.symlink_to(tmp_path / "elsewhere")),
+        lambda: (name.unlink(), name.symlink_to(tmp_path / "nowhere")),
+        lambda: (name.unlink(), name.touch()),
+    )
+    for spoil in spoils:
         spoil()
         other = Path(session._local_session_folder()["RAY_TMPDIR"])
         assert other != name

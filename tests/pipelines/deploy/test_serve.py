@@ -148,6 +148,10 @@ def test_a_stranger_on_the_port_of_a_dead_server_never_sees_its_password(home: P
     assert stranger == []
 
 
+def test_a_process_that_has_just_ended_listens_nowhere() -> None:
+    assert server_module._listens("4194305:1", server_module.PORT) is False, "no such pid: its /proc is gone, as it is when it ends"
+
+
 def test_a_second_serve_uses_the_server_of_the_first_and_may_outlive_it() -> None:
     with contextlib.ExitStack() as second:
         with lasting_server() as (server, _):
