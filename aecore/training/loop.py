@@ -83,7 +83,8 @@ def fit(
 
     Once `stop` returns True the run ends: the current step is finished, its checkpoint written, and Interrupted raised on all
     ranks. It is called on rank 0 only: after every step, or, with other ranks, about once a second. At the last step the
-    run is finished instead.
+    run is finished instead. At another epoch's end the checkpoint is written without waiting for the validation: the next attempt
+    makes that up, and ends as if nothing had been.
 
     Raises ConfigError (another job owns `out`, an impossible combination), DataError (no or unfitting data), Diverged (loss or
     weights not finite), Interrupted (`stop`).
@@ -139,6 +140,7 @@ class _Training:
         self.parameters = list(self.objective.parameters())
         self.optimizer = build_optimizer(job.optim, self.objective)
         self.step = 0
+        self.held: dict[str, Any] | None = None  # the row of this step, an epoch's end, where the attempt before stopped without validation
         self._resume()
         self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world_size > 1 else self.objective
 
@@ -176,7 +178,8 @@ class _Training:
         except DataError as error:
             return error
         self.optimizer.load_state_dict(state["optimizer"])
-        self.log.resume(checkpoint.metrics, checkpoint.step)
+        self.held = state.get("held")
+        self.log.resume(checkpoint.metrics, checkpoint.step - (self.held is not None))
         self.kept, self.best = [name], None if checkpoint.best is None else dict(checkpoint.best)
         self.step = checkpoint.step
         if self.rank.rank == 0:
@@ -187,6 +190,8 @@ class _Training:
         """Take every remaining step, then publish the chosen weights; return the result where it is known without reading it."""
         started = time.perf_counter()
         self.objective.train()
+        if self.held is not None:
+            self._make_up(self.held)
         with closing(self.loader.batches(start_step=self.step, stop_step=self.total_steps)) as batches:
             for batch in batches:
                 self.objective.model.require_samples(batch)
@@ -226,26 +231,42 @@ class _Training:
 
     def _after_step(self, started: float) -> bool:
         """Flush, validate and checkpoint where this step or a request to stop asks for it; True at an epoch's end."""
-        job, last = self.job, self.step == self.total_steps
+        last = self.step == self.total_steps
         epoch_end = self.step % self.loader.steps_per_epoch == 0 or last
-        every = job.checkpoint.every_steps
-        due = last or (self.step % every == 0 if every else epoch_end) or (epoch_end and job.checkpoint.best)
+        due = self._checkpoint_due(epoch_end)
         if not (due or epoch_end or self.log.due):
             return False
         if epoch_end:
             buffers_from_rank_zero(self.rank, self.objective)
-        validation = self._validate() if epoch_end and self.val_loader is not None else None
-        row = self.log.flush(validation, commit=due or epoch_end)
+        validates = epoch_end and self.val_loader is not None
+        hold = validates and not last and self.log.agree_to_stop()  # the next attempt validates: the time to stop in may be short
+        row = self.log.flush(self._validate() if validates and not hold else None, commit=due or epoch_end, hold=hold)
         if epoch_end:
             require_equal_parameters(self.rank, self.objective, self.step)
+        if epoch_end and not hold:
             self._log_epoch(time.perf_counter() - started)
         if due or self.log.stopping:
+            self.held = row if hold else None
             self._checkpoint(row)
         if self.log.stopping and not last:
             raise Interrupted(
                 f"interrupted at step {self.step}: checkpoint step-{self.step:08d} written; the same command goes on from there"
             )
         return epoch_end
+
+    def _checkpoint_due(self, epoch_end: bool) -> bool:
+        spec, last = self.job.checkpoint, self.step == self.total_steps
+        every = self.step % spec.every_steps == 0 if spec.every_steps else epoch_end
+        return last or every or (epoch_end and spec.best)
+
+    def _make_up(self, row: dict[str, Any]) -> None:
+        """Do what the attempt before left out at this epoch's end: validate, log, and write the checkpoint that knows the validation."""
+        started = time.perf_counter()
+        self.objective.model.at_step(self.step)
+        row, self.held = self.log.release(row, self._validate()), None
+        self._log_epoch(time.perf_counter() - started)
+        if self._checkpoint_due(epoch_end=True):
+            self._checkpoint(row)
 
     def _validate(self) -> dict[str, float]:
         assert self.val_loader is not None
@@ -285,7 +306,7 @@ class _Training:
                 self.objective.model,
                 self.config,
                 step=self.step,
-                state={"step": self.step, "optimizer": self.optimizer.state_dict()},
+                state={"step": self.step, "optimizer": self.optimizer.state_dict(), **({} if self.held is None else {"held": self.held})},
                 metrics=tuple(self.log.parts),
                 best=self.best,
                 info=self._lineage(),

@@ -108,6 +108,7 @@ class MetricLog:
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _reduced: list[dict[str, Any]] = field(default_factory=list)  # rows that are no longer in `_rows` and not yet in a part
     _due_rows: int = 1
+    _agreed: bool = False
     _since: float = field(default_factory=time.monotonic)
     _written: float = -math.inf
 
@@ -122,17 +123,24 @@ class MetricLog:
         """Whether a flush is due by the number of steps added, or the only rank shall stop; equal on all ranks."""
         return len(self._rows) >= self._due_rows or (self.rank.world_size == 1 and self.stop())
 
-    def flush(self, validation: Mapping[str, float] | None = None, *, commit: bool = True) -> dict[str, Any]:
+    def agree_to_stop(self) -> bool:
+        """Return whether the run shall end, without a flush; equal on all ranks, and `stopping` from the next flush on."""
+        asked = torch.tensor(self.rank.rank == 0 and self.stop(), dtype=torch.float32, device=self.rank.device)
+        self._agreed = bool(all_sum(self.rank, asked) > 0)
+        return self._agreed
+
+    def flush(self, validation: Mapping[str, float] | None = None, *, commit: bool = True, hold: bool = False) -> dict[str, Any]:
         """Reduce what was added and return the last step's row. Raises Diverged at a loss that is not finite.
 
-        Reduced rows are written as a part if `commit` or `stopping`, else when a part is due.
+        Reduced rows are written as a part if `commit` or `stopping`, else when a part is due. With `hold` the last row is left out: it
+        waits for its validation, and the attempt that has it calls `release`.
         """
         if not self._rows:
             return {}
         sums = torch.stack(self._sums)
         carried = sums.new_tensor([self._next_due(), float(self.rank.rank == 0 and self.stop())])
         totals = all_sum(self.rank, torch.cat([sums.flatten(), carried])).tolist()
-        self.stopping = totals.pop() > 0
+        self.stopping = totals.pop() > 0 or self._agreed
         self._due_rows, self._since = int(totals.pop()), time.monotonic()
         width = len(self._names)
         for number, row in enumerate(self._rows):
@@ -150,12 +158,22 @@ class MetricLog:
         if validation is not None:
             self._require_finite(validation, rows[-1]["step"])
             rows[-1]["validation"] = dict(validation)
+        last = rows.pop() if hold else rows[-1]
         for row in rows:
             self.epoch.add(row)
         self._reduced += rows
         if commit or self.stopping or self.rank.world_size == 1 or self._since - self._written >= self.every_s:
             self._write()
-        return rows[-1]
+        return last
+
+    def release(self, row: Mapping[str, Any], validation: Mapping[str, float]) -> dict[str, Any]:
+        """Write and return a row that was held, with its validation; Diverged if that is not finite."""
+        self._require_finite(validation, row["step"])
+        whole = {**row, "validation": dict(validation)}
+        self.epoch.add(whole)
+        self._reduced.append(whole)
+        self._write()
+        return whole
 
     def resume(self, parts: Iterable[FileRef], step: int) -> None:
         """Continue after `step`, the last of these committed parts; a damaged part costs the means of this epoch only."""
@@ -181,6 +199,8 @@ class MetricLog:
         return max(1, min(100_000, round(wanted * len(self._rows) / seconds)))
 
     def _write(self) -> None:
+        if not self._reduced:  # the only row is held
+            return
         rows, self._reduced, self._written = self._reduced, [], time.monotonic()
         name = f"metrics/{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self.attempt}.jsonl"
         if self.rank.rank == 0:

@@ -148,10 +148,15 @@ class Session:
         }
         claim_generation(self.store, "run", identity, info)
         self.claim = read_json(self.store, CLAIM)  # another attempt may have been first, on another generation with the same samples
-        self._require_same(identity)
-        if self.claim["info"]["dataset_number"] != manifest.number and not self.job.input.streams:
+        recorded = self.job.as_recorded(self.claim["identity"])  # by an older version, perhaps
+        moved = self.claim["info"]["dataset_number"] != manifest.number and not self.job.input.streams
+        if moved or recorded != self.job:
             self.close()
-            vars(self).pop("loader", None)
+            for part in ("model", "loader", "total_steps"):
+                vars(self).pop(part, None)
+        self.job = recorded
+        self._require_same(self.job.identity(self.dataset, identity["init_sha256"]))
+        if moved:
             self.dataset = self._open_dataset()
 
     def _warn_if_product_changed(self) -> None:

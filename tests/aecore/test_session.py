@@ -1,7 +1,9 @@
 """A run is opened once: what is asked of the storage is counted, since in a bucket each call is a request."""
 
+import dataclasses
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 
 from aecore.store import Store, open_store
-from aecore.training.job import finished_run
+from aecore.training import session as session_module
+from aecore.training.job import TrainJob, finished_run
 from aecore.training.loop import fit
 from aecore.training.session import Session
 from tests.aecore.training import small_job, sprites_dataset
@@ -67,3 +70,27 @@ def test_a_plan_writes_nothing_and_leaves_no_run_behind(data: str, tmp_path: Pat
     with closing(Session(small_job(data, tmp_path / "run", max_steps=2))) as session:
         assert session.plan()["steps"] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_who_loses_the_claim_to_an_older_version_trains_what_it_recorded(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, claim = small_job(data, tmp_path / "run", max_steps=2), session_module.claim_generation
+    older = dataclasses.replace(job, train=dataclasses.replace(job.train, seed=7))  # stands for the old meaning of a later field
+
+    def lost(store: Store, kind: str, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
+        claim(store, kind, older.identity(session.dataset, None), info)
+        return claim(store, kind, identity, info)
+
+    def as_recorded(self: TrainJob, identity: Mapping[str, Any]) -> TrainJob:
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, seed=identity["train"]["seed"]))
+
+    monkeypatch.setattr(session_module, "claim_generation", lost)
+    monkeypatch.setattr(TrainJob, "as_recorded", as_recorded)
+    with closing(Session(job)) as session:
+        built, loader = session.model, session.loader
+        session.take()
+        assert session.job == older and session.is_claimed()
+        assert session.model is not built and session.loader is not loader, "they were made of the other job"
+    with closing(Session(job)) as again:
+        assert again.job == session.job, "as whoever opens the run later"

@@ -3,14 +3,15 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aecore.checkpoint.files import committed_checkpoints
+from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint
 from aecore.errors import Interrupted
 from aecore.store import open_store
-from aecore.training import metrics
-from aecore.training.job import TrainJob
+from aecore.training import loop, metrics
+from aecore.training.job import TrainJob, finished_run
 from aecore.training.loop import fit
 from aecore.training.ranks import Rank
 from tests.aecore.training import fit_on, losses, on_ranks, published_weights, small_job, sprites_dataset
@@ -44,6 +45,54 @@ def test_a_stopped_run_says_its_step_and_ends_like_an_uninterrupted_one(data, tm
     fit(job)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
+
+
+def _stopped_at_epoch_end(job: TrainJob, step: int, rank: Rank) -> None:
+    def validates(*args: Any, **options: Any) -> None:
+        pytest.fail("the checkpoint waits for the validation")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step}:"):
+        patch.setattr(metrics, "AGREE_S", 1e9)
+        patch.setattr(loop, "validate", validates)
+        patch.setattr(metrics.MetricLog, "agree_to_stop", patched_agreement(step))
+        fit(job, rank=rank)
+
+
+def patched_agreement(step: int) -> Callable[[metrics.MetricLog], bool]:
+    """Return `agree_to_stop` for a run whose stop is asked for at this step."""
+    agree = metrics.MetricLog.agree_to_stop
+
+    def agreement(self: metrics.MetricLog) -> bool:
+        assert self._rows[-1]["step"] == step
+        self.stop = lambda: True
+        return agree(self)
+
+    return agreement
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("options", [{"best": True, "keep": 1}, {"best": True, "every_steps": 30}, {"every_steps": 1000}, {}], ids=str)
+def test_a_stop_at_an_epochs_end_leaves_the_validation_to_the_next_attempt(data, tmp_path, options, ranks):
+    options = {"epochs": 3, "val_split": "val", **options}
+    whole, job = (small_job(data, tmp_path / name, **options) for name in ("whole", "run"))
+    _fit(whole, ranks)
+    step = next(row["step"] for row in losses(whole.out) if "validation" in row)
+    _on(functools.partial(_stopped_at_epoch_end, job, step), ranks)
+    assert committed_checkpoints(open_store(job.out))[0][0] == step
+    _fit(job, ranks)
+    assert losses(job.out) == losses(whole.out)
+    assert published_weights(job.out) == published_weights(whole.out)
+    found, expected = (newest_checkpoint(open_store(out)).best or {} for out in (job.out, whole.out))
+    assert {**found, "name": ""} == {**expected, "name": ""}
+    assert finished_run(open_store(job.out)).metrics == finished_run(open_store(whole.out)).metrics
+
+
+def _on(work: Callable[..., object], ranks: int) -> None:
+    work(rank=Rank()) if ranks == 1 else on_ranks(work, ranks)
+
+
+def _fit(job: TrainJob, ranks: int) -> None:
+    _on(functools.partial(fit, job), ranks)
 
 
 def test_a_request_at_the_last_step_finishes_the_run(data, tmp_path):
