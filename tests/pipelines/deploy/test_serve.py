@@ -19,9 +19,8 @@ import pytest
 
 from pipelines.flows import server as server_module
 from pipelines.flows.server import PROCESS, Server, lasting_server, process_name, temporary_server
-from tests.e2e.servers import eventually
 from tests.pipelines.sockets import listeners
-from tests.processes import below
+from tests.processes import below, wait_until
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
@@ -160,7 +159,7 @@ def test_a_second_serve_uses_the_server_of_the_first_and_may_outlive_it() -> Non
             assert not is_new
             assert joined == server
         assert joined.answers(10), "the first one has left"
-    eventually("the server ends with its last user", lambda: not joined.answers(1), 30)
+    wait_until(lambda: not joined.answers(1), "the server ends with its last user", 30)
 
 
 def test_a_server_ends_with_its_user_even_when_that_is_killed() -> None:
@@ -173,4 +172,4 @@ with temporary_server() as server:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    eventually("the server is gone", lambda: not server_module._is_alive(done.stdout.strip()), 60)
+    wait_until(lambda: not server_module._is_alive(done.stdout.strip()), "the server is gone", 60)
