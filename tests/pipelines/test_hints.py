@@ -47,5 +47,5 @@ def test_the_words_of_a_hint_need_no_value_but_a_url() -> None:
 def test_the_command_line_prints_the_hint_after_the_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "demo", f"data={tmp_path}/none", f"out={tmp_path}/run", "cluster.num_workers=0"]) == 3
     error = capsys.readouterr().err
-    assert error.startswith(f"aepipe: {tmp_path}/none holds no data set: ")
+    assert error.startswith(f"aepipe: {tmp_path}/none holds no dataset: ")
     assert error.endswith(f"; {HINTS['no-dataset'].format(url=tmp_path / 'none')}\n")
