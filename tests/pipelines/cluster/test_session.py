@@ -1,6 +1,7 @@
 """Clusters that others started: used, limited in time, never shut down."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,24 @@ def test_an_address_where_nothing_listens_is_a_cluster_error(tmp_path: Path) -> 
     assert done.returncode == 5
     assert "cannot reach the Ray cluster at RAY_ADDRESS=127.0.0.1:1: nothing answers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("scheme", "with_config"), [("ray://", False), ("", True)])
+def test_a_server_of_ray_clients_gets_no_job_config_for_which_it_would_import_ours(
+    scheme: str, with_config: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(session._Connection, "address", None)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"{scheme}127.0.0.1:{listening.getsockname()[1]}"
+        session.connect(ClusterSpec(kind="address", address=address))
+    assert [(call["address"], "job_config" in call) for call in calls] == [(address, with_config)]
 
 
 @pytest.mark.ray
