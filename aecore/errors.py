@@ -115,7 +115,9 @@ def from_json(data: Mapping[str, Any]) -> AecoreError:
     if named is None:
         named = next((kind for kind in known if kind.exit_code == data.get("exit_code")), RunFailed)
     plain = next(kind for kind in named.__mro__ if getattr(kind, "__init__", None) is AecoreError.__init__)
-    error: AecoreError = plain(str(data.get("message")), hint=Hint(**data["hint"]) if "hint" in data else None)
+    hint = data.get("hint") or {}  # its writer may be of another version: keys that are unknown here are left out
+    known_hint = Hint(hint["name"], hint.get("values") or {}) if "name" in hint else None
+    error: AecoreError = plain(str(data.get("message")), hint=known_hint)
     return error
 
 

@@ -96,7 +96,7 @@ def connect(cluster: ClusterSpec) -> None:
         if found:
             _require_reachable(address, cluster.timeout_s)
             with allow_loopback(address):
-                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config())
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **_job_options(address))
         else:
             _start_local(ray)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
@@ -186,6 +186,11 @@ class _WorkerSysPath(list[str]):
         if here in entries:  # leaves out its last occurrence
             del entries[len(entries) - 1 - entries[::-1].index(here)]
         super().extend(entries)
+
+
+def _job_options(address: str) -> dict[str, Any]:
+    """Return the options of `ray.init` for the job; none for Ray Client, whose server, which need not have our packages, unpickles them."""
+    return {} if address.startswith("ray://") else {"job_config": _job_config()}
 
 
 def _job_config() -> Any:

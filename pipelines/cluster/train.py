@@ -7,12 +7,13 @@ the metrics are reported, since Ray would need a second shared storage. `Checkpo
 delete the folders of the pointers; `aecore` decides which checkpoints are kept.
 
 Ctrl-C or SIGTERM ends the current step, writes a checkpoint and prints its step. Workers get no signals: rank 0 polls an actor that
-the driver sets, and the ranks learn of it at their next flush of metrics.
+the driver sets, at most once a second, and the ranks learn of it at their next flush of metrics.
 """
 
 import concurrent.futures
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -46,7 +47,7 @@ from pipelines.recipe.recipe import ClusterSpec
 
 POLL_S = 0.25
 GRACE_S = 20.0  # for workers to end their step and write a checkpoint: Prefect, SLURM and Kubernetes kill after 30
-ASK_S = 5.0
+ASK_EVERY_S, ASK_S = 1.0, 5.0  # a single rank would ask after every step
 JUST_FINISHED = "interrupted when the run had just finished: its model is published"
 logger = logging.getLogger(__name__)
 OnPoll = Callable[[], None]
@@ -117,8 +118,10 @@ class StopFlag:
 def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: OnPoll | None) -> RunResult:
     """Run the trainer in a thread: in the main thread, which polls here, Ray Train would replace the SIGINT handler."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    flag = ray.remote(num_cpus=0)(StopFlag).remote()
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost only with this node
+    flag = ray.remote(num_cpus=0, scheduling_strategy=here)(StopFlag).remote()
     trainer = _trainer(job, cluster, folder, flag)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray-train")
     stop = StopRequest()
@@ -217,13 +220,26 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
             Path(folder, "pointer.json").write_text(json.dumps(pointer))
             ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    def stop() -> bool:
+    def ask() -> bool:
         try:
             return bool(ray.get(config["stop"].is_requested.remote(), timeout=ASK_S))
         except ray.exceptions.RayError:  # the driver kills this worker itself, or the node of the actor is lost
             return False
 
-    fit(config["job"], rank=rank, on_checkpoint=report, stop=stop)
+    fit(config["job"], rank=rank, on_checkpoint=report, stop=_at_most_every(ASK_EVERY_S, ask))
+
+
+def _at_most_every(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a cheap function with the last answer of `ask`, which it asks at most once in `seconds` and not again after a true one."""
+    asked, answer = -math.inf, False
+
+    def last_answer() -> bool:
+        nonlocal asked, answer
+        if not answer and time.monotonic() - asked >= seconds:
+            answer, asked = ask(), time.monotonic()
+        return answer
+
+    return last_answer
 
 
 def _stop_callback() -> Any:

@@ -31,4 +31,7 @@ def next_command(error: AecoreError) -> str | None:
     """Return what a user of the command line can do about an error; None if its message says it all."""
     if error.hint is None or error.hint.name not in HINTS:  # a hint of a newer version, from a Ray job
         return None
-    return HINTS[error.hint.name].format(**error.hint.values)
+    try:
+        return HINTS[error.hint.name].format(**error.hint.values)
+    except (KeyError, IndexError):  # its values have other names there
+        return None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aecore import errors
-from aecore.errors import AecoreError, RunFailed
+from aecore.errors import AecoreError, Interrupted, RunFailed
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps import progress
@@ -21,7 +21,6 @@ from pipelines.steps.pipeline import PIPELINE, run_stages
 from pipelines.steps.steps import STEPS
 
 RESULT = "aepipe-result "
-INTERRUPTED = 130
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the job was interrupted; what is finished is kept"
-        return _end(INTERRUPTED, errors.to_json(RunFailed(message)))
+        return _end(Interrupted.exit_code, errors.to_json(Interrupted(message)))
     except AecoreError as error:
         return _end(error.exit_code, errors.to_json(error))
     except Exception as error:  # a bug: its traceback goes to the log, as on the command line

@@ -80,6 +80,22 @@ def test_a_hint_travels_as_a_value_as_json_and_with_a_failed_part() -> None:
     assert [found.hint for found in travelled] == [error.hint] * 3
 
 
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        ({"name": "no-dataset", "values": {"url": "/x"}, "severity": 3}, Hint("no-dataset", {"url": "/x"})),
+        ({"name": "no-dataset"}, Hint("no-dataset")),
+        ({"name": "no-dataset", "values": None}, Hint("no-dataset")),
+        ({"values": {"url": "/x"}}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_a_hint_of_another_version_is_read_as_far_as_it_is_known(hint: object, expected: Hint | None) -> None:
+    error = from_json({"error": "DataError", "message": "x", "hint": hint})
+    assert (type(error), str(error), error.hint) == (errors.DataError, "x", expected)
+
+
 def test_an_error_that_nobody_planned_is_a_failed_run() -> None:
     assert type(from_json(to_json(ZeroDivisionError("x")))) is RunFailed
     assert to_json(InputError("x")) == {"error": "InputError", "message": "x", "exit_code": 3}

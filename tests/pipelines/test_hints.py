@@ -41,6 +41,7 @@ def test_the_words_of_a_hint_need_no_value_but_a_url() -> None:
     for name in HINTS:
         assert "{" not in str(next_command(DataError("x", hint=Hint(name, {"url": "/data"}))))
     assert next_command(DataError("x")) is next_command(DataError("x", hint=Hint("of-a-newer-version"))) is None
+    assert next_command(DataError("x", hint=Hint("no-dataset", {"address": "/data"}))) is None, "a value that this version does not know"
 
 
 def test_the_command_line_prints_the_hint_after_the_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

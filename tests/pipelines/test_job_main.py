@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aecore.errors import DataError, Diverged, RunFailed, StoreError, from_json
+from aecore.errors import DataError, Diverged, Interrupted, RunFailed, StoreError, from_json
 from pipelines.cluster.jobs import Ended, JobStopped
 from pipelines.recipe.recipe import load_recipe
 from pipelines.steps import job_main
@@ -39,6 +39,21 @@ def test_a_step_in_a_job_prints_its_summary_as_the_last_line(tmp_path: Path, cap
     assert "does not exist" in str(error)
 
 
+def test_a_step_that_is_interrupted_in_a_job_ends_it_and_its_client_with_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("interrupted at step 3")
+
+    monkeypatch.setitem(job_main.STEPS, "shard", interrupt)
+    recipe = load_recipe(None, ["out=/x", "source.kind=sprites", "cluster.num_workers=0"])
+    assert job_main.main(["shard", json.dumps(recipe.tree)]) == 130
+    result = job_main.result_of(capsys.readouterr().out.splitlines()[-1])
+    assert result is not None
+    error = from_json(result)
+    assert (type(error), error.exit_code, str(error)) == (Interrupted, 130, "interrupted at step 3")
+
+
 def test_a_job_of_workers_uses_the_cluster_that_it_runs_on() -> None:
     tree = {"out": "/x", "cluster": {"kind": "job", "address": "http://host:8265", "python": "/p", "num_workers": 3}}
     *_, text = job_main.arguments("train", tree)
@@ -52,6 +67,7 @@ def test_a_job_of_workers_uses_the_cluster_that_it_runs_on() -> None:
     [
         ("FAILED", 4, {"error": "StoreError", "message": "no space"}, "", StoreError, r"no space \(Ray job a\)"),
         ("FAILED", 1, {"error": "Diverged", "message": "NaN"}, "", Diverged, "NaN"),
+        ("FAILED", 130, {"error": "Interrupted", "message": "at step 3", "exit_code": 130}, "", Interrupted, "at step 3"),
         ("FAILED", 4, {"error": "Unknown", "message": "x"}, "", StoreError, "x"),
         ("FAILED", -9, {}, "", RunFailed, "was killed"),
         ("FAILED", 7, {}, "boom", RunFailed, "exit code 7: boom"),

@@ -165,6 +165,21 @@ def test_workers_that_do_not_end_their_step_in_time_are_waited_for_no_longer(mon
     assert flag.requested == 1
 
 
+def test_a_worker_asks_once_a_second_whether_to_stop_and_no_more_when_it_shall(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked, answers = 100.0, [], [False, False, True]
+
+    def ask() -> bool:
+        asked.append(now)
+        return answers.pop(0)
+
+    monkeypatch.setattr(cluster_train.time, "monotonic", lambda: now)
+    stop, heard = cluster_train._at_most_every(1.0, ask), []
+    for step in range(20):
+        now = 100 + step / 4
+        heard.append(stop())
+    assert (asked, heard) == ([100.0, 101.0, 102.0], [False] * 8 + [True] * 12)
+
+
 def test_what_a_run_keeps_is_said_by_its_newest_checkpoint(sprites: Path, whole: Path, tmp_path: Path) -> None:
     assert cluster_train._saved(job_for(sprites, tmp_path)) == "no checkpoint was written yet, the same command starts from the beginning"
     assert cluster_train._saved(job_for(sprites, whole)).startswith("its newest checkpoint is that of step 440, the same command continues")

@@ -1,6 +1,8 @@
 """Clusters that others started: used, limited in time, never shut down."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,26 @@ print("one node", flush=True)
 sys.stdin.readline()
 print("dead" if cluster.head_node.dead_processes() else "alive", flush=True)
 cluster.shutdown()
+"""
+
+LOCAL = """
+import os, sys
+from pipelines.cluster.session import connect, disconnect
+from pipelines.recipe.recipe import ClusterSpec
+connect(ClusterSpec(num_workers=1))
+import ray
+modes = ray.get(ray.remote(num_cpus=0)(lambda: os.environ.get("RAY_AUTH_MODE")).remote()), os.environ["RAY_AUTH_MODE"]
+print(*modes, os.environ["RAY_AUTH_TOKEN"], ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.readline()
+disconnect()
+"""
+CLIENT = """
+import sys
+from pipelines.cluster.session import connect, disconnect
+from pipelines.recipe.recipe import ClusterSpec
+connect(ClusterSpec(kind="address", address=sys.argv[1]))
+print("connected")
+disconnect()
 """
 
 
@@ -113,6 +135,53 @@ def test_an_address_where_nothing_listens_is_a_cluster_error(tmp_path: Path) -> 
     assert done.returncode == 5
     assert "cannot reach the Ray cluster at RAY_ADDRESS=127.0.0.1:1: nothing answers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("scheme", "with_config"), [("ray://", False), ("", True)])
+def test_a_server_of_ray_clients_gets_no_job_config_for_which_it_would_import_ours(
+    scheme: str, with_config: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(session._Connection, "address", None)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"{scheme}127.0.0.1:{listening.getsockname()[1]}"
+        session.connect(ClusterSpec(kind="address", address=address))
+    assert [(call["address"], "job_config" in call) for call in calls] == [(address, with_config)]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_local_ray_has_a_token_of_its_own_without_which_no_client_connects() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+        environment |= {"RAY_TMPDIR": folder, "HOME": folder}
+        with started([sys.executable, "-c", LOCAL], env=environment, stdin=subprocess.PIPE) as process:
+            local = Other(process)
+            *modes, token, address = local.says(0).split()
+            assert (modes, len(token)) == (["token", "token"], 64)
+            clients = {
+                "with it": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+                "another": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+                "none": {"RAY_AUTH_MODE": "disabled"},
+            }
+            with contextlib.ExitStack() as stack:
+                command = [sys.executable, "-c", CLIENT, address]
+                running = {name: stack.enter_context(started(command, env=environment | own)) for name, own in clients.items()}
+                ended = {name: client.finish() for name, client in running.items()}
+            assert ended["with it"].stdout == "connected\n", ended["with it"].stderr
+            for name in ("another", "none"):
+                assert ended[name].stdout == "", f"{name}: connected"
+                assert "InvalidAuthToken" in ended[name].stderr and "cannot reach the Ray cluster" in ended[name].stderr
+            assert not Path(folder, ".ray").exists(), "Ray's own token would be kept in a file"
+            assert process.process.stdin is not None
+            process.process.stdin.close()
+            assert process.finish().returncode == 0
 
 
 @pytest.mark.ray

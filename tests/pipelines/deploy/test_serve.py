@@ -159,7 +159,7 @@ def test_a_second_serve_uses_the_server_of_the_first_and_may_outlive_it() -> Non
             assert not is_new
             assert joined == server
         assert joined.answers(10), "the first one has left"
-    wait_until(lambda: not joined.answers(1), "the server ends with its last user")
+    wait_until(lambda: not joined.answers(1), "the server ends with its last user", 30)
 
 
 def test_a_server_ends_with_its_user_even_when_that_is_killed() -> None:
@@ -172,4 +172,4 @@ with temporary_server() as server:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    wait_until(lambda: not server_module._is_alive(done.stdout.strip()), "the server is gone")
+    wait_until(lambda: not server_module._is_alive(done.stdout.strip()), "the server is gone", 60)
