@@ -90,6 +90,15 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def no_console_of_an_earlier_test() -> None:
+    """Prefect's console handler keeps the captured stream of the test that ran the first flow of a process, and says so where it is closed."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler).__name__ == "PrefectConsoleHandler"]:
+        if getattr(getattr(getattr(handler, "console", None), "file", None), "closed", False):
+            root.removeHandler(handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     """The bits of a CPU matmul depend on the number of threads; tests that compare bits need one."""
