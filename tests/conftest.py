@@ -92,7 +92,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def no_console_of_an_earlier_test() -> None:
-    """Prefect's console handler keeps the captured stream of the test that ran the first flow of a process, and says so where it is closed."""
+    """Drop Prefect's console handler of an earlier test: it reports that the stream that it captured is closed."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler).__name__ == "PrefectConsoleHandler"]:
         if getattr(getattr(getattr(handler, "console", None), "file", None), "closed", False):
