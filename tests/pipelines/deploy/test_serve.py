@@ -32,14 +32,18 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, database: Path) -> Path:
+def home(monkeypatch: pytest.MonkeyPatch, database: Path) -> Iterator[Path]:
     """A PREFECT_HOME of its own, and no server that the environment names."""
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(database))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setattr(server_module, "PORT", probe.getsockname()[1])
-    return database
+    with monkeypatch.context() as own:
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+            own.setenv(name, "")  # so that its absence is restored, whatever the test leaves
+            os.environ.pop(name)
+        yield database
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):
