@@ -108,7 +108,7 @@ def lasting_server() -> Iterator[tuple[Server, bool]]:
 def temporary_server() -> Iterator[Server]:
     """Use this process's temporary server, which is started the first time and ends with the process: no page, no scheduler."""
     server = _Temporary.server
-    if server is None or not _is_alive(server.process):
+    if server is None or not _is_alive(server.process) or not server.answers(10):
         server = _Temporary.server = _start_temporary()
     with _settings(server, has_page=False):
         yield server

@@ -153,7 +153,7 @@ def test_known_keys_from_another_address_give_a_warning(tmp_path, caplog):
     monday, tuesday = images(tmp_path / "monday", range(4)), images(tmp_path / "tuesday", range(4))
     shard(monday, tmp_path / "out")
     shard(monday, tmp_path / "out")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for extra in ((), [7]):  # nothing new, and an append
         images(tmp_path / "tuesday", extra)
         shard(tuesday, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_known_keys_from_another_address_give_a_warning(tmp_path, caplog):
         assert "compared by key and size only" in caplog.text
         caplog.clear()
     shard(images(tmp_path / "wednesday", [8, 9]), tmp_path / "out")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_file_that_grew_between_listing_and_reading_is_no_change(tmp_path):
@@ -185,7 +185,7 @@ def test_an_append_of_another_shape_gives_a_warning(tmp_path, caplog):
     shard(source, tmp_path / "out")
     images(tmp_path / "in", [4])
     shard(source, tmp_path / "out")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for number in (5, 6):  # only the first of them is news
         (tmp_path / f"in/a/{number:03d}.png").write_bytes(encoded(image(number, side=9)))
         made = shard(source, tmp_path / "out")

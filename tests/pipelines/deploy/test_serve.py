@@ -39,7 +39,10 @@ def home(monkeypatch: pytest.MonkeyPatch, database: Path) -> Iterator[Path]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setattr(server_module, "PORT", probe.getsockname()[1])
-    with monkeypatch.context() as own:
+    from prefect.settings import temporary_settings
+
+    with monkeypatch.context() as own, temporary_settings():  # a server that outlives another one leaves its address in both
+        own.setattr(server_module._Temporary, "server", None)  # that of other tests has another home
         for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
             own.setenv(name, "")  # so that its absence is restored, whatever the test leaves
             os.environ.pop(name)
