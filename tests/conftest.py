@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ os.environ.update(
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job, and so would be what tests start and interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A flow that ran in this process leaves a callback for its end that fails in every process forked later (Prefect 3: `_drain` of a
+# service whose threads did not come along), which then ends with status 1 whatever it did. A fork has none of the threads to wait for.
+os.register_at_fork(after_in_child=threading._threading_atexits.clear)  # type: ignore[attr-defined]
+
 # a shared machine stalls now and then; in CI the same examples every time
 settings.register_profile("aecore", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("aecore")
@@ -81,6 +86,7 @@ def _starts_services(file: str) -> bool:
     return re.search(r"mark\.(ray|prefect)\b", (ROOT / file).read_text()) is not None
 
 
+@pytest.hookimpl(optionalhook=True)  # -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # any: xdist has no types
     return FilesOfServicesTogether(config, log) if config.getvalue("dist") == "loadgroup" else None
 
@@ -91,12 +97,16 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_console_of_an_earlier_test() -> None:
-    """Drop Prefect's console handler of an earlier test: it reports that the stream that it captured is closed."""
+def logging_of_its_own() -> Iterator[None]:
+    """Undo what a flow or a command does to the loggers of its process: levels, and a console that reports that its stream is closed."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler).__name__ == "PrefectConsoleHandler"]:
         if getattr(getattr(getattr(handler, "console", None), "file", None), "closed", False):
             root.removeHandler(handler)
+    levels = {name: logging.getLogger(name).level for name in (None, "aecore", "pipelines")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
