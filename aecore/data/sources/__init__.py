@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.errors import DataError
 from aecore.store import read_again
 
 T = TypeVar("T")
@@ -82,12 +83,22 @@ class Listing:
         texts = {"keys": self.keys, "sources": self.sources, "label_names": self.label_names, "splits": self.splits, "groups": self.groups}
         for name, values in texts.items():
             if values is not None:
-                joined = "\0".join(values).encode("utf-8", "surrogatepass")  # file names may hold lone surrogates, and no NUL
+                joined = "\0".join(_texts(name, values)).encode("utf-8", "surrogatepass")  # file names may hold lone surrogates, and no NUL
                 digest.update(f"\n{name} {len(joined)}\n".encode() + joined)
         numbers = {"sizes": self.sizes, **{f"columns.{name}": self.columns[name] for name in sorted(self.columns)}}
         for name, column in numbers.items():
             digest.update(json.dumps([name, column.tolist()]).encode())
         return digest.hexdigest()
+
+
+def _texts(name: str, values: list[str]) -> list[str]:
+    """Return the values; DataError if one of them is no text, as when a source gives class numbers."""
+    wrong = next((value for value in values if not isinstance(value, str)), None) if {*map(type, values)} - {str} else None
+    if wrong is not None:
+        raise DataError(
+            f"the source lists {name} with {wrong!r} ({type(wrong).__name__}), expected text: use [str(value) for value in ...]"
+        )
+    return values
 
 
 def take(values: list[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None stays None, a list stays a list

@@ -8,6 +8,7 @@ from PIL import Image
 
 from aecore import native
 from aecore.data.format.record import image_header
+from aecore.data.sources import Listing
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError
@@ -188,6 +189,14 @@ def test_listing_hash_sees_every_column():
     other = SpritesSource(SpritesSpec(positions=2)).listing()
     other.columns["factor_x"][0] += 1
     assert other.sha256() != listing.sha256()
+
+
+@pytest.mark.parametrize("column", ["keys", "sources", "label_names", "splits", "groups"])
+def test_a_source_that_lists_numbers_where_texts_belong_is_told_so(column):
+    texts = {name: ["1", "2"] for name in ("keys", "sources", column)}
+    listing = Listing(sizes=np.ones(2, np.int64), **{**texts, column: [1, np.int64(2)]})
+    with pytest.raises(DataError, match=rf"lists {column} with 1 \(int\), expected text"):
+        listing.sha256()
 
 
 @pytest.mark.parametrize("compiled", [True, False])
