@@ -90,7 +90,7 @@ def test_a_difference_in_a_later_field_names_the_old_value_that_its_absence_mean
 @pytest.mark.parametrize("name", JOB_PARTS)
 def test_the_identity_of_a_run_and_the_config_of_a_checkpoint_follow_the_rule(name):
     plain = TrainJob("data", "out", VAESpec(), MLPSpec())
-    dataset: Any = SimpleNamespace(manifest=SimpleNamespace(training_key=lambda split: f"key of {split}"))
+    dataset: Any = SimpleNamespace(training_key=lambda split: f"key of {split}")
 
     def identities(asked):
         config = ModelConfig(asked.model, asked.backbone, asked.transform, (1, 8, 8)).to_dict()

@@ -93,6 +93,13 @@ def test_names_are_suggested_in_one_place() -> None:
     assert {i.module for package in ("aecore", "pipelines") for i in imports(package) if root(i.target) == "difflib"} == {"aecore.errors"}
 
 
+def test_the_kind_of_training_data_is_chosen_in_one_place() -> None:
+    """Besides the specs' own checks (`InputSpec`, `require_streamable`) only `Session` asks whether tars are streamed."""
+    trees = [(module, ast.parse(path.read_text())) for package in ("aecore", "pipelines") for module, path in modules(package)]
+    asking = [module for module, tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "streams"]
+    assert [module for module in asking if module != "aecore.data.read.loader"] == ["aecore.training.job", "aecore.training.session"]
+
+
 def test_imports_in_aecore_point_down() -> None:
     ours = [i for i in imports("aecore") if root(i.target) == "aecore" and i.module != "aecore"]
     assert ours, "no imports found: is the package where this test looks?"

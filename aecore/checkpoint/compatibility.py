@@ -12,7 +12,7 @@ def check_input_shape(dataset: Dataset, loaded: LoadedModel) -> None:
     """Raise DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps)."""
     expected = loaded.config.input_shape
     varying = expected[:1] == (0,)
-    shape = dataset.manifest.input_shape(sequences=varying)
+    shape = dataset.input_shape(sequences=varying)
     if shape != expected and not (varying and shape[1:] == expected[1:] and shape):
         raise DataError(
             f"dataset {dataset.url} holds samples of shape {shape}; checkpoint {loaded.url} expects "

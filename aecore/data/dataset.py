@@ -1,12 +1,14 @@
-"""An opened dataset: its store, the generation that is read, and the readers of its shards."""
+"""What training asks of its data, and an opened dataset: its store, the generation that is read, and the readers of its shards."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
-from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, tar_store
+from aecore.data.format.sample_format import sequence_shape
+from aecore.data.manifest import STEM, DatasetManifest, ShardRef, content_sha256, read_manifest, tar_store
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
 
@@ -14,6 +16,38 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from aecore.data.read.shard_reader import ShardReader
+
+
+class TrainingData(Protocol):
+    """What training asks of opened data: `Dataset` (with an index) or `StreamDataset` (external tars without one)."""
+
+    @property
+    def url(self) -> str:
+        """The address."""
+
+    @property
+    def number(self) -> int:
+        """The generation; 0: there are none."""
+
+    @property
+    def dataset_sha256(self) -> str:
+        """The hash of all that is known of the content."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The class names, empty without labels; None: not known before the samples are read."""
+
+    def training_key(self, split: str) -> str:
+        """Return the hash of the content of a split, the key of its order; DataError if there is no such split."""
+
+    def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
+        """Return the shape of all samples, images as `(C, H, W)`; with `sequences`, 0 for a first axis that varies; or DataError."""
+
+    def num_samples(self, split: str) -> int | None:
+        """Return the number of samples of a split; None: not known."""
+
+    def num_groups(self, split: str) -> int:
+        """Return the number of bags of a split, 0 if its samples form none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +61,54 @@ class Dataset:
     def url(self) -> str:
         """The dataset's address."""
         return self.store.url
+
+    @property
+    def number(self) -> int:
+        """The generation that is read."""
+        return self.manifest.number
+
+    @property
+    def dataset_sha256(self) -> str:
+        """The hash of the contents of all shards and of the class names."""
+        return self.manifest.dataset_sha256
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, empty without labels."""
+        return self.manifest.classes
+
+    def training_key(self, split: str) -> str:
+        """Return the key of a split's training order: a hash of its shards alone, so appends to other splits do not change it."""
+        return content_sha256(self.manifest.split(split), ())
+
+    def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
+        """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
+
+        With `sequences` arrays may differ in their first axis, which is then 0, as in `(0, 3)`.
+        """
+        formats = self.manifest.sample.formats
+        dims = {known.tensor_shape for known in formats}
+        if not dims:
+            raise DataError(f"dataset generation {self.manifest.number} has no samples: there is no input shape")
+        steps = sequence_shape(formats)
+        if sequences and len(dims) > 1 and steps is not None:
+            return steps
+        if len(dims) > 1:
+            counts = Counter(self.manifest.sample.shapes).most_common(3)
+            shown = ", ".join(f"{shape} ({count})" for shape, count in counts)
+            remedy = "shard again with shards.resize=<side> (and shards.mode=L or RGB if the channels differ)"
+            if steps is not None:
+                remedy = "they are sequences of different lengths, for a model that takes lengths, such as model.kind=rvae"
+            raise DataError(f"the samples have {len(dims)} different shapes ({shown}): training needs one; {remedy}")
+        return dims.pop()
+
+    def num_samples(self, split: str) -> int:
+        """See `DatasetManifest.num_samples`."""
+        return self.manifest.num_samples(split)
+
+    def num_groups(self, split: str) -> int:
+        """See `DatasetManifest.num_groups`."""
+        return self.manifest.num_groups(split)
 
     def tars(self, shard: ShardRef) -> Store:
         """Return the store that holds the tar of a shard of this manifest."""

@@ -5,13 +5,12 @@ the same bytes. Generations only add: the shards of the parent come first in eve
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.commit import FORMAT_VERSION, read_json
-from aecore.data.format.sample_format import SampleFormat, sequence_shape
+from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.store import FileRef, Store, open_store, resolve_url, sha256_json
 
@@ -141,31 +140,6 @@ class DatasetManifest:
         """Return the number of bags of a split, 0 if its samples form none."""
         counts = [shard.groups for shard in self.split(split)]
         return sum(counts) if all(counts) else 0
-
-    def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
-        """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
-
-        With `sequences` arrays may differ in their first axis, which is then 0, as in `(0, 3)`.
-        """
-        formats = self.sample.formats
-        dims = {known.tensor_shape for known in formats}
-        if not dims:
-            raise DataError(f"dataset generation {self.number} has no samples: there is no input shape")
-        steps = sequence_shape(formats)
-        if sequences and len(dims) > 1 and steps is not None:
-            return steps
-        if len(dims) > 1:
-            counts = Counter(self.sample.shapes).most_common(3)
-            shown = ", ".join(f"{shape} ({count})" for shape, count in counts)
-            remedy = "shard again with shards.resize=<side> (and shards.mode=L or RGB if the channels differ)"
-            if steps is not None:
-                remedy = "they are sequences of different lengths, for a model that takes lengths, such as model.kind=rvae"
-            raise DataError(f"the samples have {len(dims)} different shapes ({shown}): training needs one; {remedy}")
-        return dims.pop()
-
-    def training_key(self, split: str = "train") -> str:
-        """Return the key of a split's training order: a hash of its shards alone, so appends to other splits do not change it."""
-        return content_sha256(self.split(split), ())
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order.

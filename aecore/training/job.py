@@ -12,13 +12,11 @@ from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint.compatibility import require_labels
 from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.files import CheckpointRef, LoadedModel, newest_checkpoint, read_checkpoint
-from aecore.data.dataset import Dataset
+from aecore.data.dataset import TrainingData
 from aecore.data.format.transform import TransformSpec
-from aecore.data.read.bags import BagLoader
-from aecore.data.read.loader import InputSpec, Loader, TrainLoader
+from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.pairs import PairSpec
-from aecore.data.read.stream import StreamLoader
 from aecore.errors import ConfigError, Hint
 from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
@@ -121,7 +119,7 @@ class TrainJob:
         require_possible(self.train, self.checkpoint)
         require_streamable(self.train, self.input)
 
-    def identity(self, dataset: Dataset, init_sha256: str | None) -> dict[str, Any]:
+    def identity(self, data: TrainingData, init_sha256: str | None) -> dict[str, Any]:
         """Return what can change the weights: the specs, the content of the splits that are read, the checkpoint of `init_from`."""
         parts = {name: getattr(self, name) for name in _SPECS}
         if self.pairs == as_recorded(type(self.pairs)(), {}):  # left out at its default: most models draw no pairs
@@ -130,7 +128,7 @@ class TrainJob:
         return {
             **{name: to_dict(part, identity_only=True) for name, part in parts.items()},
             "input": self.input.identity(),
-            "data": {split: dataset.manifest.training_key(split) for split in splits},
+            "data": {split: data.training_key(split) for split in splits},
             "init_sha256": init_sha256,
         }
 
@@ -154,68 +152,41 @@ class RunResult:
     checkpoint_sha256: str
 
 
-def model_config(job: TrainJob, dataset: Dataset) -> ModelConfig:
+def model_config(job: TrainJob, data: TrainingData) -> ModelConfig:
     """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths."""
-    shape = dataset.manifest.input_shape(sequences=_takes(job.model.kind, "lengths"))
+    shape = data.input_shape(sequences=_takes(job.model.kind, "lengths"))
     return ModelConfig(job.model, job.backbone, job.transform, shape)
 
 
-def build_model(job: TrainJob, dataset: Dataset) -> Trainable:
+def build_model(job: TrainJob, data: TrainingData) -> Trainable:
     """Build the job's model with the weights that its seed gives; torch's own generators stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", job.train.seed))
-        return model_config(job, dataset).build()
+        return model_config(job, data).build()
 
 
-def require_trainable(job: TrainJob, dataset: Dataset, model: Trainable, loaded: LoadedModel | None = None, world_size: int = 1) -> None:
-    """Raise ConfigError or DataError unless dataset, labels, batches over `world_size` ranks and the weights of `init_from` fit the model.
+def require_trainable(job: TrainJob, data: TrainingData, model: Trainable, loaded: LoadedModel | None = None, world_size: int = 1) -> None:
+    """Raise ConfigError or DataError unless data, labels, batches over `world_size` ranks and the weights of `init_from` fit the model.
 
     The weights of `loaded` are then those of the model.
     """
     if loaded is not None:
         start_from(model, loaded)
-    if not job.input.streams:  # the labels of tars without an index are checked batch by batch
-        require_labels(dataset.url, dataset.manifest.classes, model)
-    require_batches_fit(job, dataset, model, world_size)
+    if data.classes is not None:  # else labels are checked batch by batch
+        require_labels(data.url, data.classes, model)
+    require_batches_fit(job, data, model, world_size)
 
 
-def require_batches_fit(job: TrainJob, dataset: Dataset, model: Trainable, world_size: int) -> None:
+def require_batches_fit(job: TrainJob, data: TrainingData, model: Trainable, world_size: int) -> None:
     """Raise ConfigError if a step of the run leaves one of `world_size` ranks too few samples for batch normalisation in the model.
 
     Batches of whole bags are not checked: their numbers of instances are not known before they are read.
     """
-    if trains_on_bags(job, dataset):
+    if trains_on_bags(job, data):
         return
-    known = dataset.manifest.num_samples(job.train.split) if not job.input.streams else 0
-    shape, order = model_config(job, dataset).input_shape, job.train.order(world_size=world_size)
-    require_batch_statistics(model, shape, order, known, total_steps(job, dataset), job.train.split)
-
-
-def train_loader(job: TrainJob, dataset: Dataset, model: Trainable, rank: int = 0, world_size: int = 1) -> TrainLoader:
-    """Return the loader of the training split: of pairs or of whole bags if the model takes them, else of single samples.
-
-    ConfigError if the model takes no pairs and they are asked for.
-    """
-    require_pairs_are_taken(job.pairs, job.model.kind, type(model))
-    order, pairs = job.train.order(rank, world_size), job.pairs if "x_pair" in model.train_inputs else None
-    if trains_on_bags(job, dataset):
-        return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input)
-    if not job.input.streams:
-        return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs)
-    if pairs is not None:
-        raise ConfigError(
-            f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
-            "Index the tars without a copy (aecore.data.write.job.adopt_shards)",
-            hint=Hint("needs-index"),
-        )
-    return StreamLoader(
-        dataset,
-        job.train.split,
-        transform=job.transform,
-        order=order,
-        steps_per_epoch=steps_per_epoch(job, dataset),
-        spec=job.input,
-    )
+    known = data.num_samples(job.train.split) or 0
+    shape, order = model_config(job, data).input_shape, job.train.order(world_size=world_size)
+    require_batch_statistics(model, shape, order, known, total_steps(job, data), job.train.split)
 
 
 def start_from(model: Trainable, loaded: LoadedModel) -> None:
@@ -228,24 +199,23 @@ def start_from(model: Trainable, loaded: LoadedModel) -> None:
         ) from error
 
 
-def steps_per_epoch(job: TrainJob, dataset: Dataset) -> int:
-    """Return the steps of an epoch; tars without an index have epochs of `input.epoch_samples`, or one epoch."""
-    if job.input.streams:
-        return job.train.order().num_steps(job.input.epoch_samples) or job.train.max_steps
-    manifest, split = dataset.manifest, job.train.split
-    return job.train.order().num_steps(manifest.num_groups(split) if trains_on_bags(job, dataset) else manifest.num_samples(split))
+def steps_per_epoch(job: TrainJob, data: TrainingData) -> int:
+    """Return the steps of an epoch; samples that are not counted have epochs of `input.epoch_samples`, or one epoch."""
+    order, split = job.train.order(), job.train.split
+    known = data.num_groups(split) if trains_on_bags(job, data) else data.num_samples(split)
+    return order.num_steps(job.input.epoch_samples) or job.train.max_steps if known is None else order.num_steps(known)
 
 
-def trains_on_bags(job: TrainJob, dataset: Dataset) -> bool:
+def trains_on_bags(job: TrainJob, data: TrainingData) -> bool:
     """Return whether a step takes whole bags: the model takes a `mask`, and the samples of the training split form bags."""
     built = MODELS.built_type(job.model.kind)
     takes_mask = isinstance(built, type) and issubclass(built, Trainable) and "mask" in built.train_inputs
-    return takes_mask and not job.input.streams and dataset.manifest.num_groups(job.train.split) > 0
+    return takes_mask and data.num_groups(job.train.split) > 0
 
 
-def total_steps(job: TrainJob, dataset: Dataset) -> int:
+def total_steps(job: TrainJob, data: TrainingData) -> int:
     """Return the steps of the whole run."""
-    steps = job.train.epochs * steps_per_epoch(job, dataset)
+    steps = job.train.epochs * steps_per_epoch(job, data)
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
 
 

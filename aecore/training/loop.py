@@ -37,7 +37,6 @@ from aecore.checkpoint.files import (
     write_checkpoint,
 )
 from aecore.data.format.transform import Transform
-from aecore.data.read.loader import Loader
 from aecore.errors import DataError, Interrupted
 from aecore.loss import LossResult
 from aecore.training.job import (
@@ -93,8 +92,7 @@ def fit(
         result = finished_run(session.store)
         done = from_rank_zero(rank, "done" if result is not None else None)
         if not done:
-            with closing(_Training(session, on_checkpoint, stop)) as training:
-                result = training.run()
+            result = _Training(session, on_checkpoint, stop).run()
         result = result or finished_run(session.store)
     assert result is not None
     return result
@@ -127,9 +125,7 @@ class _Training:
         self.run_sha256 = session.run_sha256
         model = session.model
         require_batches_fit(job, dataset, model, rank.world_size)
-        self.loader = session.loader
-        split = job.train.val_split
-        self.val_loader = None if split is None else Loader(dataset, split, transform=job.transform, spec=job.input)
+        self.loader, self.val_loader = session.loaders
         self.total_steps = session.total_steps
         for warning in schedule_warnings(job.model, self.total_steps) if rank.rank == 0 else ():
             logger.warning("%s", warning)
@@ -143,11 +139,6 @@ class _Training:
         self.held: dict[str, Any] | None = None  # the row of this step, an epoch's end, where the attempt before stopped without validation
         self._resume()
         self.wrapped = DistributedDataParallel(self.objective, gradient_as_bucket_view=True) if rank.world_size > 1 else self.objective
-
-    def close(self) -> None:
-        """Free the readers of the validation split; those of the training split are the session's."""
-        if self.val_loader is not None:
-            self.val_loader.close()
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint (rank 0 chooses), if there is one.
@@ -317,10 +308,9 @@ class _Training:
             self.on_checkpoint(ref, row)
 
     def _lineage(self) -> dict[str, Any]:
-        manifest = self.dataset.manifest
         return {
-            "dataset_sha256": manifest.dataset_sha256,
-            "dataset_number": manifest.number,
+            "dataset_sha256": self.dataset.dataset_sha256,
+            "dataset_number": self.dataset.number,
             "train_split": self.job.train.split,
             "total_steps": self.total_steps,
             "run_sha256": self.run_sha256,

@@ -5,25 +5,60 @@ the dataset.
 """
 
 import logging
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, read_json, require_kind, require_same
 from aecore.checkpoint.files import LoadedModel, load_model
-from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.read.loader import TrainLoader
-from aecore.data.read.stream import open_stream
+from aecore.data.dataset import Dataset, TrainingData, open_dataset
+from aecore.data.read.bags import BagLoader
+from aecore.data.read.loader import Loader, TrainLoader
+from aecore.data.read.order import TrainingOrder
+from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
 from aecore.data.sources._names import split_in_version_1
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, Hint
 from aecore.nn import linear_path
 from aecore.store import open_store, sha256_json
-from aecore.training.job import CLAIM, TrainJob, build_model, finished_run, model_config, require_trainable, total_steps, train_loader
+from aecore.training.job import (
+    CLAIM,
+    TrainJob,
+    build_model,
+    finished_run,
+    model_config,
+    require_pairs_are_taken,
+    require_trainable,
+    steps_per_epoch,
+    total_steps,
+    trains_on_bags,
+)
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
 
 logger = logging.getLogger(__name__)
+Loaders = tuple[TrainLoader, Loader | None]  # of the training split, as one rank reads it, and of the validation split
+
+
+def _loaders(dataset: Dataset, job: TrainJob, model: Trainable, order: TrainingOrder) -> Loaders:
+    """Return loaders of whole bags or of pairs if the model takes them, else of single samples."""
+    split, pairs = job.train.val_split, job.pairs if "x_pair" in model.train_inputs else None
+    val = None if split is None else Loader(dataset, split, transform=job.transform, spec=job.input)
+    if trains_on_bags(job, dataset):
+        return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input), val
+    return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs), val
+
+
+def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, order: TrainingOrder) -> Loaders:
+    """Return the loader of tars without an index, of single samples; ConfigError if the model takes pairs."""
+    if "x_pair" in model.train_inputs:
+        raise ConfigError(
+            f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
+            "Index the tars without a copy (aecore.data.write.job.adopt_shards)",
+            hint=Hint("needs-index"),
+        )
+    steps = steps_per_epoch(job, dataset)
+    return StreamLoader(dataset, transform=job.transform, order=order, steps_per_epoch=steps, spec=job.input), None
 
 
 class Session:
@@ -56,16 +91,19 @@ class Session:
             self.claim = read_json(self.store, CLAIM)
         if self.claim is not None:
             self.job = job.as_recorded(self.claim.get("identity", {}))
-        self.dataset = self._open_dataset()
+        self.dataset, self._make_loaders = self._open()
         self._loaded: LoadedModel | None = None
 
-    def _open_dataset(self) -> Dataset:
+    def _open(self) -> tuple[TrainingData, Callable[[TrainJob, Trainable, TrainingOrder], Loaders]]:
+        """Open what the job trains on and choose its loaders: nothing else depends on the kind of data."""
         job = self.job
         if job.input.streams:
-            return self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member)
-        return open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
+            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member)
+            return stream, partial(_stream_loaders, stream)
+        dataset = open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
+        return dataset, partial(_loaders, dataset)
 
-    def _claimed_stream(self) -> Dataset | None:
+    def _claimed_stream(self) -> StreamDataset | None:
         """Return the tars that a run of version 1 took for its split, by the split names it knew; None if it is no such run.
 
         The tars of a stream are part of the identity: of tars named `dev` or `testing` that version took every one for training data.
@@ -78,7 +116,7 @@ class Session:
             dataset = open_stream(job.data, split, job.input.member, split_in_version_1)
         except DataError:
             return None
-        return dataset if dataset.manifest.training_key(split) == claimed else None
+        return dataset if dataset.training_key(split) == claimed else None
 
     @cached_property
     def model(self) -> Trainable:
@@ -86,9 +124,11 @@ class Session:
         return build_model(self.job, self.dataset)
 
     @cached_property
-    def loader(self) -> TrainLoader:
-        """The part of the training split that this rank reads."""
-        return train_loader(self.job, self.dataset, self.model, self.rank.rank, self.rank.world_size)
+    def loaders(self) -> Loaders:
+        """What this rank reads; ConfigError if pairs are asked for and the model takes none."""
+        job = self.job
+        require_pairs_are_taken(job.pairs, job.model.kind, type(self.model))
+        return self._make_loaders(job, self.model, job.train.order(self.rank.rank, self.rank.world_size))
 
     @cached_property
     def total_steps(self) -> int:
@@ -125,7 +165,7 @@ class Session:
         if self.job.train.init_from is not None and self.claim is None:
             self._loaded = load_model(self.job.train.init_from)
         require_trainable(self.job, self.dataset, self.model, self._loaded, self.rank.world_size)
-        for note in self.loader.notes:
+        for note in self.loaders[0].notes:
             logger.info(note)
 
     def take(self) -> None:
@@ -137,27 +177,26 @@ class Session:
             self._warn_if_product_changed()
             return
         self.require_trainable()
-        manifest = self.dataset.manifest
         identity = self.job.identity(self.dataset, None if self._loaded is None else self._loaded.sha256)
         info = {
             "data": self.job.data,
-            "dataset_number": manifest.number,
-            "dataset_sha256": manifest.dataset_sha256,
+            "dataset_number": self.dataset.number,
+            "dataset_sha256": self.dataset.dataset_sha256,
             "total_steps": self.total_steps,
             "linear": str(linear_path()),
         }
         claim_generation(self.store, "run", identity, info)
         self.claim = read_json(self.store, CLAIM)  # another attempt may have been first, on another generation with the same samples
         recorded = self.job.as_recorded(self.claim["identity"])  # by an older version, perhaps
-        moved = self.claim["info"]["dataset_number"] != manifest.number and not self.job.input.streams
+        moved = self.claim["info"]["dataset_number"] != self.dataset.number
         if moved or recorded != self.job:
             self.close()
-            for part in ("model", "loader", "total_steps"):
+            for part in ("model", "loaders", "total_steps"):
                 vars(self).pop(part, None)
         self.job = recorded
         self._require_same(self.job.identity(self.dataset, identity["init_sha256"]))
         if moved:
-            self.dataset = self._open_dataset()
+            self.dataset, self._make_loaders = self._open()
 
     def _warn_if_product_changed(self) -> None:
         """Warn if the linear layers of a run use another matrix product than when it began: the last bits of its weights change."""
@@ -179,16 +218,14 @@ class Session:
 
     def plan(self) -> dict[str, Any]:
         """Return what training would do: checks dataset, splits, shapes and the owner of `out`, builds the model, writes nothing."""
-        job, manifest = self.job, self.dataset.manifest
-        for split in (job.train.split, job.train.val_split):
-            if split is not None:
-                manifest.split(split)
+        job = self.job
+        job.identity(self.dataset, None)  # DataError if a split is missing
         self.is_claimed()
         self.require_trainable()
         warnings = schedule_warnings(job.model, self.total_steps)
         return {
             "finished": finished_run(self.store) is not None,
-            "samples": manifest.num_samples(job.train.split) or None,  # tars without an index: not known
+            "samples": self.dataset.num_samples(job.train.split),
             "input_shape": list(model_config(job, self.dataset).input_shape),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "steps": self.total_steps,
@@ -196,6 +233,7 @@ class Session:
         }
 
     def close(self) -> None:
-        """Free the readers of the training split, if they were opened."""
-        if "loader" in vars(self):
-            self.loader.close()
+        """Free the readers of the splits, if they were opened."""
+        for loader in vars(self).get("loaders", ()):
+            if loader is not None:
+                loader.close()

@@ -96,7 +96,7 @@ def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, data: str, run: s
 
 
 def test_equal_bytes_for_any_number_of_streams(tmp_path: Path, data: str, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row_bytes = 4 * int(np.prod(open_dataset(data).manifest.input_shape()))
+    row_bytes = 4 * int(np.prod(open_dataset(data).input_shape()))
     monkeypatch.setattr("aecore.encoding.encoder.CACHED_BYTES", 5 * row_bytes)  # five rows at once
     spec, trees = EncodeSpec(batch=16, reconstruction=True, kl=True, sample=True), []
     for num_streams in (1, 2, 5):

@@ -88,9 +88,9 @@ def test_who_loses_the_claim_to_an_older_version_trains_what_it_recorded(
     monkeypatch.setattr(session_module, "claim_generation", lost)
     monkeypatch.setattr(TrainJob, "as_recorded", as_recorded)
     with closing(Session(job)) as session:
-        built, loader = session.model, session.loader
+        built, loaders = session.model, session.loaders
         session.take()
         assert session.job == older and session.is_claimed()
-        assert session.model is not built and session.loader is not loader, "they were made of the other job"
+        assert session.model is not built and session.loaders[0] is not loaders[0], "they were made of the other job"
     with closing(Session(job)) as again:
         assert again.job == session.job, "as whoever opens the run later"

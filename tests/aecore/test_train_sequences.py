@@ -92,7 +92,7 @@ def test_the_table_has_the_latents_that_each_sequence_has_alone(waves: str, trai
 
 def test_a_model_of_many_lengths_encodes_sequences_of_one(trained: str, tmp_path: Path) -> None:
     data = dataset_of(tmp_path, [wave(number)[:1].repeat(5, 0) for number in range(12)])
-    assert data.manifest.input_shape() == (5, 2)
+    assert data.input_shape() == (5, 2)
     assert len(encode(trained, data.url, tmp_path / "table")) == 12
     other = dataset_of(tmp_path / "other", [wave(number, features=3) for number in range(12)])
     with pytest.raises(DataError, match=r"shape \(0, 3\); checkpoint .* expects \(0, 2\)"):

@@ -64,13 +64,13 @@ class Case:
 
 def make_case(kind: str, net: str, batch: int, root: Path) -> Case:
     data = open_dataset(str(root / f"{kind}-dataset"))
-    small = data.manifest.input_shape()[1] < 256
+    small = data.input_shape()[1] < 256
     backbone: Any = MLPSpec() if net == "mlp" else ConvSpec(channels=(32, 64) if small else (16, 32, 64, 64))
-    config = ModelConfig(VAESpec(latent_dim=20), backbone, TransformSpec(), data.manifest.input_shape())
+    config = ModelConfig(VAESpec(latent_dim=20), backbone, TransformSpec(), data.input_shape())
     torch.manual_seed(0)
     store = open_store(str(root / f"{kind}-{net}-run"))
     publish_model(store, write_checkpoint(store, "checkpoints/step-00000001-aa", config.build(), config, step=1, state={}, info={}))
-    side = data.manifest.input_shape()[1]
+    side = data.input_shape()[1]
     return Case(f"{side}x{side} images, {net} net", root, data, store.url, batch)
 
 

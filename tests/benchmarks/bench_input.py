@@ -137,7 +137,7 @@ def show(name: str, ours: Callable[[], None], theirs: Callable[[], None], units:
 
 def epochs(dataset: Dataset, folder: Path) -> None:
     """Loops with a net against the loop on data in RAM; reading alone against webdataset's and a folder's loader."""
-    shape, samples = dataset.manifest.input_shape(), dataset.manifest.num_samples("train")
+    shape, samples = dataset.input_shape(), dataset.manifest.num_samples("train")
     large = shape[1] == 256
     batch, size = 16 if large else 128, f"{shape[1]}x{shape[2]}"
     ram, cold, warm = in_ram(dataset, batch), ours(dataset, batch, "none"), ours(dataset, batch, "ram")
@@ -163,7 +163,7 @@ def reading(dataset: Dataset) -> None:
     import webdataset as wds
 
     shards, samples = dataset.manifest.split("train"), dataset.manifest.num_samples("train")
-    tars, size = [f"{dataset.url}/{shard.tar.name}" for shard in shards], "x".join(map(str, dataset.manifest.input_shape()[1:]))
+    tars, size = [f"{dataset.url}/{shard.tar.name}" for shard in shards], "x".join(map(str, dataset.input_shape()[1:]))
 
     def peer() -> None:
         assert sum(1 for _ in wds.WebDataset(tars, shardshuffle=False)) == samples

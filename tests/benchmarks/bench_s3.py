@@ -101,7 +101,7 @@ def job(data: str, out: str) -> TrainJob:
 
 
 def saved_run(url: str, data: str) -> None:
-    config = ModelConfig(VAESpec(latent_dim=20), MLPSpec(), TransformSpec(), open_dataset(data).manifest.input_shape())
+    config = ModelConfig(VAESpec(latent_dim=20), MLPSpec(), TransformSpec(), open_dataset(data).input_shape())
     torch.manual_seed(0)
     store = open_store(url)
     publish_model(store, write_checkpoint(store, "checkpoints/step-00000001-aa", config.build(), config, step=1, state={}, info={}))

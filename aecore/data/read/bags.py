@@ -103,7 +103,7 @@ class BagLoader:
                 f"{dataset.url}: the instances of bags are sequences of different lengths, expected one shape: cut or pad them, or train "
                 "a model of sequences without bags, such as model.kind=rvae"
             )
-        self.steps_per_epoch = order.num_steps(dataset.manifest.num_groups(split))
+        self.steps_per_epoch = order.num_steps(dataset.num_groups(split))
         self._order, self._spec = order, spec
 
     @cached_property
@@ -155,7 +155,7 @@ class BagLoader:
             yield self._batch(own.indices, positions, int(sizes.sum()))
 
     def _epoch_order(self, epoch: int, order: TrainingOrder) -> EpochOrder:
-        return EpochOrder(self.bags.counts, self.rows.dataset.manifest.training_key(self.rows.split), order, epoch)
+        return EpochOrder(self.bags.counts, self.rows.dataset.training_key(self.rows.split), order, epoch)
 
     def _batch(self, bags: Int64s, positions: Int64s, num_global: int) -> Batch:
         if not len(bags):

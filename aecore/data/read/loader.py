@@ -56,7 +56,7 @@ class InputSpec:
 
     @property
     def streams(self) -> bool:
-        """Whether tars without an index are streamed; code branches on this instead of on `reader`."""
+        """Whether tars without an index are streamed. Checks of specs ask for it, and `Session`, which chooses what is opened and read."""
         return self.reader == "webdataset"
 
     def identity(self) -> dict[str, Any]:
@@ -73,24 +73,19 @@ class TrainLoader(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Steps that count as an epoch."""
-        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Messages for the user about how batches are composed; reads the indexes where pairs or bags need them."""
-        ...
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None."""
-        ...
 
     def reread(self, step: int) -> tuple[Batch, SplitRows] | None:
         """Return the batch of optimizer step 1, 2, ... of all ranks together, and its split; None if it cannot be read again."""
-        ...
 
     def close(self) -> None:
         """Close open files; safe to repeat."""
-        ...
 
 
 class BadRow(NamedTuple):
@@ -161,7 +156,7 @@ class Loader:
 
     def epoch_order(self, epoch: int) -> EpochOrder:
         """Return one epoch of the training order."""
-        return EpochOrder(self.rows.counts.tolist(), self.rows.dataset.manifest.training_key(self.rows.split), self.order, epoch)
+        return EpochOrder(self.rows.counts.tolist(), self.rows.dataset.training_key(self.rows.split), self.order, epoch)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the order's global batches [start_step, stop_step), on and on if `stop_step` is None.

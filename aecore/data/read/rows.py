@@ -60,7 +60,7 @@ class SplitRows:
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
         self.sample_format = SampleFormat.from_shapes(dataset.manifest.sample.shapes, sequences=True)
-        self.labelled = bool(dataset.manifest.classes)
+        self.labelled = bool(dataset.classes)
         self._starts = np.cumsum(self.counts) - self.counts
         self._decoder = Decoder(decoder, self.sample_format)
         self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None

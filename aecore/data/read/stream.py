@@ -18,25 +18,24 @@ import functools
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from aecore._base.batch import Batch
-from aecore.data.dataset import Dataset
 from aecore.data.format.decode import DecodeError, Decoder
 from aecore.data.format.image import BadSample
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
-from aecore.data.manifest import DatasetManifest, SampleInfo, ShardRef, content_sha256
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ExternalTars, TarFile, data_member
 from aecore.data.sources._names import split_of
 from aecore.errors import DataError, Hint
-from aecore.store import FileRef, open_store, sha256_json
+from aecore.store import sha256_json
 from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
@@ -45,8 +44,44 @@ StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `
 REMEDY = "adopt_shards and shard_dataset (aecore.data.write.job) put such samples into a quarantine"
 
 
-def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of) -> Dataset:
-    """Return a dataset of generation 0, in memory: the tars of `split`, without counts and hashes, and the format of the first sample.
+@dataclass(frozen=True, slots=True)
+class StreamDataset:
+    """The tars of one split: sizes in bytes by name below `url`, and the format of the first sample; a `TrainingData`."""
+
+    url: str
+    split: str
+    tars: Mapping[str, int]
+    sample_format: SampleFormat
+    number = 0  # this and the next are no fields: the same for all tars without an index
+    classes = None
+
+    @property
+    def dataset_sha256(self) -> str:
+        """The hash of split, names and sizes."""
+        return self.training_key(self.split)
+
+    def training_key(self, split: str) -> str:
+        """Return the hash of split, names and sizes; DataError if it is another split than the opened one."""
+        if split != self.split:
+            raise DataError(f"the tars of {self.url} were opened for split {self.split!r}, not {split!r}")
+        # laid out like `manifest.content_sha256`, of shards without counts: it is in the claims of runs
+        rows = [[split, name, 0, "", sha256_json({"name": name, "bytes": size})] for name, size in self.tars.items()]
+        return sha256_json({"shards": rows, "classes": []})
+
+    def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
+        """Return the shape of the first sample, images as `(C, H, W)`."""
+        return self.sample_format.tensor_shape
+
+    def num_samples(self, split: str) -> None:
+        """Return None: the samples are not counted."""
+
+    def num_groups(self, split: str) -> int:
+        """Return 0: bags need an index."""
+        return 0
+
+
+def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of) -> StreamDataset:
+    """Open the tars of `split`: lists them and reads the first sample.
 
     `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`.
 
@@ -66,27 +101,7 @@ def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[
         format_text = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).format_text
     except BadSample as bad:
         raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}", hint=Hint("bad-sample")) from bad
-    shards = tuple(_shard(tars.files.url, split, name, sizes[name]) for name in names)
-    manifest = DatasetManifest(
-        number=0,
-        parent=0,
-        parent_sha256=None,
-        identity={"reader": "webdataset"},
-        classes=(),
-        splits={split: shards},
-        rejected=(),
-        listings=(),
-        sample=SampleInfo(extensions={ext: 1}, shapes={format_text: 1}),
-        statistics={},
-        reasons={},
-        dataset_sha256=content_sha256(shards, ()),
-    )
-    return Dataset(open_store(tars.files.url), manifest)
-
-
-def _shard(url: str, split: str, name: str, size: int) -> ShardRef:
-    known = sha256_json({"name": name, "bytes": size})  # all that is known before it is read
-    return ShardRef(split, name, 0, 0, 0, FileRef(name, size, ""), FileRef("", 0, ""), known, tar_base_url=url)
+    return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, SampleFormat.parse(format_text))
 
 
 def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
@@ -115,39 +130,19 @@ def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> 
 class StreamLoader:
     """Training batches of external tars; a `TrainLoader`.
 
-    Parameters
-    ----------
-    dataset : Dataset
-        From `open_stream`.
-    split : str
-        The split whose tars are read.
-    transform : TransformSpec
-        Names the decoder.
-    order : TrainingOrder
-        Seed, global batch and rank.
-    steps_per_epoch : int
-        Steps that count as an epoch.
-    spec : InputSpec
-        How the tars are read.
+    `transform` names the decoder, `order` gives seed, global batch and rank; `steps_per_epoch` steps count as an epoch.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        split: str,
-        *,
-        transform: TransformSpec,
-        order: TrainingOrder,
-        steps_per_epoch: int,
-        spec: InputSpec,
+        self, dataset: StreamDataset, *, transform: TransformSpec, order: TrainingOrder, steps_per_epoch: int, spec: InputSpec
     ) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self._names = [shard.tar.name for shard in dataset.manifest.split(split)]
+        self._names = list(dataset.tars)
         self._tars = ExternalTars.named(dataset.url, tuple(self._names))
-        self._sample = SampleFormat.from_shapes(dataset.manifest.sample.shapes)
+        self._sample = dataset.sample_format
         self._decoder = Decoder(transform.decoder, self._sample)
         self._order, self._spec = order, spec
-        self._seed = f"{dataset.manifest.training_key(split)}|{order.seed}"
+        self._seed = f"{dataset.dataset_sha256}|{order.seed}"
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.

@@ -67,7 +67,7 @@ def test_a_folder_becomes_a_data_set_with_every_sample_once(tmp_path):
     assert dataset.manifest == made
     assert keys_of(dataset) == sorted(f"{'ab'[number % 2]}/{number:03d}" for number in range(10))
     assert made.classes == ("a", "b")
-    assert made.input_shape() == (1, 4, 4)
+    assert dataset.input_shape() == (1, 4, 4)
     assert verify_dataset(dataset, read_data=True).ok
 
 
@@ -303,8 +303,8 @@ def test_two_appends_at_once_one_is_told_to_run_again(tmp_path):
 def test_sprites_carry_their_factors_into_the_index(tmp_path):
     made = shard(SpritesSpec(size=16, positions=3, scales=2), tmp_path / "out", SplitSpec(by="hash", val=0.2))
     assert made.classes == ("ellipse", "heart", "square")
-    assert made.input_shape() == (1, 16, 16)
     dataset = open_dataset(str(tmp_path / "out"))
+    assert dataset.input_shape() == (1, 16, 16)
     for row in dataset.reader(made.shards[0]).index.to_pylist():
         assert f"x{row['factor_x']:03d}-y{row['factor_y']:03d}" in row["key"]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
-from aecore.data.dataset import open_dataset, read_listings
+from aecore.data.dataset import Dataset, open_dataset, read_listings
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import DatasetManifest, read_manifest
 from aecore.data.write.manifest_build import next_manifest
@@ -36,6 +36,11 @@ def record(stem, *, rows=3, bad=0, first=0, tar="a", content="c", split=None, cl
 
 def manifest(*records, parent=None, classes=("x", "y")):
     return next_manifest(parent, {"splits": {"by": "none"}}, classes, records, LISTING)
+
+
+def opened(*records, **options):
+    """The dataset of these records, as `open_dataset` would give it; no file is read."""
+    return Dataset(open_store("./unused"), manifest(*records, **options))
 
 
 def test_a_manifest_is_a_pure_function_of_the_records_without_their_timings():
@@ -110,11 +115,11 @@ def test_the_dataset_hash_does_not_see_parquet_bytes():
 
 
 def test_the_training_key_sees_its_own_split_only():
-    made = manifest(record("train-000000"), record("test-000000"))
-    same = manifest(record("train-000000"), record("test-000000", content="0"), classes=("x", "y", "z"))
-    assert same.training_key() == made.training_key("train")
-    assert manifest(record("train-000000", content="0")).training_key() != made.training_key()
-    assert made.training_key("test") != made.training_key()
+    made = opened(record("train-000000"), record("test-000000"))
+    same = opened(record("train-000000"), record("test-000000", content="0"), classes=("x", "y", "z"))
+    assert same.training_key("train") == made.training_key("train")
+    assert opened(record("train-000000", content="0")).training_key("train") != made.training_key("train")
+    assert made.training_key("test") != made.training_key("train")
 
 
 @pytest.mark.parametrize(
@@ -130,16 +135,16 @@ def test_the_training_key_sees_its_own_split_only():
 )
 def test_images_are_channels_first_and_arrays_as_they_are(name, shape):
     assert SampleFormat.parse(name).tensor_shape == shape
-    assert manifest(record("train-000000", shapes={name: 3})).input_shape() == shape
+    assert opened(record("train-000000", shapes={name: 3})).input_shape() == shape
 
 
 def test_two_shapes_shard_but_refuse_to_train():
-    made = manifest(record("train-000000", shapes={"8x8x3/RGB": 2, "9x8x3/RGB": 1}))
+    made = opened(record("train-000000", shapes={"8x8x3/RGB": 2, "9x8x3/RGB": 1}))
     with pytest.raises(DataError, match=r"2 different shapes \(8x8x3/RGB \(2\), 9x8x3/RGB \(1\)\).*shards\.resize"):
         made.input_shape()
-    assert manifest(record("train-000000", shapes={"8x8x1/L": 2, "8x8x1/1": 1})).input_shape() == (1, 8, 8)
+    assert opened(record("train-000000", shapes={"8x8x1/L": 2, "8x8x1/1": 1})).input_shape() == (1, 8, 8)
     with pytest.raises(DataError, match="no samples"):
-        manifest(record("train-000000", rows=0, bad=1)).input_shape()
+        opened(record("train-000000", rows=0, bad=1)).input_shape()
 
 
 def test_an_unknown_split_names_the_known_ones():

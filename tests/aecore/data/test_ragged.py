@@ -56,7 +56,7 @@ def test_index_and_manifest_know_the_lengths(tmp_path: Path) -> None:
         index = dataset.reader(shard).index
         found |= dict(zip(index["source"].to_pylist(), index["length"].to_pylist(), strict=True))
     assert [found[f"train/{number % 3}/{number:04d}.npy"] for number in range(10)] == [len(sample) for sample in samples]
-    assert dataset.manifest.input_shape(sequences=True) == (0, 2)
+    assert dataset.input_shape(sequences=True) == (0, 2)
 
 
 def test_a_shard_is_read_with_lengths_and_damaged_rows_are_left_out(tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_samples_of_one_shape_are_read_as_before(tmp_path: Path) -> None:
         (batch,) = loader.range_batches(0, 8, 8)
     assert batch.lengths is None
     assert np.array_equal(batch.x.numpy(), np.stack(samples))
-    assert dataset.manifest.input_shape(sequences=True) == dataset.manifest.input_shape() == (5, 2)
+    assert dataset.input_shape(sequences=True) == dataset.input_shape() == (5, 2)
 
 
 def test_a_model_that_takes_no_lengths_is_told_which_does(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, [wave(number) for number in range(6)])
     with pytest.raises(DataError, match=r"different shapes .*sequences of different lengths.*model.kind=rvae"):
-        dataset.manifest.input_shape()
+        dataset.input_shape()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from aecore._base.batch import Batch
+from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
-from aecore.data.read.stream import StreamLoader, open_stream
+from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
 from aecore.data.sources._names import split_in_version_1
 from aecore.errors import ConfigError, DataError
 from aecore.training.job import steps_per_epoch
 from aecore.training.loop import fit
+from aecore.variational import AdaGVAESpec
 from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.aecore.training import fit_on, losses, published_weights, small_job
@@ -27,7 +29,7 @@ def batches(url: Path | str, steps: int = 10, start: int = 0, rank: int = 0, wor
     spec = InputSpec(**{"reader": "webdataset", "shuffle": 8, "prefetch": 0, **options})
     order = TrainingOrder(global_batch=16, lanes=8, rank=rank, world_size=world_size)
     dataset = open_stream(str(url), "train")
-    loader = StreamLoader(dataset, "train", transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
+    loader = StreamLoader(dataset, transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
     return list(loader.batches(start, start + steps))
 
 
@@ -90,6 +92,20 @@ class TestBatches:
         assert set(numbers(batches(f"{tars}/{{00001..00001}}.tar"))) == set(range(30, 50))
 
 
+class TestOpened:
+    def test_holds_what_is_known_before_the_samples_are_read(self, tars: Path) -> None:
+        opened = open_stream(str(tars), "train")
+        assert opened.tars == {name: (tars / name).stat().st_size for name in ("00000.tar", "00001.tar")}
+        assert (opened.url, opened.number, opened.classes, opened.input_shape()) == (str(tars), 0, None, (1, 4, 4))
+        assert (opened.num_samples("train"), opened.num_groups("train")) == (None, 0)
+
+    def test_the_hash_is_that_of_the_claims_of_earlier_runs(self) -> None:
+        opened = StreamDataset("/any", "train", {"00000.tar": 10240, "b/00001.tar": 20480}, SampleFormat.parse("4x4x1/L"))
+        assert opened.training_key("train") == opened.dataset_sha256 == "2ae13cce27e384e5961835bf2b1d339755ce7eeb723d2c88dfdacc6121901f52"
+        with pytest.raises(DataError, match=r"opened for split 'train', not 'val'"):
+            opened.training_key("val")
+
+
 class TestRefused:
     def test_a_sample_of_another_form_is_named(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [*samples(0, 3), ("odd.png", encoded(image(0, 9)))])
@@ -117,6 +133,11 @@ class TestRefused:
     def test_what_only_an_index_gives(self, tars: Path, tmp_path: Path, changes: dict, input: dict, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             small_job(str(tars), tmp_path / "run", input=InputSpec(reader="webdataset", **input), **changes)
+
+    def test_a_model_that_takes_pairs_before_the_run_is_claimed(self, tars: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"model.kind=adagvae trains on pairs, which input.reader=webdataset cannot draw"):
+            fit(job(tars, tmp_path / "run", model=AdaGVAESpec(latent_dim=2)))
+        assert not (tmp_path / "run").exists()
 
     def test_options_of_the_other_reader(self) -> None:
         with pytest.raises(ConfigError, match=r"belong to input.reader=webdataset"):
