@@ -241,12 +241,13 @@ def lint(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     """Run lint, then all tests but the full-size ones, also if lint fails; pytest's summary comes last.
 
-    Without arguments in two processes; all tests of a file that starts services run in one of them.
+    Without arguments in three processes, because tests of services wait more than they compute; all tests of a file that starts
+    services run in one of them.
     """
     servers([])
     peers([])
     linted = lint([])
-    return job("python", "-m", "pytest", *(args or ("-n", "2", "--dist", "loadgroup"))) or linted
+    return job("python", "-m", "pytest", *(args or ("-n", "3", "--dist", "loadgroup"))) or linted
 
 
 def quick(args: list[str]) -> int:

@@ -1,7 +1,7 @@
 """What every test shares: one torch thread, private and offline homes for Ray, Prefect and Hugging Face, real data if it is there.
 
 The environment is set when pytest loads this file, before anything imports Ray or Prefect, so that sub-processes inherit it too.
-With `-n 2 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services run in one process.
+With `-n 3 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services run in one process.
 """
 
 import functools
@@ -97,16 +97,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def logging_of_its_own() -> Iterator[None]:
-    """Undo what a flow or a command does to the loggers of its process: levels, and a console that reports that its stream is closed."""
+def logging_as_at_the_start() -> None:
+    """Undo what earlier flows and commands did to this process's loggers: levels, and a console that reports that its stream is closed."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if type(handler).__name__ == "PrefectConsoleHandler"]:
         if getattr(getattr(getattr(handler, "console", None), "file", None), "closed", False):
             root.removeHandler(handler)
-    levels = {name: logging.getLogger(name).level for name in (None, "aecore", "pipelines")}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    root.setLevel(logging.WARNING)
+    for name in ("aecore", "pipelines"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)
