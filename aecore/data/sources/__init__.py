@@ -93,11 +93,10 @@ class Listing:
 
 def _texts(name: str, values: list[str]) -> list[str]:
     """Return the values; DataError if one of them is no text, as when a source gives class numbers."""
-    wrong = next((value for value in values if not isinstance(value, str)), None) if {*map(type, values)} - {str} else None
-    if wrong is not None:
-        raise DataError(
-            f"the source lists {name} with {wrong!r} ({type(wrong).__name__}), expected text: use [str(value) for value in ...]"
-        )
+    others = {*map(type, values)} - {str}
+    if others:
+        wrong = next(value for value in values if type(value) in others)
+        raise DataError(f"the source lists {name} with {wrong!r} ({type(wrong).__name__}), expected text: use str(value)")
     return values
 
 
