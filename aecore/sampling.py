@@ -25,13 +25,14 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.noise import seed_of, step_noise
 from aecore._base.trainable import has_posterior, latent_column
-from aecore.artifact.commit import read_json, require_same
+from aecore.artifact.commit import require_same
+from aecore.artifact.documents import read_json, sealed
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.format.pictures import grid, is_image, pixels, png
 from aecore.data.format.transform import Transform
 from aecore.errors import ConfigError, DataError, Hint, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
-from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
+from aecore.store import Store, absolute_url, open_store, sha256_json
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def _generate(name: str, loaded: LoadedModel, latents: Latents, out: str, spec: 
     files = _write(store, name, x, {"z": latents.z, **latents.rows}, Transform(loaded.config.transform), spec.images)
     made = list(x.shape[1:])  # sequences have a length only now
     lineage = {"checkpoint": {"sha256": loaded.sha256, "step": loaded.checkpoint.step, "url": loaded.url}}
-    store.put(f"{name}.json", canonical_json({"identity": identity, "lineage": lineage, "shape": made, "files": files}), role=name)
+    store.put(f"{name}.json", sealed({"identity": identity, "lineage": lineage, "shape": made, "files": files}), role=name)
     logger.info("%s: %d %s, %d files", store.url, count, name, files)
     return {**summary, "shape": made, "files": files, "made": files}
 

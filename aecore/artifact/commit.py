@@ -10,18 +10,16 @@ RunFailed and can run again. Claims have their own numbers (a dead claim leaves 
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aecore.artifact.documents import read_json, sealed
 from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.registry import flatten
 from aecore.store import AlreadyExists, FileRef, Store, canonical_json
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,10 @@ class PartRecord:
                 return ref
         raise KeyError(suffix)
 
+    def file_in(self, folder: str) -> FileRef | None:
+        """Return the file in a folder, None if there is none."""
+        return next((ref for ref in self.files if ref.name.startswith(f"{folder}/")), None)
+
 
 def part_stem(prefix: str, claim: int, number: int) -> str:
     """Return `train-000000` for claim 1, `train-g000002-000000` for claim 2."""
@@ -61,22 +63,6 @@ def newest_of(names: Iterable[str], stem: str) -> int | None:
     pattern = re.compile(re.escape(stem) + r"\.(\d{6})\.json")
     numbers = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
     return max(numbers, default=None)
-
-
-def read_json(store: Store, name: str) -> dict[str, Any]:
-    """Return a JSON file of the artefact; DataError if it is missing, damaged or of a newer format."""
-    return parse_json(store, name, store.read(name))
-
-
-def parse_json(store: Store, name: str, content: bytes) -> dict[str, Any]:
-    """Return the parsed `content` of the file `name`, as `read_json` does."""
-    try:
-        data = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{store.url}/{name} is not valid JSON ({error}): it is damaged or was not written by aecore") from error
-    if not isinstance(data, dict) or data.get("format", 0) > FORMAT_VERSION:
-        raise DataError(f"{store.url}/{name} has format {data.get('format')!r}, this version reads up to {FORMAT_VERSION}: upgrade aecore")
-    return data
 
 
 def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info: Mapping[str, Any]) -> int:
@@ -96,9 +82,9 @@ def claim_generation(store: Store, kind: str, identity: Mapping[str, Any], info:
             return known
     while True:
         number += 1
-        claim = {"format": FORMAT_VERSION, "kind": kind, "claim": number, "identity": identity, "info": info}
+        claim = {"kind": kind, "claim": number, "identity": identity, "info": info}
         try:
-            store.put(f"run.{number:06d}.json", canonical_json(claim), role="run")
+            store.put(f"run.{number:06d}.json", sealed(claim), role="run")
             return number
         except AlreadyExists:  # another process has just taken this number: for the same work, or for other work?
             if canonical_json(read_json(store, f"run.{number:06d}.json")["identity"]) == wanted:
@@ -149,8 +135,8 @@ def put_or_adopt(
 
 def write_record(store: Store, record: PartRecord) -> PartRecord:
     """Commit one part; if another attempt was first, return its record (same part, so the files are equal)."""
-    data = {"format": FORMAT_VERSION, **dataclasses.asdict(record)}
-    _, first = put_or_adopt(store, f"records/{record.part}.json", canonical_json(data), role="record", accepts=lambda ref, there: True)
+    content = sealed(dataclasses.asdict(record))
+    _, first = put_or_adopt(store, f"records/{record.part}.json", content, role="record", accepts=lambda ref, there: True)
     known = record if first is None else read_record(store, record.part)
     assert known is not None
     return known
@@ -177,11 +163,51 @@ def read_record(store: Store, part: str) -> PartRecord | None:
     return PartRecord(data["part"], files, data["rows"], data["quarantined"], data["detail"], data["timings"])
 
 
-def commit_manifest(store: Store, stem: str, parent: int, manifest: Mapping[str, Any]) -> int:
-    """Publish `<stem>.<parent+1>.json`; RunFailed if another append was committed since `parent` (0: none) was read."""
+def require_counts(store: Store, record: PartRecord, found: Mapping[str, tuple[object, object]]) -> None:
+    """DataError unless a record says of its files what they say themselves: `found` is name -> (in the record, in the file)."""
+    for name, (said, is_there) in found.items():
+        if said != is_there:
+            raise DataError(
+                f"{store.url}/records/{record.part}.json says {name} {said!r}, its files {is_there!r}: one of them was changed; "
+                "restore it, or write to another URL"
+            )
+
+
+def require_there(store: Store, new: Iterable[FileRef], old: Iterable[FileRef] = ()) -> None:
+    """DataError unless all that a manifest or a checkpoint is about to name exists: nothing that is named may be gone.
+
+    `new` files are looked at one by one, with their sizes; those that are named already (`old`) by one listing of each folder.
+    """
+    store.check_all(list(new))
+    names: dict[str, list[str]] = {}
+    for ref in old:
+        folder, _, name = ref.name.rpartition("/")
+        names.setdefault(folder, []).append(name)
+    for folder, wanted in names.items():
+        gone = sorted(set(wanted) - set(store.list(folder)))
+        if gone:
+            raise DataError(
+                f"{store.url}/{folder}/{gone[0]} is gone ({len(gone)} of {len(wanted)} files): something removed it while this command "
+                "ran, and it is named already: nothing was committed; restore it"
+            )
+
+
+def commit_manifest(
+    store: Store, stem: str, parent: int, manifest: Mapping[str, Any], *, new: Iterable[FileRef] = (), old: Iterable[FileRef] = ()
+) -> int:
+    """Publish `<stem>.<parent+1>.json`, which names the files `new`, and `old` ones that its parent names.
+
+    Raises
+    ------
+    RunFailed
+        If another append was committed since `parent` (0: none) was read.
+    DataError
+        If one of the files is gone.
+    """
+    require_there(store, new, old)
     number = parent + 1
     try:
-        store.put(f"{stem}.{number:06d}.json", canonical_json({"format": FORMAT_VERSION, "number": number, **manifest}), role="manifest")
+        store.put(f"{stem}.{number:06d}.json", sealed({"number": number, **manifest}), role="manifest")
     except AlreadyExists:
         raise RunFailed(
             f"{store.url}: another append was committed as {stem}.{number:06d}.json while this one ran; "

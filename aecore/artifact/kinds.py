@@ -6,7 +6,8 @@ what was drawn from a model. It reads one listing of the URL, and the claim wher
 
 from dataclasses import dataclass
 
-from aecore.artifact.commit import newest_of, read_json
+from aecore.artifact.commit import newest_of
+from aecore.artifact.documents import read_json
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
 

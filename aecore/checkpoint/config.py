@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore._base.trainable import ModelSpec, Trainable
-from aecore.artifact.commit import FORMAT_VERSION
 from aecore.data.format.transform import TransformSpec
 from aecore.errors import ConfigError
 from aecore.registry import BACKBONES, MODELS, Registry, absent_values, from_dict, to_dict
@@ -33,7 +32,6 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that decide weights and latents, later fields only if they differ from the old behaviour."""
         return {
-            "format": FORMAT_VERSION,
             "model": to_dict(self.model, identity_only=True),
             "backbone": to_dict(self.backbone, identity_only=True),
             "transform": to_dict(self.transform, identity_only=True),

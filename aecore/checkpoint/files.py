@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +22,17 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from aecore._base.trainable import Trainable
-from aecore.artifact.commit import FORMAT_VERSION, parse_json, read_json
+from aecore.artifact.commit import require_there
+from aecore.artifact.documents import read_document, read_json, sealed
 from aecore.artifact.kinds import other_kind
 from aecore.checkpoint.config import ModelConfig
 from aecore.errors import DataError, Hint
-from aecore.store import FileRef, Store, canonical_json, open_store
+from aecore.store import FileRef, Store, open_store, sha256_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
+CLAIM = "run.000001.json"
 _FOLDER = re.compile(r"step-(\d{8})-[0-9a-z]+")
 
 
@@ -96,7 +97,7 @@ def write_checkpoint(
     torch.save(dict(state), buffer)
     files = (
         store.put(f"{name}/model.safetensors", save_safetensors(weights_of(model)), role="weights"),
-        store.put(f"{name}/config.json", canonical_json(config.to_dict()), role="config"),
+        store.put(f"{name}/config.json", sealed(config.to_dict()), role="config"),
         store.put(f"{name}/state.pt", buffer.getvalue(), role="state"),
     )
     return _commit(store, CheckpointRef(name, step, "", files, metrics, best, info))
@@ -133,23 +134,22 @@ def publish_model(store: Store, checkpoint: CheckpointRef) -> CheckpointRef:
 
 
 def _commit(store: Store, ref: CheckpointRef) -> CheckpointRef:
+    require_there(store, [*ref.files, *ref.metrics[-1:]], ref.metrics[:-1])
     content = {
-        "format": FORMAT_VERSION,
         "step": ref.step,
         "files": [{**dataclasses.asdict(file), "name": file.name.removeprefix(f"{ref.name}/")} for file in ref.files],
         "metrics": [dataclasses.asdict(part) for part in ref.metrics],
         "best": ref.best,
         "info": ref.info,
     }
-    committed = store.put(f"{ref.name}/{MANIFEST}", canonical_json(content), role="checkpoint")
+    committed = store.put(f"{ref.name}/{MANIFEST}", sealed(content), role="checkpoint")
     return dataclasses.replace(ref, sha256=committed.sha256)
 
 
 def read_checkpoint(store: Store, name: str, *, verify: bool | None = True) -> CheckpointRef:
     """Read the checkpoint `name`; DataError if it is unfinished or a file is damaged (`verify` False: of another size; None: any)."""
     prefix = f"{name}/" if name else ""
-    written = store.read(prefix + MANIFEST)
-    data = parse_json(store, prefix + MANIFEST, written)
+    data, written = read_document(store, prefix + MANIFEST)
     with _well_formed(store, prefix + MANIFEST):
         files = tuple(FileRef(prefix + file["name"], file["bytes"], file["sha256"]) for file in data["files"])
         metrics = tuple(FileRef(**part) for part in data["metrics"])
@@ -250,6 +250,21 @@ def load_state(store: Store, checkpoint: CheckpointRef) -> dict[str, Any]:
     return state
 
 
+def require_own_model(store: Store, model: CheckpointRef, run_sha256: str | None = None) -> None:
+    """DataError if `model/` of the run at `store` was published by another run: copied there, or restored to the wrong place.
+
+    `run_sha256` is the hash of the run's identity, read from the claim if it is not given.
+    """
+    if run_sha256 is None and store.size(CLAIM) is None:
+        return
+    own, made_by = run_sha256 or sha256_json(read_json(store, CLAIM)["identity"]), model.info.get("run_sha256")
+    if made_by is not None and made_by != own:
+        raise DataError(
+            f"{store.url}/model belongs to another run (run_sha256 {str(made_by)[:12]}, this run has {own[:12]}): restore the right "
+            "one, or remove it and run the same train command again"
+        )
+
+
 def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
     """Load the result of a run, ready for use (eval mode).
 
@@ -270,10 +285,12 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
             hint=Hint("no-model", {"url": store.url}),
         )
     checkpoint = read_checkpoint(store, name, verify=None)
+    if name:
+        require_own_model(store, checkpoint)
     config_ref = checkpoint.file("config.json")
     store.prefetch([config_ref, checkpoint.file("model.safetensors")])  # both are verified when they are read
     with _well_formed(store, config_ref.name):
-        config = ModelConfig.from_dict(json.loads(store.read(config_ref.name, ref=config_ref)))
+        config = ModelConfig.from_dict(read_json(store, config_ref.name, ref=config_ref))
     with torch.random.fork_rng(devices=[]):
         model = config.build()
     load_weights(model, store, checkpoint)

@@ -5,16 +5,18 @@ the same bytes. Generations only add: the shards of the parent come first in eve
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import FORMAT_VERSION, read_json
+from aecore.artifact.documents import read_json, require_once
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
-from aecore.store import FileRef, Store, open_store, resolve_url, sha256_json
+from aecore.store import FileRef, Store, absolute_url, is_remote, open_store, resolve_url, sha256_json
 
 STEM = "dataset"
+TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
 SPLIT_ORDER = ("train", "val", "test")
 
 
@@ -43,6 +45,12 @@ class ShardRef:
     quarantined: int = 0
     tar_base_url: str | None = None
     groups: int = 0
+
+    @property
+    def own_files(self) -> tuple[FileRef, ...]:
+        """Its files in the dataset's own folder: all but the tar of an adopted one."""
+        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine)
+        return tuple(ref for ref in files if ref is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,7 @@ class DatasetManifest:
     number: int
     parent: int
     parent_sha256: str | None
+    claim_sha256: str | None  # of the identity of the claim that made this generation; None in manifests of version 1
     identity: Mapping[str, Any]
     classes: tuple[str, ...]
     splits: Mapping[str, tuple[ShardRef, ...]]
@@ -110,6 +119,11 @@ class DatasetManifest:
         """Every file that the manifest names: shards, indexes, quarantine, listings."""
         shards = [ref for shard in self.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
         return (*shards, *(part.quarantine for part in self.rejected), *self.listings)
+
+    @property
+    def own_files(self) -> tuple[FileRef, ...]:
+        """Those in the dataset's own folder: all but adopted tars."""
+        return (*(ref for shard in self.shards for ref in shard.own_files), *(part.quarantine for part in self.rejected), *self.listings)
 
     @property
     def quarantined(self) -> int:
@@ -142,10 +156,7 @@ class DatasetManifest:
         return sum(counts) if all(counts) else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order.
-
-        `sha256` is the hash of everything else: `read_manifest` detects a damaged file by it.
-        """
+        """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
         data["classes"] = list(self.classes)
         data["rejected"] = [dataclasses.asdict(part) for part in self.rejected]
@@ -154,16 +165,16 @@ class DatasetManifest:
         data["statistics"] = {name: dataclasses.asdict(counts) for name, counts in self.statistics.items()}
         data["shards"] = [_shard_to_json(shard) for shard in self.shards]
         data["quarantined"] = self.quarantined
-        data["format"] = FORMAT_VERSION
-        return {**data, "sha256": sha256_json(data)}
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "DatasetManifest":
-        """Return the manifest from the data of `to_json`; KeyError or TypeError if it is something else."""
-        return cls(
+        """Return the manifest from the data of `to_json`; KeyError, TypeError or ValueError if it is something else."""
+        manifest = cls(
             number=data["number"],
             parent=data["parent"],
             parent_sha256=data["parent_sha256"],
+            claim_sha256=data.get("claim_sha256"),
             identity=data["identity"],
             classes=tuple(data["classes"]),
             splits=in_order(_shard_from_json(shard) for shard in data["shards"]),
@@ -174,6 +185,10 @@ class DatasetManifest:
             reasons=data["reasons"],
             dataset_sha256=data["dataset_sha256"],
         )
+        parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
+        require_once([(part.split, part.stem) for part in parts], "a shard")
+        require_once([ref.name for ref in manifest.own_files], "a file")
+        return manifest
 
 
 def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
@@ -208,17 +223,24 @@ def tar_store(store: Store, shard: ShardRef) -> Store:
     """Return the store that holds the tar of a shard: the dataset's own `store`, unless the tar was adopted."""
     if shard.tar_base_url is None:
         return store
-    return open_store(resolve_url(store.url, shard.tar_base_url))
+    url = absolute_url(resolve_url(store.url, shard.tar_base_url), "home")
+    prefixes = [store.url, *filter(None, os.environ.get(TAR_PREFIXES, "").split(","))]
+    if (is_remote(url) or is_remote(store.url)) and not any(_is_below(url, absolute_url(prefix, TAR_PREFIXES)) for prefix in prefixes):
+        raise DataError(
+            f"the dataset {store.url} says that its tars are in {url}, which nobody here has named: requests there would be signed with "
+            f"your credentials. If you trust it, set {TAR_PREFIXES}={url} (several are separated by commas)"
+        )
+    return open_store(url)
+
+
+def _is_below(url: str, prefix: str) -> bool:
+    return url == prefix or url.startswith(f"{prefix.rstrip('/')}/")
 
 
 def read_manifest(store: Store, number: int) -> DatasetManifest:
     """Return one generation; DataError if the file is missing, damaged or not a dataset manifest."""
     name = f"{STEM}.{number:06d}.json"
     try:
-        data = read_json(store, name)
-        expected = data.pop("sha256", None)  # the first datasets have none
-        if expected is not None and expected != sha256_json(data):
-            raise DataError(f"{store.url}/{name} is damaged (its content does not have the sha256 it states): restore it from a copy")
-        return DatasetManifest.from_json(data)
+        return DatasetManifest.from_json(read_json(store, name))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{store.url}/{name} is not a dataset manifest ({error!r}): it is damaged or was not written by aecore") from error

@@ -16,16 +16,8 @@ from typing import Any
 
 import torch
 
-from aecore.artifact.commit import (
-    PartRecord,
-    claim_generation,
-    commit_manifest,
-    newest_of,
-    read_json,
-    recorded_parts,
-    require_kind,
-    require_same,
-)
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
+from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
 from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
@@ -36,7 +28,7 @@ from aecore.encoding.encoder import Encoder, EncodeSpec
 from aecore.encoding.worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.errors import ConfigError, RunFailed
 from aecore.registry import absent_values, as_recorded, to_dict
-from aecore.store import Store, absolute_url, canonical_json, open_store
+from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
 
 logger = logging.getLogger(__name__)
@@ -118,7 +110,9 @@ def encode_dataset(
     made_by_stem = {**plan.done, **{record.part: record for record in made}}
     manifest = _manifest(plan, [made_by_stem[task.stem] for task in plan.tasks])
     _warn(store, manifest)
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json())
+    old = () if plan.parent is None else plan.parent.files
+    new = [ref for ref in manifest.files if ref not in set(old)]
+    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old)
     logger.info("table %s: generation %d, %d rows, %d quarantined", store.url, manifest.number, manifest.num_rows, manifest.quarantined)
     return manifest
 
@@ -236,9 +230,12 @@ def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | 
             )
 
 
+def _claim_identity(plan: EncodePlan) -> dict[str, Any]:
+    return {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
+
+
 def _claim(store: Store, plan: EncodePlan) -> None:
-    identity = {"table": plan.identity, "dataset_sha256": plan.lineage["dataset"]["sha256"]}
-    claim = claim_generation(store, "table", identity, {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
+    claim = claim_generation(store, "table", _claim_identity(plan), {"lineage": plan.lineage, "compression": plan.setup.spec.compression})
     if claim > 1 and plan.parent is None:  # another process may have claimed the same URL at the same time
         _require_same_table(store, plan.identity, _claimed(store), plan.setup.model_url, plan.setup.spec)
 
@@ -254,7 +251,8 @@ def _manifest(plan: EncodePlan, records: Sequence[PartRecord]) -> TableManifest:
     lineage = {**plan.lineage, "encoded_by": [unique[key] for key in sorted(unique)]}
     number = 0 if plan.parent is None else plan.parent.number
     identity = json.loads(canonical_json(plan.identity))
-    return TableManifest(number + 1, number, plan.parent_sha256, identity, identity["columns"], lineage, tuple(parts))
+    claim_sha256 = sha256_json(_claim_identity(plan))
+    return TableManifest(number + 1, number, plan.parent_sha256, claim_sha256, identity, identity["columns"], lineage, tuple(parts))
 
 
 def _warn(store: Store, manifest: TableManifest) -> None:

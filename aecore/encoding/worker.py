@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.artifact.commit import PartRecord, read_record, recorded_parts, write_record
+from aecore.artifact.commit import PartRecord, read_record, recorded_parts, require_counts, write_record
 from aecore.artifact.fanout import Commit
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.dataset import open_dataset
@@ -36,7 +36,7 @@ from aecore.encoding.encoder import Encoder, EncodeSpec
 from aecore.errors import ConfigError, DataError
 from aecore.nn import linear_path
 from aecore.store import Store, canonical_json, open_store
-from aecore.table.part import RefusedRow, commit_part, commit_quarantine, part_name, part_table
+from aecore.table.part import RefusedRow, commit_part, commit_quarantine, part_name, part_table, read_footer
 from aecore.threads import map_ordered
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,16 @@ class EncodeTask:
 def recorded_part(store: Store, task: EncodeTask, checkpoint_sha256: str) -> PartRecord | None:
     """Return the record of an earlier attempt at this part, None if there is none; ConfigError if it is of other data."""
     record = read_record(store, task.stem)
-    return None if record is None else _require_made_of(store, record, task, checkpoint_sha256)
+    if record is None:
+        return None
+    _require_made_of(store, record, task, checkpoint_sha256)
+    said: dict[str, tuple[object, object]] = {"samples": (record.rows + record.quarantined, task.row_stop - task.row_start)}
+    if store.is_local:  # a footer in a bucket costs the whole part
+        for name, folder, count in (("rows", "data", record.rows), ("quarantined", "quarantine", record.quarantined)):
+            ref = record.file_in(folder)
+            said[name] = count, 0 if ref is None else read_footer(store, ref).num_rows
+    require_counts(store, record, said)
+    return record
 
 
 def _require_made_of(store: Store, record: PartRecord, task: EncodeTask, checkpoint_sha256: str) -> PartRecord:

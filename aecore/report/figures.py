@@ -11,7 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from aecore.artifact.commit import read_json, require_same
+from aecore.artifact.commit import require_same
+from aecore.artifact.documents import read_json, sealed
 from aecore.checkpoint.files import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.format.pictures import require_matplotlib
@@ -20,7 +21,7 @@ from aecore.report import _maps, _panels
 from aecore.report._draw import draw
 from aecore.report._panels import Panel
 from aecore.report._view import NotDrawn, View
-from aecore.store import absolute_url, canonical_json, open_store
+from aecore.store import absolute_url, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
                 files.append(f"{name}.png")
             except NotDrawn as reason:
                 left_out[name] = str(reason)
-    store.put(MANIFEST, canonical_json({"identity": identity, "files": files, "left_out": left_out}), role="figures")
+    store.put(MANIFEST, sealed({"identity": identity, "files": files, "left_out": left_out}), role="figures")
     logger.info("%s: %d figures, left out: %s", store.url, len(files), ", ".join(left_out) or "none")
     return {"url": store.url, "files": files, "left_out": left_out}
 

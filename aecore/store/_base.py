@@ -61,6 +61,7 @@ class Store(Protocol):
     """Files of one artefact under one URL. Names are relative to it and separated by `/`; roles name the fault points."""
 
     url: str
+    is_local: bool  # whether its files are paths of this machine, so that a part of one can be read without the rest
 
     def put(self, name: str, data: bytes, *, role: str) -> FileRef:
         """Commit `data` as `name`; AlreadyExists if the name holds other bytes."""
@@ -71,8 +72,11 @@ class Store(Protocol):
     def stage(self) -> contextlib.AbstractContextManager[Path]:
         """Yield the path of a new temporary file on local disk; the end of the `with` block removes it unless it was committed."""
 
-    def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
-        """Return the bytes of `name`; with `ref`, DataError unless size and sha256 agree. DataError if missing."""
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+        """Return the bytes of `name`; with `ref`, DataError unless size and sha256 agree. DataError if missing.
+
+        `fresh` reads past every cache, as a read whose hash does not agree is repeated.
+        """
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         """DataError unless `ref` exists with its size, and with its sha256 if `verify` (which reads every byte)."""
@@ -97,6 +101,9 @@ class Store(Protocol):
 
     def modified(self, name: str) -> float | None:
         """Return the modification time of `name`, in seconds since the epoch by the storage's clock; None if there is no such file."""
+
+    def now(self) -> float:
+        """Return the time by the storage's clock, the one of `modified`, in seconds since the epoch; StoreError if it cannot be asked."""
 
     def list(self, folder: str = "") -> list[str]:
         """Return the sorted names directly below `folder` ("" is the artefact itself); empty if there is none."""

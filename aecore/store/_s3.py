@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ _recent: dict[str, tuple[float, bytes]] = {}  # address -> when it was read, byt
 
 class S3Store(BucketPrefix):
     """One artefact in a bucket."""
+
+    is_local = False
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, str, str | None]]:
         return S3Store, (self.url, self._bucket, self._prefix, self._profile)
@@ -142,10 +145,10 @@ class S3Store(BucketPrefix):
             if written_sha256(head) != ref.sha256:
                 raise StoreError(f"the upload of {self._where(ref.name)} was aborted elsewhere: run the same command again") from error
 
-    def read(self, name: str, *, ref: FileRef | None = None) -> bytes:
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
         if ref is not None:
             return self._read_verified(ref)
-        known = _recent.get(self._where(name))
+        known = None if fresh else _recent.get(self._where(name))
         if known is not None and time.monotonic() - known[0] < RECENT_S:
             return known[1]
         try:
@@ -221,6 +224,13 @@ class S3Store(BucketPrefix):
     def modified(self, name: str) -> float | None:
         head = self._head(name)
         return None if head is None else float(head["LastModified"].timestamp())
+
+    def now(self) -> float:
+        page = next(self._pages(Prefix=f"{self._key('')}/", Delimiter="/"))
+        date = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        if date is None:
+            raise StoreError(f"{self.url}: the service's answers have no date")
+        return parsedate_to_datetime(date).timestamp()
 
     def list(self, folder: str = "") -> list[str]:
         prefix = f"{self._key(folder)}/" if self._key(folder) else ""

@@ -2,7 +2,7 @@
 
 A manifest names every part with its size and hash, and the chain of custody: checkpoint, dataset generation, shards. It is a
 pure function of the part records and of the inputs, without timestamps, so the same work gives the same bytes. Parts are in the order
-of the dataset's manifest; generations only append. `sha256` is the hash of the rest, so that a changed byte is detected.
+of the dataset's manifest; generations only append.
 """
 
 import dataclasses
@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import FORMAT_VERSION, PartRecord, read_json
+from aecore.artifact.commit import PartRecord
+from aecore.artifact.documents import read_json, require_once
 from aecore.errors import DataError
-from aecore.store import FileRef, Store, sha256_json
+from aecore.store import FileRef, Store
 
 STEM = "table"
 
@@ -64,6 +65,7 @@ class TableManifest:
     number: int
     parent: int
     parent_sha256: str | None
+    claim_sha256: str | None  # of the identity of the claim that made this generation; None in manifests of version 1
     identity: Mapping[str, Any]
     columns: Mapping[str, Any]
     lineage: Mapping[str, Any]
@@ -85,36 +87,24 @@ class TableManifest:
         return sum(part.quarantined for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data, complete as it is committed, with its own hash; `from_json` reads it back."""
+        """Return plain JSON data; `from_json` reads it back."""
         data: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["parts"] = [dataclasses.asdict(part) for part in self.parts]
-        data |= {"format": FORMAT_VERSION, "num_rows": self.num_rows, "quarantined": self.quarantined}
-        return {**data, "sha256": sha256_json(data)}
+        return data | {"num_rows": self.num_rows, "quarantined": self.quarantined}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TableManifest":
         """Return the manifest from the result of `to_json`; KeyError or TypeError for other data."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "parts"]
-        return cls(**{name: data[name] for name in names}, parts=tuple(TablePart.from_json(part) for part in data["parts"]))
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("parts", "claim_sha256")]
+        parts = tuple(TablePart.from_json(part) for part in data["parts"])
+        require_once([part.file.name for part in parts], "a part")
+        return cls(**{name: data[name] for name in names}, claim_sha256=data.get("claim_sha256"), parts=parts)
 
 
 def read_table_manifest(store: Store, number: int) -> TableManifest:
     """Return one generation's manifest; DataError if it is missing, damaged or not of a table."""
     name = f"{STEM}.{number:06d}.json"
     try:
-        data = read_json(store, name)
-        manifest = TableManifest.from_json(data)
-        intact = _is_intact(data)
+        return TableManifest.from_json(read_json(store, name))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{store.url}/{name} is not a table manifest ({error!r}): it is damaged or was not written by aecore") from error
-    if not intact:
-        raise DataError(f"{store.url}/{name} is damaged: its content does not match its sha256; restore it, or encode to another URL")
-    return manifest
-
-
-def _is_intact(data: Mapping[str, Any]) -> bool:
-    """Return whether `sha256` is the hash of the other keys. Early manifests have no hash, and exactly the other keys."""
-    rest = {key: value for key, value in data.items() if key != "sha256"}
-    if "sha256" in data:
-        return bool(data["sha256"] == sha256_json(rest))
-    return rest.keys() == {field.name for field in dataclasses.fields(TableManifest)} | {"format", "num_rows", "quarantined"}

@@ -42,6 +42,7 @@ class LatentTable:
         self.store = store
         self.manifest = manifest
         self.parts = manifest.parts if parts is None else tuple(parts)
+        self._footers: dict[str, pq.FileMetaData] = {}
 
     def __repr__(self) -> str:
         return f"LatentTable({self.store.url!r}, rows={self.num_rows}, parts={len(self.parts)}, columns={list(self.manifest.columns)})"
@@ -77,8 +78,21 @@ class LatentTable:
         schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
 
+    def _footer(self, part: TablePart) -> pq.FileMetaData:
+        """Return the footer of a part, read once; DataError if the file is another part than the manifest names."""
+        if part.stem not in self._footers:
+            footer = read_footer(self.store, part.file)
+            problems = origin_problems(self.manifest, part, footer)
+            if problems:
+                raise DataError(
+                    f"{self.url}/{part.file.name} is another part than the manifest names: {'; '.join(problems)}: restore it, or encode to "
+                    "another URL"
+                )
+            self._footers[part.stem] = footer
+        return self._footers[part.stem]
+
     def _schema_of(self, part: TablePart) -> pa.Schema:
-        return read_footer(self.store, part.file).schema.to_arrow_schema()
+        return self._footer(part).schema.to_arrow_schema()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -94,6 +108,7 @@ class LatentTable:
 
     def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
         """Read columns of one part as Arrow, verifying the checksum of every page."""
+        self._footer(part)
         return read_part(self.store, part.file, columns)
 
     def _column(self, name: str) -> Iterator[Column]:
@@ -159,7 +174,7 @@ class LatentTable:
         Reads the key column of the parts whose key statistics admit the key.
         """
         for part in self.parts:
-            footer = read_footer(self.store, part.file)
+            footer = self._footer(part)
             if not _may_hold(footer, key):
                 continue
             table = self.read(part, ["key", "ordinal"])
@@ -174,6 +189,24 @@ class LatentTable:
                 }
                 return {**where, "shard": shard, **self.manifest.lineage, "produced_by": part_metadata(footer.schema.to_arrow_schema())}
         raise DataError(f"table {self.url} has no row with the key {key!r}: it may be in quarantine/, or not in the dataset")
+
+
+def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMetaData) -> list[str]:
+    """Return where a part's own metadata contradict the manifest: rows, checkpoint, shard, settings."""
+    metadata, identity = part_metadata(footer.schema.to_arrow_schema()), manifest.identity
+    wanted = {
+        "checkpoint_sha256": identity["checkpoint_sha256"],
+        "checkpoint_step": str(manifest.lineage["checkpoint"]["step"]),
+        "dtype": identity["dtype"],
+        "batch": str(identity["batch"]),
+        "shard": part.shard,
+        "shard_sha256": part.shard_sha256,
+        "row_start": str(part.row_start),
+    }
+    found = [f"it has {footer.num_rows} rows, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
+    return found + [
+        f"it has {key} {metadata.get(key)!r}, the manifest {value!r}" for key, value in wanted.items() if metadata.get(key) != value
+    ]
 
 
 def _may_hold(footer: pq.FileMetaData, key: str) -> bool:

@@ -24,7 +24,7 @@ from aecore.errors import DataError
 from aecore.store import open_store
 from aecore.table.manifest import TablePart
 from aecore.table.part import PRODUCER, part_metadata, read_footer, read_part
-from aecore.table.table import LatentTable
+from aecore.table.table import LatentTable, origin_problems
 
 SHOWN = 20
 
@@ -154,25 +154,11 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> It
             table.store.check(ref, verify=read_data)
     footer = read_footer(table.store, part.file)
     metadata = part_metadata(footer.schema.to_arrow_schema())
-    if footer.num_rows != part.rows:
-        yield f"{name} has {footer.num_rows} rows, the manifest says {part.rows}"
+    yield from (f"{name}: {problem}" for problem in origin_problems(table.manifest, part, footer))
     span = part.row_stop - part.row_start
     if part.rows + part.quarantined != span:
         yield f"{name} has {part.rows} rows and {part.quarantined} quarantined of {span} samples"
-    lineage, identity = table.manifest.lineage, table.manifest.identity
-    wanted = {
-        "checkpoint_sha256": identity["checkpoint_sha256"],
-        "checkpoint_step": str(lineage["checkpoint"]["step"]),
-        "dtype": identity["dtype"],
-        "batch": str(identity["batch"]),
-        "shard": part.shard,
-        "shard_sha256": part.shard_sha256,
-        "row_start": str(part.row_start),
-    }
-    for key, value in wanted.items():
-        if metadata.get(key) != value:
-            yield f"{name} has {key} {metadata.get(key)!r}, the manifest {value!r}"
-    if {key: metadata.get(key) for key in PRODUCER} not in lineage["encoded_by"]:
+    if {key: metadata.get(key) for key in PRODUCER} not in table.manifest.lineage["encoded_by"]:
         yield f"{name} was encoded on {metadata.get('device')!r} with versions that the lineage does not name"
 
 

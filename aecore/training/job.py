@@ -11,7 +11,7 @@ from aecore._base.noise import seed_of
 from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint.compatibility import require_labels
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import CheckpointRef, LoadedModel, newest_checkpoint, read_checkpoint
+from aecore.checkpoint.files import CheckpointRef, LoadedModel, newest_checkpoint, read_checkpoint, require_own_model
 from aecore.data.dataset import TrainingData
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
@@ -24,7 +24,6 @@ from aecore.training.metrics import epoch_of
 from aecore.training.optimizer import OptimSpec
 from aecore.training.preflight import require_batch_statistics
 
-CLAIM = "run.000001.json"
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
 
@@ -219,11 +218,12 @@ def total_steps(job: TrainJob, data: TrainingData) -> int:
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
 
 
-def finished_run(store: Store) -> RunResult | None:
+def finished_run(store: Store, run_sha256: str | None = None) -> RunResult | None:
     """Return the result of a run whose model is published, None if it is not (yet)."""
     if store.size("model/checkpoint.json") is None:
         return None
     model = read_checkpoint(store, "model")
+    require_own_model(store, model, run_sha256)
     newest = newest_checkpoint(store, model.info.get("run_sha256"))
     return result_of(store, model, {} if newest is None else epoch_of(store, newest.metrics, model.step).to_dict())
 

@@ -89,11 +89,11 @@ def fit(
     weights not finite), Interrupted (`stop`).
     """
     with closing(_claimed(job, rank)) as session:
-        result = finished_run(session.store)
+        result = finished_run(session.store, session.run_sha256)
         done = from_rank_zero(rank, "done" if result is not None else None)
         if not done:
             result = _Training(session, on_checkpoint, stop).run()
-        result = result or finished_run(session.store)
+        result = result or finished_run(session.store, session.run_sha256)
     assert result is not None
     return result
 

@@ -10,8 +10,9 @@ from functools import cached_property, partial
 from typing import Any
 
 from aecore._base.trainable import Trainable
-from aecore.artifact.commit import claim_generation, newest_of, read_json, require_kind, require_same
-from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
+from aecore.artifact.documents import read_json
+from aecore.checkpoint.files import CLAIM, LoadedModel, load_model
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
 from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
@@ -22,7 +23,6 @@ from aecore.errors import ConfigError, DataError, Hint
 from aecore.nn import linear_path
 from aecore.store import open_store, sha256_json
 from aecore.training.job import (
-    CLAIM,
     TrainJob,
     build_model,
     finished_run,
@@ -224,7 +224,7 @@ class Session:
         self.require_trainable()
         warnings = schedule_warnings(job.model, self.total_steps)
         return {
-            "finished": finished_run(self.store) is not None,
+            "finished": finished_run(self.store, None if self.claim is None else self.run_sha256) is not None,
             "samples": self.dataset.num_samples(job.train.split),
             "input_shape": list(model_config(job, self.dataset).input_shape),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),

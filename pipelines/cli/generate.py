@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from aecore.artifact.commit import read_json
+from aecore.artifact.documents import read_json
 from aecore.data.dataset import open_dataset
 from aecore.errors import AecoreError, ConfigError, did_you_mean
 from aecore.store import absolute_url, open_store

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-from aecore.artifact.commit import PartRecord, read_json
+from aecore.artifact.commit import PartRecord
+from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import OnPart
 from aecore.store import Store
 from aecore.training.metrics import last_epoch, last_row

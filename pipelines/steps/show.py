@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from aecore.artifact.commit import read_json
+from aecore.artifact.documents import read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
 from aecore.artifact.subset import parse_subset
 from aecore.errors import ConfigError, DataError

@@ -1,7 +1,6 @@
 """gc removes what nobody needs and nothing else: killed writers, overtaken appends, readers, reruns, names of other people."""
 
 import itertools
-import json
 import os
 import random
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aecore.artifact.documents import sealed
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
@@ -225,7 +225,7 @@ def test_a_place_without_an_artefact_is_refused(tmp_path):
     (tmp_path / "photos/a.json").write_text("{}")
     with pytest.raises(DataError, match="holds no dataset, run or table"):
         later(tmp_path / "photos")
-    (tmp_path / "run.000001.json").write_text(json.dumps({"kind": "notes", "identity": {}}))
+    (tmp_path / "run.000001.json").write_bytes(sealed({"kind": "notes", "claim": 1, "identity": {}, "info": {}}))
     with pytest.raises(DataError, match="has kind 'notes'"):
         later(tmp_path)
 

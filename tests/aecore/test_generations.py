@@ -10,13 +10,14 @@ from aecore.artifact.commit import (
     newest_number,
     part_stem,
     put_or_adopt,
-    read_json,
     read_record,
     require_same,
     write_record,
 )
+from aecore.artifact.documents import read_json
 from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.store import AlreadyExists, open_store
+from tests.documents import content
 
 
 def test_the_same_identity_continues_its_claim_and_another_takes_the_next_number(tmp_path):
@@ -70,11 +71,11 @@ def test_of_concurrent_appends_exactly_one_is_committed(tmp_path):
 def test_readers_take_the_highest_manifest(tmp_path):
     store = open_store(tmp_path)
     assert newest_number(store, "dataset") is None
-    commit_manifest(store, "dataset", 0, {"x": 1})
-    commit_manifest(store, "dataset", 1, {"x": 2})
+    commit_manifest(store, "dataset", 0, {"classes": ["x"]})
+    commit_manifest(store, "dataset", 1, {"classes": ["y"]})
     (tmp_path / "dataset.000009.json.part").write_text("{")
     assert newest_number(store, "dataset") == 2
-    assert read_json(store, "dataset.000002.json")["x"] == 2
+    assert content(tmp_path / "dataset.000002.json")["classes"] == ["y"]
 
 
 def test_a_record_comes_back_as_written_and_another_attempts_record_wins(tmp_path):
@@ -153,7 +154,7 @@ def test_a_manifest_of_a_newer_format_asks_for_an_upgrade(tmp_path):
 
 def test_a_damaged_manifest_is_named(tmp_path):
     (tmp_path / "dataset.000001.json").write_text('{"format": 1, ')
-    with pytest.raises(DataError, match=r"dataset\.000001\.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"dataset\.000001\.json is damaged"):
         read_json(open_store(tmp_path), "dataset.000001.json")
 
 

@@ -24,7 +24,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.nn.mlp import MLPSpec
-from aecore.store import canonical_json, open_store
+from aecore.store import open_store
 from aecore.training import loop
 from aecore.training.loop import fit
 from aecore.training.metrics import last_epoch
@@ -32,6 +32,7 @@ from aecore.training.optimizer import OptimSpec, lr_at
 from aecore.vanilla import AESpec
 from aecore.variational import VAESpec
 from tests.aecore.training import fit_on, losses, published_weights, small_job, sprites_dataset
+from tests.documents import content, rewrite
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +150,8 @@ def test_a_publication_that_another_attempt_began_is_finished_with_its_weights(d
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
-    manifest = json.loads((other / "checkpoint.json").read_text())
-    manifest["files"][0]["sha256"] = hashlib.sha256(weights).hexdigest()
-    (other / "checkpoint.json").write_bytes(canonical_json(manifest))
+    first, *rest = content(other / "checkpoint.json")["files"]
+    rewrite(other / "checkpoint.json", files=[{**first, "sha256": hashlib.sha256(weights).hexdigest()}, *rest])
     store.put("model/model.safetensors", bytes(weights), role="model")  # ... and which was killed while it published
     fit(job)
     assert published_weights(tmp_path / "run") == bytes(weights)

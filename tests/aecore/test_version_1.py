@@ -21,6 +21,7 @@ from aecore.store import open_store
 from aecore.table.table import open_table
 from aecore.table.verify import verify_table
 from aecore.training.loop import fit
+from tests.documents import content
 from tests.fixtures.make_v1 import job, picture, write_images, write_tar
 
 V1 = Path(__file__).parents[1] / "fixtures/v1"
@@ -131,7 +132,7 @@ def test_a_run_that_was_stopped_while_it_published_is_published(v1):
     before = files(v1 / "run")
     assert fit(moved(job("run", epochs=2), {"run": v1 / "run", "dataset": v1 / "dataset"})).step == 6
     require_kept(before, v1 / "run")
-    assert (v1 / "run/model/checkpoint.json").read_bytes() == (V1 / "run/model/checkpoint.json").read_bytes()
+    assert content(v1 / "run/model/checkpoint.json") == content(V1 / "run/model/checkpoint.json")
 
 
 def test_tables_follow_their_dataset_and_unfinished_ones_are_finished(v1):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from aecore.artifact.commit import PartRecord, read_record
+from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import MEMBERS, content_sha256
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
 from aecore.data.write.pack import ShardWriter
-from aecore.data.write.shard import put_table, record_shard, require_of_task
+from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint
 from aecore.store import FileRef, Files, Store, open_store, read_again, sha256_file
@@ -34,9 +34,8 @@ class AdoptWorker:
 
     def __call__(self, task: ShardTask) -> Commit:
         """Return the call that commits the shard of `task`, or its record if it is committed."""
-        known = read_record(self._store, task.stem)
+        known = recorded_shard(self._store, task)
         if known is not None:
-            require_of_task(self._store, known, task)
             return lambda: known
         return lambda: index_tar(self._store, task, self._source)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import read_json
+from aecore.artifact.documents import read_json
 from aecore.data.dataset import read_listings
 from aecore.data.format.index import make_table, read_table
 from aecore.data.format.record import DATA_EXTENSIONS

@@ -14,15 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import (
-    PartRecord,
-    claim_generation,
-    commit_manifest,
-    newest_of,
-    put_or_adopt,
-    read_json,
-    require_same,
-)
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, put_or_adopt, require_same
+from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, collect, serial
 from aecore.data.format.index import read_table, table_bytes
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
@@ -36,7 +29,7 @@ from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
 from aecore.errors import DataError
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
-from aecore.store import FileRef, Store, absolute_url, open_store
+from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +210,10 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
         listed = listing.result()
     _require_good(store, records, work.shards.max_bad)
-    manifest = next_manifest(parent, work.identity, plan.classes, records, listed)
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json())
+    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation))
+    old = [] if parent is None else parent.own_files
+    new = set(manifest.own_files) - set(old)
+    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=sorted(new, key=lambda ref: ref.name), old=old)
     counts = sum(record.rows for record in records), sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
@@ -235,10 +230,12 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
 
 def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
     """Commit keys, sources and source sizes of the planned samples; the next append compares its listing with them."""
-    name = f"listings/{claim:06d}.parquet"
-    content = table_bytes(listing_table(listing), {"claim": claim})
-    # an earlier attempt's file is equivalent: the claim fixes the rows, Parquet's bytes may differ
-    return put_or_adopt(store, name, content, role="listing", accepts=lambda existing, data: True)[0]
+    name, table = f"listings/{claim:06d}.parquet", listing_table(listing)
+
+    def has_the_same_rows(there: FileRef, data: bytes) -> bool:  # the claim fixes the rows, Parquet's bytes may differ
+        return bool(read_table(data, f"{store.url}/{there.name}").equals(table))
+
+    return put_or_adopt(store, name, table_bytes(table, {"claim": claim}), role="listing", accepts=has_the_same_rows)[0]
 
 
 def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:

@@ -10,7 +10,12 @@ from aecore.store import FileRef
 
 
 def next_manifest(
-    parent: DatasetManifest | None, identity: Mapping[str, Any], classes: Sequence[str], records: Sequence[PartRecord], listing: FileRef
+    parent: DatasetManifest | None,
+    identity: Mapping[str, Any],
+    classes: Sequence[str],
+    records: Sequence[PartRecord],
+    listing: FileRef,
+    claim_sha256: str,
 ) -> DatasetManifest:
     """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses."""
     shards = [_shard_of(record) for record in records if record.rows]
@@ -26,6 +31,7 @@ def next_manifest(
         number=parent.number + 1 if parent else 1,
         parent=parent.number if parent else 0,
         parent_sha256=parent.dataset_sha256 if parent else None,
+        claim_sha256=claim_sha256,
         identity=identity,
         classes=tuple(classes),
         splits=splits,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from aecore.artifact.commit import PartRecord, put_or_adopt, read_record, write_record
+from aecore.artifact.commit import PartRecord, put_or_adopt, read_record, require_counts, write_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import content_sha256, read_table, table_bytes
 from aecore.data.write.pack import ShardWriter
@@ -36,9 +36,8 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
     Raises StoreError if the output cannot be written or a sample cannot be read, ConfigError if the existing record is of another task;
     never for a bad sample (see the record's `quarantined`).
     """
-    known = read_record(store, task.stem)
+    known = recorded_shard(store, task)
     if known is not None:
-        require_of_task(store, known, task)
         return lambda: known
     started = time.perf_counter()
     writer = ShardWriter(task)
@@ -78,8 +77,19 @@ def place_of(task: ShardTask) -> dict[str, Any]:
     return {"split": task.split, "planned": len(task), "first_ordinal": int(task.ordinals[0]) if len(task) else 0}
 
 
-def require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
-    """Raise ConfigError if the record was written for other samples: another version planned other shards under this name."""
+def recorded_shard(store: Store, task: ShardTask) -> PartRecord | None:
+    """Return the record of an earlier attempt at this shard, compared with the files that it names; None if there is none.
+
+    Raises
+    ------
+    ConfigError
+        If it was written for other samples: another version planned other shards under this name.
+    DataError
+        If record and files disagree.
+    """
+    known = read_record(store, task.stem)
+    if known is None:
+        return None
     asked = place_of(task)
     there = {name: known.detail.get(name) for name in asked}
     if there != asked:
@@ -87,6 +97,20 @@ def require_of_task(store: Store, known: PartRecord, task: ShardTask) -> None:
             f"{store.url}: the recorded shard {task.stem} is of other samples than in this plan (recorded {there}, planned {asked}): "
             "another version of this package may have written it; write to another URL"
         )
+    rows = {
+        ref.name.partition("/")[0]: read_table(store.read(ref.name, ref=ref), ref.name)
+        for ref in known.files
+        if ref.name.endswith(".parquet")
+    }
+    found: dict[str, tuple[object, object]] = {
+        "rows": (known.rows, len(rows.get("shards", ()))),
+        "quarantined": (known.quarantined, len(rows.get("quarantine", ()))),
+        "planned": (known.detail["planned"], known.rows + known.quarantined),
+    }
+    if known.rows:
+        found["content_sha256"] = known.detail.get("content_sha256"), content_sha256(rows["shards"])
+    require_counts(store, known, found)
+    return known
 
 
 def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[FileRef], dict[str, Any]]:

@@ -10,12 +10,11 @@ from typing import Any
 
 from safetensors.numpy import load as load_safetensors
 
-from aecore.artifact.commit import read_json
-from aecore.checkpoint.files import MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint
+from aecore.artifact.documents import read_json
+from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint
 from aecore.errors import AecoreError, DataError
 from aecore.maintenance.compare._fields import differing
 from aecore.store import FileRef, Store, open_store, sha256_json
-from aecore.training.job import CLAIM
 from aecore.training.metrics import changed_meaning, epoch_means, read_rows, version_of
 
 Row = Mapping[str, Any]

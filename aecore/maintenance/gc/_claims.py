@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from aecore.artifact.commit import newest_number, read_json
+from aecore.artifact.commit import newest_number
+from aecore.artifact.documents import read_json
 from aecore.data.manifest import SPLIT_ORDER, read_manifest
 from aecore.data.manifest import STEM as DATASET_STEM
 from aecore.errors import DataError

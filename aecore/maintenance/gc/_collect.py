@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.kinds import detect_artifact
-from aecore.errors import DataError, RunFailed
+from aecore.errors import DataError, RunFailed, StoreError
 from aecore.maintenance.gc._parts import plan_parts
 from aecore.maintenance.gc._plan import DAY_S, Garbage, Plan, Waiting
 from aecore.maintenance.gc._run import plan_run
 from aecore.store import Store, open_store
 
 logger = logging.getLogger(__name__)
+WEEK_S, SKEW_S = 7 * DAY_S, 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ def collect_garbage(
     dry_run : bool
         Remove nothing.
     now : float, optional
-        The time from which ages are counted, in seconds since the epoch.
+        The time from which ages are counted, in seconds since the epoch; by default the storage's own, by whose clock files are dated.
+        Where that cannot be asked (no right to write), this machine's, and then nothing younger than a week is old.
 
     Raises
     ------
@@ -65,7 +67,8 @@ def collect_garbage(
         If a file cannot be removed.
     """
     store = open_store(url)
-    before = (time.time() if now is None else now) - older_than_s
+    _kind_of(store)  # nothing is written to a place that holds something else, not even to ask for the time
+    before = _written_before(store, older_than_s) if now is None else now - older_than_s
     for _ in range(3):
         before_plan = _numbered(store)
         kind = _kind_of(store)
@@ -79,6 +82,21 @@ def collect_garbage(
         if dry_run or before_plan == _numbered(store):
             return _remove(plan, kind, dry_run)
     raise RunFailed(f"{store.url} changed three times while it was examined: collect again when fewer commands write there")
+
+
+def _written_before(store: Store, older_than_s: float) -> float:
+    """Return the moment before which files are old, by the storage's clock if it can be asked."""
+    here = time.time()
+    try:
+        there = store.now()
+    except StoreError as error:
+        logger.warning("%s; ages are taken from this machine's clock, and nothing younger than 7 days is old", error)
+        return here - max(older_than_s, WEEK_S)
+    if abs(there - here) > SKEW_S:
+        ahead = "ahead of" if here > there else "behind"
+        text = "this machine's clock is %.1f h %s that of %s, by which ages are counted: synchronise it (NTP)"
+        logger.warning(text, abs(there - here) / 3600, ahead, store.url)
+    return there - older_than_s
 
 
 def _numbered(store: Store) -> list[str]:

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Iterable
 
-from aecore.artifact.commit import read_json
-from aecore.checkpoint.files import MANIFEST, CheckpointRef, read_checkpoint
+from aecore.artifact.documents import read_json
+from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, read_checkpoint
 from aecore.errors import DataError
 from aecore.maintenance.gc._plan import Plan, below
 from aecore.store import Store
-from aecore.training.job import CLAIM
 
 _CHECKPOINT = re.compile(r"checkpoints/step-(\d{8})-([0-9a-z]+)")
 _METRICS = re.compile(r"metrics/\d{8}-\d{8}-([0-9a-z]+)\.jsonl")

@@ -47,7 +47,7 @@ def snapshot(root):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not name.startswith(".tmp/"):
             data = path.read_bytes()
-            found[name] = {**json.loads(data), "timings": None} if name.startswith("records/") else data
+            found[name] = {**json.loads(data), "timings": None, "sha256": None} if name.startswith("records/") else data
     return found
 
 

@@ -1,10 +1,12 @@
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
+from aecore.artifact.documents import sealed
 from aecore.data.dataset import Dataset, open_dataset, read_listings
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import DatasetManifest, read_manifest
@@ -35,7 +37,8 @@ def record(stem, *, rows=3, bad=0, first=0, tar="a", content="c", split=None, cl
 
 
 def manifest(*records, parent=None, classes=("x", "y")):
-    return next_manifest(parent, {"splits": {"by": "none"}}, classes, records, LISTING)
+    listing = LISTING if parent is None else dataclasses.replace(LISTING, name="listings/000002.parquet")
+    return next_manifest(parent, {"splits": {"by": "none"}}, classes, records, listing, "0" * 64)
 
 
 def opened(*records, **options):
@@ -71,7 +74,7 @@ def test_shards_stand_in_order_of_split_then_generation():
         "zeta-000000",
     ]
     assert (second.number, second.parent, second.parent_sha256) == (2, 1, first.dataset_sha256)
-    assert second.listings == (LISTING, LISTING)
+    assert [listing.name for listing in second.listings] == ["listings/000001.parquet", "listings/000002.parquet"]
 
 
 def test_counts_and_statistics_add_up_over_generations():
@@ -199,11 +202,12 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
 
 def test_a_changed_count_is_called_damage_and_a_manifest_without_a_hash_is_read(tmp_path):
     store, made = open_store(tmp_path), manifest(record("train-000000"))
-    plain = {name: value for name, value in made.to_json().items() if name != "sha256"}
+    made = dataclasses.replace(made, claim_sha256=None)
+    plain = {name: value for name, value in made.to_json().items() if name != "claim_sha256"}
     path = tmp_path / "dataset.000001.json"
-    path.write_bytes(canonical_json(plain))
+    path.write_bytes(canonical_json({**plain, "format": 1}))
     assert read_manifest(store, 1) == made
-    path.write_bytes(canonical_json({**made.to_json(), "number": 7}))
+    path.write_bytes(sealed(made.to_json()).replace(b'"number":1', b'"number":7'))
     with pytest.raises(DataError, match=r"dataset\.000001\.json is damaged"):
         read_manifest(store, 1)
 
@@ -212,4 +216,4 @@ def test_a_damaged_listing_is_found(tmp_path):
     store = open_store(tmp_path)
     ref = store.put("listings/000001.parquet", b"not parquet", role="listing")
     with pytest.raises(DataError, match="listings/000001.parquet"):
-        read_listings(store, next_manifest(None, {}, (), [record("train-000000")], ref))
+        read_listings(store, next_manifest(None, {}, (), [record("train-000000")], ref, "0" * 64))

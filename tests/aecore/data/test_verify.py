@@ -9,6 +9,7 @@ from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from tests.aecore.data.tiny import encoded, image
+from tests.documents import content, rewrite
 
 
 @pytest.fixture
@@ -76,27 +77,24 @@ def test_all_problems_are_listed_not_only_the_first(dataset):
 
 def test_a_manifest_that_was_changed_by_hand_is_found(dataset):
     path = dataset / "dataset.000002.json"
-    data = without_hash(path)
-    path.write_text(json.dumps({**data, "classes": ["b", "a"]}))
+    data = content(path)
+    rewrite(path, classes=["b", "a"])
     assert "dataset_sha256" in problems(dataset)[0]
-    path.write_text(json.dumps({**data, "parent_sha256": "0" * 64}))
+    rewrite(path, classes=data["classes"], parent_sha256="0" * 64)
     assert "another generation 1" in problems(dataset)[0]
     shards = [{**shard, "planned": 99} for shard in data["shards"][:1]] + data["shards"][1:]
-    path.write_text(json.dumps({**data, "shards": shards}))
+    rewrite(path, shards=shards, parent_sha256=data["parent_sha256"])
     assert "99 planned" in problems(dataset)[0]
 
 
 def test_keys_that_are_planned_but_nowhere_are_found(dataset):
     path = dataset / "dataset.000002.json"
-    data = without_hash(path)
-    data["listings"] = data["listings"][:1]
-    path.write_text(json.dumps(data))
+    rewrite(path, listings=content(path)["listings"][:1])
     assert "neither in a shard nor in quarantine" in problems(dataset, read_data=True)[0]
 
 
 def test_a_shard_named_twice_has_repeated_keys(dataset):
     path = dataset / "dataset.000002.json"
-    data = without_hash(path)
-    data["shards"].append({**data["shards"][0], "stem": "train-000009"})
-    path.write_text(json.dumps(data))
+    shards = content(path)["shards"]
+    rewrite(path, shards=[*shards, {**shards[0], "stem": "train-000009"}])
     assert any("train-000009: keys are not unique" in problem for problem in problems(dataset, read_data=True))

@@ -66,7 +66,7 @@ def write(url: Path, shards: Sequence[Sequence[bytes]], split: str = "train", la
         first += len(members)
     listing = store.put("listing.json", b"{}", role="listing")
     classes = [f"class {label}" for label in range(3)] if labels else []
-    return Dataset(store, next_manifest(None, {}, classes, records, listing))
+    return Dataset(store, next_manifest(None, {}, classes, records, listing, "0" * 64))
 
 
 def write_images(url: Path, counts: Sequence[int], **options: object) -> Dataset:

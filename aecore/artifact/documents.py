@@ -1,0 +1,167 @@
+"""The small JSON files of artefacts: manifests, claims, records, `checkpoint.json`, `config.json`. Nothing in them is believed.
+
+Each is canonical JSON with `format` and `sha256`, the hash of everything else in it. A reader refuses a file whose hash is missing or
+wrong, whose keys are not those of its kind, which has a key twice, or whose content disagrees with its name; before that it reads the file
+once more past every cache. Version 1 hashed only manifests: a file of that version opens without a hash if its keys are exactly those that
+its kind had then.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aecore.errors import DataError
+from aecore.store import FileRef, Store, canonical_json, sha256_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+_SEALED = {"format", "sha256"}
+_noted: set[str] = set()  # addresses of artefacts of version 1 that the log has named
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of file: where it is, its keys, and those of version 1, which had no hash.
+
+    `pattern` is matched against the end of its address; if it has a group, that is the value of the key `repeats`.
+    """
+
+    pattern: str
+    keys: frozenset[str]
+    repeats: str = ""
+    optional: frozenset[str] = frozenset()
+    first: tuple[frozenset[str], ...] = ()
+
+
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_CLAIM = _keys("claim identity info kind")
+_DATASET = _keys(
+    "classes dataset_sha256 identity listings number parent parent_sha256 quarantined reasons rejected sample shards statistics"
+)
+_TABLE = _keys("columns identity lineage num_rows number parent parent_sha256 parts quarantined")
+_RECORD = _keys("detail files part quarantined rows timings")
+_CHECKPOINT = _keys("best files info metrics step")
+_CONFIG = _keys("backbone input_shape model transform")
+_GENERATED, _FIGURES = _keys("files identity lineage shape"), _keys("files identity left_out")
+_FORMAT = {"format"}
+
+_KINDS = (
+    _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", first=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
+    _Kind(r"records/([^/]+)\.json", _RECORD, "part", first=(_RECORD | _FORMAT,)),
+    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", first=(_DATASET | _FORMAT,)),
+    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", first=(_TABLE | _FORMAT,)),
+    _Kind(r"step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"checkpoint\.json", _CHECKPOINT, first=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"config\.json", _CONFIG, first=(_CONFIG | _FORMAT,)),
+    _Kind(r"(?:samples|decoded)\.json", _GENERATED, first=(_GENERATED,)),
+    _Kind(r"figures\.json", _FIGURES, first=(_FIGURES,)),
+)
+
+
+def sealed(data: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a file of this version: `data`, the format, and the hash of both."""
+    body = {**data, "format": FORMAT_VERSION}
+    return canonical_json({**body, "sha256": sha256_json(body)})
+
+
+def read_json(store: Store, name: str, *, ref: FileRef | None = None) -> dict[str, Any]:
+    """Return what a JSON file of the artefact says, without its format and hash; with `ref`, the file must be that one.
+
+    A file that does not hold together is read once more past every cache before it is refused.
+
+    Raises
+    ------
+    DataError
+        If it is missing, damaged, of a newer format, or not a file of its kind.
+    """
+    return read_document(store, name, ref=ref)[0]
+
+
+def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tuple[dict[str, Any], bytes]:
+    """Return what a JSON file says, as `read_json` does, and its bytes."""
+    content = store.read(name, ref=ref)
+    try:
+        return _parsed(store, name, content), content
+    except DataError:
+        again = store.read(name, fresh=True)
+        if again == content:
+            raise
+        logger.warning("%s/%s arrived damaged and was read again", store.url, name)
+        return _parsed(store, name, again), again
+
+
+def require_once(values: Iterable[object], what: str) -> None:
+    """ValueError if a value is there twice."""
+    counts = Counter(values)
+    if counts and (twice := counts.most_common(1)[0])[1] > 1:
+        raise ValueError(f"it names {what} twice: {twice[0]!r}")
+
+
+def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
+    where = f"{store.url}/{name}"
+    try:
+        data = json.loads(content, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        if not isinstance(data, dict):
+            raise ValueError("it is no object")
+        _require_whole(where, data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where} is damaged: {str(error) or 'nested too deep'}; restore it from a copy, or write to another URL"
+        ) from error
+    if "sha256" not in data and store.url not in _noted:
+        _noted.add(store.url)
+        logger.info("%s was written by version 1, whose small files state no hash: a change in them cannot be detected", store.url)
+    return {key: value for key, value in data.items() if key not in _SEALED}
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError(f"the key {next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)!r} stands there twice")
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _require_whole(where: str, data: Mapping[str, Any]) -> None:
+    """ValueError unless hash, format, keys and the values that the file's name repeats are right."""
+    kind, named = _kind_of(where)
+    version, stated = data.get("format", 1), data.get("sha256")
+    intact = stated == sha256_json({key: value for key, value in data.items() if key != "sha256"})
+    if stated is not None and not intact:
+        raise ValueError("its content does not have the sha256 that it states")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"it states format {version!r}, expected 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"it has format {version}, this version reads up to {FORMAT_VERSION}: upgrade aecore")
+    keys = data.keys() - {"sha256"}
+    if version == 1 and keys in kind.first:
+        pass
+    elif version == 1 or stated is None:
+        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.first[0])}")
+    elif not kind.keys <= keys - _FORMAT <= kind.keys | kind.optional:
+        raise ValueError(f"its keys are not those of this kind of file{_shown(keys - _FORMAT, kind.keys | kind.optional)}")
+    if kind.repeats and named is not None and str(data[kind.repeats]) != (str(int(named)) if named.isdigit() else named):
+        raise ValueError(f"it states {kind.repeats} {data[kind.repeats]!r}, which its name does not")
+
+
+def _kind_of(where: str) -> tuple[_Kind, str | None]:
+    for kind in _KINDS:
+        if match := re.search(rf"(?:^|/){kind.pattern}$", where):
+            return kind, match[1] if match.lastindex else None
+    raise AssertionError(f"{where} is no JSON file of an artefact")
+
+
+def _shown(found: frozenset[str] | set[str], expected: frozenset[str]) -> str:
+    parts = {"unknown": sorted(found - expected), "missing": sorted(expected - found)}
+    return "".join(f", {word}: {', '.join(map(repr, keys))}" for word, keys in parts.items() if keys)
