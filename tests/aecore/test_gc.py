@@ -18,12 +18,13 @@ from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.write import job as job_module
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.encoding.encoder import EncodeSpec
 from aecore.encoding.job import encode_dataset
-from aecore.errors import DataError
+from aecore.errors import DataError, StoreError
 from aecore.maintenance.gc import DAY_S, Report, collect_garbage
 from aecore.store import FAULT_STAGES, LocalStore, open_store
 from aecore.table.table import open_table
@@ -407,3 +408,53 @@ def test_a_bucket_is_collected_as_a_folder_is(tmp_path, s3):
     assert s3.objects("data/") == tree(out)
     assert verify_dataset(open_dataset(f"{s3.url}/data"), read_data=True).ok
     assert collect_garbage(f"{s3.url}/data", now=time.time() + LATER).garbage == ()
+
+
+@pytest.mark.parametrize("days", [2, -2])
+def test_a_wrong_clock_of_this_machine_makes_nothing_old(tmp_path, monkeypatch, caplog, days):
+    images, out = image_folder(tmp_path / "images", "train", range(8)), tmp_path / "dataset"
+    assert died(lambda: shard(images, out), "record.linked:2")
+    before, here = tree(out, without=()), time.time() + days * DAY_S
+    monkeypatch.setattr(time, "time", lambda: here)
+    assert collect_garbage(str(out), unfinished=True).garbage == ()
+    assert tree(out, without=()) == before
+    assert f"this machine's clock is 48.0 h {'ahead of' if days > 0 else 'behind'}" in caplog.text
+
+
+def test_without_the_right_to_ask_the_storage_nothing_younger_than_a_week_is_old(tmp_path, monkeypatch, caplog):
+    images, out = image_folder(tmp_path / "images", "train", range(8)), tmp_path / "dataset"
+    assert died(lambda: shard(images, out), "record.linked:2")
+
+    def refused(store: LocalStore) -> float:
+        raise StoreError("cannot ask for the time")
+
+    monkeypatch.setattr(LocalStore, "now", refused)
+    here = time.time()
+    for days, collected in ((6.9, False), (7.1, True)):
+        monkeypatch.setattr(time, "time", lambda days=days: here + days * DAY_S)
+        assert bool(collect_garbage(str(out), unfinished=True, dry_run=True).garbage) is collected
+    assert "nothing younger than 7 days is old" in caplog.text
+
+
+def test_what_a_manifest_is_about_to_name_is_looked_at(tmp_path, monkeypatch):
+    images, out = image_folder(tmp_path / "images", "train", range(8)), tmp_path / "dataset"
+    commit = job_module.commit_manifest
+
+    def while_another_removes(*arguments: object, **options: object) -> int:
+        gone.unlink()
+        return commit(*arguments, **options)
+
+    monkeypatch.setattr(job_module, "commit_manifest", while_another_removes)
+    gone = out / "shards/train-000001.tar"
+    with pytest.raises(DataError, match=r"train-000001\.tar is missing"):
+        shard(images, out)
+    assert not list(out.glob("dataset.*.json"))
+    shutil.rmtree(out)
+    monkeypatch.undo()
+    shard(images, out)
+    image_folder(images, "train", range(8, 12))
+    monkeypatch.setattr(job_module, "commit_manifest", while_another_removes)
+    gone = out / "shards/train-000000.parquet"  # of the generation before
+    with pytest.raises(DataError, match=r"train-000000\.parquet is gone"):
+        shard(images, out)
+    assert [path.name for path in out.glob("dataset.*.json")] == ["dataset.000001.json"]
