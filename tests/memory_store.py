@@ -1,0 +1,93 @@
+"""A store in the memory of this process: the contract of `aecore.store.Store` without a disk."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from aecore.errors import DataError
+from aecore.store import AlreadyExists, FileRef
+
+
+class MemoryStore:
+    """Files by name, with the time at which they were written."""
+
+    is_local = False
+
+    def __init__(self, url: str = "memory") -> None:
+        self.url = url
+        self.files: dict[str, tuple[float, bytes]] = {}
+        self.copies = Path(tempfile.mkdtemp(prefix="aecore-memory-"))
+
+    def put(self, name: str, data: bytes, *, role: str) -> FileRef:
+        self._require_inside(name)
+        ref = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
+        there = self.files.setdefault(name, (time.time(), data))[1]
+        if there != data:
+            raise AlreadyExists(f"{self.url}/{name} exists with other content: nothing was overwritten")
+        return ref
+
+    def put_staged(self, name: str, staged: Path, *, role: str, sha256: str | None = None) -> FileRef:
+        return self.put(name, staged.read_bytes(), role=role)
+
+    @contextlib.contextmanager
+    def stage(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, "staged")
+
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+        self._require_inside(name)
+        if name not in self.files:
+            raise DataError(f"{self.url}/{name} is missing")
+        data = self.files[name][1]
+        if ref is not None and (len(data), hashlib.sha256(data).hexdigest()) != (ref.bytes, ref.sha256):
+            raise DataError(f"{self.url}/{name} is damaged")
+        return data
+
+    def check(self, ref: FileRef, *, verify: bool = False) -> None:
+        if self.size(ref.name) != ref.bytes:
+            raise DataError(f"{self.url}/{ref.name} has {self.size(ref.name)} bytes, expected {ref.bytes}")
+        if verify:
+            self.read(ref.name, ref=ref)
+
+    def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
+        for ref in refs:
+            self.check(ref, verify=verify)
+
+    def local(self, ref: FileRef) -> Path:
+        path = self.copies / ref.sha256
+        path.write_bytes(self.read(ref.name, ref=ref))
+        return path
+
+    def open(self, ref: FileRef) -> int:
+        return os.open(self.local(ref), os.O_RDONLY)
+
+    def refetch_if_corrupt(self, ref: FileRef) -> bool:
+        return False
+
+    def prefetch(self, refs: Sequence[FileRef]) -> None:
+        """No-op: nothing is far away."""
+
+    def size(self, name: str) -> int | None:
+        self._require_inside(name)
+        return len(self.files[name][1]) if name in self.files else None
+
+    def modified(self, name: str) -> float | None:
+        return self.files[name][0] if name in self.files else None
+
+    def now(self) -> float:
+        return time.time()
+
+    def list(self, folder: str = "") -> list[str]:
+        prefix = f"{folder}/" if folder else ""
+        return sorted({name.removeprefix(prefix).split("/")[0] for name in self.files if name.startswith(prefix)})
+
+    def remove(self, name: str) -> None:
+        self.files.pop(name, None)
+
+    def _require_inside(self, name: str) -> None:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
