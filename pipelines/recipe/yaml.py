@@ -1,14 +1,15 @@
 """Turns a YAML file and dotted overrides into one plain tree (dicts, lists, scalars). It validates nothing and imports no part.
 
-It reads with a `yaml.SafeLoader`, so a file can hold data only. Two traps of YAML 1.1 are avoided: `1e-3` is a number, and a
-duplicate key in a section is refused instead of the last one winning silently.
+It reads with a `yaml.SafeLoader`, so a file can hold data only, and that in bounds: its size, nodes and depth are limited, and anchors and
+aliases, with which a hundred bytes become a billion nodes, are refused. So is what YAML 1.1 reads as something else than it looks like:
+`1:30` (90), `010` (8), `yes` and `no` (booleans), keys that are no text, a key twice in a section. `1e-3` is a number, a date is text.
 """
 
 import copy
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,107 @@ import yaml
 from aecore.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
+MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 18, 10_000, 32  # the longest shipped recipe has 3 kB and 100 nodes
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a float and refuses duplicate keys."""
+    """SafeLoader that reads `1e-3` as a float and a date as text, and ends at an anchor, an alias, too many nodes or too deep ones."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice in one section", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # any: a number or a node
+        event: Any = self.peek_event()  # any: the stubs do not know which events begin a node
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
+        why = ""
+        if event.anchor is not None:
+            why = f"the anchor or alias {event.anchor!r} is not read: write the value out where it is used"
+        elif self._nodes > MAX_NODES:
+            why = f"it has more than {MAX_NODES} values: leave out what is no recipe"
+        elif self._depth > MAX_DEPTH:
+            why = f"it is nested more than {MAX_DEPTH} levels deep: leave out what is no recipe"
+        if why:
+            raise yaml.composer.ComposerError(None, None, why, event.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
-_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != f"{_TAG}timestamp"]
+    for first, found in copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers).items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the data of a YAML text as plain JSON types; ConfigError with line and column if it is not YAML."""
+    """Return the data of a YAML text as plain JSON types; ConfigError with the line if it is not YAML, or not what it looks like."""
     try:
-        return json.loads(json.dumps(yaml.load(text, _Loader), default=str))  # noqa: S506  a SafeLoader
+        return _data(text, where)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    except (ValueError, TypeError, RecursionError) as error:  # an alias inside its own anchor, a date as a key, an impossible date
-        raise ConfigError(f"{where} is YAML, but not plain data (keys of text, no alias inside its own anchor): {error}") from None
+
+
+def _data(text: str, where: str) -> Any:
+    """Return the data of a YAML text; YAMLError if it is not YAML, ConfigError if it is too long, or not what it looks like."""
+    _require_short(len(text), where)
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _require_plain(loader, root, lambda node: f"{where}, line {node.start_mark.line + 1}" if "\n" in text.strip() else where)
+        return json.loads(json.dumps(loader.construct_document(root)))
+    except (ValueError, TypeError, LookupError) as error:  # `!!int x`, a number of 5,000 digits
+        raise ConfigError(f"{where} is YAML, but not plain data: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _require_short(size: int, where: str) -> None:
+    if size > MAX_BYTES:
+        raise ConfigError(f"{where} has more than {MAX_BYTES} bytes, which no recipe has: check the address")
+
+
+def _require_plain(loader: _Loader, root: yaml.Node, at: Callable[[yaml.Node], str]) -> None:
+    """Raise ConfigError, which names the place of a node by `at`, unless all keys are text and all values are what they look like."""
+    left = [root]
+    while left:
+        node = left.pop()
+        kind = node.tag.removeprefix(_TAG)
+        if kind not in _PLAIN:
+            raise yaml.constructor.ConstructorError(None, None, f"a value of the tag {node.tag!r} is not read", node.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            _require_keys(node, at)
+            left += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.ScalarNode) and node.style is None and (why := _surprise(kind, node.value)):
+            value = json.dumps(loader.construct_object(node))
+            raise ConfigError(f"{at(node)}: {node.value} is {value} in YAML 1.1 ({why}): write {value}, or put it in quotes if it is text")
+
+
+def _require_keys(section: yaml.MappingNode, at: Callable[[yaml.Node], str]) -> None:
+    seen: set[str] = set()
+    for node, _ in section.value:
+        if node.tag != f"{_TAG}str":
+            shown, kind = str(node.value)[:80], node.tag.removeprefix(_TAG)
+            raise ConfigError(f"{at(node)}: the key {shown} is not text but of type {kind} in YAML 1.1: write a name, or put it in quotes")
+        if node.value in seen:
+            raise ConfigError(f"{at(node)}: the key {node.value!r} occurs twice in one section: leave out one of them")
+        seen.add(node.value)
+
+
+def _surprise(kind: str, text: str) -> str:
+    """Return why a plain scalar is not what it looks like; "" if it is."""
+    if kind in ("int", "float") and ":" in text:
+        return "digits to base 60"
+    if kind == "int" and re.fullmatch(r"[-+]?0[0-7_]+", text):
+        return "octal digits"
+    return "a boolean" if kind == "bool" and text.lower() not in ("true", "false") else ""
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -57,7 +132,10 @@ def read_recipe(name: str) -> Tree:
     path = Path(name).expanduser()
     if path.is_file():
         try:
-            text, where = path.read_text(), str(path)
+            with path.open("rb") as file:
+                content, where = file.read(MAX_BYTES + 1), str(path)
+            _require_short(len(content), where)
+            text = content.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the recipe {name}: {error}") from None
     else:
@@ -82,8 +160,8 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if path in (("data",), ("run",), ("out",), ("name",)):
         return path, value
     try:
-        return path, parse_yaml(value, key)
-    except ConfigError:
+        return path, _data(value, key)
+    except yaml.YAMLError:
         return path, value  # a path or URL with special characters of YAML
 
 

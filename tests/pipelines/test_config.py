@@ -122,10 +122,20 @@ def test_what_is_missing_is_asked_for_with_an_example() -> None:
         ("train: [", "is not valid YAML"),
         ("train: {epochs: 1, epochs: 2}", "the key 'epochs' occurs twice"),
         ("- 1\n- 2", "holds list, expected sections"),
-        ("name: &a [*a]", "is YAML, but not plain data"),
-        ("train: &a {epochs: *a}", "no alias inside its own anchor"),
-        ("2026-01-01: 3", "is YAML, but not plain data"),
-        pytest.param("name: " + "[" * 1100, "is YAML, but not plain data", id="deep"),
+        ("name: &a [*a]", "the anchor or alias 'a' is not read: write the value out"),
+        ("name: a\ntrain: &a {epochs: 1}", "(?s)the anchor or alias 'a' is not read.*line 2"),
+        ("name: a\n2026: 3", r"bad.yaml, line 2: the key 2026 is not text but of type int"),
+        ("train:\n  null: 3", r"line 2: the key null is not text but of type null"),
+        ("train:\n  yes: 3", r"line 2: the key yes is not text but of type bool"),
+        ("train: {<<: {epochs: 1}}", r"the key << is not text but of type merge"),
+        ("train:\n  epochs: 1:30", r"line 2: 1:30 is 90 in YAML 1.1 \(digits to base 60\): write 90, or put it in quotes"),
+        ("optim: {lr: 1:30.5}", r"1:30.5 is 90.5 in YAML 1.1 \(digits to base 60\)"),
+        ("train: {seed: 010}", r"010 is 8 in YAML 1.1 \(octal digits\): write 8,"),
+        *((f"run: a\nname: {word}", rf"line 2: {word} is (true|false) in YAML 1.1 \(a boolean\)") for word in ("yes", "NO", "On", "off")),
+        ("name: !!binary aGk=", "is not valid YAML"),
+        ("name: !!set {a}", "is not valid YAML"),
+        ("train: {epochs: !!int x}", "is YAML, but not plain data"),
+        pytest.param("name: " + "[" * 1100, "nested more than 32 levels deep", id="deep"),
         ("train: !!python/object/apply:os.system [echo]", "is not valid YAML"),
     ],
 )
@@ -142,10 +152,33 @@ def test_an_unknown_recipe_names_the_shipped_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1E5", 1e5), ("3", 3), ("null", None), ("[1, a]", [1, "a"]), ("a: b: c", "a: b: c")]
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("3", 3),
+        ("null", None),
+        ("[1, a]", [1, "a"]),
+        ("a: b: c", "a: b: c"),
+        ("*.png", "*.png"),
+        ("&", "&"),
+        ("=", "="),
+        ("2026-13-45", "2026-13-45"),
+        ("2026-01-01 10:00:00", "2026-01-01 10:00:00"),
+        ("host:8080", "host:8080"),
+        ("08", "08"),
+        ("'yes'", "yes"),
+        ("!!str 010", "010"),
+    ],
 )
 def test_override_values_are_yaml(text: str, value: object) -> None:
     assert apply_overrides({}, [f"a.b={text}"]) == {"a": {"b": value}}
+
+
+@pytest.mark.parametrize("text", ["yes", "[a, off]", "010", "1:30", "{a: 1:30}", "{1: a}", "{a: 1, a: 2}"])
+def test_an_override_that_is_not_what_it_looks_like_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^train.seed: "):
+        load_recipe(None, [f"train.seed={text}"])
 
 
 def test_addresses_stay_text_and_travel_absolute() -> None:
