@@ -1,9 +1,9 @@
 """The small JSON files of artefacts: manifests, claims, records, `checkpoint.json`, `config.json`. Nothing in them is believed.
 
-Each is canonical JSON with `format` and `sha256`, the hash of everything else in it. A reader refuses a file whose hash is missing or
-wrong, whose keys are not those of its kind, which has a key twice, or whose content disagrees with its name; before that it reads the file
-once more past every cache. Version 1 hashed only manifests: a file of that version opens without a hash if its keys are exactly those that
-its kind had then.
+Each is canonical JSON with `format` and `sha256`, the hash of everything else in it. A reader refuses a file which is larger than its
+kind can be or nested deep, whose hash is missing or wrong, whose keys are not those of its kind, which has a key twice, or whose content
+disagrees with its name; before that it reads the file once more past every cache. Version 1 hashed only manifests: a file of that version
+opens without a hash if its keys are exactly those that its kind had then.
 """
 
 import json
@@ -20,6 +20,7 @@ from aecore.store import FileRef, Store, canonical_json, sha256_json
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+SMALL, LARGE, MAX_DEPTH = 1 << 24, 1 << 30, 64  # bytes of a file, of a manifest (a million shards); levels of nesting
 _SEALED = {"format", "sha256"}
 _noted: set[str] = set()  # addresses of artefacts of version 1 that the log has named
 
@@ -29,12 +30,14 @@ class _Kind:
     """One kind of file: where it is, its keys, and those of version 1, which had no hash.
 
     `pattern` is matched against the end of its address; if it has a group, that is the value of the key `repeats`.
+    A file has at most `most` bytes.
     """
 
     pattern: str
     keys: frozenset[str]
     repeats: str = ""
     optional: frozenset[str] = frozenset()
+    most: int = SMALL
     first: tuple[frozenset[str], ...] = ()
 
 
@@ -56,8 +59,8 @@ _FORMAT = {"format"}
 _KINDS = (
     _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", first=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
     _Kind(r"records/([^/]+)\.json", _RECORD, "part", first=(_RECORD | _FORMAT,)),
-    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", first=(_DATASET | _FORMAT,)),
-    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", first=(_TABLE | _FORMAT,)),
+    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, first=(_DATASET | _FORMAT,)),
+    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, first=(_TABLE | _FORMAT,)),
     _Kind(r"step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"checkpoint\.json", _CHECKPOINT, first=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"config\.json", _CONFIG, first=(_CONFIG | _FORMAT,)),
@@ -87,15 +90,20 @@ def read_json(store: Store, name: str, *, ref: FileRef | None = None) -> dict[st
 
 def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tuple[dict[str, Any], bytes]:
     """Return what a JSON file says, as `read_json` does, and its bytes."""
-    content = store.read(name, ref=ref)
+    content = read_bytes(store, name, ref=ref)
     try:
         return _parsed(store, name, content), content
     except DataError:
-        again = store.read(name, fresh=True)
+        again = read_bytes(store, name, fresh=True)
         if again == content:
             raise
         logger.warning("%s/%s arrived damaged and was read again", store.url, name)
         return _parsed(store, name, again), again
+
+
+def read_bytes(store: Store, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+    """Return the bytes of a JSON file; DataError if it is missing, or has more of them than any file of its kind."""
+    return store.read(name, ref=ref, fresh=fresh, limit=_kind_of(f"{store.url}/{name}")[0].most)
 
 
 def require_once(values: Iterable[object], what: str) -> None:
@@ -111,15 +119,26 @@ def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
         data = json.loads(content, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
         if not isinstance(data, dict):
             raise ValueError("it is no object")
+        _require_shallow(data)
         _require_whole(where, data)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where} is damaged: {str(error) or 'nested too deep'}; restore it from a copy, or write to another URL"
-        ) from error
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise DataError(f"{where} is damaged: {why}; restore it from a copy, or write to another URL") from error
     if "sha256" not in data and store.url not in _noted:
         _noted.add(store.url)
         logger.info("%s was written by version 1, whose small files state no hash: a change in them cannot be detected", store.url)
     return {key: value for key, value in data.items() if key not in _SEALED}
+
+
+def _require_shallow(data: dict[str, Any]) -> None:
+    """ValueError if it is nested too deep; level by level, not by recursion."""
+    level: list[Any] = [data]  # any: JSON data
+    for _ in range(MAX_DEPTH):
+        inside = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inside for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

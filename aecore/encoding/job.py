@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
-from aecore.artifact.documents import read_json
+from aecore.artifact.documents import read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
 from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.files import LoadedModel, load_model
@@ -203,7 +203,7 @@ def _parent(store: Store, names: Sequence[str]) -> tuple[TableManifest | None, s
     number = newest_of(names, STEM)
     if number is None:
         return None, None
-    return read_table_manifest(store, number), hashlib.sha256(store.read(f"{STEM}.{number:06d}.json")).hexdigest()
+    return read_table_manifest(store, number), hashlib.sha256(read_bytes(store, f"{STEM}.{number:06d}.json")).hexdigest()
 
 
 def _require_same_table(

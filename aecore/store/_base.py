@@ -72,10 +72,11 @@ class Store(Protocol):
     def stage(self) -> contextlib.AbstractContextManager[Path]:
         """Yield the path of a new temporary file on local disk; the end of the `with` block removes it unless it was committed."""
 
-    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False, limit: int | None = None) -> bytes:
         """Return the bytes of `name`; with `ref`, DataError unless size and sha256 agree. DataError if missing.
 
-        `fresh` reads past every cache, as a read whose hash does not agree is repeated.
+        `fresh` reads past every cache, as a read whose hash does not agree is repeated. DataError, before anything is read, if it has more
+        than `limit` bytes.
         """
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
@@ -143,6 +144,15 @@ def require_size(where: object, ref: FileRef, size: int | None) -> None:
         raise DataError(f"{where} is missing: the manifest names it ({ref.bytes} bytes); restore it or write the artefact again")
     if size != ref.bytes:
         raise DataError(f"{where} has {size} bytes, the manifest says {ref.bytes}: it was truncated or changed; restore it")
+
+
+def require_at_most(where: object, size: int, limit: int | None) -> None:
+    """DataError if `size` bytes are more than `limit` (None: there is none)."""
+    if limit is not None and size > limit:
+        raise DataError(
+            f"{where} has {size} bytes, expected at most {limit} in a file of this kind: it is damaged, or was not written by aecore; "
+            "restore it, or write to another URL"
+        )
 
 
 def other_content(where: object, ref: FileRef, found: str) -> AlreadyExists:

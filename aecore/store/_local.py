@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._again import read_again
-from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
+from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
 
 LINK_TRIES = 20
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -68,23 +68,25 @@ class LocalStore:
             _fsync(target.parent)
         return ref
 
-    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False, limit: int | None = None) -> bytes:
         path = self._path(name)
         if ref is not None:
             self.check(ref)
-        data = self._bytes(path, fresh)
+        data = self._bytes(path, fresh, limit)
         if ref is not None and hashlib.sha256(data).hexdigest() != ref.sha256:
-            data = self._bytes(path, fresh=True)
+            data = self._bytes(path, fresh=True, limit=limit)
             if (found := hashlib.sha256(data).hexdigest()) != ref.sha256:
                 raise damaged(path, ref, found)
         return data
 
-    def _bytes(self, path: Path, fresh: bool) -> bytes:
+    def _bytes(self, path: Path, fresh: bool, limit: int | None) -> bytes:
         def read() -> bytes:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                require_at_most(path, size, limit)
                 if fresh and hasattr(os, "posix_fadvise"):  # not on macOS
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                return file.readall()
+                return file.read(size)  # not to its end, which a device does not have
 
         try:
             return read()

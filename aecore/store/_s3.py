@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError, StoreError
-from aecore.store._base import FileRef, damaged, fault_point, other_content, require_size, sha256_file
+from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cache import ObjectCache
 from aecore.store._race import ROLE, require_atomic
 from aecore.store._s3_body import written_sha256
@@ -145,14 +145,16 @@ class S3Store(BucketPrefix):
             if written_sha256(head) != ref.sha256:
                 raise StoreError(f"the upload of {self._where(ref.name)} was aborted elsewhere: run the same command again") from error
 
-    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False, limit: int | None = None) -> bytes:
         if ref is not None:
+            require_at_most(self._where(name), ref.bytes, limit)
             return self._read_verified(ref)
         known = None if fresh else _recent.get(self._where(name))
         if known is not None and time.monotonic() - known[0] < RECENT_S:
+            require_at_most(self._where(name), len(known[1]), limit)
             return known[1]
         try:
-            data = self._get(name)
+            data = self._get(name, limit)
         except Answered as error:
             if error.missing:
                 raise DataError(f"{self._where(name)} is missing") from None

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aecore.errors import StoreError
+from aecore.store._base import require_at_most
 from aecore.store._buckets import Bucket, bucket
 from aecore.store._s3_client import ShortBody, code_of, retried
 
@@ -50,7 +51,12 @@ class _Received:
 
 
 async def receive(
-    filesystem: "S3FileSystem", at: dict[str, str], where: str, begin: Callable[[], Take], sha256: str | None = None
+    filesystem: "S3FileSystem",
+    at: dict[str, str],
+    where: str,
+    begin: Callable[[], Take],
+    sha256: str | None = None,
+    limit: int | None = None,
 ) -> str | None:
     """Feed the body of an object to the function that `begin()` returns; `begin` is called again for each read.
 
@@ -60,6 +66,8 @@ async def receive(
         Bucket and key.
     sha256 : str, optional
         Expected hash of the content; nothing else is compared then.
+    limit : int, optional
+        The most bytes that the object may have.
 
     Returns
     -------
@@ -68,13 +76,15 @@ async def receive(
 
     Raises
     ------
+    DataError
+        If it has more than `limit` bytes, before they are read.
     StoreError
         If it cannot be read, or if no read matches its checksum and the reads differ from each other.
     """
     known = bucket(where)
     before: _Received | None = None
     for number in range(READS):
-        got = await retried(lambda: _once(filesystem, at, begin, sha256, known), where, "read")
+        got = await retried(lambda: _once(filesystem, at, where, begin, sha256, limit), where, "read")
         if got.matches:
             return sha256
         if number == 1 and before is not None and got.digests and got.digests == before.digests:
@@ -97,12 +107,18 @@ async def receive(
     return None
 
 
-async def _once(filesystem: "S3FileSystem", at: dict[str, str], begin: Callable[[], Take], sha256: str | None, known: Bucket) -> _Received:
+async def _once(
+    filesystem: "S3FileSystem", at: dict[str, str], where: str, begin: Callable[[], Take], sha256: str | None, limit: int | None
+) -> _Received:
     """Read a body once. ShortBody if it ends early."""
     from botocore.exceptions import FlexibleChecksumError
 
+    known = bucket(where)
     asked = sha256 is None and not known.refuses_mode
     answer = await _answer(filesystem, at, known) if asked else await filesystem._call_s3("get_object", **at)
+    if limit is not None and answer["ContentLength"] > limit:
+        answer["Body"].close()  # the rest of it is not received
+        require_at_most(where, answer["ContentLength"], limit)
     expected = {"sha256": sha256} if sha256 else _expected(answer, known)
     # botocore compares the checksums that it was asked to request
     by_service = [name for name in _VERIFIED if "-" not in answer.get(name, "-")] if asked and not known.refuses_mode else []

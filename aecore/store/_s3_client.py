@@ -168,6 +168,8 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return await work()
+        except AecoreError:
+            raise
         except Exception as error:
             if not _passing(error):
                 raise store_error(error, url, doing) from error

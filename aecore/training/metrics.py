@@ -28,6 +28,7 @@ from aecore.errors import DataError, Diverged
 from aecore.store import FileRef, Store, canonical_json
 from aecore.training.ranks import Rank, all_sum
 
+MAX_PART_BYTES = 1 << 28  # of at most 100,000 rows
 AGREE_S = 1.0  # between flushes of several ranks: the longest wait of a request to stop
 VERSION = 2  # of the meaning of a row
 FACTS = ("step", "epoch", "samples", "lr", "beta", "validation", "metrics")  # of a row; all else are means over its samples
@@ -209,7 +210,7 @@ class MetricLog:
 
 def read_rows(store: Store, parts: Iterable[FileRef]) -> list[dict[str, Any]]:
     """Return the rows of committed parts, in order; DataError if one is missing or damaged."""
-    return [json.loads(line) for part in parts for line in store.read(part.name, ref=part).splitlines()]
+    return [json.loads(line) for part in parts for line in store.read(part.name, ref=part, limit=MAX_PART_BYTES).splitlines()]
 
 
 def epoch_of(store: Store, parts: Iterable[FileRef], step: int) -> EpochMean:
@@ -271,4 +272,4 @@ def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> d
 
 
 def _rows(store: Store, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in store.read(name).splitlines()]
+    return [json.loads(line) for line in store.read(name, limit=MAX_PART_BYTES).splitlines()]

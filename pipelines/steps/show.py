@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from aecore.artifact.documents import read_json
+from aecore.artifact.documents import read_bytes, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
 from aecore.artifact.subset import parse_subset
 from aecore.errors import ConfigError, DataError
@@ -85,7 +85,7 @@ def _checkpoint(store: Store) -> Tree:
         "checkpoint_sha256": checkpoint.sha256,
         "files": {ref.name: ref.bytes for ref in checkpoint.files},
         "info": dict(checkpoint.info),
-        "config": json.loads(store.read("config.json", ref=checkpoint.file("config.json"))),
+        "config": json.loads(read_bytes(store, "config.json", ref=checkpoint.file("config.json"))),
     }
 
 

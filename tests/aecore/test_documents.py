@@ -159,7 +159,7 @@ def test_a_file_under_another_name_is_not_what_it_says(root):
 def test_a_read_that_arrives_damaged_is_repeated_past_the_caches(root, monkeypatch, caplog):
     store, reads = open_store(root / "run"), []
 
-    def spoiled(name, *, ref=None, fresh=False):
+    def spoiled(name, *, ref=None, fresh=False, limit=None):
         reads.append(fresh)
         data = (root / "run" / name).read_bytes()
         return data if fresh else data.replace(b'"seed":0', b'"seed":1', 1)

@@ -99,6 +99,15 @@ def test_a_missing_file_is_named(tmp_path):
         open_store(tmp_path).local(FileRef("gone", 3, "0" * 64))
 
 
+def test_a_file_of_more_bytes_than_the_limit_is_not_read(tmp_path):
+    store = open_store(tmp_path)
+    ref = store.put("name", b"12345", role="part")
+    assert store.read("name", limit=5) == store.read("name", ref=ref, limit=5) == b"12345"
+    for known in (None, ref):
+        with pytest.raises(DataError, match="name has 5 bytes, expected at most 4 in a file of this kind"):
+            store.read("name", ref=known, limit=4)
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
 def test_names_cannot_leave_the_artefact(tmp_path, name):
     with pytest.raises(DataError, match="leads out of"):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -139,6 +140,23 @@ class TestFiles:
         for read in (lambda: store.check(ref), lambda: store.local(ref), lambda: store.read("a")):
             with pytest.raises(DataError, match="missing"):
                 read()
+
+    def test_an_object_of_more_bytes_than_the_limit_is_not_received(self, s3):
+        store = open_store(s3.url)
+        ref = store.put("a", bytes(64 << 20), role="part")
+        received = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for known in (None, ref):
+            with pytest.raises(DataError, match="a has 67108864 bytes, expected at most 1000 in a file of this kind"):
+                store.read("a", ref=known, limit=1000)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - received < 32 << 10, "kilobytes"
+        small = store.put("b", b"12345", role="part")
+        for limit in (5, 4):  # the second time it comes from memory
+            for known in (None, small):
+                if limit == 5:
+                    assert store.read("b", ref=known, limit=limit) == b"12345"
+                else:
+                    with pytest.raises(DataError, match="b has 5 bytes, expected at most 4"):
+                        store.read("b", ref=known, limit=limit)
 
     def test_a_damaged_copy_on_this_machine_is_fetched_again(self, s3):
         store, data = open_store(s3.url), os.urandom(5000)
