@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import put_or_adopt
+from aecore.data.format.parquet import open_parquet
 from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store
 
@@ -171,12 +172,12 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is damaged ({error}): restore it, or encode to another URL") from error
 
 
-def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a committed part, verifying the checksum of every page; DataError if it is damaged."""
+def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
+    """Read columns of a committed part, verifying the checksum of every page; DataError if it is damaged or has not so many `rows`."""
     wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True).read(columns=wanted)
+        return open_parquet(path, rows, wanted).read(columns=wanted)
 
     return _read(store, ref, read)
 

@@ -109,7 +109,7 @@ class LatentTable:
     def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
         """Read columns of one part as Arrow, verifying the checksum of every page."""
         self._footer(part)
-        return read_part(self.store, part.file, columns)
+        return read_part(self.store, part.file, columns, part.rows)
 
     def _column(self, name: str) -> Iterator[Column]:
         if name not in self.columns:
@@ -138,6 +138,8 @@ class LatentTable:
             return column
         if len(self.parts) == 1:
             return numpy_view(next(self._column(name)))
+        for part in self.parts:
+            self._footer(part)  # compared with the manifest before so much memory is taken
         info = self.manifest.columns[name]
         shape = (self.num_rows, info["dim"]) if info["dim"] else (self.num_rows,)
         out = np.empty(shape, dtype=info["dtype"])
@@ -204,9 +206,20 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMet
         "row_start": str(part.row_start),
     }
     found = [f"it has {footer.num_rows} rows, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
+    for name, info in manifest.columns.items():
+        size = _list_size(footer, name)
+        if size != info["dim"]:
+            found.append(f"its column {name} has {size} values a row, the manifest says {info['dim']}")
     return found + [
         f"it has {key} {metadata.get(key)!r}, the manifest {value!r}" for key, value in wanted.items() if metadata.get(key) != value
     ]
+
+
+def _list_size(footer: pq.FileMetaData, name: str) -> int | None:
+    """Return how many numbers a row of a column has, None for a column of single ones, 0 if there is no such column."""
+    schema = footer.schema.to_arrow_schema()
+    kind: Any = schema.field(name).type if name in schema.names else pa.null()  # any: the stubs know no sizes of lists
+    return kind.list_size if pa.types.is_fixed_size_list(kind) else 0 if pa.types.is_null(kind) else None
 
 
 def _may_hold(footer: pq.FileMetaData, key: str) -> bool:

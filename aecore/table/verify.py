@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.commit import newest_number
+from aecore.artifact.documents import read_bytes
 from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.manifest import ShardRef
@@ -84,7 +85,7 @@ def verify_table(
         try:
             problems += _footer_problems(table, part, read)
             if read or (only is None and dataset is not None):
-                rows = read_part(table.store, part.file, ["key", "shard", "ordinal"])
+                rows = read_part(table.store, part.file, ["key", "shard", "ordinal"], part.rows)
                 keys.append(rows.column("key"))
                 problems += _row_problems(table, part, rows, read)
             if dataset is not None and (only is None or read):
@@ -131,7 +132,7 @@ def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
     store = open_store(url)
     if store.size("checkpoint.json") is None:
         return None
-    found = hashlib.sha256(store.read("checkpoint.json")).hexdigest()
+    found = hashlib.sha256(read_bytes(store, "checkpoint.json")).hexdigest()
     if found != wanted:
         problems.append(f"{url} is another checkpoint (sha256 {found[:12]}) than the one that made the rows ({wanted[:12]})")
     return str(url)
@@ -166,8 +167,8 @@ def _row_problems(table: LatentTable, part: TablePart, rows: pa.Table, read_data
     if rows.column("shard").unique().to_pylist() not in ([], [part.shard]):
         yield f"{part.file.name} has rows of another shard than {part.shard}"
     if read_data:
-        read_part(table.store, part.file)  # every page of every column
-        refused = 0 if part.quarantine is None else len(read_part(table.store, part.quarantine))
+        read_part(table.store, part.file, rows=part.rows)  # every page of every column
+        refused = 0 if part.quarantine is None else len(read_part(table.store, part.quarantine, rows=part.quarantined))
         if refused != part.quarantined:
             yield f"quarantine of {part.stem} has {refused} rows, the manifest says {part.quarantined}"
 
@@ -178,7 +179,7 @@ def _index_problems(table: LatentTable, part: TablePart, rows: pa.Table, dataset
         return
     index = dataset.reader(shard).index.select(["key", "ordinal"]).slice(part.row_start, part.row_stop - part.row_start)
     if part.quarantine is not None:
-        refused = read_part(table.store, part.quarantine, ["key"]).column("key")
+        refused = read_part(table.store, part.quarantine, ["key"], part.quarantined).column("key")
         index = index.filter(pc.invert(pc.is_in(index.column("key"), value_set=refused.combine_chunks())))
     for column in ("key", "ordinal"):
         if index.column(column).to_pylist() != rows.column(column).to_pylist():

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aecore.data.format.parquet import open_parquet
 from aecore.errors import DataError
 
 MEMBERS = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
@@ -85,12 +86,12 @@ def _leaf_names(schema: pa.Schema) -> Iterator[str]:
             yield column.name
 
 
-def read_table(data: bytes, where: str) -> pa.Table:
-    """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged."""
+def read_table(data: bytes, where: str, rows: int | None = None) -> pa.Table:
+    """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged or hold other `rows`."""
     try:
         # without threads: `pq.read_table` starts some, and a process that ends soon after is aborted by them (2 of 60 runs)
-        return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        return open_parquet(pa.py_buffer(data), rows).read(use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
 
 

@@ -70,7 +70,7 @@ class ShardReader:
     def index(self) -> pa.Table:
         """The index, one row per sample, verified by its sha256, page checksums and content hash (DataError)."""
         where = f"{self._store.url}/{self.shard.index.name}"
-        table = read_table(self._store.read(self.shard.index.name, ref=self.shard.index), where)
+        table = read_table(self._store.read(self.shard.index.name, ref=self.shard.index), where, self.shard.samples)
         if content_sha256(table) != self.shard.index_content_sha256:
             raise DataError(f"{where} does not hold the rows that the manifest names: restore it or write the artefact again")
         if table.num_rows != self.shard.samples:
@@ -81,7 +81,9 @@ class ShardReader:
     def quarantine(self) -> pa.Table | None:
         """The table of the samples that are not in the shard, None if there are none; verified (DataError)."""
         ref = self.shard.quarantine
-        return None if ref is None else read_table(self._store.read(ref.name, ref=ref), f"{self._store.url}/{ref.name}")
+        if ref is None:
+            return None
+        return read_table(self._store.read(ref.name, ref=ref), f"{self._store.url}/{ref.name}", self.shard.quarantined)
 
     @property
     def keys(self) -> list[str]:

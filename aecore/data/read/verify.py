@@ -124,7 +124,7 @@ def _keys(dataset: Dataset, part: ShardRef | RejectedPart) -> list[str]:
     """Return the keys of shard and quarantine after reading every byte of both."""
     if isinstance(part, RejectedPart):
         ref = part.quarantine
-        return _strings(read_table(dataset.store.read(ref.name, ref=ref), f"{dataset.url}/{ref.name}"))
+        return _strings(read_table(dataset.store.read(ref.name, ref=ref), f"{dataset.url}/{ref.name}", part.planned))
     reader = dataset.reader(part)
     try:
         reader.verify()

@@ -109,7 +109,8 @@ def _stored_sizes(store: Store, parent: DatasetManifest, keys: list[str]) -> dic
     sizes: dict[str, int] = {}
     wanted = pa.array(keys, pa.string())
     for shard in parent.shards:
-        index = read_table(store.read(shard.index.name, ref=shard.index), f"{store.url}/{shard.index.name}").select(["key", "members"])
+        where = f"{store.url}/{shard.index.name}"
+        index = read_table(store.read(shard.index.name, ref=shard.index), where, shard.samples).select(["key", "members"])
         for row in index.filter(pc.is_in(index["key"], value_set=wanted)).to_pylist():
             sizes[row["key"]] = next(member["size"] for member in row["members"] if member["ext"] in DATA_EXTENSIONS)
     return sizes

@@ -49,7 +49,7 @@ def _content(shard: ShardRef) -> tuple[str, str, str]:
 
 def _read(dataset: Dataset, shard: ShardRef, columns: Sequence[str] | None) -> pa.Table:
     """Read the compared columns of an index, with the split as a column."""
-    index = read_table(dataset.store.read(shard.index.name, ref=shard.index), f"{dataset.url}/{shard.index.name}")
+    index = read_table(dataset.store.read(shard.index.name, ref=shard.index), f"{dataset.url}/{shard.index.name}", shard.samples)
     wanted = [name for name in (COLUMNS if columns is None else columns) if name in index.column_names]
     rows = index.select(wanted)
     for name in wanted:

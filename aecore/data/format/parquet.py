@@ -1,0 +1,117 @@
+"""Open a Parquet file of which nothing is believed: what it would take in memory is bounded before a page is decoded.
+
+A megabyte can state thirty million rows (a run of one value has three bytes), or one long text that ten thousand rows repeat. Hence rows
+are compared with what the manifest says and with the size of the file (every file of ours has a different key in each row), columns with
+the rows, and texts and lists with the size of the file. All of that is in the footer; dictionaries that may be repeated too often are read
+without repeating them. Not found: a footer that understates what its own pages take (rows and values are those that Arrow reads).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+FREE_BYTES, FREE_ROWS = 64 << 20, 1 << 16  # a file of any size may take so much
+TEXT_RATIO = 1000  # bytes of all texts for each byte of the file; an index of ours has a sha256, of 32 random bytes, in each row
+VALUE_RATIO = 1 << 14  # bytes of vectors for each byte of the file: those of a collapsed model are all the same
+MAX_ITEMS = 64  # members of a sample
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+
+
+def open_parquet(source: Path | pa.Buffer, rows: int | None = None, columns: Sequence[str] | None = None) -> pq.ParquetFile:
+    """Return an open file whose `columns` (None: all) can be read in bounded memory; page checksums are verified when they are.
+
+    Parameters
+    ----------
+    rows : int, optional
+        How many rows it must have.
+
+    Raises
+    ------
+    ValueError
+        If it has other rows, or would take more memory than any file of its size that this package writes.
+    """
+    file = _opened(source)
+    num_bytes = source.size if isinstance(source, pa.Buffer) else source.stat().st_size
+    _require_rows(file.metadata, rows, num_bytes)
+    doubtful = _require_columns(file, num_bytes, columns)
+    if doubtful:
+        most = FREE_BYTES + TEXT_RATIO * num_bytes
+        size = sum(_text_bytes(chunk) for name in doubtful for chunk in _texts_of(source, name))
+        if size > most:
+            raise ValueError(f"its texts would take {size} bytes, expected at most {most} in a file of {num_bytes}")
+    return file
+
+
+def _opened(source: Path | pa.Buffer, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
+    file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source  # any: what pyarrow takes for a file
+    return pq.ParquetFile(file, memory_map=True, page_checksum_verification=True, read_dictionary=list(dictionaries) or None)
+
+
+def _require_rows(footer: pq.FileMetaData, rows: int | None, num_bytes: int) -> None:
+    found = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    if min(found, default=0) < 0 or sum(found) != footer.num_rows:
+        raise ValueError(f"its footer states {footer.num_rows} rows, its row groups {sum(found)}")
+    if rows is not None and footer.num_rows != rows:
+        raise ValueError(f"it has {footer.num_rows} rows, the manifest says {rows}")
+    if footer.num_rows > max(num_bytes, FREE_ROWS):
+        raise ValueError(f"it states {footer.num_rows} rows in {num_bytes} bytes, expected at least a byte for each")
+
+
+def _require_columns(file: pq.ParquetFile, num_bytes: int, columns: Sequence[str] | None) -> list[str]:
+    """Compare the columns with the rows; return the paths of those whose texts may be far more than their pages."""
+    footer, fields = file.metadata, [field for field in file.schema_arrow for _ in _leaves(field.type)]
+    vectors, texts, repeated = 0, 0, dict[str, int]()
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        for at, field in enumerate(fields):
+            if columns is not None and field.name not in columns:
+                continue
+            column, is_flat = group.column(at), not pa.types.is_nested(field.type)
+            path = column.path_in_schema
+            items = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1 if is_flat else MAX_ITEMS
+            most = group.num_rows * items
+            if column.num_values > max(most, 0 if is_flat else FREE_ROWS):
+                raise ValueError(f"its column {path} states {column.num_values} values, expected at most {most} in {group.num_rows} rows")
+            if column.physical_type != "BYTE_ARRAY":
+                vectors += column.num_values * (_WIDTHS.get(column.physical_type) or footer.schema.column(at).length or 0)
+                continue
+            texts += column.total_uncompressed_size
+            if column.has_dictionary_page or any("DICTIONARY" in encoding for encoding in column.encodings):
+                repeated[path] = repeated.get(path, 0) + column.num_values * column.total_uncompressed_size
+    for what, size, most in (
+        ("numbers", vectors, FREE_BYTES + VALUE_RATIO * num_bytes),
+        ("texts", texts, FREE_BYTES + TEXT_RATIO * num_bytes),
+    ):
+        if size > most:
+            raise ValueError(f"its {what} would take {size} bytes, expected at most {most} in a file of {num_bytes}")
+    return [path for path, size in repeated.items() if size > FREE_BYTES + TEXT_RATIO * num_bytes]
+
+
+def _leaves(kind: Any) -> Iterator[Any]:  # any: pyarrow's stubs do not know the types of nested ones
+    """Yield the types of the columns that Parquet makes of a type."""
+    if pa.types.is_nested(kind):
+        for number in range(kind.num_fields):
+            yield from _leaves(kind.field(number).type)
+    else:
+        yield kind
+
+
+def _texts_of(source: Path | pa.Buffer, path: str) -> list[Any]:  # any: pyarrow's stubs know no nested chunks
+    """Return the chunks of a column with its texts as dictionaries, which repeat nothing."""
+    return _opened(source, [path]).read(columns=[path], use_threads=False).column(0).chunks
+
+
+def _text_bytes(array: Any) -> int:  # any: as above
+    """Return how many bytes the texts of an array take, written out."""
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.binary_length(array.dictionary).cast(pa.int64())
+        return int(pc.sum(lengths.take(array.indices)).as_py() or 0)
+    if pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        return _text_bytes(array.flatten())
+    if pa.types.is_struct(array.type):
+        return sum(map(_text_bytes, array.flatten()))
+    return int(array.nbytes)
