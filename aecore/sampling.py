@@ -9,7 +9,6 @@ again writes nothing; another one into the same folder is refused.
 """
 
 import dataclasses
-import hashlib
 import io
 import logging
 import math
@@ -30,9 +29,10 @@ from aecore.artifact.documents import read_json, sealed
 from aecore.checkpoint.files import LoadedModel, load_model
 from aecore.data.format.pictures import grid, is_image, pixels, png
 from aecore.data.format.transform import Transform
+from aecore.data.sources._arrayfile import ArrayFile
 from aecore.errors import ConfigError, DataError, Hint, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
-from aecore.store import Store, absolute_url, open_store, sha256_json
+from aecore.store import Store, absolute_url, open_files, open_store, read_again, sha256_file, sha256_json
 
 logger = logging.getLogger(__name__)
 
@@ -194,23 +194,27 @@ def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
 def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     if spec.split is not None:
         raise ConfigError(f"decode.split={spec.split} names the split of a table, and {url} is a file: leave it out")
-    folder, _, name = url.rpartition("/")
-    data = open_store(folder or "/").read(name)
     try:
-        read: Any = np.load(io.BytesIO(data), allow_pickle=False)  # any: an array, or the arrays of an archive
-        arrays = {"": read} if isinstance(read, np.ndarray) else {member: read[member] for member in read.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise DataError(
-            f"{url} is no array that can be read ({error}): write it with numpy.save or numpy.savez, without objects"
-        ) from error
-    own = latent_column(loaded.config.model.columns)
-    wanted = spec.column or (own if own in arrays else "z" if "z" in arrays else "")
-    if wanted not in arrays and len(arrays) == 1 and spec.column is None:
-        wanted = next(iter(arrays))
-    if wanted not in arrays:
-        raise DataError(f"{url} has no array {wanted or own!r}{did_you_mean(wanted, arrays)}: name one with column=...")
-    source = {"file": url, "sha256": hashlib.sha256(data).hexdigest(), "array": wanted}
-    return Latents(arrays[wanted][: spec.num or None], {}, source)
+        return _array_of(url, loaded, spec)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{url} is missing: check the address") from error
+    except OSError as error:
+        return read_again(lambda: _array_of(url, loaded, spec), url, error)
+
+
+def _array_of(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
+    """Read the wanted array alone, in bounds; OSError if the file cannot be read."""
+    folder, _, name = url.rpartition("/")
+    path = open_files(folder or "/").local(name)
+    file = ArrayFile(path, url)
+    names, own = file.names(), latent_column(loaded.config.model.columns)
+    wanted = spec.column or (own if own in names else "z" if "z" in names else "")
+    if wanted not in names and len(names) == 1 and spec.column is None:
+        wanted = names[0]
+    if wanted not in names:
+        raise DataError(f"{url} has no array {wanted or own!r}{did_you_mean(wanted, names)}: name one with column=...")
+    found = np.array(file.array(wanted, verify=True)[: spec.num or None])  # in memory: the file may change while it is decoded
+    return Latents(found, {}, {"file": url, "sha256": sha256_file(path), "array": wanted})
 
 
 def _require_width(loaded: LoadedModel, found: Latents, where: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.image import READ_FORMATS
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
@@ -106,7 +107,7 @@ class Decoder:
         return pixels
 
     def _pillow(self, data: bytes) -> Pixels:
-        with self._image.open(io.BytesIO(data)) as image:
+        with self._image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             if (image.height, image.width) != self.sample_format.shape[:2]:
                 raise self._unexpected(f"{image.height}x{image.width} pixels")
             if image.format == "PNG" and data[24] == 16 and data[25] != 0:

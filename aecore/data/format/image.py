@@ -23,6 +23,7 @@ _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _PILLOW_FORMATS = {"WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "GIF": "gif"}
+READ_FORMATS = ("PNG", "JPEG", *_PILLOW_FORMATS)  # as Pillow names them: others it gives to programs
 _CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4}
 _chunk_head = struct.Struct(">I4s").unpack_from
 _chunk_crc = struct.Struct(">I").unpack_from
@@ -159,7 +160,7 @@ def open_image(data: bytes, ext: str) -> Any:  # any: PIL.Image.Image, imported 
     """Open `data` with Pillow (header only) without its warnings; BadSample if it is no image of the known formats."""
     from PIL import Image
 
-    return _decoding(lambda: Image.open(BytesIO(data), formats=("PNG", "JPEG", *_PILLOW_FORMATS)), ext)
+    return _decoding(lambda: Image.open(BytesIO(data), formats=READ_FORMATS), ext)
 
 
 def load_image(data: bytes, header: ImageHeader) -> Any:  # any: PIL.Image.Image

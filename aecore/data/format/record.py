@@ -7,6 +7,7 @@ Nothing here can execute code: `.npy` headers are read as literals and object ar
 import ast
 import hashlib
 import io
+import itertools
 import math
 import re
 import string
@@ -42,7 +43,8 @@ ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
 MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
 MAX_DIMS = 32  # numpy has 64 for a batch
 _USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
-_MAX_ARRAY_HEADER = 10_000  # characters; numpy reads no longer ones
+_MAX_ARRAY_HEADER, _MAX_ARRAY_DEPTH = 10_000, 8  # characters (numpy reads no more) and brackets of a `.npy` header
+_BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 _PLAIN = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*(?:/[A-Za-z0-9-][A-Za-z0-9_-]*)*")
 _PLAIN_BYTES = f"{string.ascii_letters}{string.digits}_/-".encode()
@@ -191,6 +193,7 @@ class NpyHeader(NamedTuple):
 def read_npy_header(file: IO[bytes], versions: Container[str] = ("1.0", "2.0", "3.0")) -> NpyHeader:
     """Read the header of the `.npy` at the current position of `file`; nothing is executed and no objects are made. NpyError if it is none.
 
+    Its length and the depth of its brackets are looked at before it is read and evaluated: a megabyte of them takes Python gigabytes.
     The caller checks what the header promises (dtype, shape, number of bytes).
     """
     head = file.read(12)
@@ -213,6 +216,8 @@ def read_npy_header(file: IO[bytes], versions: Container[str] = ("1.0", "2.0", "
 
 def _array_fields(text: str) -> tuple[np.dtype[np.generic], tuple[int, ...], bool]:
     """Return dtype, shape and Fortran order of a header's text; as strict as numpy's own reader, but nothing warns."""
+    if max(itertools.accumulate(_BRACKETS.get(char, 0) for char in text), default=0) > _MAX_ARRAY_DEPTH:
+        raise ValueError(text[:80])
     fields = ast.literal_eval(text)
     descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
     if len(fields) != 3 or not (isinstance(descr, str | list) and isinstance(fortran, bool)):

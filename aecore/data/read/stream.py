@@ -32,7 +32,7 @@ from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
-from aecore.data.sources._external_tars import MAX_INFLATED_BYTES, ExternalTars, TarFile, data_member
+from aecore.data.sources._external_tars import ExternalTars, TarFile, data_member
 from aecore.data.sources._names import split_of
 from aecore.errors import DataError, Hint
 from aecore.store import sha256_json
@@ -113,7 +113,7 @@ def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tupl
 
 def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
     """Yield key, and codec, bytes and class id (None: no whole number) of each sample of one tar."""
-    tar = TarFile(tars.files, name, MAX_INFLATED_BYTES)
+    tar = TarFile(tars.files, name)
     try:
         for sample in tar.samples(skipped):
             chosen = data_member(sample, member, tar.where, "input.member")

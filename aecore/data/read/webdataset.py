@@ -72,7 +72,7 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
         if ext == "json":
             return json.loads(data)
         return int(data) if ext == "cls" else data.decode()
-    except (BadSample, ValueError) as error:
+    except (BadSample, ValueError, RecursionError) as error:
         raise DataError(f"the {ext} member of sample {key!r} cannot be decoded: {error}") from error
 
 

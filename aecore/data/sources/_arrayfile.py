@@ -1,8 +1,8 @@
 """Arrays in external files: `.npy`, `.npz` and idx (plain or gzip'ed), mapped into memory. Nothing is ever unpickled.
 
 Only the rows that are read come from the disk, and all workers of a machine share them. Compressed data is inflated once per
-process to an unnamed temporary file (never more bytes than its header promises and the limit allows), and mapped from there. Samples are
-read row by row instead (`ArrayFile.rows`): an error of the disk is then an OSError, where a map ends the process (SIGBUS).
+process to an unnamed temporary file (never more bytes than its header promises and `InflateLimit` allows), and mapped from there.
+Samples are read row by row instead (`ArrayFile.rows`): an error of the disk is then an OSError, where a map ends the process (SIGBUS).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.record import NpyError, read_npy_header
+from aecore.data.sources._inflate import InflateLimit
 from aecore.errors import DataError
 
 Array = NDArray[Any]  # any: every array has its own dtype
@@ -113,11 +114,13 @@ class ArrayFile:
     name : str
         Its name in errors, which also decides the format.
     limit : int
-        Bytes that compressed data may inflate to.
+        Bytes that compressed data may inflate to, the value of `option`; 0: see `InflateLimit`.
+    option : str
+        The name of the option in errors, if there is one.
     """
 
-    def __init__(self, path: Path, name: str, limit: int) -> None:
-        self._path, self._name, self._limit = path, name, limit
+    def __init__(self, path: Path, name: str, limit: int = 0, option: str = "") -> None:
+        self._path, self._name, self._limit, self._option = path, name, limit, option
         self._format = array_format(name)
 
     def names(self) -> list[str]:
@@ -167,7 +170,10 @@ class ArrayFile:
             raise self._error(f"is damaged or cannot be read ({type(error).__name__}: {error}): restore it") from error
 
     def _error(self, what: str, array: str = "") -> DataError:
-        return DataError(f"{self._name}{f' (array {array!r})' if array else ''} {what}")
+        return DataError(f"{self._label(array)} {what}")
+
+    def _label(self, array: str) -> str:
+        return f"{self._name}{f' (array {array!r})' if array else ''}"
 
     @contextlib.contextmanager
     def _zip(self) -> Iterator[zipfile.ZipFile]:
@@ -191,8 +197,8 @@ class ArrayFile:
     @contextlib.contextmanager
     def _inflated(self, packed: IO[bytes] | gzip.GzipFile, size: int, array: str = "", before: bytes = b"") -> Iterator[IO[bytes]]:
         """Yield an unnamed file of `before` and the rest of `packed`, exactly `size` bytes; a map of it outlives it."""
-        if size > self._limit:
-            raise self._error(f"inflates to {size} bytes, source.max_inflated_bytes is {self._limit}: raise it if that is right", array)
+        limit = InflateLimit.of(self._path.stat().st_size, self._limit, self._option)
+        limit.require(size, f"{self._label(array)} inflates to {size} bytes,")
         with tempfile.TemporaryFile() as file:
             file.write(before)
             found = len(before)

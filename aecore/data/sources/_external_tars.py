@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from aecore.data.format.record import DATA_EXTENSIONS
+from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import expand_braces
 from aecore.errors import DataError, disk_error
 from aecore.store import Files, absolute_url, open_files, read_again
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
-MAX_INFLATED_BYTES = 16 << 30  # of a gzip'ed tar, unless another limit is configured
 MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
 MAX_DIGITS = 20  # of a PAX size
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -52,12 +52,12 @@ class ExternalSample(NamedTuple):
 class TarFile:
     """An open external tar, gzip'ed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
 
-    A gzip'ed one is inflated to an unnamed file first, to at most `limit` bytes (DataError).
+    A gzip'ed one is inflated to an unnamed file first, to at most `limit` bytes, the value of `option` (0: see `InflateLimit`; DataError).
     """
 
-    def __init__(self, files: Files, name: str, limit: int) -> None:
+    def __init__(self, files: Files, name: str, limit: int = 0, option: str = "") -> None:
         self.where = f"{files.url}/{name}"
-        self._files, self._name, self._limit = files, name, limit
+        self._files, self._name, self._limit, self._option = files, name, limit, option
         self.descriptor = read_again(self._opened, self.where)
         self.size = os.fstat(self.descriptor).st_size
 
@@ -66,7 +66,9 @@ class TarFile:
             descriptor = os.open(self._files.local(self._name), os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
-        return descriptor if self._name.endswith(".tar") else _inflated(descriptor, self.where, self._limit)
+        if self._name.endswith(".tar"):
+            return descriptor
+        return _inflated(descriptor, self.where, InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option))
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -219,7 +221,7 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _inflated(descriptor: int, where: str, limit: int) -> int:
+def _inflated(descriptor: int, where: str, limit: InflateLimit) -> int:
     """Return the descriptor of an unnamed file with the inflated bytes; `descriptor` is closed."""
     with (
         os.fdopen(descriptor, "rb") as packed,
@@ -230,9 +232,8 @@ def _inflated(descriptor: int, where: str, limit: int) -> int:
         try:
             while piece := stream.read(CHUNK_BYTES):
                 size += len(piece)
+                limit.require(size, f"{where} inflates to")
                 _append(file, piece, where)
-                if size > limit:
-                    raise DataError(f"{where} inflates to more than source.max_inflated_bytes={limit}: raise it if that is right")
         except (zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise DataError(f"{where} is damaged or truncated: its gzip data cannot be inflated ({error}): restore it") from error
         return os.dup(file.fileno())

@@ -39,7 +39,9 @@ class ArraysSpec:
     lengths: str = knob("", "array of an .npz with the number of valid steps of each row; the rest is not stored")
     group: str | None = knob(None, "array of an .npz with the bag of each sample: bags stay whole, see model.kind=mil_vae")
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
-    max_inflated_bytes: int = knob(16 << 30, "bytes that one compressed array may inflate to", ge=1, identity=False)
+    max_inflated_bytes: int = knob(
+        0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 100 times its file's", ge=0, identity=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class ArraysSource:
         return require_lengths(file.array(name, verify=True), samples, f"{where} (array {name!r})", data)
 
     def _array_file(self, name: str) -> ArrayFile:
-        return ArrayFile(self._files.local(name), name, self._spec.max_inflated_bytes)
+        return ArrayFile(self._files.local(name), name, self._spec.max_inflated_bytes, "source.max_inflated_bytes")
 
     def _names(self) -> tuple[list[str], tuple[str, ...]]:
         """Return the names of the files to read, sorted, and notes; of a single file also that of its labels."""

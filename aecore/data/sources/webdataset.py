@@ -38,7 +38,7 @@ class WebdatasetSpec:
     label: str = knob("auto", "cls, json:<field> or none; auto: cls where there is one")
     columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
     keys: Literal["member", "shard"] = knob("member", "member: keys as in the tars; shard: with the tar's name before them")
-    max_inflated_bytes: int = knob(16 << 30, "bytes that one gzip'ed tar may inflate to", ge=1, identity=False)
+    max_inflated_bytes: int = knob(0, "bytes that one gzip'ed tar may inflate to; 0: 1 GiB, or 100 times its own", ge=0, identity=False)
 
     def __post_init__(self) -> None:
         codec = self.member.rpartition(".")[2]
@@ -85,7 +85,7 @@ class WebdatasetSource:
         """
         found = _Columns(self._spec.columns)
         for name in self.tars.names:
-            tar = TarFile(self.tars.files, name, self._spec.max_inflated_bytes)
+            tar = self._tar(name)
             try:
                 for sample, member in self._in_order(found, tar):
                     self._add(found, sample, member, tar, name)
@@ -120,9 +120,12 @@ class WebdatasetSource:
         self._open.move_to_end(tar)
         return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
 
+    def _tar(self, name: str) -> TarFile:
+        return TarFile(self.tars.files, name, self._spec.max_inflated_bytes, "source.max_inflated_bytes")
+
     def _opened(self, tar: str) -> TarFile:
         try:
-            return TarFile(self.tars.files, tar, self._spec.max_inflated_bytes)
+            return self._tar(tar)
         except DataError as error:
             if isinstance(error.__cause__, OSError):  # not a wrong address: it was listed
                 raise error.__cause__ from None
