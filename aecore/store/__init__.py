@@ -23,6 +23,7 @@ from aecore.store._base import (
     sha256_json,
 )
 from aecore.store._buckets import unchecked_bodies
+from aecore.store._cleanup import close_read
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
 from aecore.store._race import RACERS, ROUNDS, race
@@ -39,6 +40,7 @@ __all__ = [
     "Store",
     "absolute_url",
     "canonical_json",
+    "close_read",
     "fault_point",
     "is_remote",
     "open_files",

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store._base import FileRef, sha256_file
+from aecore.store._cleanup import close_read, discard, logged
 
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
@@ -41,7 +42,7 @@ class ObjectCache:
 
     def path(self, ref: FileRef, fetch: Fetch) -> Path:
         """Return the path of an object, downloaded if it is not cached; it is not evicted for `KEPT_S`."""
-        os.close(self.open(ref, fetch, keep_s=KEPT_S))
+        close_read(self.open(ref, fetch, keep_s=KEPT_S))
         return self.root / ref.sha256
 
     def open(self, ref: FileRef, fetch: Fetch, keep_s: float = 0.0) -> int:
@@ -56,23 +57,28 @@ class ObjectCache:
                     now = time.time()
                     os.utime(descriptor, (now, now + keep_s))
                     return descriptor
-                os.close(descriptor)
+                close_read(descriptor)
                 if state.st_nlink:  # cut off by a full disk or a power failure
                     path.unlink(missing_ok=True)
             self._fetch(ref, path, fetch)
 
     def forget(self, ref: FileRef) -> None:
         """Remove an object, so that it is downloaded again; open descriptors keep the removed bytes."""
-        (self.root / ref.sha256).unlink(missing_ok=True)
+        with _errors(self.root):
+            (self.root / ref.sha256).unlink(missing_ok=True)
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
-        """Remove an object if its bytes are corrupt; return whether it is absent now."""
+        """Remove an object if its bytes are corrupt or cannot be read; return whether it is absent now."""
         path = self.root / ref.sha256
-        with contextlib.suppress(FileNotFoundError):
+        try:
             if sha256_file(path) == ref.sha256:
                 return False
             logger.warning("%s is a damaged copy of %s: it is fetched again", path, ref.name)
-            self.forget(ref)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            logger.warning("%s, a copy of %s, cannot be read (%s): it is fetched again", path, ref.name, error)
+        self.forget(ref)
         return True
 
     def prefetch(self, refs: Sequence[FileRef], fetch: Fetch) -> None:
@@ -82,7 +88,7 @@ class ObjectCache:
             total += ref.bytes
             if total > self.limit // 2:
                 return
-            if not (self.root / ref.sha256).exists():
+            if not os.path.exists(self.root / ref.sha256):  # unlike that of a Path it never raises
                 _fetchers.submit(self, ref, fetch)
 
     def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
@@ -104,19 +110,21 @@ class ObjectCache:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            while not _try_lock(descriptor):  # never wait in `flock`: once this file is `path`, its readers hold it as long as they like
-                if path.exists() or not _is_at(descriptor, part):
+            with _errors(self.root):
+                # never wait in `flock`: once this file is `path`, its readers hold it as long as they like
+                while not _try_lock(descriptor):
+                    if path.exists() or not _is_at(descriptor, part):
+                        return
+                    time.sleep(POLL_S)
+                if path.exists() or not _is_at(descriptor, part):  # another process was first, or evicted the part before it was locked
                     return
-                time.sleep(POLL_S)
-            if path.exists() or not _is_at(descriptor, part):  # another process was first, or evicted the part before it was locked
-                return
             try:
                 with _errors(self.root):
                     self._make_room(descriptor, ref.bytes)
                     fetch(ref, part)
                     part.rename(path)
             except BaseException:  # only the holder of the lock removes the part: it may be another process's download
-                part.unlink(missing_ok=True)
+                discard(part)
                 raise
         finally:
             _release(descriptor)
@@ -160,7 +168,7 @@ def _remove_unused(path: Path) -> bool:
             path.unlink(missing_ok=True)
         return free
     finally:
-        os.close(descriptor)
+        close_read(descriptor)
 
 
 def _to_disk(path: Path) -> None:
@@ -168,7 +176,7 @@ def _to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        close_read(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -197,8 +205,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _release(descriptor: int) -> None:
     """Unlock and close: a child that was forked meanwhile shares the descriptor, and would hold the lock as long as it lives."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    with logged("unlock a file of the cache"):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    close_read(descriptor)
 
 
 @contextlib.contextmanager
@@ -235,7 +244,7 @@ class _Fetchers:
         while True:
             cache, ref, fetch = queue.get()
             try:
-                os.close(cache.open(ref, fetch))
+                close_read(cache.open(ref, fetch))
             except Exception as error:  # the read that needs the object raises it
                 logger.debug("prefetch of %s: %s", ref.name, error)
             with self._lock:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from aecore.errors import disk_error
+from aecore.store._cleanup import logged
 
 SYNC_BYTES = 1 << 24
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
@@ -31,8 +32,9 @@ class DiskWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._errors() if kind is None else logged(f"close {self._path}"):
+            os.close(self._descriptor)
 
     def pages(self, data: memoryview) -> None:
         """Append whole pages from page-aligned memory."""

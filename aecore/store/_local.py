@@ -12,6 +12,7 @@ from pathlib import Path
 from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._again import read_again
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
+from aecore.store._cleanup import close_read, discard
 
 LINK_TRIES = 20
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -43,7 +44,7 @@ class LocalStore:
         try:
             yield path
         finally:
-            path.unlink(missing_ok=True)
+            discard(path)
 
     def put(self, name: str, data: bytes, *, role: str) -> FileRef:
         with self.stage() as staged:
@@ -53,7 +54,8 @@ class LocalStore:
 
     def put_staged(self, name: str, staged: Path, *, role: str, sha256: str | None = None) -> FileRef:
         target = self._path(name)
-        ref = FileRef(name, staged.stat().st_size, sha256 or sha256_file(staged))
+        with _storage_errors(f"cannot write {target}"):
+            ref = FileRef(name, staged.stat().st_size, sha256 or sha256_file(staged))
         fault_point(f"{role}.staged")
         with _storage_errors(f"cannot write {target}"):
             _fsync(staged)
@@ -98,7 +100,7 @@ class LocalStore:
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         path = self._path(ref.name)
         require_size(path, ref, self.size(ref.name))
-        if verify and (found := sha256_file(path)) != ref.sha256:
+        if verify and (found := read_again(lambda: sha256_file(path), str(path))) != ref.sha256:
             raise damaged(path, ref, found)
 
     def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
@@ -165,7 +167,7 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        close_read(descriptor)
 
 
 def _link(staged: Path, target: Path) -> None:

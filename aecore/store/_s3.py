@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError, StoreError
+from aecore.store._again import read_again
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cache import ObjectCache
+from aecore.store._cleanup import discard
 from aecore.store._race import ROLE, require_atomic
 from aecore.store._s3_body import written_sha256
 from aecore.store._s3_client import Answered, code_of, endpoint, retried
@@ -50,7 +52,7 @@ class S3Store(BucketPrefix):
         try:
             yield path
         finally:
-            path.unlink(missing_ok=True)
+            discard(path)
 
     def put(self, name: str, data: bytes, *, role: str) -> FileRef:
         ref = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
@@ -167,13 +169,18 @@ class S3Store(BucketPrefix):
 
     def _read_verified(self, ref: FileRef) -> bytes:
         """Return the bytes of `ref`; a cached copy that a power failure or a disk has corrupted is downloaded again."""
-        for _ in range(2):
+
+        def read() -> bytes:
             with os.fdopen(self.open(ref), "rb") as file:
-                data = file.read()
+                return file.read()
+
+        copy = f"the copy of {self._where(ref.name)} in {self._cache.root}"
+        for _ in range(2):
+            data = read_again(read, copy)
             if (found := hashlib.sha256(data).hexdigest()) == ref.sha256:
                 return data
             self._cache.forget(ref)
-        raise damaged(f"the copy of {self._where(ref.name)} in {self._cache.root}", ref, found)
+        raise damaged(copy, ref, found)
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         if not verify:

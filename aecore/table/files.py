@@ -1,13 +1,13 @@
 """The parts of a table as a pyarrow file system: downloaded at the first read, readable as long as they are open."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from aecore.store import FileRef, Store
+from aecore.errors import StoreError
+from aecore.store import FileRef, Store, close_read, read_again
 
 
 class PartFiles(pafs.FileSystemHandler):
@@ -46,17 +46,21 @@ class PartFiles(pafs.FileSystemHandler):
         return self.get_file_info(inside)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        """Open a file; an object is downloaded first."""
-        descriptor = self._store.open(self._refs[path])
-        try:
-            return pa.OSFile(f"/dev/fd/{descriptor}", "rb")  # OSFile gets its own descriptor of the same file
-        finally:
-            os.close(descriptor)
+        """Open a file; an object is downloaded first. A scan raises the typed error of a file that is missing or cannot be opened."""
+
+        def opened() -> pa.NativeFile:
+            descriptor = self._store.open(self._refs[path])
+            try:
+                return pa.OSFile(f"/dev/fd/{descriptor}", "rb")  # OSFile gets its own descriptor of the same file
+            finally:
+                close_read(descriptor)
+
+        return read_again(opened, path)
 
     open_input_stream = open_input_file
 
     def _refused(self, *_: Any) -> None:  # any: the arguments of the operation
-        raise OSError("a latent table is read-only")
+        raise StoreError("a latent table is read-only: write to another URL")
 
     create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = _refused  # type: ignore[assignment]
     move = copy_file = open_output_stream = open_append_stream = _refused  # type: ignore[assignment]

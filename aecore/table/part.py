@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import put_or_adopt
 from aecore.data.format.parquet import open_parquet
 from aecore.errors import DataError, disk_error
-from aecore.store import FileRef, Store
+from aecore.store import FileRef, Store, read_again
 
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
@@ -169,11 +169,13 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system; Parquet's own have no number
+            raise
         raise DataError(f"{path} is damaged ({error}): restore it, or encode to another URL") from error
 
 
 def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
-    """Read columns of a committed part, verifying the checksum of every page; DataError if it is damaged or has not so many `rows`."""
+    """Read columns of a committed part, verifying the checksum of every page; DataError if it is damaged or has not so many `rows`, StoreError if unreadable."""
     wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:
@@ -183,17 +185,20 @@ def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, 
 
 
 def read_footer(store: Store, ref: FileRef) -> pq.FileMetaData:
-    """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged."""
+    """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged, StoreError if it cannot be read."""
     return _read(store, ref, pq.read_metadata)
 
 
 def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
-    path = store.local(ref)
-    try:
+    def once() -> T:
+        path = store.local(ref)
         with _damage_named(path):
             return read(path)
+
+    where = f"{store.url}/{ref.name}"
+    try:
+        return read_again(once, where)
     except DataError:
         if not store.refetch_if_corrupt(ref):
             raise
-        with _damage_named(path := store.local(ref)):
-            return read(path)
+        return read_again(once, where)

@@ -37,7 +37,7 @@ from aecore.checkpoint.files import (
     write_checkpoint,
 )
 from aecore.data.format.transform import Transform
-from aecore.errors import DataError, Interrupted
+from aecore.errors import DataError, Interrupted, StoreError
 from aecore.loss import LossResult
 from aecore.training.job import (
     CheckpointSpec,
@@ -303,7 +303,10 @@ class _Training:
                 info=self._lineage(),
             )
             self.kept.append(name)
-            self._retain()
+            try:
+                self._retain()
+            except StoreError as error:  # the checkpoint is committed; the next one tries again
+                logger.warning("old checkpoints stay for now: %s", error)
         if self.on_checkpoint is not None:
             self.on_checkpoint(ref, row)
 

@@ -272,4 +272,9 @@ def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> d
 
 
 def _rows(store: Store, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in store.read(name, limit=MAX_PART_BYTES).splitlines()]
+    """Return the rows of a part that no checkpoint names yet, so its hash is not known; DataError if it holds none or is no JSON."""
+    lines = store.read(name, limit=MAX_PART_BYTES).splitlines()
+    with contextlib.suppress(ValueError):
+        if lines:
+            return [json.loads(line) for line in lines]
+    raise DataError(f"{store.url}/{name} is damaged: {len(lines)} lines, expected JSON in each; progress is not shown until the next part")

@@ -28,7 +28,7 @@ from aecore.data.read.layout import REMEDY, Layout
 from aecore.errors import DataError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import read_pieces, sha256s
-from aecore.store import Store, read_again
+from aecore.store import Store, close_read, read_again
 from aecore.threads import map_ordered
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class ShardReader:
     @cached_property
     def _descriptor(self) -> int:
         descriptor = self._tars.open(self.shard.tar)
-        self._close = weakref.finalize(self, os.close, descriptor)
+        self._close = weakref.finalize(self, close_read, descriptor)
         return descriptor
 
     @cached_property
@@ -158,7 +158,7 @@ class ShardReader:
         try:
             return os.dup2(descriptor, self._descriptor, inheritable=False)
         finally:
-            os.close(descriptor)
+            close_read(descriptor)
 
     def _pieces(self, rows: NDArray[np.int64], descriptor: int) -> BytesColumn:
         begins, ends = self._layout.data_begins[rows], self._layout.data_ends[rows]

@@ -21,7 +21,7 @@ from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import expand_braces
 from aecore.errors import DataError, disk_error
-from aecore.store import Files, absolute_url, open_files, read_again
+from aecore.store import Files, absolute_url, close_read, open_files, read_again
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
 MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
@@ -72,7 +72,7 @@ class TarFile:
 
     def close(self) -> None:
         """Close the descriptor."""
-        os.close(self.descriptor)
+        close_read(self.descriptor)
 
     def read(self, member: Member) -> bytes:
         """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read."""
@@ -92,7 +92,7 @@ class TarFile:
         """Reopen the file, since the descriptor may be stale, and read."""
         descriptor = self._opened()
         os.dup2(descriptor, self.descriptor, inheritable=False)
-        os.close(descriptor)
+        close_read(descriptor)
         return _pread(self.descriptor, size, offset)
 
     def samples(self, skipped: Counter[str]) -> list[ExternalSample]:

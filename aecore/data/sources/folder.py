@@ -25,7 +25,7 @@ from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, is_remote, open_files
+from aecore.store import absolute_url, close_read, is_remote, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
@@ -109,7 +109,7 @@ class FolderSource:
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error
         finally:
-            os.close(descriptor)
+            close_read(descriptor)
         if len(data) < size:
             raise OSError(errno.EIO, f"only {len(data)} of its {size} bytes were read", path)
         return _extension(source), data
@@ -215,7 +215,7 @@ def _opened(folder: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        close_read(descriptor)
 
 
 def _entries(folder: Path) -> dict[str, int]:

@@ -21,7 +21,7 @@ from aecore.data.write.spec import ShardTask
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash
 from aecore.native.tar_builder import TarBuilder, TarFiles, open_tar_builder
-from aecore.store import read_again
+from aecore.store import close_read, read_again
 
 Int64s = NDArray[np.int64]
 BLOCK_FILES, BLOCK_BYTES, MOST_BYTES = (
@@ -77,7 +77,7 @@ class PlainFiles:
             with open_tar_builder(files, stream, bytes(packer.rest)) as builder:
                 yield builder
         finally:
-            os.close(folder)
+            close_read(folder)
 
 
 def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:
