@@ -1,8 +1,9 @@
 """Errors that a user can act on, each with an exit code for command lines.
 
 A message gives the value seen, what was expected or the known choices, and the next action in terms of this library: the functions and
-fields to use. What a command line can add to it is named by a `Hint`. `assert` is for internal invariants; any exception that is not
-an `AecoreError` is a bug and keeps its traceback.
+fields to use. What a command line can add to it is named by a `Hint`. `assert` is for internal invariants. What a disk, the memory or an
+input does to Python code that expects nothing (OSError, MemoryError, ...) becomes an `AecoreError` in `from_outside`; any other exception
+is a bug and keeps its traceback.
 """
 
 import difflib
@@ -21,6 +22,16 @@ _REMEDIES = {
     errno.ENOTDIR: "; a part of the path is a file: write to another URL",
     errno.EOPNOTSUPP: "; the file system knows no hard links: write to another URL",
 }
+_ANY_REMEDY = {  # where it is not known whether a file was read or written
+    **_REMEDIES,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "; this user may not do that there: change the permissions, or use another URL"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "; raise the limit of open files (ulimit -n), then run the same command again"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "; it is not there: check the address, then run the same command again"),
+    errno.ENAMETOOLONG: "; use a shorter name",
+}
+_USUAL_REMEDY = "; what is finished is kept: run the same command again when the storage is well"
+_BUCKET_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "s3fs"})  # packages whose errors are those of the storage
+_NO_MEMORY = ("can't allocate memory", "can't start new thread", "out of memory")  # in a RuntimeError of torch or of Python
 SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
 _WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 
@@ -61,6 +72,10 @@ class Interrupted(RunFailed):
     """The run was asked to stop and wrote a checkpoint first: the same run again continues from it."""
 
     exit_code = 130
+
+
+class WorkerDied(RunFailed):
+    """A worker kept dying or failing. Whoever raises this has started it again as often as is allowed: nothing else starts it once more."""
 
 
 class ConfigError(AecoreError):
@@ -165,4 +180,43 @@ def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
 
 def disk_error(message: str, error: OSError) -> StoreError:
     """Return the error about a file that could not be written: `message` and, where it is known, what to do."""
-    return StoreError(message + _REMEDIES.get(error.errno or 0, ""), hint=Hint("disk-full") if error.errno == errno.ENOSPC else None)
+    return _storage_error(message, error, _REMEDIES.get(error.errno or 0, ""))
+
+
+def _storage_error(message: str, error: OSError, remedy: str) -> StoreError:
+    return StoreError(message + remedy, hint=Hint("disk-full") if error.errno == errno.ENOSPC else None)
+
+
+def from_outside(error: Exception) -> AecoreError | None:
+    """Return the typed error for an exception that storage, memory or an input caused; None for a bug, which keeps its traceback.
+
+    This is the one place that decides it, for code that does not expect the exception; code that does says more itself. An `AecoreError`
+    is returned as it is.
+    """
+    if isinstance(error, AecoreError):
+        return error
+    what = str(error).strip() or type(error).__name__
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(text in what for text in _NO_MEMORY))
+    ):
+        first = what.splitlines()[0]
+        return ClusterError(f"not enough memory here ({first}): use less of it (smaller batches, fewer workers), or a larger machine")
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename!r}: "
+        remedy = _ANY_REMEDY.get(error.errno or 0, _USUAL_REMEDY)
+        return _storage_error(f"the storage cannot be used: {where}{error.strerror or what}", error, remedy)
+    if {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _BUCKET_CLIENTS:
+        return StoreError(f"the storage cannot be used: {type(error).__name__}: {what}{_USUAL_REMEDY}")
+    if isinstance(error, RecursionError):
+        return DataError(f"an input is nested deeper than Python can follow ({what}): flatten it")
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"an input is not {error.encoding} text ({what}): write it as {error.encoding}")
+    if isinstance(error, UnicodeEncodeError):
+        return ConfigError(f"a name cannot be written as {error.encoding} ({what}): rename it")
+    if isinstance(error, ValueError) and what in ("embedded null byte", "embedded null character"):
+        return ConfigError("an address or a name holds a zero byte: leave it out")
+    if isinstance(error, RuntimeError) and "determine home directory" in what:
+        return ConfigError("an address begins with ~, and that user has no home directory here: write the whole path, or set HOME")
+    return None

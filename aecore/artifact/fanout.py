@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from aecore.artifact.commit import PartRecord
-from aecore.errors import AecoreError, DataError, Hint, RunFailed, from_json
+from aecore.errors import AecoreError, DataError, Hint, RunFailed, WorkerDied, from_json, from_outside
 from aecore.threads import submit_ahead
 
 T = TypeVar("T")
@@ -60,9 +60,11 @@ def attempt(call: Callable[[], T], task: Task) -> T | PartFailure:
     """
     try:
         return call()
-    except AecoreError as error:
-        return PartFailure(task.stem, type(error).__name__, str(error), hint=error.hint)
-    except Exception as error:  # a bug in one part must not cost the others; `collect` reports it
+    except Exception as error:
+        known = from_outside(error)
+        if known is not None:
+            return PartFailure(task.stem, type(known).__name__, str(known), hint=known.hint)
+        # a bug in one part must not cost the others; `collect` reports it
         return PartFailure(task.stem, type(error).__name__, str(error), traceback.format_exc())
 
 
@@ -115,7 +117,8 @@ def collect(
     Raises
     ------
     AecoreError
-        If any part failed: of the parts' own type where they agree on one (DataError stays DataError), else RunFailed.
+        If any part failed: of the parts' own type where they agree on one (DataError stays DataError), else WorkerDied if the worker
+        of one kept dying, else RunFailed.
         Raised after every task had its turn: finished parts are recorded and kept.
     """
     stems = [task.stem for task in tasks]
@@ -145,8 +148,8 @@ def collect(
 
 
 def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
-    kinds = {failure.error_type for failure in failures}
-    kind = type(from_json({"error": kinds.pop()})) if len(kinds) == 1 else RunFailed
+    kinds = {type(from_json({"error": failure.error_type})) for failure in failures}
+    kind = kinds.pop() if len(kinds) == 1 else WorkerDied if WorkerDied in kinds else RunFailed
     lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
     more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
     first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again

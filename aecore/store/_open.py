@@ -32,7 +32,12 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
         text = unquote(parts.path)
     elif "://" in text:
         raise ConfigError(f"{what} has the scheme {parts.scheme!r}: paths, file:// and s3:// URLs are read and written")
-    return str(Path(text).expanduser().absolute())
+    if "\0" in text:
+        raise ConfigError(f"{what} {text!r} holds a zero byte (%00 in a URL), which no path does: leave it out")
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError:
+        raise ConfigError(f"{what} {text!r}: that user has no home directory here: write the whole path, or ./~... for a folder") from None
 
 
 def is_remote(url: str) -> bool:

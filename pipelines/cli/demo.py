@@ -3,15 +3,12 @@
 It runs the shipped recipe `demo` as the pipeline flow and adds only the texts and the default `out`.
 """
 
-import sys
-
 from pipelines.cli import run_step, text
 from pipelines.cli.arguments import Args, Result
 from pipelines.recipe.recipe import load_recipe
 
 BEFORE = """A pile of images becomes a table of latents: 3,072 sprites are drawn and sharded, a small VAE is trained on two Ray workers,
 every image is encoded, the test split is scored; as one Prefect flow, under {out}
-
 """
 AFTER = """
 Where things are:
@@ -29,6 +26,8 @@ def demo(args: Args) -> Result:
     if args.dry_run:
         return run_step.pipeline(args)
     out = load_recipe(args.recipe, args.overrides).require("out")
-    sys.stderr.write(BEFORE.format(out=out))
+    from pipelines.steps.progress import line_printer
+
+    line_printer()(BEFORE.format(out=out))
     made = run_step.pipeline(args)
     return made._replace(as_text=lambda found: f"{text.of_pipeline(found)}\n{AFTER.format(out=out)}")

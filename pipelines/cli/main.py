@@ -5,9 +5,13 @@
 Arguments of the form `key.path=value` are overrides of the recipe, in any position. Results go to standard output, progress
 and errors to standard error; what `--json` prints is always valid JSON, for an error an object of `error`, `message` and `exit_code`.
 Heavy imports happen inside the verb that needs them.
+What the outside does to a verb (a disk, the memory, a service, a reader that closes the pipe) is one line and an exit code, too; a
+traceback is a bug.
 Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 input data, 4 storage, 5 cluster or resources, 130 interrupted.
 """
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -19,10 +23,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from aecore.errors import AecoreError, DataError
+from aecore.errors import DataError, StoreError
 from aecore.registry import flatten
 from pipelines.cli import overrides
 from pipelines.cli.verbs import VERBS
+from pipelines.cluster.outside import typed
 from pipelines.steps.hints import next_command
 
 INTERRUPTED = 130
@@ -32,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in words, "--debug" in words
+    _prepare_streams()
     _log(debug)
     if threading.current_thread() is threading.main_thread():  # for `docker stop` and cluster schedulers: as Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -40,23 +46,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
         return _failed({"error": "Interrupted", "message": message, "exit_code": INTERRUPTED}, as_json=as_json)
-    except AecoreError as error:
+    except Exception as error:
+        known = typed(error)
+        if known is None:
+            raise
         if debug:
             traceback.print_exc()
-        more = next_command(error)
-        message = str(error) if more is None else f"{error}; {more}"
-        return _failed({"error": type(error).__name__, "message": message, "exit_code": error.exit_code}, as_json=as_json)
-    except BrokenPipeError:  # the reader of our output has closed it, as in `aepipe show x | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that the interpreter's own flush at exit does not fail
-        return 0
+        more = [next_command(known), None if known is error else "--debug shows where it happened"]
+        message = "; ".join([str(known), *filter(None, more)])
+        return _failed({"error": type(known).__name__, "message": message, "exit_code": known.exit_code}, as_json=as_json)
 
 
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:
     """Print an error on standard error, with `--json` also where the result would be; return its exit code."""
-    print(f"aepipe: {error['message']}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it: the exit code is what is left
+        _print("stderr", f"aepipe: {error['message']}")
     if as_json:
-        print(json.dumps(error, indent=2))
+        with contextlib.suppress(StoreError):
+            _show(json.dumps(error, indent=2))
     return int(error["exit_code"])
+
+
+def _show(text: str) -> None:
+    """Print a result; StoreError if standard output does not take it. A reader that has closed it (`| head`) wants no more."""
+    try:
+        _print("stdout", text)
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        why = f"cannot write the result to standard output: {error.strerror or error}"
+        raise StoreError(f"{why}; send it to another file and run the same command again, finished work is kept") from error
+
+
+def _print(name: str, text: str) -> None:
+    """Print to a stream of `sys`; one that raises OSError is left, so that the interpreter's own flush at exit does not fail."""
+    try:
+        print(text, file=getattr(sys, name), flush=True)
+    except OSError:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+        raise
+
+
+def _prepare_streams() -> None:
+    """Make any text printable: a closed stream (`2>&-`) leads nowhere, what the encoding of an open one lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(words: Sequence[str]) -> int:
@@ -68,7 +106,7 @@ def _run(words: Sequence[str]) -> int:
     result = args.verb.run(args)
     if result is None:
         return 0
-    print(_to_json(result.data) if args.json else result.as_text(result.data))
+    _show(_to_json(result.data) if args.json else result.as_text(result.data))
     return result.exit_code
 
 

@@ -99,7 +99,10 @@ def connect(cluster: ClusterSpec) -> None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **_job_options(address))
         else:
             _start_local(ray)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except Exception as error:
+        # a start that takes more than 30 s ends with a bare Exception (Ray 2.60, `Node.__init__`)
+        if not (isinstance(error, (OSError, RuntimeError, ValueError)) or type(error) is Exception):
+            raise
         raise ClusterError(_cannot_connect(error, address, name)) from error
     _Connection.address = address
     if threading.current_thread() is threading.main_thread():

@@ -2,15 +2,17 @@
 
 Every step can run again after a kill (files are put-if-absent, records show what is done), so a task is retried after storage and
 unknown errors. A wrong config, damaged data or a NaN loss would only fail again, and a cluster had its `cluster.timeout_s`: these
-are not retried. Progress is polled by the driver, since the output of Ray workers does not reach Prefect. Prefect's cache is off:
-the records on disk decide what is done.
+are not retried, and no dead worker, which the fan-out or Ray Train has started again as often as is allowed.
+Progress is polled by the driver, since the output of Ray workers does not reach Prefect. Prefect's cache is off: the records on disk
+decide what is done.
 
 With `cluster.kind=job` a task submits the step (or the whole pipeline) as a Ray job, or joins the running one, and follows it. A
 cancelled run stops its job: in the task when it notices, and in the hook `stop_job`, which Prefect calls after it ended the process.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
@@ -19,9 +21,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 
-from aecore.errors import AecoreError, ClusterError, ConfigError, DataError, Diverged, RunFailed
+from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed, WorkerDied
 from aecore.registry import flatten
 from pipelines.cluster.jobs import JobStopped
+from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
 from pipelines.steps.hints import next_command
 from pipelines.steps.pipeline import PIPELINE
@@ -53,7 +56,7 @@ def is_retryable(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed on a retry."""
     try:
         state.result()
-    except (ClusterError, ConfigError, DataError, Diverged, JobStopped):
+    except (ClusterError, ConfigError, DataError, Diverged, JobStopped, WorkerDied):
         return False
     except Exception:  # Prefect raises it after the last attempt
         return True
@@ -106,10 +109,15 @@ def _make(name: str) -> Any:
             else:
                 summary = STEPS[name](parsed, report)
                 logger.info("%s done in %.1f s", name, summary["seconds"])
-        except AecoreError as error:
-            if (more := next_command(error)) is not None:
+        except Exception as error:
+            known = typed(error)
+            if known is None:
+                raise
+            if (more := next_command(known)) is not None:
                 logger.error(more)
-            raise
+            if known is error:
+                raise
+            raise known from error
         for made, part in summary.items() if name == PIPELINE else [(name, summary)]:
             publish_artifacts(made, part)
         return summary
@@ -139,18 +147,32 @@ def stop_job(flow: Any, flow_run: Any, state: Any) -> None:
         logging.getLogger(__name__).info("cancelled: Ray job %s: %s", job_id, status)
 
 
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Log that the server does not take `what`, instead of raising it: the step has succeeded."""
+    try:
+        yield
+    except Exception as error:
+        known = typed(error)
+        if known is None:
+            raise
+        logging.getLogger(__name__).warning("%s is not on the run's page: %s", what, known)
+
+
 def publish_artifacts(name: str, summary: Mapping[str, Any]) -> None:
-    """Publish counts or metrics as a table and the address as a link on the run's page."""
+    """Publish counts or metrics as a table and the address as a link on the run's page, if the server takes them."""
     rows = [{"what": key, "value": value if isinstance(value, int | float | str) else str(value)} for key, value in flatten(summary)]
-    create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"result of `{name}`")
     url = next((summary[key] for key in ("dataset", "model", "table") if key in summary), None)
-    if url is not None and name != "evaluate":
-        create_link_artifact(link=f"file://{url}" if url.startswith("/") else url, link_text=url, key=f"aepipe-{name}-url")
+    with _logged(f"the summary of {name}"):
+        create_table_artifact(table=rows, key=f"aepipe-{name}", description=f"result of `{name}`")
+        if url is not None and name != "evaluate":
+            create_link_artifact(link=f"file://{url}" if url.startswith("/") else url, link_text=url, key=f"aepipe-{name}-url")
 
 
 def publish_report(title: str, text: str) -> None:
-    """Publish a markdown report on the run's page."""
-    create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
+    """Publish a markdown report on the run's page, if the server takes it."""
+    with _logged("the report"):
+        create_markdown_artifact(markdown=f"# {title}\n\n{text}\n", key="aepipe-pipeline", description=title)
 
 
 _TASKS = {name: _make(name) for name in (*STEPS, PIPELINE)}

@@ -4,6 +4,7 @@ It runs the same steps, without Prefect, which the client has. Its output are li
 client parses (`progress.from_line`), and at the end one line RESULT with the summary or the error; the exit code is that of `aepipe`.
 """
 
+import contextlib
 import json
 import logging
 import signal
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from aecore import errors
-from aecore.errors import AecoreError, Interrupted, RunFailed
+from aecore.errors import Interrupted, RunFailed
+from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps import progress
@@ -59,16 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the job was interrupted; what is finished is kept"
         return _end(Interrupted.exit_code, errors.to_json(Interrupted(message)))
-    except AecoreError as error:
-        return _end(error.exit_code, errors.to_json(error))
-    except Exception as error:  # a bug: its traceback goes to the log, as on the command line
-        traceback.print_exc(file=sys.stdout)
-        return _end(1, errors.to_json(RunFailed(f"{type(error).__name__}: {error}")))
+    except Exception as error:
+        known = typed(error)
+        if known is None:  # a bug: its traceback goes to the log, as on the command line
+            traceback.print_exc(file=sys.stdout)
+            known = RunFailed(f"{type(error).__name__}: {error}")
+        return _end(known.exit_code, errors.to_json(known))
 
 
 def _end(exit_code: int, result: dict[str, Any]) -> int:
-    sys.stdout.write(f"{RESULT}{json.dumps(result, default=str)}\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the log of the job takes nothing more: the exit code says what it can
+        sys.stdout.write(f"{RESULT}{json.dumps(result, default=str)}\n")
+        sys.stdout.flush()
     return exit_code
 
 

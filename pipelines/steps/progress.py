@@ -1,7 +1,8 @@
 """Progress of a job in the driver: the logs of workers do not reach it, so it counts records and reads the run's metric parts.
 
 A step calls a `Report` with `Progress` values. A report shows them: as one line that is redrawn on a terminal, or as one INFO line
-per shard or epoch in a log (Prefect's run log in a flow).
+per shard or epoch in a log (Prefect's run log in a flow). Progress is never a reason to fail: what cannot be read now is read at the
+next look, and what a terminal or pipe does not take is not shown.
 """
 
 import logging
@@ -17,6 +18,7 @@ from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import OnPart
 from aecore.store import Store
 from aecore.training.metrics import last_epoch, last_row
+from pipelines.cluster.outside import typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,19 @@ class Progress:
         return f"{self.step}: {self.done} of {self.total} {self.unit}, {self.text}"
 
 
+logger = logging.getLogger(__name__)
 Report = Callable[[Progress], None]
 PASSING = "... "  # prefix of a line that is not a milestone
 _LINE = re.compile(r"(\.\.\. )?(\w+): (\d+) of (\d+) (\w+), (.*)")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write to a terminal or pipe; one that is gone or full gets nothing, the work goes on."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        logger.debug("progress is not shown: %s", error)
 
 
 def silent(progress: Progress) -> None:
@@ -62,8 +74,7 @@ def lines_to(stream: TextIO, every_s: float = 1.0) -> Report:
         now = time.monotonic()
         if progress.milestone or now - last >= every_s:
             last = now
-            stream.write(f"{'' if progress.milestone else PASSING}{progress}\n")
-            stream.flush()
+            _write(stream, f"{'' if progress.milestone else PASSING}{progress}\n")
 
     return report
 
@@ -95,9 +106,8 @@ class TerminalLine:
         self._drawn = now
         rate = (progress.done - self._first) / max(now - self._started, 1e-9)
         speed = f", {rate:,.1f} {progress.unit}/s, {_duration((progress.total - progress.done) / rate)} left" if rate and not last else ""
-        self._stream.write(f"\r\x1b[2K{progress.step}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}")
-        self._stream.write("\n" if last else "")
-        self._stream.flush()
+        line = f"\r\x1b[2K{progress.step}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}"
+        _write(self._stream, line + ("\n" if last else ""))
 
 
 def terminal() -> Report:
@@ -110,8 +120,7 @@ def line_printer() -> Callable[[str], None]:
     before = "\r\x1b[2K" if sys.stderr.isatty() else ""
 
     def show(line: str) -> None:
-        sys.stderr.write(f"{before}{line}\n")
-        sys.stderr.flush()
+        _write(sys.stderr, f"{before}{line}\n")
 
     return show
 
@@ -146,11 +155,15 @@ def on_part(step: str, unit: str, report: Report, *, milestones: bool) -> OnPart
 
 
 class TrainWatch:
-    """Polls the metrics of a run that other processes write, and reports steps and finished epochs."""
+    """Polls the metrics of a run that other processes write, and reports steps and finished epochs.
+
+    Metrics that cannot be read are read at the next look: the first failure is a warning, those that follow it are logged at DEBUG.
+    """
 
     def __init__(self, store: Store, report: Report, *, milestones: bool, interval_s: float = 0.5) -> None:
         self._store, self._report, self._milestones, self._interval_s = store, report, milestones, interval_s
         self._step, self._epoch, self._total, self._looked = 0, -1, 0, 0.0
+        self._blind = False
 
     def __call__(self) -> None:
         """Call `look` at most once per interval."""
@@ -161,6 +174,17 @@ class TrainWatch:
 
     def look(self) -> None:
         """Report the newest step if it is new; the first report of an epoch and that of the last step are milestones."""
+        try:
+            self._look()
+            self._blind = False
+        except Exception as error:
+            known = typed(error)
+            if known is None:
+                raise
+            logger.log(logging.DEBUG if self._blind else logging.WARNING, "the progress of training cannot be read now: %s", known)
+            self._blind = True
+
+    def _look(self) -> None:
         row = last_row(self._store)
         if row is None or row["step"] <= self._step:
             return

@@ -1,0 +1,215 @@
+"""The exits of the command line: one line and an exit code for what the outside does, whoever reads what is printed."""
+
+import errno
+import io
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aecore.errors import ClusterError, ConfigError, StoreError
+from aecore.store import open_store
+from pipelines.cli.main import main
+from pipelines.cluster.outside import typed
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps import job_main
+from pipelines.steps.progress import Progress, TerminalLine, TrainWatch, lines_to
+from tests.filefaults import faults
+from tests.processes import run
+
+AEPIPE = (sys.executable, "-P", "-m", "pipelines.cli")
+
+
+@pytest.fixture(autouse=True)
+def own_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the loggers back as they were: a command logs to the standard error that it finds."""
+    for package in ("aecore", "pipelines"):
+        monkeypatch.setattr(logging.getLogger(package), "handlers", [])
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give the messages that `pipelines` logs at WARNING or above, also where Prefect keeps them from the root logger."""
+    import pipelines.flows.factory  # noqa: F401  Prefect configures the loggers when it is imported
+
+    said = list[str]()
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    monkeypatch.setattr(logging.getLogger("pipelines"), "handlers", [Kept(logging.WARNING)])
+    return said
+
+
+def raiser(error: Exception) -> Any:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+def ray_start() -> Exception:
+    return Exception("The current node timed out during startup. This could happen because the raylet failed to startup.")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/a/b"), 4, "the storage cannot be used: '/a/b': Input/output error; "),
+        (OSError("Couldn't deserialize thrift"), 4, "Couldn't deserialize thrift"),
+        (MemoryError("3 GiB"), 5, "not enough memory here (3 GiB)"),
+        (RuntimeError("can't start new thread"), 5, "not enough memory here (can't start new thread)"),
+        (ConnectionResetError("reset"), 5, "the connection to a service failed (ConnectionResetError: reset)"),
+        (RecursionError("maximum recursion depth exceeded"), 3, "nested deeper"),
+        (ValueError("embedded null byte"), 2, "zero byte"),
+    ],
+)
+def test_a_fault_of_the_outside_ends_a_verb_with_one_line_and_its_exit_code(
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipelines.steps.show.show", raiser(error))
+    assert main(["show", "x", "--json"]) == code
+    output = capsys.readouterr()
+    assert output.err.startswith("aepipe: ") and said in output.err
+    assert output.err.rstrip().endswith("--debug shows where it happened")
+    assert len(output.err.splitlines()) == 1
+    assert json.loads(output.out)["exit_code"] == code
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.steps.show.show", raiser(KeyError("x")))
+    with pytest.raises(KeyError):
+        main(["show", "x"])
+
+
+def test_a_pipe_that_broke_in_the_work_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("pipelines.steps.show.show", raiser(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert main(["show", "x"]) == 5
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("url", "said"), [("file:///%00", "zero byte"), ("~nobody-of-that-name/x", "no home directory here")])
+def test_an_address_that_no_file_system_knows_is_a_usage_error(url: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["show", url], ["verify", url], ["gc", url], ["shard", "sprites", url, "cluster.num_workers=0"]):
+        assert main(argv) == ConfigError.exit_code
+        assert said in capsys.readouterr().err
+
+
+def test_closed_streams_and_readers_that_leave_change_no_exit_code() -> None:
+    for line, code in (
+        ("{} list models | head -c 1; exit ${{PIPESTATUS[0]}}", 0),
+        ("{} list models > /dev/full", 4),
+        ("{} show /nowhere --json > /dev/full", 3),
+        ("{} list models >&-", 0),
+        ("{} list models 2>&-", 0),
+        ("{} show /nowhere 2>&-", 3),
+        ("{} show /nowhere 2> /dev/full", 3),
+    ):
+        done = run(["bash", "-c", line.format(" ".join(AEPIPE))])
+        assert done.returncode == code, (line, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+        assert ("cannot write the result to standard output: No space left on device; " in done.stderr) == (code == 4)
+
+
+def test_a_name_that_is_no_text_is_shown_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(os.devnull, "w", encoding="ascii") as plain, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", plain)
+        assert main(["list", "models"]) == 0
+        print("\udcff\u2192", file=plain)
+    assert main(["show", str(tmp_path / "\udcff")]) == 3
+    assert "\\udcff" in capsys.readouterr().err
+
+
+def test_errors_of_services_are_those_of_the_cluster_and_a_task_is_judged_by_its_cause() -> None:
+    import httpx
+    import ray
+
+    assert isinstance(typed(httpx.ConnectError("refused")), ClusterError)
+    assert isinstance(typed(ray.exceptions.RaySystemError("gone")), ClusterError)
+    caused = ray.exceptions.RayTaskError("work", "Traceback ...", OSError(errno.EIO, "Input/output error"))
+    assert isinstance(typed(caused.as_instanceof_cause()), StoreError)
+    assert typed(ray.exceptions.RayTaskError("work", "Traceback ...", KeyError("x")).as_instanceof_cause()) is None
+
+
+def test_a_ray_that_does_not_start_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from pipelines.cluster import session
+    from pipelines.recipe.recipe import ClusterSpec
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", raiser(ray_start()))  # 30 s of a machine that is too busy
+    monkeypatch.setattr(session._Connection, "address", None)
+    with pytest.raises(ClusterError, match="cannot start a local Ray: The current node timed out during startup"):
+        session.connect(ClusterSpec(num_workers=1))
+    monkeypatch.setattr(ray, "init", raiser(TypeError("a bug")))
+    with pytest.raises(TypeError):
+        session.connect(ClusterSpec(num_workers=1))
+
+
+def test_a_job_says_a_fault_of_the_outside_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    recipe = load_recipe(None, ["out=/x", "source.kind=sprites", "cluster.num_workers=0"])
+    monkeypatch.setitem(job_main.STEPS, "shard", raiser(OSError(errno.ENOSPC, "No space left on device", "/x")))
+    assert job_main.main(["shard", json.dumps(recipe.tree)]) == 4
+    said = capsys.readouterr().out
+    assert "Traceback" not in said
+    assert job_main.result_of(said.splitlines()[-1]) is not None
+    monkeypatch.setitem(job_main.STEPS, "shard", raiser(KeyError("x")))
+    assert job_main.main(["shard", json.dumps(recipe.tree)]) == 1
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_a_page_that_does_not_take_a_summary_does_not_fail_the_step(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    import httpx
+
+    from pipelines.flows import factory
+
+    for name in ("create_table_artifact", "create_link_artifact", "create_markdown_artifact"):
+        monkeypatch.setattr(factory, name, raiser(httpx.ConnectError("refused")))
+    factory.publish_artifacts("shard", {"rows": 3, "dataset": "/x"})
+    factory.publish_report("x", "y")
+    assert len(warnings) == 2
+    assert all("is not on the run's page: the connection to a service failed (ConnectError: refused)" in line for line in warnings)
+
+
+def metrics_of(root: Path) -> None:
+    """Write the claim and one row of the metrics of a run."""
+    store = open_store(root)
+    row = {"step": 3, "epoch": 0, "samples": 10, "loss": 1.0, "lr": 0.1, "beta": 1.0}
+    store.put("metrics/00000001-00000003-a.jsonl", json.dumps(row).encode() + b"\n", role="metrics")
+    from aecore.artifact.commit import claim_generation
+
+    claim_generation(store, "run", {"x": 1}, {"total_steps": 9})
+
+
+def test_a_look_at_the_metrics_that_fails_is_a_warning_and_the_next_one_shows_them(tmp_path: Path, warnings: list[str]) -> None:
+    metrics_of(tmp_path)
+    seen: list[Progress] = []
+    watch = TrainWatch(open_store(tmp_path), seen.append, milestones=False, interval_s=0.0)
+    with faults(tmp_path, "listdir", errno.EIO) as met:
+        watch()
+        watch()
+    assert met.raised == 2
+    assert len(warnings) == 1
+    assert "the progress of training cannot be read now: cannot list" in warnings[0]
+    watch()
+    assert [(progress.done, progress.total) for progress in seen] == [(3, 9)]
+    (tmp_path / "metrics/00000001-00000003-a.jsonl").write_bytes(b"{")
+    TrainWatch(open_store(tmp_path), seen.append, milestones=False).look()
+    assert "00000001-00000003-a.jsonl is damaged" in warnings[1]
+
+
+def test_progress_that_cannot_be_shown_does_not_end_the_work() -> None:
+    line = Progress("train", 1, 2, "steps", "x")
+    with open("/dev/full", "wb", buffering=0) as full:
+        stream = io.TextIOWrapper(full, write_through=True)
+        TerminalLine(stream)(line)
+        lines_to(stream)(line)
+        stream.detach()
