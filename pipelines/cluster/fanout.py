@@ -1,23 +1,26 @@
 """Maps parts over a pool of Ray actors: one worker per actor, created once; results in order of completion.
 
 An actor processes one part at a time. If it dies, a new actor gets the same part, twice at most: a part can be run again, since its
-files are put-if-absent and its record shows whether it is done. A part that kills its worker every time becomes a `PartFailure`. If
-a node is lost for good, the new actor starts where another one has finished. Only tasks and records are sent, never sample bytes.
+files are put-if-absent and its record shows whether it is done. A part that kills its worker every time becomes a `PartFailure` with
+`WorkerDied`, which nothing above retries; Ray itself retries nothing here. If a node is lost for good, the new actor starts where another
+one has finished. Only tasks and records are sent, never sample bytes.
 """
 
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from aecore.artifact.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
-from aecore.errors import AecoreError, ClusterError, RunFailed
+from aecore.errors import AecoreError, ClusterError, WorkerDied
 from pipelines.cluster.memory import disable_malloc_trim
+from pipelines.cluster.outside import typed
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, wait_for_one, worker_resources
 from pipelines.recipe.recipe import ClusterSpec
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
-TASK_RETRIES = 2
+TASK_RETRIES = 2  # the only retries of a dead worker besides `cluster.max_failures` in training
 
 
 class PartWorker:
@@ -32,10 +35,10 @@ class PartWorker:
         """Create the worker; return an `AecoreError` as a value, since Ray would change the type of a raised one."""
         import sys
 
-        try:
-            self._worker = make_worker()
-        except AecoreError as error:
-            return error
+        made = _or_error(make_worker)
+        if isinstance(made, AecoreError):
+            return made
+        self._worker = made
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(self._threads)
         return None
@@ -72,20 +75,31 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
 
 
 def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str) -> Any:
-    """Call `function` on one worker of the cluster and return its result (small plain data); it is retried if the worker dies."""
+    """Call `function` on one worker of the cluster and return its result (small plain data); it is called again if the worker dies.
+
+    Raises
+    ------
+    WorkerDied
+        If the worker died TASK_RETRIES + 1 times.
+    """
     connect(cluster)
     require_local_urls_fit(cluster, *urls)
     require_resources(cluster, 1)
     import ray
 
-    options = _options(cluster) | {"max_retries": TASK_RETRIES}
-    try:
-        result = ray.get(wait_for_one([ray.remote(_call).options(**options).remote(function, cluster.threads_per_worker)], cluster))
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
-        raise RunFailed(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
-    if isinstance(result, AecoreError):
-        raise result
-    return result
+    remote = ray.remote(_call).options(**_options(cluster), max_retries=0)  # Ray retries without end what ran out of memory
+    for start in range(TASK_RETRIES + 1):
+        try:
+            result = ray.get(wait_for_one([remote.remote(function, cluster.threads_per_worker)], cluster))
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
+            if start == TASK_RETRIES:
+                raise WorkerDied(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
+            logger.warning("the worker died, starting another one: %s", _first_line(died))
+            continue
+        if isinstance(result, AecoreError):
+            raise result
+        return result
+    raise AssertionError("not reached")
 
 
 def _call(function: Callable[[], Any], threads: int) -> Any:
@@ -94,10 +108,18 @@ def _call(function: Callable[[], Any], threads: int) -> Any:
 
     torch.set_num_threads(threads)
     disable_malloc_trim()
+    return _or_error(function)
+
+
+def _or_error(function: Callable[[], T]) -> T | AecoreError:
+    """Return the result of `function`, or its error if that is typed or comes from the outside; a bug is raised."""
     try:
         return function()
-    except AecoreError as error:
-        return error
+    except Exception as error:
+        known = typed(error)
+        if known is None:
+            raise
+        return known
 
 
 def _options(cluster: ClusterSpec) -> dict[str, Any]:
@@ -128,7 +150,7 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
             try:
                 outcome: Outcome = ray.get(done)
             except ray.exceptions.RayActorError as died:  # the process, or its node, or the network to it
-                ray.kill(actor)
+                _kill(ray, actor)
                 actors[actors.index(actor)] = actor = remote.remote(cluster.threads_per_worker)
                 deaths[task.stem] += 1
                 if deaths[task.stem] <= TASK_RETRIES:
@@ -136,17 +158,25 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
                     waiting.appendleft(task)
                     assign_next(actor)
                     continue
-                outcome = PartFailure(task.stem, "RunFailed", f"its worker died {deaths[task.stem]} times ({_first_line(died)})")
+                outcome = PartFailure(task.stem, WorkerDied.__name__, f"its worker died {deaths[task.stem]} times ({_first_line(died)})")
             except ray.exceptions.RayError as error:  # the task or its record cannot be serialised: our bug, fails this part only
                 outcome = PartFailure(task.stem, type(error).__name__, str(error))
             if waiting:
                 assign_next(actor)
             else:
-                ray.kill(actor)  # frees its resources for a worker whose node is lost
+                _kill(ray, actor)  # frees its resources for a worker whose node is lost
             yield outcome
     finally:
         for actor in actors:
-            ray.kill(actor)
+            _kill(ray, actor)
+
+
+def _kill(ray: Any, actor: Any) -> None:
+    """End an actor; never raises: what its parts came to is known, and an error of the work must stay the error."""
+    try:
+        ray.kill(actor)
+    except Exception as error:  # the connection to the cluster is lost, for example
+        logger.warning("cannot end a worker: %s", _first_line(error))
 
 
 def _prepare(ray: Any, actors: Sequence[Any], factory: Any, timeout_s: float) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.checkpoint.files import committed_checkpoints
-from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed
+from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed, WorkerDied, from_outside
 from aecore.store import open_store
 from aecore.training.job import RunResult, TrainJob, finished_run
 from aecore.training.loop import fit
@@ -215,7 +215,7 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
         if ref is None or not config["pointers"]:
             ray.train.report(numbers)
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             pointer = {"url": f"{config['job'].out}/{ref.name}", "step": ref.step, "sha256": ref.sha256}
             Path(folder, "pointer.json").write_text(json.dumps(pointer))
             ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -226,7 +226,13 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
         except ray.exceptions.RayError:  # the driver kills this worker itself, or the node of the actor is lost
             return False
 
-    fit(config["job"], rank=rank, on_checkpoint=report, stop=_at_most_every(ASK_EVERY_S, ask))
+    try:
+        fit(config["job"], rank=rank, on_checkpoint=report, stop=_at_most_every(ASK_EVERY_S, ask))
+    except OSError as error:
+        known = from_outside(error)
+        if known is None or isinstance(error, ConnectionError):  # the connection to another rank, which may have died
+            raise
+        raise known from error  # ends the run: only a worker that dies is started again
 
 
 def _at_most_every(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:
@@ -278,4 +284,4 @@ def _to_aecore_error(error: Exception, job: TrainJob) -> AecoreError:
     message = lines[-1] if lines else type(error).__name__
     if "Startup" in type(getattr(error, "controller_failure", None)).__name__:  # Ray's own classes for it are private
         return ClusterError(f"the workers did not start: {message}; ask for fewer workers, or raise cluster.timeout_s")
-    return RunFailed(f"training failed after cluster.max_failures restarts: {message}; {_saved(job)}")
+    return WorkerDied(f"training failed after cluster.max_failures restarts: {message}; {_saved(job)}")
