@@ -38,11 +38,13 @@ class MemoryStore:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder, "staged")
 
-    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
+    def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False, limit: int | None = None) -> bytes:
         self._require_inside(name)
         if name not in self.files:
             raise DataError(f"{self.url}/{name} is missing")
         data = self.files[name][1]
+        if limit is not None and len(data) > limit:
+            raise DataError(f"{self.url}/{name} has {len(data)} bytes, expected at most {limit}")
         if ref is not None and (len(data), hashlib.sha256(data).hexdigest()) != (ref.bytes, ref.sha256):
             raise DataError(f"{self.url}/{name} is damaged")
         return data

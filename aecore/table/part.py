@@ -175,7 +175,10 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
-    """Read columns of a committed part, verifying the checksum of every page; DataError if it is damaged or has not so many `rows`, StoreError if unreadable."""
+    """Read columns of a committed part, verifying the checksum of every page.
+
+    DataError if it is damaged or has not so many `rows`, StoreError if it cannot be read.
+    """
     wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:

@@ -126,6 +126,13 @@ def test_other_bytes_than_those_that_were_put_are_found(opened, bad):
     assert store.read("x", fresh=True) == bad
 
 
+def test_no_more_is_read_than_is_allowed(store):
+    store.put("x", b"hello", role="part")
+    assert store.read("x", limit=5) == b"hello"
+    with pytest.raises(DataError):
+        store.read("x", limit=4, fresh=True)
+
+
 def test_removing_takes_one_file_and_no_other(store):
     refs = [store.put(f"a/{name}", name.encode(), role="part") for name in ("x", "xy", "z")]
     store.remove("a/x")
