@@ -28,6 +28,7 @@ from aecore.variational import VAESpec
 from pipelines.recipe.recipe import SECTIONS, Recipe, section_type
 from pipelines.steps.steps import STEPS
 from pipelines.steps.submit import job_of
+from tests.documents import content
 from tests.fixtures.make_v1 import job, write_images
 
 V1 = Path(__file__).parent / "fixtures/v1"
@@ -185,8 +186,7 @@ def test_a_run_of_the_version_before_is_resumed_after_every_default_changed(v1):
     asked = dataclasses.replace(job("unfinished-run", 3), data=str(v1 / "dataset"), out=str(v1 / "unfinished-run"))
     asked = dataclasses.replace(asked, **{name: better(getattr(asked, name)) for name in JOB_PARTS})
     assert fit(asked).step == 9
-    config = json.loads((v1 / "unfinished-run/model/config.json").read_bytes())
-    assert config == json.loads((V1 / "run/model/config.json").read_bytes())
+    assert content(v1 / "unfinished-run/model/config.json") == content(V1 / "run/model/config.json")
     for name in JOB_PARTS:
         with pytest.raises(ConfigError) as error:
             fit(dataclasses.replace(asked, **{name: better(getattr(job("", 3), name), later="odd")}))

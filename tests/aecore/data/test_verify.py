@@ -1,4 +1,4 @@
-import json
+import shutil
 
 import pytest
 
@@ -8,6 +8,7 @@ from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
+from aecore.errors import DataError
 from tests.aecore.data.tiny import encoded, image
 from tests.documents import content, rewrite
 
@@ -25,11 +26,6 @@ def dataset(tmp_path):
         if number in (8, 11):
             shard_dataset(FolderSpec(url=str(source)), str(tmp_path / "out"), SplitSpec(val=0.3), ShardSpec(max_samples=3, max_bad=0.5))
     return tmp_path / "out"
-
-
-def without_hash(path):
-    """A manifest as one may write it by hand: with its `sha256` it would be refused before anything else is looked at."""
-    return {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
 
 
 def problems(url, **options):
@@ -93,8 +89,16 @@ def test_keys_that_are_planned_but_nowhere_are_found(dataset):
     assert "neither in a shard nor in quarantine" in problems(dataset, read_data=True)[0]
 
 
-def test_a_shard_named_twice_has_repeated_keys(dataset):
+def test_a_shard_named_twice_is_refused_and_a_copy_of_one_has_repeated_keys(dataset):
     path = dataset / "dataset.000002.json"
     shards = content(path)["shards"]
     rewrite(path, shards=[*shards, {**shards[0], "stem": "train-000009"}])
+    with pytest.raises(DataError, match="names a file twice"):
+        open_dataset(str(dataset))
+    copies = {}
+    for name in ("tar", "index"):
+        ref = shards[0][name]
+        copies[name] = {**ref, "name": ref["name"].replace(shards[0]["stem"], "train-000009")}
+        shutil.copy(dataset / ref["name"], dataset / copies[name]["name"])
+    rewrite(path, shards=[*shards, {**shards[0], **copies, "stem": "train-000009"}])
     assert any("train-000009: keys are not unique" in problem for problem in problems(dataset, read_data=True))
