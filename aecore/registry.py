@@ -11,14 +11,25 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from aecore.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 BuildFn = TypeVar("BuildFn", bound=Callable[..., Any])
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<="}  # the bounds of a knob, as messages and lists write them
+LARGEST_SIZE = 1 << 24  # of one axis of a net or a batch; what a machine can hold is less, and is estimated before it is built
+MOST_LAYERS = 128  # of one stack, so also the most numbers in a list of them
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: object) -> str:
+    """Return a value as messages show it: its `repr`, with the middle of a long one left out."""
+    return _SHORT.repr(value)
 
 
 def knob(
@@ -71,11 +82,12 @@ def _check_fields(instance: Any) -> None:  # any: every spec type passes here
         value, name = getattr(instance, field.name), f"{type(instance).__name__}.{field.name}"
         hint = hints[field.name]
         if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ConfigError(f"{name} is {value!r}{did_you_mean(str(value), map(str, get_args(hint)))}")
-        numbers = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+            raise ConfigError(f"{name} is {shown(value)}{did_you_mean(str(value), map(str, get_args(hint)))}")
+        items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+        numbers = [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
+        if len(numbers) > MOST_LAYERS:
+            raise ConfigError(f"{name} has {len(numbers):,} numbers, expected at most {MOST_LAYERS:,}")
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
             _check_bound(name, number, field.metadata)
 
 
@@ -83,6 +95,8 @@ def _check_bound(name: str, number: float, bounds: Mapping[str, Any]) -> None:
     ge, gt, le = bounds.get("ge"), bounds.get("gt"), bounds.get("le")
     if number != number or abs(number) == math.inf:
         raise ConfigError(f"{name} is {number}, expected a finite number")
+    if isinstance(number, int) and not -(1 << 63) <= number < 1 << 63:
+        raise ConfigError(f"{name} is {shown(number)}, expected a number of 64 bits")
     if (ge is not None and number < ge) or (gt is not None and number <= gt) or (le is not None and number > le):
         limits = [f"{sign} {bounds[name]}" for name, sign in BOUNDS.items() if bounds.get(name) is not None]
         raise ConfigError(f"{name} is {number}, expected {' and '.join(limits)}")
@@ -151,12 +165,38 @@ def _default(field: "dataclasses.Field[Any]") -> Any:  # any: a field's value
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Build a spec from plain JSON data; an unknown key is a ConfigError that names the nearest known one."""
+    """Build a spec from plain JSON data; an unknown key is a ConfigError that names the nearest known one, as is another type."""
     hints = field_types(cls)
-    for key in data:
+    for key, value in data.items():
         if key not in hints:
-            raise ConfigError(f"unknown key {key!r} in {cls.__name__}{did_you_mean(key, hints)}")
+            raise ConfigError(f"unknown key {shown(key)} in {cls.__name__}{did_you_mean(key, hints)}")
+        choice = get_origin(hints[key]) is Literal and isinstance(value, str)  # the spec names the choices
+        if not choice and not _has_type(value, hints[key]):
+            raise ConfigError(f"{cls.__name__}.{key} is {shown(value)} ({type(value).__name__}), expected {_type_name(hints[key])}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def _has_type(value: Any, hint: Any) -> bool:  # any: plain data, or an instance of a spec; the type of a field
+    """Return whether plain data has the type of a field: a list is a tuple, a whole number also a float, and a bool is no number."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is tuple:
+        kinds = parts[:1] * len(value) if isinstance(value, list | tuple) and Ellipsis in parts else parts
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_has_type, value, kinds))
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_has_type(key, parts[0]) and _has_type(item, parts[1]) for key, item in value.items())
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (bool, int, str, NoneType):
+        return type(value) is hint
+    return not dataclasses.is_dataclass(hint) or isinstance(value, hint)  # type: ignore[arg-type]  # a hint is a class
+
+
+def _type_name(hint: Any) -> str:  # any: the type of a field
+    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 def flatten(tree: Any, *, lists: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:  # any: plain data
@@ -218,7 +258,7 @@ class Registry:
         """Return the spec class of `kind`; an unknown kind is a ConfigError that names the nearest known one."""
         self._discover()
         if kind not in self._parts:
-            raise ConfigError(f"unknown {self.noun} kind {kind!r}{did_you_mean(kind, self._parts)}")
+            raise ConfigError(f"unknown {self.noun} kind {shown(kind)}{did_you_mean(kind, self._parts)}")
         return self._parts[kind][0]
 
     def built_type(self, kind: str) -> Any:  # any: a class, or another annotated return type
@@ -227,11 +267,17 @@ class Registry:
         build = self._parts[kind][1]
         return build if isinstance(build, type) else get_type_hints(build).get("return")
 
+    def spec_type_of(self, data: Any) -> type:  # any: what should be a mapping
+        """Return the spec class that plain data names by its `kind`; ConfigError if it names none."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a {self.noun} is {shown(data)}, expected an object with a `kind`")
+        if not isinstance(data.get("kind"), str):
+            raise ConfigError(f"a {self.noun} needs a `kind` (known: {', '.join(self.kinds())})")
+        return self.spec_type(data["kind"])
+
     def from_dict(self, data: Mapping[str, Any]) -> Any:  # any: the spec type is chosen by `kind`
         """Build the spec named by `data["kind"]`."""
-        if "kind" not in data:
-            raise ConfigError(f"a {self.noun} needs a `kind` (known: {', '.join(self.kinds())})")
-        return from_dict(self.spec_type(data["kind"]), data)
+        return from_dict(self.spec_type_of(data), data)
 
     def build(self, part_spec: Any, *args: Any, **kwargs: Any) -> Any:  # any: the parts decide what they take and give
         """Build the part of a spec: `build(spec, *args, **kwargs)` of the file that registered its kind."""

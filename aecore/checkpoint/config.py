@@ -1,13 +1,20 @@
 """What a model is made of, as plain data: the `config.json` of a checkpoint."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from aecore._base.trainable import ModelSpec, Trainable
+from aecore.checkpoint.limits import buildable, bytes_of, require_memory, shapes_of
 from aecore.data.format.transform import TransformSpec
 from aecore.errors import ConfigError
-from aecore.registry import BACKBONES, MODELS, Registry, absent_values, from_dict, to_dict
+from aecore.registry import BACKBONES, LARGEST_SIZE, MODELS, absent_values, from_dict, shown, to_dict
+
+MOST_AXES = 8  # of a sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +47,72 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """Read the plain data back; an unknown kind or key is a ConfigError. A later field that is absent means what older versions did."""
-        return cls(
-            MODELS.from_dict(_whole(MODELS, data["model"])),
-            BACKBONES.from_dict(_whole(BACKBONES, data["backbone"])),
-            from_dict(TransformSpec, {**absent_values(TransformSpec), **data["transform"]}),
-            tuple(data["input_shape"]),
-        )
+        """Read the plain data back. A later field that is absent means what older versions did.
 
-    def build(self) -> Trainable:
-        """Build the model with fresh weights (drawn from torch's global generator)."""
-        model: Trainable = MODELS.build(self.model, self.backbone, self.input_shape)
+        Raises
+        ------
+        ConfigError
+            An unknown kind or key, a missing key, a wrong type, a number out of bounds.
+        """
+        model: ModelSpec = _read(MODELS.spec_type_of(data["model"]), data["model"])
+        backbone = _read(BACKBONES.spec_type_of(data["backbone"]), data["backbone"])
+        return cls(model, backbone, _read(TransformSpec, data["transform"]), _shape(data["input_shape"], model.kind))
+
+    def shapes(self) -> Mapping[str, Tensor] | None:
+        """Return the model's state dict on torch's meta device: names, shapes and dtypes, without memory.
+
+        None for a model whose building looks at values: nothing is known of it before it is built.
+
+        Raises
+        ------
+        ConfigError
+            A model that cannot be built.
+        """
+        with buildable(self._name):
+            return shapes_of(lambda: MODELS.build(self.model, self.backbone, self.input_shape))
+
+    def build(self, *, copies: int = 1) -> Trainable:
+        """Build the model with fresh weights (drawn from torch's global generator).
+
+        Raises
+        ------
+        ConfigError
+            A model that cannot be built, or of which this machine cannot hold `copies` (training needs gradients and moments as well).
+        """
+        shapes = self.shapes()
+        if shapes is not None:
+            sample = 4 * math.prod(size or 1 for size in self.input_shape)
+            numbers = sum(math.prod(tensor.shape) for tensor in shapes.values())
+            what = f"{self._name} has {numbers:,} weights: {'it takes' if copies == 1 else 'training it takes'}"
+            require_memory(copies * bytes_of(shapes) + sample, what, "choose smaller sizes in model.* and backbone.*, or a larger machine")
+        with buildable(self._name):
+            model: Trainable = MODELS.build(self.model, self.backbone, self.input_shape)
         return model
 
+    @property
+    def _name(self) -> str:
+        return f"model.kind={self.model.kind} with backbone.kind={self.backbone.kind} for samples of shape {self.input_shape}"
 
-def _whole(parts: Registry, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**absent_values(parts.spec_type(data["kind"])), **data} if "kind" in data else data
+
+def _read(part: type, data: Any) -> Any:  # any: what should be a mapping; an instance of `part`
+    """Return a spec of its recorded fields and the later ones that are absent; ConfigError if others are missing."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{part.__name__} is {shown(data)}, expected an object of its fields")
+    whole = {**absent_values(part), **data}
+    missing = [field.name for field in dataclasses.fields(part) if field.metadata.get("identity", True) and field.name not in whole]
+    if missing:
+        raise ConfigError(f"{part.__name__} lacks {', '.join(missing)}: restore it from a copy")
+    return from_dict(part, whole)
+
+
+def _shape(data: Any, kind: str) -> tuple[int, ...]:  # any: what should be a list of sizes
+    sizes = isinstance(data, list | tuple) and all(type(size) is int and 0 <= size <= LARGEST_SIZE for size in data)
+    if not sizes or len(data) > MOST_AXES or 0 in data[1:]:
+        raise ConfigError(
+            f"input_shape is {shown(data)}, expected a list of up to {MOST_AXES} sizes from 1 to {LARGEST_SIZE:,} "
+            "(the first may be 0: sequences of any length)"
+        )
+    built = MODELS.built_type(kind)
+    if 0 in data and isinstance(built, type) and issubclass(built, Trainable) and "lengths" not in built.train_inputs:
+        raise ConfigError(f"input_shape is {shown(data)}, sequences of any length, and model.kind={kind} takes samples of one size")
+    return tuple(data)

@@ -19,7 +19,7 @@ from aecore.loss.schedules import beta_at
 from aecore.mil._mlp import ACTIVATIONS
 from aecore.mil._vae import VariationalAutoEncoder, log_prior_ratio, reparameterized, require_samples
 from aecore.nn.mlp import MLPSpec
-from aecore.registry import MODELS, knob, spec
+from aecore.registry import LARGEST_SIZE, MODELS, knob, shown, spec
 from aecore.variational._gaussian import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 
 
@@ -155,18 +155,19 @@ class MilVAESpec:
 
     columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
     kind: Literal["mil_vae"] = "mil_vae"
-    latent_dim: int = knob(64, "size of the latent vector: the last of the layer sizes, after backbone.hidden", ge=1)
+    latent_dim: int = knob(64, "size of the latent vector: the last of the layer sizes, after backbone.hidden", ge=1, le=LARGEST_SIZE)
     covar_mode: Literal["single", "diagonal"] = knob("single", "sigma of q(z|x) and p(x|z): one per sample, or one per dimension")
     jitter: float = knob(1e-7, "added to every log sigma", ge=0)
     last_activation: str = knob("None", "after the encoder's last layer, on mean and log sigma alike: None, tanh, ...")
-    num_samples: int = knob(1, "latents per sample or instance that training draws; evaluation draws one", ge=1)
+    num_samples: int = knob(1, "latents per sample or instance that training draws; evaluation draws one", ge=1, le=LARGEST_SIZE)
     beta: float = knob(1.0, "weight of the KL divergence", ge=0)
     beta_warmup_steps: int = knob(0, "optimizer steps over which beta rises linearly from 0", ge=0)
     likelihood: Literal["gaussian", "bernoulli"] = knob("gaussian", "gaussian has a learned sigma; bernoulli takes logits and has none")
 
     def __post_init__(self) -> None:
         if self.last_activation not in ACTIVATIONS:
-            raise ConfigError(f"MilVAESpec.last_activation is {self.last_activation!r}{did_you_mean(self.last_activation, ACTIVATIONS)}")
+            known = did_you_mean(self.last_activation, ACTIVATIONS)
+            raise ConfigError(f"MilVAESpec.last_activation is {shown(self.last_activation)}{known}")
 
     def beta_at(self, step: int) -> float:
         """Return the weight of the KL divergence at optimizer step 1, 2, ..."""

@@ -17,6 +17,7 @@ from aecore.nn._linear import Linear
 
 Cell = Literal["gru", "lstm"]
 _GATES = {"gru": 3, "lstm": 4}
+MOST_STEPS = 1 << 16  # of a sequence whose length is fixed: they are computed one after the other
 
 
 class Recurrence(nn.Module):
@@ -31,6 +32,8 @@ class Recurrence(nn.Module):
 
     def forward(self, steps: Tensor, first: Tensor) -> Tensor:
         """Return the state after every step."""
+        if steps.device.type == "meta":  # only the shape is asked for, and torch would go through every step
+            return steps.new_empty(*steps.shape[:2], first.shape[1])
         state = first.unsqueeze(0).to(steps.dtype).contiguous()
         weights = [self.weights[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         if self.cell == "gru":
@@ -164,12 +167,17 @@ def time_code(num_steps: int, width: int, device: torch.device) -> Tensor:
 def steps_of(input_shape: tuple[int, ...], time_axis: int, kind: str) -> tuple[int, tuple[int, ...]]:
     """Return the number of steps (0: varying) and the shape of one step; a vector `(n,)` is n steps of one number, of shape ().
 
-    Raises ConfigError if there is no such axis, or if sequences vary in length and time is not their first axis.
+    Raises ConfigError if there is no such axis, if it is too long, or if sequences vary in length and time is not their first axis.
     """
     if time_axis >= len(input_shape):
         raise ConfigError(f"backbone.kind={kind} takes samples with an axis {time_axis} for time, these have the shape {input_shape}")
     if 0 in input_shape and time_axis != 0:
         raise ConfigError(f"sequences of different lengths have their time first, backbone.time_axis is {time_axis}: set it to 0")
+    if input_shape[time_axis] > MOST_STEPS:
+        raise ConfigError(
+            f"backbone.kind={kind} goes through time step by step, these samples have {input_shape[time_axis]:,} (shape {input_shape}), "
+            f"expected at most {MOST_STEPS:,}: cut or subsample them, or use backbone.kind=conv"
+        )
     return input_shape[time_axis], (*input_shape[:time_axis], *input_shape[time_axis + 1 :])
 
 

@@ -7,6 +7,7 @@ Legend: B batch, N latents, T tokens, W width.
 """
 
 import math
+from bisect import bisect_left
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation, output_layers
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MOST_LAYERS, knob, spec
 
 MOST_TOKENS = 64
 
@@ -26,10 +27,12 @@ class AttentionSpec:
     """Transformer blocks over the patches of a sample, and the same number of them back."""
 
     kind: Literal["attention"] = "attention"
-    patch: int = knob(0, "side of a patch along every axis behind the channels; 0: the smallest that gives at most 64 patches", ge=0)
-    width: int = knob(32, "values of a token; a multiple of heads", ge=1)
-    depth: int = knob(2, "transformer blocks of the encoder, and of the decoder", ge=1)
-    heads: int = knob(4, "attention heads of a block", ge=1)
+    patch: int = knob(
+        0, "side of a patch along every axis behind the channels; 0: the smallest that gives at most 64 patches", ge=0, le=LARGEST_SIZE
+    )
+    width: int = knob(32, "values of a token; a multiple of heads", ge=1, le=LARGEST_SIZE)
+    depth: int = knob(2, "transformer blocks of the encoder, and of the decoder", ge=1, le=MOST_LAYERS)
+    heads: int = knob(4, "attention heads of a block", ge=1, le=LARGEST_SIZE)
     activation: Activation = knob("silu", "between the two layers behind each attention")
     norm: Literal["layer", "none"] = knob("layer", "over the values of a token, before attention, before its layers and at the end")
     dropout: float = knob(0.0, "share of what a block adds to its tokens that is dropped in training", ge=0, le=0.95)
@@ -55,10 +58,8 @@ def build(attention: AttentionSpec, input_shape: tuple[int, ...], latent_dim: in
 
 def smallest_side(axes: tuple[int, ...]) -> int:
     """Return the smallest side of patches of which there are at most `MOST_TOKENS`."""
-    side = 1
-    while math.prod(-(-n // side) for n in axes) > MOST_TOKENS:
-        side += 1
-    return side
+    sides = range(1, max(axes, default=1) + 1)  # the last one gives a single patch
+    return 1 + bisect_left(sides, True, key=lambda side: math.prod(-(-n // side) for n in axes) <= MOST_TOKENS)
 
 
 class Patches(nn.Module):

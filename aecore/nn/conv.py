@@ -14,7 +14,7 @@ from torch import nn
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, hidden, output_layers
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, knob, spec
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE: dict[int, Callable[..., nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -26,7 +26,7 @@ class ConvSpec:
     """Strided convolutions and their mirror image."""
 
     kind: Literal["conv"] = "conv"
-    channels: tuple[int, ...] = knob((32, 64), "output channels of the stages, each of which halves the image", ge=1)
+    channels: tuple[int, ...] = knob((32, 64), "output channels of the stages, each of which halves the image", ge=1, le=LARGEST_SIZE)
     activation: Activation = knob("silu", "after each hidden layer; smooth ones keep runs on other numbers of ranks equal")
     norm: Norm = knob("group", "before each activation; results with batch depend on the batch")
     dropout: float = knob(0.0, "share of hidden values dropped in training", ge=0, le=0.95)

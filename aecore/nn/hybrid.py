@@ -13,7 +13,7 @@ from aecore.nn._backbone import Activation, Backbone, Output, activation
 from aecore.nn._linear import Linear
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
 from aecore.nn.conv import ConvSpec
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MOST_LAYERS, knob, spec
 
 
 @spec
@@ -21,10 +21,10 @@ class HybridSpec:
     """Strided convolutions per frame, a recurrent net over the frames, and both back."""
 
     kind: Literal["hybrid"] = "hybrid"
-    channels: tuple[int, ...] = knob((16, 32), "output channels of the convolutions, each of which halves the frame", ge=1)
+    channels: tuple[int, ...] = knob((16, 32), "output channels of the convolutions, each of which halves the frame", ge=1, le=LARGEST_SIZE)
     cell: Cell = knob("gru", "what runs over time")
-    width: int = knob(64, "values of a frame between the convolutions and the recurrent layers, and of a state", ge=1)
-    layers: int = knob(1, "recurrent layers, of the encoder and of the decoder", ge=1)
+    width: int = knob(64, "values of a frame between the convolutions and the recurrent layers, and of a state", ge=1, le=LARGEST_SIZE)
+    layers: int = knob(1, "recurrent layers, of the encoder and of the decoder", ge=1, le=MOST_LAYERS)
     bidirectional: bool = knob(True, "the encoder also runs backwards over time")
     activation: Activation = knob("silu", "after each hidden layer of a frame")
     norm: Literal["group", "none"] = knob("group", "of the convolutions; no batch normalisation, which would see the padding")

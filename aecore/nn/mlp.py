@@ -8,7 +8,7 @@ from torch import nn
 
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, hidden, output_layers
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, knob, spec
 
 
 @spec
@@ -16,7 +16,7 @@ class MLPSpec:
     """Fully connected encoder and its mirror image."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[int, ...] = knob((256, 256), "widths of the encoder's layers; the decoder has them in reverse", ge=1)
+    hidden: tuple[int, ...] = knob((256, 256), "widths of the encoder's layers; the decoder has them in reverse", ge=1, le=LARGEST_SIZE)
     activation: Activation = knob("silu", "after each hidden layer; smooth ones keep runs on other numbers of ranks equal")
     norm: Norm = knob("none", "before each activation; results with batch depend on the batch")
     dropout: float = knob(0.0, "share of hidden units dropped in training", ge=0, le=0.95)

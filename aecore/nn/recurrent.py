@@ -7,13 +7,14 @@ Each step goes through one layer, a GRU or LSTM runs over the steps, and the dec
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Output, activation, output_layers
 from aecore.nn._linear import Linear
 from aecore.nn._recurrence import AsShape, Cell, RecurrentDecoder, RecurrentEncoder, steps_of
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MOST_LAYERS, knob, spec
 
 
 @spec
@@ -22,8 +23,8 @@ class RecurrentSpec:
 
     kind: Literal["recurrent"] = "recurrent"
     cell: Cell = knob("gru", "what runs over time")
-    width: int = knob(64, "values of a step and of a state", ge=1)
-    layers: int = knob(1, "recurrent layers, of the encoder and of the decoder", ge=1)
+    width: int = knob(64, "values of a step and of a state", ge=1, le=LARGEST_SIZE)
+    layers: int = knob(1, "recurrent layers, of the encoder and of the decoder", ge=1, le=MOST_LAYERS)
     bidirectional: bool = knob(True, "the encoder also runs backwards over time")
     time_axis: int = knob(0, "axis of a sample that is time; 1 reads an image (C, H, W) row by row", ge=0)
     activation: Activation = knob("tanh", "after the layers of single steps; the cells have their own")
@@ -81,7 +82,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Look the ids up; one outside 0 .. num_tokens - 1 would be another place's, which `require_samples` of the model refuses."""
         ids = ids.reshape(ids.shape[0], -1).long()
-        rows = ids + self.num_tokens * ids.new_tensor(range(self.places))
+        rows = ids + self.num_tokens * torch.arange(self.places, device=ids.device)
         summed: Tensor = self.vectors(rows).sum(1)
         return summed
 

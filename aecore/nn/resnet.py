@@ -15,7 +15,7 @@ from aecore.errors import ConfigError
 from aecore.nn._backbone import Activation, Backbone, Norm, Output, activation, normalisation, output_layers
 from aecore.nn._linear import Linear
 from aecore.nn.conv import CONV, CONV_TRANSPOSE, halved, output_padding, with_channels
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MOST_LAYERS, knob, spec
 
 
 @spec
@@ -23,8 +23,8 @@ class ResNetSpec:
     """Stages of a strided convolution and residual blocks, and their mirror image."""
 
     kind: Literal["resnet"] = "resnet"
-    channels: tuple[int, ...] = knob((32, 64), "output channels of the stages, each of which halves the image", ge=1)
-    blocks: int = knob(1, "residual blocks of a stage, in the encoder and in the decoder", ge=1)
+    channels: tuple[int, ...] = knob((32, 64), "output channels of the stages, each of which halves the image", ge=1, le=LARGEST_SIZE)
+    blocks: int = knob(1, "residual blocks of a stage, in the encoder and in the decoder", ge=1, le=MOST_LAYERS)
     activation: Activation = knob("silu", "before each convolution of a block; smooth ones keep runs on other numbers of ranks equal")
     norm: Norm = knob("group", "before each activation; results with batch depend on the batch")
     dropout: float = knob(0.0, "share of a block's hidden values dropped in training", ge=0, le=0.95)
@@ -33,6 +33,11 @@ class ResNetSpec:
     def __post_init__(self) -> None:
         if not self.channels:
             raise ConfigError("ResNetSpec.channels is empty, expected the channels of at least one stage, such as (32, 64)")
+        stages, blocks = len(self.channels), self.blocks * len(self.channels)
+        if blocks > MOST_LAYERS:
+            raise ConfigError(
+                f"ResNetSpec.blocks is {self.blocks} in each of {stages} stages, {blocks} together: expected at most {MOST_LAYERS}"
+            )
 
 
 @BACKBONES.register(ResNetSpec)

@@ -18,12 +18,13 @@ from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.pairs import PairSpec
 from aecore.errors import ConfigError, Hint
-from aecore.registry import MODELS, absent_values, as_recorded, knob, spec, to_dict
+from aecore.registry import LARGEST_SIZE, MODELS, absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store
 from aecore.training.metrics import epoch_of
 from aecore.training.optimizer import OptimSpec
-from aecore.training.preflight import require_batch_statistics
+from aecore.training.preflight import require_batch_statistics, require_batches_in_memory
 
+TRAINING_COPIES = 4  # of the weights, in memory: themselves, their gradients, and the optimizer's two moments
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
 
@@ -35,8 +36,10 @@ class TrainSpec:
     val_split: str | None = knob(None, "split to validate on after each epoch; null: no validation")
     epochs: int = knob(10, "passes over the split", ge=1)
     max_steps: int = knob(0, "stop after this many steps; 0: after the epochs", ge=0)
-    global_batch: int = knob(128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1)
-    lanes: int = knob(16, "lanes of the input order: the largest possible number of ranks", ge=1)
+    global_batch: int = knob(
+        128, "samples (bags, for a model that takes bags) per step over all ranks; a multiple of train.lanes", ge=1, le=LARGEST_SIZE
+    )
+    lanes: int = knob(16, "lanes of the input order: the largest possible number of ranks", ge=1, le=1 << 16)
     block: int = knob(4096, "samples that are shuffled together inside a lane", ge=1)
     seed: int = knob(0, "seed of weights, order and noise", ge=0)
     precision: Literal["fp32", "bf16"] = knob("fp32", "fp32, or bf16 autocast (heads and losses stay fp32)")
@@ -161,7 +164,7 @@ def build_model(job: TrainJob, data: TrainingData) -> Trainable:
     """Build the job's model with the weights that its seed gives; torch's own generators stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", job.train.seed))
-        return model_config(job, data).build()
+        return model_config(job, data).build(copies=TRAINING_COPIES)
 
 
 def require_trainable(job: TrainJob, data: TrainingData, model: Trainable, loaded: LoadedModel | None = None, world_size: int = 1) -> None:
@@ -177,7 +180,7 @@ def require_trainable(job: TrainJob, data: TrainingData, model: Trainable, loade
 
 
 def require_batches_fit(job: TrainJob, data: TrainingData, model: Trainable, world_size: int) -> None:
-    """Raise ConfigError if a step of the run leaves one of `world_size` ranks too few samples for batch normalisation in the model.
+    """Raise ConfigError if a step of the run leaves one of `world_size` ranks too few samples for batch normalisation, or too many.
 
     Batches of whole bags are not checked: their numbers of instances are not known before they are read.
     """
@@ -185,6 +188,7 @@ def require_batches_fit(job: TrainJob, data: TrainingData, model: Trainable, wor
         return
     known = data.num_samples(job.train.split) or 0
     shape, order = model_config(job, data).input_shape, job.train.order(world_size=world_size)
+    require_batches_in_memory(model, shape, order, known)
     require_batch_statistics(model, shape, order, known, total_steps(job, data), job.train.split)
 
 

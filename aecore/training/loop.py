@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from aecore._base.batch import Batch
 from aecore._base.noise import seed_generators, seed_of
 from aecore.checkpoint.files import (
+    STATE,
+    WEIGHTS,
     CheckpointRef,
     best_of_attempts,
     committed_checkpoints,
@@ -33,6 +35,7 @@ from aecore.checkpoint.files import (
     publish_model,
     read_checkpoint,
     remove_checkpoint,
+    require_finite_weights,
     same_as_published,
     write_checkpoint,
 )
@@ -50,9 +53,9 @@ from aecore.training.job import (
     result_of,
     start_from,
 )
-from aecore.training.metrics import MetricLog
+from aecore.training.metrics import MetricLog, is_row
 from aecore.training.objective import Objective, noise_for
-from aecore.training.optimizer import build_optimizer, lr_at, set_lr
+from aecore.training.optimizer import build_optimizer, load_optimizer, lr_at, set_lr
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
 from aecore.training.session import Session
@@ -164,12 +167,19 @@ class _Training:
         """Load weights, optimizer, metrics and step of a checkpoint; return the error if that failed."""
         try:
             checkpoint = read_checkpoint(self.store, name)
+            where = f"{self.store.url}/{name}"
+            if not 0 < checkpoint.step <= self.total_steps:
+                raise DataError(f"{where} is of step {checkpoint.step}, this run has steps 1 to {self.total_steps}: move it away")
             load_weights(self.objective.model, self.store, checkpoint)
+            require_finite_weights(self.objective.model, f"{where}/{WEIGHTS}")
             state = load_state(self.store, checkpoint)
+            load_optimizer(self.optimizer, state["optimizer"], checkpoint.step, f"{where}/{STATE}")
+            held = state.get("held")
+            if held is not None and (self.val_loader is None or not is_row(held, checkpoint.step)):
+                raise DataError(f"{where}/{STATE} holds a row that waits for a validation, and it is none of this run: move {name} away")
         except DataError as error:
             return error
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.held = state.get("held")
+        self.held = held
         self.log.resume(checkpoint.metrics, checkpoint.step - (self.held is not None))
         self.kept, self.best = [name], None if checkpoint.best is None else dict(checkpoint.best)
         self.step = checkpoint.step
@@ -334,8 +344,12 @@ class _Training:
 
     def _publish(self) -> RunResult | None:
         newest = newest_checkpoint(self.store, self.run_sha256)
-        assert newest is not None
-        assert newest.step == self.total_steps
+        if newest is None or newest.step != self.total_steps:
+            left = "the beginning" if newest is None else f"step {newest.step}"
+            raise DataError(
+                f"{self.store.url}: the checkpoint of step {self.total_steps}, the last one, was written and cannot be read back (the log "
+                f"names the file): its disk may be failing. Run the same command again: it continues from {left}"
+            )
         chosen = newest if newest.best is None else read_checkpoint(self.store, newest.best["name"])
         chosen = same_as_published(self.store, chosen)
         model = publish_model(self.store, chosen)

@@ -213,10 +213,22 @@ def read_rows(store: Store, parts: Iterable[FileRef]) -> list[dict[str, Any]]:
     return [json.loads(line) for part in parts for line in store.read(part.name, ref=part, limit=MAX_PART_BYTES).splitlines()]
 
 
+def is_row(row: object, step: int) -> bool:
+    """Return whether this is what a flush returns of a step: the facts of the step, and finite means."""
+    if not isinstance(row, dict) or not {"step", "epoch", "samples", "loss"} <= row.keys():
+        return False
+    if not all(isinstance(name, str) and type(value) in (int, float) and -1e300 < value < 1e300 for name, value in row.items()):
+        return False
+    return row["step"] == step and all(type(row[name]) is int and row[name] >= 0 for name in ("epoch", "samples")) and row["samples"] > 0
+
+
 def epoch_of(store: Store, parts: Iterable[FileRef], step: int) -> EpochMean:
     """Return the means of the epoch of `step` up to there; DataError if no committed part ends with it, or one is damaged."""
     refs = {part.name: part for part in parts}
-    mean = _epoch_until(refs, step, lambda name: read_rows(store, [refs[name]]))
+    try:
+        mean = _epoch_until(refs, step, lambda name: read_rows(store, [refs[name]]))
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"{store.url} has metrics of step {step} that were not written by aecore ({error!r}): restore them") from error
     if mean is None:
         raise DataError(f"{store.url} has no metrics of step {step}: its newest checkpoint does not list them")
     return mean

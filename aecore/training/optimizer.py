@@ -1,12 +1,15 @@
 """Optimizer and learning rate. The learning rate is a pure function of the step: there is no scheduler state to save or lose."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from aecore.registry import knob, spec
+from aecore.errors import DataError
+from aecore.registry import knob, shown, spec
+
+_LARGEST_STEP = 1 << 24  # torch counts in float32, which stays there
 
 
 @spec
@@ -24,6 +27,70 @@ def build_optimizer(optim: OptimSpec, model: nn.Module) -> torch.optim.Optimizer
     """Return the fused optimizer over all parameters of `model`."""
     cls = torch.optim.AdamW if optim.kind == "adamw" else torch.optim.Adam
     return cls(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, step: int, where: str) -> None:  # any: what a file holds
+    """Give a fresh optimizer of `build_optimizer` the state `saved` that its `state_dict` had after `step` steps.
+
+    torch believes what it is given, and its fused step reads and writes as many numbers as the weights have: a moment of another shape
+    would be memory of something else.
+
+    Raises
+    ------
+    DataError
+        The entry of `where` that is missing, unknown, or not what this optimizer has for these parameters after these steps.
+    """
+
+    def require(fits: bool, entry: str, found: object, expected: str) -> None:
+        if not fits:
+            raise DataError(
+                f"{where} does not fit this run: {entry} is {_described(found)}, expected {expected}; restore it from a copy, "
+                "or move its checkpoint away: the same run continues from the one before"
+            )
+
+    require(isinstance(saved, dict) and saved.keys() == {"state", "param_groups"}, "optimizer", saved, "state and param_groups")
+    own, groups, states = optimizer.state_dict()["param_groups"], saved["param_groups"], saved["state"]
+    require(isinstance(groups, list) and len(groups) == len(own), "param_groups", groups, f"a list of {len(own)}")
+    for settings, group in zip(own, groups, strict=True):
+        require(isinstance(group, dict), "param_groups", group, "the settings of a group")
+        for name, value in settings.items():  # the settings are the job's; those of a file of another torch may lack some
+            if name != "lr" and name in group:
+                require(_same(group[name], value), f"param_groups.{name}", group[name], repr(value))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = {number: parameter for number, parameter in enumerate(parameters) if parameter.requires_grad}
+    count = f"the numbers of {len(trained)} parameters"
+    require(isinstance(states, dict) and states.keys() == trained.keys(), "state", states, count)
+    for number, parameter in trained.items():
+        entry, state = f"state.{number}", states[number]
+        require(isinstance(state, dict) and state.keys() == {"step", "exp_avg", "exp_avg_sq"}, entry, state, "step, exp_avg, exp_avg_sq")
+        counted = torch.zeros((), dtype=torch.float32)
+        for name, like in (("step", counted), ("exp_avg", parameter), ("exp_avg_sq", parameter)):
+            require(_is_like(state[name], like), f"{entry}.{name}", state[name], _described(like))
+            require(bool(state[name].isfinite().all()), f"{entry}.{name}", "not finite", "finite numbers")
+        seen = float(state["step"])
+        require(seen == min(step, _LARGEST_STEP), f"{entry}.step", seen, f"{step}, that of the checkpoint")
+        require(not bool((state["exp_avg_sq"] < 0).any()), f"{entry}.exp_avg_sq", "negative", "means of squares")
+    copies = {number: {name: value.clone() for name, value in states[number].items()} for number in trained}  # no two share memory
+    optimizer.load_state_dict({"state": copies, "param_groups": own})
+
+
+def _is_like(value: object, like: Tensor) -> bool:
+    """Return whether `value` is a plain tensor on the CPU with the shape and dtype of `like`."""
+    if not isinstance(value, Tensor) or type(value) is not Tensor or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.dtype == like.dtype and value.shape == like.shape
+
+
+def _same(saved: object, own: object) -> bool:
+    if isinstance(own, list | tuple):
+        return type(saved) is type(own) and len(saved) == len(own) and all(map(_same, saved, own))
+    return isinstance(saved, bool | int | float | None) and saved == own
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return shown(list(value) if isinstance(value, dict) else value)
 
 
 def lr_at(optim: OptimSpec, step: int, total_steps: int) -> float:

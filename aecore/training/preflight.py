@@ -1,4 +1,4 @@
-"""Checks from the counts of a run before its first step: batches too small for batch normalisation, schedules that do not end.
+"""Checks from the counts of a run before its first step: batches too small for batch normalisation or too large, schedules that do not end.
 
 Batch normalisation needs two values per channel in training, so a net that normalises vectors cannot take one sample; a convolution gives
 it many values of one. The counts of all steps follow from samples, batch, lanes and ranks; whole bags and tars without an index, whose
@@ -7,6 +7,7 @@ counts are not known, are checked as far as possible.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import ModelSpec, Trainable
+from aecore.checkpoint.limits import require_memory
 from aecore.data.read.order import TrainingOrder
 from aecore.errors import ConfigError
 from aecore.registry import to_dict
@@ -36,6 +38,18 @@ def schedule_warnings(model: ModelSpec, total_steps: int) -> list[str]:
         aim = f"model.capacity is {knobs['capacity']:g}"
         warnings.append(f"capacity rise of {capacity_rise:,} steps {run}: it ends at {reached:.2g} ({aim})")
     return warnings
+
+
+def require_batches_in_memory(model: Trainable, input_shape: tuple[int, ...], order: TrainingOrder, num_samples: int) -> None:
+    """Raise ConfigError if this machine cannot hold a step's samples of one rank (float32) and the noise of all ranks, which it draws.
+
+    `num_samples` is 0 where it is not known: then every step has `order.global_batch` samples.
+    """
+    rows = min(order.global_batch, num_samples or order.global_batch)
+    sample, noise = math.prod(size or 1 for size in input_shape), math.prod(model.noise_shape() or (0,))
+    own = -(-rows // order.world_size)
+    what = f"a step of {rows:,} samples of shape {input_shape} (train.global_batch={order.global_batch}) takes at least"
+    require_memory(4 * (own * sample + rows * noise), what, "lower train.global_batch, or model.num_samples")
 
 
 def require_batch_statistics(

@@ -11,7 +11,7 @@ from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MODELS, knob, spec
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +101,7 @@ class AESpec:
 
     columns: ClassVar[tuple[str, ...]] = ("z",)
     kind: Literal["ae"] = "ae"
-    latent_dim: int = knob(32, "size of the latent vector", ge=1)
+    latent_dim: int = knob(32, "size of the latent vector", ge=1, le=LARGEST_SIZE)
     likelihood: Literal["gaussian", "bernoulli", "laplace"] = knob("gaussian", "how the decoder's output is scored; bernoulli takes logits")
 
     def beta_at(self, step: int) -> float:

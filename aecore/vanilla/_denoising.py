@@ -9,7 +9,7 @@ from aecore._base.batch import Batch
 from aecore.errors import ConfigError
 from aecore.loss import LossResult, sample_log_likelihood
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MODELS, knob, spec
 from aecore.vanilla._autoencoder import AE, AEOutput
 
 Noise = Literal["gaussian", "mask", "salt_pepper"]
@@ -115,7 +115,7 @@ class DenoisingAESpec:
 
     columns: ClassVar[tuple[str, ...]] = ("z",)
     kind: Literal["dae"] = "dae"
-    latent_dim: int = knob(64, "size of the latent vector", ge=1)
+    latent_dim: int = knob(64, "size of the latent vector", ge=1, le=LARGEST_SIZE)
     noise: Noise = knob("gaussian", "gaussian; mask: values set to 0; salt_pepper: values set to the ends of the range")
     noise_factor: float = knob(
         0.3, "standard deviation of the gaussian noise, or the share of values that mask and salt_pepper change", ge=0

@@ -10,7 +10,7 @@ from aecore._base.collective import sum_over_ranks
 from aecore.loss import LikelihoodType, LossResult
 from aecore.loss._precision import at_least_float32, without_autocast
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MODELS, knob, spec
 from aecore.vanilla._autoencoder import AE, AEOutput
 
 SMALLEST = 1e-6  # mean activations are kept this far from 0 and 1, where the divergence is infinite
@@ -95,7 +95,7 @@ class SparseAESpec:
 
     columns: ClassVar[tuple[str, ...]] = ("z",)
     kind: Literal["sae"] = "sae"
-    latent_dim: int = knob(64, "size of the latent vector", ge=1)
+    latent_dim: int = knob(64, "size of the latent vector", ge=1, le=LARGEST_SIZE)
     sparsity_weight: float = knob(1e-3, "weight of the penalty, against a likelihood summed over features", ge=0)
     penalty: Literal["l1", "kl"] = knob(
         "l1", "l1: sum of |z|, through a ReLU; kl: divergence of mean activations from rho, through a sigmoid"

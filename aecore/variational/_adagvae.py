@@ -17,7 +17,7 @@ from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable
 from aecore.loss import LikelihoodType, LossResult, kl_divergence_diag_gaussian
 from aecore.loss._precision import at_least_float32, without_autocast
-from aecore.registry import MODELS, knob, spec
+from aecore.registry import LARGEST_SIZE, MODELS, knob, spec
 from aecore.variational._gaussian import VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec, build_nets
 from aecore.variational._vae import VAE
@@ -230,7 +230,7 @@ class AdaGVAESpec(VariationalSpec):
     """Adaptive group VAE of a backbone: a VAE trained on pairs that share factors (see `pairs.*`), for disentangled latents."""
 
     kind: Literal["adagvae"] = "adagvae"
-    latent_dim: int = knob(10, "size of the latent vector", ge=1)
+    latent_dim: int = knob(10, "size of the latent vector", ge=1, le=LARGEST_SIZE)
     averaging: Literal["gvae", "mlvae"] = knob("gvae", "of shared dimensions: gvae averages mean and variance, mlvae by precision")
     divergence: Literal["kl", "symmetric"] = knob("kl", "by which shared dimensions are found: KL(q1|q2), or the mean of both directions")
 

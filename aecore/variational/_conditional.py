@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aecore._base.batch import Batch
 from aecore.errors import InputError
 from aecore.loss import expected_value
-from aecore.registry import MODELS, knob, spec
+from aecore.registry import LARGEST_SIZE, MODELS, knob, spec
 from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec, build_nets
 from aecore.variational.bound import VariationalObjective
@@ -108,7 +108,7 @@ class ConditionalVAESpec(VariationalSpec):
     """Conditional VAE of a backbone: it needs the class of every sample, in training, encoding and generation."""
 
     kind: Literal["cvae"] = "cvae"
-    num_classes: int = knob(10, "classes of the data", ge=1)
+    num_classes: int = knob(10, "classes of the data", ge=1, le=LARGEST_SIZE)
 
     def __post_init__(self) -> None:
         self.check()

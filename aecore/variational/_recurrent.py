@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aecore._base.batch import Batch
 from aecore.errors import ConfigError, DataError, InputError
 from aecore.loss import expected_value
-from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MODELS, knob, spec
 from aecore.variational._gaussian import GaussianVAE, VAEDecodeOutput, VAEEncodeOutput, VAEOutput
 from aecore.variational._spec import VariationalSpec
 from aecore.variational.bound import VariationalObjective
@@ -157,7 +157,7 @@ class RecurrentVAESpec(VariationalSpec):
     """VAE of whole sequences with a backbone over time (recurrent, hybrid); categorical takes token ids below num_levels."""
 
     kind: Literal["rvae"] = "rvae"
-    sample_steps: int = knob(64, "steps of a generated sequence, where those of the data vary", ge=1)
+    sample_steps: int = knob(64, "steps of a generated sequence, where those of the data vary", ge=1, le=LARGEST_SIZE)
 
     def __post_init__(self) -> None:
         self.check()
@@ -180,5 +180,5 @@ def build(model: RecurrentVAESpec, backbone: object, input_shape: tuple[int, ...
     if levels:
         nets = BACKBONES.build(backbone, input_shape, model.latent_dim, num_levels=levels)
     rvae = RecurrentVAE(nets.encoder, nets.decoder, model.latent_dim, model.bound(), num_levels=levels, sample_steps=steps)
-    rvae.build(Batch.blank(input_shape).x)
+    rvae.build(torch.zeros(1, *(size or 1 for size in input_shape)))
     return rvae

@@ -8,7 +8,7 @@ from aecore.errors import ConfigError
 from aecore.loss import LOGITS
 from aecore.loss.schedules import cyclic_at, linear_at
 from aecore.nn import Backbone
-from aecore.registry import BACKBONES, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, knob, spec
 from aecore.variational.bound import VariationalObjective, clashing
 
 
@@ -17,7 +17,7 @@ class VariationalSpec:
     """Base of specs; a subclass adds `kind` and, if it has knobs that can clash, calls `check` at the end of its own check."""
 
     columns: ClassVar[tuple[str, ...]] = ("mu", "log_var")
-    latent_dim: int = knob(20, "size of the latent vector", ge=1)
+    latent_dim: int = knob(20, "size of the latent vector", ge=1, le=LARGEST_SIZE)
     beta: float = knob(1.0, "weight of the KL divergence (with capacity: of the distance to it)", ge=0)
     beta_schedule: Literal["linear", "constant", "cyclic"] = knob(
         "linear", "linear: from 0 over beta_warmup_steps; cyclic: again and again, every beta_cycle_steps; constant: beta at once"
@@ -30,9 +30,9 @@ class VariationalSpec:
     scale: float | Literal["learned"] = knob(
         1.0, "gaussian, laplace: scale of the likelihood in units of the scaled data, or learned", gt=0
     )
-    num_levels: int = knob(0, "categorical: the data are whole numbers below it (transform.scale=none)", ge=0)
+    num_levels: int = knob(0, "categorical: the data are whole numbers below it (transform.scale=none)", ge=0, le=LARGEST_SIZE)
     objective: Literal["elbo", "iwae"] = knob("elbo", "what training maximises: elbo, or the importance-weighted bound of num_samples")
-    num_samples: int = knob(1, "latents per input that training draws; evaluation draws one", ge=1)
+    num_samples: int = knob(1, "latents per input that training draws; evaluation draws one", ge=1, le=LARGEST_SIZE)
     free_bits: float = knob(0.0, "nats that each latent dimension may cost without being pushed down; 0: off", ge=0)
     capacity: float = knob(0.0, "nats that the KL divergence is pulled to with weight beta; 0: off", ge=0)
     capacity_steps: int = knob(0, "optimizer steps over which the capacity rises linearly from 0; 0: at once", ge=0)

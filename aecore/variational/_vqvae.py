@@ -13,7 +13,7 @@ from aecore.errors import DataError
 from aecore.loss import LikelihoodType, LossResult, expected_value, row_log_likelihood
 from aecore.nn import Backbone
 from aecore.nn._linear import Linear
-from aecore.registry import BACKBONES, MODELS, knob, spec
+from aecore.registry import BACKBONES, LARGEST_SIZE, MODELS, knob, spec
 from aecore.variational._codebook import VectorQuantizer, perplexity
 
 
@@ -163,9 +163,11 @@ class VQVAESpec:
 
     columns: ClassVar[tuple[str, ...]] = ("codes",)
     kind: Literal["vqvae"] = "vqvae"
-    latent_dim: int = knob(16, "codes per sample, for a backbone without a feature map (mlp); a map has one per position", ge=1)
-    num_embeddings: int = knob(512, "vectors in the codebook", ge=2)
-    embedding_dim: int = knob(64, "size of each vector", ge=1)
+    latent_dim: int = knob(
+        16, "codes per sample, for a backbone without a feature map (mlp); a map has one per position", ge=1, le=LARGEST_SIZE
+    )
+    num_embeddings: int = knob(512, "vectors in the codebook", ge=2, le=LARGEST_SIZE)
+    embedding_dim: int = knob(64, "size of each vector", ge=1, le=LARGEST_SIZE)
     commitment_cost: float = knob(0.25, "weight of the distance between the encoder's output and its code", ge=0)
     codebook: Literal["ema", "loss"] = knob("ema", "how the codebook follows the encoder: moving averages, or a loss term")
     decay: float = knob(0.99, "of the moving averages, per step", ge=0, le=0.99999)

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors.numpy import load as load_safetensors
-
 from aecore.artifact.documents import read_json
-from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint
+from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint, read_weights
 from aecore.errors import AecoreError, DataError
 from aecore.maintenance.compare._fields import differing
 from aecore.store import FileRef, Store, open_store, sha256_json
@@ -117,13 +115,13 @@ def _weights(a: _Run, b: _Run) -> dict[str, Any]:
     facts: dict[str, Any] = {"step": [a.chosen.step, b.chosen.step], "differing_shapes": {}, "max_difference": 0.0, "in": None}
     if refs[0].sha256 == refs[1].sha256:
         return facts
-    left, right = (load_safetensors(run.store.read(ref.name, ref=ref)) for run, ref in zip((a, b), refs, strict=True))
+    left, right = (read_weights(run.store, run.chosen) for run in (a, b))
     for name in sorted({*left, *right}):  # safetensors returns another order at each call
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (left, right)]
         if shapes[0] != shapes[1]:
             facts["differing_shapes"][name] = shapes
             continue
-        gap = float(abs(left[name].astype("float64") - right[name].astype("float64")).max(initial=0.0))
+        gap = float((left[name].double() - right[name].double()).abs().max()) if left[name].numel() else 0.0
         if gap > facts["max_difference"]:
             facts |= {"max_difference": gap, "in": name}
     return facts
