@@ -4,6 +4,8 @@ A message gives the value seen, what was expected or the known choices, and the 
 fields to use. What a command line can add to it is named by a `Hint`. `assert` is for internal invariants. What a disk, the memory or an
 input does to Python code that expects nothing (OSError, MemoryError, ...) becomes an `AecoreError` in `from_outside`; any other exception
 is a bug and keeps its traceback.
+A message never holds a password or a signature of a URL (`masked`), wherever it goes then: a log, a record, another process. What a
+terminal would obey is escaped when it is printed (`printable`), and by JSON.
 """
 
 import difflib
@@ -34,6 +36,31 @@ _BUCKET_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "s3
 _NO_MEMORY = ("can't allocate memory", "can't start new thread", "out of memory")  # in a RuntimeError of torch or of Python
 SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
 _WORD = re.compile(r"[a-z]{3,}|\d{3,}")
+MASK = "***"
+# up to the last @ before the path; or, since a secret may hold a slash, up to the first @ after `name:` that no port number follows
+_USERINFO = re.compile(r"(?i)([a-z][a-z0-9+.-]{0,20}://)([^\s/?#'\"]{0,1024}|[^\s/?#'\"@:]{0,99}:(?!\d+(?:[/?#\s]|$))[^\s'\"]{0,1024}?)@")
+_PROFILE = re.compile("(?i)s3://[^:]*@")
+_SIGNATURE = re.compile(
+    r"(?i)((?:x-(?:amz|goog)-(?:signature|credential|security-token)"
+    r"|(?<=[?&;])(?:signature|awsaccesskeyid|googleaccessid|sig|(?:access_)?token|password|secret))(?:=|%3d))[^\s&;'\"<>]+"
+)
+# all of ASCII's and Latin-1's but tab and line feed, other line ends, changes of direction, halves of a pair (bytes that are no UTF-8)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def masked(text: str) -> str:
+    """Return `text` with the passwords and signatures of URLs in it replaced by `***`; the profile of `s3://profile@bucket` is none."""
+
+    def hide(found: re.Match[str]) -> str:
+        return found[0] if _PROFILE.fullmatch(found[0]) else f"{found[1]}{MASK}@"
+
+    return _SIGNATURE.sub(rf"\1{MASK}", _USERINFO.sub(hide, text))
+
+
+def printable(text: str, *, one_line: bool = False) -> str:
+    """Return `text` as it may be printed or logged: masked, with control characters, with `one_line` also line feeds, escaped."""
+    escaped = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), masked(text))
+    return escaped.replace("\n", "\\n") if one_line else escaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +77,7 @@ class AecoreError(Exception):
     exit_code = 1
 
     def __init__(self, *args: object, hint: Hint | None = None) -> None:
-        super().__init__(*args)
+        super().__init__(*(masked(each) if isinstance(each, str) else each for each in args))
         self.hint = hint
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, masked
 from aecore.store._base import Files, Store
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._typos import refuse_typos
@@ -28,7 +28,7 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
         return f"s3://{at}{bucket}/{prefix}".rstrip("/")
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
-            raise ConfigError(f"{what} {text!r} names the host {parts.netloc!r}: write file:///path")
+            raise ConfigError(f"{what} {text!r} names the host {parts.hostname!r}: write file:///path")
         text = unquote(parts.path)
     elif "://" in text:
         raise ConfigError(f"{what} has the scheme {parts.scheme!r}: paths, file:// and s3:// URLs are read and written")
@@ -60,6 +60,10 @@ def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
         raise ConfigError(
             f"{what} has something other than the name of a profile before the @: write s3://profile@{bucket}/... with a profile of "
             "~/.aws/config; keys belong there or into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, never into a URL"
+        )
+    if masked(text) != text:  # it would be written into claims, manifests and logs
+        raise ConfigError(
+            f"{what} is {text!r}, with a signature or a token: write s3://profile@{bucket}/... without it, with a profile of ~/.aws/config"
         )
     if not bucket:
         raise ConfigError(f"{what} {text!r} names no bucket: write s3://bucket/prefix")

@@ -3,6 +3,9 @@
 It runs the shipped recipe `demo` as the pipeline flow and adds only the texts and the default `out`.
 """
 
+import sys
+
+from aecore.errors import printable
 from pipelines.cli import run_step, text
 from pipelines.cli.arguments import Args, Result
 from pipelines.recipe.recipe import load_recipe
@@ -25,9 +28,9 @@ def demo(args: Args) -> Result:
     args.recipe, args.overrides = "demo", [*place, *args.overrides]
     if args.dry_run:
         return run_step.pipeline(args)
-    out = load_recipe(args.recipe, args.overrides).require("out")
-    from pipelines.steps.progress import line_printer
+    out = printable(load_recipe(args.recipe, args.overrides).require("out"), one_line=True)
+    from pipelines.steps.progress import write_text
 
-    line_printer()(BEFORE.format(out=out))
+    write_text(sys.stderr, BEFORE.format(out=out))
     made = run_step.pipeline(args)
     return made._replace(as_text=lambda found: f"{text.of_pipeline(found)}\n{AFTER.format(out=out)}")

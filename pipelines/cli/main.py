@@ -4,6 +4,7 @@
 
 Arguments of the form `key.path=value` are overrides of the recipe, in any position. Results go to standard output, progress
 and errors to standard error; what `--json` prints is always valid JSON, for an error an object of `error`, `message` and `exit_code`.
+What comes from outside (names of files, addresses, error texts) is printed without control characters and without the secrets of URLs.
 Heavy imports happen inside the verb that needs them.
 What the outside does to a verb (a disk, the memory, a service, a reader that closes the pipe) is one line and an exit code, too; a
 traceback is a bug.
@@ -21,14 +22,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
 from typing import Any
 
-from aecore.errors import DataError, StoreError
+from aecore.errors import DataError, StoreError, masked, printable
 from aecore.registry import flatten
-from pipelines.cli import overrides
+from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
 from pipelines.cluster.outside import typed
 from pipelines.steps.hints import next_command
+from pipelines.steps.logs import log_to_handler
 
 INTERRUPTED = 130
 
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, debug = "--json" in words, "--debug" in words
     _prepare_streams()
     _log(debug)
+    if argv is None:
+        sys.excepthook = _print_bug
     if threading.current_thread() is threading.main_thread():  # for `docker stop` and cluster schedulers: as Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known is None:
             raise
         if debug:
-            traceback.print_exc()
+            _print_bug(type(error), error, error.__traceback__)
         more = [next_command(known), None if known is error else "--debug shows where it happened"]
         message = "; ".join([str(known), *filter(None, more)])
         return _failed({"error": type(known).__name__, "message": message, "exit_code": known.exit_code}, as_json=as_json)
@@ -60,17 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:
     """Print an error on standard error, with `--json` also where the result would be; return its exit code."""
     with contextlib.suppress(OSError):  # nobody reads it: the exit code is what is left
-        _print("stderr", f"aepipe: {error['message']}")
+        _print("stderr", f"aepipe: {printable(error['message'])}")
     if as_json:
         with contextlib.suppress(StoreError):
-            _show(json.dumps(error, indent=2))
+            _show(_to_json(error))
     return int(error["exit_code"])
 
 
-def _show(text: str) -> None:
+def _show(result: str) -> None:
     """Print a result; StoreError if standard output does not take it. A reader that has closed it (`| head`) wants no more."""
     try:
-        _print("stdout", text)
+        _print("stdout", result)
     except BrokenPipeError:
         return
     except OSError as error:
@@ -78,10 +84,10 @@ def _show(text: str) -> None:
         raise StoreError(f"{why}; send it to another file and run the same command again, finished work is kept") from error
 
 
-def _print(name: str, text: str) -> None:
+def _print(name: str, line: str) -> None:
     """Print to a stream of `sys`; one that raises OSError is left, so that the interpreter's own flush at exit does not fail."""
     try:
-        print(text, file=getattr(sys, name), flush=True)
+        print(line, file=getattr(sys, name), flush=True)
     except OSError:
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
         raise
@@ -97,6 +103,10 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _run(words: Sequence[str]) -> int:
     arguments, changes = overrides.split(words)
     args = VERBS.parse(arguments)
@@ -106,14 +116,14 @@ def _run(words: Sequence[str]) -> int:
     result = args.verb.run(args)
     if result is None:
         return 0
-    _show(_to_json(result.data) if args.json else result.as_text(result.data))
+    _show(_to_json(result.data) if args.json else result.as_text(text.changed(result.data, partial(printable, one_line=True))))
     return result.exit_code
 
 
 def _to_json(data: Any) -> str:
     """Return data as JSON text; DataError that names every NaN and infinity, which JSON does not have."""
     try:
-        return json.dumps(data, indent=2, default=str, allow_nan=False)
+        return json.dumps(text.changed(data, masked), indent=2, default=lambda value: masked(str(value)), allow_nan=False)
     except ValueError:
         leaves = flatten(data, lists=True)
         found = "; ".join(f"{path} is {value}" for path, value in leaves if isinstance(value, float) and not math.isfinite(value))
@@ -125,10 +135,7 @@ def _log(debug: bool) -> None:
     level = logging.DEBUG if debug else logging.WARNING if sys.stderr.isatty() else logging.INFO
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if debug else "%(message)s"))
-    for name in ("aecore", "pipelines"):
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.handlers = [handler]
+    log_to_handler(handler, level)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,22 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aecore.registry import BOUNDS
 from pipelines.recipe.yaml import Tree
+
+
+def changed(data: Any, change: Callable[[str], str]) -> Any:
+    """Return plain data with `change` applied to every text in it, keys too."""
+    if isinstance(data, str):
+        return change(data)
+    if isinstance(data, Mapping):
+        return {changed(key, change): changed(value, change) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [changed(value, change) for value in data]
+    return data
 
 
 def of_step(summary: Mapping[str, Any]) -> str:

@@ -35,9 +35,15 @@ def job_address(cluster: ClusterSpec) -> str:
         raise ConfigError(
             f"{name}={address} is not the address of a job server: jobs go to the dashboard of the head, cluster.address=http://host:8265"
         )
-    if parts.username or parts.password or parts.query:
-        raise ConfigError(f"{name} holds a user name, a password or a query: write http://host:8265, a token goes into RAY_AUTH_TOKEN")
+    refuse_secrets(name, address, "write http://host:8265, a token goes into RAY_AUTH_TOKEN")
     return address.rstrip("/")
+
+
+def refuse_secrets(name: str, url: str, instead: str) -> None:
+    """ConfigError if the address of a server holds a user name, a password or a query: it is shown in logs and on pages."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or parts.query:
+        raise ConfigError(f"{name} holds a user name, a password or a query: {instead}")
 
 
 def is_this_machine(host: str) -> bool:

@@ -13,7 +13,7 @@ from aecore.errors import ClusterError, ConfigError
 from pipelines.deploy import POOL
 from pipelines.deploy.crash_restart import LOST_AFTER_S, automations
 from pipelines.deploy.recipes import check, deployments
-from pipelines.flows import SETTINGS, require_server, set_defaults, without_userinfo
+from pipelines.flows import SETTINGS, require_server, set_defaults
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 
@@ -60,7 +60,7 @@ def _api_errors() -> Iterator[None]:
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError
 
-    url = without_userinfo(os.environ["PREFECT_API_URL"])
+    url = os.environ["PREFECT_API_URL"]
     try:
         yield
     except PrefectHTTPStatusError as error:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from aecore.errors import AecoreError
+from aecore.errors import AecoreError, masked
 from pipelines.recipe.yaml import Tree
 
 
@@ -52,9 +52,11 @@ def failed(name: str, message: str, remedy: str) -> Finding:
 
 
 def run_checks(checks: Sequence[Check]) -> list[Finding]:
-    """Run the checks one after the other; one that raises or times out is a failed one."""
+    """Run the checks one after the other; one that raises or times out is a failed one. Messages hold no secrets of URLs."""
     return [
-        dataclasses.replace(finding, exit_code=check.error.exit_code) if finding.state == "failed" else finding
+        dataclasses.replace(
+            finding, message=masked(finding.message), exit_code=check.error.exit_code if finding.state == "failed" else finding.exit_code
+        )
         for check in checks
         for finding in _run(check)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from aecore.errors import ClusterError
+from pipelines.cluster.job_client import refuse_secrets
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 from pipelines.doctor._environment import installed
 
@@ -31,6 +32,7 @@ def prefect() -> Iterator[Finding]:
         yield skipped("prefect", "PREFECT_API_URL is not set: verbs work without a server, `aepipe run` starts a temporary one")
         return
     try:
+        refuse_secrets("PREFECT_API_URL", url, "a password goes into PREFECT_API_AUTH_STRING=user:password")
         ask(url, "/health")
         version = ask(url, "/admin/version")
         ask(url, "/flow_runs/count", {})
@@ -38,7 +40,7 @@ def prefect() -> Iterator[Finding]:
         yield _refusal(url, error)
         return
     except (OSError, ValueError) as error:
-        yield failed("prefect", f"no Prefect server answers at PREFECT_API_URL={_shown(url)} ({error})", START)
+        yield failed("prefect", f"no Prefect server answers at PREFECT_API_URL={url} ({error})", START)
         return
     yield _version(url, str(version))
     yield _password(url)
@@ -74,26 +76,18 @@ def _token(url: str, headers: dict[str, str]) -> dict[str, str]:
         raise
 
 
-def _shown(url: str) -> str:
-    """Return the address without its user name and password."""
-    parts = urlsplit(url)
-    return url.replace(f"{parts.netloc}", parts.netloc.rpartition("@")[2])
-
-
 def _refusal(url: str, error: urllib.error.HTTPError) -> Finding:
     if error.code in (401, 403):
-        return failed("prefect", f"{_shown(url)} asks for a password (HTTP {error.code})", "set PREFECT_API_AUTH_STRING=user:password")
+        return failed("prefect", f"{url} asks for a password (HTTP {error.code})", "set PREFECT_API_AUTH_STRING=user:password")
     remedy = "the address ends with /api, for example http://127.0.0.1:4200/api" if error.code == 404 else START
-    return failed("prefect", f"{_shown(url)} answers HTTP {error.code}", remedy)
+    return failed("prefect", f"{url} answers HTTP {error.code}", remedy)
 
 
 def _version(url: str, version: str) -> Finding:
     ours = installed("prefect")
     if ours is not None and version.split(".")[:2] != str(ours).split(".")[:2]:
-        return warning(
-            "prefect", f"the server at {_shown(url)} has version {version}, this client {ours}", "give both the version of the lock"
-        )
-    return ok("prefect", f"server {version} at {_shown(url)}")
+        return warning("prefect", f"the server at {url} has version {version}, this client {ours}", "give both the version of the lock")
+    return ok("prefect", f"server {version} at {url}")
 
 
 def _password(url: str) -> Finding:

@@ -5,12 +5,12 @@ are set here, before its first import: a separate home, so that another program'
 """
 
 import os
-import re
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from aecore.errors import ClusterError
+from pipelines.cluster.job_client import refuse_secrets
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 SETTINGS = {
@@ -34,24 +34,22 @@ def set_defaults() -> None:
 
 
 def require_server(timeout_s: float = 10.0) -> None:
-    """ClusterError if PREFECT_API_URL is set and nothing answers there; Prefect itself would show a traceback."""
+    """ClusterError if PREFECT_API_URL is set and nothing answers there; Prefect itself would show a traceback.
+
+    ConfigError if it holds a password, which Prefect would print.
+    """
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         return
     try:
+        refuse_secrets("PREFECT_API_URL", url, "a password goes into PREFECT_API_AUTH_STRING=user:password")
         urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s).close()
     except urllib.error.HTTPError:
         return  # it answers; Prefect handles a missing password
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"no Prefect server answers at PREFECT_API_URL={without_userinfo(url)} ({error}): "
-            "start it, correct the address, or unset it to work without one"
+            f"no Prefect server answers at PREFECT_API_URL={url} ({error}): start it, correct the address, or unset it to work without one"
         ) from error
-
-
-def without_userinfo(url: str) -> str:
-    """Return an address without `user:password@`, for messages."""
-    return re.sub(r"://[^/@]*@", "://", url)
 
 
 set_defaults()

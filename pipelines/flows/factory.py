@@ -27,6 +27,7 @@ from pipelines.cluster.jobs import JobStopped
 from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
 from pipelines.steps.hints import next_command
+from pipelines.steps.logs import OURS, make_printable
 from pipelines.steps.pipeline import PIPELINE
 from pipelines.steps.progress import both, log_to, terminal
 from pipelines.steps.steps import STEPS
@@ -45,6 +46,7 @@ def make_flow(name: str, body: Callable[[dict[str, Any]], dict[str, Any]] | None
     """
 
     def run(recipe: dict[str, Any]) -> dict[str, Any]:
+        make_printable("prefect", *OURS)
         return run_step(name, recipe) if body is None else body(recipe)
 
     run.__module__, run.__name__, run.__qualname__ = f"{__package__}.{name}", f"{name}_flow", f"{name}_flow"
@@ -100,8 +102,9 @@ def _make(name: str) -> Any:
     )
     def step(recipe: dict[str, Any]) -> dict[str, Any]:
         logger = get_run_logger()
-        for package in ("aecore", "pipelines"):  # their log in this process belongs to the run's log
+        for package in OURS:  # their log in this process belongs to the run's log
             logging.getLogger(package).setLevel(logging.INFO)
+        make_printable("prefect", *OURS)  # a task may run in another process than its flow
         parsed, report = Recipe(recipe), both(terminal(), log_to(logger))
         try:
             if parsed.cluster.kind == "job":

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from aecore import errors
-from aecore.errors import Interrupted, RunFailed
+from aecore.errors import Interrupted, RunFailed, printable
 from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps import progress
+from pipelines.steps.logs import log_to_handler
 from pipelines.steps.pipeline import PIPELINE, run_stages
 from pipelines.steps.steps import STEPS
 
@@ -52,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, text = sys.argv[1:] if argv is None else argv
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for package in ("aecore", "pipelines"):
-        logging.getLogger(package).setLevel(logging.INFO)
-        logging.getLogger(package).handlers = [handler]
+    log_to_handler(handler, logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray stops a job by SIGTERM
     try:
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         known = typed(error)
         if known is None:  # a bug: its traceback goes to the log, as on the command line
-            traceback.print_exc(file=sys.stdout)
+            sys.stdout.write(printable(traceback.format_exc()))
             known = RunFailed(f"{type(error).__name__}: {error}")
         return _end(known.exit_code, errors.to_json(known))
 

@@ -16,6 +16,7 @@ from typing import TextIO
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import OnPart
+from aecore.errors import printable
 from aecore.store import Store
 from aecore.training.metrics import last_epoch, last_row
 from pipelines.cluster.outside import typed
@@ -33,7 +34,7 @@ class Progress:
     milestone: bool = True
 
     def __str__(self) -> str:
-        return f"{self.step}: {self.done} of {self.total} {self.unit}, {self.text}"
+        return printable(f"{self.step}: {self.done} of {self.total} {self.unit}, {self.text}", one_line=True)
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ PASSING = "... "  # prefix of a line that is not a milestone
 _LINE = re.compile(r"(\.\.\. )?(\w+): (\d+) of (\d+) (\w+), (.*)")
 
 
-def _write(stream: TextIO, text: str) -> None:
+def write_text(stream: TextIO, text: str) -> None:
     """Write to a terminal or pipe; one that is gone or full gets nothing, the work goes on."""
     try:
         stream.write(text)
@@ -74,7 +75,7 @@ def lines_to(stream: TextIO, every_s: float = 1.0) -> Report:
         now = time.monotonic()
         if progress.milestone or now - last >= every_s:
             last = now
-            _write(stream, f"{'' if progress.milestone else PASSING}{progress}\n")
+            write_text(stream, f"{'' if progress.milestone else PASSING}{progress}\n")
 
     return report
 
@@ -106,8 +107,8 @@ class TerminalLine:
         self._drawn = now
         rate = (progress.done - self._first) / max(now - self._started, 1e-9)
         speed = f", {rate:,.1f} {progress.unit}/s, {_duration((progress.total - progress.done) / rate)} left" if rate and not last else ""
-        line = f"\r\x1b[2K{progress.step}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}"
-        _write(self._stream, line + ("\n" if last else ""))
+        line = f"{progress.step}: {progress.done:,}/{progress.total:,} {progress.unit}{speed}, {progress.text}"
+        write_text(self._stream, f"\r\x1b[2K{printable(line, one_line=True)}" + ("\n" if last else ""))
 
 
 def terminal() -> Report:
@@ -120,7 +121,7 @@ def line_printer() -> Callable[[str], None]:
     before = "\r\x1b[2K" if sys.stderr.isatty() else ""
 
     def show(line: str) -> None:
-        _write(sys.stderr, f"{before}{line}\n")
+        write_text(sys.stderr, f"{before}{printable(line, one_line=True)}\n")
 
     return show
 
