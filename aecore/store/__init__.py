@@ -26,7 +26,9 @@ from aecore.store._buckets import unchecked_bodies
 from aecore.store._cleanup import close_read
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
+from aecore.store._private import named_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
+from aecore.store._scratch import pid_namespace
 
 __all__ = [
     "FAULT_STAGES",
@@ -43,8 +45,11 @@ __all__ = [
     "close_read",
     "fault_point",
     "is_remote",
+    "named_folder",
     "open_files",
     "open_store",
+    "pid_namespace",
+    "private_folder",
     "race",
     "read_again",
     "resolve_url",

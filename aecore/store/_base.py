@@ -103,6 +103,12 @@ class Store(Protocol):
     def modified(self, name: str) -> float | None:
         """Return the modification time of `name`, in seconds since the epoch by the storage's clock; None if there is no such file."""
 
+    def test_creation(self) -> str | None:
+        """Write some names from several threads at once; return what was wrong, None if each had exactly one winner.
+
+        Writers trust the result for a bucket until it is tested again.
+        """
+
     def now(self) -> float:
         """Return the time by the storage's clock, the one of `modified`, in seconds since the epoch; StoreError if it cannot be asked."""
 

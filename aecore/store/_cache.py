@@ -5,7 +5,8 @@
 
 It holds at most `AECORE_CACHE_BYTES` (default 16 GiB): before a download the least recently used objects are evicted. An object that is
 open in any process stays (readers hold a shared lock), so only concurrent reads can exceed the bound. Everything in the folder can be
-removed at any time; a killed process leaves at most `.part` files, which the next one removes.
+removed at any time; a killed process leaves at most `.part` files, which the next one removes. It belongs to one user: objects that
+others could put there would be taken as verified.
 """
 
 import contextlib
@@ -23,11 +24,13 @@ from queue import SimpleQueue
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store._base import FileRef, sha256_file
 from aecore.store._cleanup import close_read, discard, logged
+from aecore.store._private import named_folder
 
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
 DEFAULT_BYTES = 16 << 30
 _OBJECT_NAME = re.compile(r"[0-9a-f]{64}(?:\.part)?")
+OTHER = "set AECORE_CACHE to a folder of your own"
 KEPT_S = 60.0  # an object whose path was returned may be opened this much later
 FETCHERS = 8
 POLL_S = 0.01
@@ -48,6 +51,7 @@ class ObjectCache:
     def open(self, ref: FileRef, fetch: Fetch, keep_s: float = 0.0) -> int:
         """Return a descriptor of an object, downloaded if it is not cached; while it is open the object is not evicted."""
         path = self.root / ref.sha256
+        named_folder(self.root, OTHER)
         while True:
             with _errors(self.root), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -106,8 +110,8 @@ class ObjectCache:
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
         """Download one object; waits while another process or thread does."""
         part = path.with_suffix(".part")
+        named_folder(self.root, OTHER)  # again: anybody may have removed it meanwhile
         with _errors(self.root):
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             with _errors(self.root):

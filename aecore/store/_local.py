@@ -13,6 +13,7 @@ from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._again import read_again
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
+from aecore.store._race import races
 
 LINK_TRIES = 20
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -135,6 +136,9 @@ class LocalStore:
             return None
         except OSError as error:
             raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
+
+    def test_creation(self) -> str | None:
+        return races(self)
 
     def now(self) -> float:
         with self.stage() as probe, _storage_errors(f"cannot ask {self.url} for the time: nothing can be written there"):

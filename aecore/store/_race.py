@@ -18,6 +18,7 @@ from pathlib import Path
 
 from aecore.errors import StoreError
 from aecore.store._base import AlreadyExists, FileRef, Store
+from aecore.store._private import named_folder
 
 logger = logging.getLogger(__name__)
 ROLE = "race"  # of the files that a race writes
@@ -74,31 +75,48 @@ def require_atomic(store: Store, location: str, memory: Path) -> None:
         if location in _passed:
             return
         if not _remembered(location, memory):
-            wrong = next(filter(None, (race(store) for _ in range(ROUNDS))), None)
+            wrong = retest(store, location, memory)
             if wrong is not None:
                 raise StoreError(
                     f"{location} does not create files atomically: {wrong}; two runs at once could mix their files: write to another "
                     "location, or have the service repaired"
                 )
-            remember(location, memory)
         _passed.add(location)
+
+
+def retest(store: Store, location: str, memory: Path) -> str | None:
+    """Run `ROUNDS` races, whatever is remembered; return what was wrong. The result is remembered in place of an earlier one."""
+    wrong = races(store)
+    if wrong is None:
+        remember(location, memory)
+        return None
+    _passed.discard(location)
+    with contextlib.suppress(OSError, StoreError):
+        _note(location, memory).unlink(missing_ok=True)
+    return wrong
+
+
+def races(store: Store) -> str | None:
+    """Run `ROUNDS` races; return what was wrong in the first one that failed, None if all had one winner."""
+    return next(filter(None, (race(store) for _ in range(ROUNDS))), None)
 
 
 def remember(location: str, memory: Path) -> None:
     """Record that `location` passed; where that cannot be written, each process tests again."""
     try:
-        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(_note(location, memory), os.O_WRONLY | os.O_CREAT, 0o600))
-        os.utime(_note(location, memory))
-    except OSError as error:
+        note = _note(location, memory)
+        os.close(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+        os.utime(note)
+    except (OSError, StoreError) as error:
         logger.debug("%s: the passed test of atomic creation cannot be recorded: %s", location, error)
 
 
 def _remembered(location: str, memory: Path) -> bool:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StoreError):
         return abs(time.time() - _note(location, memory).stat().st_mtime) < KEPT_S
     return False
 
 
 def _note(location: str, memory: Path) -> Path:
-    return memory / f"atomic-{hashlib.sha256(location.encode()).hexdigest()[:16]}"
+    """Return the path of the note on `location`; StoreError if others could have put it there."""
+    return named_folder(memory, "each process tests the bucket again") / f"atomic-{hashlib.sha256(location.encode()).hexdigest()[:16]}"

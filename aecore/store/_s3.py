@@ -22,7 +22,7 @@ from aecore.store._again import read_again
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cache import ObjectCache
 from aecore.store._cleanup import discard
-from aecore.store._race import ROLE, require_atomic
+from aecore.store._race import ROLE, require_atomic, retest
 from aecore.store._s3_body import written_sha256
 from aecore.store._s3_client import Answered, code_of, endpoint, retried
 from aecore.store._s3_prefix import BucketPrefix
@@ -209,6 +209,9 @@ class S3Store(BucketPrefix):
     def location(self) -> str:
         """Bucket and endpoint."""
         return f"{'/'.join(self.url.split('/', 3)[:3])} at {endpoint()}"
+
+    def test_creation(self) -> str | None:
+        return retest(self, self.location, self._cache.root)
 
     @cached_property
     def _cache(self) -> ObjectCache:

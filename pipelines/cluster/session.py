@@ -14,9 +14,7 @@ import os
 import secrets
 import signal
 import socket
-import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import ClusterError, ConfigError
+from pipelines.cluster.leftovers import clear_leftovers, make_session_root, note_driver
 from pipelines.recipe.recipe import ClusterSpec
 
 logger = logging.getLogger(__name__)
@@ -82,8 +81,10 @@ def connect(cluster: ClusterSpec) -> None:
     """Connect this process to Ray if it is not connected; ClusterError if that fails or takes too long."""
     found = cluster_address(cluster)
     address, name = found or (_Connection.LOCAL, "")
-    for key, value in (_SETTINGS if found else _SETTINGS | _local_token() | _local_session_folder()).items():
+    for key, value in (_SETTINGS if found else _SETTINGS | _local_token()).items():
         os.environ.setdefault(key, value)
+    if not found:
+        os.environ["RAY_TMPDIR"] = str(make_session_root())
     import ray
 
     if ray.is_initialized():
@@ -126,6 +127,7 @@ def _cannot_connect(error: Exception, address: str, name: str) -> str:
 
 
 def _start_local(ray: Any) -> None:
+    clear_leftovers(Path(os.environ["RAY_TMPDIR"]))
     make_importable()
     # Ray's processes keep the working directory and the environment that they are started in
     with contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address():
@@ -139,6 +141,7 @@ def _start_local(ray: Any) -> None:
             job_config=_job_config(),
             _node_ip_address=LOOPBACK,
         )
+    note_driver(Path(ray._private.worker.global_worker.node.get_session_dir_path()))
 
 
 @contextlib.contextmanager
@@ -210,21 +213,6 @@ def _local_token() -> dict[str, str]:
     if "ray" in sys.modules or any(name.startswith("RAY_AUTH_") for name in os.environ):
         return {}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-def _local_session_folder() -> dict[str, str]:
-    """Return the folder for sessions of local Rays, with a short name since it holds sockets.
-
-    Ray's default, /tmp/ray, may hold the address of a dead cluster: every TorchTrainer.fit then ends 12 s later, since its clean-up
-    looks up the running cluster there.
-    """
-    folder = Path("/tmp", f"aepipe-ray-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
-        return {"RAY_TMPDIR": str(folder)}
-    return {"RAY_TMPDIR": tempfile.mkdtemp(prefix="aepipe-ray-", dir="/tmp")}  # the name is taken by something else
 
 
 def disconnect() -> None:

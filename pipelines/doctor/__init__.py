@@ -8,7 +8,7 @@ from pipelines.doctor._check import Check, Finding, exit_code, run_checks
 from pipelines.doctor._environment import environment_checks
 from pipelines.doctor._machine import machine_checks
 from pipelines.doctor._prefect import prefect_checks
-from pipelines.doctor._ray import ray_checks
+from pipelines.doctor._ray import leftover_checks, ray_checks
 from pipelines.doctor._store import store_checks
 from pipelines.recipe.yaml import Tree
 
@@ -20,7 +20,8 @@ def doctor(url: str | None = None, recipe: str | None = None, overrides: tuple[s
     from pipelines.recipe.recipe import load_recipe
 
     cluster = load_recipe(recipe, overrides).cluster
-    checks = [*environment_checks(), *machine_checks(cluster), *store_checks(url), *ray_checks(cluster), *prefect_checks()]
+    services = [*ray_checks(cluster), *leftover_checks(), *prefect_checks()]
+    checks = [*environment_checks(), *machine_checks(cluster), *store_checks(url), *services]
     findings = run_checks(checks)
     states = ("ok", "warning", "failed", "skipped")
     counts = {state: sum(finding.state == state for finding in findings) for state in states}

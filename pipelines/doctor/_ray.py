@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aecore.errors import ClusterError
+from pipelines.cluster.leftovers import leftovers, session_root
 from pipelines.cluster.session import fits, format_resources, import_environment, worker_resources
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 from pipelines.recipe.recipe import ClusterSpec
@@ -19,6 +20,10 @@ START = "start it (`ray start --head`), correct the address, or unset RAY_ADDRES
 
 def ray_checks(cluster: ClusterSpec) -> list[Check]:
     return [Check("ray", lambda: ray(cluster), ClusterError, timeout_s=CONNECT_S + PROBE_S + 10)]
+
+
+def leftover_checks() -> list[Check]:
+    return [Check("ray: leftovers", left_behind, ClusterError)]
 
 
 def address_of(cluster: ClusterSpec) -> str | None:
@@ -55,6 +60,23 @@ def ray(cluster: ClusterSpec) -> Iterator[Finding]:
         yield warning("ray: resources", message, "the loss of one node would leave too little: add a node, or ask for fewer workers")
     else:
         yield ok("ray: resources", message)
+
+
+def left_behind() -> Iterator[Finding]:
+    """Look for processes and folders of local Rays whose drivers have ended."""
+    root = session_root()
+    found = leftovers(root)
+    for left in found:
+        if left.pids:
+            message = f"{len(left.pids)} process(es) go on although their driver has ended ({left.folder.name}, started {left.age} ago)"
+            yield warning("ray: leftovers", message, f"end them: {left.remedy}")
+    idle = [left for left in found if not left.pids]
+    unknown = [left for left in idle if not left.is_noted]
+    if unknown:
+        message = f"{len(unknown)} session folder(s) in {root}/ray do not say which process made them, the oldest {unknown[0].age} ago"
+        yield warning("ray: leftovers", message, "remove those that no Ray in another container uses")
+    if not unknown and len(idle) == len(found):
+        yield ok("ray: leftovers", f"{len(idle)} session folder(s) of ended runs below {root}: the next run keeps the newest one")
 
 
 def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON

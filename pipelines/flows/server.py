@@ -3,6 +3,7 @@
 A client that can change a deployment can run code as its owner. So a server listens on 127.0.0.1 only, on a socket that is bound before
 it starts: no other process can answer on its port. Every request needs a random password of this server; it is in the environment of
 our processes and, for a lasting server, in `server.env` of PREFECT_HOME (readable by its owner only), never on a command line.
+Nobody else can read what a server writes either: parameters and logs of all runs are in its database.
 A server ends when the last process that uses it has released its lock, however that process ended.
 """
 
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import ClusterError
+from aecore.store import named_folder, private_folder
+from pipelines.cluster.process import is_alive, process_name
 from pipelines.cluster.session import LOOPBACK, import_environment
 
 logger = logging.getLogger(__name__)
@@ -108,7 +111,7 @@ def lasting_server() -> Iterator[tuple[Server, bool]]:
 def temporary_server() -> Iterator[Server]:
     """Use this process's temporary server, which is started the first time and ends with the process: no page, no scheduler."""
     server = _Temporary.server
-    if server is None or not _is_alive(server.process) or not server.answers(10):
+    if server is None or not is_alive(server.process) or not server.answers(10):
         server = _Temporary.server = _start_temporary()
     with _settings(server, has_page=False):
         yield server
@@ -116,15 +119,11 @@ def temporary_server() -> Iterator[Server]:
 
 def empty_folder() -> Path:
     """Return an empty working directory: Prefect imports flows from it first, even with PYTHONSAFEPATH."""
-    folder = _home() / "empty"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    return private_folder(_home() / "empty", "remove it")
 
 
 def _home() -> Path:
-    home = Path(os.environ["PREFECT_HOME"]).absolute()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return home
+    return named_folder(Path(os.environ["PREFECT_HOME"]).absolute(), "set PREFECT_HOME to a folder of your own")
 
 
 class _Temporary:
@@ -147,10 +146,14 @@ def _start(listening: socket.socket, lock: Path, log: Path, record: Path | None)
     environment["PREFECT_HOME"] = str(_home())
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-P", "-m", "pipelines.flows.server_process", str(listening.fileno()), str(lock), str(record or "")]
-    with listening, log.open("ab" if record is None else "wb") as output:
+    for database in _home().glob("prefect.db*"):  # of an earlier version, or of a server that was started by hand
+        if not database.is_symlink():
+            database.chmod(0o600)
+    with listening, open(log, "ab" if record is None else "wb", opener=_private) as output:
+        os.fchmod(output.fileno(), 0o600)
         child = subprocess.Popen(
             command, env=environment, cwd=empty_folder(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            pass_fds=[listening.fileno()], start_new_session=True,
+            pass_fds=[listening.fileno()], start_new_session=True, umask=0o077,
         )  # fmt: skip
     server = Server(page, auth, process_name(child.pid))
     try:
@@ -162,6 +165,10 @@ def _start(listening: socket.socket, lock: Path, log: Path, record: Path | None)
         child.wait()
         raise
     return server, child
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _safe_settings(page: str, auth: str, *, has_page: bool) -> dict[str, str]:
@@ -243,19 +250,7 @@ def _recorded(record: Path) -> Server | None:
     except (OSError, KeyError, ValueError):
         return None
     # the password is sent only to the process that it belongs to: after a reboot another one may listen on the port
-    return server if _is_alive(server.process) and _listens(server.process, port) and server.answers(60) else None
-
-
-def process_name(pid: int) -> str:
-    """Return `PID:START`, with the start of the process in ticks, since a pid alone may be reused."""
-    return f"{pid}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
-
-
-def _is_alive(process: str) -> bool:
-    try:
-        return process_name(int(process.partition(":")[0])) == process
-    except (OSError, ValueError, IndexError):
-        return False
+    return server if is_alive(server.process) and _listens(server.process, port) and server.answers(60) else None
 
 
 def _listens(process: str, port: int) -> bool:

@@ -18,7 +18,9 @@ from packaging.version import Version
 from aecore import native
 from aecore.errors import ClusterError, ConfigError, StoreError
 from aecore.nn import linear_path
-from aecore.store import FileRef, LocalStore, open_store
+from aecore.store import FileRef, LocalStore, _race, open_store
+from aecore.store._race import remember
+from aecore.store._s3 import S3Store
 from pipelines.cli.main import main
 from pipelines.doctor import Check, Finding, _environment, _machine, _prefect, _ray, _store, exit_code
 from pipelines.doctor._check import ok, run_checks
@@ -26,6 +28,7 @@ from pipelines.recipe.recipe import ClusterSpec
 from tests.e2e.servers import prefect_server
 from tests.processes import wait_until
 from tests.s3 import S3
+from tests.s3.proxy import FaultProxy
 
 
 def states(findings: list[Finding]) -> dict[str, str]:
@@ -200,10 +203,48 @@ def silent_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def test_services_that_take_the_connection_and_never_answer_fail_in_bounded_time(silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent_port}")
-    monkeypatch.setenv("PREFECT_API_URL", f"http://user:hunter2@127.0.0.1:{silent_port}/api")
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{silent_port}/api")
     found = run_checks([*_ray.ray_checks(ClusterSpec()), *_prefect.prefect_checks()])
     assert [(finding.name, finding.state, finding.exit_code) for finding in found] == [("ray", "failed", 5), ("prefect", "failed", 5)]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter2@host/api", "http://user:hunter2@127.0.0.1:9/api", "http://hunter2@host/api?token=hunter2"]
+)
+def test_a_password_in_the_address_of_a_server_is_refused_and_not_repeated(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    (found,) = run_checks(_prefect.prefect_checks())
+    assert (found.state, found.exit_code) == ("failed", 5)
+    assert "a password goes into PREFECT_API_AUTH_STRING" in found.message
     assert "hunter2" not in str(found)
+    assert main(["shard", "sprites", "/tmp/never", "cluster.num_workers=0"]) == 2
+    output = capsys.readouterr()
+    assert "a password goes into PREFECT_API_AUTH_STRING" in output.err
+    assert "hunter2" not in output.out + output.err
+
+
+def test_the_result_of_a_race_replaces_what_writers_remember(bare_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(f"{bare_s3.url}/place")
+    assert isinstance(store, S3Store)
+    remember(store.location, store._cache.root)
+    store.put("a", b"1", role="part")  # as remembered
+    assert _store.raced(store).state == "failed"
+    with pytest.raises(StoreError, match="does not create files atomically"):
+        store.put("b", b"1", role="part")
+
+
+def test_writers_trust_the_race_of_the_doctor(bad_s3: S3, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_race, "_passed", set())
+    store = open_store(f"{bad_s3.url}/place")
+    assert isinstance(store, S3Store)
+    for note in store._cache.root.iterdir():
+        note.unlink()
+    assert _store.raced(store).state == "ok"
+    before = s3_proxy.seen("^PUT")
+    store.put("a", b"1", role="part")
+    assert s3_proxy.seen("^PUT") - before == 1
 
 
 def test_services_that_are_not_there_fail_with_exit_code_5(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

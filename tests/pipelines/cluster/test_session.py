@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,27 +227,3 @@ def test_what_is_started_from_here_finds_our_packages_and_nothing_in_its_directo
         [sys.executable, "-c", program], cwd=here, env=os.environ | import_environment(), capture_output=True, text=True, check=False
     )
     assert (done.returncode, that_ran(here)) == (0, set()), done.stderr
-
-
-def test_a_folder_that_somebody_else_put_into_tmp_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class InTmp(type(tmp_path)):  # type: ignore[misc]
-        def __new__(cls, *parts: str) -> "InTmp":
-            return super().__new__(cls, *(str(tmp_path) if part == "/tmp" else part for part in parts))
-
-    monkeypatch.setattr(session, "Path", InTmp)
-    name = tmp_path / f"aepipe-ray-{os.getuid()}"
-    assert session._local_session_folder() == {"RAY_TMPDIR": str(name)}
-    name.chmod(0o777)
-    (tmp_path / "elsewhere").mkdir()
-    spoils: tuple[Callable[[], object], ...] = (
-        lambda: None,
-        lambda: (name.rmdir(), name.symlink_to(tmp_path / "elsewhere")),
-        lambda: (name.unlink(), name.symlink_to(tmp_path / "nowhere")),
-        lambda: (name.unlink(), name.touch()),
-    )
-    for spoil in spoils:
-        spoil()
-        other = Path(session._local_session_folder()["RAY_TMPDIR"])
-        assert other != name
-        assert (other.stat().st_mode & 0o777, other.is_symlink()) == (0o700, False)
-        other.rmdir()

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from aecore.errors import StoreError
+from pipelines.cluster.process import is_alive, process_name
 from pipelines.flows import server as server_module
-from pipelines.flows.server import PROCESS, Server, lasting_server, process_name, temporary_server
+from pipelines.flows.server import PROCESS, Server, lasting_server, temporary_server
 from tests.pipelines.sockets import listeners
 from tests.processes import below, wait_until
 
@@ -111,6 +113,38 @@ def test_the_server_of_serve_is_the_one_that_prefect_talks_to(home: Path) -> Non
         socket.create_connection(("127.0.0.1", server_module.PORT), timeout=2)
 
 
+def test_nobody_else_can_read_what_a_server_writes(home: Path) -> None:
+    before = os.umask(0)
+    try:
+        (home / "prefect.db").touch()  # of a version that let everybody read it
+        (home / "prefect.db").chmod(0o666)
+        (home / "server.log").touch()
+        (home / "server.log").chmod(0o666)
+        with lasting_server() as (server, _), temporary_server():
+            assert status(server.page, "csrf-token?client=x", auth=server.auth, method="GET")[0] == 200
+            written = [path for path in home.rglob("*") if path.is_file()]
+            assert {"prefect.db", "server.env", "server.log", "server.lock"} <= {path.name for path in written}
+            assert [path for path in written if path.stat().st_mode & 0o077] == []
+            assert (home / "empty").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("spoil", ["a link", "a folder that all can write"])
+def test_no_server_is_started_in_a_home_that_others_could_have_filled(spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    if spoil == "a link":
+        (tmp_path / "elsewhere").chmod(0o777)
+        (tmp_path / "home").symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home").chmod(0o777)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    with pytest.raises(StoreError, match="set PREFECT_HOME to a folder of your own"), lasting_server():
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.mark.parametrize("start", [lasting_server, temporary_server])
 def test_without_its_password_a_server_of_ours_changes_nothing(start: object) -> None:
     with start() as started:  # type: ignore[operator]
@@ -180,4 +214,4 @@ with temporary_server() as server:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    wait_until(lambda: not server_module._is_alive(done.stdout.strip()), "the server is gone", 60)
+    wait_until(lambda: not is_alive(done.stdout.strip()), "the server is gone", 60)
