@@ -15,6 +15,7 @@ from aecore.errors import AecoreError, DataError
 from aecore.store import open_store
 from aecore.table.table import open_table
 from pipelines.cli.main import main
+from tests.documents import rewrite
 
 HERE = "cluster.num_workers=0"
 TINY = ("model.latent_dim=2", "backbone.hidden=[8]", "train.max_steps=2", "train.global_batch=16", HERE)
@@ -59,6 +60,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(top / "root" / kind, top / f"unfinished {kind}", ignore=shutil.ignore_patterns("model", "dataset.*", "table.*"))
     shutil.copytree(top / "unfinished dataset", top / "second claim")
     (top / "second claim/run.000001.json").rename(top / "second claim/run.000002.json")
+    rewrite(top / "second claim/run.000002.json", claim=2)
     return top
 
 
