@@ -23,6 +23,9 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_threads.py": (),
     "test_subset.py": (),
     "test_store.py": ("killed",),
+    "test_documents.py": ("flipped", "listing"),
+    "test_printable.py": (),
+    "test_private.py": (),
     # data
     "test_arrays.py": (),
     "test_bags.py": (),

@@ -143,7 +143,7 @@ def test_a_damaged_claim_is_named_by_every_verb(places: Path, tmp_path: Path, ve
     copy = shutil.copytree(places / "unfinished dataset", tmp_path / "copy")
     (copy / "run.000001.json").write_text("{")
     code, answer = run_verb(capsys, verb, str(copy), *([str(copy)] if verb == "compare" else []))
-    assert code == 3 and f"{copy}/run.000001.json is not valid JSON" in answer["message"]
+    assert code == 3 and f"{copy}/run.000001.json is damaged" in answer["message"]
 
 
 def test_a_root_with_a_json_file_of_its_user_is_still_collected(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
