@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up `.venv` from the exact lock, then run one of the project's jobs in it. Needs only the standard library, no make.
 
-    python3 infra/bootstrap.py [setup | demo | test | quick | lint | accept | bench | servers | peers | lock] [arguments of the job]
+    python3 infra/bootstrap.py [setup | demo | test | quick | lint | accept | bench | chaos | servers | peers | lock] [arguments of the job]
 
 One pip command installs everything, so nothing differs from the lock; `pip check` verifies the result. A stamp in `.venv` makes
 later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without one the `+cpu`
@@ -268,6 +268,11 @@ def bench(args: list[str]) -> int:
     return job("python", "-m", "tests.benchmarks", *args)
 
 
+def chaos(args: list[str]) -> int:
+    """Run commands under random faults: seconds=600 seed=7 store=local|s3."""
+    return job("python", "-m", "tests.chaos", *args)
+
+
 def servers(args: list[str]) -> int:
     """Install the programs that tests start, if they are missing and it is possible; tests skip without them."""
     if not any(map(shutil.which, BROWSERS)) and not apt_install("chromium"):
@@ -317,6 +322,7 @@ JOBS = {
     "lint": lint,
     "accept": accept,
     "bench": bench,
+    "chaos": chaos,
     "servers": servers,
     "peers": peers,
     "lock": lock,

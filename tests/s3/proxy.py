@@ -6,8 +6,8 @@
 A rule spoils the requests whose first line matches, `times` of them (None: all): `status` answers by itself, `reset` drops the
 connection, `delay` waits before it passes the request on, `cut` ends the answer's body early, `lost_ack` lets the server work and
 drops its answer, `flip` changes one bit of the answer's body (another one each time, unless `bit` says which), with `alternate` of every
-other one. `headers` replace those of all answers to GET (None: leave it out). `log` holds the first line of every request and what was
-done to it.
+other one, `flip_sent` one bit of the request's body, `twice` sends the request two times and passes the second answer on. `headers` replace
+those of all answers to GET (None: leave it out). `log` holds the first line of every request and what was done to it.
 """
 
 import asyncio
@@ -132,11 +132,20 @@ class FaultProxy:
             await writer.drain()
             return True
         upstream.write(head)
-        await _pass_body(head, reader, upstream)
-        answer = await answers.readuntil(b"\r\n\r\n")
-        while answer.startswith(b"HTTP/1.1 100"):
-            answer = await answers.readuntil(b"\r\n\r\n")
-        has_body = not line.startswith("HEAD") and not re.match(rb"HTTP/1.1 (204|304)", answer)
+        if rule and do in ("flip_sent", "twice"):
+            body = bytearray(await reader.readexactly(_length(head)))
+            if do == "twice":
+                upstream.write(body)
+                first = await _answer_to(answers)
+                await _pass_body(first, answers, None, _has_body(line, first))
+                upstream.write(head)
+            else:
+                _flip(body, rule)
+            upstream.write(body)
+        else:
+            await _pass_body(head, reader, upstream)
+        answer = await _answer_to(answers)
+        has_body = _has_body(line, answer)
         if do == "lost_ack":
             await _pass_body(answer, answers, None, has_body)
             writer.transport.abort()
@@ -145,10 +154,8 @@ class FaultProxy:
             answer = _with_headers(answer, self.headers)
         writer.write(answer)
         if rule and do == "flip" and has_body:
-            length = _length(answer)
-            body = bytearray(await answers.readexactly(length))
-            bit = rule.matched * 7919 % (8 * length) if rule.bit is None else rule.bit
-            body[bit // 8] ^= 1 << bit % 8
+            body = bytearray(await answers.readexactly(_length(answer)))
+            _flip(body, rule)
             writer.write(body)
             await writer.drain()
             return True
@@ -159,6 +166,25 @@ class FaultProxy:
             return False
         await _pass_body(answer, answers, writer, has_body)
         return True
+
+
+async def _answer_to(answers: asyncio.StreamReader) -> bytes:
+    """Return the head of the server's answer to a request."""
+    head = await answers.readuntil(b"\r\n\r\n")
+    while head.startswith(b"HTTP/1.1 100"):
+        head = await answers.readuntil(b"\r\n\r\n")
+    return head
+
+
+def _has_body(line: str, answer: bytes) -> bool:
+    return not line.startswith("HEAD") and not re.match(rb"HTTP/1.1 (204|304)", answer)
+
+
+def _flip(body: bytearray, rule: Rule) -> None:
+    """Change one bit; a body without bytes stays as it is."""
+    if body:
+        bit = rule.matched * 7919 % (8 * len(body)) if rule.bit is None else rule.bit
+        body[bit // 8] ^= 1 << bit % 8
 
 
 def _answer(rule: Rule) -> bytes:

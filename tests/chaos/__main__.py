@@ -1,0 +1,82 @@
+"""`python -m tests.chaos [seconds=60] [seed=0] [store=local|s3] [round=N]`: play rounds, print counts, exit 1 if one is not 0."""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.faults import FAULTS
+from tests.chaos.places import place
+from tests.chaos.rounds import Bench, Round, Tally, play
+from tests.chaos.work import PIPELINE, WORKS, Work
+
+DEFAULTS = {"seconds": "60", "seed": "0", "store": "local", "round": ""}
+LONG_S = 300  # a session of that many seconds also runs the pipeline, whose server takes its time to start
+COLUMNS = ("rounds", "injected", "noticed", "lost", "doubled", "wrong", "hung", "unexplained")
+
+
+def choose(seed: str, store: str, number: int, seconds: float) -> tuple[str, Work, random.Random]:
+    """Return class of faults, work and generator of a round: every class once before one comes again."""
+    names = sorted(FAULTS[store])
+    random.Random(f"{seed}/{store}/cycle {number // len(names)}").shuffle(names)
+    rng = random.Random(f"{seed}/{store}/round {number}")
+    return names[number % len(names)], rng.choice((*WORKS, PIPELINE) if seconds >= LONG_S else WORKS), rng
+
+
+def main(words: list[str]) -> int:
+    """Play the rounds that the words ask for."""
+    asked = dict(word.partition("=")[::2] for word in words)
+    unknown = asked.keys() - DEFAULTS.keys()
+    options = DEFAULTS | asked
+    if unknown or options["store"] not in FAULTS:
+        print(f"{' '.join(words)}: expected seconds=N seed=N store={'|'.join(FAULTS)} round=N", file=sys.stderr)
+        return 2
+    seconds, seed, store = float(options["seconds"]), options["seed"], options["store"]
+    base = Path(tempfile.mkdtemp(prefix="aecore-chaos-"))
+    tallies = {name: Tally() for name in sorted(FAULTS[store])}
+    try:
+        with place(store, base) as where:
+            bench = Bench(base, where)
+            begun = time.monotonic()
+            bench.prepare()
+            print(f"{store}: every command once without faults in {time.monotonic() - begun:.0f} s; rounds in {base}", flush=True)
+            begun, number = time.monotonic(), int(options["round"] or 0)
+            while time.monotonic() - begun < seconds:
+                name, work, rng = choose(seed, store, number, seconds)
+                at = time.monotonic()
+                found = play(Round(bench, f"round-{number:04d}", work, rng, f"round-{number:04d}"), FAULTS[store][name])
+                tallies[name].add(found)
+                result = f"{found.injected} injected, {'BAD' if found.bad else 'ok'}, {time.monotonic() - at:.0f} s"
+                print(f"round {number}: {work.name}, {name}: {result}", flush=True)
+                if found.bad:
+                    repeat = f'make chaos ARGS="seconds={options["seconds"]} seed={seed} store={store} round={number}"'
+                    notes = "\n".join(found.notes)
+                    print(f"{notes}\nits folder: {base}; again: {repeat}", flush=True)
+                number += 1
+                if options["round"]:
+                    break
+        return report(tallies)
+    finally:
+        if not any(tally.bad for tally in tallies.values()):
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def report(tallies: dict[str, Tally]) -> int:
+    """Print the table; return the exit status."""
+    every = Tally()
+    for tally in tallies.values():
+        every.add(tally)
+    width = max(map(len, tallies))
+    print("  ".join(["faults".ljust(width), *COLUMNS]))
+    for name, tally in (*tallies.items(), ("all", every)):
+        print("  ".join([name.ljust(width), *(str(getattr(tally, column)).rjust(len(column)) for column in COLUMNS)]))
+    return int(every.bad)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # clients of a bucket that is gone are not worth waiting for

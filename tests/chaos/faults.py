@@ -1,0 +1,302 @@
+"""The classes of faults: each a function of a round, which runs the round's command under faults, once or a few times."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from aecore.errors import AecoreError
+from tests.chaos.places import Bucket, Local
+from tests.chaos.rounds import Fault, Round
+from tests.chaos.work import difference, rows_of
+from tests.processes import run
+
+FAULTS: dict[str, dict[str, Fault]] = {"local": {}, "s3": {}}  # store -> class -> fault
+TWO_DAYS_S, PAGE = 2 * 86400, 4096
+
+
+def fault(name: str, *stores: str) -> Callable[[Fault], Fault]:
+    """Register a class of faults for these stores, all by default."""
+
+    def register(function: Fault) -> Fault:
+        for store in stores or tuple(FAULTS):
+            FAULTS[store][name] = function
+        return function
+
+    return register
+
+
+@fault("SIGKILL")
+def _kill(one: Round) -> None:
+    for _ in range(one.rng.randint(1, 3)):
+        with one.begun() as process:
+            one.reach(process)
+            one.send(process, signal.SIGKILL)
+            one.ended(process, signal.SIGKILL)
+
+
+@fault("kill at a commit")
+def _fault_point(one: Round) -> None:
+    for _ in range(one.rng.randint(1, 2)):
+        point = f"{one.rng.choice(one.work.points)}.{one.rng.choice(('staged', 'synced', 'linked'))}:{one.rng.choice((1, 1, 2, 3))}"
+        with one.begun(env={"AECORE_FAULT": point}) as process:
+            one.tally.injected += one.ended(process, signal.SIGKILL) == -signal.SIGKILL
+
+
+@fault("SIGINT, SIGTERM")
+def _interrupt(one: Round) -> None:
+    how = one.rng.choice((signal.SIGINT, signal.SIGTERM))
+    with one.begun() as process:
+        one.reach(process, 1)
+        one.send(process, how)
+        if one.rng.random() < 0.3:
+            time.sleep(one.rng.uniform(0, 0.5))
+            one.send(process, how)
+        one.ended(process, how)
+
+
+@fault("SIGSTOP, SIGCONT")
+def _stop(one: Round) -> None:
+    """Stop a command; half the time another one does the whole work meanwhile, and the first one wakes up to it."""
+    with one.begun() as process:
+        one.reach(process)
+        one.send(process, signal.SIGSTOP)
+        if one.rng.random() < 0.5:
+            with one.begun() as other:
+                one.ended(other)
+        else:
+            time.sleep(one.rng.uniform(0.1, 1.0))
+        one.send(process, signal.SIGCONT)
+        one.ended(process)
+
+
+@fault("two at once")
+def _two(one: Round) -> None:
+    """Two drivers, sometimes with one killed."""
+    with one.begun() as first:
+        time.sleep(one.rng.choice((0.0, one.rng.uniform(0, 1))))
+        with one.begun() as second:
+            one.tally.injected += 1
+            victim = one.rng.choice((None, None, first, second))
+            if victim is not None:
+                one.reach(victim)
+                one.send(victim, signal.SIGKILL)
+            for process in (first, second):
+                one.ended(process, *((signal.SIGKILL,) if process is victim else ()))
+
+
+@fault("disk full")
+def _full(one: Round) -> None:
+    """A small disk (a file size limit where none can be mounted, and now and then): for the artefacts, or for cache and staged files."""
+    share, limited = one.rng.uniform(0.0, 0.8), one.rng.random() < 0.3
+    local = isinstance(one.place, Local)
+    place = one.bench.base / "data" / (one.out if local else f"small-{one.out}")
+    resize = None if limited else _small_disk(one, place)
+    if resize is None:
+        with one.begun(wrap=["sh", "-c", 'ulimit -f "$0"; exec "$@"', 32 + int(share * 130_000) // 512]) as process:
+            one.tally.injected += one.ended(process) != 0
+        return
+    if local:
+        one.begin()  # the disk hides what was put below it
+    used = sum(-(-path.stat().st_size // PAGE) * PAGE for path in place.rglob("*"))
+    resize(used + PAGE + int(share * one.bench.bytes[one.work.name]))
+    with one.begun(env={} if local else {"TMPDIR": str(place), "AECORE_CACHE": str(place)}) as process:
+        one.tally.injected += one.ended(process) != 0
+    resize(1 << 28)
+
+
+def _small_disk(one: Round, place: Path) -> Callable[[int], object] | None:
+    """Mount a disk at `place` until the round ends; return a function that sets its size, None if this user may not mount one."""
+    place.mkdir(exist_ok=True)
+    if os.geteuid() != 0 or run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", place]).returncode != 0:
+        return None
+    one.stack.callback(run, ["umount", "--lazy", place], check=True)
+    return lambda size: run(["mount", "-o", f"remount,size={size}", place], check=True)
+
+
+@fault("I/O error")
+def _io_error(one: Round) -> None:
+    """Reads, writes, fsyncs or links below the root fail: once, for a while, or for good."""
+    calls = ("read", "write", "fsync", "link") if isinstance(one.place, Local) else ("read", "write")
+    count = one.bench.base / "count"
+    count.unlink(missing_ok=True)
+    env = {
+        "LD_PRELOAD": str(one.bench.library),
+        "CHAOS_ROOT": str(one.bench.base / "data"),
+        "CHAOS_CALL": one.rng.choice(calls),
+        "CHAOS_NTH": str(int(2 ** one.rng.uniform(0, 5))),
+        "CHAOS_TIMES": str(one.rng.choice((1, 1, 3, 10**6))),
+        "CHAOS_ERRNO": str(one.rng.choice((errno.EIO, errno.EIO, errno.ESTALE))),
+        "CHAOS_COUNT": str(count),
+    }
+    with one.begun(env=env) as process:
+        one.ended(process)
+    one.tally.injected += count.is_file()
+
+
+@fault("bit flip, finished")
+def _flip_finished(one: Round) -> None:
+    """A bit of a finished artefact changes: it is noticed by verify, by the same command or by what reads it, or it changes nothing."""
+    for kind in one.work.makes:
+        one.place.copy(f"{one.work.ends}/{kind}", f"{one.out}/{kind}")
+    name = one.rng.choice(one.place.names(one.out))
+    restore = one.place.flip(name, one.rng)
+    one.tally.injected += 1
+    try:
+        noticed = bool(one.problems())
+        with one.begun() as process:
+            noticed |= one.ended(process) != 0
+        noticed |= _use_notices(one, name)
+        _noticed_or_harmless(one, noticed, name)
+    finally:
+        restore()
+
+
+def _use_notices(one: Round, name: str) -> bool:
+    """Encode from the changed artefact, where that can be done; return whether it refused. If it did not, its rows must be right."""
+    if "run" in one.work.makes:
+        model, data = f"{one.out}/run", "one/dataset"
+    elif "dataset" in one.work.makes:
+        model, data = "one/run", f"{one.out}/dataset"
+    else:
+        return False
+    table, state = f"{one.out}-use/table", "one" if data == "one/dataset" else one.work.ends
+    one.stack.callback(one.place.forget, f"{one.out}-use")
+    with one.begun(["encode", one.url(model), one.url(data), one.url(table), "--recipe", one.url("recipe")]) as process:
+        if one.ended(process) != 0:
+            return True
+    found = rows_of("table", one.url(table))
+    one.tally.count(difference(one.bench.rows[state, "table"], found), f"encoded from an artefact with a changed bit in {name}")
+    return False
+
+
+def _noticed_or_harmless(one: Round, noticed: bool, name: str) -> None:
+    try:
+        found = one.difference()
+    except AecoreError:
+        noticed = True
+    else:
+        if not noticed:
+            one.tally.count(found, f"nobody noticed a changed bit in {name}")
+    one.tally.noticed += noticed
+
+
+@fault("bit flip, unfinished")
+def _flip_unfinished(one: Round) -> None:
+    """A bit changes in what a killed command has left; the same command refuses, or ends with what it should make, or verify notices."""
+    with one.begun() as process:
+        one.reach(process, 1)
+        process.send(signal.SIGKILL)
+        one.ended(process, signal.SIGKILL)
+    if not (names := one.place.names(one.out)):
+        return
+    name = one.rng.choice(names)
+    restore = one.place.flip(name, one.rng)
+    one.tally.injected += 1
+    try:
+        with one.begun() as process:
+            noticed = one.ended(process) != 0
+        _noticed_or_harmless(one, noticed or bool(one.problems()), name)
+    finally:
+        restore()
+
+
+@fault("gc beside, gc after a kill")
+def _gc(one: Round) -> None:
+    """Collect garbage while the command runs (nothing of it is a day old), or at once after it was killed."""
+    _collect_beside(one, {})
+    with one.begun() as process:
+        one.reach(process)
+        process.send(signal.SIGKILL)
+        one.ended(process, signal.SIGKILL)
+    more = one.rng.choice(((), ("--unfinished",)))
+    for kind in one.work.makes:
+        with one.begun(["gc", one.url(f"{one.out}/{kind}"), "--older-than", "0s", *more]) as process:
+            one.ended(process)
+            one.tally.injected += 1
+
+
+@fault("clock two days ahead")
+def _clock(one: Round) -> None:
+    """Collect garbage with a clock that is two days ahead, while the command runs; sometimes the command has that clock too."""
+    env = {"LD_PRELOAD": str(one.bench.library), "CHAOS_CLOCK_S": str(TWO_DAYS_S)}
+    _collect_beside(one, env)
+
+
+def _collect_beside(one: Round, env: dict[str, str]) -> None:
+    own = env if isinstance(one.place, Local) and one.rng.random() < 0.3 else {}
+    with one.begun(env=own) as process:
+        one.reach(process, 1)
+        one.send(process, signal.SIGSTOP)  # else it is soon over
+        for kind in one.work.makes:
+            with one.begun(["gc", one.url(f"{one.out}/{kind}"), *one.rng.choice(((), ("--unfinished",)))], env=env) as gc:
+                one.ended(gc)
+        if process.process.poll() is None:
+            process.send(signal.SIGCONT)
+        code = one.ended(process)
+        if code not in (0, None):
+            one.tally.unexpected(f"gc disturbed a running command: exit status {code}\n{process.tail()}")
+
+
+def _spoiled(one: Round, match: str, do: str, times: int, **options: object) -> None:
+    """Run the command; from the first request or from a random one on the proxy spoils those that match."""
+    assert isinstance(one.place, Bucket)
+    with one.begun() as process:
+        if one.rng.random() < 0.5:
+            one.reach(process)
+        one.place.proxy.add(match, do, times=times, **options)
+        one.ended(process)
+    one.tally.injected += sum(bool(done) for _, done in one.place.proxy.log)
+
+
+@fault("received bytes flipped", "s3")
+def _flip_received(one: Round) -> None:
+    _spoiled(one, "^GET", "flip", one.rng.randint(1, 4))
+
+
+@fault("sent bytes flipped", "s3")
+def _flip_sent(one: Round) -> None:
+    _spoiled(one, "^PUT", "flip_sent", one.rng.randint(1, 4))
+
+
+@fault("503", "s3")
+def _unavailable(one: Round) -> None:
+    _spoiled(one, ".", "status", one.rng.choice((1, 3, 30)))
+
+
+@fault("reset", "s3")
+def _reset(one: Round) -> None:
+    _spoiled(one, ".", "reset", one.rng.choice((1, 3, 30)))
+
+
+@fault("cut", "s3")
+def _cut(one: Round) -> None:
+    _spoiled(one, "^GET", "cut", one.rng.randint(1, 4), after=one.rng.choice((0, 1, 100, 5000)), seconds=one.rng.choice((0.0, 1.0)))
+
+
+@fault("slow", "s3")
+def _slow(one: Round) -> None:
+    _spoiled(one, ".", "delay", one.rng.randint(1, 4), seconds=one.rng.uniform(0.2, 1.5))
+
+
+@fault("lost acknowledgement", "s3")
+def _lost_ack(one: Round) -> None:
+    _spoiled(one, "^(PUT|POST|DELETE)", "lost_ack", one.rng.randint(1, 4))
+
+
+@fault("sent twice", "s3")
+def _twice(one: Round) -> None:
+    _spoiled(one, ".", "twice", one.rng.choice((1, 5, 100)))
+
+
+@fault("ETag that is no MD5", "s3")
+def _kms(one: Round) -> None:
+    assert isinstance(one.place, Bucket)
+    key = one.rng.choice(({"x-amz-server-side-encryption": "aws:kms"}, {}))
+    one.place.proxy.headers.update({"etag": f'"{one.rng.getrandbits(128):032x}"', **key})
+    with one.begun() as process:
+        if (code := one.ended(process)) not in (0, None):
+            one.tally.unexpected(f"exit status {code} because of an ETag\n{process.tail()}")
+    one.tally.injected += sum(line.startswith("GET") for line, _ in list(one.place.proxy.log))

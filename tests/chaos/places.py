@@ -1,0 +1,166 @@
+"""Where the artefacts of the rounds are: a folder, or a bucket behind a proxy. Both can copy, count progress, and change a stored bit."""
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.s3 import S3, s3_environment, start_server
+from tests.s3.proxy import FaultProxy
+
+
+class Local:
+    """Artefacts below a folder."""
+
+    store = "local"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment: dict[str, str] = {}
+
+    def url(self, name: str) -> str:
+        return str(self.root / name)
+
+    def images(self, name: str, folder: Path) -> None:
+        shutil.copytree(folder, self.root / name)
+
+    def copy(self, name: str, to: str) -> None:
+        shutil.copytree(self.root / name, self.root / to, dirs_exist_ok=True)
+
+    def names(self, name: str) -> list[str]:
+        """Return the files below `name`, sorted."""
+        return sorted(path.relative_to(self.root).as_posix() for path in (self.root / name).rglob("*") if path.is_file())
+
+    def bytes(self, name: str) -> int:
+        return sum((self.root / found).stat().st_size for found in self.names(name))
+
+    def progress(self, name: str) -> int:
+        """Return the number of files below `name`, while others are writing there."""
+        with contextlib.suppress(OSError):
+            return sum(len(files) for _, _, files in os.walk(self.root / name))
+        return 0
+
+    def flip(self, name: str, rng: random.Random) -> Callable[[], None]:
+        """Change one bit of a file in place; return the call that changes it back, if it is there still."""
+        path = self.root / name
+        before = path.read_bytes()
+        after = _flipped(before, rng)
+        path.write_bytes(after)
+
+        def restore() -> None:
+            if path.is_file() and path.read_bytes() == after:
+                path.write_bytes(before)
+
+        return restore
+
+    def keep(self, name: str, folder: Path) -> None:
+        """Keep what is below `name` for who looks into a failure: it stays where it is, or is copied from a disk that goes away."""
+        if os.path.ismount(self.root / name):
+            shutil.copytree(self.root / name, folder / name)
+
+    def forget(self, name: str) -> None:
+        shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def quiet(self) -> None:
+        """End all faults: there are none but those of commands."""
+
+
+class Bucket:
+    """Artefacts in a bucket, which aecore reaches through the proxy, in commands and in this process; `s3.raw` goes past it."""
+
+    store = "s3"
+
+    def __init__(self, s3: S3, proxy: FaultProxy, cache: Path) -> None:
+        self.s3, self.proxy = s3, proxy
+        self.environment = s3_environment(proxy.port, cache)
+
+    def url(self, name: str) -> str:
+        return f"{self.s3.url}/{name}"
+
+    def images(self, name: str, folder: Path) -> None:
+        self.s3.upload(folder, name)
+
+    def _objects(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for found in self.names(name):
+            yield found, self.s3.raw.get_object(Bucket=self.s3.bucket, Key=found)
+
+    def _put(self, name: str, data: bytes, metadata: dict[str, str]) -> None:
+        self.s3.raw.put_object(Bucket=self.s3.bucket, Key=name, Body=data, Metadata=metadata)
+
+    def copy(self, name: str, to: str) -> None:
+        for found, stored in self._objects(name):
+            self._put(to + found.removeprefix(name), stored["Body"].read(), stored["Metadata"])
+
+    def _sizes(self, name: str) -> dict[str, int]:
+        pages = self.s3.raw.get_paginator("list_objects_v2").paginate(Bucket=self.s3.bucket, Prefix=f"{name}/")
+        return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
+
+    def names(self, name: str) -> list[str]:
+        return sorted(self._sizes(name))
+
+    def bytes(self, name: str) -> int:
+        return sum(self._sizes(name).values())
+
+    def progress(self, name: str) -> int:
+        """Return the number of requests so far."""
+        return len(self.proxy.log)
+
+    def flip(self, name: str, rng: random.Random) -> Callable[[], None]:
+        stored = self.s3.raw.get_object(Bucket=self.s3.bucket, Key=name)
+        before = stored["Body"].read()
+        after = _flipped(before, rng)
+        self._put(name, after, stored["Metadata"])
+
+        def restore() -> None:
+            if self.s3.objects(name).get("") == after:
+                self._put(name, before, stored["Metadata"])
+
+        return restore
+
+    def keep(self, name: str, folder: Path) -> None:
+        for found, stored in self._objects(name):
+            path = folder / found
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(stored["Body"].read())
+
+    def forget(self, name: str) -> None:
+        for found in self.names(name):
+            self.s3.raw.delete_object(Bucket=self.s3.bucket, Key=found)
+
+    def quiet(self) -> None:
+        self.proxy.clear()
+
+
+Place = Local | Bucket
+
+
+@contextlib.contextmanager
+def place(store: str, base: Path) -> Iterator[Place]:
+    """Yield the place of a store, with its files below `base`; this process reads what is there meanwhile."""
+    root = base / "data"
+    root.mkdir()
+    if store == "local":
+        yield Local(root)
+        return
+    from aecore.store import _s3 as s3_module
+    from aecore.store._s3_client import close_clients
+
+    s3_module.RECENT_S = 0.0  # objects are changed behind the store's back
+    with start_server(base) as port, FaultProxy(port) as proxy:
+        os.environ.update(s3_environment(proxy.port, base / "cache-of-comparisons"))
+        try:
+            yield Bucket(S3(port, proxy.port).with_bucket(), proxy, root / "cache")
+        finally:
+            close_clients()
+
+
+def _flipped(data: bytes, rng: random.Random) -> bytes:
+    if not data:
+        return data
+    bit = rng.randrange(8 * len(data))
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)

@@ -1,0 +1,111 @@
+"""A minute of `make chaos`, and that it would count what went wrong: a green table of a harness that sees nothing is worth nothing."""
+
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aecore.store import open_store
+from tests.chaos.__main__ import choose
+from tests.chaos.faults import FAULTS
+from tests.chaos.places import Local
+from tests.chaos.rounds import ROOT, Bench, Round, play
+from tests.chaos.work import WORKS, Difference, difference
+from tests.processes import run
+from tests.s3 import S3
+from tests.s3.proxy import FaultProxy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("store", "seconds"), [("local", 40), ("s3", 20)])
+def test_under_random_faults_nothing_is_lost_doubled_wrong_or_hung(store: str, seconds: int) -> None:
+    done = run([sys.executable, "-m", "tests.chaos", f"seconds={seconds}", "seed=0", f"store={store}"], cwd=ROOT, timeout_s=840)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    rounds, injected = map(int, done.stdout.splitlines()[-1].split()[1:3])
+    assert rounds and injected, done.stdout
+
+
+def test_lost_doubled_and_wrong_rows_are_counted() -> None:
+    expected = [("a", "1"), ("b", "2"), ("c", "3")]
+    assert not difference(expected, expected[::-1])
+    assert difference(expected, [("a", "1"), ("a", "1"), ("b", "9"), ("d", "4")]) == Difference(lost=1, doubled=1, wrong=2)
+    assert difference(expected, []) == Difference(lost=3)
+
+
+@pytest.mark.parametrize("store", FAULTS)
+def test_the_seed_decides_the_rounds_and_every_class_comes_once_before_one_comes_again(store: str) -> None:
+    def rounds(seed: str) -> list[tuple[str, str, float]]:
+        chosen = [choose(seed, store, number, 40) for number in range(2 * len(FAULTS[store]))]
+        return [(name, work.name, rng.random()) for name, work, rng in chosen]
+
+    assert rounds("7") == rounds("7") != rounds("8")
+    for cycle in (rounds("7")[: len(FAULTS[store])], rounds("7")[len(FAULTS[store]) :]):
+        assert sorted(name for name, _, _ in cycle) == sorted(FAULTS[store])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    base = tmp_path_factory.mktemp("chaos")
+    (base / "data").mkdir()
+    made = Bench(base, Local(base / "data"))
+    made.prepare(WORKS[:1])
+    return made
+
+
+def shard_under(bench: Bench, fault: object) -> Round:
+    """Play a round of `shard`, the first of the works."""
+    one = Round(bench, "round", WORKS[0], random.Random(0), "round")
+    play(one, fault)  # type: ignore[arg-type]
+    return one
+
+
+def test_damage_that_is_not_repaired_and_a_command_that_is_not_well_are_counted(bench: Bench) -> None:
+    def damage(one: Round) -> None:
+        one.finish()
+        (name,) = [name for name in one.place.names(one.out) if name.endswith("shards/train-000001.tar")]
+        one.place.flip(name, one.rng)
+
+    def unknown_signal(one: Round) -> None:
+        with one.begun(["shard", "--no-such-option"], wrap=["sh", "-c", 'echo "Traceback (most recent call last)"; exit 77']) as process:
+            one.ended(process)
+
+    assert not shard_under(bench, Round.finish).tally.bad
+    damaged = shard_under(bench, damage)
+    assert damaged.tally.wrong and any("train-000001.tar" in note for note in damaged.tally.notes), damaged.tally
+    assert shard_under(bench, unknown_signal).tally.unexplained == 1
+
+
+READS = """
+import sys, time
+for path in sys.argv[1:]:
+    try:
+        print(len(open(path, "rb", buffering=0).read(1)), end=" ")
+    except OSError as error:
+        print(error.errno, end=" ")
+print(time.time())
+"""
+
+
+def test_the_library_fails_the_nth_call_below_the_root_and_moves_the_clock(bench: Bench, tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in/file", tmp_path / "file"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        path.write_bytes(b"x")
+    faults = {"CHAOS_ROOT": f"{tmp_path}/in", "CHAOS_CALL": "read", "CHAOS_NTH": "2", "CHAOS_TIMES": "1", "CHAOS_ERRNO": "116"}
+    env = {**os.environ, "LD_PRELOAD": str(bench.library), **faults, "CHAOS_COUNT": f"{tmp_path}/count", "CHAOS_CLOCK_S": "172800"}
+    done = run([sys.executable, "-c", READS, inside, outside, inside, outside, inside], env=env, check=True)
+    *found, now = done.stdout.split()
+    assert found == ["1", "1", "116", "1", "1"]
+    assert (tmp_path / "count").read_bytes() == b"x"
+    assert 172000 < float(now) - time.time() < 173000
+
+
+@pytest.mark.parametrize("do", ["flip_sent", "twice"])
+def test_a_request_that_arrives_changed_or_twice_writes_the_object_once(bad_s3: S3, s3_proxy: FaultProxy, do: str) -> None:
+    s3_proxy.add("^PUT .*part", do)
+    open_store(bad_s3.url).put("part", b"content", role="part")
+    assert bad_s3.objects() == {"part": b"content"}
+    assert [done for line, done in s3_proxy.log if line.startswith("PUT")] == ([do, ""] if do == "flip_sent" else [do])
