@@ -59,18 +59,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, step: int, wher
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trained = {number: parameter for number, parameter in enumerate(parameters) if parameter.requires_grad}
     count = f"the numbers of {len(trained)} parameters"
-    require(isinstance(states, dict) and states.keys() == trained.keys(), "state", states, count)
-    for number, parameter in trained.items():
-        entry, state = f"state.{number}", states[number]
+    # a parameter of a user's net that never had a gradient has no entry; all of them have none only before the first step
+    known = isinstance(states, dict) and states.keys() <= trained.keys() and (bool(states) or not step)
+    require(known, "state", states, count)
+    for number in states:
+        parameter, entry, state = trained[number], f"state.{number}", states[number]
         require(isinstance(state, dict) and state.keys() == {"step", "exp_avg", "exp_avg_sq"}, entry, state, "step, exp_avg, exp_avg_sq")
         counted = torch.zeros((), dtype=torch.float32)
         for name, like in (("step", counted), ("exp_avg", parameter), ("exp_avg_sq", parameter)):
             require(_is_like(state[name], like), f"{entry}.{name}", state[name], _described(like))
             require(bool(state[name].isfinite().all()), f"{entry}.{name}", "not finite", "finite numbers")
         seen = float(state["step"])
-        require(seen == min(step, _LARGEST_STEP), f"{entry}.step", seen, f"{step}, that of the checkpoint")
+        require(1 <= seen <= min(step, _LARGEST_STEP), f"{entry}.step", seen, f"1 to {step}, the steps of the checkpoint")
         require(not bool((state["exp_avg_sq"] < 0).any()), f"{entry}.exp_avg_sq", "negative", "means of squares")
-    copies = {number: {name: value.clone() for name, value in states[number].items()} for number in trained}  # no two share memory
+    copies = {number: {name: value.clone() for name, value in states[number].items()} for number in states}  # no two share memory
     optimizer.load_state_dict({"state": copies, "param_groups": own})
 
 

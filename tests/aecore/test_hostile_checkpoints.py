@@ -310,7 +310,6 @@ def state_mutations(state: dict[str, Any]) -> Iterator[Mutation]:
         for value in (None, 4, 4.0, "4", torch.tensor([4.0]), torch.tensor(4), torch.zeros(0), torch.tensor(4.0, dtype=torch.float64)):
             cases[f"{number}.step is {value!r}"] = of(number, step=value)
         cases[f"{number} has another entry"] = of(number, max_exp_avg_sq=torch.zeros(3))
-        cases[f"{number} is missing"] = entries({key: value for key, value in states.items() if key != number})
         for value in (None, 1, "x", [], {}):
             cases[f"{number} is {value!r}"] = entries({**states, number: value})
     cases["the states of two parameters are swapped"] = entries({**states, 0: states[last], last: states[0]})

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from aecore.training.optimizer import OptimSpec, build_optimizer
+from aecore.errors import DataError
+from aecore.training.optimizer import OptimSpec, build_optimizer, load_optimizer
 
 # After three steps of the net below with `FusedAdam` of 8c16698, and its weights two steps later
 MOMENTS = {
@@ -78,3 +79,20 @@ def test_the_state_that_is_written_is_that_of_earlier_versions(kind):
         assert found["state"][number].keys() == state.keys()
         for name, value in state.items():
             torch.testing.assert_close(found["state"][number][name], value, rtol=1e-6, atol=0)
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_state_and_goes_on():
+    net = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+
+    def fresh() -> torch.optim.Optimizer:
+        return build_optimizer(OptimSpec(), net)
+
+    optimizer = fresh()
+    net["used"](torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    state, again = optimizer.state_dict(), fresh()
+    assert len(state["state"]) == 2
+    load_optimizer(again, state, 1, "state.pt")
+    assert again.state_dict()["state"].keys() == state["state"].keys()
+    with pytest.raises(DataError, match=r"state\.pt does not fit this run: state"):
+        load_optimizer(fresh(), {**state, "state": {}}, 1, "state.pt")
