@@ -39,7 +39,8 @@ try:
     {call}
 except (AecoreError, BadSample) as error:
     said = type(error).__name__ + ": " + str(error)
-seconds, kilobytes = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+seconds = time.process_time() - began
+kilobytes = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # ru_maxrss counts the parent before exec, too
 print(json.dumps([said, seconds, kilobytes << 10]))
 """
 

@@ -472,7 +472,7 @@ def test_list_says_what_each_knob_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert (knobs["latent_dim"]["type"], knobs["latent_dim"]["ge"]) == ("int", 1)
     assert knobs["likelihood"]["choices"] == ["gaussian", "bernoulli", "laplace", "categorical"]
     assert "choices" not in knobs["beta"]
-    assert re.search(r"\n    latent_dim = 10 +size of the latent vector \(int >= 1\)\n", printed(capsys, "list", "models"))
+    assert re.search(r"\n    latent_dim = 10 +size of the latent vector \(int >= 1 and <= 16777216\)\n", printed(capsys, "list", "models"))
     folder = json.loads(printed(capsys, "list", "sources", "--json"))["folder"]["knobs"]
     assert (folder["extensions"]["type"], folder["group"]["choices"]) == ("list of str", ["parent"])
 

@@ -40,7 +40,7 @@ def by_split(made):
 
 def parent_with(planned, classes=()):
     shards = [ShardRef(split, f"{split}-000000", num, num, 0, FILE, FILE, "c") for split, num in planned.items()]
-    return DatasetManifest(1, 0, None, {}, classes, in_order(shards), (), (FILE,), SampleInfo({}, {}), {}, {}, "d")
+    return DatasetManifest(1, 0, None, None, {}, classes, in_order(shards), (), (FILE,), SampleInfo({}, {}), {}, {}, "d")
 
 
 samples = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 4)), min_size=1, max_size=80)  # size in bytes, group

@@ -26,12 +26,16 @@ def test_arrays_in_a_bucket_give_the_shards_of_a_folder(s3, tmp_path: Path) -> N
         assert there.dataset_sha256 == here.dataset_sha256
 
 
-def test_tars_in_a_bucket_are_adopted_where_they_are(s3, tmp_path: Path) -> None:
+def test_tars_in_a_bucket_are_adopted_where_they_are(s3, tmp_path: Path, monkeypatch) -> None:
     s3.upload(two_tars(tmp_path / "theirs"), "theirs")
     here = adopt_shards(WebdatasetSpec(url=str(tmp_path / "theirs")), str(tmp_path / "ds"))
     for out in (f"{s3.url}/ds", str(tmp_path / "index-here"), f"{s3.url}/theirs"):
         there = adopt_shards(WebdatasetSpec(url=f"{s3.url}/theirs"), out)
         assert there.dataset_sha256 == here.dataset_sha256
+        if out.startswith("/"):
+            with pytest.raises(DataError, match=f"AECORE_TAR_PREFIXES={s3.url}/theirs"):
+                pixels(out)
+            monkeypatch.setenv("AECORE_TAR_PREFIXES", s3.url)
         assert pixels(out) == EXPECTED
         assert verify_dataset(open_dataset(out), read_data=True).problems == ()
     assert not [name for name in s3.objects("ds/") if name.endswith(".tar")], "no tar is copied"

@@ -78,9 +78,12 @@ def test_two_recipes_of_one_name_are_refused() -> None:
 
 def test_an_unreachable_server_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://admin:hidden@127.0.0.1:9/api")
-    with pytest.raises(ClusterError, match="no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:9/api") as caught:
+    with pytest.raises(ConfigError, match="a password goes into PREFECT_API_AUTH_STRING") as caught:
         require_server(2)
     assert "hidden" not in str(caught.value)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with pytest.raises(ClusterError, match="no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:9/api"):
+        require_server(2)
 
 
 def test_the_environment_of_a_run_holds_settings_and_no_secret() -> None:
