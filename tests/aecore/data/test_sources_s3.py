@@ -11,6 +11,7 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.errors import DataError
 from tests.aecore.data.test_external_tars import EXPECTED, pixels, two_tars
 from tests.aecore.data.test_stream import batches, numbers
 from tests.aecore.data.tiny import image
@@ -53,7 +54,6 @@ def test_tars_in_a_bucket_are_streamed(s3, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [ArraysSpec, WebdatasetSpec])
 def test_a_missing_object_is_named(s3, kind) -> None:
-    from aecore.errors import DataError
     from aecore.registry import SOURCES
 
     ending = "npz" if kind is ArraysSpec else "tar"
