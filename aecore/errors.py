@@ -133,6 +133,10 @@ class ClusterError(AecoreError):
     exit_code = 5
 
 
+class ServiceLost(ClusterError):
+    """The connection to a service broke while it was used: the same work again may succeed."""
+
+
 def _restored(kind: type[AecoreError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AecoreError:
     error = kind.__new__(kind, *args)
     vars(error).update(attributes)

@@ -61,7 +61,7 @@ _KINDS = (
     _Kind(r"records/([^/]+)\.json", _RECORD, "part", first=(_RECORD | _FORMAT,)),
     _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, first=(_DATASET | _FORMAT,)),
     _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, first=(_TABLE | _FORMAT,)),
-    _Kind(r"step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"checkpoints/step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"checkpoint\.json", _CHECKPOINT, first=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"config\.json", _CONFIG, first=(_CONFIG | _FORMAT,)),
     _Kind(r"(?:samples|decoded)\.json", _GENERATED, first=(_GENERATED,)),
@@ -144,7 +144,7 @@ def _require_shallow(data: dict[str, Any]) -> None:
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError(f"the key {next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)!r} stands there twice")
+        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands there twice")
     return data
 
 

@@ -131,8 +131,9 @@ def collect(
             stack.callback(outcomes.close)
         for outcome in outcomes:
             if isinstance(outcome, PartFailure):
-                trace = f"\n{outcome.traceback}" if outcome.traceback else ""
-                logger.error("%s failed: %s: %s%s", outcome.part, outcome.error_type, outcome.message, trace)
+                logger.error("%s failed: %s: %s", outcome.part, outcome.error_type, outcome.message)
+                for line in (outcome.traceback or "").splitlines():  # a message of ours is one line
+                    logger.error("  %s", line)
                 failures.append(outcome)
                 continue
             records[outcome.part] = outcome

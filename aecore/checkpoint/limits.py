@@ -54,7 +54,7 @@ def shapes_of(build: Callable[[], nn.Module]) -> Mapping[str, Tensor] | None:
             state: Mapping[str, Tensor] = build().state_dict()
     except NotImplementedError:
         return None
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: a numpy array is asked for
         if "meta" in str(error) or "device" in str(error):  # of what torch cannot do there
             return None
         raise

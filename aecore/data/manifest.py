@@ -225,7 +225,7 @@ def tar_store(store: Store, shard: ShardRef) -> Store:
         return store
     url = absolute_url(resolve_url(store.url, shard.tar_base_url), "home")
     own = "/".join(store.url.split("/")[:3]) if is_remote(store.url) else store.url  # its bucket: the user has named it
-    prefixes = [own, *filter(None, os.environ.get(TAR_PREFIXES, "").split(","))]
+    prefixes = [own, *filter(None, map(str.strip, os.environ.get(TAR_PREFIXES, "").split(",")))]
     if (is_remote(url) or is_remote(store.url)) and not any(_is_below(url, absolute_url(prefix, TAR_PREFIXES)) for prefix in prefixes):
         raise DataError(
             f"the dataset {store.url} says that its tars are in {url}, which nobody here has named: requests there would be signed with "

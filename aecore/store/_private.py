@@ -60,8 +60,8 @@ def _opened(path: Path, other: str) -> int:
     if found.st_uid != os.getuid():
         wrong = f"belongs to user {found.st_uid}, expected {os.getuid()}"
     elif found.st_mode & 0o022:
-        wrong = f"can be written by others (mode {stat.S_IMODE(found.st_mode):o}), expected 700"
+        wrong = f"can be written by others (mode {stat.S_IMODE(found.st_mode):o}), expected 700: chmod go-w {path}, or"
     if wrong is not None:
         os.close(descriptor)
-        raise StoreError(f"{path} {wrong}: {other}")
+        raise StoreError(f"{path} {wrong}{'' if wrong.endswith(', or') else ':'} {other}")
     return descriptor

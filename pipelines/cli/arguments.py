@@ -5,6 +5,7 @@ Nothing heavy is imported: every `aepipe --help` passes through this module.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import re
 import sys
@@ -66,7 +67,8 @@ class _Version(argparse.Action):
     """`--version`: reads the metadata of the installed package only when it is used."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        sys.stdout.write(f"aepipe {importlib.metadata.version('aecore')}\n")
+        with contextlib.suppress(OSError):  # nobody reads it
+            sys.stdout.write(f"aepipe {importlib.metadata.version('aecore')}\n")
         parser.exit()
 
 

@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(words)
+    except SystemExit:  # of --help and --version, which have written all
+        with contextlib.suppress(OSError):
+            _print("stdout", "", end="")
+        raise
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
         return _failed({"error": "Interrupted", "message": message, "exit_code": INTERRUPTED}, as_json=as_json)
@@ -84,10 +88,10 @@ def _show(result: str) -> None:
         raise StoreError(f"{why}; send it to another file and run the same command again, finished work is kept") from error
 
 
-def _print(name: str, line: str) -> None:
+def _print(name: str, line: str, end: str = "\n") -> None:
     """Print to a stream of `sys`; one that raises OSError is left, so that the interpreter's own flush at exit does not fail."""
     try:
-        print(line, file=getattr(sys, name), flush=True)
+        print(line, end=end, file=getattr(sys, name), flush=True)
     except OSError:
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
         raise

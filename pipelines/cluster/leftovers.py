@@ -22,6 +22,7 @@ from aecore.store import pid_namespace, private_folder
 from pipelines.cluster.process import is_alive, process_name
 
 logger = logging.getLogger(__name__)
+MAX_SOCKET_LENGTH, SOCKET_LENGTH = 107, 68  # of a path; of what Ray puts below: /ray/session_DATE_TIME_PID/sockets/plasma_store
 SHARED = Path("/tmp")  # not TMPDIR, which may be long: a session holds sockets, whose paths may have 107 characters
 NOTE = "started-by"  # in the folder of a session: PID namespace and name of its driver
 _SESSION = re.compile(r"session_[\d_-]+_(\d+)")
@@ -62,8 +63,12 @@ def session_root() -> Path:
     name, named = f"aepipe-ray-{os.getuid()}", os.environ.get("RAY_TMPDIR")
     if not named:
         return SHARED / name
-    folder = Path(named).resolve()
-    return folder if folder.name == name or _is_private(folder) else folder / name
+    folder = Path(named).absolute()  # not resolved: a short link is how one keeps the paths of sockets short
+    root = folder if folder.name == name or _is_private(folder) else folder / name
+    if len(str(root)) + SOCKET_LENGTH <= MAX_SOCKET_LENGTH:
+        return root
+    logger.warning("RAY_TMPDIR=%s is too long for the paths of Ray's sockets: using %s", named, SHARED / name)
+    return SHARED / name
 
 
 def _is_private(folder: Path) -> bool:
@@ -149,7 +154,7 @@ def _users(folders: Sequence[Path]) -> dict[Path, tuple[int, ...]]:
     """Return for each folder the processes of this user that name it in their command line or have one of its files open."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()] if folders else []
     used = {pid: _names_used(Path("/proc", str(pid))) for pid in pids}
-    return {folder: tuple(pid for pid, names in used.items() if f"/{folder.name}/" in names) for folder in folders}
+    return {folder: tuple(pid for pid, names in used.items() if f"{os.path.realpath(folder)}/" in names) for folder in folders}
 
 
 def _names_used(process: Path) -> str:

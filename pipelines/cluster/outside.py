@@ -3,7 +3,7 @@
 `aecore.errors.from_outside` knows storage, memory and inputs; this adds the services: Ray, Prefect's server, the job server.
 """
 
-from aecore.errors import AecoreError, ClusterError, from_outside
+from aecore.errors import AecoreError, ServiceLost, from_outside
 
 SERVICES = frozenset({"grpc", "httpcore", "httpx", "ray", "requests", "urllib3"})  # packages whose errors are those of a service
 
@@ -23,7 +23,7 @@ def typed(error: Exception) -> AecoreError | None:
         return typed(cause)
     if packages & SERVICES or (isinstance(error, ConnectionError) and error.filename is None):
         what = next(iter(str(error).strip().splitlines()), "")
-        return ClusterError(
+        return ServiceLost(
             f"the connection to a service failed ({type(error).__name__}{': ' if what else ''}{what}): what is finished is kept; "
             "look whether the Ray cluster and the Prefect server are well, then run the same command again"
         )

@@ -141,7 +141,8 @@ def _start_local(ray: Any) -> None:
             job_config=_job_config(),
             _node_ip_address=LOOPBACK,
         )
-    note_driver(Path(ray._private.worker.global_worker.node.get_session_dir_path()))
+    with contextlib.suppress(OSError):  # without a note the folder is only kept
+        note_driver(Path(ray._private.worker.global_worker.node.get_session_dir_path()))
 
 
 @contextlib.contextmanager

@@ -229,10 +229,9 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
     try:
         fit(config["job"], rank=rank, on_checkpoint=report, stop=_at_most_every(ASK_EVERY_S, ask))
     except OSError as error:
-        known = from_outside(error)
-        if known is None or isinstance(error, ConnectionError):  # the connection to another rank, which may have died
+        if isinstance(error, (ConnectionError, TimeoutError)):  # of another rank, which may have died
             raise
-        raise known from error  # ends the run: only a worker that dies is started again
+        raise from_outside(error) or error from error  # ends the run: only a worker that dies is started again
 
 
 def _at_most_every(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:

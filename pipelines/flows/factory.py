@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 
-from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed, WorkerDied
+from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed, ServiceLost, WorkerDied
 from aecore.registry import flatten
 from pipelines.cluster.jobs import JobStopped
 from pipelines.cluster.outside import typed
@@ -58,6 +58,8 @@ def is_retryable(task: Any, task_run: Any, state: Any) -> bool:
     """Return whether a failed task may succeed on a retry."""
     try:
         state.result()
+    except ServiceLost:
+        return True
     except (ClusterError, ConfigError, DataError, Diverged, JobStopped, WorkerDied):
         return False
     except Exception:  # Prefect raises it after the last attempt

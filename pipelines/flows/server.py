@@ -148,7 +148,8 @@ def _start(listening: socket.socket, lock: Path, log: Path, record: Path | None)
     command = [sys.executable, "-P", "-m", "pipelines.flows.server_process", str(listening.fileno()), str(lock), str(record or "")]
     for database in _home().glob("prefect.db*"):  # of an earlier version, or of a server that was started by hand
         if not database.is_symlink():
-            database.chmod(0o600)
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another server has just closed it; or it is another user's
+                database.chmod(0o600)
     with listening, open(log, "ab" if record is None else "wb", opener=_private) as output:
         os.fchmod(output.fileno(), 0o600)
         child = subprocess.Popen(

@@ -161,6 +161,10 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         return path, value
     try:
         return path, _data(value, key)
+    except ConfigError as error:
+        if "in quotes" not in str(error):
+            raise
+        raise ConfigError(f"{error}; quotes of a value need quotes of the shell around them: '{key}=\"{value}\"'") from None
     except yaml.YAMLError:
         return path, value  # a path or URL with special characters of YAML
 

@@ -15,7 +15,11 @@ class Printable(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record, and let it pass."""
-        record.msg, record.args = printable(record.getMessage(), one_line=record.name.partition(".")[0] in OURS), ()
+        try:
+            text = record.getMessage()
+        except Exception:  # a wrong log call, of any package: it must not fail the work
+            text = f"{record.msg} {record.args!r}"
+        record.msg, record.args = printable(text, one_line=record.name.partition(".")[0] in OURS), ()
         if record.exc_info:
             record.exc_text = printable(record.exc_text or logging.Formatter().formatException(record.exc_info))
         return True
@@ -25,9 +29,10 @@ _FILTER = Printable()
 
 
 def make_printable(*prefixes: str) -> None:
-    """Add the filter to all handlers of the loggers with these names, and of those below them, once."""
-    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in prefixes]:
-        for handler in logging.getLogger(name).handlers:
+    """Add the filter to all handlers of the root logger, of the loggers with these names, and of those below them, once."""
+    names = [name for name in list(logging.root.manager.loggerDict) if name.partition(".")[0] in prefixes]  # other threads add loggers
+    for logger in (logging.getLogger(), *map(logging.getLogger, names)):
+        for handler in list(logger.handlers):
             handler.addFilter(_FILTER)
 
 

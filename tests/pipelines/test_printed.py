@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aecore.errors import ClusterError
 from aecore.store import _s3_client as client_module
 from pipelines.cli.main import main
-from pipelines.steps.logs import Printable
+from pipelines.cluster.outside import typed
+from pipelines.steps.logs import Printable, make_printable
 from pipelines.steps.progress import Progress, TerminalLine, from_line, lines_to
 from tests.processes import run
 
@@ -132,3 +134,34 @@ def test_a_line_of_progress_is_one_printable_line() -> None:
     drawn = io.StringIO()
     TerminalLine(drawn)(progress)
     assert drawn.getvalue().removeprefix("\r\x1b[2K").isprintable()
+
+
+def test_a_wrong_log_call_fails_nothing_and_the_console_of_the_root_is_filtered():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        make_printable("prefect")
+        logging.getLogger("prefect.client").warning("%d \x1b[31m", "x")
+        logging.getLogger("urllib3").warning("http://u:secret@host/ \x1b[31m")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert "\x1b" not in stream.getvalue() and "secret" not in stream.getvalue() and "urllib3" not in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_a_service_that_was_lost_is_tried_again():
+    import ray
+
+    from pipelines.flows.factory import is_retryable
+
+    def failed(error: BaseException) -> object:
+        class State:
+            def result(self) -> None:
+                raise error
+
+        return State()
+
+    assert is_retryable(None, None, failed(typed(ray.exceptions.RaySystemError("x"))))
+    assert is_retryable(None, None, failed(typed(ConnectionResetError())))
+    assert not is_retryable(None, None, failed(ClusterError("no such cluster")))

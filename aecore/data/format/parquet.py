@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FREE_BYTES, FREE_ROWS = 64 << 20, 1 << 16  # a file of any size may take so much
+ROWS_PER_BYTE = 8  # a listing of numbered keys and one size takes 0.8 bytes a row
 TEXT_RATIO = 1000  # bytes of all texts for each byte of the file; an index of ours has a sha256, of 32 random bytes, in each row
 VALUE_RATIO = 1 << 14  # bytes of vectors for each byte of the file: those of a collapsed model are all the same
 MAX_ITEMS = 64  # members of a sample
@@ -57,8 +58,8 @@ def _require_rows(footer: pq.FileMetaData, rows: int | None, num_bytes: int) -> 
         raise ValueError(f"its footer states {footer.num_rows} rows, its row groups {sum(found)}")
     if rows is not None and footer.num_rows != rows:
         raise ValueError(f"it has {footer.num_rows} rows, the manifest says {rows}")
-    if footer.num_rows > max(num_bytes, FREE_ROWS):
-        raise ValueError(f"it states {footer.num_rows} rows in {num_bytes} bytes, expected at least a byte for each")
+    if footer.num_rows > max(ROWS_PER_BYTE * num_bytes, FREE_ROWS):
+        raise ValueError(f"it states {footer.num_rows} rows in {num_bytes} bytes, expected at most {ROWS_PER_BYTE} in a byte")
 
 
 def _require_columns(file: pq.ParquetFile, num_bytes: int, columns: Sequence[str] | None) -> list[str]:

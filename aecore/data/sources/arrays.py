@@ -40,7 +40,7 @@ class ArraysSpec:
     group: str | None = knob(None, "array of an .npz with the bag of each sample: bags stay whole, see model.kind=mil_vae")
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(
-        0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 100 times its file's", ge=0, identity=False
+        0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 128 times its file's", ge=0, identity=False
     )
 
 

@@ -97,18 +97,14 @@ def recorded_shard(store: Store, task: ShardTask) -> PartRecord | None:
             f"{store.url}: the recorded shard {task.stem} is of other samples than in this plan (recorded {there}, planned {asked}): "
             "another version of this package may have written it; write to another URL"
         )
-    rows = {
-        ref.name.partition("/")[0]: read_table(store.read(ref.name, ref=ref), ref.name)
-        for ref in known.files
-        if ref.name.endswith(".parquet")
-    }
-    found: dict[str, tuple[object, object]] = {
-        "rows": (known.rows, len(rows.get("shards", ()))),
-        "quarantined": (known.quarantined, len(rows.get("quarantine", ()))),
-        "planned": (known.detail["planned"], known.rows + known.quarantined),
-    }
-    if known.rows:
-        found["content_sha256"] = known.detail.get("content_sha256"), content_sha256(rows["shards"])
+    found: dict[str, tuple[object, object]] = {"planned": (known.detail["planned"], known.rows + known.quarantined)}
+    if store.is_local:  # in a bucket it would be a download for each shard; the record is sealed
+        tables = {ref.name.partition("/")[0]: ref for ref in known.files if ref.name.endswith(".parquet")}
+        rows = {folder: read_table(store.read(ref.name, ref=ref), ref.name) for folder, ref in tables.items()}
+        found["rows"] = known.rows, len(rows.get("shards", ()))
+        found["quarantined"] = known.quarantined, len(rows.get("quarantine", ()))
+        if known.rows:
+            found["content_sha256"] = known.detail.get("content_sha256"), content_sha256(rows["shards"])
     require_counts(store, known, found)
     return known
 

@@ -8,13 +8,17 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aecore.artifact.fanout import serial
 from aecore.data.dataset import open_dataset, read_listings
+from aecore.data.format.index import read_table, table_bytes
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec
+from aecore.data.write.append import listing_table
 from aecore.data.write.job import ShardWorker, shard_dataset
 from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
@@ -381,3 +385,10 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path):
         assert snapshot(root / fault) == expected, fault
     assert open_dataset(str(root / faults[0])).manifest == whole
     assert os.listdir(root / faults[0] / ".tmp")  # what a killed process leaves is under .tmp only
+
+
+@pytest.mark.parametrize("count", [70_000, 300_000])
+def test_a_listing_of_numbered_keys_and_one_size_is_within_its_bounds(count):
+    keys = [f"digits/{number:09d}" for number in range(count)]  # less than a byte a row
+    table = listing_table(Listing(keys, keys, np.full(count, 784)))
+    assert read_table(table_bytes(table, {}), "listing").equals(table)

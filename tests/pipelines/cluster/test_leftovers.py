@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,12 @@ from pipelines.doctor import _ray
 from tests.processes import Started, started, wait_until
 
 DEAD = "4194305:1"  # no process has this number
+
+
+@pytest.fixture(autouse=True)
+def folders_of_pytest_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sessions be in a folder of pytest, whose name is longer than sockets allow."""
+    monkeypatch.setattr(module, "MAX_SOCKET_LENGTH", 1000)
 
 
 def session(root: Path, second: int, note: str | None, pid: int = 4_194_305) -> Path:
@@ -172,3 +179,17 @@ def test_the_session_of_a_killed_driver_is_removed_by_a_later_run() -> None:
                     driver.process.wait()
                     wait_until(lambda: [left.pids for left in leftovers(Path(root))] == [()], "the processes of Ray end with the driver")
         assert [folder.exists() for folder in sessions] == [False, True, True], "that of the run before stays: it has logs"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_sessions_are_where_the_paths_of_sockets_fit(tmp_path, monkeypatch, is_link):
+    monkeypatch.setattr(module, "MAX_SOCKET_LENGTH", 107)
+    long = tmp_path / ("x" * (60 - len(str(tmp_path)) % 40))
+    long.mkdir()
+    short = Path(tempfile.mkdtemp(dir="/tmp")) / "s"
+    short.symlink_to(long)
+    monkeypatch.setenv("RAY_TMPDIR", str(short if is_link else long))
+    root = session_root()
+    assert len(str(root)) + module.SOCKET_LENGTH <= module.MAX_SOCKET_LENGTH
+    assert (root.parent == short) is is_link
+    shutil.rmtree(short.parent)
