@@ -51,6 +51,15 @@ def test_the_help_imports_nothing_heavy() -> None:
         assert f"\n    {verb}" in output
 
 
+def test_what_runs_no_model_starts_without_torch(walk: Path, tmp_path: Path) -> None:
+    places = [str(walk / name) for name in ("dataset", "run", "table")]
+    lines = [["shard", "sprites", str(tmp_path / "dataset"), *SPRITES, HERE], ["compare", places[0], places[0]]]
+    lines += [[verb, place] for verb in ("show", "verify", "gc") for place in places]
+    code = "import json, sys; from pipelines.cli.main import main\n"
+    code += "for line in json.loads(sys.argv[1]): assert main(line) == 0 and 'torch' not in sys.modules, line"
+    run([sys.executable, "-P", "-c", code, json.dumps(lines)], check=True)
+
+
 @pytest.mark.parametrize("verb", list(VERBS), ids=lambda verb: verb.name)
 def test_the_help_of_a_verb_names_every_option_and_whether_it_reads_a_recipe(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
