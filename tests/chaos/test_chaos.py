@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from aecore.store import open_store
+from tests.chaos import flips
 from tests.chaos.__main__ import choose
 from tests.chaos.faults import FAULTS
 from tests.chaos.places import Local
@@ -109,3 +110,7 @@ def test_a_request_that_arrives_changed_or_twice_writes_the_object_once(bad_s3: 
     open_store(bad_s3.url).put("part", b"content", role="part")
     assert bad_s3.objects() == {"part": b"content"}
     assert [done for line, done in s3_proxy.log if line.startswith("PUT")] == ([do, ""] if do == "flip_sent" else [do])
+
+
+def test_one_changed_bit_of_any_file_is_noticed_or_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert flips.main(["count=60", "seed=0"]) == 0, capsys.readouterr().out
