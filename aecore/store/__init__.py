@@ -26,7 +26,7 @@ from aecore.store._buckets import unchecked_bodies
 from aecore.store._cleanup import close_read
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
-from aecore.store._private import named_folder, private_folder
+from aecore.store._private import named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
@@ -48,6 +48,7 @@ __all__ = [
     "named_folder",
     "open_files",
     "open_store",
+    "own_folder",
     "pid_namespace",
     "private_folder",
     "race",

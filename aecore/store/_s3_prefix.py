@@ -74,7 +74,7 @@ class BucketPrefix:
     def _download(self, name: str, target: Path, sha256: str | None = None) -> str | None:
         """Write an object to `target`; return its sha256 if the expected one is given."""
         # not truncated first: the cache counts the bytes that it has reserved in the file
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb", buffering=0) as file:
 
             def begin() -> Take:
                 file.seek(0)
