@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -141,9 +142,13 @@ class LocalStore:
         return races(self)
 
     def now(self) -> float:
-        with self.stage() as probe, _storage_errors(f"cannot ask {self.url} for the time: nothing can be written there"):
-            probe.touch()  # the time that a file gets is the file server's, which may differ from this machine's
-            return probe.stat().st_mtime
+        # the time that a file gets is the file server's, which may differ from this machine's; this one has no name, or only for a moment
+        folder = next(folder for folder in (self.root / ".tmp", self.root, *self.root.parents) if folder.is_dir())
+        with (
+            _storage_errors(f"cannot ask {self.url} for the time: nothing can be written there"),
+            tempfile.TemporaryFile(dir=folder) as probe,
+        ):
+            return os.fstat(probe.fileno()).st_mtime
 
     def list(self, folder: str = "") -> list[str]:
         try:
