@@ -354,10 +354,35 @@ class TestMistakes:
             open_store("s3://no-such-bucket/x").list()
 
     def test_a_wrong_endpoint(self, s3, monkeypatch):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
-        with pytest.raises(StoreError, match=r"nothing answers at http://127.0.0.1:9: check AWS_ENDPOINT_URL") as raised:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with pytest.raises(StoreError, match=r"tried 6 times in \d+ s\): nothing answers at http://127.0.0.1:9: check AWS_ENDPOINT_URL"):
             open_store(s3.url).list()
-        assert "hidden" not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("userinfo", "named_by"),
+        [
+            ("user:hidden", "AWS_ENDPOINT_URL"),
+            (":hidden", "AWS_ENDPOINT_URL"),
+            ("hidden:", "AWS_ENDPOINT_URL_S3"),
+            ("user:hid%40den", "AWS_ENDPOINT_URL_S3"),
+            ("hidden", "profile"),
+        ],
+    )
+    def test_an_endpoint_with_a_password_is_refused_at_once(self, bad_s3, s3_proxy, tmp_path, monkeypatch, userinfo, named_by):
+        endpoint, url = f"http://{userinfo}@127.0.0.1:{bad_s3.port}", bad_s3.url
+        if named_by == "profile":
+            monkeypatch.delenv("AWS_ENDPOINT_URL")
+            (tmp_path / "config").write_text(f"[profile lab]\nendpoint_url = {endpoint}\n")
+            monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+            url = url.replace("s3://", "s3://lab@")
+        else:
+            monkeypatch.setenv(named_by, endpoint)
+        store, says = open_store(url), rf"the endpoint http://\*\*\*@127.0.0.1:{bad_s3.port} has a user name or a password"
+        for use in (store.list, lambda: store.size("a"), lambda: store.read("a"), lambda: open_files(f"{url}/x").read("a")):
+            with pytest.raises(ConfigError, match=says) as raised:
+                use()
+            assert not any(secret in str(raised.value) for secret in ("hidden", "hid%40den"))
+        assert s3_proxy.log == [], "no request was sent"
 
     def test_an_unknown_profile(self, s3):
         with pytest.raises(StoreError, match=r"there is no such profile"):
