@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +192,28 @@ class S3Store(BucketPrefix):
             self._fetch(ref, copy)
 
     def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
-        for _ in map_ordered(lambda ref: self.check(ref, verify=verify), refs, threads=CHECKS_AT_ONCE):
+        listed = {} if verify else self._listed([ref.name for ref in refs])
+        left = [ref for ref in refs if verify or listed.get(ref.name) != ref.bytes]
+        for _ in map_ordered(lambda ref: self.check(ref, verify=verify), left, threads=CHECKS_AT_ONCE):
             pass
+
+    def _listed(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of those names that listings show, as far as these take less time than one request for each name.
+
+        A listing may lack what was just written, or what is far from the other names: those are left out.
+        """
+        folders, found = defaultdict[str, list[str]](list), dict[str, int]()
+        for name in names:
+            folders[name.rpartition("/")[0]].append(name)
+        for folder, wanted in folders.items():
+            first, last = min(wanted), max(wanted)
+            pages = self._pages(Prefix=self._below(folder), Delimiter="/", StartAfter=self._key(first)[:-1])
+            for page in islice(pages, len(wanted) // CHECKS_AT_ONCE):  # that many names one by one take as long as a page
+                shown = {f"{folder}/{entry['Key'].rpartition('/')[2]}".lstrip("/"): entry["Size"] for entry in page.get("Contents", ())}
+                found |= shown
+                if max(shown, default="") >= last:
+                    break
+        return found
 
     def local(self, ref: FileRef) -> Path:
         return self._cache.path(ref, self._fetch)
@@ -245,8 +267,7 @@ class S3Store(BucketPrefix):
         return parsedate_to_datetime(date).timestamp()
 
     def list(self, folder: str = "") -> list[str]:
-        prefix = f"{self._key(folder)}/" if self._key(folder) else ""
-        found: list[str] = []
+        prefix, found = self._below(folder), list[str]()
         for page in self._pages(Prefix=prefix, Delimiter="/"):
             found += [entry["Key"][len(prefix) :] for entry in page.get("Contents", ())]
             found += [entry["Prefix"][len(prefix) : -1] for entry in page.get("CommonPrefixes", ())]

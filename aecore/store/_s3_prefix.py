@@ -34,6 +34,10 @@ class BucketPrefix:
             raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
         return f"{self._prefix}/{name}".strip("/")
 
+    def _below(self, folder: str) -> str:
+        """Return the start of the keys of all objects below a folder ("" is the prefix itself)."""
+        return f"{key}/" if (key := self._key(folder)) else ""
+
     def _where(self, name: str) -> str:
         return f"{self.url}/{name}"
 
