@@ -158,7 +158,7 @@ class S3Store(BucketPrefix):
             require_at_most(self._where(name), len(known[1]), limit)
             return known[1]
         try:
-            data = self._get(name, limit)
+            data = self._get(name, limit, fresh)
         except Answered as error:
             if error.missing:
                 raise DataError(f"{self._where(name)} is missing") from None

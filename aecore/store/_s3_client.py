@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -43,6 +44,7 @@ _RETRIED_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+past_proxies = ContextVar("past_proxies", default=False)  # whether this task's downloads ask for no answer that a proxy has kept
 _clients: dict[tuple[int, str | None], "Client"] = {}
 _making = threading.Lock()
 
@@ -109,6 +111,7 @@ class Client:
 
         session = AioSession(profile=self.profile)
         session.register("request-created.s3", _refuse_password)
+        session.register("before-send.s3.GetObject", _ask_past_proxies)
         loop = asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(loop,), name="aecore-s3", daemon=True).start()
         filesystem = S3FileSystem(
@@ -145,6 +148,12 @@ def _refuse_password(request: Any, **_: object) -> None:  # any: botocore's requ
             "a host: write AWS_ENDPOINT_URL (or the profile's endpoint_url) without it, and the keys into AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY or a profile of ~/.aws"
         )
+
+
+def _ask_past_proxies(request: Any, **_: object) -> None:  # any: as above
+    """Add the header after the request was signed: a proxy may change it."""
+    if past_proxies.get():
+        request.headers["Cache-Control"] = "no-cache"
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

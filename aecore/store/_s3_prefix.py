@@ -62,17 +62,17 @@ class BucketPrefix:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _get(self, name: str, limit: int | None = None) -> bytes:
-        return self._client.run(lambda filesystem: self._body(filesystem, name, limit))
+    def _get(self, name: str, limit: int | None = None, fresh: bool = False) -> bytes:
+        return self._client.run(lambda filesystem: self._body(filesystem, name, limit, fresh))
 
-    async def _body(self, filesystem: "S3FileSystem", name: str, limit: int | None = None) -> bytes:
+    async def _body(self, filesystem: "S3FileSystem", name: str, limit: int | None = None, fresh: bool = False) -> bytes:
         pieces: list[bytes] = []
 
         def begin() -> Take:
             pieces.clear()
             return pieces.append
 
-        await receive(filesystem, self._at(name), self._where(name), begin, limit=limit)
+        await receive(filesystem, self._at(name), self._where(name), begin, limit=limit, fresh=fresh)
         return b"".join(pieces)
 
     def _download(self, name: str, target: Path, sha256: str | None = None) -> str | None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from aecore.artifact.commit import commit_manifest
+from aecore.artifact.documents import read_json, sealed
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
 from aecore.store import _s3 as s3_module
@@ -159,6 +160,31 @@ class TestFiles:
                 else:
                     with pytest.raises(DataError, match="b has 5 bytes, expected at most 4"):
                         store.read("b", ref=known, limit=limit)
+
+    @pytest.mark.parametrize("use", ["read", "documents", "check", "local", "files"])
+    def test_a_read_after_a_mismatch_asks_past_proxies(self, bad_s3, s3_proxy, use):
+        url = f"{bad_s3.url}/in"
+        store, data = open_store(url), sealed({"kind": "run", "claim": 1, "identity": {}, "info": {}})
+        ref = store.put("run.000001.json", data, role="part")
+        if use == "documents":
+            s3_proxy.headers = {"ETag": '"0-2"', "x-amz-meta-sha256": None}  # nothing but its own hash shows the damage
+        s3_proxy.add("^GET", "flip", bit=8 * 80)
+        read = {
+            "read": lambda: store.read(ref.name),
+            "documents": lambda: read_json(store, ref.name),
+            "check": lambda: store.check(ref, verify=True),
+            "local": lambda: store.local(ref),
+            "files": lambda: open_files(url).read(ref.name),
+        }[use]
+        read()
+        first, second = (head for head in s3_proxy.heads if head.startswith("GET"))
+        assert "\r\ncache-control:" not in first.lower()
+        assert "\r\nCache-Control: no-cache\r\n" in second
+        s3_proxy.clear()
+        store.read(ref.name, fresh=True)
+        assert store.read(ref.name, fresh=True) == data
+        store.remove(ref.name)
+        assert ["Cache-Control: no-cache" in head for head in s3_proxy.heads] == [True, True, False]
 
     def test_a_damaged_copy_on_this_machine_is_fetched_again(self, s3):
         store, data = open_store(s3.url), os.urandom(5000)
