@@ -9,8 +9,8 @@ import asyncio
 import atexit
 import contextlib
 import errno
+import itertools
 import os
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from aecore.errors import MASK, AecoreError, ConfigError, StoreError
+from aecore.store._again import pauses
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -187,8 +188,8 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
     StoreError
         Anything else; the message names the remedy.
     """
-    started = time.monotonic()
-    for attempt in range(1, ATTEMPTS + 1):
+    started, waits = time.monotonic(), pauses(ATTEMPTS, FIRST_PAUSE_S, 2)
+    for attempt in itertools.count(1):
         try:
             return await work()
         except AecoreError:
@@ -196,9 +197,10 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
         except Exception as error:
             if not _passing(error):
                 raise store_error(error, url, doing) from error
-            if attempt == ATTEMPTS or time.monotonic() - started > BUDGET_S:
+            wait = next(waits, None)
+            if wait is None or time.monotonic() - started > BUDGET_S:
                 raise store_error(error, url, doing, attempt, time.monotonic() - started) from error
-        await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+        await asyncio.sleep(wait)
     raise AssertionError("not reached")
 
 
