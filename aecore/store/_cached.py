@@ -7,6 +7,7 @@ that do not match are fetched once more.
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -60,31 +61,34 @@ class CachedStore:
 
     def _read_copy(self, ref: FileRef, fresh: bool) -> bytes:
         """Return the bytes of `ref`; a cached copy that a power failure or a disk has corrupted is downloaded again."""
-        cache = ObjectCache()
-        copy = f"the copy of {self.url}/{ref.name} in {cache.root}"
+        copy = f"the copy of {self.url}/{ref.name} in {self._cache.root}"
 
         def read() -> bytes:
-            with os.fdopen(cache.open(ref, self._store.fetch), "rb") as file:
+            with os.fdopen(self.open(ref), "rb") as file:
                 return file.read()
 
         def once(fresh: bool) -> bytes:
             if fresh:
-                cache.forget(ref)
+                self._cache.forget(ref)
             return read_again(read, copy)
 
         return read_verified(once, ref, copy, fresh)
 
     def local(self, ref: FileRef) -> Path:
-        return ObjectCache().path(ref, self._store.fetch)
+        return self._cache.path(ref, self._store.fetch)
 
     def open(self, ref: FileRef) -> int:
-        return ObjectCache().open(ref, self._store.fetch)
+        return self._cache.open(ref, self._store.fetch)
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
-        return ObjectCache().refetch_if_corrupt(ref)
+        return self._cache.refetch_if_corrupt(ref)
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
-        ObjectCache().prefetch(refs, self._store.fetch)
+        self._cache.prefetch(refs, self._store.fetch)
+
+    @cached_property
+    def _cache(self) -> ObjectCache:
+        return ObjectCache()
 
     def remove(self, name: str) -> None:
         _recent.pop(f"{self.url}/{name}", None)

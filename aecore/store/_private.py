@@ -76,9 +76,13 @@ def _is_shared(path: Path) -> bool:
 
 def _opened(path: Path, other: str) -> int:
     """Return a descriptor of a folder that belongs to this user and that nobody else can write to."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(path, flags)
     except OSError as error:
         taken = "is a link" if path.is_symlink() else "is no folder" if path.exists() else f"cannot be made or opened ({error.strerror})"
         raise StoreError(f"{path} {taken}, expected a folder of this user: {other}") from error

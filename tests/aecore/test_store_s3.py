@@ -452,7 +452,8 @@ class TestMistakes:
         endpoint, url = f"http://{userinfo}@127.0.0.1:{bad_s3.port}", bad_s3.url
         if named_by == "profile":
             monkeypatch.delenv("AWS_ENDPOINT_URL")
-            (tmp_path / "config").write_text(f"[profile lab]\nendpoint_url = {endpoint}\n")
+            keys = "aws_access_key_id = a\naws_secret_access_key = b\n"
+            (tmp_path / "config").write_text(f"[profile lab]\nendpoint_url = {endpoint}\n{keys}")
             monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
             url = url.replace("s3://", "s3://lab@")
         else:
