@@ -2,6 +2,7 @@ import ast
 import errno
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -214,6 +215,19 @@ def test_modified_is_when_a_file_was_written(tmp_path):
     assert before - 2 <= written <= time.time() + 2
     assert store.modified("a/none") is None
     assert store.modified("a/name/below") is None
+
+
+@pytest.mark.parametrize("place", ["artefact", "artefact with .tmp", "missing", "missing/deep"])
+@pytest.mark.parametrize("unnamed", [True, False])  # whether the file system can make a file without a name
+def test_asking_for_the_time_leaves_nothing_behind(tmp_path, monkeypatch, place, unnamed):
+    (tmp_path / "artefact").mkdir()
+    (tmp_path / "artefact/file").write_bytes(b"x")
+    if ".tmp" in place:
+        (tmp_path / "artefact/.tmp").mkdir()
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", unnamed)
+    before = sorted(tmp_path.rglob("*"))
+    assert abs(open_store(tmp_path / place.split()[0]).now() - time.time()) < 60
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("base", ["/data/set", "s3://bucket/set"])

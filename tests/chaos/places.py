@@ -145,10 +145,10 @@ def place(store: str, base: Path) -> Iterator[Place]:
     if store == "local":
         yield Local(root)
         return
-    from aecore.store import _s3 as s3_module
+    from aecore.store import _cached as cached_module
     from aecore.store._s3_client import close_clients
 
-    s3_module.RECENT_S = 0.0  # objects are changed behind the store's back
+    cached_module.RECENT_S = 0.0  # objects are changed behind the store's back
     with start_server(base) as port, FaultProxy(port) as proxy:
         os.environ.update(s3_environment(proxy.port, base / "cache-of-comparisons"))
         try:
