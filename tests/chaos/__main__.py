@@ -23,7 +23,7 @@ def choose(seed: str, store: str, number: int, seconds: float) -> tuple[str, Wor
     names = sorted(FAULTS[store])
     random.Random(f"{seed}/{store}/cycle {number // len(names)}").shuffle(names)
     rng = random.Random(f"{seed}/{store}/round {number}")
-    return names[number % len(names)], rng.choice((*WORKS, PIPELINE) if seconds >= LONG_S else WORKS), rng
+    return names[number % len(names)], rng.choice((*WORKS, *WORKS, PIPELINE) if seconds >= LONG_S else WORKS), rng
 
 
 def main(words: list[str]) -> int:
