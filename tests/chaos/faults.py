@@ -164,28 +164,32 @@ def _io_error(one: Round) -> None:
 def _flip_finished(one: Round) -> None:
     """A bit of a finished artefact changes: it is noticed by verify, by the same command or by what reads it, or it changes nothing.
 
-    What verify notices, and a bit that it does not, also goes before the command and before what reads the artefact; of the former only the
-    last one, because a command takes as long as some verifications.
+    Several bits in turn; the commands run in this process, for the last one as processes of their own.
     """
     for kind in one.work.makes:
         one.place.copy(f"{one.work.ends}/{kind}", f"{one.out}/{kind}")
-    names, flips = one.place.names(one.out), 8
+    names, flips = one.place.names(one.out), 24 if isinstance(one.place, Local) else 8
     for number in range(flips):
-        name = one.rng.choice(names)
+        name, here = one.rng.choice(names), number < flips - 1
         restore = one.place.flip(name, one.rng)
         one.tally.injected += 1
         try:
             noticed = bool(one.problems())
-            if not noticed or number == flips - 1:
-                with one.begun() as process:
-                    noticed |= one.ended(process) != 0
-                noticed |= _use_notices(one, name, f"{one.out}-use-{number}")
+            noticed |= _status(one, None, here) != 0
+            noticed |= _use_notices(one, name, f"{one.out}-use-{number}", here)
             _noticed_or_harmless(one, noticed, name)
         finally:
             restore()
 
 
-def _use_notices(one: Round, name: str, out: str) -> bool:
+def _status(one: Round, command: list[str] | None, here: bool) -> int | None:
+    if here:
+        return one.status_here(command)
+    with one.begun(command) as process:
+        return one.ended(process)
+
+
+def _use_notices(one: Round, name: str, out: str, here: bool) -> bool:
     """Encode from the changed artefact, where that can be done; return whether it refused. If it did not, its rows must be right."""
     if "run" in one.work.makes:
         model, data = f"{one.out}/run", "one/dataset"
@@ -195,9 +199,8 @@ def _use_notices(one: Round, name: str, out: str) -> bool:
         return False
     table, state = f"{out}/table", "one" if data == "one/dataset" else one.work.ends
     one.stack.callback(one.place.forget, out)
-    with one.begun(["encode", one.url(model), one.url(data), one.url(table), "--recipe", one.url("recipe")]) as process:
-        if one.ended(process) != 0:
-            return True
+    if _status(one, ["encode", one.url(model), one.url(data), one.url(table), "--recipe", one.url("recipe")], here) != 0:
+        return True
     found = rows_of("table", one.url(table))
     one.tally.count(difference(one.bench.rows[state, "table"], found), f"encoded from an artefact with a changed bit in {name}")
     return False
@@ -218,7 +221,7 @@ def _noticed_or_harmless(one: Round, noticed: bool, name: str) -> None:
 def _flip_unfinished(one: Round) -> None:
     """A bit changes in what a killed command has left; the same command refuses, or ends with what it should make, or verify notices.
 
-    The same is tried with other bits of a copy of what was left.
+    The same is tried with other bits of a copy of what was left; but for the last one in this process.
     """
     with one.begun() as process:
         one.reach(process, least=1)
@@ -229,7 +232,8 @@ def _flip_unfinished(one: Round) -> None:
     left = f"{one.out}-left"
     one.stack.callback(one.place.forget, left)
     one.place.copy(one.out, left)
-    for number in range(3):
+    flips = 8 if isinstance(one.place, Local) else 4
+    for number in range(flips):
         if number:
             one.place.forget(one.out)
             one.place.copy(left, one.out)
@@ -237,8 +241,7 @@ def _flip_unfinished(one: Round) -> None:
         restore = one.place.flip(name, one.rng)
         one.tally.injected += 1
         try:
-            with one.begun() as process:
-                noticed = one.ended(process) != 0
+            noticed = _status(one, None, number < flips - 1) != 0
             _noticed_or_harmless(one, noticed or bool(one.problems()), name)
         finally:
             restore()

@@ -98,7 +98,8 @@ class Bench:
             one = Round(self, "reference", work, random.Random(0), work.ends)
             one.begin()
             before = self.place.progress(work.ends), self.place.bytes(work.ends)
-            self.run_here(one.command(), self.logs / f"{work.name}.log")
+            log = self.logs / f"{work.name}.log"
+            assert self.run_here(one.command(), log) == 0, log.read_text()
             self.steps[work.name] = self.place.progress(work.ends) - before[0]
             self.bytes[work.name] = self.place.bytes(work.ends) - before[1]
             for kind in work.makes:
@@ -107,12 +108,12 @@ class Bench:
         self.steps[PIPELINE.name] = sum(self.steps[name] for name in parts)
         self.bytes[PIPELINE.name] = sum(self.bytes[name] for name in parts)
 
-    def run_here(self, words: list[str], log: Path) -> None:
-        """Run a command without faults in this process, which has imported everything."""
+    def run_here(self, words: list[str], log: Path) -> int:
+        """Run a command in this process, which has imported everything; return its exit status."""
         with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             code = main(words)
             log_to_handler(logging.NullHandler(), logging.WARNING)  # the log of the command ends with it
-        assert code == 0, log.read_text()
+        return code
 
 
 class Round:
@@ -151,6 +152,12 @@ class Round:
         log.write_text(f"{' '.join(map(str, words))}\n{dict(env or {})}\n")
         with started(words, env={**self.bench.environment, **(env or {})}, cwd=self.bench.base, log=log, grace_s=0) as process:
             yield process
+
+    def status_here(self, command: list[str] | None = None) -> int:
+        """Run the round's command, or another one, in this process, where nothing can interrupt it; return its exit status."""
+        self._commands += 1
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self.bench.run_here(command or self.command(), self.logs / f"{self._commands:02d}.log")
 
     def reach(self, process: Started, parts: int = 1, least: int = 0) -> bool:
         """Wait for a random moment in the first of so many parts of the command's work (`least` progress); return whether it still runs."""
