@@ -27,7 +27,11 @@ def choose(seed: str, store: str, number: int, seconds: float) -> tuple[str, Wor
 
 
 def main(words: list[str]) -> int:
-    """Play the rounds that the words ask for, or the comparison with Ray Data."""
+    """Play the rounds that the words ask for, change single bits, or compare with Ray Data."""
+    if words[:1] == ["flips"]:
+        from tests.chaos.flips import main as flip
+
+        return flip(words[1:])
     if words[:1] == ["ray_data"]:
         from tests.chaos.ray_data import main as compare
 
