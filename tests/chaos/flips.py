@@ -27,7 +27,7 @@ from pipelines.steps.logs import log_to_handler
 from pipelines.steps.show import verify
 from tests.chaos.places import Local
 from tests.chaos.rounds import Bench, Round
-from tests.chaos.work import WORKS, Work, difference, rows_of
+from tests.chaos.work import MANIFEST_ROW, WORKS, Work, difference, rows_of
 
 T = TypeVar("T")
 KILLED_AT = {  # two points for each work: little is there, most is there
@@ -152,7 +152,7 @@ def _of_unfinished(bench: Bench, work: Work, killed: str, name: str, rng: random
             read = rows_of(kind, url)
         except AecoreError:
             return "noticed"
-        wrong = difference(*([row for row in rows if row[0] != "the manifest"] for rows in (bench.rows[work.ends, kind], read)))
+        wrong = difference(*([row for row in rows if row[0] != MANIFEST_ROW] for rows in (bench.rows[work.ends, kind], read)))
         return f"wrong: {work.name} went on from a changed bit in {name}: {wrong}" if wrong else "equal"
     except Exception as error:
         return f"unexplained: {work.name} after a changed bit in {name} raised {error!r}"

@@ -17,6 +17,7 @@ from aecore.table.table import open_table
 from aecore.training.metrics import read_rows
 
 Rows = list[tuple[str, str]]  # key, value: every key once
+MANIFEST_ROW = "the manifest"  # key of the row that is the hash of a dataset's manifest
 NUM_IMAGES = {"one": 96, "two": 140}  # of the first generation, and of both
 RECIPE = """\
 name: chaos
@@ -105,7 +106,7 @@ def _samples(url: str) -> Rows:
         for key, ordinal, sha256 in zip(*(index[name].to_pylist() for name in ("key", "ordinal", "sha256")), strict=True):
             rows.append((key, f"{shard.split} {ordinal} {sha256}"))
     number = newest_number(dataset.store, "dataset")
-    return [*rows, ("the manifest", hashlib.sha256(dataset.store.read(f"dataset.{number:06d}.json")).hexdigest())]
+    return [*rows, (MANIFEST_ROW, hashlib.sha256(dataset.store.read(f"dataset.{number:06d}.json")).hexdigest())]
 
 
 def _steps(url: str) -> Rows:
