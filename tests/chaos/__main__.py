@@ -1,5 +1,6 @@
 """`python -m tests.chaos [seconds=60] [seed=0] [store=local|s3] [round=N]`: play rounds, print counts, exit 1 if one is not 0."""
 
+import importlib
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from tests.chaos.work import PIPELINE, WORKS, Work
 
 DEFAULTS = {"seconds": "60", "seed": "0", "store": "local", "round": ""}
 LONG_S = 300  # a session of that many seconds also runs the pipeline, whose server takes its time to start
+OTHERS = ("flips", "inputs", "ray_data")  # modules with a command of their own
 COLUMNS = ("rounds", "injected", "noticed", "lost", "doubled", "wrong", "hung", "unexplained")
 
 
@@ -27,15 +29,9 @@ def choose(seed: str, store: str, number: int, seconds: float) -> tuple[str, Wor
 
 
 def main(words: list[str]) -> int:
-    """Play the rounds that the words ask for, change single bits, or compare with Ray Data."""
-    if words[:1] == ["flips"]:
-        from tests.chaos.flips import main as flip
-
-        return flip(words[1:])
-    if words[:1] == ["ray_data"]:
-        from tests.chaos.ray_data import main as compare
-
-        return compare(words[1:])
+    """Play the rounds that the words ask for, or run another of the commands."""
+    if words[:1] and words[0] in OTHERS:
+        return int(importlib.import_module(f"tests.chaos.{words[0]}").main(words[1:]))
     asked = dict(word.partition("=")[::2] for word in words)
     unknown = asked.keys() - DEFAULTS.keys()
     options = DEFAULTS | asked

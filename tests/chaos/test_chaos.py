@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aecore.store import open_store
-from tests.chaos import flips
+from tests.chaos import flips, inputs
 from tests.chaos.__main__ import choose
 from tests.chaos.faults import FAULTS
 from tests.chaos.places import Local
@@ -122,3 +122,7 @@ def test_a_request_that_arrives_changed_or_twice_writes_the_object_once(bad_s3: 
 
 def test_one_changed_bit_of_any_file_is_noticed_or_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert flips.main(["count=60", "seed=0"]) == 0, capsys.readouterr().out
+
+
+def test_damaged_and_hostile_inputs_are_refused_in_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inputs.main(["count=24", "seed=0"]) == 0, capsys.readouterr().out
