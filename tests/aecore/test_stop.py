@@ -10,7 +10,7 @@ import pytest
 from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint
 from aecore.errors import Interrupted
 from aecore.store import open_store
-from aecore.training import loop, metrics
+from aecore.training import loop, metric_log, metrics
 from aecore.training.job import TrainJob
 from aecore.training.loop import fit
 from aecore.training.ranks import Rank
@@ -53,17 +53,17 @@ def _stopped_at_epoch_end(job: TrainJob, step: int, rank: Rank) -> None:
         pytest.fail("the checkpoint waits for the validation")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step}:"):
-        patch.setattr(metrics, "AGREE_S", 1e9)
+        patch.setattr(metric_log, "AGREE_S", 1e9)
         patch.setattr(loop, "validate", validates)
-        patch.setattr(metrics.MetricLog, "agree_to_stop", patched_agreement(step))
+        patch.setattr(metric_log.MetricLog, "agree_to_stop", patched_agreement(step))
         fit(job, rank=rank)
 
 
-def patched_agreement(step: int) -> Callable[[metrics.MetricLog], bool]:
+def patched_agreement(step: int) -> Callable[[metric_log.MetricLog], bool]:
     """Return `agree_to_stop` for a run whose stop is asked for at this step."""
-    agree = metrics.MetricLog.agree_to_stop
+    agree = metric_log.MetricLog.agree_to_stop
 
-    def agreement(self: metrics.MetricLog) -> bool:
+    def agreement(self: metric_log.MetricLog) -> bool:
         assert self._rows[-1]["step"] == step
         self.stop = lambda: True
         return agree(self)
@@ -106,7 +106,7 @@ def test_an_interrupted_run_is_exit_code_130():
 
 
 def _stopped(job: TrainJob, rank: Rank) -> str:
-    metrics.AGREE_S = 0.0  # in this process: ranks agree at every step
+    metric_log.AGREE_S = 0.0  # in this process: ranks agree at every step
     with pytest.raises(Interrupted) as stopped:
         fit(job, rank=rank, stop=at_step(job.out, 5) if rank.rank == 0 else lambda: pytest.fail("only rank 0 is asked"))
     return str(stopped.value)
@@ -126,7 +126,7 @@ def test_all_ranks_stop_at_the_step_that_rank_0_chooses(data, tmp_path):
 
 
 def test_ranks_that_agree_often_write_no_more_parts(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "AGREE_S", 0.0)
+    monkeypatch.setattr(metric_log, "AGREE_S", 0.0)
     fit_on(small_job(data, tmp_path / "run", max_steps=30, log_every_s=3600.0), 2)
     parts = [name for name in open_store(tmp_path / "run").list("metrics") if name.endswith(".jsonl")]
     assert len(parts) == 2, "that of the first step, and that of the end"
