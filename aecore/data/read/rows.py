@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.dataset import Dataset
-from aecore.data.format.decode import DecodeError, Decoder, DecoderName, Pixels
+from aecore.data.format.decode import DecodeError, Decoder, Pixels, Reading
 from aecore.data.format.ragged import SequenceDecoder
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.read.shard_reader import ShardReader
@@ -49,9 +49,20 @@ class _OpenShard:
 
 
 class SplitRows:
-    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample."""
+    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample.
 
-    def __init__(self, dataset: Dataset, split: str, decoder: DecoderName, cache: CacheMode = "auto", cache_bytes: int = 2 << 30) -> None:
+    With `channels`, those of a model's images, alpha that is one more is composed over the background.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        reading: Reading,
+        cache: CacheMode = "auto",
+        cache_bytes: int = 2 << 30,
+        channels: int | None = None,
+    ) -> None:
         self.dataset = dataset
         self.split = split
         self.shards = dataset.manifest.split(split)
@@ -60,9 +71,11 @@ class SplitRows:
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
         self.sample_format = SampleFormat.from_shapes(dataset.manifest.sample.shapes, sequences=True)
+        if channels is not None and self.sample_format.without_alpha.shape[2:] == (channels,):
+            self.sample_format = self.sample_format.without_alpha
         self.labelled = bool(dataset.classes)
         self._starts = np.cumsum(self.counts) - self.counts
-        self._decoder = Decoder(decoder, self.sample_format)
+        self._decoder = Decoder(reading, self.sample_format)
         self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
         self.caching = _use_cache(cache, self.num_samples * self.sample_format.nbytes, cache_bytes)
         self._cache: Rows | None = None

@@ -41,6 +41,7 @@ class FolderSpec:
     url: str = knob("", "folder that holds the class folders or the split folders", identity=False)
     extensions: tuple[str, ...] = knob(tuple(sorted(IMAGE_EXTENSIONS)), "file extensions that are samples, without the dot")
     group: Literal["parent"] | None = knob(None, "parent: each file's folder is a bag that stays whole, its label the path above that")
+    frames: Literal["first", "all", "refuse"] = knob("first", "of pages and animations: first, all as samples, or refuse the file", since=2)
 
     def __post_init__(self) -> None:
         for ext in self.extensions:

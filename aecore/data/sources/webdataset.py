@@ -38,6 +38,7 @@ class WebdatasetSpec:
     label: str = knob("auto", "cls, json:<field> or none; auto: cls where there is one")
     columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
     keys: Literal["member", "shard"] = knob("member", "member: keys as in the tars; shard: with the tar's name before them")
+    frames: Literal["first", "refuse"] = knob("first", "of pages and animations: first, or refuse the sample", since=2)
     max_inflated_bytes: int = knob(0, "bytes that one gzip'ed tar may inflate to; 0: 1 GiB, or 128 times its own", ge=0, identity=False)
 
     def __post_init__(self) -> None:
