@@ -48,6 +48,23 @@ def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "image
     return _pillow(data, frame)
 
 
+def image_file(pixels: Pixels) -> tuple[bytes, str]:
+    """Return pixels `[H, W, C]` as a file without loss, and its extension: PNG for what a PNG holds, else TIFF of the same dtype."""
+    if pixels.dtype == np.uint8 and pixels.shape[2] <= 4:
+        from PIL import Image
+
+        out = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)).save(out, "PNG")
+        return out.getvalue(), "png"
+    if pixels.dtype == np.uint16 and pixels.shape[2] <= 4:
+        import imagecodecs
+
+        return bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))), "png"
+    from aecore.data.format.tiff import tiff_file  # imported late: most datasets have no TIFF
+
+    return tiff_file(pixels), "tiff"
+
+
 def carries_orientation(data: bytes) -> bool:
     """Return whether a PNG or JPEG may be turned by EXIF: a search that costs nothing beside decoding."""
     return data.find(_EXIF if data.startswith(JPEG_MAGIC) else b"eXIf") >= 0

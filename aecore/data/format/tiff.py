@@ -121,7 +121,7 @@ def _stacked(page: Any) -> int:  # any: as above
     """Return the images of an ImageJ stack, which follow the first without pages of their own."""
     if not page.is_imagej or not page.is_contiguous:
         return 1
-    return max(1, int(tifffile.tifffile.imagej_description_metadata(page.is_imagej).get("images", 1)))
+    return max(1, int((page.parent.imagej_metadata or {}).get("images", 1)))
 
 
 def _orientation(page: Any) -> int:  # any: as above

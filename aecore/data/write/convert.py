@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aecore.data.format.colour import composed
 from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
-from aecore.data.format.pixels import decode_image, is_whole_jpeg
+from aecore.data.format.pixels import decode_image, image_file, is_whole_jpeg
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.write.spec import ShardSpec
@@ -152,20 +152,15 @@ def _pillow_image(pixels: Pixels) -> Any:  # any: PIL.Image.Image
 
 def _encoded(pixels: Pixels, header: ImageHeader) -> tuple[bytes, str]:
     """Return the file of converted pixels, and its extension."""
-    if pixels.shape[2] in (1, 3) and (pixels.dtype == np.uint8 or (pixels.dtype == np.uint16 and pixels.shape[2] == 1)):
+    if header.ext in _JPEG and pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
         out = io.BytesIO()
-        if header.ext in _JPEG and pixels.dtype == np.uint8:
-            _pillow_image(pixels).save(out, "JPEG", quality=JPEG_QUALITY)
-            return out.getvalue(), header.ext
-        _pillow_image(pixels).save(out, "PNG")
-        return out.getvalue(), "png"
-    if pixels.shape[2] == 3 and pixels.dtype == np.uint16:
-        import imagecodecs
-
-        return bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels))), "png"
+        _pillow_image(pixels).save(out, "JPEG", quality=JPEG_QUALITY)
+        return out.getvalue(), header.ext
+    if pixels.shape[2] in (1, 3):
+        return image_file(pixels)
     from aecore.data.format.tiff import tiff_file  # imported late: most datasets have no TIFF
 
-    return tiff_file(pixels), "tiff"
+    return tiff_file(pixels), "tiff"  # of a PNG, two and four channels have alpha
 
 
 def _converted_1(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Header, bytes]:

@@ -138,11 +138,13 @@ class ShardWriter:
         frames: Any = getattr(self.task.source, "frames", "first")  # any: a Literal; sources of arrays have none
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            ext, data = read(sources[position])
+            data = b""
             try:
+                ext, data = read(sources[position])
                 header, data = prepare(data, ext, shards, frames)
             except BadSample as bad:
-                self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
+                digest = hashlib.sha256(data).hexdigest() if data or bad.reason == "empty" else None  # a frame has no bytes of its own
+                self.bad.append((position, "check", bad.reason, bad.message, digest))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
