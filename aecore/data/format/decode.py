@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.colour import composed
 from aecore.data.format.image import MAX_PIXEL_BYTES, READ_FORMATS, BadSample, PixelsVersion, image_header
-from aecore.data.format.pixels import JPEG_MAGIC, PNG_MAGIC, carries_orientation, decode_image
+from aecore.data.format.pixels import EXIF, JPEG_MAGIC, PNG_MAGIC, decode_image
 from aecore.data.format.record import ArrayHeader, NpyError, array_header, array_values, read_npy_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
@@ -65,6 +65,8 @@ class Decoder:
         self._npy_headers: dict[bytes, int] = {}  # of `pixels=1`
         # decoders give [H, W] for one channel
         shape = sample_format.shape
+        plain = sample_format.image and sample_format.dtype == np.uint8 and shape[2:] in ((1,), (3,))
+        self._jpeg: Any = self._codecs.jpeg8_decode if plain and self._codecs is not None else None  # any: imagecodecs has no types
         self._decoded = shape[:2] if sample_format.image and shape[2:] == (1,) else shape
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
@@ -97,29 +99,28 @@ class Decoder:
         return np.flatnonzero(~decode_pngs(found, out, as_stored=self._reading.pixels == 1)).tolist()
 
     def _into(self, target: Pixels, data: bytes) -> None:
-        if data.startswith(NPY_MAGIC):
+        if self._jpeg is not None and data.startswith(JPEG_MAGIC) and EXIF not in data:
+            try:
+                self._jpeg(data, out=target)  # compares header and `out` before it decodes (ValueError)
+            except Exception:  # other colours, another depth or size, or damaged: the complete decoder decides
+                target[...] = self._meant(data).reshape(target.shape)
+        elif data.startswith(NPY_MAGIC):
             target[...] = self._array(data)
         elif not self.sample_format.image:
             raise DecodeError("format", "expected a .npy array, found other bytes")
-        elif self._codecs is None or not self._plain(target, data):
+        elif not (data.startswith(PNG_MAGIC) and self._plain_png(target, data)):
             target[...] = self._meant(data).reshape(target.shape)
 
-    def _plain(self, target: Pixels, data: bytes) -> bool:
-        """Decode a PNG or JPEG that nothing turns straight into `target`; return whether it fitted."""
-        if data.startswith(JPEG_MAGIC) and target.dtype == np.uint8 and not carries_orientation(data):
-            try:
-                self._codecs.jpeg8_decode(data, out=target)  # compares header and `out` before it decodes (ValueError)
-            except Exception:  # other colours or depths, or damaged: the complete decoder decides
-                return False
-            return target.ndim == 2 or target.shape[2] == 3
-        if data.startswith(PNG_MAGIC) and not carries_orientation(data):
-            width, height, depth, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-            if (height, width) == self.sample_format.shape[:2] and not (interlaced and depth <= 8):
-                pixels = self._codecs.png_decode(data)
-                if pixels.shape == target.shape and pixels.dtype == target.dtype:
-                    target[...] = pixels
-                    return True
-        return False
+    def _plain_png(self, target: Pixels, data: bytes) -> bool:
+        """Decode a PNG that nothing turns straight into `target`; return whether it fitted."""
+        width, height, depth, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+        if self._codecs is None or b"eXIf" in data or (height, width) != self.sample_format.shape[:2] or (interlaced and depth <= 8):
+            return False
+        pixels = self._codecs.png_decode(data)
+        if pixels.shape != target.shape or pixels.dtype != target.dtype:
+            return False
+        target[...] = pixels
+        return True
 
     def _meant(self, data: bytes) -> Pixels:
         """Return the pixels of any image in the expected format."""

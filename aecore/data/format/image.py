@@ -291,9 +291,21 @@ def _pillow_frames(data: bytes, ext: str) -> int:
 
 def open_image(data: bytes, ext: str) -> Any:  # any: PIL.Image.Image, imported only here
     """Open `data` with Pillow (header only) without its warnings; BadSample if it is no image of the known formats."""
+    return _decoding(lambda: open_unbounded(data), ext)
+
+
+def open_unbounded(data: bytes) -> Any:  # any: PIL.Image.Image, imported only here
+    """Open `data` with Pillow without Pillow's own limit of pixels: the caller checks the size before it loads them."""
     from PIL import Image
 
-    return _decoding(lambda: Image.open(BytesIO(data), formats=READ_FORMATS), ext)
+    try:
+        return Image.open(BytesIO(data), formats=READ_FORMATS)
+    except Image.DecompressionBombError:
+        for name in READ_FORMATS:
+            factory, accepts = Image.OPEN[name]
+            if accepts is None or accepts(data[:16]) is True:
+                return factory(BytesIO(data), "")
+        raise
 
 
 def load_image(data: bytes, header: ImageHeader) -> Any:  # any: PIL.Image.Image
@@ -311,7 +323,7 @@ def _decoding(step: Callable[[], Any], ext: str) -> Any:  # any: the result of `
         except MemoryError:
             raise
         except Exception as error:  # decoders of untrusted bytes raise anything: OSError, SyntaxError, struct.error, ...
-            raise BadSample("decode", f"not a readable {ext} image ({type(error).__name__})") from error
+            raise BadSample("decode", f"not a readable {f'{ext} ' if ext else ''}image ({type(error).__name__})") from error
 
 
 @functools.lru_cache(4096)  # equal headers are one object: faster than making another

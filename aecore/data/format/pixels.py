@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.colour import cmyk_to_rgb
-from aecore.data.format.image import READ_FORMATS, TIFF_STARTS, BadSample
+from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-_EXIF = b"Exif\0\0"
+EXIF = b"Exif\0\0"
 # data without a marker; each begins with other bits, since the end of a cut code may mean the same as the zeros that libjpeg puts there
 _FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
 _SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
@@ -63,11 +63,6 @@ def image_file(pixels: Pixels) -> tuple[bytes, str]:
     from aecore.data.format.tiff import tiff_file  # imported late: most datasets have no TIFF
 
     return tiff_file(pixels), "tiff"
-
-
-def carries_orientation(data: bytes) -> bool:
-    """Return whether a PNG or JPEG may be turned by EXIF: a search that costs nothing beside decoding."""
-    return data.find(_EXIF if data.startswith(JPEG_MAGIC) else b"eXIf") >= 0
 
 
 def is_whole_jpeg(data: bytes) -> bool:
@@ -166,11 +161,9 @@ def _jpeg(data: bytes, decoder: str) -> Picture:
     if pixels.ndim == 3 and pixels.shape[2] == 4:  # inks, stored inverted as Adobe does
         pixels = cmyk_to_rgb(255 - pixels)
     picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], has_alpha=False)
-    if _EXIF not in data:
+    if EXIF not in data:
         return picture
-    blocks = (
-        data[at + 10 : at + 2 + length] for at, marker, length in _segments(data) if marker == 0xE1 and data.startswith(_EXIF, at + 4)
-    )
+    blocks = (data[at + 10 : at + 2 + length] for at, marker, length in _segments(data) if marker == 0xE1 and data.startswith(EXIF, at + 4))
     return Picture(upright(picture.pixels, exif_orientation(next(blocks, b""))), has_alpha=False)
 
 
@@ -192,9 +185,7 @@ def _with_channels(pixels: Pixels) -> Picture:
 
 
 def _pillow(data: bytes, frame: int, *, turned: bool = True) -> Picture:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+    with open_unbounded(data) as image:
         if frame:
             image.seek(frame)
         orientation = image.getexif().get(0x0112, UPRIGHT) if turned else UPRIGHT

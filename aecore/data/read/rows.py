@@ -75,7 +75,7 @@ class SplitRows:
             self.sample_format = self.sample_format.without_alpha
         self.labelled = bool(dataset.classes)
         self._starts = np.cumsum(self.counts) - self.counts
-        self._decoder = Decoder(reading, self.sample_format)
+        self._decoder, self._pixels = Decoder(reading, self.sample_format), reading.pixels
         self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
         self.caching = _use_cache(cache, self.num_samples * self.sample_format.nbytes, cache_bytes)
         self._cache: Rows | None = None
@@ -174,10 +174,13 @@ class SplitRows:
     def _undecodable(self, index: int, error: DecodeError) -> DataError:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         key = self._shard(number).reader.index["key"][index - int(self._starts[number])].as_py()
-        return DataError(
-            f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); "
-            "shard the data again with shards.check=decode, which puts such samples into the quarantine"
-        )
+        remedy = "shard the data again with shards.check=decode, which puts such samples into the quarantine"
+        if self._pixels != self.dataset.pixels:
+            remedy = (
+                f"the dataset was written with shards.pixels={self.dataset.pixels} and is read with transform.pixels={self._pixels}: shard "
+                f"the data again to another URL, or set transform.pixels={self.dataset.pixels}"
+            )
+        return DataError(f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); {remedy}")
 
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:
