@@ -274,10 +274,14 @@ def _pillow_header(data: bytes, ext: str, pixels: PixelsVersion, max_pixels: int
 def _meaning(image: Any, header: ImageHeader) -> ImageHeader:  # any: PIL.Image.Image
     """Return the header of an image that Pillow has opened, as it is seen."""
     mode = {"L": "LA", "RGB": "RGBA", "P": "PA"}.get(image.mode, image.mode) if "transparency" in image.info else image.mode
-    orientation = _decoding(lambda: image.getexif().get(0x0112, UPRIGHT), header.ext)
-    width, height = turned_size(header.width, header.height, orientation if orientation in range(1, 9) else UPRIGHT)
+    width, height = turned_size(header.width, header.height, opened_orientation(image))
     frames = int(_decoding(lambda: getattr(image, "n_frames", 1), header.ext))  # Pillow gives it to formats that may have several
     return dataclasses.replace(header, width=width, height=height, mode=mode, frames=frames)
+
+
+def opened_orientation(image: Any) -> int:  # any: as above
+    """Return the EXIF orientation of an image that Pillow has opened; a damaged block says none."""
+    return exif_orientation(bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0"))
 
 
 def _pillow_frames(data: bytes, ext: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.colour import cmyk_to_rgb
-from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded
+from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded, opened_orientation
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.native.loops import exif_orientation
 
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "imagecodecs", frame: int = 0) -> Picture:
     """Return an image, or one of its frames, after its header was checked. Raises what the codecs do for damaged pixels."""
     if frame == 0 and data.startswith(PNG_MAGIC):
-        return _png(data)
+        return _png(data, decoder)
     if frame == 0 and data.startswith(JPEG_MAGIC):
         return _jpeg(data, decoder)
     if data.startswith(TIFF_STARTS):
@@ -126,12 +126,17 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         position = at + 2 + length
 
 
-def _png(data: bytes) -> Picture:
-    import imagecodecs
+def _png(data: bytes, decoder: str) -> Picture:
+    depth, colour, interlaced = data[24], data[25], data[28]
+    # imagecodecs prints a libpng warning for each interlaced file. Pillow gives the same pixels, but of 16 bits only the upper 8, and
+    # compares a colour key of fewer than 8 bits with scaled values
+    by_pillow = depth <= 8 and not (depth < 8 and colour == 0 and b"tRNS" in data)
+    if by_pillow and (interlaced or decoder == "pillow"):
+        picture = _pillow(data, 0, turned=False)
+    else:
+        import imagecodecs
 
-    depth, interlaced = data[24], data[28]
-    # imagecodecs prints a libpng warning for each interlaced file; Pillow gives the same pixels up to 8 bits
-    picture = _pillow(data, 0, turned=False) if interlaced and depth <= 8 else _with_channels(imagecodecs.png_decode(data))
+        picture = _with_channels(imagecodecs.png_decode(data))
     if (found := data.find(b"eXIf")) < 0:
         return picture
     return Picture(upright(picture.pixels, _png_orientation(data, found)), picture.has_alpha)
@@ -151,12 +156,10 @@ def _png_orientation(data: bytes, found: int) -> int:
 
 
 def _jpeg(data: bytes, decoder: str) -> Picture:
-    import imagecodecs
-
-    pixels = None
-    if decoder == "pillow":
-        pixels = _pillow_jpeg(data)
+    pixels = _pillow_jpeg(data) if decoder == "pillow" else None
     if pixels is None:
+        import imagecodecs
+
         pixels = imagecodecs.jpeg8_decode(data)
     if pixels.ndim == 3 and pixels.shape[2] == 4:  # inks, stored inverted as Adobe does
         pixels = cmyk_to_rgb(255 - pixels)
@@ -188,7 +191,7 @@ def _pillow(data: bytes, frame: int, *, turned: bool = True) -> Picture:
     with open_unbounded(data) as image:
         if frame:
             image.seek(frame)
-        orientation = image.getexif().get(0x0112, UPRIGHT) if turned else UPRIGHT
+        orientation = opened_orientation(image) if turned else UPRIGHT
         if "transparency" in image.info or image.mode == "PA":
             pixels = np.asarray(image.convert("LA" if image.mode == "L" else "RGBA"))
         elif image.mode == "1":
@@ -200,4 +203,4 @@ def _pillow(data: bytes, frame: int, *, turned: bool = True) -> Picture:
         else:
             raise BadSample("unsupported", f"{image.format} of mode {image.mode} is not read: save it as PNG")
         picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], pixels.ndim == 3 and pixels.shape[2] in (2, 4))
-        return Picture(upright(picture.pixels, orientation if orientation in range(1, 9) else UPRIGHT), picture.has_alpha)
+        return Picture(upright(picture.pixels, orientation), picture.has_alpha)

@@ -7,6 +7,7 @@ others are no images of their own. Every strip must be inside the file; complex 
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def tiff_pixels(data: bytes, frame: int = 0) -> tuple[Pixels, bool]:
 
     Its header was checked. Raises what tifffile and its codecs do for damaged pixels.
     """
-    with _images(data) as images:
+    with _images(data, frame + 1) as images:
         stacked = len(images) == 1 and frame > 0
         page = images[0 if stacked else frame]
         form = _form(page)
@@ -105,12 +106,13 @@ def tiff_file(pixels: Pixels) -> bytes:
 
 
 @contextlib.contextmanager
-def _images(data: bytes) -> Iterator[list[Any]]:  # any: tifffile.TiffPage
-    """Yield the pages that are images of their own, at least one."""
+def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any: tifffile.TiffPage
+    """Yield the pages that are images of their own, at least one; with `most` only the first of them."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            pages: list[Any] = [file.pages.get(number) for number in range(len(file.pages))]  # any: as above
-            yield [page for page in pages if not page.subfiletype & _REDUCED_OR_MASK] or pages[:1]
+            pages = (file.pages.get(number) for number in range(len(file.pages)))
+            images: Iterator[Any] = (page for page in pages if not getattr(page, "subfiletype", 0) & _REDUCED_OR_MASK)  # any: as above
+            yield list(itertools.islice(images, most)) or [file.pages.get(0)]
     except (TiffError, MemoryError):
         raise
     except Exception as error:  # a parser of untrusted bytes raises anything

@@ -155,6 +155,15 @@ class TestOrientation:
         assert text == "16x16x3/RGB"
         assert (pixels[:6, :, 0] > 150).all() and (pixels[10:, :, 2] > 150).all()  # the left side is on top
 
+    @pytest.mark.parametrize("block", [b"", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01\x12", b"nonsense"])
+    def test_a_damaged_block_turns_nothing(self, block):
+        pixels = noise(RANDOM, 6, 4, 3)
+        for format, ext, options in (("JPEG", "jpg", {"quality": 95}), ("WEBP", "webp", {"lossless": True}), ("PNG", "png", {})):
+            data = saved(Image.fromarray(pixels), format, **options, exif=b"Exif\0\0" + block)
+            text, found = stored(data, ext, check="decode")
+            assert text == "6x4x3/RGB"
+            assert format == "JPEG" or (found == pixels).all()
+
     def test_version_1_reads_as_stored(self):
         for name, data in self.FILES.items():
             assert image_header(data, name.rpartition(".")[2], pixels=1).format_text == "24x48x3/RGB"
@@ -238,6 +247,26 @@ class TestFrames:
             wanted = np.stack([noise(np.random.default_rng(number), 6, 5, 3).transpose(2, 0, 1) for number in range(3)])
         np.testing.assert_array_equal(read(tmp_path), wanted)
 
+    def test_those_of_a_tar_too(self, tmp_path):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, data in (("a.tif", tiff(self.PAGES, photometric="minisblack")), ("a.cls", b"7")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        source = WebdatasetSpec(url=str(tmp_path / "x.tar"), frames="all")
+        manifest = shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(shuffle=False))
+        assert (manifest.num_samples(), manifest.classes) == (3, ("7",))
+        np.testing.assert_array_equal(read(tmp_path), self.PAGES[:, None])
+
+    def test_a_damaged_frame_is_quarantined_alone(self, tmp_path):
+        data = bytearray(tiff(self.PAGES, photometric="minisblack", compression="zlib"))
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            at = file.pages.get(1).dataoffsets[0]
+        data[at : at + 4] = b"\xff" * 4
+        manifest = sharded(tmp_path, {"pages.tif": bytes(data)}, frames="all")
+        assert (manifest.num_samples(), manifest.reasons) == (2, {"decode": 1})
+        np.testing.assert_array_equal(read(tmp_path), self.PAGES[[0, 2]][:, None])
+
     def test_thumbnails_and_masks_of_a_tiff_are_no_frames(self):
         out = io.BytesIO()
         with tifffile.TiffWriter(out) as file:
@@ -270,6 +299,10 @@ class TestRanges:
     def test_eight_bits_have_their_range(self):
         pixels = noise(RANDOM, 8, 8, 3)
         np.testing.assert_array_equal(stored(saved(Image.fromarray(pixels), "PNG"), "png", value_range=(0, 4095))[1], pixels)
+
+    def test_version_1_knows_none(self):
+        with pytest.raises(ConfigError, match=r"need shards.pixels=2"):
+            ShardSpec(value_range=(0, 4095), pixels=1)
 
     @pytest.mark.parametrize("value_range", [(5, 5), (9, 1)])
     def test_an_empty_range_is_refused(self, value_range):
