@@ -18,12 +18,15 @@ import tifffile
 from numpy.typing import NDArray
 
 from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
+from aecore.data.format.jpeg import jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _SEPARATED, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 4, 5, 6, 8, 9
 _PREMULTIPLIED, _STRAIGHT = 1, 2  # kinds of alpha among the extra samples
 _JPEG = 7  # compression that tifffile gives as RGB
+# none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: others have sizes of their own, which only their decoders know
+_READ_COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000)
 _REDUCED_OR_MASK = 0b101  # of a page's NewSubfileType
 _MODES = {(1, "u1"): "L", (1, "u2"): "I;16", (3, "u1"): "RGB", (3, "u2"): "RGB;16", (1, "i4"): "I", (1, "f4"): "F"}
 _ALPHA_MODES = {"L": "LA", "I;16": "LA;16", "RGB": "RGBA", "RGB;16": "RGBA;16"}
@@ -71,6 +74,8 @@ def tiff_facts(data: bytes) -> TiffFacts:
             needed = max(needed, page.dataoffsets[0] + frames * page.nbytes)
         if not needed or needed > len(data):
             raise TiffError("truncated", f"TIFF of {len(data)} bytes, its pixels end at byte {needed}")
+        if page.compression == _JPEG:
+            _require_jpeg_sizes(page, data)
         width, height = turned_size(int(page.imagewidth), int(page.imagelength), _orientation(page))
         pixel_bytes = max(form.channels, int(page.samplesperpixel)) * form.dtype.itemsize
         return TiffFacts(width, height, form.mode, form.channels, frames, pixel_bytes)
@@ -119,6 +124,16 @@ def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any
         raise TiffError("decode", f"not a readable TIFF ({type(error).__name__}: {error})") from error
 
 
+def _require_jpeg_sizes(page: Any, data: bytes) -> None:  # any: as above
+    """Raise TiffError if a JPEG inside the file is larger than the strip or tile that it is in: it would be decoded whole."""
+    most = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    across, down = (-(-int(side) // 16) * 16 for side in most)
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        width, height = jpeg_size(data[offset : offset + count])
+        if width > across or height > down:
+            raise TiffError("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
+
+
 def _stacked(page: Any) -> int:  # any: as above
     """Return the images of an ImageJ stack, which follow the first without pages of their own."""
     if not page.is_imagej or not page.is_contiguous:
@@ -138,8 +153,9 @@ def _form(page: Any) -> _Form:  # any: as above
         raise TiffError(
             "unsupported", f"TIFF with sample format {page.sampleformat} of {bits} bits: read are whole numbers and floats of one depth"
         )
-    if page.compression not in tifffile.TIFF.DECOMPRESSORS:
-        raise TiffError("unsupported", f"TIFF compressed by {getattr(page.compression, 'name', page.compression)}, which is not read")
+    if int(page.compression) not in _READ_COMPRESSIONS:
+        name = getattr(page.compression, "name", page.compression)
+        raise TiffError("unsupported", f"TIFF compressed by {name}, which is not read: save it with LZW, deflate or none")
     dtype = np.dtype(page.dtype).newbyteorder("=")
     dtype = np.dtype("u1") if dtype.kind == "b" or (dtype.kind == "u" and bits < 8) else dtype
     if colour == _PALETTE and samples == 1 and bits <= 16:

@@ -175,7 +175,7 @@ class SplitRows:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         key = self._shard(number).reader.index["key"][index - int(self._starts[number])].as_py()
         remedy = "shard the data again with shards.check=decode, which puts such samples into the quarantine"
-        if self._pixels != self.dataset.pixels:
+        if self._pixels != self.dataset.pixels and error.reason == "shape":
             remedy = (
                 f"the dataset was written with shards.pixels={self.dataset.pixels} and is read with transform.pixels={self._pixels}: shard "
                 f"the data again to another URL, or set transform.pixels={self.dataset.pixels}"

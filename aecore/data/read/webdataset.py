@@ -21,6 +21,7 @@ from aecore.errors import DataError
 if TYPE_CHECKING:
     from webdataset import FluidWrapper
 
+ANY_PIXELS = 1 << 32  # the dataset was written with a limit of its own
 WebSample = dict[str, Any]  # any: webdataset's own sample type, member name -> bytes or decoded value
 
 
@@ -67,7 +68,7 @@ def _decode(key: str, ext: str, data: bytes, pixels: PixelsVersion) -> Any:  # a
     require_allowed(ext, f"a member of sample {key!r}")
     try:
         if ext in IMAGE_EXTENSIONS:
-            return _decoder(image_header(data, ext, pixels=pixels).format_text, pixels).batch([data])[0]
+            return _decoder(image_header(data, ext, pixels=pixels, max_pixels=ANY_PIXELS).format_text, pixels).batch([data])[0]
         if ext == "npy":
             return _decoder(array_header(data, pixels=pixels, layout="chw").format_text, pixels).batch([data])[0]
         if ext == "json":

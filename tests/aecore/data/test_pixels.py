@@ -108,7 +108,9 @@ def test_ten_thousand_random_images_are_read_as_they_are_meant():
 def test_round_trips_of_values_over_modes_sizes_and_depths(data):
     dtype = np.dtype(data.draw(st.sampled_from(["u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"])))
     height, width, bands = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 6)))
-    values = data.draw(arrays.arrays(dtype, (height, width, bands), elements=arrays.from_dtype(dtype, allow_nan=False)))
+    values = data.draw(
+        arrays.arrays(dtype, (height, width, bands), elements=arrays.from_dtype(dtype, allow_nan=False, allow_infinity=False))
+    )
     options = {"byteorder": data.draw(st.sampled_from("<>")), "compression": data.draw(st.sampled_from([None, "zlib", "lzw"]))}
     if data.draw(st.booleans()):
         options["tile"] = (16, 16)
@@ -355,6 +357,28 @@ class TestLimits:
             prepare(data, "tif", ShardSpec(max_pixels=499))
         prepare(data, "tif", ShardSpec(max_pixels=500))
 
+    def test_a_jpeg_inside_a_tiff_that_says_gigapixels_is_refused_by_its_tags(self):
+        data = bytearray(saved(Image.fromarray(smooth(RANDOM, 32, 32, 3)), "TIFF", compression="jpeg"))
+        at = data.index(b"\xff\xc0") + 5
+        assert data[at : at + 4] == struct.pack(">HH", 32, 32)
+        image_header(bytes(data), "tif")
+        data[at : at + 4] = struct.pack(">HH", 65500, 65500)
+        with pytest.raises(BadSample, match="65500x65500 pixels in a place of 32x32"):
+            image_header(bytes(data), "tif")
+
+    def test_what_tiffs_inflate_to_is_bounded_by_their_tags(self):
+        data = tiff(np.zeros((4, 4), np.uint8), compression="zlib")
+        bomb = zlib.compress(bytes(1 << 26))
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            tags = {name: file.pages[0].tags[name].valueoffset for name in ("StripOffsets", "StripByteCounts")}
+            kind = {name: file.pages[0].tags[name].dtype for name in tags}
+        changed = bytearray(data) + bomb
+        for name, value in (("StripOffsets", len(data)), ("StripByteCounts", len(bomb))):
+            size = {3: 2, 4: 4, 16: 8}[int(kind[name])]
+            changed[tags[name] : tags[name] + size] = value.to_bytes(size, "little")
+        with pytest.raises(BadSample):
+            prepare(bytes(changed), "tif", ShardSpec(check="decode"))
+
     def test_a_tiff_that_promises_more_than_it_holds_is_found_by_its_tags(self):
         data = tiff(noise(RANDOM, 32, 32, 1, "u2")[..., 0])
         for end in range(0, len(data), 7):
@@ -390,7 +414,7 @@ class TestArrays:
     def test_every_order_and_version_is_read_with_its_values(self, data):
         dtype = np.dtype(data.draw(st.sampled_from(["<f4", ">f4", "<f8", ">f8", ">i2", "<u2", ">i8", "<f2", "u1", "?"])))
         shape = data.draw(st.sampled_from([(3,), (4, 2), (2, 5, 3), (6, 7, 2), (2, 3, 2, 2)]))
-        values = data.draw(arrays.arrays(dtype, shape, elements=arrays.from_dtype(dtype, allow_nan=False)))
+        values = data.draw(arrays.arrays(dtype, shape, elements=arrays.from_dtype(dtype, allow_nan=False, allow_infinity=False)))
         values = np.asfortranarray(values) if data.draw(st.booleans()) else values
         _, found = stored(npy(values, data.draw(st.sampled_from([(1, 0), (2, 0), (3, 0)]))), "npy", layout="chw")
         np.testing.assert_array_equal(found, values)
@@ -430,6 +454,15 @@ class TestOneDecoder:
             with pytest.raises(BadSample, match="truncated|decode"):
                 prepare(self.half(data), "jpg", ShardSpec(check="decode"))
 
+    def test_the_second_picture_of_a_file_does_not_hide_that_the_first_is_cut(self):
+        picture = Image.fromarray(smooth(RANDOM, 64, 48, 3))
+        for options in ({}, {"progressive": True}):
+            data = saved(picture, "JPEG", **options)
+            second = saved(picture, "JPEG")
+            prepare(data + second, "jpg", ShardSpec(check="decode"))
+            with pytest.raises(BadSample, match="truncated|decode"):
+                prepare(self.half(data) + second, "jpg", ShardSpec(check="decode"))
+
     def test_what_the_check_keeps_training_reads(self, tmp_path):
         files = {}
         for number in range(60):
@@ -445,6 +478,13 @@ class TestOneDecoder:
         assert manifest.num_samples() + manifest.quarantined == 60
         if set(manifest.sample.shapes) == {"16x16x3/RGB"}:
             assert len(read(tmp_path)) == manifest.num_samples()
+
+    def test_values_that_are_no_numbers_are_found_in_images_too(self):
+        values = np.ones((6, 6), np.float32)
+        values[2, 3] = np.nan
+        prepare(tiff(values), "tif", ShardSpec())
+        with pytest.raises(BadSample, match="not_finite"):
+            prepare(tiff(values), "tif", ShardSpec(check="decode"))
 
     def test_a_png_whose_pixels_are_short_is_found(self):
         header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
