@@ -224,6 +224,24 @@ def decode_pngs(files: BytesColumn, pixels: Bytes, *, as_stored: bool = False) -
     return done.astype(np.bool_)
 
 
+def upright_jpegs(files: BytesColumn) -> NDArray[np.bool_]:
+    """Return which files are JPEGs that EXIF does not turn, as bools `[n]`; the others need another look (all, without compiled loops).
+
+    In Python the search for an EXIF block in each file takes less.
+    """
+    found = np.zeros(len(files), np.bool_)
+    if native._library() is None:
+        return found
+    rows = np.flatnonzero(files.ends - files.begins >= 2)
+    begins = files.begins[rows]
+    rows = rows[(files.data[begins] == 0xFF) & (files.data[begins + 1] == 0xD8)]
+    if len(rows):
+        facts = examine(BytesColumn(files.data, files.begins[rows], files.ends[rows]))
+        orientations = facts.view(np.uint8).reshape(-1, FACTS.itemsize)[:, 3] >> 4  # in the last byte of `detail`
+        found[rows] = (facts["kind"] == 2) & (orientations <= 1)
+    return found
+
+
 @cache
 def _uncompress() -> int | None:
     """Return the address of zlib's `uncompress`: every Linux that runs Pillow or imagecodecs has this library."""

@@ -253,6 +253,18 @@ class TestPixels:
             loops.decode_pngs(BytesColumn(np.zeros(9, np.uint8), np.array([0]), np.array([10])), np.zeros((1, 5, 5, 1), np.uint8))
 
 
+@pytest.mark.parametrize("orientation", range(10))
+@compiled
+def test_jpegs_that_exif_turns_are_told_from_others(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    Image.new("L", (8, 6)).save(out, "JPEG", exif=exif)
+    files = [out.getvalue(), encoded((8, 6), format="JPEG"), encoded((8, 6), format="PNG"), b"", b"\xff", b"\xff\xd8", out.getvalue()[:-2]]
+    found = loops.upright_jpegs(BytesColumn.from_bytes(files)).tolist()
+    assert found == [not 2 <= orientation <= 8, True, False, False, False, False, False]
+
+
 class TestImages:
     @pytest.fixture(params=["compiled", "python"], autouse=True)
     def _loops(self, request, monkeypatch):

@@ -11,8 +11,9 @@ format has no channel for it. What was written before `pixels=2` is read as it w
 
 import importlib
 import io
+import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from aecore.data.format.record import ArrayHeader, NpyError, array_header, array
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
-from aecore.native.loops import decode_pngs
+from aecore.native.loops import decode_pngs, upright_jpegs
 
 DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
@@ -73,9 +74,9 @@ class Decoder:
         """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is passed to that function and its row is undefined."""
         out = np.empty((len(members), *self.sample_format.shape), self.sample_format.dtype)
         targets = out.reshape(len(members), *self._decoded)
-        for row in self._unusual(members, out):
+        for row, is_upright in self._unusual(members, out):
             try:
-                self._one(targets[row, ...], members[row])  # `...`: a view also where a sample is one number
+                self._one(targets[row, ...], members[row], is_upright)  # `...`: a view also where a sample is one number
             except MemoryError:
                 raise
             except BadSample as error:
@@ -91,15 +92,16 @@ class Decoder:
                 on_bad(bad)
         return out
 
-    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Sequence[int]:
-        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows."""
+    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Iterable[tuple[int, bool]]:
+        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows, and whether they are upright JPEGs."""
         if self._codecs is None or not self.sample_format.image or out.dtype != np.uint8 or not len(members):
-            return range(len(members))
+            return zip(range(len(members)), itertools.repeat(False))
         found = members if isinstance(members, BytesColumn) else BytesColumn.from_bytes(members)
-        return np.flatnonzero(~decode_pngs(found, out, as_stored=self._reading.pixels == 1)).tolist()
+        rows = np.flatnonzero(~decode_pngs(found, out, as_stored=self._reading.pixels == 1))
+        return zip(rows.tolist(), upright_jpegs(BytesColumn(found.data, found.begins[rows], found.ends[rows])).tolist(), strict=True)
 
-    def _into(self, target: Pixels, data: bytes) -> None:
-        if self._jpeg is not None and data.startswith(JPEG_MAGIC) and EXIF not in data:
+    def _into(self, target: Pixels, data: bytes, is_upright: bool) -> None:
+        if self._jpeg is not None and (is_upright or (data.startswith(JPEG_MAGIC) and EXIF not in data)):
             try:
                 self._jpeg(data, out=target)  # compares header and `out` before it decodes (ValueError)
             except Exception:  # other colours, another depth or size, or damaged: the complete decoder decides
@@ -146,7 +148,7 @@ class Decoder:
             self._arrays[head] = header
         return array_values(data, header)
 
-    def _into_1(self, target: Pixels, data: bytes) -> None:
+    def _into_1(self, target: Pixels, data: bytes, _: bool) -> None:
         if data.startswith(NPY_MAGIC):
             pixels = self._npy(data)
         elif not self.sample_format.image:

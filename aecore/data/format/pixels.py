@@ -110,7 +110,7 @@ def _pillow_jpeg(data: bytes) -> Pixels | None:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return np.asarray(image) if image.mode in ("L", "RGB") else None
     except (OSError, SyntaxError, ValueError, struct.error):
         return None

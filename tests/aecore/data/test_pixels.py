@@ -463,6 +463,25 @@ class TestOneDecoder:
             with pytest.raises(BadSample, match="truncated|decode"):
                 prepare(self.half(data) + second, "jpg", ShardSpec(check="decode"))
 
+    def test_damaged_files_of_all_forms_are_read_or_refused_with_a_reason(self):
+        random = np.random.default_rng(1)
+        for name in list(FORMS) * 6:
+            form = FORMS[name](random, *random.integers(2, 30, 2).tolist())
+            data = bytearray(form.data)
+            if random.random() < 0.3:
+                del data[int(random.integers(len(data))) :]
+            else:
+                for at in random.integers(0, min(len(data), 200 if random.random() < 0.6 else len(data)), 4).tolist():
+                    data[at] = int(random.integers(256))
+            try:
+                header, kept = prepare(bytes(data), form.ext, ShardSpec(check="decode"))
+            except BadSample:
+                continue
+            assert kept == bytes(data)
+            for decoder in ("imagecodecs", "pillow"):
+                pixels = Decoder(Reading(decoder), SampleFormat.parse(header.format_text)).batch([kept])
+                assert pixels.shape[1:3] == (header.height, header.width)
+
     def test_what_the_check_keeps_training_reads(self, tmp_path):
         files = {}
         for number in range(60):
