@@ -9,10 +9,15 @@ from aecore.errors import DataError
 
 
 def check_input_shape(dataset: Dataset, loaded: LoadedModel) -> None:
-    """Raise DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps)."""
+    """Raise DataError unless the dataset's samples have the shape that the checkpoint expects (0 there: any number of steps).
+
+    Images may have alpha beyond the channels that the model takes: it is composed over `transform.background`.
+    """
     expected = loaded.config.input_shape
     varying = expected[:1] == (0,)
     shape = dataset.input_shape(sequences=varying)
+    if shape == (*(size + 1 for size in expected[:1]), *expected[1:]) and dataset.has_alpha and loaded.config.transform.pixels == 2:
+        return
     if shape != expected and not (varying and shape[1:] == expected[1:] and shape):
         raise DataError(
             f"dataset {dataset.url} holds samples of shape {shape}; checkpoint {loaded.url} expects "

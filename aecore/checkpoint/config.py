@@ -36,6 +36,11 @@ class ModelConfig:
                 "use transform.scale=none"
             )
 
+    @property
+    def channels(self) -> int | None:
+        """The channels of the images that the model takes; None if samples may be something else than images."""
+        return self.input_shape[0] if len(self.input_shape) == 3 else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that decide weights and latents, later fields only if they differ from the old behaviour."""
         return {

@@ -173,7 +173,9 @@ class EncodeWorker:
     def _loader(self, split: str) -> Loader:
         if split not in self.loaders:
             transform = self.encoder.transform.spec
-            self.loaders[split] = Loader(self.dataset, split, transform=transform, spec=InputSpec(cache="none"))
+            self.loaders[split] = Loader(
+                self.dataset, split, transform=transform, spec=InputSpec(cache="none"), channels=self.encoder.channels
+            )
         return self.loaders[split]
 
     def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:

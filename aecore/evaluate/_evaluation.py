@@ -92,7 +92,7 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     dataset, loaded = open_for_evaluation(run, data, spec, rank.device)
     config, transform = loaded.config, spec.transform(loaded.config.transform)
     objective = Objective(loaded.model, Transform(transform), config.model.likelihood).eval()
-    with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none")) as loader:
+    with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none"), channels=loaded.config.channels) as loader:
         means = split_means(objective, loader, seed=spec.seed, batch=spec.batch, rank=rank, extra=_Extra(spec, config.model.likelihood))
     _require_finite(spec.split, means)
     return _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))

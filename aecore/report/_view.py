@@ -32,7 +32,9 @@ class View:
     def __init__(self, loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, device: str) -> None:
         self.loaded, self.dataset, self.spec, self.device = loaded, dataset, spec, device
         self.transform = Transform(loaded.config.transform)
-        self.loader = Loader(dataset, spec.split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
+        self.loader = Loader(
+            dataset, spec.split, transform=loaded.config.transform, spec=InputSpec(cache="none"), channels=loaded.config.channels
+        )
         self.shape = loaded.config.input_shape
         self.chosen = draw_indices(self.loader.num_samples, POINTS, spec.seed)
 

@@ -19,7 +19,7 @@ from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
-from aecore.data.sources._names import split_in_version_1
+from aecore.data.sources._names import split_in_version_1, split_of
 from aecore.errors import ConfigError, DataError, Hint
 from aecore.nn import linear_path
 from aecore.store import open_store, sha256_json
@@ -99,7 +99,7 @@ class Session:
         """Open what the job trains on and choose its loaders: nothing else depends on the kind of data."""
         job = self.job
         if job.input.streams:
-            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member)
+            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member, split_of, job.transform.pixels)
             return stream, partial(_stream_loaders, stream)
         dataset = open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
         return dataset, partial(_loaders, dataset)
@@ -114,7 +114,7 @@ class Session:
         if claimed is None:
             return None
         try:
-            dataset = open_stream(job.data, split, job.input.member, split_in_version_1)
+            dataset = open_stream(job.data, split, job.input.member, split_in_version_1, job.transform.pixels)
         except DataError:
             return None
         return dataset if dataset.training_key(split) == claimed else None

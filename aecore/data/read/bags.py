@@ -97,7 +97,7 @@ class BagLoader:
     """
 
     def __init__(self, dataset: Dataset, split: str, *, transform: TransformSpec, order: TrainingOrder, spec: InputSpec) -> None:
-        self.rows = SplitRows(dataset, split, transform.decoder, spec.cache, spec.cache_bytes)
+        self.rows = SplitRows(dataset, split, transform.reading, spec.cache, spec.cache_bytes)
         if self.rows.sample_format.varying:
             raise DataError(
                 f"{dataset.url}: the instances of bags are sequences of different lengths, expected one shape: cut or pad them, or train "

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.dataset import Dataset
-from aecore.data.format.decode import DecodeError, Decoder, DecoderName, Pixels
+from aecore.data.format.decode import DecodeError, Decoder, Pixels, Reading
 from aecore.data.format.ragged import SequenceDecoder
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.read.shard_reader import ShardReader
@@ -49,9 +49,20 @@ class _OpenShard:
 
 
 class SplitRows:
-    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample."""
+    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample.
 
-    def __init__(self, dataset: Dataset, split: str, decoder: DecoderName, cache: CacheMode = "auto", cache_bytes: int = 2 << 30) -> None:
+    With `channels`, those of a model's images, alpha that is one more is composed over the background.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        reading: Reading,
+        cache: CacheMode = "auto",
+        cache_bytes: int = 2 << 30,
+        channels: int | None = None,
+    ) -> None:
         self.dataset = dataset
         self.split = split
         self.shards = dataset.manifest.split(split)
@@ -60,9 +71,11 @@ class SplitRows:
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
         self.sample_format = SampleFormat.from_shapes(dataset.manifest.sample.shapes, sequences=True)
+        if channels is not None and self.sample_format.without_alpha.shape[2:] == (channels,):
+            self.sample_format = self.sample_format.without_alpha
         self.labelled = bool(dataset.classes)
         self._starts = np.cumsum(self.counts) - self.counts
-        self._decoder = Decoder(decoder, self.sample_format)
+        self._decoder, self._pixels = Decoder(reading, self.sample_format), reading.pixels
         self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
         self.caching = _use_cache(cache, self.num_samples * self.sample_format.nbytes, cache_bytes)
         self._cache: Rows | None = None
@@ -161,10 +174,13 @@ class SplitRows:
     def _undecodable(self, index: int, error: DecodeError) -> DataError:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         key = self._shard(number).reader.index["key"][index - int(self._starts[number])].as_py()
-        return DataError(
-            f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); "
-            "shard the data again with shards.check=decode, which puts such samples into the quarantine"
-        )
+        remedy = "shard the data again with shards.check=decode, which puts such samples into the quarantine"
+        if self._pixels != self.dataset.pixels and error.reason == "shape":
+            remedy = (
+                f"the dataset was written with shards.pixels={self.dataset.pixels} and is read with transform.pixels={self._pixels}: shard "
+                f"the data again to another URL, or set transform.pixels={self.dataset.pixels}"
+            )
+        return DataError(f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); {remedy}")
 
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:

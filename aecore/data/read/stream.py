@@ -26,7 +26,7 @@ import torch
 
 from aecore._base.batch import Batch
 from aecore.data.format.decode import DecodeError, Decoder
-from aecore.data.format.image import BadSample
+from aecore.data.format.image import BadSample, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
@@ -80,7 +80,9 @@ class StreamDataset:
         return 0
 
 
-def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of) -> StreamDataset:
+def open_stream(
+    url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of, pixels: PixelsVersion = 2
+) -> StreamDataset:
     """Open the tars of `split`: lists them and reads the first sample.
 
     `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`.
@@ -98,7 +100,8 @@ def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names have {', '.join(sorted(set(splits.values())))})")
     where, (ext, data, _) = _first(tars, names, member)
     try:
-        format_text = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).format_text
+        header = image_header(data, ext, pixels=pixels) if ext in IMAGE_EXTENSIONS else array_header(data, pixels=pixels)
+        format_text = header.format_text
     except BadSample as bad:
         raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}", hint=Hint("bad-sample")) from bad
     return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, SampleFormat.parse(format_text))
@@ -140,7 +143,7 @@ class StreamLoader:
         self._names = list(dataset.tars)
         self._tars = ExternalTars.named(dataset.url, tuple(self._names))
         self._sample = dataset.sample_format
-        self._decoder = Decoder(transform.decoder, self._sample)
+        self._decoder = Decoder(transform.reading, self._sample)
         self._order, self._spec = order, spec
         self._seed = f"{dataset.dataset_sha256}|{order.seed}"
 

@@ -18,6 +18,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._external_tars import ExternalSample, ExternalTars, Member, TarFile, data_member
+from aecore.data.sources._frames import read_frame, with_frames
 from aecore.data.sources._names import split_of
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
@@ -38,6 +39,7 @@ class WebdatasetSpec:
     label: str = knob("auto", "cls, json:<field> or none; auto: cls where there is one")
     columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
     keys: Literal["member", "shard"] = knob("member", "member: keys as in the tars; shard: with the tar's name before them")
+    frames: Literal["first", "all", "refuse"] = knob("first", "of pages and animations: first, all as samples, or refuse the file", since=2)
     max_inflated_bytes: int = knob(0, "bytes that one gzip'ed tar may inflate to; 0: 1 GiB, or 128 times its own", ge=0, identity=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class WebdatasetSource:
             raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
         self._require_keys(found)
         self._require_fields(found)
-        return Listing(
+        listing = Listing(
             encode_keys(found.keys),
             found.sources,
             np.array(found.sizes, np.int64),
@@ -106,12 +108,16 @@ class WebdatasetSource:
             notes=tuple(f"skipped {count} {what}" for what, count in sorted(found.skipped.items())),
             label_paths=False,
         )
+        return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return codec and bytes of one sample.
 
         Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing.
         """
+        return read_frame(source, self._member) if self._spec.frames == "all" else self._member(source)
+
+    def _member(self, source: str) -> tuple[str, bytes]:
         tar, member = parse_source(source)
         if tar not in self._open:
             while len(self._open) >= MAX_OPEN:

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, collect, serial
 from aecore.data.format.index import read_table
+from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
@@ -217,9 +219,23 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     counts = sum(record.rows for record in records), sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
+    for note in _pixel_notes(records):
+        logger.info("%s: %s", store.url, note)
     if parent is not None:
         warn_if_format_changed(store, parent, manifest)
     return manifest
+
+
+def _pixel_notes(records: Sequence[PartRecord]) -> Iterator[str]:
+    """Yield what was chosen where files leave a choice: the frame of several, the axes of arrays."""
+    if several := sum(record.detail.get("first_frames", 0) for record in records):
+        yield f"{several} files have several pages or frames, of which the first was stored (source.frames=first; all or refuse)"
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update({text: count for text, count in record.detail.get("shapes", {}).items() if f"/{CHANNEL_LAST};" in text})
+    for text, count in sorted(counts.items())[:SHOWN]:
+        shape = text.partition("/")[0]
+        yield f"{count} arrays of {shape} are images [H, W, C] of {shape.rpartition('x')[2]} channels (shards.layout=auto; hwc or chw)"
 
 
 def _absolute(source: Any) -> Any:  # any: every source kind has its own spec class
