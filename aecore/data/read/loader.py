@@ -8,7 +8,7 @@ suits small images on few cores.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -119,6 +119,8 @@ class Loader:
         The order of `batches`; not needed to read ranges and shards.
     pairs : PairSpec, optional
         Gives every batch of `batches` partners in `x_pair`; None: there is no `x_pair`.
+    classes : sequence of str, optional
+        Names that a model numbers: labels are mapped to them by name; None: labels are those of the dataset.
     """
 
     def __init__(
@@ -130,9 +132,10 @@ class Loader:
         spec: InputSpec | None = None,
         order: TrainingOrder | None = None,
         pairs: PairSpec | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.spec = spec or InputSpec()
-        self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes)
+        self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes, classes)
         self.num_samples = self.rows.num_samples
         self._order = order
         self._pairs = pairs
