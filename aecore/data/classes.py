@@ -24,6 +24,11 @@ def spelled(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_spelled(name: str) -> bool:
+    """Return whether a name is in normal form C."""
+    return unicodedata.is_normalized("NFC", name)
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Return the names sorted; numbers by value, so that class 10 of 100 is number 10."""
     found = set(names)
