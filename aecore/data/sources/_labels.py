@@ -24,7 +24,7 @@ from aecore.store import absolute_url, open_files, read_again
 REGEX, JSON = "regex:", "json:"
 MAX_CLASSES_BYTES = 1 << 24
 _WORD = r"\pL\pM\pN_"  # in a class of characters
-_TOKEN = re.compile(r"\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<\w|\(\?|.", re.DOTALL)
+_TOKEN = re.compile(r"\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
 
 
 class Expression:
@@ -34,8 +34,7 @@ class Expression:
     """
 
     def __init__(self, option: str, rule: str) -> None:
-        self.pattern, groups = _with_letters_of_every_script(rule.removeprefix(REGEX))
-        self._whole, self._found = rf"(?s:\A.*?)({self.pattern})(?s:.*\z)", r"\2" if groups else r"\1"
+        self._pattern = _one_group(rule.removeprefix(REGEX))
         try:
             self.search(["", "x"])
         except pa.ArrowInvalid as error:
@@ -47,14 +46,15 @@ class Expression:
 
     def search(self, texts: Sequence[str]) -> list[str]:
         """Return what it finds first in each text, "" where it finds nothing."""
-        column = pa.array(texts, pa.string())
-        matches = pc.match_substring_regex(column, self.pattern)
-        found = pc.replace_substring_regex(column, self._whole, self._found)
-        return list(pc.if_else(matches, found, "").to_pylist())
+        found: Any = pc.extract_regex(pa.array(texts, pa.string()), self._pattern)  # any: the stubs know no structs
+        return list(found.field(0).fill_null("").to_pylist())
 
 
-def _with_letters_of_every_script(pattern: str) -> tuple[str, int]:
-    """Return an expression whose word characters are not those of ASCII alone, and how many groups it has."""
+def _one_group(pattern: str) -> str:
+    """Return an expression of which the first group, or the whole if it has none, is the first one with a name, as Arrow wants it.
+
+    Its word characters are not those of ASCII alone.
+    """
     inside, groups, out = False, 0, list[str]()
     for token in _TOKEN.findall(pattern):
         if token in (r"\w", r"\W") and not inside:
@@ -65,10 +65,12 @@ def _with_letters_of_every_script(pattern: str) -> tuple[str, int]:
             inside = True
         elif token == "]":
             inside = False
-        elif not inside:
-            groups += token == "(" or token.startswith(("(?P<", "(?<"))
+        elif not inside and (token == "(" or token.endswith("<")):
+            groups += 1
+            token = token if token != "(" else "(?P<found_>" if groups == 1 else "(?:"
         out.append(token)
-    return "".join(out), groups
+    text = "".join(out)
+    return text if groups else f"(?P<found_>{text})"
 
 
 def is_expression(rule: str | None) -> bool:
@@ -140,14 +142,12 @@ def label_names(listing: Listing, below_split: bool) -> list[str] | None:
     names, rule = listing.label_names, listing.label_rule
     if names is None:
         return None
-    if below_split and listing.splits is not None and listing.label_paths:
-        if is_expression(rule):  # every name is another one
-            names = [name[len(top) + 1 :] if top else name for name, top in zip(names, listing.splits, strict=True)]
-        else:
-            names = _mapped(names, lambda name: name.partition("/")[2])
+    below_top = below_split and listing.splits is not None and listing.label_paths
     if is_expression(rule):
-        names = found_in("source.label", rule, names, listing.sources)
-    elif rule == "leaf":
+        names = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None)
+    elif below_top:
+        names = _mapped(names, lambda name: name.partition("/")[2])
+    if rule == "leaf":
         names = _mapped(names, lambda name: name.rpartition("/")[2])
     names = _mapped(names, spelled)
     return names if any(names) else None
@@ -155,38 +155,35 @@ def label_names(listing: Listing, below_split: bool) -> list[str] | None:
 
 def _mapped(names: list[str], change: Callable[[str], str]) -> list[str]:
     """Return `change` of each name, called once for each different one."""
-    return list(map({name: change(name) for name in set(names)}.__getitem__, names))
+    changed = {name: change(name) for name in set(names)}
+    return names if all(name == other for name, other in changed.items()) else list(map(changed.__getitem__, names))
 
 
-def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str]) -> list[str]:
+def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str], tops: Sequence[str] | None = None) -> list[str]:
     """Return what the expression of a rule finds in each path.
 
-    A label is searched in the file's name, without its extension and with it, then in the path; a group in the path without its extension
-    (the key), then in the name, then in both with it.
+    A label is searched in the file's name, then in the path below its top folder, if `tops` names one, then in the whole path; a group in
+    the key, which is the whole path without its extension, then in the name. Each time without the extension first, then with it.
 
     Raises
     ------
     DataError
         If it finds nothing in one of them; some are named by `sources`.
     """
-    expression, texts = Expression(option, rule), [_printable(spelled(path)) for path in paths]
-    parts: dict[str, Callable[[str], str]] = {
-        "key": _stem,
-        "name without extension": lambda text: _last(_stem(text)),
-        "name": _last,
-        "path": str,
-    }
-    order = ("name without extension", "name", "key", "path") if option == "source.label" else tuple(parts)
-    found, left = [""] * len(texts), list(range(len(texts)))
-    for part in order:
-        for row, name in zip(left, expression.search([parts[part](texts[row]) for row in left]), strict=True):
+    expression, whole = Expression(option, rule), [_printable(spelled(path)) for path in paths]
+    below = whole if tops is None else [path[len(top) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
+    names = [path.rpartition("/")[2] for path in whole]
+    searched = [names, below, whole] if option == "source.label" else [whole, names]
+    found, left = [""] * len(whole), list(range(len(whole)))
+    for texts, part in [(texts, part) for texts in searched for part in (_stem, str)]:
+        for row, name in zip(left, expression.search([part(texts[row]) for row in left]), strict=True):
             found[row] = name
         left = [row for row in left if not found[row]]
     if left:
-        searched = ", ".join(dict.fromkeys(repr(parts[part](texts[left[0]])) for part in order))
+        shown = ", ".join(dict.fromkeys(repr(part(texts[left[0]])) for texts in searched for part in (_stem, str)))
         raise DataError(
-            f"{option}={rule} finds nothing in {len(left)} of {len(texts)} samples: {quoted([sources[row] for row in left])} "
-            f"(it was searched in {searched}): change the expression, or move these samples away"
+            f"{option}={rule} finds nothing in {len(left)} of {len(whole)} samples: {quoted([sources[row] for row in left])} "
+            f"(it was searched in {shown}): change the expression, or move these samples away"
         )
     return found
 
@@ -194,10 +191,6 @@ def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str
 def _stem(path: str) -> str:
     folder, slash, name = path.rpartition("/")
     return folder + slash + (name.rpartition(".")[0] or name)
-
-
-def _last(path: str) -> str:
-    return path.rpartition("/")[2]
 
 
 def _printable(text: str) -> str:

@@ -99,8 +99,12 @@ def plan_dataset(
     members = assign_splits(listing, chosen, names, parent)
     _require_whole_groups(listing, members, chosen, by_file=files is not None)
     classes = _classes(parent.classes if parent else (), names, fixed_classes(source))
-    ids = None if names is None else _ids(names, classes)
-    names = None if ids is None else [classes[number] if number >= 0 else "" for number in ids.tolist()]  # as a parent spells them
+    ids = None
+    if names is not None:
+        numbers = numbers_of(set(names), classes) | {"": -1}
+        ids = np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
+        if any(name and classes[number] != name for name, number in numbers.items()):
+            names = [classes[number] if number >= 0 else "" for number in ids.tolist()]  # as the parent spells them
     labelled = dataclasses.replace(listing, label_names=names, splits=None)  # tasks are of one split each
     tasks: list[ShardTask] = []
     for split in members:
@@ -144,18 +148,14 @@ def _classes(known: Sequence[str], names: list[str] | None, fixed: Sequence[str]
 
     DataError if a sample has a class that is not one of these.
     """
-    counts = Counter(names)
-    counts.pop("", None)
     if fixed:
+        counts = Counter(names)
+        counts.pop("", None)
         remedy = "add it to the end of source.classes, or move these samples away"
         require_known(counts, fixed, "source.url", "source.classes", remedy)
         return tuple(fixed)
-    return (*known, *in_order(name for name, number in numbers_of(counts, known).items() if number == UNKNOWN))
-
-
-def _ids(names: list[str], classes: Sequence[str]) -> NDArray[np.int32]:
-    numbers = numbers_of(set(names), classes) | {"": -1}
-    return np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
+    found = numbers_of(set(names or ()) - {""}, known)
+    return (*known, *in_order(name for name, number in found.items() if number == UNKNOWN))
 
 
 def _require_whole_groups(listing: Listing, members: Mapping[str, NDArray[np.int64]], splits: SplitSpec, *, by_file: bool) -> None:

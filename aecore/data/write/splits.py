@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aecore.data.classes import spelled
 from aecore.data.manifest import SPLIT_ORDER, DatasetManifest
 from aecore.data.sources import Listing, take
-from aecore.data.sources._names import split_of_folder
+from aecore.data.sources._names import split_of, split_of_folder
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import knob, spec
 
@@ -79,6 +79,9 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
     if splits.by in ("none", "hash"):
         folders = {key.rpartition("/")[0] for key in listing.keys}
         found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
+        if not found:  # train_set and val_set, where a class called test_tube is none
+            named = {top: split_of(top) for top in {folder.partition("/")[0] for folder in folders}}
+            found = sorted(top for top, split in named.items() if split) if len({*named.values()} - {""}) > 1 else []
         if found:
             return [
                 f"folders are named like splits ({', '.join(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
@@ -162,18 +165,18 @@ def _stratified(units: list[str], strata: list[str], splits: SplitSpec, parent: 
     """
     if not units:
         return np.ones(0)
-    known, codes = np.unique(np.array(units, dtype=object), return_inverse=True)
-    classes, labels = np.unique(np.array(strata, dtype=object), return_inverse=True)
-    pairs, counts = np.unique(np.stack([codes, labels]), axis=1, return_counts=True)
-    best = np.lexsort((pairs[1], -counts, pairs[0]))
-    firsts = np.flatnonzero(np.diff(pairs[0][best], prepend=-1))
-    stratum, sizes = pairs[1][best][firsts], np.bincount(codes)
-    order = np.lexsort((hashes(known.tolist(), f"split {splits.seed}"), stratum))  # stable: units of equal hashes by their names
+    known, classes = list(dict.fromkeys(units)), sorted(set(strata))
+    codes, labels = _codes(units, known), _codes(strata, classes)
+    pairs, counts = np.unique(codes * len(classes) + labels, return_counts=True)
+    unit, label = np.divmod(pairs, len(classes))
+    best = np.lexsort((label, -counts, unit))
+    stratum, sizes = label[best][np.flatnonzero(np.diff(unit[best], prepend=-1))], np.bincount(codes)
+    order = np.lexsort((hashes(known, f"split {splits.seed}"), stratum))
     new = np.bincount(stratum, sizes, len(classes)).astype(np.float64)
     ends = np.cumsum(sizes[order]) - (np.cumsum(new) - new)[stratum[order]]
     middles = ends - sizes[order] / 2
-    stored = {name: _stored(parent, name, classes.tolist()) for name in ("train", "val", "test")}
-    ties = hashes(classes.tolist(), f"stratify {splits.seed}")
+    stored = {name: _stored(parent, name, classes) for name in ("train", "val", "test")}
+    ties = hashes(classes, f"stratify {splits.seed}")
     total = new + sum((stored[name] for name in ("train", *_carved(splits))), np.zeros(len(classes)))
     val = _whole_shares(splits.val * total - stored["val"], new, ties)
     test = _whole_shares(splits.test * total - stored["test"], new - val, ties)
@@ -212,9 +215,15 @@ def _whole_shares(wanted: NDArray[np.float64], most: NDArray[np.float64], ties: 
 
 
 def _rows_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
-    codes = np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
-    return {value: np.flatnonzero(codes == number) for value, number in numbers.items()}
+    known = list(dict.fromkeys(values))
+    codes = _codes(values, known)
+    return {value: np.flatnonzero(codes == number) for number, value in enumerate(known)}
+
+
+def _codes(values: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each value among the `known` ones."""
+    numbers = {value: number for number, value in enumerate(known)}
+    return np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
 
 
 def hashes(names: Sequence[str], salt: str) -> NDArray[np.uint64]:

@@ -76,6 +76,8 @@ class TestFolders:
             ("none", [None, None]),
             (r"regex:^(\w+)/", ["Greek", "Latin"]),
             (r"regex:(\d)$", ["1", "2"]),
+            (r"regex:^\w+/(\w+)/", ["alpha", "alpha"]),
+            (r"regex:^\w+/(\w+)/\w+/", ["Greek", "Latin"]),  # which only the path with the split has
         ],
     )
     def test_a_label_is_made_of_the_path_below_the_split(self, tmp_path: Path, rule: str, expected: list[str | None]) -> None:
@@ -247,7 +249,7 @@ def test_arrays_take_their_labels_from_the_names_of_their_files(tmp_path: Path) 
     (tmp_path / "in").mkdir()
     for name in ("cat", "full_bitmap_dog"):
         np.save(tmp_path / f"in/{name}.npy", np.arange(32, dtype=np.uint8).reshape(2, 4, 4))
-    found = labels(ArraysSpec(url=str(tmp_path / "in"), label=r"regex:^(?:full_bitmap_)?(\w+)/"), tmp_path / "out")
+    found = labels(ArraysSpec(url=str(tmp_path / "in"), labels=r"regex:^(?:full_bitmap_)?(\w+)/"), tmp_path / "out")
     assert {key.rpartition("/")[0]: name for key, name in found.items()} == {"train/cat": "cat", "train/full_bitmap_dog": "dog"}
 
 

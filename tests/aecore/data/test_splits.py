@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from aecore.data.dataset import open_dataset
 from aecore.data.manifest import DatasetManifest, SplitStatistics
 from aecore.data.sources import Listing
+from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
@@ -74,7 +75,7 @@ def test_no_group_is_ever_cut(counts: dict[str, int], shares: tuple[float, float
     size = sum(counts.values())
     groups = data.draw(st.lists(st.sampled_from("pqrstuvw"), min_size=size, max_size=size))
     listing = listing_of(counts, groups=groups)
-    splits = SplitSpec(by="hash", val=shares[0], test=shares[1], stratify=stratify)
+    splits = SplitSpec(by="hash", val=shares[0], test=shares[1], stratify=stratify and set(counts) != {""})
     plan = plan_dataset(listing, splits, ShardSpec(max_samples=3), None, 1, FolderSpec())
     place: dict[str, set[str]] = {}
     for task in plan.tasks:
@@ -180,6 +181,14 @@ class TestGroupsByAnExpression:
         split = split_of_key(listing, SplitSpec(by="hash", val=0.3, test=0.2, seed=seed))
         assert len({(key.rpartition("/")[2].partition("_")[0], name) for key, name in split.items()}) == len(set(listing.groups))
 
+    def test_rows_of_arrays_are_grouped_by_their_keys(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        for name in ("p1_a", "p1_b", "p2_a", "p3_a", "p4_a"):
+            np.save(tmp_path / f"in/{name}.npy", np.arange(48, dtype=np.uint8).reshape(3, 4, 4))
+        found = shard(ArraysSpec(url=str(tmp_path / "in"), group=r"regex:^(p\d)"), tmp_path / "out", SplitSpec(by="hash", val=0.5))
+        assert len({(key[:2], split) for key, split in found.items()}) == 4
+        assert sum(open_dataset(str(tmp_path / "out")).manifest.num_groups(split) for split in set(found.values())) == 4
+
     @pytest.mark.parametrize("kind", ["folder", "webdataset"])
     def test_they_are_the_bags_of_a_dataset(self, tmp_path: Path, kind: str) -> None:
         names = [f"p{patient}_{tile}.png" for tile in range(3) for patient in range(20)]
@@ -212,6 +221,18 @@ class TestGroupsByAnExpression:
         assert isinstance(made, DatasetManifest) and made.num_groups("train") == 2
         with pytest.raises(DataError, match="the group 'p1' are not next to each other in their tars"):
             adopt_shards(WebdatasetSpec(url=str(tmp_path / "mixed.tar"), group=rule), str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("folders", "warned"),
+    [(("train_set", "val_set"), True), (("TRAIN", "eval"), True), (("test_tube", "cat"), False), (("cat", "dog"), False)],
+)
+def test_folders_that_only_sound_like_splits_are_classes_and_said_to_be(
+    tmp_path: Path, folders: tuple[str, str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = shard(FolderSpec(url=str(pictures(tmp_path / "in", *(f"{name}/1.png" for name in folders)))), tmp_path / "out", SplitSpec())
+    assert set(found.values()) == {"train"}
+    assert ("are named like splits" in caplog.text) == warned
 
 
 def test_a_column_that_is_named_is_what_auto_chooses() -> None:
