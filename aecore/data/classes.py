@@ -57,9 +57,10 @@ def require_known(counts: Mapping[str, int], classes: Sequence[str], where: str,
     unknown = in_order(name for name, number in numbers.items() if number == UNKNOWN and counts[name])
     if unknown:
         num = sum(counts[name] for name in unknown)
+        samples = "1 sample" if num == 1 else f"{num} samples"
+        what = "the class" if len(unknown) == 1 else f"{len(unknown)} classes"
         raise DataError(
-            f"{where} has {num} samples of {'the class' if len(unknown) == 1 else f'{len(unknown)} classes'} {quoted(unknown)}, which "
-            f"{whose} does not have (it has {quoted(classes) or 'none'}): {remedy}"
+            f"{where} has {samples} of {what} {quoted(unknown)}, which {whose} does not have (it has {quoted(classes) or 'none'}): {remedy}"
         )
 
 

@@ -37,7 +37,7 @@ class Expression:
         self._pattern = _one_group(rule.removeprefix(REGEX))
         try:
             self.search(["", "x"])
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, UnicodeEncodeError) as error:
             reason = str(error).partition("Invalid regular expression: ")[2] or str(error)
             raise ConfigError(
                 f"{option}={rule} is not an expression that RE2 reads ({reason}): it has no look-ahead and no back-references; "

@@ -24,7 +24,7 @@ from aecore.data.sources import Listing, take
 from aecore.data.sources._labels import fixed_classes, label_names
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_splits
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 
 __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
 
@@ -98,7 +98,10 @@ def plan_dataset(
     names = label_names(listing, chosen.by == "folders")
     members = assign_splits(listing, chosen, names, parent)
     _require_whole_groups(listing, members, chosen, by_file=files is not None)
-    classes = _classes(parent.classes if parent else (), names, fixed_classes(source))
+    fixed = fixed_classes(source)
+    if fixed and names is None and parent is None:
+        raise ConfigError(f"source.classes names {len(fixed)} classes, and no sample has a label: see source.label")
+    classes = _classes(parent.classes if parent else (), names, fixed)
     ids = None
     if names is not None:
         numbers = numbers_of(set(names), classes) | {"": -1}

@@ -113,7 +113,22 @@ class TestFolders:
             labels(FolderSpec(url=str(root), label=r"regex:^([a-z]+)\."), tmp_path / "out")
         assert not list((tmp_path / "out").glob("*.json"))
 
-    @pytest.mark.parametrize("bad", ["regex:(a", r"regex:(a)\1", "regex:(?=a)", r"regex:(\w{1000}){1000}", "regex:", "leave", "json:a", ""])
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "regex:(a",
+            r"regex:(a)\1",
+            "regex:(?<!a)b",
+            r"regex:((\pL{99}){99}){9}",
+            "regex:\udcff",
+            "regex:(?=a)",
+            r"regex:(\w{1000}){1000}",
+            "regex:",
+            "leave",
+            "json:a",
+            "",
+        ],
+    )
     def test_what_is_no_rule_is_refused_before_anything_is_read(self, bad: str) -> None:
         with pytest.raises(ConfigError, match=r"source\.label.*(RE2|expected path, leaf, none or regex:<expression>)"):
             FolderSpec(url="/nowhere", label=bad)
@@ -312,10 +327,15 @@ class TestClasses:
         assert open_dataset(str(tmp_path / "out")).classes == ("0", "1", "2", "3")
 
     def test_a_sample_of_another_class_is_refused_by_its_name(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="has 1 samples of the class 'cat', which source.classes does not have") as refused:
+        with pytest.raises(DataError, match="has 1 sample of the class 'cat', which source.classes does not have") as refused:
             labels(self.source(tmp_path, classes=("dog", CAFE["NFC"])), tmp_path / "out")
         assert "add it to the end of source.classes" in str(refused.value)
         assert not list((tmp_path / "out").glob("*.json"))
+
+    def test_classes_without_labels_are_refused(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", "1.png", "2.png")
+        with pytest.raises(ConfigError, match="source.classes names 2 classes, and no sample has a label: see source.label"):
+            labels(FolderSpec(url=str(root), classes=("cat", "dog")), tmp_path / "out")
 
     def test_the_list_may_grow_at_its_end_and_nowhere_else(self, tmp_path: Path) -> None:
         known = ("dog", CAFE["NFC"], "cat")
