@@ -14,6 +14,7 @@ from aecore.artifact.commit import claim_generation, newest_of, require_kind, re
 from aecore.artifact.documents import read_json
 from aecore.checkpoint.compatibility import require_labels, takes_labels
 from aecore.checkpoint.files import CLAIM, LoadedModel, load_model
+from aecore.data.classes import quoted
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
 from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
@@ -179,6 +180,10 @@ class Session:
         urls = {"data": (self.claim["info"].get("data"), self.dataset.url)}
         longer = f"to train on from the weights of this run, add train.init_from={self.store.url} and another out"
         hints = {"train.epochs": longer, "train.max_steps": longer}
+        begun, now = self.claim["info"].get("classes"), self.dataset.classes
+        if begun is not None and now is not None and tuple(begun) != now and self.job.train.init_from is None:
+            names = f"the classes of the dataset are {quoted(now)}, those of the run {quoted(begun)}"
+            hints |= {f"data.{split}": names for split in (self.job.train.split, self.job.train.val_split)}
         require_same(self.store.url, "run", identity, self.claim["identity"], urls=urls, hints=hints, absent=self.job.absent_values())
 
     def require_trainable(self) -> None:

@@ -150,6 +150,17 @@ def test_ranks_and_resumed_attempts_number_the_classes_alike(run: str, tmp_path:
         np.testing.assert_allclose(found, whole, rtol=1e-5)
 
 
+def test_a_run_whose_dataset_was_made_anew_with_other_numbers_is_refused_with_the_names(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "in", ("dog", "owl"))
+    job = cvae(shard(folder, tmp_path / "data"), tmp_path / "run", epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(job, on_checkpoint=_stop)
+    shutil.rmtree(tmp_path / "data")
+    shard(folder, tmp_path / "data", classes=("owl", "dog"))
+    with pytest.raises(ConfigError, match="the classes of the dataset are 'owl', 'dog', those of the run 'dog', 'owl'"):
+        fit(job)
+
+
 def _stop(ref: object, metrics: object) -> None:
     raise KeyboardInterrupt
 

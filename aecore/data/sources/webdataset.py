@@ -214,9 +214,7 @@ class WebdatasetSource:
     def _notes(self, found: _Columns) -> list[str]:
         if self._spec.label != "auto" or any(found.labels):
             return []
-        return [
-            "no sample has a label, since none has a .cls: source.label=tar, path, leaf, json:<field> or regex:<expression> look elsewhere"
-        ]
+        return ["no sample has a label, since none has a .cls: set source.label=tar, path, leaf, json:<field> or regex:<expression>"]
 
     def _require_keys(self, found: _Columns) -> None:
         if len(set(found.keys)) == len(found.keys):

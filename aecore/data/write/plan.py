@@ -97,7 +97,7 @@ def plan_dataset(
     chosen = resolve_splits(listing, splits)
     names = label_names(listing, chosen.by == "folders")
     members = assign_splits(listing, chosen, names, parent)
-    _require_whole_groups(listing, members, chosen, by_file=files is not None)
+    _require_whole_groups(listing, members, chosen, files)
     fixed = fixed_classes(source)
     if fixed and names is None and parent is None:
         raise ConfigError(f"source.classes names {len(fixed)} classes, and no sample has a label: see source.label")
@@ -161,8 +161,10 @@ def _classes(known: Sequence[str], names: list[str] | None, fixed: Sequence[str]
     return (*known, *in_order(name for name, number in found.items() if number == UNKNOWN))
 
 
-def _require_whole_groups(listing: Listing, members: Mapping[str, NDArray[np.int64]], splits: SplitSpec, *, by_file: bool) -> None:
-    """Raise DataError if samples of one group are in two splits, or where shards follow the order of files, apart."""
+def _require_whole_groups(
+    listing: Listing, members: Mapping[str, NDArray[np.int64]], splits: SplitSpec, files: Sequence[str] | None
+) -> None:
+    """Raise DataError if samples of one group are in two splits, or, where shards follow `files`, not next to each other in one of them."""
     if listing.groups is None:
         return
     place: dict[str, str] = {}
@@ -173,12 +175,12 @@ def _require_whole_groups(listing: Listing, members: Mapping[str, NDArray[np.int
                     f"samples of the group {group!r} are in the splits {place[group]} and {split}, and splits.by={splits.by} would cut it: "
                     "a group stays whole, so use splits.by=hash, or leave source.group out"
                 )
-    if by_file:
-        runs = Counter(group for group, _ in itertools.groupby(listing.groups))
+    if files is not None:
+        runs = Counter(group for (_, group), _ in itertools.groupby(zip(files, listing.groups, strict=True)))
         if len(runs) < sum(runs.values()):
             raise DataError(
-                f"samples of the group {runs.most_common(1)[0][0]!r} are not next to each other in their tars, whose order stays: write "
-                "the samples anew (shard_dataset), or leave source.group out"
+                f"samples of the group {runs.most_common(1)[0][0]!r} are not next to each other in one tar, and the tars stay as they are: "
+                "write the samples anew (shard_dataset), or leave source.group out"
             )
 
 

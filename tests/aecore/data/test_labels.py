@@ -178,6 +178,14 @@ class TestTars:
         adopt_shards(source, str(tmp_path / "adopted"))
         assert stored(tmp_path / "adopted") == stored(tmp_path / "out")
 
+    def test_class_tars_with_the_same_names_need_the_names_of_the_tars_in_their_keys(self, tmp_path: Path) -> None:
+        for name in ("cat", "dog"):
+            tar_of(tmp_path / f"in/{name}.tar", "0.png")
+        with pytest.raises(DataError, match="both have the key '0': use source.keys=shard"):
+            labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar"), tmp_path / "out")
+        found = labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar", keys="shard"), tmp_path / "out")
+        assert found == {"train/cat/0": "cat", "train/dog/0": "dog"}
+
     def test_class_tars_in_split_folders(self, tmp_path: Path) -> None:
         for split in ("train", "val"):
             for name in ("cat", "dog"):
@@ -240,7 +248,7 @@ class TestTars:
         tar_of(tmp_path / "in/cat.tar", "0.png")
         with caplog.at_level("INFO"):
             assert labels(WebdatasetSpec(url=str(tmp_path / "in")), tmp_path / "out") == {"train/0": None}
-        assert "no sample has a label, since none has a .cls: source.label=tar, path, leaf" in caplog.text
+        assert "no sample has a label, since none has a .cls: set source.label=tar, path, leaf" in caplog.text
 
 
 def test_the_fields_of_json_are_found_as_a_loop_over_the_parts_finds_them() -> None:

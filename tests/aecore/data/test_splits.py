@@ -219,8 +219,11 @@ class TestGroupsByAnExpression:
         rule = r"regex:^(p\d)_"
         made = adopt_shards(WebdatasetSpec(url=str(tmp_path / "whole.tar"), group=rule), str(tmp_path / "out"))
         assert isinstance(made, DatasetManifest) and made.num_groups("train") == 2
-        with pytest.raises(DataError, match="the group 'p1' are not next to each other in their tars"):
-            adopt_shards(WebdatasetSpec(url=str(tmp_path / "mixed.tar"), group=rule), str(tmp_path / "other"))
+        tar_of(tmp_path / "two/a.tar", "p2_0.png", "p1_0.png")
+        tar_of(tmp_path / "two/b.tar", "p1_1.png")
+        for tars in ("mixed.tar", "two"):
+            with pytest.raises(DataError, match="the group 'p1' are not next to each other in one tar"):
+                adopt_shards(WebdatasetSpec(url=str(tmp_path / tars), group=rule), str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
