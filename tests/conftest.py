@@ -20,8 +20,8 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadGroupScheduling
 
+from aecore.store import _cached as cached_module
 from aecore.store import _race as race_module
-from aecore.store import _s3 as s3_module
 from aecore.store._race import remember
 from aecore.store._s3 import S3Store
 from aecore.store._s3_client import close_clients
@@ -126,7 +126,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 @pytest.fixture
 def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """A new, empty bucket; the environment has its endpoint and credentials, and a cache of its own."""
-    monkeypatch.setattr(s3_module, "RECENT_S", 0.0)  # tests change objects behind the store's back
+    monkeypatch.setattr(cached_module, "RECENT_S", 0.0)  # tests change objects behind the store's back
     yield _bucket(s3_server, s3_server, tmp_path, monkeypatch)
     close_clients()
 

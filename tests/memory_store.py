@@ -1,15 +1,17 @@
-"""A store in the memory of this process: the contract of `aecore.store.Store` without a disk."""
+"""A store in the memory of this process: the contract of `aecore.store.Store` without a disk, and the scheme that opens it."""
 
 import contextlib
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import DataError
-from aecore.store import AlreadyExists, FileRef
+from aecore.store import AlreadyExists, FileRef, Scheme
+
+MEMORY: dict[str, dict[str, tuple[float, bytes]]] = {}  # URL -> name -> when it was written, bytes
 
 
 class MemoryStore:
@@ -17,9 +19,9 @@ class MemoryStore:
 
     is_local = False
 
-    def __init__(self, url: str = "memory") -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self.files: dict[str, tuple[float, bytes]] = {}
+        self.files = MEMORY.setdefault(url, {})
         self.copies = Path(tempfile.mkdtemp(prefix="aecore-memory-"))
 
     def put(self, name: str, data: bytes, *, role: str) -> FileRef:
@@ -59,9 +61,12 @@ class MemoryStore:
         for ref in refs:
             self.check(ref, verify=verify)
 
+    def fetch(self, ref: FileRef, target: Path) -> None:
+        target.write_bytes(self.read(ref.name, ref=ref))
+
     def local(self, ref: FileRef) -> Path:
         path = self.copies / ref.sha256
-        path.write_bytes(self.read(ref.name, ref=ref))
+        self.fetch(ref, path)
         return path
 
     def open(self, ref: FileRef) -> int:
@@ -80,6 +85,9 @@ class MemoryStore:
     def modified(self, name: str) -> float | None:
         return self.files[name][0] if name in self.files else None
 
+    def test_creation(self) -> str | None:
+        return None
+
     def now(self) -> float:
         return time.time()
 
@@ -93,3 +101,29 @@ class MemoryStore:
     def _require_inside(self, name: str) -> None:
         if name.startswith("/") or ".." in name.split("/"):
             raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
+
+
+class MemoryFiles:
+    """The same files as the input of a source."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self._store = url, MemoryStore(url)
+
+    def sizes(self) -> dict[str, int]:
+        if not self._store.files:
+            raise DataError(f"{self.url} holds no file: check the address")
+        return {name: len(data) for name, (_, data) in sorted(self._store.files.items())}
+
+    def read(self, name: str) -> bytes:
+        return self._store.read(name)
+
+    def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
+        return self.read
+
+    def local(self, name: str) -> Path:
+        path = self._store.copies / hashlib.sha256(name.encode()).hexdigest()
+        path.write_bytes(self.read(name))
+        return path
+
+
+MEMORY_SCHEME = Scheme(lambda url, what: url.rstrip("/"), MemoryStore, MemoryFiles)

@@ -176,19 +176,21 @@ def require_counts(store: Store, record: PartRecord, found: Mapping[str, tuple[o
 def require_there(store: Store, new: Iterable[FileRef], old: Iterable[FileRef] = ()) -> None:
     """DataError unless all that a manifest or a checkpoint is about to name exists: nothing that is named may be gone.
 
-    `new` files are looked at one by one, with their sizes; those that are named already (`old`) by one listing of each folder.
+    `new` files are looked at with their sizes, those that are named already (`old`) by one listing of each folder; what a listing does not
+    show is asked for by itself, since that of a service may be late.
     """
     store.check_all(list(new))
     names: dict[str, list[str]] = {}
     for ref in old:
-        folder, _, name = ref.name.rpartition("/")
-        names.setdefault(folder, []).append(name)
+        names.setdefault(ref.name.rpartition("/")[0], []).append(ref.name)
     for folder, wanted in names.items():
-        gone = sorted(set(wanted) - set(store.list(folder)))
-        if gone:
+        listed = set(store.list(folder))
+        unlisted = sorted(name for name in wanted if name.rpartition("/")[2] not in listed)
+        gone = next((name for name in unlisted if store.size(name) is None), None)
+        if gone is not None:
             raise DataError(
-                f"{store.url}/{folder}/{gone[0]} is gone ({len(gone)} of {len(wanted)} files): something removed it while this command "
-                "ran, and it is named already: nothing was committed; restore it"
+                f"{store.url}/{gone} is gone ({len(unlisted)} of {len(wanted)} files are not listed): something removed it while this "
+                "command ran, and it is named already: nothing was committed; restore it"
             )
 
 

@@ -101,6 +101,18 @@ def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tup
         return _parsed(store, name, again), again
 
 
+def problems_of(store: Store) -> list[str]:
+    """Return what is wrong with the claims, manifests and records of an artefact, also those that a later generation has replaced."""
+    names = [name for name in store.list() if any(re.fullmatch(kind.pattern, name) for kind in _KINDS)]
+    problems = []
+    for name in (*names, *(f"records/{name}" for name in store.list("records"))):
+        try:
+            read_json(store, name)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
+
+
 def read_bytes(store: Store, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
     """Return the bytes of a JSON file; DataError if it is missing, or has more of them than any file of its kind."""
     return store.read(name, ref=ref, fresh=fresh, limit=_kind_of(f"{store.url}/{name}")[0].most)

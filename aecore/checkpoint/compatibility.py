@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 
 from aecore._base.trainable import Trainable
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.classes import quoted, require_known
 from aecore.data.dataset import Dataset
 from aecore.errors import DataError

@@ -6,7 +6,8 @@ on this machine, sent by one conditional create. Nothing is ever overwritten: a 
 earlier attempt wrote them), by other bytes it is `AlreadyExists`. No locks and no mutable pointers. A process killed at any instant
 leaves at most a file under `.tmp/`, or an upload that was not completed, which no reader looks at.
 
-`Store` is the interface for the rest of the code; `open_store` chooses the implementation by the URL.
+`Store` is the interface for the rest of the code; `open_store` chooses the implementation by the URL, in the table `SCHEMES`. A store does
+its work without a memory; that of a bucket is wrapped in `CachedStore`, which keeps copies on this machine.
 Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` ends it by SIGKILL at the third record linked.
 """
 
@@ -25,8 +26,8 @@ from aecore.store._base import (
 from aecore.store._buckets import unchecked_bodies
 from aecore.store._cleanup import close_read
 from aecore.store._local import LocalFiles, LocalStore
-from aecore.store._open import absolute_url, is_remote, open_files, open_store, resolve_url
-from aecore.store._private import named_folder, private_folder
+from aecore.store._open import SCHEMES, Scheme, absolute_url, is_remote, open_files, open_store, resolve_url
+from aecore.store._private import named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
@@ -34,11 +35,13 @@ __all__ = [
     "FAULT_STAGES",
     "RACERS",
     "ROUNDS",
+    "SCHEMES",
     "AlreadyExists",
     "FileRef",
     "Files",
     "LocalFiles",
     "LocalStore",
+    "Scheme",
     "Store",
     "absolute_url",
     "canonical_json",
@@ -48,6 +51,7 @@ __all__ = [
     "named_folder",
     "open_files",
     "open_store",
+    "own_folder",
     "pid_namespace",
     "private_folder",
     "race",

@@ -5,8 +5,8 @@
 
 It holds at most `AECORE_CACHE_BYTES` (default 16 GiB): before a download the least recently used objects are evicted. An object that is
 open in any process stays (readers hold a shared lock), so only concurrent reads can exceed the bound. Everything in the folder can be
-removed at any time; a killed process leaves at most `.part` files, which the next one removes. It belongs to one user: objects that
-others could put there would be taken as verified.
+removed at any time; a killed process leaves at most `.part` files, which the next one removes. It belongs to one user, in a folder that
+many share (`_private.own_folder`) too: objects that others could put there would be taken as verified.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store._base import FileRef, sha256_file
 from aecore.store._cleanup import close_read, discard, logged
-from aecore.store._private import named_folder
+from aecore.store._private import own_folder
 
 logger = logging.getLogger(__name__)
 Fetch = Callable[[FileRef, Path], None]  # writes the verified bytes of a file to a path, or raises
@@ -40,8 +40,13 @@ class ObjectCache:
     """The cache of this machine; cheap to construct."""
 
     def __init__(self, root: Path | None = None, limit: int | None = None) -> None:
-        self.root = root or _default_root()
+        self._named = root or cache_root()
         self.limit = _default_limit() if limit is None else limit
+
+    @property
+    def root(self) -> Path:
+        """The folder of the objects, made if it is missing: anybody may remove it at any time. StoreError if it cannot be trusted."""
+        return own_folder(self._named, OTHER)
 
     def path(self, ref: FileRef, fetch: Fetch) -> Path:
         """Return the path of an object, downloaded if it is not cached; it is not evicted for `KEPT_S`."""
@@ -50,26 +55,25 @@ class ObjectCache:
 
     def open(self, ref: FileRef, fetch: Fetch, keep_s: float = 0.0) -> int:
         """Return a descriptor of an object, downloaded if it is not cached; while it is open the object is not evicted."""
-        path = self.root / ref.sha256
-        named_folder(self.root, OTHER)
         while True:
-            with _errors(self.root), contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDONLY)
+            path = self.root / ref.sha256
+            with _errors(path.parent), contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 state = os.fstat(descriptor)
-                if state.st_nlink and state.st_size == ref.bytes:
+                if state.st_nlink and (state.st_size, state.st_uid) == (ref.bytes, os.getuid()):
                     now = time.time()
                     os.utime(descriptor, (now, now + keep_s))
                     return descriptor
                 close_read(descriptor)
-                if state.st_nlink:  # cut off by a full disk or a power failure
+                if state.st_nlink:  # cut off by a full disk or a power failure, or put there by somebody else
                     path.unlink(missing_ok=True)
             self._fetch(ref, path, fetch)
 
     def forget(self, ref: FileRef) -> None:
         """Remove an object, so that it is downloaded again; open descriptors keep the removed bytes."""
-        with _errors(self.root):
-            (self.root / ref.sha256).unlink(missing_ok=True)
+        with _errors(root := self.root):
+            (root / ref.sha256).unlink(missing_ok=True)
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
         """Remove an object if its bytes are corrupt or cannot be read; return whether it is absent now."""
@@ -88,12 +92,14 @@ class ObjectCache:
     def prefetch(self, refs: Sequence[FileRef], fetch: Fetch) -> None:
         """Download these objects in the background, in this order, as far as half the cache holds them."""
         total = 0
-        for ref in refs:
-            total += ref.bytes
-            if total > self.limit // 2:
-                return
-            if not os.path.exists(self.root / ref.sha256):  # unlike that of a Path it never raises
-                _fetchers.submit(self, ref, fetch)
+        with contextlib.suppress(StoreError):  # the read that needs an object raises it
+            root = self.root
+            for ref in refs:
+                total += ref.bytes
+                if total > self.limit // 2:
+                    return
+                if not os.path.exists(root / ref.sha256):  # unlike that of a Path it never raises
+                    _fetchers.submit(self, ref, fetch)
 
     def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
         """Return the path of an object without a known sha256; it is cached under the hash of `identity` (address and version)."""
@@ -109,12 +115,11 @@ class ObjectCache:
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
         """Download one object; waits while another process or thread does."""
-        part = path.with_suffix(".part")
-        named_folder(self.root, OTHER)  # again: anybody may have removed it meanwhile
-        with _errors(self.root):
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
+        part, root = path.with_suffix(".part"), path.parent
+        with _errors(root):
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            with _errors(self.root):
+            with _errors(root):
                 # never wait in `flock`: once this file is `path`, its readers hold it as long as they like
                 while not _try_lock(descriptor):
                     if path.exists() or not _is_at(descriptor, part):
@@ -123,8 +128,8 @@ class ObjectCache:
                 if path.exists() or not _is_at(descriptor, part):  # another process was first, or evicted the part before it was locked
                     return
             try:
-                with _errors(self.root):
-                    self._make_room(descriptor, ref.bytes)
+                with _errors(root):
+                    self._make_room(root, descriptor, ref.bytes)
                     fetch(ref, part)
                     part.rename(path)
             except BaseException:  # only the holder of the lock removes the part: it may be another process's download
@@ -133,10 +138,10 @@ class ObjectCache:
         finally:
             _release(descriptor)
 
-    def _make_room(self, descriptor: int, needed: int) -> None:
+    def _make_room(self, root: Path, descriptor: int, needed: int) -> None:
         """Evict the least recently used objects until `needed` more bytes fit, and reserve them in the file of `descriptor`."""
-        with _locked(self.root / "lock"):
-            found = _objects(self.root)
+        with _locked(root / "lock"):
+            found = _objects(root)
             total = sum(state.st_size for state, _ in found)
             for state, path in sorted(found, key=lambda item: item[0].st_mtime):
                 abandoned = path.suffix == ".part"
@@ -147,7 +152,7 @@ class ObjectCache:
             os.ftruncate(descriptor, needed)  # counted from now on
         if total + needed > self.limit:
             logger.warning(
-                "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", self.root, total, needed, self.limit
+                "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", root, total, needed, self.limit
             )
 
 
@@ -199,7 +204,7 @@ def _try_lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -258,7 +263,8 @@ class _Fetchers:
 _fetchers = _Fetchers()
 
 
-def _default_root() -> Path:
+def cache_root() -> Path:
+    """Return the folder that the environment names for the cache (nothing is made or checked)."""
     home = os.environ.get("AECORE_CACHE")
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "aecore")
 

@@ -5,12 +5,13 @@ import errno
 import hashlib
 import os
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import DataError, StoreError, disk_error
-from aecore.store._again import read_again
+from aecore.store._again import read_again, read_verified
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
 from aecore.store._race import races
@@ -73,14 +74,10 @@ class LocalStore:
 
     def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False, limit: int | None = None) -> bytes:
         path = self._path(name)
-        if ref is not None:
-            self.check(ref)
-        data = self._bytes(path, fresh, limit)
-        if ref is not None and hashlib.sha256(data).hexdigest() != ref.sha256:
-            data = self._bytes(path, fresh=True, limit=limit)
-            if (found := hashlib.sha256(data).hexdigest()) != ref.sha256:
-                raise damaged(path, ref, found)
-        return data
+        if ref is None:
+            return self._bytes(path, fresh, limit)
+        self.check(ref)
+        return read_verified(lambda fresh: self._bytes(path, fresh, limit), ref, path, fresh)
 
     def _bytes(self, path: Path, fresh: bool, limit: int | None) -> bytes:
         def read() -> bytes:
@@ -122,16 +119,16 @@ class LocalStore:
         """No-op: the files are local."""
 
     def size(self, name: str) -> int | None:
-        try:
-            return self._path(name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
+        state = self._state(name)
+        return None if state is None else state.st_size
 
     def modified(self, name: str) -> float | None:
+        state = self._state(name)
+        return None if state is None else state.st_mtime
+
+    def _state(self, name: str) -> os.stat_result | None:
         try:
-            return self._path(name).stat().st_mtime
+            return self._path(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -141,9 +138,13 @@ class LocalStore:
         return races(self)
 
     def now(self) -> float:
-        with self.stage() as probe, _storage_errors(f"cannot ask {self.url} for the time: nothing can be written there"):
-            probe.touch()  # the time that a file gets is the file server's, which may differ from this machine's
-            return probe.stat().st_mtime
+        # the time that a file gets is the file server's, which may differ from this machine's; this one has no name, or only for a moment
+        folder = next(folder for folder in (self.root / ".tmp", self.root, *self.root.parents) if folder.is_dir())
+        with (
+            _storage_errors(f"cannot ask {self.url} for the time: nothing can be written there"),
+            tempfile.TemporaryFile(dir=folder) as probe,
+        ):
+            return os.fstat(probe.fileno()).st_mtime
 
     def list(self, folder: str = "") -> list[str]:
         try:

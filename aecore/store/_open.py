@@ -1,13 +1,28 @@
-"""URLs: how they are checked and made absolute, and which store they open."""
+"""URLs: the table of schemes, how addresses are made absolute, and which store they open."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from aecore.errors import ConfigError, masked
 from aecore.store._base import Files, Store
 from aecore.store._local import LocalFiles, LocalStore
-from aecore.store._typos import refuse_typos
+from aecore.store._typos import readable, refuse_typos
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the URLs of one scheme are read: `absolute` checks one and returns the form that is kept, the others open that form.
+
+    The second argument of `absolute` names the URL in errors. `is_remote`: every machine reaches it; a path may exist on one only.
+    """
+
+    absolute: Callable[[str, str], str]
+    store: Callable[[str], Store]
+    files: Callable[[str], Files]
+    is_remote: bool = True
 
 
 def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
@@ -19,19 +34,46 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
     if not text:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")
     if text.startswith("pipe:"):
-        raise ConfigError(f"{what} {text!r} would run a command: only paths, file:// and s3:// URLs are read")
-    refuse_typos(text, what)
+        raise ConfigError(f"{what} {text!r} would run a command: only {readable(SCHEMES)} are read")
+    refuse_typos(text, what, SCHEMES)
+    return _scheme(text).absolute(text, what)
+
+
+def is_remote(url: str) -> bool:
+    """Return whether an absolute URL is in a bucket, which every machine reaches; a path may exist on one machine only."""
+    return _scheme(url).is_remote
+
+
+def resolve_url(base: str, url: str) -> str:
+    """Return `url` if it is absolute, else resolved below the absolute URL `base` ("." is `base` itself)."""
+    return url if is_remote(url) or url.startswith("/") else f"{base}/{url}".removesuffix("/.")
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """Return the store of the artefact at `url`. No I/O: nothing is created before the first put."""
+    where = absolute_url(url)
+    return _scheme(where).store(where)
+
+
+def open_files(url: str | os.PathLike[str]) -> Files:
+    """Return read access to the external files below `url`."""
+    where = absolute_url(url)
+    return _scheme(where).files(where)
+
+
+def _scheme(url: str) -> Scheme:
+    name, separator, _ = url.partition("://")
+    return SCHEMES.get(name if separator else "file", SCHEMES["file"])
+
+
+def _path(text: str, what: str) -> str:
     parts = urlsplit(text)
-    if parts.scheme == "s3" and "://" in text:
-        profile, bucket, prefix = _s3_parts(text, what)
-        at = f"{profile}@" if profile else ""
-        return f"s3://{at}{bucket}/{prefix}".rstrip("/")
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{what} {text!r} names the host {parts.hostname!r}: write file:///path")
         text = unquote(parts.path)
     elif "://" in text:
-        raise ConfigError(f"{what} has the scheme {parts.scheme!r}: paths, file:// and s3:// URLs are read and written")
+        raise ConfigError(f"{what} has the scheme {parts.scheme!r}: {readable(SCHEMES)} are read and written")
     if "\0" in text:
         raise ConfigError(f"{what} {text!r} holds a zero byte (%00 in a URL), which no path does: leave it out")
     try:
@@ -40,14 +82,10 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
         raise ConfigError(f"{what} {text!r}: that user has no home directory here: write the whole path, or ./~... for a folder") from None
 
 
-def is_remote(url: str) -> bool:
-    """Return whether an absolute URL is in a bucket, which every machine reaches; a path may exist on one machine only."""
-    return url.startswith("s3://")
-
-
-def resolve_url(base: str, url: str) -> str:
-    """Return `url` if it is absolute, else resolved below the absolute URL `base` ("." is `base` itself)."""
-    return url if is_remote(url) or url.startswith("/") else f"{base}/{url}".removesuffix("/.")
+def _s3_url(text: str, what: str) -> str:
+    profile, bucket, prefix = _s3_parts(text, what)
+    at = f"{profile}@" if profile else ""
+    return f"s3://{at}{bucket}/{prefix}".rstrip("/")
 
 
 def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
@@ -72,23 +110,22 @@ def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
     return profile or None, bucket, prefix.rstrip("/")
 
 
-def open_store(url: str | os.PathLike[str]) -> Store:
-    """Return the store of the artefact at `url`. No I/O: nothing is created before the first put."""
-    where = absolute_url(url)
-    if not is_remote(where):
-        return LocalStore(Path(where))
+def _s3_store(where: str) -> Store:
+    from aecore.store._cached import CachedStore
     from aecore.store._s3 import S3Store
 
     profile, bucket, prefix = _s3_parts(where, "URL")
-    return S3Store(where, bucket, prefix, profile)
+    return CachedStore(S3Store(where, bucket, prefix, profile))
 
 
-def open_files(url: str | os.PathLike[str]) -> Files:
-    """Return read access to the external files below `url`."""
-    where = absolute_url(url)
-    if not is_remote(where):
-        return LocalFiles(Path(where))
+def _s3_files(where: str) -> Files:
     from aecore.store._s3_files import S3Files
 
     profile, bucket, prefix = _s3_parts(where, "URL")
     return S3Files(where, bucket, prefix, profile)
+
+
+SCHEMES = {  # a path is a URL of the first
+    "file": Scheme(_path, lambda where: LocalStore(Path(where)), lambda where: LocalFiles(Path(where)), is_remote=False),
+    "s3": Scheme(_s3_url, _s3_store, _s3_files),
+}

@@ -41,17 +41,48 @@ def named_folder(path: Path, other: str) -> Path:
 
     A link is followed if this user made it, and who may read the folder is the user's choice: what is in it has to be private itself.
     """
-    if path.is_symlink() and path.lstat().st_uid == os.getuid():
-        path = path.resolve()
+    path = _followed(path)
     os.close(_opened(path, other))
     return path
 
 
+def own_folder(path: Path, other: str) -> Path:
+    """Return `named_folder(path)`, or, where the user named a folder that others use too (`_is_shared`), a private one below it.
+
+    A member of the shared folder's group may put another folder in the place of the private one at any moment: follow no link in it, and
+    do not believe a file in it that belongs to another user.
+    """
+    path = _followed(path)
+    return private_folder(path / f"aecore-{os.getuid()}", other) if _is_shared(path) else named_folder(path, other)
+
+
+def _followed(path: Path) -> Path:
+    return path.resolve() if path.is_symlink() and path.lstat().st_uid == os.getuid() else path
+
+
+def _is_shared(path: Path) -> bool:
+    """Return whether root (or this user) lets several users write to a folder, and did not let everybody rename what is there.
+
+    So are the volumes of Kubernetes with an fsGroup (root's, setgid, mode 2775) and folders like /tmp (mode 1777).
+    """
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    renamed_by_all = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    trusted = stat.S_ISDIR(found.st_mode) and found.st_uid in (0, os.getuid()) and not renamed_by_all
+    return bool(trusted and found.st_mode & 0o022)
+
+
 def _opened(path: Path, other: str) -> int:
     """Return a descriptor of a folder that belongs to this user and that nobody else can write to."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(path, flags)
     except OSError as error:
         taken = "is a link" if path.is_symlink() else "is no folder" if path.exists() else f"cannot be made or opened ({error.strerror})"
         raise StoreError(f"{path} {taken}, expected a folder of this user: {other}") from error

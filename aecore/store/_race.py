@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aecore.errors import StoreError
 from aecore.store._base import AlreadyExists, FileRef, Store
-from aecore.store._private import named_folder
+from aecore.store._private import own_folder
 
 logger = logging.getLogger(__name__)
 ROLE = "race"  # of the files that a race writes
@@ -119,4 +119,4 @@ def _remembered(location: str, memory: Path) -> bool:
 
 def _note(location: str, memory: Path) -> Path:
     """Return the path of the note on `location`; StoreError if others could have put it there."""
-    return named_folder(memory, "each process tests the bucket again") / f"atomic-{hashlib.sha256(location.encode()).hexdigest()[:16]}"
+    return own_folder(memory, "each process tests the bucket again") / f"atomic-{hashlib.sha256(location.encode()).hexdigest()[:16]}"

@@ -1,8 +1,9 @@
 """An artefact below `s3://[profile@]bucket/prefix` of any S3-compatible service.
 
 A file is staged on this machine and appears by ONE conditional create (`If-None-Match: *`, its sha256 as metadata), in parts if it is
-large. "Exists" with the same sha256 is success: a lost acknowledgement of this write, or another attempt. Whole objects are read: into
-memory, or into the local cache (`_cache.py`), and checked against their sha256 as they arrive.
+large. "Exists" with the same sha256 is success: a lost acknowledgement of this write, or another attempt. Whole objects are read, and
+checked against their sha256 as they arrive; nothing is kept on this machine (`_cached.py` does that). Many files are looked at by listing
+their folders; a name that a listing does not show is asked for by itself before it counts as missing.
 """
 
 import asyncio
@@ -10,17 +11,16 @@ import base64
 import contextlib
 import hashlib
 import os
-import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aecore.errors import DataError, StoreError
-from aecore.store._again import read_again
 from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
-from aecore.store._cache import ObjectCache
+from aecore.store._cache import cache_root
 from aecore.store._cleanup import discard
 from aecore.store._race import ROLE, require_atomic, retest
 from aecore.store._s3_body import written_sha256
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 PART_BYTES, MAX_PARTS, PARTS_AT_ONCE = 16 << 20, 9_000, 4  # a service takes 10,000 parts
 CHECKS_AT_ONCE = 8
-RECENT_S, SMALL_BYTES, MAX_RECENT = 5.0, 1 << 18, 256  # a small file is read once in so many seconds: no file of an artefact ever changes
-_recent: dict[str, tuple[float, bytes]] = {}  # address -> when it was read, bytes
 
 
 class S3Store(BucketPrefix):
@@ -73,7 +71,7 @@ class S3Store(BucketPrefix):
     def _create(self, ref: FileRef, upload: Any, role: str) -> None:  # any: a coroutine function of the file system
         assert ref.bytes, f"{ref.name} has no bytes"
         if role != ROLE:
-            require_atomic(self, self.location, self._cache.root)
+            require_atomic(self, self.location, cache_root())
         fault_point(f"{role}.synced")
         try:
             self._client.run(upload)
@@ -150,60 +148,61 @@ class S3Store(BucketPrefix):
     def read(self, name: str, *, ref: FileRef | None = None, fresh: bool = False, limit: int | None = None) -> bytes:
         if ref is not None:
             require_at_most(self._where(name), ref.bytes, limit)
-            return self._read_verified(ref)
-        known = None if fresh else _recent.get(self._where(name))
-        if known is not None and time.monotonic() - known[0] < RECENT_S:
-            require_at_most(self._where(name), len(known[1]), limit)
-            return known[1]
+            with os.fdopen(self.open(ref), "rb") as file:
+                return file.read()
         try:
-            data = self._get(name, limit)
+            return self._get(name, limit, fresh)
         except Answered as error:
             if error.missing:
                 raise DataError(f"{self._where(name)} is missing") from None
             raise
-        if len(data) <= SMALL_BYTES:
-            if len(_recent) > MAX_RECENT:
-                _recent.clear()
-            _recent[self._where(name)] = time.monotonic(), data
-        return data
-
-    def _read_verified(self, ref: FileRef) -> bytes:
-        """Return the bytes of `ref`; a cached copy that a power failure or a disk has corrupted is downloaded again."""
-
-        def read() -> bytes:
-            with os.fdopen(self.open(ref), "rb") as file:
-                return file.read()
-
-        copy = f"the copy of {self._where(ref.name)} in {self._cache.root}"
-        for _ in range(2):
-            data = read_again(read, copy)
-            if (found := hashlib.sha256(data).hexdigest()) == ref.sha256:
-                return data
-            self._cache.forget(ref)
-        raise damaged(copy, ref, found)
 
     def check(self, ref: FileRef, *, verify: bool = False) -> None:
         if not verify:
             require_size(self._where(ref.name), ref, self.size(ref.name))
             return
         with self.stage() as copy:
-            self._fetch(ref, copy)
+            self.fetch(ref, copy)
 
     def check_all(self, refs: Sequence[FileRef], *, verify: bool = False) -> None:
-        for _ in map_ordered(lambda ref: self.check(ref, verify=verify), refs, threads=CHECKS_AT_ONCE):
+        listed = {} if verify else self._listed([ref.name for ref in refs])
+        left = [ref for ref in refs if verify or listed.get(ref.name) != ref.bytes]
+        for _ in map_ordered(lambda ref: self.check(ref, verify=verify), left, threads=CHECKS_AT_ONCE):
             pass
 
+    def _listed(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of those names that listings show, as far as these take less time than one request for each name.
+
+        A listing may lack what was just written, or what is far from the other names: those are left out.
+        """
+        folders, found = defaultdict[str, list[str]](list), dict[str, int]()
+        for name in names:
+            folders[name.rpartition("/")[0]].append(name)
+        for folder, wanted in folders.items():
+            first, last = min(wanted), max(wanted)
+            pages = self._pages(Prefix=self._below(folder), Delimiter="/", StartAfter=self._key(first)[:-1])
+            for page in islice(pages, len(wanted) // CHECKS_AT_ONCE):  # that many names one by one take as long as a page
+                shown = {f"{folder}/{entry['Key'].rpartition('/')[2]}".lstrip("/"): entry["Size"] for entry in page.get("Contents", ())}
+                found |= shown
+                if max(shown, default="") >= last:
+                    break
+        return found
+
     def local(self, ref: FileRef) -> Path:
-        return self._cache.path(ref, self._fetch)
+        with self.stage() as copy:
+            self.fetch(ref, copy)
+            return copy.rename(new_path())  # removed when this process has ended (`_scratch.py`)
 
     def open(self, ref: FileRef) -> int:
-        return self._cache.open(ref, self._fetch)
+        with self.stage() as copy:
+            self.fetch(ref, copy)
+            return os.open(copy, os.O_RDONLY)
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
-        return self._cache.refetch_if_corrupt(ref)
+        return False
 
     def prefetch(self, refs: Sequence[FileRef]) -> None:
-        self._cache.prefetch(refs, self._fetch)
+        """No-op: there is no place to keep them (see `CachedStore`)."""
 
     @property
     def location(self) -> str:
@@ -211,14 +210,10 @@ class S3Store(BucketPrefix):
         return f"{'/'.join(self.url.split('/', 3)[:3])} at {endpoint()}"
 
     def test_creation(self) -> str | None:
-        return retest(self, self.location, self._cache.root)
+        return retest(self, self.location, cache_root())
 
-    @cached_property
-    def _cache(self) -> ObjectCache:
-        return ObjectCache()
-
-    def _fetch(self, ref: FileRef, target: Path) -> None:
-        """Write the object of `ref` to `target`, verified (DataError)."""
+    def fetch(self, ref: FileRef, target: Path) -> None:
+        """Write the bytes of `ref` to `target`; DataError unless they exist and have its size and sha256."""
         try:
             found = self._download(ref.name, target, ref.sha256)
         except Answered as error:
@@ -245,15 +240,13 @@ class S3Store(BucketPrefix):
         return parsedate_to_datetime(date).timestamp()
 
     def list(self, folder: str = "") -> list[str]:
-        prefix = f"{self._key(folder)}/" if self._key(folder) else ""
-        found: list[str] = []
+        prefix, found = self._below(folder), list[str]()
         for page in self._pages(Prefix=prefix, Delimiter="/"):
             found += [entry["Key"][len(prefix) :] for entry in page.get("Contents", ())]
             found += [entry["Prefix"][len(prefix) : -1] for entry in page.get("CommonPrefixes", ())]
         return sorted(name for name in found if name)
 
     def remove(self, name: str) -> None:
-        _recent.pop(self._where(name), None)
         self._client.call(self._where(name), "remove", "delete_object", **self._at(name))
 
 

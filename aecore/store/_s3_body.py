@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aecore.errors import StoreError
 from aecore.store._base import require_at_most
 from aecore.store._buckets import Bucket, bucket
-from aecore.store._s3_client import ShortBody, code_of, retried
+from aecore.store._s3_client import ShortBody, code_of, past_proxies, retried
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -57,6 +57,7 @@ async def receive(
     begin: Callable[[], Take],
     sha256: str | None = None,
     limit: int | None = None,
+    fresh: bool = False,
 ) -> str | None:
     """Feed the body of an object to the function that `begin()` returns; `begin` is called again for each read.
 
@@ -68,6 +69,8 @@ async def receive(
         Expected hash of the content; nothing else is compared then.
     limit : int, optional
         The most bytes that the object may have.
+    fresh : bool
+        Ask proxies on the way for the service's own answer; the read after a mismatch always does.
 
     Returns
     -------
@@ -84,6 +87,7 @@ async def receive(
     known = bucket(where)
     before: _Received | None = None
     for number in range(READS):
+        past_proxies.set(fresh or number > 0)
         got = await retried(lambda: _once(filesystem, at, where, begin, sha256, limit), where, "read")
         if got.matches:
             return sha256

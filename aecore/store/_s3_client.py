@@ -9,16 +9,18 @@ import asyncio
 import atexit
 import contextlib
 import errno
+import itertools
 import os
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from aecore.errors import AecoreError, StoreError
+from aecore.errors import MASK, AecoreError, ConfigError, StoreError
+from aecore.store._again import pauses
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -43,6 +45,7 @@ _RETRIED_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+past_proxies = ContextVar("past_proxies", default=False)  # whether this task's downloads ask for no answer that a proxy has kept
 _clients: dict[tuple[int, str | None], "Client"] = {}
 _making = threading.Lock()
 
@@ -104,12 +107,16 @@ class Client:
             loop.call_soon_threadsafe(loop.stop)
 
     def _connected(self) -> "tuple[asyncio.AbstractEventLoop, S3FileSystem]":
+        from aiobotocore.session import AioSession
         from s3fs import S3FileSystem
 
+        session = AioSession(profile=self.profile)
+        session.register("request-created.s3", _refuse_password)
+        session.register("before-send.s3.GetObject", _ask_past_proxies)
         loop = asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(loop,), name="aecore-s3", daemon=True).start()
         filesystem = S3FileSystem(
-            profile=self.profile,
+            session=session,
             loop=loop,
             asynchronous=True,
             skip_instance_cache=True,
@@ -131,6 +138,23 @@ def client(profile: str | None) -> Client:
     """Return this process's client of a profile (None: the default credentials); a forked child makes its own, threads end at a fork."""
     with _making:
         return _clients.setdefault((os.getpid(), profile), Client(profile))
+
+
+def _refuse_password(request: Any, **_: object) -> None:  # any: botocore's request
+    """ConfigError for an endpoint with a user name or password: no request with one can be signed, however often it is made."""
+    parts = urlsplit(request.url)
+    if parts.username is not None:
+        raise ConfigError(
+            f"the endpoint {parts.scheme}://{MASK}@{parts.netloc.rpartition('@')[2]} has a user name or a password before the @, expected "
+            "a host: write AWS_ENDPOINT_URL (or the profile's endpoint_url) without it, and the keys into AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or a profile of ~/.aws"
+        )
+
+
+def _ask_past_proxies(request: Any, **_: object) -> None:  # any: as above
+    """Add the header after the request was signed: a proxy may change it."""
+    if past_proxies.get():
+        request.headers["Cache-Control"] = "no-cache"
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -164,8 +188,8 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
     StoreError
         Anything else; the message names the remedy.
     """
-    started = time.monotonic()
-    for attempt in range(1, ATTEMPTS + 1):
+    started, waits = time.monotonic(), pauses(ATTEMPTS, FIRST_PAUSE_S, 2)
+    for attempt in itertools.count(1):
         try:
             return await work()
         except AecoreError:
@@ -173,9 +197,10 @@ async def retried(work: Callable[[], Awaitable[T]], url: str, doing: str) -> T:
         except Exception as error:
             if not _passing(error):
                 raise store_error(error, url, doing) from error
-            if attempt == ATTEMPTS or time.monotonic() - started > BUDGET_S:
+            wait = next(waits, None)
+            if wait is None or time.monotonic() - started > BUDGET_S:
                 raise store_error(error, url, doing, attempt, time.monotonic() - started) from error
-        await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+        await asyncio.sleep(wait)
     raise AssertionError("not reached")
 
 
@@ -205,8 +230,15 @@ def _passing(error: Exception) -> bool:
 
     if code := code_of(error):
         return code in _RETRIED_CODES or _status(error) in (429, 500, 502, 503, 504)
-    passing = (exceptions.HTTPClientError, exceptions.ConnectTimeoutError, exceptions.ResponseStreamingError, ClientError)
-    return isinstance(error, (*passing, ConnectionError, TimeoutError, ShortBody))
+    return isinstance(error, (*_not_reached(), exceptions.ResponseStreamingError, ClientError, ShortBody))
+
+
+def _not_reached() -> tuple[type[Exception], ...]:
+    """Return the errors of a service that does not answer: all of botocore's but a refused certificate, which stays refused."""
+    from botocore import exceptions
+
+    connecting = (exceptions.ConnectTimeoutError, exceptions.EndpointConnectionError, exceptions.ProxyConnectionError)
+    return (exceptions.HTTPClientError, *connecting, ConnectionError, TimeoutError)
 
 
 _EXPECTED = frozenset({"PreconditionFailed", "412", "NoSuchKey", "404", "NotFound", "NoSuchUpload"})
@@ -246,7 +278,7 @@ def store_error(error: Exception, url: str, doing: str, attempts: int = 0, secon
         )
     elif isinstance(error, exceptions.ProfileNotFound):
         why = "there is no such profile in ~/.aws/config or ~/.aws/credentials: check the name before the @"
-    elif isinstance(error, (exceptions.HTTPClientError, exceptions.ConnectTimeoutError, ConnectionError, TimeoutError)):
+    elif isinstance(error, _not_reached()):
         why = f"nothing answers at {where['endpoint']}: check AWS_ENDPOINT_URL (or the profile's endpoint_url) and the network"
     elif isinstance(error, (ValueError, exceptions.BotoCoreError)):
         why = f"{type(error).__name__}: check AWS_ENDPOINT_URL, AWS_REGION and the profile"

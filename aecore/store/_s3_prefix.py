@@ -34,6 +34,10 @@ class BucketPrefix:
             raise DataError(f"{self.url}: the name {name!r} leads out of the artefact")
         return f"{self._prefix}/{name}".strip("/")
 
+    def _below(self, folder: str) -> str:
+        """Return the start of the keys of all objects below a folder ("" is the prefix itself)."""
+        return f"{key}/" if (key := self._key(folder)) else ""
+
     def _where(self, name: str) -> str:
         return f"{self.url}/{name}"
 
@@ -58,23 +62,23 @@ class BucketPrefix:
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _get(self, name: str, limit: int | None = None) -> bytes:
-        return self._client.run(lambda filesystem: self._body(filesystem, name, limit))
+    def _get(self, name: str, limit: int | None = None, fresh: bool = False) -> bytes:
+        return self._client.run(lambda filesystem: self._body(filesystem, name, limit, fresh))
 
-    async def _body(self, filesystem: "S3FileSystem", name: str, limit: int | None = None) -> bytes:
+    async def _body(self, filesystem: "S3FileSystem", name: str, limit: int | None = None, fresh: bool = False) -> bytes:
         pieces: list[bytes] = []
 
         def begin() -> Take:
             pieces.clear()
             return pieces.append
 
-        await receive(filesystem, self._at(name), self._where(name), begin, limit=limit)
+        await receive(filesystem, self._at(name), self._where(name), begin, limit=limit, fresh=fresh)
         return b"".join(pieces)
 
     def _download(self, name: str, target: Path, sha256: str | None = None) -> str | None:
         """Write an object to `target`; return its sha256 if the expected one is given."""
         # not truncated first: the cache counts the bytes that it has reserved in the file
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb", buffering=0) as file:
 
             def begin() -> Take:
                 file.seek(0)

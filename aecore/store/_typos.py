@@ -1,10 +1,10 @@
 """Mistyped URLs: refused, since taken as a path each would create a folder with a strange name in the working directory."""
 
 import re
+from collections.abc import Iterable
 
 from aecore.errors import ConfigError, did_you_mean
 
-SCHEMES = ("file", "s3")
 _SLIP = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9]{0,6})(?::/?(?!/)|;?//|;/|:\\+|:///+)(?P<rest>.*)", re.DOTALL)
 _ELSEWHERE = {
     "gs": "Google's storage answers to S3 as well: set AWS_ENDPOINT_URL=https://storage.googleapis.com with an HMAC key, write s3://{rest}",
@@ -19,16 +19,22 @@ _ELSEWHERE = {
 }
 
 
-def refuse_typos(text: str, what: str) -> None:
+def readable(schemes: Iterable[str]) -> str:
+    """Return the kinds of addresses that are read, for messages."""
+    *others, last = (f"{scheme}://" for scheme in schemes)
+    return f"{', '.join(['paths', *others])} and {last} URLs"
+
+
+def refuse_typos(text: str, what: str, schemes: Iterable[str]) -> None:
     """ConfigError for `s3:/bucket`, `s3//bucket` and the like, and for schemes that are not read; `./s3:` is a path."""
     scheme, separator, rest = text.partition("://")
     if separator and scheme.isalnum() and not rest.startswith("/"):
-        if scheme not in SCHEMES:
-            known = "paths, file:// and s3:// URLs are read and written"
-            raise ConfigError(f"{what} has the scheme {scheme!r}: {known}; {_advice(scheme, rest)}")
+        if scheme not in schemes:
+            known = f"{readable(schemes)} are read and written"
+            raise ConfigError(f"{what} has the scheme {scheme!r}: {known}; {_advice(scheme, rest, schemes)}")
         return
     slip = _SLIP.match(text)
-    if slip is None or slip["scheme"].lower() not in (*SCHEMES, *_ELSEWHERE) or text.startswith("file:/"):
+    if slip is None or slip["scheme"].lower() not in (*schemes, *_ELSEWHERE) or text.startswith("file:/"):
         return
     scheme, rest = slip["scheme"].lower(), slip["rest"].lstrip("/\\")
     if "@" in text:  # the part before it may be a secret
@@ -38,10 +44,10 @@ def refuse_typos(text: str, what: str) -> None:
     )
 
 
-def _advice(scheme: str, rest: str) -> str:
+def _advice(scheme: str, rest: str, schemes: Iterable[str]) -> str:
     rest = rest.rpartition("@")[2]  # the part before the @ may be a secret, with slashes in it
     host = rest.partition("/")[0]
     hint = _ELSEWHERE.get(scheme.lower())
     if hint is not None:
         return hint.format(scheme=scheme.lower(), rest=rest, host=host)
-    return f"write file:///path or s3://bucket/prefix{did_you_mean(scheme.lower(), SCHEMES)}"
+    return f"write file:///path or s3://bucket/prefix{did_you_mean(scheme.lower(), schemes)}"

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import put_or_adopt
-from aecore.data.format.parquet import open_parquet
+from aecore.data.format.parquet import open_parquet, same_footers
 from aecore.errors import DataError, disk_error
-from aecore.store import FileRef, Store, read_again
+from aecore.store import FileRef, Store, read_again, sha256_json
 
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
 PREFIX = "aecore."
+SEAL = "producer_sha256"  # of the values of PRODUCER: nothing else says whether they are what was written
 PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
 NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
 OWN_COLUMNS = ("shard", "split")
@@ -102,6 +103,8 @@ def part_table(
 
 def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str]]:
     """Write and commit one part; return it with its metadata (of the equal part, if another attempt committed one first)."""
+    metadata = part_metadata(table.schema)
+    table = table.replace_schema_metadata({PREFIX + key: value for key, value in (*metadata.items(), (SEAL, _seal_of(metadata)))})
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(
@@ -113,19 +116,31 @@ def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compre
                 write_page_checksum=True,
                 row_group_size=max(1, len(table)),
             )
-        ref, adopted = put_or_adopt(store, name, path, role="part", accepts=lambda there, _: _require_same_part(store, there, table))
+        ref, adopted = put_or_adopt(
+            store, name, path, role="part", accepts=lambda there, data: _require_same_part(store, there, data, table, path)
+        )
     return ref, part_metadata(table.schema if adopted is None else read_part(store, ref, ["key"]).schema)
 
 
-def _require_same_part(store: Store, ref: FileRef, table: pa.Table) -> bool:
-    """Return True if the committed `ref` equals `table` up to its producer and the values of latents; else DataError."""
+def _seal_of(metadata: Mapping[str, str]) -> str:
+    return sha256_json({key: metadata.get(key) for key in PRODUCER})
+
+
+def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table, path: Path) -> bool:
+    """Return True if `data` of the committed `ref` is `table`, written to `path`, up to producer and values of latents; else DataError."""
     committed = read_part(store, ref)
     new, known = part_metadata(table.schema), part_metadata(committed.schema)
     differing = [key for key in sorted({*new, *known}) if key not in PRODUCER and new.get(key) != known.get(key)]
+    seal = (committed.schema.metadata or {}).get(f"{PREFIX}{SEAL}".encode())
+    if _seal_of(known).encode() != (_seal_of(new).encode() if seal is None else seal):  # without one (version 1) only ours is known
+        differing.append("producer")
     if not committed.schema.equals(table.schema):
         differing.append("columns")
     elif not committed.column("key").equals(table.column("key")):
         differing.append("keys")
+    ignored = [PREFIX + key for key in (*PRODUCER, SEAL)]
+    if not differing and not same_footers(path, pa.py_buffer(data), ignored):
+        differing.append("footer")
     if differing:
         raise DataError(
             f"{store.url}/{ref.name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten; "
@@ -146,14 +161,18 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(table, path, compression="none", write_page_checksum=True)
+
         # an earlier attempt may have used another version of Parquet: equal rows are accepted
-        return put_or_adopt(store, name, path, role="quarantine", accepts=lambda there, _: bool(read_part(store, there).equals(table)))[0]
+        def says_the_same(there: FileRef, data: bytes) -> bool:
+            return bool(read_part(store, there).equals(table)) and same_footers(path, pa.py_buffer(data))
+
+        return put_or_adopt(store, name, path, role="quarantine", accepts=says_the_same)[0]
 
 
 def part_metadata(schema: pa.Schema) -> dict[str, str]:
-    """Return the key-value metadata with our prefix of a part's schema, without the prefix."""
+    """Return the key-value metadata with our prefix of a part's schema, without the prefix and the seal."""
     pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
-    return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
+    return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX) and key != PREFIX + SEAL}
 
 
 @contextlib.contextmanager

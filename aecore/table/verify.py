@@ -1,10 +1,10 @@
 """Verify that a latent table matches its manifest, and that it holds every sample of its dataset exactly once.
 
 Without `read_data`: every file exists with its size, footers agree with the manifest (rows, shard, checkpoint, producer), and the
-manifest is consistent. With it also: every file's sha256, every page's checksum, unique keys, every row belongs to the part's shard.
-Dataset and checkpoint are compared if they still exist at the URLs of the lineage: the dataset's generation has the recorded hash, the
-keys of rows and quarantine together are, shard by shard and in order, the keys of its indexes, and the checkpoint has the recorded
-hash. All problems are collected, then raised.
+manifest is consistent and follows its parent. With it also: every file's sha256, every page's checksum, all claims, manifests and
+records, unique keys, every row belongs to the part's shard. Dataset and checkpoint are compared if they still exist at the URLs of the
+lineage: the dataset's generation has the recorded hash, the keys of rows and quarantine together are, shard by shard and in order, the
+keys of its indexes, and the checkpoint has the recorded hash. All problems are collected, then raised.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.documents import read_bytes
+from aecore.artifact.documents import problems_of, read_bytes
 from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
 from aecore.store import open_store
-from aecore.table.manifest import TablePart
+from aecore.table.manifest import STEM, TablePart
 from aecore.table.part import PRODUCER, part_metadata, read_footer, read_part
 from aecore.table.table import LatentTable, origin_problems
 
@@ -93,6 +93,8 @@ def verify_table(
         except DataError as error:
             problems.append(str(error))
     problems += _coverage_problems(table, list(shards.values()))
+    if read_data:
+        problems += problems_of(table.store)
     if keys and (
         doubled := sum(map(len, keys)) - pc.count_distinct(pa.chunked_array([c for k in keys for c in k.chunks], pa.string())).as_py()
     ):
@@ -139,7 +141,15 @@ def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
 
 
 def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[str]:
-    lineage, identity = table.manifest.lineage, table.manifest.identity
+    manifest, lineage, identity = table.manifest, table.manifest.lineage, table.manifest.identity
+    if manifest.parent:
+        try:
+            parent = hashlib.sha256(read_bytes(table.store, f"{STEM}.{manifest.parent:06d}.json")).hexdigest()
+        except DataError as error:
+            yield str(error)
+        else:
+            if parent != manifest.parent_sha256:
+                yield f"{table.url}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
     made_by, wanted = lineage["checkpoint"]["sha256"], identity["checkpoint_sha256"]
     if made_by != wanted:
         yield f"the lineage names the checkpoint with sha256 {made_by[:12]}, the table's identity the one with {wanted[:12]}"

@@ -127,7 +127,6 @@ def test_a_fetch_that_fails_leaves_nothing_and_is_told(tmp_path):
 def test_leftovers_and_damage_of_a_killed_process_are_no_harm(tmp_path):
     cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
     ref = origin.ref("a")
-    cache.root.mkdir()
     (cache.root / f"{ref.sha256}.part").write_bytes(b"x" * 500)
     (cache.root / f"{'0' * 64}.part").write_bytes(b"x" * 500)
     (cache.root / ref.sha256).write_bytes(b"cut off")

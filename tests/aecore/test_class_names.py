@@ -12,7 +12,7 @@ import pytest
 
 from aecore.artifact.documents import sealed
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import DatasetManifest

@@ -83,6 +83,15 @@ def test_a_finished_dataset_run_and_table_lose_nothing(tmp_path):
         assert tree(tmp_path / name, without=()) == before
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_looking_for_garbage_adds_nothing_to_an_artefact_that_has_none(tmp_path, dry_run):
+    shard(image_folder(tmp_path / "images", "train", range(8)), tmp_path / "dataset")
+    (tmp_path / "dataset/.tmp").rmdir()  # as after a copy of the files
+    before = sorted((path, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    assert collect_garbage(str(tmp_path / "dataset"), dry_run=dry_run).garbage == ()
+    assert sorted((path, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("stage", FAULT_STAGES)
 @pytest.mark.parametrize("role", ["run", "listing", "tar", "index", "record", "manifest"])
 def test_an_append_killed_anywhere_and_overtaken_is_collected_and_nothing_that_is_named(tmp_path, role, stage):

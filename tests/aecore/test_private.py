@@ -1,14 +1,16 @@
 """Folders in places that others can write to: ours and real, or not used."""
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from aecore.errors import StoreError
-from aecore.store import FileRef, named_folder, open_store, private_folder
+from aecore.store import FileRef, named_folder, open_store, own_folder, private_folder
 from aecore.store import _race as race_module
 from aecore.store import _scratch as scratch_module
 from aecore.store._cache import ObjectCache
@@ -102,6 +104,119 @@ def test_an_object_that_others_could_have_put_into_the_cache_is_not_read(spoil: 
         (root / ref.sha256).write_bytes(b"evil")
     with pytest.raises(StoreError, match="set AECORE_CACHE to a folder of your own"):
         ObjectCache(root, 1000).open(ref, lambda ref, target: target.write_bytes(b"good"))
+
+
+VOLUMES = {  # of root: (owner, group, mode), whether a folder of ours below it is used
+    "an fsGroup volume": ((0, 2000, 0o2775), True),
+    "a closed fsGroup volume": ((0, 2000, 0o2770), True),
+    "like /tmp": ((0, 0, 0o1777), True),
+    "writable by all": ((0, 0, 0o777), False),
+    "writable by all, setgid": ((0, 2000, 0o2777), False),
+    "of another user": ((OTHER_UID, 2000, 0o2775), False),
+    "of another user, like /tmp": ((OTHER_UID, 0, 0o1777), False),
+    "only readable": ((0, 2000, 0o2755), False),
+}
+USER = 1234  # a member of group 2000
+
+
+@pytest.fixture
+def mounted() -> Iterator[Path]:
+    """A folder that other users reach, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="aecore-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def as_user(work: Callable[[], object]) -> str:
+    """Return the error of `work` in a child of uid `USER`, "" if it has none."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([2000])
+            os.setgid(USER)
+            os.setuid(USER)
+            work()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}"[:4000].encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as said:
+        text = said.read().decode()
+    os.waitpid(pid, 0)
+    return text
+
+
+@as_root
+@pytest.mark.parametrize("volume", VOLUMES)
+def test_in_a_volume_that_several_users_share_the_cache_is_a_private_folder(volume: str, mounted: Path) -> None:
+    (owner, group, bits), used = VOLUMES[volume]
+    root = mounted / "volume"
+    root.mkdir()
+    os.chown(root, owner, group)
+    root.chmod(bits)
+    ref = FileRef("a", 4, "0" * 64)
+
+    def work() -> None:
+        for _ in range(2):
+            assert ObjectCache(root, 1000).path(ref, lambda ref, target: target.write_bytes(b"good") and None).read_bytes() == b"good"
+            race_module.remember("bucket", root)
+            assert race_module._remembered("bucket", root)
+
+    said = as_user(work)
+    if not used:
+        assert said.startswith("StoreError") and "set AECORE_CACHE to a folder of your own" in said, said
+        assert list(root.iterdir()) == []
+        return
+    assert said == ""
+    assert [path.name for path in root.iterdir()] == [f"aecore-{USER}"]
+    assert (mode(root / f"aecore-{USER}") & 0o777, (root / f"aecore-{USER}").stat().st_uid) == (0o700, USER)
+
+
+@as_root
+@pytest.mark.parametrize("spoil", [*SPOILS, "a folder of another user"])
+def test_what_another_member_of_the_group_puts_under_our_name_is_not_used(spoil: str, tmp_path: Path, elsewhere: Path) -> None:
+    root = tmp_path / "volume"
+    root.mkdir()
+    root.chmod(0o2775)
+    theirs = root / f"aecore-{os.getuid()}"
+    SPOILS.get(spoil, lambda path, elsewhere: path.mkdir())(theirs, elsewhere)
+    os.chown(theirs, OTHER_UID, OTHER_UID, follow_symlinks=False)
+    with pytest.raises(StoreError, match="set AECORE_CACHE to a folder of your own"):
+        ObjectCache(root, 1000).open(FileRef("a", 4, "0" * 64), lambda ref, target: target.write_bytes(b"good") and None)
+    assert list(elsewhere.iterdir()) == []
+
+
+@as_root
+@pytest.mark.parametrize("name", ["0" * 64, f"{'0' * 64}.part", "lock"])
+@pytest.mark.parametrize("how", ["a file", "a link"])
+def test_what_comes_into_the_folder_after_it_was_checked_is_not_believed(
+    name: str, how: str, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another member of the group swaps the private folder for one of theirs just after its check."""
+    (elsewhere / "ours").write_bytes(b"dear")
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(ObjectCache, "root", tmp_path / "cache")
+    if how == "a link":
+        (tmp_path / "cache" / name).symlink_to(elsewhere / "ours")
+    else:
+        (tmp_path / "cache" / name).write_bytes(b"evil")
+        os.chown(tmp_path / "cache" / name, OTHER_UID, OTHER_UID)
+    with contextlib.suppress(StoreError):  # refused, or its own
+        path = ObjectCache(limit=1000).path(FileRef("a", 4, "0" * 64), lambda ref, target: target.write_bytes(b"good") and None)
+        assert path.read_bytes() == b"good" and path.stat().st_uid == os.getuid()
+    assert (elsewhere / "ours").read_bytes() == b"dear"
+
+
+def test_a_shared_folder_that_a_user_names_for_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2775)
+    with pytest.raises(StoreError, match="can be written by others"):
+        named_folder(tmp_path / "shared", "set X")
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    assert own_folder(tmp_path / "link", "set X") == tmp_path / "shared" / f"aecore-{os.getuid()}"
+    (tmp_path / "own").mkdir(0o700)
+    assert own_folder(tmp_path / "own", "set X") == tmp_path / "own"
 
 
 def test_a_note_that_others_could_have_written_is_not_believed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every store promises: one suite for a folder, a bucket (with its cache) and memory."""
+"""What every store promises: one suite for a folder, a bucket and memory, the last two also through the cache of this machine."""
 
 import os
 import threading
@@ -8,22 +8,46 @@ from pathlib import Path
 
 import pytest
 
-from aecore.errors import DataError, StoreError
-from aecore.store import AlreadyExists, FileRef, Store, open_store
-from tests.memory_store import MemoryStore
+from aecore.data.dataset import open_dataset
+from aecore.data.read.verify import verify_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.write.job import shard_dataset
+from aecore.errors import ConfigError, DataError, StoreError
+from aecore.store import SCHEMES, AlreadyExists, FileRef, Store, absolute_url, is_remote, open_store
+from aecore.store import _cached as cached_module
+from aecore.store._cached import CachedStore
+from aecore.store._s3 import S3Store
+from tests.aecore.encoding import image_folder
+from tests.memory_store import MEMORY, MEMORY_SCHEME, MemoryStore
 
 Spoil = Callable[[str, bytes], None]  # writes bytes under a name, past the store
+CACHED = ("s3 with a cache", "memory with a cache")
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
+@pytest.fixture
+def memory_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address of a scheme that the table gets here, with an empty cache."""
+    monkeypatch.setitem(SCHEMES, "memory", MEMORY_SCHEME)
+    monkeypatch.setattr(cached_module, "RECENT_S", 0.0)  # tests change files behind the store's back
+    monkeypatch.setenv("AECORE_CACHE", str(tmp_path / "cache"))
+    return f"memory:/{tmp_path}"
+
+
+@pytest.fixture(params=["local", "s3", "s3 with a cache", "memory", "memory with a cache"])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Spoil]:
     """A new, empty store, and a way to change its files behind its back."""
-    if request.param == "memory":
-        memory = MemoryStore()
-        return memory, lambda name, data: memory.files.update({name: (time.time(), data)})
-    if request.param == "s3":
+    if request.param.startswith("memory"):
+        url = request.getfixturevalue("memory_url")
+        memory = open_store(url)
+        assert isinstance(memory, MemoryStore)
+        store: Store = CachedStore(memory) if request.param in CACHED else memory
+        return store, lambda name, data: memory.files.update({name: (time.time(), data)})
+    if request.param.startswith("s3"):
         s3 = request.getfixturevalue("s3")
-        return open_store(f"{s3.url}/artefact"), lambda name, data: s3.raw.put_object(Bucket=s3.bucket, Key=f"artefact/{name}", Body=data)
+        url = f"{s3.url}/artefact"
+        store = open_store(url) if request.param in CACHED else S3Store(url, s3.bucket, "artefact", None)
+        assert isinstance(store, CachedStore if request.param in CACHED else S3Store)
+        return store, lambda name, data: s3.raw.put_object(Bucket=s3.bucket, Key=f"artefact/{name}", Body=data)
 
     def write(name: str, data: bytes) -> None:
         (tmp_path / "artefact" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +171,55 @@ def test_names_stay_inside(store, name):
     for use in (store.read, store.size, lambda name: store.put(name, b"x", role="part")):
         with pytest.raises(DataError, match="leads out of the artefact"):
             use(name)
+
+
+def test_one_wrong_file_among_many_is_named_and_the_first_one_counts(opened):
+    store, spoil = opened
+    refs = [store.put(f"{folder}/part-{number:03d}", b"x" * (number + 1), role="part") for folder in "ab" for number in range(20)]
+    store.check_all(refs)
+    spoil("b/part-007", b"x")
+    with pytest.raises(DataError, match="b/part-007"):
+        store.check_all(refs)
+    store.remove("a/part-013")
+    with pytest.raises(DataError, match="a/part-013"):
+        store.check_all(refs)
+
+
+def test_a_copy_that_is_whole_is_not_fetched_again(store):
+    ref = store.put("x", b"hello", role="part")
+    assert store.read("x", ref=ref, fresh=True) == store.local(ref).read_bytes() == b"hello"
+    assert not store.refetch_if_corrupt(ref)
+
+
+@pytest.mark.parametrize("opened", CACHED, indirect=True)
+def test_a_cached_copy_is_read_without_the_store_and_repaired_from_it(opened):
+    store, spoil = opened
+    ref = store.put("x", b"hello", role="part")
+    store.local(ref).write_bytes(b"HELLO")  # the copy of this machine, of the right size
+    assert store.read("x", ref=ref) == b"hello"
+    store.local(ref).write_bytes(b"HELLO")
+    assert store.refetch_if_corrupt(ref) and store.local(ref).read_bytes() == b"hello"
+    spoil("x", b"OTHER")
+    assert store.read("x", ref=ref) == b"hello", "the copy: no file of an artefact ever changes"
+    with pytest.raises(DataError):
+        store.read("x", ref=ref, fresh=True)
+
+
+def test_a_scheme_is_one_entry_of_the_table(memory_url, tmp_path, monkeypatch):
+    assert absolute_url(f"{memory_url}/") == memory_url and is_remote(memory_url)
+    images, out = f"{memory_url}/in", f"{memory_url}/out"
+    for path in image_folder(tmp_path / "in", "train", range(6)).rglob("*.png"):
+        MemoryStore(images).put(path.relative_to(tmp_path / "in").as_posix(), path.read_bytes(), role="part")
+    shard_dataset(FolderSpec(url=images), out)
+    assert verify_dataset(open_dataset(out), read_data=True).ok and open_dataset(out).manifest.num_samples() == 6
+    assert {name.partition("/")[0] for name in MEMORY[out]} == {"dataset.000001.json", "listings", "records", "run.000001.json", "shards"}
+    with pytest.raises(ConfigError, match=r"scheme 'memorie': paths, file://, s3:// and memory:// URLs .*did you mean 'memory'"):
+        absolute_url("memorie://x")
+    with pytest.raises(ConfigError, match="did you mean memory://x/y"):
+        absolute_url("memory:/x/y")
+    monkeypatch.delitem(SCHEMES, "memory")
+    with pytest.raises(ConfigError, match=r"scheme 'memory': paths, file:// and s3:// URLs are read"):
+        open_store(memory_url)
 
 
 def test_is_local_says_whether_files_are_paths(store, tmp_path):

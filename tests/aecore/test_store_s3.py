@@ -4,18 +4,20 @@ import hashlib
 import os
 import pickle
 import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from aecore.artifact.commit import commit_manifest
+from aecore.artifact.documents import read_json, sealed
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
 from aecore.store import _s3 as s3_module
 from aecore.store import _s3_client as client_module
 from aecore.store import _s3_prefix as place_module
 from aecore.store import _scratch as scratch_module
+from aecore.store._s3 import S3Store
+from tests.processes import WARM, run
 from tests.s3 import ACCESS_KEY, SECRET_KEY
 
 
@@ -158,6 +160,31 @@ class TestFiles:
                     with pytest.raises(DataError, match="b has 5 bytes, expected at most 4"):
                         store.read("b", ref=known, limit=limit)
 
+    @pytest.mark.parametrize("use", ["read", "documents", "check", "local", "files"])
+    def test_a_read_after_a_mismatch_asks_past_proxies(self, bad_s3, s3_proxy, use):
+        url = f"{bad_s3.url}/in"
+        store, data = open_store(url), sealed({"kind": "run", "claim": 1, "identity": {}, "info": {}})
+        ref = store.put("run.000001.json", data, role="part")
+        if use == "documents":
+            s3_proxy.headers = {"ETag": '"0-2"', "x-amz-meta-sha256": None}  # nothing but its own hash shows the damage
+        s3_proxy.add("^GET", "flip", bit=8 * 80)
+        read = {
+            "read": lambda: store.read(ref.name),
+            "documents": lambda: read_json(store, ref.name),
+            "check": lambda: store.check(ref, verify=True),
+            "local": lambda: store.local(ref),
+            "files": lambda: open_files(url).read(ref.name),
+        }[use]
+        read()
+        first, second = (head for head in s3_proxy.heads if head.startswith("GET"))
+        assert "\r\ncache-control:" not in first.lower()
+        assert "\r\nCache-Control: no-cache\r\n" in second
+        s3_proxy.clear()
+        store.read(ref.name, fresh=True)
+        assert store.read(ref.name, fresh=True) == data
+        store.remove(ref.name)
+        assert ["Cache-Control: no-cache" in head for head in s3_proxy.heads] == [True, True, False]
+
     def test_a_damaged_copy_on_this_machine_is_fetched_again(self, s3):
         store, data = open_store(s3.url), os.urandom(5000)
         ref = store.put("model.safetensors", data, role="checkpoint")
@@ -194,6 +221,58 @@ class TestFiles:
             open_files(f"{s3.url}/nothing").sizes()
 
 
+class TestCommit:
+    """What a manifest is about to name is looked at by listing its folders."""
+
+    def files(self, s3, names):
+        """Put one file under each name, past the store."""
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda name: s3.raw.put_object(Bucket=s3.bucket, Key=f"ds/{name}", Body=name.encode()), names))
+        return [ref_of(name, name.encode()) for name in names]
+
+    def commit(self, s3, s3_proxy, new, old=(), parent=0):
+        """Return how many HEADs and LISTs a commit sends."""
+        s3_proxy.clear()
+        commit_manifest(open_store(f"{s3.url}/ds"), "dataset", parent, {"number_of_files": len(new)}, new=new, old=old)
+        assert s3_proxy.seen("^PUT .*dataset") == 1
+        return s3_proxy.seen("^HEAD"), s3_proxy.seen("list-type=2")
+
+    def test_a_listing_of_each_folder_replaces_a_request_for_each_file(self, bad_s3, s3_proxy, monkeypatch):
+        monkeypatch.setattr(place_module, "PAGE", 100)
+        names = [f"shards/train-{number:06d}.{kind}" for number in range(120) for kind in ("tar", "parquet")]
+        first = self.files(bad_s3, [*names, "listings/000001.parquet", "quarantine/train-000007.parquet"])
+        assert self.commit(bad_s3, s3_proxy, first) == (2, 3), "three pages of shards; the two folders of one file are not worth a listing"
+        more = self.files(bad_s3, [name.replace("train-", "train-g000002-") for name in names[:20]])
+        assert self.commit(bad_s3, s3_proxy, more, first, parent=1) == (0, 1 + 3 + 1 + 1), "of an append its own page, and what was there"
+
+    def test_a_few_files_far_from_each_other_are_asked_for_one_by_one(self, bad_s3, s3_proxy, monkeypatch):
+        monkeypatch.setattr(place_module, "PAGE", 10)
+        refs = self.files(bad_s3, [f"shards/{number:03d}" for number in range(100)])
+        assert self.commit(bad_s3, s3_proxy, refs[::5]) == (16, 2), "not all ten pages for 20 files"
+        assert self.commit(bad_s3, s3_proxy, refs[::50], parent=1) == (2, 0)
+
+    def test_what_a_listing_does_not_show_is_asked_for_before_it_is_refused(self, bad_s3, s3_proxy, monkeypatch):
+        monkeypatch.setattr(place_module, "PAGE", 10)
+        refs = self.files(bad_s3, [f"shards/{number:03d}" for number in range(40)])
+        pages = S3Store._pages
+
+        def late(store, **arguments):  # as of a service whose listings lag behind
+            for page in pages(store, **arguments):
+                yield {**page, "Contents": [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("7")]}
+
+        monkeypatch.setattr(S3Store, "_pages", late)
+        assert self.commit(bad_s3, s3_proxy, refs) == (4, 4)
+        assert self.commit(bad_s3, s3_proxy, [], refs, parent=1) == (4, 4), "of the parent too"
+        bad_s3.raw.delete_object(Bucket=bad_s3.bucket, Key="ds/shards/017")
+        for new, old, says in ((refs, (), r"shards/017 is missing"), ([], refs, r"shards/017 is gone \(4 of 40 files are not listed\)")):
+            with pytest.raises(DataError, match=says):
+                self.commit(bad_s3, s3_proxy, new, old, parent=2)
+        bad_s3.raw.put_object(Bucket=bad_s3.bucket, Key="ds/shards/017", Body=b"longer than it was")
+        with pytest.raises(DataError, match=r"shards/017 has 18 bytes, the manifest says 10"):
+            self.commit(bad_s3, s3_proxy, refs, parent=2)
+        assert not [name for name in bad_s3.objects() if name.endswith("000003.json")]
+
+
 KILLED = """
 import sys
 from aecore.store import open_store
@@ -222,11 +301,11 @@ def test_what_another_container_stages_in_a_shared_folder_stays(tmp_path, monkey
 @pytest.mark.parametrize("stage", FAULT_STAGES)
 def test_a_killed_writer_leaves_nothing_or_everything(s3, tmp_path, stage):
     environment = os.environ | {"AECORE_FAULT": f"part.{stage}", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", KILLED, s3.url]
-    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    command = [*WARM, "-c", KILLED, s3.url]
+    assert run(command, env=environment).returncode == -9
     assert s3.objects() == ({"a": b"x" * 100} if stage == "linked" else {})
     assert len(list(tmp_path.glob("aecore-staged-*/*"))) == 1
-    subprocess.run(command, env={**environment, "AECORE_FAULT": ""}, check=True)
+    run(command, env={**environment, "AECORE_FAULT": ""}, check=True)
     assert s3.objects() == {"a": b"x" * 100}
     assert not list(tmp_path.glob("aecore-staged-*/*")), "what the killed process left on this machine is removed"
 
@@ -354,10 +433,36 @@ class TestMistakes:
             open_store("s3://no-such-bucket/x").list()
 
     def test_a_wrong_endpoint(self, s3, monkeypatch):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
-        with pytest.raises(StoreError, match=r"nothing answers at http://127.0.0.1:9: check AWS_ENDPOINT_URL") as raised:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with pytest.raises(StoreError, match=r"tried 6 times in \d+ s\): nothing answers at http://127.0.0.1:9: check AWS_ENDPOINT_URL"):
             open_store(s3.url).list()
-        assert "hidden" not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("userinfo", "named_by"),
+        [
+            ("user:hidden", "AWS_ENDPOINT_URL"),
+            (":hidden", "AWS_ENDPOINT_URL"),
+            ("hidden:", "AWS_ENDPOINT_URL_S3"),
+            ("user:hid%40den", "AWS_ENDPOINT_URL_S3"),
+            ("hidden", "profile"),
+        ],
+    )
+    def test_an_endpoint_with_a_password_is_refused_at_once(self, bad_s3, s3_proxy, tmp_path, monkeypatch, userinfo, named_by):
+        endpoint, url = f"http://{userinfo}@127.0.0.1:{bad_s3.port}", bad_s3.url
+        if named_by == "profile":
+            monkeypatch.delenv("AWS_ENDPOINT_URL")
+            keys = "aws_access_key_id = a\naws_secret_access_key = b\n"
+            (tmp_path / "config").write_text(f"[profile lab]\nendpoint_url = {endpoint}\n{keys}")
+            monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+            url = url.replace("s3://", "s3://lab@")
+        else:
+            monkeypatch.setenv(named_by, endpoint)
+        store, says = open_store(url), rf"the endpoint http://\*\*\*@127.0.0.1:{bad_s3.port} has a user name or a password"
+        for use in (store.list, lambda: store.size("a"), lambda: store.read("a"), lambda: open_files(f"{url}/x").read("a")):
+            with pytest.raises(ConfigError, match=says) as raised:
+                use()
+            assert not any(secret in str(raised.value) for secret in ("hidden", "hid%40den"))
+        assert s3_proxy.log == [], "no request was sent"
 
     def test_an_unknown_profile(self, s3):
         with pytest.raises(StoreError, match=r"there is no such profile"):

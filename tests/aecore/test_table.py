@@ -384,3 +384,22 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path) -> None:
     open_store(str(tmp_path)).put("table.000001.json", b'{"format":1}', role="manifest")
     with pytest.raises(DataError, match=r"table\.000001\.json is damaged: .* missing: 'columns'"):
         open_table(str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "what"), [(b"", "footer"), (b'"torch":', "producer"), (b"checkpoint_sha256", "checkpoint_sha256")])
+def test_a_part_with_a_changed_bit_in_what_its_footer_says_is_not_adopted(
+    own_table: LatentTable, tmp_path: Path, text: bytes, what: str
+) -> None:
+    """No page checksum covers the footer: a query believes its statistics, the lineage its versions."""
+    path = path_of(own_table)
+    rows, data = pq.read_table(path, partitioning=None), bytearray(path.read_bytes())
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    found = data.find(min(rows["key"].to_pylist()).encode() if what == "footer" else text, footer)
+    assert found > 0
+    data[found + len(text) + 1 if what == "producer" else found] ^= 1
+    name = "data/split=train/train-000000.parquet"
+    (tmp_path / "other" / name).parent.mkdir(parents=True)
+    (tmp_path / "other" / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"is another part \(differs in .*{what}"):
+        commit_part(open_store(tmp_path / "other"), name, rows, compression="none")
+    assert (tmp_path / "other" / name).read_bytes() == data

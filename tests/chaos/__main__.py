@@ -23,11 +23,19 @@ def choose(seed: str, store: str, number: int, seconds: float) -> tuple[str, Wor
     names = sorted(FAULTS[store])
     random.Random(f"{seed}/{store}/cycle {number // len(names)}").shuffle(names)
     rng = random.Random(f"{seed}/{store}/round {number}")
-    return names[number % len(names)], rng.choice((*WORKS, PIPELINE) if seconds >= LONG_S else WORKS), rng
+    return names[number % len(names)], rng.choice((*WORKS, *WORKS, PIPELINE) if seconds >= LONG_S else WORKS), rng
 
 
 def main(words: list[str]) -> int:
-    """Play the rounds that the words ask for."""
+    """Play the rounds that the words ask for, change single bits, or compare with Ray Data."""
+    if words[:1] == ["flips"]:
+        from tests.chaos.flips import main as flip
+
+        return flip(words[1:])
+    if words[:1] == ["ray_data"]:
+        from tests.chaos.ray_data import main as compare
+
+        return compare(words[1:])
     asked = dict(word.partition("=")[::2] for word in words)
     unknown = asked.keys() - DEFAULTS.keys()
     options = DEFAULTS | asked

@@ -1,7 +1,10 @@
 """The classes of faults: each a function of a round, which runs the round's command under faults, once or a few times."""
 
 import errno
+import functools
+import itertools
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +18,16 @@ from tests.processes import run
 
 FAULTS: dict[str, dict[str, Fault]] = {"local": {}, "s3": {}}  # store -> class -> fault
 TWO_DAYS_S, PAGE = 2 * 86400, 4096
+REPEATED = {
+    "tar",
+    "index",
+    "record",
+    "metrics",
+    "weights",
+    "state",
+    "checkpoint",
+    "part",
+}  # kinds of files of which a command commits several
 
 
 def fault(name: str, *stores: str) -> Callable[[Fault], Fault]:
@@ -30,44 +43,52 @@ def fault(name: str, *stores: str) -> Callable[[Fault], Fault]:
 
 @fault("SIGKILL")
 def _kill(one: Round) -> None:
-    for _ in range(one.rng.randint(1, 3)):
+    kills = one.rng.randint(2, 5)
+    for _ in range(kills):
         with one.begun() as process:
-            one.reach(process)
+            one.reach(process, kills)
             one.send(process, signal.SIGKILL)
             one.ended(process, signal.SIGKILL)
 
 
 @fault("kill at a commit")
 def _fault_point(one: Round) -> None:
-    for _ in range(one.rng.randint(1, 2)):
-        point = f"{one.rng.choice(one.work.points)}.{one.rng.choice(('staged', 'synced', 'linked'))}:{one.rng.choice((1, 1, 2, 3))}"
-        with one.begun(env={"AECORE_FAULT": point}) as process:
+    """Kill the command where it commits a file, of a later kind each time, so that it gets there."""
+    points = sorted(one.rng.sample(range(3 * len(one.work.points)), one.rng.randint(2, 4)))
+    for kind, stage in (list(itertools.product(one.work.points, ("staged", "synced", "linked")))[point] for point in points):
+        nth = one.rng.choice((1, 1, 2, 3)) if kind in REPEATED else 1
+        with one.begun(env={"AECORE_FAULT": f"{kind}.{stage}:{nth}"}) as process:
             one.tally.injected += one.ended(process, signal.SIGKILL) == -signal.SIGKILL
 
 
 @fault("SIGINT, SIGTERM")
 def _interrupt(one: Round) -> None:
-    how = one.rng.choice((signal.SIGINT, signal.SIGTERM))
-    with one.begun() as process:
-        one.reach(process, 1)
-        one.send(process, how)
-        if one.rng.random() < 0.3:
-            time.sleep(one.rng.uniform(0, 0.5))
+    interrupts = one.rng.randint(1, 3)
+    for _ in range(interrupts):
+        how = one.rng.choice((signal.SIGINT, signal.SIGTERM))
+        with one.begun() as process:
+            one.reach(process, interrupts, 1)
             one.send(process, how)
-        one.ended(process, how)
+            if one.rng.random() < 0.3:
+                time.sleep(one.rng.uniform(0, 0.5))
+                one.send(process, how)
+            one.ended(process, how)
 
 
 @fault("SIGSTOP, SIGCONT")
 def _stop(one: Round) -> None:
-    """Stop a command; half the time another one does the whole work meanwhile, and the first one wakes up to it."""
+    """Stop a command a few times; half the time another one does the whole work meanwhile, and the first one wakes up to it."""
     with one.begun() as process:
+        for _ in range(one.rng.randint(0, 3)):
+            one.reach(process, 4)
+            one.send(process, signal.SIGSTOP)
+            time.sleep(one.rng.uniform(0, 0.3))
+            one.send(process, signal.SIGCONT)
         one.reach(process)
         one.send(process, signal.SIGSTOP)
         if one.rng.random() < 0.5:
             with one.begun() as other:
                 one.ended(other)
-        else:
-            time.sleep(one.rng.uniform(0.1, 1.0))
         one.send(process, signal.SIGCONT)
         one.ended(process)
 
@@ -90,20 +111,22 @@ def _two(one: Round) -> None:
 @fault("disk full")
 def _full(one: Round) -> None:
     """A small disk (a file size limit where none can be mounted, and now and then): for the artefacts, or for cache and staged files."""
-    share, limited = one.rng.uniform(0.0, 0.8), one.rng.random() < 0.3
+    shares, limited = sorted(one.rng.uniform(0.0, 0.8) for _ in range(one.rng.randint(1, 3))), one.rng.random() < 0.3
     local = isinstance(one.place, Local)
     place = one.bench.base / "data" / (one.out if local else f"small-{one.out}")
     resize = None if limited else _small_disk(one, place)
     if resize is None:
-        with one.begun(wrap=["sh", "-c", 'ulimit -f "$0"; exec "$@"', 32 + int(share * 130_000) // 512]) as process:
-            one.tally.injected += one.ended(process) != 0
+        for share in shares:
+            with one.begun(wrap=["sh", "-c", 'ulimit -f "$0"; exec "$@"', 32 + int(share * 130_000) // 512]) as process:
+                one.tally.injected += one.ended(process) != 0
         return
     if local:
         one.begin()  # the disk hides what was put below it
     used = sum(-(-path.stat().st_size // PAGE) * PAGE for path in place.rglob("*"))
-    resize(used + PAGE + int(share * one.bench.bytes[one.work.name]))
-    with one.begun(env={} if local else {"TMPDIR": str(place), "AECORE_CACHE": str(place)}) as process:
-        one.tally.injected += one.ended(process) != 0
+    for share in shares:
+        resize(used + PAGE + int(share * one.bench.bytes[one.work.name]))
+        with one.begun(env={} if local else {"TMPDIR": str(place), "AECORE_CACHE": str(place)}) as process:
+            one.tally.injected += one.ended(process) != 0
     resize(1 << 28)
 
 
@@ -121,40 +144,52 @@ def _io_error(one: Round) -> None:
     """Reads, writes, fsyncs or links below the root fail: once, for a while, or for good."""
     calls = ("read", "write", "fsync", "link") if isinstance(one.place, Local) else ("read", "write")
     count = one.bench.base / "count"
-    count.unlink(missing_ok=True)
-    env = {
-        "LD_PRELOAD": str(one.bench.library),
-        "CHAOS_ROOT": str(one.bench.base / "data"),
-        "CHAOS_CALL": one.rng.choice(calls),
-        "CHAOS_NTH": str(int(2 ** one.rng.uniform(0, 5))),
-        "CHAOS_TIMES": str(one.rng.choice((1, 1, 3, 10**6))),
-        "CHAOS_ERRNO": str(one.rng.choice((errno.EIO, errno.EIO, errno.ESTALE))),
-        "CHAOS_COUNT": str(count),
-    }
-    with one.begun(env=env) as process:
-        one.ended(process)
-    one.tally.injected += count.is_file()
+    count.write_bytes(b"")
+    for call in one.rng.sample(calls, one.rng.randint(1, 2)):
+        env = {
+            "LD_PRELOAD": str(one.bench.library),
+            "CHAOS_ROOT": str(one.bench.base / "data"),
+            "CHAOS_CALL": call,
+            "CHAOS_NTH": str(int(2 ** one.rng.uniform(0, 5))),
+            "CHAOS_TIMES": str(one.rng.choice((1, 1, 3, 10**6))),
+            "CHAOS_ERRNO": str(one.rng.choice((errno.EIO, errno.EIO, errno.ESTALE))),
+            "CHAOS_COUNT": str(count),
+        }
+        with one.begun(env=env) as process:
+            one.ended(process)
+    one.tally.injected += count.stat().st_size  # calls that failed
 
 
 @fault("bit flip, finished")
 def _flip_finished(one: Round) -> None:
-    """A bit of a finished artefact changes: it is noticed by verify, by the same command or by what reads it, or it changes nothing."""
+    """A bit of a finished artefact changes: it is noticed by verify, by the same command or by what reads it, or it changes nothing.
+
+    Several bits in turn; the commands run in this process, for the last one as processes of their own.
+    """
     for kind in one.work.makes:
         one.place.copy(f"{one.work.ends}/{kind}", f"{one.out}/{kind}")
-    name = one.rng.choice(one.place.names(one.out))
-    restore = one.place.flip(name, one.rng)
-    one.tally.injected += 1
-    try:
-        noticed = bool(one.problems())
-        with one.begun() as process:
-            noticed |= one.ended(process) != 0
-        noticed |= _use_notices(one, name)
-        _noticed_or_harmless(one, noticed, name)
-    finally:
-        restore()
+    names, flips = one.place.names(one.out), 24 if isinstance(one.place, Local) else 8
+    for number in range(flips):
+        name, here = one.rng.choice(names), number < flips - 1
+        restore = one.place.flip(name, one.rng)
+        one.tally.injected += 1
+        try:
+            noticed = bool(one.problems())
+            noticed |= _status(one, None, here) != 0
+            noticed |= _use_notices(one, name, f"{one.out}-use-{number}", here)
+            _noticed_or_harmless(one, noticed, name)
+        finally:
+            restore()
 
 
-def _use_notices(one: Round, name: str) -> bool:
+def _status(one: Round, command: list[str] | None, here: bool) -> int | None:
+    if here:
+        return one.status_here(command)
+    with one.begun(command) as process:
+        return one.ended(process)
+
+
+def _use_notices(one: Round, name: str, out: str, here: bool) -> bool:
     """Encode from the changed artefact, where that can be done; return whether it refused. If it did not, its rows must be right."""
     if "run" in one.work.makes:
         model, data = f"{one.out}/run", "one/dataset"
@@ -162,11 +197,10 @@ def _use_notices(one: Round, name: str) -> bool:
         model, data = "one/run", f"{one.out}/dataset"
     else:
         return False
-    table, state = f"{one.out}-use/table", "one" if data == "one/dataset" else one.work.ends
-    one.stack.callback(one.place.forget, f"{one.out}-use")
-    with one.begun(["encode", one.url(model), one.url(data), one.url(table), "--recipe", one.url("recipe")]) as process:
-        if one.ended(process) != 0:
-            return True
+    table, state = f"{out}/table", "one" if data == "one/dataset" else one.work.ends
+    one.stack.callback(one.place.forget, out)
+    if _status(one, ["encode", one.url(model), one.url(data), one.url(table), "--recipe", one.url("recipe")], here) != 0:
+        return True
     found = rows_of("table", one.url(table))
     one.tally.count(difference(one.bench.rows[state, "table"], found), f"encoded from an artefact with a changed bit in {name}")
     return False
@@ -185,22 +219,32 @@ def _noticed_or_harmless(one: Round, noticed: bool, name: str) -> None:
 
 @fault("bit flip, unfinished")
 def _flip_unfinished(one: Round) -> None:
-    """A bit changes in what a killed command has left; the same command refuses, or ends with what it should make, or verify notices."""
+    """A bit changes in what a killed command has left; the same command refuses, or ends with what it should make, or verify notices.
+
+    The same is tried with other bits of a copy of what was left; but for the last one in this process.
+    """
     with one.begun() as process:
-        one.reach(process, 1)
+        one.reach(process, least=1)
         process.send(signal.SIGKILL)
         one.ended(process, signal.SIGKILL)
     if not (names := one.place.names(one.out)):
         return
-    name = one.rng.choice(names)
-    restore = one.place.flip(name, one.rng)
-    one.tally.injected += 1
-    try:
-        with one.begun() as process:
-            noticed = one.ended(process) != 0
-        _noticed_or_harmless(one, noticed or bool(one.problems()), name)
-    finally:
-        restore()
+    left = f"{one.out}-left"
+    one.stack.callback(one.place.forget, left)
+    one.place.copy(one.out, left)
+    flips = 8 if isinstance(one.place, Local) else 4
+    for number in range(flips):
+        if number:
+            one.place.forget(one.out)
+            one.place.copy(left, one.out)
+        name = one.rng.choice(names)
+        restore = one.place.flip(name, one.rng)
+        one.tally.injected += 1
+        try:
+            noticed = _status(one, None, number < flips - 1) != 0
+            _noticed_or_harmless(one, noticed or bool(one.problems()), name)
+        finally:
+            restore()
 
 
 @fault("gc beside, gc after a kill")
@@ -209,7 +253,7 @@ def _gc(one: Round) -> None:
     _collect_beside(one, {})
     with one.begun() as process:
         one.reach(process)
-        process.send(signal.SIGKILL)
+        one.send(process, signal.SIGKILL)
         one.ended(process, signal.SIGKILL)
     more = one.rng.choice(((), ("--unfinished",)))
     for kind in one.work.makes:
@@ -228,7 +272,7 @@ def _clock(one: Round) -> None:
 def _collect_beside(one: Round, env: dict[str, str]) -> None:
     own = env if isinstance(one.place, Local) and one.rng.random() < 0.3 else {}
     with one.begun(env=own) as process:
-        one.reach(process, 1)
+        one.reach(process, least=1)
         one.send(process, signal.SIGSTOP)  # else it is soon over
         for kind in one.work.makes:
             with one.begun(["gc", one.url(f"{one.out}/{kind}"), *one.rng.choice(((), ("--unfinished",)))], env=env) as gc:
@@ -240,55 +284,38 @@ def _collect_beside(one: Round, env: dict[str, str]) -> None:
             one.tally.unexpected(f"gc disturbed a running command: exit status {code}\n{process.tail()}")
 
 
-def _spoiled(one: Round, match: str, do: str, times: int, **options: object) -> None:
-    """Run the command; from the first request or from a random one on the proxy spoils those that match."""
+def _spoiled(one: Round, match: str, do: str, options: Callable[[random.Random], dict[str, object]]) -> None:
+    """Run the command; from the first request or from a random one on the proxy spoils those that match. Once more if none did."""
     assert isinstance(one.place, Bucket)
-    with one.begun() as process:
-        if one.rng.random() < 0.5:
-            one.reach(process)
-        one.place.proxy.add(match, do, times=times, **options)
-        one.ended(process)
-    one.tally.injected += sum(bool(done) for _, done in one.place.proxy.log)
+    for _ in range(2):
+        with one.begun() as process:
+            if one.rng.random() < 0.5:
+                one.reach(process, 2)
+            one.place.proxy.add(match, do, **options(one.rng))
+            one.ended(process)
+        if injected := sum(bool(done) for _, done in list(one.place.proxy.log)):
+            one.tally.injected += injected
+            return
 
 
-@fault("received bytes flipped", "s3")
-def _flip_received(one: Round) -> None:
-    _spoiled(one, "^GET", "flip", one.rng.randint(1, 4))
-
-
-@fault("sent bytes flipped", "s3")
-def _flip_sent(one: Round) -> None:
-    _spoiled(one, "^PUT", "flip_sent", one.rng.randint(1, 4))
-
-
-@fault("503", "s3")
-def _unavailable(one: Round) -> None:
-    _spoiled(one, ".", "status", one.rng.choice((1, 3, 30)))
-
-
-@fault("reset", "s3")
-def _reset(one: Round) -> None:
-    _spoiled(one, ".", "reset", one.rng.choice((1, 3, 30)))
-
-
-@fault("cut", "s3")
-def _cut(one: Round) -> None:
-    _spoiled(one, "^GET", "cut", one.rng.randint(1, 4), after=one.rng.choice((0, 1, 100, 5000)), seconds=one.rng.choice((0.0, 1.0)))
-
-
-@fault("slow", "s3")
-def _slow(one: Round) -> None:
-    _spoiled(one, ".", "delay", one.rng.randint(1, 4), seconds=one.rng.uniform(0.2, 1.5))
-
-
-@fault("lost acknowledgement", "s3")
-def _lost_ack(one: Round) -> None:
-    _spoiled(one, "^(PUT|POST|DELETE)", "lost_ack", one.rng.randint(1, 4))
-
-
-@fault("sent twice", "s3")
-def _twice(one: Round) -> None:
-    _spoiled(one, ".", "twice", one.rng.choice((1, 5, 100)))
+FAULTS["s3"] |= {
+    name: functools.partial(_spoiled, match=match, do=do, options=options)
+    for name, match, do, options in (
+        ("received bytes flipped", "^GET", "flip", lambda rng: {"times": rng.randint(1, 4)}),
+        ("sent bytes flipped", "^PUT", "flip_sent", lambda rng: {"times": rng.randint(1, 4)}),
+        ("503", ".", "status", lambda rng: {"times": rng.choice((1, 3, 30))}),
+        ("reset", ".", "reset", lambda rng: {"times": rng.choice((1, 3, 30))}),
+        (
+            "cut",
+            "^GET",
+            "cut",
+            lambda rng: {"times": rng.randint(1, 4), "after": rng.choice((0, 1, 100, 5000)), "seconds": rng.choice((0.0, 1.0))},
+        ),
+        ("slow", ".", "delay", lambda rng: {"times": rng.randint(1, 9), "seconds": rng.uniform(0.2, 1.5)}),
+        ("lost acknowledgement", "^(PUT|POST|DELETE)", "lost_ack", lambda rng: {"times": rng.randint(1, 4)}),
+        ("sent twice", ".", "twice", lambda rng: {"times": rng.choice((1, 5, 100))}),
+    )
+}
 
 
 @fault("ETag that is no MD5", "s3")

@@ -5,8 +5,8 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from tests.s3 import S3, s3_environment, start_server
 from tests.s3.proxy import FaultProxy
@@ -83,16 +83,16 @@ class Bucket:
     def images(self, name: str, folder: Path) -> None:
         self.s3.upload(folder, name)
 
-    def _objects(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for found in self.names(name):
-            yield found, self.s3.raw.get_object(Bucket=self.s3.bucket, Key=found)
-
     def _put(self, name: str, data: bytes, metadata: dict[str, str]) -> None:
         self.s3.raw.put_object(Bucket=self.s3.bucket, Key=name, Body=data, Metadata=metadata)
 
     def copy(self, name: str, to: str) -> None:
-        for found, stored in self._objects(name):
+        def copy(found: str) -> None:
+            stored = self.s3.raw.get_object(Bucket=self.s3.bucket, Key=found)
             self._put(to + found.removeprefix(name), stored["Body"].read(), stored["Metadata"])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(copy, self.names(name)))
 
     def _sizes(self, name: str) -> dict[str, int]:
         pages = self.s3.raw.get_paginator("list_objects_v2").paginate(Bucket=self.s3.bucket, Prefix=f"{name}/")
@@ -121,14 +121,14 @@ class Bucket:
         return restore
 
     def keep(self, name: str, folder: Path) -> None:
-        for found, stored in self._objects(name):
-            path = folder / found
+        for found, data in self.s3.objects(f"{name}/").items():
+            path = folder / name / found
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(stored["Body"].read())
+            path.write_bytes(data)
 
     def forget(self, name: str) -> None:
-        for found in self.names(name):
-            self.s3.raw.delete_object(Bucket=self.s3.bucket, Key=found)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda found: self.s3.raw.delete_object(Bucket=self.s3.bucket, Key=found), self.names(name)))
 
     def quiet(self) -> None:
         self.proxy.clear()
@@ -145,10 +145,10 @@ def place(store: str, base: Path) -> Iterator[Place]:
     if store == "local":
         yield Local(root)
         return
-    from aecore.store import _s3 as s3_module
+    from aecore.store import _cached as cached_module
     from aecore.store._s3_client import close_clients
 
-    s3_module.RECENT_S = 0.0  # objects are changed behind the store's back
+    cached_module.RECENT_S = 0.0  # objects are changed behind the store's back
     with start_server(base) as port, FaultProxy(port) as proxy:
         os.environ.update(s3_environment(proxy.port, base / "cache-of-comparisons"))
         try:

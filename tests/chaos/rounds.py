@@ -1,11 +1,11 @@
 """A round: one command under one class of faults, then undisturbed, then compared with what the commands make without faults."""
 
 import contextlib
+import logging
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from aecore.errors import AecoreError
 from pipelines.cli.main import main
+from pipelines.steps.logs import log_to_handler
 from pipelines.steps.show import verify
 from tests.chaos.places import Place
 from tests.chaos.work import NUM_IMAGES, PIPELINE, RECIPE, WORKS, Difference, Rows, Work, difference, rows_of, total, write_images
-from tests.processes import Started, run, started
+from tests.processes import AEPIPE, Started, run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXIT_CODES = {0, 1, 2, 3, 4, 5, 130}
@@ -97,9 +98,7 @@ class Bench:
             one.begin()
             before = self.place.progress(work.ends), self.place.bytes(work.ends)
             log = self.logs / f"{work.name}.log"
-            with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                code = main(one.command())  # in this process, which has imported everything
-            assert code == 0, log.read_text()
+            assert self.run_here(one.command(), log) == 0, log.read_text()
             self.steps[work.name] = self.place.progress(work.ends) - before[0]
             self.bytes[work.name] = self.place.bytes(work.ends) - before[1]
             for kind in work.makes:
@@ -107,6 +106,13 @@ class Bench:
         parts = [work.name for work in works if work.ends == PIPELINE.ends]
         self.steps[PIPELINE.name] = sum(self.steps[name] for name in parts)
         self.bytes[PIPELINE.name] = sum(self.bytes[name] for name in parts)
+
+    def run_here(self, words: list[str], log: Path) -> int:
+        """Run a command in this process, which has imported everything; return its exit status."""
+        with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            code = main(words)
+            log_to_handler(logging.NullHandler(), logging.WARNING)  # the log of the command ends with it
+        return code
 
 
 class Round:
@@ -139,16 +145,22 @@ class Round:
         """Start the round's command, or another one."""
         self._commands += 1
         self._start = self.place.progress(self.out)
-        words = [*wrap, sys.executable, "-P", "-m", "pipelines.cli", *(command or self.command())]
+        words = [*wrap, *AEPIPE, *(command or self.command())]
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{self._commands:02d}.log"
         log.write_text(f"{' '.join(map(str, words))}\n{dict(env or {})}\n")
         with started(words, env={**self.bench.environment, **(env or {})}, cwd=self.bench.base, log=log, grace_s=0) as process:
             yield process
 
-    def reach(self, process: Started, least: int = 0) -> bool:
-        """Wait for a random moment of the command's work (`least`: of its progress); return whether it still runs."""
-        moment = self.rng.randint(least, max(self.bench.steps[self.work.name], least))
+    def status_here(self, command: list[str] | None = None) -> int:
+        """Run the round's command, or another one, in this process, where nothing can interrupt it; return its exit status."""
+        self._commands += 1
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self.bench.run_here(command or self.command(), self.logs / f"{self._commands:02d}.log")
+
+    def reach(self, process: Started, parts: int = 1, least: int = 0) -> bool:
+        """Wait for a random moment in the first of so many parts of the command's work (`least` progress); return whether it still runs."""
+        moment = self.rng.randint(least, max(self.bench.steps[self.work.name] // parts, least))
         pause_s, deadline = self.rng.uniform(0, 0.05), time.monotonic() + HANG_S
         while self.place.progress(self.out) - self._start < moment and process.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)

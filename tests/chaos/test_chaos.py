@@ -6,12 +6,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aecore.store import open_store
+from tests.chaos import flips
 from tests.chaos.__main__ import choose
 from tests.chaos.faults import FAULTS
 from tests.chaos.places import Local
+from tests.chaos.ray_data import compared
 from tests.chaos.rounds import ROOT, Bench, Round, play
 from tests.chaos.work import WORKS, Difference, difference
 from tests.processes import run
@@ -33,6 +36,12 @@ def test_lost_doubled_and_wrong_rows_are_counted() -> None:
     assert not difference(expected, expected[::-1])
     assert difference(expected, [("a", "1"), ("a", "1"), ("b", "9"), ("d", "4")]) == Difference(lost=1, doubled=1, wrong=2)
     assert difference(expected, []) == Difference(lost=3)
+
+
+def test_latents_beside_those_of_ray_data_are_compared_by_key_and_to_rounding() -> None:
+    expected = [("a", np.float32([1, 2])), ("b", np.float32([3, 4]))]
+    assert not compared(expected, [("b", np.float32([3, 4])), ("a", np.float32([1, 2 + 1e-6]))])
+    assert compared(expected, [("a", np.float32([1, 2])), ("a", np.float32([1, 3]))]) == Difference(lost=1, doubled=1, wrong=1)
 
 
 @pytest.mark.parametrize("store", FAULTS)
@@ -109,3 +118,7 @@ def test_a_request_that_arrives_changed_or_twice_writes_the_object_once(bad_s3: 
     open_store(bad_s3.url).put("part", b"content", role="part")
     assert bad_s3.objects() == {"part": b"content"}
     assert [done for line, done in s3_proxy.log if line.startswith("PUT")] == ([do, ""] if do == "flip_sent" else [do])
+
+
+def test_one_changed_bit_of_any_file_is_noticed_or_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert flips.main(["count=60", "seed=0"]) == 0, capsys.readouterr().out

@@ -7,7 +7,7 @@ A rule spoils the requests whose first line matches, `times` of them (None: all)
 connection, `delay` waits before it passes the request on, `cut` ends the answer's body early, `lost_ack` lets the server work and
 drops its answer, `flip` changes one bit of the answer's body (another one each time, unless `bit` says which), with `alternate` of every
 other one, `flip_sent` one bit of the request's body, `twice` sends the request two times and passes the second answer on. `headers` replace
-those of all answers to GET (None: leave it out). `log` holds the first line of every request and what was done to it.
+those of all answers to GET (None: leave it out). `log` holds the first line of every request and what was done to it, `heads` all lines.
 """
 
 import asyncio
@@ -39,6 +39,7 @@ class FaultProxy:
         self.delay_s = delay_s  # of every request
         self.rules: list[Rule] = []
         self.log: list[tuple[str, str]] = []
+        self.heads: list[str] = []
         self.headers: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -57,6 +58,7 @@ class FaultProxy:
         with self._lock:
             self.rules.clear()
             self.log.clear()
+            self.heads.clear()
             self.headers.clear()
 
     def __enter__(self) -> "FaultProxy":
@@ -116,6 +118,7 @@ class FaultProxy:
         rule = self._rule_for(line)
         do = rule.do if rule else ""
         self.log.append((line, do))
+        self.heads.append(head.decode("latin1"))
         if re.search(rb"(?i)\r\nexpect: *100-continue", head):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             head = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head)

@@ -6,7 +6,7 @@ the rows, and texts and lists with the size of the file. All of that is in the f
 without repeating them. Not found: a footer that understates what its own pages take (rows and values are those that Arrow reads).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,32 @@ def open_parquet(source: Path | pa.Buffer, rows: int | None = None, columns: Seq
 def _opened(source: Path | pa.Buffer, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source  # any: what pyarrow takes for a file
     return pq.ParquetFile(file, memory_map=True, page_checksum_verification=True, read_dictionary=list(dictionaries) or None)
+
+
+def same_footers(ours: Path | pa.Buffer, theirs: Path | pa.Buffer, ignored: Collection[str] = ()) -> bool:
+    """Return whether two files of the same rows also say the same of them in their footers, which a query believes without reading a row.
+
+    No page checksum covers a footer. Compared are the counts, order and statistics of each row group and the metadata, as far as both have
+    them and but for the `ignored` keys. Where pages are and how they are packed, which another version of Parquet does in another way, has
+    been proven by reading all rows. ValueError if a footer cannot be read.
+    """
+    try:
+        own, other = (_opened(source).metadata for source in (ours, theirs))
+        if own.num_row_groups != other.num_row_groups:
+            return False
+        for a, b in zip(map(own.row_group, range(own.num_row_groups)), map(other.row_group, range(own.num_row_groups)), strict=True):
+            if (a.num_rows, a.num_columns, a.sorting_columns) != (b.num_rows, b.num_columns, b.sorting_columns):
+                return False
+            for x, y in zip(map(a.column, range(a.num_columns)), map(b.column, range(b.num_columns)), strict=True):
+                if (x.path_in_schema, x.num_values) != (y.path_in_schema, y.num_values):
+                    return False
+                if x.statistics is not None and y.statistics is not None and x.statistics.to_dict() != y.statistics.to_dict():
+                    return False
+        known = own.metadata or {}
+        free = {"ARROW:schema", *ignored}
+        return all(known.get(name, text) == text for name, text in (other.metadata or {}).items() if name.decode() not in free)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"a footer cannot be read ({error})") from error
 
 
 def _require_rows(footer: pq.FileMetaData, rows: int | None, num_bytes: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from aecore.artifact.documents import problems_of
 from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, read_listings
 from aecore.data.format.index import read_table
@@ -50,7 +51,8 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
     tars = {shard.tar: dataset.tars(shard) for shard in manifest.shards}  # adopted ones are in another store
     problems = [*_structure(dataset), *_sizes((tars.get(ref, dataset.store), ref) for ref in refs)]
     if read_data or only is not None:
-        problems += [problem for problem in _contents(dataset, chosen) if problem not in problems]
+        documents = [] if only is not None else problems_of(dataset.store)
+        problems += [problem for problem in (*documents, *_contents(dataset, chosen)) if problem not in problems]
     return Verification(
         tuple(problems),
         files=len(refs),

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, put_or_adopt, require_same
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, collect, serial
 from aecore.data.classes import is_spelled
-from aecore.data.format.index import read_table, table_bytes
+from aecore.data.format.index import read_table
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
@@ -26,7 +26,7 @@ from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
 from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
-from aecore.data.write.shard import pack_shard
+from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
 from aecore.errors import DataError
@@ -244,12 +244,7 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
 
 def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
     """Commit keys, sources and source sizes of the planned samples; the next append compares its listing with them."""
-    name, table = f"listings/{claim:06d}.parquet", listing_table(listing)
-
-    def has_the_same_rows(there: FileRef, data: bytes) -> bool:  # the claim fixes the rows, Parquet's bytes may differ
-        return bool(read_table(data, f"{store.url}/{there.name}").equals(table))
-
-    return put_or_adopt(store, name, table_bytes(table, {"claim": claim}), role="listing", accepts=has_the_same_rows)[0]
+    return put_table(store, f"listings/{claim:06d}.parquet", listing_table(listing), {"claim": claim}, "listing")
 
 
 def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from aecore.artifact.commit import PartRecord, put_or_adopt, read_record, require_counts, write_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import content_sha256, read_table, table_bytes
+from aecore.data.format.parquet import same_footers
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.spec import ShardTask
 from aecore.errors import ConfigError
@@ -125,9 +126,13 @@ def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[Fi
 
 
 def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
-    """Commit a table; an earlier attempt's file of the same rows (another Parquet version wrote other bytes) is kept."""
+    """Commit a table; an earlier attempt's file that says the same (another Parquet version wrote other bytes) is kept."""
+    content = table_bytes(table, metadata)
 
-    def has_the_same_rows(there: FileRef, data: bytes) -> bool:
-        return content_sha256(read_table(data, f"{store.url}/{there.name}")) == content_sha256(table)
+    def says_the_same(there: FileRef, data: bytes) -> bool:
+        where = f"{store.url}/{there.name}"
+        if content_sha256(read_table(data, where)) != content_sha256(table):
+            return False
+        return same_footers(pa.py_buffer(content), pa.py_buffer(data))
 
-    return put_or_adopt(store, name, table_bytes(table, metadata), role=role, accepts=has_the_same_rows)[0]
+    return put_or_adopt(store, name, content, role=role, accepts=says_the_same)[0]
