@@ -60,10 +60,7 @@ class SampleFormat:
             longest = max(found, key=lambda known: known.shape[0])
             return cls(longest.shape, longest.dtype, image=False, varying=True)
         shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
-        raise DataError(
-            f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: "
-            "shard again with shards.resize=<side> and shards.mode=L or RGB"
-        )
+        raise DataError(f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: {_remedy(found)}")
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +71,18 @@ class SampleFormat:
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape that a sample has in a batch: images are `(C, H, W)`, arrays as they are."""
         return (self.shape[2], *self.shape[:2]) if self.image else self.shape
+
+
+def _remedy(found: Collection[SampleFormat]) -> str:
+    """Return what makes one format of several."""
+    if {known.image for known in found} == {True, False}:
+        return "shard images and arrays apart, into datasets of their own (source.extensions)"
+    if any(not known.image for known in found):
+        one = "dtype (array.astype)" if len({known.shape for known in found}) == 1 else "shape (numpy.pad, or cut them)"
+        return f"save the arrays with one {one} and shard them again"
+    sizes, modes = ({known.shape[:2] for known in found}, {(known.shape[2:], known.dtype) for known in found})
+    options = ["shards.resize=<side>"] * (len(sizes) != 1) + ["shards.mode=L or RGB"] * (len(modes) != 1)
+    return f"shard again with {' and '.join(options) or 'shards.resize=<side> and shards.mode=L or RGB'}"
 
 
 def sequence_shape(formats: Collection[SampleFormat]) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aecore.data.format.foreign import what_it_is
 from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import expand_braces
@@ -149,8 +150,9 @@ class TarFile:
     def _block(self, position: int) -> bytes:
         block = self._read(BLOCK, position)
         if len(block) < BLOCK:
+            known = what_it_is(block) if position == 0 else ""
             raise DataError(
-                f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar: restore it"
+                f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar{known}: restore it"
             )
         return block
 
@@ -165,7 +167,8 @@ class TarFile:
             right, num_bytes = False, 0
         if not right:
             what = "is not a tar" if position == 0 else f"is damaged at byte {position}"
-            raise DataError(f"{self.where} {what} (no header with a valid checksum): restore it")
+            known = what_it_is(block) if position == 0 else ""
+            raise DataError(f"{self.where} {what} (no header with a valid checksum{known}): restore it")
         text = _text(name)
         folder = _text(prefix) if magic == b"ustar\0" else ""
         return (f"{folder}/{text}" if folder else text), num_bytes, kind

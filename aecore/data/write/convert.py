@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from aecore.data.format.foreign import explained
 from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header
 from aecore.data.write.spec import ShardSpec
@@ -22,6 +23,13 @@ JPEG_QUALITY = 95
 
 def prepare(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:
     """Return header and bytes of the data member to store; BadSample if the bytes are damaged or not of an allowed kind."""
+    try:
+        return _prepared(data, ext, shards)
+    except BadSample as bad:
+        raise explained(data, ext, bad) from bad
+
+
+def _prepared(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:
     if ext not in IMAGE_EXTENSIONS:
         return _prepare_array(data, ext, shards)
     header = image_header(data, ext)

@@ -136,11 +136,13 @@ class ShardWriter:
         keys, labels = self.task.keys, self.task.labels
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            ext, data = read(sources[position])
+            found: bytes | None = None  # what was read: a link that leads nowhere has no bytes
             try:
-                header, data = prepare(data, ext, shards)
+                ext, found = read(sources[position])
+                header, data = prepare(found, ext, shards)
             except BadSample as bad:
-                self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
+                sha256 = None if found is None else hashlib.sha256(found).hexdigest()
+                self.bad.append((position, "check", bad.reason, bad.message, sha256))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
