@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,6 +135,18 @@ class Files(Protocol):
 
     def local(self, name: str) -> Path:
         """Return the path of a local copy of the file (an object is downloaded once); OSError if it cannot be read."""
+
+    def open(self, name: str) -> int:
+        """Return a descriptor of the file or of its local copy, which stays in the cache as long as it is open; OSError as `local`."""
+
+    def ahead(self, names: Sequence[str]) -> Iterator[str]:
+        """Yield these names in order; a remote store downloads copies of the next ones meanwhile, as far as half the cache holds them."""
+
+    def pieces(self, places: Sequence[tuple[str, int, int]]) -> Callable[[int], bytes] | None:
+        """Return a function that reads the pieces (name, offset, size) by their rows, in order and without copies of the files.
+
+        None where copies are better: the files are local, or all of them fit into the cache.
+        """
 
 
 def damaged(where: object, ref: FileRef, found: str) -> DataError:

@@ -97,7 +97,11 @@ class ObjectCache:
 
     def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
         """Return the path of an object without a known sha256; it is cached under the hash of `identity` (address and version)."""
-        ref = FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
+        close_read(self.open_unverified(identity, size, download, keep_s=KEPT_S))
+        return self.root / _named(identity, size).sha256
+
+    def open_unverified(self, identity: str, size: int, download: Callable[[Path], object], keep_s: float = 0.0) -> int:
+        """Return a descriptor of such an object: as `open`, it is not evicted while that is open."""
 
         def whole(_: FileRef, target: Path) -> None:
             download(target)
@@ -105,7 +109,7 @@ class ObjectCache:
             if (found := target.stat().st_size) != size:
                 raise DataError(f"{identity.split()[0]} was replaced while it was read ({found} bytes, there were {size}): run it again")
 
-        return self.path(ref, whole)
+        return self.open(_named(identity, size), whole, keep_s)
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
         """Download one object; waits while another process or thread does."""
@@ -149,6 +153,10 @@ class ObjectCache:
             logger.warning(
                 "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", self.root, total, needed, self.limit
             )
+
+
+def _named(identity: str, size: int) -> FileRef:
+    return FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:

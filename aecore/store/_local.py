@@ -249,3 +249,12 @@ class LocalFiles:
 
     def local(self, name: str) -> Path:
         return self.root / name
+
+    def open(self, name: str) -> int:
+        return os.open(self.local(name), os.O_RDONLY)
+
+    def ahead(self, names: Sequence[str]) -> Iterator[str]:
+        return iter(names)
+
+    def pieces(self, places: Sequence[tuple[str, int, int]]) -> None:
+        """Return None: the files are local."""

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aecore.data.format.foreign import what_it_is
 from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import expand_braces
@@ -64,7 +63,7 @@ class TarFile:
 
     def _opened(self) -> int:
         try:
-            descriptor = os.open(self._files.local(self._name), os.O_RDONLY)
+            descriptor = self._files.open(self._name)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         if self._name.endswith(".tar"):
@@ -150,9 +149,8 @@ class TarFile:
     def _block(self, position: int) -> bytes:
         block = self._read(BLOCK, position)
         if len(block) < BLOCK:
-            known = what_it_is(block) if position == 0 else ""
             raise DataError(
-                f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar{known}: restore it"
+                f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar: restore it"
             )
         return block
 
@@ -167,8 +165,7 @@ class TarFile:
             right, num_bytes = False, 0
         if not right:
             what = "is not a tar" if position == 0 else f"is damaged at byte {position}"
-            known = what_it_is(block) if position == 0 else ""
-            raise DataError(f"{self.where} {what} (no header with a valid checksum{known}): restore it")
+            raise DataError(f"{self.where} {what} (no header with a valid checksum): restore it")
         text = _text(name)
         folder = _text(prefix) if magic == b"ustar\0" else ""
         return (f"{folder}/{text}" if folder else text), num_bytes, kind

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from aecore.data.sources._names import expand_braces
-from aecore.data.sources._skipped import SHOWN, Skipped
+from aecore.data.sources._other_files import SHOWN, OtherFiles
 from aecore.errors import ConfigError
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
@@ -66,7 +66,7 @@ class PathFilter:
             for pattern in patterns
         }
 
-    def takes(self, path: str, size: int, skipped: Skipped) -> bool:
+    def takes(self, path: str, size: int, skipped: OtherFiles) -> bool:
         """Return whether a file is a sample; one that is not is counted."""
         if self._without_match:
             self._without_match = {key: matches for key, matches in self._without_match.items() if not matches(path)}
@@ -80,7 +80,7 @@ class PathFilter:
             return True
         return False
 
-    def takes_folder(self, path: str, skipped: Skipped) -> bool:
+    def takes_folder(self, path: str, skipped: OtherFiles) -> bool:
         """Return whether a folder is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):
             return True

@@ -19,7 +19,7 @@ from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_of
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
-from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._other_files import OtherFiles
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
@@ -142,7 +142,7 @@ class ArraysSource:
             return self._with_labels(self._file), ()
         sizes = self._files.sizes()
         names = [name for name in sizes if array_format(name)]
-        skipped = Skipped(pictures="source.kind=folder takes them")
+        skipped = OtherFiles(pictures="source.kind=folder takes them")
         for name in sorted(sizes.keys() - {*names}):
             skipped.file(name)
         if not names:

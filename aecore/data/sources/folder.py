@@ -1,6 +1,6 @@
 """A folder tree of images or arrays, each file one sample, on a disk or in a bucket: class folders, optionally below split folders.
 
-Skipped and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
+OtherFiles and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
 tree or lead to folders, unless `source.follow_links` is set. Everything else is listed by name and size; nothing is opened.
 """
 
@@ -27,7 +27,7 @@ from aecore.data.sources._filter import PathFilter, chosen
 from aecore.data.sources._links import LinkedFolders, leads_nowhere
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import only_array
-from aecore.data.sources._skipped import Skipped, kind_of_file
+from aecore.data.sources._other_files import OtherFiles, kind_of_file
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
@@ -90,7 +90,7 @@ class FolderSource:
             If the folder is missing, is a file (an archive must be unpacked), cannot be read, or holds no such file.
         """
         self._require_folder()
-        skipped = Skipped()
+        skipped = OtherFiles()
         found = self._walk(skipped)
         if not found:
             raise DataError(self._nothing(skipped))
@@ -118,7 +118,7 @@ class FolderSource:
         above = [name.rpartition("/")[0] for name in names]
         return Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes)
 
-    def _nothing(self, skipped: Skipped) -> str:
+    def _nothing(self, skipped: OtherFiles) -> str:
         """Return the error of a folder without a sample."""
         found = "".join(f"\n  {note}" for note in (*skipped.notes(), *self._filter.unused()))
         what = f"source.url {self._url} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
@@ -180,7 +180,7 @@ class FolderSource:
             raise DataError(f"source.url {self._root} is a zip file: {unpack}")
         raise DataError(_is_a_file(self._url))
 
-    def _walk(self, skipped: Skipped) -> dict[str, int]:
+    def _walk(self, skipped: OtherFiles) -> dict[str, int]:
         """Return the bytes of every sample by its relative path, unsorted."""
         found: dict[str, int] = {}  # strings and numbers: the garbage collector would traverse a list of tuples again and again
         links = LinkedFolders(self._url) if self._follow else None
@@ -197,7 +197,7 @@ class FolderSource:
                 folders += [(name, above, listing.submit(_entries, self._root / name)) for name, above in inside]
         return found
 
-    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: Skipped) -> list[str]:
+    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: OtherFiles) -> list[str]:
         """Add the samples of one folder to `found`; return the folders in it."""
         names = sorted(entries)
         if (
@@ -230,7 +230,7 @@ class FolderSource:
                 found[path] = size
         return folders
 
-    def _linked(self, path: str, skipped: Skipped) -> tuple[int, int]:
+    def _linked(self, path: str, skipped: OtherFiles) -> tuple[int, int]:
         """Return the mode and the bytes of what a link leads to; mode 0 if it is not followed."""
         try:
             state = os.stat(self._prefix + path)
@@ -277,7 +277,7 @@ class BucketSource(FolderSource):
     def _require_folder(self) -> None:
         """Do nothing: listing the objects finds out."""
 
-    def _walk(self, skipped: Skipped) -> dict[str, int]:
+    def _walk(self, skipped: OtherFiles) -> dict[str, int]:
         found = self._files.sizes()
         if not self._filter.is_set and set(map(_USUAL.get, _endings(found))) <= self._extensions:
             return found

@@ -9,6 +9,7 @@ each worker that reads from it: unpack large ones first. To index tars in place,
 import json
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -84,7 +85,7 @@ class WebdatasetSource:
             If there is no tar, one is damaged or truncated, a key comes twice, or it is ambiguous which member is the sample.
         """
         found = _Columns(self._spec.columns)
-        for name in self.tars.names:
+        for name in self.tars.files.ahead(self.tars.names):
             tar = self._tar(name)
             try:
                 for sample, member in self._in_order(found, tar):
@@ -119,6 +120,26 @@ class WebdatasetSource:
             self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
         return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
+
+    def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        """Return a `read` for exactly these samples in this order.
+
+        Of tars in a bucket that do not all fit into the cache each sample is downloaded by itself: else every shard would fetch every tar.
+        """
+        places = [parse_source(source) for source in sources]
+        if not all(tar.endswith(".tar") for tar, _ in places):
+            return self.read
+        pieces = self.tars.files.pieces([(tar, member.offset, member.size) for tar, member in places])
+        if pieces is None:
+            return self.read
+        rows = iter(range(len(places)))
+
+        def read(source: str) -> tuple[str, bytes]:
+            row = next(rows)
+            assert sources[row] == source, "samples are read in the order of `sources`"
+            return places[row][1].name.lower().rpartition(".")[2], pieces(row)
+
+        return read
 
     def _tar(self, name: str) -> TarFile:
         return TarFile(self.tars.files, name, self._spec.max_inflated_bytes, "source.max_inflated_bytes")

@@ -6,6 +6,7 @@ every image it reads, and `verify --read-data` every byte. The order of samples 
 whole tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint
-from aecore.store import FileRef, Files, Store, open_store, read_again, sha256_file
+from aecore.store import FileRef, Files, Store, open_store, read_again
 
 
 class AdoptWorker:
@@ -95,8 +96,8 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
 
 
 def _ref_of(files: Files, name: str) -> FileRef:
-    path = files.local(name)
-    return FileRef(name, os.stat(path).st_size, sha256_file(path))
+    with os.fdopen(files.open(name), "rb") as file:
+        return FileRef(name, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _index(writer: ShardWriter) -> pa.Table:

@@ -136,13 +136,12 @@ class ShardWriter:
         keys, labels = self.task.keys, self.task.labels
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            found: bytes | None = None  # what was read: a link that leads nowhere has no bytes
+            data: bytes | None = None
             try:
-                ext, found = read(sources[position])
-                header, data = prepare(found, ext, shards)
+                ext, data = read(sources[position])
+                header, data = prepare(data, ext, shards)
             except BadSample as bad:
-                sha256 = None if found is None else hashlib.sha256(found).hexdigest()
-                self.bad.append((position, "check", bad.reason, bad.message, sha256))
+                self.bad.append((position, "check", bad.reason, bad.message, None if data is None else hashlib.sha256(data).hexdigest()))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))

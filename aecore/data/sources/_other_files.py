@@ -59,6 +59,8 @@ def kind_of_file(name: str) -> tuple[str, str]:
     last = name.rpartition("/")[2].lower()
     if array_format(last) == "idx":
         return _IDX
+    if last in ("thumbs.db", "ehthumbs.db", "desktop.ini"):
+        return "files of the operating system", ""
     stem, dot, ext = last.rpartition(".")
     if not dot or not stem:
         return _NAMELESS
@@ -72,7 +74,7 @@ def kind_of_file(name: str) -> tuple[str, str]:
     return _KINDS.get(ext, _UNKNOWN)
 
 
-class Skipped:
+class OtherFiles:
     """Counts of what was left out, by its kind, each with `SHOWN` examples.
 
     `pictures` is what to do with images, which some sources read; EXTS in it stands for their extensions.
