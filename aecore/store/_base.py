@@ -120,9 +120,12 @@ class Store(Protocol):
 
 
 class Files(Protocol):
-    """External files below one URL, read-only: the input of a source."""
+    """External files below one URL, read-only: the input of a source. `room`: bytes of copies to hold open at once; None: no copies."""
 
     url: str
+
+    @property
+    def room(self) -> int | None: ...
 
     def sizes(self) -> dict[str, int]:
         """Return name -> size in bytes of every file below the URL, sorted by name; DataError if there is none."""

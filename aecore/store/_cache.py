@@ -95,9 +95,9 @@ class ObjectCache:
             if not os.path.exists(self.root / ref.sha256):  # unlike that of a Path it never raises
                 _fetchers.submit(self, ref, fetch)
 
-    def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
+    def unverified(self, identity: str, size: int, download: Callable[[Path], object], keep_s: float = KEPT_S) -> Path:
         """Return the path of an object without a known sha256; it is cached under the hash of `identity` (address and version)."""
-        close_read(self.open_unverified(identity, size, download, keep_s=KEPT_S))
+        close_read(self.open_unverified(identity, size, download, keep_s))
         return self.root / _named(identity, size).sha256
 
     def open_unverified(self, identity: str, size: int, download: Callable[[Path], object], keep_s: float = 0.0) -> int:

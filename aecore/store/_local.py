@@ -217,6 +217,8 @@ def _cannot_list(error: OSError) -> None:
 class LocalFiles:
     """The files below a folder; hidden ones and links to folders are left out."""
 
+    room: int | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)

@@ -5,6 +5,7 @@ signed: public buckets answer these. AWS_REQUEST_PAYER=requester pays for those 
 """
 
 import errno
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from s3fs import S3FileSystem
 
 IN_FLIGHT = 48  # files or pieces
-AHEAD = 8  # whole objects
+AHEAD, HELD = 8, 2  # whole objects
 
 
 class State(NamedTuple):
@@ -39,6 +40,12 @@ class S3Files(BucketPrefix):
     def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
         super().__init__(url, bucket, prefix, profile)
         self._listed: dict[str, State] = {}
+        self._held = deque[int]()  # descriptors of the last copies whose paths were returned
+        weakref.finalize(self, _close_all, self._held)
+
+    @property
+    def room(self) -> int:
+        return ObjectCache().limit
 
     @property
     def _client(self) -> Client:
@@ -91,12 +98,20 @@ class S3Files(BucketPrefix):
         return read
 
     def local(self, name: str) -> Path:
-        state = self._state(name)
-        return ObjectCache().unverified(f"{self._where(name)} {state.etag}", state.bytes, lambda to: self._download(name, to))
+        """Return the path of a copy, which stays in the cache until `HELD` others were asked for."""
+        known = self._copy(name)
+        self._held.append(ObjectCache().open_unverified(*known))
+        while len(self._held) > HELD:
+            close_read(self._held.popleft())
+        return ObjectCache().unverified(*known, keep_s=0.0)
 
     def open(self, name: str) -> int:
+        return ObjectCache().open_unverified(*self._copy(name))
+
+    def _copy(self, name: str) -> tuple[str, int, Callable[[Path], object]]:
+        """Return what the cache asks of an object: its identity, its size, how to download it."""
         state = self._state(name)
-        return ObjectCache().open_unverified(f"{self._where(name)} {state.etag}", state.bytes, lambda to: self._download(name, to))
+        return f"{self._where(name)} {state.etag}", state.bytes, lambda to: self._download(name, to)
 
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         room = ObjectCache().limit // 2
@@ -167,6 +182,11 @@ class S3Files(BucketPrefix):
         if head is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", self._where(name))
         return State(head["ETag"], int(head["ContentLength"]))
+
+
+def _close_all(descriptors: deque[int]) -> None:
+    while descriptors:
+        close_read(descriptors.popleft())
 
 
 def _is_hidden(name: str) -> bool:

@@ -51,7 +51,9 @@ _STARTS = (  # offset, bytes, what it is, what to do
     (0, b"SQLite format 3\0", "an SQLite database", "write its images as files"),
     (0, b"\x80\x04\x95", "a pickle, which is never read, since reading runs what it holds", "save the array with numpy.save"),
 )
-_BRANDS = ((b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim"), (b"avif", b"avis"))
+_BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image"} | dict.fromkeys(
+    (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim"), "a HEIC image"
+)
 _LOOKED_AT = 1024
 
 
@@ -100,11 +102,10 @@ def _format(start: bytes) -> tuple[str, str] | None:
         if start[offset : offset + len(magic)] == magic:
             return what, remedy
     if start[4:8] == b"ftyp":
-        brands = start[8:12], *(start[at : at + 4] for at in range(16, 32, 4))
-        if any(brand in _BRANDS[0] for brand in brands):
-            return "a HEIC image", _CONVERT
-        if any(brand in _BRANDS[1] for brand in brands):
-            return "an AVIF image", _CONVERT
+        brands = {start[8:12], *(start[at : at + 4] for at in range(16, 32, 4))}
+        for brand, what in _BRANDS.items():
+            if brand in brands:
+                return what, _CONVERT
         return "a video (MP4, MOV)", "extract its frames as PNG"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith((b"<svg", b"<?xml")):

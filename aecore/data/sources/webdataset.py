@@ -76,6 +76,17 @@ class WebdatasetSource:
         self._found = self._found or ExternalTars.at(self._spec.url)
         return self._found
 
+    def for_thread(self) -> "WebdatasetSource":
+        """Return a source of the same tars with open files of its own, for another thread; `close` it."""
+        other = WebdatasetSource(self._spec)
+        other._found = self.tars
+        return other
+
+    def close(self) -> None:
+        """Close all tars."""
+        while self._open:
+            self._open.popitem()[1].close()
+
     def listing(self) -> Listing:
         """List every sample, tar by tar, after parsing all headers.
 
@@ -115,8 +126,10 @@ class WebdatasetSource:
         """
         tar, member = parse_source(source)
         if tar not in self._open:
-            while len(self._open) >= MAX_OPEN:
+            room, sizes = self.tars.files.room, [tar.size for tar in self._open.values()]
+            while sizes and (len(sizes) >= MAX_OPEN or (room is not None and sum(sizes) + max(sizes) > room)):  # one more like the largest
                 self._open.popitem(last=False)[1].close()
+                del sizes[0]
             self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
         return member.name.lower().rpartition(".")[2], self._open[tar].read(member)

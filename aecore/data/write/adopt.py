@@ -6,6 +6,7 @@ every image it reads, and `verify --read-data` every byte. The order of samples 
 whole tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -38,7 +39,12 @@ class AdoptWorker:
         known = recorded_shard(self._store, task)
         if known is not None:
             return lambda: known
-        return lambda: index_tar(self._store, task, self._source)
+
+        def commit() -> PartRecord:  # several at a time, in threads
+            with contextlib.closing(self._source.for_thread()) as source:
+                return index_tar(self._store, task, source)
+
+        return commit
 
 
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
