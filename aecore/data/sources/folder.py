@@ -50,8 +50,8 @@ class FolderSpec:
     extensions: tuple[str, ...] = knob(tuple(sorted(IMAGE_EXTENSIONS)), "file extensions that are samples, without the dot")
     group: Literal["parent"] | None = knob(None, "parent: each file's folder is a bag that stays whole, its label the path above that")
     follow_links: bool = knob(False, "follow symbolic links out of the folder, to files and to folders; loops are refused", since=2)
-    include: tuple[str, ...] = knob((), "globs of the files or folders to take, such as 'train/*' or '*_rgb.png'; none: all", since=2)
-    exclude: tuple[str, ...] = knob((), "globs of the files or folders to leave out, such as '*_mask.png' or thumbnails", since=2)
+    include: tuple[str, ...] | str = knob((), "globs of the files or folders to take, such as 'train/*' or '*_rgb.png'; none: all", since=2)
+    exclude: tuple[str, ...] | str = knob((), "globs of the files or folders to leave out, such as '*_mask.png' or thumbnails", since=2)
     min_size: int = knob(0, "bytes that a file has at least: smaller ones are left out", ge=0, since=2)
     limit: int | None = knob(None, "samples at most, chosen by a hash of their paths: spread over all folders", ge=1, since=2)
 
@@ -59,7 +59,10 @@ class FolderSpec:
         for ext in self.extensions:
             if ext not in FOLDER_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, FOLDER_EXTENSIONS)}")
-        PathFilter(self.include, self.exclude, self.min_size)
+        for name in ("include", "exclude"):
+            if isinstance(value := getattr(self, name), str):  # one glob is a list of one
+                object.__setattr__(self, name, (value,))
+        _filter_of(self)
 
 
 @SOURCES.register(FolderSpec)
@@ -78,7 +81,7 @@ class FolderSource:
         self._bags = folder.group == "parent"
         self._follow = folder.follow_links
         self._limit = folder.limit
-        self._filter = PathFilter(folder.include, folder.exclude, folder.min_size)
+        self._filter = _filter_of(folder)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -293,6 +296,10 @@ class BucketSource(FolderSource):
 def _member(source: str, data: bytes) -> tuple[str, bytes]:
     ext = _extension(source)
     return ("npy", only_array(data)) if ext == "npz" else (ext, data)
+
+
+def _filter_of(folder: FolderSpec) -> PathFilter:
+    return PathFilter(tuple(folder.include), tuple(folder.exclude), folder.min_size)
 
 
 def _is_a_file(url: str) -> str:

@@ -20,6 +20,7 @@ from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import to_dict
+from pipelines.cli.main import main
 from tests.aecore.data.test_sources import tree
 from tests.aecore.data.tiny import encoded, image
 
@@ -152,6 +153,14 @@ class TestFilters:
         assert matches(name) == fnmatch.fnmatchcase(name, wanted)
         assert matches(f"folder/{name}/x") >= fnmatch.fnmatchcase(name, wanted)
 
+    def test_one_glob_needs_no_brackets(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """As a shell hands it over, without its quotes: in YAML `*` would begin an alias."""
+        pictures(tmp_path / "in", "a/1.png", "a/1_mask.png")
+        assert FolderSpec(url="x", exclude="*_mask.png") == FolderSpec(url="x", exclude=("*_mask.png",))
+        command = ["shard", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run", "--json", "source.exclude=*_mask.png"]
+        assert main(command) == 0
+        assert '"train": 1' in capsys.readouterr().out
+
     @pytest.mark.parametrize("pattern", ["", "/", "{a", "a{b,{c}}", "[z-a]"])
     def test_a_pattern_that_cannot_be_one_is_refused(self, pattern: str) -> None:
         with pytest.raises(ConfigError):
@@ -222,7 +231,7 @@ class TestMasks:
     def test_masks_next_to_images_are_named_and_the_advice_leaves_them_out(self, tmp_path: Path, paths, pattern: str) -> None:
         tree(tmp_path, *paths)
         assert re.search(
-            rf"files have the name of another sample and may be masks .*source.exclude=\['{re.escape(pattern)}'\]", notes(tmp_path)
+            rf"files have the name of another sample and may be masks .*source.exclude='{re.escape(pattern)}'", notes(tmp_path)
         )
         assert len(listed(tmp_path, exclude=(pattern,))) == len(paths) / 2
         assert "may be masks" not in notes(tmp_path, exclude=(pattern,))
