@@ -115,21 +115,28 @@ class S3Files(BucketPrefix):
 
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         room = ObjectCache().limit // 2
-        sizes = [0 if (state := self._listed.get(name)) is None else state.bytes for name in names]
-        begun = deque[Future[None]]()
+        sizes, begun = dict[int, int](), deque[Future[None]]()
         with ThreadPoolExecutor(AHEAD, "ahead") as pool:
-            held, stop = 0, 0  # bytes and end of what is being downloaded
+            stop = 0  # of what is being downloaded
             try:
                 for row, name in enumerate(names):
-                    while stop < len(names) and stop - row < AHEAD and (stop == row or held + sizes[stop] <= room):
+                    while stop < len(names) and stop - row < AHEAD:
+                        sizes[stop] = sizes.get(stop) or self._bytes_of(names[stop])
+                        if stop > row and sum(sizes[at] for at in range(row, stop + 1)) > room:
+                            break
                         begun.append(pool.submit(self._bring, names[stop]))
-                        held, stop = held + sizes[stop], stop + 1
+                        stop += 1
                     begun.popleft().exception()  # whoever opens it raises it
                     yield name
-                    held -= sizes[row]
             finally:
                 for future in begun:
                     future.cancel()
+
+    def _bytes_of(self, name: str) -> int:
+        if name in self._listed:
+            return self._listed[name].bytes
+        head = self._head(name)
+        return 0 if head is None else int(head["ContentLength"])
 
     def _bring(self, name: str) -> None:
         close_read(self.open(name))

@@ -25,6 +25,17 @@ def only_array(data: bytes) -> bytes:
         raise explained(data, "npz", bad) from error
 
 
+def left_out(path: str) -> tuple[str, list[str]] | None:
+    """Return the array of an `.npz` that is the sample and the others, None if there are no others or none is the sample."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = _chosen(archive)
+            others = [other[:-4] for other in archive.namelist() if other.endswith(".npy") and other != name]
+    except (*_DAMAGED, OSError, BadSample):
+        return None
+    return (name[:-4], others) if others else None
+
+
 def _member(archive: zipfile.ZipFile, name: str, packed: int) -> bytes:
     info = archive.getinfo(name)
     most = max(FREE_BYTES, MAX_RATIO * packed)

@@ -1,7 +1,8 @@
 """A folder tree of images or arrays, each file one sample, on a disk or in a bucket: class folders, optionally below split folders.
 
 OtherFiles and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
-tree or lead to folders, unless `source.follow_links` is set. Everything else is listed by name and size; nothing is opened.
+tree or lead to folders, unless `source.follow_links` is set. Everything else is listed by name and size; nothing is opened (but the
+first `.npz`, for the log).
 """
 
 import bisect
@@ -26,8 +27,8 @@ from aecore.data.sources import Listing
 from aecore.data.sources._filter import PathFilter, chosen
 from aecore.data.sources._links import LinkedFolders, leads_nowhere
 from aecore.data.sources._masks import mask_notes
-from aecore.data.sources._npz import only_array
-from aecore.data.sources._other_files import OtherFiles, kind_of_file
+from aecore.data.sources._npz import left_out, only_array
+from aecore.data.sources._other_files import SHOWN, OtherFiles, kind_of_file
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
@@ -131,12 +132,15 @@ class FolderSource:
         """Return the note about arrays, whose files could be samples or rows of samples."""
         if not self._extensions & {"npy", "npz"}:
             return []
-        count = sum(_extension(path) in ("npy", "npz") for path in paths)
-        return (
-            [f"one sample per file: {count} .npy or .npz files (source.kind=arrays takes each row of their first axis as one)"]
-            if count
-            else []
-        )
+        arrays = [path for path in paths if _extension(path) in ("npy", "npz")]
+        if not arrays:
+            return []
+        notes = [f"one sample per file: {len(arrays)} .npy or .npz files (source.kind=arrays takes each row of their first axis as one)"]
+        first = next((path for path in arrays if _extension(path) == "npz"), None)
+        if first is not None and (known := left_out(self._prefix + first)) is not None:
+            others = ", ".join(known[1][:SHOWN]) + (", ..." if len(known[1]) > SHOWN else "")
+            notes.append(f"of an .npz one array is the sample: of {first} that is {known[0]!r}, not {others}")
+        return notes
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and all bytes of one file, of an `.npz` those of its one array as `npy`.

@@ -139,6 +139,8 @@ class WebdatasetSource:
 
         Of tars in a bucket that do not all fit into the cache each sample is downloaded by itself: else every shard would fetch every tar.
         """
+        if self.tars.files.room is None:
+            return self.read
         places = [parse_source(source) for source in sources]
         if not all(tar.endswith(".tar") for tar, _ in places):
             return self.read

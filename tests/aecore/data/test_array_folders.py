@@ -172,6 +172,8 @@ class TestNpz:
         assert found.keys() == arrays.keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(found[name], array)
+        notes = FolderSource(FolderSpec(url=str(root), extensions=("npz",))).listing().notes
+        assert notes[1] == "of an .npz one array is the sample: of a/0.npz that is 'image', not label"
         made = shard_dataset(FolderSpec(url=str(root), extensions=("npz",)), str(tmp_path / "out"))
         assert (made.classes, made.sample.extensions) == (("a", "b"), {"npy": 7})
 

@@ -189,6 +189,17 @@ class TestTars:
         assert 0 < held.most <= limit
         assert adopt_shards(WebdatasetSpec(url=f"{s3.url}/tars"), str(tmp_path / "adopted")).num_samples() == 60  # four are read at once
 
+    def test_tars_of_a_pattern_keep_the_bound_while_they_are_listed(self, bad_s3: S3, s3_proxy: FaultProxy, monkeypatch) -> None:
+        samples = tars(bad_s3, 5, 10, 60)
+        for number in range(5):
+            bad_s3.raw.copy_object(Bucket=bad_s3.bucket, Key=f"p/{number}.tar", CopySource=f"{bad_s3.bucket}/tars/shard+{number} a.tar")
+        size = bad_s3.raw.head_object(Bucket=bad_s3.bucket, Key="p/0.tar")["ContentLength"]
+        monkeypatch.setenv("AECORE_CACHE_BYTES", str(2 * size + size // 2))
+        with Held(Path(os.environ["AECORE_CACHE"])) as held:
+            listing = WebdatasetSource(WebdatasetSpec(url=f"{bad_s3.url}/p/{{0..4}}.tar")).listing()
+        assert sorted(listing.keys) == sorted(samples) and s3_proxy.seen(r"GET .*\.tar") == 5
+        assert 0 < held.most <= 2 * size + size // 2
+
     def test_arrays_keep_the_bound_too(self, s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         rows = [np.random.default_rng(number).normal(size=(20, 30, 30)) for number in range(6)]
         for number, array in enumerate(rows):
