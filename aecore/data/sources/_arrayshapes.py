@@ -1,8 +1,10 @@
 """Whether files of arrays are samples or hold samples as rows, by their names and shapes. Only headers are read.
 
 Rows: idx files; arrays with labels of the same length; names that say no more than split and content (`x_train.npy`, `images.npy`); a
-single file; and arrays whose first axis is far longer than the others (`[60000, 28, 28]`), or of images (`[500, 32, 32, 3]`) unless there
-are more files than rows. Samples: an axis of channels next to two sides (`[H, W, 5]`, `[5, H, W]`), volumes, short sequences.
+single file, unless it lies in a class folder and has the shape of a sample; arrays whose first axis is far longer than the others
+(`[60000, 28, 28]`), or of images (`[500, 32, 32, 3]`) unless there are more files than rows. Samples: an axis of channels next to two
+sides (`[H, W, 5]`, `[5, H, W]`), volumes, short sequences, and long ones if their lengths differ (chunks of rows have one length, but
+the last).
 """
 
 import zipfile
@@ -68,8 +70,10 @@ def hold_rows(names: Sequence[str], peeks: Sequence[Peek]) -> bool | None:
 
     `peeks` are the headers of some of them.
     """
-    if any(array_format(name) == "idx" for name in names) or len(names) == 1:
+    if any(array_format(name) == "idx" for name in names):
         return True
+    if len(names) == 1:
+        return not ("/" in names[0] and peeks and _of_shape(peeks[0], 1) is False)
     stems = [stem_of(name).rpartition("/")[2] for name in names]
     data = [stem for stem in stems if not is_labels(stem)]
     if len(set(stems)) == len(stems) and data:
@@ -80,7 +84,14 @@ def hold_rows(names: Sequence[str], peeks: Sequence[Peek]) -> bool | None:
     answers = {_of_shape(found, len(data) or len(names)) for found in peeks}
     if True in answers:
         return None if False in answers else True
-    return None if answers == {None} else False
+    if answers == {None}:
+        return False if _differ_like_sequences(peeks) else None
+    return False
+
+
+def _differ_like_sequences(peeks: Sequence[Peek]) -> bool:
+    lengths = {found.shape[0] for found in peeks}
+    return len(lengths) > 2 and len({found.shape[1:] for found in peeks}) == 1 and all(len(found.shape) == 2 for found in peeks)
 
 
 def _of_shape(found: Peek, num_files: int) -> bool | None:

@@ -49,6 +49,7 @@ _TABLE = (  # what they are, what to do, extensions
 _KINDS = {ext: (what, remedy) for what, remedy, extensions in _TABLE for ext in extensions.split()}
 _IDX = ("files of idx arrays", "shard them by source.kind=arrays")
 _ARRAYS = ("arrays", "source.extensions=EXTS takes each file as one sample, source.kind=arrays each row of its first axis")
+_UPPER = ("arrays", "source.extensions=EXTS takes each file as one sample; to take their rows rename them to .npy or .npz")
 _PICTURES = "images"
 _NAMELESS = ("files without an extension", "give them the extension of what they are, if they are samples (.png, .jpg, .npy)")
 _UNKNOWN = ("files of unknown extensions", "convert them to PNG, TIFF or JPEG, or save each as .npy, if they are samples")
@@ -68,7 +69,7 @@ def kind_of_file(name: str) -> tuple[str, str]:
     if double in _KINDS:
         return _KINDS[double]
     if ext in ("npy", "npz"):
-        return _ARRAYS
+        return _ARRAYS if name.endswith((".npy", ".npz")) else _UPPER
     if ext in DATA_EXTENSIONS:
         return _PICTURES, ""
     return _KINDS.get(ext, _UNKNOWN)

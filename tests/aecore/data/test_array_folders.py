@@ -21,7 +21,7 @@ from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.write.convert import prepare
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from pipelines.cli.main import main
 from tests.aecore.data.tiny import encoded, image
 
@@ -56,6 +56,9 @@ ONE_EACH = {
     "two shapes": {"a/0.npy": (16, 16, 4), "a/1.npy": (12, 16, 4)},
     "sequences": {f"visit{number}.npy": (5 + 7 * number, 3) for number in range(6)},
     "long sequences": {f"a/{number}.npy": (900, 12) for number in range(6)},
+    "long sequences of many lengths": {f"{number}.npy": (2000 + 137 * number, 80) for number in range(5)},
+    "in split folders": {f"{split}/{place}/0.npy": (9, 9, 4) for split in ("train", "test") for place in "ab"},
+    "a single one in its class": {"forest/tile.npy": (32, 32, 5)},
     "vectors": {f"a/{number}.npy": (128,) for number in range(6)},
     "grey pictures": {f"a/{number}.npy": (64, 48) for number in range(6)},
     "volumes": {f"a/{number}.npy": (40, 48, 48) for number in range(3)},
@@ -67,6 +70,8 @@ ONE_EACH = {
 }
 BY_ROW = {
     "one file": {"digits.npy": (50, 28, 28)},
+    "one file of few": {"digits.npy": (5, 28, 28)},
+    "one file in a folder": {"mnist/digits.npy": (500, 28, 28)},
     "splits": {"x_train.npy": (50, 8, 8), "x_test.npy": (20, 8, 8)},
     "with labels": {"part0-images.npy": (30, 8, 8), "part0-labels.npy": (30,), "part1-images.npy": (30, 8, 8), "part1-labels.npy": (30,)},
     "chunks of grey pictures": {f"chunk{number}.npy": (1000, 28, 28) for number in range(3)},
@@ -92,6 +97,16 @@ def test_files_that_are_samples_are_recognised(tmp_path: Path, what: str) -> Non
 @pytest.mark.parametrize("what", BY_ROW)
 def test_files_that_hold_rows_are_recognised(tmp_path: Path, what: str) -> None:
     assert detect_source(str(empty_files(tmp_path, BY_ROW[what]))) == Detected("arrays")
+
+
+def test_names_in_capitals_are_samples_as_the_advice_says(tmp_path: Path) -> None:
+    empty_files(tmp_path, {f"a/{number}.npy": (9, 9, 5) for number in range(3)})
+    for path in list((tmp_path / "a").iterdir()):
+        path.rename(path.with_suffix(".NPY"))
+    assert detect_source(str(tmp_path)) == Detected("folder")
+    with pytest.raises(DataError, match=r"source.extensions=\[npy\] takes each file as one sample; to take their rows rename"):
+        FolderSource(FolderSpec(url=str(tmp_path))).listing()
+    assert len(FolderSource(FolderSpec(url=str(tmp_path), extensions=("npy",))).listing()) == 3
 
 
 @pytest.mark.parametrize("shape", [(5000, 12), (100, 28, 28)])
@@ -155,6 +170,10 @@ def test_a_dataset_goes_on_as_it_began_whatever_shapes_say_today(tmp_path: Path,
     assert detect_source(str(root)) == Detected("folder", ("npy",))
     assert main(["shard", str(root), out, "cluster.num_workers=0"]) == 0
     assert "nothing new in 16 samples" in capsys.readouterr().err
+    (tmp_path / "out/dataset.000001.json").unlink()  # as if it had been killed before its last step
+    assert main(["shard", str(root), out, "cluster.num_workers=0"]) == 0
+    assert "generation 1, 16 new samples" in capsys.readouterr().err
+    assert not (tmp_path / "out/run.000002.json").exists()
     other = str(tmp_path / "other")
     assert main(["shard", str(root), other, "cluster.num_workers=0"]) == 0
     save(tmp_path / "in", {"a/2.npy": values(8, 8, 5)})

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from aecore.data.dataset import open_dataset
 from aecore.data.format.index import read_table
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources import _links
 from aecore.data.sources._filter import matcher
 from aecore.data.sources._other_files import kind_of_file
@@ -104,6 +106,7 @@ class TestLinks:
         assert (made.num_samples(), made.quarantined, made.reasons) == (9, 1, {"broken_link": 1})
         (ref,) = [shard.quarantine for shard in made.shards if shard.quarantine]
         (row,) = read_table((tmp_path / "out" / ref.name).read_bytes(), "quarantine").to_pylist()
+        assert verify_dataset(open_dataset(str(tmp_path / "out")), read_data=True).ok
         assert row["source"] == "a/9.png" and "annex/gone.png" in row["message"] and row["sha256"] is None
 
     def test_a_file_that_goes_after_listing_is_no_broken_link(self, tmp_path: Path) -> None:
