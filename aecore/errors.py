@@ -38,7 +38,7 @@ SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar 
 _WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 MASK = "***"
 # up to the last @ before the path; or, since a secret may hold a slash, up to the first @ after `name:` that no port number follows
-_USERINFO = re.compile(r"(?i)([a-z][a-z0-9+.-]{0,20}://)([^\s/?#'\"]{0,1024}|[^\s/?#'\"@:]{0,99}:(?!\d+(?:[/?#\s]|$))[^\s'\"]{0,1024}?)@")
+_USERINFO = re.compile(r"(?i)([a-z][a-z0-9+.-]{0,20}://)([^\s/?#'\"]{0,1024}|[^\s/?#'\"@:]{0,99}:(?!\d+(?:[/?#,;\s]|$))[^\s'\"]{0,1024}?)@")
 _PROFILE = re.compile("(?i)s3://[^:]*@")
 _SIGNATURE = re.compile(
     r"(?i)((?:x-(?:amz|goog)-(?:signature|credential|security-token)"

@@ -26,7 +26,7 @@ from aecore._base.noise import seed_of, step_noise
 from aecore._base.trainable import has_posterior, latent_column
 from aecore.artifact.commit import require_same
 from aecore.artifact.documents import read_json, sealed
-from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.format.pictures import grid, is_image, pixels, png
 from aecore.data.format.transform import Transform
 from aecore.data.sources._arrayfile import ArrayFile

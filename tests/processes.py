@@ -18,11 +18,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
+from tests.warm import MARK, WARM, WarmProcess, fork
+
 T = TypeVar("T")
 WAIT_S = 240.0
 RUN_S = 480.0  # below pytest's timeout, so that the output of a command that hangs is in the message
 GRACE_S = 15.0  # between a polite end and SIGKILL
-MARK = "AECORE_TEST_PROCESS"  # in the environment of a started command and so in that of all its descendants
+AEPIPE = (*WARM, "-m", "pipelines.cli")
 
 
 def wait_until(condition: Callable[[], T], what: str | Callable[[], str], timeout_s: float = WAIT_S, every_s: float = 0.05) -> T:
@@ -37,7 +39,7 @@ def wait_until(condition: Callable[[], T], what: str | Callable[[], str], timeou
 class Started:
     """A command that runs. Its output goes to files, so it never waits for a reader and leaves no pipe behind."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", out: Path, err: Path, mark: str) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes] | WarmProcess", out: Path, err: Path, mark: str) -> None:
         self.process, self.pid, self._out, self._err, self._mark = process, process.pid, out, err, mark
 
     @property
@@ -90,9 +92,9 @@ class Started:
         return self.process.wait(GRACE_S)
 
     def _family(self) -> dict[int, str]:
-        """Return its descendants and all processes with its mark, as pid -> time of birth; itself as long as it runs."""
+        """Return its descendants and all processes with its mark or session, as pid -> time of birth; itself as long as it runs."""
         running = {self.pid} if self.process.poll() is None else set()
-        pids = (running | set(below(self.pid)) if running else set()) | _marked(self._mark)
+        pids = (running | set(below(self.pid)) if running else set()) | _marked(self._mark, self.pid)
         return {pid: born for pid in pids if (born := _born(pid))}
 
 
@@ -126,9 +128,12 @@ def started(
         else:
             out = err = log
         with out.open("ab") as stdout, err.open("ab") as stderr:
-            process = subprocess.Popen(
-                [os.fspath(word) if isinstance(word, Path) else str(word) for word in command],
-                env={**(os.environ if env is None else env), MARK: mark},
+            words = [os.fspath(word) if isinstance(word, Path) else str(word) for word in command]
+            environ = {**(os.environ if env is None else env), MARK: mark}
+            process = None if options else _forked(words, environ, cwd, stdout.fileno(), stderr.fileno())
+            process = process or subprocess.Popen(
+                words,
+                env=environ,
                 cwd=cwd,
                 stdout=stdout,
                 stderr=stderr,
@@ -233,5 +238,10 @@ def _born(pid: int) -> str:
     return stat[19] if stat and stat[0] != "Z" else ""
 
 
-def _marked(mark: str) -> set[int]:
-    return {pid for pid in _pids() if f"{MARK}={mark}" in _read(pid, "environ")}
+def _forked(words: list[str], environ: Mapping[str, str], cwd: Path | str | None, out: int, err: int) -> WarmProcess | None:
+    with open(os.devnull, "rb") as nothing:
+        return fork(words, environ, os.path.abspath(cwd or "."), (nothing.fileno(), out, err))
+
+
+def _marked(mark: str, session: int) -> set[int]:
+    return {pid for pid in _pids() if _stat(pid)[3:4] == [str(session)] or f"{MARK}={mark}" in _read(pid, "environ")}

@@ -1,13 +1,15 @@
 """What tests start ends with them, and a test that fails does not fail its neighbour."""
 
 import ast
+import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import free_ports, run, started, wait_until
+from tests.processes import MARK, WARM, free_ports, run, started, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 # starts a child in its own session and one whose parent ends at once, then ignores the polite signal
@@ -103,7 +105,7 @@ def test_a_test_that_fails_does_not_fail_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_every_process_of_a_test_is_started_by_the_helper_that_ends_it() -> None:
-    exempt = {"processes.py", "test_processes.py", "benchmarks"}
+    exempt = {"processes.py", "warm.py", "test_processes.py", "benchmarks"}
     found = []
     for path in (ROOT / "tests").rglob("*.py"):
         text = path.read_text()
@@ -111,3 +113,68 @@ def test_every_process_of_a_test_is_started_by_the_helper_that_ends_it() -> None
             calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
             found += [f"{path.relative_to(ROOT)}:{call.lineno}" for call in calls if ast.unparse(call.func).endswith("Popen")]
     assert found == [], "use tests.processes.started: it ends the process and all of its descendants when the block ends"
+
+
+class TestWarm:
+    """A process that is forked from a template is like one of a new interpreter."""
+
+    SAYS = """
+import json, os, sys
+print(json.dumps([sys.argv, os.getcwd(), dict(os.environ), sys.path, __name__, os.getsid(0) == os.getpid()]))
+"""
+
+    def test_it_has_arguments_environment_and_folder_of_its_own(self, tmp_path: Path) -> None:
+        environ = {**os.environ, "ONE": "1", "TMPDIR": str(tmp_path)}
+        warm, cold = (
+            json.loads(run([*python, "-c", self.SAYS, "a b", tmp_path], cwd=tmp_path, env=environ, check=True).stdout)
+            for python in (WARM, (sys.executable, "-P"))
+        )
+        for said in (warm, cold):
+            said[2].pop(MARK)
+        assert warm == cold
+
+    def test_it_has_imported_torch_and_neither_ray_nor_prefect(self) -> None:
+        code = "import sys; print({'torch', 'ray', 'prefect', 'tests'} & sys.modules.keys())"
+        assert run([*WARM, "-c", code], check=True).stdout == "{'torch'}\n"
+
+    def test_what_is_read_at_an_import_is_as_its_environment_says(self) -> None:
+        code = "import os, sys; print(sys.flags.dont_write_bytecode)"
+        assert run([*WARM, "-c", code], env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, check=True).stdout == "1\n"
+
+    @pytest.mark.parametrize("code", ["import sys; sys.exit(5)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "1 / 0"])
+    def test_it_ends_as_another_one(self, code: str) -> None:
+        code = f"import atexit; atexit.register(print, 'end')\n{code}"
+        warm, cold = (run([*python, "-c", code]) for python in (WARM, (sys.executable, "-P")))
+        assert (warm.returncode, warm.stdout, warm.stderr) == (cold.returncode, cold.stdout, cold.stderr)
+
+    def test_it_is_stopped_and_killed_with_all_that_it_started(self) -> None:
+        code = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(600)"
+        with started([*WARM, "-c", code]) as running:
+            running.wait_for(lambda: len(running.out.split()) == 2, "both say who they are")
+            running.send(signal.SIGSTOP)
+            wait_until(lambda: Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
+            running.send(signal.SIGKILL)
+            assert running.finish().returncode == -signal.SIGKILL
+            family = [int(pid) for pid in running.out.split()]
+        wait_until(lambda: not any(map(alive, family)), f"{family} are gone")
+
+    def test_the_command_says_the_same(self) -> None:
+        warm, cold = (run([*python, "-m", "pipelines.cli", "list", "models"], check=True) for python in (WARM, (sys.executable, "-P")))
+        assert warm.stdout == cold.stdout
+
+    def test_the_template_ends_with_its_process(self) -> None:
+        code = (
+            "import os; from tests.processes import WARM, run; os.environ['TEMPLATE_OF'] = str(os.getpid()); "
+            "run([*WARM, '-c', '']); print('ready', flush=True); os._exit(0)"
+        )
+        with started([sys.executable, "-c", code], cwd=ROOT) as running:
+            running.wait_for("ready")
+            wait_until(lambda: not any(_is_template_of(running.pid, pid) for pid in os.listdir("/proc")), "the template has ended")
+
+
+def _is_template_of(parent: int, pid: str) -> bool:
+    try:
+        environ, line = (Path(f"/proc/{pid}/{name}").read_text() for name in ("environ", "cmdline"))
+    except OSError:
+        return False
+    return "warm.py" in line and f"TEMPLATE_OF={parent}\0" in environ

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from aecore._base.trainable import Trainable
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 

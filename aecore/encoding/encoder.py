@@ -12,7 +12,7 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.noise import seed_of, step_noise
 from aecore._base.trainable import ModelSpec, has_posterior
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.format.transform import Transform
 from aecore.errors import ConfigError
 from aecore.loss import kl_divergence_diag_gaussian

@@ -20,7 +20,7 @@ from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
 from aecore.artifact.documents import read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
 from aecore.checkpoint.compatibility import check_input_shape, require_labels
-from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import ShardRef

@@ -26,7 +26,7 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore.artifact.commit import PartRecord, read_record, recorded_parts, require_counts, write_record
 from aecore.artifact.fanout import Commit
-from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.format.decode import decoder_version
 from aecore.data.format.transform import preprocessing_sha256

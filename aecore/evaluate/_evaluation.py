@@ -16,7 +16,7 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable, has_posterior
 from aecore.checkpoint.compatibility import check_input_shape, require_labels
-from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import Transform
 from aecore.data.read.loader import InputSpec, Loader

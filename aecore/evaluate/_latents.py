@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import latent_column
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.format.transform import Transform
 from aecore.data.read.loader import InputSpec, Loader

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.errors import DataError
 from aecore.evaluate._disentanglement import NUM_BINS, dci, factor_vae_score, mig, require_scikit_learn

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aecore._base.batch import Batch
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.format.transform import Transform
 from aecore.data.read.loader import InputSpec, Loader

@@ -13,7 +13,7 @@ from typing import Any
 
 from aecore.artifact.commit import require_same
 from aecore.artifact.documents import read_json, sealed
-from aecore.checkpoint.files import LoadedModel
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import Dataset
 from aecore.data.format.pictures import require_matplotlib
 from aecore.evaluate import EvaluateSpec, open_for_evaluation

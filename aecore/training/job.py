@@ -11,7 +11,7 @@ from aecore._base.noise import seed_of
 from aecore._base.trainable import ModelSpec, Trainable
 from aecore.checkpoint.compatibility import require_labels
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import CheckpointRef, LoadedModel, newest_checkpoint, read_checkpoint, require_own_model
+from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import TrainingData
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
@@ -19,8 +19,6 @@ from aecore.data.read.order import TrainingOrder
 from aecore.data.read.pairs import PairSpec
 from aecore.errors import ConfigError, Hint
 from aecore.registry import LARGEST_SIZE, MODELS, absent_values, as_recorded, knob, spec, to_dict
-from aecore.store import Store
-from aecore.training.metrics import epoch_of
 from aecore.training.optimizer import OptimSpec
 from aecore.training.preflight import require_batch_statistics, require_batches_in_memory
 
@@ -143,17 +141,6 @@ class TrainJob:
         return {name: absent_values(getattr(self, name)) for name in _SPECS}
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """The result of `fit`: the published model, its step, and the means of that step's epoch (see `metrics.EpochMean`)."""
-
-    url: str
-    model_url: str
-    step: int
-    metrics: Mapping[str, Any]
-    checkpoint_sha256: str
-
-
 def model_config(job: TrainJob, data: TrainingData) -> ModelConfig:
     """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths."""
     shape = data.input_shape(sequences=_takes(job.model.kind, "lengths"))
@@ -220,18 +207,3 @@ def total_steps(job: TrainJob, data: TrainingData) -> int:
     """Return the steps of the whole run."""
     steps = job.train.epochs * steps_per_epoch(job, data)
     return min(steps, job.train.max_steps) if job.train.max_steps else steps
-
-
-def finished_run(store: Store, run_sha256: str | None = None) -> RunResult | None:
-    """Return the result of a run whose model is published, None if it is not (yet)."""
-    if store.size("model/checkpoint.json") is None:
-        return None
-    model = read_checkpoint(store, "model")
-    require_own_model(store, model, run_sha256)
-    newest = newest_checkpoint(store, model.info.get("run_sha256"))
-    return result_of(store, model, {} if newest is None else epoch_of(store, newest.metrics, model.step).to_dict())
-
-
-def result_of(store: Store, model: CheckpointRef, metrics: Mapping[str, Any]) -> RunResult:
-    """Return the result of a run whose published model and means of its epoch are known."""
-    return RunResult(store.url, f"{store.url}/model", model.step, metrics, model.sha256)

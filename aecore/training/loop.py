@@ -29,35 +29,24 @@ from aecore.checkpoint.files import (
     CheckpointRef,
     best_of_attempts,
     committed_checkpoints,
-    load_state,
-    load_weights,
     newest_checkpoint,
     publish_model,
     read_checkpoint,
     remove_checkpoint,
-    require_finite_weights,
     same_as_published,
-    write_checkpoint,
 )
+from aecore.checkpoint.weights import load_state, load_weights, require_finite_weights, write_checkpoint
 from aecore.data.format.transform import Transform
 from aecore.errors import DataError, Interrupted, StoreError
 from aecore.loss import LossResult
-from aecore.training.job import (
-    CheckpointSpec,
-    RunResult,
-    TrainJob,
-    TrainSpec,
-    finished_run,
-    model_config,
-    require_batches_fit,
-    result_of,
-    start_from,
-)
-from aecore.training.metrics import MetricLog, is_row
+from aecore.training.job import CheckpointSpec, TrainJob, TrainSpec, model_config, require_batches_fit, start_from
+from aecore.training.metric_log import MetricLog
+from aecore.training.metrics import is_row
 from aecore.training.objective import Objective, noise_for
 from aecore.training.optimizer import build_optimizer, load_optimizer, lr_at, set_lr
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank, all_sum, buffers_from_rank_zero, from_rank_zero, require_equal_parameters
+from aecore.training.result import RunResult, finished_run, result_of
 from aecore.training.session import Session
 from aecore.training.validation import require_finite_samples, validate
 

@@ -12,7 +12,8 @@ from typing import Any
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
 from aecore.artifact.documents import read_json
-from aecore.checkpoint.files import CLAIM, LoadedModel, load_model
+from aecore.checkpoint.files import CLAIM
+from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
 from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
@@ -25,7 +26,6 @@ from aecore.store import open_store, sha256_json
 from aecore.training.job import (
     TrainJob,
     build_model,
-    finished_run,
     model_config,
     require_pairs_are_taken,
     require_trainable,
@@ -35,6 +35,7 @@ from aecore.training.job import (
 )
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
+from aecore.training.result import finished_run
 
 logger = logging.getLogger(__name__)
 Loaders = tuple[TrainLoader, Loader | None]  # of the training split, as one rank reads it, and of the validation split

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log(debug)
     if argv is None:
         sys.excepthook = _print_bug
+        threading.excepthook = lambda failed: _print_bug(failed.exc_type, failed.exc_value, failed.exc_traceback)
     if threading.current_thread() is threading.main_thread():  # for `docker stop` and cluster schedulers: as Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -107,7 +108,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_bug(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 

@@ -26,10 +26,11 @@ from typing import Any
 from aecore.checkpoint.files import committed_checkpoints
 from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed, WorkerDied, from_outside
 from aecore.store import open_store
-from aecore.training.job import RunResult, TrainJob, finished_run
+from aecore.training.job import TrainJob
 from aecore.training.loop import fit
 from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
+from aecore.training.result import RunResult, finished_run
 from aecore.training.session import Session
 from pipelines.cluster.interrupt import StopRequest
 from pipelines.cluster.memory import disable_malloc_trim

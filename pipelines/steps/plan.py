@@ -16,7 +16,7 @@ def plan_pipeline(recipe: Recipe) -> Tree:
     from aecore.artifact.commit import newest_number
     from aecore.data.dataset import open_dataset
     from aecore.data.manifest import STEM
-    from aecore.training.job import finished_run
+    from aecore.training.result import finished_run
 
     last, names = pipeline.stage(recipe, "evaluate"), pipeline.stages(recipe)
     data, store = last.require("data"), open_store(last.require("run"))

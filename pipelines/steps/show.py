@@ -58,8 +58,8 @@ def _table(store: Store) -> Tree:
 
 def _run(store: Store) -> Tree:
     from aecore.checkpoint.files import committed_checkpoints
-    from aecore.training.job import finished_run
     from aecore.training.metrics import last_epoch
+    from aecore.training.result import finished_run
 
     claim, done = read_json(store, "run.000001.json"), finished_run(store)
     metrics = dict(done.metrics) if done else last_epoch(store) or {}
@@ -166,7 +166,7 @@ def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:
 def _verify_run(store: Store) -> Tree:
     """Check every file of every committed checkpoint and of the published model (they are small: always by sha256)."""
     from aecore.checkpoint.files import committed_checkpoints, verify_checkpoint
-    from aecore.training.job import finished_run
+    from aecore.training.result import finished_run
 
     problems, checked = [], 0
     names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished_run(store) else [])

@@ -124,7 +124,7 @@ def dataset_summary(manifest: Any) -> Tree:
 
 def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
     """Train on `data` and publish the model under `out`."""
-    from aecore.training.job import finished_run
+    from aecore.training.result import finished_run
     from pipelines.cluster.train import train as train_job
 
     started, job, cluster = time.perf_counter(), train_job_of(recipe), recipe.cluster

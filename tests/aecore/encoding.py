@@ -10,7 +10,8 @@ import torch
 
 from aecore.artifact.fanout import MakeWorker, Outcome, make_part
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import publish_model, write_checkpoint
+from aecore.checkpoint.files import publish_model
+from aecore.checkpoint.weights import write_checkpoint
 from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSource, SpritesSpec

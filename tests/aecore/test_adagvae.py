@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from aecore._base import BaseAutoencoder, Batch
-from aecore.checkpoint.files import load_model, weights_of
+from aecore.checkpoint.weights import load_model, weights_of
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import MODELS
 from aecore.variational import VAE, AdaGVAE, AdaGVAEOutput, AdaGVAESpec, VAEOutput

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from aecore.data.format.index import MEMBERS
 from aecore.data.format.parquet import open_parquet
 from tests.aecore.encoding import encode, saved_run, sprites_dataset
 from tests.documents import content, rewrite
-from tests.processes import run
+from tests.processes import WARM, run
 
 MOST_BYTES, MOST_S = 2 << 30, 20.0
 ROWS = 30_000_000
@@ -49,7 +48,7 @@ print(json.dumps([said, seconds, kilobytes << 10]))
 def refused(imports: str, call: str, path: Path | str) -> str:
     """Return class and message of the error of `call` in a process that may take 2 GB and 20 s of processor time."""
     code = CHILD.format(imports=imports, call=call, most=MOST_BYTES)
-    done = run([sys.executable, "-c", code, path], check=True, timeout_s=240)
+    done = run([*WARM, "-c", code, path], check=True, timeout_s=240)
     said, seconds, num_bytes = json.loads(done.stdout.splitlines()[-1])
     assert seconds < MOST_S and num_bytes < MOST_BYTES, (said, seconds, num_bytes)
     return str(said)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec

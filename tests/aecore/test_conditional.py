@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from aecore._base import Batch
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.plan import SplitSpec

@@ -142,7 +142,7 @@ def test_any_number_of_ranks_sees_the_same_noise(data: str, tmp_path, noise: str
 
 def test_it_learns_to_remove_noise(data: str, tmp_path) -> None:
     """After the same training it reconstructs noisy images better than an autoencoder that has seen clean ones only."""
-    from aecore.checkpoint.files import load_model
+    from aecore.checkpoint.weights import load_model
     from aecore.data.dataset import open_dataset
     from aecore.data.format.transform import Transform, TransformSpec
     from aecore.data.read.loader import Loader

@@ -21,8 +21,8 @@ from aecore.data.write.spec import ShardSpec
 from aecore.encoding.job import encode_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.store import open_store
-from aecore.training.job import finished_run
 from aecore.training.loop import fit
+from aecore.training.result import finished_run
 from tests.aecore.training import small_job
 from tests.documents import content, rewrite
 

@@ -22,7 +22,7 @@ from PIL import Image
 from aecore._base.noise import seed_of, step_noise
 from aecore.artifact.commit import PartRecord, read_record, recorded_parts, write_record
 from aecore.artifact.fanout import serial
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _num_streams, encode_dataset, plan_encoding
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aecore._base.noise import seed_of, step_noise
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from aecore._base import Batch
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.errors import AecoreError, ConfigError, DataError
 from aecore.sampling import DecodeSpec, SampleSpec, decode_run, prior_latents, sample_run
 from aecore.table.table import LatentTable

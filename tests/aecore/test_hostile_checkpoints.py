@@ -32,17 +32,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import (
-    committed_checkpoints,
-    load_model,
-    load_state,
-    load_weights,
-    newest_checkpoint,
-    read_checkpoint,
-    require_finite_weights,
-    write_checkpoint,
-)
+from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint, read_checkpoint
 from aecore.checkpoint.limits import machine_bytes
+from aecore.checkpoint.weights import load_model, load_state, load_weights, require_finite_weights, write_checkpoint
 from aecore.data.format.transform import TransformSpec
 from aecore.errors import AecoreError, ConfigError, DataError
 from aecore.nn.attention import AttentionSpec, smallest_side

@@ -3,8 +3,7 @@
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from aecore.table.verify import verify_table
 from aecore.training.loop import fit
 from tests.aecore.encoding import image_folder
 from tests.aecore.training import losses, small_job
+from tests.processes import WARM, run
 
 SHARDS = ShardSpec(max_samples=20)
 PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", ".tmp/")  # they hold times, addresses, names of attempts
@@ -110,9 +110,8 @@ chain(sys.argv[1], sys.argv[2])
 
 @pytest.mark.parametrize("fault", ["tar.linked:3", "checkpoint.synced:2", "part.linked:3"])  # `make accept` has all of them
 def test_killed_and_run_again_gives_the_same_bytes(s3, images, local, fault):
-    environment = os.environ | {"AECORE_FAULT": fault, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED, str(images), f"{s3.url}/out"]
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -9
+    command = [*WARM, "-c", KILLED, images, f"{s3.url}/out"]
+    assert run(command, env=os.environ | {"AECORE_FAULT": fault}).returncode == -signal.SIGKILL
     chain(str(images), f"{s3.url}/out")
     assert content(s3.objects("out/")) == content(files(local))
     assert losses(f"{s3.url}/out/run") == losses(local / "run")

@@ -22,6 +22,7 @@ SIGNED = (
         ("http://hidden@host/a", "http://***@host/a"),
         ("s3://AKIA:hidden/with+slash@bucket/a", "s3://***@bucket/a"),
         ("'http://user:hidden@host/a', \"https://u:hidden@b\"", "'http://***@host/a', \"https://***@b\""),
+        ("http://a:8080,https://u:hidden@b/x;s3://p@c", "http://a:8080,https://***@b/x;s3://p@c"),
         ("http://b/k?versionId=3&Signature=hidden&Expires=9", "http://b/k?versionId=3&Signature=***&Expires=9"),
         ("http://b/k?sv=1&sig=hidden%3D", "http://b/k?sv=1&sig=***"),
         ("http://b/k?x-goog-credential=hidden&x-goog-signature=hidden", "http://b/k?x-goog-credential=***&x-goog-signature=***"),

@@ -12,8 +12,9 @@ import pytest
 
 from aecore.store import Store, open_store
 from aecore.training import session as session_module
-from aecore.training.job import TrainJob, finished_run
+from aecore.training.job import TrainJob
 from aecore.training.loop import fit
+from aecore.training.result import finished_run
 from aecore.training.session import Session
 from tests.aecore.training import small_job, sprites_dataset
 

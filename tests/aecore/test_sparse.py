@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 
 from aecore._base import Batch
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.format.transform import Transform, TransformSpec
 from aecore.data.read.loader import Loader

@@ -11,9 +11,10 @@ from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint
 from aecore.errors import Interrupted
 from aecore.store import open_store
 from aecore.training import loop, metrics
-from aecore.training.job import TrainJob, finished_run
+from aecore.training.job import TrainJob
 from aecore.training.loop import fit
 from aecore.training.ranks import Rank
+from aecore.training.result import finished_run
 from tests.aecore.training import fit_on, losses, on_ranks, published_weights, small_job, sprites_dataset
 
 

@@ -2,8 +2,6 @@ import ast
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from aecore.store import (
     resolve_url,
     sha256_file,
 )
+from tests.processes import WARM, run
 
 
 def test_put_then_read_returns_the_bytes_and_their_hash(tmp_path):
@@ -153,10 +152,10 @@ def test_canonical_json_does_not_depend_on_key_order_and_refuses_nan():
 def test_a_process_killed_inside_put_leaves_all_or_nothing_under_the_name(tmp_path, stage):
     code = f"from aecore.store import open_store; open_store({str(tmp_path)!r}).put('name', b'x' * 1000, role='part')"
     environment = {**os.environ, "AECORE_FAULT": f"part.{stage}"}
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    killed = run([*WARM, "-c", code], env=environment)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "name").exists() or (tmp_path / "name").stat().st_size == 1000
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run([*WARM, "-c", code], check=True)
     assert Path(tmp_path / "name").read_bytes() == b"x" * 1000
 
 

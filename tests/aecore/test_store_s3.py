@@ -4,8 +4,6 @@ import hashlib
 import os
 import pickle
 import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +14,7 @@ from aecore.store import _s3 as s3_module
 from aecore.store import _s3_client as client_module
 from aecore.store import _s3_prefix as place_module
 from aecore.store import _scratch as scratch_module
+from tests.processes import WARM, run
 from tests.s3 import ACCESS_KEY, SECRET_KEY
 
 
@@ -222,11 +221,11 @@ def test_what_another_container_stages_in_a_shared_folder_stays(tmp_path, monkey
 @pytest.mark.parametrize("stage", FAULT_STAGES)
 def test_a_killed_writer_leaves_nothing_or_everything(s3, tmp_path, stage):
     environment = os.environ | {"AECORE_FAULT": f"part.{stage}", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", KILLED, s3.url]
-    assert subprocess.run(command, env=environment, check=False).returncode == -9
+    command = [*WARM, "-c", KILLED, s3.url]
+    assert run(command, env=environment).returncode == -9
     assert s3.objects() == ({"a": b"x" * 100} if stage == "linked" else {})
     assert len(list(tmp_path.glob("aecore-staged-*/*"))) == 1
-    subprocess.run(command, env={**environment, "AECORE_FAULT": ""}, check=True)
+    run(command, env={**environment, "AECORE_FAULT": ""}, check=True)
     assert s3.objects() == {"a": b"x" * 100}
     assert not list(tmp_path.glob("aecore-staged-*/*")), "what the killed process left on this machine is removed"
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.checkpoint.files import committed_checkpoints, load_model, verify_checkpoint
+from aecore.checkpoint.files import committed_checkpoints, verify_checkpoint
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.arrays import ArraysSpec

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from aecore.checkpoint.files import load_model, publish_model, weights_of, write_checkpoint
+from aecore.checkpoint.files import publish_model
+from aecore.checkpoint.weights import load_model, weights_of, write_checkpoint
 from aecore.data.read.pairs import PairSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aecore._base import Batch
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.format.transform import TransformSpec
 from aecore.encoding.job import EncodeSpec
 from aecore.errors import ConfigError, DataError

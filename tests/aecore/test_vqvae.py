@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aecore._base import Batch
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.write.job import shard_dataset

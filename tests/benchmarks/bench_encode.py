@@ -28,7 +28,8 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore.artifact.fanout import serial
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import load_model, publish_model, write_checkpoint
+from aecore.checkpoint.files import publish_model
+from aecore.checkpoint.weights import load_model, write_checkpoint
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import Transform, TransformSpec
 from aecore.data.sources.folder import FolderSpec

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from aecore.checkpoint.config import ModelConfig
-from aecore.checkpoint.files import publish_model, write_checkpoint
+from aecore.checkpoint.files import publish_model
+from aecore.checkpoint.weights import write_checkpoint
 from aecore.data.dataset import open_dataset
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec, Loader

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from pipelines.cli.main import main
 from pipelines.steps.show import verify
 from tests.chaos.places import Place
 from tests.chaos.work import NUM_IMAGES, PIPELINE, RECIPE, WORKS, Difference, Rows, Work, difference, rows_of, total, write_images
-from tests.processes import Started, run, started
+from tests.processes import AEPIPE, Started, run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXIT_CODES = {0, 1, 2, 3, 4, 5, 130}
@@ -139,7 +138,7 @@ class Round:
         """Start the round's command, or another one."""
         self._commands += 1
         self._start = self.place.progress(self.out)
-        words = [*wrap, sys.executable, "-P", "-m", "pipelines.cli", *(command or self.command())]
+        words = [*wrap, *AEPIPE, *(command or self.command())]
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{self._commands:02d}.log"
         log.write_text(f"{' '.join(map(str, words))}\n{dict(env or {})}\n")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aecore.artifact.kinds import KINDS, detect_artifact
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.errors import AecoreError, DataError
 from aecore.store import open_store

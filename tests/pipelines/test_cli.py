@@ -13,7 +13,7 @@ from pipelines.cli.arguments import Verb
 from pipelines.cli.main import main
 from pipelines.cli.verbs import VERBS
 from pipelines.recipe.recipe import SECTIONS
-from tests.processes import started
+from tests.processes import AEPIPE, run, started
 
 HERE = "cluster.num_workers=0"
 COUNTS = {"train": 166, "test": 34}  # the hash of the keys decides
@@ -49,6 +49,15 @@ def test_the_help_imports_nothing_heavy() -> None:
     verbs = "shard adopt train encode evaluate sample decode run submit show verify compare gc doctor list serve deploy demo"
     for verb in verbs.split():
         assert f"\n    {verb}" in output
+
+
+def test_what_runs_no_model_starts_without_torch(walk: Path, tmp_path: Path) -> None:
+    places = [str(walk / name) for name in ("dataset", "run", "table")]
+    lines = [["shard", "sprites", str(tmp_path / "dataset"), *SPRITES, HERE], ["compare", places[0], places[0]]]
+    lines += [[verb, place] for verb in ("show", "verify", "gc") for place in places]
+    code = "import json, sys; from pipelines.cli.main import main\n"
+    code += "for line in json.loads(sys.argv[1]): assert main(line) == 0 and 'torch' not in sys.modules, line"
+    run([sys.executable, "-P", "-c", code, json.dumps(lines)], check=True)
 
 
 @pytest.mark.parametrize("verb", list(VERBS), ids=lambda verb: verb.name)
@@ -478,8 +487,8 @@ def test_list_says_what_each_knob_takes(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", str(tmp_path / "out"), "--json", *SPRITES]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [*AEPIPE, "shard", "sprites", str(tmp_path / "out"), "--json", *SPRITES]
+    done = run(command, check=True)
     assert json.loads(done.stdout)["shards"] == 3
     assert sum("samples" in line and "train-0000" in line for line in done.stderr.splitlines()) == 2
     assert "\r" not in done.stderr
@@ -488,7 +497,7 @@ def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(walk: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     long = [*TINY, "train.epochs=600", "checkpoint.every_steps=20"]
-    command = [sys.executable, "-m", "pipelines.cli", "train", f"data={walk}/dataset", f"out={out}", *long]
+    command = [*AEPIPE, "train", f"data={walk}/dataset", f"out={out}", *long]
     with started(command) as process:
         process.wait_for(lambda: list(out.glob("checkpoints/*/checkpoint.json")), "its first checkpoint")
         process.send(signal.SIGINT)

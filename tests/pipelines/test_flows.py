@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipelines.flows import set_defaults
 from pipelines.flows.server import temporary_server
 from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.conftest import SMALL
-from tests.processes import run, wait_until
+from tests.processes import AEPIPE, run, wait_until
 
 TINY = (*SMALL, "train.epochs=2", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32")
 
@@ -71,7 +70,7 @@ def test_a_pipeline_runs_as_one_flow_and_leaves_its_record(tmp_path: Path, capsy
 @pytest.mark.prefect
 def test_an_error_in_a_flow_keeps_its_exit_code_and_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "raw\x1b[31m").mkdir()
-    command = [sys.executable, "-m", "pipelines.cli", "run", "mnist_vae", f"source.url={tmp_path}/raw\x1b[31m", f"out={tmp_path}/out"]
+    command = [*AEPIPE, "run", "mnist_vae", f"source.url={tmp_path}/raw\x1b[31m", f"out={tmp_path}/out"]
     done = run([*command, "cluster.num_workers=0"])
     assert done.returncode == 3
     assert "aepipe: source.url" in done.stderr

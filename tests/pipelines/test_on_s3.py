@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.processes import AEPIPE, run
 from tests.s3 import ACCESS_KEY, S3, SECRET_KEY
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,8 +19,8 @@ PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", "table.", ".tmp/") 
 def aepipe(*arguments: object, home: Path) -> tuple[Any, str]:
     """Run the command with `--json`; return its answer and everything that it printed."""
     environment = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "TMPDIR": str(home)}
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    command = [*AEPIPE, *map(str, arguments), "--json"]
+    done = run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout), done.stdout + done.stderr
 

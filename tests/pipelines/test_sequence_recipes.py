@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 
 from pipelines.recipe.yaml import shipped_recipes
 from tests.pipelines.test_cli import HERE, printed
+from tests.processes import WARM, run
 
 SNIPPET = re.compile(r"^#   python - <<'EOF'\n(.*?)^#   EOF$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"source.url=(\S+)")
@@ -24,15 +23,15 @@ def test_a_recipe_runs_on_the_data_that_its_header_makes(recipe: str, tmp_path: 
     assert found
     assert name
     code = re.sub(r"\b[12]000\b", "120", found[1].replace("#   ", ""))  # fewer samples: the shapes are what is tried
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    data, run, table = (str(tmp_path / place) for place in ("dataset", "run", "table"))
+    run([*WARM, "-c", code], cwd=tmp_path, check=True)
+    data, trained, table = (str(tmp_path / place) for place in ("dataset", "trained", "table"))
     printed(capsys, "shard", str(tmp_path / name[1]), data, "--recipe", recipe, HERE)
-    printed(capsys, "train", recipe, f"data={data}", f"out={run}", *FEW, HERE)
-    made = json.loads(printed(capsys, "encode", run, data, table, "encode.batch=64", "--json", HERE))
+    printed(capsys, "train", recipe, f"data={data}", f"out={trained}", *FEW, HERE)
+    made = json.loads(printed(capsys, "encode", trained, data, table, "encode.batch=64", "--json", HERE))
     assert made["rows"] == 120
-    scores = json.loads(printed(capsys, "evaluate", run, data, "--json", HERE))
+    scores = json.loads(printed(capsys, "evaluate", trained, data, "--json", HERE))
     assert scores["elbo"] < 0
-    drawn = json.loads(printed(capsys, "sample", run, str(tmp_path / "drawn"), "sample.num=3", "--json"))
+    drawn = json.loads(printed(capsys, "sample", trained, str(tmp_path / "drawn"), "sample.num=3", "--json"))
     assert drawn
     shape = np.load(tmp_path / "drawn/samples.npz")["x"].shape
     assert shape == {

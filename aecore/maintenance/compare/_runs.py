@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.documents import read_json
-from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint, read_weights
+from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint
 from aecore.errors import AecoreError, DataError
 from aecore.maintenance.compare._fields import differing
 from aecore.store import FileRef, Store, open_store, sha256_json
@@ -115,6 +115,8 @@ def _weights(a: _Run, b: _Run) -> dict[str, Any]:
     facts: dict[str, Any] = {"step": [a.chosen.step, b.chosen.step], "differing_shapes": {}, "max_difference": 0.0, "in": None}
     if refs[0].sha256 == refs[1].sha256:
         return facts
+    from aecore.checkpoint.weights import read_weights  # imports torch
+
     left, right = (read_weights(run.store, run.chosen) for run in (a, b))
     for name in sorted({*left, *right}):  # safetensors returns another order at each call
         shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (left, right)]

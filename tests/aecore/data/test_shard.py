@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import FileRef, LocalStore, open_store
 from tests.aecore.data.tiny import MemorySource, encoded, image
+from tests.processes import WARM, run
 
 
 def task_of(names: list[str], labels: list[int] | None = None, **options: object) -> ShardTask:
@@ -476,7 +475,7 @@ pack_shard(open_store(sys.argv[1]), task_of(list(files)), MemorySource(files))()
 
 @pytest.mark.parametrize("fault", ["tar.linked", "quarantine.linked", "record.synced"])
 def test_a_killed_writer_leaves_nothing_that_stops_the_next_one(tmp_path, fault):
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], env={**os.environ, "AECORE_FAULT": fault})
+    killed = run([*WARM, "-c", KILLED, tmp_path / "killed"], env={**os.environ, "AECORE_FAULT": fault})
     assert killed.returncode == -signal.SIGKILL
     files = {**pictures(20), "bad.png": b""}
     again, whole = shard_of(tmp_path / "killed", files), shard_of(tmp_path / "whole", files)

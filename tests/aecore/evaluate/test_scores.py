@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aecore._base.batch import Batch
-from aecore.checkpoint.files import load_model
+from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.format.transform import Transform
 from aecore.data.read.loader import Loader

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from aecore._base.batch import Batch
-from aecore.checkpoint.files import LoadedModel, load_model
+from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.format.pictures import require_matplotlib
 from aecore.data.format.transform import Transform

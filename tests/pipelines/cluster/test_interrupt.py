@@ -4,7 +4,6 @@ import concurrent.futures
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipelines.cluster.train import train
 from pipelines.recipe.recipe import ClusterSpec
 from tests.aecore.training import losses, published_weights
 from tests.pipelines.cluster.test_train import job_for
-from tests.processes import started
+from tests.processes import AEPIPE, started
 
 LONG = ("train.epochs=150", "checkpoint.every_steps=100000")
 SAID = re.compile(r"interrupted at step (\d+): checkpoint step-(\d{8}) written; the same command goes on from there")
@@ -99,7 +98,7 @@ def keys(data: Path) -> list[str]:
 def test_an_interrupted_command_says_the_step_that_it_saved_and_goes_on_from_it(
     sprites: Path, whole: Path, tmp_path: Path, number: int
 ) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "train", *keys(sprites), f"out={tmp_path}/run"]
+    command = [*AEPIPE, "train", *keys(sprites), f"out={tmp_path}/run"]
     with started(command) as process:
         process.wait_for("epoch 3:")  # training is at work
         process.send(number)

@@ -22,10 +22,9 @@ from pipelines.steps.steps import STEPS
 from pipelines.steps.submit import job_of
 from tests.pipelines.cluster.heads import Head
 from tests.pipelines.conftest import SMALL
-from tests.processes import Started, run, started, wait_until
+from tests.processes import AEPIPE, Started, run, started, wait_until
 
 TINY = (*SMALL, "train.epochs=60", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=50")
-AEPIPE = (sys.executable, "-m", "pipelines.cli")
 STAGES = """
 import json, sys
 from pipelines.recipe.recipe import load_recipe

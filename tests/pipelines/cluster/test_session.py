@@ -20,7 +20,7 @@ from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.cluster.test_train import job_for
 from tests.pipelines.shadows import folder_of_shadows, that_ran
 from tests.pipelines.sockets import Listener, listeners
-from tests.processes import Started, below, run, started
+from tests.processes import AEPIPE, Started, below, run, started
 
 SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=60")
 CLUSTER = """
@@ -91,7 +91,7 @@ def other_cluster() -> Iterator[Other]:
 
 
 def shard(out: Path, address: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pipelines.cli", "shard", "sprites", out, *SPRITES]
+    command = [*AEPIPE, "shard", "sprites", out, *SPRITES]
     return run(command, env=os.environ | {"RAY_ADDRESS": address})
 
 

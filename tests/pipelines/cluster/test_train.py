@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aecore.checkpoint.files import committed_checkpoints, load_model, newest_checkpoint
+from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint
+from aecore.checkpoint.weights import load_model
 from aecore.errors import ClusterError, ConfigError, RunFailed
 from aecore.store import open_store
 from aecore.training.job import TrainJob
