@@ -9,29 +9,45 @@ from aecore.store._base import Files, Store
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._typos import refuse_typos
 
+TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst", "zstd")))
+
+
+def is_tar(name: str) -> bool:
+    """Return whether a file of this name is a tar, plain or compressed."""
+    return name.lower().endswith(TAR_ENDINGS)
+
+
+def split_tars(url: str) -> list[str]:
+    """Return the addresses of tars that are joined by `::`, as webdataset writes several; one address is returned as it is."""
+    parts = url.split("::")
+    return parts if len(parts) > 1 and all(map(is_tar, parts)) else [url]
+
 
 def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
     """Return a local path (or `file://` URL) as an absolute path, an `s3://` URL without a slash at its end.
 
-    Workers have another working directory, so addresses are made absolute before they travel. ConfigError for any other scheme.
+    Workers have another working directory, so addresses are made absolute before they travel; each of several tars joined by `::` is.
+    ConfigError for any other scheme.
     """
     text = os.fspath(url)
+    if len(parts := split_tars(text)) > 1:
+        return "::".join(absolute_url(part, what) for part in parts)
     if not text:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")
     if text.startswith("pipe:"):
         raise ConfigError(f"{what} {text!r} would run a command: only paths, file:// and s3:// URLs are read")
     refuse_typos(text, what)
-    parts = urlsplit(text)
-    if parts.scheme == "s3" and "://" in text:
+    split = urlsplit(text)
+    if split.scheme == "s3" and "://" in text:
         profile, bucket, prefix = _s3_parts(text, what)
         at = f"{profile}@" if profile else ""
         return f"s3://{at}{bucket}/{prefix}".rstrip("/")
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost"):
-            raise ConfigError(f"{what} {text!r} names the host {parts.hostname!r}: write file:///path")
-        text = unquote(parts.path)
+    if split.scheme == "file":
+        if split.netloc not in ("", "localhost"):
+            raise ConfigError(f"{what} {text!r} names the host {split.hostname!r}: write file:///path")
+        text = unquote(split.path)
     elif "://" in text:
-        raise ConfigError(f"{what} has the scheme {parts.scheme!r}: paths, file:// and s3:// URLs are read and written")
+        raise ConfigError(f"{what} has the scheme {split.scheme!r}: paths, file:// and s3:// URLs are read and written")
     if "\0" in text:
         raise ConfigError(f"{what} {text!r} holds a zero byte (%00 in a URL), which no path does: leave it out")
     try:

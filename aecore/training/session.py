@@ -4,6 +4,7 @@ Every look into a bucket costs a request, so nothing is read twice; and all part
 the dataset.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
-from aecore.data.sources._names import split_in_version_1
+from aecore.data.sources._names import split_in_version_1, split_of
 from aecore.errors import ConfigError, DataError, Hint
 from aecore.nn import linear_path
 from aecore.store import open_store, sha256_json
@@ -54,7 +55,7 @@ def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, ord
     if "x_pair" in model.train_inputs:
         raise ConfigError(
             f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
-            "Index the tars without a copy (aecore.data.write.job.adopt_shards)",
+            "Index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset)",
             hint=Hint("needs-index"),
         )
     steps = steps_per_epoch(job, dataset)
@@ -104,19 +105,21 @@ class Session:
         return dataset, partial(_loaders, dataset)
 
     def _claimed_stream(self) -> StreamDataset | None:
-        """Return the tars that a run of version 1 took for its split, by the split names it knew; None if it is no such run.
+        """Return the tars that a run took for its split by older rules; None if it is no such run.
 
-        The tars of a stream are part of the identity: of tars named `dev` or `testing` that version took every one for training data.
+        The tars of a stream are part of the identity: of tars named `dev` or `testing` version 1 took every one for training data. So are
+        the rules by which members become samples.
         """
         job, split = self.job, self.job.train.split
         claimed = None if self.claim is None else self.claim.get("identity", {}).get("data", {}).get(split)
         if claimed is None:
             return None
-        try:
-            dataset = open_stream(job.data, split, job.input.member, split_in_version_1)
-        except DataError:
-            return None
-        return dataset if dataset.training_key(split) == claimed else None
+        for split_in_name in (split_in_version_1, split_of):
+            with contextlib.suppress(DataError):
+                dataset = open_stream(job.data, split, job.input.member, split_in_name, rules=1)
+                if dataset.training_key(split) == claimed:
+                    return dataset
+        return None
 
     @cached_property
     def model(self) -> Trainable:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,13 @@ from aecore.errors import DataError
 from aecore.store import read_again
 
 T = TypeVar("T")
+
+
+class Unusable(NamedTuple):
+    """Why a sample cannot be used: a short `reason` that is counted, and a readable `message`."""
+
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Listing:
         Further columns for the index (factors, metadata), n values each.
     notes : tuple of str
         Messages for the user (files that were skipped).
+    unusable : list of Unusable or None, optional
+        Why a sample cannot be used, None for each that can. Such samples are planned and go to the quarantine unread.
     """
 
     keys: list[str]
@@ -55,9 +64,10 @@ class Listing:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     notes: tuple[str, ...] = ()
     label_paths: bool = True
+    unusable: list[Unusable | None] | None = None
 
     def __post_init__(self) -> None:
-        columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, *self.columns.values()]
+        columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, self.unusable, *self.columns.values()]
         assert all(column is None or len(column) == len(self.keys) for column in columns), "columns of a listing differ in length"
 
     def __len__(self) -> int:
@@ -75,6 +85,7 @@ class Listing:
             {name: column[rows] for name, column in self.columns.items()},
             self.notes,
             self.label_paths,
+            take(self.unusable, rows),
         )
 
     def sha256(self) -> str:
@@ -88,6 +99,8 @@ class Listing:
         numbers = {"sizes": self.sizes, **{f"columns.{name}": self.columns[name] for name in sorted(self.columns)}}
         for name, column in numbers.items():
             digest.update(json.dumps([name, column.tolist()]).encode())
+        if self.unusable is not None:
+            digest.update(json.dumps(["unusable", self.unusable]).encode())
         return digest.hexdigest()
 
 
@@ -116,7 +129,10 @@ class Source(Protocol):
         """List all samples. DataError if the source is missing, unreadable or empty."""
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension (lower case, no dot) and all bytes of one listed sample; OSError or StoreError if it cannot be read."""
+        """Return extension (lower case, no dot) and all bytes of one listed sample.
+
+        Raises OSError or StoreError if it cannot be read, BadSample if what was read is no sample.
+        """
 
 
 def file_root(source: Source) -> Path | None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.sources._arrayfile import array_format
-from aecore.data.sources._external_tars import TAR_ENDINGS
-from aecore.store import absolute_url, is_remote
+from aecore.store import absolute_url, is_remote, is_tar
 
 DEFAULT = "folder"
 _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
@@ -40,7 +39,7 @@ def _names(folder: str) -> Iterator[str]:
 
 
 def _of_name(name: str) -> str | None:
-    if name.endswith(TAR_ENDINGS):
+    if is_tar(name):
         return "webdataset"
     if array_format(name) is not None:
         return "arrays"

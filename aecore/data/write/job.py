@@ -8,7 +8,9 @@ already, in a shard or in quarantine, is never written again.
 import dataclasses
 import functools
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, collect, serial
 from aecore.data.format.index import read_table, table_bytes
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing
-from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
+from aecore.data.sources import Listing, Source, Unusable
+from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable, require_readable_by_offset
 from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
@@ -105,13 +107,14 @@ def adopt_shards(
     shards = shards or ShardSpec()
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, adopt=True)
-    files_of(work.fresh.sources)  # refuses what cannot be adopted before anything is claimed
+    require_readable_by_offset(work.fresh, work.opened)  # before anything is claimed
     return _publish(work, fan_out, dry_run, on_part)
 
 
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
         return work.plan(claim=1).summary(known=len(work.listing) - len(work.fresh))
+    _require_usable(work)
     if work.parent is not None and not len(work.fresh):
         logger.info("%s: nothing new in %d samples, generation %d stays", work.store.url, len(work.listing), work.parent.number)
         return work.parent
@@ -132,6 +135,7 @@ class _Work:
     fresh: Listing
     identity: Mapping[str, Any]  # any: plain JSON data
     adopt: bool
+    opened: Source  # it made the listing
 
     def plan(self, claim: int) -> DatasetPlan:
         """Return the plan of the new samples, its notes starting with the choice of `auto`."""
@@ -145,18 +149,13 @@ def _compare(
     source: Any, out: str, asked: SplitSpec, shards: ShardSpec, *, adopt: bool = False
 ) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
-    listing: Listing = SOURCES.build(source).listing()
-    require_unique(listing)
     names = store.list()
     newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
-    recorded = _unfinished(store, names, listing) if parent is None else parent.identity
+    recorded, source, opened, listing = _listed(store, names, parent, source)
+    require_unique(listing)
     if recorded is not None:
-        source, asked, shards = (
-            as_recorded(source, recorded.get("source", {})),
-            as_recorded(asked, recorded.get("splits", {})),
-            as_recorded(shards, recorded.get("shards", {})),
-        )
+        asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
     splits = resolve_splits(listing, asked, (recorded or {}).get("splits"), parent.splits if parent else ())
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
@@ -164,7 +163,7 @@ def _compare(
         identity["adopted"] = {"by": "offset"}
     if parent is None:
         _warn(store, listing, asked, splits)
-        return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
+        return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt, opened)
     absent = {name: absent_values(spec) for name, spec in specs.items()}
     require_same(store.url, "dataset", identity, parent.identity, absent=absent)
     warn_if_address_changed(store, parent, source, listing)
@@ -173,20 +172,39 @@ def _compare(
     require_whole_bags(store, listing, rows)
     if len(fresh):
         _warn(store, listing, asked, splits)
-    return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
+    return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt, opened)
 
 
-def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping[str, Any] | None:  # any: plain JSON data
-    """Return the identity of an unfinished first generation of this same listing, None if there is none."""
-    number = newest_of(names, "run") or 0
-    claims = [name for claim in range(number, 0, -1) if (name := f"run.{claim:06d}.json") in names]
-    wanted = listing.sha256() if claims else ""
-    for name in claims:
-        identity = read_json(store, name).get("identity", {})
-        if identity.get("listing") == wanted:
-            found: Mapping[str, Any] = identity["dataset"]
-            return found
-    return None
+def _listed(
+    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any
+) -> tuple[Mapping[str, Any] | None, Any, Source, Listing]:  # any: plain JSON data, and every source kind has its own spec class
+    """Return the identity of the dataset that this source continues (None: a new one), the source's spec, the source, and its listing.
+
+    A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
+    """
+    listed: list[tuple[Any, Source, Listing]] = []  # any: as above
+    hashes: list[str] = []
+
+    def rows(spec: Any) -> int:  # any: as above
+        known = next((number for number, found in enumerate(listed) if found[0] == spec), None)
+        if known is not None:
+            return known
+        opened: Source = SOURCES.build(spec)
+        listed.append((spec, opened, opened.listing()))
+        return len(listed) - 1
+
+    if parent is not None:
+        return parent.identity, *listed[rows(as_recorded(source, parent.identity.get("source", {})))]
+    for number in range(newest_of(names, "run") or 0, 0, -1):
+        name = f"run.{number:06d}.json"
+        identity = read_json(store, name).get("identity", {}) if name in names else {}
+        if "listing" not in identity:
+            continue
+        at = rows(as_recorded(source, identity["dataset"].get("source", {})))
+        hashes += [found[2].sha256() for found in listed[len(hashes) :]]
+        if hashes[at] == identity["listing"]:
+            return identity["dataset"], *listed[at]
+    return None, *listed[rows(source)]
 
 
 def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -> None:
@@ -236,6 +254,32 @@ def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
         return bool(read_table(data, f"{store.url}/{there.name}").equals(table))
 
     return put_or_adopt(store, name, table_bytes(table, {"claim": claim}), role="listing", accepts=has_the_same_rows)[0]
+
+
+def _require_usable(work: _Work) -> None:
+    """Raise DataError if already the source says of too many new samples that they cannot be used: before anything is written."""
+    unusable = work.fresh.unusable or []
+    rows = [row for row, why in enumerate(unusable) if why is not None]
+    if len(rows) <= work.shards.max_bad * len(work.fresh):
+        return
+    lines = "".join(f"\n  {work.fresh.sources[row]}: {why.reason}: {why.message}" for row in rows[:SHOWN] if (why := unusable[row]))
+    counts = ", ".join(f"{reason} {count}" for reason, count in _reasons(unusable).most_common())
+    remedy = f"or accept them with shards.max_bad={_share(len(rows), len(work.fresh))} or more, and"
+    if len(rows) == len(work.fresh):
+        remedy = "or say how to read them, and"
+    raise DataError(
+        f"{len(rows)} of {len(work.fresh)} samples cannot be used, more than shards.max_bad={work.shards.max_bad:g} allows; nothing was "
+        f"written. Their reasons: {counts}. First of them:{lines}\nrepair or remove them, {remedy} run the command again"
+    )
+
+
+def _reasons(unusable: Sequence[Unusable | None]) -> Counter[str]:
+    return Counter(why.reason for why in unusable if why is not None)
+
+
+def _share(count: int, total: int) -> str:
+    """Return a share that is not less than `count` of `total`, in few digits."""
+    return f"{math.ceil(count / total * 1000) / 1000:g}"
 
 
 def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:

@@ -55,7 +55,7 @@ class ShardWriter:
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
         packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
-        read = reader(source, self.task.sources)
+        read = reader(source, self._to_read())
         bounds = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
             block, num_blocks, in_vain = 0, len(bounds) - 1, 0
@@ -72,10 +72,15 @@ class ShardWriter:
 
     def scan(self, source: Source) -> None:
         """Read, check and hash all samples without writing them."""
-        position, read = 0, reader(source, self.task.sources)
+        position, read = 0, reader(source, self._to_read())
         while position < len(self.task):
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
+
+    def _to_read(self) -> list[str]:
+        """Return the samples that the source did not say to be unusable."""
+        sources, unusable = self.task.sources, self.task.unusable
+        return sources if unusable is None else [name for name, why in zip(sources, unusable, strict=True) if why is None]
 
     def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
         """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
@@ -133,14 +138,18 @@ class ShardWriter:
         """Return the good samples from position `first` on, up to `last` or until a chunk is full, and the next position."""
         free = CHUNK_BYTES
         sources, shards = self.task.sources, self.task.shards
-        keys, labels = self.task.keys, self.task.labels
+        keys, labels, unusable = self.task.keys, self.task.labels, self.task.unusable
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            ext, data = read(sources[position])
+            data: bytes | None = None
+            if unusable is not None and (why := unusable[position]) is not None:
+                self.bad.append((position, "list", why.reason, why.message, None))
+                continue
             try:
+                ext, data = read(sources[position])
                 header, data = prepare(data, ext, shards)
             except BadSample as bad:
-                self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
+                self.bad.append((position, "check", bad.reason, bad.message, None if data is None else hashlib.sha256(data).hexdigest()))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.sources import Unusable
 from aecore.registry import knob, spec
 
 
@@ -53,6 +54,8 @@ class ShardTask:
         Further index columns (factors, metadata).
     shards : ShardSpec
         Resize, mode and check of the shards.
+    unusable : list of Unusable or None
+        Why each sample cannot be used, None for those that can; None if all of them can.
     """
 
     split: str
@@ -67,6 +70,7 @@ class ShardTask:
     groups: list[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
+    unusable: list[Unusable | None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -56,7 +56,7 @@ class TestBatches:
     def test_a_pass_on_one_rank_holds_every_sample_once(self, tars: Path) -> None:
         found = numbers(batches(tars, 25, shuffle=0))  # 400 samples: 8 passes
         assert set(Counter(found).values()) == {8}
-        assert found[:50] != found[50:100], "each pass has its own order of tars"
+        assert len({tuple(found[at : at + 50]) for at in range(0, 400, 50)}) > 1, "each pass has its own order of tars"
 
     @pytest.mark.parametrize("resampled", [False, True])
     def test_are_the_same_for_the_same_seed_and_step(self, tars: Path, resampled: bool) -> None:
@@ -109,12 +109,12 @@ class TestOpened:
 class TestRefused:
     def test_a_sample_of_another_form_is_named(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [*samples(0, 3), ("odd.png", encoded(image(0, 9)))])
-        with pytest.raises(DataError, match=r"a.tar: sample 'odd' cannot be trained on .*quarantine"):
+        with pytest.raises(DataError, match=r"sample 'odd' cannot be trained on .format: its format is 9x9x1/L.*input.max_bad=0.5"):
             batches(tmp_path)
 
     def test_tars_without_samples(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [("a.pyd", b"x")])
-        with pytest.raises(DataError, match=r"holds no sample with an image"):
+        with pytest.raises(DataError, match=r"none of the first 1 samples can be read; the first of them is 'a' of .*a.tar: no_data"):
             open_stream(str(tmp_path), "train")
 
     def test_a_rank_without_samples_ends_instead_of_reading_for_ever(self, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ class TestTraining:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
-            as_before = lambda url, split, member, *_: open_stream(url, split, member, split_in_version_1)  # noqa: E731
+            as_before = lambda url, split, member, *_, **__: open_stream(url, split, member, split_in_version_1, 1)  # noqa: E731
             before.setattr("aecore.training.session.open_stream", as_before)
             fit(job(tmp_path / "in", tmp_path / "run", every_steps=2), on_checkpoint=stop)
         assert fit(job(tmp_path / "in", tmp_path / "run", every_steps=2)).step == 6
