@@ -207,7 +207,7 @@ class _Tally:
                 logger.warning("%s and is left out: %d of %d samples so far", text, self.bad, self.judged)
             return
         # twice the share so far, since what has not been read may be worse: advice is not to be refused in the next attempt
-        found = max(self.bad / total, len(self._different) / self.in_pass if self.in_pass else 0)
+        found = max(self.bad / self.judged, len(self._different) / self.in_pass if self.in_pass else 0)
         share = min(1.0, math.ceil(2000 * found) / 1000)
         raise DataError(
             f"{text}, one of {self.bad} bad samples of {total}, more than input.max_bad={self._most:g} allows. The run trains on "

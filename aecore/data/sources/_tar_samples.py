@@ -152,7 +152,7 @@ class _Groups:
                 continue
             apart = _by_name(members, words, self._reading.member)
             for below, those in apart.items():
-                if below:
+                if below is not None:
                     found += self._sample(part, f"{key}.{below}", those)
                 elif len(apart) == 1 or any(map(data_extension, those)):
                     found += self._sample(part, key, those)
@@ -200,10 +200,11 @@ def _chosen(members: Mapping[str, Member], reading: Reading, key: str) -> tuple[
     return (found[0] if found else None), none
 
 
-def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> dict[str, dict[str, Member]]:
+def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> dict[str | None, dict[str, Member]]:
     """Return the members of one key, apart by what a name has between its first and its last dot where that belongs to the name.
 
-    It does not where it is a word that tells members of a sample apart (`left` of `0.left.png`), and where it has no image of its own.
+    None is for the rest. It does not where it is a word that tells members of a sample apart (`left` of `0.left.png`), and where it has
+    no image of its own.
     """
     plain = {ext: member for ext, member in members.items() if "." not in ext}
     has_data = any(ext in DATA_EXTENSIONS for ext in plain)
@@ -211,7 +212,7 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
     for ext, member in members.items():
         if "." in ext:
             below[ext.rpartition(".")[0]][ext.rpartition(".")[2]] = member
-    apart: dict[str, dict[str, Member]] = {"": {**plain}}
+    apart: dict[str | None, dict[str, Member]] = {None: plain.copy()}
     for name, those in below.items():
         image, side = any(map(data_extension, those)), bool(_SIDE_EXTENSIONS & those.keys())
         tells_apart = _WORD.fullmatch(name) is not None and (bool(plain) or words[name] > 1)
@@ -219,8 +220,8 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
         if is_own and not any(f"{name}.{ext}" == wanted for ext in those):
             apart[name] = those
         else:
-            apart[""] |= {f"{name}.{ext}": member for ext, member in those.items()}
-    return apart if apart[""] else {name: those for name, those in apart.items() if name}
+            apart[None] |= {f"{name}.{ext}": member for ext, member in those.items()}
+    return apart if apart[None] else {name: those for name, those in apart.items() if name is not None}
 
 
 def _is_named_like_a_sample(ext: str) -> bool:
