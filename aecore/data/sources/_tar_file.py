@@ -25,6 +25,9 @@ MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
 MAX_DIGITS = 20  # of a PAX size
 LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at once
 _EMPTY = bytes(BLOCK)
+_FILES, _WITHOUT_DATA, _EXTENDING = (
+    frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
+)
 _CHECKSUM_AT = slice(148, 156)
 _MAGIC_AT = 257
 _fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 155s 12x").unpack
@@ -55,7 +58,7 @@ class Entry(NamedTuple):
     @property
     def is_file(self) -> bool:
         """Whether it is a regular file with all its bytes in one place."""
-        return self.kind in (b"0", b"\0", b"7") and not self.name.endswith("/")
+        return self.kind in _FILES
 
 
 class TarFile:
@@ -126,24 +129,26 @@ class TarFile:
         extended = dict[str, str]()  # fields that PAX and GNU headers set for the next member
         while position is not None:
             block = self._read(BLOCK, position)
-            if block.count(0) == len(block):  # the end, or the missing end
+            if block == _EMPTY or (len(block) < BLOCK and not block.strip(b"\0")):  # the end, or the missing end
                 self._require_complete(position, block, extended, skipped)
                 position, part, extended = self._next_part(position, skipped, joined=joined), part + 1, {}
                 continue
             name, size, kind, target = self._header(block, position)
             start = position + BLOCK
-            if kind in (b"x", b"X", b"L", b"K", b"g"):
+            if kind in _EXTENDING:
                 extended |= self._extended(kind, start, size)
                 position = start + size + -size % BLOCK
                 continue
             if kind == b"S":
                 start = self._after_map(start, sparse=block)
-            size = self._extended_size(extended, size, position)
-            name, target = extended.get("path", name), extended.get("linkpath", target)
-            if any(key.startswith("GNU.sparse") for key in extended):
-                name, kind = extended.get("GNU.sparse.name", name), b"S"
-            extended = {}
-            size = 0 if kind in (b"1", b"2", b"3", b"4", b"5", b"6") else size
+            if extended:
+                size = self._extended_size(extended, size, position)
+                name, target = extended.get("path", name), extended.get("linkpath", target)
+                if any(key.startswith("GNU.sparse") for key in extended):
+                    name, kind = extended.get("GNU.sparse.name", name), b"S"
+                extended = {}
+            if kind in _WITHOUT_DATA:
+                size = 0
             if start + size > self.size:
                 raise self._broken(f"is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}")
             position = start + size + -size % BLOCK
@@ -210,7 +215,7 @@ class TarFile:
             raise self._broken(f"is truncated: it ends at byte {self.size} inside a header")
         name, _, _, _, size, _, checksum, kind, target, magic, _, _, _, _, _, prefix = _fields(block)
         try:
-            right = int(checksum.strip(b" \0") or b"-1", 8) in _checksums(block)
+            right = _is_sum_of(block, int(checksum.strip(b" \0") or b"-1", 8))
             num_bytes = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
             right = right and num_bytes >= 0  # a negative size would move the position back: an endless loop
         except ValueError:
@@ -262,11 +267,12 @@ class TarFile:
         return found
 
 
-def _checksums(block: bytes) -> tuple[int, int]:
-    """Return the sum of a header's bytes with its checksum as spaces: as the standard says, and with the signed bytes of old programs."""
-    rest = block[: _CHECKSUM_AT.start] + block[_CHECKSUM_AT.stop :]
-    unsigned = sum(rest) + 8 * ord(" ")
-    return unsigned, unsigned - 256 * sum(byte > 127 for byte in rest) if not rest.isascii() else unsigned
+def _is_sum_of(block: bytes, checksum: int) -> bool:
+    """Return whether this is the sum of a header's bytes with its checksum as spaces, or that of the signed bytes of old programs."""
+    excess = sum(block) - sum(block[_CHECKSUM_AT]) + 8 * ord(" ") - checksum
+    return excess == 0 or (
+        excess > 0 and excess == 256 * sum(byte > 127 for byte in block[: _CHECKSUM_AT.start] + block[_CHECKSUM_AT.stop :])
+    )
 
 
 def _text(field: bytes) -> str:

@@ -118,26 +118,25 @@ class _Groups:
 
     def add(self, entry: Entry) -> None:
         """Take a header's file; everything else is counted."""
-        what = "" if entry.is_file else _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
-        if what:
-            self.unusable(entry, Unusable("member", f"{entry.name!r} is one of the {what}, which have no bytes that can be read"), what)
-            return
-        if entry.name.startswith("/") or ".." in entry.name.split("/") or "\0" in entry.name:
-            self.unusable(entry, Unusable("name", f"the name {entry.name!r} leaves the archive: pack it with a relative name"), UNSAFE)
-            return
-        match = MEMBER_NAME.fullmatch(entry.name)
-        if (
-            match is None
-            or (entry.name.startswith("__") and entry.name.endswith("__"))
-            or (self._reading.rules > 1 and _is_hidden(entry.name))
-        ):
-            self._skipped.add(NO_KEY, entry.name)
-            return
-        self._put(entry, match[1], match[2].lower())
+        name = entry.name
+        if not entry.is_file:
+            what = _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
+            self.unusable(entry, Unusable("member", f"{name!r} is one of the {what}, which have no bytes that can be read"), what)
+        elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
+            self.unusable(entry, Unusable("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
+        else:
+            match = MEMBER_NAME.fullmatch(name)
+            is_reserved = name.startswith("__") and name.endswith("__")
+            if match is None or is_reserved or (self._reading.rules > 1 and _is_hidden(name)):
+                self._skipped.add(NO_KEY, name)
+            else:
+                self._put(entry, match[1], match[2].lower())
 
     def _put(self, entry: Entry, key: str, ext: str) -> None:
-        members = self._found.setdefault((entry.part, key), {})
-        if ext in members:
+        members = self._found.get((entry.part, key))
+        if members is None:
+            members = self._found[entry.part, key] = {}
+        elif ext in members:
             why = f"the tar has {entry.name!r} twice, and it is not known which one is meant: write the tar again"
             self._bad[entry.part, entry.name] = Unusable("twice", why)
         members[ext] = Member(entry.name, entry.offset, entry.size)
@@ -178,7 +177,9 @@ class _Groups:
         if chosen is None and reading.rules == 1 and why.reason == "no_data":
             self._skipped.add(NO_DATA, key)
             return
-        bad = next((bad for member in members.values() if (bad := self._bad.get((part, member.name)))), None)
+        bad: Unusable | None = None
+        if self._bad:
+            bad = next((bad for member in members.values() if (bad := self._bad.get((part, member.name)))), None)
         data = next(iter(members.values())) if chosen is None else members[chosen]
         yield TarSample(key, part, members, data, bad or (why if chosen is None else None))
 
@@ -229,7 +230,7 @@ def _is_named_like_a_sample(ext: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
+    return name[name.rfind("/") + 1 :].startswith(".")
 
 
 def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], None]) -> Iterable[Entry]:

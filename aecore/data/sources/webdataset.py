@@ -12,7 +12,7 @@ with the reason, for the quarantine; so is every sample of a tar that is broken,
 import json
 import re
 from collections import Counter, OrderedDict
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,14 @@ class WebdatasetSpec:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         if not _LABEL.fullmatch(self.label):
             raise ConfigError(f"source.label is {self.label!r}, expected auto, cls, none or json:<field>, for example json:class_id")
+
+
+class _Place(NamedTuple):
+    """A tar: its name, the name without its ending, the split in the name."""
+
+    name: str
+    stem: str
+    split: str
 
 
 class _Columns:
@@ -171,16 +179,17 @@ class WebdatasetSource:
             samples, broken = tar_samples(tar, self._reading, found.skipped)
             if broken is not None and self._spec.bad_tars == "refuse":
                 raise BrokenTar(f"{broken}; or set source.bad_tars=skip, which puts what is known of it into the quarantine") from broken
+            place = _Place(name, _STEM.sub("", name), split_of(name))
             for sample in samples:
                 bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
-                self._add(found, sample, tar, name, bad)
+                self._add(found, sample, tar, place, bad)
             if broken is not None:
                 rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), Unusable("broken_tar", str(broken)))
-                self._add(found, rest, tar, name, rest.bad)
+                self._add(found, rest, tar, place, rest.bad)
         finally:
             tar.close()
 
-    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, name: str, bad: Unusable | None) -> None:
+    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, place: _Place, bad: Unusable | None) -> None:
         fields, label = dict[str, Field](), ""
         if bad is None:
             try:
@@ -188,13 +197,13 @@ class WebdatasetSource:
                 label = self._label(found, sample, tar, fields)
             except BadSample as error:
                 bad = Unusable(error.reason, error.message)
-        member, stem = sample.data, _STEM.sub("", name)
-        above = f"{stem}+{sample.part}" if sample.part else stem  # keys of joined tars may come again
+        member = sample.data
+        above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
         found.keys.append(f"{above}/{sample.key}" if self._spec.keys == "shard" else sample.key)
-        found.sources.append(f"{name}#{member.offset}+{member.size}#{member.name}")
+        found.sources.append(f"{place.name}#{member.offset}+{member.size}#{member.name}")
         found.sizes.append(member.size)
-        found.splits.append(split_of(name))
-        found.tars.append(name)
+        found.splits.append(place.split)
+        found.tars.append(place.name)
         found.labels.append(label)
         found.unusable.append(bad)
         for column, values in found.fields.items():

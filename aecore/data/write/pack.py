@@ -7,6 +7,7 @@ hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, a
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.format.limits import exclusive_cumsum
-from aecore.data.format.tar import BLOCK, PAGE, Samples, TarPacker
+from aecore.data.format.tar import BLOCK, MAX_MEMBER_BYTES, PAGE, Samples, TarPacker
 from aecore.data.sources import Source, reader
 from aecore.data.write.convert import Header, prepare
 from aecore.data.write.fast_path import PlainFiles, plain_files
@@ -51,6 +52,7 @@ class ShardWriter:
         self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
+        self._scans = False  # nothing is written
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
@@ -72,6 +74,7 @@ class ShardWriter:
 
     def scan(self, source: Source) -> None:
         """Read, check and hash all samples without writing them."""
+        self._scans = True
         position, read = 0, reader(source, self._to_read())
         while position < len(self.task):
             samples, position = self._checked(position, len(self.task), read)
@@ -137,11 +140,18 @@ class ShardWriter:
     def _checked(self, first: int, last: int, read: Read) -> tuple[Samples, int]:
         """Return the good samples from position `first` on, up to `last` or until a chunk is full, and the next position."""
         free = CHUNK_BYTES
-        sources, shards = self.task.sources, self.task.shards
+        sources, shards, sizes = self.task.sources, self.task.shards, self.task.sizes
+        most = sys.maxsize if self._scans else MAX_MEMBER_BYTES
         keys, labels, unusable = self.task.keys, self.task.labels, self.task.unusable
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
             data: bytes | None = None
+            if sizes[position] > most:
+                text = (
+                    f"a sample of {sizes[position]} bytes does not fit a shard, whose members have at most {most}: cut it into smaller ones"
+                )
+                self.bad.append((position, "check", "too_large", text, None))
+                continue
             if unusable is not None and (why := unusable[position]) is not None:
                 self.bad.append((position, "list", why.reason, why.message, None))
                 continue
