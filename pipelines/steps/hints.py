@@ -6,7 +6,8 @@ The command line puts it after the message, and a flow into the run's log. The e
 from aecore.errors import AecoreError
 
 HINTS = {
-    "bad-sample": "`aepipe shard SRC DATASET shards.check=decode shards.max_bad={share}` puts such samples into a quarantine",
+    "bad-sample": "`aepipe shard SRC DATASET shards.check=decode shards.max_bad={share}` puts damaged samples into a quarantine, and makes "
+    "images alike with shards.mode=RGB (or L) and shards.resize=SIDE",
     "damaged-dataset": "`aepipe verify {url} --read-data` lists what is wrong",
     "disk-full": "`aepipe gc URL` finds what killed runs left",
     "is-checkpoint": "it is RUN of `aepipe encode RUN DATASET TABLE`",
