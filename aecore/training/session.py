@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
@@ -105,7 +105,7 @@ class Session:
         return dataset, partial(_loaders, dataset)
 
     def _claimed_stream(self) -> StreamDataset | None:
-        """Return the tars that a run took for its split by older rules; None if it is no such run.
+        """Return the tars that a run took for its split, by the rules that it began with; None if these are not its tars, or it is new.
 
         The tars of a stream are part of the identity: of tars named `dev` or `testing` version 1 took every one for training data. So are
         the rules by which members become samples.
@@ -114,9 +114,10 @@ class Session:
         claimed = None if self.claim is None else self.claim.get("identity", {}).get("data", {}).get(split)
         if claimed is None:
             return None
-        for split_in_name in (split_in_version_1, split_of):
+        known: tuple[tuple[Callable[[str], str], Literal[1, 2]], ...] = ((split_of, 2), (split_in_version_1, 1), (split_of, 1))
+        for split_in_name, rules in known:
             with contextlib.suppress(DataError):
-                dataset = open_stream(job.data, split, job.input.member, split_in_name, rules=1)
+                dataset = open_stream(job.data, split, job.input.member, split_in_name, rules)
                 if dataset.training_key(split) == claimed:
                     return dataset
         return None

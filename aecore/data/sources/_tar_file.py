@@ -28,6 +28,7 @@ _EMPTY = bytes(BLOCK)
 _FILES, _WITHOUT_DATA, _EXTENDING = (
     frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
 )
+_LINKS = frozenset((b"1", b"2"))
 _CHECKSUM_AT = slice(148, 156)
 _MAGIC_AT = 257
 _fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 155s 12x").unpack
@@ -225,7 +226,7 @@ class TarFile:
             raise self._broken(f"{what} (no header with a valid checksum)")
         text = _text(name)
         folder = _text(prefix) if magic == b"ustar\0" else ""
-        return (f"{folder}/{text}" if folder else text), num_bytes, kind, _text(target)
+        return (f"{folder}/{text}" if folder else text), num_bytes, kind, _text(target) if kind in _LINKS else ""
 
     def _after_map(self, start: int, sparse: bytes) -> int:
         """Return where the data of a sparse file in GNU's old format begin: after the blocks that continue its map."""
@@ -281,7 +282,7 @@ def _text(field: bytes) -> str:
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
     """Return `size` bytes, fewer only at the end of the file: a single `pread` may return fewer."""
-    data = os.pread(descriptor, min(size, LARGEST_READ), offset)
+    data = os.pread(descriptor, size if size < LARGEST_READ else LARGEST_READ, offset)
     if len(data) == size or not data:
         return data
     del data  # read again into one object of the whole size: to add up pieces takes twice the memory

@@ -26,6 +26,7 @@ MAX_HOPS = 32  # links that lead to links
 ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
+_DOCUMENT = re.compile(r"(?:.*/)?(?:readme|licen[cs]e|copying|notice|citation|changelog)", re.IGNORECASE | re.DOTALL)
 _HARD, _SYMBOLIC = b"1", b"2"
 _KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
 UNSAFE = "members whose name leaves the archive (.. or /)"
@@ -170,35 +171,40 @@ class _Groups:
 
     def _sample(self, part: int, key: str, members: dict[str, Member]) -> Iterable[TarSample]:
         reading = self._reading
-        chosen, why = _chosen(members, reading, key)
+        chosen = _chosen(members, reading)
         for ext, member in members.items():
             if ext not in ALLOWED_EXTENSIONS and ext != chosen:
                 self._skipped.add(UNREAD, member.name)
-        if chosen is None and reading.rules == 1 and why.reason == "no_data":
-            self._skipped.add(NO_DATA, key)
+        if not chosen and (reading.rules == 1 or _DOCUMENT.fullmatch(key)):
+            self._skipped.add(NO_DATA if reading.rules == 1 else "documents", key)
             return
         bad: Unusable | None = None
         if self._bad:
             bad = next((bad for member in members.values() if (bad := self._bad.get((part, member.name)))), None)
-        data = next(iter(members.values())) if chosen is None else members[chosen]
-        yield TarSample(key, part, members, data, bad or (why if chosen is None else None))
+        if isinstance(chosen, str):
+            yield TarSample(key, part, members, members[chosen], bad)
+        else:
+            yield TarSample(key, part, members, next(iter(members.values())), bad or _without_data(key, members, chosen, reading))
 
 
-def _chosen(members: Mapping[str, Member], reading: Reading, key: str) -> tuple[str | None, Unusable]:
-    """Return the extension of the sample's image or array; None, and why, if it has none or several."""
-    held = ", ".join(sorted(members)[:8]) + (", ..." if len(members) > 8 else "")
+def _chosen(members: Mapping[str, Member], reading: Reading) -> str | list[str]:
+    """Return the extension of the sample's image or array; those that could be it if there is not one."""
     if reading.member:
-        none = Unusable("no_data", f"sample {key!r} has no member .{reading.member}, which {reading.option} asks for, only {held}")
-        return (reading.member if reading.member in members else None), none
-    plain = [ext for ext in members if ext in DATA_EXTENSIONS]
-    found = plain
-    if reading.rules > 1:
-        found = plain or [ext for ext in members if data_extension(ext) in DATA_EXTENSIONS] or [e for e in members if data_extension(e)]
-    if len(found) > 1:
+        return reading.member if reading.member in members else []
+    found = [ext for ext in members if ext in DATA_EXTENSIONS]
+    if not found and reading.rules > 1:
+        found = [ext for ext in members if data_extension(ext) in DATA_EXTENSIONS] or [ext for ext in members if data_extension(ext)]
+    return found[0] if len(found) == 1 else found
+
+
+def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: Reading) -> Unusable:
+    """Return why a sample with none or several images has no data."""
+    if found:
         why = f"sample {key!r} has the images {', '.join(found[:8])}: choose one with {reading.option}=<extension>"
-        return None, Unusable("ambiguous", why)
-    none = Unusable("no_data", f"sample {key!r} has no image or array that is read, only {held}")
-    return (found[0] if found else None), none
+        return Unusable("ambiguous", why)
+    held = ", ".join(sorted(members)[:8]) + (", ..." if len(members) > 8 else "")
+    asked = f"member .{reading.member}, which {reading.option} asks for" if reading.member else "image or array that is read"
+    return Unusable("no_data", f"sample {key!r} has no {asked}, only {held}")
 
 
 def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> dict[str | None, dict[str, Member]]:
@@ -208,16 +214,19 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
     no image of its own.
     """
     plain = {ext: member for ext, member in members.items() if "." not in ext}
-    has_data = any(ext in DATA_EXTENSIONS for ext in plain)
     below: dict[str, dict[str, Member]] = defaultdict(dict)
     for ext, member in members.items():
         if "." in ext:
             below[ext.rpartition(".")[0]][ext.rpartition(".")[2]] = member
     apart: dict[str | None, dict[str, Member]] = {None: plain.copy()}
-    for name, those in below.items():
-        image, side = any(map(data_extension, those)), bool(_SIDE_EXTENSIONS & those.keys())
+    for name in sorted(below, key=lambda name: not any(map(data_extension, below[name]))):  # those with an image first
+        those = below[name]
+        side = bool(_SIDE_EXTENSIONS & those.keys())
         tells_apart = _WORD.fullmatch(name) is not None and (bool(plain) or words[name] > 1)
-        is_own = (image and (side or not tells_apart)) or (side and not image and not has_data and not tells_apart)
+        if any(map(data_extension, those)):
+            is_own = side or not tells_apart
+        else:  # labels whose image is missing, unless they are further ones of a sample with an image
+            is_own = side and not tells_apart and not any(map(data_extension, apart[None]))
         if is_own and not any(f"{name}.{ext}" == wanted for ext in those):
             apart[name] = those
         else:
@@ -243,19 +252,22 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
         return
     files = {path: entry for entry in entries if entry.is_file and (path := _normal(entry.name)) is not None}
     links = {path: entry for entry in entries if entry.kind in (_HARD, _SYMBOLIC) and (path := _normal(entry.name)) is not None}
-    below = _by_folder(files)
-    left = MAX_LINKED
+    targets = {name: _target(link, links) for name, link in links.items()}
+    for name, link in links.items():  # before those to folders, which may hold them
+        if (target := targets[name]) is not None and (there := files.get(target)) is not None and name not in files:
+            files[name] = link._replace(offset=there.offset, size=there.size, kind=there.kind)
+    below, left = _by_folder(files), MAX_LINKED
     for entry in entries:
         if entry.kind not in (_HARD, _SYMBOLIC):
             yield entry
             continue
-        target = _target(entry, links)
-        if target is not None and target in files:
-            there = files[target]
+        path = _normal(entry.name)
+        target = None if path is None else targets[path]
+        if target is not None and (there := files.get(target)) is not None:
             yield entry._replace(offset=there.offset, size=there.size, kind=there.kind)
             continue
         inside: Sequence[str] = ()
-        if target is not None and not f"{_normal(entry.name)}/".startswith(f"{target}/"):  # else it would lead into itself
+        if target is not None and not f"{path}/".startswith(f"{target}/"):  # else it would lead into itself
             inside = below.get(target, ())
         left -= len(inside)
         if not inside or left < 0:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -311,6 +312,32 @@ class TestTraining:
         fit(job(tmp_path / "in", tmp_path / "new"))
         claims = [json.loads((tmp_path / name / "run.000001.json").read_text()) for name in ("run", "new")]
         assert claims[0]["identity"]["data"] != claims[1]["identity"]["data"]  # dev is validation data now
+
+    def test_a_run_that_began_before_there_were_other_rules_keeps_its_samples(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_tar(tmp_path / "in/a.tar", [*samples(0, 20), *((f"x.{n}.png", encoded(image(n))) for n in range(20, 40))])
+
+        def stop(ref: object, _: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
+            before.setattr("aecore.training.session.open_stream", lambda *asked: open_stream(*asked[:3], rules=1))
+            fit(job(tmp_path / "in", tmp_path / "run", every_steps=2), on_checkpoint=stop)
+        with monkeypatch.context() as now:
+            taken = list[set[int]]()
+            loaded = StreamLoader.batches
+
+            def recorded(loader: StreamLoader, *steps: int, **more: int) -> Iterator[Batch]:
+                for batch in loaded(loader, *steps, **more):
+                    taken.append(set(numbers([batch])))
+                    yield batch
+
+            now.setattr(StreamLoader, "batches", recorded)
+            assert fit(job(tmp_path / "in", tmp_path / "run", every_steps=2)).step == 6
+            assert set.union(*taken) <= set(range(20))
+            fit(job(tmp_path / "in", tmp_path / "new"))
+            assert set.union(*taken) & set(range(20, 40))
 
     def test_the_identity_of_other_runs_does_not_know_these_options(self, tars: Path, tmp_path: Path) -> None:
         plain = small_job(str(tars), tmp_path / "run")

@@ -36,6 +36,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from tests.aecore.data.test_external_tars import EXPECTED, Files, listing, pixels, reason, samples, unusable, write_tar
 from tests.aecore.data.tiny import encoded, image
+from tests.processes import run
 
 
 def shard(url: Path | str, out: Path, max_bad: float = 0.01, adopt: bool = False, **options: Any) -> DatasetManifest:
@@ -125,6 +126,17 @@ class TestNames:
         write_tar(tmp_path / "without/a.tar", [file for file in files if not file[0].endswith("cls")])
         assert {reason(why) for why in unusable(listing(tmp_path / "without"))} == {"ambiguous"}
 
+    def test_pairs_with_a_description_of_both(self, tmp_path: Path) -> None:
+        members = [("input.png", png(0)), ("target.png", png(1)), ("meta.json", b"{}"), ("1.txt", b"a")]
+        write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
+        found = listing(tmp_path, member="target.png")
+        assert (found.keys, found.unusable) == (["0", "1", "2"], None)
+        assert "skipped 1 documents ('README')" in found.notes
+
+    def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
+        assert list(map(reason, unusable(listing(tmp_path)))) == ["", "", "no_data", "no_data"]
+
     def test_masks_and_descriptions_beside_images_are_no_samples(self, tmp_path: Path) -> None:
         files = [
             (f"{n}.{ext}", data) for n in range(4) for ext, data in (("png", png(n)), ("mask.png", png(9)), ("1.txt", b"a"), ("cls", b"1"))
@@ -199,6 +211,24 @@ class TestLinks:
         }
         made = shard(path, tmp_path / "ds", adopt=adopt)
         assert made.num_samples() == 10
+
+    @pytest.mark.parametrize("format", ["gnu", "posix", "ustar", "v7", "oldgnu"])
+    def test_links_as_tar_packs_them(self, tmp_path: Path, format: str) -> None:
+        """A linked folder holds the links in it too: the same samples as from the folder that `tar` unpacks."""
+        folder = tmp_path / "files"
+        (folder / "cat").mkdir(parents=True)
+        for number in range(3):
+            (folder / f"cat/{number}.png").write_bytes(png(number))
+            (folder / f"cat/{number}.cls").write_bytes(b"%d" % number)
+        os.link(folder / "cat/0.png", folder / "cat/4.png")
+        os.symlink("1.png", folder / "cat/5.png")
+        os.symlink("cat", folder / "kitty")
+        run(["tar", f"--format={format}", "-cf", tmp_path / "a.tar", "-C", folder, "."], check=True)
+        source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "a.tar")))
+        found = source.listing()
+        assert found.unusable is None
+        read = {key: source.read(name)[1] for key, name in zip(found.keys, found.sources, strict=True)}
+        assert read == {f"{top}/{n}": (folder / f"{top}/{n}.png").read_bytes() for top in ("cat", "kitty") for n in (0, 1, 2, 4, 5)}
 
     def test_links_that_lead_nowhere_are_in_the_quarantine(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "in/a.tar", [("cat/0.png", png(0))])
