@@ -1,8 +1,8 @@
 """What a model takes before it is built: the shapes of its weights, found on torch's meta device, against the memory of this machine.
 
 A few numbers of a recipe or of a `config.json` from outside ask for any amount of memory. Nothing is allocated for what cannot be held.
-The price: a model is built twice, the first time without memory: 20 ms for an MLP, and once in a process 0.9 s, since the first operation on
-the meta device imports torch's compiler.
+The price: a model is built twice, the first time without memory: 20 ms for an MLP, and once in a process 0.9 s, since the first operation
+on the meta device imports torch's compiler.
 """
 
 import contextlib

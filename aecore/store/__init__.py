@@ -20,6 +20,7 @@ from aecore.store._base import (
     Store,
     canonical_json,
     fault_point,
+    open_regular,
     sha256_file,
     sha256_json,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "is_remote",
     "named_folder",
     "open_files",
+    "open_regular",
     "open_store",
     "own_folder",
     "pid_namespace",

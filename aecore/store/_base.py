@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,18 @@ def sha256_json(data: Any) -> str:  # any: plain JSON data
     return hashlib.sha256(canonical_json(data)).hexdigest()
 
 
+def open_regular(path: Path, flags: int = 0) -> int:
+    """Return a descriptor for reading a file; DataError for a pipe, a device or a folder, which would be waited for or have no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path} is a pipe, a device or a folder, expected a file: remove it, or restore the file from a copy")
+    return descriptor
+
+
 def sha256_file(path: Path) -> str:
     """Return the sha256 (hex) of a local file, read in chunks."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

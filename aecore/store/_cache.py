@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,10 +59,10 @@ class ObjectCache:
         while True:
             path = self.root / ref.sha256
             with _errors(path.parent), contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 state = os.fstat(descriptor)
-                if state.st_nlink and (state.st_size, state.st_uid) == (ref.bytes, os.getuid()):
+                if state.st_nlink and stat.S_ISREG(state.st_mode) and (state.st_size, state.st_uid) == (ref.bytes, os.getuid()):
                     now = time.time()
                     os.utime(descriptor, (now, now + keep_s))
                     return descriptor

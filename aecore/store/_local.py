@@ -12,7 +12,7 @@ from pathlib import Path
 
 from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._again import read_again, read_verified
-from aecore.store._base import FileRef, damaged, fault_point, other_content, require_at_most, require_size, sha256_file
+from aecore.store._base import FileRef, damaged, fault_point, open_regular, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
 from aecore.store._race import races
 
@@ -81,7 +81,7 @@ class LocalStore:
 
     def _bytes(self, path: Path, fresh: bool, limit: int | None) -> bytes:
         def read() -> bytes:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 require_at_most(path, size, limit)
                 if fresh and hasattr(os, "posix_fadvise"):  # not on macOS
@@ -110,7 +110,7 @@ class LocalStore:
         return self._path(ref.name)
 
     def open(self, ref: FileRef) -> int:
-        return read_again(lambda: os.open(self.local(ref), os.O_RDONLY), str(self._path(ref.name)))
+        return read_again(lambda: open_regular(self.local(ref)), str(self._path(ref.name)))
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
         return False

@@ -134,6 +134,16 @@ def test_leftovers_and_damage_of_a_killed_process_are_no_harm(tmp_path):
     assert held(cache) == 1000, "parts that nobody writes any more are removed"
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_under_the_name_of_an_object_is_not_waited_for(tmp_path):
+    cache, origin = ObjectCache(tmp_path / "cache", 1 << 20), Origin()
+    assert read(cache, origin, "a") == origin.data("a")
+    place = tmp_path / "cache" / origin.ref("a").sha256
+    place.unlink()
+    os.mkfifo(place)
+    assert read(cache, origin, "a") == origin.data("a")
+
+
 def test_what_others_keep_in_the_folder_stays(tmp_path):
     cache, origin = ObjectCache(tmp_path / "scratch", 500), Origin()
     (cache.root / "folder").mkdir(parents=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import (
     FAULT_STAGES,
@@ -246,3 +247,19 @@ def test_only_the_store_compares_an_address_with_that_of_a_bucket() -> None:
     for path in files:
         constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not constants & {"s3", "s3:", "s3://"}, path
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path, kind):
+    store, path = open_store(tmp_path), tmp_path / "name"
+    {"pipe": os.mkfifo, "device": lambda place: place.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
+    for read in (lambda: store.read("name"), lambda: store.open(FileRef("name", store.size("name") or 0, "0" * 64))):
+        with pytest.raises(DataError, match=r"is (a pipe, a device or a folder, expected a file|missing)"):
+            read()
+
+
+def test_an_array_source_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(DataError, match="is a pipe, a device or a folder"):
+        ArraysSource(ArraysSpec(url=str(tmp_path / "a.npy"))).listing()

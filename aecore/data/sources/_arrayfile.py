@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import InflateLimit
 from aecore.errors import DataError
+from aecore.store import open_regular
 
 Array = NDArray[Any]  # any: every array has its own dtype
 CHUNK_BYTES = 1 << 20
@@ -154,12 +155,12 @@ class ArrayFile:
         with self._reported():
             if self._format == "npz":
                 return self._member(name, verify=verify)
-            with self._path.open("rb") as file:
+            with os.fdopen(open_regular(self._path), "rb") as file:
                 if self._name.endswith(".gz"):
                     return self._gzipped_idx(file)
                 size = os.fstat(file.fileno()).st_size
                 if verify:
-                    _drain(self._path.open("rb"))
+                    _drain(os.fdopen(open_regular(self._path), "rb"))
                 return (self._npy if self._format == "npy" else self._idx)(file, size)
 
     @contextlib.contextmanager
@@ -181,7 +182,7 @@ class ArrayFile:
             yield archive
 
     def _member(self, name: str, *, verify: bool) -> _Stored:
-        with self._zip() as archive, self._path.open("rb") as file:
+        with self._zip() as archive, os.fdopen(open_regular(self._path), "rb") as file:
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
                 if verify:
