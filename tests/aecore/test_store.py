@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aecore.data.sources._detect import kind_of
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import (
@@ -263,3 +264,10 @@ def test_an_array_source_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.npy")
     with pytest.raises(DataError, match="is a pipe, a device or a folder"):
         ArraysSource(ArraysSpec(url=str(tmp_path / "a.npy"))).listing()
+
+
+def test_a_source_that_is_a_pipe_or_a_device_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    for url in (str(tmp_path / "a.tar"), "/dev/zero"):
+        with pytest.raises(DataError, match="is a pipe or a device"):
+            kind_of(url)
