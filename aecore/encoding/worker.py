@@ -133,6 +133,7 @@ class EncodeWorker:
         self.free = SimpleQueue[Encoder]()
         for model in (loaded, *_copies(loaded, num_streams - 1)):
             self.free.put(Encoder(model, setup.spec, setup.device))
+        self.classes = loaded.config.classes
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
         self.metadata = _metadata(loaded, setup, self.encoded_by)
@@ -174,7 +175,12 @@ class EncodeWorker:
         if split not in self.loaders:
             transform = self.encoder.transform.spec
             self.loaders[split] = Loader(
-                self.dataset, split, transform=transform, spec=InputSpec(cache="none"), channels=self.encoder.channels
+                self.dataset,
+                split,
+                transform=transform,
+                spec=InputSpec(cache="none"),
+                channels=self.encoder.channels,
+                classes=self.classes,
             )
         return self.loaders[split]
 

@@ -48,8 +48,9 @@ class SplitLatents:
         self.loaded, self.batch, self.device = loaded, batch, device
         self.column = latent_column(loaded.config.model.columns)
         self.transform = Transform(loaded.config.transform)
+        config = loaded.config
         self.loader = Loader(
-            dataset, split, transform=loaded.config.transform, spec=InputSpec(cache="none"), channels=loaded.config.channels
+            dataset, split, transform=config.transform, spec=InputSpec(cache="none"), channels=config.channels, classes=config.classes
         )
         self.num_samples, self.labelled = self.loader.num_samples, self.loader.rows.labelled
 

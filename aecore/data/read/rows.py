@@ -8,13 +8,14 @@ The RAM cache holds decoded samples (each rank its own) and fills as samples are
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.classes import UNKNOWN, label_map
 from aecore.data.dataset import Dataset
 from aecore.data.format.decode import DecodeError, Decoder, Pixels, Reading
 from aecore.data.format.ragged import SequenceDecoder
@@ -51,7 +52,8 @@ class _OpenShard:
 class SplitRows:
     """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample.
 
-    With `channels`, those of a model's images, alpha that is one more is composed over the background.
+    With `channels`, those of a model's images, alpha that is one more is composed over the background. With `classes`, the names that a
+    model numbers, labels are the numbers of these; None: those of the dataset.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SplitRows:
         cache: CacheMode = "auto",
         cache_bytes: int = 2 << 30,
         channels: int | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.dataset = dataset
         self.split = split
@@ -74,6 +77,8 @@ class SplitRows:
         if channels is not None and self.sample_format.without_alpha.shape[2:] == (channels,):
             self.sample_format = self.sample_format.without_alpha
         self.labelled = bool(dataset.classes)
+        self.classes = dataset.classes if classes is None else tuple(classes)
+        self._labels = label_map(dataset.classes, self.classes)
         self._starts = np.cumsum(self.counts) - self.counts
         self._decoder, self._pixels = Decoder(reading, self.sample_format), reading.pixels
         self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
@@ -193,9 +198,23 @@ class SplitRows:
             indexed -= self.shards[oldest].samples
         reader = self.dataset.reader(self.shards[number])
         index: Any = reader.index  # any: pyarrow's stubs know no `fill_null` of a column
-        ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy()
-        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels.astype(np.int64))
+        ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy().astype(np.int64)
+        if self._labels is not None:
+            labels = self._renumbered(number, labels)
+        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels)
         return shard
+
+    def _renumbered(self, number: int, labels: Int64s) -> Int64s:
+        """Return labels of the dataset as those of `classes`; DataError for a class that is not in them."""
+        assert self._labels is not None
+        found: Int64s = self._labels[labels]
+        if (found == UNKNOWN).any():
+            name = self.dataset.classes[labels[np.argmax(found == UNKNOWN)]]
+            raise DataError(
+                f"{self.dataset.url}: shard {self.shards[number].stem} has samples of class {name!r}, which the model does not know: "
+                "shard the data again, or use a model that was trained with this class"
+            )
+        return found
 
 
 def _use_cache(mode: CacheMode, needed: int, limit: int) -> bool:

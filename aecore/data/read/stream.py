@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from aecore._base.batch import Batch
+from aecore.data.classes import UNKNOWN, numbers_of, quoted
 from aecore.data.format.decode import DecodeError, Decoder
 from aecore.data.format.image import BadSample, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
@@ -39,7 +40,7 @@ from aecore.store import sha256_json
 from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
-MAX_CLASS_BYTES = 64
+MAX_CLASS_BYTES, MAX_DIGITS = 1 << 10, 18
 StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `data` and `cls`
 REMEDY = "adopt_shards and shard_dataset (aecore.data.write.job) put such samples into a quarantine"
 
@@ -107,15 +108,15 @@ def open_stream(
     return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, SampleFormat.parse(format_text))
 
 
-def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
+def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, str]]:
     for name in names:
         for _, found in _read(tars, name, member, Counter()):
             return f"{tars.files.url}/{name}", found
     raise DataError(f"{tars.files.url} holds no sample with an image or array in {len(names)} tars: check data, or set input.member")
 
 
-def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
-    """Yield key, and codec, bytes and class id (None: no whole number) of each sample of one tar."""
+def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, str]]]:
+    """Yield key, and codec, bytes and class ("": none) of each sample of one tar."""
     tar = TarFile(tars.files, name)
     try:
         for sample in tar.samples(skipped):
@@ -125,7 +126,7 @@ def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> 
                 continue
             cls = sample.members.get("cls")
             text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
-            yield sample.key, (chosen[0], tar.read(chosen[1]), int(text) if text.isdigit() else None)
+            yield sample.key, (chosen[0], tar.read(chosen[1]), text.decode("utf-8", "replace"))
     finally:
         tar.close()
 
@@ -133,12 +134,21 @@ def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> 
 class StreamLoader:
     """Training batches of external tars; a `TrainLoader`.
 
-    `transform` names the decoder, `order` gives seed, global batch and rank; `steps_per_epoch` steps count as an epoch.
+    `transform` names the decoder, `order` gives seed, global batch and rank; `steps_per_epoch` steps count as an epoch. With `classes`, the
+    names that the model numbers, a `.cls` is the name of a class; None: labels are the numbers that are there.
     """
 
     def __init__(
-        self, dataset: StreamDataset, *, transform: TransformSpec, order: TrainingOrder, steps_per_epoch: int, spec: InputSpec
+        self,
+        dataset: StreamDataset,
+        *,
+        transform: TransformSpec,
+        order: TrainingOrder,
+        steps_per_epoch: int,
+        spec: InputSpec,
+        classes: tuple[str, ...] | None = None,
     ) -> None:
+        self._classes, self._labels = classes, dict[str, int]()
         self.steps_per_epoch = steps_per_epoch
         self._names = list(dataset.tars)
         self._tars = ExternalTars.named(dataset.url, tuple(self._names))
@@ -183,10 +193,25 @@ class StreamLoader:
                 f"{row['__url__']}: sample {row['__key__']!r} cannot be trained on ({error}): {REMEDY}", hint=Hint("bad-sample")
             ) from error
         x = torch.from_numpy(pixels)
-        labels = [row["cls"] for row in rows]
+        labels = [self._label(row) for row in rows]
         label = None if None in labels else torch.tensor(labels)
         x = x.permute(0, 3, 1, 2) if self._sample.image else x
         return Batch(x, first + positions, positions, self._order.global_batch, label=label)
+
+    def _label(self, row: StreamSample) -> int | None:
+        """Return the label that the `.cls` of a sample states, None if there is none; DataError for a class that the model lacks."""
+        text: str = row["cls"]
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
+        if self._classes is None or not text:
+            return number
+        if text not in self._labels:
+            self._labels[text] = max(numbers_of({text, text if number is None else str(number)}, self._classes).values())
+        if self._labels[text] == UNKNOWN:
+            raise DataError(
+                f"{row['__url__']}: sample {row['__key__']!r} is of class {text!r}, which the model does not have (it has "
+                f"{quoted(self._classes)}): use tars of its classes, or shard them (shard_dataset) with labels of these names"
+            )
+        return self._labels[text]
 
     def _pipeline(self, start: int) -> Iterable[StreamSample]:
         """Return the endless webdataset pipeline of this rank from step `start` on: tars, samples, shuffle."""

@@ -3,6 +3,7 @@
 Listing reads every file that may have them, and a sample is decoded and written again without loss: its own bytes do not exist.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -28,17 +29,19 @@ def with_frames(listing: Listing, read: Read) -> Listing:
     found = listing.take(rows)
     several = int((counts > 1).sum())
     note = f"{several} files with several pages or frames are {int(counts[counts > 1].sum())} samples (source.frames=all)"
-    return Listing(
-        [f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
-        [f"{source}#{name}" if name else source for source, name in zip(found.sources, names, strict=True)],
-        -(-found.sizes // counts[rows]),
-        found.label_names,
-        found.splits,
-        found.groups,
-        found.columns,
-        (*found.notes, note),
-        found.label_paths,
+    return dataclasses.replace(
+        found,
+        keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
+        sources=[f"{source}#{name}" if name else source for source, name in zip(found.sources, names, strict=True)],
+        sizes=-(-found.sizes // counts[rows]),
+        notes=(*found.notes, note),
     )
+
+
+def file_of(source: str) -> str:
+    """Return the file of a sample that `with_frames` listed."""
+    match = _FRAME.fullmatch(source)
+    return source if match is None else match[1]
 
 
 def read_frame(source: str, read: Read) -> tuple[str, bytes]:

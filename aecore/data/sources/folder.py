@@ -23,6 +23,7 @@ import numpy as np
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._labels import require_rule
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
@@ -41,10 +42,20 @@ class FolderSpec:
     kind: Literal["folder"] = "folder"
     url: str = knob("", "folder that holds the class folders or the split folders", identity=False)
     extensions: tuple[str, ...] = knob(tuple(sorted(IMAGE_EXTENSIONS)), "file extensions that are samples, without the dot")
-    group: Literal["parent"] | None = knob(None, "parent: each file's folder is a bag that stays whole, its label the path above that")
+    group: str | None = knob(
+        None,
+        "samples that stay whole in one split and shard (a bag). parent: those of a folder, whose label is the path above it; "
+        "regex:<expression>: those in whose keys it finds the same",
+    )
     frames: Literal["first", "all", "refuse"] = knob("first", "of pages and animations: first, all as samples, or refuse the file", since=2)
+    label: str = knob(
+        "path", "path: the folders below the split; leaf: the last of them; regex:<expression>: its first group; none", since=2
+    )
+    classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
 
     def __post_init__(self) -> None:
+        require_rule("source.group", self.group, ("parent",))
+        require_rule("source.label", self.label, ("path", "leaf", "none"))
         for ext in self.extensions:
             if ext not in DATA_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, DATA_EXTENSIONS)}")
