@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from aecore.data.sources._detect import kind_of
-from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import (
     FAULT_STAGES,
@@ -258,16 +256,3 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path, ki
     for read in (lambda: store.read("name"), lambda: store.open(FileRef("name", store.size("name") or 0, "0" * 64))):
         with pytest.raises(DataError, match=r"is (a pipe, a device or a folder, expected a file|missing)"):
             read()
-
-
-def test_an_array_source_that_is_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.npy")
-    with pytest.raises(DataError, match="is a pipe, a device or a folder"):
-        ArraysSource(ArraysSpec(url=str(tmp_path / "a.npy"))).listing()
-
-
-def test_a_source_that_is_a_pipe_or_a_device_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "a.tar")
-    for url in (str(tmp_path / "a.tar"), "/dev/zero"):
-        with pytest.raises(DataError, match="is a pipe or a device"):
-            kind_of(url)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.counts import print_counts
 from tests.chaos.faults import FAULTS
 from tests.chaos.places import place
 from tests.chaos.rounds import Bench, Round, Tally, play
@@ -70,14 +71,8 @@ def main(words: list[str]) -> int:
 
 def report(tallies: dict[str, Tally]) -> int:
     """Print the table; return the exit status."""
-    every = Tally()
-    for tally in tallies.values():
-        every.add(tally)
-    width = max(map(len, tallies))
-    print("  ".join(["faults".ljust(width), *COLUMNS]))
-    for name, tally in (*tallies.items(), ("all", every)):
-        print("  ".join([name.ljust(width), *(str(getattr(tally, column)).rjust(len(column)) for column in COLUMNS)]))
-    return int(every.bad)
+    print_counts("faults", COLUMNS, {name: {column: getattr(tally, column) for column in COLUMNS} for name, tally in tallies.items()})
+    return int(any(tally.bad for tally in tallies.values()))
 
 
 if __name__ == "__main__":

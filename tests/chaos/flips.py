@@ -13,23 +13,21 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from aecore.checkpoint import load_model
 from aecore.errors import AecoreError
 from pipelines.cli.main import main as aepipe
 from pipelines.steps.logs import log_to_handler
 from pipelines.steps.show import verify
+from tests.chaos.counts import count_and_seed, print_counts, turns
 from tests.chaos.places import Local
 from tests.chaos.rounds import Bench, Round
 from tests.chaos.work import MANIFEST_ROW, WORKS, Work, difference, rows_of
 
-T = TypeVar("T")
 KILLED_AT = {  # two points for each work: little is there, most is there
     "shard": ("listing.linked", "record.linked:5"),
     "train": ("metrics.linked", "checkpoint.linked:3"),
@@ -42,11 +40,10 @@ COLUMNS = ("flips", "noticed", "equal", "wrong", "unexplained")
 
 def main(words: list[str]) -> int:
     """Change bits, print counts for each kind of file, and return 1 if one was neither noticed nor without effect."""
-    options = {"count": "1000", "seed": "0"} | dict(word.partition("=")[::2] for word in words)
-    if options.keys() != {"count", "seed"}:
-        print(f"flips {' '.join(words)}: expected count=N seed=N", file=sys.stderr)
+    if (asked := count_and_seed("flips", words)) is None:
         return 2
-    count, rng = int(options["count"]), random.Random(options["seed"])
+    count, seed = asked
+    rng = random.Random(seed)
     base = Path(tempfile.mkdtemp(prefix="aecore-flips-"))
     try:
         (base / "data").mkdir()
@@ -58,26 +55,18 @@ def main(words: list[str]) -> int:
             tally = tallies.setdefault(what, Counter())
             tally.update(["flips", found.partition(": ")[0]])
             if ": " in found:
-                print(f"flip {number} of seed {options['seed']}: {what}: {found}", flush=True)
-        return _report(tallies)
+                print(f"flip {number} of seed {seed}: {what}: {found}", flush=True)
+        every = print_counts("file", COLUMNS, dict(sorted(tallies.items())))
+        return int(bool(every["wrong"] or every["unexplained"]))
     finally:
         shutil.rmtree(base, ignore_errors=True)
-
-
-def _report(tallies: dict[str, Counter[str]]) -> int:
-    every: Counter[str] = sum(tallies.values(), Counter())
-    width = max(map(len, tallies))
-    print("  ".join(["file".ljust(width), *COLUMNS]))
-    for name, tally in (*sorted(tallies.items()), ("all", every)):
-        print("  ".join([name.ljust(width), *(str(tally[column]).rjust(len(column)) for column in COLUMNS)]))
-    return int(bool(every["wrong"] or every["unexplained"]))
 
 
 def _finished(bench: Bench, rng: random.Random, count: int) -> Iterator[tuple[str, str]]:
     """Yield kind of file and result of each of `count` flips in the artefacts of both states."""
     place = bench.place
     cases = [(state, name) for state in ("one", "two") for name in place.names(state)]
-    for state, name in _turns(rng, count, cases):
+    for state, name in turns(rng, count, cases):
         kind = name.split("/")[1]
         url, before = place.url(f"{state}/{kind}"), Path(place.url(name)).read_bytes()
         restore = place.flip(name, rng)
@@ -131,7 +120,7 @@ def _unfinished(bench: Bench, rng: random.Random, count: int) -> Iterator[tuple[
                 assert process.finish().returncode == -signal.SIGKILL, process.tail()
             before = set(bench.place.names(work.begins)) if work.begins else set()
             cases += [(one, name) for name in bench.place.names(one.out) if name.replace(one.out, work.begins or "", 1) not in before]
-    for one, name in _turns(rng, count, cases):
+    for one, name in turns(rng, count, cases):
         yield f"unfinished {one.work.makes[0]} {_sort(name)}", _of_unfinished(bench, one.work, one.out, name, rng)
 
 
@@ -158,14 +147,6 @@ def _of_unfinished(bench: Bench, work: Work, killed: str, name: str, rng: random
         return f"unexplained: {work.name} after a changed bit in {name} raised {error!r}"
     finally:
         place.forget("try")
-
-
-def _turns(rng: random.Random, count: int, cases: list[T]) -> Iterator[T]:
-    """Yield `count` cases, each once before one comes again."""
-    left: list[T] = []
-    for _ in range(count):
-        left = left or rng.sample(cases, len(cases))
-        yield left.pop()
 
 
 def _sort(name: str) -> str:

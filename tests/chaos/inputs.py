@@ -8,11 +8,9 @@ numbers and nesting. A command must end by itself with a known exit status, with
 import io
 import json
 import os
-import pickle
 import random
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -23,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from aecore.artifact.documents import sealed
+from tests.chaos.counts import count_and_seed, print_counts, turns
 from tests.chaos.places import Local
 from tests.chaos.rounds import EXIT_CODES, Bench
 from tests.chaos.work import RECIPE, WORKS
@@ -57,39 +56,26 @@ class _Canary:
 
 def main(words: list[str]) -> int:
     """Try inputs, print counts for each kind of file, and return 1 if one was executed, crashed, hung or took too much."""
-    options = {"count": "1000", "seed": "0"} | dict(word.partition("=")[::2] for word in words)
-    if options.keys() != {"count", "seed"}:
-        print(f"inputs {' '.join(words)}: expected count=N seed=N", file=sys.stderr)
+    if (asked := count_and_seed("inputs", words)) is None:
         return 2
-    rng, base = random.Random(options["seed"]), Path(tempfile.mkdtemp(prefix="aecore-inputs-"))
+    count, seed = asked
+    rng, base = random.Random(seed), Path(tempfile.mkdtemp(prefix="aecore-inputs-"))
     try:
         (base / "data").mkdir()
         bench = Bench(base, Local(base / "data"))
         bench.prepare(WORKS[:3])
         canary = base / "executed"
-        cases = _corpus(base, canary)
         tallies: dict[str, Counter[str]] = {}
-        left: list[int] = []
-        for number in range(int(options["count"])):
-            left = left or rng.sample(range(len(cases)), len(cases))
-            kind, path, command = cases[left.pop()]
+        for number, (kind, path, command) in enumerate(turns(rng, count, _corpus(base, canary))):
             found, said = _try(base, bench, path, command, canary, rng)
             tally = tallies.setdefault(kind, Counter())
             tally.update(["inputs", found])
             if found not in ("taken", "refused"):
-                print(f"input {number} of seed {options['seed']}: {kind}, {path.name}: {found}\n{said}", flush=True)
-        return _report(tallies)
+                print(f"input {number} of seed {seed}: {kind}, {path.name}: {found}\n{said}", flush=True)
+        every = print_counts("input", COLUMNS, dict(sorted(tallies.items())))
+        return int(any(every[column] for column in COLUMNS[3:]))
     finally:
         shutil.rmtree(base, ignore_errors=True)
-
-
-def _report(tallies: dict[str, Counter[str]]) -> int:
-    every: Counter[str] = sum(tallies.values(), Counter())
-    width = max(map(len, tallies))
-    print("  ".join(["input".ljust(width), *COLUMNS]))
-    for name, tally in (*sorted(tallies.items()), ("all", every)):
-        print("  ".join([name.ljust(width), *(str(tally[column]).rjust(len(column)) for column in COLUMNS)]))
-    return int(any(every[column] for column in COLUMNS[3:]))
 
 
 def _corpus(base: Path, canary: Path) -> list[tuple[str, Path, list[str]]]:
@@ -127,8 +113,6 @@ def _corpus(base: Path, canary: Path) -> list[tuple[str, Path, list[str]]]:
     (raw / "recipes/r.yaml").write_text(RECIPE.format(images=raw / "images"))
     cases.append(("recipe", raw / "recipes/r.yaml", ["run", "{root}/recipes/r.yaml", "out={root}/out", "--dry-run"]))
     shutil.copytree(base / "data/one", raw / "one")
-    (state,) = sorted((raw / "one/run/checkpoints").glob("*/state.pt"))[-1:]
-    state.with_name("hostile.pt").write_bytes(pickle.dumps(_Canary(canary)))
     uses = {
         "dataset": ["encode", "{root}/one/run", "{root}/one/dataset", "{root}/out", *shard[:1]],
         "run": ["encode", "{root}/one/run", "{root}/one/dataset", "{root}/out", *shard[:1]],

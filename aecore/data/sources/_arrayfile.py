@@ -155,12 +155,12 @@ class ArrayFile:
         with self._reported():
             if self._format == "npz":
                 return self._member(name, verify=verify)
-            with os.fdopen(open_regular(self._path), "rb") as file:
+            with self._file() as file:
                 if self._name.endswith(".gz"):
                     return self._gzipped_idx(file)
                 size = os.fstat(file.fileno()).st_size
                 if verify:
-                    _drain(os.fdopen(open_regular(self._path), "rb"))
+                    _drain(self._file())
                 return (self._npy if self._format == "npy" else self._idx)(file, size)
 
     @contextlib.contextmanager
@@ -176,13 +176,16 @@ class ArrayFile:
     def _label(self, array: str) -> str:
         return f"{self._name}{f' (array {array!r})' if array else ''}"
 
+    def _file(self) -> IO[bytes]:
+        return os.fdopen(open_regular(self._path), "rb")
+
     @contextlib.contextmanager
     def _zip(self) -> Iterator[zipfile.ZipFile]:
-        with self._reported(), zipfile.ZipFile(self._path) as archive:
+        with self._reported(), self._file() as file, zipfile.ZipFile(file) as archive:
             yield archive
 
     def _member(self, name: str, *, verify: bool) -> _Stored:
-        with self._zip() as archive, os.fdopen(open_regular(self._path), "rb") as file:
+        with self._zip() as archive, self._file() as file:
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
                 if verify:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.sources._arrayfile import array_format
 from aecore.data.sources._external_tars import TAR_ENDINGS
-from aecore.errors import DataError
 from aecore.store import absolute_url, is_remote
 
 DEFAULT = "folder"
@@ -22,8 +21,6 @@ def kind_of(url: str) -> str:
     for this: set `source.kind`, unless the address is one file.
     """
     where = absolute_url(url, "SRC")
-    if not is_remote(where) and os.path.exists(where) and not (os.path.isdir(where) or os.path.isfile(where)):
-        raise DataError(f"{where} is a pipe or a device, which would be waited for or has no end: give a folder or a file")
     known = _of_name(where)
     if known is not None:
         return known

@@ -123,6 +123,8 @@ class FolderSource:
             return
         if not self._root.exists():
             raise DataError(f"source.url {self._root} does not exist: check the address")
+        if not self._root.is_file():
+            raise DataError(f"source.url {self._root} is a pipe or a device: source.kind=folder reads a folder")
         if zipfile.is_zipfile(self._root):
             target = self._root.with_suffix("")
             unpack = f"unpack it (`unzip {self._root} -d {target}`) and give the folder {target}"

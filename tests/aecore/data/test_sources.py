@@ -9,6 +9,7 @@ from PIL import Image
 from aecore import native
 from aecore.data.format.record import image_header
 from aecore.data.sources import Listing
+from aecore.data.sources._detect import kind_of
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError
@@ -217,3 +218,14 @@ def test_a_folder_is_listed_the_same_with_and_without_the_compiled_loops(tmp_pat
     assert dict(zip(listing.sources, listing.sizes.tolist(), strict=True)) == expected
     assert listing.sources == sorted(listing.sources)
     assert len(listing.notes) == 3
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a-idx1-ubyte.gz", "a.tar", "a.tar.gz", "pictures"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_source_that_is_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, name, kind):
+    path = tmp_path / name
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    source = SOURCES.build(SOURCES.spec_type_of({"kind": kind_of(str(path))})(url=str(path)))
+    with pytest.raises(DataError, match="is a pipe(, a device)? or a (device|folder)"):
+        source.listing()
