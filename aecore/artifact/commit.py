@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aecore.artifact.documents import read_json, sealed
+from aecore.artifact.documents import read_json, sealed, typed
 from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.registry import flatten
 from aecore.store import AlreadyExists, FileRef, Store, canonical_json
@@ -158,9 +158,12 @@ def read_record(store: Store, part: str) -> PartRecord | None:
     if store.size(f"records/{part}.json") is None:
         return None
     data = read_json(store, f"records/{part}.json")
-    files = tuple(FileRef(**ref) for ref in data["files"])
-    store.check_all(files)
-    return PartRecord(data["part"], files, data["rows"], data["quarantined"], data["detail"], data["timings"])
+    try:
+        record = typed(PartRecord, {**data, "files": tuple(typed(FileRef, ref) for ref in data["files"])})
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{store.url}/records/{part}.json was not written by aecore ({error}): restore it") from error
+    store.check_all(record.files)
+    return record
 
 
 def require_counts(store: Store, record: PartRecord, found: Mapping[str, tuple[object, object]]) -> None:

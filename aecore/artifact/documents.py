@@ -6,17 +6,22 @@ disagrees with its name; before that it reads the file once more past every cach
 opens without a hash if its keys are exactly those that its kind had then.
 """
 
+import dataclasses
+import functools
 import json
 import logging
 import re
+import types
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from aecore.errors import DataError
+from aecore.registry import shown
 from aecore.store import FileRef, Store, canonical_json, sha256_json
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
@@ -116,6 +121,40 @@ def problems_of(store: Store) -> list[str]:
 def read_bytes(store: Store, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
     """Return the bytes of a JSON file; DataError if it is missing, or has more of them than any file of its kind."""
     return store.read(name, ref=ref, fresh=fresh, limit=_kind_of(f"{store.url}/{name}")[0].most)
+
+
+def typed(kind: type[T], fields: Mapping[str, Any]) -> T:
+    """Return a dataclass of what a file says; TypeError or ValueError if a field has another type, or is a number that counts nothing.
+
+    A hash says that a file is what its writer wrote, not that the writer was aecore. Of a collection only its own type is looked at.
+    """
+    made = kind(**fields)
+    for name, known in _types_of(kind):  # type: ignore[arg-type]  # a class can be hashed
+        value = getattr(made, name)
+        if type(value) not in known:
+            raise TypeError(f"{name} is {shown(value)}, expected {' or '.join(sorted(each.__name__ for each in known))}")
+        if type(value) is int and not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} is {shown(value)}, expected a number from 0")
+    return made
+
+
+@functools.cache
+def _types_of(kind: Hashable) -> tuple[tuple[str, frozenset[type]], ...]:
+    """Return the types that the values of each field of a dataclass may have."""
+    found, hints = [], get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        plain = (get_origin(option) or option for option in options)
+        found.append((field.name, frozenset(dict if option is Mapping else option for option in plain)))
+    return tuple(found)
+
+
+def require_counts_of(data: Mapping[str, Any], **counts: int) -> None:
+    """ValueError if a manifest says another total than what its parts add up to."""
+    for name, count in counts.items():
+        if type(data[name]) is not int or data[name] != count:
+            raise ValueError(f"{name} is {shown(data[name])}, its parts have {count}")
 
 
 def require_once(values: Iterable[object], what: str) -> None:

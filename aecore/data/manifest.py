@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.documents import read_json, require_once
+from aecore.artifact.documents import read_json, require_counts_of, require_once, typed
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
+from aecore.registry import shown
 from aecore.store import FileRef, Store, absolute_url, is_remote, open_store, resolve_url, sha256_json
 
 STEM = "dataset"
@@ -170,21 +171,25 @@ class DatasetManifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "DatasetManifest":
         """Return the manifest from the data of `to_json`; KeyError, TypeError or ValueError if it is something else."""
-        manifest = cls(
-            number=data["number"],
-            parent=data["parent"],
-            parent_sha256=data["parent_sha256"],
-            claim_sha256=data.get("claim_sha256"),
-            identity=data["identity"],
-            classes=tuple(data["classes"]),
-            splits=in_order(_shard_from_json(shard) for shard in data["shards"]),
-            rejected=tuple(RejectedPart(**{**part, "quarantine": FileRef(**part["quarantine"])}) for part in data["rejected"]),
-            listings=tuple(FileRef(**ref) for ref in data["listings"]),
-            sample=SampleInfo(**data["sample"]),
-            statistics={name: SplitStatistics(**counts) for name, counts in data["statistics"].items()},
-            reasons=data["reasons"],
-            dataset_sha256=data["dataset_sha256"],
-        )
+        fields = {
+            "number": data["number"],
+            "parent": data["parent"],
+            "parent_sha256": data["parent_sha256"],
+            "claim_sha256": data.get("claim_sha256"),
+            "identity": data["identity"],
+            "classes": tuple(data["classes"]),
+            "splits": in_order(_shard_from_json(shard) for shard in data["shards"]),
+            "rejected": tuple(typed(RejectedPart, {**part, "quarantine": typed(FileRef, part["quarantine"])}) for part in data["rejected"]),
+            "listings": tuple(typed(FileRef, ref) for ref in data["listings"]),
+            "sample": typed(SampleInfo, data["sample"]),
+            "statistics": {name: typed(SplitStatistics, counts) for name, counts in data["statistics"].items()},
+            "reasons": data["reasons"],
+            "dataset_sha256": data["dataset_sha256"],
+        }
+        manifest = typed(cls, fields)
+        if not isinstance(data["classes"], list) or not all(isinstance(name, str) for name in manifest.classes):
+            raise TypeError(f"classes is {shown(data['classes'])}, expected a list of names")
+        require_counts_of(data, quarantined=manifest.quarantined)
         parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
         require_once([(part.split, part.stem) for part in parts], "a shard")
         require_once([ref.name for ref in manifest.own_files], "a file")
@@ -198,10 +203,9 @@ def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
-    quarantine = data["quarantine"]
-    files = {"tar": FileRef(**data["tar"]), "index": FileRef(**data["index"]), "quarantine": FileRef(**quarantine) if quarantine else None}
+    files = {name: typed(FileRef, data[name]) if data[name] else None for name in ("tar", "index", "quarantine")}
     fields = {**data, **files}
-    return ShardRef(tar_base_url=fields.pop("home", None), **fields)
+    return typed(ShardRef, {"tar_base_url": fields.pop("home", None), **fields})
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:

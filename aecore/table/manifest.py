@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.commit import PartRecord
-from aecore.artifact.documents import read_json, require_once
+from aecore.artifact.documents import read_json, require_counts_of, require_once, typed
 from aecore.errors import DataError
+from aecore.registry import shown
 from aecore.store import FileRef, Store
 
 STEM = "table"
@@ -51,7 +52,8 @@ class TablePart:
     def from_json(cls, data: Mapping[str, Any]) -> "TablePart":
         """Return the part from the result of `dataclasses.asdict`."""
         quarantine = data["quarantine"]
-        return cls(**{**data, "file": FileRef(**data["file"]), "quarantine": FileRef(**quarantine) if quarantine else None})
+        files = {"file": typed(FileRef, data["file"]), "quarantine": typed(FileRef, quarantine) if quarantine else None}
+        return typed(cls, {**data, **files})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,20 @@ class TableManifest:
         names = [field.name for field in dataclasses.fields(cls) if field.name not in ("parts", "claim_sha256")]
         parts = tuple(TablePart.from_json(part) for part in data["parts"])
         require_once([part.file.name for part in parts], "a part")
-        return cls(**{name: data[name] for name in names}, claim_sha256=data.get("claim_sha256"), parts=parts)
+        made = typed(cls, {**{name: data[name] for name in names}, "claim_sha256": data.get("claim_sha256"), "parts": parts})
+        _require_lineage(made)
+        require_counts_of(data, num_rows=made.num_rows, quarantined=made.quarantined)
+        return made
+
+
+def _require_lineage(manifest: TableManifest) -> None:
+    """KeyError or TypeError unless lineage and identity name the checkpoint and the dataset as readers expect."""
+    lineage, checkpoint, dataset = manifest.lineage, manifest.lineage["checkpoint"], manifest.lineage["dataset"]
+    texts = (checkpoint["url"], checkpoint["sha256"], dataset["url"], dataset["sha256"], manifest.identity["checkpoint_sha256"])
+    if not all(type(text) is str for text in texts) or not all(type(number) is int for number in (checkpoint["step"], dataset["number"])):
+        raise TypeError(f"its lineage names {shown(checkpoint)} and {shown(dataset)}")
+    if not isinstance(lineage["encoded_by"], list) or not all(isinstance(each, dict) for each in lineage["encoded_by"]):
+        raise TypeError(f"its lineage says encoded_by {shown(lineage['encoded_by'])}")
 
 
 def read_table_manifest(store: Store, number: int) -> TableManifest:

@@ -1,8 +1,12 @@
 """The small JSON files: nothing in them is believed, and none of version 1 is lost."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import logging
+import operator
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from aecore.artifact.commit import read_record
 from aecore.artifact.documents import read_json, sealed
 from aecore.checkpoint import load_model
 from aecore.data.dataset import open_dataset
@@ -21,6 +26,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.encoding.job import encode_dataset
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import open_store
+from aecore.table.table import open_table
 from aecore.training.loop import fit
 from aecore.training.result import finished_run
 from tests.aecore.training import small_job
@@ -269,3 +275,32 @@ def test_a_dataset_cannot_send_signed_requests_to_a_place_that_nobody_named(root
         dataset.tars(elsewhere)
     monkeypatch.setenv("AECORE_TAR_PREFIXES", "s3://other/one,s3://somewhere")
     assert dataset.tars(elsewhere).url == "s3://somewhere/else"
+
+
+WRONG = [True, -1, 1 << 70, 1.5, "x", None, [], {}]
+
+
+@pytest.mark.parametrize("name", ["dataset/dataset.000001.json", "table/table.000001.json", "dataset/records/train-000000.json"])
+def test_a_value_of_another_type_is_named_whoever_computed_the_hash(root, name):
+    """The hash fits; every number, text and list of the first two levels becomes something else, which is refused or means the same."""
+    path, folder = root / name, root / name.partition("/")[0]
+    good = content(path)
+    reads = {"dataset": lambda: open_dataset(str(folder)), "table": lambda: open_table(str(folder))}[folder.name]
+    if "records" in name:
+        reads = lambda: read_record(open_store(folder), path.stem)  # noqa: E731
+    refused = 0
+    for keys in [(key,) for key in good] + [
+        (key, 0, inner) for key in ("shards", "parts", "files") for inner in (good.get(key) or [{}])[0]
+    ]:
+        for wrong in WRONG:
+            changed = copy.deepcopy(good)
+            place = functools.reduce(operator.getitem, keys[:-1], changed)
+            if type(place[keys[-1]]) is type(wrong):
+                continue
+            place[keys[-1]] = wrong
+            rewrite(path, **changed)
+            with contextlib.suppress(DataError):
+                reads()
+                continue
+            refused += 1
+    assert refused > 25
