@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         more = [next_command(known), None if known is error else "--debug shows where it happened"]
         message = "; ".join([str(known), *filter(None, more)])
         return _failed({"error": type(known).__name__, "message": message, "exit_code": known.exit_code}, as_json=as_json)
+    finally:
+        if argv is None:  # the process ends: in its exit handlers an interrupt would be a traceback
+            for how in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(how, signal.SIG_DFL)
 
 
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipelines.cli.main import main
 from pipelines.cluster.outside import typed
 from pipelines.steps.logs import Printable, make_printable
 from pipelines.steps.progress import Progress, TerminalLine, from_line, lines_to
-from tests.processes import run
+from tests.processes import WARM, run, started
 
 EVIL = "cat\x1b]0;owned\x07\x1b[2J"
 SIGNATURE = "X-Amz-Signature=hidden123"
@@ -113,6 +114,24 @@ def test_the_traceback_of_a_bug_is_printable_too() -> None:
     assert done.returncode == 1
     assert done.stderr.count("Traceback (most recent call last)") == done.stderr.count("KeyError") == 2, "one of another thread"
     assert "hidden" not in done.stderr and "\x1b" not in done.stderr
+
+
+ENDING = """
+import atexit, sys, time
+from pipelines.cli.main import main
+atexit.register(lambda: (print("ending", flush=True), time.sleep(600)))
+sys.argv = ["aepipe", "list", "models"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_after_the_result_is_no_traceback(how: signal.Signals) -> None:
+    with started([*WARM, "-c", ENDING]) as process:
+        process.wait_for("ending")
+        process.send(how)
+        done = process.finish()
+    assert (done.returncode, done.stderr) == (-how, "")
 
 
 def test_a_log_of_ours_is_one_printable_line_per_record() -> None:
