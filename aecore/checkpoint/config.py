@@ -59,9 +59,9 @@ class ModelConfig:
         return cls(model, backbone, _read(TransformSpec, data["transform"]), _shape(data["input_shape"], model.kind))
 
     def shapes(self) -> Mapping[str, Tensor] | None:
-        """Return the model's state dict on torch's meta device: names, shapes and dtypes, without memory.
+        """Return the model's state dict for its names, shapes and dtypes: of a large model without values and memory.
 
-        None for a model whose building looks at values: nothing is known of it before it is built.
+        None for a large model whose building looks at values: nothing is known of it before it is built.
 
         Raises
         ------

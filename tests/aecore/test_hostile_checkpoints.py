@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint, read_checkpoint
-from aecore.checkpoint.limits import machine_bytes
+from aecore.checkpoint.limits import machine_bytes, shapes_of
 from aecore.checkpoint.weights import load_model, load_state, load_weights, require_finite_weights, write_checkpoint
 from aecore.data.format.transform import TransformSpec
 from aecore.errors import AecoreError, ConfigError, DataError
@@ -53,7 +53,7 @@ from aecore.training.session import Session
 from aecore.variational import VAESpec
 from tests.aecore.training import losses, published_weights, small_job, sprites_dataset
 from tests.documents import content, rewrite
-from tests.processes import children, join
+from tests.processes import children, join, run
 
 Files = dict[str, bytes]  # of a checkpoint's folder
 Mutation = tuple[str, Callable[[Path], None]]  # its name, and what it does to such a folder
@@ -713,3 +713,26 @@ def test_tied_weights_are_written_and_two_values_for_them_are_refused(tmp_path: 
     assert newest is not None
     with pytest.raises(DataError, match=r"second\.weight and first\.weight are the same weights in the model, and differ in the file"):
         load_weights(_Tied(), store, newest)
+
+
+def test_looking_at_the_size_of_a_usual_model_imports_no_compiler(tmp_path: Path) -> None:
+    config = config_of("vae on mlp")
+    write_checkpoint(open_store(tmp_path), "model", config.build(), config, step=1, state={}, info={})
+    loads = "import sys; from aecore.checkpoint.weights import load_model; load_model(sys.argv[1])"
+    run([sys.executable, "-P", "-c", f"{loads}; assert 'torch._dynamo' not in sys.modules", tmp_path / "model"])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(1 << 20, 1 << 20),
+        lambda: nn.Linear(8, 8).requires_grad_(torch.randn(size=(1 << 20, 1 << 20)) is None),
+        lambda: nn.Linear(8, 8).requires_grad_(torch.full((1 << 40,), 1.0) is None),
+        lambda: nn.Sequential(*(nn.Linear(1 << 12, 1 << 12) for _ in range(1 << 8))),
+    ],
+)
+def test_looking_at_the_size_of_a_large_model_takes_no_memory(build: Callable[[], nn.Module]) -> None:
+    drawn, before = torch.get_rng_state(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert shapes_of(build)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+    assert torch.equal(drawn, torch.get_rng_state())
