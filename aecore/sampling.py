@@ -12,9 +12,10 @@ import dataclasses
 import io
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,12 +28,16 @@ from aecore._base.trainable import has_posterior, latent_column
 from aecore.artifact.commit import require_same
 from aecore.artifact.documents import read_json, sealed
 from aecore.checkpoint.weights import LoadedModel, load_model
+from aecore.data.classes import UNKNOWN, numbers_of, quoted, require_known
 from aecore.data.format.pictures import grid, is_image, pixels, png
 from aecore.data.format.transform import Transform
 from aecore.data.sources._arrayfile import ArrayFile
 from aecore.errors import ConfigError, DataError, Hint, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store, absolute_url, open_files, open_store, read_again, sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    from aecore.table.table import LatentTable
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class SampleSpec:
 
     num: int = knob(64, "number of samples", ge=1)
     seed: int = knob(0, "seed of the latents", ge=0)
-    label: int | None = knob(None, "class id, for a conditional model", ge=0)
+    label: int | str | None = knob(None, "class, for a conditional model: its name, or its number", ge=0)
     batch: int = knob(256, "latents decoded at once", ge=1)
     images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
 
@@ -60,7 +65,7 @@ class DecodeSpec:
     column: str | None = knob(None, "column of the table, or array of the .npz; null: the model's own (mu, z, codes), or the only array")
     split: str | None = knob(None, "split of the table; null: all rows")
     num: int = knob(0, "decode the first ones only; 0: all", ge=0)
-    label: int | None = knob(None, "class id, for a conditional model; null: the table's own labels", ge=0)
+    label: int | str | None = knob(None, "class, for a conditional model: its name, or its number; null: the table's own", ge=0)
     batch: int = knob(256, "latents decoded at once", ge=1)
     images: int = knob(64, "samples that are also written one by one as PNG files", ge=0)
 
@@ -144,19 +149,32 @@ def latent_dim(loaded: LoadedModel, column: str) -> int:
     return int(loaded.model.latents(blank)[column].shape[1])
 
 
-def _labels(loaded: LoadedModel, asked: int | None, known: NDArray[np.int64] | None, num: int) -> NDArray[np.int64] | None:
-    """Return the class ids `[num]` to condition on, None for unconditional models; ConfigError for a missing or unknown class."""
+def _labels(loaded: LoadedModel, asked: int | str | None, known: NDArray[np.int64] | None, num: int) -> NDArray[np.int64] | None:
+    """Return the class ids `[num]` to condition on, None for unconditional models; ConfigError for a missing or unknown class.
+
+    `asked` is a name of the checkpoint's classes; a number that is no name is a class id.
+    """
     kind, classes = loaded.config.model.kind, to_dict(loaded.config.model).get("num_classes")
     if "label" not in loaded.model.encode_inputs:
         if asked is not None:
             raise ConfigError(f"label={asked}, and model.kind={kind} is not conditional: leave label out, or use model.kind=cvae")
         return None
-    span = f"0 to {classes - 1}" if classes else "0, 1, ..."
-    if asked is not None and classes and asked >= classes:
-        raise ConfigError(f"label={asked}, and this model knows the classes {span}: choose one of them")
+    names = loaded.config.classes or ()
+    ids = f"0 to {classes - 1}" if classes else "0, 1, ..."
+    span = quoted(names) if names else ids
     if asked is None and known is None:
         raise ConfigError(f"model.kind={kind} is conditional: add label=..., one of {span}")
-    return np.full(num, asked, np.int64) if asked is not None else known
+    if asked is None:
+        return known
+    number = numbers_of([str(asked)], names)[str(asked)]
+    if number == UNKNOWN and isinstance(asked, str):
+        if names:
+            raise ConfigError(f"label={asked}, and this model has no such class{did_you_mean(asked, names)}")
+        raise ConfigError(f"label={asked}, and this checkpoint was written without class names: give the number of a class, {ids}")
+    number = int(asked) if number == UNKNOWN else number
+    if classes and number >= classes:
+        raise ConfigError(f"label={asked}, and this model knows the classes {span}: choose one of them")
+    return np.full(num, number, np.int64)
 
 
 def _read_latents(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
@@ -186,9 +204,20 @@ def _of_table(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     column = spec.column or latent_column(loaded.config.model.columns)
     rows = {"key": np.array(part.keys.to_pylist()[:stop])}
     if "label" in part.columns and not part.arrow("label").null_count:
-        rows["label"] = part.numpy("label")[:stop].astype(np.int64)
+        rows["label"] = _labels_of_table(part, loaded, url)[:stop]
     parts = sha256_json([one.file.sha256 for one in table.parts])
     return Latents(part.numpy(column)[:stop], rows, {"table": url, "sha256": parts, "column": column})
+
+
+def _labels_of_table(table: "LatentTable", loaded: LoadedModel, url: str) -> NDArray[np.int64]:
+    """Return the labels `[n]` of a table as the model numbers them: by name, where the checkpoint has names."""
+    classes = loaded.config.classes
+    if classes is None or "label_name" not in table.columns:
+        return np.asarray(table.numpy("label"), np.int64)
+    names = table.arrow("label_name").to_pylist()
+    numbers = numbers_of(set(names), classes)
+    require_known(Counter(names), classes, f"table {url}", f"checkpoint {loaded.url}", "give the run that the table names")
+    return np.array([numbers[name] for name in names], np.int64)
 
 
 def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:

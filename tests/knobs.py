@@ -65,7 +65,7 @@ def _of_type(hint: Any, default: Any, bounds: list[float], words: list[str]) -> 
     elif hint in (int, float):
         yield from _numbers(hint, [number for number in (default, *bounds) if isinstance(number, int | float)])
     elif hint is str:
-        yield from ("x", "png", *words)
+        yield from ("x", "png", *words, "regex:x")
     else:
         assert hint is NoneType, f"no values known for the type {hint}: add them to tests/knobs.py"
         yield None

@@ -68,7 +68,7 @@ _KINDS = (
     _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, first=(_TABLE | _FORMAT,)),
     _Kind(r"checkpoints/step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"checkpoint\.json", _CHECKPOINT, first=(_CHECKPOINT | _FORMAT,)),
-    _Kind(r"config\.json", _CONFIG, first=(_CONFIG | _FORMAT,)),
+    _Kind(r"config\.json", _CONFIG, optional=_keys("classes"), first=(_CONFIG | _FORMAT,)),
     _Kind(r"(?:samples|decoded)\.json", _GENERATED, first=(_GENERATED,)),
     _Kind(r"figures\.json", _FIGURES, first=(_FIGURES,)),
 )

@@ -21,13 +21,15 @@ MOST_AXES = 8  # of a sample
 class ModelConfig:
     """Everything that is needed to rebuild a model; `input_shape` is `(C, H, W)`, `(F,)` or any other shape of the data.
 
-    A first axis of 0 means sequences of any number of steps.
+    A first axis of 0 means sequences of any number of steps. `classes` are the names of the labels that the model takes, in order; None if
+    it takes none, or was trained by a version that did not record them.
     """
 
     model: ModelSpec
     backbone: Any  # any: the spec class registered for its kind
     transform: TransformSpec
     input_shape: tuple[int, ...]
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.model.likelihood == "categorical" and self.transform.scale != "none":
@@ -36,6 +38,11 @@ class ModelConfig:
                 "use transform.scale=none"
             )
 
+    @property
+    def channels(self) -> int | None:
+        """The channels of the images that the model takes; None if samples may be something else than images."""
+        return self.input_shape[0] if len(self.input_shape) == 3 else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that decide weights and latents, later fields only if they differ from the old behaviour."""
         return {
@@ -43,6 +50,7 @@ class ModelConfig:
             "backbone": to_dict(self.backbone, identity_only=True),
             "transform": to_dict(self.transform, identity_only=True),
             "input_shape": list(self.input_shape),
+            **({} if self.classes is None else {"classes": list(self.classes)}),
         }
 
     @classmethod
@@ -56,7 +64,8 @@ class ModelConfig:
         """
         model: ModelSpec = _read(MODELS.spec_type_of(data["model"]), data["model"])
         backbone = _read(BACKBONES.spec_type_of(data["backbone"]), data["backbone"])
-        return cls(model, backbone, _read(TransformSpec, data["transform"]), _shape(data["input_shape"], model.kind))
+        shape = _shape(data["input_shape"], model.kind)
+        return cls(model, backbone, _read(TransformSpec, data["transform"]), shape, _classes(data.get("classes"), model))
 
     def shapes(self) -> Mapping[str, Tensor] | None:
         """Return the model's state dict for its names, shapes and dtypes: of a large model without values and memory.
@@ -103,6 +112,16 @@ def _read(part: type, data: Any) -> Any:  # any: what should be a mapping; an in
     if missing:
         raise ConfigError(f"{part.__name__} lacks {', '.join(missing)}: restore it from a copy")
     return from_dict(part, whole)
+
+
+def _classes(data: Any, model: ModelSpec) -> tuple[str, ...] | None:  # any: what should be a list of names
+    """Return the recorded class names, None if there are none; ConfigError unless they are different texts, as many as the model takes."""
+    if data is None:
+        return None
+    most = to_dict(model).get("num_classes", LARGEST_SIZE)
+    if not isinstance(data, list) or not all(type(name) is str for name in data) or len(set(data)) < len(data) or len(data) > most:
+        raise ConfigError(f"classes is {shown(data)}, expected a list of up to {most:,} different names")
+    return tuple(data)
 
 
 def _shape(data: Any, kind: str) -> tuple[int, ...]:  # any: what should be a list of sizes

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
-from aecore.data.format.sample_format import sequence_shape
+from aecore.data.format.image import PixelsVersion
+from aecore.data.format.sample_format import common_formats, sequence_shape
 from aecore.data.manifest import STEM, DatasetManifest, ShardRef, content_sha256, read_manifest, tar_store
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
@@ -77,6 +78,16 @@ class Dataset:
         """The class names, empty without labels."""
         return self.manifest.classes
 
+    @property
+    def pixels(self) -> PixelsVersion:
+        """The version of the rules by which its index reads images (`shards.pixels`)."""
+        return 2 if self.manifest.identity.get("shards", {}).get("pixels") == 2 else 1
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the samples are images whose last channel is alpha."""
+        return all(known.has_alpha for known in self.manifest.sample.formats)
+
     def training_key(self, split: str) -> str:
         """Return the key of a split's training order: a hash of its shards alone, so appends to other splits do not change it."""
         return content_sha256(self.manifest.split(split), ())
@@ -86,7 +97,7 @@ class Dataset:
 
         With `sequences` arrays may differ in their first axis, which is then 0, as in `(0, 3)`.
         """
-        formats = self.manifest.sample.formats
+        formats = common_formats(self.manifest.sample.formats)
         dims = {known.tensor_shape for known in formats}
         if not dims:
             raise DataError(f"dataset generation {self.manifest.number} has no samples: there is no input shape")

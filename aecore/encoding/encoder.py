@@ -52,6 +52,7 @@ class Encoder:
         self.likelihood: str = loaded.config.model.likelihood
         self.transform = Transform(loaded.config.transform)
         self.input_shape = loaded.config.input_shape
+        self.channels = loaded.config.channels
         self.spec = spec
         self.device = device
         require_posterior(loaded.config.model, spec)

@@ -19,7 +19,7 @@ import torch
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
 from aecore.artifact.documents import read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
-from aecore.checkpoint.compatibility import check_input_shape, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_known_labels
 from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
@@ -126,7 +126,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
         loaded = loading.result()  # on the CPU: the workers' device may not be on this machine
         claimed, (parent, parent_sha256), recorded = inspecting.result()
     check_input_shape(dataset, loaded)
-    require_labels(dataset.url, dataset.manifest.classes, loaded.model)
+    require_known_labels(dataset, loaded, dataset.manifest.splits)
     there = claimed if parent is None else parent.identity
     if there is not None:
         spec = as_recorded(spec, there)

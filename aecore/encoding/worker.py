@@ -133,6 +133,7 @@ class EncodeWorker:
         self.free = SimpleQueue[Encoder]()
         for model in (loaded, *_copies(loaded, num_streams - 1)):
             self.free.put(Encoder(model, setup.spec, setup.device))
+        self.classes = loaded.config.classes
         self.loaders: dict[str, Loader] = {}
         self.encoded_by = encoded_by(loaded, setup)
         self.metadata = _metadata(loaded, setup, self.encoded_by)
@@ -173,7 +174,14 @@ class EncodeWorker:
     def _loader(self, split: str) -> Loader:
         if split not in self.loaders:
             transform = self.encoder.transform.spec
-            self.loaders[split] = Loader(self.dataset, split, transform=transform, spec=InputSpec(cache="none"))
+            self.loaders[split] = Loader(
+                self.dataset,
+                split,
+                transform=transform,
+                spec=InputSpec(cache="none"),
+                channels=self.encoder.channels,
+                classes=self.classes,
+            )
         return self.loaders[split]
 
     def _fill(self, values: "_PartValues", task: EncodeTask, loader: Loader) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.trainable import Trainable, has_posterior
-from aecore.checkpoint.compatibility import check_input_shape, require_labels
+from aecore.checkpoint.compatibility import check_input_shape, require_known_labels
 from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import Transform
@@ -92,7 +92,9 @@ def evaluate(run: str, data: str, spec: EvaluateSpec = EvaluateSpec(), *, rank: 
     dataset, loaded = open_for_evaluation(run, data, spec, rank.device)
     config, transform = loaded.config, spec.transform(loaded.config.transform)
     objective = Objective(loaded.model, Transform(transform), config.model.likelihood).eval()
-    with Loader(dataset, spec.split, transform=transform, spec=InputSpec(cache="none")) as loader:
+    with Loader(
+        dataset, spec.split, transform=transform, spec=InputSpec(cache="none"), channels=config.channels, classes=config.classes
+    ) as loader:
         means = split_means(objective, loader, seed=spec.seed, batch=spec.batch, rank=rank, extra=_Extra(spec, config.model.likelihood))
     _require_finite(spec.split, means)
     return _evaluation(loaded, dataset, spec, means, scores_of(loaded, dataset, spec, rank))
@@ -103,8 +105,9 @@ def open_for_evaluation(run: str, data: str, spec: EvaluateSpec, device: str) ->
     dataset = open_dataset(absolute_url(data, "data"))
     loaded = load_model(absolute_url(run, "run"), device=device)
     check_input_shape(dataset, loaded)
-    require_labels(dataset.url, dataset.manifest.classes, loaded.model)
     dataset.manifest.split(spec.split, "evaluate.split")
+    scored = [spec.split, spec.train_split] if spec.probe or spec.factors else [spec.split]
+    require_known_labels(dataset, loaded, scored)
     spec.transform(loaded.config.transform)
     if spec.iwae and not has_posterior(loaded.config.model.columns):
         raise ConfigError(

@@ -48,7 +48,10 @@ class SplitLatents:
         self.loaded, self.batch, self.device = loaded, batch, device
         self.column = latent_column(loaded.config.model.columns)
         self.transform = Transform(loaded.config.transform)
-        self.loader = Loader(dataset, split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
+        config = loaded.config
+        self.loader = Loader(
+            dataset, split, transform=config.transform, spec=InputSpec(cache="none"), channels=config.channels, classes=config.classes
+        )
         self.num_samples, self.labelled = self.loader.num_samples, self.loader.rows.labelled
 
     def all(self) -> Latents:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-VERSION = 8  # equal to the one in native.h: a library built from another version is not used
+VERSION = 9  # equal to the one in native.h: a library built from another version is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 
 
@@ -86,7 +86,7 @@ def _describe(library: Any) -> None:  # any: as above
     library.aecore_list.argtypes = [ctypes.c_int, data, data, number, numbers, numbers, number]
     library.aecore_examine.argtypes = [data, numbers, numbers, number, facts]
     library.aecore_read_pieces.argtypes = [ctypes.c_int, numbers, number, data, numbers, numbers]
-    library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, data]
+    library.aecore_decode_pngs.argtypes = [ctypes.c_void_p, data, numbers, numbers, number, data, number, number, number, number, data]
     library.aecore_builder_start.argtypes, library.aecore_builder_start.restype = [ctypes.c_void_p, ctypes.c_void_p], None
     for function in ("next_block", "submit", "finished_pages", "release", "stop"):
         getattr(library, f"aecore_builder_{function}").argtypes = [ctypes.c_void_p]

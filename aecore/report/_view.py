@@ -32,7 +32,10 @@ class View:
     def __init__(self, loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec, device: str) -> None:
         self.loaded, self.dataset, self.spec, self.device = loaded, dataset, spec, device
         self.transform = Transform(loaded.config.transform)
-        self.loader = Loader(dataset, spec.split, transform=loaded.config.transform, spec=InputSpec(cache="none"))
+        config = loaded.config
+        self.loader = Loader(
+            dataset, spec.split, transform=config.transform, spec=InputSpec(cache="none"), channels=config.channels, classes=config.classes
+        )
         self.shape = loaded.config.input_shape
         self.chosen = draw_indices(self.loader.num_samples, POINTS, spec.seed)
 
@@ -84,8 +87,8 @@ class View:
         return self.latents
 
     def label_name(self, label: int) -> str:
-        """Return the name of a class, its number where the dataset has none."""
-        classes = self.dataset.manifest.classes
+        """Return the name of a class, its number where it has none."""
+        classes = self.loader.rows.classes
         return classes[label].rpartition("/")[2] if 0 <= label < len(classes) else str(label) if label >= 0 else ""
 
     def by_class(self, num: int) -> Int64s:

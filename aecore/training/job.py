@@ -9,7 +9,6 @@ import torch
 
 from aecore._base.noise import seed_of
 from aecore._base.trainable import ModelSpec, Trainable
-from aecore.checkpoint.compatibility import require_labels
 from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.weights import LoadedModel
 from aecore.data.dataset import TrainingData
@@ -141,10 +140,13 @@ class TrainJob:
         return {name: absent_values(getattr(self, name)) for name in _SPECS}
 
 
-def model_config(job: TrainJob, data: TrainingData) -> ModelConfig:
-    """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths."""
+def model_config(job: TrainJob, data: TrainingData, classes: tuple[str, ...] | None = None) -> ModelConfig:
+    """Return the config of the model that this job trains on this dataset; sequences may differ in length if it takes lengths.
+
+    `classes` are the names of the labels that it takes, None if it takes none.
+    """
     shape = data.input_shape(sequences=_takes(job.model.kind, "lengths"))
-    return ModelConfig(job.model, job.backbone, job.transform, shape)
+    return ModelConfig(job.model, job.backbone, job.transform, shape, classes)
 
 
 def build_model(job: TrainJob, data: TrainingData) -> Trainable:
@@ -155,14 +157,12 @@ def build_model(job: TrainJob, data: TrainingData) -> Trainable:
 
 
 def require_trainable(job: TrainJob, data: TrainingData, model: Trainable, loaded: LoadedModel | None = None, world_size: int = 1) -> None:
-    """Raise ConfigError or DataError unless data, labels, batches over `world_size` ranks and the weights of `init_from` fit the model.
+    """Raise ConfigError or DataError unless data, batches over `world_size` ranks and the weights of `init_from` fit the model.
 
     The weights of `loaded` are then those of the model.
     """
     if loaded is not None:
         start_from(model, loaded)
-    if data.classes is not None:  # else labels are checked batch by batch
-        require_labels(data.url, data.classes, model)
     require_batches_fit(job, data, model, world_size)
 
 

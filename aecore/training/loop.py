@@ -113,7 +113,7 @@ class _Training:
         job, store, dataset, rank = session.job, session.store, session.dataset, session.rank
         self.job, self.store, self.dataset, self.rank = job, store, dataset, rank
         self.attempt = str(from_rank_zero(rank, secrets.token_hex(4)))
-        self.config = model_config(job, dataset)
+        self.config = model_config(job, dataset, session.classes)
         self.run_sha256 = session.run_sha256
         model = session.model
         require_batches_fit(job, dataset, model, rank.world_size)

@@ -12,14 +12,16 @@ from typing import Any
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
 from aecore.artifact.documents import read_json
+from aecore.checkpoint.compatibility import require_labels, takes_labels
 from aecore.checkpoint.files import CLAIM
 from aecore.checkpoint.weights import LoadedModel, load_model
+from aecore.data.classes import quoted
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
 from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
-from aecore.data.sources._names import split_in_version_1
+from aecore.data.sources._names import split_in_version_1, split_of
 from aecore.errors import ConfigError, DataError, Hint
 from aecore.nn import linear_path
 from aecore.store import open_store, sha256_json
@@ -39,19 +41,25 @@ from aecore.training.result import finished_run
 
 logger = logging.getLogger(__name__)
 Loaders = tuple[TrainLoader, Loader | None]  # of the training split, as one rank reads it, and of the validation split
+Classes = tuple[str, ...] | None  # the names that the model's labels number; None: it takes none
 
 
-def _loaders(dataset: Dataset, job: TrainJob, model: Trainable, order: TrainingOrder) -> Loaders:
-    """Return loaders of whole bags or of pairs if the model takes them, else of single samples."""
+def _loaders(dataset: Dataset, job: TrainJob, model: Trainable, order: TrainingOrder, classes: Classes) -> Loaders:
+    """Return loaders of whole bags or of pairs if the model takes them, else of single samples; DataError for labels it does not know."""
+    whose = "" if job.train.init_from is None else f"train.init_from {job.train.init_from}"
+    require_labels(dataset, model, classes, filter(None, (job.train.split, job.train.val_split)), whose)
     split, pairs = job.train.val_split, job.pairs if "x_pair" in model.train_inputs else None
-    val = None if split is None else Loader(dataset, split, transform=job.transform, spec=job.input)
+    val = None if split is None else Loader(dataset, split, transform=job.transform, spec=job.input, classes=classes)
     if trains_on_bags(job, dataset):
-        return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input), val
-    return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs), val
+        return BagLoader(dataset, job.train.split, transform=job.transform, order=order, spec=job.input, classes=classes), val
+    return Loader(dataset, job.train.split, transform=job.transform, spec=job.input, order=order, pairs=pairs, classes=classes), val
 
 
-def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, order: TrainingOrder) -> Loaders:
-    """Return the loader of tars without an index, of single samples; ConfigError if the model takes pairs."""
+def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, order: TrainingOrder, classes: Classes) -> Loaders:
+    """Return the loader of tars without an index, of single samples; ConfigError if the model takes pairs.
+
+    Their labels are checked batch by batch.
+    """
     if "x_pair" in model.train_inputs:
         raise ConfigError(
             f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
@@ -59,7 +67,7 @@ def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, ord
             hint=Hint("needs-index"),
         )
     steps = steps_per_epoch(job, dataset)
-    return StreamLoader(dataset, transform=job.transform, order=order, steps_per_epoch=steps, spec=job.input), None
+    return StreamLoader(dataset, transform=job.transform, order=order, steps_per_epoch=steps, spec=job.input, classes=classes), None
 
 
 class Session:
@@ -95,11 +103,11 @@ class Session:
         self.dataset, self._make_loaders = self._open()
         self._loaded: LoadedModel | None = None
 
-    def _open(self) -> tuple[TrainingData, Callable[[TrainJob, Trainable, TrainingOrder], Loaders]]:
+    def _open(self) -> tuple[TrainingData, Callable[[TrainJob, Trainable, TrainingOrder, Classes], Loaders]]:
         """Open what the job trains on and choose its loaders: nothing else depends on the kind of data."""
         job = self.job
         if job.input.streams:
-            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member)
+            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member, split_of, job.transform.pixels)
             return stream, partial(_stream_loaders, stream)
         dataset = open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
         return dataset, partial(_loaders, dataset)
@@ -114,7 +122,7 @@ class Session:
         if claimed is None:
             return None
         try:
-            dataset = open_stream(job.data, split, job.input.member, split_in_version_1)
+            dataset = open_stream(job.data, split, job.input.member, split_in_version_1, job.transform.pixels)
         except DataError:
             return None
         return dataset if dataset.training_key(split) == claimed else None
@@ -125,11 +133,28 @@ class Session:
         return build_model(self.job, self.dataset)
 
     @cached_property
+    def classes(self) -> Classes:
+        """The names that the model's labels number, in order, from the run's beginning to its end; None if it takes no labels.
+
+        They are those of `init_from`, whose weights know no others, else those of the dataset; of tars without an index the numbers.
+        """
+        if not takes_labels(self.model):
+            return None
+        recorded = None if self.claim is None else self.claim["info"].get("classes")
+        if recorded is not None:
+            return tuple(recorded)
+        if self._loaded is not None and self._loaded.config.classes is not None:
+            return self._loaded.config.classes
+        if self.dataset.classes is not None:
+            return self.dataset.classes
+        return None if self.model.num_classes is None else tuple(map(str, range(self.model.num_classes)))
+
+    @cached_property
     def loaders(self) -> Loaders:
         """What this rank reads; ConfigError if pairs are asked for and the model takes none."""
         job = self.job
         require_pairs_are_taken(job.pairs, job.model.kind, type(self.model))
-        return self._make_loaders(job, self.model, job.train.order(self.rank.rank, self.rank.world_size))
+        return self._make_loaders(job, self.model, job.train.order(self.rank.rank, self.rank.world_size), self.classes)
 
     @cached_property
     def total_steps(self) -> int:
@@ -156,6 +181,10 @@ class Session:
         urls = {"data": (self.claim["info"].get("data"), self.dataset.url)}
         longer = f"to train on from the weights of this run, add train.init_from={self.store.url} and another out"
         hints = {"train.epochs": longer, "train.max_steps": longer}
+        begun, now = self.claim["info"].get("classes"), self.dataset.classes
+        if begun is not None and now is not None and tuple(begun) != now and self.job.train.init_from is None:
+            names = f"the classes of the dataset are {quoted(now)}, those of the run {quoted(begun)}"
+            hints |= {f"data.{split}": names for split in (self.job.train.split, self.job.train.val_split)}
         require_same(self.store.url, "run", identity, self.claim["identity"], urls=urls, hints=hints, absent=self.job.absent_values())
 
     def require_trainable(self) -> None:
@@ -184,6 +213,7 @@ class Session:
             "dataset_number": self.dataset.number,
             "dataset_sha256": self.dataset.dataset_sha256,
             "total_steps": self.total_steps,
+            **({} if self.classes is None else {"classes": list(self.classes)}),
             "linear": str(linear_path()),
         }
         claim_generation(self.store, "run", identity, info)
@@ -192,7 +222,7 @@ class Session:
         moved = self.claim["info"]["dataset_number"] != self.dataset.number
         if moved or recorded != self.job:
             self.close()
-            for part in ("model", "loaders", "total_steps"):
+            for part in ("model", "classes", "loaders", "total_steps"):
                 vars(self).pop(part, None)
         self.job = recorded
         self._require_same(self.job.identity(self.dataset, identity["init_sha256"]))

@@ -102,7 +102,7 @@ def _evaluate(args: Args) -> Result:
 
 @VERBS.register(
     "sample",
-    "draw samples from the prior of a trained run (num=64 seed=0; label=3 for a conditional model)",
+    "draw samples from the prior of a trained run (num=64 seed=0; label=cat for a conditional model)",
     argument("run", "trained run"),
     argument("out", "folder or s3://bucket/prefix for the samples"),
     argument("--recipe", "recipe whose sample section is used"),

@@ -23,6 +23,7 @@ from pipelines.recipe.yaml import Tree, value_at
 from pipelines.steps.progress import Report, TrainWatch, on_part, silent
 
 logger = logging.getLogger(__name__)
+FILES = ("source.classes",)  # options that may be files, which the process that runs a step reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,14 @@ class Step:
 
 def urls_at(recipe: Recipe, addresses: Iterable[str]) -> dict[str, str]:
     """Return address -> absolute URL of those of these addresses that the recipe gives."""
-    return {address: absolute_url(url, address) for address in addresses if (url := value_at(recipe.tree, address))}
+    given = {address: value_at(recipe.tree, address) for address in addresses}
+    return {address: absolute_url(url, address) for address, url in given.items() if url and isinstance(url, str)}  # no list of names
 
 
 def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -> Tree:
-    """Return the tree of a recipe with these addresses (default: all) absolute, for a process in another directory."""
+    """Return the tree of a recipe with these addresses (default: all) and its `FILES` absolute, for a process in another directory."""
     tree: Tree = json.loads(json.dumps(recipe.tree))
-    for address, url in urls_at(recipe, ADDRESSES if addresses is None else addresses).items():
+    for address, url in urls_at(recipe, [*(ADDRESSES if addresses is None else addresses), *FILES]).items():
         *above, key = address.split(".")
         (tree[above[0]] if above else tree)[key] = url
     return tree

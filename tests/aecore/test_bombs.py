@@ -265,15 +265,15 @@ class TestImages:
         (tmp_path / f"a.{ext}").write_bytes(dict(gigapixels())[ext])
         said = refused(self.HEADER, f"image_header(Path(path).read_bytes(), {ext!r})", tmp_path / f"a.{ext}")
         assert said.startswith("BadSample: too_large: image of ") or said.endswith("(DecompressionBombError)")
-        decoding = "from aecore.data.format.decode import Decoder; from aecore.data.format.sample_format import SampleFormat"
-        call = "Decoder('imagecodecs', SampleFormat.parse('4x4x3/RGB')).batch([Path(path).read_bytes()])"
+        decoding = "from aecore.data.format.decode import Decoder, Reading; from aecore.data.format.sample_format import SampleFormat"
+        call = "Decoder(Reading('imagecodecs'), SampleFormat.parse('4x4x3/RGB')).batch([Path(path).read_bytes()])"
         assert refused(decoding, call, tmp_path / f"a.{ext}").startswith("DecodeError")
 
     def test_a_format_that_pillow_gives_to_another_program_is_not_decoded(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
-        decoding = "from aecore.data.format.decode import Decoder; from aecore.data.format.sample_format import SampleFormat"
-        call = "Decoder('pillow', SampleFormat.parse('4x4x3/RGB')).batch([Path(path).read_bytes()])"
-        assert "cannot identify image file" in refused(decoding, call, tmp_path / "a.png")
+        decoding = "from aecore.data.format.decode import Decoder, Reading; from aecore.data.format.sample_format import SampleFormat"
+        call = "Decoder(Reading('pillow'), SampleFormat.parse('4x4x3/RGB')).batch([Path(path).read_bytes()])"
+        assert "UnidentifiedImageError" in refused(decoding, call, tmp_path / "a.png")
 
 
 def gigapixels() -> Iterator[tuple[str, bytes]]:

@@ -22,17 +22,24 @@ from PIL import Image
 from aecore._base.noise import seed_of, step_noise
 from aecore.artifact.commit import PartRecord, read_record, recorded_parts, write_record
 from aecore.artifact.fanout import serial
+from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
+from aecore.data.format.transform import TransformSpec
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.write.job import shard_dataset
 from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _num_streams, encode_dataset, plan_encoding
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
+from aecore.nn.mlp import MLPSpec
 from aecore.registry import from_dict
 from aecore.store import FAULT_STAGES, open_store
 from aecore.table.part import RefusedRow, commit_quarantine, fixed_size_list, numpy_view, part_metadata
 from aecore.table.table import open_table
 from aecore.table.verify import verify_table
+from aecore.variational import VAESpec
 from tests.aecore.encoding import (
     DIM,
+    SIZE,
     ae_config,
     encode,
     folder_dataset,
@@ -534,3 +541,25 @@ def test_refused_rows_that_another_version_of_parquet_wrote_are_taken_and_others
     assert again is not None and again.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != first.sha256
     with pytest.raises(StoreError, match="exists with other content"):
         commit_quarantine(store, "train-000000", "train-000000", index, [RefusedRow(0, "decode", "format", "no image")])
+
+
+def test_a_model_of_three_channels_encodes_images_with_alpha_over_the_background(tmp_path):
+    random = np.random.default_rng(0)
+    rgba = random.integers(0, 256, (6, SIZE, SIZE, 4), dtype=np.uint8)
+    for number, pixels in enumerate(rgba):
+        for name, image in (("rgba", pixels), ("black", np.rint(pixels[..., :3] * (pixels[..., 3:] / 255)).astype(np.uint8))):
+            path = tmp_path / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+    config = ModelConfig(VAESpec(latent_dim=DIM), MLPSpec(hidden=(16,)), TransformSpec(background="black"), (3, SIZE, SIZE))
+    run, tables = saved_run(tmp_path / "run", config), {}
+    for name in ("rgba", "black"):
+        shard_dataset(FolderSpec(url=str(tmp_path / name)), str(tmp_path / f"{name}-data"))
+        table = encode(run, str(tmp_path / f"{name}-data"), tmp_path / f"{name}-table")
+        tables[name] = dict(zip(table.keys.to_pylist(), table.numpy("mu"), strict=True))
+    assert tables["rgba"].keys() == tables["black"].keys() == {str(number) for number in range(6)}
+    for key, mu in tables["rgba"].items():
+        np.testing.assert_allclose(mu, tables["black"][key], atol=0.02)  # a level of rounding
+    before = ModelConfig(config.model, config.backbone, TransformSpec(pixels=1), config.input_shape)
+    with pytest.raises(DataError, match="holds samples of shape"):
+        encode(saved_run(tmp_path / "before", before), str(tmp_path / "rgba-data"), tmp_path / "table")

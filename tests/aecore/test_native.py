@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data.format.decode import DecodeError, Decoder
+from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.image import BadSample, ImageHeader, image_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.sources.folder import FolderSpec
@@ -224,10 +224,14 @@ class TestPixels:
     def test_chunks_that_say_nothing_of_the_stored_pixels_change_nothing(self):
         rows = np.random.default_rng(0).integers(0, 256, (6, 8), np.uint8)
         rows[:, 0] = 0
-        chunks = (b"gAMA" + struct.pack(">I", 45_455), b"tRNS\0\x07", b"tEXtTitle\0none")
-        done, pixels = self.decoded([png(rows.tobytes(), 6, 7, before=chunks)], 6, 7, 1)
-        assert done.all()
+        chunks = (b"gAMA" + struct.pack(">I", 45_455), b"tEXtTitle\0none")
+        meant = png(rows.tobytes(), 6, 7, before=(*chunks, b"tRNS\0\x07")), png(rows.tobytes(), 6, 7, before=(*chunks, b"eXIf" + bytes(8)))
+        done, pixels = self.decoded([png(rows.tobytes(), 6, 7, before=chunks), *meant], 6, 7, 1)
+        assert done.tolist() == [True, False, False]
         assert (pixels[0, ..., 0] == rows[:, 1:]).all()
+        done = loops.decode_pngs(BytesColumn.from_bytes(meant), pixels[1:], as_stored=True)
+        assert done.all()
+        assert (pixels[1:, ..., 0] == rows[:, 1:]).all()
 
     def test_batches_of_all_kinds_are_the_same_with_and_without_the_compiled_loops(self, monkeypatch):
         kinds = [("L", {}), ("RGB", {}), ("L", {"interlace": 1}), ("L", {"optimize": True})]
@@ -238,15 +242,27 @@ class TestPixels:
             if way == "python":
                 without(monkeypatch)
             bad = list[DecodeError]()
-            batches.append(Decoder("imagecodecs", form).batch(files, bad.append))
+            batches.append(Decoder(Reading(), form).batch(files, bad.append))
             reports.append([(error.row, error.reason) for error in bad])
-        assert reports[0] == reports[1] == [(1, "shape"), (5, "undecodable")]
+        assert reports[0] == reports[1] == [(1, "shape"), (5, "truncated")]
         good = [0, 2, 3, 4]
         assert (batches[0][good] == batches[1][good]).all()
 
     def test_places_outside_the_buffer_are_refused(self):
         with pytest.raises(AssertionError, match="inside the buffer"):
             loops.decode_pngs(BytesColumn(np.zeros(9, np.uint8), np.array([0]), np.array([10])), np.zeros((1, 5, 5, 1), np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@compiled
+def test_jpegs_that_exif_turns_are_told_from_others(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    Image.new("L", (8, 6)).save(out, "JPEG", exif=exif)
+    files = [out.getvalue(), encoded((8, 6), format="JPEG"), encoded((8, 6), format="PNG"), b"", b"\xff", b"\xff\xd8", out.getvalue()[:-2]]
+    found = loops.upright_jpegs(BytesColumn.from_bytes(files)).tolist()
+    assert found == [not 2 <= orientation <= 8, True, False, False, False, False, False]
 
 
 class TestImages:
@@ -374,7 +390,7 @@ def test_every_change_of_the_c_code_has_another_version():
     digest = hashlib.sha256()
     for path in sorted(Path(native.__file__).with_name("src").iterdir()):
         digest.update(path.read_bytes())
-    assert (native.VERSION, digest.hexdigest()) == (8, "1eb4d05036137e51bd6759e306748b311490f3be71fab5db6980309d004d0261")
+    assert (native.VERSION, digest.hexdigest()) == (9, "0f453a6376a7bd73ee1b7b2dfd38264fc115329b891da089c68011b038b46840")
 
 
 def test_no_loop_is_chosen_by_wider_vectors():

@@ -89,7 +89,7 @@ def run(data, height, width, channels):
     done, facts = (ctypes.c_uint8 * 1)(), (ctypes.c_uint8 * 12)()
     file, shape = ctypes.c_void_p(place), map(ctypes.c_int64, (height, width, channels))
     library.aecore_examine(file, begin, end, ctypes.c_int64(1), facts)
-    library.aecore_decode_pngs(uncompress, file, begin, end, ctypes.c_int64(1), ctypes.c_void_p(pixels), *shape, done)
+    library.aecore_decode_pngs(uncompress, file, begin, end, ctypes.c_int64(1), ctypes.c_void_p(pixels), *shape, ctypes.c_int64(0), done)
     free(place)
     free(pixels)
     return facts[0], done[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format.transform import TransformSpec
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
@@ -117,7 +118,8 @@ def test_a_finished_run_stays_and_an_unfinished_one_ends_as_if_never_stopped(v1)
     assert result.step == 9
     require_kept(other, v1 / "unfinished-run")
     new = v1 / "new"
-    fit(moved(job("unfinished-run", epochs=3), here | {"unfinished-run": new}))
+    as_then = dataclasses.replace(job("unfinished-run", epochs=3), transform=TransformSpec(pixels=1))
+    fit(moved(as_then, here | {"unfinished-run": new}))
     weights = [(folder / "model/config.json").read_bytes() for folder in (new, v1 / "unfinished-run")]
     assert weights[0] == weights[1]  # the last bits of weights are those of a processor
     begun, now = (identity(folder / "run.000001.json") for folder in (v1 / "unfinished-run", new))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from aecore import native
-from aecore.data.format.decode import Decoder
+from aecore.data.format.decode import Decoder, Reading
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.tar import Samples, TarPacker
 from aecore.data.sources.folder import FolderSpec
@@ -119,7 +119,7 @@ def loops() -> Iterator[Pairs]:
             shard_dataset(FolderSpec(url=str(scratch / "files")), tempfile.mkdtemp(dir=scratch))
 
         yield row("shard 10,000 images of 300 bytes, everything included", sharded, len(files), pairs=9)
-    decoder = Decoder("imagecodecs", SampleFormat((28, 28, 1), np.dtype(np.uint8), image=True))
+    decoder = Decoder(Reading("imagecodecs"), SampleFormat((28, 28, 1), np.dtype(np.uint8), image=True))
     decode = functools.partial(decoder.batch, images)
     yield cpu_pairs("decode a batch of 28x28 PNGs; imagecodecs, called for each", decode, in_python(decode), units=len(files))
 

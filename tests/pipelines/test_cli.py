@@ -213,12 +213,7 @@ def test_the_same_command_again_changes_nothing(walk: Path, capsys: pytest.Captu
         (["sample", "{walk}/run", "{tmp}/s", "num=0"], 2, "sample.num"),
         (["sample", "{walk}/run", "{tmp}/s", "sample.nun=3"], 2, "unknown key 'sample.nun' (did you mean 'sample.num'?"),
         (["sample", "{walk}/run", "{tmp}/s", "nm=3"], 2, "unknown key 'nm' (did you mean 'num'?"),
-        (
-            ["sample", "{walk}/run", "{tmp}/s", "label=heart"],
-            2,
-            "expected the number of a class: 0 ellipse, 1 heart, 2 square; write label=1",
-        ),
-        (["sample", "{tmp}/none", "{tmp}/s", "label=cat"], 2, "class_names of `aepipe show DATASET`, counted from 0"),
+        (["sample", "{walk}/run", "{tmp}/s", "label=heart"], 2, "label=heart, and model.kind=vae is not conditional"),
         (["sample", "{walk}/table", "{tmp}/s"], 3, "table is a latent table, expected a training run"),
         (["sample", "{walk}/run", "{tmp}/s", "cluster={kind: address, address: h:1}"], 2, "`aepipe sample` works in this process"),
         (["decode", "{walk}/run", "{walk}/dataset", "{tmp}/s"], 3, "dataset is a dataset, expected a latent table"),

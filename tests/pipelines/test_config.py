@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -185,6 +186,14 @@ def test_addresses_stay_text_and_travel_absolute() -> None:
     recipe = load_recipe(None, ["out=2026", "source.url=./raw"])
     assert recipe.tree["out"] == "2026"
     assert with_absolute_urls(recipe) == {"out": str(Path("2026").absolute()), "source": {"url": str(Path("raw").absolute())}}
+
+
+@pytest.mark.parametrize(("given", "absolute"), [("names.txt", str(Path("names.txt").absolute())), ("[cat, 7]", ["cat", 7])])
+def test_the_file_of_the_classes_is_found_from_another_folder_and_a_list_stays_one(given: str, absolute: Any) -> None:
+    recipe = load_recipe(None, ["source.kind=folder", f"source.classes={given}"])
+    tree = with_absolute_urls(recipe)
+    assert tree["source"]["classes"] == absolute
+    assert Recipe(tree).source.classes == (tuple(absolute) if isinstance(absolute, list) else absolute)
 
 
 def test_an_address_that_runs_a_command_is_refused() -> None:

@@ -1,31 +1,47 @@
 """Bytes of samples in, one preallocated array `[n, H, W, C]` out. Nothing here can execute what it reads.
 
-The first bytes of a member decide what it is: PNG and JPEG go to the chosen decoder, `.npy` arrays are read without objects, all other
-image formats go to Pillow. The size in the header is compared with the expected one before any pixel is loaded. Both decoders
-give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name and version belong to every artefact.
-Pixels: 1-bit images are 0 and 255, 16-bit ones uint16, palettes become RGB, a colour key (PNG tRNS) is dropped, alpha is kept.
+The first bytes of a member decide what it is: plain PNG and JPEG go straight to the chosen decoder, `.npy` arrays are read without
+objects, everything else goes through `pixels.decode_image`, which decides what can be read. The size in the header is compared with the
+expected one before any pixel is loaded. Both decoders give the same pixels for PNG; for JPEG they differ by a few levels, so the
+decoder's name and version belong to every artefact.
+
+Pixels: as they are meant (see `image`), 1-bit images 0 and 255, palettes RGB. Alpha is composed over the background where the expected
+format has no channel for it. What was written before `pixels=2` is read as it was: as stored, a colour key (PNG tRNS) dropped.
 """
 
 import importlib
 import io
+import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.image import READ_FORMATS
-from aecore.data.format.record import NpyError, read_npy_header
+from aecore.data.format.colour import composed
+from aecore.data.format.image import MAX_PIXEL_BYTES, READ_FORMATS, BadSample, PixelsVersion, image_header
+from aecore.data.format.pixels import EXIF, JPEG_MAGIC, PNG_MAGIC, decode_image
+from aecore.data.format.record import ArrayHeader, NpyError, array_header, array_values, read_npy_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
-from aecore.native.loops import decode_pngs
+from aecore.native.loops import decode_pngs, upright_jpegs
 
 DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
 
-PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\x93NUMPY"
+NPY_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How samples are decoded: by which library, by which version of the rules, over which background where alpha is left out."""
+
+    decoder: DecoderName = "imagecodecs"
+    pixels: PixelsVersion = 2
+    background: str = "white"
 
 
 class DecodeError(DataError):
@@ -40,24 +56,34 @@ class DecodeError(DataError):
 class Decoder:
     """Decodes samples of one format; made once per loader, since it looks up the package and remembers good headers."""
 
-    def __init__(self, name: DecoderName, sample_format: SampleFormat) -> None:
+    def __init__(self, reading: Reading, sample_format: SampleFormat) -> None:
         self.sample_format = sample_format
+        self._reading = reading
         self._image = _import_decoder("pillow")
-        self._codecs: Any = _import_decoder(name) if name == "imagecodecs" else None  # any: imagecodecs has no types
-        self._npy_headers: dict[bytes, int] = {}
+        self._codecs: Any = _import_decoder("imagecodecs") if reading.decoder == "imagecodecs" else None  # any: imagecodecs has no types
+        self._one = self._into if reading.pixels == 2 else self._into_1
+        self._arrays: dict[bytes, ArrayHeader] = {}
+        self._npy_headers: dict[bytes, int] = {}  # of `pixels=1`
         # decoders give [H, W] for one channel
         shape = sample_format.shape
+        plain = sample_format.image and sample_format.dtype == np.uint8 and shape[2:] in ((1,), (3,))
+        self._jpeg: Any = self._codecs.jpeg8_decode if plain and self._codecs is not None else None  # any: imagecodecs has no types
         self._decoded = shape[:2] if sample_format.image and shape[2:] == (1,) else shape
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
         """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is passed to that function and its row is undefined."""
         out = np.empty((len(members), *self.sample_format.shape), self.sample_format.dtype)
         targets = out.reshape(len(members), *self._decoded)
-        for row in self._unusual(members, out):
+        for row, is_upright in self._unusual(members, out):
             try:
-                self._into(targets[row, ...], members[row])  # `...`: a view also where a sample is one number
+                self._one(targets[row, ...], members[row], is_upright)  # `...`: a view also where a sample is one number
             except MemoryError:
                 raise
+            except BadSample as error:
+                bad = DecodeError(error.reason, error.message, row)
+                if on_bad is None:
+                    raise bad from error
+                on_bad(bad)
             except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
                 bad = error if isinstance(error, DecodeError) else DecodeError("undecodable", f"{type(error).__name__}: {error}")
                 bad.row = row
@@ -66,14 +92,63 @@ class Decoder:
                 on_bad(bad)
         return out
 
-    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Sequence[int]:
-        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows."""
+    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Iterable[tuple[int, bool]]:
+        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows, and whether they are upright JPEGs."""
         if self._codecs is None or not self.sample_format.image or out.dtype != np.uint8 or not len(members):
-            return range(len(members))
+            return zip(range(len(members)), itertools.repeat(False))
         found = members if isinstance(members, BytesColumn) else BytesColumn.from_bytes(members)
-        return np.flatnonzero(~decode_pngs(found, out)).tolist()
+        rows = np.flatnonzero(~decode_pngs(found, out, as_stored=self._reading.pixels == 1))
+        return zip(rows.tolist(), upright_jpegs(BytesColumn(found.data, found.begins[rows], found.ends[rows])).tolist(), strict=True)
 
-    def _into(self, target: Pixels, data: bytes) -> None:
+    def _into(self, target: Pixels, data: bytes, is_upright: bool) -> None:
+        if self._jpeg is not None and (is_upright or (data.startswith(JPEG_MAGIC) and EXIF not in data)):
+            try:
+                self._jpeg(data, out=target)  # compares header and `out` before it decodes (ValueError)
+            except Exception:  # other colours, another depth or size, or damaged: the complete decoder decides
+                target[...] = self._meant(data).reshape(target.shape)
+        elif data.startswith(NPY_MAGIC):
+            target[...] = self._array(data)
+        elif not self.sample_format.image:
+            raise DecodeError("format", "expected a .npy array, found other bytes")
+        elif not (data.startswith(PNG_MAGIC) and self._plain_png(target, data)):
+            target[...] = self._meant(data).reshape(target.shape)
+
+    def _plain_png(self, target: Pixels, data: bytes) -> bool:
+        """Decode a PNG that nothing turns straight into `target`; return whether it fitted."""
+        width, height, depth, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+        if self._codecs is None or b"eXIf" in data or (height, width) != self.sample_format.shape[:2] or (interlaced and depth <= 8):
+            return False
+        pixels = self._codecs.png_decode(data)
+        if pixels.shape != target.shape or pixels.dtype != target.dtype:
+            return False
+        target[...] = pixels
+        return True
+
+    def _meant(self, data: bytes) -> Pixels:
+        """Return the pixels of any image in the expected format."""
+        shape, dtype = self.sample_format.shape, self.sample_format.dtype
+        header = image_header(data, "", max_pixels=max(shape[0] * shape[1], -(-self.sample_format.nbytes // MAX_PIXEL_BYTES), 1))
+        if (header.height, header.width) != shape[:2]:
+            raise self._unexpected(f"{header.height}x{header.width} pixels")
+        pixels, has_alpha = decode_image(data, self._reading.decoder)
+        if has_alpha and pixels.shape[2] == shape[2] + 1:
+            pixels = composed(pixels, self._reading.background)
+        if pixels.shape != shape or pixels.dtype != dtype:
+            raise self._unexpected(f"shape {pixels.shape} and dtype {pixels.dtype}")
+        return pixels
+
+    def _array(self, data: bytes) -> Pixels:
+        """Read a `.npy` member; the header is parsed once for all samples that share it."""
+        head = data[: 10 + int.from_bytes(data[8:10], "little")]
+        header = self._arrays.get(head)
+        if header is None:
+            header = array_header(data, layout="chw")  # the index has chosen
+            if header.shape != self.sample_format.shape or header.dtype != self.sample_format.dtype:
+                raise self._unexpected(f"an array of shape {header.shape} and dtype {header.dtype}")
+            self._arrays[head] = header
+        return array_values(data, header)
+
+    def _into_1(self, target: Pixels, data: bytes, _: bool) -> None:
         if data.startswith(NPY_MAGIC):
             pixels = self._npy(data)
         elif not self.sample_format.image:
@@ -116,6 +191,8 @@ class Decoder:
                 return np.asarray(image.convert("RGBA"))[..., :3]
             if image.mode == "1":
                 return np.asarray(image).astype(np.uint8) * np.uint8(255)
+            if image.mode in ("CMYK", "LAB", "YCbCr"):
+                raise DecodeError("unsupported", f"colours of mode {image.mode}, which only transform.pixels=2 reads")
             return np.asarray(image)
 
     def _npy(self, data: bytes) -> Pixels:

@@ -1,10 +1,14 @@
 """Size, mode and structure of an image file, read from its bytes without decoding pixels; the first check against damaged input.
 
 PNG and JPEG are parsed here without Pillow. Every PNG chunk is checked against its CRC up to IEND; a JPEG must walk from SOI through
-its segments to a frame header and hold an EOI after it (JPEG has no checksums: damage inside the scan is found by a full decode at
-best). Other formats go through Pillow's header readers, which detect less damage. The content decides the format, not the file name.
+its segments to a frame header (JPEG has no checksums: damage inside the scan is found by a full decode at best). TIFF goes through
+tifffile, other formats through Pillow's header readers, which detect less damage. The content decides the format, not the file name.
+
+There are two readings of an image, by `pixels`. 2 is what the file means: EXIF orientation turns it, transparency is a channel, CMYK,
+LAB and YCbCr are RGB, a TIFF has the values that are stored. 1 is how datasets, checkpoints and tables read images before that.
 """
 
+import dataclasses
 import functools
 import struct
 import warnings
@@ -12,19 +16,28 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
+from aecore.data.format.orientation import UPRIGHT, turned_size
+from aecore.native.loops import exif_orientation
+
+PixelsVersion = Literal[1, 2]
 MAX_PIXELS = 1 << 26  # 67 megapixels: an image this large does not fit a batch, and a decompression bomb is larger
+MAX_PIXEL_BYTES = 16  # of the decoded values on average, so that the limit of the pixels also bounds the memory
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_PNG_WITH_ALPHA = {"1": "LA", "L": "LA", "I;16": "LA;16", "P": "PA", "RGB": "RGBA", "RGB;16": "RGBA;16"}  # of a tRNS chunk
+_PNG_MEANING = (b"tRNS", b"eXIf", b"acTL")  # chunks that change what an image is seen as
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+_JPEG_DEEP_MODES = {1: "I;16", 3: "RGB;16"}  # of 9 to 16 bits
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PILLOW_FORMATS = {"WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "GIF": "gif"}
 READ_FORMATS = ("PNG", "JPEG", *_PILLOW_FORMATS)  # as Pillow names them: others it gives to programs
-_CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4}
+_CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4, "PA": 4}
 _chunk_head = struct.Struct(">I4s").unpack_from
 _chunk_crc = struct.Struct(">I").unpack_from
 _headers_seen: dict[bytes, "ImageHeader"] = {}  # first 33 bytes of a PNG -> its header: datasets repeat them
@@ -44,38 +57,54 @@ class BadSample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """Size in pixels, mode as Pillow names it (16-bit PNG: `I;16`, `RGB;16`, `LA;16`, `RGBA;16`), extension of the true format."""
+    """Size in pixels, mode as Pillow names it (16-bit PNG: `I;16`, `RGB;16`, `LA;16`, `RGBA;16`), extension of the true format.
+
+    Attributes
+    ----------
+    channels : int
+        Channels of the decoded image; 0: as many as the mode has.
+    frames : int
+        Pages or frames of the file; the header is that of the first.
+    doubtful : bool
+        Whether the structure has faults that decoders overlook: only a full decode tells whether all pixels are there.
+    """
 
     width: int
     height: int
     mode: str
     ext: str
+    channels: int = 0
+    frames: int = 1
+    doubtful: bool = False
     length: None = field(default=None, init=False)  # what a sequence has and an image does not
 
     @property
     def format_text(self) -> str:
         """Return `HxWxC/mode` of the decoded image, for example `28x28x1/L`; a palette counts as its 3 colours."""
-        return f"{self.height}x{self.width}x{_CHANNELS.get(self.mode.partition(';')[0], 3)}/{self.mode}"
+        return f"{self.height}x{self.width}x{self.channels or _CHANNELS.get(self.mode.partition(';')[0], 3)}/{self.mode}"
 
 
-def image_header(data: bytes, ext: str) -> ImageHeader:
+def image_header(data: bytes, ext: str, *, pixels: PixelsVersion = 2, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Return the header of an image after checking its structure; BadSample if it is empty, damaged, too large or of an unknown format.
 
     `ext` is the extension of the file's name; the result's `ext` is `ext` where it fits the content (`jpg` and `jpeg` both do),
     else the content's own: a JPEG named `.png` is stored as `.jpg`.
     """
     if data.startswith(b"\x89PNG"):
-        return _png_header(data)
+        return _png_header(data, pixels, max_pixels)
     if data.startswith(b"\xff\xd8"):
-        return _jpeg_header(data, ext if ext in ("jpg", "jpeg") else "jpg")
+        header = _jpeg_header if pixels == 2 else _jpeg_header_1
+        return header(data, ext if ext in ("jpg", "jpeg") else "jpg", max_pixels)
     if not data:
         raise BadSample("empty", "the file has no bytes")
-    return _pillow_header(data, ext)
+    if pixels == 2 and data.startswith(TIFF_STARTS):
+        return _tiff_header(data, ext if ext in ("tif", "tiff") else "tiff", max_pixels)
+    return _pillow_header(data, ext, pixels, max_pixels)
 
 
-def _png_header(data: bytes) -> ImageHeader:
+def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHeader:
     header = _headers_seen.get(data[:33]) or _png_start(data)
-    position, size, has_pixels = 33, len(data), False
+    position, size, has_pixels, meaning = 33, len(data), False, dict[bytes, bytes]()
     try:
         while data[position:] != _PNG_END:  # almost always true at the first IEND; else its own CRC is checked like any other
             length, kind = _chunk_head(data, position)
@@ -86,12 +115,22 @@ def _png_header(data: bytes) -> ImageHeader:
                 has_pixels = True
             elif kind == b"IEND":
                 break
+            elif kind in _PNG_MEANING:
+                meaning.setdefault(kind, data[position + 8 : end])
             position = end + 4
     except struct.error:
         raise BadSample("truncated", f"PNG ends at byte {size}, inside the chunk at byte {position}") from None
     if not has_pixels:
         raise BadSample("format", "PNG without pixel data (no IDAT chunk)")
-    return header
+    require_size(header.width, header.height, max_pixels)
+    return _png_meaning(header, meaning) if meaning and pixels == 2 else header
+
+
+def _png_meaning(header: ImageHeader, chunks: dict[bytes, bytes]) -> ImageHeader:
+    mode = _PNG_WITH_ALPHA.get(header.mode, header.mode) if b"tRNS" in chunks else header.mode
+    width, height = turned_size(header.width, header.height, exif_orientation(chunks.get(b"eXIf", b"")))
+    frames = max(1, int.from_bytes(chunks[b"acTL"][:4], "big")) if b"acTL" in chunks else 1
+    return ImageHeader(width, height, mode, header.ext, frames=frames)
 
 
 def _png_start(data: bytes) -> ImageHeader:
@@ -105,13 +144,78 @@ def _png_start(data: bytes) -> ImageHeader:
     if depth not in _PNG_DEPTHS.get(colour, ()):
         raise BadSample("format", f"PNG with bit depth {depth} and colour type {colour}, which do not exist together")
     mode = {1: "1", 16: "I;16"}.get(depth, "L") if colour == 0 else _PNG_MODES[colour] + (";16" if depth == 16 else "")
-    header = _sized(width, height, mode, "png")
+    header = _shared(width, height, mode, "png")
     if len(_headers_seen) < 4096:
         _headers_seen[data[:33]] = header
     return header
 
 
-def _jpeg_header(data: bytes, ext: str) -> ImageHeader:
+def _jpeg_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
+    """Walk the segments up to the scan, as libjpeg does: stray bytes before a marker and a missing EOI are left to a full decode."""
+    position, size, frame, doubtful = 2, len(data), b"", False
+    orientation, frames = 0, 1
+    while True:
+        at = _marker(data, position)
+        doubtful = doubtful or at != position
+        if at + 4 > size:
+            raise BadSample("truncated", f"JPEG ends at byte {size} before its pixels")
+        marker, length = data[at + 1], (data[at + 2] << 8) | data[at + 3]
+        if marker == 0xFF:  # fill byte before a marker
+            position = at + 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # without a length: they do not belong here, and decoders go on
+            position, doubtful = at + 2, True
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if frame:
+                raise BadSample("format", f"JPEG with a second frame header at byte {at}")
+            frame = data[at : at + 10]
+        elif marker == 0xDA:
+            if at + 2 + length > size:
+                raise BadSample("truncated", f"JPEG ends at byte {size} before its pixels")
+            break
+        elif marker in (0xD8, 0xD9) or length < 2:
+            raise BadSample("format", f"JPEG marker {marker:#x} at byte {at} does not belong there")
+        elif marker == 0xE1 and not orientation and data.startswith(b"Exif\0\0", at + 4):
+            orientation = exif_orientation(data[at + 10 : at + 2 + length])
+        elif marker == 0xE2 and data.startswith(b"MPF\0", at + 4):
+            frames = _pillow_frames(data, ext)
+        position = at + 2 + length
+    if not frame:
+        raise BadSample("format", "JPEG without a frame header (SOF) before its pixels")
+    width, height, mode = _jpeg_frame(frame)
+    require_size(width, height, max_pixels)
+    width, height = turned_size(width, height, orientation or UPRIGHT)
+    if not data.endswith(b"\xff\xd9") and data.rfind(b"\xff\xd9", at) < 0:
+        doubtful = True
+    if doubtful or frames > 1 or mode == "CMYK":
+        return ImageHeader(width, height, mode, ext, channels=3 if mode == "CMYK" else 0, frames=frames, doubtful=doubtful)
+    return _shared(width, height, mode, ext)
+
+
+def _marker(data: bytes, position: int) -> int:
+    """Return the position of the next marker from here on (of its 0xFF), or the end."""
+    while position + 1 < len(data) and (data[position] != 0xFF or data[position + 1] == 0):
+        position = data.find(b"\xff", position + 1)
+        if position < 0:
+            return len(data)
+    return position
+
+
+def _jpeg_frame(frame: bytes) -> tuple[int, int, str]:
+    """Return width, height and mode of a frame header (SOF)."""
+    if len(frame) < 10:
+        raise BadSample("truncated", "JPEG ends inside its frame header")
+    marker, depth, height, width, components = frame[1], *struct.unpack_from(">BHHB", frame, 4)
+    modes = _JPEG_MODES if depth == 8 else _JPEG_DEEP_MODES
+    if marker > 0xC3 or not 8 <= depth <= 16 or components not in modes:
+        kind = f"JPEG of kind SOF{marker - 0xC0} with {depth} bits and {components} components"
+        raise BadSample("unsupported", f"{kind}; read are SOF0 to SOF3 with 8 bits and 1, 3 or 4 components, or to 16 bits and 1 or 3")
+    return width, height, modes[components]
+
+
+def _jpeg_header_1(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
+    """Return the header as `pixels=1` reads it: baseline to progressive of 8 bits, as stored, with an EOI."""
     position, size, header = 2, len(data), None
     while True:
         if position + 4 > size:
@@ -124,7 +228,16 @@ def _jpeg_header(data: bytes, ext: str) -> ImageHeader:
             continue
         length = (data[position + 2] << 8) | data[position + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            header = _jpeg_frame(data[position : position + 10], marker, ext)
+            frame = data[position : position + 10]
+            if len(frame) == 10 and (marker > 0xC2 or frame[4] != 8):
+                raise BadSample(
+                    "unsupported",
+                    f"JPEG of kind SOF{marker - 0xC0} with {frame[4]} bits and {frame[9]} components; read are SOF0 to SOF2 with 8 bits "
+                    "and 1, 3 or 4 components",
+                )
+            width, height, mode = _jpeg_frame(frame)
+            require_size(width, height, max_pixels)
+            header = _shared(width, height, mode, ext)
         elif marker == 0xDA:
             break
         elif marker in (0xD8, 0xD9) or length < 2:
@@ -137,30 +250,66 @@ def _jpeg_header(data: bytes, ext: str) -> ImageHeader:
     return header
 
 
-def _jpeg_frame(frame: bytes, marker: int, ext: str) -> ImageHeader:
-    if len(frame) < 10:
-        raise BadSample("truncated", "JPEG ends inside its frame header")
-    depth, height, width, components = struct.unpack_from(">BHHB", frame, 4)
-    if marker > 0xC2 or depth != 8 or components not in _JPEG_MODES:
-        kind = f"JPEG of kind SOF{marker - 0xC0} with {depth} bits and {components} components"
-        raise BadSample("unsupported", f"{kind}; read are SOF0 to SOF2 with 8 bits and 1, 3 or 4 components")
-    return _sized(width, height, _JPEG_MODES[components], ext)
+def _tiff_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
+    from aecore.data.format.tiff import TiffError, tiff_facts  # imported late: most datasets have no TIFF
+
+    try:
+        width, height, mode, channels, frames, pixel_bytes = tiff_facts(data)
+    except TiffError as error:
+        raise BadSample(error.reason, error.message) from error
+    require_size(width, height, max_pixels, pixel_bytes)
+    return ImageHeader(width, height, mode, ext, channels=channels, frames=frames)
 
 
-def _pillow_header(data: bytes, ext: str) -> ImageHeader:
+def _pillow_header(data: bytes, ext: str, pixels: PixelsVersion, max_pixels: int) -> ImageHeader:
     with open_image(data, ext) as image:
         found = _PILLOW_FORMATS.get(image.format or "")
         if found is None:
             raise BadSample("format", f"{image.format} is not among png, jpeg, webp, bmp, tiff, gif")
-        same = ext == found or (ext, found) == ("tif", "tiff")
-        return _sized(image.width, image.height, image.mode, ext if same else found)
+        require_size(image.width, image.height, max_pixels)
+        header = _shared(image.width, image.height, image.mode, ext if ext == found or (ext, found) == ("tif", "tiff") else found)
+        return header if pixels == 1 else _meaning(image, header)
+
+
+def _meaning(image: Any, header: ImageHeader) -> ImageHeader:  # any: PIL.Image.Image
+    """Return the header of an image that Pillow has opened, as it is seen."""
+    mode = {"L": "LA", "RGB": "RGBA", "P": "PA"}.get(image.mode, image.mode) if "transparency" in image.info else image.mode
+    width, height = turned_size(header.width, header.height, opened_orientation(image))
+    frames = int(_decoding(lambda: getattr(image, "n_frames", 1), header.ext))  # Pillow gives it to formats that may have several
+    return dataclasses.replace(header, width=width, height=height, mode=mode, frames=frames)
+
+
+def opened_orientation(image: Any) -> int:  # any: as above
+    """Return the EXIF orientation of an image that Pillow has opened; a damaged block says none."""
+    return exif_orientation(bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0"))
+
+
+def _pillow_frames(data: bytes, ext: str) -> int:
+    """Return the images of a JPEG with a multi-picture index; 1 if Pillow takes the others for parts of the first, or cannot tell."""
+    try:
+        with open_image(data, ext) as image:
+            return int(getattr(image, "n_frames", 1))
+    except BadSample:
+        return 1
 
 
 def open_image(data: bytes, ext: str) -> Any:  # any: PIL.Image.Image, imported only here
     """Open `data` with Pillow (header only) without its warnings; BadSample if it is no image of the known formats."""
+    return _decoding(lambda: open_unbounded(data), ext)
+
+
+def open_unbounded(data: bytes) -> Any:  # any: PIL.Image.Image, imported only here
+    """Open `data` with Pillow without Pillow's own limit of pixels: the caller checks the size before it loads them."""
     from PIL import Image
 
-    return _decoding(lambda: Image.open(BytesIO(data), formats=READ_FORMATS), ext)
+    try:
+        return Image.open(BytesIO(data), formats=READ_FORMATS)
+    except Image.DecompressionBombError:
+        for name in READ_FORMATS:
+            factory, accepts = Image.OPEN[name]
+            if accepts is None or accepts(data[:16]) is True:
+                return factory(BytesIO(data), "")
+        raise
 
 
 def load_image(data: bytes, header: ImageHeader) -> Any:  # any: PIL.Image.Image
@@ -178,13 +327,23 @@ def _decoding(step: Callable[[], Any], ext: str) -> Any:  # any: the result of `
         except MemoryError:
             raise
         except Exception as error:  # decoders of untrusted bytes raise anything: OSError, SyntaxError, struct.error, ...
-            raise BadSample("decode", f"not a readable {ext} image ({type(error).__name__})") from error
+            raise BadSample("decode", f"not a readable {f'{ext} ' if ext else ''}image ({type(error).__name__})") from error
 
 
 @functools.lru_cache(4096)  # equal headers are one object: faster than making another
-def _sized(width: int, height: int, mode: str, ext: str) -> ImageHeader:
+def _shared(width: int, height: int, mode: str, ext: str) -> ImageHeader:
+    return ImageHeader(width, height, mode, ext)
+
+
+def require_size(width: int, height: int, max_pixels: int, pixel_bytes: int = 1) -> None:
+    """Raise BadSample if an image is empty, or larger than the limit in pixels or, decoded, in bytes."""
     if width < 1 or height < 1:
         raise BadSample("format", f"image of {width}x{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise BadSample("too_large", f"image of {width}x{height} pixels, at most {MAX_PIXELS} are read")
-    return ImageHeader(width, height, mode, ext)
+    if width * height > max_pixels:
+        raise BadSample("too_large", f"image of {width}x{height} pixels, at most {max_pixels} are read (shards.max_pixels)")
+    if width * height * pixel_bytes > MAX_PIXEL_BYTES * max_pixels:
+        raise BadSample(
+            "too_large",
+            f"image of {width}x{height} pixels of {pixel_bytes} bytes takes {width * height * pixel_bytes} bytes, at most "
+            f"{MAX_PIXEL_BYTES * max_pixels} are read ({MAX_PIXEL_BYTES} times shards.max_pixels)",
+        )

@@ -13,12 +13,13 @@ import re
 import string
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, BadSample, ImageHeader, image_header
-from aecore.errors import DataError
+from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, BadSample, ImageHeader, PixelsVersion, image_header
+from aecore.errors import ConfigError, DataError
 
 __all__ = [
     "ALLOWED_EXTENSIONS",
@@ -31,9 +32,11 @@ __all__ = [
     "NpyError",
     "Sample",
     "array_header",
+    "array_values",
     "encode_key",
     "encode_keys",
     "image_header",
+    "is_channel_last",
     "read_npy_header",
     "require_allowed",
 ]
@@ -42,6 +45,8 @@ DATA_EXTENSIONS = IMAGE_EXTENSIONS | {"npy"}
 ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
 MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
 MAX_DIMS = 32  # numpy has 64 for a batch
+Layout = Literal["auto", "hwc", "chw"]
+MOST_COLOURS = 4  # channels that an axis of an image may be without being the shortest
 _USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
 _MAX_ARRAY_HEADER, _MAX_ARRAY_DEPTH = 10_000, 8  # characters (numpy reads no more) and brackets of a `.npy` header
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
@@ -72,11 +77,26 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ArrayHeader:
-    """Shape and dtype of a `.npy` member, and the byte at which its values start."""
+    """Shape and dtype of a `.npy` member, and the byte at which its values start.
+
+    Attributes
+    ----------
+    dtype : dtype
+        In this machine's byte order; `stored` is that of the file.
+    fortran : bool
+        Whether the file has the values in Fortran order.
+    is_image : bool
+        Whether it is an image `[H, W, C]`: see `is_channel_last`.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
     start: int
+    stored: np.dtype[np.generic] | None = None
+    fortran: bool = False
+    is_image: bool = False
+    frames: int = field(default=1, init=False)  # as of an image header
+    doubtful: bool = field(default=False, init=False)
     width: None = field(default=None, init=False)  # what an image header has and an array does not
     height: None = field(default=None, init=False)
     mode: None = field(default=None, init=False)
@@ -89,8 +109,8 @@ class ArrayHeader:
 
     @property
     def format_text(self) -> str:
-        """Return for example `3x32x32/float32`."""
-        return f"{'x'.join(map(str, self.shape))}/{self.dtype.name}"
+        """Return for example `3x32x32/float32`; of an image `32x32x3/hwc;float32`."""
+        return f"{'x'.join(map(str, self.shape))}/{'hwc;' if self.is_image else ''}{self.dtype.name}"
 
 
 def require_allowed(ext: str, where: str) -> None:
@@ -145,32 +165,72 @@ def _fits_header(key: str) -> bool:
     return any(at <= _USTAR_PREFIX and len(key) - at - 1 + _LONGEST_SUFFIX <= _USTAR_NAME for at in slashes)
 
 
-def array_header(data: bytes) -> ArrayHeader:
+def array_header(data: bytes, *, pixels: PixelsVersion = 2, layout: Layout = "auto") -> ArrayHeader:
     """Return shape and dtype of a `.npy` file after checking its size; BadSample if it is damaged or is one that `Decoder` does not read.
 
-    Read are files of version 1.0 in C order with booleans or numbers of this machine's byte order: what `np.save` writes by default.
+    Read are booleans and real numbers in any byte order, C or Fortran order and version. With `pixels=1` only what `np.save` writes by
+    default, complex numbers too, and every array has the axes of the network.
+
+    Raises
+    ------
+    ConfigError
+        The axes may be `[H, W, C]` or `[C, H, W]`, and `layout` does not say which.
     """
     if not data:
         raise BadSample("empty", "the file has no bytes")
     try:
-        dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
+        dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",) if pixels == 1 else ("1.0", "2.0", "3.0"))
     except NpyError as error:
         if error.version is not None:
             reason = f".npy of version {error.version}: only version 1.0 is read; save the plain array again with np.save"
             raise BadSample("unsupported", reason) from error
         raise BadSample("format", "not a .npy file" if error.cause is None else f".npy header is damaged ({error.cause})") from error
-    if dtype.kind not in "biufc" or dtype.fields is not None:
-        raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read")
+    if dtype.kind not in ("biufc" if pixels == 1 else "biuf") or dtype.fields is not None:
+        advice = ": save the real and the imaginary part (or magnitude and phase) as channels" if dtype.kind == "c" else ""
+        raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read{advice}")
     if len(shape) > MAX_DIMS:
         raise BadSample("unsupported", f".npy with {len(shape)} dimensions: at most {MAX_DIMS} are read")
-    if fortran:
+    if fortran and pixels == 1:
         raise BadSample("unsupported", ".npy in Fortran order: only C order is read; save np.ascontiguousarray(array)")
-    if dtype != np.dtype(dtype.name):
+    if dtype != np.dtype(dtype.name) and pixels == 1:
         raise BadSample("unsupported", f".npy of dtype {dtype.str} (non-native byte order): save array.astype({dtype.name!r})")
     expected = start + math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(data) != expected:
         raise BadSample("truncated", f".npy of {len(data)} bytes, its header promises {expected}")
-    return ArrayHeader(shape, dtype, start)
+    if pixels == 1:
+        return ArrayHeader(shape, dtype, start)
+    return ArrayHeader(shape, dtype.newbyteorder("="), start, dtype, fortran, is_channel_last(shape, layout))
+
+
+def array_values(data: bytes, header: ArrayHeader) -> NDArray[Any]:  # any: every array has its own dtype
+    """Return the values of a `.npy` in its shape, in this machine's byte order."""
+    stored = header.stored or header.dtype
+    values = np.frombuffer(data, stored, offset=header.start).reshape(header.shape, order="F" if header.fortran else "C")
+    return values.astype(header.dtype, copy=False)
+
+
+def is_channel_last(shape: tuple[int, ...], layout: Layout = "auto") -> bool:
+    """Return whether an array of three axes is an image `[H, W, C]` rather than `[C, H, W]`, which networks take.
+
+    The axis of the channels is the one that is shorter than both others. If none is (a cube, a volume of three sides), the array is
+    taken as it is.
+
+    Raises
+    ------
+    ConfigError
+        Both ends may be the channels, and `layout` does not say which: `[3, 32, 3]`, or `[8, 8, 64]`, which may be 8x8 pixels.
+    """
+    if len(shape) != 3 or layout == "chw":
+        return False
+    first, middle, last = shape
+    if layout == "hwc" or last < min(first, middle):
+        return True
+    if (first == last < middle and last <= MOST_COLOURS) or (first == middle < last):
+        raise ConfigError(
+            f"an array of shape {shape} may be {first}x{middle} pixels with {last} channels, or {first} channels of {middle}x{last} "
+            "pixels: say which with shards.layout=hwc or shards.layout=chw"
+        )
+    return False
 
 
 class NpyError(ValueError):

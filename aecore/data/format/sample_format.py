@@ -1,7 +1,8 @@
 """Shape and dtype of one decoded sample. A manifest counts samples by its text (`28x28x1/L`, `64x3/float32`)."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,21 +10,33 @@ import numpy as np
 from aecore.errors import DataError
 
 MODE_DTYPES = {
-    **dict.fromkeys(("1", "L", "LA", "P", "RGB", "RGBA"), "u1"),
-    **dict.fromkeys(("I;16", "RGB;16", "LA;16", "RGBA;16"), "u2"),
+    **dict.fromkeys(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "LAB", "YCbCr"), "u1"),
+    **dict.fromkeys(("I;16", "RGB;16", "LA;16", "RGBA;16", "CMYK;16", "LAB;16"), "u2"),
     "I": "i4",
     "F": "f4",
 }
+WITH_ALPHA = ("LA", "PA", "RGBA", "LA;16", "RGBA;16")
+BANDS, CHANNEL_LAST = "image", "hwc"  # modes of images that have no name: bands of a TIFF, `.npy` arrays [H, W, C]; their dtype follows
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFormat:
-    """Format of one decoded sample: `(H, W, C)` for images, any shape for arrays; of sequences that vary in length, the longest."""
+    """Format of one decoded sample: `(H, W, C)` for images, any shape for arrays; of sequences that vary in length, the longest.
+
+    Attributes
+    ----------
+    has_alpha : bool
+        Whether the last channel is alpha.
+    from_array : bool
+        Whether it is an image that is stored as an array `[H, W, C]`.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     image: bool
     varying: bool = False
+    has_alpha: bool = field(default=False, compare=False)
+    from_array: bool = field(default=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> "SampleFormat":
@@ -36,12 +49,13 @@ class SampleFormat:
         """
         dims, _, mode = text.partition("/")
         shape = tuple(int(size) for size in dims.split("x")) if dims else ()
-        if mode == "CMYK":
+        if mode == "CMYK" and shape[2:] == (4,):  # of `pixels=1`
             raise DataError(f"samples of format {text} cannot be decoded faithfully: shard again with shards.mode=RGB")
         if mode in MODE_DTYPES:
-            return cls(shape, np.dtype(MODE_DTYPES[mode]), image=True)
+            return cls(shape, np.dtype(MODE_DTYPES[mode]), image=True, has_alpha=mode in WITH_ALPHA)
+        kind, _, name = mode.rpartition(";")
         try:
-            return cls(shape, np.dtype(mode), image=False)
+            return cls(shape, np.dtype(name), image=kind in (BANDS, CHANNEL_LAST), from_array=kind == CHANNEL_LAST)
         except TypeError:
             raise DataError(
                 f"samples of format {text}: the pixel mode {mode!r} is not supported (known: {', '.join(MODE_DTYPES)})"
@@ -53,10 +67,11 @@ class SampleFormat:
 
         With `sequences` arrays that differ only in their first axis are one format, of varying length.
         """
-        found = {cls.parse(text) for text in shapes}
+        found = common_formats(map(cls.parse, shapes))
         if len(found) == 1:
             return found.pop()
         if sequences and sequence_shape(found) is not None:
+            found = {known.as_array for known in found}
             longest = max(found, key=lambda known: known.shape[0])
             return cls(longest.shape, longest.dtype, image=False, varying=True)
         shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
@@ -64,6 +79,17 @@ class SampleFormat:
             f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: "
             "shard again with shards.resize=<side> and shards.mode=L or RGB"
         )
+
+    @property
+    def without_alpha(self) -> "SampleFormat":
+        """The format of the same images over a background; itself if there is no alpha."""
+        shape = (*self.shape[:2], self.shape[2] - 1) if self.has_alpha else self.shape
+        return dataclasses.replace(self, shape=shape, has_alpha=False)
+
+    @property
+    def as_array(self) -> "SampleFormat":
+        """The format of an array for one that was taken for an image `[H, W, C]`: its axes may be something else."""
+        return dataclasses.replace(self, image=self.image and not self.from_array)
 
     @property
     def nbytes(self) -> int:
@@ -76,10 +102,18 @@ class SampleFormat:
         return (self.shape[2], *self.shape[:2]) if self.image else self.shape
 
 
+def common_formats(formats: Iterable[SampleFormat]) -> set[SampleFormat]:
+    """Return the different formats of samples; images that differ only in whether they have alpha count as those without it."""
+    found = set(formats)
+    plain = {known.without_alpha for known in found}
+    return plain if len(plain) == 1 < len(found) else found
+
+
 def sequence_shape(formats: Collection[SampleFormat]) -> tuple[int, ...] | None:
     """Return `(0, *rest)` for arrays `[T, *rest]` of one dtype that differ only in T; None for anything else."""
-    if len({(known.image, known.dtype, known.shape[1:]) for known in formats}) != 1 or any(
-        known.image or not known.shape for known in formats
+    arrays = {known.as_array for known in formats}
+    if len({(known.image, known.dtype, known.shape[1:]) for known in arrays}) != 1 or any(
+        known.image or not known.shape for known in arrays
     ):
         return None
-    return (0, *next(iter(formats)).shape[1:])
+    return (0, *next(iter(arrays)).shape[1:])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from aecore._base.batch import Batch
 from aecore._base.noise import seed_of
-from aecore.data.format.decode import decoder_version
+from aecore.data.format.colour import background_of
+from aecore.data.format.decode import Reading, decoder_version
 from aecore.errors import ConfigError, DataError
 from aecore.registry import knob, spec, to_dict
 from aecore.store import sha256_json
@@ -29,12 +30,20 @@ class TransformSpec:
     binarize: Literal["none", "dynamic"] = knob(
         "none", "dynamic: every step and validation draws black or white, white with the grey value's probability; encode takes the grey"
     )
+    pixels: Literal[1, 2] = knob(2, "2: pixels as files mean them (EXIF, alpha, TIFF values); 1: as version 1 read them", since=2, absent=1)
+    background: str = knob("white", "colour under alpha where the model takes none: a CSS name or #rrggbb", since=2)
 
     def __post_init__(self) -> None:
+        background_of(self.background, 3)
         if self.binarize == "dynamic" and self.scale != "unit":
             raise ConfigError(
                 f"TransformSpec.binarize=dynamic draws from grey values in [0, 1], TransformSpec.scale is {self.scale}: use unit"
             )
+
+    @property
+    def reading(self) -> Reading:
+        """How samples are decoded."""
+        return Reading(self.decoder, self.pixels, self.background)
 
 
 class Transform:

@@ -8,7 +8,7 @@ split, so memory follows the largest one.
 
 import copy
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import Any
@@ -94,10 +94,21 @@ class BagLoader:
         Lanes, and the global batch in bags.
     spec : InputSpec
         Cache and prefetch.
+    classes : sequence of str, optional
+        As for `Loader`.
     """
 
-    def __init__(self, dataset: Dataset, split: str, *, transform: TransformSpec, order: TrainingOrder, spec: InputSpec) -> None:
-        self.rows = SplitRows(dataset, split, transform.decoder, spec.cache, spec.cache_bytes)
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        transform: TransformSpec,
+        order: TrainingOrder,
+        spec: InputSpec,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.rows = SplitRows(dataset, split, transform.reading, spec.cache, spec.cache_bytes, classes=classes)
         if self.rows.sample_format.varying:
             raise DataError(
                 f"{dataset.url}: the instances of bags are sequences of different lengths, expected one shape: cut or pad them, or train "

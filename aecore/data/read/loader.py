@@ -8,7 +8,7 @@ suits small images on few cores.
 import copy
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -112,13 +112,17 @@ class Loader:
     dataset, split : Dataset and str
         What is read.
     transform : TransformSpec, optional
-        Names the decoder.
+        Says how samples are decoded.
     spec : InputSpec, optional
         Cache and prefetch.
     order : TrainingOrder, optional
         The order of `batches`; not needed to read ranges and shards.
     pairs : PairSpec, optional
         Gives every batch of `batches` partners in `x_pair`; None: there is no `x_pair`.
+    channels : int, optional
+        Channels of the images that the model takes: alpha that is one more is composed over `transform.background`.
+    classes : sequence of str, optional
+        Names that a model numbers: labels are mapped to them by name; None: labels are those of the dataset.
     """
 
     def __init__(
@@ -130,9 +134,12 @@ class Loader:
         spec: InputSpec | None = None,
         order: TrainingOrder | None = None,
         pairs: PairSpec | None = None,
+        channels: int | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.spec = spec or InputSpec()
-        self.rows = SplitRows(dataset, split, (transform or TransformSpec()).decoder, self.spec.cache, self.spec.cache_bytes)
+        reading = (transform or TransformSpec()).reading
+        self.rows = SplitRows(dataset, split, reading, self.spec.cache, self.spec.cache_bytes, channels, classes)
         self.num_samples = self.rows.num_samples
         self._order = order
         self._pairs = pairs

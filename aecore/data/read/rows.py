@@ -8,15 +8,16 @@ The RAM cache holds decoded samples (each rank its own) and fills as samples are
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.classes import UNKNOWN, label_map
 from aecore.data.dataset import Dataset
-from aecore.data.format.decode import DecodeError, Decoder, DecoderName, Pixels
+from aecore.data.format.decode import DecodeError, Decoder, Pixels, Reading
 from aecore.data.format.ragged import SequenceDecoder
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.read.shard_reader import ShardReader
@@ -49,9 +50,22 @@ class _OpenShard:
 
 
 class SplitRows:
-    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample."""
+    """Random access to one split of a dataset; safe to use from several threads. Nothing is read before the first sample.
 
-    def __init__(self, dataset: Dataset, split: str, decoder: DecoderName, cache: CacheMode = "auto", cache_bytes: int = 2 << 30) -> None:
+    With `channels`, those of a model's images, alpha that is one more is composed over the background. With `classes`, the names that a
+    model numbers, labels are the numbers of these; None: those of the dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        reading: Reading,
+        cache: CacheMode = "auto",
+        cache_bytes: int = 2 << 30,
+        channels: int | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.split = split
         self.shards = dataset.manifest.split(split)
@@ -60,9 +74,13 @@ class SplitRows:
         if not self.num_samples:
             raise DataError(f"{dataset.url}: split {split!r} has no samples")
         self.sample_format = SampleFormat.from_shapes(dataset.manifest.sample.shapes, sequences=True)
+        if channels is not None and self.sample_format.without_alpha.shape[2:] == (channels,):
+            self.sample_format = self.sample_format.without_alpha
         self.labelled = bool(dataset.classes)
+        self.classes = dataset.classes if classes is None else tuple(classes)
+        self._labels = label_map(dataset.classes, self.classes)
         self._starts = np.cumsum(self.counts) - self.counts
-        self._decoder = Decoder(decoder, self.sample_format)
+        self._decoder, self._pixels = Decoder(reading, self.sample_format), reading.pixels
         self._sequences = SequenceDecoder(self.sample_format) if self.sample_format.varying else None
         self.caching = _use_cache(cache, self.num_samples * self.sample_format.nbytes, cache_bytes)
         self._cache: Rows | None = None
@@ -161,10 +179,13 @@ class SplitRows:
     def _undecodable(self, index: int, error: DecodeError) -> DataError:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         key = self._shard(number).reader.index["key"][index - int(self._starts[number])].as_py()
-        return DataError(
-            f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); "
-            "shard the data again with shards.check=decode, which puts such samples into the quarantine"
-        )
+        remedy = "shard the data again with shards.check=decode, which puts such samples into the quarantine"
+        if self._pixels != self.dataset.pixels and error.reason == "shape":
+            remedy = (
+                f"the dataset was written with shards.pixels={self.dataset.pixels} and is read with transform.pixels={self._pixels}: shard "
+                f"the data again to another URL, or set transform.pixels={self.dataset.pixels}"
+            )
+        return DataError(f"{self.dataset.url}: sample {key!r} of shard {self.shards[number].stem} cannot be decoded ({error}); {remedy}")
 
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:
@@ -177,9 +198,23 @@ class SplitRows:
             indexed -= self.shards[oldest].samples
         reader = self.dataset.reader(self.shards[number])
         index: Any = reader.index  # any: pyarrow's stubs know no `fill_null` of a column
-        ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy()
-        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels.astype(np.int64))
+        ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy().astype(np.int64)
+        if self._labels is not None:
+            labels = self._renumbered(number, labels)
+        self._open[number] = shard = _OpenShard(reader, ordinals.astype(np.int64), labels)
         return shard
+
+    def _renumbered(self, number: int, labels: Int64s) -> Int64s:
+        """Return labels of the dataset as those of `classes`; DataError for a class that is not in them."""
+        assert self._labels is not None
+        found: Int64s = self._labels[labels]
+        if (found == UNKNOWN).any():
+            name = self.dataset.classes[labels[np.argmax(found == UNKNOWN)]]
+            raise DataError(
+                f"{self.dataset.url}: shard {self.shards[number].stem} has samples of class {name!r}, which the model does not know: "
+                "shard the data again, or use a model that was trained with this class"
+            )
+        return found
 
 
 def _use_cache(mode: CacheMode, needed: int, limit: int) -> bool:

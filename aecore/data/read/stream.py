@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from aecore._base.batch import Batch
+from aecore.data.classes import UNKNOWN, numbers_of, quoted
 from aecore.data.format.decode import DecodeError, Decoder
-from aecore.data.format.image import BadSample
+from aecore.data.format.image import BadSample, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
@@ -39,7 +40,7 @@ from aecore.store import sha256_json
 from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
-MAX_CLASS_BYTES = 64
+MAX_CLASS_BYTES, MAX_DIGITS = 1 << 10, 18
 StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `data` and `cls`
 REMEDY = "adopt_shards and shard_dataset (aecore.data.write.job) put such samples into a quarantine"
 
@@ -80,7 +81,9 @@ class StreamDataset:
         return 0
 
 
-def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of) -> StreamDataset:
+def open_stream(
+    url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of, pixels: PixelsVersion = 2
+) -> StreamDataset:
     """Open the tars of `split`: lists them and reads the first sample.
 
     `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`.
@@ -98,21 +101,22 @@ def open_stream(url: str, split: str, member: str = "", split_in_name: Callable[
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names have {', '.join(sorted(set(splits.values())))})")
     where, (ext, data, _) = _first(tars, names, member)
     try:
-        format_text = (image_header(data, ext) if ext in IMAGE_EXTENSIONS else array_header(data)).format_text
+        header = image_header(data, ext, pixels=pixels) if ext in IMAGE_EXTENSIONS else array_header(data, pixels=pixels)
+        format_text = header.format_text
     except BadSample as bad:
         raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}", hint=Hint("bad-sample")) from bad
     return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, SampleFormat.parse(format_text))
 
 
-def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, int | None]]:
+def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, str]]:
     for name in names:
         for _, found in _read(tars, name, member, Counter()):
             return f"{tars.files.url}/{name}", found
     raise DataError(f"{tars.files.url} holds no sample with an image or array in {len(names)} tars: check data, or set input.member")
 
 
-def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, int | None]]]:
-    """Yield key, and codec, bytes and class id (None: no whole number) of each sample of one tar."""
+def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, str]]]:
+    """Yield key, and codec, bytes and class ("": none) of each sample of one tar."""
     tar = TarFile(tars.files, name)
     try:
         for sample in tar.samples(skipped):
@@ -122,7 +126,7 @@ def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> 
                 continue
             cls = sample.members.get("cls")
             text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
-            yield sample.key, (chosen[0], tar.read(chosen[1]), int(text) if text.isdigit() else None)
+            yield sample.key, (chosen[0], tar.read(chosen[1]), text.decode("utf-8", "replace"))
     finally:
         tar.close()
 
@@ -130,17 +134,26 @@ def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> 
 class StreamLoader:
     """Training batches of external tars; a `TrainLoader`.
 
-    `transform` names the decoder, `order` gives seed, global batch and rank; `steps_per_epoch` steps count as an epoch.
+    `transform` names the decoder, `order` gives seed, global batch and rank; `steps_per_epoch` steps count as an epoch. With `classes`, the
+    names that the model numbers, a `.cls` is the name of a class; None: labels are the numbers that are there.
     """
 
     def __init__(
-        self, dataset: StreamDataset, *, transform: TransformSpec, order: TrainingOrder, steps_per_epoch: int, spec: InputSpec
+        self,
+        dataset: StreamDataset,
+        *,
+        transform: TransformSpec,
+        order: TrainingOrder,
+        steps_per_epoch: int,
+        spec: InputSpec,
+        classes: tuple[str, ...] | None = None,
     ) -> None:
+        self._classes, self._labels = classes, dict[str, int]()
         self.steps_per_epoch = steps_per_epoch
         self._names = list(dataset.tars)
         self._tars = ExternalTars.named(dataset.url, tuple(self._names))
         self._sample = dataset.sample_format
-        self._decoder = Decoder(transform.decoder, self._sample)
+        self._decoder = Decoder(transform.reading, self._sample)
         self._order, self._spec = order, spec
         self._seed = f"{dataset.dataset_sha256}|{order.seed}"
 
@@ -180,10 +193,25 @@ class StreamLoader:
                 f"{row['__url__']}: sample {row['__key__']!r} cannot be trained on ({error}): {REMEDY}", hint=Hint("bad-sample")
             ) from error
         x = torch.from_numpy(pixels)
-        labels = [row["cls"] for row in rows]
+        labels = [self._label(row) for row in rows]
         label = None if None in labels else torch.tensor(labels)
         x = x.permute(0, 3, 1, 2) if self._sample.image else x
         return Batch(x, first + positions, positions, self._order.global_batch, label=label)
+
+    def _label(self, row: StreamSample) -> int | None:
+        """Return the label that the `.cls` of a sample states, None if there is none; DataError for a class that the model lacks."""
+        text: str = row["cls"]
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
+        if self._classes is None or not text:
+            return number
+        if text not in self._labels:
+            self._labels[text] = max(numbers_of({text, text if number is None else str(number)}, self._classes).values())
+        if self._labels[text] == UNKNOWN:
+            raise DataError(
+                f"{row['__url__']}: sample {row['__key__']!r} is of class {text!r}, which the model does not have (it has "
+                f"{quoted(self._classes)}): use tars of its classes, or shard them (shard_dataset) with labels of these names"
+            )
+        return self._labels[text]
 
     def _pipeline(self, start: int) -> Iterable[StreamSample]:
         """Return the endless webdataset pipeline of this rank from step `start` on: tars, samples, shuffle."""

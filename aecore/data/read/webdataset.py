@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.format.decode import Decoder
-from aecore.data.format.image import BadSample, image_header
+from aecore.data.format.decode import Decoder, Reading
+from aecore.data.format.image import BadSample, PixelsVersion, image_header
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, require_allowed
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef
@@ -21,6 +21,7 @@ from aecore.errors import DataError
 if TYPE_CHECKING:
     from webdataset import FluidWrapper
 
+ANY_PIXELS = 1 << 32  # the dataset was written with a limit of its own
 WebSample = dict[str, Any]  # any: webdataset's own sample type, member name -> bytes or decoded value
 
 
@@ -34,16 +35,17 @@ def as_webdataset(url: str, split: str = "train", *, number: int | None = None, 
     from webdataset import FluidWrapper, shardlists
 
     dataset = open_dataset(url, number)
+    pixels: PixelsVersion = dataset.pixels
     shards = functools.partial(_shards, dataset.manifest.split(split))
     stages = [shardlists.single_node_only, shardlists.split_by_worker, functools.partial(_samples, dataset)]
     if decode:
-        stages.append(_decoded)
+        stages.append(functools.partial(_decoded, pixels=pixels))
     return FluidWrapper(shards).compose(*stages)
 
 
-def decode_members(sample: WebSample) -> WebSample:
+def decode_members(sample: WebSample, pixels: PixelsVersion = 2) -> WebSample:
     """Return the sample with every member decoded by its extension; DataError for one that is damaged or not on the allow-list."""
-    return {name: value if name.startswith("__") else _decode(sample["__key__"], name, value) for name, value in sample.items()}
+    return {name: value if name.startswith("__") else _decode(sample["__key__"], name, value, pixels) for name, value in sample.items()}
 
 
 def _shards(shards: tuple[ShardRef, ...]) -> Iterator[ShardRef]:
@@ -58,17 +60,17 @@ def _samples(dataset: Dataset, shards: Iterable[ShardRef]) -> Iterator[WebSample
         reader.close()
 
 
-def _decoded(samples: Iterable[WebSample]) -> Iterator[WebSample]:
-    return map(decode_members, samples)
+def _decoded(samples: Iterable[WebSample], pixels: PixelsVersion) -> Iterator[WebSample]:
+    return (decode_members(sample, pixels) for sample in samples)
 
 
-def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decides
+def _decode(key: str, ext: str, data: bytes, pixels: PixelsVersion) -> Any:  # any: the extension decides
     require_allowed(ext, f"a member of sample {key!r}")
     try:
         if ext in IMAGE_EXTENSIONS:
-            return _decoder(image_header(data, ext).format_text).batch([data])[0]
+            return _decoder(image_header(data, ext, pixels=pixels, max_pixels=ANY_PIXELS).format_text, pixels).batch([data])[0]
         if ext == "npy":
-            return _decoder(array_header(data).format_text).batch([data])[0]
+            return _decoder(array_header(data, pixels=pixels, layout="chw").format_text, pixels).batch([data])[0]
         if ext == "json":
             return json.loads(data)
         return int(data) if ext == "cls" else data.decode()
@@ -77,5 +79,5 @@ def _decode(key: str, ext: str, data: bytes) -> Any:  # any: the extension decid
 
 
 @functools.lru_cache(256)
-def _decoder(format_text: str) -> Decoder:
-    return Decoder("imagecodecs", SampleFormat.parse(format_text))
+def _decoder(format_text: str, pixels: PixelsVersion) -> Decoder:
+    return Decoder(Reading(pixels=pixels), SampleFormat.parse(format_text))

@@ -36,6 +36,10 @@ class Listing:
         Class of each sample, "" where it has none. Where `splits` is given these are paths below the source's root, so they
         begin with the top folder (`train/Greek/character01`), and the plan decides whether that is a split or a part of the class.
         If `label_paths` is false they are plain names.
+    label_rule : str
+        What the plan makes of `label_names`: `leaf` the last folder, `regex:...` what the expression finds, else the names as they are.
+    paths : list of str, optional
+        What rules of labels and groups look at, with `/`, where `sources` are no paths.
     splits : list of str, optional
         Top folder of each sample ("" directly below the root) or the split in its file's name, for sources that have folders.
     groups : list of str, optional
@@ -55,9 +59,11 @@ class Listing:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     notes: tuple[str, ...] = ()
     label_paths: bool = True
+    label_rule: str = "path"
+    paths: list[str] | None = None
 
     def __post_init__(self) -> None:
-        columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, *self.columns.values()]
+        columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, self.paths, *self.columns.values()]
         assert all(column is None or len(column) == len(self.keys) for column in columns), "columns of a listing differ in length"
 
     def __len__(self) -> int:
@@ -75,6 +81,8 @@ class Listing:
             {name: column[rows] for name, column in self.columns.items()},
             self.notes,
             self.label_paths,
+            self.label_rule,
+            take(self.paths, rows),
         )
 
     def sha256(self) -> str:

@@ -18,6 +18,7 @@ from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_of
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
+from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
@@ -34,14 +35,37 @@ class ArraysSpec:
     kind: Literal["arrays"] = "arrays"
     url: str = knob("", "file, or folder of files", identity=False)
     images: str = knob("", "array of an .npz that holds the samples; empty: images, x, data, ... or the only one")
-    labels: str = knob("", "array of an .npz that holds the labels; empty: labels, y, ... if there is one")
+    labels: str = knob(
+        "",
+        "array of an .npz that holds the labels; regex:<expression> over the keys (cat/000000001 of cat.npy); empty: labels, y, ... if "
+        "there is one",
+    )
     factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, in addition to those named factor_*")
     lengths: str = knob("", "array of an .npz with the number of valid steps of each row; the rest is not stored")
-    group: str | None = knob(None, "array of an .npz with the bag of each sample: bags stay whole, see model.kind=mil_vae")
+    group: str | None = knob(
+        None,
+        "array of an .npz with the bag of each sample, or regex:<expression> over the keys: bags stay whole, see model.kind=mil_vae",
+    )
+    classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(
         0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 128 times its file's", ge=0, identity=False
     )
+
+    def __post_init__(self) -> None:
+        for option, rule in (("source.labels", self.labels), ("source.group", self.group)):
+            if is_expression(rule):
+                require_rule(option, rule, ())
+
+    @property
+    def label(self) -> str:
+        """The rule of the labels: an expression, or auto."""
+        return self.labels if is_expression(self.labels) else "auto"
+
+
+def _array(name: str | None) -> str:
+    """Return the name of an array that an option gives; "" if it gives none, or an expression."""
+    return "" if name is None or is_expression(name) else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +113,9 @@ class ArraysSource:
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
+        paths = [f"{block.stem}/{row:09d}" for block, row in rows]
         return Listing(
-            encode_keys([f"{block.stem}/{row:09d}" for block, row in rows]),
+            encode_keys(paths),
             [f"{block.head}#{row}" for block, row in rows],
             np.concatenate(sizes),
             label_names=[name for block in blocks for name in block.labels or [""] * len(block.array)] if _any(blocks, "labels") else None,
@@ -99,6 +124,7 @@ class ArraysSource:
             columns=_columns(blocks),
             notes=notes,
             label_paths=False,
+            paths=paths,
         )
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -178,7 +204,7 @@ class ArraysSource:
             yield _Block(name, stem, array, split_of(stem), None if labels is None else self._label_names(labels, "", array, name))
 
     def _npz_blocks(self, file: ArrayFile, name: str, stem: str) -> Iterator[_Block]:
-        known, asked = file.names(), self._spec.labels
+        known, asked = file.names(), _array(self._spec.labels)
         samples = self._data_names(known, name)
         for data in samples:
             split = split_of(data) or split_of(stem)
@@ -192,9 +218,10 @@ class ArraysSource:
 
     def _bags(self, known: list[str], name: str, data: str, array: Array, prefix: str) -> list[str] | None:
         """Return the bag of each sample, with the prefix of its keys: bag 3 of another file or split is another bag."""
-        if self._spec.group is None:
+        asked = _array(self._spec.group)
+        if not asked:
             return None
-        bags = self._label_names(name, self._chosen(known, self._spec.group, data, name, "source.group"), array, data)
+        bags = self._label_names(name, self._chosen(known, asked, data, name, "source.group"), array, data)
         return [f"{prefix}/{bag}" for bag in bags]
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
@@ -220,7 +247,8 @@ class ArraysSource:
 
     def _arrays_of_other_use(self) -> tuple[str, ...]:
         """Return the arrays that the spec names as something other than samples."""
-        return tuple(name for name in (self._spec.labels, self._spec.lengths, self._spec.group, *self._spec.factors) if name)
+        spec = self._spec
+        return tuple(name for name in (_array(spec.labels), spec.lengths, _array(spec.group), *spec.factors) if name)
 
     def _chosen(self, known: list[str], asked: str, data: str, where: str, key: str = "source.labels or source.factors") -> str:
         """Return the array called `asked`, in the split of the array `data` if there is one for each."""

@@ -22,6 +22,8 @@ import numpy as np
 
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
+from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._labels import require_rule
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
@@ -40,9 +42,20 @@ class FolderSpec:
     kind: Literal["folder"] = "folder"
     url: str = knob("", "folder that holds the class folders or the split folders", identity=False)
     extensions: tuple[str, ...] = knob(tuple(sorted(IMAGE_EXTENSIONS)), "file extensions that are samples, without the dot")
-    group: Literal["parent"] | None = knob(None, "parent: each file's folder is a bag that stays whole, its label the path above that")
+    group: str | None = knob(
+        None,
+        "samples that stay whole in one split and shard (a bag). parent: those of a folder, whose label is the path above it; "
+        "regex:<expression>: those in whose keys it finds the same",
+    )
+    frames: Literal["first", "all", "refuse"] = knob("first", "of pages and animations: first, all as samples, or refuse the file", since=2)
+    label: str = knob(
+        "path", "path: the folders below the split; leaf: the last of them; regex:<expression>: its first group; none", since=2
+    )
+    classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
 
     def __post_init__(self) -> None:
+        require_rule("source.group", self.group, ("parent",))
+        require_rule("source.label", self.label, ("path", "leaf", "none"))
         for ext in self.extensions:
             if ext not in DATA_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, DATA_EXTENSIONS)}")
@@ -62,6 +75,7 @@ class FolderSource:
         self._prefix = f"{self._url}/"
         self._extensions = frozenset(folder.extensions)
         self._bags = folder.group == "parent"
+        self._all_frames = folder.frames == "all"
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -88,17 +102,23 @@ class FolderSource:
         known = {folder: sys.intern(folder.partition("/")[0]) for folder in set(labels)}
         tops = list(map(known.__getitem__, labels))
         if not self._bags:
-            return Listing(_keys(paths), paths, sizes, label_names=labels, splits=tops, notes=notes)
+            return self._framed(Listing(_keys(paths), paths, sizes, label_names=labels, splits=tops, notes=notes))
         if "" in known:
             raise DataError(
                 f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
         above = [label.rpartition("/")[0] for label in labels]
-        return Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes)
+        return self._framed(Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes))
+
+    def _framed(self, listing: Listing) -> Listing:
+        return with_frames(listing, self._file) if self._all_frames else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and all bytes of one file; OSError if it cannot be read, or is shorter than its size."""
+        """Return extension and all bytes of one file (or frame); OSError if it cannot be read, or is shorter than its size."""
+        return read_frame(source, self._file) if self._all_frames else self._file(source)
+
+    def _file(self, source: str) -> tuple[str, bytes]:
         path = self._prefix + source
         descriptor = os.open(path, _READ_FLAGS)  # half the time of `open`
         try:
@@ -115,8 +135,8 @@ class FolderSource:
         return _extension(source), data
 
     def file_root(self) -> Path | None:
-        """Return the folder: samples are the bytes of the files below it."""
-        return self._root
+        """Return the folder, if samples are the bytes of the files below it."""
+        return None if self._all_frames else self._root
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -179,8 +199,7 @@ class BucketSource(FolderSource):
         super().__init__(folder)
         self._files = open_files(self._url)
 
-    def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and all bytes of one object."""
+    def _file(self, source: str) -> tuple[str, bytes]:
         return _extension(source), self._files.read(source)
 
     def file_root(self) -> None:
@@ -188,6 +207,8 @@ class BucketSource(FolderSource):
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
+        if self._all_frames:
+            return self.read
         read = self._files.prefetch(sources)
         return lambda source: (_extension(source), read(source))
 

@@ -18,13 +18,15 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._external_tars import ExternalSample, ExternalTars, Member, TarFile, data_member
+from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
+_ENDING = re.compile(r"\.(?:tar|tar\.gz|tgz)$")
 _SOURCE = re.compile(r"(.*?\.(?:tar|tar\.gz|tgz))#(\d+)\+(\d+)#(.*)", re.DOTALL)
-_LABEL = re.compile(r"auto|cls|none|json:.+")
 Field = str | int | float | bool | None
 
 
@@ -35,17 +37,26 @@ class WebdatasetSpec:
     kind: Literal["webdataset"] = "webdataset"
     url: str = knob("", "folder of .tar, .tar.gz or .tgz files, one of them, or a pattern like shards/{00000..00009}.tar", identity=False)
     member: str = knob("", "extension of the member that is the sample, for example seg.png; empty: the only image or array")
-    label: str = knob("auto", "cls, json:<field> or none; auto: cls where there is one")
+    label: str = knob(
+        "auto",
+        "cls; json:<field>, also json:ann.class; tar: the tar's name; path: the folders in the tar; leaf: the last of them; "
+        "regex:<expression> over the member's name: its first group; none; auto: cls where there is one",
+    )
     columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
     keys: Literal["member", "shard"] = knob("member", "member: keys as in the tars; shard: with the tar's name before them")
+    frames: Literal["first", "all", "refuse"] = knob("first", "of pages and animations: first, all as samples, or refuse the file", since=2)
+    group: str | None = knob(
+        None, "samples that stay whole in one split and shard: regex:<expression>: those in whose keys it finds the same", since=2
+    )
+    classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
     max_inflated_bytes: int = knob(0, "bytes that one gzip'ed tar may inflate to; 0: 1 GiB, or 128 times its own", ge=0, identity=False)
 
     def __post_init__(self) -> None:
         codec = self.member.rpartition(".")[2]
         if self.member and codec not in DATA_EXTENSIONS:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
-        if not _LABEL.fullmatch(self.label):
-            raise ConfigError(f"source.label is {self.label!r}, expected auto, cls, none or json:<field>, for example json:class_id")
+        require_rule("source.label", self.label, ("auto", "cls", "json:<field>", "tar", "path", "leaf", "none"))
+        require_rule("source.group", self.group, ())
 
 
 class _Columns:
@@ -53,7 +64,7 @@ class _Columns:
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
-        self.tars = list[str]()
+        self.tars, self.members = list[str](), list[str]()
         self.sizes = list[int]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
         self.skipped: Counter[str] = Counter()
@@ -96,22 +107,27 @@ class WebdatasetSource:
             raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
         self._require_keys(found)
         self._require_fields(found)
-        return Listing(
+        listing = Listing(
             encode_keys(found.keys),
             found.sources,
             np.array(found.sizes, np.int64),
             label_names=found.labels if any(found.labels) else None,
             splits=found.splits if any(found.splits) else None,
             columns={f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values) for name, values in found.fields.items()},
-            notes=tuple(f"skipped {count} {what}" for what, count in sorted(found.skipped.items())),
+            notes=(*(f"skipped {count} {what}" for what, count in sorted(found.skipped.items())), *self._notes(found)),
             label_paths=False,
+            paths=found.members,
         )
+        return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return codec and bytes of one sample.
 
         Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing.
         """
+        return read_frame(source, self._member) if self._spec.frames == "all" else self._member(source)
+
+    def _member(self, source: str) -> tuple[str, bytes]:
         tar, member = parse_source(source)
         if tar not in self._open:
             while len(self._open) >= MAX_OPEN:
@@ -151,6 +167,7 @@ class WebdatasetSource:
         found.sizes.append(member.size)
         found.splits.append(split_of(name))
         found.tars.append(name)
+        found.members.append(member.name)
         found.labels.append(self._label(found, sample, tar, fields))
         for column, values in found.fields.items():
             values.append(fields.get(column))
@@ -167,21 +184,43 @@ class WebdatasetSource:
             if isinstance(data, dict):
                 fields = {key: value for key, value in data.items() if value is None or isinstance(value, str | int | float)}
                 found.seen.update(data.keys())
+            if self._spec.label.startswith(JSON):
+                fields[self._spec.label] = self._json_label(found, data, tar, sample)
         if "txt" in self._spec.columns and "txt" in sample.members:
             fields["txt"] = _small(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
         return fields
 
+    def _json_label(self, found: _Columns, data: Any, tar: TarFile, sample: ExternalSample) -> Field:  # any: plain JSON data
+        path = self._spec.label.removeprefix(JSON)
+        value = json_field(data, path)
+        found.seen.update([path] if value is not None else [])
+        if isinstance(value, dict | list):
+            below = next(iter(value), "name") if isinstance(value, dict) else 0
+            raise DataError(
+                f"{tar.where}: {self._spec.label} of sample {sample.key!r} is a {type(value).__name__}, expected a name or a number: give "
+                f"the path to it, for example source.label={self._spec.label}.{below}"
+            )
+        return value if isinstance(value, str | int | float) else None
+
     def _label(self, found: _Columns, sample: ExternalSample, tar: TarFile, fields: dict[str, Field]) -> str:
-        if self._spec.label == "none":
-            return ""
-        if self._spec.label.startswith("json:"):
-            value = fields.get(self._spec.label.removeprefix("json:"))
+        rule = self._spec.label
+        if rule == "tar":
+            return _clean(_ENDING.sub("", tar.where.rpartition("/")[2]))
+        if rule not in ("auto", "cls") and not rule.startswith(JSON):
+            return ""  # `by_rules` makes it of the path, or there is none
+        if rule.startswith(JSON):
+            value = fields.get(rule)
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
         else:
             text = _small(tar, sample.members.get("cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
         if not text and self._spec.label != "auto":
             found.skipped[f"labels: samples without {self._spec.label}"] += 1
         return _clean(text)
+
+    def _notes(self, found: _Columns) -> list[str]:
+        if self._spec.label != "auto" or any(found.labels):
+            return []
+        return ["no sample has a label, since none has a .cls: set source.label=tar, path, leaf, json:<field> or regex:<expression>"]
 
     def _require_keys(self, found: _Columns) -> None:
         if len(set(found.keys)) == len(found.keys):
@@ -193,7 +232,7 @@ class WebdatasetSource:
             place[key] = tar
 
     def _require_fields(self, found: _Columns) -> None:
-        asked = {*self._spec.columns} - {"txt"} | {name for name in [self._spec.label.removeprefix("json:")] if name != self._spec.label}
+        asked = {*self._spec.columns} - {"txt"} | ({self._spec.label.removeprefix(JSON)} if self._spec.label.startswith(JSON) else set())
         for name in sorted(asked - found.seen.keys()):
             raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, found.seen)}")
 

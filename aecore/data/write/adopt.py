@@ -47,10 +47,10 @@ def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every sou
             f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); shard_dataset writes the others",
             hint=Hint("shard-instead"),
         )
-    if shards.resize is not None or shards.mode != "keep":
+    if shards.resize is not None or shards.mode != "keep" or shards.value_range is not None or source.frames == "all":
         raise ConfigError(
-            "shards.resize and shards.mode change samples, and adopting leaves them as they are: use shard_dataset with "
-            "source.kind=webdataset",
+            "shards.resize, shards.mode, shards.value_range and source.frames=all change samples, and adopting leaves them as they are: "
+            "use shard_dataset with source.kind=webdataset",
             hint=Hint("shard-instead"),
         )
 

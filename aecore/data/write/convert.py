@@ -1,70 +1,190 @@
-"""Turn a file into a shard's member: always check it, change it only for `shards.resize` or `shards.mode`.
+"""Turn a file into a shard's member: always check it, change it only for `shards.resize`, `shards.mode` or `shards.value_range`.
 
-If size and mode are right already the original bytes are kept. Else the image goes through Pillow: PNG stays PNG, JPEG stays JPEG
-(quality 95), every other format becomes PNG. Images are resized to a square without keeping their aspect; alpha is dropped by
-`mode`; 16-bit grey is scaled by 255/65535 (Pillow's own conversion clips it). 32-bit integer and float images have no fixed range, so they
-are kept or quarantined, never changed. Equal versions of Pillow give equal bytes.
+If size, mode and range are right already the original bytes are kept. Else the pixels, as they are meant, are composed over
+`shards.background` where they have alpha, converted, resized (bicubic, to a square without keeping their aspect) and written: JPEG
+stays JPEG (quality 95), what a PNG holds becomes PNG, all else TIFF of the same dtype. 16 bits become 8 by 255/65535; integers of other
+sizes and floats have no fixed range, so `mode` needs `value_range` for them. Equal versions of the libraries give equal bytes.
 """
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from aecore.data.format.colour import composed
+from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
-from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header
+from aecore.data.format.jpeg import is_whole_jpeg
+from aecore.data.format.pixels import decode_image, image_file
+from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header, array_values
+from aecore.data.format.sample_format import SampleFormat
 from aecore.data.write.spec import ShardSpec
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 
 Header = ImageHeader | ArrayHeader
+Frames = Literal["first", "all", "refuse"]
+Pixels = NDArray[Any]  # any: every image has its own dtype
 JPEG_QUALITY = 95
+_JPEG = ("jpg", "jpeg")
 
 
-def prepare(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:
+def prepare(data: bytes, ext: str, shards: ShardSpec, frames: Frames = "first") -> tuple[Header, bytes]:
     """Return header and bytes of the data member to store; BadSample if the bytes are damaged or not of an allowed kind."""
     if ext not in IMAGE_EXTENSIONS:
         return _prepare_array(data, ext, shards)
-    header = image_header(data, ext)
-    if shards.check == "decode":
-        load_image(data, header)
-    if shards.resize is None and shards.mode == "keep":
+    header = image_header(data, ext, pixels=shards.pixels, max_pixels=shards.max_pixels)
+    if header.frames > 1 and frames == "refuse":
+        raise BadSample("frames", f"{header.frames} pages or frames, and source.frames=refuse: choose first or all")
+    if shards.check == "decode" or header.doubtful:
+        if shards.pixels == 1:
+            load_image(data, header)
+        else:
+            _require_decodable(data, header)
+    if shards.resize is None and shards.mode == "keep" and not _has_range(header, shards):
         return header, data
-    if (shards.resize is None or header.width == header.height == shards.resize) and shards.mode in ("keep", header.mode):
+    fits = shards.resize is None or header.width == header.height == shards.resize
+    if fits and shards.mode in ("keep", header.mode) and not _has_range(header, shards):
         return header, data
-    return _converted(data, header, shards)
+    return (_converted_1 if shards.pixels == 1 else _converted)(data, header, shards)
+
+
+def _require_decodable(data: bytes, header: ImageHeader) -> None:
+    """Raise BadSample unless the decoder of training decodes the image, from data that are all there."""
+    try:
+        pixels = Decoder(Reading(), SampleFormat.parse(header.format_text)).batch([data])
+    except DecodeError as error:
+        raise BadSample("decode", str(error)) from error
+    except DataError as error:
+        raise BadSample("unsupported", str(error)) from error
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise BadSample("not_finite", "the image holds NaN or infinity")
+    if header.ext in _JPEG and not _decoded(lambda: is_whole_jpeg(data)):
+        raise BadSample("truncated", f"JPEG of {len(data)} bytes, which do not hold all of its {header.width}x{header.height} pixels")
+
+
+def _decoded(step: Callable[[], Any]) -> Any:  # any: the result of `step`
+    """Return the result of decoding; BadSample for what codecs raise."""
+    try:
+        return step()
+    except (MemoryError, BadSample):
+        raise
+    except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
+        raise BadSample("decode", f"{type(error).__name__}: {error}") from error
 
 
 def _prepare_array(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:
     if ext != "npy":
         raise BadSample("extension", f"files of extension {ext!r} are not stored (allowed: {', '.join(sorted(DATA_EXTENSIONS))})")
-    if shards.resize is not None or shards.mode != "keep":
-        raise ConfigError("shards.resize and shards.mode work on images; this source gives arrays (.npy): leave both at their defaults")
-    header = array_header(data)
+    if shards.resize is not None or shards.mode != "keep" or shards.value_range is not None:
+        raise ConfigError(
+            "shards.resize, shards.mode and shards.value_range work on images; this source gives arrays (.npy): leave them at their "
+            "defaults"
+        )
+    header = array_header(data, pixels=shards.pixels, layout=shards.layout)
     if 0 in header.shape:
         raise BadSample("empty", f"an array of shape {header.shape} holds no values")
-    if shards.check == "decode" and not np.isfinite(np.frombuffer(data, header.dtype, offset=header.start)).all():
+    if shards.check == "decode" and not np.isfinite(array_values(data, header)).all():
         raise BadSample("not_finite", "the array holds NaN or infinity")
     return header, data
 
 
+def _has_range(header: ImageHeader, shards: ShardSpec) -> bool:
+    """Return whether `value_range` says what the values of this image mean: 8 bits have their range."""
+    return shards.value_range is not None and SampleFormat.parse(header.format_text).dtype != np.uint8
+
+
 def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Header, bytes]:
+    pixels, has_alpha = _decoded(lambda: decode_image(data))
+    if shards.value_range is not None and pixels.dtype != np.uint8:
+        pixels = _in_range(pixels, *shards.value_range, has_alpha=has_alpha)
+    if has_alpha:
+        pixels = composed(pixels, shards.background)
+    if shards.mode != "keep":
+        pixels = _to_mode(pixels, shards.mode)
+    if shards.resize is not None and pixels.shape[:2] != (shards.resize, shards.resize):
+        pixels = _resized(pixels, shards.resize)
+    changed, ext = _encoded(pixels, header)
+    return image_header(changed, ext, max_pixels=shards.max_pixels), changed
+
+
+def _in_range(pixels: Pixels, black: float, white: float, *, has_alpha: bool) -> Pixels:
+    """Return 16 bits from black to white; alpha keeps its share of its own dtype."""
+    shares = (pixels.astype(np.float64) - black) / (white - black)
+    if has_alpha:
+        shares[..., -1] = pixels[..., -1] / (1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max))
+    return np.rint(np.clip(np.nan_to_num(shares, nan=0.0), 0, 1) * 65535).astype(np.uint16)
+
+
+def _to_mode(pixels: Pixels, mode: Literal["L", "RGB"]) -> Pixels:
+    """Return 8 bits of grey or RGB; BadSample if the pixels have no fixed range or are neither."""
+    if pixels.dtype == np.uint16:
+        pixels = np.rint(pixels * (255 / 65535)).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise BadSample(
+            "unsupported",
+            f"{pixels.dtype} values have no fixed range to convert from: say it with shards.value_range=[black,white], or keep the "
+            "original values (shards.mode=keep)",
+        )
+    if pixels.shape[2] not in (1, 3):
+        raise BadSample("unsupported", f"an image of {pixels.shape[2]} bands has no mode {mode}: keep the bands (shards.mode=keep)")
+    return np.asarray(_pillow_image(pixels).convert(mode)).reshape(*pixels.shape[:2], -1)
+
+
+def _resized(pixels: Pixels, side: int) -> Pixels:
+    """Return the pixels resized band by band in float32, and of 8 bits by Pillow's own integers."""
+    from PIL import Image
+
+    size, bicubic = (side, side), Image.Resampling.BICUBIC
+    if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
+        return np.asarray(_pillow_image(pixels).resize(size, bicubic)).reshape(side, side, -1)
+    bands = [np.asarray(Image.fromarray(band).resize(size, bicubic)) for band in np.moveaxis(pixels, 2, 0).astype(np.float32)]
+    resized = np.stack(bands, axis=2)
+    if pixels.dtype.kind != "f":
+        limits = np.iinfo(pixels.dtype)
+        resized = np.rint(resized.astype(np.float64)).clip(limits.min, limits.max)
+    return resized.astype(pixels.dtype)
+
+
+def _pillow_image(pixels: Pixels) -> Any:  # any: PIL.Image.Image
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
+
+def _encoded(pixels: Pixels, header: ImageHeader) -> tuple[bytes, str]:
+    """Return the file of converted pixels, and its extension."""
+    if header.ext in _JPEG and pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
+        out = io.BytesIO()
+        _pillow_image(pixels).save(out, "JPEG", quality=JPEG_QUALITY)
+        return out.getvalue(), header.ext
+    if pixels.shape[2] in (1, 3):
+        return image_file(pixels)
+    from aecore.data.format.tiff import tiff_file  # imported late: most datasets have no TIFF
+
+    return tiff_file(pixels), "tiff"  # of a PNG, two and four channels have alpha
+
+
+def _converted_1(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Header, bytes]:
+    """Return header and bytes as `pixels=1` converts: as stored, by Pillow; alpha dropped by `mode`."""
     if header.mode.startswith(("I", "F")) and not header.mode.startswith("I;16"):
         raise BadSample(
             "unsupported",
             f"an image of mode {header.mode} (32-bit integers or floats) has no fixed range to convert from: write it as 8 or 16 bits, "
             "or keep the original bytes (no shards.resize, shards.mode=keep)",
         )
-    image = _to_mode(load_image(data, header), shards.mode)
+    image = _to_mode_1(load_image(data, header), shards.mode)
     if shards.resize is not None and image.size != (shards.resize, shards.resize):
-        image = _resized(image, shards.resize)
-    changed = _encoded(image, header)
-    return image_header(changed, header.ext if header.ext in ("jpg", "jpeg") else "png"), changed
+        image = _resized_1(image, shards.resize)
+    changed = _encoded_1(image, header)
+    return image_header(changed, header.ext if header.ext in _JPEG else "png", pixels=1, max_pixels=shards.max_pixels), changed
 
 
-def _encoded(image: Any, header: ImageHeader) -> bytes:  # any: PIL.Image.Image
+def _encoded_1(image: Any, header: ImageHeader) -> bytes:  # any: PIL.Image.Image
     out = io.BytesIO()
     try:
-        if header.ext in ("jpg", "jpeg"):
+        if header.ext in _JPEG:
             image.save(out, "JPEG", quality=JPEG_QUALITY)
         else:
             image.save(out, "PNG")
@@ -73,7 +193,7 @@ def _encoded(image: Any, header: ImageHeader) -> bytes:  # any: PIL.Image.Image
     return out.getvalue()
 
 
-def _to_mode(image: Any, mode: str) -> Any:  # any: PIL.Image.Image
+def _to_mode_1(image: Any, mode: str) -> Any:  # any: PIL.Image.Image
     from PIL import Image
 
     if mode == "keep":
@@ -85,7 +205,7 @@ def _to_mode(image: Any, mode: str) -> Any:  # any: PIL.Image.Image
     return image if image.mode == mode else image.convert(mode)
 
 
-def _resized(image: Any, side: int) -> Any:  # any: PIL.Image.Image
+def _resized_1(image: Any, side: int) -> Any:  # any: PIL.Image.Image
     from PIL import Image
 
     if not image.mode.startswith("I"):

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,12 @@ from typing import Any
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, collect, serial
+from aecore.data.classes import is_spelled
 from aecore.data.format.index import read_table
+from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
+from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
 from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
 from aecore.data.write.manifest_build import next_manifest
@@ -145,7 +149,8 @@ def _compare(
     source: Any, out: str, asked: SplitSpec, shards: ShardSpec, *, adopt: bool = False
 ) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
-    listing: Listing = SOURCES.build(source).listing()
+    source = with_class_names(source)
+    listing = by_rules(source, SOURCES.build(source).listing())
     require_unique(listing)
     names = store.list()
     newest = newest_of(names, STEM)
@@ -166,7 +171,7 @@ def _compare(
         _warn(store, listing, asked, splits)
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
     absent = {name: absent_values(spec) for name, spec in specs.items()}
-    require_same(store.url, "dataset", identity, parent.identity, absent=absent)
+    require_same(store.url, "dataset", identity, _with_classes(parent, source), absent=absent)
     warn_if_address_changed(store, parent, source, listing)
     rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
@@ -174,6 +179,14 @@ def _compare(
     if len(fresh):
         _warn(store, listing, asked, splits)
     return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
+
+
+def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  # any: as above
+    """Return the identity of a generation as if it had been given the `source.classes` of this one, if these begin with its classes."""
+    given = list(fixed_classes(source))
+    if not given or tuple(given[: len(parent.classes)]) != parent.classes:
+        return parent.identity
+    return {**parent.identity, "source": {**parent.identity.get("source", {}), "classes": given}}
 
 
 def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping[str, Any] | None:  # any: plain JSON data
@@ -200,8 +213,11 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     started = time.perf_counter()
     store, parent = work.store, work.parent
     generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
+    if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
+        generation["names"] = "NFC"
+    plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
-    plan = work.plan(claim)
+    plan = plan if claim == 1 else work.plan(claim)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
@@ -217,9 +233,23 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     counts = sum(record.rows for record in records), sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
+    for note in _pixel_notes(records):
+        logger.info("%s: %s", store.url, note)
     if parent is not None:
         warn_if_format_changed(store, parent, manifest)
     return manifest
+
+
+def _pixel_notes(records: Sequence[PartRecord]) -> Iterator[str]:
+    """Yield what was chosen where files leave a choice: the frame of several, the axes of arrays."""
+    if several := sum(record.detail.get("first_frames", 0) for record in records):
+        yield f"{several} files have several pages or frames, of which the first was stored (source.frames=first; all or refuse)"
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update({text: count for text, count in record.detail.get("shapes", {}).items() if f"/{CHANNEL_LAST};" in text})
+    for text, count in sorted(counts.items())[:SHOWN]:
+        shape = text.partition("/")[0]
+        yield f"{count} arrays of {shape} are images [H, W, C] of {shape.rpartition('x')[2]} channels (shards.layout=auto; hwc or chw)"
 
 
 def _absolute(source: Any) -> Any:  # any: every source kind has its own spec class

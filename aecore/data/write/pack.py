@@ -123,7 +123,8 @@ class ShardWriter:
         try:
             for row, key in enumerate(keys, rows.start):
                 if key not in self._known:
-                    self._known[key] = image_header(builder.content(row), key[1])
+                    shards = self.task.shards
+                    self._known[key] = image_header(builder.content(row), key[1], pixels=shards.pixels, max_pixels=shards.max_pixels)
         except BadSample:
             return None
         headers = [self._known[key] for key in keys]
@@ -134,13 +135,16 @@ class ShardWriter:
         free = CHUNK_BYTES
         sources, shards = self.task.sources, self.task.shards
         keys, labels = self.task.keys, self.task.labels
+        frames: Any = getattr(self.task.source, "frames", "first")  # any: a Literal; sources of arrays have none
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            ext, data = read(sources[position])
+            data = b""
             try:
-                header, data = prepare(data, ext, shards)
+                ext, data = read(sources[position])
+                header, data = prepare(data, ext, shards, frames)
             except BadSample as bad:
-                self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
+                digest = hashlib.sha256(data).hexdigest() if data or bad.reason == "empty" else None  # a frame has no bytes of its own
+                self.bad.append((position, "check", bad.reason, bad.message, digest))
                 continue
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
@@ -198,7 +202,14 @@ class ShardWriter:
         names = _select(self.task.label_names, positions) or map(str, () if labels is None else labels[rows].tolist())
         groups = _select(self.task.groups, positions)
         bags = {} if groups is None else {"groups": len(set(groups))}
-        return {"bytes": self.hash.size, "shapes": dict(formats), "extensions": dict(extensions), "classes": dict(Counter(names)), **bags}
+        several = sum(count for header, count in zip(self.headers, np.bincount(codes).tolist(), strict=True) if header.frames > 1)
+        return {
+            "bytes": self.hash.size,
+            "shapes": dict(formats),
+            "extensions": dict(extensions),
+            "classes": dict(Counter(names)),
+            **bags,
+        } | ({"first_frames": several} if several else {})
 
     def quarantine(self) -> pa.Table:
         """Return the table of the bad samples."""

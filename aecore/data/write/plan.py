@@ -7,7 +7,7 @@ no other sample moves.
 
 import dataclasses
 import itertools
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
+from aecore.data.classes import UNKNOWN, in_order, numbers_of, require_known
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
+from aecore.data.sources._labels import fixed_classes, label_names
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_splits
-from aecore.errors import DataError
-
-_NUMBER = re.compile(r"[0-9]{1,18}")
+from aecore.errors import ConfigError, DataError
 
 __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
 
@@ -87,17 +87,27 @@ def plan_dataset(
     Raises
     ------
     DataError
-        If two samples have one key, or a folder or column value cannot name a split.
+        If two samples have one key, a folder or column value cannot name a split, a sample has a class that `source.classes` lacks, or
+        a group would be cut.
     ConfigError
-        If the source does not have the folders or column that `splits` needs.
+        If the source does not have the folders, column or labels that `splits` needs.
     """
     require_unique(listing)
     _require_free_columns(listing)
     chosen = resolve_splits(listing, splits)
-    members = assign_splits(listing, chosen, parent.splits.keys() if parent else ())
-    names = _label_names(listing, chosen)
-    classes = _grown(parent.classes if parent else (), names)
-    ids = None if names is None else _ids(names, classes)
+    names = label_names(listing, chosen.by == "folders")
+    members = assign_splits(listing, chosen, names, parent)
+    _require_whole_groups(listing, members, chosen, files)
+    fixed = fixed_classes(source)
+    if fixed and names is None and parent is None:
+        raise ConfigError(f"source.classes names {len(fixed)} classes, and no sample has a label: see source.label")
+    classes = _classes(parent.classes if parent else (), names, fixed)
+    ids = None
+    if names is not None:
+        numbers = numbers_of(set(names), classes) | {"": -1}
+        ids = np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
+        if any(name and classes[number] != name for name, number in numbers.items()):
+            names = [classes[number] if number >= 0 else "" for number in ids.tolist()]  # as the parent spells them
     labelled = dataclasses.replace(listing, label_names=names, splits=None)  # tasks are of one split each
     tasks: list[ShardTask] = []
     for split in members:
@@ -136,24 +146,42 @@ def require_unique(listing: Listing) -> None:
         seen[key] = source
 
 
-def _label_names(listing: Listing, splits: SplitSpec) -> list[str] | None:
-    """Return the class of each sample ("": none), relative to its split folder; None if no sample has one."""
-    names = listing.label_names
-    if names is not None and listing.splits is not None and listing.label_paths and splits.by == "folders":
-        below = {name: name.partition("/")[2] for name in set(names)}
-        names = list(map(below.__getitem__, names))
-    return names if names is not None and any(names) else None
+def _classes(known: Sequence[str], names: list[str] | None, fixed: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes with the new names after them in their order; those that the recipe fixes, if it does.
+
+    DataError if a sample has a class that is not one of these.
+    """
+    if fixed:
+        counts = Counter(names)
+        counts.pop("", None)
+        remedy = "add it to the end of source.classes, or move these samples away"
+        require_known(counts, fixed, "source.url", "source.classes", remedy)
+        return tuple(fixed)
+    found = numbers_of(set(names or ()) - {""}, known)
+    return (*known, *in_order(name for name, number in found.items() if number == UNKNOWN))
 
 
-def _grown(classes: Sequence[str], names: list[str] | None) -> tuple[str, ...]:
-    """Return the classes with the new names after them, sorted; numbers are sorted by value, so that class 10 of 100 is number 10."""
-    new = set(names or ()) - {*classes, ""}
-    return (*classes, *(sorted(new, key=lambda name: (int(name), name)) if all(map(_NUMBER.fullmatch, new)) else sorted(new)))
-
-
-def _ids(names: list[str], classes: Sequence[str]) -> NDArray[np.int32]:
-    numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
-    return np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
+def _require_whole_groups(
+    listing: Listing, members: Mapping[str, NDArray[np.int64]], splits: SplitSpec, files: Sequence[str] | None
+) -> None:
+    """Raise DataError if samples of one group are in two splits, or, where shards follow `files`, not next to each other in one of them."""
+    if listing.groups is None:
+        return
+    place: dict[str, str] = {}
+    for split, rows in members.items():
+        for group in dict.fromkeys(take(listing.groups, rows)):
+            if place.setdefault(group, split) != split:
+                raise DataError(
+                    f"samples of the group {group!r} are in the splits {place[group]} and {split}, and splits.by={splits.by} would cut it: "
+                    "a group stays whole, so use splits.by=hash, or leave source.group out"
+                )
+    if files is not None:
+        runs = Counter(group for (_, group), _ in itertools.groupby(zip(files, listing.groups, strict=True)))
+        if len(runs) < sum(runs.values()):
+            raise DataError(
+                f"samples of the group {runs.most_common(1)[0][0]!r} are not next to each other in one tar, and the tars stay as they are: "
+                "write the samples anew (shard_dataset), or leave source.group out"
+            )
 
 
 def _order(listing: Listing, rows: NDArray[np.int64], split: str, shards: ShardSpec) -> NDArray[np.int64]:

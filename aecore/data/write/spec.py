@@ -7,6 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.colour import background_of
+from aecore.data.format.image import MAX_PIXELS
+from aecore.errors import ConfigError
 from aecore.registry import knob, spec
 
 
@@ -22,11 +25,29 @@ class ShardSpec:
     seed: int = knob(0, "seed of that shuffle", ge=0)
     check: Literal["header", "decode"] = knob("header", "header checks structure and checksums, decode also decodes every image")
     max_bad: float = knob(0.01, "share of the samples that may be quarantined before the run fails", ge=0.0, le=1.0, identity=False)
+    max_pixels: int = knob(
+        MAX_PIXELS, "pixels of an image at most; its decoded values may take 16 bytes for each of them", ge=1, le=1 << 32, since=2
+    )
+    value_range: tuple[float, float] | None = knob(
+        None, "values that become black and white, as [0, 4095] for 12 bits in 16: such images are stored with 16 bits", since=2
+    )
+    background: str = knob("white", "colour under alpha where images are resized or converted: a CSS name or #rrggbb", since=2)
+    layout: Literal["auto", "hwc", "chw"] = knob(
+        "auto", "axes of .npy arrays [a, b, c]: images [H, W, C], or as networks take them", since=2
+    )
+    pixels: Literal[1, 2] = knob(2, "2: pixels as files mean them (EXIF, alpha, TIFF values); 1: as version 1 read them", since=2, absent=1)
+
+    def __post_init__(self) -> None:
+        background_of(self.background, 3)
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            raise ConfigError(f"shards.value_range is {list(self.value_range)}, expected [black, white] with black below white")
+        if self.pixels == 1 and (self.value_range is not None or self.background != "white" or self.layout != "auto"):
+            raise ConfigError("shards.value_range, shards.background and shards.layout need shards.pixels=2: write to another URL with it")
 
     @property
     def keeps_bytes(self) -> bool:
         """Whether every good sample is stored unchanged, after a check of its header alone."""
-        return self.resize is None and self.mode == "keep" and self.check == "header"
+        return self.resize is None and self.mode == "keep" and self.check == "header" and self.value_range is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.manifest import SPLIT_ORDER
+from aecore.data.classes import spelled
+from aecore.data.manifest import SPLIT_ORDER, DatasetManifest
 from aecore.data.sources import Listing, take
-from aecore.data.sources._names import split_of_folder
+from aecore.data.sources._names import split_of, split_of_folder
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import knob, spec
 
@@ -28,18 +29,21 @@ class SplitSpec:
     by: Literal["auto", "folders", "hash", "column", "none"] = knob(
         "auto",
         "folders: the top folders, or the words in the names of tars (valid, dev: val; training: train; ...); hash: of the key or group; "
-        "auto: folders if all of them name a split, else hash where val or test is set, else none",
+        "auto: column if one is named, else folders if all of them name a split, else hash where val or test is set, else none",
     )
     val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
     test: float = knob(0.0, "share of the training samples that becomes the split test, by hash", ge=0.0, le=1.0)
     seed: int = knob(0, "seed of the hash", ge=0)
     column: str | None = knob(None, "metadata column that names the split (splits.by=column)")
+    stratify: bool = knob(False, "val and test get their share of every class, as near as whole samples or groups allow", since=2)
 
     def __post_init__(self) -> None:
         if self.val + self.test >= 1:
             raise ConfigError(f"splits.val + splits.test is {self.val + self.test:g}: nothing would be left to train on, expected < 1")
-        if (self.by == "column") != (self.column is not None):
+        if (self.by == "column") != (self.column is not None) and not (self.by == "auto" and self.column is not None):
             raise ConfigError(f"splits.by={self.by} with splits.column={self.column}: give both by=column and a column, or neither")
+        if self.stratify and not (self.val or self.test):
+            raise ConfigError("splits.stratify=true needs splits.val or splits.test above 0: the shares that every class keeps")
         if self.by == "hash" and not (self.val or self.test):
             raise ConfigError("splits.by=hash needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
         if self.by == "none" and (self.val or self.test):
@@ -49,12 +53,14 @@ class SplitSpec:
 def resolve_splits(
     listing: Listing, splits: SplitSpec, recorded: Mapping[str, Any] | None = None, known: Collection[str] = ()
 ) -> SplitSpec:  # any: plain JSON data
-    """Return `splits` with `auto` resolved for this listing: folders, hash or none.
+    """Return `splits` with `auto` resolved for this listing: column, folders, hash or none.
 
     An existing dataset keeps its `recorded` choice wherever that is still possible; `known` are the names of its splits.
     """
     if splits.by != "auto":
         return splits
+    if splits.column is not None:
+        return dataclasses.replace(splits, by="column")
     tops = set(listing.splits or ()) - {""}  # files directly in the source's folder change nothing
     all_known = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
     kept = (recorded or {}).get("by")
@@ -73,6 +79,9 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
     if splits.by in ("none", "hash"):
         folders = {key.rpartition("/")[0] for key in listing.keys}
         found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
+        if not found:  # train_set and val_set, where a class called test_tube is none
+            named = {top: split_of(top) for top in {folder.partition("/")[0] for folder in folders}}
+            found = sorted(top for top, split in named.items() if split) if len({*named.values()} - {""}) > 1 else []
         if found:
             return [
                 f"folders are named like splits ({', '.join(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
@@ -90,16 +99,22 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
     return []
 
 
-def assign_splits(listing: Listing, splits: SplitSpec, known: Collection[str] = ()) -> dict[str, NDArray[np.int64]]:
+def assign_splits(
+    listing: Listing, splits: SplitSpec, names: Sequence[str] | None = None, parent: DatasetManifest | None = None
+) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
 
-    Folders named by a word for a split are stored under its usual name, unless their own name is among the `known` splits of the dataset.
+    Folders named by a word for a split are stored under its usual name, unless their own name is among the splits of the `parent`.
+    `names` are the classes of the samples, for `splits.stratify`, which completes the shares of the parent.
     """
-    values = _split_values(listing, splits, known)
+    values = _split_values(listing, splits, parent.splits if parent else ())
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
-    units = listing.groups if listing.groups is not None else listing.keys
-    place = hashes(take(units, train), f"split {splits.seed}") / 2.0**64 if splits.val or splits.test else np.ones(len(train))
+    units = take(listing.groups if listing.groups is not None else listing.keys, train)
+    if splits.stratify:
+        place = _stratified(units, _strata(listing, names, train), splits, parent)
+    else:
+        place = hashes(units, f"split {splits.seed}") / 2.0**64 if splits.val or splits.test else np.ones(len(train))
     for name, start, share in (("val", 0.0, splits.val), ("test", splits.val, splits.test)):
         if share and name in rows:
             raise ConfigError(f"the source has its own split {name!r} ({len(rows[name])} samples): set splits.{name}=0")
@@ -134,10 +149,81 @@ def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -
     return values
 
 
+def _strata(listing: Listing, names: Sequence[str] | None, rows: NDArray[np.int64]) -> list[str]:
+    if names is None:
+        raise ConfigError(f"splits.stratify=true needs classes, and none of the {len(listing)} samples has a label: see source.label")
+    found: list[str] = take(list(names), rows)
+    return found
+
+
+def _stratified(units: list[str], strata: list[str], splits: SplitSpec, parent: DatasetManifest | None) -> NDArray[np.float64]:
+    """Return the place of each sample in [0, 1]: below `splits.val` is val, below the sum of both shares test, above it train.
+
+    Units (samples or whole groups) of a class are taken in the order of their hashes, until the class has its share of what the dataset
+    has of it with these samples; what is left by rounding goes to the classes with the largest remainders, so that the whole split has its
+    share as well. A group belongs to the class that most of its samples have.
+    """
+    if not units:
+        return np.ones(0)
+    known, classes = list(dict.fromkeys(units)), sorted(set(strata))
+    codes, labels = _codes(units, known), _codes(strata, classes)
+    pairs, counts = np.unique(codes * len(classes) + labels, return_counts=True)
+    unit, label = np.divmod(pairs, len(classes))
+    best = np.lexsort((label, -counts, unit))
+    stratum, sizes = label[best][np.flatnonzero(np.diff(unit[best], prepend=-1))], np.bincount(codes)
+    order = np.lexsort((hashes(known, f"split {splits.seed}"), stratum))
+    new = np.bincount(stratum, sizes, len(classes)).astype(np.float64)
+    ends = np.cumsum(sizes[order]) - (np.cumsum(new) - new)[stratum[order]]
+    middles = ends - sizes[order] / 2
+    stored = {name: _stored(parent, name, classes) for name in ("train", "val", "test")}
+    ties = hashes(classes, f"stratify {splits.seed}")
+    total = new + sum((stored[name] for name in ("train", *_carved(splits))), np.zeros(len(classes)))
+    val = _whole_shares(splits.val * total - stored["val"], new, ties)
+    test = _whole_shares(splits.test * total - stored["test"], new - val, ties)
+    chosen = np.where(middles < val[stratum[order]], 0.0, np.where(middles < (val + test)[stratum[order]], splits.val, 1.0))
+    places = np.empty(len(known))
+    places[order] = chosen
+    return places[codes]
+
+
+def _carved(splits: SplitSpec) -> list[str]:
+    return [name for name, share in (("val", splits.val), ("test", splits.test)) if share]
+
+
+def _stored(parent: DatasetManifest | None, split: str, classes: Sequence[str]) -> NDArray[np.float64]:
+    """Return how many samples of each class a split has already ("": of those without one)."""
+    if parent is None or split not in parent.statistics:
+        return np.zeros(len(classes))
+    counts = dict(parent.statistics[split].classes)
+    counts[""] = parent.statistics[split].samples - sum(counts.values())
+    forms = {spelled(name): count for name, count in counts.items()}
+    return np.array([counts.get(name, forms.get(name, 0)) for name in classes], np.float64)
+
+
+def _whole_shares(wanted: NDArray[np.float64], most: NDArray[np.float64], ties: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return whole numbers from 0 to `most`, each less than 1 from `wanted` cut to these, whose sum is as near as that allows to its sum.
+
+    The largest remainders are rounded up; equal ones in the order of `ties`.
+    """
+    cut = np.clip(wanted, 0, most)
+    shares = np.floor(cut + 1e-9)
+    rest = np.round(cut - shares, 9)
+    order = np.lexsort((ties, -rest))
+    up = order[rest[order] > 0][: max(round(float(wanted.sum() - shares.sum())), 0)]
+    shares[up] += 1
+    return shares
+
+
 def _rows_by_value(values: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
-    codes = np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
-    return {value: np.flatnonzero(codes == number) for value, number in numbers.items()}
+    known = list(dict.fromkeys(values))
+    codes = _codes(values, known)
+    return {value: np.flatnonzero(codes == number) for number, value in enumerate(known)}
+
+
+def _codes(values: Sequence[str], known: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each value among the `known` ones."""
+    numbers = {value: number for number, value in enumerate(known)}
+    return np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
 
 
 def hashes(names: Sequence[str], salt: str) -> NDArray[np.uint64]:

@@ -37,8 +37,30 @@ static uint32_t number(const uint8_t *data, int bytes) {
     return value;
 }
 
-/* A PNG whose chunks match their checksums up to IEND, with an IDAT among them. */
-static Facts examine_png(const uint8_t *data, int64_t size) {
+/* Return the orientation, 1 to 8, that an EXIF block says (a TIFF header and its first directory); 1 where it says none. */
+static int exif_orientation(const uint8_t *block, int64_t size) {
+    if (size < 8 || (memcmp(block, "II*\0", 4) != 0 && memcmp(block, "MM\0*", 4) != 0)) return 1;
+    int little = block[0] == 'I';
+#define TWO(at) (little ? block[at] | block[(at) + 1] << 8 : block[at] << 8 | block[(at) + 1])
+    int64_t at = little ? TWO(4) | (int64_t)TWO(6) << 16 : (int64_t)TWO(4) << 16 | TWO(6);
+    if (at + 2 > size) return 1;
+    int64_t stop = at + 2 + 12 * (int64_t)TWO(at);
+    for (at += 2; at < stop && at + 4 <= size; at += 12) {
+        if (TWO(at) != 0x0112) continue;
+        int64_t value = 0;
+        switch (TWO(at + 2)) {
+            case 1: value = at + 9 <= size ? block[at + 8] : 0; break;
+            case 3: value = at + 10 <= size ? TWO(at + 8) : 0; break;
+            case 4: value = at + 12 > size ? 0 : little ? TWO(at + 8) | (int64_t)TWO(at + 10) << 16 : (int64_t)TWO(at + 8) << 16 | TWO(at + 10);
+        }
+        return value >= 1 && value <= 8 ? (int)value : 1;
+    }
+#undef TWO
+    return 1;
+}
+
+/* A PNG whose chunks match their checksums up to IEND, with an IDAT among them. `kind` is 3 if it is animated or has EXIF. */
+static Facts examine_chunks(const uint8_t *data, int64_t size) {
     static const uint8_t start[16] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n', 0, 0, 0, 13, 'I', 'H', 'D', 'R'};
     Facts none = {0}, found = {.kind = 1};
     int has_pixels = 0;
@@ -48,6 +70,8 @@ static Facts examine_png(const uint8_t *data, int64_t size) {
         const uint8_t *name = data + at + 4;
         if (length > size - at - 12 || crc32(name, length + 4) != number(name + 4 + length, 4)) return none;
         if (memcmp(name, "IDAT", 4) == 0) has_pixels = 1;
+        if (memcmp(name, "tRNS", 4) == 0) found.detail[2] = 1; /* transparency */
+        if (memcmp(name, "eXIf", 4) == 0 || memcmp(name, "acTL", 4) == 0) found.kind = 3;
         if (memcmp(name, "IEND", 4) == 0) {
             found.width = number(data + 16, 4);
             found.height = number(data + 20, 4);
@@ -60,9 +84,16 @@ static Facts examine_png(const uint8_t *data, int64_t size) {
     return none;
 }
 
-/* A JPEG whose segments lead to one frame header and then to a scan with an end marker behind it (some files go on after that). */
+static Facts examine_png(const uint8_t *data, int64_t size) {
+    Facts none = {0}, found = examine_chunks(data, size);
+    return found.kind == 1 ? found : none;
+}
+
+/* A JPEG whose segments lead to one frame header and then to a scan with an end marker behind it (some files go on after that). Not one
+ * that says it holds several pictures. */
 static Facts examine_jpeg(const uint8_t *data, int64_t size) {
     Facts none = {0}, found = {0};
+    int orientation = 0;
     for (int64_t at = 2; at + 4 <= size;) {
         int marker = data[at + 1];
         int64_t length = number(data + at + 2, 2);
@@ -70,14 +101,19 @@ static Facts examine_jpeg(const uint8_t *data, int64_t size) {
             at++;
             continue;
         }
-        if (data[at] != 0xFF || marker < 0xC0 || marker == 0xD8 || marker == 0xD9 || length < 2) return none;
+        if (data[at] != 0xFF || marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD9) || length < 2) return none;
         if (marker == 0xDA) {
+            if (!found.kind || at + 2 + length > size) return none;
+            found.detail[2] |= (uint8_t)(orientation << 4);
             for (int64_t end = size - 2; end >= at; end--)
                 if (data[end] == 0xFF && data[end + 1] == 0xD9) return found;
             return none;
         }
+        if (marker == 0xE1 && !orientation && length >= 8 && at + 10 <= size && memcmp(data + at + 4, "Exif\0\0", 6) == 0)
+            orientation = exif_orientation(data + at + 10, (length - 8 < size - at - 10 ? length - 8 : size - at - 10));
+        if (marker == 0xE2 && length >= 6 && at + 8 <= size && memcmp(data + at + 4, "MPF", 4) == 0) return none;
         if (marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
-            if (found.kind || at + 10 > size) return none;
+            if (found.kind || at + 10 > size || data[at + 9] > 15) return none;
             found = (Facts){2, {(uint8_t)marker, data[at + 4], data[at + 9]}, number(data + at + 7, 2), number(data + at + 5, 2)};
         }
         at += 2 + length;
@@ -127,25 +163,27 @@ static int unfilter(const uint8_t *rows, uint8_t *pixels, int64_t height, int64_
     return 1;
 }
 
-/* Return whether a chunk leaves the stored pixels unchanged; unknown chunks are left to libpng. */
-static int is_harmless(const uint8_t *name) {
-    static const char known[][5] = {"tEXt", "zTXt", "iTXt", "tIME", "pHYs", "gAMA", "cHRM", "sRGB", "iCCP", "sBIT", "bKGD", "eXIf", "tRNS"};
-    for (unsigned k = 0; k < sizeof known / sizeof *known; k++)
+/* Return whether a chunk leaves the stored pixels unchanged; unknown chunks are left to libpng. Two count only `as_stored`: transparency
+ * and EXIF. */
+static int is_harmless(const uint8_t *name, int as_stored) {
+    static const char known[][5] = {"eXIf", "tRNS", "tEXt", "zTXt", "iTXt", "tIME", "pHYs", "gAMA", "cHRM", "sRGB", "iCCP", "sBIT", "bKGD"};
+    for (unsigned k = as_stored ? 0 : 2; k < sizeof known / sizeof *known; k++)
         if (memcmp(name, known[k], 4) == 0) return 1;
     return 0;
 }
 
-static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, uint8_t *pixels, int64_t height, int64_t width, int64_t step) {
+static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, uint8_t *pixels, int64_t height, int64_t width, int64_t step,
+                      int as_stored) {
     static const uint8_t colours[5] = {0, 0, 4, 2, 6}; /* by channels */
     uint8_t rows[MOST_ROWS];
     const uint8_t *packed = NULL;
     unsigned long expected = (unsigned long)(height * (width * step + 1)), found = expected;
-    Facts facts = examine_png(data, size);
+    Facts facts = examine_chunks(data, size);
     if (!facts.kind || facts.width != width || facts.height != height || data[24] != 8 || data[25] != colours[step]) return 0;
     if (data[26] || data[27] || data[28]) return 0; /* no such compression or filters; interlaced */
     for (int64_t at = 8; memcmp(data + at + 4, "IEND", 4) != 0; at += number(data + at, 4) + 12) {
         if (memcmp(data + at + 4, "IDAT", 4) != 0) {
-            if (at != 8 && !is_harmless(data + at + 4)) return 0;
+            if (at != 8 && !is_harmless(data + at + 4, as_stored)) return 0;
             continue;
         }
         if (packed) return 0; /* pixels in pieces */
@@ -159,9 +197,9 @@ static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, 
 /* Decode `n` PNGs at [begins[i], ends[i]) of `data` into `pixels` `[n, height, width, channels]`, whose filtered rows fit MOST_ROWS bytes.
  * `done[i]` is 0 where one was left out: it is not of that size, of 8 bits and so many channels, or there is anything unusual about it. */
 void aecore_decode_pngs(Uncompress uncompress, const uint8_t *data, const int64_t *begins, const int64_t *ends, int64_t n, uint8_t *pixels,
-                        int64_t height, int64_t width, int64_t channels, uint8_t *done) {
+                        int64_t height, int64_t width, int64_t channels, int64_t as_stored, uint8_t *done) {
     for (int64_t i = 0; i < n; i++, pixels += height * width * channels)
-        done[i] = (uint8_t)decode_png(uncompress, data + begins[i], ends[i] - begins[i], pixels, height, width, channels);
+        done[i] = (uint8_t)decode_png(uncompress, data + begins[i], ends[i] - begins[i], pixels, height, width, channels, (int)as_stored);
 }
 
 #endif

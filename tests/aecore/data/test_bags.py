@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.format.decode import Reading
 from aecore.data.format.transform import Transform, TransformSpec
 from aecore.data.manifest import DatasetManifest
 from aecore.data.read.bags import BagLoader, Bags
@@ -100,7 +101,7 @@ def test_a_damaged_instance_leaves_a_smaller_bag(tmp_path):
         path.write_bytes(encoded(image(number)) if number != 1 else b"damaged")
     source = FolderSpec(url=str(tmp_path / "raw"), group="parent")
     shard_dataset(source, str(tmp_path / "data"), SplitSpec(by="none"), ShardSpec(max_bad=0.5))
-    bags = Bags(SplitRows(open_dataset(str(tmp_path / "data")), "train", "imagecodecs"))
+    bags = Bags(SplitRows(open_dataset(str(tmp_path / "data")), "train", Reading()))
     assert sorted(bags.sizes.tolist()) == [2, 3]
 
 
@@ -270,10 +271,10 @@ def test_positions_of_all_ranks_number_the_instances_whatever_the_order(dataset,
 
 
 def test_a_bag_in_two_places_is_refused(dataset):
-    split = SplitRows(dataset, "train", "imagecodecs")
+    split = SplitRows(dataset, "train", Reading("imagecodecs"))
     again = dataclasses.replace(dataset.manifest, splits={"train": (split.shards[0], *split.shards)})
     with pytest.raises(DataError, match=r"bag 'raw/\d+' of shard train-000000 is stored in two pieces"):
-        Bags(SplitRows(Dataset(dataset.store, again), "train", "imagecodecs"))
+        Bags(SplitRows(Dataset(dataset.store, again), "train", Reading()))
 
 
 def test_bags_of_sequences_of_different_lengths_are_refused(tmp_path):

@@ -202,7 +202,7 @@ class TestSource:
         assert (ext, data) == ("png", encoded(image(101)))
         with pytest.raises(ConfigError, match=r"ends in 'pth', which is not read"):
             WebdatasetSpec(url="x", member="pth")
-        with pytest.raises(ConfigError, match=r"expected auto, cls, none or json:<field>"):
+        with pytest.raises(ConfigError, match=r"expected auto, cls, json:<field>, tar, path, leaf, none or regex:<expression>"):
             WebdatasetSpec(url="x", label="json")
 
 

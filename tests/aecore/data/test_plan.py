@@ -294,7 +294,7 @@ def test_a_folder_that_cannot_name_a_split_is_a_data_error():
         ({"by": "hash"}, "needs splits.val or splits.test"),
         ({"by": "none", "val": 0.1}, "by=hash to use"),
         ({"by": "column"}, "both by=column and a column"),
-        ({"column": "x"}, "both by=column and a column"),
+        ({"by": "none", "column": "x"}, "both by=column and a column"),
         ({"by": "folder"}, "did you mean 'folders'"),
         ({"val": -0.1}, ">= 0"),
     ],

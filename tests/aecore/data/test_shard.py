@@ -143,7 +143,7 @@ class TestWriting:
                 write_shard(open_store(tmp_path), dataclasses.replace(task_of(list(files)), **other), MemorySource(files))
 
     @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-    @pytest.mark.parametrize("shards", [{"mode": "L"}, {"mode": "RGB"}, {"resize": 2}])
+    @pytest.mark.parametrize("shards", [{"mode": "L"}, {"mode": "RGB"}, {"resize": 2, "pixels": 1}])
     def test_images_without_a_range_are_kept_or_quarantined_never_changed(self, tmp_path, dtype, shards):
         files = {"a.tif": encoded(np.linspace(0, 1, 16).reshape(4, 4).astype(dtype), "TIFF"), "b.png": encoded(image(1, 2))}
         assert shard_of(tmp_path / "kept", files).read_rows([0]) == [files["a.tif"]]
@@ -231,10 +231,10 @@ class TestQuarantine:
             write_shard(open_store(tmp_path), task_of(list(files)), Away(files))
         assert write_shard(open_store(tmp_path), task_of(list(files)), MemorySource(files)).rows == 3, "nothing was recorded"
 
-    def test_a_mode_that_a_format_does_not_have_is_a_bad_sample(self, tmp_path):
+    def test_a_mode_that_a_format_does_not_have_is_a_bad_sample_in_version_1(self, tmp_path):
         file = io.BytesIO()
         Image.fromarray(np.zeros((8, 8, 4), np.uint8), "CMYK").save(file, "TIFF")
-        assert shard_of(tmp_path, {"a.tiff": file.getvalue(), **pictures(1)}, shards=ShardSpec(resize=4)).shard.samples == 1
+        assert shard_of(tmp_path, {"a.tiff": file.getvalue(), **pictures(1)}, shards=ShardSpec(resize=4, pixels=1)).shard.samples == 1
         (row,) = quarantine_of(tmp_path)
         assert (row["stage"], row["reason"], len(row["sha256"])) == ("check", "unsupported", 64)
 

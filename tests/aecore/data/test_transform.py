@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aecore._base.batch import Batch
-from aecore.data.format.decode import DecodeError, Decoder, DecoderName, decoder_version
+from aecore.data.format.decode import DecodeError, Decoder, DecoderName, Reading, decoder_version
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import Transform, TransformSpec, preprocessing_sha256
 from aecore.errors import ConfigError, DataError
@@ -63,10 +63,14 @@ PNGS: dict[str, tuple[bytes, str, NDArray[np.generic]]] = {
     "1 bit": (encoded(GRAY > 128), "1", np.where(GRAY > 128, 255, 0).astype(np.uint8)[..., None]),
     "2 bit": (raw_png(4, 1, 2, 0, [b"\x1b"]), "L", np.array([[[0], [85], [170], [255]]], np.uint8)),
     "palette": (raw_png(2, 1, 8, 3, [b"\0\1"], PALETTE), "P", COLOURS),
-    "palette with alpha": (raw_png(2, 1, 8, 3, [b"\0\1"], PALETTE + HALF_CLEAR), "P", COLOURS),
+    "palette with alpha": (
+        raw_png(2, 1, 8, 3, [b"\0\1"], PALETTE + HALF_CLEAR),
+        "PA",
+        np.array([[[1, 2, 3, 0], [4, 5, 6, 255]]], np.uint8),
+    ),
     "1 bit palette": (raw_png(2, 1, 1, 3, [b"\x40"], PALETTE), "P", COLOURS),
-    "gray colour key": (raw_png(2, 1, 8, 0, [b"\1\2"], chunk(b"tRNS", b"\0\1")), "L", np.array([[[1], [2]]], np.uint8)),
-    "rgb colour key": (raw_png(1, 1, 8, 2, [b"\1\2\3"], chunk(b"tRNS", b"\0\1\0\2\0\3")), "RGB", np.array([[[1, 2, 3]]], np.uint8)),
+    "gray colour key": (raw_png(2, 1, 8, 0, [b"\1\2"], chunk(b"tRNS", b"\0\1")), "LA", np.array([[[1, 0], [2, 255]]], np.uint8)),
+    "rgb colour key": (raw_png(1, 1, 8, 2, [b"\1\2\3"], chunk(b"tRNS", b"\0\1\0\2\0\3")), "RGBA", np.array([[[1, 2, 3, 0]]], np.uint8)),
     "gamma": (raw_png(2, 1, 8, 0, [b"\1\x80"], chunk(b"gAMA", struct.pack(">I", 20000))), "L", np.array([[[1], [128]]], np.uint8)),
     "interlaced": (interlaced_png(GRAY), "L", GRAY[..., None]),
 }
@@ -80,31 +84,40 @@ def form(pixels: NDArray[np.generic], mode: str) -> SampleFormat:
 @pytest.mark.parametrize("name", PNGS)
 def test_png_pixels_are_exact_for_both_decoders(name: str, decoder: DecoderName, capfd: pytest.CaptureFixture[str]) -> None:
     data, mode, pixels = PNGS[name]
-    out = Decoder(decoder, form(pixels, mode)).batch([data, data])
+    out = Decoder(Reading(decoder), form(pixels, mode)).batch([data, data])
     assert out.dtype == pixels.dtype
     np.testing.assert_array_equal(out, np.stack([pixels, pixels]))
     assert capfd.readouterr().err == ""
 
 
-def test_sixteen_bit_colour_needs_imagecodecs() -> None:
+@pytest.mark.parametrize("decoder", BOTH)
+@pytest.mark.parametrize(("name", "mode"), [("palette with alpha", "P"), ("gray colour key", "L"), ("rgb colour key", "RGB")])
+def test_version_1_drops_transparency_that_is_no_channel(name: str, mode: str, decoder: DecoderName) -> None:
+    data, _, pixels = PNGS[name]
+    out = Decoder(Reading(decoder, pixels=1), form(pixels[..., :-1], mode)).batch([data, data])
+    np.testing.assert_array_equal(out, np.stack([pixels[..., :-1]] * 2))
+
+
+def test_sixteen_bit_colour_needs_imagecodecs_in_version_1() -> None:
     data, sample = raw_png(1, 1, 16, 2, [b"\1\2\3\4\5\6"]), SampleFormat((1, 1, 3), np.dtype("u2"), image=True)
-    np.testing.assert_array_equal(Decoder("imagecodecs", sample).batch([data]).ravel(), [258, 772, 1286])
+    for reading in (Reading("imagecodecs"), Reading("pillow"), Reading("imagecodecs", pixels=1)):
+        np.testing.assert_array_equal(Decoder(reading, sample).batch([data]).ravel(), [258, 772, 1286])
     with pytest.raises(DecodeError, match="transform.decoder=imagecodecs"):
-        Decoder("pillow", sample).batch([data])
+        Decoder(Reading("pillow", pixels=1), sample).batch([data])
 
 
 @pytest.mark.parametrize("decoder", BOTH)
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "BMP", "TIFF"])
 def test_other_formats_decode_close_to_the_pixels(format: str, decoder: DecoderName) -> None:
     smooth = np.stack([*np.meshgrid(np.arange(0, 256, 8), np.arange(0, 256, 8)), np.full((32, 32), 99)], axis=-1).astype(np.uint8)
-    out = Decoder(decoder, form(smooth, "RGB")).batch([encoded(smooth, format)])
+    out = Decoder(Reading(decoder), form(smooth, "RGB")).batch([encoded(smooth, format)])
     assert np.abs(out[0].astype(int) - smooth).mean() < 4
 
 
 @pytest.mark.parametrize("decoder", BOTH)
 def test_arrays_keep_their_values(decoder: DecoderName) -> None:
     values = RNG.standard_normal((3, 4, 2)).astype(np.float32)
-    out = Decoder(decoder, SampleFormat.from_shapes({"4x2/float32": 3})).batch([npy(value) for value in values])
+    out = Decoder(Reading(decoder), SampleFormat.from_shapes({"4x2/float32": 3})).batch([npy(value) for value in values])
     np.testing.assert_array_equal(out, values)
 
 
@@ -133,7 +146,7 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("decoder", BOTH)
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_bad_sample_is_an_error_that_carries_its_row(name: str, decoder: DecoderName) -> None:
-    members, decode = [encoded(GRAY), BAD_IMAGES[name], encoded(GRAY)], Decoder(decoder, form(GRAY[..., None], "L"))
+    members, decode = [encoded(GRAY), BAD_IMAGES[name], encoded(GRAY)], Decoder(Reading(decoder), form(GRAY[..., None], "L"))
     with pytest.raises(DecodeError) as caught:
         decode.batch(members)
     assert caught.value.row == 1
@@ -150,7 +163,7 @@ def test_object_arrays_are_never_unpickled() -> None:
 
     data = npy(np.array([Bomb()], dtype=object))
     with pytest.raises(DecodeError):
-        Decoder("imagecodecs", SampleFormat.from_shapes({"1/object": 1})).batch([data])
+        Decoder(Reading("imagecodecs"), SampleFormat.from_shapes({"1/object": 1})).batch([data])
 
 
 def test_several_forms_are_refused_with_the_remedy() -> None:
@@ -166,11 +179,11 @@ def test_several_forms_are_refused_with_the_remedy() -> None:
 def test_a_missing_decoder_is_a_config_error_with_the_remedy() -> None:
     code = (
         "import sys; sys.modules['imagecodecs'] = None\n"
-        "from aecore.data.format.decode import Decoder\n"
+        "from aecore.data.format.decode import Decoder, Reading\n"
         "from aecore.data.format.sample_format import SampleFormat\n"
         "from aecore.errors import ConfigError\n"
-        "sample = SampleFormat.from_shapes({'5x7x1/L': 1}); Decoder('pillow', sample)\n"
-        "try: Decoder('imagecodecs', sample)\n"
+        "sample = SampleFormat.from_shapes({'5x7x1/L': 1}); Decoder(Reading('pillow'), sample)\n"
+        "try: Decoder(Reading('imagecodecs'), sample)\n"
         "except ConfigError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,67 @@
+"""Colours of images as RGB, and images with alpha as they look on a background. Legend: C channels, H W sides."""
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.errors import ConfigError
+
+Pixels = NDArray[Any]  # any: every image has its own dtype
+
+
+def white_of(dtype: np.dtype[Any]) -> float:  # any: as above
+    """Return the value of white: the largest of an unsigned integer, 1 of a float, the largest of a signed one."""
+    return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)
+
+
+def cmyk_to_rgb(inks: Pixels) -> Pixels:
+    """Return RGB `[H, W, 3]` of inks `[H, W, 4]` (the largest value: full ink): the light that passes both a colour and black."""
+    white = np.uint64(white_of(inks.dtype))
+    light = white - inks.astype(np.uint64)
+    return ((light[..., :3] * light[..., 3:] + white // np.uint64(2)) // white).astype(inks.dtype)
+
+
+def lab_to_rgb(lab: NDArray[np.float64], dtype: np.dtype[Any]) -> Pixels:  # any: as above
+    """Return sRGB of CIE L*a*b* `[H, W, 3]` (D50; L from 0 to 100), by LittleCMS."""
+    import imagecodecs
+
+    profiles = imagecodecs.cms_profile("lab4"), imagecodecs.cms_profile("srgb")
+    found: Pixels = imagecodecs.cms_transform(lab, *profiles, colorspace="lab", outcolorspace="rgb", outdtype=dtype)
+    return found
+
+
+def straight_alpha(pixels: Pixels) -> Pixels:
+    """Return pixels whose colours were multiplied by their alpha, the last channel, with the colours divided by it again."""
+    alpha, white = pixels[..., -1:].astype(np.float64), white_of(pixels.dtype)
+    colours = pixels[..., :-1] * white / np.where(alpha == 0, white, alpha)
+    if pixels.dtype.kind != "f":
+        colours = np.rint(colours).clip(0, white)
+    return np.concatenate([colours.astype(pixels.dtype), pixels[..., -1:]], axis=-1)
+
+
+def composed(pixels: Pixels, background: str) -> Pixels:
+    """Return the colours `[H, W, C-1]` of an image with straight alpha, its last channel, over a background of one colour."""
+    colour, white = background_of(background, pixels.shape[-1] - 1), white_of(pixels.dtype)
+    share = pixels[..., -1:].astype(np.float64) / white
+    found = pixels[..., :-1] * share + colour * white * (1 - share)
+    return (found if pixels.dtype.kind == "f" else np.floor(found + 0.5)).astype(pixels.dtype)
+
+
+@functools.cache
+def background_of(name: str, channels: int) -> NDArray[np.float64]:
+    """Return a colour as `channels` numbers from 0 to 1: red, green and blue, or their luma (ITU-R 601).
+
+    Raises
+    ------
+    ConfigError
+        No such colour: it is none of CSS's names and not of the form #rrggbb.
+    """
+    from PIL import ImageColor
+
+    try:
+        colour = np.array(ImageColor.getrgb(name)[:3]) / 255
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"background is {name!r}, expected the name of a colour (white, black) or #rrggbb") from error
+    return colour if channels == 3 else np.full(channels, colour @ (0.299, 0.587, 0.114))

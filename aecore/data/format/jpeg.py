@@ -1,0 +1,84 @@
+"""The segments of a JPEG, and whether its scans are whole. The decoding is imagecodecs' (libjpeg-turbo); no codec is here."""
+
+import functools
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+# data without a marker; each begins with other bits, since the end of a cut code may mean the same as the zeros that libjpeg puts there
+_FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
+_SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
+_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)  # with the fill bytes before it
+
+
+def is_whole_jpeg(data: bytes) -> bool:
+    """Return whether every block of a JPEG is decoded from data that the file holds.
+
+    libjpeg fills what is missing with grey and says nothing. If there is data missing, the pixels depend on what is put at the ends of the
+    scans (or before the markers inside them); if nothing is, decoders skip that. A progressive file must also have all its scans. Raises
+    what the codec does for a damaged file.
+    """
+    import imagecodecs
+
+    scans = [(at, length) for at, marker, length in jpeg_segments(data) if marker == 0xDA]
+    start = scans[0][0] + 2 + scans[0][1]
+    if start > len(data):
+        return False
+    if data.rfind(b"\xff\xd9") < start:
+        data += b"\xff\xd9"
+    pixels = imagecodecs.jpeg8_decode(data)
+    for filler in _FILLERS if len(data) < _SMALL_BYTES else _FILLERS[:2]:
+        filled = data[:start] + _MARKER.sub(functools.partial(_filled, filler), data[start:])
+        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(filled)):
+            return False
+    return _is_complete(data, scans)
+
+
+def _filled(filler: bytes, marker: re.Match[bytes]) -> bytes:
+    """Return a marker inside or after a scan with data before it, at the end of a scan also all restart intervals that may be missing."""
+    if 0xD0 <= marker[0][-1] <= 0xD7:
+        return filler + marker[0]
+    return filler + b"".join(bytes([0xFF, 0xD0 + number % 8]) + filler for number in range(16)) + marker[0]
+
+
+def _is_complete(data: bytes, scans: list[tuple[int, int]]) -> bool:
+    """Return whether the scans of a JPEG give all bits of all coefficients: those of a sequential one always do."""
+    frame = next((at for at, marker, _ in jpeg_segments(data) if marker == 0xC2), None)
+    if frame is None:
+        return True
+    components = [data[frame + 10 + 3 * number] for number in range(data[frame + 9])]
+    missing = {component: [1] * 64 for component in components}  # bits that a coefficient still lacks; 1: has not been seen
+    for at, _ in scans:
+        count = data[at + 4]
+        first, last, low = data[at + 5 + 2 * count], data[at + 6 + 2 * count], data[at + 7 + 2 * count] & 15
+        for number in range(count):
+            if (component := data[at + 5 + 2 * number]) in missing:
+                missing[component][first : last + 1] = [low] * (last + 1 - first)
+    return not any(map(any, missing.values()))
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield position, marker and length of the segments of a JPEG, up to the end of its first picture."""
+    position, scanned = 2, False
+    while (found := _MARKER.search(data, position)) is not None and found.end() + 2 <= len(data):
+        at, marker = found.end() - 2, data[found.end() - 1]
+        if marker == 0xD9 and scanned:
+            return
+        if marker == 0x01 or 0xD0 <= marker <= 0xD9:
+            position = at + 2
+            continue
+        length = (data[at + 2] << 8) | data[at + 3]
+        yield at, marker, length
+        scanned = scanned or marker == 0xDA
+        position = at + 2 + length
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Return width and height that the frame header of a JPEG says, 0 if there is none."""
+    for at, marker, _ in jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        if marker == 0xDA:
+            break
+    return 0, 0

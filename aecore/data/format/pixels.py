@@ -1,0 +1,141 @@
+"""The pixels of one image of any format that is read, as they are meant (`pixels=2`): the one decoder that decides what is readable.
+
+Sharding, `shards.check=decode`, training and encoding all end here for whatever is not plain, and for what a faster decoder refuses.
+imagecodecs decodes PNG and JPEG, tifffile TIFF, Pillow the rest (and plain JPEG for `transform.decoder=pillow`).
+"""
+
+import io
+import struct
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecore.data.format.colour import cmyk_to_rgb
+from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded, opened_orientation
+from aecore.data.format.jpeg import jpeg_segments
+from aecore.data.format.orientation import UPRIGHT, upright
+from aecore.native.loops import exif_orientation
+
+Pixels = NDArray[Any]  # any: uint8 to float64
+PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+EXIF = b"Exif\0\0"
+
+
+class Picture(NamedTuple):
+    """Pixels `[H, W, C]` as they are seen, and whether the last channel is (straight) alpha."""
+
+    pixels: Pixels
+    has_alpha: bool
+
+
+def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "imagecodecs", frame: int = 0) -> Picture:
+    """Return an image, or one of its frames, after its header was checked. Raises what the codecs do for damaged pixels."""
+    if frame == 0 and data.startswith(PNG_MAGIC):
+        return _png(data, decoder)
+    if frame == 0 and data.startswith(JPEG_MAGIC):
+        return _jpeg(data, decoder)
+    if data.startswith(TIFF_STARTS):
+        from aecore.data.format.tiff import tiff_pixels  # imported late: most datasets have no TIFF
+
+        return Picture(*tiff_pixels(data, frame))
+    return _pillow(data, frame)
+
+
+def image_file(pixels: Pixels) -> tuple[bytes, str]:
+    """Return pixels `[H, W, C]` as a file without loss, and its extension: PNG for what a PNG holds, else TIFF of the same dtype."""
+    if pixels.dtype == np.uint8 and pixels.shape[2] <= 4:
+        from PIL import Image
+
+        out = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)).save(out, "PNG")
+        return out.getvalue(), "png"
+    if pixels.dtype == np.uint16 and pixels.shape[2] <= 4:
+        import imagecodecs
+
+        return bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))), "png"
+    from aecore.data.format.tiff import tiff_file  # imported late: most datasets have no TIFF
+
+    return tiff_file(pixels), "tiff"
+
+
+def _png(data: bytes, decoder: str) -> Picture:
+    depth, colour, interlaced = data[24], data[25], data[28]
+    # imagecodecs prints a libpng warning for each interlaced file. Pillow gives the same pixels, but of 16 bits only the upper 8, and
+    # compares a colour key of fewer than 8 bits with scaled values
+    by_pillow = depth <= 8 and not (depth < 8 and colour == 0 and b"tRNS" in data)
+    if by_pillow and (interlaced or decoder == "pillow"):
+        picture = _pillow(data, 0, turned=False)
+    else:
+        import imagecodecs
+
+        picture = _with_channels(imagecodecs.png_decode(data))
+    if (found := data.find(b"eXIf")) < 0:
+        return picture
+    return Picture(upright(picture.pixels, _png_orientation(data, found)), picture.has_alpha)
+
+
+def _png_orientation(data: bytes, found: int) -> int:
+    """Return the orientation that a PNG says; `found` is where `eXIf` is first seen, which may be inside another chunk."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"eXIf":
+            return exif_orientation(data[position + 8 : position + 8 + length])
+        if kind == b"IEND":
+            break
+        position += 12 + length
+    return UPRIGHT
+
+
+def _jpeg(data: bytes, decoder: str) -> Picture:
+    pixels = _pillow_jpeg(data) if decoder == "pillow" else None
+    if pixels is None:
+        import imagecodecs
+
+        pixels = imagecodecs.jpeg8_decode(data)
+    if pixels.ndim == 3 and pixels.shape[2] == 4:  # inks, stored inverted as Adobe does
+        pixels = cmyk_to_rgb(255 - pixels)
+    picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], has_alpha=False)
+    if EXIF not in data:
+        return picture
+    blocks = (
+        data[at + 10 : at + 2 + length] for at, marker, length in jpeg_segments(data) if marker == 0xE1 and data.startswith(EXIF, at + 4)
+    )
+    return Picture(upright(picture.pixels, exif_orientation(next(blocks, b""))), has_alpha=False)
+
+
+def _pillow_jpeg(data: bytes) -> Pixels | None:
+    """Return the stored pixels of a plain JPEG by Pillow; None for what it does not read (other depths, stray bytes, no EOI)."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return np.asarray(image) if image.mode in ("L", "RGB") else None
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return None
+
+
+def _with_channels(pixels: Pixels) -> Picture:
+    """Return what imagecodecs gives for a PNG: two and four channels have alpha."""
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    return Picture(pixels, pixels.shape[2] in (2, 4))
+
+
+def _pillow(data: bytes, frame: int, *, turned: bool = True) -> Picture:
+    with open_unbounded(data) as image:
+        if frame:
+            image.seek(frame)
+        orientation = opened_orientation(image) if turned else UPRIGHT
+        if "transparency" in image.info or image.mode == "PA":
+            pixels = np.asarray(image.convert("LA" if image.mode == "L" else "RGBA"))
+        elif image.mode == "1":
+            pixels = np.asarray(image).astype(np.uint8) * np.uint8(255)
+        elif image.mode in ("L", "LA", "RGB", "RGBA", "I;16"):
+            pixels = np.asarray(image)
+        elif image.mode in ("P", "CMYK"):
+            pixels = np.asarray(image.convert("RGB"))
+        else:
+            raise BadSample("unsupported", f"{image.format} of mode {image.mode} is not read: save it as PNG")
+        picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], pixels.ndim == 3 and pixels.shape[2] in (2, 4))
+        return Picture(upright(picture.pixels, orientation), picture.has_alpha)

@@ -1,0 +1,220 @@
+"""TIFF as it is meant, read by tifffile: values of any depth, band by band, or the colours that a photometric interpretation means.
+
+Values keep their dtype (12 bits in 16 stay 0 to 4095; fewer than 8 bits are scaled to 8). MinIsWhite is inverted; palettes, CMYK, LAB
+and YCbCr become RGB; premultiplied alpha is divided out; bands without a meaning are channels. Pages that are thumbnails or masks of
+others are no images of their own. Every strip must be inside the file; complex values and what tifffile cannot unpack are refused.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
+from aecore.data.format.jpeg import jpeg_size
+from aecore.data.format.orientation import UPRIGHT, turned_size, upright
+
+Pixels = NDArray[Any]  # any: every image has its own dtype
+_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _SEPARATED, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 4, 5, 6, 8, 9
+_PREMULTIPLIED, _STRAIGHT = 1, 2  # kinds of alpha among the extra samples
+_JPEG = 7  # compression that tifffile gives as RGB
+# none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: others have sizes of their own, which only their decoders know
+_READ_COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000)
+_REDUCED_OR_MASK = 0b101  # of a page's NewSubfileType
+_MODES = {(1, "u1"): "L", (1, "u2"): "I;16", (3, "u1"): "RGB", (3, "u2"): "RGB;16", (1, "i4"): "I", (1, "f4"): "F"}
+_ALPHA_MODES = {"L": "LA", "I;16": "LA;16", "RGB": "RGBA", "RGB;16": "RGBA;16"}
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of damaged files becomes a reason of ours
+
+
+class TiffError(Exception):
+    """A TIFF that is damaged or of a kind that is not read, with a short `reason` and a readable `message`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class TiffFacts(NamedTuple):
+    """Size of the first image as it is seen, its mode and channels, how many images there are, and bytes of a decoded pixel."""
+
+    width: int
+    height: int
+    mode: str
+    channels: int
+    frames: int
+    pixel_bytes: int
+
+
+class _Form(NamedTuple):
+    """What a page becomes: mode, channels (colours, alpha, bands) and dtype; `alpha`: the kind of the extra sample that is one, or 0."""
+
+    mode: str
+    channels: int
+    dtype: np.dtype[Any]  # any: as above
+    alpha: int = 0
+
+
+def tiff_facts(data: bytes) -> TiffFacts:
+    """Return the facts of a TIFF from its tags; TiffError if it is damaged, cut off or of a kind that is not read."""
+    with _images(data) as images:
+        page = images[0]
+        form = _form(page)
+        needed = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+        frames = _stacked(page) if len(images) == 1 else len(images)
+        if len(images) < frames:
+            needed = max(needed, page.dataoffsets[0] + frames * page.nbytes)
+        if not needed or needed > len(data):
+            raise TiffError("truncated", f"TIFF of {len(data)} bytes, its pixels end at byte {needed}")
+        if page.compression == _JPEG:
+            _require_jpeg_sizes(page, data)
+        width, height = turned_size(int(page.imagewidth), int(page.imagelength), _orientation(page))
+        pixel_bytes = max(form.channels, int(page.samplesperpixel)) * form.dtype.itemsize
+        return TiffFacts(width, height, form.mode, form.channels, frames, pixel_bytes)
+
+
+def tiff_pixels(data: bytes, frame: int = 0) -> tuple[Pixels, bool]:
+    """Return the pixels `[H, W, C]` of one image of a TIFF, as they are seen, and whether the last channel is alpha.
+
+    Its header was checked. Raises what tifffile and its codecs do for damaged pixels.
+    """
+    with _images(data, frame + 1) as images:
+        stacked = len(images) == 1 and frame > 0
+        page = images[0 if stacked else frame]
+        form = _form(page)
+        if page.photometric == _YCBCR and page.compression != _JPEG:
+            from PIL import Image  # libtiff's own conversion: chroma may be subsampled
+
+            with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+                image.seek(page.index)
+                pixels = np.asarray(image.convert("RGB"))
+        else:
+            pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
+        return upright(pixels, _orientation(page)), form.alpha > 0
+
+
+def tiff_file(pixels: Pixels) -> bytes:
+    """Return pixels `[H, W, C]` of any dtype as a TIFF of one page: three channels are RGB, others grey or bands."""
+    out, photometric = io.BytesIO(), "rgb" if pixels.shape[2] == 3 else "minisblack"
+    values = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    planar = None if values.ndim == 2 else "contig"
+    tifffile.imwrite(out, np.ascontiguousarray(values), photometric=photometric, planarconfig=planar, metadata=None, software=False)
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any: tifffile.TiffPage
+    """Yield the pages that are images of their own, at least one; with `most` only the first of them."""
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            pages = (file.pages.get(number) for number in range(len(file.pages)))
+            images: Iterator[Any] = (page for page in pages if not getattr(page, "subfiletype", 0) & _REDUCED_OR_MASK)  # any: as above
+            yield list(itertools.islice(images, most)) or [file.pages.get(0)]
+    except (TiffError, MemoryError):
+        raise
+    except Exception as error:  # a parser of untrusted bytes raises anything
+        raise TiffError("decode", f"not a readable TIFF ({type(error).__name__}: {error})") from error
+
+
+def _require_jpeg_sizes(page: Any, data: bytes) -> None:  # any: as above
+    """Raise TiffError if a JPEG inside the file is larger than the strip or tile that it is in: it would be decoded whole."""
+    most = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    across, down = (-(-int(side) // 16) * 16 for side in most)
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        width, height = jpeg_size(data[offset : offset + count])
+        if width > across or height > down:
+            raise TiffError("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
+
+
+def _stacked(page: Any) -> int:  # any: as above
+    """Return the images of an ImageJ stack, which follow the first without pages of their own."""
+    if not page.is_imagej or not page.is_contiguous:
+        return 1
+    return max(1, int((page.parent.imagej_metadata or {}).get("images", 1)))
+
+
+def _orientation(page: Any) -> int:  # any: as above
+    value = page.tags.valueof(274, UPRIGHT)
+    return int(value) if value in range(1, 9) else UPRIGHT
+
+
+def _form(page: Any) -> _Form:  # any: as above
+    """Return what a page becomes; TiffError if it is of a kind that is not read."""
+    colour, samples, bits = int(page.photometric or 0), int(page.samplesperpixel), page.bitspersample
+    if page.dtype is None or page.dtype.kind not in "biuf" or not isinstance(bits, int) or int(page.imagedepth) > 1:
+        raise TiffError(
+            "unsupported", f"TIFF with sample format {page.sampleformat} of {bits} bits: read are whole numbers and floats of one depth"
+        )
+    if int(page.compression) not in _READ_COMPRESSIONS:
+        name = getattr(page.compression, "name", page.compression)
+        raise TiffError("unsupported", f"TIFF compressed by {name}, which is not read: save it with LZW, deflate or none")
+    dtype = np.dtype(page.dtype).newbyteorder("=")
+    dtype = np.dtype("u1") if dtype.kind == "b" or (dtype.kind == "u" and bits < 8) else dtype
+    if colour == _PALETTE and samples == 1 and bits <= 16:
+        return _Form("P", 3, np.dtype("u1"))
+    if colour in (_CIELAB, _ICCLAB) and samples == 3 and dtype.itemsize <= 2:
+        return _Form("LAB" if dtype.itemsize == 1 else "LAB;16", 3, np.dtype(f"u{dtype.itemsize}"))
+    if colour == _YCBCR and samples == 3 and dtype == np.uint8:
+        return _Form("YCbCr", 3, dtype)
+    if colour == _SEPARATED and samples == 4 and dtype in (np.uint8, np.uint16):
+        return _Form("CMYK" if dtype.itemsize == 1 else "CMYK;16", 3, dtype)
+    if colour not in (_MIN_IS_WHITE, _MIN_IS_BLACK, _MASK, _RGB, _SEPARATED) or (colour == _RGB and samples < 3):
+        name = getattr(page.photometric, "name", page.photometric)
+        raise TiffError("unsupported", f"TIFF of {name} colours with {samples} samples of {bits} bits is not read: save it as grey or RGB")
+    extra = samples - (3 if colour == _RGB else 1)
+    mode = _MODES.get((samples - extra, dtype.str[1:]), "")
+    alpha = int(page.extrasamples[0]) if extra == 1 and colour != _SEPARATED and page.extrasamples else 0
+    if alpha in (_PREMULTIPLIED, _STRAIGHT) and mode in _ALPHA_MODES:
+        return _Form(_ALPHA_MODES[mode], samples, dtype, alpha)
+    if extra or not mode:
+        return _Form(f"image;{dtype.name}", samples, dtype)
+    return _Form("1" if bits == 1 and dtype == np.uint8 else mode, samples, dtype)
+
+
+def _stored(page: Any, data: bytes, number: int) -> Pixels:  # any: as above
+    """Return the stored samples `[H, W, S]`; `number` is the place in an ImageJ stack."""
+    if number:
+        values = np.frombuffer(
+            data, page.dtype.newbyteorder(page.parent.byteorder), math.prod(page.shape), page.dataoffsets[0] + number * page.nbytes
+        )
+        values = values.astype(page.dtype).reshape(page.shape)
+    else:
+        values = page.asarray()
+    if values.ndim == 2:
+        return values[..., None]
+    return np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+
+
+def _meant(page: Any, values: Pixels, form: _Form) -> Pixels:  # any: as above
+    """Return the pixels `[H, W, C]` that stored samples mean."""
+    colour, bits = int(page.photometric or 0), page.bitspersample
+    if form.mode == "P":
+        table = np.asarray(page.colormap)
+        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[:, values[..., 0]].transpose(1, 2, 0)
+    if form.mode.startswith("LAB"):
+        return _lab(values, form, signed=colour == _CIELAB)
+    if form.mode.startswith("CMYK"):
+        return cmyk_to_rgb(values)
+    if values.dtype.kind in "bu" and bits < 8:
+        values = np.rint(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
+    if colour == _MIN_IS_WHITE and values.dtype.kind == "u":
+        white = values.dtype.type((1 << bits) - 1 if bits >= 8 else 255)
+        values = np.concatenate([white - values[..., :1], values[..., 1:]], axis=-1)
+    values = values.astype(form.dtype, copy=False)
+    return straight_alpha(values) if form.alpha == _PREMULTIPLIED else values
+
+
+def _lab(values: Pixels, form: _Form, *, signed: bool) -> Pixels:
+    """Return RGB of stored L*, a* and b*: from 0 to 100, and 8 bits of a whole number each (two's complement, or with 128 added)."""
+    unit = 1 if form.dtype.itemsize == 1 else 256
+    full = white_of(form.dtype) if signed or unit == 1 else 0xFF00
+    colours = values[..., 1:].astype(form.dtype).view(f"i{form.dtype.itemsize}") if signed else values[..., 1:].astype(float) - 128 * unit
+    return lab_to_rgb(np.concatenate([values[..., :1] * (100 / full), colours / unit], axis=-1), form.dtype)

@@ -1,0 +1,260 @@
+"""Labels and groups by the rule of a recipe (`source.label`, `source.group`, `source.classes`): one place for all sources.
+
+`by_rules` is applied to what a source listed; `label_names` makes the labels once it is known whether the top folders are splits.
+Expressions are those of RE2, through Arrow: their time is linear in the text, so no pattern can stall a run; there are no look-aheads and
+no back-references. The word characters are the letters and digits of every script, and names are searched in normal form C.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aecore.data.classes import in_order, quoted, spelled
+from aecore.data.sources import Listing
+from aecore.data.sources._frames import file_of
+from aecore.data.sources._names import split_of_folder
+from aecore.errors import ConfigError, DataError
+from aecore.store import absolute_url, open_files, read_again
+
+REGEX, JSON = "regex:", "json:"
+MAX_CLASSES_BYTES = 1 << 24
+_WORD = r"\pL\pM\pN_"  # in a class of characters
+_TOKEN = re.compile(r"\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
+
+
+class Expression:
+    """The expression of a rule `regex:...`: what it finds is its first group, the whole match if it has none.
+
+    Raises ConfigError, which names `option`, for one that RE2 does not read.
+    """
+
+    def __init__(self, option: str, rule: str) -> None:
+        self._pattern = _one_group(rule.removeprefix(REGEX))
+        try:
+            self.search(["", "x"])
+        except (pa.ArrowInvalid, UnicodeEncodeError) as error:
+            reason = str(error).partition("Invalid regular expression: ")[2] or str(error)
+            raise ConfigError(
+                f"{option}={rule} is not an expression that RE2 reads ({reason}): it has no look-ahead and no back-references; "
+                rf"an example is {REGEX}^(\w+)\."
+            ) from error
+
+    def search(self, texts: Sequence[str]) -> list[str]:
+        """Return what it finds first in each text, "" where it finds nothing."""
+        found: Any = pc.extract_regex(pa.array(texts, pa.string()), self._pattern)  # any: the stubs know no structs
+        return list(found.field(0).fill_null("").to_pylist())
+
+
+def _one_group(pattern: str) -> str:
+    """Return an expression of which the first group, or the whole if it has none, is the first one with a name, as Arrow wants it.
+
+    Its word characters are not those of ASCII alone.
+    """
+    inside, groups, out = False, 0, list[str]()
+    for token in _TOKEN.findall(pattern):
+        if token in (r"\w", r"\W") and not inside:
+            token = f"[{_WORD}]" if token == r"\w" else f"[^{_WORD}]"
+        elif token == r"\w":
+            token = _WORD
+        elif token.startswith("[") and not inside:
+            inside = True
+        elif token == "]":
+            inside = False
+        elif not inside and (token == "(" or token.endswith("<")):
+            groups += 1
+            token = token if token != "(" else "(?P<found_>" if groups == 1 else "(?:"
+        out.append(token)
+    text = "".join(out)
+    return text if groups else f"(?P<found_>{text})"
+
+
+def is_expression(rule: str | None) -> bool:
+    """Return whether a rule is `regex:<expression>`."""
+    return rule is not None and rule.startswith(REGEX)
+
+
+def require_rule(option: str, rule: str | None, words: Sequence[str]) -> None:
+    """ConfigError unless a rule is one of these words, `json:<field>` where that is one of them, or a good `regex:<expression>`."""
+    if rule is None or rule in words or (f"{JSON}<field>" in words and rule.startswith(JSON) and rule != JSON):
+        return
+    if is_expression(rule) and rule != REGEX:
+        Expression(option, rule)
+        return
+    raise ConfigError(rf"{option} is {rule!r}, expected {', '.join(words)} or {REGEX}<expression>, for example {REGEX}^(\w+)\.")
+
+
+def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kind has its own spec class
+    """Return what a source listed, with the groups and what labels are made of as `source.group` and `source.label` say.
+
+    Paths in a tar have split folders too, if all of their top folders are named by split words, or all of those in one folder around them.
+    Where the name of a tar says its split, a top folder of the same meaning is no part of a label.
+
+    Raises
+    ------
+    DataError
+        If an expression finds nothing in a sample.
+    """
+    rule, group = getattr(source, "label", None), getattr(source, "group", None)
+    if listing.paths is not None:
+        paths = listing.paths
+    else:
+        paths = list(map(file_of, listing.sources)) if getattr(source, "frames", "first") == "all" else listing.sources
+    changes: dict[str, Any] = {}
+    if is_expression(group):
+        changes["groups"] = found_in("source.group", str(group), paths, listing.sources)
+    if rule == "none":
+        changes["label_names"] = None
+    elif is_expression(rule) or rule in ("path", "leaf"):
+        if listing.paths is not None:
+            paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits)
+            changes |= {"splits": splits, "label_paths": label_paths, "label_names": [path.rpartition("/")[0] for path in paths]}
+        changes |= {"label_rule": rule, **({"label_names": list(paths)} if is_expression(rule) else {})}
+    return dataclasses.replace(listing, **changes)
+
+
+def _with_split_folders(paths: list[str], splits: list[str] | None) -> tuple[list[str], list[str] | None, bool]:
+    """Return paths, the splits of their samples, and whether the paths begin with these."""
+    if splits is not None:
+        tops = {path.partition("/")[0] for path in paths}
+        means = {top: split_of_folder(top) for top in tops}
+        cut = [means[path.partition("/")[0]] == split != "" and "/" in path for path, split in zip(paths, splits, strict=True)]
+        return [path.partition("/")[2] if within else path for path, within in zip(paths, cut, strict=True)], splits, False
+    around = {path.partition("/")[0] for path in paths}
+    for found in (paths, [path.partition("/")[2] for path in paths] if len(around) == 1 else []):
+        tops = {path.partition("/")[0] for path in found if "/" in path}
+        if tops and all(map(split_of_folder, tops)):
+            return found, [path.partition("/")[0] if "/" in path else "" for path in found], True
+    return paths, None, False
+
+
+def label_names(listing: Listing, below_split: bool) -> list[str] | None:
+    """Return the class of each sample in normal form C ("": none); None if no sample has one.
+
+    With `below_split` the top folders are splits, and no part of a class.
+
+    Raises
+    ------
+    DataError
+        If the expression of the listing's rule finds nothing in a sample, whose label would then be missing.
+    """
+    names, rule = listing.label_names, listing.label_rule
+    if names is None:
+        return None
+    below_top = below_split and listing.splits is not None and listing.label_paths
+    if is_expression(rule):
+        names = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None)
+    elif below_top:
+        names = _mapped(names, lambda name: name.partition("/")[2])
+    if rule == "leaf":
+        names = _mapped(names, lambda name: name.rpartition("/")[2])
+    names = _mapped(names, spelled)
+    return names if any(names) else None
+
+
+def _mapped(names: list[str], change: Callable[[str], str]) -> list[str]:
+    """Return `change` of each name, called once for each different one."""
+    changed = {name: change(name) for name in set(names)}
+    return names if all(name == other for name, other in changed.items()) else list(map(changed.__getitem__, names))
+
+
+def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str], tops: Sequence[str] | None = None) -> list[str]:
+    """Return what the expression of a rule finds in each path.
+
+    A label is searched in the file's name, then in the path below its top folder, if `tops` names one, then in the whole path; a group in
+    the key, which is the whole path without its extension, then in the name. Each time without the extension first, then with it.
+
+    Raises
+    ------
+    DataError
+        If it finds nothing in one of them; some are named by `sources`.
+    """
+    expression, whole = Expression(option, rule), [_printable(spelled(path)) for path in paths]
+    below = whole if tops is None else [path[len(top) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
+    names = [path.rpartition("/")[2] for path in whole]
+    searched = [names, below, whole] if option == "source.label" else [whole, names]
+    found, left = [""] * len(whole), list(range(len(whole)))
+    for texts, part in [(texts, part) for texts in searched for part in (_stem, str)]:
+        for row, name in zip(left, expression.search([part(texts[row]) for row in left]), strict=True):
+            found[row] = name
+        left = [row for row in left if not found[row]]
+    if left:
+        shown = ", ".join(dict.fromkeys(repr(part(texts[left[0]])) for texts in searched for part in (_stem, str)))
+        raise DataError(
+            f"{option}={rule} finds nothing in {len(left)} of {len(whole)} samples: {quoted([sources[row] for row in left])} "
+            f"(it was searched in {shown}): change the expression, or move these samples away"
+        )
+    return found
+
+
+def _stem(path: str) -> str:
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
+
+
+def _printable(text: str) -> str:
+    """Return the text without the lone surrogates that file names may hold."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_field(data: Any, path: str) -> Any:  # any: plain JSON data
+    """Return the value at a path such as `ann.class` or `objects.0.name`, None if there is none; a key with dots goes first."""
+    if isinstance(data, Mapping) and path in data:
+        return data[path]
+    first, _, rest = path.partition(".")
+    if isinstance(data, list):
+        below = data[int(first)] if first.isascii() and first.isdigit() and len(first) < 10 and int(first) < len(data) else None
+    else:
+        below = data.get(first) if isinstance(data, Mapping) else None
+    return json_field(below, rest) if rest and below is not None else None if rest else below
+
+
+def with_class_names(source: Any) -> Any:  # any: every source kind has its own spec class
+    """Return the spec of a source with the names of `source.classes`, in normal form C, instead of numbers or the file that holds them.
+
+    A file has one name a line, or is a JSON list. DataError if it cannot be read, ConfigError if a name is empty or there twice.
+    """
+    given = fixed_classes(source)
+    return dataclasses.replace(source, classes=_names(given)) if given else source
+
+
+def fixed_classes(source: Any) -> tuple[str, ...] | str:  # any: as above
+    """Return `source.classes`, () if the recipe fixes none or the source has no such option."""
+    found: tuple[str, ...] | str = getattr(source, "classes", ())
+    return found
+
+
+def _names(given: Sequence[str | int] | str) -> tuple[str, ...]:
+    names = tuple(spelled(str(name)) for name in (_of_file(absolute_url(given, "source.classes")) if isinstance(given, str) else given))
+    twice = in_order(name for name, count in Counter(names).items() if count > 1)
+    if twice or "" in names:
+        raise ConfigError(f"source.classes has {quoted(twice) + ' twice' if twice else 'an empty name'}: each class has one name")
+    return names
+
+
+def _of_file(url: str) -> list[str]:
+    try:
+        data = _first_bytes(url)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"source.classes {url} cannot be read: {error.strerror or error}; give a list of names, or a file") from error
+    except OSError as error:
+        data = read_again(lambda: _first_bytes(url), url, error)
+    try:
+        text = data.decode("utf-8-sig")
+        found = json.loads(text) if url.lower().endswith(".json") else [line.strip() for line in text.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"source.classes {url} is no list of names ({error}): write one name a line, in UTF-8") from error
+    if len(data) > MAX_CLASSES_BYTES or not isinstance(found, list) or not all(type(name) in (str, int) for name in found):
+        raise DataError(f"source.classes {url} is no list of names: write one name a line, or a JSON list")
+    return [str(name) for name in found if name != ""]
+
+
+def _first_bytes(url: str) -> bytes:
+    folder, _, name = url.rpartition("/")
+    with open_files(folder or "/").local(name).open("rb") as file:
+        return file.read(MAX_CLASSES_BYTES + 1)

@@ -1,0 +1,380 @@
+"""`source.label`, `source.group` and `source.classes`: what makes the labels and the bags of a source."""
+
+import dataclasses
+import json
+import re
+import tarfile
+import time
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aecore.data.dataset import open_dataset
+from aecore.data.manifest import DatasetManifest
+from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
+from aecore.data.sources._labels import Expression, found_in, json_field, label_names
+from aecore.data.sources.arrays import ArraysSpec
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.plan import plan_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
+from aecore.errors import ConfigError, DataError
+from tests.aecore.data.test_external_tars import write_tar
+from tests.aecore.data.tiny import encoded, image
+from tests.documents import content
+
+CAFE = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
+
+
+def pictures(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(encoded(image(len(path))))
+    return root
+
+
+def tar_of(path: Path, *members: str, json_of: Mapping[str, Any] | None = None) -> Path:
+    files = [(name, encoded(image(len(name)))) for name in members]
+    files += [(f"{key}.json", json.dumps(data).encode()) for key, data in (json_of or {}).items()]
+    return write_tar(path, files, format=tarfile.PAX_FORMAT)
+
+
+def labels(source: Any, out: Path, splits: SplitSpec | None = None, **options: Any) -> dict[str, str | None]:
+    """Shard, verify, and return the class of each sample by `<split>/<key>`."""
+    made = shard_dataset(source, str(out), splits, **options)
+    assert isinstance(made, DatasetManifest)
+    return stored(out)
+
+
+def stored(out: Path) -> dict[str, str | None]:
+    dataset = open_dataset(str(out))
+    assert not verify_dataset(dataset, read_data=True).problems
+    found: dict[str, str | None] = {}
+    for shard in dataset.manifest.shards:
+        index = dataset.reader(shard).index
+        for key, label, name in zip(*(index[column].to_pylist() for column in ("key", "label", "label_name")), strict=True):
+            assert (dataset.classes[label] if label is not None else None) == name
+            found[f"{shard.split}/{key}"] = name
+    return found
+
+
+class TestFolders:
+    @pytest.mark.parametrize(
+        ("rule", "expected"),
+        [
+            ("path", ["Greek/alpha", "Latin/alpha"]),
+            ("leaf", ["alpha", "alpha"]),
+            ("none", [None, None]),
+            (r"regex:^(\w+)/", ["Greek", "Latin"]),
+            (r"regex:(\d)$", ["1", "2"]),
+            (r"regex:^\w+/(\w+)/", ["alpha", "alpha"]),
+            (r"regex:^\w+/(\w+)/\w+/", ["Greek", "Latin"]),  # which only the path with the split has
+        ],
+    )
+    def test_a_label_is_made_of_the_path_below_the_split(self, tmp_path: Path, rule: str, expected: list[str | None]) -> None:
+        root = pictures(tmp_path / "in", "train/Greek/alpha/1.png", "test/Latin/alpha/2.png")
+        found = labels(FolderSpec(url=str(root), label=rule), tmp_path / "out")
+        assert found == {"train/train/Greek/alpha/1": expected[0], "test/test/Latin/alpha/2": expected[1]}
+
+    @pytest.mark.parametrize("folder", ["", "train/", "a folder/b.c/"])
+    @pytest.mark.parametrize(
+        ("rule", "names"),
+        [
+            (r"regex:^(\w+)\.", {"cat": "cat.0.png", "dog": "dog.12.png"}),  # dogs vs. cats
+            (r"regex:(.+)_\d+.png$", {"great_pyrenees": "great_pyrenees_3.png", "Abyssinian": "Abyssinian_100.png"}),  # pets
+            (r"regex:^(n\d+)_", {"n01440764": "n01440764_10026.png", "n01443537": "n01443537_1.png"}),  # ImageNet
+            (r"regex:^[^-]+-([^-]+)-", {"happy": "s1-happy-3.png", "sad": "s1-sad-3.png"}),
+            (r"regex:(?:cat|dog)", {"cat": "a cat.png", "dog": "a dog.png"}),
+            (r"regex:^(?P<kind>\pL+)", {"Übung": "Übung1.png", "Ξ": "Ξ2.png"}),
+            (r"regex:^([\w-]+)\.", {"Ü-b": "Ü-b.1.png", "x": "x.2.png"}),
+        ],
+    )
+    def test_an_expression_finds_it_in_the_name_of_the_file_in_any_folder(
+        self, tmp_path: Path, folder: str, rule: str, names: dict[str, str]
+    ) -> None:
+        root = pictures(tmp_path / "in", *(folder + name for name in names.values()))
+        found = labels(FolderSpec(url=str(root), label=rule), tmp_path / "out")
+        assert sorted(map(str, found.values())) == sorted(names)
+
+    def test_a_sample_in_which_an_expression_finds_nothing_is_named_and_nothing_is_written(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", "cat.0.png", "dog.1.png", "IMG_7.png", "_.png")
+        with pytest.raises(
+            DataError, match=r"finds nothing in 2 of 4 samples: 'IMG_7.png', '_.png' \(it was searched in 'IMG_7', 'IMG_7.png'\)"
+        ):
+            labels(FolderSpec(url=str(root), label=r"regex:^([a-z]+)\."), tmp_path / "out")
+        assert not list((tmp_path / "out").glob("*.json"))
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "regex:(a",
+            r"regex:(a)\1",
+            "regex:(?<!a)b",
+            r"regex:((\pL{99}){99}){9}",
+            "regex:\udcff",
+            "regex:(?=a)",
+            r"regex:(\w{1000}){1000}",
+            "regex:",
+            "leave",
+            "json:a",
+            "",
+        ],
+    )
+    def test_what_is_no_rule_is_refused_before_anything_is_read(self, bad: str) -> None:
+        with pytest.raises(ConfigError, match=r"source\.label.*(RE2|expected path, leaf, none or regex:<expression>)"):
+            FolderSpec(url="/nowhere", label=bad)
+        with pytest.raises(ConfigError, match=r"source\.group.*(RE2|expected parent or regex:<expression>)"):
+            FolderSpec(url="/nowhere", group=bad)
+
+    def test_the_leaf_of_a_bag_is_the_folder_above_it(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", "clinic/tumour/slide1/1.png", "clinic/normal/slide2/1.png")
+        found = labels(FolderSpec(url=str(root), label="leaf", group="parent"), tmp_path / "out")
+        assert set(found.values()) == {"tumour", "normal"}
+
+    def test_a_name_in_two_normal_forms_is_one_class(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", *(f"{name}/{form}.png" for form, name in CAFE.items()), "tea/1.png")
+        assert sorted(map(str, labels(FolderSpec(url=str(root)), tmp_path / "out").values())) == [CAFE["NFC"], CAFE["NFC"], "tea"]
+        assert open_dataset(str(tmp_path / "out")).classes == (CAFE["NFC"], "tea")
+
+    @pytest.mark.parametrize(("first", "then"), [("NFC", "NFD"), ("NFD", "NFC")])
+    def test_a_later_generation_with_the_other_form_has_the_same_class(self, tmp_path: Path, first: str, then: str) -> None:
+        source = FolderSpec(url=str(pictures(tmp_path / "in", f"{CAFE[first]}/1.png")))
+        labels(source, tmp_path / "out")
+        pictures(tmp_path / "in", f"{CAFE[then]}/2.png")
+        assert set(labels(source, tmp_path / "out").values()) == {CAFE["NFC"]}
+
+    def test_a_claim_of_names_in_another_form_is_none_of_an_older_version(self, tmp_path: Path) -> None:
+        """That version made one class of each form, so its unfinished dataset must not be continued."""
+        for form, name in CAFE.items():
+            labels(FolderSpec(url=str(pictures(tmp_path / form, f"{name}/1.png"))), tmp_path / f"{form}-out")
+        assert [content(tmp_path / f"{form}-out/run.000001.json")["identity"].get("names") for form in CAFE] == [None, "NFC"]
+
+
+def test_a_dataset_of_an_older_version_keeps_the_form_of_its_names(tmp_path: Path) -> None:
+    made = shard_dataset(FolderSpec(url=str(pictures(tmp_path / "in", "x/1.png"))), str(tmp_path / "out"))
+    assert isinstance(made, DatasetManifest)
+    parent = dataclasses.replace(made, classes=(CAFE["NFD"],))
+    listing = Listing(["a", "b"], ["a", "b"], np.ones(2, np.int64), label_names=[*CAFE.values()])
+    plan = plan_dataset(listing, SplitSpec(), ShardSpec(), parent, 2, FolderSpec())
+    assert plan.classes == (CAFE["NFD"],)
+    assert plan.tasks[0].label_names == [CAFE["NFD"]] * 2 and plan.tasks[0].labels is not None and not plan.tasks[0].labels.any()
+
+
+class TestTars:
+    def test_one_tar_for_each_class(self, tmp_path: Path) -> None:
+        for name in ("n01440764", "n01443537"):
+            tar_of(tmp_path / f"in/{name}.tar", *(f"{name}_{number}.png" for number in range(3)))
+        source = WebdatasetSpec(url=str(tmp_path / "in"), label="tar")
+        assert set(labels(source, tmp_path / "out").items()) >= {("train/n01440764_0", "n01440764"), ("train/n01443537_2", "n01443537")}
+        adopt_shards(source, str(tmp_path / "adopted"))
+        assert stored(tmp_path / "adopted") == stored(tmp_path / "out")
+
+    def test_class_tars_with_the_same_names_need_the_names_of_the_tars_in_their_keys(self, tmp_path: Path) -> None:
+        for name in ("cat", "dog"):
+            tar_of(tmp_path / f"in/{name}.tar", "0.png")
+        with pytest.raises(DataError, match="both have the key '0': use source.keys=shard"):
+            labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar"), tmp_path / "out")
+        found = labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar", keys="shard"), tmp_path / "out")
+        assert found == {"train/cat/0": "cat", "train/dog/0": "dog"}
+
+    def test_class_tars_in_split_folders(self, tmp_path: Path) -> None:
+        for split in ("train", "val"):
+            for name in ("cat", "dog"):
+                tar_of(tmp_path / f"in/{split}/{name}.tar", f"{split}-{name}.png")
+        found = labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar"), tmp_path / "out")
+        assert found == {f"{split}/{split}-{name}": name for split in ("train", "val") for name in ("cat", "dog")}
+
+    @pytest.mark.parametrize("around", ["", "imagenette2/", "./"])
+    def test_a_folder_tree_in_a_tar_has_the_splits_keys_and_classes_of_the_folder(self, tmp_path: Path, around: str) -> None:
+        paths = [f"{split}/{name}/{number}.png" for split in ("train", "Validation") for name in ("cat", "wild/owl") for number in range(2)]
+        tar_of(tmp_path / "all.tar", *(around + path for path in paths))
+        tar = labels(WebdatasetSpec(url=str(tmp_path / "all.tar"), label="path"), tmp_path / "tar")
+        folder = labels(FolderSpec(url=str(pictures(tmp_path / "in", *paths))), tmp_path / "folder")
+        prefix = around.replace("./", "")
+        assert {key.replace(prefix, "", 1): name for key, name in tar.items()} == folder
+        assert open_dataset(str(tmp_path / "tar")).classes == ("cat", "wild/owl")
+
+    @pytest.mark.parametrize(("rule", "name"), [("path", "wild/owl"), ("leaf", "owl"), (r"regex:^(\w+)/", "wild"), (r"regex:(\d+)$", "7")])
+    def test_tars_named_by_their_split_hold_class_folders(self, tmp_path: Path, rule: str, name: str) -> None:
+        tar_of(tmp_path / "in/train.tar", "wild/owl/7.png")
+        tar_of(tmp_path / "in/test.tar", "test/wild/owl/17.png")  # with the split as its top folder once more
+        found = labels(WebdatasetSpec(url=str(tmp_path / "in"), label=rule), tmp_path / "out")
+        assert found == {"train/wild/owl/7": name, "test/test/wild/owl/17": "17" if name == "7" else name}
+
+    def test_a_class_folder_named_like_a_split_among_others_is_a_class(self, tmp_path: Path) -> None:
+        tar_of(tmp_path / "all.tar", "train/1.png", "plane/2.png")
+        found = labels(WebdatasetSpec(url=str(tmp_path / "all.tar"), label="path"), tmp_path / "out")
+        assert found == {"train/train/1": "train", "train/plane/2": "plane"}
+
+    @pytest.mark.parametrize(
+        ("path", "expected"),
+        [("ann.class", "cat"), ("objects.1.id", "7"), ("ann.dotted.key", "x"), ("flat.key", "y"), ("ann.score", "2")],
+    )
+    def test_a_field_of_the_json_by_its_path(self, tmp_path: Path, path: str, expected: str) -> None:
+        data = {"ann": {"class": "cat", "score": 2.0, "dotted.key": "x"}, "objects": [{"id": 3}, {"id": 7}], "flat.key": "y"}
+        tar_of(tmp_path / "a.tar", "0.png", json_of={"0": data})
+        source = WebdatasetSpec(url=str(tmp_path / "a.tar"), label=f"json:{path}")
+        assert labels(source, tmp_path / "out") == {"train/0": expected}
+
+    def test_a_field_that_is_a_list_or_nowhere_is_refused_by_name(self, tmp_path: Path) -> None:
+        tar_of(tmp_path / "a.tar", "0.png", json_of={"0": {"ann": {"class": "cat"}}})
+        for path, message in (
+            ("ann", "json:ann of sample '0' is a dict.*source.label=json:ann.class"),
+            ("ann.clas", "has the field 'ann.clas'"),
+        ):
+            with pytest.raises(DataError, match=message):
+                labels(WebdatasetSpec(url=str(tmp_path / "a.tar"), label=f"json:{path}"), tmp_path / "out")
+
+    def test_names_in_other_forms_are_one_class_wherever_they_stand(self, tmp_path: Path) -> None:
+        files = [
+            ("0.png", encoded(image(0))),
+            ("0.cls", CAFE["NFD"].encode()),
+            ("1.png", encoded(image(1))),
+            ("1.cls", CAFE["NFC"].encode()),
+        ]
+        write_tar(tmp_path / "a.tar", files)
+        assert set(labels(WebdatasetSpec(url=str(tmp_path / "a.tar")), tmp_path / "out").values()) == {CAFE["NFC"]}
+
+    def test_tars_without_labels_say_where_else_they_may_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        tar_of(tmp_path / "in/cat.tar", "0.png")
+        with caplog.at_level("INFO"):
+            assert labels(WebdatasetSpec(url=str(tmp_path / "in")), tmp_path / "out") == {"train/0": None}
+        assert "no sample has a label, since none has a .cls: set source.label=tar, path, leaf" in caplog.text
+
+
+def test_the_fields_of_json_are_found_as_a_loop_over_the_parts_finds_them() -> None:
+    data = {"a": [{"b": 1}, [2, 3]], "a.b": 4, "c": {"d.e": 5, "f": None}}
+    cases = {
+        "a.0.b": 1,
+        "a.1.1": 3,
+        "a.b": 4,
+        "c.d.e": 5,
+        "c.f": None,
+        "a.9": None,
+        "a.-1": None,
+        "x.y": None,
+        "a.b.c": None,
+        "c": data["c"],
+    }
+    assert {path: json_field(data, path) for path in cases} == cases
+
+
+def test_arrays_take_their_labels_from_the_names_of_their_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("cat", "full_bitmap_dog"):
+        np.save(tmp_path / f"in/{name}.npy", np.arange(32, dtype=np.uint8).reshape(2, 4, 4))
+    found = labels(ArraysSpec(url=str(tmp_path / "in"), labels=r"regex:^(?:full_bitmap_)?(\w+)/"), tmp_path / "out")
+    assert {key.rpartition("/")[0]: name for key, name in found.items()} == {"train/cat": "cat", "train/full_bitmap_dog": "dog"}
+
+
+class TestExpressions:
+    PATTERNS = (r"^(\w+)\.", r"(\d+)", r"^([a-c]+)_", r"/(\w)", r"x|(b)", r"[\w.]+$", r"(?:a|b)(c?)", r"^[^/]+/([^/]+)", r"\W(\w)")
+
+    @given(texts=st.lists(st.text("abc_/.x1é-", max_size=12), max_size=5), pattern=st.sampled_from(PATTERNS))
+    def test_find_what_pythons_find(self, texts: list[str], pattern: str) -> None:
+        def expected(text: str) -> str:
+            match = re.search(pattern, text)
+            return "" if match is None else (match[1] or "") if match.re.groups else match[0]
+
+        assert Expression("source.label", f"regex:{pattern}").search(texts) == [expected(text) for text in texts]
+
+    @pytest.mark.parametrize("pattern", [r"^(a+)+$", r"(a|aa)+$", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.*)*(.*)*(.*)*x$"])
+    def test_take_time_in_proportion_to_the_text_whatever_they_are(self, pattern: str) -> None:
+        started = time.perf_counter()
+        with pytest.raises(DataError, match="finds nothing"):
+            found_in("source.label", f"regex:{pattern}", ["a" * 4000 + "!"] * 100, ["x"] * 100)
+        assert time.perf_counter() - started < 20  # Python's take longer than the universe is old
+
+    def test_names_that_are_no_utf8_are_searched_and_shown(self) -> None:
+        assert found_in("source.label", r"regex:^(\w+)\.", ["cat.\udcff.png"], ["x"]) == ["cat"]
+
+    @given(rows=st.permutations(range(6)))
+    def test_do_not_depend_on_the_order_of_the_listing(self, rows: list[int]) -> None:
+        paths = [f"train/{name}/{name}_{number}.png" for name in ("cat", "dog") for number in range(3)]
+        listing = Listing(paths, paths, np.ones(6, np.int64), label_names=paths, splits=["train"] * 6, label_rule=r"regex:(\w+)_\d")
+        taken = label_names(listing.take(np.array(rows)), below_split=True)
+        assert taken == [paths[row].split("/")[1] for row in rows]
+
+
+class TestClasses:
+    def source(self, root: Path, **options: Any) -> FolderSpec:
+        return FolderSpec(url=str(pictures(root / "in", "cat/1.png", "dog/1.png", f"{CAFE['NFD']}/1.png")), **options)
+
+    @pytest.mark.parametrize(
+        ("name", "data"),
+        [
+            ("classes.txt", f"dog\r\n\n  {CAFE['NFD']} \nzebra\ncat\n"),
+            ("classes.json", json.dumps(["dog", CAFE["NFC"], "zebra", "cat"])),
+            ("bom.txt", f"\ufeffdog\n{CAFE['NFC']}\nzebra\ncat"),
+            (None, ("dog", CAFE["NFC"], "zebra", "cat")),
+        ],
+    )
+    def test_a_list_or_a_file_fixes_order_and_membership(self, tmp_path: Path, name: str | None, data: Any) -> None:
+        if name is not None:
+            (tmp_path / name).write_text(data, encoding="utf-8")
+        found = labels(self.source(tmp_path, classes=data if name is None else str(tmp_path / name)), tmp_path / "out")
+        assert set(found.values()) == {"cat", "dog", CAFE["NFC"]}
+        manifest = open_dataset(str(tmp_path / "out")).manifest
+        assert manifest.classes == ("dog", CAFE["NFC"], "zebra", "cat")
+        assert manifest.identity["source"]["classes"] == ["dog", CAFE["NFC"], "zebra", "cat"]
+
+    def test_numbers_are_names(self, tmp_path: Path) -> None:
+        files = [(f"{number}.{ext}", data) for number in (3, 1) for ext, data in (("png", encoded(image(number))), ("cls", b"%d" % number))]
+        write_tar(tmp_path / "a.tar", files)
+        source = WebdatasetSpec(url=str(tmp_path / "a.tar"), classes=(0, 1, 2, 3))
+        assert labels(source, tmp_path / "out") == {"train/3": "3", "train/1": "1"}
+        assert open_dataset(str(tmp_path / "out")).classes == ("0", "1", "2", "3")
+
+    def test_a_sample_of_another_class_is_refused_by_its_name(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="has 1 sample of the class 'cat', which source.classes does not have") as refused:
+            labels(self.source(tmp_path, classes=("dog", CAFE["NFC"])), tmp_path / "out")
+        assert "add it to the end of source.classes" in str(refused.value)
+        assert not list((tmp_path / "out").glob("*.json"))
+
+    def test_classes_without_labels_are_refused(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", "1.png", "2.png")
+        with pytest.raises(ConfigError, match="source.classes names 2 classes, and no sample has a label: see source.label"):
+            labels(FolderSpec(url=str(root), classes=("cat", "dog")), tmp_path / "out")
+
+    def test_the_list_may_grow_at_its_end_and_nowhere_else(self, tmp_path: Path) -> None:
+        known = ("dog", CAFE["NFC"], "cat")
+        labels(self.source(tmp_path, classes=known), tmp_path / "out")
+        pictures(tmp_path / "in", "zebra/1.png")
+        for wrong in (("zebra", *known), known[:2], ()):
+            with pytest.raises(ConfigError, match=r"source\.classes"):
+                labels(self.source(tmp_path, classes=wrong), tmp_path / "out")
+        found = labels(self.source(tmp_path, classes=(*known, "zebra")), tmp_path / "out")
+        assert found["train/zebra/1"] == "zebra" and len(found) == 4
+        assert open_dataset(str(tmp_path / "out")).classes == (*known, "zebra")
+        assert (
+            shard_dataset(self.source(tmp_path, classes=(*known, "zebra")), str(tmp_path / "out"))
+            == open_dataset(str(tmp_path / "out")).manifest
+        )
+
+    @pytest.mark.parametrize(
+        ("classes", "message"),
+        [
+            (("a", "b", "a"), "has 'a' twice"),
+            (tuple(CAFE.values()), "has 'café' twice"),
+            (("a", ""), "has an empty name"),
+            ("{tmp}/none.txt", "none.txt cannot be read: No such file"),
+            ("{tmp}/bad.json", "bad.json is no list of names"),
+            ("{tmp}/object.json", "object.json is no list of names: write one name a line, or a JSON list"),
+            ("{tmp}/binary.txt", "binary.txt is no list of names"),
+        ],
+    )
+    def test_a_list_that_is_none_is_refused(self, tmp_path: Path, classes: Any, message: str) -> None:
+        for name, data in (("bad.json", b"[1,"), ("object.json", b'{"a": 1}'), ("binary.txt", b"\xff\xfe\x00")):
+            (tmp_path / name).write_bytes(data)
+        given = classes.format(tmp=tmp_path) if isinstance(classes, str) else classes
+        with pytest.raises((ConfigError, DataError), match=message):
+            labels(self.source(tmp_path, classes=given), tmp_path / "out")

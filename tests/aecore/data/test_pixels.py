@@ -1,0 +1,545 @@
+"""Every form of image is stored with the pixels that it means: compared with what was written, a formula or Pillow, never with aecore."""
+
+import dataclasses
+import io
+import json
+import logging
+import struct
+import tarfile
+import zlib
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from aecore.data.dataset import open_dataset
+from aecore.data.format.decode import Decoder, Reading
+from aecore.data.format.image import BadSample, image_header
+from aecore.data.format.record import array_header
+from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.transform import TransformSpec
+from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.sources.arrays import ArraysSpec
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.write.convert import prepare
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.errors import ConfigError, DataError
+from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, saved, smooth, tiff
+
+RANDOM = np.random.default_rng(0)
+
+
+def stored(data: bytes, ext: str, **shards) -> tuple[str, np.ndarray]:
+    """Shard one file in memory and read it as training does; return its format and its pixels."""
+    header, kept = prepare(data, ext, ShardSpec(**shards))
+    pixels = Decoder(Reading(), SampleFormat.parse(header.format_text)).batch([kept])[0]
+    if header.width is not None:
+        assert (header.height, header.width) == pixels.shape[:2], "what the index says"
+    return header.format_text, pixels
+
+
+def sharded(tmp_path, files, frames="first", extensions=None, **shards):
+    """Write files into a folder, shard it in the order of their names, and return the manifest."""
+    for name, data in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    known = extensions or sorted({name.rpartition(".")[2] for name in files})
+    source = FolderSpec(url=str(tmp_path / "in"), extensions=tuple(known), frames=frames)
+    return shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(**{"shuffle": False, "max_bad": 1.0, **shards}))
+
+
+def read(tmp_path, **options):
+    """Return all samples of the dataset as a model gets them, without scaling."""
+    with Loader(open_dataset(str(tmp_path / "out")), "train", spec=InputSpec(cache="none"), **options) as loader:
+        return next(loader.range_batches(0, loader.num_samples, loader.num_samples)).x.numpy()
+
+
+def npy(values, version=None):
+    out = io.BytesIO()
+    np.lib.format.write_array(out, values, version)
+    return out.getvalue()
+
+
+def assert_means(name: str, seed: object, form) -> None:
+    text, pixels = stored(form.data, form.ext, check="decode")
+    where = f"{name} {seed}: {text}"
+    assert (pixels.shape, pixels.dtype) == (form.pixels.shape, form.pixels.dtype), where
+    if form.near:
+        assert np.abs(pixels.astype(int) - form.pixels.astype(int)).max() <= form.near, where
+    else:
+        np.testing.assert_array_equal(pixels, form.pixels, where)
+
+
+def random_images(count: int) -> None:
+    """Compare random images of random forms and sizes with what they mean."""
+    random = np.random.default_rng(count)
+    for number in range(count):
+        name = list(FORMS)[number % len(FORMS)]
+        height, width = random.integers(2, 40, 2).tolist()
+        seed = int(random.integers(1 << 30))
+        assert_means(name, (seed, height, width), FORMS[name](np.random.default_rng(seed), height, width))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_read_as_it_is_meant(name):
+    assert len(FORMS) >= 60
+    assert_means(name, "fixed", FORMS[name](np.random.default_rng(7), 24, 20))
+
+
+def test_random_images_of_all_forms_are_read_as_they_are_meant():
+    random_images(3 * len(FORMS))
+
+
+@pytest.mark.accept
+def test_ten_thousand_random_images_are_read_as_they_are_meant():
+    random_images(10_000)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_round_trips_of_values_over_modes_sizes_and_depths(data):
+    dtype = np.dtype(data.draw(st.sampled_from(["u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"])))
+    height, width, bands = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 6)))
+    values = data.draw(
+        arrays.arrays(dtype, (height, width, bands), elements=arrays.from_dtype(dtype, allow_nan=False, allow_infinity=False))
+    )
+    options = {"byteorder": data.draw(st.sampled_from("<>")), "compression": data.draw(st.sampled_from([None, "zlib", "lzw"]))}
+    if data.draw(st.booleans()):
+        options["tile"] = (16, 16)
+    plane, photometric = data.draw(st.sampled_from(["contig", "separate"])), "rgb" if bands == 3 else "minisblack"
+    if bands == 1:
+        file = tiff(values[..., 0], photometric=photometric, **options)
+    else:
+        placed = values if plane == "contig" else np.ascontiguousarray(np.moveaxis(values, 2, 0))
+        file = tiff(placed, photometric=photometric, planarconfig=plane, **options)
+    text, pixels = stored(file, "tif", check="decode")
+    np.testing.assert_array_equal(pixels, values, text)
+    assert pixels.dtype == dtype
+
+
+class TestOrientation:
+    FILES = {  # noqa: RUF012  # a constant
+        f"{number}.{ext}": saved(Image.fromarray(smooth(np.random.default_rng(number), 24, 48, 3)), format, exif=exif(6), **options)
+        for number, (ext, format, options) in enumerate(
+            [("jpg", "JPEG", {}), ("png", "PNG", {}), ("webp", "WEBP", {"lossless": True}), ("jpeg", "JPEG", {"progressive": True})]
+        )
+    }
+
+    def test_the_index_and_all_readers_have_the_turned_size(self, tmp_path):
+        manifest = sharded(tmp_path, self.FILES)
+        assert manifest.sample.shapes == {"48x24x3/RGB": 4}
+        index = open_dataset(str(tmp_path / "out")).reader(manifest.shards[0]).index
+        assert index["width"].to_pylist() == [24] * 4 and index["height"].to_pylist() == [48] * 4
+        for batch, decoder in ((read(tmp_path), "imagecodecs"), (read(tmp_path, transform=TransformSpec(decoder="pillow")), "pillow")):
+            for number, pixels in enumerate(batch):
+                wanted = np.rot90(smooth(np.random.default_rng(number), 24, 48, 3), -1)
+                assert np.abs(pixels.transpose(1, 2, 0).astype(int) - wanted).mean() < 3, (number, decoder)
+
+    def test_the_fast_path_of_sharding_knows_it_too(self, tmp_path):
+        data = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG")
+        turned = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG", exif=exif(8))
+        upright = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG", exif=exif(1))
+        manifest = sharded(tmp_path, {f"{n:03}.jpg": (data, turned, upright)[n % 3] for n in range(90)})
+        assert manifest.sample.shapes == {"32x64x3/RGB": 60, "64x32x3/RGB": 30}
+
+    def test_a_resized_image_is_turned_first(self, tmp_path):
+        left_red = np.zeros((32, 64, 3), np.uint8)
+        left_red[:, :32, 0] = left_red[:, 32:, 2] = 200
+        text, pixels = stored(saved(Image.fromarray(left_red), "PNG", exif=exif(6)), "png", resize=16)
+        assert text == "16x16x3/RGB"
+        assert (pixels[:6, :, 0] > 150).all() and (pixels[10:, :, 2] > 150).all()  # the left side is on top
+
+    @pytest.mark.parametrize("block", [b"", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01\x12", b"nonsense"])
+    def test_a_damaged_block_turns_nothing(self, block):
+        pixels = noise(RANDOM, 6, 4, 3)
+        for format, ext, options in (("JPEG", "jpg", {"quality": 95}), ("WEBP", "webp", {"lossless": True}), ("PNG", "png", {})):
+            data = saved(Image.fromarray(pixels), format, **options, exif=b"Exif\0\0" + block)
+            text, found = stored(data, ext, check="decode")
+            assert text == "6x4x3/RGB"
+            assert format == "JPEG" or (found == pixels).all()
+
+    def test_version_1_reads_as_stored(self):
+        for name, data in self.FILES.items():
+            assert image_header(data, name.rpartition(".")[2], pixels=1).format_text == "24x48x3/RGB"
+
+
+class TestAlpha:
+    def composed(self, pixels, background):
+        """The formula of alpha compositing over an opaque background (Porter and Duff, over)."""
+        alpha = pixels[..., -1:] / 255
+        return pixels[..., :-1] * alpha + np.array(background)[: pixels.shape[2] - 1] * (1 - alpha)
+
+    @pytest.mark.parametrize(("name", "colour"), [("white", (255, 255, 255)), ("black", (0, 0, 0)), ("#ff8000", (255, 128, 0))])
+    def test_it_is_composed_over_the_background_before_the_resize(self, name, colour):
+        pixels = noise(RANDOM, 16, 16, 4)
+        _, found = stored(saved(Image.fromarray(pixels), "PNG"), "png", mode="RGB", background=name)
+        np.testing.assert_allclose(found, self.composed(pixels, colour), atol=0.51)
+        _, small = stored(saved(Image.fromarray(pixels), "PNG"), "png", resize=8, background=name)
+        wanted = Image.fromarray(np.floor(self.composed(pixels, colour) + 0.5).astype(np.uint8)).resize((8, 8), Image.Resampling.BICUBIC)
+        assert np.abs(small.astype(int) - np.asarray(wanted)).max() <= 1
+
+    def test_leftover_colours_under_full_transparency_do_not_show(self):
+        pixels = noise(RANDOM, 8, 8, 4)
+        pixels[..., 3] = 0
+        for data in (saved(Image.fromarray(pixels), "PNG"), saved(Image.fromarray(pixels), "WEBP", lossless=True, exact=True)):
+            assert (stored(data, "png", mode="RGB")[1] == 255).all()
+            assert (stored(data, "png", mode="L")[1] == 255).all()
+
+    def test_kept_bytes_keep_it_and_a_model_of_three_channels_sees_the_background(self, tmp_path):
+        pictures = [noise(np.random.default_rng(number), 8, 8, 4) for number in range(3)]
+        files = {f"{number}.png": saved(Image.fromarray(pixels), "PNG") for number, pixels in enumerate(pictures)}
+        sharded(tmp_path, files)
+        np.testing.assert_array_equal(read(tmp_path), np.stack(pictures).transpose(0, 3, 1, 2))
+        seen = read(tmp_path, channels=3, transform=TransformSpec(background="black"))
+        wanted = [self.composed(pixels, (0, 0, 0)) for pixels in pictures]
+        np.testing.assert_allclose(seen.transpose(0, 2, 3, 1), wanted, atol=0.51)
+
+    def test_images_with_and_without_it_train_together_over_the_background(self, tmp_path):
+        rgba, rgb = noise(RANDOM, 8, 8, 4), noise(RANDOM, 8, 8, 3)
+        sharded(tmp_path, {"a.png": saved(Image.fromarray(rgba), "PNG"), "b.png": saved(Image.fromarray(rgb), "PNG")})
+        assert open_dataset(str(tmp_path / "out")).input_shape() == (3, 8, 8)
+        found = read(tmp_path).transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(found, [self.composed(rgba, (255, 255, 255)), rgb], atol=0.51)
+
+    def test_a_colour_that_does_not_exist_is_refused_by_name(self):
+        for make in (lambda: ShardSpec(background="whit"), lambda: TransformSpec(background="#12")):
+            with pytest.raises(ConfigError, match="expected the name of a colour"):
+                make()
+
+
+class TestFrames:
+    PAGES = np.stack([noise(np.random.default_rng(number), 6, 5, 1, "u2")[..., 0] for number in range(3)])
+
+    def files(self):
+        pictures = [Image.fromarray(noise(np.random.default_rng(number), 6, 5, 3)) for number in range(3)]
+        return {
+            "pages.tif": tiff(self.PAGES, photometric="minisblack"),
+            "stack.tif": imagej_stack(self.PAGES),
+            "moving.webp": saved(pictures[0], "WEBP", save_all=True, append_images=pictures[1:], lossless=True),
+            "moving.png": saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:]),
+        }
+
+    def test_the_first_is_taken_and_the_log_says_so(self, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
+        assert sharded(tmp_path, self.files()).num_samples() == 4
+        assert "4 files have several pages or frames, of which the first was stored (source.frames=first" in caplog.text
+
+    def test_they_can_be_refused(self, tmp_path):
+        assert sharded(tmp_path, {**self.files(), "one.tif": tiff(self.PAGES[0])}, frames="refuse").reasons == {"frames": 4}
+
+    @pytest.mark.parametrize("name", ["pages.tif", "stack.tif", "moving.webp", "moving.png"])
+    def test_all_are_samples_of_their_own(self, tmp_path, name, caplog):
+        caplog.set_level(logging.INFO)
+        sharded(tmp_path, {name: self.files()[name]}, frames="all")
+        assert "1 files with several pages or frames are 3 samples" in caplog.text
+        dataset = open_dataset(str(tmp_path / "out"))
+        stem = name.partition(".")[0]
+        assert dataset.reader(dataset.manifest.shards[0]).index["key"].to_pylist() == [f"{stem}/{number:09d}" for number in range(3)]
+        if name.endswith("tif"):
+            wanted = self.PAGES[:, None]
+        else:
+            wanted = np.stack([noise(np.random.default_rng(number), 6, 5, 3).transpose(2, 0, 1) for number in range(3)])
+        np.testing.assert_array_equal(read(tmp_path), wanted)
+
+    def test_those_of_a_tar_too(self, tmp_path):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, data in (("a.tif", tiff(self.PAGES, photometric="minisblack")), ("a.cls", b"7")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        source = WebdatasetSpec(url=str(tmp_path / "x.tar"), frames="all")
+        manifest = shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(shuffle=False))
+        assert (manifest.num_samples(), manifest.classes) == (3, ("7",))
+        np.testing.assert_array_equal(read(tmp_path), self.PAGES[:, None])
+
+    def test_a_damaged_frame_is_quarantined_alone(self, tmp_path):
+        data = bytearray(tiff(self.PAGES, photometric="minisblack", compression="zlib"))
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            at = file.pages.get(1).dataoffsets[0]
+        data[at : at + 4] = b"\xff" * 4
+        manifest = sharded(tmp_path, {"pages.tif": bytes(data)}, frames="all")
+        assert (manifest.num_samples(), manifest.reasons) == (2, {"decode": 1})
+        np.testing.assert_array_equal(read(tmp_path), self.PAGES[[0, 2]][:, None])
+
+    def test_thumbnails_and_masks_of_a_tiff_are_no_frames(self):
+        out = io.BytesIO()
+        with tifffile.TiffWriter(out) as file:
+            file.write(self.PAGES[0][:3, :2], photometric="minisblack", subfiletype=1, metadata=None)
+            file.write(self.PAGES[1], photometric="minisblack", metadata=None)
+            file.write(self.PAGES[2] > 9, photometric="mask", subfiletype=4, metadata=None)
+        header = image_header(out.getvalue(), "tif")
+        assert (header.frames, header.format_text) == (1, "6x5x1/I;16")
+        np.testing.assert_array_equal(stored(out.getvalue(), "tif")[1][..., 0], self.PAGES[1])
+
+
+class TestRanges:
+    def test_twelve_bits_in_sixteen_fill_the_range(self):
+        values = noise(RANDOM, 9, 7, 1, "u2") >> 4
+        for data, ext in ((imagecodecs.png_encode(values[..., 0]), "png"), (tiff(values[..., 0]), "tif")):
+            text, pixels = stored(data, ext, value_range=(0, 4095))
+            np.testing.assert_array_equal(pixels, np.rint(values / 4095 * 65535))
+            assert text == "9x7x1/I;16"
+            assert np.abs(stored(data, ext, value_range=(0, 4095), mode="L")[1] - values / 4095 * 255).max() < 0.51
+
+    def test_floats_and_signed_values_get_a_mode_by_it_and_are_refused_without(self):
+        values = RANDOM.normal(size=(8, 8)).astype(np.float32)
+        for stretched in (values, (values * 1000).astype(np.int16)):
+            low, high = float(stretched.min()), float(stretched.max())
+            pixels = stored(tiff(stretched), "tif", value_range=(low, high), mode="L")[1]
+            assert np.abs(pixels[..., 0] - (stretched - low) / (high - low) * 255).max() < 0.51
+            with pytest.raises(BadSample, match=r"no fixed range to convert from: say it with shards.value_range"):
+                stored(tiff(stretched), "tif", mode="L")
+
+    def test_eight_bits_have_their_range(self):
+        pixels = noise(RANDOM, 8, 8, 3)
+        np.testing.assert_array_equal(stored(saved(Image.fromarray(pixels), "PNG"), "png", value_range=(0, 4095))[1], pixels)
+
+    def test_version_1_knows_none(self):
+        with pytest.raises(ConfigError, match=r"need shards.pixels=2"):
+            ShardSpec(value_range=(0, 4095), pixels=1)
+
+    @pytest.mark.parametrize("value_range", [(5, 5), (9, 1)])
+    def test_an_empty_range_is_refused(self, value_range):
+        with pytest.raises(ConfigError, match="black below white"):
+            ShardSpec(value_range=value_range)
+
+
+@pytest.mark.parametrize("dtype", ["u2", "i2", "i4", "u4", "f4", "f8"])
+@pytest.mark.parametrize("bands", [1, 3, 5])
+def test_images_of_any_dtype_are_resized_in_their_own_values(dtype, bands):
+    y, x = np.mgrid[:40, :32]
+    values = np.stack([100 * (band + 1) + 2 * x + 3 * y for band in range(bands)], -1).astype(dtype)
+    values = -values if np.dtype(dtype).kind in "if" else values
+    options = {"planarconfig": "contig"} if bands > 1 else {}
+    data = tiff(values if bands > 1 else values[..., 0], photometric="rgb" if bands == 3 else "minisblack", **options)
+    text, pixels = stored(data, "tif", resize=16, check="decode")
+    assert (pixels.shape, pixels.dtype) == ((16, 16, bands), np.dtype(dtype)), text
+    wanted = [Image.fromarray(values[..., band].astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC) for band in range(bands)]
+    np.testing.assert_allclose(pixels, np.stack([np.asarray(band) for band in wanted], -1), atol=0.51)
+
+
+class TestLimits:
+    def test_pixels_are_bounded_by_a_knob(self, tmp_path):
+        files = {
+            "a.png": saved(Image.new("L", (40, 30)), "PNG"),
+            "b.jpg": saved(Image.new("L", (40, 30)), "JPEG"),
+            "c.tif": tiff(np.zeros((30, 40))),
+        }
+        for name, data in files.items():
+            ext = name[-3:]
+            with pytest.raises(BadSample, match=r"40x30 pixels, at most 1199 are read \(shards.max_pixels\)"):
+                prepare(data, ext, ShardSpec(max_pixels=1199))
+            prepare(data, ext, ShardSpec(max_pixels=1200))
+
+    def test_a_larger_limit_reads_what_the_default_refuses(self):
+        data = saved(Image.new("L", (9000, 8000), 7), "PNG")
+        with pytest.raises(BadSample, match="too_large"):
+            prepare(data, "png", ShardSpec(resize=4))
+        assert (stored(data, "png", resize=4, max_pixels=100_000_000)[1] == 7).all()
+
+    def test_the_limit_of_the_knob_counts_and_not_that_of_pillow(self):
+        data = saved(Image.new("1", (20_000, 10_000)), "BMP")
+        with pytest.raises(BadSample, match="20000x10000 pixels, at most"):
+            prepare(data, "bmp", ShardSpec())
+        assert prepare(data, "bmp", ShardSpec(max_pixels=1 << 28))[0].format_text == "10000x20000x1/1"
+
+    def test_the_memory_of_many_bands_is_bounded_too(self):
+        data = tiff(np.zeros((10, 10, 20), np.float32), photometric="minisblack", planarconfig="contig")
+        with pytest.raises(BadSample, match=r"80 bytes takes 8000 bytes, at most 7984 are read \(16 times"):
+            prepare(data, "tif", ShardSpec(max_pixels=499))
+        prepare(data, "tif", ShardSpec(max_pixels=500))
+
+    def test_a_jpeg_inside_a_tiff_that_says_gigapixels_is_refused_by_its_tags(self):
+        data = bytearray(saved(Image.fromarray(smooth(RANDOM, 32, 32, 3)), "TIFF", compression="jpeg"))
+        at = data.index(b"\xff\xc0") + 5
+        assert data[at : at + 4] == struct.pack(">HH", 32, 32)
+        image_header(bytes(data), "tif")
+        data[at : at + 4] = struct.pack(">HH", 65500, 65500)
+        with pytest.raises(BadSample, match="65500x65500 pixels in a place of 32x32"):
+            image_header(bytes(data), "tif")
+
+    def test_what_tiffs_inflate_to_is_bounded_by_their_tags(self):
+        data = tiff(np.zeros((4, 4), np.uint8), compression="zlib")
+        bomb = zlib.compress(bytes(1 << 26))
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            tags = {name: file.pages[0].tags[name].valueoffset for name in ("StripOffsets", "StripByteCounts")}
+            kind = {name: file.pages[0].tags[name].dtype for name in tags}
+        changed = bytearray(data) + bomb
+        for name, value in (("StripOffsets", len(data)), ("StripByteCounts", len(bomb))):
+            size = {3: 2, 4: 4, 16: 8}[int(kind[name])]
+            changed[tags[name] : tags[name] + size] = value.to_bytes(size, "little")
+        with pytest.raises(BadSample):
+            prepare(bytes(changed), "tif", ShardSpec(check="decode"))
+
+    def test_a_tiff_that_promises_more_than_it_holds_is_found_by_its_tags(self):
+        data = tiff(noise(RANDOM, 32, 32, 1, "u2")[..., 0])
+        for end in range(0, len(data), 7):
+            with pytest.raises(BadSample):
+                image_header(data[:end], "tif")
+
+
+class TestArrays:
+    @pytest.mark.parametrize(("shape", "wanted"), [((16, 16, 4), (4, 16, 16)), ((4, 16, 16), (4, 16, 16)), ((32, 24, 13), (13, 32, 24))])
+    def test_channels_that_are_last_are_never_taken_for_rows(self, tmp_path, shape, wanted, caplog):
+        caplog.set_level(logging.INFO)
+        values = [np.random.default_rng(number).normal(size=shape).astype(np.float32) for number in range(3)]
+        sharded(tmp_path, {f"a/{number}.npy": npy(array) for number, array in enumerate(values)})
+        assert open_dataset(str(tmp_path / "out")).input_shape() == wanted
+        np.testing.assert_array_equal(read(tmp_path), values if shape == wanted else np.moveaxis(values, 3, 1))
+        assert ("are images [H, W, C]" in caplog.text) == (shape != wanted)
+
+    @pytest.mark.parametrize("shape", [(3, 32, 3), (8, 8, 64)])
+    def test_where_the_shape_does_not_tell_it_is_asked(self, shape):
+        data = npy(np.zeros(shape, np.float32))
+        with pytest.raises(ConfigError, match=r"shards.layout=hwc or shards.layout=chw"):
+            prepare(data, "npy", ShardSpec())
+        text = "x".join(map(str, shape))
+        assert prepare(data, "npy", ShardSpec(layout="hwc"))[0].format_text == f"{text}/hwc;float32"
+        assert prepare(data, "npy", ShardSpec(layout="chw"))[0].format_text == f"{text}/float32"
+
+    @pytest.mark.parametrize("shape", [(5,), (5, 3), (8, 8, 8), (2, 8, 8, 3), (8, 6, 7)])
+    def test_other_arrays_keep_their_axes(self, shape):
+        assert not array_header(npy(np.zeros(shape))).is_image
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.data())
+    def test_every_order_and_version_is_read_with_its_values(self, data):
+        dtype = np.dtype(data.draw(st.sampled_from(["<f4", ">f4", "<f8", ">f8", ">i2", "<u2", ">i8", "<f2", "u1", "?"])))
+        shape = data.draw(st.sampled_from([(3,), (4, 2), (2, 5, 3), (6, 7, 2), (2, 3, 2, 2)]))
+        values = data.draw(arrays.arrays(dtype, shape, elements=arrays.from_dtype(dtype, allow_nan=False, allow_infinity=False)))
+        values = np.asfortranarray(values) if data.draw(st.booleans()) else values
+        _, found = stored(npy(values, data.draw(st.sampled_from([(1, 0), (2, 0), (3, 0)]))), "npy", layout="chw")
+        np.testing.assert_array_equal(found, values)
+        assert found.dtype == dtype.newbyteorder("=")
+
+    def test_sequences_of_several_axes_stay_sequences(self):
+        shapes = {array_header(npy(np.zeros((steps, 21, 3), np.float32))).format_text: 1 for steps in (40, 50, 60)}
+        found = SampleFormat.from_shapes(shapes, sequences=True)
+        assert (found.shape, found.varying, found.image) == ((60, 21, 3), True, False)
+
+    def test_complex_values_are_refused_with_what_to_do(self, tmp_path):
+        with pytest.raises(BadSample, match="complex64.*save the real and the imaginary part"):
+            prepare(npy(np.zeros((3, 3), np.complex64)), "npy", ShardSpec())
+        np.save(tmp_path / "x.npy", np.zeros((4, 3, 3), np.complex64))
+        with pytest.raises(DataError, match=r"complex64.*save the real and the imaginary part"):
+            shard_dataset(ArraysSpec(url=str(tmp_path / "x.npy")), str(tmp_path / "out"))
+
+    def test_rows_of_an_array_are_images_too(self, tmp_path):
+        values = RANDOM.normal(size=(5, 8, 8, 3)).astype(np.float32)
+        np.save(tmp_path / "x.npy", values)
+        shard_dataset(ArraysSpec(url=str(tmp_path / "x.npy")), str(tmp_path / "out"), shards=ShardSpec(shuffle=False))
+        np.testing.assert_array_equal(read(tmp_path), values.transpose(0, 3, 1, 2))
+
+
+class TestOneDecoder:
+    def half(self, data):
+        start = data.index(b"\xff\xda")
+        return data[: start + (len(data) - start) // 2] + b"\xff\xd9"
+
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"optimize": True}])
+    @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+    def test_half_a_jpeg_is_found(self, mode, options):
+        for kind in (noise, smooth):
+            data = saved(Image.fromarray(kind(np.random.default_rng(5), 64, 48, 3)).convert(mode), "JPEG", **options)
+            prepare(data, "jpg", ShardSpec(check="decode"))
+            prepare(data[:-2], "jpg", ShardSpec(check="decode"))
+            with pytest.raises(BadSample, match="truncated|decode"):
+                prepare(self.half(data), "jpg", ShardSpec(check="decode"))
+
+    def test_the_second_picture_of_a_file_does_not_hide_that_the_first_is_cut(self):
+        picture = Image.fromarray(smooth(RANDOM, 64, 48, 3))
+        for options in ({}, {"progressive": True}):
+            data = saved(picture, "JPEG", **options)
+            second = saved(picture, "JPEG")
+            prepare(data + second, "jpg", ShardSpec(check="decode"))
+            with pytest.raises(BadSample, match="truncated|decode"):
+                prepare(self.half(data) + second, "jpg", ShardSpec(check="decode"))
+
+    def test_damaged_files_of_all_forms_are_read_or_refused_with_a_reason(self):
+        random = np.random.default_rng(1)
+        for name in list(FORMS) * 6:
+            form = FORMS[name](random, *random.integers(2, 30, 2).tolist())
+            data = bytearray(form.data)
+            if random.random() < 0.3:
+                del data[int(random.integers(len(data))) :]
+            else:
+                for at in random.integers(0, min(len(data), 200 if random.random() < 0.6 else len(data)), 4).tolist():
+                    data[at] = int(random.integers(256))
+            try:
+                header, kept = prepare(bytes(data), form.ext, ShardSpec(check="decode"))
+            except BadSample:
+                continue
+            assert kept == bytes(data)
+            for decoder in ("imagecodecs", "pillow"):
+                pixels = Decoder(Reading(decoder), SampleFormat.parse(header.format_text)).batch([kept])
+                assert pixels.shape[1:3] == (header.height, header.width)
+
+    def test_what_the_check_keeps_training_reads(self, tmp_path):
+        files = {}
+        for number in range(60):
+            data = saved(Image.fromarray(noise(np.random.default_rng(number), 16, 16, 3)), "PNG" if number % 2 else "JPEG")
+            changed = bytearray(data)
+            changed[int(np.random.default_rng(number).integers(len(data)))] ^= 1 << number % 8
+            if number % 2:  # every checksum fits, the pixels are others or none
+                at = data.index(b"IDAT")
+                size = struct.unpack(">I", data[at - 4 : at])[0]
+                changed = bytearray(data[: at - 4] + png_chunk(b"IDAT", bytes(changed[at + 4 : at + 4 + size])) + data[at + 8 + size :])
+            files[f"{number:03}.{'png' if number % 2 else 'jpg'}"] = bytes(changed)
+        manifest = sharded(tmp_path, files, check="decode")
+        assert manifest.num_samples() + manifest.quarantined == 60
+        if set(manifest.sample.shapes) == {"16x16x3/RGB"}:
+            assert len(read(tmp_path)) == manifest.num_samples()
+
+    def test_values_that_are_no_numbers_are_found_in_images_too(self):
+        values = np.ones((6, 6), np.float32)
+        values[2, 3] = np.nan
+        prepare(tiff(values), "tif", ShardSpec())
+        with pytest.raises(BadSample, match="not_finite"):
+            prepare(tiff(values), "tif", ShardSpec(check="decode"))
+
+    def test_a_png_whose_pixels_are_short_is_found(self):
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+        data = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(90))) + png_chunk(b"IEND", b"")
+        prepare(data, "png", ShardSpec())
+        with pytest.raises(BadSample, match="decode"):
+            prepare(data, "png", ShardSpec(check="decode"))
+
+
+class TestVersions:
+    def test_a_dataset_of_version_1_is_appended_to_as_it_was_read(self, tmp_path):
+        turned = saved(Image.new("L", (8, 4)), "PNG", exif=exif(6))
+        sharded(tmp_path, {"a.png": turned}, pixels=1)
+        manifest = sharded(tmp_path, {"b.png": turned})
+        assert (manifest.number, manifest.sample.shapes) == (2, {"4x8x1/L": 2})
+        assert "pixels" not in manifest.identity["shards"]
+        assert read(tmp_path, transform=TransformSpec(pixels=1)).shape == (2, 1, 4, 8)
+        with pytest.raises(DataError, match=r"written with shards.pixels=1 .* or set transform.pixels=1"):
+            read(tmp_path)
+
+    def test_new_datasets_and_checkpoints_record_the_version(self, tmp_path):
+        manifest = sharded(tmp_path, {"a.png": saved(Image.new("L", (8, 4)), "PNG")})
+        assert manifest.identity["shards"]["pixels"] == 2
+        claim = json.loads((tmp_path / "out/run.000001.json").read_text())
+        assert claim["identity"]["dataset"]["shards"]["pixels"] == 2
+        assert dataclasses.asdict(TransformSpec().reading)["pixels"] == 2
+
+    def test_adopted_tars_are_read_as_they_are_meant(self, tmp_path):
+        pixels = noise(RANDOM, 6, 4, 3, "u2")
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for number in range(3):
+                data = tiff(pixels, photometric="rgb")
+                info = tarfile.TarInfo(f"{number}.tif")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        adopt_shards(WebdatasetSpec(url=str(tmp_path / "x.tar")), str(tmp_path / "out"))
+        np.testing.assert_array_equal(read(tmp_path), np.stack([pixels.transpose(2, 0, 1)] * 3))
+        with pytest.raises(ConfigError, match="frames=all"):
+            adopt_shards(WebdatasetSpec(url=str(tmp_path / "x.tar"), frames="all"), str(tmp_path / "other"))
