@@ -234,7 +234,8 @@ def _of_file(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
 def _array_of(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     """Read the wanted array alone, in bounds; OSError if the file cannot be read."""
     folder, _, name = url.rpartition("/")
-    path = open_files(folder or "/").local(name)
+    files = open_files(folder or "/")  # as long as it lives, the copy of an object stays in the cache
+    path = files.local(name)
     file = ArrayFile(path, url)
     names, own = file.names(), latent_column(loaded.config.model.columns)
     wanted = spec.column or (own if own in names else "z" if "z" in names else "")

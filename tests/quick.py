@@ -27,6 +27,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_printable.py": (),
     "test_private.py": (),
     # data
+    "test_array_folders.py": (),
     "test_arrays.py": (),
     "test_bags.py": (),
     "test_external_tars.py": (),
@@ -39,6 +40,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_fast_path.py": ("few_descriptors",),
     "test_plan.py": (),
     "test_ragged.py": (),
+    "test_refused.py": (),
     "test_record.py": ("keys_of_many_paths",),
     "test_shard.py": ("killed",),
     "test_sources.py": ("compiled_loops",),

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,9 +130,12 @@ class Store(Protocol):
 
 
 class Files(Protocol):
-    """External files below one URL, read-only: the input of a source."""
+    """External files below one URL, read-only: the input of a source. `room`: bytes of copies to hold open at once; None: no copies."""
 
     url: str
+
+    @property
+    def room(self) -> int | None: ...
 
     def sizes(self) -> dict[str, int]:
         """Return name -> size in bytes of every file below the URL, sorted by name; DataError if there is none."""
@@ -145,6 +148,18 @@ class Files(Protocol):
 
     def local(self, name: str) -> Path:
         """Return the path of a local copy of the file (an object is downloaded once); OSError if it cannot be read."""
+
+    def open(self, name: str) -> int:
+        """Return a descriptor of the file or of its local copy, which stays in the cache as long as it is open; OSError as `local`."""
+
+    def ahead(self, names: Sequence[str]) -> Iterator[str]:
+        """Yield these names in order; a remote store downloads copies of the next ones meanwhile, as far as half the cache holds them."""
+
+    def pieces(self, places: Sequence[tuple[str, int, int]]) -> Callable[[int], bytes] | None:
+        """Return a function that reads the pieces (name, offset, size) by their rows, in order and without copies of the files.
+
+        None where copies are better: the files are local, or all of them fit into the cache.
+        """
 
 
 def damaged(where: object, ref: FileRef, found: str) -> DataError:

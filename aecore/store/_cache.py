@@ -102,9 +102,13 @@ class ObjectCache:
                 if not os.path.exists(root / ref.sha256):  # unlike that of a Path it never raises
                     _fetchers.submit(self, ref, fetch)
 
-    def unverified(self, identity: str, size: int, download: Callable[[Path], object]) -> Path:
+    def unverified(self, identity: str, size: int, download: Callable[[Path], object], keep_s: float = KEPT_S) -> Path:
         """Return the path of an object without a known sha256; it is cached under the hash of `identity` (address and version)."""
-        ref = FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
+        close_read(self.open_unverified(identity, size, download, keep_s))
+        return self.root / _named(identity, size).sha256
+
+    def open_unverified(self, identity: str, size: int, download: Callable[[Path], object], keep_s: float = 0.0) -> int:
+        """Return a descriptor of such an object: as `open`, it is not evicted while that is open."""
 
         def whole(_: FileRef, target: Path) -> None:
             download(target)
@@ -112,7 +116,7 @@ class ObjectCache:
             if (found := target.stat().st_size) != size:
                 raise DataError(f"{identity.split()[0]} was replaced while it was read ({found} bytes, there were {size}): run it again")
 
-        return self.path(ref, whole)
+        return self.open(_named(identity, size), whole, keep_s)
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
         """Download one object; waits while another process or thread does."""
@@ -155,6 +159,10 @@ class ObjectCache:
             logger.warning(
                 "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", root, total, needed, self.limit
             )
+
+
+def _named(identity: str, size: int) -> FileRef:
+    return FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:

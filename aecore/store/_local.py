@@ -218,6 +218,8 @@ def _cannot_list(error: OSError) -> None:
 class LocalFiles:
     """The files below a folder; hidden ones and links to folders are left out."""
 
+    room: int | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
@@ -250,3 +252,12 @@ class LocalFiles:
 
     def local(self, name: str) -> Path:
         return self.root / name
+
+    def open(self, name: str) -> int:
+        return open_regular(self.local(name))
+
+    def ahead(self, names: Sequence[str]) -> Iterator[str]:
+        return iter(names)
+
+    def pieces(self, places: Sequence[tuple[str, int, int]]) -> None:
+        """Return None: the files are local."""

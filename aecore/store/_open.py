@@ -106,7 +106,10 @@ def _s3_parts(text: str, what: str) -> tuple[str | None, str, str]:
     if not bucket:
         raise ConfigError(f"{what} {text!r} names no bucket: write s3://bucket/prefix")
     if any(part in (".", "..", "") for part in prefix.rstrip("/").split("/")) and prefix.rstrip("/"):
-        raise ConfigError(f"{what} {text!r} has an empty part, a . or a .. below the bucket: S3 takes them as they are, so leave them out")
+        raise ConfigError(
+            f"{what} {text!r} has an empty part, a . or a .. below the bucket: leave it out (objects with // in their keys "
+            "are read from the folder before it)"
+        )
     return profile or None, bucket, prefix.rstrip("/")
 
 

@@ -9,6 +9,7 @@ import asyncio
 import atexit
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import threading
@@ -46,7 +47,7 @@ _RETRIED_CODES = frozenset(
     }
 )
 past_proxies = ContextVar("past_proxies", default=False)  # whether this task's downloads ask for no answer that a proxy has kept
-_clients: dict[tuple[int, str | None], "Client"] = {}
+_clients: dict[tuple[int, str | None, bool], "Client"] = {}
 _making = threading.Lock()
 
 
@@ -67,8 +68,8 @@ class Answered(StoreError):
 class Client:
     """Sessions of one profile; made once per process (see `client`)."""
 
-    def __init__(self, profile: str | None) -> None:
-        self.profile = profile
+    def __init__(self, profile: str | None, unsigned: bool = False) -> None:
+        self.profile, self.unsigned = profile, unsigned
         self._sessions: list[tuple[asyncio.AbstractEventLoop, S3FileSystem]] = []
         self._next = 0
         self._lock = threading.Lock()
@@ -121,6 +122,8 @@ class Client:
             asynchronous=True,
             skip_instance_cache=True,
             use_listings_cache=False,
+            anon=self.unsigned,
+            s3_additional_kwargs={"RequestPayer": "requester"} if _pays() else {},
             config_kwargs={
                 "retries": {"total_max_attempts": 1},
                 "connect_timeout": CONNECT_TIMEOUT_S,
@@ -134,10 +137,35 @@ class Client:
         return loop, filesystem
 
 
-def client(profile: str | None) -> Client:
-    """Return this process's client of a profile (None: the default credentials); a forked child makes its own, threads end at a fork."""
+def client(profile: str | None, *, unsigned: bool = False) -> Client:
+    """Return this process's client of a profile (None: the default credentials); a forked child makes its own, threads end at a fork.
+
+    An `unsigned` one sends no credentials: public buckets answer it.
+    """
     with _making:
-        return _clients.setdefault((os.getpid(), profile), Client(profile))
+        return _clients.setdefault((os.getpid(), profile, unsigned), Client(profile, unsigned))
+
+
+def unsigned(profile: str | None) -> bool:
+    """Return whether external files are read without a signature: AWS_NO_SIGN_REQUEST asks for it, or there are no credentials."""
+    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes", "on"):
+        return True
+    if profile is not None or os.environ.get("AWS_ACCESS_KEY_ID"):
+        return False
+    return not _has_credentials(os.getpid())
+
+
+@functools.cache
+def _has_credentials(pid: int) -> bool:
+    """Return whether botocore finds default credentials; asked once, since it may ask a service of the machine's provider."""
+    from botocore.session import Session
+
+    return Session().get_credentials() is not None
+
+
+def _pays() -> bool:
+    """Return whether requests say that whoever makes them pays: buckets of others that ask for it refuse all other ones."""
+    return os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester"
 
 
 def _refuse_password(request: Any, **_: object) -> None:  # any: botocore's request
@@ -247,7 +275,8 @@ _REMEDIES = {
     "InvalidBucketName": "the bucket's name is not a valid one: check the URL",
     "InvalidAccessKeyId": "the service does not know the access key: check the credentials{profile} and the endpoint {endpoint}",
     "SignatureDoesNotMatch": "the secret key is wrong: check the credentials{profile}",
-    "AccessDenied": "the credentials{profile} may not do this: ask for the right to read, list and write below this URL",
+    "AccessDenied": "the credentials{profile} may not do this: ask for the right to read, list and write below this URL. A public bucket "
+    "is read without them (AWS_NO_SIGN_REQUEST=true), one whose requesters pay with AWS_REQUEST_PAYER=requester",
     "ExpiredToken": "the session token has expired: get new credentials{profile} and run the same command again",
     "InvalidToken": "the session token is not valid: get new credentials{profile} and run the same command again",
     "RequestTimeTooSkewed": "this machine's clock is wrong by minutes: set it",

@@ -1,30 +1,74 @@
-"""External files in a bucket, read-only: listed in pages, downloaded many at a time."""
+"""External files in a bucket, read-only: listed in pages, downloaded many at a time.
+
+Keys are taken as they are, with empty names in them (`a//b`). Without credentials, or with AWS_NO_SIGN_REQUEST, requests are not
+signed: public buckets answer these. AWS_REQUEST_PAYER=requester pays for those of others (`_s3_client.py`).
+"""
 
 import errno
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.errors import DataError
+from aecore.store._buckets import bucket
 from aecore.store._cache import ObjectCache
-from aecore.store._s3_client import Answered
+from aecore.store._cleanup import close_read
+from aecore.store._s3_client import Answered, Client, ShortBody, client, retried, unsigned
 from aecore.store._s3_prefix import BucketPrefix
 from aecore.threads import submit_ahead
 
-IN_FLIGHT = 48  # files
+if TYPE_CHECKING:
+    from s3fs import S3FileSystem
+
+IN_FLIGHT = 48  # files or pieces
+AHEAD, HELD = 8, 2  # whole objects
+
+
+class State(NamedTuple):
+    """ETag and size of an object."""
+
+    etag: str
+    bytes: int
 
 
 class S3Files(BucketPrefix):
     """External files below a prefix."""
 
+    def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
+        super().__init__(url, bucket, prefix, profile)
+        self._listed: dict[str, State] = {}
+        self._held = deque[int]()  # descriptors of the last copies whose paths were returned
+        weakref.finalize(self, _close_all, self._held)
+
+    @property
+    def room(self) -> int:
+        return ObjectCache().limit
+
+    @property
+    def _client(self) -> Client:
+        return client(self._profile, unsigned=unsigned(self._profile))
+
+    def _key(self, name: str) -> str:
+        if ".." in name.split("/"):
+            raise DataError(
+                f"{self.url}: the name {name!r} has .. in it, which no client asks for as it is: copy the object to another key"
+            )
+        return f"{self._prefix}/{name}" if self._prefix and name else self._prefix or name
+
     def sizes(self) -> dict[str, int]:
-        prefix, found = f"{self._prefix}/" if self._prefix else "", dict[str, int]()
+        prefix, found = f"{self._prefix}/" if self._prefix else "", dict[str, State]()
         for page in self._pages(Prefix=prefix):
-            found |= {entry["Key"][len(prefix) :]: entry["Size"] for entry in page.get("Contents", ())}
-        found = {name: size for name, size in found.items() if not any(part.startswith(".") or not part for part in name.split("/"))}
-        if not found:
+            found |= {entry["Key"][len(prefix) :]: State(entry.get("ETag", ""), entry["Size"]) for entry in page.get("Contents", ())}
+        self._listed = {name: found[name] for name in sorted(found) if not name.endswith("/") and not _is_hidden(name) and name}
+        if not self._listed:
+            if self._prefix and (head := self._head("")) is not None:
+                what = f"{self.url} is one object of {head['ContentLength']} bytes, expected a folder"
+                raise DataError(f"{what}: give the folder that holds it, and unpack archives first")
             raise DataError(f"{self.url} holds no object: check the address")
-        return dict(sorted(found.items()))
+        return {name: state.bytes for name, state in self._listed.items()}
 
     def read(self, name: str) -> bytes:
         return self._result(self._client.submit(lambda filesystem: self._body(filesystem, name)), name)
@@ -35,6 +79,8 @@ class S3Files(BucketPrefix):
         except Answered as error:
             if error.missing:
                 raise FileNotFoundError(errno.ENOENT, "the object is not there any more", self._where(name)) from None
+            if error.taken:
+                raise DataError(f"{self._where(name)} was replaced while it was read: run the same command again") from None
             raise
 
     def prefetch(self, names: Sequence[str]) -> Callable[[str], bytes]:
@@ -52,9 +98,103 @@ class S3Files(BucketPrefix):
         return read
 
     def local(self, name: str) -> Path:
+        """Return the path of a copy, which stays in the cache until `HELD` others were asked for."""
+        known = self._copy(name)
+        self._held.append(ObjectCache().open_unverified(*known))
+        while len(self._held) > HELD:
+            close_read(self._held.popleft())
+        return ObjectCache().unverified(*known, keep_s=0.0)
+
+    def open(self, name: str) -> int:
+        return ObjectCache().open_unverified(*self._copy(name))
+
+    def _copy(self, name: str) -> tuple[str, int, Callable[[Path], object]]:
+        """Return what the cache asks of an object: its identity, its size, how to download it."""
+        state = self._state(name)
+        return f"{self._where(name)} {state.etag}", state.bytes, lambda to: self._download(name, to)
+
+    def ahead(self, names: Sequence[str]) -> Iterator[str]:
+        room = ObjectCache().limit // 2
+        sizes, begun = dict[int, int](), deque[Future[None]]()
+        with ThreadPoolExecutor(AHEAD, "ahead") as pool:
+            stop = 0  # of what is being downloaded
+            try:
+                for row, name in enumerate(names):
+                    while stop < len(names) and stop - row < AHEAD:
+                        sizes[stop] = sizes.get(stop) or self._bytes_of(names[stop])
+                        if stop > row and sum(sizes[at] for at in range(row, stop + 1)) > room:
+                            break
+                        begun.append(pool.submit(self._bring, names[stop]))
+                        stop += 1
+                    begun.popleft().exception()  # whoever opens it raises it
+                    yield name
+            finally:
+                for future in begun:
+                    future.cancel()
+
+    def _bytes_of(self, name: str) -> int:
+        if name in self._listed:
+            return self._listed[name].bytes
+        head = self._head(name)
+        return 0 if head is None else int(head["ContentLength"])
+
+    def _bring(self, name: str) -> None:
+        close_read(self.open(name))
+
+    def pieces(self, places: Sequence[tuple[str, int, int]]) -> Callable[[int], bytes] | None:
+        names = dict.fromkeys(name for name, _, _ in places)
+        if not names.keys() <= self._listed.keys():
+            self.sizes()
+        states = {name: self._listed.get(name) or self._state(name) for name in names}
+        if sum(state.bytes for state in states.values()) <= ObjectCache().limit:
+            return None
+
+        def submit(row: int) -> Future[bytes]:
+            name, offset, size = places[row]
+            return self._client.submit(lambda filesystem: self._piece(filesystem, name, states[name].etag, offset, size))
+
+        expected = iter(range(len(places)))
+        bodies = submit_ahead(submit, range(len(places)), IN_FLIGHT)
+
+        def read(row: int) -> bytes:
+            body = next(bodies, None)
+            if body is None:
+                return self._result(submit(row), places[row][0])
+            assert next(expected) == row, "pieces are read in the order of `places`"
+            return self._result(body, places[row][0])
+
+        return read
+
+    async def _piece(self, filesystem: "S3FileSystem", name: str, etag: str, offset: int, size: int) -> bytes:
+        """Return the bytes of a part of an object that is still the one with this ETag; no checksum covers them."""
+        if not size:
+            return b""
+        where = self._where(name)
+
+        async def once() -> bytes:
+            at = {**self._at(name), "Range": f"bytes={offset}-{offset + size - 1}", "IfMatch": etag}
+            answer = await filesystem._call_s3("get_object", **at)
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+            if len(data) != size:
+                raise ShortBody(f"{len(data)} of {size} bytes arrived")
+            return data
+
+        data = await retried(once, where, "read")
+        bucket(where).count_unchecked()
+        return data
+
+    def _state(self, name: str) -> State:
         head = self._head(name)
         if head is None:
-            raise FileNotFoundError(2, "no such object", self._where(name))
-        return ObjectCache().unverified(
-            f"{self._where(name)} {head['ETag']}", int(head["ContentLength"]), lambda to: self._download(name, to)
-        )
+            raise FileNotFoundError(errno.ENOENT, "no such object", self._where(name))
+        return State(head["ETag"], int(head["ContentLength"]))
+
+
+def _close_all(descriptors: deque[int]) -> None:
+    while descriptors:
+        close_read(descriptors.popleft())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or "/." in name

@@ -42,9 +42,9 @@ def _adopt(args: Args) -> Result:
     return run_step.step("adopt", args, base)
 
 
-def _source(args: Args) -> dict[str, str]:
+def _source(args: Args) -> dict[str, Any]:  # any: plain values
     """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name."""
-    from aecore.data.sources._detect import kind_of
+    from aecore.data.sources._detect import detect_source
     from aecore.registry import SOURCES
 
     word = args.src
@@ -55,7 +55,9 @@ def _source(args: Args) -> dict[str, str]:
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
     if any(text.startswith("source.kind=") for text in args.overrides):
         return {"url": word}
-    return {"kind": kind_of(word), "url": word}
+    found = detect_source(word, args.dataset)
+    given = any(text.startswith("source.extensions=") for text in args.overrides)
+    return {"kind": found.kind, "url": word} | ({} if found.extensions is None or given else {"extensions": list(found.extensions)})
 
 
 @VERBS.register(

@@ -75,10 +75,7 @@ class SampleFormat:
             longest = max(found, key=lambda known: known.shape[0])
             return cls(longest.shape, longest.dtype, image=False, varying=True)
         shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
-        raise DataError(
-            f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: "
-            "shard again with shards.resize=<side> and shards.mode=L or RGB"
-        )
+        raise DataError(f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: {_remedy(found)}")
 
     @property
     def without_alpha(self) -> "SampleFormat":
@@ -107,6 +104,19 @@ def common_formats(formats: Iterable[SampleFormat]) -> set[SampleFormat]:
     found = set(formats)
     plain = {known.without_alpha for known in found}
     return plain if len(plain) == 1 < len(found) else found
+
+
+def _remedy(found: Collection[SampleFormat]) -> str:
+    """Return what makes one format of several."""
+    from_images = {known.image and not known.from_array for known in found}
+    if from_images == {True, False}:
+        return "shard images and arrays apart, into datasets of their own (source.extensions)"
+    if from_images == {False}:
+        one = "dtype (array.astype)" if len({known.shape for known in found}) == 1 else "shape (numpy.pad, or cut them)"
+        return f"save the arrays with one {one} and shard them again"
+    sizes, modes = ({known.shape[:2] for known in found}, {(known.shape[2:], known.dtype) for known in found})
+    options = ["shards.resize=<side>"] * (len(sizes) != 1) + ["shards.mode=L or RGB"] * (len(modes) != 1)
+    return f"shard again with {' and '.join(options) or 'shards.resize=<side> and shards.mode=L or RGB'}"
 
 
 def sequence_shape(formats: Collection[SampleFormat]) -> tuple[int, ...] | None:

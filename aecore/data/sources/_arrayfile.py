@@ -22,13 +22,14 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.foreign import what_it_is
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import InflateLimit
 from aecore.errors import DataError
 from aecore.store import open_regular
 
 Array = NDArray[Any]  # any: every array has its own dtype
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES, HEAD_BYTES = 1 << 20, 1 << 10
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_ENDING = re.compile(r"(?:[-._]idx\d?)?(?:[-._]ubyte)?$", re.IGNORECASE)
 _DAMAGED = (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError)
@@ -168,7 +169,10 @@ class ArrayFile:
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError, NotImplementedError, RuntimeError) as error:
-            raise self._error(f"is damaged or cannot be read ({type(error).__name__}: {error}): restore it") from error
+            with self._file() as file:
+                head = file.read(HEAD_BYTES)
+            known = "" if head.startswith((b"PK", b"\x1f\x8b")) else what_it_is(head)
+            raise self._error(f"is damaged or cannot be read ({type(error).__name__}: {error}{known}): restore it") from error
 
     def _error(self, what: str, array: str = "") -> DataError:
         return DataError(f"{self._label(array)} {what}")
@@ -221,7 +225,8 @@ class ArrayFile:
         try:
             dtype, shape, fortran, before = read_npy_header(file)
         except NpyError as error:
-            what = "is not a .npy file (by its first bytes): save it with np.save"
+            file.seek(start)
+            what = f"is not a .npy file (by its first bytes{what_it_is(file.read(HEAD_BYTES))}): save it with np.save"
             if error.cause is not None:
                 what = f"has a damaged .npy header ({error.cause}): restore it, or save it again with np.save"
             raise self._error(what, array) from error
@@ -245,7 +250,8 @@ class ArrayFile:
     def _idx_header(self, file: IO[bytes] | gzip.GzipFile) -> tuple[np.dtype[Any], tuple[int, ...], int]:
         head = file.read(4)
         if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES or not head[3]:
-            raise self._error(f"is not an idx file (it begins with {head.hex()}): restore it, or rename it if it is something else")
+            known = what_it_is(head + file.read(HEAD_BYTES))
+            raise self._error(f"is not an idx file (it begins with {head.hex()}{known}): restore it, or rename it if it is something else")
         sides = file.read(4 * head[3])
         if len(sides) < 4 * head[3]:
             raise self._error("ends inside its idx header: restore it")

@@ -14,9 +14,13 @@ from aecore.errors import ConfigError, DataError
 def require_samples(array: Array, where: str) -> Array:
     """Return `array`, N rows of numbers; DataError if it is something else."""
     if array.ndim < 2 or not array.size:
-        raise DataError(f"{where} has shape {array.shape}: expected [N, ...] with at least one row, a sample each")
+        raise DataError(
+            f"{where} has shape {array.shape}: expected [N, ...] with at least one row, a sample each; if each file is one sample, set "
+            "source.kind=folder and source.extensions=[npy] (or [npz])"
+        )
     if array.dtype.kind not in "biufc":
-        raise DataError(f"{where} holds {array.dtype}: samples are booleans or numbers; say which array they are with source.images")
+        remedy = "say which array they are with source.images" if "(array " in where else "save numbers"
+        raise DataError(f"{where} holds {array.dtype}: samples are booleans or numbers; {remedy}")
     return array
 
 

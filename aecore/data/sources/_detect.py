@@ -1,42 +1,102 @@
-"""Detect the kind of source at an address, by file names alone: no file is opened."""
+"""Detect the kind of source at an address: by file names alone, and for folders of arrays also by the shapes in some headers."""
 
 import os
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from aecore.artifact.documents import read_json
+from aecore.artifact.kinds import detect_artifact
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.sources._arrayfile import array_format
+from aecore.data.sources._arrayshapes import Peek, hold_rows, peek
 from aecore.data.sources._external_tars import TAR_ENDINGS
-from aecore.store import absolute_url, is_remote
+from aecore.errors import ConfigError
+from aecore.store import absolute_url, is_remote, open_store
 
 DEFAULT = "folder"
+PEEKED = 16  # files whose headers are read
 _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
 
 
-def kind_of(url: str) -> str:
+class Detected(NamedTuple):
+    """The kind of a source, and the extensions of the files that are its samples (None: the kind's default)."""
+
+    kind: str
+    extensions: tuple[str, ...] | None = None
+
+
+def detect_source(url: str, dataset: str = "") -> Detected:
     """Return arrays or webdataset if all data files at `url` are of that kind, else folder.
 
     A local folder is judged by the names of the files below it, up to the first image. One with images or with several kinds is a
-    folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. A bucket is not listed
+    folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. In a folder of
+    `.npy` or `.npz` files each is one sample (folder) or holds rows that are (arrays): their names and shapes tell, see
+    `_arrayshapes`, unless `dataset`, the address to write to, holds a dataset already, which goes on as it began. A bucket is not listed
     for this: set `source.kind`, unless the address is one file.
+
+    Raises
+    ------
+    ConfigError
+        If arrays in a folder may as well be samples as rows of samples.
     """
     where = absolute_url(url, "SRC")
     known = _of_name(where)
     if known is not None:
-        return known
-    kinds = set[str]()
+        return Detected(known)
+    kinds, arrays = set[str](), list[str]()
     for name in () if is_remote(where) else _names(where):
         kind = _of_name(name)
-        if kind == DEFAULT or _MANIFEST.fullmatch(name):
-            return DEFAULT
+        if kind == DEFAULT or _MANIFEST.fullmatch(name.rpartition("/")[2]):
+            return Detected(DEFAULT)
         kinds |= {kind} if kind is not None else set()
-    return kinds.pop() if len(kinds) == 1 else DEFAULT
+        if kind == "arrays":
+            arrays.append(name)
+    if kinds == {"arrays"}:
+        return _recorded(dataset) or _of_arrays(where, sorted(arrays))
+    return Detected(kinds.pop() if len(kinds) == 1 else DEFAULT)
+
+
+def _of_arrays(where: str, names: list[str]) -> Detected:
+    """Return the kind of a folder that holds arrays and no images."""
+    chosen = names[:: -(-len(names) // PEEKED)]
+    peeks = [found for name in chosen if (found := peek(f"{where}/{name}", name)) is not None]
+    extensions = tuple(sorted({name.rpartition(".")[2] for name in names}))
+    answer = hold_rows(names, peeks)
+    if answer is None:
+        raise ConfigError(_question(where, names, peeks[0], extensions))
+    return Detected("arrays") if answer else Detected(DEFAULT, extensions)
+
+
+def _question(where: str, names: list[str], example: Peek, extensions: tuple[str, ...]) -> str:
+    return (
+        f"{where} holds {len(names)} files of arrays such as {example.name}, of shape {example.shape}: each may be one sample, or each of "
+        f"its {example.shape[0]} rows. Set source.kind=folder source.extensions=[{','.join(extensions)}] for one sample per file, or "
+        "source.kind=arrays for one per row"
+    )
+
+
+def _recorded(dataset: str) -> Detected | None:
+    """Return what a dataset, finished or not, was written with; None if there is none that was written from arrays."""
+    if not dataset:
+        return None
+    store = open_store(dataset)
+    there = detect_artifact(store)
+    if there is None or there.kind != "dataset" or there.file is None:
+        return None
+    identity = read_json(store, there.file).get("identity", {})
+    source = identity.get("dataset", identity).get("source", {})
+    if source.get("kind") == "arrays":
+        return Detected("arrays")
+    extensions = tuple(source.get("extensions", ()))
+    return Detected(DEFAULT, extensions) if source.get("kind") == DEFAULT and {"npy", "npz"} & {*extensions} else None
 
 
 def _names(folder: str) -> Iterator[str]:
-    for _, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (name for name in names if not name.startswith("."))
+        prefix = where[len(folder) :].lstrip("/")
+        yield from (f"{prefix}/{name}".lstrip("/") for name in names if not name.startswith("."))
 
 
 def _of_name(name: str) -> str | None:

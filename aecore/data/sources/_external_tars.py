@@ -21,7 +21,7 @@ from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import expand_braces
 from aecore.errors import DataError, disk_error
-from aecore.store import Files, absolute_url, close_read, open_files, open_regular, read_again
+from aecore.store import Files, absolute_url, close_read, open_files, read_again
 
 BLOCK, CHUNK_BYTES = 512, 1 << 20
 MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
@@ -63,7 +63,7 @@ class TarFile:
 
     def _opened(self) -> int:
         try:
-            descriptor = open_regular(self._files.local(self._name))
+            descriptor = self._files.open(self._name)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         if self._name.endswith(".tar"):

@@ -7,6 +7,7 @@ no back-references. The word characters are the letters and digits of every scri
 
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -256,5 +257,5 @@ def _of_file(url: str) -> list[str]:
 
 def _first_bytes(url: str) -> bytes:
     folder, _, name = url.rpartition("/")
-    with open_files(folder or "/").local(name).open("rb") as file:
+    with os.fdopen(open_files(folder or "/").open(name), "rb") as file:
         return file.read(MAX_CLASSES_BYTES + 1)

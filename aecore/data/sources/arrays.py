@@ -20,6 +20,7 @@ from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
+from aecore.data.sources._other_files import OtherFiles
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
@@ -122,7 +123,7 @@ class ArraysSource:
             splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
             groups=_groups(blocks),
             columns=_columns(blocks),
-            notes=notes,
+            notes=(f"one sample per row: {len(rows)} rows of {len(blocks)} arrays (source.kind=folder takes each file as one)", *notes),
             label_paths=False,
             paths=paths,
         )
@@ -167,10 +168,14 @@ class ArraysSource:
             return self._with_labels(self._file), ()
         sizes = self._files.sizes()
         names = [name for name in sizes if array_format(name)]
+        skipped = OtherFiles(pictures="source.kind=folder takes them")
+        for name in sorted(sizes.keys() - {*names}):
+            skipped.file(name)
         if not names:
-            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address")
+            found = "".join(f"\n  {note}" for note in skipped.notes())
+            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address{found}")
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
-        notes = [f"skipped {len(sizes) - len(names)} other files"] if len(sizes) > len(names) else []
+        notes = [*skipped.notes()]
         notes += [f"skipped {len(twins)} .gz files whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 

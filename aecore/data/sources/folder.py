@@ -1,7 +1,8 @@
-"""A folder tree of images (or `.npy` arrays), on a disk or in a bucket: class folders, optionally below split folders.
+"""A folder tree of images or arrays, each file one sample, on a disk or in a bucket: class folders, optionally below split folders.
 
-Skipped and counted: hidden files and folders, files of other extensions, and symbolic links that leave the tree or lead to
-folders (a folder would be listed twice, or endlessly). Everything else is listed by name and size; nothing is opened.
+OtherFiles and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
+tree or lead to folders, unless `source.follow_links` is set. Everything else is listed by name and size; nothing is opened (but the
+first `.npz`, for the log).
 """
 
 import bisect
@@ -20,10 +21,16 @@ from typing import Literal
 
 import numpy as np
 
+from aecore.data.format.image import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing
+from aecore.data.sources._filter import PathFilter, chosen
 from aecore.data.sources._frames import read_frame, with_frames
-from aecore.data.sources._labels import require_rule
+from aecore.data.sources._labels import found_in, is_expression, require_rule
+from aecore.data.sources._links import LinkedFolders, leads_nowhere
+from aecore.data.sources._masks import mask_notes
+from aecore.data.sources._npz import left_out, only_array
+from aecore.data.sources._other_files import SHOWN, OtherFiles, kind_of_file
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
@@ -31,13 +38,15 @@ from aecore.store import absolute_url, close_read, is_remote, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
-_USUAL = {f".{ext}": ext for ext in DATA_EXTENSIONS if len(ext) == 3}
+FETCH = "fetch it (git annex get, dvc pull, or download it again), or remove the link"
+FOLDER_EXTENSIONS = DATA_EXTENSIONS | {"npz"}
+_USUAL = {f".{ext}": ext for ext in FOLDER_EXTENSIONS if len(ext) == 3}
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # a FIFO reads as empty
 
 
 @spec
 class FolderSpec:
-    """Images in folders; the label is the path below the split folder (`train/Greek/character01/0709_01.png`)."""
+    """Images or arrays in folders, each file a sample; the label is the path below the split folder (`train/Greek/character01`)."""
 
     kind: Literal["folder"] = "folder"
     url: str = knob("", "folder that holds the class folders or the split folders", identity=False)
@@ -52,13 +61,22 @@ class FolderSpec:
         "path", "path: the folders below the split; leaf: the last of them; regex:<expression>: its first group; none", since=2
     )
     classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
+    follow_links: bool = knob(False, "follow symbolic links out of the folder, to files and to folders; loops are refused", since=2)
+    include: tuple[str, ...] | str = knob((), "globs of the files or folders to take, such as 'train/*' or '*_rgb.png'; none: all", since=2)
+    exclude: tuple[str, ...] | str = knob((), "globs of the files or folders to leave out, such as '*_mask.png' or thumbnails", since=2)
+    min_size: int = knob(0, "bytes that a file has at least: smaller ones are left out", ge=0, since=2)
+    limit: int | None = knob(None, "samples at most, chosen by a hash of their paths: spread over all folders", ge=1, since=2)
 
     def __post_init__(self) -> None:
         require_rule("source.group", self.group, ("parent",))
         require_rule("source.label", self.label, ("path", "leaf", "none"))
         for ext in self.extensions:
-            if ext not in DATA_EXTENSIONS:
-                raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, DATA_EXTENSIONS)}")
+            if ext not in FOLDER_EXTENSIONS:
+                raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, FOLDER_EXTENSIONS)}")
+        for name in ("include", "exclude"):
+            if isinstance(value := getattr(self, name), str):  # one glob is a list of one
+                object.__setattr__(self, name, (value,))
+        _filter_of(self)
 
 
 @SOURCES.register(FolderSpec)
@@ -74,8 +92,12 @@ class FolderSource:
         self._root = Path(self._url)
         self._prefix = f"{self._url}/"
         self._extensions = frozenset(folder.extensions)
+        self._group = folder.group
         self._bags = folder.group == "parent"
         self._all_frames = folder.frames == "all"
+        self._follow = folder.follow_links
+        self._limit = folder.limit
+        self._filter = _filter_of(folder)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -87,40 +109,80 @@ class FolderSource:
             If the folder is missing, is a file (an archive must be unpacked), cannot be read, or holds no such file.
         """
         self._require_folder()
-        skipped: Counter[str] = Counter()
+        skipped = OtherFiles()
         found = self._walk(skipped)
-        notes = tuple(f"skipped {count} {what}" for what, count in sorted(skipped.items()))
         if not found:
-            raise DataError(
-                f"source.url {self._url} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
-                + (f" ({'; '.join(notes)})" if notes else "")
-                + ": check the address, or set source.extensions"
-            )
+            raise DataError(self._nothing(skipped))
         paths = sorted(found)
-        sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(found))
         labels = _folders(paths)
-        known = {folder: sys.intern(folder.partition("/")[0]) for folder in set(labels)}
-        tops = list(map(known.__getitem__, labels))
-        if not self._bags:
-            return self._framed(Listing(_keys(paths), paths, sizes, label_names=labels, splits=tops, notes=notes))
-        if "" in known:
+        if self._bags and "" in labels:
             raise DataError(
                 f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
-        above = [label.rpartition("/")[0] for label in labels]
+        if self._limit is not None and len(paths) > self._limit:
+            rows = chosen(paths, labels if self._bags else self._found_groups(paths), self._limit)
+            skipped.add(f"files above source.limit={self._limit}, by the hash of their paths", "", count=len(paths) - len(rows))
+            paths, labels = [paths[row] for row in rows], [labels[row] for row in rows]
+            if not rows:
+                raise DataError(f"source.limit={self._limit} is less than the files of any bag (source.group): raise it")
+        sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(paths))
+        notes = (*self._says_what_is_a_sample(paths), *mask_notes(paths, labels), *skipped.notes(), *self._filter.unused())
+        known = {folder: sys.intern(_clean(folder)) for folder in set(labels)}
+        names = labels if all(folder == name for folder, name in known.items()) else list(map(known.__getitem__, labels))
+        first = {name: sys.intern(name.partition("/")[0]) for name in known.values()}
+        tops = list(map(first.__getitem__, names))
+        if not self._bags:
+            return self._framed(Listing(_keys(paths), paths, sizes, label_names=names, splits=tops, notes=notes))
+        above = [name.rpartition("/")[0] for name in names]
         return self._framed(Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes))
 
     def _framed(self, listing: Listing) -> Listing:
         return with_frames(listing, self._file) if self._all_frames else listing
 
+    def _found_groups(self, paths: list[str]) -> list[str] | None:
+        return found_in("source.group", str(self._group), paths, paths) if is_expression(self._group) else None
+
+    def _nothing(self, skipped: OtherFiles) -> str:
+        """Return the error of a folder without a sample."""
+        found = "".join(f"\n  {note}" for note in (*skipped.notes(), *self._filter.unused()))
+        what = f"source.url {self._url} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
+        return f"{what} that is taken as a sample:{found}" if found else f"{what}, and no other file: check the address"
+
+    def _says_what_is_a_sample(self, paths: list[str]) -> list[str]:
+        """Return the note about arrays, whose files could be samples or rows of samples."""
+        if not self._extensions & {"npy", "npz"}:
+            return []
+        arrays = [path for path in paths if _extension(path) in ("npy", "npz")]
+        if not arrays:
+            return []
+        notes = [f"one sample per file: {len(arrays)} .npy or .npz files (source.kind=arrays takes each row of their first axis as one)"]
+        first = next((path for path in arrays if _extension(path) == "npz"), None)
+        if first is not None and (known := left_out(self._prefix + first)) is not None:
+            others = ", ".join(known[1][:SHOWN]) + (", ..." if len(known[1]) > SHOWN else "")
+            notes.append(f"of an .npz one array is the sample: of {first} that is {known[0]!r}, not {others}")
+        return notes
+
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and all bytes of one file (or frame); OSError if it cannot be read, or is shorter than its size."""
+        """Return extension and all bytes of one file (or frame), of an `.npz` those of its one array as `npy`.
+
+        Raises
+        ------
+        OSError
+            If it cannot be read, or is shorter than its size.
+        BadSample
+            If it is a link that leads nowhere, or an `.npz` in which no array or several may be the sample.
+        """
         return read_frame(source, self._file) if self._all_frames else self._file(source)
 
     def _file(self, source: str) -> tuple[str, bytes]:
         path = self._prefix + source
-        descriptor = os.open(path, _READ_FLAGS)  # half the time of `open`
+        try:
+            descriptor = os.open(path, _READ_FLAGS)  # half the time of `open`
+        except OSError as error:
+            if self._follow and (target := leads_nowhere(path, error)) is not None:
+                raise BadSample("broken_link", f"a symbolic link to {target!r}, which is not there: {FETCH}") from error
+            raise
         try:
             data, size = os.read(descriptor, self._first_read), os.fstat(descriptor).st_size
             if len(data) == self._first_read or len(data) < size:
@@ -132,7 +194,7 @@ class FolderSource:
             close_read(descriptor)
         if len(data) < size:
             raise OSError(errno.EIO, f"only {len(data)} of its {size} bytes were read", path)
-        return _extension(source), data
+        return _member(source, data)
 
     def file_root(self) -> Path | None:
         """Return the folder, if samples are the bytes of the files below it."""
@@ -145,51 +207,88 @@ class FolderSource:
             raise DataError(f"source.url {self._root} does not exist: check the address")
         if not self._root.is_file():
             raise DataError(f"source.url {self._root} is a pipe or a device: source.kind=folder reads a folder")
-        if zipfile.is_zipfile(self._root):
+        if zipfile.is_zipfile(self._root) and not self._url.lower().endswith(".npz"):
             target = self._root.with_suffix("")
             unpack = f"unpack it (`unzip {self._root} -d {target}`) and give the folder {target}"
             raise DataError(f"source.url {self._root} is a zip file: {unpack}")
-        raise DataError(f"source.url {self._root} is a file: source.kind=folder reads a folder (unpack an archive first)")
+        raise DataError(_is_a_file(self._url))
 
-    def _walk(self, skipped: Counter[str]) -> dict[str, int]:
+    def _walk(self, skipped: OtherFiles) -> dict[str, int]:
         """Return the bytes of every sample by its relative path, unsorted."""
         found: dict[str, int] = {}  # strings and numbers: the garbage collector would traverse a list of tuples again and again
+        links = LinkedFolders(self._url) if self._follow else None
         with ThreadPoolExecutor(LISTERS) as listing:
-            folders = deque([("", listing.submit(_entries, self._root))])
+            folders = deque([("", () if links is None else links.enter("", ()), listing.submit(_entries, self._root))])
             while folders:
-                prefix, entries = folders.popleft()
+                prefix, chain, entries = folders.popleft()
                 try:
                     within = self._sort_out(prefix, entries.result(), found, skipped)
+                    inside = [(name, chain if links is None else links.enter(name, chain)) for name in within]
                 except OSError as error:
                     where = self._root / prefix / (error.filename if isinstance(error.filename, str) else "")
                     raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
-                folders += [(name, listing.submit(_entries, self._root / name)) for name in within]
+                folders += [(name, above, listing.submit(_entries, self._root / name)) for name, above in inside]
         return found
 
-    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: Counter[str]) -> list[str]:
+    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: OtherFiles) -> list[str]:
         """Add the samples of one folder to `found`; return the folders in it."""
         names = sorted(entries)
-        if min(entries.values(), default=-1) >= 0 and names[0][0] > "." and set(map(_USUAL.get, _endings(names))) <= self._extensions:
+        if (
+            min(entries.values(), default=-1) >= 0
+            and names[0][0] > "."
+            and set(map(_USUAL.get, _endings(names))) <= self._extensions
+            and not self._filter.is_set
+        ):
             found.update(zip([prefix + name for name in names], map(entries.__getitem__, names), strict=True))  # nearly all folders
             return []
         folders = []
         for name in names:
             path, size = prefix + name, entries[name]
             if name[0] == ".":
-                skipped["hidden files or folders"] += 1
-            elif size < 0 and stat.S_ISDIR(os.lstat(self._prefix + path).st_mode):
-                folders.append(_class_name(f"{path}/", self._root))
+                skipped.add("hidden files or folders", path)
+                continue
+            mode = os.lstat(self._prefix + path).st_mode if size < 0 else stat.S_IFREG
+            if stat.S_ISLNK(mode):
+                mode, size = self._linked(path, skipped)
+                if mode == 0:
+                    continue
+            elif size < 0:
+                size = 0
+            if stat.S_ISDIR(mode):
+                if self._filter.takes_folder(path, skipped):
+                    folders.append(_class_name(f"{path}/", self._root))
             elif "." not in name or _extension(name) not in self._extensions:
-                skipped["files of other extensions"] += 1
-            elif size < 0 and os.path.islink(self._prefix + path) and not self._stays_inside(path):
-                skipped["symbolic links that leave the folder or lead to none of its files"] += 1
-            else:
-                found[path] = os.stat(self._prefix + path).st_size if size < 0 else size
+                skipped.file(path)
+            elif self._filter.takes(path, size, skipped):
+                found[path] = size
         return folders
 
+    def _linked(self, path: str, skipped: OtherFiles) -> tuple[int, int]:
+        """Return the mode and the bytes of what a link leads to; mode 0 if it is not followed."""
+        try:
+            state = os.stat(self._prefix + path)
+        except OSError as error:
+            if leads_nowhere(self._prefix + path, error) is None:
+                raise
+            if self._follow and "." in path.rpartition("/")[2] and _extension(path) in self._extensions:
+                return stat.S_IFREG, 0  # a sample that cannot be read: its quarantine row says so
+            skipped.add("symbolic links that lead to nothing", path, FETCH)
+            return 0, 0
+        if self._follow:
+            if stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode):
+                return state.st_mode, state.st_size
+            skipped.add("symbolic links to pipes or devices", path, "remove the links")
+            return 0, 0
+        if stat.S_ISDIR(state.st_mode):
+            skipped.add("symbolic links to folders", path, "set source.follow_links=true to list what is in them")
+            return 0, 0
+        if not stat.S_ISREG(state.st_mode) or not self._stays_inside(path):
+            skipped.add("symbolic links that leave the folder", path, "set source.follow_links=true to follow them")
+            return 0, 0
+        return state.st_mode, state.st_size
+
     def _stays_inside(self, link: str) -> bool:
-        target = Path(os.path.realpath(self._root / link))
-        return target.is_file() and target.is_relative_to(os.path.realpath(self._root))
+        return Path(os.path.realpath(self._root / link)).is_relative_to(os.path.realpath(self._root))
 
 
 class BucketSource(FolderSource):
@@ -200,7 +299,7 @@ class BucketSource(FolderSource):
         self._files = open_files(self._url)
 
     def _file(self, source: str) -> tuple[str, bytes]:
-        return _extension(source), self._files.read(source)
+        return _member(source, self._files.read(source))
 
     def file_root(self) -> None:
         """Return None: objects are not local files."""
@@ -210,17 +309,41 @@ class BucketSource(FolderSource):
         if self._all_frames:
             return self.read
         read = self._files.prefetch(sources)
-        return lambda source: (_extension(source), read(source))
+        return lambda source: _member(source, read(source))
 
     def _require_folder(self) -> None:
         """Do nothing: listing the objects finds out."""
 
-    def _walk(self, skipped: Counter[str]) -> dict[str, int]:
+    def _walk(self, skipped: OtherFiles) -> dict[str, int]:
         found = self._files.sizes()
-        known = {name: size for name, size in found.items() if "." in name and _extension(name) in self._extensions}
-        if len(known) < len(found):
-            skipped["files of other extensions"] = len(found) - len(known)
+        if not self._filter.is_set and set(map(_USUAL.get, _endings(found))) <= self._extensions:
+            return found
+        known = dict[str, int]()
+        for name, size in found.items():
+            if "." not in name.rpartition("/")[2] or _extension(name) not in self._extensions:
+                skipped.file(name)
+            elif self._filter.takes(name, size, skipped):
+                known[name] = size
         return known
+
+
+def _member(source: str, data: bytes) -> tuple[str, bytes]:
+    ext = _extension(source)
+    return ("npy", only_array(data)) if ext == "npz" else (ext, data)
+
+
+def _filter_of(folder: FolderSpec) -> PathFilter:
+    return PathFilter(tuple(folder.include), tuple(folder.exclude), folder.min_size)
+
+
+def _is_a_file(url: str) -> str:
+    """Return the error about an address that is a file and not a folder."""
+    if _extension(url) in IMAGE_EXTENSIONS:
+        return f"source.url {url} is one image: give the folder that holds it, {url.rpartition('/')[0] or '/'}"
+    what, remedy = kind_of_file(url)
+    if _extension(url) in ("npy", "npz"):
+        remedy = f"source.kind=arrays takes its rows as samples; for one sample per file give the folder, {url.rpartition('/')[0] or '/'}"
+    return f"source.url {url} is a file, and source.kind=folder reads a folder; it is one of the {what}: {remedy}"
 
 
 def _extension(source: str) -> str:
@@ -268,6 +391,11 @@ def _folders(paths: list[str]) -> list[str]:
         else:
             folders += [sys.intern(path.rpartition("/")[0]) for path in inside]
     return folders
+
+
+def _clean(folder: str) -> str:
+    """Return a folder without empty names: `a//b` in a bucket is the class `a/b`."""
+    return "/".join(filter(None, folder.split("/"))) if "//" in f"/{folder}/" else folder
 
 
 def _keys(paths: list[str]) -> list[str]:

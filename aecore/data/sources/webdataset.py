@@ -9,6 +9,7 @@ each worker that reads from it: unpack large ones first. To index tars in place,
 import json
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -86,6 +87,17 @@ class WebdatasetSource:
         self._found = self._found or ExternalTars.at(self._spec.url)
         return self._found
 
+    def for_thread(self) -> "WebdatasetSource":
+        """Return a source of the same tars with open files of its own, for another thread; `close` it."""
+        other = WebdatasetSource(self._spec)
+        other._found = self.tars
+        return other
+
+    def close(self) -> None:
+        """Close all tars."""
+        while self._open:
+            self._open.popitem()[1].close()
+
     def listing(self) -> Listing:
         """List every sample, tar by tar, after parsing all headers.
 
@@ -95,7 +107,7 @@ class WebdatasetSource:
             If there is no tar, one is damaged or truncated, a key comes twice, or it is ambiguous which member is the sample.
         """
         found = _Columns(self._spec.columns)
-        for name in self.tars.names:
+        for name in self.tars.files.ahead(self.tars.names):
             tar = self._tar(name)
             try:
                 for sample, member in self._in_order(found, tar):
@@ -130,11 +142,35 @@ class WebdatasetSource:
     def _member(self, source: str) -> tuple[str, bytes]:
         tar, member = parse_source(source)
         if tar not in self._open:
-            while len(self._open) >= MAX_OPEN:
+            room, sizes = self.tars.files.room, [tar.size for tar in self._open.values()]
+            while sizes and (len(sizes) >= MAX_OPEN or (room is not None and sum(sizes) + max(sizes) > room)):  # one more like the largest
                 self._open.popitem(last=False)[1].close()
+                del sizes[0]
             self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
         return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
+
+    def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        """Return a `read` for exactly these samples in this order.
+
+        Of tars in a bucket that do not all fit into the cache each sample is downloaded by itself: else every shard would fetch every tar.
+        """
+        if self.tars.files.room is None:
+            return self.read
+        places = [parse_source(source) for source in sources]
+        if not all(tar.endswith(".tar") for tar, _ in places):
+            return self.read
+        pieces = self.tars.files.pieces([(tar, member.offset, member.size) for tar, member in places])
+        if pieces is None:
+            return self.read
+        rows = iter(range(len(places)))
+
+        def read(source: str) -> tuple[str, bytes]:
+            row = next(rows)
+            assert sources[row] == source, "samples are read in the order of `sources`"
+            return places[row][1].name.lower().rpartition(".")[2], pieces(row)
+
+        return read
 
     def _tar(self, name: str) -> TarFile:
         return TarFile(self.tars.files, name, self._spec.max_inflated_bytes, "source.max_inflated_bytes")

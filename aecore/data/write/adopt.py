@@ -6,6 +6,8 @@ every image it reads, and `verify --read-data` every byte. The order of samples 
 whole tars and inside lanes only, so sharding again with `source.kind=webdataset` is better where the tars are sorted by class.
 """
 
+import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint
-from aecore.store import FileRef, Files, Store, open_store, read_again, sha256_file
+from aecore.store import FileRef, Files, Store, open_store, read_again
 
 
 class AdoptWorker:
@@ -37,7 +39,12 @@ class AdoptWorker:
         known = recorded_shard(self._store, task)
         if known is not None:
             return lambda: known
-        return lambda: index_tar(self._store, task, self._source)
+
+        def commit() -> PartRecord:  # several at a time, in threads
+            with contextlib.closing(self._source.for_thread()) as source:
+                return index_tar(self._store, task, source)
+
+        return commit
 
 
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
@@ -95,8 +102,8 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
 
 
 def _ref_of(files: Files, name: str) -> FileRef:
-    path = files.local(name)
-    return FileRef(name, os.stat(path).st_size, sha256_file(path))
+    with os.fdopen(files.open(name), "rb") as file:
+        return FileRef(name, os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _index(writer: ShardWriter) -> pa.Table:

@@ -5,6 +5,7 @@ A sample is identified by its key; its size and its address tell whether it is u
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -56,18 +57,40 @@ def warn_if_address_changed(store: Store, parent: DatasetManifest, source: Any, 
             )
 
 
-def warn_if_format_changed(store: Store, parent: DatasetManifest, manifest: DatasetManifest) -> None:
-    """Log a warning if the parent's samples had one format and the new generation's have several."""
-    try:
-        SampleFormat.from_shapes(parent.sample.shapes)
-    except DataError:
+def report_formats(store: Store, parent: DatasetManifest | None, manifest: DatasetManifest) -> None:
+    """Log a warning if the samples have several formats, with the remedy; a note if they are sequences of several lengths."""
+    shapes = manifest.sample.shapes
+    error = _not_one(shapes)
+    if error is None:
+        return
+    if parent is not None:
+        if _not_one(parent.sample.shapes) is None:  # else it was reported before
+            what = f"generation {manifest.number} cannot be trained on or encoded as generation {parent.number} could"
+            logger.warning("%s: %s: %s", store.url, what, error)
         return
     try:
-        SampleFormat.from_shapes(manifest.sample.shapes)
+        longest = SampleFormat.from_shapes(shapes, sequences=True)
+    except DataError:
+        counts = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:SHOWN])
+        what = str(error) if len(shapes) == 1 or str(error).startswith("the samples have") else f"{counts}: {error}"
+        logger.warning("%s: nothing can be trained on these samples as they are: %s", store.url, what)
+        return
+    logger.info(
+        "%s: the samples are sequences of up to %d steps (%d lengths), which models of sequences read (model.kind=rvae); for others save "
+        "them with one shape (numpy.pad)",
+        store.url,
+        longest.shape[0],
+        len(shapes),
+    )
+
+
+def _not_one(shapes: Mapping[str, int]) -> DataError | None:
+    """Return why these are not the shapes of one format, None if they are."""
+    try:
+        SampleFormat.from_shapes(shapes)
     except DataError as error:
-        logger.warning(
-            "%s: generation %d cannot be trained on or encoded as generation %d could: %s", store.url, manifest.number, parent.number, error
-        )
+        return error
+    return None
 
 
 def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: ShardSpec) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.colour import composed
 from aecore.data.format.decode import DecodeError, Decoder, Reading
+from aecore.data.format.foreign import explained
 from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
 from aecore.data.format.jpeg import is_whole_jpeg
 from aecore.data.format.pixels import decode_image, image_file
@@ -32,6 +33,13 @@ _JPEG = ("jpg", "jpeg")
 
 def prepare(data: bytes, ext: str, shards: ShardSpec, frames: Frames = "first") -> tuple[Header, bytes]:
     """Return header and bytes of the data member to store; BadSample if the bytes are damaged or not of an allowed kind."""
+    try:
+        return _prepared(data, ext, shards, frames)
+    except BadSample as bad:
+        raise explained(data, ext, bad) from bad
+
+
+def _prepared(data: bytes, ext: str, shards: ShardSpec, frames: Frames) -> tuple[Header, bytes]:
     if ext not in IMAGE_EXTENSIONS:
         return _prepare_array(data, ext, shards)
     header = image_header(data, ext, pixels=shards.pixels, max_pixels=shards.max_pixels)

@@ -25,13 +25,14 @@ from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
-from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
+from aecore.data.write.append import SHOWN, listing_table, new_rows, report_formats, require_whole_bags, warn_if_address_changed
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
+from aecore.data.write.refused import remove_if_nothing_is_good, remove_refused
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
-from aecore.errors import DataError
+from aecore.errors import ConfigError, DataError
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
 
@@ -216,16 +217,22 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
         generation["names"] = "NFC"
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
+    if parent is None:
+        remove_refused(store, generation)
     claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
     plan = plan if claim == 1 else work.plan(claim)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
-    with ThreadPoolExecutor(1, "listing") as background:  # only the manifest waits for it
-        listing = background.submit(_put_listing, store, claim, work.fresh)
-        records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
-        listed = listing.result()
-    _require_good(store, records, work.shards.max_bad)
+    try:
+        with ThreadPoolExecutor(1, "listing") as background:  # only the manifest waits for it
+            listing = background.submit(_put_listing, store, claim, work.fresh)
+            records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
+            listed = listing.result()
+        _require_good(work, records)
+    except (ConfigError, DataError):
+        remove_if_nothing_is_good(store, claim, [task.stem for task in plan.tasks])
+        raise
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation))
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
@@ -235,8 +242,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     for note in _pixel_notes(records):
         logger.info("%s: %s", store.url, note)
-    if parent is not None:
-        warn_if_format_changed(store, parent, manifest)
+    report_formats(store, parent, manifest)
     return manifest
 
 
@@ -263,10 +269,13 @@ def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
     return put_table(store, f"listings/{claim:06d}.parquet", listing_table(listing), {"claim": claim}, "listing")
 
 
-def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -> None:
+def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
+    """Raise DataError if more samples are bad than `shards.max_bad` allows, or if all of a new dataset are."""
+    store, max_bad = work.store, work.shards.max_bad
     bad = sum(record.quarantined for record in records)
     planned = sum(record.detail["planned"] for record in records)
-    if bad <= max_bad * planned:
+    all_bad = work.parent is None and bad == planned
+    if bad <= max_bad * planned and not all_bad:
         return
     refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
     rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
@@ -274,8 +283,19 @@ def _require_good(store: Store, records: Sequence[PartRecord], max_bad: float) -
         if len(rows) < SHOWN:
             rows += read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}").slice(0, SHOWN - len(rows)).to_pylist()
     lines = "".join(f"\n  {row['source']}: {row['reason']}: {row['message']}" for row in rows)
+    reasons: Counter[str] = Counter()
+    for record in records:
+        reasons.update(record.detail.get("reasons", {}))
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(SHOWN))
+    if not any(record.rows for record in records):
+        raise DataError(
+            f"all {planned} samples are bad ({counts}): nothing was kept. First of them:{lines}\n"
+            "put them right, or check source.url and source.extensions, and run the command again"
+        )
     raise DataError(
-        f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows; no manifest was written. First of them:{lines}\n"
+        f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
+        f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "remove these files, or accept them with a higher shards.max_bad, and run the command again; repaired files need another output URL"
+        "remove these files, or accept them with a higher shards.max_bad, and run the command again; files that are repaired without "
+        "another size need another output URL"
     )

@@ -138,12 +138,12 @@ class ShardWriter:
         frames: Any = getattr(self.task.source, "frames", "first")  # any: a Literal; sources of arrays have none
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            data = b""
+            data: bytes | None = None
             try:
                 ext, data = read(sources[position])
                 header, data = prepare(data, ext, shards, frames)
             except BadSample as bad:
-                digest = hashlib.sha256(data).hexdigest() if data or bad.reason == "empty" else None  # a frame has no bytes of its own
+                digest = None if data is None else hashlib.sha256(data).hexdigest()  # None: a sample that has no bytes of its own
                 self.bad.append((position, "check", bad.reason, bad.message, digest))
                 continue
             positions.append(position)

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import zipfile
@@ -7,9 +8,11 @@ import pytest
 from PIL import Image
 
 from aecore import native
+from aecore.data.format.image import BadSample
 from aecore.data.format.record import image_header
 from aecore.data.sources import Listing
-from aecore.data.sources._detect import kind_of
+from aecore.data.sources._detect import detect_source
+from aecore.data.sources._labels import with_class_names
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError
@@ -53,7 +56,10 @@ def test_hidden_files_and_other_extensions_are_skipped_and_counted(tmp_path):
     tree(tmp_path, "a/1.png", "a/.2.png", ".git/3.png", "a/notes.txt", "README", ".png")
     listing = folder(tmp_path).listing()
     assert listing.sources == ["a/1.png"]
-    assert listing.notes == ("skipped 2 files of other extensions", "skipped 3 hidden files or folders")
+    nameless, texts, hidden = listing.notes
+    assert hidden == "skipped 3 hidden files or folders (.git, .png, a/.2.png)"
+    assert nameless.startswith("skipped 1 files without an extension (README): give them the extension of what they are")
+    assert texts.startswith("skipped 1 tables and texts, which are no samples (a/notes.txt): ")
 
 
 def test_links_are_followed_to_files_of_the_tree_only(tmp_path):
@@ -65,7 +71,12 @@ def test_links_are_followed_to_files_of_the_tree_only(tmp_path):
     os.symlink(root, root / "a/loop")
     listing = folder(root).listing()
     assert listing.sources == ["a/1.png", "a/inside.png"]
-    assert any("2 symbolic links" in note for note in listing.notes)
+    assert listing.notes == (
+        "skipped 1 symbolic links that lead to nothing (a/broken.png): fetch it (git annex get, dvc pull, or download it again), or remove "
+        "the link",
+        "skipped 1 symbolic links that leave the folder (a/outside.png): set source.follow_links=true to follow them",
+        "skipped 1 symbolic links to folders (a/loop): set source.follow_links=true to list what is in them",
+    )
 
 
 def test_two_files_of_one_stem_keep_their_extensions_in_the_key(tmp_path):
@@ -90,7 +101,7 @@ def test_a_missing_folder_an_empty_one_and_an_archive_say_what_to_do(tmp_path):
         folder(tmp_path / "no").listing()
     tree(tmp_path / "empty", "a/1.txt")
     with pytest.raises(
-        DataError, match=r"holds no file with one of the extensions .*skipped 1 files of other extensions.*check the address"
+        DataError, match=r"(?s)holds no file with one of the extensions .*skipped 1 tables and texts, which are no samples \(a/1.txt\)"
     ):
         folder(tmp_path / "empty").listing()
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -98,7 +109,7 @@ def test_a_missing_folder_an_empty_one_and_an_archive_say_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"is a zip file: unpack it \(`unzip "):
         folder(tmp_path / "x.zip").listing()
     tree(tmp_path, "y.tar")
-    with pytest.raises(DataError, match="reads a folder"):
+    with pytest.raises(DataError, match=r"one of the tars: shard tars of samples by source.kind=webdataset"):
         folder(tmp_path / "y.tar").listing()
     with pytest.raises(ConfigError, match=r"source\.url is empty"):
         folder("")
@@ -226,6 +237,24 @@ def test_a_folder_is_listed_the_same_with_and_without_the_compiled_loops(tmp_pat
 def test_a_source_that_is_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, name, kind):
     path = tmp_path / name
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    source = SOURCES.build(SOURCES.spec_type_of({"kind": kind_of(str(path))})(url=str(path)))
+    source = SOURCES.build(SOURCES.spec_type_of({"kind": detect_source(str(path)).kind})(url=str(path)))
     with pytest.raises(DataError, match="is a pipe(, a device)? or a (device|folder)"):
         source.listing()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_in_a_folder_are_not_waited_for(tmp_path, kind):
+    tree(tmp_path / "in", "a/1.png")
+    for name in ("a/0.npy", "a/0.npz", "a/0.png"):
+        path = tmp_path / "in" / name
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    assert detect_source(str(tmp_path / "in")).kind == "folder"
+    source = FolderSource(FolderSpec(url=str(tmp_path / "in"), follow_links=True, extensions=("png", "npy", "npz")))
+    for name in source.listing().sources:
+        with contextlib.suppress(BadSample):
+            assert len(source.read(name)[1]) < 1 << 20
+    place = tmp_path / "classes"
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="is a pipe, a device or a folder"):
+        with_class_names(FolderSpec(url=str(tmp_path / "in"), classes=str(place)))

@@ -1,0 +1,73 @@
+"""The one array of an `.npz` that is a sample by itself. Nothing is unpickled; what it may inflate to is bounded before it is."""
+
+import os
+import zipfile
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+from aecore.data.format.foreign import explained
+from aecore.data.format.image import BadSample
+from aecore.data.format.record import NpyError, read_npy_header
+from aecore.data.sources._inflate import FREE_BYTES, MAX_RATIO
+from aecore.data.sources._names import is_data, is_labels
+from aecore.errors import DataError
+from aecore.store import open_regular
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, OverflowError)
+
+
+def only_array(data: bytes) -> bytes:
+    """Return the array of an `.npz` that is the sample, as the bytes of a `.npy`; BadSample if it is damaged or not clear which one."""
+    try:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            return _member(archive, _chosen(archive), len(data))
+    except _DAMAGED as error:
+        if not data:
+            raise BadSample("empty", "the file has no bytes") from error
+        bad = BadSample("format", f".npz is damaged or is none ({type(error).__name__}): save it again with numpy.savez")
+        raise explained(data, "npz", bad) from error
+
+
+def left_out(path: str) -> tuple[str, list[str]] | None:
+    """Return the array of an `.npz` that is the sample and the others, None if there are no others or none is the sample."""
+    try:
+        with os.fdopen(open_regular(Path(path)), "rb") as file, zipfile.ZipFile(file) as archive:
+            name = _chosen(archive)
+            others = [other[:-4] for other in archive.namelist() if other.endswith(".npy") and other != name]
+    except (*_DAMAGED, OSError, BadSample, DataError):
+        return None
+    return (name[:-4], others) if others else None
+
+
+def _member(archive: zipfile.ZipFile, name: str, packed: int) -> bytes:
+    info = archive.getinfo(name)
+    most = max(FREE_BYTES, MAX_RATIO * packed)
+    if info.file_size > most:
+        raise BadSample("too_large", f"{name} in the .npz inflates to {info.file_size} bytes, at most {most} are read: save it as .npy")
+    with archive.open(info) as member:
+        found = member.read(info.file_size + 1)
+    if len(found) != info.file_size:
+        raise BadSample("truncated", f"{name} in the .npz has {len(found)} bytes, {info.file_size} were promised: save it again")
+    return found
+
+
+def _chosen(archive: zipfile.ZipFile) -> str:
+    """Return the member that holds the sample: the only array, the only one named like data, or the only one that is no label or number."""
+    names = [info.filename for info in archive.infolist() if info.filename.endswith(".npy")]
+    rest = [name for name in names if len(names) == 1 or not (is_labels(name[:-4]) or _is_number(archive, name))]
+    named = [name for name in rest if is_data(name[:-4])]
+    found = named if len(named) == 1 else rest
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(name[:-4] for name in names[:5]) or "none"
+    what = f"the .npz holds the arrays {shown}, and it is not clear which is the sample"
+    raise BadSample("ambiguous", f"{what}: name it image or data, or save it as .npy")
+
+
+def _is_number(archive: zipfile.ZipFile, name: str) -> bool:
+    with archive.open(name) as member:
+        try:
+            return read_npy_header(member).shape == ()
+        except NpyError:
+            return False

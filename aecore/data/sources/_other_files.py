@@ -1,0 +1,117 @@
+"""Files that are no samples: counted by what they are, with three examples and what to do with them, so the log stays bounded."""
+
+from collections.abc import Iterator
+
+from aecore.data.format.record import DATA_EXTENSIONS
+from aecore.data.sources._arrayfile import array_format
+
+SHOWN = 3  # examples in a note
+_CONVERT = "convert them to PNG, TIFF or JPEG (for example `magick NAME NAME.png`)"
+_RENDER = "render them to PNG (for example `magick NAME NAME.png`)"
+_DEVELOP = "develop them to 16-bit TIFF or PNG (for example with rawpy or darktable-cli)"
+_VOXELS = "save their voxels as .npy (numpy.save; read them with pydicom, nibabel or SimpleITK), or their slices as 16-bit PNG"
+_TILES = "export their planes or tiles as TIFF or PNG (for example with bfconvert or openslide)"
+_EXPORT = "save each sample as .npy, or many as the rows of one .npy or .npz (source.kind=arrays)"
+_FRAMES = "extract their frames as PNG (for example `ffmpeg -i NAME %06d.png`), or save each clip as .npy"
+_SEQUENCE = "save each as a sequence, a .npy of shape (steps, features)"
+_TARS = "shard tars of samples by source.kind=webdataset, from a folder of their own; unpack others and give the folder"
+_TABLE = (  # what they are, what to do, extensions
+    ("archives", "unpack them and give the folder", "zip 7z rar cab iso dmg jar"),
+    ("tars", _TARS, "tar tgz tar.gz tar.bz2 tbz2 tar.xz txz tar.zst"),
+    ("compressed files", "decompress them", "gz bz2 xz zst lz4 br z"),
+    ("JPEG or PNG files of another extension", "rename them to .jpg or .png", "jfif jif jpe pjpeg apng"),
+    ("images in formats that are not read", _CONVERT, "heic heif avif jp2 j2k jpf jpx jxl jxr wdp psd xcf tga pcx ppm pgm pbm pnm"),
+    ("images in formats that are not read", _CONVERT, "pfm hdr exr ico dds mng sgi ras qoi bpg flif btf"),
+    ("camera raw files", _DEVELOP, "dng cr2 cr3 nef arw orf rw2 raf pef srw raw"),
+    ("vector graphics and pages", _RENDER, "svg svgz pdf ps eps ai wmf emf"),
+    ("medical images", _VOXELS, "dcm dicom ima nii nii.gz mha mhd nrrd nhdr mnc img"),
+    ("microscope and slide files", _TILES, "czi nd2 lif lsm oib oif vsi svs ndpi mrxs scn bif stk zvi ims dv"),
+    ("containers of arrays", _EXPORT, "h5 hdf5 hdf he5 mat nc nc4 cdf fits fit fts zarr rds rda root"),
+    (
+        "files of records",
+        "write their images as files in class folders, or their arrays as .npy",
+        "parquet arrow feather avro orc tfrecord tfrecords rec lmdb mdb beton msgpack sqlite db duckdb",
+    ),
+    (
+        "pickles and checkpoints, which are never read, since reading runs what they hold",
+        "save each sample as .npy (numpy.save)",
+        "pkl pickle pck joblib dill pt pth ckpt bin safetensors onnx",
+    ),
+    ("videos", _FRAMES, "mp4 avi mov mkv webm mpg mpeg m4v wmv flv ogv"),
+    ("audio files", _SEQUENCE, "wav mp3 flac ogg oga opus m4a aac aiff aif au wma"),
+    ("recordings and point clouds", _SEQUENCE, "edf bdf gdf fif vhdr eeg vmrk dat hea mseed sac las laz ply pcd"),
+    (
+        "tables and texts, which are no samples",
+        "if they hold sequences, save each as a .npy of shape (steps, features)",
+        "csv tsv json jsonl ndjson txt xml yaml yml md rst html htm log toml ini cfg lst xls xlsx doc docx py ipynb sh",
+    ),
+)
+_KINDS = {ext: (what, remedy) for what, remedy, extensions in _TABLE for ext in extensions.split()}
+_IDX = ("files of idx arrays", "shard them by source.kind=arrays")
+_ARRAYS = ("arrays", "source.extensions=EXTS takes each file as one sample, source.kind=arrays each row of its first axis")
+_UPPER = ("arrays", "source.extensions=EXTS takes each file as one sample; to take their rows rename them to .npy or .npz")
+_PICTURES = "images"
+_NAMELESS = ("files without an extension", "give them the extension of what they are, if they are samples (.png, .jpg, .npy)")
+_UNKNOWN = ("files of unknown extensions", "convert them to PNG, TIFF or JPEG, or save each as .npy, if they are samples")
+
+
+def kind_of_file(name: str) -> tuple[str, str]:
+    """Return what a file that is no sample is, by its name, and what to do with it."""
+    last = name.rpartition("/")[2].lower()
+    if array_format(last) == "idx":
+        return _IDX
+    if last in ("thumbs.db", "ehthumbs.db", "desktop.ini"):
+        return "files of the operating system", ""
+    stem, dot, ext = last.rpartition(".")
+    if not dot or not stem:
+        return _NAMELESS
+    double = f"{stem.rpartition('.')[2]}.{ext}"
+    if double in _KINDS:
+        return _KINDS[double]
+    if ext in ("npy", "npz"):
+        return _ARRAYS if name.endswith((".npy", ".npz")) else _UPPER
+    if ext in DATA_EXTENSIONS:
+        return _PICTURES, ""
+    return _KINDS.get(ext, _UNKNOWN)
+
+
+class OtherFiles:
+    """Counts of what was left out, by its kind, each with `SHOWN` examples.
+
+    `pictures` is what to do with images, which some sources read; EXTS in it stands for their extensions.
+    """
+
+    def __init__(self, pictures: str = "add EXTS to source.extensions to take them too") -> None:
+        self._pictures = pictures
+        self._counts: dict[tuple[str, str], int] = {}
+        self._shown: dict[tuple[str, str], list[str]] = {}
+        self._extensions: dict[tuple[str, str], set[str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def add(self, what: str, example: str = "", remedy: str = "", count: int = 1) -> None:
+        """Count `what`, with an example and what to do about it."""
+        key = (what, remedy)
+        self._counts[key] = self._counts.get(key, 0) + count
+        shown = self._shown.setdefault(key, [])
+        if example and len(shown) < SHOWN:
+            shown.append(example)
+
+    def file(self, path: str) -> None:
+        """Count a file that is of no extension that is read here."""
+        what, remedy = kind_of_file(path)
+        key = what, self._pictures if what == _PICTURES else remedy
+        self._extensions.setdefault(key, set()).add(path.rpartition(".")[2].lower())
+        self.add(key[0], path, key[1])
+
+    def notes(self) -> tuple[str, ...]:
+        """Return one line for each kind: the count, the examples, what to do."""
+        return tuple(sorted(self._lines()))
+
+    def _lines(self) -> Iterator[str]:
+        for (what, remedy), count in self._counts.items():
+            shown = self._shown[what, remedy]
+            examples = f" ({', '.join(shown)}{', ...' if count > len(shown) else ''})" if shown else ""
+            exts = f"[{','.join(sorted(self._extensions.get((what, remedy), ())))}]"
+            yield f"skipped {count} {what}{examples}" + (f": {remedy.replace('EXTS', exts)}" if remedy else "")

@@ -1,0 +1,337 @@
+"""What of a folder is a sample: links, globs, limit, least size, masks; the file system and the standard library say what is right."""
+
+import fnmatch
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from aecore.data.dataset import open_dataset
+from aecore.data.format.index import read_table
+from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import _links
+from aecore.data.sources._filter import matcher
+from aecore.data.sources._other_files import kind_of_file
+from aecore.data.sources.folder import FolderSource, FolderSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.errors import ConfigError, DataError
+from aecore.registry import to_dict
+from pipelines.cli.main import main
+from tests.aecore.data.test_sources import tree
+from tests.aecore.data.tiny import encoded, image
+
+
+def listed(root: Path, **options: object) -> list[str]:
+    return FolderSource(FolderSpec(url=str(root), **options)).listing().sources  # type: ignore[arg-type]
+
+
+def notes(root: Path, **options: object) -> str:
+    return "\n".join(FolderSource(FolderSpec(url=str(root), **options)).listing().notes)  # type: ignore[arg-type]
+
+
+def pictures(root: Path, *paths: str) -> Path:
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(encoded(image(number)))
+    return root
+
+
+class TestLinks:
+    def curated(self, tmp_path: Path) -> Path:
+        """A real class, one of links to files in a store of blobs, one that is a link to a folder, and links below that folder."""
+        pictures(tmp_path, "in/cat/1.png", "blobs/1f", "blobs/2f", "pool/bird/1.png", "pool/bird/young/2.png", "far/3.png")
+        (tmp_path / "in/dog").mkdir()
+        for name in ("1", "2"):
+            os.symlink(f"../../blobs/{name}f", tmp_path / f"in/dog/{name}.png")
+        os.symlink("../pool/bird", tmp_path / "in/bird")
+        os.symlink("../../far", tmp_path / "pool/bird/far")
+        return tmp_path / "in"
+
+    def test_links_out_of_the_folder_are_followed_when_asked(self, tmp_path: Path) -> None:
+        root = self.curated(tmp_path)
+        assert listed(root) == ["cat/1.png"]
+        assert re.search(
+            r"skipped 1 symbolic links to folders \(bird\).*\n.*2 .*\(dog/1.png, dog/2.png\): set source.follow_links", notes(root)
+        )
+        made = shard_dataset(FolderSpec(url=str(root), follow_links=True), str(tmp_path / "out"))
+        assert made.classes == ("bird", "bird/far", "bird/young", "cat", "dog")
+        found = listed(root, follow_links=True)
+        # what the shell's own walk finds, links followed
+        expected = [
+            os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root, followlinks=True) for name in names
+        ]
+        assert found == sorted(expected) and len(found) == 6
+        source = FolderSource(FolderSpec(url=str(root), follow_links=True))
+        assert all(source.read(name)[1] == (root / name).resolve().read_bytes() for name in found)
+
+    @pytest.mark.parametrize("target", [".", "..", "../..", "../../a"])
+    def test_a_loop_is_refused_by_name(self, tmp_path: Path, target: str) -> None:
+        root = pictures(tmp_path / "in", "a/b/1.png")
+        os.symlink(target, root / "a/b/again")
+        assert listed(root) == ["a/b/1.png"]
+        with pytest.raises(DataError, match=r"leads back to .*links that go round in a circle are refused; remove the link"):
+            listed(root, follow_links=True)
+        assert listed(root, follow_links=True, exclude=("again",)) == ["a/b/1.png"]
+
+    def test_two_links_that_lead_to_each_other_lead_nowhere(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", "a/1.png")
+        os.symlink("y.png", root / "a/x.png")
+        os.symlink("x.png", root / "a/y.png")
+        assert listed(root) == ["a/1.png"]
+        assert "skipped 2 symbolic links that lead to nothing (a/x.png, a/y.png)" in notes(root)
+
+    def test_links_that_fork_at_every_level_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_links, "MOST_PATHS", 50)
+        for level in range(40):  # 2^40 paths
+            (tmp_path / f"{level}").mkdir()
+            for name in "xy":
+                os.symlink(f"../{level + 1}", tmp_path / f"{level}/{name}")
+        pictures(tmp_path, "40/1.png")
+        started = time.monotonic()
+        with pytest.raises(DataError, match="more than 50 paths of links lead to one folder"):
+            listed(tmp_path / "0", follow_links=True)
+        assert time.monotonic() - started < 60
+
+    def test_a_link_that_leads_nowhere_is_a_row_of_the_quarantine(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", *(f"a/{number}.png" for number in range(9)))
+        os.symlink("../../annex/gone.png", root / "a/9.png")
+        os.symlink("nothing", root / "a/notes.txt")  # no sample anyway
+        made = shard_dataset(FolderSpec(url=str(root), follow_links=True), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.2))
+        assert (made.num_samples(), made.quarantined, made.reasons) == (9, 1, {"broken_link": 1})
+        (ref,) = [shard.quarantine for shard in made.shards if shard.quarantine]
+        (row,) = read_table((tmp_path / "out" / ref.name).read_bytes(), "quarantine").to_pylist()
+        assert verify_dataset(open_dataset(str(tmp_path / "out")), read_data=True).ok
+        assert row["source"] == "a/9.png" and "annex/gone.png" in row["message"] and row["sha256"] is None
+
+    def test_a_file_that_goes_after_listing_is_no_broken_link(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "in", "a/1.png")
+        source = FolderSource(FolderSpec(url=str(root), follow_links=True))
+        (root / "a/1.png").unlink()
+        with pytest.raises(FileNotFoundError):
+            source.read("a/1.png")
+
+
+NAMES = st.text(st.sampled_from("ab.[]!-^\\*?é "), min_size=1, max_size=6).filter(lambda name: name not in (".", ".."))
+
+
+class TestFilters:
+    FILES = ("train/cat/1.png", "train/cat/1_mask.png", "train/dog/10.png", "test/cat/2.png", "thumbnails/1.png", "thumbnails/deep/2.png")
+
+    @pytest.mark.parametrize(
+        ("include", "exclude", "expected"),
+        [
+            ((), (), (0, 1, 2, 3, 4, 5)),
+            (("train",), (), (0, 1, 2)),
+            (("train/*/1*.png",), ("*_mask.png",), (0, 2)),
+            (("**/cat/*",), (), (0, 1, 3)),
+            ((), ("thumbnails",), (0, 1, 2, 3)),
+            ((), ("thumbnails/*.png",), (0, 1, 2, 3, 5)),
+            (("*.{png,jpg}",), ("{test,thumbnails}/**",), (0, 1, 2)),
+            (("[12].png",), (), (0, 3, 4, 5)),
+            (("?.png",), ("t*/deep",), (0, 3, 4)),
+            (("./train/cat/",), (), (0, 1)),
+        ],
+    )
+    def test_globs_choose_files_and_folders(self, tmp_path, include, exclude, expected) -> None:
+        tree(tmp_path, *self.FILES)
+        assert listed(tmp_path, include=include, exclude=exclude) == sorted(self.FILES[row] for row in expected)
+
+    @given(NAMES, NAMES)
+    @example("[!a]", "b")
+    @example("a]", "a]")
+    def test_a_pattern_of_one_name_means_what_fnmatch_says(self, pattern: str, name: str) -> None:
+        try:
+            matches = matcher([pattern], "source.include")
+        except ConfigError:
+            return
+        if "[" in pattern or "^" in pattern:  # fnmatch knows no [^a], and takes a bad range for an empty one
+            return
+        wanted = pattern.removeprefix("./")
+        assert matches(name) == fnmatch.fnmatchcase(name, wanted)
+        assert matches(f"folder/{name}/x") >= fnmatch.fnmatchcase(name, wanted)
+
+    def test_one_glob_needs_no_brackets(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """As a shell hands it over, without its quotes: in YAML `*` would begin an alias."""
+        pictures(tmp_path / "in", "a/1.png", "a/1_mask.png")
+        assert FolderSpec(url="x", exclude="*_mask.png") == FolderSpec(url="x", exclude=("*_mask.png",))
+        command = ["shard", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run", "--json", "source.exclude=*_mask.png"]
+        assert main(command) == 0
+        assert '"train": 1' in capsys.readouterr().out
+
+    @pytest.mark.parametrize("pattern", ["", "/", "{a", "a{b,{c}}", "[z-a]"])
+    def test_a_pattern_that_cannot_be_one_is_refused(self, pattern: str) -> None:
+        with pytest.raises(ConfigError):
+            FolderSpec(url="x", exclude=(pattern,))
+
+    def test_what_is_left_out_is_counted_and_a_misspelt_pattern_is_named(self, tmp_path: Path) -> None:
+        tree(tmp_path, *self.FILES)
+        said = notes(tmp_path, exclude=("*_mask.png", "tumbnails"), include=("train",))
+        assert "skipped 1 files that source.exclude matches (train/cat/1_mask.png)" in said
+        assert "skipped 3 files that source.include does not match (thumbnails/1.png, test/cat/2.png, thumbnails/deep/2.png)" in said
+        assert "source.exclude has 'tumbnails', which matches no file" in said
+        with pytest.raises(DataError, match=r"skipped 6 files that source.include does not match .*\n.*'trian', which matches no file"):
+            listed(tmp_path, include=("trian",))
+
+    def test_an_excluded_folder_is_not_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tree(tmp_path, "a/1.png", "secret/2.png")
+        opened = os.open
+        monkeypatch.setattr(os, "open", lambda path, *rest, **more: 1 / 0 if str(path).endswith("secret") else opened(path, *rest, **more))
+        assert listed(tmp_path, exclude=("secret",)) == ["a/1.png"]
+
+    def test_small_files_are_left_out(self, tmp_path: Path) -> None:
+        for size in (0, 9, 10, 11):
+            tree(tmp_path, f"a/{size}.png", data=bytes(size))
+        assert listed(tmp_path, min_size=10) == ["a/10.png", "a/11.png"]
+        assert "skipped 2 files of less than source.min_size=10 bytes (a/0.png, a/9.png)" in notes(tmp_path, min_size=10)
+
+    def test_a_limit_takes_some_of_every_folder_and_always_the_same(self, tmp_path: Path) -> None:
+        tree(tmp_path, *(f"{name}/{number:03d}.png" for name in "abcd" for number in range(100)))
+        some = listed(tmp_path, limit=100)
+        assert len(some) == 100 and some == listed(tmp_path, limit=100) and set(some) <= set(listed(tmp_path, limit=200))
+        assert all(10 <= sum(path.startswith(name) for path in some) <= 45 for name in "abcd")  # 25 +- 4.6
+        assert len(listed(tmp_path, limit=1000)) == 400
+        bags = FolderSource(FolderSpec(url=str(tmp_path), limit=250, group="parent")).listing()
+        assert len(bags) == 200 and all(bags.groups.count(bag) == 100 for bag in set(bags.groups))
+
+    def test_the_options_are_in_the_identity_only_when_they_are_used(self, tmp_path: Path) -> None:
+        used = FolderSpec(url="x", follow_links=True, include=("a",), exclude=("b",), min_size=1, limit=5)
+        assert set(to_dict(used, identity_only=True)) - set(to_dict(FolderSpec(url="x"), identity_only=True)) == {
+            "follow_links",
+            "include",
+            "exclude",
+            "min_size",
+            "limit",
+        }
+        assert "limit" not in to_dict(FolderSpec(url="x"), identity_only=True)
+
+    def test_without_options_no_file_is_looked_at(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tree(tmp_path, *(f"a/{number}.png" for number in range(50)))
+        looked: list[str] = []
+        for call in ("stat", "lstat"):
+            real = getattr(os, call)
+            monkeypatch.setattr(os, call, lambda path, *rest, real=real, **more: (looked.append(str(path)), real(path, *rest, **more))[1])
+        listed(tmp_path)
+        assert not [path for path in looked if path.endswith(".png")]
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        ("paths", "pattern"),
+        [
+            (("a/1.jpg", "a/1_mask.png", "a/2.jpg", "a/2_mask.png"), "*_mask.png"),
+            (("a/1.png", "a/1-seg.PNG"), "*-seg.PNG"),
+            (("images/1.jpg", "masks/1.png", "images/2.jpg", "masks/2.png"), "masks"),
+            (("train/images/1.jpg", "train/labels/1.png"), "labels"),
+            (("a/1.jpg", "a/1.png", "a/2.jpeg", "a/2.png"), "*.png"),
+        ],
+    )
+    def test_masks_next_to_images_are_named_and_the_advice_leaves_them_out(self, tmp_path: Path, paths, pattern: str) -> None:
+        tree(tmp_path, *paths)
+        assert re.search(
+            rf"files have the name of another sample and may be masks .*source.exclude='{re.escape(pattern)}'", notes(tmp_path)
+        )
+        assert len(listed(tmp_path, exclude=(pattern,))) == len(paths) / 2
+        assert "may be masks" not in notes(tmp_path, exclude=(pattern,))
+
+    @pytest.mark.parametrize("paths", [("mask/1.png", "no_mask/2.png"), ("a/mask.png", "a/1.png"), ("a/1.png", "b/1.jpg"), ("gt/1.png",)])
+    def test_classes_that_are_called_so_are_no_masks(self, tmp_path: Path, paths) -> None:
+        tree(tmp_path, *paths)
+        assert "may be masks" not in notes(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    st.lists(
+        st.lists(
+            st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=3
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_whatever_files_are_called_each_is_one_sample_with_its_bytes(tmp_path_factory, names) -> None:
+    """Round trip over names: the sources are the paths that were written, their keys differ, and each reads its own bytes."""
+    root, written = tmp_path_factory.mktemp("names"), dict[str, bytes]()
+    for number, parts in enumerate(names):
+        path = "/".join(parts) + ".png"
+        if any(part.startswith(".") or len(part.encode()) > 60 for part in path.split("/")):
+            continue
+        try:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(b"%d" % number)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            continue
+        written[path] = b"%d" % number
+    written = {path: (root / path).read_bytes() for path in written}
+    if not written:
+        return
+    source = FolderSource(FolderSpec(url=str(root)))
+    listing = source.listing()
+    assert {name: source.read(name)[1] for name in listing.sources} == written
+    assert len(set(listing.keys)) == len(written)
+    assert listing.label_names == [name.rpartition("/")[0] for name in listing.sources]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("a.zip", "unpack"),
+        ("a.tar.gz", "webdataset"),
+        ("a.heic", "convert"),
+        ("a.JP2", "convert"),
+        ("a.CR2", "develop"),
+        ("a.nii.gz", "voxels"),
+        ("a.dcm", "voxels"),
+        ("a.svs", "export"),
+        ("a.h5", "save each sample as .npy"),
+        ("a.mat", "save each sample as .npy"),
+        ("a.parquet", "write their images"),
+        ("a.pkl", "numpy.save"),
+        ("a.mp4", "extract their frames"),
+        ("a.wav", "sequence"),
+        ("a.csv", "sequences"),
+        ("a.svg", "render"),
+        ("a.npy", "source.extensions="),
+        ("train-images-idx3-ubyte.gz", "source.kind=arrays"),
+        ("a.jfif", "rename"),
+        ("README", "extension"),
+        ("a.xyz", "convert"),
+    ],
+)
+def test_every_kind_of_file_that_is_not_read_says_what_to_do(tmp_path: Path, name: str, word: str) -> None:
+    assert word in kind_of_file(name)[1]
+    tree(tmp_path, "a/1.png", *(f"a/{number}-{name}" for number in range(20)))
+    lines = FolderSource(FolderSpec(url=str(tmp_path))).listing().notes
+    assert len(lines) == 1 and "skipped 20 " in lines[0] and lines[0].count(f"-{name}") == 3 and word in lines[0]
+
+
+def test_thousands_of_odd_files_are_one_line(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.png", *(f"a/{number}.{number % 700}x" for number in range(2000)))
+    (line,) = FolderSource(FolderSpec(url=str(tmp_path))).listing().notes
+    assert line.startswith("skipped 2000 files of unknown extensions (") and len(line) < 300
+
+
+def test_an_address_that_is_a_file_says_what_to_give(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.png", "a/1.h5", "a/1.npy", data=b"x")
+    for name, message in (("1.png", rf"is one image: give the folder that holds it, {tmp_path}/a"), ("1.h5", "save each sample as .npy")):
+        with pytest.raises(DataError, match=message):
+            listed(tmp_path / "a" / name)
+    with pytest.raises(DataError, match="source.kind=arrays"):
+        listed(tmp_path / "a/1.npy")
+
+
+def test_the_advice_about_arrays_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        np.save(tmp_path / f"in/{number}.npy", np.full((4, 4, 5), number, np.float32))
+    with pytest.raises(DataError, match=r"source.extensions=\[npy\] takes each file as one sample") as raised:
+        listed(tmp_path / "in")
+    advised = re.search(r"source\.extensions=\[(\w+)\]", str(raised.value))
+    assert advised is not None
+    assert len(listed(tmp_path / "in", extensions=(advised[1],))) == 3
