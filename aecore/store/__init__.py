@@ -27,7 +27,18 @@ from aecore.store._base import (
 from aecore.store._buckets import unchecked_bodies
 from aecore.store._cleanup import close_read
 from aecore.store._local import LocalFiles, LocalStore
-from aecore.store._open import SCHEMES, Scheme, absolute_url, is_remote, open_files, open_store, resolve_url
+from aecore.store._open import (
+    SCHEMES,
+    TAR_ENDINGS,
+    Scheme,
+    absolute_url,
+    is_remote,
+    is_tar,
+    open_files,
+    open_store,
+    resolve_url,
+    split_tars,
+)
 from aecore.store._private import named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
@@ -37,6 +48,7 @@ __all__ = [
     "RACERS",
     "ROUNDS",
     "SCHEMES",
+    "TAR_ENDINGS",
     "AlreadyExists",
     "FileRef",
     "Files",
@@ -49,6 +61,7 @@ __all__ = [
     "close_read",
     "fault_point",
     "is_remote",
+    "is_tar",
     "named_folder",
     "open_files",
     "open_regular",
@@ -61,5 +74,6 @@ __all__ = [
     "resolve_url",
     "sha256_file",
     "sha256_json",
+    "split_tars",
     "unchecked_bodies",
 ]

@@ -215,8 +215,18 @@ def _cannot_list(error: OSError) -> None:
     raise DataError(f"cannot read {error.filename}: {error.strerror}; make it readable or move it away") from error
 
 
+def _require_no_loop(folder: str, names: list[str]) -> None:
+    """Raise DataError if one of these folders is a link to a folder that it is in: following it would never end."""
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/"):
+            raise DataError(
+                f"{path} is a link to a folder that it is in, {os.path.realpath(path)}: remove the link, or give a folder below it"
+            )
+
+
 class LocalFiles:
-    """The files below a folder; hidden ones and links to folders are left out."""
+    """The files below a folder; hidden ones are left out, and links to folders unless they are asked for."""
 
     room: int | None = None
 
@@ -224,12 +234,15 @@ class LocalFiles:
         self.root = root
         self.url = str(root)
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, *, follow_links: bool = False) -> dict[str, int]:
+        """Return name -> size of every file; with `follow_links` also below links to folders. DataError if one leads into itself."""
         if not self.root.is_dir():
             raise DataError(f"{self.url} {'is a file' if self.root.exists() else 'does not exist'}: give a folder")
         found: dict[str, int] = {}
-        for folder, folders, names in os.walk(self.root, onerror=_cannot_list):
+        for folder, folders, names in os.walk(self.root, onerror=_cannot_list, followlinks=follow_links):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            if follow_links:
+                _require_no_loop(folder, folders)
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
                 try:
                     state = path.stat()

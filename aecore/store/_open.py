@@ -25,12 +25,29 @@ class Scheme:
     is_remote: bool = True
 
 
+TAR_ENDINGS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", *(f".tar.{kind}" for kind in ("gz", "bz2", "xz", "zst", "zstd")))
+
+
+def is_tar(name: str) -> bool:
+    """Return whether a file of this name is a tar, plain or compressed."""
+    return name.lower().endswith(TAR_ENDINGS)
+
+
+def split_tars(url: str) -> list[str]:
+    """Return the addresses of tars that are joined by `::`, as webdataset writes several; one address is returned as it is."""
+    parts = url.split("::")
+    return parts if len(parts) > 1 and all(map(is_tar, parts)) else [url]
+
+
 def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
     """Return a local path (or `file://` URL) as an absolute path, an `s3://` URL without a slash at its end.
 
-    Workers have another working directory, so addresses are made absolute before they travel. ConfigError for any other scheme.
+    Workers have another working directory, so addresses are made absolute before they travel; each of several tars joined by `::` is.
+    ConfigError for any other scheme.
     """
     text = os.fspath(url)
+    if len(parts := split_tars(text)) > 1:
+        return "::".join(absolute_url(part, what) for part in parts)
     if not text:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")
     if text.startswith("pipe:"):

@@ -94,7 +94,8 @@ def require_streamable(train: TrainSpec, input: InputSpec) -> None:
     if train.val_split is not None:
         raise ConfigError(
             f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
-            "index the tars without a copy (aecore.data.write.job.adopt_shards), or leave train.val_split out",
+            "index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset), "
+            "or leave train.val_split out",
             hint=Hint("needs-index"),
         )
 

@@ -4,10 +4,11 @@ Every look into a bucket costs a request, so nothing is read twice; and all part
 the dataset.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
@@ -63,7 +64,7 @@ def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, ord
     if "x_pair" in model.train_inputs:
         raise ConfigError(
             f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
-            "Index the tars without a copy (aecore.data.write.job.adopt_shards)",
+            "Index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset)",
             hint=Hint("needs-index"),
         )
     steps = steps_per_epoch(job, dataset)
@@ -107,25 +108,28 @@ class Session:
         """Open what the job trains on and choose its loaders: nothing else depends on the kind of data."""
         job = self.job
         if job.input.streams:
-            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member, split_of, job.transform.pixels)
+            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member, pixels=job.transform.pixels)
             return stream, partial(_stream_loaders, stream)
         dataset = open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
         return dataset, partial(_loaders, dataset)
 
     def _claimed_stream(self) -> StreamDataset | None:
-        """Return the tars that a run of version 1 took for its split, by the split names it knew; None if it is no such run.
+        """Return the tars that a run took for its split, by the rules that it began with; None if these are not its tars, or it is new.
 
-        The tars of a stream are part of the identity: of tars named `dev` or `testing` that version took every one for training data.
+        The tars of a stream are part of the identity: of tars named `dev` or `testing` version 1 took every one for training data. So are
+        the rules by which members become samples.
         """
         job, split = self.job, self.job.train.split
         claimed = None if self.claim is None else self.claim.get("identity", {}).get("data", {}).get(split)
         if claimed is None:
             return None
-        try:
-            dataset = open_stream(job.data, split, job.input.member, split_in_version_1, job.transform.pixels)
-        except DataError:
-            return None
-        return dataset if dataset.training_key(split) == claimed else None
+        known: tuple[tuple[Callable[[str], str], Literal[1, 2]], ...] = ((split_of, 2), (split_in_version_1, 1), (split_of, 1))
+        for split_in_name, rules in known:
+            with contextlib.suppress(DataError):
+                dataset = open_stream(job.data, split, job.input.member, split_in_name, rules, job.transform.pixels)
+                if dataset.training_key(split) == claimed:
+                    return dataset
+        return None
 
     @cached_property
     def model(self) -> Trainable:

@@ -6,7 +6,8 @@ The command line puts it after the message, and a flow into the run's log. The e
 from aecore.errors import AecoreError
 
 HINTS = {
-    "bad-sample": "`aepipe adopt` and `aepipe shard` put such samples into a quarantine",
+    "bad-sample": "`aepipe shard SRC DATASET shards.check=decode shards.max_bad={share}` puts damaged samples into a quarantine, and makes "
+    "images alike with shards.mode=RGB (or L) and shards.resize=SIDE",
     "damaged-dataset": "`aepipe verify {url} --read-data` lists what is wrong",
     "disk-full": "`aepipe gc URL` finds what killed runs left",
     "is-checkpoint": "it is RUN of `aepipe encode RUN DATASET TABLE`",
@@ -16,7 +17,7 @@ HINTS = {
     "is-run": "it is RUN of `aepipe encode RUN DATASET TABLE` and `aepipe evaluate RUN DATASET`",
     "is-samples": "look at it with `aepipe show {url}`",
     "is-table": "look at it with `aepipe show {url}`, which names its dataset and its run",
-    "needs-index": "`aepipe adopt SRC DATASET` makes an index without a copy",
+    "needs-index": "`aepipe adopt SRC DATASET` makes an index without a copy (of compressed tars: `aepipe shard SRC DATASET`)",
     "no-dataset": "`aepipe shard SOURCE {url}` writes a dataset there, `aepipe adopt SOURCE {url}` an index of external tars",
     "no-factors": "`aepipe shard sprites DATASET` makes a dataset with known factors",
     "no-model": "`aepipe train RECIPE data=DATASET out={url}` trains one",

@@ -1,6 +1,7 @@
 """Other people's data through the command line: SRC says its kind, adopted tars go all the way, tars without an index are trained on."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def test_the_kind_of_a_source_is_found_by_names(tmp_path: Path, tars: Path, caps
         "theirs": "webdataset",
         "theirs/00000.tar": "webdataset",
         "theirs/{00000..00001}.tar": "webdataset",
+        "theirs/*.tar": "webdataset",
+        f"theirs/00000.tar::{tars}/00001.tar": "webdataset",
     }
     for name, kind in kinds.items():
         shown = json.loads(printed(capsys, "shard", str(tmp_path / name), str(tmp_path / "out"), "--dry-run", "--json", HERE))
@@ -95,6 +98,24 @@ def test_tars_without_an_index_are_trained_on(tmp_path: Path, tars: Path, capsys
     assert json.loads(printed(capsys, *streamed, "--json"))["steps"] == 5
     assert main(["adopt", str(tars), str(tmp_path / "data"), HERE]) == 0
     assert main(["encode", str(tmp_path / "run"), str(tmp_path / "data"), str(tmp_path / "table"), HERE]) == 0
+
+
+def test_what_a_stream_advises_about_bad_samples_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command that follows the message is run as it is, and its dataset is trained on."""
+    grey, colour = (encoded(np.full(shape, 9, np.uint8), "JPEG") for shape in ((4, 4), (4, 4, 3)))
+    files = [(f"{number:04d}.jpg", {7: grey, 33: colour[:200]}.get(number, colour)) for number in range(40)]
+    tars, run = write_tar(tmp_path / "in/train-0.tar", files).parent, ("model.latent_dim=2", "backbone.hidden=[8]", HERE)
+    streamed = ("train", f"data={tars}", *run, "input.reader=webdataset", "input.shuffle=0", "train.max_steps=8", "train.global_batch=16")
+    said = printed(capsys, *streamed, f"out={tmp_path / 'stopped'}", code=3)
+    share = re.search(r"Set input.max_bad=([\d.]+) or more", said)
+    command = re.search(r"`aepipe (shard SRC DATASET [^`]*)`", said)
+    assert share is not None
+    assert command is not None
+    printed(capsys, *streamed, f"out={tmp_path / 'run'}", f"input.max_bad={share[1]}")
+    places = {"SRC": str(tars), "DATASET": str(tmp_path / "data")}
+    printed(capsys, *(places.get(word, word) for word in command[1].split()), "shards.mode=RGB", HERE)
+    assert json.loads(printed(capsys, "show", str(tmp_path / "data"), "--json"))["samples"] == {"train": 39}
+    printed(capsys, "train", f"data={tmp_path / 'data'}", f"out={tmp_path / 'indexed'}", *run, "train.epochs=1", "train.global_batch=16")
 
 
 @pytest.mark.ray

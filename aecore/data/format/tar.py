@@ -17,7 +17,8 @@ from aecore.native.loops import pack_samples
 BLOCK, RECORD = 512, 10240
 PAGE = mmap.PAGESIZE
 OWNER = b"bigdata"  # what webdataset writes as user and group
-_NAME, _PREFIX, _MAX_SIZE = 100, 155, 0o77777777777
+_NAME, _PREFIX = 100, 155
+MAX_MEMBER_BYTES = 0o77777777777  # 8 GiB - 1: what a USTAR header can hold
 _MODE = b"0000444\0" + b"0000000\0" * 2  # mode, uid, gid
 _MTIME = b"00000000000\0"
 _MAGIC = b"0" + bytes(100) + b"ustar\x0000" + OWNER.ljust(32, b"\0") * 2
@@ -43,7 +44,7 @@ def _write_headers(blocks: NDArray[np.uint8], at: NDArray[np.int64], names: list
     blocks[at, :_NAME] = field
     blocks[at, _SIZE_AT : _SIZE_AT + 11] = digits
     sums = field.sum(axis=1, dtype=np.int64) + digits.sum(axis=1, dtype=np.int64) + (_BLANK_SUM - 11 * ord("0"))
-    if len(max(names, key=len, default=b"")) > _NAME or sizes.max(initial=0) > _MAX_SIZE:
+    if len(max(names, key=len, default=b"")) > _NAME or sizes.max(initial=0) > MAX_MEMBER_BYTES:
         _store_long(blocks, at, names, sizes)
         sums = blocks[at].sum(axis=1, dtype=np.int64)
     blocks[at, _SUM_AT : _SUM_AT + 6] = _octal(sums, _SHIFTS[5:])
@@ -55,7 +56,7 @@ def _octal(values: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArray[np.u
 
 
 def _store_long(blocks: NDArray[np.uint8], at: NDArray[np.int64], names: list[bytes], sizes: NDArray[np.int64]) -> None:
-    if sizes.max() > _MAX_SIZE:
+    if sizes.max() > MAX_MEMBER_BYTES:
         raise DataError(f"a member of {sizes.max()} bytes does not fit a USTAR header (8 GiB at most)")
     for row, name in zip(at.tolist(), names, strict=True):
         if len(name) > _NAME:
@@ -94,7 +95,7 @@ class Samples:
 
     def plain(self, names: str) -> bool:
         """Return whether no name, of those joined in `names`, and no size needs more than the plain fields of a header."""
-        return plain_names(self.keys, self.exts, names) and bool(self.contents.sizes.max(initial=0) <= _MAX_SIZE)
+        return plain_names(self.keys, self.exts, names) and bool(self.contents.sizes.max(initial=0) <= MAX_MEMBER_BYTES)
 
 
 def joined_names(keys: list[str], exts: list[str]) -> str:

@@ -73,8 +73,9 @@ class Layout:
         self.digests = _digests(index.column("sha256"), where)
 
     def _require_order(self, where: str) -> Int64s:
-        """Return the ends of an adopted tar's members, which must be in order without overlap."""
-        if (self.begins < BLOCK).any() or (self.begins[1:] < self.ends[:-1]).any() or (self.ends < self.begins).any():
+        """Return the ends of an adopted tar's members, which must be in order without overlap; links share one place."""
+        linked = (self.begins[1:] == self.begins[:-1]) & (self.ends[1:] == self.ends[:-1])
+        if (self.begins < BLOCK).any() or ((self.begins[1:] < self.ends[:-1]) & ~linked).any() or (self.ends < self.begins).any():
             raise DataError(f"the members in the index of {where} overlap or are out of order: {REMEDY}")
         return self.ends
 

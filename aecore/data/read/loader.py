@@ -44,14 +44,18 @@ class InputSpec:
     epoch_samples: int = knob(0, "webdataset: samples that count as an epoch; 0: the whole run is one, train.max_steps long", ge=0)
     shuffle: int = knob(1000, "webdataset: samples of a rank that are shuffled together", ge=0)
     member: str = knob("", "webdataset: extension of the member that is the sample; empty: the only image or array")
+    max_bad: float = knob(
+        0.01, "webdataset: share of a rank's samples that may be left out because they cannot be used", ge=0.0, le=1.0, identity=False
+    )
     cache: Literal["auto", "ram", "none"] = knob("auto", "keep decoded samples in RAM: auto if the split fits cache_bytes", identity=False)
     cache_bytes: int = knob(2 << 30, "bytes of RAM for decoded samples, per rank", ge=0, identity=False)
     prefetch: int = knob(2, "batches read ahead by a thread; 0 reads in the training loop", ge=0, identity=False)
 
     def __post_init__(self) -> None:
-        if not self.streams and (self.resampled or self.epoch_samples or self.member):
+        if not self.streams and (self.resampled or self.epoch_samples or self.member or self.max_bad != InputSpec.max_bad):
             raise ConfigError(
-                "input.resampled, input.epoch_samples and input.member belong to input.reader=webdataset: set it, or leave them out"
+                "input.resampled, input.epoch_samples, input.member and input.max_bad belong to input.reader=webdataset: "
+                "set it, or leave them out"
             )
 
     @property

@@ -10,67 +10,81 @@ What does not hold, unlike with our own shards (`adopt_shards` gives them all ba
   `input.resampled` tars are drawn with replacement. Hence the length is set in steps (`train.max_steps`) or in samples
   (`input.epoch_samples`).
 - A resumed run draws its tars anew, by (seed, step): reproducibly, but not as the uninterrupted run would have.
-- There are no hashes: the run's identity holds names and sizes of the tars. A sample that cannot be decoded stops the run.
-- There is no validation split and no quarantine. Ordinals number the rows of the steps.
+- There are no hashes: the run's identity holds names and sizes of the tars.
+- There is no validation split and no quarantine. Ordinals number the rows of the steps. A sample that cannot be used is left out, logged
+  and counted; the run stops when more than `input.max_bad` of the samples that a rank has read are of that kind.
 """
 
 import functools
 import logging
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from aecore._base.batch import Batch
 from aecore.data.classes import UNKNOWN, numbers_of, quoted
-from aecore.data.format.decode import DecodeError, Decoder
+from aecore.data.format.decode import DecodeError, Decoder, Pixels
 from aecore.data.format.image import BadSample, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
-from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.sample_format import SampleFormat, common_formats
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
-from aecore.data.sources._external_tars import ExternalTars, TarFile, data_member
+from aecore.data.sources import Unusable
+from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._names import split_of
+from aecore.data.sources._npz import only_array
+from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._tar_file import TarFile
+from aecore.data.sources._tar_samples import ARCHIVED, Reading, tar_samples
 from aecore.errors import DataError, Hint
 from aecore.store import sha256_json
 from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
 MAX_CLASS_BYTES, MAX_DIGITS = 1 << 10, 18
-StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `data` and `cls`
-REMEDY = "adopt_shards and shard_dataset (aecore.data.write.job) put such samples into a quarantine"
+TRIED, TRIED_BYTES = 16, 1 << 24  # samples whose formats are compared when a stream is opened, and their bytes at most after the first one
+MOST_REMEMBERED = 10_000  # different bad samples
+LOGGED = 3  # bad samples that are logged one by one
+FEWEST = 1000  # samples that the share of bad ones is of, at least: the first one of ten is no tenth of the data
+StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `ext`, `data`, `cls` and `bad`
 
 
 @dataclass(frozen=True, slots=True)
 class StreamDataset:
-    """The tars of one split: sizes in bytes by name below `url`, and the format of the first sample; a `TrainingData`."""
+    """The tars of one split: sizes in bytes by name below `url`, and the format of their samples; a `TrainingData`.
+
+    `rules` are those by which members become samples (see `_tar_samples`): 1 in a run that version 1 began.
+    """
 
     url: str
     split: str
     tars: Mapping[str, int]
     sample_format: SampleFormat
+    rules: Literal[1, 2] = 1
     number = 0  # this and the next are no fields: the same for all tars without an index
     classes = None
 
     @property
     def dataset_sha256(self) -> str:
-        """The hash of split, names and sizes."""
+        """The hash of split, names, sizes and rules."""
         return self.training_key(self.split)
 
     def training_key(self, split: str) -> str:
-        """Return the hash of split, names and sizes; DataError if it is another split than the opened one."""
+        """Return the hash of split, names, sizes and rules; DataError if it is another split than the opened one."""
         if split != self.split:
             raise DataError(f"the tars of {self.url} were opened for split {self.split!r}, not {split!r}")
         # laid out like `manifest.content_sha256`, of shards without counts: it is in the claims of runs
         rows = [[split, name, 0, "", sha256_json({"name": name, "bytes": size})] for name, size in self.tars.items()]
-        return sha256_json({"shards": rows, "classes": []})
+        return sha256_json({"shards": rows, "classes": []} | ({} if self.rules == 1 else {"rules": self.rules}))
 
     def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
-        """Return the shape of the first sample, images as `(C, H, W)`."""
+        """Return the shape of a sample, images as `(C, H, W)`."""
         return self.sample_format.tensor_shape
 
     def num_samples(self, split: str) -> None:
@@ -82,53 +96,139 @@ class StreamDataset:
 
 
 def open_stream(
-    url: str, split: str, member: str = "", split_in_name: Callable[[str], str] = split_of, pixels: PixelsVersion = 2
+    url: str,
+    split: str,
+    member: str = "",
+    split_in_name: Callable[[str], str] = split_of,
+    rules: Literal[1, 2] = 2,
+    pixels: PixelsVersion = 2,
 ) -> StreamDataset:
-    """Open the tars of `split`: lists them and reads the first sample.
+    """Open the tars of `split`: lists them and reads the first samples. Most of them decide the format (by `rules=1`: the first one).
 
     `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`.
 
     Raises
     ------
     DataError
-        If there are no tars (of that split), or the first one holds no sample that can be read.
+        If there are no tars (of that split), or none of the first samples can be read.
     """
-    tars = ExternalTars.at(url, "data")
+    tars = ExternalTars.at(url, "data", rules)
     sizes = tars.sizes()
     splits = {name: split_in_name(name) for name in tars.names}
     names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
     if not names:
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names have {', '.join(sorted(set(splits.values())))})")
-    where, (ext, data, _) = _first(tars, names, member)
-    try:
-        header = image_header(data, ext, pixels=pixels) if ext in IMAGE_EXTENSIONS else array_header(data, pixels=pixels)
-        format_text = header.format_text
-    except BadSample as bad:
-        raise DataError(f"the first sample of {where} cannot be read ({bad}): {REMEDY}", hint=Hint("bad-sample")) from bad
-    return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, SampleFormat.parse(format_text))
+    sample_format = _format(tars, names, Reading(member, "input.member", rules), pixels)
+    return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, sample_format, rules)
 
 
-def _first(tars: ExternalTars, names: list[str], member: str) -> tuple[str, tuple[str, bytes, str]]:
+def _format(tars: ExternalTars, names: list[str], reading: Reading, pixels: PixelsVersion) -> SampleFormat:
+    """Return the most frequent format of the first samples that can be read; DataError if none of the first `FEWEST` can."""
+    found, nbytes, tried, why = Counter[str](), 0, 0, ""
     for name in names:
-        for _, found in _read(tars, name, member, Counter()):
-            return f"{tars.files.url}/{name}", found
-    raise DataError(f"{tars.files.url} holds no sample with an image or array in {len(names)} tars: check data, or set input.member")
+        for sample in _read(tars, name, reading, Skipped()):
+            tried += 1
+            try:
+                text = _format_of(sample, pixels)
+            except BadSample as bad:
+                why = why or f"; the first of them is {sample['__key__']!r} of {sample['__url__']}: {bad}"
+            else:
+                nbytes += len(sample["data"]) if found else 0
+                found[text] += 1
+            if found and (reading.rules == 1 or found.total() >= TRIED or nbytes > TRIED_BYTES):
+                return _most_common(found)
+            if not found and tried >= FEWEST:
+                break
+        if not found and tried >= FEWEST:
+            break
+    if not found:
+        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {len(names)} tars"
+        raise DataError(f"{tars.files.url} holds no image or array that can be trained on: {first}: check data, or set input.member")
+    return _most_common(found)
 
 
-def _read(tars: ExternalTars, name: str, member: str, skipped: Counter[str]) -> Iterator[tuple[str, tuple[str, bytes, str]]]:
-    """Yield key, and codec, bytes and class ("": none) of each sample of one tar."""
+def _most_common(found: Counter[str]) -> SampleFormat:
+    """Return the one format that all have, whether with alpha or without, or else that of most."""
+    common = common_formats(map(SampleFormat.parse, found))
+    return common.pop() if len(common) == 1 else SampleFormat.parse(found.most_common(1)[0][0])
+
+
+def _format_of(sample: StreamSample, pixels: PixelsVersion) -> str:
+    """Return the format of a sample; BadSample if it has none that is decoded."""
+    if sample["bad"] is not None:
+        raise BadSample(*sample["bad"])
+    is_image = sample["ext"] in IMAGE_EXTENSIONS
+    header = image_header(sample["data"], sample["ext"], pixels=pixels) if is_image else array_header(sample["data"], pixels=pixels)
+    try:
+        SampleFormat.parse(header.format_text)
+    except DataError as error:
+        raise BadSample("unsupported", str(error)) from error
+    return header.format_text
+
+
+def _read(tars: ExternalTars, name: str, reading: Reading, skipped: Skipped) -> Iterator[StreamSample]:
+    """Yield the samples of one tar, also those that cannot be used (`bad`); `cls` is the class that is stated ("": none)."""
     tar = TarFile(tars.files, name)
     try:
-        for sample in tar.samples(skipped):
-            chosen = data_member(sample, member, tar.where, "input.member")
-            if chosen is None:
-                skipped["samples without an image or array"] += 1
-                continue
-            cls = sample.members.get("cls")
+        samples, broken = tar_samples(tar, reading, skipped)
+        if broken is not None:
+            remedy = "or use shard_dataset or adopt_shards with source.bad_tars=skip, which put what is known of it into a quarantine"
+            raise DataError(f"{broken}; {remedy}") from broken
+        for sample in samples:
+            cls, bad, data = sample.members.get("cls"), sample.bad, b""
             text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
-            yield sample.key, (chosen[0], tar.read(chosen[1]), text.decode("utf-8", "replace"))
+            ext = sample.data.name.lower().rpartition(".")[2]
+            if bad is None:
+                data = tar.read(sample.data)
+                try:
+                    ext, data = ("npy", only_array(data)) if ext == ARCHIVED else (ext, data)
+                except BadSample as error:
+                    bad = Unusable(error.reason, error.message)
+            yield {
+                "__key__": sample.key,
+                "__url__": tar.where,
+                "ext": ext,
+                "data": data,
+                "cls": text.decode("utf-8", "replace"),
+                "bad": bad,
+            }
     finally:
         tar.close()
+
+
+class _Tally:
+    """The samples that one rank has used or left out; DataError when too many are bad.
+
+    `in_pass` is the number of samples that this rank reads of all tars, once it is known.
+    """
+
+    def __init__(self, most: float, expected: str) -> None:
+        self._most, self._expected = most, expected
+        self.judged = self.bad = self.in_pass = 0
+        self._different: set[tuple[str, str]] = set()  # a pass meets the same ones again
+
+    def add(self, sample: StreamSample, why: BadSample) -> None:
+        """Count a bad sample: log the first ones, then the tenth, the hundredth, ..."""
+        self.judged += 1
+        self.bad += 1
+        if len(self._different) < MOST_REMEMBERED:
+            self._different.add((sample["__url__"], sample["__key__"]))
+        text = f"{sample['__url__']}: sample {sample['__key__']!r} cannot be trained on ({why})"
+        total = max(self.judged, min(FEWEST, self.in_pass or FEWEST))
+        if self.bad <= self._most * total and not FEWEST <= self.bad == self.judged:
+            if self.bad <= LOGGED or str(self.bad).strip("0") == "1":
+                logger.warning("%s and is left out: %d of %d samples so far", text, self.bad, self.judged)
+            return
+        # twice the share so far, since what has not been read may be worse: advice is not to be refused in the next attempt
+        found = max(self.bad / self.judged, len(self._different) / self.in_pass if self.in_pass else 0)
+        share = min(1.0, math.ceil(2000 * found) / 1000)
+        raise DataError(
+            f"{text}, one of {self.bad} bad samples of {total}, more than input.max_bad={self._most:g} allows. The run trains on "
+            f"{self._expected}. Set input.max_bad={share:g} or more to leave such samples out, or write a dataset with "
+            f"shard_dataset, shards.check=decode and shards.max_bad={share:g}, which lists them in its quarantine (and makes "
+            "images alike: shards.resize, shards.mode)",
+            hint=Hint("bad-sample", {"share": f"{share:g}"}),
+        )
 
 
 class StreamLoader:
@@ -153,6 +253,7 @@ class StreamLoader:
         self._names = list(dataset.tars)
         self._tars = ExternalTars.named(dataset.url, tuple(self._names))
         self._sample = dataset.sample_format
+        self._reading, self._pixels_version = Reading(spec.member, "input.member", dataset.rules), transform.pixels
         self._decoder = Decoder(transform.reading, self._sample)
         self._order, self._spec = order, spec
         self._seed = f"{dataset.dataset_sha256}|{order.seed}"
@@ -160,7 +261,8 @@ class StreamLoader:
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's part of the global batches [start_step, stop_step), on and on if `stop_step` is None.
 
-        DataError names the tar and the key of a sample that does not decode to the format of the first one.
+        A sample that does not decode to the format of the others is left out, and the next one takes its place. DataError if there
+        are too many of them, or a tar is broken.
         """
         return prefetched(self._batches(start_step, stop_step), self._spec.prefetch)
 
@@ -178,20 +280,21 @@ class StreamLoader:
     def _batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         order, size = self._order, self._order.global_batch
         positions = torch.arange(order.rank * size // order.world_size, (order.rank + 1) * size // order.world_size)
-        samples, step = iter(self._pipeline(start)), start
+        shape, kind = self._sample.shape, self._sample.dtype
+        expected = f"{'images' if self._sample.image else 'arrays'} of shape {shape} and dtype {kind}"
+        tally = _Tally(self._spec.max_bad, expected)
+        samples, step = iter(self._pipeline(start, tally)), start
         while stop is None or step < stop:
-            rows = [next(samples) for _ in range(len(positions))]
-            yield self._batch(rows, positions, step * size)
+            yield self._batch(samples, positions, step * size, tally)
             step += 1
 
-    def _batch(self, rows: list[StreamSample], positions: torch.Tensor, first: int) -> Batch:
-        try:
-            pixels = self._decoder.batch([row["data"] for row in rows])
-        except DecodeError as error:
-            row = rows[error.row]
-            raise DataError(
-                f"{row['__url__']}: sample {row['__key__']!r} cannot be trained on ({error}): {REMEDY}", hint=Hint("bad-sample")
-            ) from error
+    def _batch(self, samples: Iterator[StreamSample], positions: torch.Tensor, first: int, tally: _Tally) -> Batch:
+        rows = [next(samples) for _ in range(len(positions))]
+        pixels, at = self._pixels(rows, range(len(rows)), tally)
+        while at:  # a bad sample's place is taken by the next one
+            for row in at:
+                rows[row] = next(samples)
+            pixels[at], at = self._pixels([rows[row] for row in at], at, tally)
         x = torch.from_numpy(pixels)
         labels = [self._label(row) for row in rows]
         label = None if None in labels else torch.tensor(labels)
@@ -213,12 +316,31 @@ class StreamLoader:
             )
         return self._labels[text]
 
-    def _pipeline(self, start: int) -> Iterable[StreamSample]:
+    def _pixels(self, rows: Sequence[StreamSample], at: Sequence[int], tally: _Tally) -> tuple[Pixels, list[int]]:
+        """Return the decoded samples, whose rows in the batch are `at`, and the rows of those that do not decode."""
+        found = list[DecodeError]()
+        pixels = self._decoder.batch([row["data"] for row in rows], found.append)
+        tally.judged += len(rows) - len(found)
+        for error in found:
+            tally.add(rows[error.row], self._why(rows[error.row], error))
+        return pixels, [at[error.row] for error in found]
+
+    def _why(self, row: StreamSample, error: DecodeError) -> BadSample:
+        """Return why a sample did not decode: another format than the others have, or what the decoder says."""
+        try:
+            text = _format_of(row, self._pixels_version)
+        except BadSample as bad:
+            return bad
+        if SampleFormat.parse(text).without_alpha != self._sample.without_alpha:
+            return BadSample("format", f"its format is {text}")
+        return BadSample(error.reason, str(error))
+
+    def _pipeline(self, start: int, tally: _Tally) -> Iterable[StreamSample]:
         """Return the endless webdataset pipeline of this rank from step `start` on: tars, samples, shuffle."""
         from webdataset import FluidWrapper, filters
 
         rank = f"{self._order.rank} of {self._order.world_size}"
-        stages = [self._samples]
+        stages = [functools.partial(self._samples, tally)]
         if self._spec.shuffle > 1:
             rng = random.Random(f"{self._seed}|{start}|{rank}|samples")
             stages.append(filters.shuffle(self._spec.shuffle, initial=self._spec.shuffle, rng=rng))
@@ -243,22 +365,33 @@ class StreamLoader:
             )
             number += 1
 
-    def _samples(self, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:
-        empty, logged = 0, Counter[str]()
+    def _samples(self, tally: _Tally, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:
+        empty, logged, total, num_tars = 0, set[str](), 0, 0
+        rank, world_size = self._order.rank, self._order.world_size
+        per_pass = len(self._names[rank::world_size]) if len(self._names) >= world_size else len(self._names)
         for name, first, step in drawn:
-            skipped, count = Counter[str](), 0
-            for number, (key, (_, data, label)) in enumerate(_read(self._tars, name, self._spec.member, skipped)):
-                if number % step == first:
-                    count += 1
-                    yield {"__key__": key, "__url__": f"{self._tars.files.url}/{name}", "data": data, "cls": label}
+            skipped, count = Skipped(), 0
+            for number, sample in enumerate(_read(self._tars, name, self._reading, skipped)):
+                if number % step != first:
+                    continue
+                total += 1
+                if sample["bad"] is not None:
+                    tally.add(sample, BadSample(*sample["bad"]))
+                    continue
+                count += 1
+                yield sample
             self._log_skipped(name, skipped, logged)
+            num_tars += 1
+            if num_tars == per_pass:
+                tally.in_pass = total
             empty = 0 if count else empty + 1
             if empty > 2 * len(self._names) + 100:
                 raise DataError(f"{self._tars.files.url}: rank {self._order.rank} found no sample in {empty} tars: use fewer workers")
 
-    def _log_skipped(self, name: str, skipped: Counter[str], logged: Counter[str]) -> None:
+    def _log_skipped(self, name: str, skipped: Skipped, logged: set[str]) -> None:
         """Log each kind of skipped members once."""
-        for what, count in skipped.items():
-            if not logged[what] and self._order.rank == 0:
-                logger.warning("%s/%s: skipped %d %s (logged once, not for every tar)", self._tars.files.url, name, count, what)
-            logged[what] += count
+        for what, count, examples in skipped.kinds():
+            if what not in logged and self._order.rank == 0:
+                text = "%s/%s: skipped %d %s, %s (logged once, not for every tar)"
+                logger.warning(text, self._tars.files.url, name, count, what, examples)
+            logged.add(what)

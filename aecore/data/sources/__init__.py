@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,13 @@ from aecore.errors import DataError
 from aecore.store import read_again
 
 T = TypeVar("T")
+
+
+class Unusable(NamedTuple):
+    """Why a sample cannot be used: a short `reason` that is counted, and a readable `message`."""
+
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,8 @@ class Listing:
         Further columns for the index (factors, metadata), n values each.
     notes : tuple of str
         Messages for the user (files that were skipped).
+    unusable : list of Unusable or None, optional
+        Why a sample cannot be used, None for each that can. Such samples are planned and go to the quarantine unread.
     """
 
     keys: list[str]
@@ -61,9 +70,11 @@ class Listing:
     label_paths: bool = True
     label_rule: str = "path"
     paths: list[str] | None = None
+    unusable: list[Unusable | None] | None = None
 
     def __post_init__(self) -> None:
-        columns = [self.sources, self.sizes, self.label_names, self.splits, self.groups, self.paths, *self.columns.values()]
+        texts = (self.sources, self.label_names, self.splits, self.groups, self.paths)
+        columns = [*texts, self.sizes, self.unusable, *self.columns.values()]
         assert all(column is None or len(column) == len(self.keys) for column in columns), "columns of a listing differ in length"
 
     def __len__(self) -> int:
@@ -83,6 +94,7 @@ class Listing:
             self.label_paths,
             self.label_rule,
             take(self.paths, rows),
+            take(self.unusable, rows),
         )
 
     def sha256(self) -> str:
@@ -96,6 +108,8 @@ class Listing:
         numbers = {"sizes": self.sizes, **{f"columns.{name}": self.columns[name] for name in sorted(self.columns)}}
         for name, column in numbers.items():
             digest.update(json.dumps([name, column.tolist()]).encode())
+        if self.unusable is not None:
+            digest.update(json.dumps(["unusable", self.unusable]).encode())
         return digest.hexdigest()
 
 
@@ -124,7 +138,10 @@ class Source(Protocol):
         """List all samples. DataError if the source is missing, unreadable or empty."""
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension (lower case, no dot) and all bytes of one listed sample; OSError or StoreError if it cannot be read."""
+        """Return extension (lower case, no dot) and all bytes of one listed sample.
+
+        Raises OSError or StoreError if it cannot be read, BadSample if what was read is no sample.
+        """
 
 
 def file_root(source: Source) -> Path | None:

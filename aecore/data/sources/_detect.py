@@ -10,9 +10,8 @@ from aecore.artifact.kinds import detect_artifact
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.sources._arrayfile import array_format
 from aecore.data.sources._arrayshapes import Peek, hold_rows, peek
-from aecore.data.sources._external_tars import TAR_ENDINGS
 from aecore.errors import ConfigError
-from aecore.store import absolute_url, is_remote, open_store
+from aecore.store import absolute_url, is_remote, is_tar, open_store
 
 DEFAULT = "folder"
 PEEKED = 16  # files whose headers are read
@@ -100,7 +99,7 @@ def _names(folder: str) -> Iterator[str]:
 
 
 def _of_name(name: str) -> str | None:
-    if name.endswith(TAR_ENDINGS):
+    if is_tar(name):
         return "webdataset"
     if array_format(name) is not None:
         return "arrays"

@@ -1,251 +1,18 @@
-"""Read external tars: every header is parsed and checked once, members become samples by webdataset's rule, nothing is extracted.
+"""Where external tars are: a folder, one file, patterns with braces or stars, several addresses joined by `::`."""
 
-Stricter than `tarfile`, which takes a damaged header for the end: a wrong checksum, a member beyond the end of the file or an archive
-without its end are a DataError. PAX and GNU long names and sizes are understood; links, devices, sparse files and names that
-leave the archive are skipped and counted. A member's name is only ever a name: no path is made of it.
-"""
-
-import gzip
-import io
+import itertools
 import os
 import re
-import struct
-import tempfile
-import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from fnmatch import fnmatchcase
 
-from aecore.data.format.record import DATA_EXTENSIONS
-from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import expand_braces
-from aecore.errors import DataError, disk_error
-from aecore.store import Files, absolute_url, close_read, open_files, read_again
+from aecore.errors import ConfigError, DataError
+from aecore.store import Files, LocalFiles, absolute_url, is_remote, is_tar, open_files, split_tars
 
-BLOCK, CHUNK_BYTES = 512, 1 << 20
-MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
-MAX_DIGITS = 20  # of a PAX size
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
-MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
-_KINDS = {b"1": "hard links", b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
-_EMPTY = bytes(BLOCK)
-_CHECKSUM_AT = slice(148, 156)
-_fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 155s 12x").unpack
-
-
-class Member(NamedTuple):
-    """One regular file of a tar: its name, offset and size."""
-
-    name: str
-    offset: int
-    size: int
-
-
-class ExternalSample(NamedTuple):
-    """Members of one key by extension (lower case), at any positions in the tar."""
-
-    key: str
-    members: dict[str, Member]
-
-
-class TarFile:
-    """An open external tar, gzip'ed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
-
-    A gzip'ed one is inflated to an unnamed file first, to at most `limit` bytes, the value of `option` (0: see `InflateLimit`; DataError).
-    """
-
-    def __init__(self, files: Files, name: str, limit: int = 0, option: str = "") -> None:
-        self.where = f"{files.url}/{name}"
-        self._files, self._name, self._limit, self._option = files, name, limit, option
-        self.descriptor = read_again(self._opened, self.where)
-        self.size = os.fstat(self.descriptor).st_size
-
-    def _opened(self) -> int:
-        try:
-            descriptor = self._files.open(self._name)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
-        if self._name.endswith(".tar"):
-            return descriptor
-        return _inflated(descriptor, self.where, InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option))
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        close_read(self.descriptor)
-
-    def read(self, member: Member) -> bytes:
-        """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read."""
-        data = self._read(member.size, member.offset)
-        if len(data) != member.size:
-            raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
-        return data
-
-    def _read(self, size: int, offset: int) -> bytes:
-        """Return the bytes at `offset`, fewer only where the file ends; StoreError if it cannot be read."""
-        try:
-            return _pread(self.descriptor, size, offset)
-        except OSError as error:
-            return read_again(lambda: self._reread(size, offset), self.where, error)
-
-    def _reread(self, size: int, offset: int) -> bytes:
-        """Reopen the file, since the descriptor may be stale, and read."""
-        descriptor = self._opened()
-        os.dup2(descriptor, self.descriptor, inheritable=False)
-        close_read(descriptor)
-        return _pread(self.descriptor, size, offset)
-
-    def samples(self, skipped: Counter[str]) -> list[ExternalSample]:
-        """Return the samples in the order of their first members; skipped members are counted in `skipped`.
-
-        Raises
-        ------
-        DataError
-            If the tar is damaged or truncated, or two members have one name.
-        """
-        found: dict[str, dict[str, Member]] = {}
-        for member in self.members(skipped):
-            match = MEMBER_NAME.fullmatch(member.name)
-            if match is None or (member.name.startswith("__") and member.name.endswith("__")):
-                skipped["files without a key and an extension"] += 1
-                continue
-            extensions = found.setdefault(match[1], {})
-            if match[2].lower() in extensions:
-                raise DataError(f"{self.where} has {member.name!r} twice, and it is not known which one is meant: write the tar again")
-            extensions[match[2].lower()] = member
-        return [ExternalSample(key, members) for key, members in found.items()]
-
-    def members(self, skipped: Counter[str]) -> Iterator[Member]:
-        """Yield the regular files in order, with safe names; DataError if the tar is damaged or truncated."""
-        position, extended = 0, dict[str, str]()  # fields that PAX and GNU headers set for the next member
-        while (block := self._block(position)) != _EMPTY:
-            name, size, kind = self._header(block, position)
-            start = position + BLOCK
-            if kind in (b"x", b"L", b"K", b"g"):
-                extended |= self._extended(kind, start, size)
-                position = start + size + -size % BLOCK
-                continue
-            size = self._extended_size(extended, size, position)
-            name, is_sparse = extended.get("path", name), any(key.startswith("GNU.sparse") for key in extended)
-            extended = {}
-            has_data = kind not in (b"1", b"2", b"3", b"4", b"5", b"6")
-            position = start + (size + -size % BLOCK if has_data else 0)
-            if position > self.size or (has_data and start + size > self.size):
-                raise DataError(
-                    f"{self.where} is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}: restore it"
-                )
-            if kind in (b"0", b"\0", b"7") and not is_sparse and not name.endswith("/"):
-                yield from self._safe(Member(name.removeprefix("./"), start, size), skipped)
-            elif kind != b"5" and not name.endswith("/"):
-                skipped["sparse files" if is_sparse else _KINDS.get(kind, f"members of type {kind!r}")] += 1
-        self._after_end(position, skipped)
-
-    def _safe(self, member: Member, skipped: Counter[str]) -> Iterator[Member]:
-        if member.name.startswith("/") or ".." in member.name.split("/") or "\0" in member.name:
-            skipped["members whose name leaves the archive (.. or /)"] += 1
-        else:
-            yield member
-
-    def _block(self, position: int) -> bytes:
-        block = self._read(BLOCK, position)
-        if len(block) < BLOCK:
-            raise DataError(
-                f"{self.where} is truncated: it ends at byte {self.size} without the two empty blocks of a whole tar: restore it"
-            )
-        return block
-
-    def _header(self, block: bytes, position: int) -> tuple[str, int, bytes]:
-        """Return name, size and type of a header block; DataError if its checksum is wrong."""
-        name, _, _, _, size, _, checksum, kind, _, magic, _, _, _, _, _, prefix = _fields(block)
-        try:
-            right = int(checksum.strip(b" \0") or b"-1", 8) == sum(block) - sum(block[_CHECKSUM_AT]) + 8 * ord(" ")
-            num_bytes = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
-            right = right and num_bytes >= 0  # a negative size would move the position back: an endless loop
-        except ValueError:
-            right, num_bytes = False, 0
-        if not right:
-            what = "is not a tar" if position == 0 else f"is damaged at byte {position}"
-            raise DataError(f"{self.where} {what} (no header with a valid checksum): restore it")
-        text = _text(name)
-        folder = _text(prefix) if magic == b"ustar\0" else ""
-        return (f"{folder}/{text}" if folder else text), num_bytes, kind
-
-    def _extended(self, kind: bytes, start: int, size: int) -> dict[str, str]:
-        """Return the fields that a PAX or GNU header sets for the next member; a global header may not set a name or size."""
-        if size > MAX_EXTENDED_BYTES or start + size > self.size:
-            raise DataError(f"{self.where} has a header of {size} bytes at byte {start}: it is damaged or truncated: restore it")
-        data = self._read(size, start)
-        if kind == b"L":
-            return {"path": _text(data)}
-        found = {} if kind == b"K" else self._pax(data, start)
-        if kind == b"g" and {"path", "size"} & found.keys():
-            raise DataError(f"{self.where} gives all its members one name or size at byte {start}: it is damaged or hostile")
-        return {} if kind == b"g" else found
-
-    def _extended_size(self, extended: dict[str, str], size: int, position: int) -> int:
-        text = extended.get("size", "")
-        if len(text) > MAX_DIGITS:
-            raise DataError(f"{self.where} has a damaged PAX header at byte {position}: it states a size of {len(text)} digits: restore it")
-        return int(text) if text.isdecimal() else size
-
-    def _pax(self, data: bytes, start: int) -> dict[str, str]:
-        found: dict[str, str] = {}
-        while data:
-            length, _, rest = data.partition(b" ")
-            size = int(length) if length.isdigit() and len(length) < 8 else 0
-            record = data[len(length) + 1 : size - 1]
-            if not rest or not len(length) + 2 < size <= len(data) or b"=" not in record or data[size - 1 : size] != b"\n":
-                raise DataError(f"{self.where} has a damaged PAX header at byte {start}: restore it")
-            key, _, value = record.partition(b"=")
-            found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-            data = data[size:]
-        return found
-
-    def _after_end(self, position: int, skipped: Counter[str]) -> None:
-        while piece := self._read(CHUNK_BYTES, position):
-            if piece.count(0) != len(piece):
-                skipped[f"bytes after the end of the archive {self.where}"] += self.size - position
-                return
-            position += len(piece)
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Return `size` bytes, fewer only at the end of the file: a single `pread` may return fewer."""
-    data = os.pread(descriptor, size, offset)
-    while data and len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    return data
-
-
-def _inflated(descriptor: int, where: str, limit: InflateLimit) -> int:
-    """Return the descriptor of an unnamed file with the inflated bytes; `descriptor` is closed."""
-    with (
-        os.fdopen(descriptor, "rb") as packed,
-        gzip.GzipFile(fileobj=packed) as stream,
-        tempfile.TemporaryFile(buffering=0) as file,  # unbuffered: its end writes nothing, so that only `_append` can fail
-    ):
-        size = 0
-        try:
-            while piece := stream.read(CHUNK_BYTES):
-                size += len(piece)
-                limit.require(size, f"{where} inflates to")
-                _append(file, piece, where)
-        except (zlib.error, gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{where} is damaged or truncated: its gzip data cannot be inflated ({error}): restore it") from error
-        return os.dup(file.fileno())
-
-
-def _append(file: io.FileIO, piece: bytes, where: str) -> None:
-    """Write all of `piece`; StoreError, not an OSError: to read the source again would not help."""
-    try:
-        while piece:
-            piece = piece[file.write(piece) :]
-    except OSError as error:
-        raise disk_error(f"cannot inflate {where} in {tempfile.gettempdir()} (TMPDIR): {error.strerror or error}", error) from error
+_ENDINGS_IN_VERSION_1 = (".tar", ".tar.gz", ".tgz")
+_SPECIAL = re.compile(r"[*?\[{]")
 
 
 @dataclass(frozen=True)
@@ -257,20 +24,52 @@ class ExternalTars:
     others: int = 0
 
     @classmethod
-    def at(cls, url: str, what: str = "source.url") -> "ExternalTars":
-        """Return the tars of a folder (with all below it), of one file, or of a pattern such as `shards/{00000..00009}.tar`.
+    def at(cls, url: str, what: str = "source.url", rules: int = 2) -> "ExternalTars":
+        """Return the tars at an address, as webdataset writes it.
 
-        DataError if there is none; the files of a pattern are checked when they are opened.
+        A folder means all tars below it. `shards/{00000..00009}.tar` and `{a,b}.tar` name files, which are checked when they are opened;
+        `*`, `?` and `[...]` match within a name and `**` over folders; `a.tar::b.tar` joins addresses. With `rules=1`, those of
+        version 1, a folder's tars have one of the endings that it knew, and links to folders are left out.
+
+        Raises
+        ------
+        DataError
+            If there is no tar.
+        ConfigError
+            If braces do not match each other, or joined addresses are in different places.
         """
-        where = absolute_url(url, what)
-        if where.endswith(TAR_ENDINGS):
-            folder = where.partition("{")[0].rpartition("/")[0]
-            return cls(open_files(folder or "/"), tuple(expand_braces(where[len(folder) + 1 :])))
+        parts = split_tars(absolute_url(url, what))
+        if len(parts) == 1 and not _is_pattern(parts[0]):
+            if is_tar(parts[0]) and not os.path.isdir(parts[0]):
+                folder, _, name = parts[0].rpartition("/")
+                return cls(open_files(folder or "/"), (name,))
+            return cls._in_folder(parts[0], rules)
+        wanted = [name for part in parts for name in (expand_braces(part) if "{" in part and _is_pattern(part) else [part])]
+        root = _common_folder([name if not _is_pattern(name) else name[: _SPECIAL.search(name).start()] for name in wanted], what)  # type: ignore[union-attr]  # a pattern has one
+        files = open_files(root or "/")
+        start = len(root) + (not root.endswith("/"))
+        known: list[str] | None = None
+        names = list[str]()
+        for name in wanted:
+            if not _is_pattern(name):
+                names.append(name[start:])
+                continue
+            known = [there for there in _sizes(files, rules) if is_tar(there)] if known is None else known
+            found = _matches(name[start:], known)
+            if not found:
+                raise DataError(f"no tar matches {name}: check the address, {len(known)} tars are below {files.url}")
+            names += found
+        return cls(files, tuple(dict.fromkeys(names)))
+
+    @classmethod
+    def _in_folder(cls, where: str, rules: int) -> "ExternalTars":
         files = open_files(where)
-        sizes = files.sizes()
-        names = sorted(name for name in sizes if name.endswith(TAR_ENDINGS))
+        sizes = _sizes(files, rules)
+        names = sorted(name for name in sizes if (name.endswith(_ENDINGS_IN_VERSION_1) if rules == 1 else is_tar(name)))
         if not names:
-            raise DataError(f"{files.url} holds no .tar, .tar.gz or .tgz file: check the address")
+            raise DataError(
+                f"{files.url} holds no .tar file, plain or compressed (.tar.gz, .tgz, .tar.zst, .tar.bz2, .tar.xz): check the address"
+            )
         return cls(files, tuple(names), len(sizes) - len(names))
 
     @classmethod
@@ -280,22 +79,42 @@ class ExternalTars:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each tar; DataError if one is missing."""
-        known = self.files.sizes()
+        known = _sizes(self.files, rules=2)
         for name in self.names:
             if name not in known:
                 raise DataError(f"{self.files.url}/{name} does not exist: check the address")
         return {name: known[name] for name in self.names}
 
 
-def data_member(sample: ExternalSample, wanted: str, where: str, option: str = "source.member") -> tuple[str, Member] | None:
-    """Return codec and member of a sample's image or array, None if it has none; DataError if it is ambiguous.
+def _sizes(files: Files, rules: int) -> dict[str, int]:
+    """Return the files of a folder; below a local one also those in folders that are links, unless by the rules of version 1."""
+    return files.sizes(follow_links=True) if isinstance(files, LocalFiles) and rules > 1 else files.sizes()
 
-    `wanted` is the extension to take (`seg.png`; its last part is the codec), "" the only one of the allow-list.
-    """
-    if wanted:
-        member = sample.members.get(wanted)
-        return None if member is None else (wanted.rpartition(".")[2], member)
-    found = [ext for ext in sample.members if ext in DATA_EXTENSIONS]
-    if len(found) > 1:
-        raise DataError(f"{where}: sample {sample.key!r} has the images {', '.join(found)}: choose one with {option}=<extension>")
-    return (found[0], sample.members[found[0]]) if found else None
+
+def _is_pattern(where: str) -> bool:
+    """Return whether an address has braces or stars and is no file or folder of that very name."""
+    return _SPECIAL.search(where) is not None and (is_remote(where) or not os.path.exists(where))
+
+
+def _common_folder(places: Iterable[str], what: str) -> str:
+    """Return the deepest folder that holds all of these files (or beginnings of names)."""
+    folders = [place.rpartition("/")[0].split("/") for place in places]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*folders, strict=False))
+    common = [column[0] for column in same]
+    if is_remote("/".join(folders[0])) and len(common) < 3:
+        raise ConfigError(f"{what} joins tars of different buckets or disks: give one folder or bucket, or copy them into one")
+    return "/".join(common)
+
+
+def _matches(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that match; `*` stays within a component, `**` matches any number of them."""
+    parts = pattern.split("/")
+    return sorted(name for name in names if _fits(parts, name.split("/")))
+
+
+def _fits(parts: Sequence[str], components: Sequence[str]) -> bool:
+    if not parts or not components:
+        return not components and all(part == "**" for part in parts)
+    if parts[0] == "**":
+        return _fits(parts[1:], components) or _fits(parts, components[1:])
+    return fnmatchcase(components[0], parts[0]) and _fits(parts[1:], components[1:])

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from aecore.data.sources._names import expand_braces
-from aecore.data.sources._other_files import SHOWN, OtherFiles
+from aecore.data.sources._skipped import EXAMPLES, Skipped
 from aecore.errors import ConfigError
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
@@ -66,7 +66,7 @@ class PathFilter:
             for pattern in patterns
         }
 
-    def takes(self, path: str, size: int, skipped: OtherFiles) -> bool:
+    def takes(self, path: str, size: int, skipped: Skipped) -> bool:
         """Return whether a file is a sample; one that is not is counted."""
         if self._without_match:
             self._without_match = {key: matches for key, matches in self._without_match.items() if not matches(path)}
@@ -80,7 +80,7 @@ class PathFilter:
             return True
         return False
 
-    def takes_folder(self, path: str, skipped: OtherFiles) -> bool:
+    def takes_folder(self, path: str, skipped: Skipped) -> bool:
         """Return whether a folder is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):
             return True
@@ -91,8 +91,9 @@ class PathFilter:
     def unused(self) -> list[str]:
         """Return a note about each pattern that matched nothing: it may be misspelt."""
         found = list(self._without_match)
-        more = [f"and {len(found) - SHOWN} more patterns of source.include and source.exclude match nothing"] if len(found) > SHOWN else []
-        return [f"{option} has {pattern!r}, which matches no file: check it" for option, pattern in found[:SHOWN]] + more
+        shown = [f"{option} has {pattern!r}, which matches no file: check it" for option, pattern in found[:EXAMPLES]]
+        more = len(found) - EXAMPLES
+        return shown + ([f"and {more} more patterns of source.include and source.exclude match nothing"] if more > 0 else [])
 
 
 def chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:

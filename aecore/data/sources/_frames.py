@@ -22,7 +22,8 @@ _ALONE = frozenset({"bmp"})  # formats that hold one image
 
 def with_frames(listing: Listing, read: Read) -> Listing:
     """Return the listing with a row for each page or frame of its images. StoreError if a file cannot be read."""
-    counts = np.array([_num_frames(source, read) for source in listing.sources], np.int64)
+    unusable = listing.unusable or [None] * len(listing)
+    counts = np.array([1 if bad else _num_frames(name, read) for name, bad in zip(listing.sources, unusable, strict=True)], np.int64)
     rows = np.repeat(np.arange(len(listing)), counts)
     places = np.concatenate([np.arange(count) for count in counts]) if len(counts) else counts
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
@@ -62,8 +63,8 @@ def read_frame(source: str, read: Read) -> tuple[str, bytes]:
 def _num_frames(source: str, read: Read) -> int:
     if source.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS - _ALONE:
         return 1
-    ext, data = read_again(lambda: read(source), source)
     try:
+        ext, data = read_again(lambda: read(source), source)
         return image_header(data, ext).frames
     except BadSample:
         return 1  # it goes to the quarantine when it is packed

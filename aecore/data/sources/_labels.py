@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.data.classes import in_order, quoted, spelled
-from aecore.data.sources import Listing
+from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._frames import file_of
 from aecore.data.sources._names import split_of_folder
 from aecore.errors import ConfigError, DataError
@@ -108,34 +108,41 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         paths = list(map(file_of, listing.sources)) if getattr(source, "frames", "first") == "all" else listing.sources
     changes: dict[str, Any] = {}
     if is_expression(group):
-        changes["groups"] = found_in("source.group", str(group), paths, listing.sources)
+        found = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
+        changes["groups"] = [name or source for name, source in zip(found, listing.sources, strict=True)]  # what is unusable is in none
     if rule == "none":
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
         if listing.paths is not None:
-            paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits)
+            paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits, listing.unusable)
             changes |= {"splits": splits, "label_paths": label_paths, "label_names": [path.rpartition("/")[0] for path in paths]}
         changes |= {"label_rule": rule, **({"label_names": list(paths)} if is_expression(rule) else {})}
     return dataclasses.replace(listing, **changes)
 
 
-def _with_split_folders(paths: list[str], splits: list[str] | None) -> tuple[list[str], list[str] | None, bool]:
-    """Return paths, the splits of their samples, and whether the paths begin with these."""
+def _with_split_folders(
+    paths: list[str], splits: list[str] | None, unusable: Sequence[Unusable | None] | None
+) -> tuple[list[str], list[str] | None, bool]:
+    """Return paths, the splits of their samples, and whether the paths begin with these; what is unusable decides nothing."""
     if splits is not None:
         tops = {path.partition("/")[0] for path in paths}
         means = {top: split_of_folder(top) for top in tops}
         cut = [means[path.partition("/")[0]] == split != "" and "/" in path for path, split in zip(paths, splits, strict=True)]
         return [path.partition("/")[2] if within else path for path, within in zip(paths, cut, strict=True)], splits, False
-    around = {path.partition("/")[0] for path in paths}
-    for found in (paths, [path.partition("/")[2] for path in paths] if len(around) == 1 else []):
-        tops = {path.partition("/")[0] for path in found if "/" in path}
+    usable = paths if unusable is None else [path for path, bad in zip(paths, unusable, strict=True) if bad is None]
+    around = {path.partition("/")[0] for path in usable}
+    for found, those in (
+        (paths, usable),
+        *([([path.partition("/")[2] for path in part] for part in (paths, usable))] if len(around) == 1 else []),
+    ):
+        tops = {path.partition("/")[0] for path in those if "/" in path}
         if tops and all(map(split_of_folder, tops)):
-            return found, [path.partition("/")[0] if "/" in path else "" for path in found], True
+            return found, [top if "/" in path and split_of_folder(top := path.partition("/")[0]) else "" for path in found], True
     return paths, None, False
 
 
 def label_names(listing: Listing, below_split: bool) -> list[str] | None:
-    """Return the class of each sample in normal form C ("": none); None if no sample has one.
+    """Return the class of each sample in normal form C ("": none, as of what is unusable); None if no sample has one.
 
     With `below_split` the top folders are splits, and no part of a class.
 
@@ -149,12 +156,14 @@ def label_names(listing: Listing, below_split: bool) -> list[str] | None:
         return None
     below_top = below_split and listing.splits is not None and listing.label_paths
     if is_expression(rule):
-        names = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None)
+        names = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None, listing.unusable)
     elif below_top:
         names = _mapped(names, lambda name: name.partition("/")[2])
     if rule == "leaf":
         names = _mapped(names, lambda name: name.rpartition("/")[2])
     names = _mapped(names, spelled)
+    if listing.unusable is not None:
+        names = [name if bad is None else "" for name, bad in zip(names, listing.unusable, strict=True)]
     return names if any(names) else None
 
 
@@ -164,8 +173,15 @@ def _mapped(names: list[str], change: Callable[[str], str]) -> list[str]:
     return names if all(name == other for name, other in changed.items()) else list(map(changed.__getitem__, names))
 
 
-def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str], tops: Sequence[str] | None = None) -> list[str]:
-    """Return what the expression of a rule finds in each path.
+def found_in(
+    option: str,
+    rule: str,
+    paths: Sequence[str],
+    sources: Sequence[str],
+    tops: Sequence[str] | None = None,
+    unusable: Sequence[Unusable | None] | None = None,
+) -> list[str]:
+    """Return what the expression of a rule finds in each path, "" for samples that are unusable, in which nothing is searched.
 
     A label is searched in the file's name, then in the path below its top folder, if `tops` names one, then in the whole path; a group in
     the key, which is the whole path without its extension, then in the name. Each time without the extension first, then with it.
@@ -179,7 +195,8 @@ def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str
     below = whole if tops is None else [path[len(top) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
     names = [path.rpartition("/")[2] for path in whole]
     searched = [names, below, whole] if option == "source.label" else [whole, names]
-    found, left = [""] * len(whole), list(range(len(whole)))
+    found, left = [""] * len(whole), [row for row in range(len(whole)) if unusable is None or unusable[row] is None]
+    searchable = len(left)
     for texts, part in [(texts, part) for texts in searched for part in (_stem, str)]:
         for row, name in zip(left, expression.search([part(texts[row]) for row in left]), strict=True):
             found[row] = name
@@ -187,7 +204,7 @@ def found_in(option: str, rule: str, paths: Sequence[str], sources: Sequence[str
     if left:
         shown = ", ".join(dict.fromkeys(repr(part(texts[left[0]])) for texts in searched for part in (_stem, str)))
         raise DataError(
-            f"{option}={rule} finds nothing in {len(left)} of {len(whole)} samples: {quoted([sources[row] for row in left])} "
+            f"{option}={rule} finds nothing in {len(left)} of {searchable} samples: {quoted([sources[row] for row in left])} "
             f"(it was searched in {shown}): change the expression, or move these samples away"
         )
     return found

@@ -9,19 +9,25 @@ from pathlib import Path
 from aecore.data.format.foreign import explained
 from aecore.data.format.image import BadSample
 from aecore.data.format.record import NpyError, read_npy_header
-from aecore.data.sources._inflate import FREE_BYTES, MAX_RATIO
+from aecore.data.sources._inflate import FREE_BYTES, InflateLimit
 from aecore.data.sources._names import is_data, is_labels
 from aecore.errors import DataError
 from aecore.store import open_regular
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, OverflowError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, OverflowError, OSError)
 
 
-def only_array(data: bytes) -> bytes:
-    """Return the array of an `.npz` that is the sample, as the bytes of a `.npy`; BadSample if it is damaged or not clear which one."""
+def only_array(data: bytes, limit: int = 0, option: str = "") -> bytes:
+    """Return the array of an `.npz` that is the sample, as the bytes of a `.npy`.
+
+    Raises
+    ------
+    BadSample
+        If it is damaged, not clear which one, or inflates to more than `limit` bytes, the value of `option` (0: see `InflateLimit`).
+    """
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
-            return _member(archive, _chosen(archive), len(data))
+            return _member(archive, _chosen(archive), len(data), limit, option)
     except _DAMAGED as error:
         if not data:
             raise BadSample("empty", "the file has no bytes") from error
@@ -35,16 +41,15 @@ def left_out(path: str) -> tuple[str, list[str]] | None:
         with os.fdopen(open_regular(Path(path)), "rb") as file, zipfile.ZipFile(file) as archive:
             name = _chosen(archive)
             others = [other[:-4] for other in archive.namelist() if other.endswith(".npy") and other != name]
-    except (*_DAMAGED, OSError, BadSample, DataError):
+    except (*_DAMAGED, BadSample, DataError):
         return None
     return (name[:-4], others) if others else None
 
 
-def _member(archive: zipfile.ZipFile, name: str, packed: int) -> bytes:
+def _member(archive: zipfile.ZipFile, name: str, packed: int, limit: int, option: str) -> bytes:
     info = archive.getinfo(name)
-    most = max(FREE_BYTES, MAX_RATIO * packed)
-    if info.file_size > most:
-        raise BadSample("too_large", f"{name} in the .npz inflates to {info.file_size} bytes, at most {most} are read: save it as .npy")
+    if info.file_size > (limit or FREE_BYTES) and info.file_size > (most := InflateLimit.of(packed, limit, option)).most:
+        raise BadSample("too_large", f"{name} in the .npz inflates to {info.file_size} bytes, more than {most.why}; or save it as .npy")
     with archive.open(info) as member:
         found = member.read(info.file_size + 1)
     if len(found) != info.file_size:
@@ -60,7 +65,9 @@ def _chosen(archive: zipfile.ZipFile) -> str:
     found = named if len(named) == 1 else rest
     if len(found) == 1:
         return found[0]
-    shown = ", ".join(name[:-4] for name in names[:5]) or "none"
+    if not names:
+        raise BadSample("no_data", "the .npz holds no array: save the sample in it with numpy.savez")
+    shown = ", ".join(name[:-4] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     what = f"the .npz holds the arrays {shown}, and it is not clear which is the sample"
     raise BadSample("ambiguous", f"{what}: name it image or data, or save it as .npy")
 

@@ -1,11 +1,9 @@
-"""Files that are no samples: counted by what they are, with three examples and what to do with them, so the log stays bounded."""
-
-from collections.abc import Iterator
+"""Files that are no samples: counted by what they are, with what to do with them."""
 
 from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.sources._arrayfile import array_format
+from aecore.data.sources._skipped import Skipped
 
-SHOWN = 3  # examples in a note
 _CONVERT = "convert them to PNG, TIFF or JPEG (for example `magick NAME NAME.png`)"
 _RENDER = "render them to PNG (for example `magick NAME NAME.png`)"
 _DEVELOP = "develop them to 16-bit TIFF or PNG (for example with rawpy or darktable-cli)"
@@ -75,43 +73,7 @@ def kind_of_file(name: str) -> tuple[str, str]:
     return _KINDS.get(ext, _UNKNOWN)
 
 
-class OtherFiles:
-    """Counts of what was left out, by its kind, each with `SHOWN` examples.
-
-    `pictures` is what to do with images, which some sources read; EXTS in it stands for their extensions.
-    """
-
-    def __init__(self, pictures: str = "add EXTS to source.extensions to take them too") -> None:
-        self._pictures = pictures
-        self._counts: dict[tuple[str, str], int] = {}
-        self._shown: dict[tuple[str, str], list[str]] = {}
-        self._extensions: dict[tuple[str, str], set[str]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._counts)
-
-    def add(self, what: str, example: str = "", remedy: str = "", count: int = 1) -> None:
-        """Count `what`, with an example and what to do about it."""
-        key = (what, remedy)
-        self._counts[key] = self._counts.get(key, 0) + count
-        shown = self._shown.setdefault(key, [])
-        if example and len(shown) < SHOWN:
-            shown.append(example)
-
-    def file(self, path: str) -> None:
-        """Count a file that is of no extension that is read here."""
-        what, remedy = kind_of_file(path)
-        key = what, self._pictures if what == _PICTURES else remedy
-        self._extensions.setdefault(key, set()).add(path.rpartition(".")[2].lower())
-        self.add(key[0], path, key[1])
-
-    def notes(self) -> tuple[str, ...]:
-        """Return one line for each kind: the count, the examples, what to do."""
-        return tuple(sorted(self._lines()))
-
-    def _lines(self) -> Iterator[str]:
-        for (what, remedy), count in self._counts.items():
-            shown = self._shown[what, remedy]
-            examples = f" ({', '.join(shown)}{', ...' if count > len(shown) else ''})" if shown else ""
-            exts = f"[{','.join(sorted(self._extensions.get((what, remedy), ())))}]"
-            yield f"skipped {count} {what}{examples}" + (f": {remedy.replace('EXTS', exts)}" if remedy else "")
+def skip_file(skipped: Skipped, path: str, pictures: str = "add EXTS to source.extensions to take them too") -> None:
+    """Count a file that is no sample here; `pictures` is what to do with images, which some sources read."""
+    what, remedy = kind_of_file(path)
+    skipped.add(what, path, pictures if what == _PICTURES else remedy, ext=path.rpartition(".")[2].lower())

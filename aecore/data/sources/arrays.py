@@ -20,7 +20,8 @@ from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
-from aecore.data.sources._other_files import OtherFiles
+from aecore.data.sources._other_files import skip_file
+from aecore.data.sources._skipped import Skipped
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
@@ -168,14 +169,14 @@ class ArraysSource:
             return self._with_labels(self._file), ()
         sizes = self._files.sizes()
         names = [name for name in sizes if array_format(name)]
-        skipped = OtherFiles(pictures="source.kind=folder takes them")
+        skipped = Skipped()
         for name in sorted(sizes.keys() - {*names}):
-            skipped.file(name)
+            skip_file(skipped, name, pictures="source.kind=folder takes them")
         if not names:
-            found = "".join(f"\n  {note}" for note in skipped.notes())
+            found = "".join(f"\n  {note}" for note in skipped.lines())
             raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address{found}")
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
-        notes = [*skipped.notes()]
+        notes = [*skipped.lines()]
         notes += [f"skipped {len(twins)} .gz files whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 

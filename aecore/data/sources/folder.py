@@ -1,6 +1,6 @@
 """A folder tree of images or arrays, each file one sample, on a disk or in a bucket: class folders, optionally below split folders.
 
-OtherFiles and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
+Skipped and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
 tree or lead to folders, unless `source.follow_links` is set. Everything else is listed by name and size; nothing is opened (but the
 first `.npz`, for the log).
 """
@@ -30,7 +30,8 @@ from aecore.data.sources._labels import found_in, is_expression, require_rule
 from aecore.data.sources._links import LinkedFolders, leads_nowhere
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import left_out, only_array
-from aecore.data.sources._other_files import SHOWN, OtherFiles, kind_of_file
+from aecore.data.sources._other_files import kind_of_file, skip_file
+from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
@@ -109,7 +110,7 @@ class FolderSource:
             If the folder is missing, is a file (an archive must be unpacked), cannot be read, or holds no such file.
         """
         self._require_folder()
-        skipped = OtherFiles()
+        skipped = Skipped()
         found = self._walk(skipped)
         if not found:
             raise DataError(self._nothing(skipped))
@@ -127,7 +128,7 @@ class FolderSource:
             if not rows:
                 raise DataError(f"source.limit={self._limit} is less than the files of any bag (source.group): raise it")
         sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(paths))
-        notes = (*self._says_what_is_a_sample(paths), *mask_notes(paths, labels), *skipped.notes(), *self._filter.unused())
+        notes = (*self._says_what_is_a_sample(paths), *mask_notes(paths, labels), *skipped.lines(), *self._filter.unused())
         known = {folder: sys.intern(_clean(folder)) for folder in set(labels)}
         names = labels if all(folder == name for folder, name in known.items()) else list(map(known.__getitem__, labels))
         first = {name: sys.intern(name.partition("/")[0]) for name in known.values()}
@@ -143,9 +144,9 @@ class FolderSource:
     def _found_groups(self, paths: list[str]) -> list[str] | None:
         return found_in("source.group", str(self._group), paths, paths) if is_expression(self._group) else None
 
-    def _nothing(self, skipped: OtherFiles) -> str:
+    def _nothing(self, skipped: Skipped) -> str:
         """Return the error of a folder without a sample."""
-        found = "".join(f"\n  {note}" for note in (*skipped.notes(), *self._filter.unused()))
+        found = "".join(f"\n  {note}" for note in (*skipped.lines(), *self._filter.unused()))
         what = f"source.url {self._url} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
         return f"{what} that is taken as a sample:{found}" if found else f"{what}, and no other file: check the address"
 
@@ -159,7 +160,7 @@ class FolderSource:
         notes = [f"one sample per file: {len(arrays)} .npy or .npz files (source.kind=arrays takes each row of their first axis as one)"]
         first = next((path for path in arrays if _extension(path) == "npz"), None)
         if first is not None and (known := left_out(self._prefix + first)) is not None:
-            others = ", ".join(known[1][:SHOWN]) + (", ..." if len(known[1]) > SHOWN else "")
+            others = shown_examples(known[1], len(known[1]))
             notes.append(f"of an .npz one array is the sample: of {first} that is {known[0]!r}, not {others}")
         return notes
 
@@ -213,7 +214,7 @@ class FolderSource:
             raise DataError(f"source.url {self._root} is a zip file: {unpack}")
         raise DataError(_is_a_file(self._url))
 
-    def _walk(self, skipped: OtherFiles) -> dict[str, int]:
+    def _walk(self, skipped: Skipped) -> dict[str, int]:
         """Return the bytes of every sample by its relative path, unsorted."""
         found: dict[str, int] = {}  # strings and numbers: the garbage collector would traverse a list of tuples again and again
         links = LinkedFolders(self._url) if self._follow else None
@@ -230,7 +231,7 @@ class FolderSource:
                 folders += [(name, above, listing.submit(_entries, self._root / name)) for name, above in inside]
         return found
 
-    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: OtherFiles) -> list[str]:
+    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: Skipped) -> list[str]:
         """Add the samples of one folder to `found`; return the folders in it."""
         names = sorted(entries)
         if (
@@ -258,12 +259,12 @@ class FolderSource:
                 if self._filter.takes_folder(path, skipped):
                     folders.append(_class_name(f"{path}/", self._root))
             elif "." not in name or _extension(name) not in self._extensions:
-                skipped.file(path)
+                skip_file(skipped, path)
             elif self._filter.takes(path, size, skipped):
                 found[path] = size
         return folders
 
-    def _linked(self, path: str, skipped: OtherFiles) -> tuple[int, int]:
+    def _linked(self, path: str, skipped: Skipped) -> tuple[int, int]:
         """Return the mode and the bytes of what a link leads to; mode 0 if it is not followed."""
         try:
             state = os.stat(self._prefix + path)
@@ -314,14 +315,14 @@ class BucketSource(FolderSource):
     def _require_folder(self) -> None:
         """Do nothing: listing the objects finds out."""
 
-    def _walk(self, skipped: OtherFiles) -> dict[str, int]:
+    def _walk(self, skipped: Skipped) -> dict[str, int]:
         found = self._files.sizes()
         if not self._filter.is_set and set(map(_USUAL.get, _endings(found))) <= self._extensions:
             return found
         known = dict[str, int]()
         for name, size in found.items():
             if "." not in name.rpartition("/")[2] or _extension(name) not in self._extensions:
-                skipped.file(name)
+                skip_file(skipped, name)
             elif self._filter.takes(name, size, skipped):
                 known[name] = size
         return known

@@ -1,33 +1,45 @@
 """External WebDataset shards as a source: image by image, with their labels, captions and other fields as columns.
 
-Members are grouped by key as webdataset does it, wherever they are in their tar. It reads the one image (or array) of each
-sample, its `.cls`, and the `.json` and `.txt` that were asked for; everything else (`.pyd`, `.pickle`, ...) is left where it is, counted
-by extension. The headers of all tars are walked once, when listing; a worker then reads by offset. A gzip'ed tar is inflated once by
+Members are grouped by key as `_tar_samples` says, wherever they are in their tar. It reads the one image (or array) of each
+sample, its `.cls`, and the `.json` and `.txt` that were asked for; everything else (`.pyd`, `.pickle`, ...) is left where it is, and
+counted. The headers of all tars are walked once, when listing; a worker then reads by offset. A compressed tar is inflated once by
 each worker that reads from it: unpack large ones first. To index tars in place, without a copy: `adopt_shards`.
+
+A sample that cannot be used (no image, several images, a link that leads nowhere, metadata that were asked for and are no JSON) is listed
+with the reason, for the quarantine; so is every sample of a tar that is broken, if `source.bad_tars=skip`.
 """
 
 import json
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.image import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
-from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS, encode_keys
-from aecore.data.sources import Listing
-from aecore.data.sources._external_tars import ExternalSample, ExternalTars, Member, TarFile, data_member
+from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
+from aecore.data.sources import Listing, Unusable
+from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._frames import read_frame, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
+from aecore.data.sources._npz import only_array
+from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
+from aecore.data.sources._tar_samples import ARCHIVED, Reading, TarSample, tar_samples
+from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
+from aecore.store import TAR_ENDINGS
 
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
-_ENDING = re.compile(r"\.(?:tar|tar\.gz|tgz)$")
-_SOURCE = re.compile(r"(.*?\.(?:tar|tar\.gz|tgz))#(\d+)\+(\d+)#(.*)", re.DOTALL)
+MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
+_ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
+_SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)#(.*)", re.DOTALL)
+_STEM = re.compile(rf"(?i:{_ENDINGS})$")
 Field = str | int | float | bool | None
 
 
@@ -36,7 +48,12 @@ class WebdatasetSpec:
     """External WebDataset shards: tars of images with .cls, .json or .txt members."""
 
     kind: Literal["webdataset"] = "webdataset"
-    url: str = knob("", "folder of .tar, .tar.gz or .tgz files, one of them, or a pattern like shards/{00000..00009}.tar", identity=False)
+    url: str = knob(
+        "",
+        "folder of tars, plain or compressed (.tar.gz, .zst, .bz2, .xz); one of them; a pattern like shards/{00000..00009}.tar or "
+        "shards/*.tar; several of these with :: between them",
+        identity=False,
+    )
     member: str = knob("", "extension of the member that is the sample, for example seg.png; empty: the only image or array")
     label: str = knob(
         "auto",
@@ -50,14 +67,30 @@ class WebdatasetSpec:
         None, "samples that stay whole in one split and shard: regex:<expression>: those in whose keys it finds the same", since=2
     )
     classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
-    max_inflated_bytes: int = knob(0, "bytes that one gzip'ed tar may inflate to; 0: 1 GiB, or 128 times its own", ge=0, identity=False)
+    max_inflated_bytes: int = knob(
+        0, "bytes that one compressed tar (or .npz member) may inflate to; 0: 1 GiB, or 128 times its own", ge=0, identity=False
+    )
+    bad_tars: Literal["refuse", "skip"] = knob(
+        "refuse", "a tar that is damaged or truncated: refuse the source, or skip the tar, with all its samples in the quarantine", since=2
+    )
+    tars: Literal[1, 2] = knob(
+        2, "rules by which members become samples; 1: those of datasets that were begun before there were others", since=2, absent=1
+    )
 
     def __post_init__(self) -> None:
         codec = self.member.rpartition(".")[2]
-        if self.member and codec not in DATA_EXTENSIONS:
+        if self.member and codec not in DATA_EXTENSIONS | {ARCHIVED}:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         require_rule("source.label", self.label, ("auto", "cls", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
+
+
+class _Place(NamedTuple):
+    """A tar: its name, the name without its ending, the split in the name."""
+
+    name: str
+    stem: str
+    split: str
 
 
 class _Columns:
@@ -67,24 +100,30 @@ class _Columns:
         self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
         self.tars, self.members = list[str](), list[str]()
         self.sizes = list[int]()
+        self.unusable = list[Unusable | None]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
-        self.skipped: Counter[str] = Counter()
+        self.skipped = Skipped()
         self.seen: Counter[str] = Counter()  # fields of the json members
 
 
 @SOURCES.register(WebdatasetSpec)
 class WebdatasetSource:
-    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`."""
+    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`.
+
+    `compressed` names the tars, of those that were listed, whose samples cannot be read by offset.
+    """
 
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
+        self._reading = Reading(shards.member, "source.member", shards.tars)
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
+        self.compressed: dict[str, str] = {}
 
     @property
     def tars(self) -> ExternalTars:
         """The tars, listed at the first access."""
-        self._found = self._found or ExternalTars.at(self._spec.url)
+        self._found = self._found or ExternalTars.at(self._spec.url, rules=self._spec.tars)
         return self._found
 
     def for_thread(self) -> "WebdatasetSource":
@@ -104,18 +143,13 @@ class WebdatasetSource:
         Raises
         ------
         DataError
-            If there is no tar, one is damaged or truncated, a key comes twice, or it is ambiguous which member is the sample.
+            If there is no tar or no sample, a key comes twice, or a tar is damaged or truncated and `bad_tars` is refuse.
         """
         found = _Columns(self._spec.columns)
         for name in self.tars.files.ahead(self.tars.names):
-            tar = self._tar(name)
-            try:
-                for sample, member in self._in_order(found, tar):
-                    self._add(found, sample, member, tar, name)
-            finally:
-                tar.close()
+            self._list(found, name)
         if not found.keys:
-            left = "; ".join(f"{count} {what}" for what, count in sorted(found.skipped.items()))
+            left = "; ".join(f"{count} {what}, {examples}" for what, count, examples in found.skipped.kinds())
             raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
         self._require_keys(found)
         self._require_fields(found)
@@ -125,17 +159,22 @@ class WebdatasetSource:
             np.array(found.sizes, np.int64),
             label_names=found.labels if any(found.labels) else None,
             splits=found.splits if any(found.splits) else None,
-            columns={f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values) for name, values in found.fields.items()},
-            notes=(*(f"skipped {count} {what}" for what, count in sorted(found.skipped.items())), *self._notes(found)),
+            columns={
+                f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values, found.unusable, self._spec.tars)
+                for name, values in found.fields.items()
+            },
+            notes=(*found.skipped.lines(), *self._notes(found)),
             label_paths=False,
             paths=found.members,
+            unusable=found.unusable if any(found.unusable) else None,
         )
         return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return codec and bytes of one sample.
+        """Return codec and bytes of one sample; the array of an `.npz` as `.npy`.
 
-        Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing.
+        Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing, BadSample for
+        an `.npz` that holds no array, several ones, or Python objects.
         """
         return read_frame(source, self._member) if self._spec.frames == "all" else self._member(source)
 
@@ -148,27 +187,37 @@ class WebdatasetSource:
                 del sizes[0]
             self._open[tar] = self._opened(tar)
         self._open.move_to_end(tar)
-        return member.name.lower().rpartition(".")[2], self._open[tar].read(member)
+        return self._sample(member, self._open[tar].read(member))
+
+    def _sample(self, member: Member, data: bytes) -> tuple[str, bytes]:
+        codec = member.name.lower().rpartition(".")[2]
+        return ("npy", only_array(data, self._spec.max_inflated_bytes, "source.max_inflated_bytes")) if codec == ARCHIVED else (codec, data)
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for exactly these samples in this order.
 
         Of tars in a bucket that do not all fit into the cache each sample is downloaded by itself: else every shard would fetch every tar.
+        What cannot be read by its offset, a member of a compressed tar or a frame of a file, is read from a copy of its tar.
         """
-        if self.tars.files.room is None:
+        files = self.tars.files
+        if files.room is None or self._spec.frames == "all":
             return self.read
         places = [parse_source(source) for source in sources]
-        if not all(tar.endswith(".tar") for tar, _ in places):
+        names = list(dict.fromkeys(tar for tar, _ in places))
+        starts = files.pieces([(name, 0, START_BYTES) for name in names])
+        if starts is None:
             return self.read
-        pieces = self.tars.files.pieces([(tar, member.offset, member.size) for tar, member in places])
+        plain = {name: compression(starts(row)) is None for row, name in enumerate(names)}
+        pieces = files.pieces([(tar, member.offset, member.size) for tar, member in places if plain[tar]])
         if pieces is None:
             return self.read
-        rows = iter(range(len(places)))
+        rows, at = iter(range(len(places))), iter(range(len(places)))
 
         def read(source: str) -> tuple[str, bytes]:
             row = next(rows)
             assert sources[row] == source, "samples are read in the order of `sources`"
-            return places[row][1].name.lower().rpartition(".")[2], pieces(row)
+            tar, member = places[row]
+            return self._sample(member, pieces(next(at))) if plain[tar] else self._member(source)
 
         return read
 
@@ -183,65 +232,88 @@ class WebdatasetSource:
                 raise error.__cause__ from None
             raise
 
-    def _in_order(self, found: _Columns, tar: TarFile) -> list[tuple[ExternalSample, Member]]:
-        """Return the samples of a tar that have an image or array, in the order of their offsets."""
-        chosen: list[tuple[ExternalSample, Member]] = []
-        for sample in tar.samples(found.skipped):
-            found.skipped.update(f".{ext} members" for ext in sample.members if ext not in ALLOWED_EXTENSIONS and ext != self._spec.member)
-            member = data_member(sample, self._spec.member, tar.where)
-            if member is None:
-                found.skipped["samples without an image or array"] += 1
-            else:
-                chosen.append((sample, member[1]))
-        return sorted(chosen, key=lambda pair: pair[1].offset)
+    def _list(self, found: _Columns, name: str) -> None:
+        tar = self._tar(name)
+        try:
+            if tar.compression is not None:
+                self.compressed[name] = tar.compression
+            samples, broken = tar_samples(tar, self._reading, found.skipped)
+            if broken is not None and self._spec.bad_tars == "refuse":
+                raise BrokenTar(f"{broken}; or set source.bad_tars=skip, which puts what is known of it into the quarantine") from broken
+            place = _Place(name, _STEM.sub("", name), split_of(name))
+            for sample in samples:
+                bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
+                self._add(found, sample, tar, place, bad)
+            if broken is not None:
+                rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), Unusable("broken_tar", str(broken)))
+                self._add(found, rest, tar, place, rest.bad)
+        finally:
+            tar.close()
 
-    def _add(self, found: _Columns, sample: ExternalSample, member: Member, tar: TarFile, name: str) -> None:
-        fields = self._fields(found, sample, tar)
-        stem = name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
-        found.keys.append(f"{stem}/{sample.key}" if self._spec.keys == "shard" else sample.key)
-        found.sources.append(f"{name}#{member.offset}+{member.size}#{member.name}")
+    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, place: _Place, bad: Unusable | None) -> None:
+        fields, label = dict[str, Field](), ""
+        if bad is None:
+            try:
+                fields = self._fields(found, sample, tar)
+                label = self._label(found, sample, tar, fields)
+            except BadSample as error:
+                bad = Unusable(error.reason, error.message)
+        member = sample.data
+        above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
+        found.keys.append(f"{above}/{sample.key}" if self._spec.keys == "shard" else sample.key)
+        found.sources.append(f"{place.name}#{member.offset}+{member.size}#{member.name}")
         found.sizes.append(member.size)
-        found.splits.append(split_of(name))
-        found.tars.append(name)
+        found.splits.append(place.split)
+        found.tars.append(place.name)
         found.members.append(member.name)
-        found.labels.append(self._label(found, sample, tar, fields))
+        found.labels.append(label)
+        found.unusable.append(bad)
         for column, values in found.fields.items():
             values.append(fields.get(column))
 
-    def _fields(self, found: _Columns, sample: ExternalSample, tar: TarFile) -> dict[str, Field]:
-        """Return the fields of the json and txt members, if configured; unreadable members are counted."""
+    def _fields(self, found: _Columns, sample: TarSample, tar: TarFile) -> dict[str, Field]:
+        """Return the fields of the json and txt members, if configured; BadSample for members that cannot be read."""
         fields: dict[str, Field] = {}
-        if self._spec.label.startswith("json:") or set(self._spec.columns) - {"txt"}:
-            try:
-                data = json.loads(_small(tar, sample.members.get("json"), MAX_TEXT_BYTES) or b"{}")
-            except (ValueError, RecursionError):
-                found.skipped[".json members that are not JSON"] += 1
-                data = {}
+        if self._spec.label.startswith(JSON) or set(self._spec.columns) - {"txt"}:
+            data = self._json(tar, sample.members.get("json"))
             if isinstance(data, dict):
-                fields = {key: value for key, value in data.items() if value is None or isinstance(value, str | int | float)}
+                fields = {key: _field(value, self._spec.tars) for key, value in data.items()}
                 found.seen.update(data.keys())
             if self._spec.label.startswith(JSON):
-                fields[self._spec.label] = self._json_label(found, data, tar, sample)
+                fields[self._spec.label] = self._json_label(found, data)
         if "txt" in self._spec.columns and "txt" in sample.members:
             fields["txt"] = _small(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
         return fields
 
-    def _json_label(self, found: _Columns, data: Any, tar: TarFile, sample: ExternalSample) -> Field:  # any: plain JSON data
+    def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
+        try:
+            data = json.loads(_small(tar, member, MAX_TEXT_BYTES) or b"{}")
+        except (ValueError, RecursionError) as error:
+            if self._spec.tars == 1:
+                return {}
+            raise BadSample("json", f"its .json member, whose fields are asked for, is no JSON: {error}") from error
+        if isinstance(data, dict) or self._spec.tars == 1 or (isinstance(data, list) and not set(self._spec.columns) - {"txt"}):
+            return data
+        raise BadSample("json", f"its .json member, whose fields are asked for, is a {type(data).__name__}, expected an object")
+
+    def _json_label(self, found: _Columns, data: Any) -> Field:  # any: plain JSON data
+        """Return the field that is the label; BadSample if it is a list or an object."""
         path = self._spec.label.removeprefix(JSON)
         value = json_field(data, path)
         found.seen.update([path] if value is not None else [])
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) and self._spec.tars > 1:
             below = next(iter(value), "name") if isinstance(value, dict) else 0
-            raise DataError(
-                f"{tar.where}: {self._spec.label} of sample {sample.key!r} is a {type(value).__name__}, expected a name or a number: give "
-                f"the path to it, for example source.label={self._spec.label}.{below}"
+            raise BadSample(
+                "label",
+                f"{self._spec.label} is a {type(value).__name__}, expected a name or a number: give the path to it, for example "
+                f"source.label={self._spec.label}.{below}",
             )
         return value if isinstance(value, str | int | float) else None
 
-    def _label(self, found: _Columns, sample: ExternalSample, tar: TarFile, fields: dict[str, Field]) -> str:
+    def _label(self, found: _Columns, sample: TarSample, tar: TarFile, fields: dict[str, Field]) -> str:
         rule = self._spec.label
         if rule == "tar":
-            return _clean(_ENDING.sub("", tar.where.rpartition("/")[2]))
+            return _clean(_STEM.sub("", tar.where.rpartition("/")[2]))
         if rule not in ("auto", "cls") and not rule.startswith(JSON):
             return ""  # `by_rules` makes it of the path, or there is none
         if rule.startswith(JSON):
@@ -250,7 +322,7 @@ class WebdatasetSource:
         else:
             text = _small(tar, sample.members.get("cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
         if not text and self._spec.label != "auto":
-            found.skipped[f"labels: samples without {self._spec.label}"] += 1
+            found.skipped.add(f"labels: samples without {self._spec.label}", sample.key)
         return _clean(text)
 
     def _notes(self, found: _Columns) -> list[str]:
@@ -259,17 +331,31 @@ class WebdatasetSource:
         return ["no sample has a label, since none has a .cls: set source.label=tar, path, leaf, json:<field> or regex:<expression>"]
 
     def _require_keys(self, found: _Columns) -> None:
+        """Raise DataError if two samples have one key; those that cannot be used get another one."""
         if len(set(found.keys)) == len(found.keys):
             return
-        place: dict[str, str] = {}
-        for key, tar in zip(found.keys, found.tars, strict=True):
-            if key in place:
-                raise DataError(f"{place[key]} and {tar} of {self.tars.files.url} both have the key {key!r}: use source.keys=shard")
-            place[key] = tar
+        place: dict[str, int] = {}  # the first usable sample of each key, or else the first one
+        for row in sorted(range(len(found.keys)), key=lambda row: found.unusable[row] is not None):
+            place.setdefault(found.keys[row], row)
+        taken, again = set(found.keys), Counter[str]()
+        for row, key in enumerate(found.keys):
+            if place[key] == row:
+                continue
+            if found.unusable[row] is None:
+                first, second = found.tars[place[key]], found.tars[row]
+                if first != second:
+                    where = f"{first} and {second} of {self.tars.files.url} both have"
+                else:
+                    where = f"two of the tars that were joined to {self.tars.files.url}/{first} have"
+                raise DataError(f"{where} the key {key!r}: use source.keys=shard")
+            while found.keys[row] in taken:
+                again[key] += 1
+                found.keys[row] = f"{key}#{again[key] + 1}"
+            taken.add(found.keys[row])
 
     def _require_fields(self, found: _Columns) -> None:
         asked = {*self._spec.columns} - {"txt"} | ({self._spec.label.removeprefix(JSON)} if self._spec.label.startswith(JSON) else set())
-        for name in sorted(asked - found.seen.keys()):
+        for name in sorted(asked - found.seen.keys()) if None in found.unusable else ():
             raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, found.seen)}")
 
 
@@ -285,7 +371,7 @@ def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:
     if member is None:
         return b""
     if member.size > limit:
-        raise DataError(f"{tar.where}: {member.name!r} has {member.size} bytes, at most {limit} are read of such a member")
+        raise BadSample("metadata", f"{member.name!r} has {member.size} bytes, at most {limit} are read of such a member")
     return tar.read(member)
 
 
@@ -294,16 +380,37 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "")
 
 
-def _column(values: list[Field]) -> NDArray[Any]:  # any: every column has its own dtype
-    """Return whole numbers as int64, numbers as float64 (NaN: none), everything else as text (None: none)."""
+def _field(value: Any, rules: int) -> Field:  # any: plain JSON data
+    """Return the value of a JSON field as a column holds it: lists and objects as JSON text (by the rules of version 1: as nothing)."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return None if rules == 1 else json.dumps(value, ensure_ascii=False)
+
+
+def _column(values: list[Field], unusable: list[Unusable | None], rules: int) -> NDArray[Any]:  # any: every column has its own dtype
+    """Return whole numbers as int64, numbers as float64 (NaN: none), everything else as text (None: none).
+
+    Samples that cannot be used decide nothing: their values are zeros or none.
+    """
+    if any(unusable):
+        rows = [row for row, bad in enumerate(unusable) if bad is None]
+        known = _column([values[row] for row in rows], [], rules)
+        column = np.full(len(values), None if known.dtype == object else 0, known.dtype)
+        column[rows] = known
+        return column
     kinds = {type(value) for value in values}
     if kinds == {bool}:
         return np.array(values, np.bool_)
     try:
         if kinds == {int}:
             return np.array(values, np.int64)
-        if kinds <= {int, float, type(None)} and kinds != {type(None)}:
+        if kinds <= {int, float, type(None)} and kinds != {type(None)} and (rules == 1 or _are_exact(values)):
             return np.array([np.nan if value is None else value for value in values], np.float64)
     except OverflowError:
         pass
     return np.array([None if value is None else _clean(str(value)) for value in values], dtype=object)
+
+
+def _are_exact(values: list[Field]) -> bool:
+    """Return whether no whole number changes as float64: an identifier of 64 bits would become another one."""
+    return all(not isinstance(value, int) or abs(value) <= MAX_EXACT for value in values)

@@ -19,6 +19,8 @@ import pyarrow as pa
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import MEMBERS, content_sha256
+from aecore.data.sources import Listing, Source
+from aecore.data.sources._tar_samples import ARCHIVED
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
@@ -62,16 +64,25 @@ def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every sou
         )
 
 
+def require_readable_by_offset(listing: Listing, source: Source) -> None:
+    """Raise DataError, which says what to do, if samples are in a compressed tar or in a compressed member."""
+    assert isinstance(source, WebdatasetSource)
+    for row, name in enumerate(listing.sources):
+        tar, member = parse_source(name)
+        if listing.unusable is not None and listing.unusable[row] is not None:
+            continue
+        if (kind := source.compressed.get(tar)) is not None:
+            what = f"{tar} is compressed ({kind}), so nothing in it can be read by offset: unpack it"
+        elif member.name.lower().endswith(f".{ARCHIVED}"):
+            what = f"{tar} holds {member.name!r}, an archive, of which no array can be read by offset: write .npy members"
+        else:
+            continue
+        raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))
+
+
 def files_of(sources: Sequence[str]) -> list[str]:
-    """Return the tar of each sample; DataError for one that is compressed, since its samples cannot be read by offset."""
-    tars = [parse_source(source)[0] for source in sources]
-    for name in sorted(set(tars)):
-        if not name.endswith(".tar"):
-            raise DataError(
-                f"{name} is compressed, so nothing in it can be read by offset: unpack it, or shard it (shard_dataset)",
-                hint=Hint("shard-instead"),
-            )
-    return tars
+    """Return the tar of each sample."""
+    return [parse_source(source)[0] for source in sources]
 
 
 def base_url_in_manifest(tars_url: str, store: Store) -> str:

@@ -82,7 +82,7 @@ class PlainFiles:
 
 def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:
     """Return the samples as files, None if they may not be stored unchanged."""
-    root = file_root(source) if task.shards.keeps_bytes and len(task) else None
+    root = file_root(source) if task.shards.keeps_bytes and task.unusable is None and len(task) else None
     if root is None:
         return None
     exts = list(map(_ENDINGS.get, map(itemgetter(slice(-4, None)), task.sources), itertools.repeat("")))

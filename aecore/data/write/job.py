@@ -8,6 +8,7 @@ already, in a shard or in quarantine, is never written again.
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +23,9 @@ from aecore.data.classes import is_spelled
 from aecore.data.format.index import read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing
+from aecore.data.sources import Listing, Source, Unusable
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
-from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
+from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable, require_readable_by_offset
 from aecore.data.write.append import SHOWN, listing_table, new_rows, report_formats, require_whole_bags, warn_if_address_changed
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
@@ -110,13 +111,13 @@ def adopt_shards(
     shards = shards or ShardSpec()
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, adopt=True)
-    files_of(work.fresh.sources)  # refuses what cannot be adopted before anything is claimed
     return _publish(work, fan_out, dry_run, on_part)
 
 
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
         return work.plan(claim=1).summary(known=len(work.listing) - len(work.fresh))
+    _require_usable(work)
     if work.parent is not None and not len(work.fresh):
         logger.info("%s: nothing new in %d samples, generation %d stays", work.store.url, len(work.listing), work.parent.number)
         return work.parent
@@ -150,24 +151,20 @@ def _compare(
     source: Any, out: str, asked: SplitSpec, shards: ShardSpec, *, adopt: bool = False
 ) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
-    source = with_class_names(source)
-    listing = by_rules(source, SOURCES.build(source).listing())
-    require_unique(listing)
     names = store.list()
     newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
-    recorded = _unfinished(store, names, listing) if parent is None else parent.identity
+    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source))
+    require_unique(listing)
     if recorded is not None:
-        source, asked, shards = (
-            as_recorded(source, recorded.get("source", {})),
-            as_recorded(asked, recorded.get("splits", {})),
-            as_recorded(shards, recorded.get("shards", {})),
-        )
+        asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
     splits = resolve_splits(listing, asked, (recorded or {}).get("splits"), parent.splits if parent else ())
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
         identity["adopted"] = {"by": "offset"}
+        require_readable_by_offset(listing, opened)
+    del opened  # a source may hold copies of files in the cache
     if parent is None:
         _warn(store, listing, asked, splits)
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
@@ -190,17 +187,36 @@ def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  #
     return {**parent.identity, "source": {**parent.identity.get("source", {}), "classes": given}}
 
 
-def _unfinished(store: Store, names: Sequence[str], listing: Listing) -> Mapping[str, Any] | None:  # any: plain JSON data
-    """Return the identity of an unfinished first generation of this same listing, None if there is none."""
-    number = newest_of(names, "run") or 0
-    claims = [name for claim in range(number, 0, -1) if (name := f"run.{claim:06d}.json") in names]
-    wanted = listing.sha256() if claims else ""
-    for name in claims:
-        identity = read_json(store, name).get("identity", {})
-        if identity.get("listing") == wanted:
-            found: Mapping[str, Any] = identity["dataset"]
-            return found
-    return None
+def _listed(
+    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any
+) -> tuple[Mapping[str, Any] | None, Any, Source, Listing]:  # any: plain JSON data, and every source kind has its own spec class
+    """Return the identity of the dataset that this source continues (None: a new one), the source's spec, the source, and its listing.
+
+    A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
+    """
+    listed: list[tuple[Any, Source, Listing]] = []  # any: as above
+    hashes: list[str] = []
+
+    def rows(spec: Any) -> int:  # any: as above
+        known = next((number for number, found in enumerate(listed) if found[0] == spec), None)
+        if known is not None:
+            return known
+        opened: Source = SOURCES.build(spec)
+        listed.append((spec, opened, by_rules(spec, opened.listing())))
+        return len(listed) - 1
+
+    if parent is not None:
+        return parent.identity, *listed[rows(as_recorded(source, parent.identity.get("source", {})))]
+    for number in range(newest_of(names, "run") or 0, 0, -1):
+        name = f"run.{number:06d}.json"
+        identity = read_json(store, name).get("identity", {}) if name in names else {}
+        if "listing" not in identity:
+            continue
+        at = rows(as_recorded(source, identity["dataset"].get("source", {})))
+        hashes += [found[2].sha256() for found in listed[len(hashes) :]]
+        if hashes[at] == identity["listing"]:
+            return identity["dataset"], *listed[at]
+    return None, *listed[rows(source)]
 
 
 def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -> None:
@@ -267,6 +283,37 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
 def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
     """Commit keys, sources and source sizes of the planned samples; the next append compares its listing with them."""
     return put_table(store, f"listings/{claim:06d}.parquet", listing_table(listing), {"claim": claim}, "listing")
+
+
+def _require_usable(work: _Work) -> None:
+    """Raise DataError if already the source says of too many new samples that they cannot be used: before anything is written.
+
+    These are part of the count of `_require_good`, which comes after the samples were read.
+    """
+    unusable, total = work.fresh.unusable or [], len(work.fresh)
+    rows = [row for row, why in enumerate(unusable) if why is not None]
+    all_bad = work.parent is None and total == len(rows) > 0
+    if len(rows) <= work.shards.max_bad * total and not all_bad:
+        return
+    lines = "".join(f"\n  {work.fresh.sources[row]}: {why.reason}: {why.message}" for row in rows[:SHOWN] if (why := unusable[row]))
+    counts = ", ".join(f"{reason} {count}" for reason, count in _reasons(unusable).most_common())
+    remedy = f"or accept them with shards.max_bad={_share(len(rows), total)} or more, and"
+    if len(rows) == total:
+        remedy = "or say how to read them, and"
+    too_many = "" if all_bad else f", more than shards.max_bad={work.shards.max_bad:g} allows"
+    raise DataError(
+        f"{len(rows)} of {total} samples cannot be used{too_many}; nothing was written. Their reasons: {counts}. First of them:{lines}\n"
+        f"repair or remove them, {remedy} run the command again"
+    )
+
+
+def _reasons(unusable: Sequence[Unusable | None]) -> Counter[str]:
+    return Counter(why.reason for why in unusable if why is not None)
+
+
+def _share(count: int, total: int) -> str:
+    """Return a share that is not less than `count` of `total`, in few digits."""
+    return f"{math.ceil(count / total * 1000) / 1000:g}"
 
 
 def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:

@@ -7,6 +7,7 @@ hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, a
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.format.limits import exclusive_cumsum
-from aecore.data.format.tar import BLOCK, PAGE, Samples, TarPacker
+from aecore.data.format.tar import BLOCK, MAX_MEMBER_BYTES, PAGE, Samples, TarPacker
 from aecore.data.sources import Source, reader
 from aecore.data.write.convert import Header, prepare
 from aecore.data.write.fast_path import PlainFiles, plain_files
@@ -51,11 +52,12 @@ class ShardWriter:
         self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
+        self._unread: dict[int, tuple[str, str, str]] = {}  # position -> stage, reason and message of samples that are bad unread
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
         packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
-        read = reader(source, self.task.sources)
+        read = reader(source, self._to_read(MAX_MEMBER_BYTES))
         bounds = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
             block, num_blocks, in_vain = 0, len(bounds) - 1, 0
@@ -72,10 +74,21 @@ class ShardWriter:
 
     def scan(self, source: Source) -> None:
         """Read, check and hash all samples without writing them."""
-        position, read = 0, reader(source, self.task.sources)
+        position, read = 0, reader(source, self._to_read(sys.maxsize))
         while position < len(self.task):
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
+
+    def _to_read(self, most: int) -> list[str]:
+        """Return the samples to read: not those that the source said to be unusable, nor those of more than `most` bytes."""
+        sources, sizes = self.task.sources, self.task.sizes
+        for position in np.flatnonzero(sizes > most).tolist():
+            text = f"a sample of {sizes[position]} bytes does not fit a shard, whose members have at most {most}: cut it into smaller ones"
+            self._unread[position] = "check", "too_large", text
+        for position, why in enumerate(self.task.unusable or ()):
+            if why is not None:
+                self._unread[position] = "list", why.reason, why.message
+        return [name for position, name in enumerate(sources) if position not in self._unread] if self._unread else sources
 
     def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
         """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
@@ -138,6 +151,9 @@ class ShardWriter:
         frames: Any = getattr(self.task.source, "frames", "first")  # any: a Literal; sources of arrays have none
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
+            if position in self._unread:
+                self.bad.append((position, *self._unread[position], None))
+                continue
             data: bytes | None = None
             try:
                 ext, data = read(sources[position])

@@ -22,6 +22,7 @@ from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.sources._labels import fixed_classes, label_names
+from aecore.data.sources._skipped import shown_examples
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_splits
 from aecore.errors import ConfigError, DataError
@@ -128,11 +129,22 @@ def plan_dataset(
                 groups=part.groups,
                 columns=part.columns,
                 shards=shards,
+                unusable=part.unusable,
             )
             tasks.append(task)
     counts = ", ".join(f"{split} {len(rows)}" for split, rows in members.items())
     counted = (f"splits.by={chosen.by}: {counts}",) if counts else ("nothing new",)
-    return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), (*counted, *listing.notes))
+    notes = (*counted, *_unusable_notes(listing), *listing.notes)
+    return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), notes)
+
+
+def _unusable_notes(listing: Listing) -> list[str]:
+    """Return one line for each reason why samples cannot be used, with a count and examples."""
+    found: dict[str, list[str]] = {}
+    for source, why in zip(listing.sources, listing.unusable or (), strict=False):
+        if why is not None:
+            found.setdefault(why.reason, []).append(source)
+    return [f"{len(names)} samples go to the quarantine ({reason}), {shown_examples(names, len(names))}" for reason, names in found.items()]
 
 
 def require_unique(listing: Listing) -> None:

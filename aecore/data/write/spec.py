@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.colour import background_of
 from aecore.data.format.image import MAX_PIXELS
+from aecore.data.sources import Unusable
 from aecore.errors import ConfigError
 from aecore.registry import knob, spec
 
@@ -74,6 +75,8 @@ class ShardTask:
         Further index columns (factors, metadata).
     shards : ShardSpec
         Resize, mode and check of the shards.
+    unusable : list of Unusable or None
+        Why each sample cannot be used, None for those that can; None if all of them can.
     """
 
     split: str
@@ -88,6 +91,7 @@ class ShardTask:
     groups: list[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
+    unusable: list[Unusable | None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -89,13 +89,13 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
                 f"if these are classes, set splits.by={splits.by} explicitly"
             ]
     if splits.by == "folders" and listing.splits is not None and "" in listing.splits:
-        loose = [source.partition("#")[0] for source, top in zip(listing.sources, listing.splits, strict=True) if not top]
+        unusable = listing.unusable or [None] * len(listing)
+        rows = zip(listing.sources, listing.splits, unusable, strict=True)
+        loose = [source.partition("#")[0] for source, top, bad in rows if not top and bad is None]
         names = list(dict.fromkeys(loose))
         more = ", ..." if len(names) > 3 else ""
-        return [
-            f"{len(loose)} samples are in no split folder and go to train ({', '.join(names[:3])}{more}): move them into one, "
-            "or out of source.url"
-        ]
+        where = f"go to train ({', '.join(names[:3])}{more}): move them into one, or out of source.url"
+        return [f"{len(loose)} samples are in no split folder and {where}"] if loose else []
     return []
 
 
@@ -137,6 +137,8 @@ def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -
         if column not in listing.columns:
             raise ConfigError(f"splits.column {column!r} is no column of the source{did_you_mean(column, listing.columns)}")
         values, what = [str(value) for value in listing.columns[column].tolist()], f"the value of {column}"
+        for row, bad in enumerate(listing.unusable or ()):
+            values[row] = values[row] if bad is None else "train"  # it may have no value
     else:
         return None
     for name in sorted(set(values)):

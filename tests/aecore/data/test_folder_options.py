@@ -56,9 +56,8 @@ class TestLinks:
     def test_links_out_of_the_folder_are_followed_when_asked(self, tmp_path: Path) -> None:
         root = self.curated(tmp_path)
         assert listed(root) == ["cat/1.png"]
-        assert re.search(
-            r"skipped 1 symbolic links to folders \(bird\).*\n.*2 .*\(dog/1.png, dog/2.png\): set source.follow_links", notes(root)
-        )
+        assert re.search(r"skipped 1 symbolic links to folders \('bird'\): set source.follow_links", notes(root))
+        assert re.search(r"skipped 2 symbolic links .*\('dog/1.png', 'dog/2.png'\): set source.follow_links", notes(root))
         made = shard_dataset(FolderSpec(url=str(root), follow_links=True), str(tmp_path / "out"))
         assert made.classes == ("bird", "bird/far", "bird/young", "cat", "dog")
         found = listed(root, follow_links=True)
@@ -84,7 +83,7 @@ class TestLinks:
         os.symlink("y.png", root / "a/x.png")
         os.symlink("x.png", root / "a/y.png")
         assert listed(root) == ["a/1.png"]
-        assert "skipped 2 symbolic links that lead to nothing (a/x.png, a/y.png)" in notes(root)
+        assert "skipped 2 symbolic links that lead to nothing ('a/x.png', 'a/y.png')" in notes(root)
 
     def test_links_that_fork_at_every_level_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_links, "MOST_PATHS", 50)
@@ -172,8 +171,8 @@ class TestFilters:
     def test_what_is_left_out_is_counted_and_a_misspelt_pattern_is_named(self, tmp_path: Path) -> None:
         tree(tmp_path, *self.FILES)
         said = notes(tmp_path, exclude=("*_mask.png", "tumbnails"), include=("train",))
-        assert "skipped 1 files that source.exclude matches (train/cat/1_mask.png)" in said
-        assert "skipped 3 files that source.include does not match (thumbnails/1.png, test/cat/2.png, thumbnails/deep/2.png)" in said
+        assert "skipped 1 files that source.exclude matches ('train/cat/1_mask.png')" in said
+        assert "skipped 3 files that source.include does not match ('thumbnails/1.png', 'test/cat/2.png', 'thumbnails/deep/2.png')" in said
         assert "source.exclude has 'tumbnails', which matches no file" in said
         with pytest.raises(DataError, match=r"skipped 6 files that source.include does not match .*\n.*'trian', which matches no file"):
             listed(tmp_path, include=("trian",))
@@ -188,7 +187,7 @@ class TestFilters:
         for size in (0, 9, 10, 11):
             tree(tmp_path, f"a/{size}.png", data=bytes(size))
         assert listed(tmp_path, min_size=10) == ["a/10.png", "a/11.png"]
-        assert "skipped 2 files of less than source.min_size=10 bytes (a/0.png, a/9.png)" in notes(tmp_path, min_size=10)
+        assert "skipped 2 files of less than source.min_size=10 bytes ('a/0.png', 'a/9.png')" in notes(tmp_path, min_size=10)
 
     def test_a_limit_takes_some_of_every_folder_and_always_the_same(self, tmp_path: Path) -> None:
         tree(tmp_path, *(f"{name}/{number:03d}.png" for name in "abcd" for number in range(100)))

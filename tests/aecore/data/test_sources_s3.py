@@ -1,5 +1,6 @@
 """Arrays and external tars in a bucket: the same datasets as from a folder, adopted in place or not."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_tars_in_a_bucket_are_streamed(s3, tmp_path: Path) -> None:
     s3.upload(two_tars(tmp_path / "theirs"), "theirs")
     assert numbers(batches(f"{s3.url}/theirs", 5)) == numbers(batches(f"{s3.url}/theirs/{{00000..00001}}.tar", 5))
     assert list(open_stream(f"{s3.url}/theirs", "train").tars) == ["00000.tar", "00001.tar"]
+
+
+def test_patterns_and_joined_addresses_in_a_bucket(s3, tmp_path: Path) -> None:
+    two_tars(tmp_path / "theirs")
+    (tmp_path / "theirs/00001.tar").write_bytes(gzip.compress((tmp_path / "theirs/00001.tar").read_bytes()))
+    (tmp_path / "theirs/00000.tar").rename(tmp_path / "theirs/shard+0 [a].tar")
+    s3.upload(tmp_path / "theirs", "theirs")
+    s3.upload(tmp_path / "theirs", "other/deep")
+    for url in (f"{s3.url}/theirs/*.tar", f"{s3.url}/theirs/shard*.tar::{s3.url}/other/**/00001.tar", f"{s3.url}/theirs"):
+        made = shard_dataset(WebdatasetSpec(url=url), str(tmp_path / f"ds-{len(url)}"))
+        assert pixels(tmp_path / f"ds-{len(url)}") == EXPECTED
+        assert made.num_samples() == 50
+    with pytest.raises(DataError, match=r"no tar matches s3://.*/theirs/x\*.tar: check the address, 2 tars are below"):
+        adopt_shards(WebdatasetSpec(url=f"{s3.url}/theirs/x*.tar"), str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("kind", [ArraysSpec, WebdatasetSpec])

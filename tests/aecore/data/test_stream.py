@@ -1,21 +1,29 @@
 """Train on external tars without an index: whole batches, equal steps on all ranks, the same again for the same seed."""
 
 import dataclasses
+import io
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from aecore._base.batch import Batch
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
+from aecore.data.manifest import DatasetManifest
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
 from aecore.data.sources._names import split_in_version_1
+from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.training.job import steps_per_epoch
 from aecore.training.loop import fit
@@ -56,7 +64,7 @@ class TestBatches:
     def test_a_pass_on_one_rank_holds_every_sample_once(self, tars: Path) -> None:
         found = numbers(batches(tars, 25, shuffle=0))  # 400 samples: 8 passes
         assert set(Counter(found).values()) == {8}
-        assert found[:50] != found[50:100], "each pass has its own order of tars"
+        assert len({tuple(found[at : at + 50]) for at in range(0, 400, 50)}) > 1, "each pass has its own order of tars"
 
     @pytest.mark.parametrize("resampled", [False, True])
     def test_are_the_same_for_the_same_seed_and_step(self, tars: Path, resampled: bool) -> None:
@@ -92,6 +100,98 @@ class TestBatches:
         assert set(numbers(batches(f"{tars}/{{00001..00001}}.tar"))) == set(range(30, 50))
 
 
+class TestBadSamples:
+    """`input.max_bad` is a share of the samples; a sample that is left out is logged, and the next one takes its place."""
+
+    BAD: ClassVar[dict[str, bytes]] = {
+        "cut.png": encoded(image(1))[:-30],
+        "other.png": encoded(image(1, 9)),
+        "rgb.jpg": encoded(np.zeros((4, 4, 3), np.uint8), "JPEG"),
+        "none.cls": b"1",
+        "text.png": b"<html>",
+        "two.png": encoded(image(1)),
+        "two.jpg": encoded(image(1), "JPEG"),
+        "array.npy": b"\x93NUMPY",
+        "objects.npz": b"PK",
+    }
+
+    def tars(self, root: Path, bad: dict[str, bytes] = BAD) -> Path:
+        for tar, first in (("a", 0), ("b", 25)):
+            files = samples(first, 25)
+            for number, (name, data) in enumerate(bad.items()):
+                files.insert(4 * number + 6, (f"{tar}-{name}", data))
+            write_tar(root / f"{tar}.tar", files)
+        return root
+
+    @pytest.mark.parametrize("shuffle", [0, 8])
+    def test_are_left_out_and_batches_stay_whole(self, tmp_path: Path, shuffle: int, caplog: pytest.LogCaptureFixture) -> None:
+        found = batches(self.tars(tmp_path), 25, shuffle=shuffle, max_bad=0.5)
+        assert {batch.x.shape for batch in found} == {(16, 1, 4, 4)}
+        for batch in found:
+            for x, number, label in zip(batch.x, numbers([batch]), batch.label, strict=True):
+                assert torch.equal(x[0], torch.from_numpy(image(number)))
+                assert label == number % 3
+        if not shuffle:
+            assert set(Counter(numbers(found)).values()) == {8}, "every good sample once a pass"
+        lines = [line for line in caplog.text.splitlines() if "is left out" in line]
+        assert 3 <= len(lines) <= 5, "over a hundred bad ones: the first three, the tenth, the hundredth"
+
+    def test_batches_are_the_same_again(self, tmp_path: Path) -> None:
+        tars = self.tars(tmp_path)
+        first, again = (numbers(batches(tars, 20, max_bad=0.5, resampled=True)) for _ in range(2))
+        assert first == again
+
+    def test_too_many_stop_the_run_and_the_advice_is_taken(self, tmp_path: Path) -> None:
+        tars = self.tars(tmp_path / "in", {name: data for name, data in self.BAD.items() if not name.startswith("array")})
+        with pytest.raises(DataError, match=r"sample '[\w-]+' cannot be trained on .* more than input.max_bad=0.01 allows") as refused:
+            batches(tars, 100)
+        advice = re.search(
+            r"Set input.max_bad=([\d.]+) .*shard_dataset, shards.check=decode and shards.max_bad=([\d.]+)", str(refused.value)
+        )
+        assert advice is not None
+        assert len(batches(tars, 100, max_bad=float(advice[1]))) == 100
+        spec = ShardSpec(check="decode", max_bad=float(advice[2]), resize=4, mode="L")
+        made = shard_dataset(WebdatasetSpec(url=str(tars)), str(tmp_path / "ds"), shards=spec)
+        assert isinstance(made, DatasetManifest)
+        assert SampleFormat.from_shapes(made.sample.shapes).shape == (4, 4, 1), "and can be trained on"
+
+    def test_one_of_many_does_not_stop_a_run_and_one_of_few_does(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "many/a.tar", [*samples(0, 150), ("x.png", b"")])
+        assert len(batches(tmp_path / "many", 60)) == 60
+        write_tar(tmp_path / "few/a.tar", [*samples(0, 20), ("x.png", b"")])
+        with pytest.raises(DataError, match=r"bad samples of \d+, more than input.max_bad=0.01 allows"):
+            batches(tmp_path / "few", 60)
+
+    def test_nothing_but_bad_samples_ends(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [("a.png", encoded(image(0)))] + [(f"{n}.png", b"x") for n in range(50)])
+        opened = open_stream(str(tmp_path), "train")
+        write_tar(tmp_path / "a.tar", [(f"{n}.png", b"x") for n in range(50)])
+        order = TrainingOrder(global_batch=16, lanes=8)
+        spec = InputSpec(reader="webdataset", prefetch=0, max_bad=1.0)
+        loader = StreamLoader(opened, transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
+        with pytest.raises(DataError, match=r"one of 1000 bad samples of 1000"):
+            next(iter(loader.batches()))
+
+    def test_the_first_sample_does_not_decide_the_format(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [("0.png", encoded(image(0, 9))), ("1.png", b"x"), *samples(2, 30)])
+        assert open_stream(str(tmp_path), "train").input_shape() == (1, 4, 4)
+        assert open_stream(str(tmp_path), "train", rules=1).input_shape() == (1, 9, 9)
+        with pytest.raises(
+            DataError, match=r"none of the first 1 samples can be read; the first of them is 'a' of .*a.tar: empty: the file has no"
+        ):
+            open_stream(str(write_tar(tmp_path / "none/a.tar", [("a.png", b"")])), "train")
+
+    def test_arrays_in_npz(self, tmp_path: Path) -> None:
+        def npz(number: int) -> bytes:
+            out = io.BytesIO()
+            np.savez_compressed(out, x=np.full((2, 3), number, np.float32))
+            return out.getvalue()
+
+        write_tar(tmp_path / "a.tar", [(f"{n}.npz", npz(n)) for n in range(20)])
+        found = batches(tmp_path, 5, shuffle=0)
+        assert sorted(float(x[0, 0]) for batch in found for x in batch.x) == sorted(4 * [float(n) for n in range(20)])
+
+
 class TestOpened:
     def test_holds_what_is_known_before_the_samples_are_read(self, tars: Path) -> None:
         opened = open_stream(str(tars), "train")
@@ -109,18 +209,30 @@ class TestOpened:
 class TestRefused:
     def test_a_sample_of_another_form_is_named(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [*samples(0, 3), ("odd.png", encoded(image(0, 9)))])
-        with pytest.raises(DataError, match=r"a.tar: sample 'odd' cannot be trained on .*quarantine"):
+        with pytest.raises(DataError, match=r"sample 'odd' cannot be trained on .format: its format is 9x9x1/L.*input.max_bad=0.5"):
             batches(tmp_path)
 
     def test_tars_without_samples(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [("a.pyd", b"x")])
-        with pytest.raises(DataError, match=r"holds no sample with an image"):
+        with pytest.raises(DataError, match=r"none of the first 1 samples can be read; the first of them is 'a' of .*a.tar: no_data"):
             open_stream(str(tmp_path), "train")
 
     def test_a_rank_without_samples_ends_instead_of_reading_for_ever(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", samples(0, 1))
         with pytest.raises(DataError, match=r"rank 1 found no sample in \d+ tars: use fewer workers"):
             batches(tmp_path, rank=1, world_size=2)
+
+    def test_a_broken_tar_says_what_reads_the_others(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "in/a.tar", samples(0, 5))
+        data = write_tar(tmp_path / "in/b.tar", samples(5, 5)).read_bytes()
+        (tmp_path / "in/b.tar").write_bytes(data[: data.index(encoded(image(8))) + 20])
+        with pytest.raises(DataError, match=r"b.tar is truncated.*shard_dataset or adopt_shards with source.bad_tars=skip"):
+            batches(tmp_path / "in")
+        for write in (shard_dataset, adopt_shards):
+            made = write(
+                WebdatasetSpec(url=str(tmp_path / "in"), bad_tars="skip"), str(tmp_path / write.__name__), shards=ShardSpec(max_bad=0.5)
+            )
+            assert made.num_samples() == 5
 
     @pytest.mark.parametrize(
         ("changes", "input", "message"),
@@ -193,13 +305,39 @@ class TestTraining:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
-            as_before = lambda url, split, member, *_: open_stream(url, split, member, split_in_version_1)  # noqa: E731
+            as_before = lambda url, split, member, *_, **__: open_stream(url, split, member, split_in_version_1, 1)  # noqa: E731
             before.setattr("aecore.training.session.open_stream", as_before)
             fit(job(tmp_path / "in", tmp_path / "run", every_steps=2), on_checkpoint=stop)
         assert fit(job(tmp_path / "in", tmp_path / "run", every_steps=2)).step == 6
         fit(job(tmp_path / "in", tmp_path / "new"))
         claims = [json.loads((tmp_path / name / "run.000001.json").read_text()) for name in ("run", "new")]
         assert claims[0]["identity"]["data"] != claims[1]["identity"]["data"]  # dev is validation data now
+
+    def test_a_run_that_began_before_there_were_other_rules_keeps_its_samples(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_tar(tmp_path / "in/a.tar", [*samples(0, 20), *((f"x.{n}.png", encoded(image(n))) for n in range(20, 40))])
+
+        def stop(ref: object, _: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
+            before.setattr("aecore.training.session.open_stream", lambda *asked, **_: open_stream(*asked[:3], rules=1))
+            fit(job(tmp_path / "in", tmp_path / "run", every_steps=2), on_checkpoint=stop)
+        with monkeypatch.context() as now:
+            taken = list[set[int]]()
+            loaded = StreamLoader.batches
+
+            def recorded(loader: StreamLoader, *steps: int, **more: int) -> Iterator[Batch]:
+                for batch in loaded(loader, *steps, **more):
+                    taken.append(set(numbers([batch])))
+                    yield batch
+
+            now.setattr(StreamLoader, "batches", recorded)
+            assert fit(job(tmp_path / "in", tmp_path / "run", every_steps=2)).step == 6
+            assert set.union(*taken) <= set(range(20))
+            fit(job(tmp_path / "in", tmp_path / "new"))
+            assert set.union(*taken) & set(range(20, 40))
 
     def test_the_identity_of_other_runs_does_not_know_these_options(self, tars: Path, tmp_path: Path) -> None:
         plain = small_job(str(tars), tmp_path / "run")

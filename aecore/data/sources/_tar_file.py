@@ -1,0 +1,317 @@
+"""An open external tar: every header is parsed and checked once, nothing is extracted.
+
+Stricter than `tarfile`, which takes a damaged header for the end: a wrong checksum or a member beyond the end of the file is a
+`BrokenTar`. PAX and GNU long names and sizes are understood, and tars joined by `cat` are read to the last one. A tar without its end
+blocks (its writer was not closed) is read, and counted: it cannot be known whether it is whole. Headers are only ever names and
+numbers: no path is made of them, and no link is followed here.
+"""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from aecore.data.format.foreign import what_it_is
+from aecore.data.sources._inflate import InflateLimit
+from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._unpack import CHUNK_BYTES, START_BYTES, compression, inflate
+from aecore.errors import DataError
+from aecore.store import Files, close_read, read_again
+
+BLOCK = 512
+MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
+MAX_DIGITS = 20  # of a PAX size
+WINDOW_BYTES = 1 << 16
+LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at once
+_EMPTY = bytes(BLOCK)
+_FILES, _WITHOUT_DATA, _EXTENDING = (
+    frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
+)
+_LINKS = frozenset((b"1", b"2"))
+_CHECKSUM_AT = slice(148, 156)
+_MAGIC_AT = 257
+_fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 155s 12x").unpack
+
+
+class BrokenTar(DataError):
+    """A tar that is damaged or truncated, so that what is in it is not known."""
+
+
+class Member(NamedTuple):
+    """One regular file of a tar: its name, offset and size."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Entry(NamedTuple):
+    """One header: name, place of its data, type, target if it is a link, number of the joined tar it is in."""
+
+    name: str
+    offset: int
+    size: int
+    kind: bytes
+    target: str
+    part: int
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file with all its bytes in one place."""
+        return self.kind in _FILES
+
+
+class TarFile:
+    """An open external tar, compressed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
+
+    A compressed one (by its first bytes) is inflated to an unnamed file first, to at most `limit` bytes, the value of `option` (0: see
+    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could.
+    """
+
+    def __init__(self, files: Files, name: str, limit: int = 0, option: str = "") -> None:
+        self.where = f"{files.url}/{name}"
+        self.compression: str | None = None
+        self.broken = ""
+        self._files, self._name, self._limit, self._option = files, name, limit, option
+        self.descriptor = read_again(self._opened, self.where)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def _opened(self) -> int:
+        try:
+            descriptor = self._files.open(self._name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            try:
+                self.compression = compression(os.pread(descriptor, START_BYTES, 0))
+                if self.compression is None:
+                    return descriptor
+                limit = InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option)
+                inflated, self.broken = inflate(file, self.compression, self.where, limit)
+            except BaseException:
+                close_read(descriptor)
+                raise
+        close_read(descriptor)
+        return inflated
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        close_read(self.descriptor)
+
+    def read(self, member: Member) -> bytes:
+        """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read."""
+        data = self._read(member.size, member.offset)
+        if len(data) != member.size:
+            raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
+        return data
+
+    def _read(self, size: int, offset: int) -> bytes:
+        """Return the bytes at `offset`, fewer only where the file ends; StoreError if it cannot be read."""
+        try:
+            return _pread(self.descriptor, size, offset)
+        except OSError as error:
+            return read_again(lambda: self._reread(size, offset), self.where, error)
+
+    def _reread(self, size: int, offset: int) -> bytes:
+        """Reopen the file, since the descriptor may be stale, and read."""
+        descriptor = self._opened()
+        os.dup2(descriptor, self.descriptor, inheritable=False)
+        close_read(descriptor)
+        return _pread(self.descriptor, size, offset)
+
+    def entries(self, skipped: Skipped, *, joined: bool = True) -> Iterator[Entry]:
+        """Yield all headers in order, but those of folders; BrokenTar if the tar is damaged or truncated.
+
+        Without `joined` (the rules of version 1), the first archive of several that were joined is read, and the others are counted.
+        """
+        position: int | None = 0
+        part = 0
+        extended = dict[str, str]()  # fields that PAX and GNU headers set for the next member
+        window, begin = b"", 0  # where members are small, one read for many headers takes a tenth of the time
+        while position is not None:
+            at = position - begin
+            if not 0 <= at <= len(window) - BLOCK:
+                window, begin, at = self._read(WINDOW_BYTES if 0 < at < WINDOW_BYTES // 8 else BLOCK, position), position, 0
+            block = window[at : at + BLOCK]
+            if block == _EMPTY or (len(block) < BLOCK and not block.strip(b"\0")):  # the end, or the missing end
+                self._require_complete(position, block, extended, skipped)
+                position, part, extended = self._next_part(position, skipped, joined=joined), part + 1, {}
+                continue
+            name, size, kind, target = self._header(block, position)
+            start = position + BLOCK
+            if kind in _EXTENDING:
+                extended |= self._extended(kind, start, size)
+                position = start + size + -size % BLOCK
+                continue
+            if kind == b"S":
+                start = self._after_map(start, sparse=block)
+            if extended:
+                size = self._extended_size(extended, size, position)
+                name, target = extended.get("path", name), extended.get("linkpath", target)
+                if any(key.startswith("GNU.sparse") for key in extended):
+                    name, kind = extended.get("GNU.sparse.name", name), b"S"
+                extended = {}
+            if kind in _WITHOUT_DATA:
+                size = 0
+            if start + size > self.size:
+                raise self._broken(f"is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}")
+            position = start + size + -size % BLOCK
+            if kind != b"5" and not name.endswith("/"):
+                yield Entry(name.removeprefix("./"), start, size, kind, target, part)
+        if self.broken:
+            raise self._broken(self.broken)
+
+    def _broken(self, what: str) -> BrokenTar:
+        """Return the error; that compressed data could not be inflated is the first reason for anything that is wrong."""
+        return BrokenTar(f"{self.where} {f'is damaged or truncated: {self.broken}' if self.broken else what}: restore it")
+
+    def _require_complete(self, position: int, block: bytes, extended: dict[str, str], skipped: Skipped) -> None:
+        """BrokenTar if the tar is cut where it cannot end; a tar without its end blocks is counted."""
+        if not self.size:
+            raise self._broken("is truncated: it is empty")
+        if extended:
+            raise self._broken(f"is truncated: it ends at byte {self.size} inside a member's headers")
+        if len(block) < BLOCK and not self.broken:  # zeros after a member are its padding or one of the end blocks
+            what = "tars without their end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
+            skipped.add(what, self.where, kept=True)
+
+    def _next_part(self, position: int, skipped: Skipped, *, joined: bool) -> int | None:
+        """Return where the next of several joined tars begins, after the zeros from `position` on; None if there is none."""
+        at = self._first_byte(position)
+        if at is None:
+            return None
+        if joined and self._is_header(self._read(BLOCK, at)):
+            return at
+        if joined and (later := self._later_header(at)) is not None:
+            raise self._broken(f"is damaged at byte {at}: no header with a valid checksum, and another member at byte {later}")
+        skipped.add("tars with bytes after their end", f"{self.where}: {self.size - at}")
+        return None
+
+    def _first_byte(self, position: int) -> int | None:
+        """Return the first block from `position` on that is not all zeros."""
+        while piece := self._read(CHUNK_BYTES, position):
+            if piece.count(0) != len(piece):
+                return position + len(piece) - len(piece.lstrip(b"\0")) & -BLOCK
+            position += len(piece)
+        return None
+
+    def _later_header(self, position: int) -> int | None:
+        """Return the first block from `position` on that is a header of a tar."""
+        while len(piece := self._read(CHUNK_BYTES, position)) >= BLOCK:
+            blocks = np.frombuffer(piece[: len(piece) & -BLOCK], np.uint8).reshape(-1, BLOCK)
+            magic = blocks[:, _MAGIC_AT : _MAGIC_AT + 5] == np.frombuffer(b"ustar", np.uint8)
+            for row in np.flatnonzero(magic.all(axis=1)).tolist():
+                if self._is_header(blocks[row].tobytes()):
+                    return position + BLOCK * row
+            position += len(piece)
+        return None
+
+    def _is_header(self, block: bytes) -> bool:
+        try:
+            self._header(block, 0)
+        except BrokenTar:
+            return False
+        return True
+
+    def _header(self, block: bytes, position: int) -> tuple[str, int, bytes, str]:
+        """Return name, size, type and target of a header block; BrokenTar if its checksum is wrong."""
+        if len(block) < BLOCK:
+            known = what_it_is(block) if position == 0 else ""
+            raise self._broken(f"is truncated: it ends at byte {self.size} inside a header{known}")
+        name, _, _, _, size, _, checksum, kind, target, magic, _, _, _, _, _, prefix = _fields(block)
+        try:
+            right = _is_sum_of(block, int(checksum.strip(b" \0") or b"-1", 8))
+            num_bytes = int.from_bytes(size[1:], "big") if size[0] == 0x80 else int(size.strip(b" \0") or b"0", 8)
+            right = right and num_bytes >= 0  # a negative size would move the position back: an endless loop
+        except ValueError:
+            right, num_bytes = False, 0
+        if not right:
+            what, known = ("is not a tar", what_it_is(block)) if position == 0 else (f"is damaged at byte {position}", "")
+            raise self._broken(f"{what} (no header with a valid checksum{known})")
+        text = _text(name)
+        folder = _text(prefix) if magic == b"ustar\0" else ""
+        return (f"{folder}/{text}" if folder else text), num_bytes, kind, _text(target) if kind in _LINKS else ""
+
+    def _after_map(self, start: int, sparse: bytes) -> int:
+        """Return where the data of a sparse file in GNU's old format begin: after the blocks that continue its map."""
+        goes_on = sparse[482]
+        while goes_on and start < self.size:
+            goes_on = (self._read(BLOCK, start) or _EMPTY).ljust(BLOCK, b"\0")[504]
+            start += BLOCK
+        return start
+
+    def _extended(self, kind: bytes, start: int, size: int) -> dict[str, str]:
+        """Return the fields that a PAX or GNU header sets for the next member; a global header may not set a name or size."""
+        if size > MAX_EXTENDED_BYTES or start + size > self.size:
+            raise self._broken(f"has a header of {size} bytes at byte {start}: it is damaged or truncated")
+        data = self._read(size, start)
+        if kind in (b"L", b"K"):
+            return {"path" if kind == b"L" else "linkpath": _text(data)}
+        found = self._pax(data, start)
+        if kind == b"g" and {"path", "linkpath", "size"} & found.keys():
+            raise BrokenTar(f"{self.where} gives all its members one name or size at byte {start}: it is damaged or hostile")
+        return {} if kind == b"g" else found
+
+    def _extended_size(self, extended: dict[str, str], size: int, position: int) -> int:
+        text = extended.get("size", "")
+        if len(text) > MAX_DIGITS:
+            raise self._broken(f"has a damaged PAX header at byte {position}: it states a size of {len(text)} digits")
+        return int(text) if text.isdecimal() else size
+
+    def _pax(self, data: bytes, start: int) -> dict[str, str]:
+        found: dict[str, str] = {}
+        while data:
+            length, _, rest = data.partition(b" ")
+            size = int(length) if length.isdigit() and len(length) < 8 else 0
+            record = data[len(length) + 1 : size - 1]
+            if not rest or not len(length) + 2 < size <= len(data) or b"=" not in record or data[size - 1 : size] != b"\n":
+                raise self._broken(f"has a damaged PAX header at byte {start}")
+            key, _, value = record.partition(b"=")
+            found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+            data = data[size:]
+        return found
+
+
+def _is_sum_of(block: bytes, checksum: int) -> bool:
+    """Return whether this is the sum of a header's bytes with its checksum as spaces, or that of the signed bytes of old programs."""
+    excess = _sum(block[:256]) + _sum(block[256:]) - sum(block[_CHECKSUM_AT]) + 8 * ord(" ") - checksum
+    return excess == 0 or (
+        excess > 0 and excess == 256 * sum(byte > 127 for byte in block[: _CHECKSUM_AT.start] + block[_CHECKSUM_AT.stop :])
+    )
+
+
+def _sum(half: bytes) -> int:
+    """Return the sum of at most 256 bytes: a sixth of the time of `sum`, and exact, since it is less than Adler's 65521."""
+    return (zlib.adler32(half) & 0xFFFF) - 1
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes, fewer only at the end of the file: a single `pread` may return fewer."""
+    data = os.pread(descriptor, size if size < LARGEST_READ else LARGEST_READ, offset)
+    if len(data) == size or not data:
+        return data
+    del data  # read again into one object of the whole size: to add up pieces takes twice the memory
+    return io.BufferedReader(_At(descriptor, offset)).read(size)
+
+
+class _At(io.RawIOBase):
+    """A file from a position on, which is not shared with other readers of the descriptor."""
+
+    def __init__(self, descriptor: int, position: int) -> None:
+        self._descriptor, self._position = descriptor, position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]  # of the buffers that `BufferedReader` passes
+        got = os.preadv(self._descriptor, [memoryview(buffer)[:LARGEST_READ]], self._position)
+        self._position += got
+        return got

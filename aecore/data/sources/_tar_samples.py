@@ -1,0 +1,328 @@
+"""Members of an external tar become samples: links are resolved inside the tar, names are grouped, one member is the image or array.
+
+The key of a member ends at the first dot of its last component, as in webdataset, and what follows is its extension. Where that gives no
+image although the name ends in an image's extension (`track 2.1.jpg`), the dot belongs to the name: the key then ends at the last one.
+`0.left.png` stays a member of sample `0` if `left` is a word that other samples have too, or if the sample has members without it.
+
+A sample that cannot be used is returned with a reason, for the quarantine; what is no sample is counted (`Skipped`). The rules of version 1
+(`rules=1`, for datasets and runs that began with it) know neither links nor such names, and leave out what cannot be used.
+"""
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
+from aecore.data.sources import Unusable
+from aecore.data.sources._other_files import kind_of_file
+from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._tar_file import BrokenTar, Entry, Member, TarFile
+
+MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
+MAX_LINKED = 1_000_000  # members that links to folders add to one tar
+MAX_HOPS = 32  # links that lead to links
+ARCHIVED = "npz"  # read like the array in it
+_SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
+_DOCUMENT = re.compile(r"(?:.*/)?(?:readme|licen[cs]e|copying|notice|citation|changelog)", re.IGNORECASE | re.DOTALL)
+_HARD, _SYMBOLIC = b"1", b"2"
+_KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
+UNSAFE = "members whose name leaves the archive (.. or /)"
+NO_KEY = "files without a key and an extension"
+NO_DATA = "samples without an image or array"
+UNREAD = "members that are not read"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How members become samples.
+
+    Attributes
+    ----------
+    member : str
+        Extension to take (`seg.png`; its last part is the codec), "" for the only image or array.
+    option : str
+        The name of that option in messages.
+    rules : int
+        1: those of version 1.
+    """
+
+    member: str = ""
+    option: str = "source.member"
+    rules: Literal[1, 2] = 2
+
+
+class TarSample(NamedTuple):
+    """Members of one key by extension (lower case), at any positions in the tar; `part` numbers the tars that were joined.
+
+    `data` is the image or array. `bad` says why the sample cannot be used; then `data` may be any of its members.
+    """
+
+    key: str
+    part: int
+    members: Mapping[str, Member]
+    data: Member
+    bad: Unusable | None = None
+
+
+class TarSamples(NamedTuple):
+    """The samples of one tar by the place of their data, and the error that makes them unusable if the tar is broken."""
+
+    samples: list[TarSample]
+    broken: BrokenTar | None
+
+
+def tar_samples(tar: TarFile, reading: Reading, skipped: Skipped) -> TarSamples:
+    """Return the samples of a tar; what is no sample is counted in `skipped`. StoreError if it cannot be read."""
+    entries, broken = list[Entry](), None
+    try:
+        for entry in tar.entries(skipped, joined=reading.rules > 1):
+            entries.append(entry)  # those before an error count
+    except BrokenTar as error:
+        broken = error
+    groups = _Groups(tar, reading, skipped)
+    for _, joined in itertools.groupby(entries, key=lambda entry: entry.part):
+        for entry in joined if reading.rules == 1 else _resolved(list(joined), groups.unusable):
+            groups.add(entry)
+    found = groups.samples()
+    return TarSamples(sorted(found, key=lambda sample: sample.data.offset), broken)
+
+
+def data_extension(ext: str) -> str:
+    """Return the last part of an extension if it is that of an image or array, else ""."""
+    codec = ext.rpartition(".")[2]
+    return codec if codec in DATA_EXTENSIONS or codec == ARCHIVED else ""
+
+
+class _Groups:
+    """The members of a tar by part and key."""
+
+    def __init__(self, tar: TarFile, reading: Reading, skipped: Skipped) -> None:
+        self._tar, self._reading, self._skipped = tar, reading, skipped
+        self._found: dict[tuple[int, str], dict[str, Member]] = {}
+        self._bad: dict[tuple[int, str], Unusable] = {}  # by part and name: members that cannot be read, or come twice
+        self._others = list[TarSample]()  # links that are named like no sample, and lead to what may be many
+
+    def unusable(self, entry: Entry, why: Unusable, what: str) -> None:
+        """Take an entry without bytes of its own as a sample that cannot be used; count it if it is no link and not named like a sample."""
+        match = MEMBER_NAME.fullmatch(entry.name)
+        if match is not None and not _is_hidden(entry.name) and _is_named_like_a_sample(match[2].lower()) and self._reading.rules > 1:
+            self._put(entry, match[1], match[2].lower())
+            self._bad[entry.part, entry.name] = why
+        elif entry.kind in (_HARD, _SYMBOLIC) and self._reading.rules > 1:
+            place = Member(entry.name, entry.offset, 0)
+            self._others.append(TarSample(entry.name, entry.part, {}, place, why))
+        else:
+            self._skipped.add(what, entry.name)
+
+    def add(self, entry: Entry) -> None:
+        """Take a header's file; everything else is counted."""
+        name = entry.name
+        if not entry.is_file:
+            what = _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
+            self.unusable(entry, Unusable("member", f"{name!r} is one of the {what}, which have no bytes that can be read"), what)
+        elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
+            self.unusable(entry, Unusable("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
+        else:
+            match = MEMBER_NAME.fullmatch(name)
+            is_reserved = name.startswith("__") and name.endswith("__")
+            if match is None or is_reserved or (self._reading.rules > 1 and _is_hidden(name)):
+                self._skipped.add(NO_KEY, name)
+            else:
+                self._put(entry, match[1], match[2].lower())
+
+    def _put(self, entry: Entry, key: str, ext: str) -> None:
+        members = self._found.get((entry.part, key))
+        if members is None:
+            members = self._found[entry.part, key] = {}
+        elif ext in members:
+            why = f"the tar has {entry.name!r} twice, and it is not known which one is meant: write the tar again"
+            self._bad[entry.part, entry.name] = Unusable("twice", why)
+        members[ext] = Member(entry.name, entry.offset, entry.size)
+
+    def samples(self) -> list[TarSample]:
+        """Return the samples, with a member chosen."""
+        found = list[TarSample]()
+        words = None if self._reading.rules == 1 else self._words()
+        for (part, key), members in self._found.items():
+            if words is None or not any("." in ext for ext in members):
+                found += self._sample(part, key, members)
+                continue
+            apart = _by_name(members, words, self._reading.member)
+            for below, those in apart.items():
+                if below is not None:
+                    found += self._sample(part, f"{key}.{below}", those)
+                elif len(apart) == 1 or any(map(data_extension, those)):
+                    found += self._sample(part, key, those)
+                else:  # what samples of their own leave over, such as a description of them all
+                    for member in those.values():
+                        self._skipped.add(UNREAD, member.name)
+        return found + self._others
+
+    def _words(self) -> Counter[str]:
+        """Return how many keys have each of the words before the extension of an image, as in `left.png`, beside another one."""
+        counts = Counter[str]()
+        for members in self._found.values():
+            if sum("." in ext for ext in members) > 1:
+                counts.update({ext.rpartition(".")[0] for ext in members if "." in ext and data_extension(ext)})
+        return counts
+
+    def _sample(self, part: int, key: str, members: dict[str, Member]) -> Iterable[TarSample]:
+        reading = self._reading
+        chosen = _chosen(members, reading)
+        for ext, member in members.items():
+            if ext not in ALLOWED_EXTENSIONS and ext != chosen:
+                self._skipped.add(UNREAD, member.name)
+        if not chosen and (reading.rules == 1 or _DOCUMENT.fullmatch(key)):
+            self._skipped.add(NO_DATA if reading.rules == 1 else "documents", key)
+            return
+        bad: Unusable | None = None
+        if self._bad:
+            bad = next((bad for member in members.values() if (bad := self._bad.get((part, member.name)))), None)
+        if isinstance(chosen, str):
+            yield TarSample(key, part, members, members[chosen], bad)
+        else:
+            yield TarSample(key, part, members, next(iter(members.values())), bad or _without_data(key, members, chosen, reading))
+
+
+def _chosen(members: Mapping[str, Member], reading: Reading) -> str | list[str]:
+    """Return the extension of the sample's image or array; those that could be it if there is not one."""
+    if reading.member:
+        return reading.member if reading.member in members else []
+    found = [ext for ext in members if ext in DATA_EXTENSIONS]
+    if not found and reading.rules > 1:
+        found = [ext for ext in members if data_extension(ext) in DATA_EXTENSIONS] or [ext for ext in members if data_extension(ext)]
+    return found[0] if len(found) == 1 else found
+
+
+def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: Reading) -> Unusable:
+    """Return why a sample with none or several images has no data."""
+    if found:
+        why = f"sample {key!r} has the images {', '.join(found[:8])}: choose one with {reading.option}=<extension>"
+        return Unusable("ambiguous", why)
+    held = ", ".join(sorted(members)[:8]) + (", ..." if len(members) > 8 else "")
+    asked = f"member .{reading.member}, which {reading.option} asks for" if reading.member else "image or array that is read"
+    other = next((member.name for ext, member in members.items() if ext.rpartition(".")[2] not in ALLOWED_EXTENSIONS), None)
+    what, remedy = ("", "") if other is None or reading.member else kind_of_file(other)
+    return Unusable("no_data", f"sample {key!r} has no {asked}, only {held}" + (f" ({what}: {remedy})" if remedy else ""))
+
+
+def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> dict[str | None, dict[str, Member]]:
+    """Return the members of one key, apart by what a name has between its first and its last dot where that belongs to the name.
+
+    None is for the rest. It does not where it is a word that tells members of a sample apart (`left` of `0.left.png`), and where it has
+    no image of its own.
+    """
+    plain = {ext: member for ext, member in members.items() if "." not in ext}
+    below: dict[str, dict[str, Member]] = defaultdict(dict)
+    for ext, member in members.items():
+        if "." in ext:
+            below[ext.rpartition(".")[0]][ext.rpartition(".")[2]] = member
+    apart: dict[str | None, dict[str, Member]] = {None: plain.copy()}
+    for name in sorted(below, key=lambda name: not any(map(data_extension, below[name]))):  # those with an image first
+        those = below[name]
+        side = bool(_SIDE_EXTENSIONS & those.keys())
+        tells_apart = _WORD.fullmatch(name) is not None and (bool(plain) or words[name] > 1)
+        if any(map(data_extension, those)):
+            is_own = side or not tells_apart
+        else:  # labels whose image is missing, unless they are further ones of a sample with an image
+            is_own = side and not tells_apart and not any(map(data_extension, apart[None]))
+        if is_own and not any(f"{name}.{ext}" == wanted for ext in those):
+            apart[name] = those
+        else:
+            apart[None] |= {f"{name}.{ext}": member for ext, member in those.items()}
+    return apart if apart[None] else {name: those for name, those in apart.items() if name is not None}
+
+
+def _is_named_like_a_sample(ext: str) -> bool:
+    return bool(data_extension(ext)) or ext.rpartition(".")[2] in ALLOWED_EXTENSIONS
+
+
+def _is_hidden(name: str) -> bool:
+    return name[name.rfind("/") + 1 :].startswith(".")
+
+
+def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], None]) -> Iterable[Entry]:
+    """Yield all entries, links to files and folders of the tar with the place of what they lead to; others are given to `unusable`.
+
+    A hard link leads to a member before it, by its whole name; a symbolic one is relative to its folder, as when the tar is unpacked.
+    """
+    if not any(entry.kind in (_HARD, _SYMBOLIC) for entry in entries):
+        yield from entries
+        return
+    files = {path: entry for entry in entries if entry.is_file and (path := _normal(entry.name)) is not None}
+    links = {path: entry for entry in entries if entry.kind in (_HARD, _SYMBOLIC) and (path := _normal(entry.name)) is not None}
+    targets = {name: _target(link, links) for name, link in links.items()}
+    for name, link in links.items():  # before those to folders, which may hold them
+        if (target := targets[name]) is not None and (there := files.get(target)) is not None and name not in files:
+            files[name] = link._replace(offset=there.offset, size=there.size, kind=there.kind)
+    below, left = _by_folder(files), MAX_LINKED
+    for entry in entries:
+        if entry.kind not in (_HARD, _SYMBOLIC):
+            yield entry
+            continue
+        path = _normal(entry.name)
+        target = None if path is None else targets[path]
+        if target is not None and (there := files.get(target)) is not None:
+            yield entry._replace(offset=there.offset, size=there.size, kind=there.kind)
+            continue
+        inside: Sequence[str] = ()
+        if target is not None and not f"{path}/".startswith(f"{target}/"):  # else it would lead into itself
+            inside = below.get(target, ())
+        left -= len(inside)
+        if not inside or left < 0:
+            what = _KINDS[entry.kind]
+            why = "a loop, or out of the archive" if target is None else f"{target!r}, which is no file or folder of this tar"
+            unusable(entry, Unusable("link", f"{entry.name!r} is a link to {entry.target!r}, that is {why}: pack with `tar -h`"), what)
+            continue
+        for name in inside:
+            there = files[name]
+            yield there._replace(name=entry.name + name[len(target or "") :], part=entry.part)
+
+
+def _by_folder(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files below each folder."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in files:
+        at = name.find("/")
+        while at >= 0:
+            found[name[:at]].append(name)
+            at = name.find("/", at + 1)
+    return found
+
+
+def _target(entry: Entry, links: Mapping[str, Entry]) -> str | None:
+    """Return the path in the tar that a link leads to after all links on the way; None if it leaves the tar or leads in a circle."""
+    path: str | None = entry.target if entry.kind == _HARD else f"{entry.name.rpartition('/')[0]}/{entry.target}".removeprefix("/")
+    if entry.kind == _SYMBOLIC and entry.target.startswith("/"):
+        return None
+    for _ in range(MAX_HOPS):
+        path = None if path is None else _normal(path)
+        if path is None:
+            return None
+        parts = path.split("/")
+        at = next((end for end in range(1, len(parts) + 1) if "/".join(parts[:end]) in links), None)
+        if at is None:
+            return path
+        link = links["/".join(parts[:at])]
+        if link.kind == _SYMBOLIC and link.target.startswith("/"):
+            return None
+        start = link.target if link.kind == _HARD else "/".join([*parts[: at - 1], link.target])
+        path = "/".join([start, *parts[at:]])
+    return None
+
+
+def _normal(path: str) -> str | None:
+    """Return a path in a tar without `.` and `..`; None if it leaves the tar."""
+    parts = list[str]()
+    for part in path.split("/"):
+        if part == "..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)
