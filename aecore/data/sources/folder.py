@@ -25,7 +25,7 @@ from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, close_read, is_remote, open_files
+from aecore.store import absolute_url, cannot_read, close_read, is_remote, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
@@ -142,7 +142,7 @@ class FolderSource:
                     within = self._sort_out(prefix, entries.result(), found, skipped)
                 except OSError as error:
                     where = self._root / prefix / (error.filename if isinstance(error.filename, str) else "")
-                    raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
+                    raise cannot_read(where, error) from error
                 folders += [(name, listing.submit(_entries, self._root / name)) for name in within]
         return found
 
