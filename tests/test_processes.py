@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import MARK, WARM, free_ports, run, started, wait_until
+from tests.warm import template
 
 ROOT = Path(__file__).resolve().parent.parent
 # starts a child in its own session and one whose parent ends at once, then ignores the polite signal
@@ -161,6 +162,19 @@ print(json.dumps([sys.argv, os.getcwd(), dict(os.environ), sys.path, __name__, o
     def test_the_command_says_the_same(self) -> None:
         warm, cold = (run([*python, "-m", "pipelines.cli", "list", "models"], check=True) for python in (WARM, (sys.executable, "-P")))
         assert warm.stdout == cold.stdout
+
+    def test_a_script_of_a_shell_is_one(self, tmp_path: Path) -> None:
+        script = tmp_path / "python"
+        template(os.environ).write_script(script, ["-c"])
+        for code in ("import sys; print(*sys.argv, sys.stdin.read(), 'torch' in sys.modules); sys.exit(5)", "import os; os.abort()"):
+            warm, cold = (
+                run(["sh", "-c", f'echo in | {python} "$0" "a b"', code], cwd=tmp_path) for python in (script, f"{sys.executable} -P -c")
+            )
+            assert (warm.returncode, warm.stdout.replace("True", "False")) == (cold.returncode, cold.stdout)
+        with started([script, "import time; print('here', flush=True); time.sleep(600)"]) as running:
+            running.wait_for("here")
+            os.kill(running.pid, signal.SIGTERM)
+            assert running.finish().returncode == -signal.SIGTERM
 
     def test_the_template_ends_with_its_process(self) -> None:
         code = (

@@ -103,19 +103,21 @@ class Template:
 
     def fork(self, command: list[str], environ: Mapping[str, str], cwd: str, streams: tuple[int, int, int]) -> WarmProcess:
         """Run `command` (the words after `WARM`) in a fork."""
+        self._wait()
+        return _asked(self._path, command, environ, cwd, streams)
+
+    def write_script(self, script: Path, command: Sequence[str]) -> None:
+        """Write a script for a shell: it runs `command` and its arguments in a fork, and gives on SIGINT, SIGTERM and the exit status."""
+        self._wait()
+        call = f"from tests.warm import _script; _script({self._path!r}, {list(command)!r})"
+        script.write_text(f"#!{sys.executable} -IS\nimport sys; sys.path.append({str(ROOT)!r})\n{call}\n")
+        script.chmod(0o755)
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + 120
-        connection = socket.socket(socket.AF_UNIX)
-        while True:
-            try:
-                connection.connect(self._path)
-                break
-            except OSError:
-                assert self._process.poll() is None and time.monotonic() < deadline, "the template of warm processes does not answer"
-                time.sleep(0.02)
-        request = json.dumps({"command": command, "environ": dict(environ), "cwd": cwd}).encode("utf-8", "surrogateescape")
-        socket.send_fds(connection, [len(request).to_bytes(8, "little")], list(streams))
-        connection.sendall(request)
-        return WarmProcess([*WARM, *command], connection)
+        while not os.path.exists(self._path):
+            assert self._process.poll() is None and time.monotonic() < deadline, "the template of warm processes does not answer"
+            time.sleep(0.02)
 
     def end(self) -> None:
         os.close(self._held)
@@ -126,18 +128,45 @@ def fork(words: Sequence[str], environ: Mapping[str, str], cwd: str, streams: tu
     """Run a command that begins with `WARM` in a fork; None for another one, and where it begins with a library of its own."""
     if tuple(words[: len(WARM)]) != WARM or "LD_PRELOAD" in environ:
         return None
+    return template(environ).fork(list(words[len(WARM) :]), environ, cwd, streams)
+
+
+def template(environ: Mapping[str, str]) -> Template:
+    """Return this process's template for such an environment; it is started the first time and ends with this process."""
     cold = tuple(sorted((name, value) for name, value in environ.items() if name.startswith(COLD)))
     if (os.getpid(), cold) not in _templates:
-        _templates[os.getpid(), cold] = template = Template(environ)
-        atexit.register(template.end)
-    return _templates[os.getpid(), cold].fork(list(words[len(WARM) :]), environ, cwd, streams)
+        _templates[os.getpid(), cold] = made = Template(environ)
+        atexit.register(made.end)
+    return _templates[os.getpid(), cold]
+
+
+def _asked(path: str, command: list[str], environ: Mapping[str, str], cwd: str, streams: tuple[int, int, int]) -> WarmProcess:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    request = json.dumps({"command": command, "environ": dict(environ), "cwd": cwd}).encode("utf-8", "surrogateescape")
+    socket.send_fds(connection, [len(request).to_bytes(8, "little")], list(streams))
+    connection.sendall(request)
+    return WarmProcess([*WARM, *command], connection)
+
+
+def _script(path: str, command: list[str]) -> None:
+    """Be what `Template.write_script` writes."""
+    process = _asked(path, [*command, *sys.argv[1:]], os.environ, os.getcwd(), (0, 1, 2))
+    for how in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(how, lambda number, _: os.kill(process.pid, number))
+    status = process.wait()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 
 
 def _serve(path: str, alive: int) -> list[str]:
     """Fork for each connection and report how forks end; return, in a fork, its command, and never in the template."""
     server = socket.socket(socket.AF_UNIX)
-    server.bind(path)
+    server.bind(f"{path}.new")
     server.listen(64)
+    os.rename(f"{path}.new", path)  # there when it answers
     running: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> pid, connection
     while True:
         ready = select.select([server, alive, *running], [], [])[0]

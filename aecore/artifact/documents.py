@@ -99,7 +99,7 @@ def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tup
     try:
         return _parsed(store, name, content), content
     except DataError:
-        again = read_bytes(store, name, fresh=True)
+        again = read_bytes(store, name, ref=ref, fresh=True)
         if again == content:
             raise
         logger.warning("%s/%s arrived damaged and was read again", store.url, name)
@@ -108,9 +108,11 @@ def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tup
 
 def problems_of(store: Store) -> list[str]:
     """Return what is wrong with the claims, manifests and records of an artefact, also those that a later generation has replaced."""
-    names = [name for name in store.list() if any(re.fullmatch(kind.pattern, name) for kind in _KINDS)]
+    names = [*store.list(), *(f"records/{name}" for name in store.list("records"))]
     problems = []
-    for name in (*names, *(f"records/{name}" for name in store.list("records"))):
+    for name in names:
+        if not any(re.fullmatch(kind.pattern, name) for kind in _KINDS):  # a stranger's, as file managers leave them
+            continue
         try:
             read_json(store, name)
         except DataError as error:
@@ -120,7 +122,7 @@ def problems_of(store: Store) -> list[str]:
 
 def read_bytes(store: Store, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
     """Return the bytes of a JSON file; DataError if it is missing, or has more of them than any file of its kind."""
-    return store.read(name, ref=ref, fresh=fresh, limit=_kind_of(f"{store.url}/{name}")[0].most)
+    return store.read(name, ref=ref, fresh=fresh, limit=_kind_of(store, name)[0].most)
 
 
 def typed(kind: type[T], fields: Mapping[str, Any]) -> T:
@@ -171,7 +173,7 @@ def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
         if not isinstance(data, dict):
             raise ValueError("it is no object")
         _require_shallow(data)
-        _require_whole(where, data)
+        _require_whole(store, name, data)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise DataError(f"{where} is damaged: {why}; restore it from a copy, or write to another URL") from error
@@ -203,9 +205,9 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _require_whole(where: str, data: Mapping[str, Any]) -> None:
+def _require_whole(store: Store, name: str, data: Mapping[str, Any]) -> None:
     """ValueError unless hash, format, keys and the values that the file's name repeats are right."""
-    kind, named = _kind_of(where)
+    kind, named = _kind_of(store, name)
     version, stated = data.get("format", 1), data.get("sha256")
     intact = stated == sha256_json({key: value for key, value in data.items() if key != "sha256"})
     if stated is not None and not intact:
@@ -225,11 +227,13 @@ def _require_whole(where: str, data: Mapping[str, Any]) -> None:
         raise ValueError(f"it states {kind.repeats} {data[kind.repeats]!r}, which its name does not")
 
 
-def _kind_of(where: str) -> tuple[_Kind, str | None]:
+def _kind_of(store: Store, name: str) -> tuple[_Kind, str | None]:
+    """Return the kind of a file and what its name says of it: only of a checkpoint the folder's own name counts as well."""
+    where = "/".join([*store.url.split("/")[-2:], name]) if name == "checkpoint.json" else name
     for kind in _KINDS:
         if match := re.search(rf"(?:^|/){kind.pattern}$", where):
             return kind, match[1] if match.lastindex else None
-    raise AssertionError(f"{where} is no JSON file of an artefact")
+    raise AssertionError(f"{name} is no JSON file of an artefact")
 
 
 def _shown(found: frozenset[str] | set[str], expected: frozenset[str]) -> str:

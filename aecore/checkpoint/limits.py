@@ -84,7 +84,7 @@ class _Allocated(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # any: torch's interface
         if function in _SIZED:
-            size = kwargs["size"] if kwargs and "size" in kwargs else args if isinstance(args[0], int) else args[0]
+            size = kwargs["size"] if kwargs and "size" in kwargs else args[0] if isinstance(args[0], tuple | list) else args
             self._take(8 * math.prod(map(int, size)))
             return function(*args, **kwargs or {})
         result = function(*args, **kwargs or {})

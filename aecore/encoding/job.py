@@ -111,7 +111,8 @@ def encode_dataset(
     manifest = _manifest(plan, [made_by_stem[task.stem] for task in plan.tasks])
     _warn(store, manifest)
     old = () if plan.parent is None else plan.parent.files
-    new = [ref for ref in manifest.files if ref not in set(old)]
+    known = set(old)
+    new = [ref for ref in manifest.files if ref not in known]
     commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old)
     logger.info("table %s: generation %d, %d rows, %d quarantined", store.url, manifest.number, manifest.num_rows, manifest.quarantined)
     return manifest

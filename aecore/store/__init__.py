@@ -11,7 +11,7 @@ its work without a memory; that of a bucket is wrapped in `CachedStore`, which k
 Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` ends it by SIGKILL at the third record linked.
 """
 
-from aecore.store._again import read_again
+from aecore.store._again import cannot_read, read_again
 from aecore.store._base import (
     FAULT_STAGES,
     AlreadyExists,
@@ -57,6 +57,7 @@ __all__ = [
     "Scheme",
     "Store",
     "absolute_url",
+    "cannot_read",
     "canonical_json",
     "close_read",
     "fault_point",

@@ -57,8 +57,12 @@ def read_again(read: Callable[[], T], where: str, error: OSError | None = None) 
         except OSError as failed:
             error = failed
     assert error is not None
-    remedy = _REMEDIES.get(error.errno or 0, _USUAL)
-    raise StoreError(f"cannot read {error.filename or where}: {error.strerror or error} (tried {READS} times); {remedy}") from error
+    raise cannot_read(error.filename or where, error, f" (tried {READS} times)") from error
+
+
+def cannot_read(where: object, error: OSError, tried: str = "") -> StoreError:
+    """Return the error for a file or folder of a source that could not be read now."""
+    return StoreError(f"cannot read {where}: {error.strerror or error}{tried}; {_REMEDIES.get(error.errno or 0, _USUAL)}")
 
 
 def read_verified(read: Callable[[bool], bytes], ref: FileRef, where: object, fresh: bool = False) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aecore.errors import DataError, StoreError, disk_error
-from aecore.store._again import read_again, read_verified
+from aecore.store._again import cannot_read, read_again, read_verified
 from aecore.store._base import FileRef, damaged, fault_point, open_regular, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
 from aecore.store._race import races
@@ -212,7 +212,7 @@ def _storage_errors(doing: str) -> Iterator[None]:
 
 
 def _cannot_list(error: OSError) -> None:
-    raise DataError(f"cannot read {error.filename}: {error.strerror}; make it readable or move it away") from error
+    raise cannot_read(error.filename, error) from error
 
 
 def _require_no_loop(folder: str, names: list[str]) -> None:

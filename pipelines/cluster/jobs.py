@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from aecore.data.manifest import TAR_PREFIXES
 from aecore.errors import ClusterError, RunFailed
 from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_this_machine, job_address
 from pipelines.cluster.session import import_environment, local_paths
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
 STOP_S = 30  # from SIGTERM to SIGKILL, for a job whose workers have `train.GRACE_S` to write a checkpoint; Ray's default is 3
-PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")  # they hold no secrets
+PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", TAR_PREFIXES)  # they hold no secrets
 
 
 class JobStopped(RunFailed):

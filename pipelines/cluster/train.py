@@ -229,10 +229,11 @@ def _rank_loop(config: Mapping[str, Any]) -> None:
 
     try:
         fit(config["job"], rank=rank, on_checkpoint=report, stop=_at_most_every(ASK_EVERY_S, ask))
-    except OSError as error:
-        if isinstance(error, (ConnectionError, TimeoutError)):  # of another rank, which may have died
+    except Exception as error:
+        known = from_outside(error)
+        if known is None or known is error or isinstance(error, ConnectionError | TimeoutError):  # the last: another rank may have died
             raise
-        raise from_outside(error) or error from error  # ends the run: only a worker that dies is started again
+        raise known from error  # ends the run: only a worker that dies is started again
 
 
 def _at_most_every(seconds: float, ask: Callable[[], bool]) -> Callable[[], bool]:

@@ -159,9 +159,7 @@ def _logged(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         known = typed(error)
-        if known is None:
-            raise
-        logging.getLogger(__name__).warning("%s is not on the run's page: %s", what, known)
+        logging.getLogger(__name__).warning("%s is not on the run's page: %s", what, known or error, exc_info=known is None)
 
 
 def publish_artifacts(name: str, summary: Mapping[str, Any]) -> None:

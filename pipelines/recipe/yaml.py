@@ -136,7 +136,7 @@ def read_recipe(name: str) -> Tree:
                 content, where = file.read(MAX_BYTES + 1), str(path)
             _require_short(len(content), where)
             text = content.decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ConfigError(f"cannot read the recipe {name}: {error}") from None
     else:
         shipped = shipped_recipes()

@@ -8,7 +8,7 @@ import json
 import logging
 import operator
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aecore.artifact.commit import read_record
-from aecore.artifact.documents import read_json, sealed
+from aecore.artifact.documents import problems_of, read_json, sealed
 from aecore.checkpoint import load_model
 from aecore.data.dataset import open_dataset
 from aecore.data.sources.sprites import SpritesSpec
@@ -25,7 +25,7 @@ from aecore.data.write.plan import SplitSpec
 from aecore.data.write.spec import ShardSpec
 from aecore.encoding.job import encode_dataset
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store import open_store
+from aecore.store import FileRef, LocalStore, open_store
 from aecore.table.table import open_table
 from aecore.training.loop import fit
 from aecore.training.result import finished_run
@@ -304,3 +304,35 @@ def test_a_value_of_another_type_is_named_whoever_computed_the_hash(root, name):
                 continue
             refused += 1
     assert refused > 25
+
+
+@pytest.mark.parametrize("folder", ["records", "x/records", "checkpoints/step-00000007-aa"])
+def test_an_artefact_may_lie_in_a_folder_of_any_name(folder: str, made: Path, tmp_path: Path) -> None:
+    for kind in ("dataset", "run", "table"):
+        shutil.copytree(made / kind, tmp_path / kind / folder)
+        assert problems_of(open_store(tmp_path / kind / folder)) == []
+    assert open_dataset(str(tmp_path / "dataset" / folder)).manifest == open_dataset(str(made / "dataset")).manifest
+    assert len(open_table(str(tmp_path / "table" / folder))) == len(open_table(str(made / "table")))
+    assert load_model(str(tmp_path / "run" / folder)).checkpoint.step == load_model(str(made / "run")).checkpoint.step
+
+
+def test_what_file_managers_leave_is_no_problem_of_an_artefact(root: Path) -> None:
+    for name in (".DS_Store", ".nfs000001", "notes.txt", "a b.json.tmp"):
+        (root / "dataset" / name).write_text("x")
+        (root / "dataset/records" / name).write_text("x")
+    assert problems_of(open_store(root / "dataset")) == []
+
+
+def test_what_is_read_again_must_be_the_file_that_was_meant(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(root / "table")
+    ref, other = (store.put(f"other/{number}/config.json", content, role="x") for number, content in enumerate((b"{", sealed({"a": 1}))))
+    monkeypatch.setattr(type(store), "read", _first_this_then_that(type(store).read, other.name))
+    with pytest.raises(DataError, match="the manifest says"):
+        read_json(store, ref.name, ref=ref)
+
+
+def _first_this_then_that(real: Callable[..., bytes], other: str) -> Callable[..., bytes]:
+    def read(store: LocalStore, name: str, *, ref: FileRef | None = None, fresh: bool = False, **options: int) -> bytes:
+        return real(store, other if fresh else name, ref=ref, fresh=fresh, **options)
+
+    return read

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
@@ -730,6 +731,8 @@ def test_looking_at_the_size_of_a_usual_model_imports_no_compiler(tmp_path: Path
         lambda: nn.Linear(8, 8).requires_grad_(torch.randn(size=(1 << 20, 1 << 20)) is None),
         lambda: nn.Linear(8, 8).requires_grad_(torch.full((1 << 40,), 1.0) is None),
         lambda: nn.Sequential(*(nn.Linear(1 << 12, 1 << 12) for _ in range(1 << 8))),
+        lambda: nn.Linear(8, 8).requires_grad_(torch.zeros(np.prod([1 << 20, 1 << 20])) is None),
+        lambda: nn.Linear(8, 8).requires_grad_(torch.randn(np.int64(1 << 20), np.int64(1 << 20)) is None),
     ],
 )
 def test_looking_at_the_size_of_a_large_model_takes_no_memory(build: Callable[[], nn.Module]) -> None:

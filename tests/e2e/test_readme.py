@@ -18,10 +18,12 @@ import pytest
 from PIL import Image
 
 from tests.aecore.data.test_external_tars import samples, write_tar
-from tests.processes import run, started
+from tests.processes import WARM, run, started
+from tests.warm import template
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = ("README.md", "pipelines/README.md", "aecore/README.md")  # those of infra/ and the benchmarks need other machines
+EXTENDS = "aecore/README.md"  # writes new parts into the packages: its commands run in new interpreters, on a copy
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (aecore/[\w/]+\.py)\n")
 
@@ -59,32 +61,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     np.savez(place / "digits.npz", images=digits, labels=np.arange(40) % 10)
     for shard in range(2):
         write_tar(place / f"external/train-{shard:05d}.tar", samples(20 * shard, 20))
-    command = place / "bin" / "aepipe"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -W ignore -m pipelines.cli "$@"\n')
-    command.chmod(0o755)
+    new, warm = place / "new" / "aepipe", place / "warm" / "aepipe"
+    for command in (new, warm):
+        command.parent.mkdir()
+    new.write_text(f'#!/bin/sh\nexec {sys.executable} -W ignore -m pipelines.cli "$@"\n')
+    new.chmod(0o755)
+    template(os.environ).write_script(warm, ["-m", "pipelines.cli"])
     return place
 
 
-def environment(place: Path) -> dict[str, str]:
-    return {**os.environ, "PATH": f"{place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(place / "code")}
+def environment(place: Path, commands: str, **more: str) -> dict[str, str]:
+    """Return the environment where `aepipe` runs in `new` interpreters, or in forks of a `warm` one."""
+    return {**os.environ, "PATH": f"{place / commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", **more}
 
 
 def execute(block: Block, place: Path) -> None:
     """Run a block; AssertionError with its output if a command of it fails."""
+    env = environment(place, "new", PYTHONPATH=str(place / "code")) if block.page == EXTENDS else environment(place, "warm")
     if block.language == "python" and (file := FILE.match(block.text)):
         (place / "code" / file[1]).write_text(block.text)
     elif block.language == "python":
-        run([sys.executable, "-c", block.text], cwd=place, env=environment(place), check=True)
+        run([*WARM, "-c", block.text] if block.page != EXTENDS else [sys.executable, "-c", block.text], cwd=place, env=env, check=True)
     elif block.text.startswith("aepipe serve"):
         serve(block.text.strip(), place)
     else:
-        run(["bash", "-euo", "pipefail", "-c", block.text], cwd=place, env=environment(place), timeout_s=900, check=True)
+        run(["bash", "-euo", "pipefail", "-c", block.text], cwd=place, env=env, timeout_s=900, check=True)
 
 
 def serve(text: str, place: Path) -> None:
     """Start `aepipe serve ...`, wait until it serves, and interrupt it: it must end by itself."""
-    with started(["bash", "-c", f"exec {text}"], cwd=place, env=environment(place)) as process:
+    with started(["bash", "-c", f"exec {text}"], cwd=place, env=environment(place, "new")) as process:
         process.wait_for("aepipe-pipeline")
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the whole group
         assert process.finish().returncode in (0, 130, -signal.SIGINT), process.tail()

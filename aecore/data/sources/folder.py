@@ -35,7 +35,7 @@ from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, close_read, is_remote, open_files
+from aecore.store import absolute_url, cannot_read, close_read, is_remote, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
@@ -227,7 +227,7 @@ class FolderSource:
                     inside = [(name, chain if links is None else links.enter(name, chain)) for name in within]
                 except OSError as error:
                     where = self._root / prefix / (error.filename if isinstance(error.filename, str) else "")
-                    raise DataError(f"cannot read {where}: {error.strerror}; make it readable or move it away") from error
+                    raise cannot_read(where, error) from error
                 folders += [(name, above, listing.submit(_entries, self._root / name)) for name, above in inside]
         return found
 

@@ -15,7 +15,7 @@ from aecore.data.sources._detect import detect_source
 from aecore.data.sources._labels import with_class_names
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, StoreError
 from aecore.registry import SOURCES
 
 
@@ -125,7 +125,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", failing)
-    with pytest.raises(DataError, match=r"cannot read .*/a: Permission denied; make it readable"):
+    with pytest.raises(StoreError, match=r"cannot read .*/a: Permission denied; make it readable"):
         folder(tmp_path).listing()
 
 
