@@ -55,6 +55,9 @@ def _of_type(hint: Any, default: Any, bounds: list[float], words: list[str]) -> 
     elif origin is Literal:
         yield from parts
     elif origin is tuple:
+        if Ellipsis not in get_args(hint):  # of one length
+            yield from (tuple(range(first, first + len(parts))) for first in range(2))
+            return
         known = default if isinstance(default, tuple) else ()
         for value in _of_type(parts[0], known[0] if known else None, bounds, words):
             yield from ((value,), (*known, value), (value,) * 2)
@@ -65,7 +68,7 @@ def _of_type(hint: Any, default: Any, bounds: list[float], words: list[str]) -> 
     elif hint in (int, float):
         yield from _numbers(hint, [number for number in (default, *bounds) if isinstance(number, int | float)])
     elif hint is str:
-        yield from ("x", "png", *words, "regex:x")
+        yield from ("x", "png", "black", *words, "regex:x")
     else:
         assert hint is NoneType, f"no values known for the type {hint}: add them to tests/knobs.py"
         yield None

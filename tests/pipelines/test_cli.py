@@ -478,7 +478,7 @@ def test_list_says_what_each_knob_takes(capsys: pytest.CaptureFixture[str]) -> N
     assert "choices" not in knobs["beta"]
     assert re.search(r"\n    latent_dim = 10 +size of the latent vector \(int >= 1 and <= 16777216\)\n", printed(capsys, "list", "models"))
     folder = json.loads(printed(capsys, "list", "sources", "--json"))["folder"]["knobs"]
-    assert (folder["extensions"]["type"], folder["group"]["choices"]) == ("list of str", ["parent"])
+    assert (folder["extensions"]["type"], folder["frames"]["choices"]) == ("list of str", ["first", "all", "refuse"])
 
 
 def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard_error(tmp_path: Path) -> None:

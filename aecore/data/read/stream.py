@@ -176,7 +176,6 @@ def _read(tars: ExternalTars, name: str, reading: Reading, skipped: Skipped) -> 
             raise DataError(f"{broken}; {remedy}") from broken
         for sample in samples:
             cls, bad, data = sample.members.get("cls"), sample.bad, b""
-            text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
             ext = sample.data.name.lower().rpartition(".")[2]
             if bad is None:
                 data = tar.read(sample.data)
@@ -184,6 +183,7 @@ def _read(tars: ExternalTars, name: str, reading: Reading, skipped: Skipped) -> 
                     ext, data = ("npy", only_array(data)) if ext == ARCHIVED else (ext, data)
                 except BadSample as error:
                     bad = Unusable(error.reason, error.message)
+            text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
             yield {
                 "__key__": sample.key,
                 "__url__": tar.where,

@@ -19,7 +19,7 @@ from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources import Unusable
 from aecore.data.sources._other_files import kind_of_file
 from aecore.data.sources._skipped import Skipped
-from aecore.data.sources._tar_file import BrokenTar, Entry, Member, TarFile
+from aecore.data.sources._tar_file import FILES, BrokenTar, Entry, Member, TarFile
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
@@ -28,7 +28,7 @@ ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
 _DOCUMENT = re.compile(r"(?:.*/)?(?:readme|licen[cs]e|copying|notice|citation|changelog)", re.IGNORECASE | re.DOTALL)
-_HARD, _SYMBOLIC = b"1", b"2"
+_HARD, _SYMBOLIC = _LINKS = b"1", b"2"
 _KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
 UNSAFE = "members whose name leaves the archive (.. or /)"
 NO_KEY = "files without a key and an extension"
@@ -84,9 +84,11 @@ def tar_samples(tar: TarFile, reading: Reading, skipped: Skipped) -> TarSamples:
     except BrokenTar as error:
         broken = error
     groups = _Groups(tar, reading, skipped)
-    for _, joined in itertools.groupby(entries, key=lambda entry: entry.part):
-        for entry in joined if reading.rules == 1 else _resolved(list(joined), groups.unusable):
-            groups.add(entry)
+    if reading.rules > 1 and not {entry.kind for entry in entries}.isdisjoint(_LINKS):
+        parts = [list(joined) for _, joined in itertools.groupby(entries, key=lambda entry: entry.part)]
+        entries = [entry for joined in parts for entry in _resolved(joined, groups.unusable)]
+    for entry in entries:
+        groups.add(entry)
     found = groups.samples()
     return TarSamples(sorted(found, key=lambda sample: sample.data.offset), broken)
 
@@ -121,15 +123,15 @@ class _Groups:
     def add(self, entry: Entry) -> None:
         """Take a header's file; everything else is counted."""
         name = entry.name
-        if not entry.is_file:
+        if entry.kind not in FILES:
             what = _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
             self.unusable(entry, Unusable("member", f"{name!r} is one of the {what}, which have no bytes that can be read"), what)
         elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
             self.unusable(entry, Unusable("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
         else:
             match = MEMBER_NAME.fullmatch(name)
-            is_reserved = name.startswith("__") and name.endswith("__")
-            if match is None or is_reserved or (self._reading.rules > 1 and _is_hidden(name)):
+            is_reserved = name[:2] == "__" and name.endswith("__")
+            if match is None or is_reserved or (match[1][-1] == "/" and self._reading.rules > 1):  # the last: a hidden file
                 self._skipped.add(NO_KEY, name)
             else:
                 self._put(entry, match[1], match[2].lower())
@@ -250,9 +252,6 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
 
     A hard link leads to a member before it, by its whole name; a symbolic one is relative to its folder, as when the tar is unpacked.
     """
-    if not any(entry.kind in (_HARD, _SYMBOLIC) for entry in entries):
-        yield from entries
-        return
     files = {path: entry for entry in entries if entry.is_file and (path := _normal(entry.name)) is not None}
     links = {path: entry for entry in entries if entry.kind in (_HARD, _SYMBOLIC) and (path := _normal(entry.name)) is not None}
     targets = {name: _target(link, links) for name, link in links.items()}
