@@ -30,11 +30,13 @@ from aecore.errors import DataError, StoreError, masked, printable
 from aecore.registry import flatten
 from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
+from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
 from pipelines.cluster.outside import typed
 from pipelines.steps.hints import next_command
 from pipelines.steps.logs import log_to_handler
 
 INTERRUPTED = 130
+_ends: list[int] = []  # the exit code, when the last message of this process is written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.excepthook = lambda failed: _print_bug(failed.exc_type, failed.exc_value, failed.exc_traceback)
     if threading.current_thread() is threading.main_thread():  # for `docker stop` and cluster schedulers: as Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if argv is None:
+        end_in_time(INTERRUPTED, partial(_last_words, as_json=as_json))
     try:
         return _run(words)
     except SystemExit:  # of --help and --version, which have written all
@@ -72,8 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(how, signal.SIG_DFL)
 
 
+def _last_words(*, as_json: bool) -> None:
+    """Say why this process ends without its main thread, unless that has said it already; nothing here waits for another thread."""
+    if not _ends:
+        write_line(f"aepipe: {LEFT}")
+        if as_json:
+            write_line(_to_json({"error": "Interrupted", "message": LEFT, "exit_code": INTERRUPTED}), 1)
+
+
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:
     """Print an error on standard error, with `--json` also where the result would be; return its exit code."""
+    _ends.append(int(error["exit_code"]))
     with contextlib.suppress(OSError):  # nobody reads it: the exit code is what is left
         _print("stderr", f"aepipe: {printable(error['message'])}")
     if as_json:
