@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from aecore.errors import ConfigError, DataError, StoreError
+from aecore.errors import DataError, StoreError
 from aecore.store._base import FileRef
 from aecore.store._cleanup import close_read, discard, logged
+from aecore.store._environment import environment_value
 from aecore.store._private import own_folder
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class ObjectCache:
                     if os.path.lexists(path) or not _is_at(descriptor, part):
                         return
                     time.sleep(POLL_S)
-                if os.path.lexists(path) or not _is_at(descriptor, part):  # another process was first, or evicted the part before it was locked
+                if os.path.lexists(path) or not _is_at(descriptor, part):  # another process was first, or evicted it before it was locked
                     return
             try:
                 with _errors(root):
@@ -316,12 +317,9 @@ _fetchers = _Fetchers()
 
 def cache_root() -> Path:
     """Return the folder that the environment names for the cache (nothing is made or checked)."""
-    home = os.environ.get("AECORE_CACHE")
+    home = environment_value("AECORE_CACHE")
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "aecore")
 
 
 def _default_limit() -> int:
-    text = os.environ.get("AECORE_CACHE_BYTES", "")
-    if text and not text.isdigit():
-        raise ConfigError(f"AECORE_CACHE_BYTES is {text!r}: expected a number of bytes, for example {DEFAULT_BYTES}")
-    return int(text) if text else DEFAULT_BYTES
+    return environment_value("AECORE_CACHE_BYTES") or DEFAULT_BYTES

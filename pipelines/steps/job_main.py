@@ -15,6 +15,7 @@ from typing import Any
 
 from aecore import errors
 from aecore.errors import Interrupted, RunFailed, printable
+from aecore.store import check_environment
 from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
 from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         end_in_time(Interrupted.exit_code, lambda: write_line(LEFT))
     try:
+        check_environment()
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the job was interrupted; what is finished is kept"

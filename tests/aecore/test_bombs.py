@@ -20,8 +20,8 @@ import pytest
 
 from aecore.data.format.index import MEMBERS
 from aecore.data.format.parquet import open_parquet
-from tests.aecore.encoding import encode, saved_run, sprites_dataset
 from tests.aecore.data.tiny import encoded, image
+from tests.aecore.encoding import encode, saved_run, sprites_dataset
 from tests.documents import content, rewrite
 from tests.processes import WARM, run
 
@@ -368,7 +368,7 @@ class TestHugeSamples:
         "def report(make, source, out):\n"
         "    made = make(source, out, shards=ShardSpec(max_bad=0.5))\n"
         "    rows = [row for name in os.listdir(out + '/quarantine') for row in pq.read_table(f'{out}/quarantine/{name}').to_pylist()]\n"
-        "    raise DataError(f'{made.num_samples()} good; {[(row[k]) for row in rows for k in (\"source\", \"reason\", \"sha256\")]}')"
+        '    raise DataError(f\'{made.num_samples()} good; {[(row[k]) for row in rows for k in ("source", "reason", "sha256")]}\')'
     )
 
     @pytest.fixture

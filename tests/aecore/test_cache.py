@@ -343,5 +343,5 @@ def test_an_object_without_a_hash_is_on_the_disk_before_it_has_its_name(tmp_path
 
 def test_a_limit_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setenv("AECORE_CACHE_BYTES", "lots")
-    with pytest.raises(ConfigError, match="expected a number of bytes"):
+    with pytest.raises(ConfigError, match="AECORE_CACHE_BYTES is 'lots', expected a number of bytes"):
         ObjectCache()

@@ -1,9 +1,10 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
 Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine, and so does, unread, one that was listed
-with more bytes than may be held (`MAX_SAMPLE_BYTES`). A read error ends the shard (StoreError): only complete bytes are judged. If the source is files and a block holds only plain images, nothing is done sample by sample
-in Python (`_write_fast`). Everything else goes through `_write_checked`, which finds the reason of a damage; one background thread
-hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
+with more bytes than may be held (`MAX_SAMPLE_BYTES`). A read error ends the shard (StoreError): only complete bytes are judged. If the
+source is files and a block holds only plain images, nothing is done sample by sample in Python (`_write_fast`). Everything else goes
+through `_write_checked`, which finds the reason of a damage; one background thread hashes the tar and the samples, another writes.
+Memory: a few blocks of 2 MiB, and the index.
 """
 
 import hashlib

@@ -24,7 +24,8 @@ from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.store import FAULT_STAGES, open_store
+from aecore.store import open_store
+from aecore.store._environment import FAULT_STAGES
 from tests.aecore.data.tiny import encoded, image
 
 ROLES = ("tar", "index", "quarantine", "listing", "record", "run", "manifest")
