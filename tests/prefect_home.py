@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.processes import run
 
-SHARED = "AECORE_TESTS_SHARED"  # a folder of one test run, for all its processes
+SHARED = "SHARED_BY_TESTS"  # a folder of one test run, for all its processes
 
 
 def prefect_home(home: Path) -> Path:

@@ -13,7 +13,6 @@ Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` end
 
 from aecore.store._again import cannot_read, read_again
 from aecore.store._base import (
-    FAULT_STAGES,
     AlreadyExists,
     FileRef,
     Files,
@@ -26,14 +25,14 @@ from aecore.store._base import (
 )
 from aecore.store._buckets import unchecked_bodies
 from aecore.store._cleanup import close_read
+from aecore.store._environment import check_environment, environment_value
 from aecore.store._local import LocalFiles, LocalStore
-from aecore.store._open import SCHEMES, Scheme, absolute_url, is_remote, open_files, open_store, resolve_url
+from aecore.store._open import SCHEMES, Scheme, absolute_url, is_remote, open_files, open_store, recorded_url, resolve_url
 from aecore.store._private import named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
 __all__ = [
-    "FAULT_STAGES",
     "RACERS",
     "ROUNDS",
     "SCHEMES",
@@ -47,7 +46,9 @@ __all__ = [
     "absolute_url",
     "cannot_read",
     "canonical_json",
+    "check_environment",
     "close_read",
+    "environment_value",
     "fault_point",
     "is_remote",
     "named_folder",
@@ -59,6 +60,7 @@ __all__ = [
     "private_folder",
     "race",
     "read_again",
+    "recorded_url",
     "resolve_url",
     "sha256_file",
     "sha256_json",

@@ -25,6 +25,7 @@ __all__ = [
     "DATA_EXTENSIONS",
     "IMAGE_EXTENSIONS",
     "MAX_PIXELS",
+    "MAX_SAMPLE_BYTES",
     "ArrayHeader",
     "BadSample",
     "ImageHeader",
@@ -41,6 +42,7 @@ __all__ = [
 DATA_EXTENSIONS = IMAGE_EXTENSIONS | {"npy"}
 ALLOWED_EXTENSIONS = DATA_EXTENSIONS | {"cls", "txt", "json"}
 MAX_COMPONENT_BYTES, MAX_KEY_BYTES = 80, 200
+MAX_SAMPLE_BYTES = 1 << 30  # to pack one takes three times its size in memory
 MAX_DIMS = 32  # numpy has 64 for a batch
 _USTAR_NAME, _USTAR_PREFIX, _LONGEST_SUFFIX = 100, 155, 5  # the suffix is "." and an extension: ".jpeg"
 _MAX_ARRAY_HEADER, _MAX_ARRAY_DEPTH = 10_000, 8  # characters (numpy reads no more) and brackets of a `.npy` header

@@ -5,6 +5,7 @@ without its end are a DataError. PAX and GNU long names and sizes are understood
 leave the archive are skipped and counted. A member's name is only ever a name: no path is made of it.
 """
 
+import errno
 import gzip
 import io
 import os
@@ -202,6 +203,11 @@ class TarFile:
         return found
 
     def _after_end(self, position: int, skipped: Counter[str]) -> None:
+        try:
+            position = os.lseek(self.descriptor, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end, which would be read for minutes
+                return
         while piece := self._read(CHUNK_BYTES, position):
             if piece.count(0) != len(piece):
                 skipped[f"bytes after the end of the archive {self.where}"] += self.size - position

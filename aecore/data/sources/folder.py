@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
+from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, MAX_SAMPLE_BYTES, encode_keys
 from aecore.data.sources import Listing
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
@@ -98,13 +98,21 @@ class FolderSource:
         return Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes)
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and all bytes of one file; OSError if it cannot be read, or is shorter than its size."""
+        """Return extension and all bytes of one file; OSError if it cannot be read, or is shorter than its size.
+
+        DataError, before all is read, if it has more than `MAX_SAMPLE_BYTES`: it has grown since it was listed.
+        """
         path = self._prefix + source
         descriptor = os.open(path, _READ_FLAGS)  # half the time of `open`
         try:
             data, size = os.read(descriptor, self._first_read), os.fstat(descriptor).st_size
             if len(data) == self._first_read or len(data) < size:
                 self._first_read = LARGE_READ_BYTES
+                if size > MAX_SAMPLE_BYTES:
+                    raise DataError(
+                        f"{path} has grown to {size} bytes since it was listed, at most {MAX_SAMPLE_BYTES} are read as one sample: "
+                        "wait until it is written, or move it away, then run the same command again"
+                    )
                 data += _rest(descriptor, size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error

@@ -21,7 +21,15 @@ from aecore.data.format.index import read_table
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable
-from aecore.data.write.append import SHOWN, listing_table, new_rows, require_whole_bags, warn_if_address_changed, warn_if_format_changed
+from aecore.data.write.append import (
+    SHOWN,
+    listing_table,
+    new_rows,
+    require_whole_bags,
+    warn_if_address_changed,
+    warn_if_format_changed,
+    warn_of_orphans,
+)
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
 from aecore.data.write.shard import pack_shard, put_table
@@ -111,7 +119,9 @@ def adopt_shards(
 
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
-        return work.plan(claim=1).summary(known=len(work.listing) - len(work.fresh))
+        plan = work.plan(claim=1)
+        _warn_of_orphans(work, plan)
+        return plan.summary(known=len(work.listing) - len(work.fresh))
     if work.parent is not None and not len(work.fresh):
         logger.info("%s: nothing new in %d samples, generation %d stays", work.store.url, len(work.listing), work.parent.number)
         return work.parent
@@ -202,6 +212,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
     claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
     plan = work.plan(claim)
+    _warn_of_orphans(work, plan)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
@@ -220,6 +231,11 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     if parent is not None:
         warn_if_format_changed(store, parent, manifest)
     return manifest
+
+
+def _warn_of_orphans(work: _Work, plan: DatasetPlan) -> None:
+    if work.parent is None:
+        warn_of_orphans(work.store, {task.stem for task in plan.tasks}, adopted=work.adopt)
 
 
 def _absolute(source: Any) -> Any:  # any: every source kind has its own spec class

@@ -1,9 +1,10 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
-Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine. A read error ends the shard
-(StoreError): only complete bytes are judged. If the source is files and a block holds only plain images, nothing is done sample by sample
-in Python (`_write_fast`). Everything else goes through `_write_checked`, which finds the reason of a damage; one background thread
-hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
+Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine, and so does, unread, one that was listed
+with more bytes than may be held (`MAX_SAMPLE_BYTES`). A read error ends the shard (StoreError): only complete bytes are judged. If the
+source is files and a block holds only plain images, nothing is done sample by sample in Python (`_write_fast`). Everything else goes
+through `_write_checked`, which finds the reason of a damage; one background thread hashes the tar and the samples, another writes.
+Memory: a few blocks of 2 MiB, and the index.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.format.limits import exclusive_cumsum
+from aecore.data.format.record import MAX_SAMPLE_BYTES
 from aecore.data.format.tar import BLOCK, PAGE, Samples, TarPacker
 from aecore.data.sources import Source, reader
 from aecore.data.write.convert import Header, prepare
@@ -55,7 +57,7 @@ class ShardWriter:
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
         packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
-        read = reader(source, self.task.sources)
+        read = self._reader(source)
         bounds = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
             block, num_blocks, in_vain = 0, len(bounds) - 1, 0
@@ -72,10 +74,13 @@ class ShardWriter:
 
     def scan(self, source: Source) -> None:
         """Read, check and hash all samples without writing them."""
-        position, read = 0, reader(source, self.task.sources)
+        position, read = 0, self._reader(source)
         while position < len(self.task):
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
+
+    def _reader(self, source: Source) -> Read:
+        return reader(source, _select(self.task.sources, np.flatnonzero(self.task.sizes <= MAX_SAMPLE_BYTES).tolist()))
 
     def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
         """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
@@ -136,12 +141,18 @@ class ShardWriter:
         keys, labels = self.task.keys, self.task.labels
         positions, codes, exts, contents = list[int](), list[int](), list[str](), list[bytes]()
         for position in range(first, last):
-            ext, data = read(sources[position])
+            if (size := int(self.task.sizes[position])) > MAX_SAMPLE_BYTES:
+                message = f"it has {size} bytes, at most {MAX_SAMPLE_BYTES} are read as one sample"
+                self.bad.append((position, "check", "too_large", message, None))
+                continue
             try:
+                ext, data = read(sources[position])
                 header, data = prepare(data, ext, shards)
             except BadSample as bad:
                 self.bad.append((position, "check", bad.reason, bad.message, hashlib.sha256(data).hexdigest()))
                 continue
+            except MemoryError as error:
+                raise MemoryError(f"for {sources[position]!r} of {size} bytes") from error
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
             exts.append(header.ext)
