@@ -26,6 +26,7 @@ from aecore.store._race import remember
 from aecore.store._s3 import S3Store
 from aecore.store._s3_client import close_clients
 from tests.leftovers import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401 (hooks)
+from tests.prefect_home import SHARED, prefect_home
 from tests.quick import mark_quick
 from tests.realdata import unpack_real
 from tests.s3 import S3, s3_environment, start_server
@@ -33,6 +34,7 @@ from tests.s3.proxy import FaultProxy
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="aecore-tests-"))
+os.environ.setdefault(SHARED, str(HOME))  # that of the first process, whose workers inherit it
 
 for name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "RAY_ADDRESS", "AECORE_FAULT"):
     os.environ.pop(name, None)
@@ -106,6 +108,13 @@ def logging_as_at_the_start() -> None:
     root.setLevel(logging.WARNING)
     for name in ("aecore", "pipelines"):
         logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def home_of_prefect(request: pytest.FixtureRequest) -> None:
+    """Give tests with flows a PREFECT_HOME whose database is there."""
+    if request.node.get_closest_marker("prefect"):
+        prefect_home(HOME / "prefect")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ the same bytes. Generations only add: the shards of the parent come first in eve
 """
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from aecore.artifact.documents import read_json, require_counts_of, require_once
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.registry import shown
-from aecore.store import FileRef, Store, absolute_url, is_remote, open_store, resolve_url, sha256_json
+from aecore.store import FileRef, Store, absolute_url, environment_value, is_remote, open_store, recorded_url, resolve_url, sha256_json
 
 STEM = "dataset"
 TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
@@ -227,9 +226,9 @@ def tar_store(store: Store, shard: ShardRef) -> Store:
     """Return the store that holds the tar of a shard: the dataset's own `store`, unless the tar was adopted."""
     if shard.tar_base_url is None:
         return store
-    url = absolute_url(resolve_url(store.url, shard.tar_base_url), "home")
+    url = recorded_url(resolve_url(store.url, shard.tar_base_url), f"`home` in the manifest of {store.url}")
     own = "/".join(store.url.split("/")[:3]) if is_remote(store.url) else store.url  # its bucket: the user has named it
-    prefixes = [own, *filter(None, map(str.strip, os.environ.get(TAR_PREFIXES, "").split(",")))]
+    prefixes = [own, *(environment_value(TAR_PREFIXES) or ())]
     if (is_remote(url) or is_remote(store.url)) and not any(_is_below(url, absolute_url(prefix, TAR_PREFIXES)) for prefix in prefixes):
         raise DataError(
             f"the dataset {store.url} says that its tars are in {url}, which nobody here has named: requests there would be signed with "

@@ -6,7 +6,6 @@ know which is used. `available` and `why_not` are for messages; AECORE_NATIVE=0 
 """
 
 import ctypes
-import os
 import platform
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from aecore.store import environment_value
 
 VERSION = 9  # equal to the one in native.h: a library built from another version is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
@@ -62,7 +63,7 @@ def _load() -> tuple[Any | None, str]:  # any: as above
     path = _path()
     if path is None:
         return None, "they were not built: install a C compiler, then the package again"
-    if os.environ.get("AECORE_NATIVE") == "0":
+    if environment_value("AECORE_NATIVE") == "0":
         return None, "AECORE_NATIVE=0"
     try:
         library = ctypes.CDLL(str(path))

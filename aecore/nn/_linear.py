@@ -6,7 +6,6 @@ takes 1.18 times as long with oneDNN). `linear_path` says which is used and why.
 and `torch.compile` (which chooses for itself), for products of some size. Everywhere else this is `nn.Linear`, and its weights always are.
 """
 
-import os
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from aecore.errors import ConfigError
 from aecore.native import processor
+from aecore.store import environment_value
 
 MIN_MULTIPLICATIONS = 1 << 22  # below, asking costs as much as it saves
-VARIABLE = "AECORE_LINEAR"  # torch or onednn: for tests and benchmarks
+VARIABLE = "AECORE_LINEAR"  # for tests and benchmarks
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # any: torch's operators have no types
 
 
@@ -38,13 +38,12 @@ def linear_path() -> LinearPath:
 
     The rule is static, by the processor's maker and instructions: one that measured at each start would change the bits of a run.
     """
-    return _choose_path(os.environ.get(VARIABLE, ""))
+    return _choose_path(environment_value(VARIABLE) or "")
 
 
 def _choose_path(wanted: str) -> LinearPath:
-    if wanted not in ("", "torch", "onednn") or (wanted == "onednn" and _ONEDNN is None):
-        known = "torch" if _ONEDNN is None else "torch, onednn"
-        raise ConfigError(f"{VARIABLE}={wanted} is no matrix product of this build of torch (known: {known}): correct or unset it")
+    if wanted == "onednn" and _ONEDNN is None:
+        raise ConfigError(f"{VARIABLE}={wanted} is no matrix product of this build of torch (known: torch): correct or unset it")
     if wanted == "torch":
         return LinearPath("torch", f"{VARIABLE}=torch")
     if wanted == "onednn":

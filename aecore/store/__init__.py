@@ -13,7 +13,6 @@ Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` end
 
 from aecore.store._again import cannot_read, read_again
 from aecore.store._base import (
-    FAULT_STAGES,
     AlreadyExists,
     FileRef,
     Files,
@@ -26,6 +25,7 @@ from aecore.store._base import (
 )
 from aecore.store._buckets import unchecked_bodies
 from aecore.store._cleanup import close_read
+from aecore.store._environment import check_environment, environment_value
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import (
     SCHEMES,
@@ -36,6 +36,7 @@ from aecore.store._open import (
     is_tar,
     open_files,
     open_store,
+    recorded_url,
     resolve_url,
     split_tars,
 )
@@ -44,7 +45,6 @@ from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
 __all__ = [
-    "FAULT_STAGES",
     "RACERS",
     "ROUNDS",
     "SCHEMES",
@@ -59,7 +59,9 @@ __all__ = [
     "absolute_url",
     "cannot_read",
     "canonical_json",
+    "check_environment",
     "close_read",
+    "environment_value",
     "fault_point",
     "is_remote",
     "is_tar",
@@ -72,6 +74,7 @@ __all__ = [
     "private_folder",
     "race",
     "read_again",
+    "recorded_url",
     "resolve_url",
     "sha256_file",
     "sha256_json",

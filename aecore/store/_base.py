@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aecore.errors import DataError, StoreError
+from aecore.store._environment import environment_value
 
-FAULT_STAGES = ("staged", "synced", "linked")  # written but not durable, durable but not visible, visible
 _faults_seen: dict[str, int] = {}
 
 
@@ -32,13 +32,10 @@ class FileRef:
 
 def fault_point(name: str) -> None:
     """End this process by SIGKILL if the environment variable AECORE_FAULT asks for it (`name` or `name:nth`)."""
-    wanted = os.environ.get("AECORE_FAULT")
-    if not wanted:
-        return
-    target, _, nth = wanted.partition(":")
-    if target == name:
+    wanted = environment_value("AECORE_FAULT")
+    if wanted is not None and wanted[0] == name:
         _faults_seen[name] = _faults_seen.get(name, 0) + 1
-        if _faults_seen[name] == int(nth or 1):
+        if _faults_seen[name] == wanted[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

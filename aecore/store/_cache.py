@@ -6,10 +6,13 @@
 It holds at most `AECORE_CACHE_BYTES` (default 16 GiB): before a download the least recently used objects are evicted. An object that is
 open in any process stays (readers hold a shared lock), so only concurrent reads can exceed the bound. Everything in the folder can be
 removed at any time; a killed process leaves at most `.part` files, which the next one removes. It belongs to one user, in a folder that
-many share (`_private.own_folder`) too: objects that others could put there would be taken as verified.
+many share (`_private.own_folder`) too: objects that others could put there would be taken as verified. What has the name of an object and
+is no file that the cache wrote (a link, a pipe, a file with a second name or of another user) is never read: it is removed, and the
+object is fetched again (`_opened`).
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -22,9 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store._base import FileRef, sha256_file
+from aecore.errors import DataError, StoreError
+from aecore.store._base import FileRef
 from aecore.store._cleanup import close_read, discard, logged
+from aecore.store._environment import environment_value
 from aecore.store._private import own_folder
 
 logger = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ OTHER = "set AECORE_CACHE to a folder of your own"
 KEPT_S = 60.0  # an object whose path was returned may be opened this much later
 FETCHERS = 8
 POLL_S = 0.01
+_NOT_OPENED = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EACCES)  # a link, a socket, a device, a folder, a closed file
 
 
 class ObjectCache:
@@ -59,29 +64,34 @@ class ObjectCache:
         while True:
             path = self.root / ref.sha256
             with _errors(path.parent), contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-                state = os.fstat(descriptor)
-                if state.st_nlink and stat.S_ISREG(state.st_mode) and (state.st_size, state.st_uid) == (ref.bytes, os.getuid()):
-                    now = time.time()
-                    os.utime(descriptor, (now, now + keep_s))
-                    return descriptor
-                close_read(descriptor)
-                if state.st_nlink:  # cut off by a full disk or a power failure, or put there by somebody else
-                    path.unlink(missing_ok=True)
+                descriptor = _opened(path)
+                if descriptor is not None:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    state = os.fstat(descriptor)
+                    if state.st_nlink and state.st_size == ref.bytes:
+                        now = time.time()
+                        os.utime(descriptor, (now, now + keep_s))
+                        return descriptor
+                    close_read(descriptor)
+                    if state.st_nlink:  # cut off by a full disk or a power failure
+                        path.unlink(missing_ok=True)
             self._fetch(ref, path, fetch)
 
     def forget(self, ref: FileRef) -> None:
         """Remove an object, so that it is downloaded again; open descriptors keep the removed bytes."""
         with _errors(root := self.root):
-            (root / ref.sha256).unlink(missing_ok=True)
+            _remove(root / ref.sha256)
 
     def refetch_if_corrupt(self, ref: FileRef) -> bool:
         """Remove an object if its bytes are corrupt or cannot be read; return whether it is absent now."""
         path = self.root / ref.sha256
         try:
-            if sha256_file(path) == ref.sha256:
-                return False
+            descriptor = _opened(path)
+            if descriptor is None:
+                return True
+            with os.fdopen(descriptor, "rb") as file:
+                if os.fstat(descriptor).st_size == ref.bytes and hashlib.file_digest(file, "sha256").hexdigest() == ref.sha256:
+                    return False
             logger.warning("%s is a damaged copy of %s: it is fetched again", path, ref.name)
         except FileNotFoundError:
             return True
@@ -99,7 +109,7 @@ class ObjectCache:
                 total += ref.bytes
                 if total > self.limit // 2:
                     return
-                if not os.path.exists(root / ref.sha256):  # unlike that of a Path it never raises
+                if not os.path.lexists(root / ref.sha256):
                     _fetchers.submit(self, ref, fetch)
 
     def unverified(self, identity: str, size: int, download: Callable[[Path], object], keep_s: float = KEPT_S) -> Path:
@@ -122,15 +132,17 @@ class ObjectCache:
         """Download one object; waits while another process or thread does."""
         part, root = path.with_suffix(".part"), path.parent
         with _errors(root):
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            descriptor = _opened(part, os.O_RDWR | os.O_CREAT)
+        if descriptor is None:
+            return
         try:
             with _errors(root):
                 # never wait in `flock`: once this file is `path`, its readers hold it as long as they like
                 while not _try_lock(descriptor):
-                    if path.exists() or not _is_at(descriptor, part):
+                    if os.path.lexists(path) or not _is_at(descriptor, part):
                         return
                     time.sleep(POLL_S)
-                if path.exists() or not _is_at(descriptor, part):  # another process was first, or evicted the part before it was locked
+                if os.path.lexists(path) or not _is_at(descriptor, part):  # another process was first, or evicted it before it was locked
                     return
             try:
                 with _errors(root):
@@ -146,9 +158,10 @@ class ObjectCache:
     def _make_room(self, root: Path, descriptor: int, needed: int) -> None:
         """Evict the least recently used objects until `needed` more bytes fit, and reserve them in the file of `descriptor`."""
         with _locked(root / "lock"):
+            os.ftruncate(descriptor, 0)  # what a killed process left
             found = _objects(root)
             total = sum(state.st_size for state, _ in found)
-            for state, path in sorted(found, key=lambda item: item[0].st_mtime):
+            for state, path in sorted(found, key=lambda item: (item[1].suffix != ".part", item[0].st_mtime)):
                 abandoned = path.suffix == ".part"
                 if not abandoned and (total + needed <= self.limit or 0 < state.st_mtime - time.time() <= KEPT_S):
                     continue
@@ -165,20 +178,56 @@ def _named(identity: str, size: int) -> FileRef:
     return FileRef(identity, size, hashlib.sha256(identity.encode()).hexdigest())
 
 
+def _opened(path: Path, flags: int = os.O_RDONLY) -> int | None:
+    """Return a descriptor of a file of the cache; None if its name was taken by anything that the cache did not write, which is removed.
+
+    No link is followed, and no pipe or device is waited for. FileNotFoundError if nothing has the name; any OSError if what has it cannot
+    be removed, such as a folder with files in it.
+    """
+    found = "not a regular file"
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno not in _NOT_OPENED:
+            raise
+    else:
+        state = os.fstat(descriptor)
+        if stat.S_ISREG(state.st_mode):
+            if state.st_uid == os.getuid() and state.st_nlink < 2:  # 0: it was evicted just now
+                return descriptor
+            found = f"a file of user {state.st_uid} with {state.st_nlink} names"
+        close_read(descriptor)
+    logger.warning("%s is %s, so the cache did not write it: it is removed, the object is fetched again", path, found)
+    _remove(path)
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove what has the name of a file of the cache; an OSError if that is a folder with files in it."""
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # the second for a folder on macOS
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise
+        path.rmdir()
+
+
 def _objects(root: Path) -> list[tuple[os.stat_result, Path]]:
     """Return state and path of the cache's own files; one that is renamed meanwhile, as its download ends, is left out."""
     found = []
     for name in os.listdir(root):
         with contextlib.suppress(FileNotFoundError):
-            if _OBJECT_NAME.fullmatch(name):
-                found.append(((root / name).stat(), root / name))
+            if _OBJECT_NAME.fullmatch(name) and not stat.S_ISDIR((state := (root / name).lstat()).st_mode):
+                found.append((state, root / name))
     return found
 
 
 def _remove_unused(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = _opened(path)
     except FileNotFoundError:
+        return True
+    if descriptor is None:
         return True
     try:
         free = _try_lock(descriptor)
@@ -199,7 +248,7 @@ def _to_disk(path: Path) -> None:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     return False
 
 
@@ -213,7 +262,8 @@ def _try_lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    while (descriptor := _opened(path, os.O_RDWR | os.O_CREAT)) is None:
+        pass
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -233,8 +283,9 @@ def _errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = root if error.filename is None else error.filename
         raise StoreError(
-            f"cannot keep an object in the cache {root}: {error.strerror or error}; set AECORE_CACHE to a folder with room"
+            f"cannot keep an object in the cache {where}: {error.strerror or error}; set AECORE_CACHE to a folder with room"
         ) from error
 
 
@@ -274,12 +325,9 @@ _fetchers = _Fetchers()
 
 def cache_root() -> Path:
     """Return the folder that the environment names for the cache (nothing is made or checked)."""
-    home = os.environ.get("AECORE_CACHE")
+    home = environment_value("AECORE_CACHE")
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "aecore")
 
 
 def _default_limit() -> int:
-    text = os.environ.get("AECORE_CACHE_BYTES", "")
-    if text and not text.isdigit():
-        raise ConfigError(f"AECORE_CACHE_BYTES is {text!r}: expected a number of bytes, for example {DEFAULT_BYTES}")
-    return int(text) if text else DEFAULT_BYTES
+    return environment_value("AECORE_CACHE_BYTES") or DEFAULT_BYTES

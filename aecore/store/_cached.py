@@ -65,7 +65,7 @@ class CachedStore:
 
         def read() -> bytes:
             with os.fdopen(self.open(ref), "rb") as file:
-                return file.read()
+                return file.read(ref.bytes)
 
         def once(fresh: bool) -> bytes:
             if fresh:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from aecore.errors import ConfigError, masked
+from aecore.errors import ConfigError, DataError, masked
 from aecore.store._base import Files, Store
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._typos import readable, refuse_typos
@@ -63,7 +63,15 @@ def is_remote(url: str) -> bool:
 
 def resolve_url(base: str, url: str) -> str:
     """Return `url` if it is absolute, else resolved below the absolute URL `base` ("." is `base` itself)."""
-    return url if is_remote(url) or url.startswith("/") else f"{base}/{url}".removesuffix("/.")
+    return url if "://" in url or url.startswith("/") else f"{base}/{url}".removesuffix("/.")
+
+
+def recorded_url(url: str, what: str) -> str:
+    """Return `absolute_url` of an address in a file of an artefact, `what` says which; DataError if no store opens it: nobody typed it."""
+    try:
+        return absolute_url(url, what)
+    except ConfigError as error:
+        raise DataError(f"{error}; the file was damaged, or not written by aecore: restore it, or do not use the artefact") from None
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -94,7 +102,8 @@ def _path(text: str, what: str) -> str:
     if "\0" in text:
         raise ConfigError(f"{what} {text!r} holds a zero byte (%00 in a URL), which no path does: leave it out")
     try:
-        return str(Path(text).expanduser().absolute())
+        path = str(Path(text).expanduser().absolute())
+        return path[1:] if path.startswith("//") else path  # pathlib keeps two slashes, as of what is below the folder /
     except RuntimeError:
         raise ConfigError(f"{what} {text!r}: that user has no home directory here: write the whole path, or ./~... for a folder") from None
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import stat
 import threading
 import time
 import uuid
@@ -105,15 +106,16 @@ def remember(location: str, memory: Path) -> None:
     """Record that `location` passed; where that cannot be written, each process tests again."""
     try:
         note = _note(location, memory)
-        os.close(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-        os.utime(note)
+        os.close(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))  # a pipe would be waited for
+        os.utime(note, follow_symlinks=False)
     except (OSError, StoreError) as error:
         logger.debug("%s: the passed test of atomic creation cannot be recorded: %s", location, error)
 
 
 def _remembered(location: str, memory: Path) -> bool:
     with contextlib.suppress(OSError, StoreError):
-        return abs(time.time() - _note(location, memory).stat().st_mtime) < KEPT_S
+        state = _note(location, memory).lstat()
+        return stat.S_ISREG(state.st_mode) and state.st_uid == os.getuid() and abs(time.time() - state.st_mtime) < KEPT_S
     return False
 
 

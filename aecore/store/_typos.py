@@ -39,8 +39,12 @@ def refuse_typos(text: str, what: str, schemes: Iterable[str]) -> None:
     scheme, rest = slip["scheme"].lower(), slip["rest"].lstrip("/\\")
     if "@" in text:  # the part before it may be a secret
         raise ConfigError(f"{what} is no URL: write {scheme}://profile@bucket/prefix")
+    separator = text[slip.end("scheme") : slip.start("rest")]
+    likely = f"{scheme}://{rest}"
+    if scheme == "file":  # its URL names no host, hence three slashes; `file:x` is relative, which no URL is
+        likely = f"file:///{rest}" if {"/", "\\"} & {*separator} else f"./{rest}"
     raise ConfigError(
-        f"{what} {text!r} is neither a URL nor a likely path: did you mean {scheme}://{rest}? (a folder of that name is written ./{text})"
+        f"{what} {text!r} is neither a URL nor a likely path: did you mean {likely}? (a folder of that name is written ./{text})"
     )
 
 

@@ -22,7 +22,7 @@ from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
-from aecore.store import open_store
+from aecore.store import open_store, recorded_url
 from aecore.table.manifest import STEM, TablePart
 from aecore.table.part import PRODUCER, part_metadata, read_footer, read_part
 from aecore.table.table import LatentTable, origin_problems
@@ -123,15 +123,17 @@ def verify_table(
 
 def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
     lineage = table.manifest.lineage["dataset"]
-    if url is None and newest_number(open_store(lineage["url"]), "dataset") is None:
-        return None  # moved or removed: the table is verified without it
-    return open_dataset(url or lineage["url"], number=lineage["number"])
+    if url is None:
+        url = recorded_url(lineage["url"], f"the dataset in the lineage of {table.url}")
+        if newest_number(open_store(url), "dataset") is None:
+            return None  # moved or removed: the table is verified without it
+    return open_dataset(url, number=lineage["number"])
 
 
 def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
     """Return the URL of the rows' checkpoint, None if it no longer exists; another checkpoint at that URL is a problem."""
     url, wanted = table.manifest.lineage["checkpoint"]["url"], table.manifest.identity["checkpoint_sha256"]
-    store = open_store(url)
+    store = open_store(recorded_url(url, f"the checkpoint in the lineage of {table.url}"))
     if store.size("checkpoint.json") is None:
         return None
     found = hashlib.sha256(read_bytes(store, "checkpoint.json")).hexdigest()

@@ -12,6 +12,7 @@ Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 input data, 4 storage, 
 """
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -28,13 +29,17 @@ from typing import Any
 
 from aecore.errors import DataError, StoreError, masked, printable
 from aecore.registry import flatten
+from aecore.store import check_environment
 from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
+from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
 from pipelines.cluster.outside import typed
 from pipelines.steps.hints import next_command
 from pipelines.steps.logs import log_to_handler
 
 INTERRUPTED = 130
+_closed: set[str] = set()  # streams that were closed when this process began
+_ends: list[int] = []  # the exit code, when the last message of this process is written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.excepthook = lambda failed: _print_bug(failed.exc_type, failed.exc_value, failed.exc_traceback)
     if threading.current_thread() is threading.main_thread():  # for `docker stop` and cluster schedulers: as Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if argv is None:
+        end_in_time(INTERRUPTED, partial(_last_words, as_json=as_json))
     try:
         return _run(words)
     except SystemExit:  # of --help and --version, which have written all
-        with contextlib.suppress(OSError):
-            _print("stdout", "", end="")
+        try:
+            _show("", end="")
+        except StoreError as error:
+            return _failed({"error": "StoreError", "message": str(error), "exit_code": error.exit_code}, as_json=False)
         raise
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
@@ -72,8 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(how, signal.SIG_DFL)
 
 
+def _last_words(*, as_json: bool) -> None:
+    """Say why this process ends without its main thread, unless that has said it already; nothing here waits for another thread."""
+    if not _ends:
+        write_line(f"aepipe: {LEFT}")
+        if as_json:
+            write_line(_to_json({"error": "Interrupted", "message": LEFT, "exit_code": INTERRUPTED}), 1)
+
+
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:
     """Print an error on standard error, with `--json` also where the result would be; return its exit code."""
+    _ends.append(int(error["exit_code"]))
     with contextlib.suppress(OSError):  # nobody reads it: the exit code is what is left
         _print("stderr", f"aepipe: {printable(error['message'])}")
     if as_json:
@@ -82,10 +100,12 @@ def _failed(error: dict[str, Any], *, as_json: bool) -> int:
     return int(error["exit_code"])
 
 
-def _show(result: str) -> None:
+def _show(result: str, end: str = "\n") -> None:
     """Print a result; StoreError if standard output does not take it. A reader that has closed it (`| head`) wants no more."""
     try:
-        _print("stdout", result)
+        if "stdout" in _closed:
+            raise OSError(errno.EBADF, "it is closed")
+        _print("stdout", result, end)
     except BrokenPipeError:
         return
     except OSError as error:
@@ -104,9 +124,13 @@ def _print(name: str, line: str, end: str = "\n") -> None:
 
 def _prepare_streams() -> None:
     """Make any text printable: a closed stream (`2>&-`) leads nowhere, what the encoding of an open one lacks is escaped."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # else a file that is opened later gets the number of a closed stream, and what libraries print goes into it
+    os.close(descriptor)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
+            _closed.add(name)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -119,6 +143,7 @@ def _print_bug(kind: type[BaseException], error: BaseException | None, trace: Tr
 def _run(words: Sequence[str]) -> int:
     arguments, changes = overrides.split(words)
     args = VERBS.parse(arguments)
+    check_environment()
     args.overrides = changes
     if not args.verb.reads_recipe:
         overrides.refuse(args.verb.name, args.overrides, "reads no recipe")

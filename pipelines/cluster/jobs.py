@@ -28,7 +28,7 @@ from pipelines.recipe.recipe import ClusterSpec
 logger = logging.getLogger(__name__)
 
 POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
-STOP_S = 30  # from SIGTERM to SIGKILL, for a job whose workers have `train.GRACE_S` to write a checkpoint; Ray's default is 3
+STOP_S = 30  # from SIGTERM to SIGKILL, for a job whose workers have `interrupt.GRACE_S` to write a checkpoint; Ray's default is 3
 PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", TAR_PREFIXES)  # they hold no secrets
 
 

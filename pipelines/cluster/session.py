@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import ClusterError, ConfigError
+from pipelines.cluster.interrupt import patience
 from pipelines.cluster.leftovers import clear_leftovers, make_session_root, note_driver
 from pipelines.recipe.recipe import ClusterSpec
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 << 20  # tasks and records only; samples never pass through it
 LOOPBACK = "127.0.0.1"
+END_S = 15.0  # for the processes of a local Ray to end
 LOOK_S = 10.0  # between checks of the nodes while work is done
 _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the source tree to every worker
@@ -54,6 +56,7 @@ class _Connection:
 
     LOCAL = "a local Ray"
     address: str | None = None
+    patience = contextlib.ExitStack()  # from the start of Ray to its end
 
 
 def cluster_address(cluster: ClusterSpec) -> tuple[str, str] | None:
@@ -91,6 +94,7 @@ def connect(cluster: ClusterSpec) -> None:
         if _Connection.address in (None, address):
             return
         disconnect()
+    _Connection.patience.enter_context(patience(END_S))
     started = time.perf_counter()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -222,6 +226,7 @@ def disconnect() -> None:
     if ray is not None and ray.is_initialized():
         ray.shutdown()
     _Connection.address = None
+    _Connection.patience.close()
 
 
 def is_local() -> bool:

@@ -32,7 +32,7 @@ from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
 from aecore.training.result import RunResult, finished_run
 from aecore.training.session import Session
-from pipelines.cluster.interrupt import StopRequest
+from pipelines.cluster.interrupt import GRACE_S, StopRequest
 from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.session import (
     connect,
@@ -47,7 +47,6 @@ from pipelines.cluster.session import (
 from pipelines.recipe.recipe import ClusterSpec
 
 POLL_S = 0.25
-GRACE_S = 20.0  # for workers to end their step and write a checkpoint: Prefect, SLURM and Kubernetes kill after 30
 ASK_EVERY_S, ASK_S = 1.0, 5.0  # a single rank would ask after every step
 JUST_FINISHED = "interrupted when the run had just finished: its model is published"
 logger = logging.getLogger(__name__)

@@ -6,10 +6,12 @@ temporary server of a single flow has no scheduler, so schedules would never fir
 """
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
 
+from pipelines.cluster.interrupt import patience
 from pipelines.cluster.session import make_importable
 from pipelines.deploy.crash_restart import end_dead_runs
 from pipelines.deploy.recipes import check, deployments, schedule
@@ -27,6 +29,7 @@ def serve(recipes: Sequence[Recipe], cron: str | None = None) -> None:
     make_importable()  # scheduled runs are separate processes
     wanted: Sequence[Recipe | None] = recipes or [None]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patience(math.inf))  # Prefect waits for the runs that it ends
         if os.environ.get("PREFECT_API_URL"):
             require_server()
             made = [deployment for recipe in wanted for deployment in deployments(recipe, cron)]

@@ -27,11 +27,13 @@ from typing import Any
 
 from aecore.errors import ClusterError
 from aecore.store import named_folder, private_folder
+from pipelines.cluster.interrupt import patience
 from pipelines.cluster.process import is_alive, process_name
 from pipelines.cluster.session import LOOPBACK, import_environment
 
 logger = logging.getLogger(__name__)
 START_S, END_S = 120.0, 20.0
+FLOW_END_S = 60.0  # for a flow to end after a signal: its jobs are stopped, its state is reported, its server ends
 PORT = 4200  # Prefect's default; any free one if it is taken
 PROCESS = "AEPIPE_SERVER_PROCESS"
 _left_running: "list[subprocess.Popen[bytes]]" = []
@@ -68,7 +70,7 @@ def with_server(flow: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **options: Any) -> Any:
         from prefect.settings import PREFECT_API_URL
 
-        with contextlib.nullcontext() if PREFECT_API_URL.value() else temporary_server():
+        with patience(FLOW_END_S), contextlib.nullcontext() if PREFECT_API_URL.value() else temporary_server():
             return flow(*arguments, **options)
 
     return run

@@ -15,6 +15,8 @@ from typing import Any
 
 from aecore import errors
 from aecore.errors import Interrupted, RunFailed, printable
+from aecore.store import check_environment
+from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
 from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
@@ -55,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log_to_handler(handler, logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray stops a job by SIGTERM
+    if argv is None:
+        end_in_time(Interrupted.exit_code, lambda: write_line(LEFT))
     try:
+        check_environment()
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "the job was interrupted; what is finished is kept"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from aecore.data.format.index import MEMBERS
 from aecore.data.format.parquet import open_parquet
+from tests.aecore.data.tiny import encoded, image
 from tests.aecore.encoding import encode, saved_run, sprites_dataset
 from tests.documents import content, rewrite
 from tests.processes import WARM, run
@@ -353,3 +355,71 @@ class TestDocuments:
         assert "the json member of sample 'a' cannot be decoded" in refused(
             "from aecore.data.read.webdataset import decode_members", call, tmp_path / "a"
         )
+
+
+class TestHugeSamples:
+    SHARD = (
+        "import os, pyarrow.parquet as pq\n"
+        "from aecore.data.write.job import shard_dataset, adopt_shards\n"
+        "from aecore.data.write.spec import ShardSpec\n"
+        "from aecore.data.sources.folder import FolderSpec\n"
+        "from aecore.data.sources.webdataset import WebdatasetSpec\n"
+        "from aecore.errors import DataError\n"
+        "def report(make, source, out):\n"
+        "    made = make(source, out, shards=ShardSpec(max_bad=0.5))\n"
+        "    rows = [row for name in os.listdir(out + '/quarantine') for row in pq.read_table(f'{out}/quarantine/{name}').to_pylist()]\n"
+        '    raise DataError(f\'{made.num_samples()} good; {[(row[k]) for row in rows for k in ("source", "reason", "sha256")]}\')'
+    )
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """Three images and 50 GB of nothing."""
+        folder = tmp_path / "in"
+        folder.mkdir()
+        for number in range(3):
+            (folder / f"{number}.png").write_bytes(encoded(image(number)))
+        (folder / "huge.png").touch()
+        os.truncate(folder / "huge.png", 50 << 30)
+        return folder
+
+    def test_a_huge_file_is_quarantined_by_name_and_never_read(self, folder: Path) -> None:
+        said = refused(self.SHARD, "report(shard_dataset, FolderSpec(url=path), path + '-out')", folder)
+        assert said == "DataError: 3 good; ['huge.png', 'too_large', None]"
+
+    @pytest.mark.parametrize("make", ["shard_dataset", "adopt_shards"])
+    def test_so_is_a_huge_member_of_a_tar(self, folder: Path, tmp_path: Path, make: str) -> None:
+        tars = tmp_path / "tars"
+        tars.mkdir()
+        with tarfile.open(tars / "a.tar", "w") as tar:
+            for number in range(3):
+                tar.add(folder / f"{number}.png", f"{number}.png")
+            header = tarfile.TarInfo("huge.png")
+            header.size = 9 << 30
+            assert tar.fileobj is not None
+            tar.fileobj.write(header.tobuf(tarfile.GNU_FORMAT))
+            end = tar.fileobj.tell() + header.size
+        os.truncate(tars / "a.tar", end + 1024)
+        said = refused(self.SHARD, f"report({make}, WebdatasetSpec(url=path), path + '-out')", tars)
+        assert said == f"DataError: 3 good; ['a.tar#{end - header.size}+{header.size}#huge.png', 'too_large', None]"
+
+    def test_a_file_that_grew_to_be_huge_is_an_error_that_names_it(self, folder: Path) -> None:
+        call = "FolderSource(FolderSpec(url=path)).read('huge.png')"
+        said = refused("from aecore.data.sources.folder import FolderSource, FolderSpec", call, folder)
+        assert said.startswith(f"DataError: {folder}/huge.png has grown to {50 << 30} bytes")
+
+    def test_a_tar_of_nothing_but_a_hole_takes_no_time(self, tmp_path: Path) -> None:
+        (tmp_path / "a.tar").touch()
+        os.truncate(tmp_path / "a.tar", 50 << 30)
+        said = refused(
+            "from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec",
+            "WebdatasetSource(WebdatasetSpec(url=path)).listing()",
+            tmp_path,
+        )
+        assert "holds no sample in 1 tars (they are empty)" in said
+
+    def test_a_sample_for_which_there_is_no_memory_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in/large.png").touch()
+        os.truncate(tmp_path / "in/large.png", 1 << 30)  # of the 2 GB that there are, three times that are needed
+        said = refused(self.SHARD, "report(shard_dataset, FolderSpec(url=path), path + '-out')", tmp_path / "in")
+        assert "not enough memory here (for 'large.png' of 1073741824 bytes)" in said

@@ -4,8 +4,11 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import socket
+import stat
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -134,14 +137,62 @@ def test_leftovers_and_damage_of_a_killed_process_are_no_harm(tmp_path):
     assert held(cache) == 1000, "parts that nobody writes any more are removed"
 
 
+INTRUDERS: dict[str, Callable[[Path, Path], object]] = {
+    "a pipe": lambda place, other: os.mkfifo(place),
+    "a socket": lambda place, other: bound(place),
+    "an empty folder": lambda place, other: place.mkdir(),
+    "a link to a device without end": lambda place, other: place.symlink_to("/dev/zero"),
+    "a link to a pipe": lambda place, other: (os.mkfifo(other.parent / "pipe"), place.symlink_to(other.parent / "pipe")),
+    "a link to a huge file": lambda place, other: (sparse(other.parent / "huge"), place.symlink_to(other.parent / "huge")),
+    "a link to nothing": lambda place, other: place.symlink_to(other.parent / "missing"),
+    "a link to itself": lambda place, other: place.symlink_to(place),
+    "a link to another object": lambda place, other: place.symlink_to(other),
+    "another name of another object": lambda place, other: place.hardlink_to(other),
+    "a huge file": lambda place, other: sparse(place),
+}
+
+
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+def bound(path: Path) -> None:
+    where = os.open(path.parent, os.O_PATH)  # the address of a socket is short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{where}/{path.name}")
+    os.close(where)
+
+
 @pytest.mark.timeout(60)
-def test_a_pipe_under_the_name_of_an_object_is_not_waited_for(tmp_path):
-    cache, origin = ObjectCache(tmp_path / "cache", 1 << 20), Origin()
+@pytest.mark.parametrize("intruder", INTRUDERS)
+@pytest.mark.parametrize("place", ["object", "its download", "another download", "lock"])
+def test_what_the_cache_did_not_write_is_replaced_and_never_read(place: str, intruder: str, tmp_path: Path) -> None:
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+    assert read(cache, origin, "b") == origin.data("b")
+    (tmp_path / "elsewhere").mkdir()
+    other = tmp_path / "elsewhere" / "precious"
+    other.write_bytes(origin.data("b"))
+    sha256 = origin.ref("a").sha256
+    names = {"object": sha256, "its download": f"{sha256}.part", "another download": f"{'0' * 64}.part", "lock": "lock"}
+    (cache.root / names[place]).unlink(missing_ok=True)
+    INTRUDERS[intruder](cache.root / names[place], other)
+    assert cache.refetch_if_corrupt(origin.ref("a"))
     assert read(cache, origin, "a") == origin.data("a")
-    place = tmp_path / "cache" / origin.ref("a").sha256
-    place.unlink()
-    os.mkfifo(place)
-    assert read(cache, origin, "a") == origin.data("a")
+    assert read(cache, origin, "b") == origin.data("b")
+    assert origin.fetched == ["b", "a"]
+    assert other.read_bytes() == origin.data("b"), "what a link leads to is not written"
+    assert stat.S_ISREG((cache.root / sha256).lstat().st_mode)
+
+
+def test_a_folder_with_files_under_the_name_of_an_object_is_named_and_kept(tmp_path: Path) -> None:
+    cache, origin = ObjectCache(tmp_path / "cache", 3000), Origin()
+    folder = cache.root / origin.ref("a").sha256
+    folder.mkdir()
+    (folder / "thesis.txt").write_bytes(b"x")
+    with pytest.raises(StoreError, match=f"{folder}.*not empty"):
+        read(cache, origin, "a")
+    assert (folder / "thesis.txt").exists()
 
 
 def test_what_others_keep_in_the_folder_stays(tmp_path):
@@ -292,5 +343,5 @@ def test_an_object_without_a_hash_is_on_the_disk_before_it_has_its_name(tmp_path
 
 def test_a_limit_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setenv("AECORE_CACHE_BYTES", "lots")
-    with pytest.raises(ConfigError, match="expected a number of bytes"):
+    with pytest.raises(ConfigError, match="AECORE_CACHE_BYTES is 'lots', expected a number of bytes"):
         ObjectCache()

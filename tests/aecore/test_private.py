@@ -226,3 +226,15 @@ def test_a_note_that_others_could_have_written_is_not_believed(tmp_path: Path) -
     assert not race_module._remembered("bucket", tmp_path / "cache")
     race_module.remember("other", tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("spoil", ["a link to a folder", "a link to nothing", "a pipe"])
+def test_a_note_that_is_no_file_is_not_believed_and_not_waited_for(spoil: str, tmp_path: Path, elsewhere: Path) -> None:
+    race_module.remember("bucket", tmp_path / "cache")
+    (note,) = (tmp_path / "cache").iterdir()
+    note.unlink()
+    SPOILS[spoil](note, elsewhere)
+    assert not race_module._remembered("bucket", tmp_path / "cache")
+    race_module.remember("bucket", tmp_path / "cache")
+    assert not race_module._remembered("bucket", tmp_path / "cache") and list(elsewhere.iterdir()) == []

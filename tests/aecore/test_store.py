@@ -11,7 +11,6 @@ import pytest
 
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import (
-    FAULT_STAGES,
     AlreadyExists,
     FileRef,
     absolute_url,
@@ -22,6 +21,7 @@ from aecore.store import (
     resolve_url,
     sha256_file,
 )
+from aecore.store._environment import FAULT_STAGES
 from tests.processes import WARM, run
 
 

@@ -11,11 +11,12 @@ import pytest
 from aecore.artifact.commit import commit_manifest
 from aecore.artifact.documents import read_json, sealed
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store import FAULT_STAGES, AlreadyExists, FileRef, absolute_url, open_files, open_store
+from aecore.store import AlreadyExists, FileRef, absolute_url, open_files, open_store
 from aecore.store import _s3 as s3_module
 from aecore.store import _s3_client as client_module
 from aecore.store import _s3_prefix as place_module
 from aecore.store import _scratch as scratch_module
+from aecore.store._environment import FAULT_STAGES
 from aecore.store._s3 import S3Store
 from tests.processes import WARM, run
 from tests.s3 import ACCESS_KEY, SECRET_KEY
@@ -276,6 +277,7 @@ class TestCommit:
 KILLED = """
 import sys
 from aecore.store import open_store
+from aecore.store._environment import FAULT_STAGES
 store = open_store(sys.argv[1])
 with store.stage() as staged:
     staged.write_bytes(b"x" * 100)

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from tests.prefect_home import prefect_home
 from tests.processes import Started, free_port, run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -148,12 +149,11 @@ def prefect_server(home: Path, auth: str = "", settings: Mapping[str, str] | Non
     """Start a Prefect server on SQLite, with a password if `auth` is one (`user:password`), and wait until it answers."""
     port = free_port()
     environment = os.environ | {
-        "PREFECT_HOME": str(home / "server"),
+        "PREFECT_HOME": str(prefect_home(home / "server")),
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
         **({"PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_API_AUTH_STRING": auth} if auth else {}),
         **(settings or {}),
     }
-    (home / "server").mkdir(parents=True)
     (home / "client").mkdir(parents=True)
     csrf = environment.get("PREFECT_SERVER_CSRF_PROTECTION_ENABLED") == "true"
     made = Prefect(f"http://127.0.0.1:{port}/api", auth, home / "server.log", home, csrf)

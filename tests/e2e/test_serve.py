@@ -14,6 +14,7 @@ import pytest
 from pipelines.deploy.recipes import FLOWS
 from tests.e2e.servers import Prefect, prefect_server
 from tests.pipelines.shadows import folder_of_shadows, that_ran
+from tests.prefect_home import prefect_home
 from tests.processes import Started, run, started, wait_until
 
 SLOW = ("source.num_samples=600", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1000000")
@@ -115,8 +116,7 @@ class Serving:
 @contextlib.contextmanager
 def serving(cwd: Path, home: Path, *overrides: str) -> Iterator[Serving]:
     """Start `aepipe serve demo` in a folder, with a Prefect home of its own."""
-    home.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PREFECT_HOME": str(home)}
+    environment = os.environ | {"PREFECT_HOME": str(prefect_home(home))}
     for name in ("PYTHONSAFEPATH", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "pipelines.cli", "serve", "demo", *overrides, HERE]

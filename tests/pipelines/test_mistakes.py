@@ -1,6 +1,7 @@
 """The commonest mistakes on the command line: each ends with its exit code and a message that says what to do."""
 
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from aecore.store import open_store, resolve_url
 from pipelines.cli.main import main
+from tests.documents import content, rewrite
 
 HERE = "cluster.num_workers=0"
 SPRITES = ("source.num_samples=60", "splits.by=hash", "splits.test=0.2", HERE)
@@ -58,7 +61,10 @@ def test_a_misspelled_key_names_the_nearest_one(capsys: pytest.CaptureFixture[st
         ("s3//bucket/x", "did you mean s3://bucket/x?"),
         ("s3:bucket/x", "did you mean s3://bucket/x?"),
         ("s3:///bucket/x", "did you mean s3://bucket/x?"),
-        ("file//data/x", "did you mean file://data/x?"),
+        ("file//data/x", "did you mean file:///data/x?"),
+        ("FILE:///data/x", "did you mean file:///data/x?"),
+        ("File:/data/x", "did you mean file:///data/x?"),
+        ("file:data/x", "did you mean ./data/x?"),
         ("gs://bucket/x", "AWS_ENDPOINT_URL=https://storage.googleapis.com with an HMAC key, write s3://bucket/x"),
         ("gs:/bucket/x", "did you mean gs://bucket/x?"),
         ("https://minio.example:9000/bucket/x", "set AWS_ENDPOINT_URL=https://minio.example:9000 and write s3://bucket/prefix"),
@@ -74,6 +80,38 @@ def test_an_address_with_a_slip_is_refused_and_makes_no_folder(
     for argv in (["shard", "sprites", url, *SPRITES], ["show", url], ["gc", url], ["train", "demo", "data=./x", f"out={url}", HERE]):
         assert expected in refused(capsys, *argv, code=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["http://host/x", "gs://bucket/x", "file:///%00", "s3://bucket/../x"])
+def test_an_address_in_an_artefact_that_no_store_opens_is_damage_and_no_mistake_of_the_caller(
+    url: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tars, adopted = tmp_path / "tars", str(tmp_path / "adopted")
+    shutil.copytree(root / "dataset" / "shards", tars, ignore=shutil.ignore_patterns("*.parquet"))
+    assert main(["adopt", str(tars), adopted, HERE]) == 0
+    manifest = tmp_path / "adopted/dataset.000001.json"
+    rewrite(manifest, shards=[{**shard, "home": url} for shard in content(manifest)["shards"]])
+    for argv in (["show", adopted], ["verify", adopted], ["verify", adopted, "--read-data"]):
+        assert f"`home` in the manifest of {adopted}" in refused(capsys, *argv, code=3)
+    table = shutil.copytree(root / "table", tmp_path / "table")
+    for name in ("dataset", "checkpoint"):
+        lineage = content(root / "table/table.000001.json")["lineage"]
+        rewrite(table / "table.000001.json", lineage={**lineage, name: {**lineage[name], "url": url}})
+        assert f"the {name} in the lineage of {table}" in refused(capsys, "verify", str(table), code=3)
+
+
+@pytest.mark.parametrize("verb", [["list", "models"], ["shard", "sprites", "./x"], ["doctor"], ["show", "./x"]])
+@pytest.mark.parametrize(("name", "text"), [("AECORE_FAULT", "bogus"), ("AECORE_NATIVE", "maybe"), ("AECORE_CACHE_BYTES", "banana")])
+def test_a_wrong_value_of_an_environment_variable_is_refused_by_every_verb(
+    name: str, text: str, verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, text)
+    assert f"{name} is {text!r}, expected " in refused(capsys, *verb, code=2)
+
+
+def test_the_folders_below_the_root_of_the_disk_are_named_with_one_slash(tmp_path: Path) -> None:
+    assert open_store("//run").url == "/run"
+    assert [resolve_url("/", name) for name in (".", "/x")] == ["/", "/x"]
 
 
 def test_a_secret_in_a_wrong_address_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:

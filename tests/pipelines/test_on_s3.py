@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.prefect_home import prefect_home
 from tests.processes import AEPIPE, run
 from tests.s3 import ACCESS_KEY, S3, SECRET_KEY
 
@@ -18,7 +19,7 @@ PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", "table.", ".tmp/") 
 
 def aepipe(*arguments: object, home: Path) -> tuple[Any, str]:
     """Run the command with `--json`; return its answer and everything that it printed."""
-    environment = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "TMPDIR": str(home)}
+    environment = {**os.environ, "PREFECT_HOME": str(prefect_home(home / "prefect")), "TMPDIR": str(home)}
     command = [*AEPIPE, *map(str, arguments), "--json"]
     done = run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

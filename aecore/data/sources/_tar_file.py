@@ -6,6 +6,7 @@ blocks (its writer was not closed) is read, and counted: it cannot be known whet
 numbers: no path is made of them, and no link is followed here.
 """
 
+import errno
 import io
 import os
 import struct
@@ -199,6 +200,11 @@ class TarFile:
 
     def _first_byte(self, position: int) -> int | None:
         """Return the first block from `position` on that is not all zeros."""
+        try:
+            position = os.lseek(self.descriptor, position, os.SEEK_DATA) & -BLOCK
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end, which would be read for minutes
+                return None
         while piece := self._read(CHUNK_BYTES, position):
             if piece.count(0) != len(piece):
                 return position + len(piece) - len(piece.lstrip(b"\0")) & -BLOCK

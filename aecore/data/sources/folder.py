@@ -23,6 +23,7 @@ import numpy as np
 
 from aecore.data.format.image import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
+from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.data.sources._filter import PathFilter, chosen
 from aecore.data.sources._frames import read_frame, with_frames
@@ -173,6 +174,8 @@ class FolderSource:
             If it cannot be read, or is shorter than its size.
         BadSample
             If it is a link that leads nowhere, or an `.npz` in which no array or several may be the sample.
+        DataError
+            Before all is read, if it has more than `MAX_MEMBER_BYTES`: it has grown since it was listed.
         """
         return read_frame(source, self._file) if self._all_frames else self._file(source)
 
@@ -188,6 +191,11 @@ class FolderSource:
             data, size = os.read(descriptor, self._first_read), os.fstat(descriptor).st_size
             if len(data) == self._first_read or len(data) < size:
                 self._first_read = LARGE_READ_BYTES
+                if size > MAX_MEMBER_BYTES:
+                    raise DataError(
+                        f"{path} has grown to {size} bytes since it was listed, at most {MAX_MEMBER_BYTES} are read as one sample: "
+                        "wait until it is written, or move it away, then run the same command again"
+                    )
                 data += _rest(descriptor, size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error

@@ -5,7 +5,7 @@ A sample is identified by its key; its size and its address tell whether it is u
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,44 @@ from aecore.data.sources import Listing, take
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import DataError
 from aecore.store import Store
+from aecore.threads import map_ordered
 
 logger = logging.getLogger(__name__)
 _LISTING_FIELDS: list[tuple[str, pa.DataType]] = [("key", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
 LISTING_SCHEMA = pa.schema(_LISTING_FIELDS)
 SHOWN = 5  # examples in an error
+LOOKERS = 16  # requests for sizes at a time
 
 
 def listing_table(listing: Listing) -> pa.Table:
     """Return keys, sources and sizes of a listing as a table of `LISTING_SCHEMA`."""
     return make_table(LISTING_SCHEMA, {"key": listing.keys, "source": listing.sources, "bytes": listing.sizes}, len(listing))
+
+
+def warn_of_orphans(store: Store, stems: Collection[str], *, adopted: bool = False) -> None:
+    """Log a warning if shards without any manifest are in the place of a first generation, which plans the parts `stems`.
+
+    They are of another attempt that was given up, or of generations whose manifests were lost: then the user has to know before a new
+    generation 1 hides them, and before a collection of garbage removes them. Where tars are adopted, those there are external.
+    """
+    endings = (".parquet",) if adopted else (".tar", ".parquet")
+    found = [
+        f"{folder}/{name}"
+        for folder in ("shards", "quarantine")
+        for name in store.list(folder)
+        if name.endswith(endings) and name.rpartition(".")[0] not in stems
+    ]
+    if found:
+        total = sum(size or 0 for size in map_ordered(store.size, found, threads=LOOKERS))
+        logger.warning(
+            "%s: %d files (%d bytes; first: %s) are there without a manifest, and the new generation does not name them. If "
+            "dataset.NNNNNN.json was lost, stop here and restore it from a copy; if they are of an attempt that you gave up, leave them: "
+            "collecting garbage removes them. Nothing of them is read, changed or deleted now",
+            store.url,
+            len(found),
+            total,
+            found[0],
+        )
 
 
 def warn_if_address_changed(store: Store, parent: DatasetManifest, source: Any, listing: Listing) -> None:  # any: as above

@@ -26,10 +26,18 @@ from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing, Source, Unusable
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable, require_readable_by_offset
-from aecore.data.write.append import SHOWN, listing_table, new_rows, report_formats, require_whole_bags, warn_if_address_changed
+from aecore.data.write.append import (
+    SHOWN,
+    listing_table,
+    new_rows,
+    report_formats,
+    require_whole_bags,
+    warn_if_address_changed,
+    warn_of_orphans,
+)
 from aecore.data.write.manifest_build import next_manifest
 from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
-from aecore.data.write.refused import remove_if_nothing_is_good, remove_refused
+from aecore.data.write.refused import leave_refused, remove_refused, take_over
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
@@ -116,7 +124,9 @@ def adopt_shards(
 
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
-        return work.plan(claim=1).summary(known=len(work.listing) - len(work.fresh))
+        plan = work.plan(claim=1)
+        _warn_of_orphans(work, plan)
+        return plan.summary(known=len(work.listing) - len(work.fresh))
     _require_usable(work)
     if work.parent is not None and not len(work.fresh):
         logger.info("%s: nothing new in %d samples, generation %d stays", work.store.url, len(work.listing), work.parent.number)
@@ -237,6 +247,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         remove_refused(store, generation)
     claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
     plan = plan if claim == 1 else work.plan(claim)
+    take_over(store, claim)
+    _warn_of_orphans(work, plan)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
@@ -247,7 +259,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
             listed = listing.result()
         _require_good(work, records)
     except (ConfigError, DataError):
-        remove_if_nothing_is_good(store, claim, [task.stem for task in plan.tasks])
+        leave_refused(store, claim, [task.stem for task in plan.tasks])
         raise
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation))
     old = [] if parent is None else parent.own_files
@@ -272,6 +284,11 @@ def _pixel_notes(records: Sequence[PartRecord]) -> Iterator[str]:
     for text, count in sorted(counts.items())[:SHOWN]:
         shape = text.partition("/")[0]
         yield f"{count} arrays of {shape} are images [H, W, C] of {shape.rpartition('x')[2]} channels (shards.layout=auto; hwc or chw)"
+
+
+def _warn_of_orphans(work: _Work, plan: DatasetPlan) -> None:
+    if work.parent is None:
+        warn_of_orphans(work.store, {task.stem for task in plan.tasks}, adopted=work.adopt)
 
 
 def _absolute(source: Any) -> Any:  # any: every source kind has its own spec class

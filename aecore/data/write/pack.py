@@ -1,13 +1,13 @@
 """The tar of one shard and the rows of its index, in one pass over the samples: read, check, hash, pack.
 
-Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine. A read error ends the shard
-(StoreError): only complete bytes are judged. If the source is files and a block holds only plain images, nothing is done sample by sample
-in Python (`_write_fast`). Everything else goes through `_write_checked`, which finds the reason of a damage; one background thread
-hashes the tar and the samples, another writes. Memory: a few blocks of 2 MiB, and the index.
+Samples keep the order of the task; a damaged one is skipped and becomes a row of the quarantine, and so does, unread, one that was listed
+with more bytes than a member may have (`MAX_MEMBER_BYTES`). A read error ends the shard (StoreError): only complete bytes are judged. If
+the source is files and a block holds only plain images, nothing is done sample by sample in Python (`_write_fast`). Everything else goes
+through `_write_checked`, which finds the reason of a damage; one background thread hashes the tar and the samples, another writes.
+Memory: a few blocks of 2 MiB, and the index.
 """
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -57,7 +57,7 @@ class ShardWriter:
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
         packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
-        read = reader(source, self._to_read(MAX_MEMBER_BYTES))
+        read = reader(source, self._to_read())
         bounds = [0, len(self.task)] if files is None else files.blocks.tolist()
         with DiskWriter(path) as file:
             block, num_blocks, in_vain = 0, len(bounds) - 1, 0
@@ -74,16 +74,16 @@ class ShardWriter:
 
     def scan(self, source: Source) -> None:
         """Read, check and hash all samples without writing them."""
-        position, read = 0, reader(source, self._to_read(sys.maxsize))
+        position, read = 0, reader(source, self._to_read())
         while position < len(self.task):
             samples, position = self._checked(position, len(self.task), read)
             self._digests.append(sha256s(samples.contents))
 
-    def _to_read(self, most: int) -> list[str]:
-        """Return the samples to read: not those that the source said to be unusable, nor those of more than `most` bytes."""
+    def _to_read(self) -> list[str]:
+        """Return the samples to read: not those that the source said to be unusable, nor those of more bytes than a member may have."""
         sources, sizes = self.task.sources, self.task.sizes
-        for position in np.flatnonzero(sizes > most).tolist():
-            text = f"a sample of {sizes[position]} bytes does not fit a shard, whose members have at most {most}: cut it into smaller ones"
+        for position in np.flatnonzero(sizes > MAX_MEMBER_BYTES).tolist():
+            text = f"a sample of {sizes[position]} bytes, at most {MAX_MEMBER_BYTES} are read as one: cut it into smaller ones"
             self._unread[position] = "check", "too_large", text
         for position, why in enumerate(self.task.unusable or ()):
             if why is not None:
@@ -162,6 +162,8 @@ class ShardWriter:
                 digest = None if data is None else hashlib.sha256(data).hexdigest()  # None: a sample that has no bytes of its own
                 self.bad.append((position, "check", bad.reason, bad.message, digest))
                 continue
+            except MemoryError as error:
+                raise MemoryError(f"for {sources[position]!r} of {self.task.sizes[position]} bytes") from error
             positions.append(position)
             codes.append(self.headers.setdefault(header, len(self.headers)))
             exts.append(header.ext)

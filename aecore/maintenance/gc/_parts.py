@@ -60,7 +60,7 @@ def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
     if ledger.adopted and file.endswith(".tar"):
         return None
     if folder == "listings":
-        match = re.fullmatch(r"()(\d{6})\.parquet", file)
+        match = re.fullmatch(r"()(\d{6})\.(?:parquet|refused)", file)
     else:
         match = STEM.fullmatch(next((base.removesuffix(end) for end in _SUFFIXES[folder] if base.endswith(end)), ""))
         if match is not None and (match[1] not in ledger.splits or inside != (f"split={match[1]}" if folder == "data" else "")):

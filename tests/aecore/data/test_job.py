@@ -24,7 +24,8 @@ from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.store import FAULT_STAGES, open_store
+from aecore.store import open_store
+from aecore.store._environment import FAULT_STAGES
 from tests.aecore.data.tiny import encoded, image
 
 ROLES = ("tar", "index", "quarantine", "listing", "record", "run", "manifest")
@@ -392,3 +393,43 @@ def test_a_listing_of_numbered_keys_and_one_size_is_within_its_bounds(count):
     keys = [f"digits/{number:09d}" for number in range(count)]  # less than a byte a row
     table = listing_table(Listing(keys, keys, np.full(count, 784)))
     assert read_table(table_bytes(table, {}), "listing").equals(table)
+
+
+def warnings_of_orphans(caplog):
+    found = [record.getMessage() for record in caplog.records if "without a manifest" in record.getMessage()]
+    caplog.clear()
+    return found
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_shards_whose_manifests_were_lost_are_counted_before_new_ones_hide_them(tmp_path, caplog, request, place):
+    out = str(tmp_path / "out") if place == "folder" else f"{request.getfixturevalue('s3').url}/out"
+    store = open_store(out)
+    source = images(tmp_path / "in", range(10), bad=[2])
+    shard(source, out, max_samples=5, max_bad=0.5)
+    images(tmp_path / "in", [10, 11])
+    shard(source, out, max_samples=5, max_bad=0.5)
+    assert warnings_of_orphans(caplog) == []
+    there = {f"{folder}/{name}": store.read(f"{folder}/{name}") for folder in ("shards", "quarantine") for name in store.list(folder)}
+    for number in (1, 2):
+        store.remove(f"dataset.{number:06d}.json")
+    images(tmp_path / "in", [12])
+    shard_dataset(source, out, SplitSpec(), ShardSpec(max_samples=5, max_bad=0.5), dry_run=True)
+    warnings_of_orphans(caplog)
+    made = shard(source, out, max_samples=5, max_bad=0.5)
+    (warning,) = warnings_of_orphans(caplog)
+    assert f"{len(there)} files ({sum(map(len, there.values()))} bytes; first: shards/train-000000.parquet) are there without" in warning
+    assert made.num_samples() == 12
+    assert {name: store.read(name) for name in there} == there
+    shard(source, out, max_samples=5, max_bad=0.5)
+    assert warnings_of_orphans(caplog) == []
+
+
+def test_an_attempt_that_is_continued_and_manifests_that_come_again_are_no_orphans(tmp_path, caplog):
+    source = images(tmp_path / "in", range(10))
+    first = shard(source, tmp_path / "out", max_samples=5)
+    manifest = tmp_path / "out/dataset.000001.json"
+    before = manifest.read_bytes()
+    manifest.unlink()
+    assert shard(source, tmp_path / "out", max_samples=5) == first
+    assert manifest.read_bytes() == before and warnings_of_orphans(caplog) == []

@@ -84,12 +84,15 @@ def test_bad_files_that_are_removed_leave_a_first_generation(tmp_path: Path) -> 
     assert made == fresh and files(out) == files(tmp_path / "fresh")
 
 
-def test_an_unfinished_run_of_other_settings_is_left_alone(tmp_path: Path) -> None:
-    """What is not complete may still be written, by another process."""
+@pytest.mark.parametrize("lost", ["listings/000001.refused", "dataset.000001.json"])
+def test_what_was_not_refused_is_left_alone(tmp_path: Path, lost: str) -> None:
+    """It may still be written, by another process; or its manifest was lost."""
     source, out = folder(tmp_path / "in", 9, 1), tmp_path / "out"
     with pytest.raises(DataError):
         shard_dataset(source, str(out), shards=ShardSpec(max_samples=4))
-    (out / "records/train-000001.json").unlink()
+    if lost.startswith("dataset"):
+        shard_dataset(source, str(out), shards=ShardSpec(max_samples=4, max_bad=0.5))
+    (out / lost).unlink()
     before = set(files(out))
     made = shard_dataset(source, str(out), shards=ShardSpec(max_samples=5, max_bad=0.5))
     assert before < set(files(out)) and made.shards[0].stem == "train-g000002-000000"
