@@ -87,17 +87,16 @@ class TarFile:
             descriptor = self._files.open(self._name)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
-        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
-            try:
-                self.compression = compression(os.pread(descriptor, START_BYTES, 0))
-                if self.compression is None:
-                    return descriptor
-                limit = InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option)
-                inflated, self.broken = inflate(file, self.compression, self.where, limit)
-            except BaseException:
-                close_read(descriptor)
-                raise
-        close_read(descriptor)
+        try:
+            self.compression = compression(os.pread(descriptor, START_BYTES, 0))
+        except BaseException:
+            close_read(descriptor)
+            raise
+        if self.compression is None:
+            return descriptor
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            limit = InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option)
+            inflated, self.broken = inflate(file, self.compression, self.where, limit)
         return inflated
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class ShardSpec:
 
     def __post_init__(self) -> None:
         background_of(self.background, 3)
-        if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
             raise ConfigError(f"shards.value_range is {list(self.value_range)}, expected [black, white] with black below white")
         if self.pixels == 1 and (self.value_range is not None or self.background != "white" or self.layout != "auto"):
             raise ConfigError("shards.value_range, shards.background and shards.layout need shards.pixels=2: write to another URL with it")
