@@ -29,7 +29,7 @@ from aecore.encoding.worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEn
 from aecore.errors import ConfigError, RunFailed
 from aecore.registry import absent_values, as_recorded, to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
-from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
+from aecore.table.manifest import STEM, TableManifest, TablePart, part_size, read_table_manifest
 
 logger = logging.getLogger(__name__)
 MAX_STREAMS = 8  # more would wait for the thread that reads and decodes, not for the model
@@ -156,7 +156,7 @@ def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
     """Return the parts of one shard: one, or ranges of `rows_per_part` rows rounded up to whole batches."""
     if not spec.rows_per_part:
         return [EncodeTask(shard.stem, shard, 0, shard.samples)]
-    size = -(-spec.rows_per_part // spec.batch) * spec.batch
+    size = part_size(spec.rows_per_part, spec.batch)
     starts = range(0, max(shard.samples, 1), size)
     return [
         EncodeTask(f"{shard.stem}-r{number:06d}", shard, start, min(start + size, shard.samples)) for number, start in enumerate(starts)

@@ -20,16 +20,18 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import newest_number
+from aecore.artifact.commit import claim_of, newest_number
 from aecore.artifact.kinds import other_kind
 from aecore.errors import DataError, Hint, did_you_mean
-from aecore.store import Store, open_store
+from aecore.store import Store, canonical_json, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
-from aecore.table.part import Column, fixed_size_list, numpy_view, part_metadata, read_footer, read_part
+from aecore.table.part import Column, fixed_size_list, has_gaps, numpy_view, part_metadata, read_footer, read_part, schema_problems
 
 if TYPE_CHECKING:
     import torch
+
+KEYS = ("key", "shard", "ordinal")
 
 
 class LatentTable:
@@ -76,6 +78,8 @@ class LatentTable:
         """All columns of all parts (an append may add metadata columns); reads the parts' footers."""
         self.store.prefetch([part.file for part in self.parts])
         schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
+        if problems := generation_problems(self.parts, schemas):
+            raise DataError(f"{self.url}: {'; '.join(problems)}: restore the part, or encode to another URL")
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
 
     def _footer(self, part: TablePart) -> pq.FileMetaData:
@@ -109,7 +113,11 @@ class LatentTable:
     def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
         """Read columns of one part as Arrow, verifying the checksum of every page."""
         self._footer(part)
-        return read_part(self.store, part.file, columns, part.rows)
+        table = read_part(self.store, part.file, columns, part.rows)
+        gaps = [name for name in table.column_names if name in (*KEYS, *self.manifest.columns) and has_gaps(table.column(name))]
+        if gaps:
+            raise DataError(f"{self.url}/{part.file.name} has rows without {', '.join(gaps)}: restore it, or encode to another URL")
+        return table
 
     def _column(self, name: str) -> Iterator[Column]:
         if name not in self.columns:
@@ -195,7 +203,8 @@ class LatentTable:
 
 def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMetaData) -> list[str]:
     """Return where a part's own metadata contradict the manifest: rows, checkpoint, shard, settings."""
-    metadata, identity = part_metadata(footer.schema.to_arrow_schema()), manifest.identity
+    schema, identity = footer.schema.to_arrow_schema(), manifest.identity
+    metadata = part_metadata(schema)
     wanted = {
         "checkpoint_sha256": identity["checkpoint_sha256"],
         "checkpoint_step": str(manifest.lineage["checkpoint"]["step"]),
@@ -204,22 +213,28 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMet
         "shard": part.shard,
         "shard_sha256": part.shard_sha256,
         "row_start": str(part.row_start),
+        "latent_shape": canonical_json({name: [info["dim"]] for name, info in manifest.columns.items() if info["dim"]}).decode(),
+        "seed": None if identity["seed"] is None else str(identity["seed"]),
     }
     found = [f"it has {footer.num_rows} rows, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
-    for name, info in manifest.columns.items():
-        size = _list_size(footer, name)
-        if size != info["dim"]:
-            found.append(f"its column {name} has {size} values a row, the manifest says {info['dim']}")
+    if footer.num_row_groups > 1:
+        found.append(f"it has {footer.num_row_groups} row groups, expected one")
+    found += schema_problems(schema, manifest.columns)
     return found + [
         f"it has {key} {metadata.get(key)!r}, the manifest {value!r}" for key, value in wanted.items() if metadata.get(key) != value
     ]
 
 
-def _list_size(footer: pq.FileMetaData, name: str) -> int | None:
-    """Return how many numbers a row of a column has, None for a column of single ones, 0 if there is no such column."""
-    schema = footer.schema.to_arrow_schema()
-    kind: Any = schema.field(name).type if name in schema.names else pa.null()  # any: the stubs know no sizes of lists
-    return kind.list_size if pa.types.is_fixed_size_list(kind) else 0 if pa.types.is_null(kind) else None
+def generation_problems(parts: Sequence[TablePart], schemas: Sequence[pa.Schema]) -> list[str]:
+    """Return which parts have other columns than another part of the same generation of their dataset: all have those of its index."""
+    first: dict[int, tuple[TablePart, pa.Schema]] = {}
+    problems = []
+    for part, schema in zip(parts, schemas, strict=True):
+        other, wanted = first.setdefault(claim_of(part.shard), (part, schema))
+        if schema.names != wanted.names:
+            differing = ", ".join(sorted({*schema.names} ^ {*wanted.names})) or "their order"
+            problems.append(f"{part.file.name} has other columns than {other.file.name} ({differing})")
+    return problems
 
 
 def _may_hold(footer: pq.FileMetaData, key: str) -> bool:

@@ -9,7 +9,7 @@ Pixels: 1-bit images are 0 and 255, 16-bit ones uint16, palettes become RGB, a c
 import importlib
 import io
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import decode_pngs
+from aecore.store import sha256_json
 
 DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
@@ -153,3 +154,9 @@ def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
 def decoder_version(name: DecoderName) -> str:
     """Return "imagecodecs 2026.3.6": the decoder's name and version, for the artefact's metadata."""
     return f"{name} {_import_decoder(name).__version__}"
+
+
+def preprocessing_hash(transform: Mapping[str, Any], decoder: str) -> str:  # any: plain JSON data
+    """Return the hash of everything that turns stored bytes into network input: fields of a `TransformSpec`, decoder and its version."""
+    fields = {name: value for name, value in transform.items() if name != "binarize"}  # latents are of the grey
+    return sha256_json({"transform": fields, "decoder": decoder})

@@ -73,6 +73,13 @@ def image_header(data: bytes, ext: str) -> ImageHeader:
     return _pillow_header(data, ext)
 
 
+def stated_header(data: bytes, ext: str) -> ImageHeader | None:
+    """Return the header that a PNG or JPEG of known bytes begins with, the rest unchecked; None for other formats; or BadSample."""
+    if data.startswith(b"\x89PNG"):
+        return _headers_seen.get(data[:33]) or _png_start(data)
+    return _jpeg_header(data, ext if ext in ("jpg", "jpeg") else "jpg") if data.startswith(b"\xff\xd8") else None
+
+
 def _png_header(data: bytes) -> ImageHeader:
     header = _headers_seen.get(data[:33]) or _png_start(data)
     position, size, has_pixels = 33, len(data), False

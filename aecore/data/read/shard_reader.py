@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.data.format.index import content_sha256, read_table
+from aecore.data.format.index import INDEX_SCHEMA, QUARANTINE_SCHEMA, content_sha256, read_table
 from aecore.data.format.limits import split_by_limits
 from aecore.data.format.record import Sample
 from aecore.data.format.tar import different_headers, end_of_archive
@@ -70,7 +70,8 @@ class ShardReader:
     def index(self) -> pa.Table:
         """The index, one row per sample, verified by its sha256, page checksums and content hash (DataError)."""
         where = f"{self._store.url}/{self.shard.index.name}"
-        table = read_table(self._store.read(self.shard.index.name, ref=self.shard.index), where, self.shard.samples)
+        data = self._store.read(self.shard.index.name, ref=self.shard.index)
+        table = read_table(data, where, self.shard.samples, INDEX_SCHEMA, more=True)
         if content_sha256(table) != self.shard.index_content_sha256:
             raise DataError(f"{where} does not hold the rows that the manifest names: restore it or write the artefact again")
         if table.num_rows != self.shard.samples:
@@ -83,7 +84,8 @@ class ShardReader:
         ref = self.shard.quarantine
         if ref is None:
             return None
-        return read_table(self._store.read(ref.name, ref=ref), f"{self._store.url}/{ref.name}", self.shard.quarantined)
+        where = f"{self._store.url}/{ref.name}"
+        return read_table(self._store.read(ref.name, ref=ref), where, self.shard.quarantined, QUARANTINE_SCHEMA)
 
     @property
     def keys(self) -> list[str]:
@@ -217,10 +219,13 @@ class ShardReader:
                 members, label = {layout.data_ext[row]: data}, layout.classes[row]
                 yield Sample(layout.keys[row], members if label is None else {"cls": label, **members}, layout.labels[row])
 
-    def verify(self) -> None:
-        """Read everything (tar, index, quarantine) and compare it with the manifest; DataError names what is damaged."""
-        for _ in self.iterate():
-            pass
+    def verify(self, look: Callable[[Sample], object] = lambda sample: None) -> None:
+        """Read everything (tar, index, quarantine) and compare it with the manifest; DataError names what is damaged.
+
+        `look` is called with each sample that is read.
+        """
+        for sample in self.iterate():
+            look(sample)
         self._tars.check(self.shard.tar, verify=True)
         self._store.check(self.shard.index, verify=True)  # in the store itself: what was read above may be a cached copy
         if self.quarantine is not None and self.quarantine.num_rows != self.shard.quarantined:
