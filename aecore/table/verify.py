@@ -102,7 +102,7 @@ def verify_table(
     keys: list[pa.ChunkedArray[Any]] = []
     dataset = _dataset(table, dataset_url)
     checkpoint = _checkpoint(table, problems)
-    problems += _lineage_problems(table, dataset)
+    problems += guarded(table.url, _lineage_problems(table, dataset))
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
     stems = {part.stem for part in chosen}
@@ -367,6 +367,9 @@ def _generation_problems(
         yield f"its identity is not that of generation {parent.number}: {differences}"
     if any(part not in manifest.parts for part in old):
         yield f"it does not name the parts of generation {manifest.parent} as that one does"
+    run, checkpoint = manifest.lineage["run"], manifest.lineage["checkpoint"]["url"]
+    if run != checkpoint.removesuffix("/model"):
+        yield f"its lineage names the run {run!r} and a checkpoint at {checkpoint!r}"
     claims = {name: document.content for name, document in documents.items() if name.startswith("run.")}
     if manifest.claim_sha256 is not None and claims:
         made = [(name, claim) for name, claim in claims.items() if sha256_json(claim["identity"]) == manifest.claim_sha256]
