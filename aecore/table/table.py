@@ -170,7 +170,12 @@ class LatentTable:
         return values.reshape(array.shape)  # from_numpy warns of read-only memory
 
     def dataset(self) -> pads.Dataset:
-        """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned."""
+        """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned.
+
+        A scan that meets a damaged page raises pyarrow's own OSError (without errno; its text says CRC): it comes from Arrow's scanner,
+        which calls no code of ours between the page and whoever consumes the scan. `read`, `numpy`, `torch` and `verify_table` raise
+        DataError with the name of the part, and fetch a damaged copy of a bucket's part again.
+        """
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
         form = pads.ParquetFileFormat(default_fragment_scan_options=options)
         parts = {f"{self.url}/{part.file.name}": part for part in self.parts}

@@ -16,7 +16,7 @@ from typing import Any
 from aecore import errors
 from aecore.errors import Interrupted, RunFailed, printable
 from aecore.store import check_environment
-from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
+from pipelines.cluster.interrupt import end_in_time, write_line
 from pipelines.cluster.outside import typed
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_handler(handler, logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray stops a job by SIGTERM
     if argv is None:
-        end_in_time(Interrupted.exit_code, lambda: write_line(LEFT))
+        end_in_time(lambda error: write_line(f"{RESULT}{json.dumps(errors.to_json(error))}", 1))
     try:
         check_environment()
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})

@@ -22,6 +22,8 @@ from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
 from tests.aecore.encoding import DIM, encode, saved_run, sprites_dataset
 from tests.documents import content
+from tests.processes import WARM
+from tests.processes import run as run_process
 
 NUM = 120
 
@@ -322,6 +324,27 @@ def test_a_flipped_bit_in_a_page_raises_where_it_is_read(tmp_path: Path, data: s
         table.numpy("mu")
     with pytest.raises(OSError, match="CRC"):
         table.dataset().to_table(columns=["mu"])
+
+
+SHRINKING = """
+import os, sys
+from pathlib import Path
+from aecore.data.format.parquet import open_parquet
+file = open_parquet(Path(sys.argv[1]))
+os.truncate(sys.argv[1], 4096)
+try:
+    file.read(use_threads=False)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_file_that_cannot_be_read_any_more_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    """As with a read error of a disk: in a memory map both are a SIGBUS, which ends the process."""
+    rows = pa.table({"key": [f"{number:09d}" for number in range(20_000)], "mu": np.random.default_rng(0).standard_normal(20_000)})
+    pq.write_table(rows, tmp_path / "part.parquet", compression="none", write_page_checksum=True)
+    done = run_process([*WARM, "-c", SHRINKING, tmp_path / "part.parquet"])
+    assert done.returncode == 0 and done.stdout.split() in (["OSError"], ["ArrowInvalid"]), (done.returncode, done.stdout, done.stderr)
 
 
 def test_missing_and_truncated_parts_are_found_without_reading_data(own_table: LatentTable) -> None:

@@ -48,8 +48,13 @@ def open_parquet(source: Path | pa.Buffer, rows: int | None = None, columns: Seq
 
 
 def _opened(source: Path | pa.Buffer, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
+    """Open a file without a memory map, in which a read error of the disk, or the end of a file that shrinks, is a SIGBUS and no error.
+
+    The price, 70,000 rows in 7 parts, processor time of 60 interleaved pairs (AMD EPYC, 2 cores, 2026-11-30): one column of latents 1.02 of
+    D = 64 and 1.05 of D = 16, all columns 1.04 and 1.07, keys 0.94.
+    """
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source  # any: what pyarrow takes for a file
-    return pq.ParquetFile(file, memory_map=True, page_checksum_verification=True, read_dictionary=list(dictionaries) or None)
+    return pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=list(dictionaries) or None)
 
 
 def same_footers(ours: Path | pa.Buffer, theirs: Path | pa.Buffer, ignored: Collection[str] = ()) -> bool:
