@@ -34,6 +34,7 @@ class TablePart:
     row_stop: int
     quarantined: int = 0
     quarantine: FileRef | None = None
+    footer_sha256: str | None = None  # no page checksum covers it; None in parts of version 1: their file's is compared
 
     @classmethod
     def from_record(cls, record: PartRecord) -> "TablePart":
@@ -46,12 +47,17 @@ class TablePart:
             file=by_folder["data"],
             quarantined=record.quarantined,
             quarantine=by_folder.get("quarantine"),
+            footer_sha256=record.detail.get("footer_sha256"),
             **where,
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; a part of version 1 keeps the keys that it had."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "footer_sha256" or value is not None}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TablePart":
-        """Return the part from the result of `dataclasses.asdict`."""
+        """Return the part from the result of `to_json`."""
         quarantine = data["quarantine"]
         files = {"file": typed(FileRef, data["file"]), "quarantine": typed(FileRef, quarantine) if quarantine else None}
         return typed(cls, {**data, **files})
@@ -92,7 +98,7 @@ class TableManifest:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; `from_json` reads it back."""
         data: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        data["parts"] = [dataclasses.asdict(part) for part in self.parts]
+        data["parts"] = [part.to_json() for part in self.parts]
         return data | {"num_rows": self.num_rows, "quarantined": self.quarantined}
 
     @classmethod

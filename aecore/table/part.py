@@ -7,6 +7,8 @@ committed part is the same one (metadata, columns, keys, checksums) and records 
 """
 
 import contextlib
+import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import put_or_adopt
 from aecore.data.format.form import Form, form_problems
 from aecore.data.format.index import INDEX_SCHEMA, column_problems, plain_type
-from aecore.data.format.parquet import open_parquet, same_footers
+from aecore.data.format.parquet import footer_sha256, open_parquet, read_metadata, same_footers
 from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store, read_again, sha256_json
 
@@ -138,8 +140,11 @@ def has_gaps(column: Column) -> bool:
     return bool(column.null_count) or (nested and any(chunk.flatten().null_count for chunk in column.chunks))
 
 
-def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str]]:
-    """Write and commit one part; return it with its metadata (of the equal part, if another attempt committed one first)."""
+def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str], str]:
+    """Write and commit one part; return it with its metadata and the hash of its footer.
+
+    If another attempt committed an equal part first, they are those of that one.
+    """
     metadata = part_metadata(table.schema)
     table = table.replace_schema_metadata({PREFIX + key: value for key, value in (*metadata.items(), (SEAL, seal_of(metadata)))})
     with store.stage() as path:
@@ -153,10 +158,14 @@ def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compre
                 write_page_checksum=True,
                 row_group_size=max(1, len(table)),
             )
+        with path.open("rb") as file:
+            footer = footer_sha256(file)
         ref, adopted = put_or_adopt(
             store, name, path, role="part", accepts=lambda there, data: _require_same_part(store, there, data, table, path)
         )
-    return ref, part_metadata(table.schema if adopted is None else read_part(store, ref, ["key"]).schema)
+    if adopted is None:
+        return ref, part_metadata(table.schema), footer
+    return ref, part_metadata(read_part(store, ref, ["key"]).schema), footer_sha256(io.BytesIO(adopted))
 
 
 def seal_in(schema: pa.Schema) -> str | None:
@@ -232,7 +241,8 @@ def _refusal_named(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: object) -> Iterator[None]:
+    """DataError that names `path` for what a damaged file raises; errors of the file system stay what they are."""
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -241,31 +251,57 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is damaged ({error}): restore it, or encode to another URL") from error
 
 
-def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
-    """Read columns of a committed part, verifying the checksum of every page.
+def read_part(
+    store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None, footer: pq.FileMetaData | None = None
+) -> pa.Table:
+    """Read columns of a committed part, verifying the checksum of every page; with `footer`, that of the file is not read again.
 
     DataError if it is damaged or has not so many `rows`, StoreError if it cannot be read.
     """
     wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:
-        return open_parquet(path, rows, wanted).read(columns=wanted)
+        return open_parquet(path, rows, wanted, footer).read(columns=wanted)
 
     return _read(store, ref, read)
 
 
-def read_footer(store: Store, ref: FileRef) -> pq.FileMetaData:
-    """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged, StoreError if it cannot be read."""
-    return _read(store, ref, pq.read_metadata)
+def read_footer(store: Store, ref: FileRef, sha256: str | None = None) -> pq.FileMetaData:
+    """Read the footer of a committed part: schema, rows, statistics.
+
+    DataError if it is damaged (with `sha256`: if it has another hash), StoreError if it cannot be read.
+    """
+
+    def read(path: Path) -> pq.FileMetaData:
+        with path.open("rb") as file:
+            return read_metadata(file, sha256)
+
+    return _read(store, ref, read)
+
+
+def unrecorded_footer_sha256(store: Store, ref: FileRef) -> str:
+    """Return the hash of the footer of a part whose manifest has none (version 1), after comparing the whole file with its sha256."""
+
+    def read(path: Path) -> str:
+        with path.open("rb") as file:
+            if (found := hashlib.file_digest(file, "sha256").hexdigest()) != ref.sha256:
+                raise ValueError(f"it has the sha256 {found[:12]}, the manifest says {ref.sha256[:12]}")
+            return footer_sha256(file)
+
+    return _read(store, ref, read)
 
 
 def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
     def once() -> T:
         path = store.local(ref)
-        with _damage_named(path):
+        with damage_named(path):
             return read(path)
 
-    where = f"{store.url}/{ref.name}"
+    return again_if_corrupt(store, ref, once, f"{store.url}/{ref.name}")
+
+
+def again_if_corrupt(store: Store, ref: FileRef, once: Callable[[], T], where: str) -> T:
+    """Return `once()`, which reads the local copy of a file; called again if it fails, or if the copy was corrupt and is fetched again."""
     try:
         return read_again(once, where)
     except DataError:

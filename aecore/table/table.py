@@ -26,7 +26,17 @@ from aecore.errors import DataError, Hint, did_you_mean
 from aecore.store import Store, canonical_json, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
-from aecore.table.part import Column, fixed_size_list, has_gaps, numpy_view, part_metadata, read_footer, read_part, schema_problems
+from aecore.table.part import (
+    Column,
+    fixed_size_list,
+    has_gaps,
+    numpy_view,
+    part_metadata,
+    read_footer,
+    read_part,
+    schema_problems,
+    unrecorded_footer_sha256,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +55,7 @@ class LatentTable:
         self.manifest = manifest
         self.parts = manifest.parts if parts is None else tuple(parts)
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._footer_sha256: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"LatentTable({self.store.url!r}, rows={self.num_rows}, parts={len(self.parts)}, columns={list(self.manifest.columns)})"
@@ -77,25 +88,27 @@ class LatentTable:
     def schema(self) -> pa.Schema:
         """All columns of all parts (an append may add metadata columns); reads the parts' footers."""
         self.store.prefetch([part.file for part in self.parts])
-        schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
+        schemas = [self.schema_of(part).remove_metadata() for part in self.parts]
         if problems := generation_problems(self.parts, schemas):
             raise DataError(f"{self.url}: {'; '.join(problems)}: restore the part, or encode to another URL")
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
 
     def _footer(self, part: TablePart) -> pq.FileMetaData:
-        """Return the footer of a part, read once; DataError if the file is another part than the manifest names."""
+        """Return the footer of a part, read and compared once; DataError if the file is another part than the manifest names."""
         if part.stem not in self._footers:
-            footer = read_footer(self.store, part.file)
+            sha256 = part.footer_sha256 or unrecorded_footer_sha256(self.store, part.file)
+            footer = read_footer(self.store, part.file, sha256)
             problems = origin_problems(self.manifest, part, footer)
             if problems:
                 raise DataError(
                     f"{self.url}/{part.file.name} is another part than the manifest names: {'; '.join(problems)}: restore it, or encode to "
                     "another URL"
                 )
-            self._footers[part.stem] = footer
+            self._footers[part.stem], self._footer_sha256[part.stem] = footer, sha256
         return self._footers[part.stem]
 
-    def _schema_of(self, part: TablePart) -> pa.Schema:
+    def schema_of(self, part: TablePart) -> pa.Schema:
+        """Return columns and metadata of one part."""
         return self._footer(part).schema.to_arrow_schema()
 
     @property
@@ -112,8 +125,7 @@ class LatentTable:
 
     def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
         """Read columns of one part as Arrow, verifying the checksum of every page."""
-        self._footer(part)
-        table = read_part(self.store, part.file, columns, part.rows)
+        table = read_part(self.store, part.file, columns, part.rows, self._footer(part))
         gaps = [name for name in table.column_names if name in (*KEYS, *self.manifest.columns) and has_gaps(table.column(name))]
         if gaps:
             raise DataError(f"{self.url}/{part.file.name} has rows without {', '.join(gaps)}: restore it, or encode to another URL")
@@ -124,7 +136,7 @@ class LatentTable:
             raise DataError(f"table {self.url} has no column {name!r}{did_you_mean(name, self.columns)}")
         wanted = self.schema.field(name).type
         for part in self.parts:
-            if name in self.manifest.columns or name in self._schema_of(part).names:
+            if name in self.manifest.columns or name in self.schema_of(part).names:
                 yield self.read(part, [name]).column(name)
             else:  # a metadata column that a later generation added
                 yield pa.chunked_array([pa.nulls(part.rows, wanted)])
@@ -179,9 +191,11 @@ class LatentTable:
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
         form = pads.ParquetFileFormat(default_fragment_scan_options=options)
         parts = {f"{self.url}/{part.file.name}": part for part in self.parts}
-        files = pafs.PyFileSystem(PartFiles(self.store, {path: part.file for path, part in parts.items()}))
+        schema = self.schema.append(pa.field("split", pa.string()))  # reads all footers
+        footers = {path: self._footer_sha256[part.stem] for path, part in parts.items()}
+        files = pafs.PyFileSystem(PartFiles(self.store, {path: part.file for path, part in parts.items()}, footers))
         fragments = [form.make_fragment(path, files, pc.field("split") == part.split) for path, part in parts.items()]
-        return pads.FileSystemDataset(fragments, self.schema.append(pa.field("split", pa.string())), form, files)
+        return pads.FileSystemDataset(fragments, schema, form, files)
 
     def lineage(self, key: str) -> dict[str, Any]:
         """Return the chain of custody of one row: part, shard, dataset, checkpoint, run. DataError if no row has this key.

@@ -212,7 +212,7 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, foote
     for ref in (part.file, part.quarantine):
         if ref is not None:
             table.store.check(ref, verify=read_data)
-    footer = footers[part.stem] = read_footer(table.store, part.file)
+    footer = footers[part.stem] = read_footer(table.store, part.file, part.footer_sha256)
     schema = footer.schema.to_arrow_schema()
     yield from (f"{name}: {problem}" for problem in origin_problems(table.manifest, part, footer))
     span = part.row_stop - part.row_start
@@ -395,7 +395,7 @@ def _record_problems(part: TablePart, document: Document, schema: pa.Schema | No
     """Yield what a record says that its part, or the metadata of that, do not."""
     record, detail = document.content, document.content["detail"]
     files = [ref for ref in (part.file, part.quarantine) if ref is not None]
-    where = {name: getattr(part, name) for name in ("split", "shard", "shard_sha256", "row_start", "row_stop")}
+    where = {name: getattr(part, name) for name in ("split", "shard", "shard_sha256", "row_start", "row_stop", "footer_sha256")}
     right = {"rows": part.rows, "quarantined": part.quarantined, "files": [dataclasses.asdict(ref) for ref in files], "detail": where}
     stated = {**{name: record[name] for name in right}, "detail": {name: detail.get(name) for name in where}}
     if schema is not None:

@@ -14,6 +14,7 @@ import pytest
 from aecore.artifact.documents import sealed
 from aecore.data.dataset import open_dataset, read_listings
 from aecore.data.format.index import content_sha256, table_bytes
+from aecore.data.format.parquet import footer_sha256
 from aecore.data.manifest import content_sha256 as dataset_sha256
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec
@@ -114,10 +115,19 @@ def settle(folder: Path) -> None:
         if path.parent.name == "records" and "content_sha256" in data["detail"]:
             index = folder / f"shards/{data['part']}.parquet"
             data["detail"]["content_sha256"] = content_sha256(pq.read_table(index, partitioning=None))
+        for part in [part for part in data.get("parts", ()) if "footer_sha256" in part]:
+            part["footer_sha256"] = footer_of_part(folder, part["stem"])
+        if path.parent.name == "records" and "footer_sha256" in data["detail"]:
+            data["detail"]["footer_sha256"] = footer_of_part(folder, data["part"])
         if path.name == "checkpoint.json":
             data["info"]["run_sha256"] = known["run.000001.json"]
         path.write_bytes(sealed(data))
     _settle_manifests(folder, known)
+
+
+def footer_of_part(folder: Path, stem: str) -> str:
+    with next(folder.glob(f"data/*/{stem}.parquet")).open("rb") as file:
+        return footer_sha256(file)
 
 
 def _settle_manifests(folder: Path, claims: dict[str, str]) -> None:
