@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 SMALL, LARGE, MAX_DEPTH = 1 << 24, 1 << 30, 64  # bytes of a file, of a manifest (a million shards); levels of nesting
 SHOWN = 3  # disagreement fields in a message
+CLAIM = "run.000001.json"  # the first claim of an artefact, and the only one of a run
+CHECKPOINT_NAME = r"checkpoints/step-(\d{8,})-([0-9a-z]+)"  # step, attempt
+METRICS_NAME = r"metrics/(\d{8,})-(\d{8,})-([0-9a-z]+)\.jsonl"  # first step, last step, attempt
 _SEALED = {"format", "sha256"}
 _noted: set[str] = set()  # addresses of artefacts of version 1 that the log has named
 
@@ -36,8 +39,9 @@ _noted: set[str] = set()  # addresses of artefacts of version 1 that the log has
 class _Kind:
     """One kind of file: where it is, its keys, and those of version 1, which had no hash.
 
-    `pattern` is matched against the end of its address; if it has a group, that is the value of the key `repeats`.
-    A file has at most `most` bytes.
+    `pattern` is matched against the end of its address; if it has a group, the first is the value of the key `repeats`.
+    A file has at most `most` bytes. `keys_v1` are all sets of keys that files of version 1 may have: while that was current, claims got the
+    key `kind`, and those of before have none.
     """
 
     pattern: str
@@ -45,7 +49,7 @@ class _Kind:
     repeats: str = ""
     optional: frozenset[str] = frozenset()
     most: int = SMALL
-    first: tuple[frozenset[str], ...] = ()
+    keys_v1: tuple[frozenset[str], ...] = ()
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -64,15 +68,15 @@ _GENERATED, _FIGURES = _keys("files identity lineage shape"), _keys("files ident
 _FORMAT = {"format"}
 
 _KINDS = (
-    _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", first=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
-    _Kind(r"records/([^/]+)\.json", _RECORD, "part", first=(_RECORD | _FORMAT,)),
-    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, first=(_DATASET | _FORMAT,)),
-    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, first=(_TABLE | _FORMAT,)),
-    _Kind(r"checkpoints/step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
-    _Kind(r"checkpoint\.json", _CHECKPOINT, first=(_CHECKPOINT | _FORMAT,)),
-    _Kind(r"config\.json", _CONFIG, first=(_CONFIG | _FORMAT,)),
-    _Kind(r"(?:samples|decoded)\.json", _GENERATED, first=(_GENERATED,)),
-    _Kind(r"figures\.json", _FIGURES, first=(_FIGURES,)),
+    _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", keys_v1=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
+    _Kind(r"records/([^/]+)\.json", _RECORD, "part", keys_v1=(_RECORD | _FORMAT,)),
+    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_DATASET | _FORMAT,)),
+    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_TABLE | _FORMAT,)),
+    _Kind(rf"{CHECKPOINT_NAME}/checkpoint\.json", _CHECKPOINT, "step", keys_v1=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"checkpoint\.json", _CHECKPOINT, keys_v1=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"config\.json", _CONFIG, keys_v1=(_CONFIG | _FORMAT,)),
+    _Kind(r"(?:samples|decoded)\.json", _GENERATED, keys_v1=(_GENERATED,)),
+    _Kind(r"figures\.json", _FIGURES, keys_v1=(_FIGURES,)),
 )
 
 
@@ -263,10 +267,10 @@ def _require_whole(store: Store, name: str, data: Mapping[str, Any]) -> None:
     if version > FORMAT_VERSION:
         raise ValueError(f"it has format {version}, this version reads up to {FORMAT_VERSION}: upgrade aecore")
     keys = data.keys() - {"sha256"}
-    if version == 1 and keys in kind.first:
+    if version == 1 and keys in kind.keys_v1:
         pass
     elif version == 1 or stated is None:
-        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.first[0])}")
+        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.keys_v1[0])}")
     elif not kind.keys <= keys - _FORMAT <= kind.keys | kind.optional:
         raise ValueError(f"its keys are not those of this kind of file{_shown(keys - _FORMAT, kind.keys | kind.optional)}")
     if kind.repeats and named is not None and str(data[kind.repeats]) != (str(int(named)) if named.isdigit() else named):

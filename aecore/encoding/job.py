@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
-from aecore.artifact.documents import read_bytes, read_json
+from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
 from aecore.checkpoint.compatibility import check_input_shape, require_labels
 from aecore.checkpoint.weights import LoadedModel, load_model
@@ -190,12 +190,12 @@ def _inspect(store: Store) -> tuple[Mapping[str, Any] | None, tuple[TableManifes
     """Return the state of the table: the identity of its first claim, its newest manifest with its hash, the recorded parts."""
     names = store.list()
     require_kind(store, "table", names)
-    claimed = _claimed(store) if "run.000001.json" in names else None
+    claimed = _claimed(store) if CLAIM in names else None
     return claimed, _parent(store, names), recorded_parts(store) if "records" in names else frozenset()
 
 
 def _claimed(store: Store) -> Mapping[str, Any]:
-    claim = read_json(store, "run.000001.json")["identity"]
+    claim = read_json(store, CLAIM)["identity"]
     identity: Mapping[str, Any] = claim.get("table", claim)
     return identity
 
@@ -213,7 +213,7 @@ def _require_same_table(
     """Raise ConfigError if the table, or an attempt that was not committed, has another identity; `checkpoint` is the new one's URL."""
     wanted = json.loads(canonical_json(identity))
     if there is not None and wanted != there:
-        claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
+        claim = read_json(store, CLAIM) if store.size(CLAIM) is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
         urls = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
         absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}

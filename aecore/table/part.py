@@ -29,7 +29,10 @@ from aecore.store import FileRef, Store, read_again, sha256_json
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
 PREFIX = "aecore."
-SEAL = "producer_sha256"  # of the values of PRODUCER: nothing else says whether they are what was written
+# The hash of the values of PRODUCER. Attempts at a part may differ in these alone (another machine), so nothing else says whether those of
+# a part that an attempt finds committed are what was written: a changed bit in one would go into the lineage. A part of version 1 has no
+# seal: there the only known values are those of the attempt itself, and any others are refused.
+SEAL = "producer_sha256"
 PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
 NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
 OWN_COLUMNS = ("shard", "split")

@@ -11,8 +11,7 @@ from typing import Any
 
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
-from aecore.artifact.documents import read_json
-from aecore.checkpoint.files import CLAIM
+from aecore.artifact.documents import CLAIM, read_json
 from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
 from aecore.data.read.bags import BagLoader

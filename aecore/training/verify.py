@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.documents import disagreement, guarded, problems_of, read_json
-from aecore.checkpoint.files import CLAIM, CONFIG, MANIFEST, WEIGHTS, CheckpointRef, committed_checkpoints, verify_checkpoint
+from aecore.artifact.documents import CLAIM, disagreement, guarded, problems_of, read_json
+from aecore.checkpoint.files import CONFIG, MANIFEST, WEIGHTS, CheckpointRef, committed_checkpoints, verify_checkpoint
 from aecore.errors import AecoreError, DataError
 from aecore.registry import shown
 from aecore.store import FileRef, Store, open_store, recorded_url, sha256_json

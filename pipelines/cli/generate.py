@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from aecore.artifact.documents import read_json
+from aecore.artifact.documents import CLAIM, read_json
 from aecore.data.dataset import open_dataset
 from aecore.errors import AecoreError, ConfigError, did_you_mean
 from aecore.store import absolute_url, open_store
@@ -58,7 +58,7 @@ def _require_class_id(given: Any, run: str) -> None:
         return
     names: tuple[str, ...] = ()
     with contextlib.suppress(AecoreError):
-        info = read_json(open_store(run), "run.000001.json")["info"]
+        info = read_json(open_store(run), CLAIM)["info"]
         names = open_dataset(info["data"], info["dataset_number"]).manifest.classes
     known = ", ".join(f"{number} {name}" for number, name in enumerate(names)) or "class_names of `aepipe show DATASET`, counted from 0"
     hint = f"; write label={names.index(label)}" if label in names else ""

@@ -33,7 +33,7 @@ from aecore.store import check_environment
 from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
 from pipelines.cluster.interrupt import end_in_time, write_line
-from pipelines.cluster.outside import typed
+from pipelines.cluster.outside import known_error
 from pipelines.steps.hints import next_command
 from pipelines.steps.logs import log_to_handler
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
         return _failed({"error": "Interrupted", "message": message, "exit_code": INTERRUPTED}, as_json=as_json)
     except Exception as error:
-        known = typed(error)
+        known = known_error(error)
         if known is None:
             raise
         if debug:

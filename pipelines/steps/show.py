@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from aecore.artifact.documents import read_bytes, read_json
+from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
 from aecore.artifact.subset import parse_subset
 from aecore.errors import ConfigError, DataError
@@ -61,7 +61,7 @@ def _run(store: Store) -> Tree:
     from aecore.training.metrics import last_epoch
     from aecore.training.result import finished_run
 
-    claim, done = read_json(store, "run.000001.json"), finished_run(store)
+    claim, done = read_json(store, CLAIM), finished_run(store)
     metrics = dict(done.metrics) if done else last_epoch(store) or {}
     return {
         "finished": done is not None,

@@ -19,8 +19,12 @@ import pyarrow.parquet as pq
 FREE_BYTES, FREE_ROWS = 64 << 20, 1 << 16  # a file of any size may take so much
 ROWS_PER_BYTE = 8  # a listing of numbered keys and one size takes 0.8 bytes a row
 TEXT_RATIO = 1000  # bytes of all texts for each byte of the file; an index of ours has a sha256, of 32 random bytes, in each row
-VALUE_RATIO = 1 << 14  # bytes of vectors for each byte of the file: those of a collapsed model are all the same
-MAX_ITEMS = 64  # members of a sample
+# bytes of vectors for each byte of the file. A collapsed model gives every row the same vector: 7,500 in our parts (zstd, a million rows of
+# 64 zeros, or 100,000 of 512); this is twice that
+VALUE_RATIO = 1 << 14
+# items of a list for each row of its file, on average: the members of a sample, of which shards of ours have one or two (the data, `cls`)
+# and those of other writers a few more (`json`, `txt`, depth, masks)
+MAX_ITEMS = 64
 _TAIL_BYTES = 1 << 14  # read at once for a footer; that of a part of ours has 6 kB
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
@@ -132,7 +136,12 @@ def _require_rows(footer: pq.FileMetaData, rows: int | None, num_bytes: int) -> 
 
 
 def _require_columns(file: pq.ParquetFile, num_bytes: int, columns: Sequence[str] | None) -> list[str]:
-    """Compare the columns with the rows; return the paths of those whose texts may be far more than their pages."""
+    """Compare the columns with the rows; return the paths of those whose texts may be far more than their pages.
+
+    A row group of Parquet has a column for each leaf of the schema, in the order in which a walk into the depth meets them, and no column
+    for a list or a struct; the same walk over Arrow's types meets the same leaves. So the leaf number `at` of `fields` (each with the top
+    field that it is in, whose type says how many values a row may have) is column `at` of every row group.
+    """
     footer, fields = file.metadata, [field for field in file.schema_arrow for _ in _leaves(field.type)]
     vectors, texts, repeated = 0, 0, dict[str, int]()
     for number in range(footer.num_row_groups):
