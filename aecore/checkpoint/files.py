@@ -190,6 +190,26 @@ def newest_checkpoint(store: Store, run_sha256: str | None = None) -> Checkpoint
     return None
 
 
+def require_own_checkpoints(store: Store, run_sha256: str) -> None:
+    """DataError if a run has checkpoints and none of them is of its claim, whose identity has the hash `run_sha256`: one was changed.
+
+    Those that cannot be read say nothing. Reads small files only, one where nothing is wrong.
+    """
+    others = []
+    for _, name in committed_checkpoints(store):
+        with contextlib.suppress(DataError):
+            checkpoint = read_checkpoint(store, name, verify=None)
+            if checkpoint.info.get("run_sha256") == run_sha256:
+                return
+            others.append(checkpoint)
+    if others:
+        made_by = str(others[0].info.get("run_sha256"))
+        raise DataError(
+            f"{store.url}/{CLAIM} has the identity {run_sha256[:12]}, its checkpoints ({others[0].name} is the newest) are of the run "
+            f"{made_by[:12]}: the claim was changed, or the checkpoints are those of another run; restore the claim, or move them away"
+        )
+
+
 def remove_checkpoint(store: Store, name: str) -> None:
     """Remove a checkpoint that this run wrote; checkpoint.json goes first, so a half-removed one is no checkpoint.
 
