@@ -27,7 +27,8 @@ from aecore.encoding.encoder import EncodeSpec
 from aecore.encoding.job import encode_dataset
 from aecore.errors import DataError, StoreError
 from aecore.maintenance.gc import DAY_S, Report, collect_garbage
-from aecore.store import FAULT_STAGES, LocalStore, open_store
+from aecore.store import LocalStore, open_store
+from aecore.store._environment import FAULT_STAGES
 from aecore.table.table import open_table
 from aecore.table.verify import verify_table
 from aecore.training.loop import fit
