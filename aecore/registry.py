@@ -22,7 +22,8 @@ T = TypeVar("T")
 BuildFn = TypeVar("BuildFn", bound=Callable[..., Any])
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<="}  # the bounds of a knob, as messages and lists write them
 LARGEST_SIZE = 1 << 24  # of one axis of a net or a batch; what a machine can hold is less, and is estimated before it is built
-MOST_LAYERS = 128  # of one stack, so also the most numbers in a list of them
+MOST_LAYERS = 128  # of one stack
+MOST_NUMBERS = MOST_LAYERS  # in a list of numbers, of which a stack has one for each layer (widths, channels, strides)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
@@ -85,8 +86,8 @@ def _check_fields(instance: Any) -> None:  # any: every spec type passes here
             raise ConfigError(f"{name} is {shown(value)}{did_you_mean(str(value), map(str, get_args(hint)))}")
         items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
         numbers = [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
-        if len(numbers) > MOST_LAYERS:
-            raise ConfigError(f"{name} has {len(numbers):,} numbers, expected at most {MOST_LAYERS:,}")
+        if len(numbers) > MOST_NUMBERS:
+            raise ConfigError(f"{name} has {len(numbers):,} numbers, expected at most {MOST_NUMBERS:,}")
         for number in numbers:
             _check_bound(name, number, field.metadata)
 

@@ -1,8 +1,11 @@
 """A store in the memory of this process: the contract of `aecore.store.Store` without a disk, and the scheme that opens it."""
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +17,14 @@ from aecore.store import AlreadyExists, FileRef, Scheme
 MEMORY: dict[str, dict[str, tuple[float, bytes]]] = {}  # URL -> name -> when it was written, bytes
 
 
+@functools.cache
+def copies() -> Path:
+    """Return the folder of this process's local copies; it is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="aecore-memory-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class MemoryStore:
     """Files by name, with the time at which they were written."""
 
@@ -22,7 +33,6 @@ class MemoryStore:
     def __init__(self, url: str) -> None:
         self.url = url
         self.files = MEMORY.setdefault(url, {})
-        self.copies = Path(tempfile.mkdtemp(prefix="aecore-memory-"))
 
     def put(self, name: str, data: bytes, *, role: str) -> FileRef:
         self._require_inside(name)
@@ -65,7 +75,7 @@ class MemoryStore:
         target.write_bytes(self.read(ref.name, ref=ref))
 
     def local(self, ref: FileRef) -> Path:
-        path = self.copies / ref.sha256
+        path = copies() / ref.sha256
         self.fetch(ref, path)
         return path
 
@@ -121,7 +131,7 @@ class MemoryFiles:
         return self.read
 
     def local(self, name: str) -> Path:
-        path = self._store.copies / hashlib.sha256(name.encode()).hexdigest()
+        path = copies() / hashlib.sha256(f"{self.url}/{name}".encode()).hexdigest()
         path.write_bytes(self.read(name))
         return path
 

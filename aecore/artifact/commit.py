@@ -18,7 +18,7 @@ from typing import Any
 
 from aecore.artifact.documents import read_json, sealed, typed
 from aecore.errors import ConfigError, DataError, RunFailed
-from aecore.registry import flatten
+from aecore.registry import flatten, shown
 from aecore.store import AlreadyExists, FileRef, Store, canonical_json
 
 
@@ -51,6 +51,26 @@ class PartRecord:
 def part_stem(prefix: str, claim: int, number: int) -> str:
     """Return `train-000000` for claim 1, `train-g000002-000000` for claim 2."""
     return f"{prefix}-{number:06d}" if claim == 1 else f"{prefix}-g{claim:06d}-{number:06d}"
+
+
+def is_stem_of(split: str, stem: str) -> bool:
+    """Return whether a part of this split, made under any claim, may have this name."""
+    return re.fullmatch(rf"{re.escape(split)}(-g\d{{6}})?-\d{{6,}}", stem) is not None
+
+
+def claim_of(stem: str) -> int:
+    """Return the number of the claim under which a part of this name was made."""
+    match = re.search(r"-g(\d{6})-\d{6,}$", stem)
+    return int(match[1]) if match else 1
+
+
+def require_parent(number: int, parent: int, parent_sha256: str | None) -> None:
+    """ValueError unless a generation follows the one before it, and the first follows none."""
+    if parent != number - 1 or (parent_sha256 is None) != (parent == 0):
+        raise ValueError(
+            f"generation {number} states the parent {parent} with the sha256 {shown(parent_sha256)}, expected {number - 1} with "
+            f"{'none' if number == 1 else 'its own'}"
+        )
 
 
 def newest_number(store: Store, stem: str) -> int | None:

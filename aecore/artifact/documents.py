@@ -8,17 +8,18 @@ opens without a hash if its keys are exactly those that its kind had then.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import re
 import types
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from aecore.errors import DataError
-from aecore.registry import shown
+from aecore.registry import flatten, shown
 from aecore.store import FileRef, Store, canonical_json, sha256_json
 
 T = TypeVar("T")
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 SMALL, LARGE, MAX_DEPTH = 1 << 24, 1 << 30, 64  # bytes of a file, of a manifest (a million shards); levels of nesting
+SHOWN = 3  # disagreement fields in a message
+CLAIM = "run.000001.json"  # the first claim of an artefact, and the only one of a run
+CHECKPOINT_NAME = r"checkpoints/step-(\d{8,})-([0-9a-z]+)"  # step, attempt
+METRICS_NAME = r"metrics/(\d{8,})-(\d{8,})-([0-9a-z]+)\.jsonl"  # first step, last step, attempt
 _SEALED = {"format", "sha256"}
 _noted: set[str] = set()  # addresses of artefacts of version 1 that the log has named
 
@@ -34,8 +39,9 @@ _noted: set[str] = set()  # addresses of artefacts of version 1 that the log has
 class _Kind:
     """One kind of file: where it is, its keys, and those of version 1, which had no hash.
 
-    `pattern` is matched against the end of its address; if it has a group, that is the value of the key `repeats`.
-    A file has at most `most` bytes.
+    `pattern` is matched against the end of its address; if it has a group, the first is the value of the key `repeats`.
+    A file has at most `most` bytes. `keys_v1` are all sets of keys that files of version 1 may have: while that was current, claims got the
+    key `kind`, and those of before have none.
     """
 
     pattern: str
@@ -43,7 +49,7 @@ class _Kind:
     repeats: str = ""
     optional: frozenset[str] = frozenset()
     most: int = SMALL
-    first: tuple[frozenset[str], ...] = ()
+    keys_v1: tuple[frozenset[str], ...] = ()
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -62,15 +68,15 @@ _GENERATED, _FIGURES = _keys("files identity lineage shape"), _keys("files ident
 _FORMAT = {"format"}
 
 _KINDS = (
-    _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", first=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
-    _Kind(r"records/([^/]+)\.json", _RECORD, "part", first=(_RECORD | _FORMAT,)),
-    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, first=(_DATASET | _FORMAT,)),
-    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, first=(_TABLE | _FORMAT,)),
-    _Kind(r"checkpoints/step-(\d{8})-[0-9a-z]+/checkpoint\.json", _CHECKPOINT, "step", first=(_CHECKPOINT | _FORMAT,)),
-    _Kind(r"checkpoint\.json", _CHECKPOINT, first=(_CHECKPOINT | _FORMAT,)),
-    _Kind(r"config\.json", _CONFIG, optional=_keys("classes"), first=(_CONFIG | _FORMAT,)),
-    _Kind(r"(?:samples|decoded)\.json", _GENERATED, first=(_GENERATED,)),
-    _Kind(r"figures\.json", _FIGURES, first=(_FIGURES,)),
+    _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", keys_v1=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
+    _Kind(r"records/([^/]+)\.json", _RECORD, "part", keys_v1=(_RECORD | _FORMAT,)),
+    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_DATASET | _FORMAT,)),
+    _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_TABLE | _FORMAT,)),
+    _Kind(rf"{CHECKPOINT_NAME}/checkpoint\.json", _CHECKPOINT, "step", keys_v1=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"checkpoint\.json", _CHECKPOINT, keys_v1=(_CHECKPOINT | _FORMAT,)),
+    _Kind(r"config\.json", _CONFIG, optional=_keys("classes"), keys_v1=(_CONFIG | _FORMAT,)),
+    _Kind(r"(?:samples|decoded)\.json", _GENERATED, keys_v1=(_GENERATED,)),
+    _Kind(r"figures\.json", _FIGURES, keys_v1=(_FIGURES,)),
 )
 
 
@@ -95,6 +101,16 @@ def read_json(store: Store, name: str, *, ref: FileRef | None = None) -> dict[st
 
 def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tuple[dict[str, Any], bytes]:
     """Return what a JSON file says, as `read_json` does, and its bytes."""
+    data, content = _read(store, name, ref)
+    return _without_seal(data), content
+
+
+def _without_seal(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in _SEALED}
+
+
+def _read(store: Store, name: str, ref: FileRef | None = None) -> tuple[dict[str, Any], bytes]:
+    """Return a JSON file with its format and hash, and its bytes."""
     content = read_bytes(store, name, ref=ref)
     try:
         return _parsed(store, name, content), content
@@ -106,18 +122,52 @@ def read_document(store: Store, name: str, *, ref: FileRef | None = None) -> tup
         return _parsed(store, name, again), again
 
 
-def problems_of(store: Store) -> list[str]:
-    """Return what is wrong with the claims, manifests and records of an artefact, also those that a later generation has replaced."""
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What a file says, without its format and hash, the sha256 of its bytes, and whether it states a hash (version 1 did not)."""
+
+    content: dict[str, Any]
+    sha256: str
+    is_sealed: bool
+
+
+def read_all(store: Store) -> tuple[dict[str, Document], list[str]]:
+    """Return all claims, manifests and records of an artefact by name, also those that a later generation has replaced.
+
+    The second value says what is wrong with those that cannot be read.
+    """
     names = [*store.list(), *(f"records/{name}" for name in store.list("records"))]
-    problems = []
+    found, problems = dict[str, Document](), []
     for name in names:
         if not any(re.fullmatch(kind.pattern, name) for kind in _KINDS):  # a stranger's, as file managers leave them
             continue
         try:
-            read_json(store, name)
+            data, written = _read(store, name)
+            found[name] = Document(_without_seal(data), hashlib.sha256(written).hexdigest(), "sha256" in data)
         except DataError as error:
             problems.append(str(error))
-    return problems
+    return found, problems
+
+
+def problems_of(store: Store) -> list[str]:
+    """Return what is wrong with the claims, manifests and records of an artefact, also those that a later generation has replaced."""
+    return read_all(store)[1]
+
+
+def guarded(where: str, problems: Iterable[str]) -> Iterator[str]:
+    """Yield problems, and one more if what they are about is so unlike what aecore writes that they cannot be looked for."""
+    try:
+        yield from problems
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, NotImplementedError) as error:
+        yield f"{where} was not written by aecore, or changed since ({error!r}): restore it"
+
+
+def disagreement(stated: Any, right: Any) -> str:  # any: plain data
+    """Return in which (dotted) fields two plain data differ, with both values; "" if in none."""
+    there, wanted = dict(flatten(stated, lists=True)), dict(flatten(right, lists=True))
+    names = [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
+    texts = [f"{name or 'value'} {shown(there.get(name))} instead of {shown(wanted.get(name))}" for name in names[:SHOWN]]
+    return ", ".join(texts) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def read_bytes(store: Store, name: str, *, ref: FileRef | None = None, fresh: bool = False) -> bytes:
@@ -180,7 +230,7 @@ def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
     if "sha256" not in data and store.url not in _noted:
         _noted.add(store.url)
         logger.info("%s was written by version 1, whose small files state no hash: a change in them cannot be detected", store.url)
-    return {key: value for key, value in data.items() if key not in _SEALED}
+    return data
 
 
 def _require_shallow(data: dict[str, Any]) -> None:
@@ -217,10 +267,10 @@ def _require_whole(store: Store, name: str, data: Mapping[str, Any]) -> None:
     if version > FORMAT_VERSION:
         raise ValueError(f"it has format {version}, this version reads up to {FORMAT_VERSION}: upgrade aecore")
     keys = data.keys() - {"sha256"}
-    if version == 1 and keys in kind.first:
+    if version == 1 and keys in kind.keys_v1:
         pass
     elif version == 1 or stated is None:
-        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.first[0])}")
+        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.keys_v1[0])}")
     elif not kind.keys <= keys - _FORMAT <= kind.keys | kind.optional:
         raise ValueError(f"its keys are not those of this kind of file{_shown(keys - _FORMAT, kind.keys | kind.optional)}")
     if kind.repeats and named is not None and str(data[kind.repeats]) != (str(int(named)) if named.isdigit() else named):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.commit import require_there
-from aecore.artifact.documents import read_document, read_json, require_once, sealed
+from aecore.artifact.documents import CHECKPOINT_NAME, CLAIM, METRICS_NAME, read_document, read_json, require_once, sealed
 from aecore.errors import DataError
 from aecore.registry import shown
 from aecore.store import FileRef, Store, sha256_json
@@ -23,10 +23,8 @@ from aecore.store import FileRef, Store, sha256_json
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-CLAIM = "run.000001.json"
 WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "state.pt"
-_FOLDER = re.compile(r"step-(\d{8})-[0-9a-z]+")
-_METRICS = re.compile(r"metrics/\d{8,}-\d{8,}-[0-9a-z]+\.jsonl")
+_CHECKPOINT, _METRICS = re.compile(CHECKPOINT_NAME), re.compile(METRICS_NAME)
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -129,8 +127,7 @@ def _require_facts(step: object, best: object, info: object) -> None:
         return
     if not isinstance(best, dict) or best.keys() != {"name", "step", "loss"}:
         raise ValueError(f"its best checkpoint is {shown(best)}")
-    folder, _, name = str(best["name"]).rpartition("/")
-    if folder != "checkpoints" or not _FOLDER.fullmatch(name) or type(best["step"]) is not int or type(best["loss"]) not in (int, float):
+    if not _CHECKPOINT.fullmatch(str(best["name"])) or type(best["step"]) is not int or type(best["loss"]) not in (int, float):
         raise ValueError(f"its best checkpoint is {shown(best)}")
 
 
@@ -155,9 +152,9 @@ def committed_checkpoints(store: Store) -> list[tuple[int, str]]:
     """Return (step, name) of all checkpoints with a checkpoint.json, newest first (ties: smallest name first)."""
     found = []
     for folder in store.list("checkpoints"):
-        match = _FOLDER.fullmatch(folder)
-        if match and store.size(f"checkpoints/{folder}/{MANIFEST}") is not None:
-            found.append((-int(match[1]), f"checkpoints/{folder}"))
+        match = _CHECKPOINT.fullmatch(f"checkpoints/{folder}")
+        if match and store.size(f"{match[0]}/{MANIFEST}") is not None:
+            found.append((-int(match[1]), match[0]))
     return [(-step, name) for step, name in sorted(found)]
 
 
@@ -191,6 +188,26 @@ def newest_checkpoint(store: Store, run_sha256: str | None = None) -> Checkpoint
             return checkpoint
         logger.warning("skipping %s/%s: it belongs to another run (another config or dataset)", store.url, name)
     return None
+
+
+def require_own_checkpoints(store: Store, run_sha256: str) -> None:
+    """DataError if a run has checkpoints and none of them is of its claim, whose identity has the hash `run_sha256`: one was changed.
+
+    Those that cannot be read say nothing. Reads small files only, one where nothing is wrong.
+    """
+    others = []
+    for _, name in committed_checkpoints(store):
+        with contextlib.suppress(DataError):
+            checkpoint = read_checkpoint(store, name, verify=None)
+            if checkpoint.info.get("run_sha256") == run_sha256:
+                return
+            others.append(checkpoint)
+    if others:
+        made_by = str(others[0].info.get("run_sha256"))
+        raise DataError(
+            f"{store.url}/{CLAIM} has the identity {run_sha256[:12]}, its checkpoints ({others[0].name} is the newest) are of the run "
+            f"{made_by[:12]}: the claim was changed, or the checkpoints are those of another run; restore the claim, or move them away"
+        )
 
 
 def remove_checkpoint(store: Store, name: str) -> None:

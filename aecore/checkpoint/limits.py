@@ -7,10 +7,7 @@ device instead, whose first operation imports torch's compiler (0.9 s once in a 
 
 import contextlib
 import math
-import os
-import resource
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +16,11 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from aecore.errors import AecoreError, ConfigError
+from aecore.native.memory import machine_bytes
 
-_CONTROL_GROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 GIB = 1 << 30
 TRIED = 256 << 20  # bytes that building a model may allocate before it goes on without memory
 _SIZED = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full}  # take a size, as one sequence or as numbers
-
-
-def machine_bytes() -> int:
-    """Return the memory that this process may use, in bytes: the machine's, or the limit of its control group or address space."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space)
-    for name in _CONTROL_GROUP:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
-            limits.append(int(Path(name).read_text()))
-    return min(limits)
 
 
 def require_memory(needed: int, what: str, remedy: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from aecore._base.trainable import Trainable
-from aecore.artifact.documents import read_json, sealed
+from aecore.artifact.documents import CLAIM, read_json, sealed
 from aecore.artifact.kinds import other_kind
 from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.files import (
@@ -224,7 +224,7 @@ def load_model(url: str, *, device: str | torch.device = "cpu") -> LoadedModel:
         other = other_kind(store, "run")
         if other is not None:
             raise other
-        if store.size("run.000001.json") is not None:
+        if store.size(CLAIM) is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
         raise DataError(
             f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder; check the address, "

@@ -144,9 +144,11 @@ def read_listings(store: Store, manifest: DatasetManifest) -> "pa.Table":
     """Return key, source and source bytes of every sample that was ever planned, quarantined ones too; verified."""
     import pyarrow as pa  # imported late: who reads manifests alone needs no tables
 
-    from aecore.data.format.index import read_table
+    from aecore.data.format.index import LISTING_SCHEMA, read_table
 
-    return pa.concat_tables([read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}") for ref in manifest.listings])
+    return pa.concat_tables(
+        [read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}", schema=LISTING_SCHEMA) for ref in manifest.listings]
+    ).replace_schema_metadata(None)
 
 
 def open_dataset(url: str, number: int | None = None) -> Dataset:

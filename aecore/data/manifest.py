@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.documents import read_json, require_counts_of, require_once, typed
+from aecore.artifact.commit import is_stem_of, require_parent
+from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.registry import shown
@@ -115,6 +116,11 @@ class DatasetManifest:
         return tuple(shard for shards in self.splits.values() for shard in shards)
 
     @property
+    def parts(self) -> "tuple[ShardRef | RejectedPart, ...]":
+        """All shards, then all planned ones without a good sample."""
+        return (*self.shards, *self.rejected)
+
+    @property
     def files(self) -> tuple[FileRef, ...]:
         """Every file that the manifest names: shards, indexes, quarantine, listings."""
         shards = [ref for shard in self.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
@@ -189,10 +195,70 @@ class DatasetManifest:
         if not isinstance(data["classes"], list) or not all(isinstance(name, str) for name in manifest.classes):
             raise TypeError(f"classes is {shown(data['classes'])}, expected a list of names")
         require_counts_of(data, quarantined=manifest.quarantined)
-        parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
-        require_once([(part.split, part.stem) for part in parts], "a shard")
+        require_once([(part.split, part.stem) for part in manifest.parts], "a shard")
         require_once([ref.name for ref in manifest.own_files], "a file")
+        _require_names(manifest)
+        _require_sums(manifest)
         return manifest
+
+
+def _require_names(manifest: DatasetManifest) -> None:
+    """ValueError unless parent, parts and files have the numbers and names that follow from each other."""
+    require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
+    if len(manifest.listings) != manifest.number:
+        raise ValueError(f"it names {len(manifest.listings)} listings, expected one for each of {manifest.number} generations")
+    for shard in manifest.shards:
+        names = {"index": (shard.index.name, f"shards/{shard.stem}.parquet")}
+        if shard.tar_base_url is None:
+            names["tar"] = (shard.tar.name, f"shards/{shard.stem}.tar")
+        if shard.quarantine is not None:
+            names["quarantine"] = (shard.quarantine.name, f"quarantine/{shard.stem}.parquet")
+        _require_part(shard.split, shard.stem, names)
+        if (shard.quarantine is None) != (shard.quarantined == 0):
+            raise ValueError(f"{shard.stem} has {shard.quarantined} quarantined samples and the quarantine {shown(shard.quarantine)}")
+    for part in manifest.rejected:
+        _require_part(part.split, part.stem, {"quarantine": (part.quarantine.name, f"quarantine/{part.stem}.parquet")})
+
+
+def _require_part(split: str, stem: str, names: Mapping[str, tuple[str, str]]) -> None:
+    if not is_stem_of(split, stem):
+        raise ValueError(f"a part of the split {shown(split)} is named {shown(stem)}, expected {split}-NNNNNN or {split}-gNNNNNN-NNNNNN")
+    for what, (found, wanted) in names.items():
+        if found != wanted:
+            raise ValueError(f"the {what} of {stem} is {shown(found)}, expected {wanted}")
+
+
+def _require_sums(manifest: DatasetManifest) -> None:
+    """ValueError unless all counts are the sums of what the parts have, and the parts of a split follow each other."""
+    right = {part.split: {"samples": 0, "quarantined": 0, "bytes": 0} for part in manifest.parts}
+    ends = dict.fromkeys(right, 0)
+    for part in sorted(manifest.parts, key=lambda part: part.first_ordinal):
+        if part.first_ordinal != ends[part.split]:
+            raise ValueError(f"{part.stem} begins at ordinal {part.first_ordinal}, the part before it ends at {ends[part.split]}")
+        ends[part.split] += part.planned
+        counts = right[part.split]
+        if isinstance(part, ShardRef):
+            counts["samples"] += part.samples
+            counts["quarantined"] += part.quarantined
+            counts["bytes"] += part.tar.bytes
+        else:
+            counts["quarantined"] += part.planned
+    stated = {
+        split: {name: getattr(counts, name) for name in ("samples", "quarantined", "bytes")}
+        for split, counts in manifest.statistics.items()
+    }
+    if stated != right:
+        raise ValueError(f"its statistics are not those of its parts: {disagreement(stated, right)}")
+    for split, known in manifest.statistics.items():
+        if not known.classes.keys() <= set(manifest.classes) or sum(known.classes.values()) > known.samples:
+            raise ValueError(f"its statistics say classes {shown(dict(known.classes))} of {known.samples} samples of {split}")
+    samples = manifest.num_samples()
+    for name, counted, total in (
+        ("extensions", manifest.sample.extensions, samples),
+        ("shapes", manifest.sample.shapes, samples),
+        ("reasons", manifest.reasons, manifest.quarantined),
+    ):
+        require_counts_of({name: sum(counted.values())}, **{name: total})
 
 
 def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
@@ -244,7 +310,12 @@ def _is_below(url: str, prefix: str) -> bool:
 def read_manifest(store: Store, number: int) -> DatasetManifest:
     """Return one generation; DataError if the file is missing, damaged or not a dataset manifest."""
     name = f"{STEM}.{number:06d}.json"
+    return manifest_of(read_json(store, name), f"{store.url}/{name}")
+
+
+def manifest_of(data: Mapping[str, Any], where: str) -> DatasetManifest:
+    """Return what a file says, as `DatasetManifest.from_json` does; DataError that names `where` if it is something else."""
     try:
-        return DatasetManifest.from_json(read_json(store, name))
+        return DatasetManifest.from_json(data)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{store.url}/{name} is not a dataset manifest ({error!r}): it is damaged or was not written by aecore") from error
+        raise DataError(f"{where} is not a dataset manifest ({error!r}): it is damaged or was not written by aecore") from error

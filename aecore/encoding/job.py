@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
-from aecore.artifact.documents import read_bytes, read_json
+from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
 from aecore.checkpoint.compatibility import check_input_shape, require_known_labels
 from aecore.checkpoint.weights import LoadedModel, load_model
@@ -29,7 +29,7 @@ from aecore.encoding.worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEn
 from aecore.errors import ConfigError, RunFailed
 from aecore.registry import absent_values, as_recorded, to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
-from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
+from aecore.table.manifest import STEM, TableManifest, TablePart, part_size, read_table_manifest
 
 logger = logging.getLogger(__name__)
 MAX_STREAMS = 8  # more would wait for the thread that reads and decodes, not for the model
@@ -156,7 +156,7 @@ def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
     """Return the parts of one shard: one, or ranges of `rows_per_part` rows rounded up to whole batches."""
     if not spec.rows_per_part:
         return [EncodeTask(shard.stem, shard, 0, shard.samples)]
-    size = -(-spec.rows_per_part // spec.batch) * spec.batch
+    size = part_size(spec.rows_per_part, spec.batch)
     starts = range(0, max(shard.samples, 1), size)
     return [
         EncodeTask(f"{shard.stem}-r{number:06d}", shard, start, min(start + size, shard.samples)) for number, start in enumerate(starts)
@@ -190,12 +190,12 @@ def _inspect(store: Store) -> tuple[Mapping[str, Any] | None, tuple[TableManifes
     """Return the state of the table: the identity of its first claim, its newest manifest with its hash, the recorded parts."""
     names = store.list()
     require_kind(store, "table", names)
-    claimed = _claimed(store) if "run.000001.json" in names else None
+    claimed = _claimed(store) if CLAIM in names else None
     return claimed, _parent(store, names), recorded_parts(store) if "records" in names else frozenset()
 
 
 def _claimed(store: Store) -> Mapping[str, Any]:
-    claim = read_json(store, "run.000001.json")["identity"]
+    claim = read_json(store, CLAIM)["identity"]
     identity: Mapping[str, Any] = claim.get("table", claim)
     return identity
 
@@ -213,7 +213,7 @@ def _require_same_table(
     """Raise ConfigError if the table, or an attempt that was not committed, has another identity; `checkpoint` is the new one's URL."""
     wanted = json.loads(canonical_json(identity))
     if there is not None and wanted != there:
-        claim = read_json(store, "run.000001.json") if store.size("run.000001.json") is not None else {}
+        claim = read_json(store, CLAIM) if store.size(CLAIM) is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
         urls = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
         absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}

@@ -75,9 +75,10 @@ def recorded_part(store: Store, task: EncodeTask, checkpoint_sha256: str) -> Par
     _require_made_of(store, record, task, checkpoint_sha256)
     said: dict[str, tuple[object, object]] = {"samples": (record.rows + record.quarantined, task.row_stop - task.row_start)}
     if store.is_local:  # a footer in a bucket costs the whole part
+        footers = {"data": record.detail.get("footer_sha256")}
         for name, folder, count in (("rows", "data", record.rows), ("quarantined", "quarantine", record.quarantined)):
             ref = record.file_in(folder)
-            said[name] = count, 0 if ref is None else read_footer(store, ref).num_rows
+            said[name] = count, 0 if ref is None else read_footer(store, ref, footers.get(folder)).num_rows
     require_counts(store, record, said)
     return record
 
@@ -163,8 +164,8 @@ class EncodeWorker:
         table = part_table(index, rows, shard.stem, values.filled_columns(), metadata)
         quarantine = commit_quarantine(self.store, task.stem, shard.stem, index, values.refused)
         compression = self.setup.spec.compression
-        file, written_by = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
-        detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}}
+        file, written_by, footer_sha256 = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
+        detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}, "footer_sha256": footer_sha256}
         timings = {"encode_s": encode_s, "commit_s": time.perf_counter() - started}
         logger.info("part %s: %d rows, %d quarantined, %.2f s", task.stem, len(rows), len(values.refused), sum(timings.values()))
         files = (file,) if quarantine is None else (file, quarantine)

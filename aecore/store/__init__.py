@@ -13,10 +13,12 @@ Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` end
 
 from aecore.store._again import cannot_read, read_again
 from aecore.store._base import (
+    SKEW_S,
     AlreadyExists,
     FileRef,
     Files,
     Store,
+    ahead_s,
     canonical_json,
     fault_point,
     open_regular,
@@ -48,6 +50,7 @@ __all__ = [
     "RACERS",
     "ROUNDS",
     "SCHEMES",
+    "SKEW_S",
     "TAR_ENDINGS",
     "AlreadyExists",
     "FileRef",
@@ -57,6 +60,7 @@ __all__ = [
     "Scheme",
     "Store",
     "absolute_url",
+    "ahead_s",
     "cannot_read",
     "canonical_json",
     "check_environment",

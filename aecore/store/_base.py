@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from aecore.errors import DataError, StoreError
 from aecore.store._environment import environment_value
 
+SKEW_S = 5.0  # between the clocks of the storage and of this machine: more is worth a warning
 _faults_seen: dict[str, int] = {}
 
 
@@ -28,6 +30,12 @@ class FileRef:
     name: str
     bytes: int
     sha256: str
+
+
+def ahead_s(store: "Store") -> float:
+    """Return how far the clock of this machine is ahead of the storage's (negative: behind), in seconds; StoreError as `Store.now`."""
+    there = store.now()
+    return time.time() - there
 
 
 def fault_point(name: str) -> None:

@@ -129,7 +129,12 @@ class ObjectCache:
         return self.open(_named(identity, size), whole, keep_s)
 
     def _fetch(self, ref: FileRef, path: Path, fetch: Fetch) -> None:
-        """Download one object; waits while another process or thread does."""
+        """Download one object; waits while another process or thread does.
+
+        Whoever downloads holds the part's exclusive lock from before its first byte until after its rename, which keeps the lock: an object
+        that has just got its name cannot be evicted. Between the release of that lock and the shared lock of a reader no lock guards it.
+        An eviction in that moment leaves the reader with a file without a name, which `open` sees once it has the lock, and fetches again.
+        """
         part, root = path.with_suffix(".part"), path.parent
         with _errors(root):
             descriptor = _opened(part, os.O_RDWR | os.O_CREAT)

@@ -2,8 +2,12 @@
 
 Amazon S3 does, and so do file systems with hard links. A service that checks whether a name is taken only before it reads the body
 passes every sequential test, and acknowledges up to all of the overlapping writers (measured: OpenStack Swift, 16 of 16): two concurrent
-runs would then mix their files. So each bucket is tested by a race before the first write; a pass is remembered for `KEPT_S` in the cache
-folder of the machine.
+runs would then mix their files. So each bucket is tested by a race before the first write.
+
+Only passes are remembered: in `_passed` by this process, and for `KEPT_S` by a note in the cache folder of the machine. A writer
+(`require_atomic`) asks `_passed` first, then the note, and races if neither knows the bucket; a failure refuses the write and leaves no
+memory, so that each writer tests again. `retest` (doctor, `Store.test_creation`) asks neither and its result wins: a pass renews the
+note, a failure removes the note and this process's pass. Other processes that run already keep theirs.
 """
 
 import contextlib

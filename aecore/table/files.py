@@ -6,18 +6,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from aecore.data.format.parquet import read_metadata
 from aecore.errors import StoreError
-from aecore.store import FileRef, Store, close_read, read_again
+from aecore.store import FileRef, Store, close_read
+from aecore.table.part import again_if_corrupt, damage_named
 
 
 class PartFiles(pafs.FileSystemHandler):
     """Files of a store by address (`<url>/<name>`); read-only.
 
-    A file of a bucket is opened in the local cache: an eviction removes its name, an open file stays readable.
+    A file of a bucket is opened in the local cache: an eviction removes its name, an open file stays readable. `footers` are the hashes of
+    their footers, which pyarrow reads by itself: they are compared whenever a file is opened.
     """
 
-    def __init__(self, store: Store, refs: Mapping[str, FileRef]) -> None:
-        self._store, self._refs = store, refs
+    def __init__(self, store: Store, refs: Mapping[str, FileRef], footers: Mapping[str, str]) -> None:
+        self._store, self._refs, self._footers = store, refs, footers
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PartFiles) and (self._store.url, self._refs) == (other._store.url, other._refs)
@@ -46,16 +49,22 @@ class PartFiles(pafs.FileSystemHandler):
         return self.get_file_info(inside)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        """Open a file; an object is downloaded first. A scan raises the typed error of a file that is missing or cannot be opened."""
+        """Open a file; an object is downloaded first.
+
+        A scan raises the typed error of a file that is missing, cannot be opened, or has another footer than the table was opened with.
+        """
+        ref = self._refs[path]
 
         def opened() -> pa.NativeFile:
-            descriptor = self._store.open(self._refs[path])
+            descriptor = self._store.open(ref)
             try:
+                with damage_named(path), open(descriptor, "rb", closefd=False) as file:
+                    read_metadata(file, self._footers[path])
                 return pa.OSFile(f"/dev/fd/{descriptor}", "rb")  # OSFile gets its own descriptor of the same file
             finally:
                 close_read(descriptor)
 
-        return read_again(opened, path)
+        return again_if_corrupt(self._store, ref, opened, path)
 
     open_input_stream = open_input_file
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import PartRecord
-from aecore.artifact.documents import read_json, require_counts_of, require_once, typed
+from aecore.artifact.commit import PartRecord, is_stem_of, require_parent
+from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
 from aecore.errors import DataError
-from aecore.registry import shown
-from aecore.store import FileRef, Store
+from aecore.registry import LARGEST_SIZE, shown
+from aecore.store import FileRef, Store, sha256_json
 
 STEM = "table"
+DTYPES = ("float32", "float16", "int32")  # of encoded columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class TablePart:
     row_stop: int
     quarantined: int = 0
     quarantine: FileRef | None = None
+    footer_sha256: str | None = None  # no page checksum covers it; None in parts of version 1: their file's is compared
 
     @classmethod
     def from_record(cls, record: PartRecord) -> "TablePart":
@@ -45,12 +47,17 @@ class TablePart:
             file=by_folder["data"],
             quarantined=record.quarantined,
             quarantine=by_folder.get("quarantine"),
+            footer_sha256=record.detail.get("footer_sha256"),
             **where,
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; a part of version 1 keeps the keys that it had."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "footer_sha256" or value is not None}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TablePart":
-        """Return the part from the result of `dataclasses.asdict`."""
+        """Return the part from the result of `to_json`."""
         quarantine = data["quarantine"]
         files = {"file": typed(FileRef, data["file"]), "quarantine": typed(FileRef, quarantine) if quarantine else None}
         return typed(cls, {**data, **files})
@@ -91,7 +98,7 @@ class TableManifest:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; `from_json` reads it back."""
         data: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        data["parts"] = [dataclasses.asdict(part) for part in self.parts]
+        data["parts"] = [part.to_json() for part in self.parts]
         return data | {"num_rows": self.num_rows, "quarantined": self.quarantined}
 
     @classmethod
@@ -102,8 +109,14 @@ class TableManifest:
         require_once([part.file.name for part in parts], "a part")
         made = typed(cls, {**{name: data[name] for name in names}, "claim_sha256": data.get("claim_sha256"), "parts": parts})
         _require_lineage(made)
+        _require_agreement(made)
         require_counts_of(data, num_rows=made.num_rows, quarantined=made.quarantined)
         return made
+
+
+def part_size(rows_per_part: int, batch: int) -> int:
+    """Return the rows of a part: `rows_per_part` rounded up to whole batches; 0: those of its shard."""
+    return -(-rows_per_part // batch) * batch
 
 
 def _require_lineage(manifest: TableManifest) -> None:
@@ -116,10 +129,53 @@ def _require_lineage(manifest: TableManifest) -> None:
         raise TypeError(f"its lineage says encoded_by {shown(lineage['encoded_by'])}")
 
 
+def _require_agreement(manifest: TableManifest) -> None:
+    """ValueError if what a manifest states twice differs: columns, numbers, addresses, the names of parts, the hash of the claim."""
+    identity, lineage = manifest.identity, manifest.lineage
+    require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
+    for name, kind, least in (("batch", int, 1), ("rows_per_part", int, 0), ("dtype", str, ""), ("preprocessing", dict, None)):
+        if type(identity[name]) is not kind or (kind is int and identity[name] < least):
+            raise ValueError(f"its identity has the {name} {shown(identity[name])}")
+    for name, info in manifest.columns.items():
+        dtypes = ("float32", "int32") if info["dim"] is None else (identity["dtype"], "int32")
+        if (
+            info["dtype"] not in dtypes
+            or info["dtype"] not in DTYPES
+            or not (info["dim"] is None or (type(info["dim"]) is int and 0 < info["dim"] <= LARGEST_SIZE))
+        ):
+            raise ValueError(
+                f"its column {name} is {shown(info)}, expected a dtype of {' or '.join(dtypes)} and a dim up to {LARGEST_SIZE:,} or null"
+            )
+    if differences := disagreement(dict(manifest.columns), identity["columns"]):
+        raise ValueError(f"its columns are not those of its identity: {differences}")
+    if lineage["checkpoint"]["sha256"] != identity["checkpoint_sha256"]:
+        made_by, wanted = lineage["checkpoint"]["sha256"], identity["checkpoint_sha256"]
+        raise ValueError(f"its lineage names the checkpoint with sha256 {made_by[:12]}, its identity the one with {wanted[:12]}")
+    claimed = sha256_json({"table": identity, "dataset_sha256": lineage["dataset"]["sha256"]})
+    if manifest.claim_sha256 not in (None, claimed):
+        raise ValueError(f"claim_sha256 is {shown(manifest.claim_sha256)}, its identity and its dataset have {claimed}")
+    size = part_size(identity["rows_per_part"], identity["batch"])
+    for part in manifest.parts:
+        if size and (part.row_start % size or part.row_stop - part.row_start > size):
+            raise ValueError(f"{part.stem} has the rows {part.row_start} to {part.row_stop}, expected {size} by rows_per_part and batch")
+        names = [(part.file, f"data/split={part.split}/{part.stem}.parquet"), (part.quarantine, f"quarantine/{part.stem}.parquet")]
+        wrong = next((ref.name for ref, name in names if ref is not None and ref.name != name), None)
+        stem = part.shard if not size else f"{part.shard}-r{part.row_start // size:06d}"
+        if wrong is not None or part.stem != stem or not is_stem_of(part.split, part.shard):
+            raise ValueError(f"the part {shown(part.stem)} of shard {shown(part.shard)} is {shown(wrong or part.file.name)}")
+        if (part.quarantine is None) != (part.quarantined == 0) or part.row_stop < part.row_start:
+            raise ValueError(f"{part.stem} has {part.quarantined} quarantined of the rows {part.row_start} to {part.row_stop}")
+
+
 def read_table_manifest(store: Store, number: int) -> TableManifest:
     """Return one generation's manifest; DataError if it is missing, damaged or not of a table."""
     name = f"{STEM}.{number:06d}.json"
+    return table_manifest_of(read_json(store, name), f"{store.url}/{name}")
+
+
+def table_manifest_of(data: Mapping[str, Any], where: str) -> TableManifest:
+    """Return what a file says, as `TableManifest.from_json` does; DataError that names `where` if it is something else."""
     try:
-        return TableManifest.from_json(read_json(store, name))
+        return TableManifest.from_json(data)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{store.url}/{name} is not a table manifest ({error!r}): it is damaged or was not written by aecore") from error
+        raise DataError(f"{where} is not a table manifest ({error!r}): it is damaged or was not written by aecore") from error

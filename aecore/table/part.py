@@ -7,6 +7,8 @@ committed part is the same one (metadata, columns, keys, checksums) and records 
 """
 
 import contextlib
+import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +20,33 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import put_or_adopt
-from aecore.data.format.parquet import open_parquet, same_footers
+from aecore.data.format.form import Form, form_problems
+from aecore.data.format.index import INDEX_SCHEMA, column_problems, plain_type
+from aecore.data.format.parquet import footer_sha256, open_parquet, read_metadata, same_footers
 from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store, read_again, sha256_json
 
 T = TypeVar("T")
 Compression = Literal["zstd", "none"]
 PREFIX = "aecore."
-SEAL = "producer_sha256"  # of the values of PRODUCER: nothing else says whether they are what was written
+# The hash of the values of PRODUCER. Attempts at a part may differ in these alone (another machine), so nothing else says whether those of
+# a part that an attempt finds committed are what was written: a changed bit in one would go into the lineage. A part of version 1 has no
+# seal: there the only known values are those of the attempt itself, and any others are refused.
+SEAL = "producer_sha256"
 PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
 NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
 OWN_COLUMNS = ("shard", "split")
+PART_FORM = Form(frozenset({"ZSTD", "UNCOMPRESSED"}), frozenset({"key"}), frozenset({"shard"}))
+QUARANTINE_FORM = Form(PART_FORM.codecs)
+_PASSED = [name for name in INDEX_SCHEMA.names if name not in (*NOT_PASSED, "key", "ordinal")]
+FIRST_COLUMNS = pa.schema(  # of every part; then further ones of the dataset, then the encoded ones
+    [
+        pa.field("key", pa.string()),
+        pa.field("shard", pa.string()),
+        pa.field("ordinal", pa.int64()),
+        *(pa.field(name, INDEX_SCHEMA.field(name).type) for name in _PASSED),
+    ]  # type: ignore[arg-type]  # the stubs join the fields' types to object
+)
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),
@@ -76,6 +94,12 @@ def numpy_view(column: Column) -> NDArray[Any]:  # any: the column's dtype
     return view
 
 
+def passed_columns(index: pa.Table) -> dict[str, Column]:
+    """Return the columns that rows take from the index of their shard: key, ordinal and metadata, without those that describe bytes."""
+    names = [name for name in index.column_names if name not in NOT_PASSED]
+    return {name: index[name].cast(plain_type(index[name].type)) for name in names}  # HF refuses dictionaries
+
+
 def part_table(
     index: pa.Table, rows: NDArray[np.int64], shard: str, columns: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
 ) -> pa.Table:
@@ -84,45 +108,77 @@ def part_table(
     `rows` are the encoded rows of the shard's index, ascending; `columns` are `[n, D]` or `[n]`; `metadata` comes without prefix.
     DataError if a metadata column of the dataset has the name of a column of the table.
     """
-    passed = [name for name in index.column_names if name not in NOT_PASSED and name not in ("key", "ordinal")]
-    taken = sorted({*passed} & {*columns, *OWN_COLUMNS})
-    if taken:
-        raise DataError(f"the dataset has a metadata column {taken[0]!r}, which the latent table uses itself: rename it and shard again")
-    known = index.select(["key", "ordinal", *passed])
     first = int(rows[0]) if len(rows) else 0
     contiguous = not len(rows) or int(rows[-1]) - first + 1 == len(rows)
-    known = known.slice(first, len(rows)) if contiguous else known.take(pa.array(rows, pa.int64()))
-    arrays: dict[str, Column] = {"key": known["key"], "shard": pa.repeat(pa.scalar(shard), len(rows)), "ordinal": known["ordinal"]}
-    for name in passed:
-        column: Column = known[name]
-        arrays[name] = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column  # HF refuses dictionaries
+    known = passed_columns(index.slice(first, len(rows)) if contiguous else index.take(pa.array(rows, pa.int64())))
+    taken = sorted({*known} & {*columns, *OWN_COLUMNS})
+    if taken:
+        raise DataError(f"the dataset has a metadata column {taken[0]!r}, which the latent table uses itself: rename it and shard again")
+    arrays: dict[str, Column] = {"key": known.pop("key"), "shard": pa.repeat(pa.scalar(shard), len(rows)), "ordinal": known.pop("ordinal")}
+    arrays |= known
     for name, values in columns.items():
         arrays[name] = fixed_size_list(values) if values.ndim == 2 else pa.array(values)
     return pa.table(arrays, metadata={PREFIX + key: value for key, value in metadata.items()})
 
 
-def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str]]:
-    """Write and commit one part; return it with its metadata (of the equal part, if another attempt committed one first)."""
+def schema_problems(schema: pa.Schema, encoded: Mapping[str, Any]) -> list[str]:
+    """Return where a part has not the columns that its writer gives it; `encoded` are the manifest's."""
+    types = {name: _encoded_type(info) for name, info in encoded.items()}
+    wanted = pa.schema([*FIRST_COLUMNS, *(pa.field(name, kind) for name, kind in types.items())])
+    problems = column_problems(schema, wanted, more=True)
+    names, first = schema.names, FIRST_COLUMNS.names
+    if not problems and (names[: len(first)] != first or {*names[len(names) - len(types) :]} != types.keys()):
+        problems.append(f"its columns are {', '.join(names)}, expected {', '.join(first)}, those of the dataset, {', '.join(types)}")
+    return problems
+
+
+def _encoded_type(info: Mapping[str, Any]) -> pa.DataType:
+    number: pa.DataType = pa.from_numpy_dtype(np.dtype(info["dtype"]))
+    return number if info["dim"] is None else pa.list_(number, info["dim"])
+
+
+def has_gaps(column: Column) -> bool:
+    """Return whether a value, or a number of a vector, is missing in a column."""
+    nested = pa.types.is_fixed_size_list(column.type)
+    return bool(column.null_count) or (nested and any(chunk.flatten().null_count for chunk in column.chunks))
+
+
+def commit_part(store: Store, name: str, table: pa.Table, *, compression: Compression) -> tuple[FileRef, dict[str, str], str]:
+    """Write and commit one part; return it with its metadata and the hash of its footer.
+
+    If another attempt committed an equal part first, they are those of that one.
+    """
     metadata = part_metadata(table.schema)
-    table = table.replace_schema_metadata({PREFIX + key: value for key, value in (*metadata.items(), (SEAL, _seal_of(metadata)))})
+    table = table.replace_schema_metadata({PREFIX + key: value for key, value in (*metadata.items(), (SEAL, seal_of(metadata)))})
     with store.stage() as path:
         with _refusal_named(f"{store.url}/{name}"):
             pq.write_table(
                 table,
                 path,
                 compression=compression,
-                use_dictionary=["shard"],  # type: ignore[arg-type]  # the stubs know only bool
-                write_statistics=["key"],
+                use_dictionary=sorted(PART_FORM.dictionaries or ()),  # type: ignore[arg-type]  # the stubs know only bool
+                write_statistics=sorted(PART_FORM.statistics or ()),
                 write_page_checksum=True,
                 row_group_size=max(1, len(table)),
             )
+        with path.open("rb") as file:
+            footer = footer_sha256(file)
         ref, adopted = put_or_adopt(
             store, name, path, role="part", accepts=lambda there, data: _require_same_part(store, there, data, table, path)
         )
-    return ref, part_metadata(table.schema if adopted is None else read_part(store, ref, ["key"]).schema)
+    if adopted is None:
+        return ref, part_metadata(table.schema), footer
+    return ref, part_metadata(read_part(store, ref, ["key"]).schema), footer_sha256(io.BytesIO(adopted))
 
 
-def _seal_of(metadata: Mapping[str, str]) -> str:
+def seal_in(schema: pa.Schema) -> str | None:
+    """Return the hash of its producer that a part states; None in version 1."""
+    seal = (schema.metadata or {}).get(f"{PREFIX}{SEAL}".encode())
+    return None if seal is None else seal.decode(errors="replace")
+
+
+def seal_of(metadata: Mapping[str, str]) -> str:
+    """Return the hash of the producer that a part's metadata name."""
     return sha256_json({key: metadata.get(key) for key in PRODUCER})
 
 
@@ -131,8 +187,8 @@ def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table,
     committed = read_part(store, ref)
     new, known = part_metadata(table.schema), part_metadata(committed.schema)
     differing = [key for key in sorted({*new, *known}) if key not in PRODUCER and new.get(key) != known.get(key)]
-    seal = (committed.schema.metadata or {}).get(f"{PREFIX}{SEAL}".encode())
-    if _seal_of(known).encode() != (_seal_of(new).encode() if seal is None else seal):  # without one (version 1) only ours is known
+    seal = seal_in(committed.schema)
+    if seal_of(known) != (seal_of(new) if seal is None else seal):  # without one (version 1) only ours is known
         differing.append("producer")
     if not committed.schema.equals(table.schema):
         differing.append("columns")
@@ -141,6 +197,8 @@ def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table,
     ignored = [PREFIX + key for key in (*PRODUCER, SEAL)]
     if not differing and not same_footers(path, pa.py_buffer(data), ignored):
         differing.append("footer")
+    if not differing and (problems := form_problems(pa.py_buffer(data), committed, PART_FORM)):
+        differing.append(f"form: {'; '.join(problems)}")
     if differing:
         raise DataError(
             f"{store.url}/{ref.name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten; "
@@ -164,7 +222,9 @@ def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refu
 
         # an earlier attempt may have used another version of Parquet: equal rows are accepted
         def says_the_same(there: FileRef, data: bytes) -> bool:
-            return bool(read_part(store, there).equals(table)) and same_footers(path, pa.py_buffer(data))
+            buffer = pa.py_buffer(data)
+            rows = read_part(store, there)
+            return bool(rows.equals(table)) and same_footers(path, buffer) and not form_problems(buffer, rows, QUARANTINE_FORM)
 
         return put_or_adopt(store, name, path, role="quarantine", accepts=says_the_same)[0]
 
@@ -184,7 +244,8 @@ def _refusal_named(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: object) -> Iterator[None]:
+    """DataError that names `path` for what a damaged file raises; errors of the file system stay what they are."""
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -193,31 +254,57 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is damaged ({error}): restore it, or encode to another URL") from error
 
 
-def read_part(store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None) -> pa.Table:
-    """Read columns of a committed part, verifying the checksum of every page.
+def read_part(
+    store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None, footer: pq.FileMetaData | None = None
+) -> pa.Table:
+    """Read columns of a committed part, verifying the checksum of every page; with `footer`, that of the file is not read again.
 
     DataError if it is damaged or has not so many `rows`, StoreError if it cannot be read.
     """
     wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:
-        return open_parquet(path, rows, wanted).read(columns=wanted)
+        return open_parquet(path, rows, wanted, footer).read(columns=wanted)
 
     return _read(store, ref, read)
 
 
-def read_footer(store: Store, ref: FileRef) -> pq.FileMetaData:
-    """Read the footer of a committed part: schema, rows, statistics; DataError if it is damaged, StoreError if it cannot be read."""
-    return _read(store, ref, pq.read_metadata)
+def read_footer(store: Store, ref: FileRef, sha256: str | None = None) -> pq.FileMetaData:
+    """Read the footer of a committed part: schema, rows, statistics.
+
+    DataError if it is damaged (with `sha256`: if it has another hash), StoreError if it cannot be read.
+    """
+
+    def read(path: Path) -> pq.FileMetaData:
+        with path.open("rb") as file:
+            return read_metadata(file, sha256)
+
+    return _read(store, ref, read)
+
+
+def unrecorded_footer_sha256(store: Store, ref: FileRef) -> str:
+    """Return the hash of the footer of a part whose manifest has none (version 1), after comparing the whole file with its sha256."""
+
+    def read(path: Path) -> str:
+        with path.open("rb") as file:
+            if (found := hashlib.file_digest(file, "sha256").hexdigest()) != ref.sha256:
+                raise ValueError(f"it has the sha256 {found[:12]}, the manifest says {ref.sha256[:12]}")
+            return footer_sha256(file)
+
+    return _read(store, ref, read)
 
 
 def _read(store: Store, ref: FileRef, read: Callable[[Path], T]) -> T:
     def once() -> T:
         path = store.local(ref)
-        with _damage_named(path):
+        with damage_named(path):
             return read(path)
 
-    where = f"{store.url}/{ref.name}"
+    return again_if_corrupt(store, ref, once, f"{store.url}/{ref.name}")
+
+
+def again_if_corrupt(store: Store, ref: FileRef, once: Callable[[], T], where: str) -> T:
+    """Return `once()`, which reads the local copy of a file; called again if it fails, or if the copy was corrupt and is fetched again."""
     try:
         return read_again(once, where)
     except DataError:

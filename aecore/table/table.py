@@ -20,16 +20,28 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import newest_number
+from aecore.artifact.commit import claim_of, newest_number
 from aecore.artifact.kinds import other_kind
 from aecore.errors import DataError, Hint, did_you_mean
-from aecore.store import Store, open_store
+from aecore.store import Store, canonical_json, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
-from aecore.table.part import Column, fixed_size_list, numpy_view, part_metadata, read_footer, read_part
+from aecore.table.part import (
+    Column,
+    fixed_size_list,
+    has_gaps,
+    numpy_view,
+    part_metadata,
+    read_footer,
+    read_part,
+    schema_problems,
+    unrecorded_footer_sha256,
+)
 
 if TYPE_CHECKING:
     import torch
+
+KEYS = ("key", "shard", "ordinal")
 
 
 class LatentTable:
@@ -43,6 +55,7 @@ class LatentTable:
         self.manifest = manifest
         self.parts = manifest.parts if parts is None else tuple(parts)
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._footer_sha256: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"LatentTable({self.store.url!r}, rows={self.num_rows}, parts={len(self.parts)}, columns={list(self.manifest.columns)})"
@@ -75,23 +88,27 @@ class LatentTable:
     def schema(self) -> pa.Schema:
         """All columns of all parts (an append may add metadata columns); reads the parts' footers."""
         self.store.prefetch([part.file for part in self.parts])
-        schemas = [self._schema_of(part).remove_metadata() for part in self.parts]
+        schemas = [self.schema_of(part).remove_metadata() for part in self.parts]
+        if problems := generation_problems(self.parts, schemas):
+            raise DataError(f"{self.url}: {'; '.join(problems)}: restore the part, or encode to another URL")
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
 
     def _footer(self, part: TablePart) -> pq.FileMetaData:
-        """Return the footer of a part, read once; DataError if the file is another part than the manifest names."""
+        """Return the footer of a part, read and compared once; DataError if the file is another part than the manifest names."""
         if part.stem not in self._footers:
-            footer = read_footer(self.store, part.file)
+            sha256 = part.footer_sha256 or unrecorded_footer_sha256(self.store, part.file)
+            footer = read_footer(self.store, part.file, sha256)
             problems = origin_problems(self.manifest, part, footer)
             if problems:
                 raise DataError(
                     f"{self.url}/{part.file.name} is another part than the manifest names: {'; '.join(problems)}: restore it, or encode to "
                     "another URL"
                 )
-            self._footers[part.stem] = footer
+            self._footers[part.stem], self._footer_sha256[part.stem] = footer, sha256
         return self._footers[part.stem]
 
-    def _schema_of(self, part: TablePart) -> pa.Schema:
+    def schema_of(self, part: TablePart) -> pa.Schema:
+        """Return columns and metadata of one part."""
         return self._footer(part).schema.to_arrow_schema()
 
     @property
@@ -108,15 +125,18 @@ class LatentTable:
 
     def read(self, part: TablePart, columns: Sequence[str] | None = None) -> pa.Table:
         """Read columns of one part as Arrow, verifying the checksum of every page."""
-        self._footer(part)
-        return read_part(self.store, part.file, columns, part.rows)
+        table = read_part(self.store, part.file, columns, part.rows, self._footer(part))
+        gaps = [name for name in table.column_names if name in (*KEYS, *self.manifest.columns) and has_gaps(table.column(name))]
+        if gaps:
+            raise DataError(f"{self.url}/{part.file.name} has rows without {', '.join(gaps)}: restore it, or encode to another URL")
+        return table
 
     def _column(self, name: str) -> Iterator[Column]:
         if name not in self.columns:
             raise DataError(f"table {self.url} has no column {name!r}{did_you_mean(name, self.columns)}")
         wanted = self.schema.field(name).type
         for part in self.parts:
-            if name in self.manifest.columns or name in self._schema_of(part).names:
+            if name in self.manifest.columns or name in self.schema_of(part).names:
                 yield self.read(part, [name]).column(name)
             else:  # a metadata column that a later generation added
                 yield pa.chunked_array([pa.nulls(part.rows, wanted)])
@@ -162,13 +182,20 @@ class LatentTable:
         return values.reshape(array.shape)  # from_numpy warns of read-only memory
 
     def dataset(self) -> pads.Dataset:
-        """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned."""
+        """Return a `pyarrow.dataset` over the parts, with `split` as a column; pages are checked when it is scanned.
+
+        A scan that meets a damaged page raises pyarrow's own OSError (without errno; its text says CRC): it comes from Arrow's scanner,
+        which calls no code of ours between the page and whoever consumes the scan. `read`, `numpy`, `torch` and `verify_table` raise
+        DataError with the name of the part, and fetch a damaged copy of a bucket's part again.
+        """
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
         form = pads.ParquetFileFormat(default_fragment_scan_options=options)
         parts = {f"{self.url}/{part.file.name}": part for part in self.parts}
-        files = pafs.PyFileSystem(PartFiles(self.store, {path: part.file for path, part in parts.items()}))
+        schema = self.schema.append(pa.field("split", pa.string()))  # reads all footers
+        footers = {path: self._footer_sha256[part.stem] for path, part in parts.items()}
+        files = pafs.PyFileSystem(PartFiles(self.store, {path: part.file for path, part in parts.items()}, footers))
         fragments = [form.make_fragment(path, files, pc.field("split") == part.split) for path, part in parts.items()]
-        return pads.FileSystemDataset(fragments, self.schema.append(pa.field("split", pa.string())), form, files)
+        return pads.FileSystemDataset(fragments, schema, form, files)
 
     def lineage(self, key: str) -> dict[str, Any]:
         """Return the chain of custody of one row: part, shard, dataset, checkpoint, run. DataError if no row has this key.
@@ -195,7 +222,8 @@ class LatentTable:
 
 def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMetaData) -> list[str]:
     """Return where a part's own metadata contradict the manifest: rows, checkpoint, shard, settings."""
-    metadata, identity = part_metadata(footer.schema.to_arrow_schema()), manifest.identity
+    schema, identity = footer.schema.to_arrow_schema(), manifest.identity
+    metadata = part_metadata(schema)
     wanted = {
         "checkpoint_sha256": identity["checkpoint_sha256"],
         "checkpoint_step": str(manifest.lineage["checkpoint"]["step"]),
@@ -204,22 +232,28 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMet
         "shard": part.shard,
         "shard_sha256": part.shard_sha256,
         "row_start": str(part.row_start),
+        "latent_shape": canonical_json({name: [info["dim"]] for name, info in manifest.columns.items() if info["dim"]}).decode(),
+        "seed": None if identity["seed"] is None else str(identity["seed"]),
     }
     found = [f"it has {footer.num_rows} rows, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
-    for name, info in manifest.columns.items():
-        size = _list_size(footer, name)
-        if size != info["dim"]:
-            found.append(f"its column {name} has {size} values a row, the manifest says {info['dim']}")
+    if footer.num_row_groups > 1:
+        found.append(f"it has {footer.num_row_groups} row groups, expected one")
+    found += schema_problems(schema, manifest.columns)
     return found + [
         f"it has {key} {metadata.get(key)!r}, the manifest {value!r}" for key, value in wanted.items() if metadata.get(key) != value
     ]
 
 
-def _list_size(footer: pq.FileMetaData, name: str) -> int | None:
-    """Return how many numbers a row of a column has, None for a column of single ones, 0 if there is no such column."""
-    schema = footer.schema.to_arrow_schema()
-    kind: Any = schema.field(name).type if name in schema.names else pa.null()  # any: the stubs know no sizes of lists
-    return kind.list_size if pa.types.is_fixed_size_list(kind) else 0 if pa.types.is_null(kind) else None
+def generation_problems(parts: Sequence[TablePart], schemas: Sequence[pa.Schema]) -> list[str]:
+    """Return which parts have other columns than another part of the same generation of their dataset: all have those of its index."""
+    first: dict[int, tuple[TablePart, pa.Schema]] = {}
+    problems = []
+    for part, schema in zip(parts, schemas, strict=True):
+        other, wanted = first.setdefault(claim_of(part.shard), (part, schema))
+        if schema.names != wanted.names:
+            differing = ", ".join(sorted({*schema.names} ^ {*wanted.names})) or "their order"
+            problems.append(f"{part.file.name} has other columns than {other.file.name} ({differing})")
+    return problems
 
 
 def _may_hold(footer: pq.FileMetaData, key: str) -> bool:

@@ -1,33 +1,59 @@
 """Verify that a latent table matches its manifest, and that it holds every sample of its dataset exactly once.
 
 Without `read_data`: every file exists with its size, footers agree with the manifest (rows, shard, checkpoint, producer), and the
-manifest is consistent and follows its parent. With it also: every file's sha256, every page's checksum, all claims, manifests and
-records, unique keys, every row belongs to the part's shard. Dataset and checkpoint are compared if they still exist at the URLs of the
-lineage: the dataset's generation has the recorded hash, the keys of rows and quarantine together are, shard by shard and in order, the
-keys of its indexes, and the checkpoint has the recorded hash. All problems are collected, then raised.
+manifest is consistent and follows its parent. With it also: every file's sha256, every page's checksum, the form that aecore gives its
+files, all claims, manifests, records and metadata of parts against each other, unique keys, finite values, every row belongs to the part's
+shard. Dataset and checkpoint are compared if they still exist at the URLs of the lineage: the dataset's generation has the recorded hash,
+the keys of rows and quarantine together are, shard by shard and in order, the keys of its indexes (with `read_data` all columns that come
+from there are compared), and the checkpoint has the recorded hash and settings. All problems are collected, then raised.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.documents import problems_of, read_bytes
+from aecore.artifact.documents import Document, disagreement, guarded, read_all, read_bytes, read_json
 from aecore.artifact.subset import VerifySubset
 from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.format.decode import preprocessing_hash
+from aecore.data.format.form import form_problems
+from aecore.data.format.index import column_problems
 from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
-from aecore.store import open_store, recorded_url
-from aecore.table.manifest import STEM, TablePart
-from aecore.table.part import PRODUCER, part_metadata, read_footer, read_part
-from aecore.table.table import LatentTable, origin_problems
+from aecore.store import canonical_json, open_store, recorded_url, sha256_json
+from aecore.table.manifest import STEM, TableManifest, TablePart, table_manifest_of
+from aecore.table.part import (
+    PART_FORM,
+    PRODUCER,
+    QUARANTINE_FORM,
+    QUARANTINE_SCHEMA,
+    SEAL,
+    Column,
+    has_gaps,
+    numpy_view,
+    part_metadata,
+    passed_columns,
+    read_footer,
+    read_part,
+    seal_in,
+    seal_of,
+)
+from aecore.table.table import KEYS, LatentTable, generation_problems, origin_problems
 
+logger = logging.getLogger(__name__)
 SHOWN = 20
+KL_TOLERANCE = {"float32": 1e-3, "float16": 2e-2}  # of kl, which is computed in float32 before mu and log_var are rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +102,36 @@ def verify_table(
     keys: list[pa.ChunkedArray[Any]] = []
     dataset = _dataset(table, dataset_url)
     checkpoint = _checkpoint(table, problems)
-    problems += _lineage_problems(table, dataset)
+    problems += guarded(table.url, _lineage_problems(table, dataset))
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
     stems = {part.stem for part in chosen}
+    footers: dict[str, pq.FileMetaData] = {}
     for part in table.parts:
         read = part.stem in stems
         try:
-            problems += _footer_problems(table, part, read)
+            problems += guarded(part.file.name, _footer_problems(table, part, read, footers))
             if read or (only is None and dataset is not None):
-                rows = read_part(table.store, part.file, ["key", "shard", "ordinal"], part.rows)
+                rows = read_part(table.store, part.file, None if read else list(KEYS), part.rows)
                 keys.append(rows.column("key"))
-                problems += _row_problems(table, part, rows, read)
+                problems += guarded(part.file.name, _row_problems(table, part, rows, read))
             if dataset is not None and (only is None or read):
-                problems += _index_problems(table, part, rows, dataset, shards.get((part.split, part.shard)))
+                shard = shards.get((part.split, part.shard))
+                problems += guarded(part.file.name, _index_problems(table, part, rows, dataset, shard, read))
         except DataError as error:
             problems.append(str(error))
     problems += _coverage_problems(table, list(shards.values()))
+    known = [part for part in table.parts if part.stem in footers]
+    problems += generation_problems(known, [footers[part.stem].schema.to_arrow_schema() for part in known])
     if read_data:
-        problems += problems_of(table.store)
+        documents, damaged = read_all(table.store)
+        problems += [problem for problem in (*damaged, *_document_problems(table, documents, footers)) if problem not in problems]
+    if chosen and dataset is None:
+        logger.warning(
+            "%s: there is no dataset at %s, so keys, labels and metadata columns were not compared with the samples: say where it is now",
+            table.url,
+            table.manifest.lineage["dataset"]["url"],
+        )
     if keys and (
         doubled := sum(map(len, keys)) - pc.count_distinct(pa.chunked_array([c for k in keys for c in k.chunks], pa.string())).as_py()
     ):
@@ -132,18 +169,27 @@ def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
 
 def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
     """Return the URL of the rows' checkpoint, None if it no longer exists; another checkpoint at that URL is a problem."""
-    url, wanted = table.manifest.lineage["checkpoint"]["url"], table.manifest.identity["checkpoint_sha256"]
-    store = open_store(recorded_url(url, f"the checkpoint in the lineage of {table.url}"))
+    stated, identity = table.manifest.lineage["checkpoint"], table.manifest.identity
+    store = open_store(recorded_url(stated["url"], f"the checkpoint in the lineage of {table.url}"))
     if store.size("checkpoint.json") is None:
         return None
-    found = hashlib.sha256(read_bytes(store, "checkpoint.json")).hexdigest()
+    found, wanted = hashlib.sha256(read_bytes(store, "checkpoint.json")).hexdigest(), identity["checkpoint_sha256"]
     if found != wanted:
-        problems.append(f"{url} is another checkpoint (sha256 {found[:12]}) than the one that made the rows ({wanted[:12]})")
-    return str(url)
+        problems.append(f"{stated['url']} is another checkpoint (sha256 {found[:12]}) than the one that made the rows ({wanted[:12]})")
+        return str(stated["url"])
+    content = read_json(store, "checkpoint.json")
+    if differences := disagreement({"step": stated["step"], "info": stated["info"]}, {name: content[name] for name in ("step", "info")}):
+        problems.append(f"the lineage does not say what {stated['url']} does: {differences}")
+    if store.size("config.json") is not None:
+        config = read_json(store, "config.json")
+        right = {"transform": config["transform"], "input_shape": config["input_shape"]}
+        if differences := disagreement(identity["preprocessing"], right):
+            problems.append(f"the table's preprocessing is not that of {stated['url']}: {differences}")
+    return str(stated["url"])
 
 
 def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[str]:
-    manifest, lineage, identity = table.manifest, table.manifest.lineage, table.manifest.identity
+    manifest, lineage = table.manifest, table.manifest.lineage
     if manifest.parent:
         try:
             parent = hashlib.sha256(read_bytes(table.store, f"{STEM}.{manifest.parent:06d}.json")).hexdigest()
@@ -152,7 +198,7 @@ def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[s
         else:
             if parent != manifest.parent_sha256:
                 yield f"{table.url}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
-    made_by, wanted = lineage["checkpoint"]["sha256"], identity["checkpoint_sha256"]
+    made_by, wanted = lineage["checkpoint"]["sha256"], manifest.identity["checkpoint_sha256"]
     if made_by != wanted:
         yield f"the lineage names the checkpoint with sha256 {made_by[:12]}, the table's identity the one with {wanted[:12]}"
     if dataset is not None and (found := dataset.manifest.dataset_sha256) != lineage["dataset"]["sha256"]:
@@ -160,42 +206,207 @@ def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[s
         yield f"generation {dataset.manifest.number} of {dataset.url} has dataset_sha256 {found[:12]}, the lineage names {known}"
 
 
-def _footer_problems(table: LatentTable, part: TablePart, read_data: bool) -> Iterator[str]:
+def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, footers: dict[str, pq.FileMetaData]) -> Iterator[str]:
+    """Yield where files and footer of a part contradict the manifest; the footer is added to `footers`."""
     name = part.file.name
     for ref in (part.file, part.quarantine):
         if ref is not None:
             table.store.check(ref, verify=read_data)
-    footer = read_footer(table.store, part.file)
-    metadata = part_metadata(footer.schema.to_arrow_schema())
+    footer = footers[part.stem] = read_footer(table.store, part.file, part.footer_sha256)
+    schema = footer.schema.to_arrow_schema()
     yield from (f"{name}: {problem}" for problem in origin_problems(table.manifest, part, footer))
     span = part.row_stop - part.row_start
     if part.rows + part.quarantined != span:
         yield f"{name} has {part.rows} rows and {part.quarantined} quarantined of {span} samples"
+    metadata = part_metadata(schema)
     if {key: metadata.get(key) for key in PRODUCER} not in table.manifest.lineage["encoded_by"]:
         yield f"{name} was encoded on {metadata.get('device')!r} with versions that the lineage does not name"
+    if read_data:
+        yield from (f"{name}: {problem}" for problem in _metadata_problems(table.manifest, schema))
+
+
+def _metadata_problems(manifest: TableManifest, schema: pa.Schema) -> Iterator[str]:
+    """Yield what a part's metadata say of settings and producer that is not so in the manifest or in themselves."""
+    metadata, seal, preprocessing = part_metadata(schema), seal_in(schema), manifest.identity["preprocessing"]
+    if seal is not None and seal != seal_of(metadata):
+        yield f"its {SEAL} is {seal[:12]}, device, threads and versions have {seal_of(metadata)[:12]}"
+    try:
+        config, versions = json.loads(metadata["config"]), json.loads(metadata["versions"])
+        right = preprocessing_hash(preprocessing["transform"], versions["decoder"])
+        stated = {"transform": config["transform"], "input_shape": config["input_shape"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"its metadata cannot be read ({error!r})"
+        return
+    if differences := disagreement(stated, preprocessing):
+        yield f"its config is not of the table's preprocessing: {differences}"
+    if (found := metadata.get("preprocessing_sha256")) != right:
+        yield f"it has preprocessing_sha256 {found!r}, transform and decoder have {right!r}"
 
 
 def _row_problems(table: LatentTable, part: TablePart, rows: pa.Table, read_data: bool) -> Iterator[str]:
+    """Yield where the rows of a part, and with `read_data` its values, its form and its quarantine, are not what an encoder writes."""
+    name = part.file.name
     if rows.column("shard").unique().to_pylist() not in ([], [part.shard]):
-        yield f"{part.file.name} has rows of another shard than {part.shard}"
-    if read_data:
-        read_part(table.store, part.file, rows=part.rows)  # every page of every column
-        refused = 0 if part.quarantine is None else len(read_part(table.store, part.quarantine, rows=part.quarantined))
-        if refused != part.quarantined:
-            yield f"quarantine of {part.stem} has {refused} rows, the manifest says {part.quarantined}"
-
-
-def _index_problems(table: LatentTable, part: TablePart, rows: pa.Table, dataset: Dataset, shard: ShardRef | None) -> Iterator[str]:
-    if shard is None or shard.tar.sha256 != part.shard_sha256:
-        yield f"{part.file.name} was encoded from a shard {part.shard} (sha256 {part.shard_sha256[:12]}) that the dataset does not have"
+        yield f"{name} has rows of another shard than {part.shard}"
+    if not read_data:
         return
-    index = dataset.reader(shard).index.select(["key", "ordinal"]).slice(part.row_start, part.row_stop - part.row_start)
+    yield from (f"{name}: {problem}" for problem in form_problems(table.store.local(part.file), rows, PART_FORM))
+    values = {column: rows.column(column) for column in table.manifest.columns if column in rows.column_names}
+    gaps = [column for column in (*KEYS, *values) if has_gaps(rows.column(column))]
+    if gaps:
+        yield f"{name} has rows without {', '.join(gaps)}"
+    elif part.rows:
+        yield from (f"{name}: {problem}" for problem in _value_problems({column: _numbers(found) for column, found in values.items()}))
+    if part.quarantine is None:
+        return
+    where = part.quarantine.name
+    refused = read_part(table.store, part.quarantine, rows=part.quarantined)
+    yield from (f"{where}: {problem}" for problem in column_problems(refused.schema, QUARANTINE_SCHEMA))
+    yield from (f"{where}: {problem}" for problem in form_problems(table.store.local(part.quarantine), refused, QUARANTINE_FORM))
+    if "shard" in refused.column_names and refused.column("shard").unique().to_pylist() != [part.shard]:
+        yield f"{where} has rows of another shard than {part.shard}"
+
+
+def _numbers(column: Column) -> NDArray[Any]:  # any: the column's dtype
+    """Return the numbers of a column without gaps as `[n]` or `[n, D]`."""
+    return numpy_view(column if column.num_chunks == 1 else pa.chunked_array([pa.concat_arrays(column.chunks)]))
+
+
+def _value_problems(columns: Mapping[str, NDArray[Any]]) -> Iterator[str]:  # any: float32, float16 or int32
+    """Yield the encoded columns with values that no encoder writes, and a divergence that is not that of mu and log_var."""
+    for name, values in columns.items():
+        good = np.isfinite(values).all() if values.dtype.kind == "f" else (values >= 0).all()
+        if not good:
+            yield f"its column {name} has values that are {'not finite' if values.dtype.kind == 'f' else 'below 0'}"
+            return
+    if not {"mu", "log_var", "kl"} <= columns.keys() or columns["mu"].shape != columns["log_var"].shape:
+        return
+    mu, log_var = (columns[name].astype(np.float32, copy=False) for name in ("mu", "log_var"))
+    with np.errstate(over="ignore", invalid="ignore"):
+        terms = np.exp(log_var)
+        terms -= log_var
+        terms += mu * mu
+        right = 0.5 * (np.einsum("nd->n", terms) - mu.shape[1])
+        tolerance = KL_TOLERANCE[columns["mu"].dtype.name] * (1 + np.abs(right))
+        wrong = np.flatnonzero(~(np.abs(columns["kl"] - right) <= tolerance) & np.isfinite(right))
+    if len(wrong):
+        row = int(wrong[0])
+        yield f"its column kl is not that of mu and log_var: {columns['kl'][row]:g} instead of {right[row]:g} in row {row}"
+
+
+def _index_problems(
+    table: LatentTable, part: TablePart, rows: pa.Table, dataset: Dataset, shard: ShardRef | None, read_data: bool
+) -> Iterator[str]:
+    """Yield where rows, and with `read_data` their metadata columns and the quarantine, are not what the shard's index says."""
+    name = part.file.name
+    if shard is None or shard.tar.sha256 != part.shard_sha256:
+        yield f"{name} was encoded from a shard {part.shard} (sha256 {part.shard_sha256[:12]}) that the dataset does not have"
+        return
+    index = dataset.reader(shard).index.slice(part.row_start, part.row_stop - part.row_start)
     if part.quarantine is not None:
-        refused = read_part(table.store, part.quarantine, ["key"], part.quarantined).column("key")
-        index = index.filter(pc.invert(pc.is_in(index.column("key"), value_set=refused.combine_chunks())))
-    for column in ("key", "ordinal"):
-        if index.column(column).to_pylist() != rows.column(column).to_pylist():
-            yield f"{part.file.name}: the {column}s differ from those in {shard.index.name}"
+        refused = read_part(table.store, part.quarantine, None, part.quarantined)
+        is_refused = pc.is_in(index.column("key"), value_set=refused.column("key").combine_chunks())
+        expected = index.filter(is_refused)
+        if read_data and any(not refused.column(column).equals(expected.column(column)) for column in ("key", "ordinal", "sha256")):
+            yield f"{part.quarantine.name}: keys, ordinals or hashes differ from those in {shard.index.name}"
+        index = index.filter(pc.invert(is_refused))
+    right = passed_columns(index if read_data else index.select(["key", "ordinal"]))
+    for column, values in right.items():
+        if column not in rows.column_names:
+            yield f"{name} has no column {column!r}, which {shard.index.name} has"
+        elif not _same(rows.column(column), values):
+            yield f"{name}: the {column}s differ from those in {shard.index.name}"
+    if not read_data:
+        return
+    extra = [column for column in rows.column_names if column not in {*right, "shard", *table.manifest.columns}]
+    if extra:
+        yield f"{name} has columns {', '.join(map(repr, extra))}, which neither {shard.index.name} nor the encoding has"
+    if (found := part_metadata(rows.schema).get("index_content_sha256")) != shard.index_content_sha256:
+        yield f"{name} has index_content_sha256 {found!r}, its shard {shard.index_content_sha256!r}"
+
+
+def _same(found: Column, right: Column) -> bool:
+    """Return whether two columns are equal; missing numbers (NaN) are."""
+    if found.equals(right) or not (pa.types.is_floating(right.type) and found.type == right.type and found.null_count == right.null_count):
+        return bool(found.equals(right))
+    return bool(np.array_equal(found.to_numpy(), right.to_numpy(), equal_nan=True))
+
+
+def _document_problems(table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, pq.FileMetaData]) -> Iterator[str]:
+    """Yield where claims, records, manifests and the metadata of parts contradict each other."""
+    schemas = {stem: footer.schema.to_arrow_schema() for stem, footer in footers.items()}
+    manifests = dict[int, TableManifest]()
+    for name, document in sorted(documents.items()):
+        if name.startswith(f"{STEM}."):
+            where = f"{table.url}/{name}"
+            try:
+                manifest = table_manifest_of(document.content, where)
+            except DataError as error:
+                yield str(error)
+                continue
+            parent = manifests.get(manifest.parent)
+            manifests[manifest.number] = manifest
+            if parent is not None and manifest.parent_sha256 != documents[f"{STEM}.{manifest.parent:06d}.json"].sha256:
+                yield f"{where}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
+            found = (f"{where}: {problem}" for problem in _generation_problems(parent, manifest, documents, schemas))
+            yield from guarded(where, found)
+    for part in table.parts:
+        name = f"records/{part.stem}.json"
+        if name in documents:
+            where = f"{table.url}/{name}"
+            found = (f"{where}: {problem}" for problem in _record_problems(part, documents[name], schemas.get(part.stem)))
+            yield from guarded(where, found)
+
+
+def _generation_problems(
+    parent: TableManifest | None, manifest: TableManifest, documents: Mapping[str, Document], schemas: Mapping[str, pa.Schema]
+) -> Iterator[str]:
+    """Yield where a generation is not its parent's, its claim's or its parts'."""
+    old = () if parent is None else parent.parts
+    if parent is not None and (differences := disagreement(manifest.identity, parent.identity)):
+        yield f"its identity is not that of generation {parent.number}: {differences}"
+    if any(part not in manifest.parts for part in old):
+        yield f"it does not name the parts of generation {manifest.parent} as that one does"
+    run, checkpoint = manifest.lineage["run"], manifest.lineage["checkpoint"]["url"]
+    if run != checkpoint.removesuffix("/model"):
+        yield f"its lineage names the run {run!r} and a checkpoint at {checkpoint!r}"
+    claims = {name: document.content for name, document in documents.items() if name.startswith("run.")}
+    if manifest.claim_sha256 is not None and claims:
+        made = [(name, claim) for name, claim in claims.items() if sha256_json(claim["identity"]) == manifest.claim_sha256]
+        if not made:
+            yield f"claim_sha256 is {manifest.claim_sha256[:12]}, which no claim has: {', '.join(sorted(claims))} was changed or removed"
+        for name, claim in made:
+            if differences := disagreement(*map(_without_urls, (claim["info"].get("lineage", {}), manifest.lineage))):
+                yield f"{name} says another lineage: {differences}"
+    if all(part.stem in schemas for part in manifest.parts):
+        producers = ({key: part_metadata(schemas[part.stem]).get(key) for key in PRODUCER} for part in manifest.parts)
+        unique = {canonical_json(producer): producer for producer in producers}
+        if differences := disagreement(manifest.lineage["encoded_by"], [unique[key] for key in sorted(unique)]):
+            yield f"its lineage does not name what its parts say they were encoded by: {differences}"
+
+
+def _without_urls(lineage: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
+    """Return checkpoint and dataset of a lineage without their addresses, which may have changed since a claim."""
+    parts = {name: lineage.get(name, {}) for name in ("checkpoint", "dataset")}
+    return {name: {key: value for key, value in part.items() if key != "url"} for name, part in parts.items()}
+
+
+def _record_problems(part: TablePart, document: Document, schema: pa.Schema | None) -> Iterator[str]:
+    """Yield what a record says that its part, or the metadata of that, do not."""
+    record, detail = document.content, document.content["detail"]
+    files = [ref for ref in (part.file, part.quarantine) if ref is not None]
+    where = {name: getattr(part, name) for name in ("split", "shard", "shard_sha256", "row_start", "row_stop", "footer_sha256")}
+    right = {"rows": part.rows, "quarantined": part.quarantined, "files": [dataclasses.asdict(ref) for ref in files], "detail": where}
+    stated = {**{name: record[name] for name in right}, "detail": {name: detail.get(name) for name in where}}
+    if schema is not None:
+        metadata = part_metadata(schema)
+        if document.is_sealed and seal_in(schema) is None:  # version 1 sealed neither
+            yield f"{part.file.name} has no {SEAL}, which its writer gave it"
+        for name in ("checkpoint_sha256", "index_content_sha256"):
+            stated["detail"][name], where[name] = detail.get(name), metadata.get(name)
+        stated["detail"]["encoded_by"], where["encoded_by"] = detail.get("encoded_by"), {name: metadata.get(name) for name in PRODUCER}
+    if differences := disagreement(stated, right):
+        yield f"it does not say what the manifest and the part do: {differences}"
 
 
 def _coverage_problems(table: LatentTable, shards: Sequence[ShardRef]) -> Iterator[str]:

@@ -103,19 +103,20 @@ def epoch_of(store: Store, parts: Iterable[FileRef], step: int) -> EpochMean:
 
 def _epoch_until(names: Iterable[str], step: int, read: Callable[[str], list[dict[str, Any]]]) -> EpochMean | None:
     """Return the means of the epoch of `step` from the parts that end there, and before; attempts that overlap wrote the same rows."""
-    by_end = {_steps(name)[1]: name for name in names}
+    by_end = {steps_of(name)[1]: name for name in names}
     rows: list[dict[str, Any]] = []
     name = by_end.get(step)
     while name is not None and (not rows or rows[0]["epoch"] == rows[-1]["epoch"]):
         rows = read(name) + rows
-        name = by_end.get(_steps(name)[0] - 1)
+        name = by_end.get(steps_of(name)[0] - 1)
     mean = EpochMean()
     for row in rows:
         mean.add(row)
     return mean if rows else None
 
 
-def _steps(name: str) -> tuple[int, int]:
+def steps_of(name: str) -> tuple[int, int]:
+    """Return the first and the last step of a part, as its name says."""
     first, last = name.removeprefix("metrics/").split("-")[:2]
     return int(first), int(last)
 
@@ -129,7 +130,7 @@ def last_epoch(store: Store) -> dict[str, Any] | None:
     """Return the means of the epoch of the highest step so far (see `EpochMean.to_dict`), None before the first: for progress only."""
 
     def look(names: list[str], newest: str) -> dict[str, Any]:
-        mean = _epoch_until(names, _steps(newest)[1], lambda name: _rows(store, name))
+        mean = _epoch_until(names, steps_of(newest)[1], lambda name: _rows(store, name))
         return {} if mean is None else mean.to_dict()
 
     return _newest(store, look)
@@ -139,7 +140,7 @@ def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> d
     """Return `look(parts, newest part)`; lists again if `gc` removed a part before it was read."""
     for _ in range(5):
         names = [f"metrics/{name}" for name in store.list("metrics") if name.endswith(".jsonl")]
-        newest = max(names, key=lambda name: _steps(name)[1], default=None)
+        newest = max(names, key=lambda name: steps_of(name)[1], default=None)
         if newest is None:
             return None
         try:

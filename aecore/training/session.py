@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
-from aecore.artifact.documents import read_json
+from aecore.artifact.documents import CLAIM, read_json
 from aecore.checkpoint.compatibility import require_labels, takes_labels
-from aecore.checkpoint.files import CLAIM
+from aecore.checkpoint.files import require_own_checkpoints
 from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.classes import quoted
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
@@ -203,11 +203,13 @@ class Session:
             logger.info(note)
 
     def take(self) -> None:
-        """Claim `out` for this job, or continue it; ConfigError with the differing fields if another job owns it.
+        """Claim `out` for this job, or continue it.
 
-        What cannot be trained at all is refused before the claim.
+        What cannot be trained at all is refused before the claim. ConfigError with the differing fields if another job owns it, DataError
+        if the checkpoints there are not of its claim.
         """
         if self.is_claimed():
+            require_own_checkpoints(self.store, self.run_sha256)
             self._warn_if_product_changed()
             return
         self.require_trainable()

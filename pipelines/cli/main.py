@@ -27,13 +27,13 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from aecore.errors import DataError, StoreError, masked, printable
+from aecore.errors import AecoreError, DataError, StoreError, masked, printable
 from aecore.registry import flatten
 from aecore.store import check_environment
 from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
-from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
-from pipelines.cluster.outside import typed
+from pipelines.cluster.interrupt import end_in_time, write_line
+from pipelines.cluster.outside import known_error
 from pipelines.steps.hints import next_command
 from pipelines.steps.logs import log_to_handler
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # for `docker stop` and cluster schedulers: as Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if argv is None:
-        end_in_time(INTERRUPTED, partial(_last_words, as_json=as_json))
+        end_in_time(partial(_last_words, as_json=as_json))
     try:
         return _run(words)
     except SystemExit:  # of --help and --version, which have written all
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
         return _failed({"error": "Interrupted", "message": message, "exit_code": INTERRUPTED}, as_json=as_json)
     except Exception as error:
-        known = typed(error)
+        known = known_error(error)
         if known is None:
             raise
         if debug:
@@ -81,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(how, signal.SIG_DFL)
 
 
-def _last_words(*, as_json: bool) -> None:
+def _last_words(error: AecoreError, *, as_json: bool) -> None:
     """Say why this process ends without its main thread, unless that has said it already; nothing here waits for another thread."""
     if not _ends:
-        write_line(f"aepipe: {LEFT}")
+        write_line(f"aepipe: {printable(str(error))}")
         if as_json:
-            write_line(_to_json({"error": "Interrupted", "message": LEFT, "exit_code": INTERRUPTED}), 1)
+            write_line(_to_json({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}), 1)
 
 
 def _failed(error: dict[str, Any], *, as_json: bool) -> int:

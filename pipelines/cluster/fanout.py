@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from aecore.artifact.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.errors import AecoreError, ClusterError, WorkerDied
 from pipelines.cluster.memory import disable_malloc_trim
-from pipelines.cluster.outside import typed
+from pipelines.cluster.outside import known_error
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, wait_for_one, worker_resources
 from pipelines.recipe.recipe import ClusterSpec
 
@@ -116,7 +116,7 @@ def _or_error(function: Callable[[], T]) -> T | AecoreError:
     try:
         return function()
     except Exception as error:
-        known = typed(error)
+        known = known_error(error)
         if known is None:
             raise
         return known

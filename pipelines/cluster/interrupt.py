@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from aecore.errors import AecoreError, Interrupted
+
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE_S = 4.0  # from a signal to the end, for work that needs no time to stop
@@ -34,6 +36,7 @@ LEFT = (
     "from there"
 )
 _patience = [PATIENCE_S]
+_say: Callable[[AecoreError], None] | None = None
 _needed_until = 0.0  # when a block of `patience` was left for the last time
 
 
@@ -49,16 +52,16 @@ def patience(seconds: float) -> Iterator[None]:
         _patience.remove(seconds)
 
 
-def end_in_time(exit_code: int, say: Callable[[], None]) -> None:
+def end_in_time(say: Callable[[AecoreError], None]) -> None:
     """Let this process end when `PATIENCE_S`, and what `patience` adds, have passed since the first signal. For the main thread.
 
     Parameters
     ----------
-    exit_code
-        Status of a process that is ended so.
     say
-        Called before. It must not wait for a lock that a thread may hold, such as that of `sys.stderr`.
+        Reports the error with whose exit code the process ends. It must not wait for a lock that a thread may hold, as of `sys.stderr`.
     """
+    global _say
+    _say = say
     waiting, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)  # written by whichever thread the system gives the signal to
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # the signals of a child are not this process's
@@ -70,12 +73,20 @@ def end_in_time(exit_code: int, say: Callable[[], None]) -> None:
         first = time.monotonic()
         while time.monotonic() < max(first, _needed_until) + sum(_patience):
             time.sleep(LOOK_S)
-        try:
-            say()
-        finally:
-            os._exit(exit_code)
+        leave(Interrupted(LEFT))
 
     threading.Thread(target=watch, name="aepipe-signals", daemon=True).start()
+
+
+def leave(error: AecoreError) -> None:
+    """End this process at once, from any thread; where that was not prepared by `end_in_time`, the error is only logged."""
+    if _say is None:
+        logger.error("%s", error)
+        return
+    try:
+        _say(error)
+    finally:
+        os._exit(error.exit_code)
 
 
 def _arrived(waiting: int) -> bool:

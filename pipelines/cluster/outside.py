@@ -8,7 +8,7 @@ from aecore.errors import AecoreError, ServiceLost, from_outside
 SERVICES = frozenset({"grpc", "httpcore", "httpx", "ray", "requests", "urllib3"})  # packages whose errors are those of a service
 
 
-def typed(error: Exception) -> AecoreError | None:
+def known_error(error: Exception) -> AecoreError | None:
     """Return the typed error for an exception that a service, the storage, memory or an input caused; None for a bug.
 
     The error of a task that ran on a worker is judged by its cause, which Ray wraps.
@@ -20,7 +20,7 @@ def typed(error: Exception) -> AecoreError | None:
         cause = getattr(error, "cause", None)
         if not isinstance(cause, Exception) or type(cause).__name__ == "RayError":  # that one stands for a cause that cannot be pickled
             return None
-        return typed(cause)
+        return known_error(cause)
     if packages & SERVICES or (isinstance(error, ConnectionError) and error.filename is None):
         what = next(iter(str(error).strip().splitlines()), "")
         return ServiceLost(

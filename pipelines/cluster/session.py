@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aecore.errors import ClusterError, ConfigError
+from pipelines.cluster.alive import CHECK_S, forget_processes, require_alive, watch_processes
 from pipelines.cluster.interrupt import patience
 from pipelines.cluster.leftovers import clear_leftovers, make_session_root, note_driver
 from pipelines.recipe.recipe import ClusterSpec
@@ -110,6 +111,7 @@ def connect(cluster: ClusterSpec) -> None:
             raise
         raise ClusterError(_cannot_connect(error, address, name)) from error
     _Connection.address = address
+    watch_processes(ray)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaced it by one that ends the process without cleaning up
     how, seconds = "connected to" if found else "started", time.perf_counter() - started
@@ -222,6 +224,7 @@ def _local_token() -> dict[str, str]:
 
 def disconnect() -> None:
     """Disconnect from the cluster; one that `connect` started ends, any other goes on."""
+    forget_processes()
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
@@ -302,14 +305,23 @@ def require_resources(cluster: ClusterSpec, num_workers: int) -> None:
 
 
 def wait_for_one(refs: Sequence[Any], cluster: ClusterSpec) -> Any:  # any: Ray's object refs
-    """Return the first of `refs` that is done; ClusterError if for `cluster.timeout_s` no node has room for a worker (nodes were lost)."""
+    """Return the first of `refs` that is done.
+
+    ClusterError if Ray's own processes here have ended, or if for `cluster.timeout_s` no node has room for a worker (nodes were lost).
+    """
     import ray
 
     need, seen = worker_resources(cluster), time.monotonic()
+    looked = seen
     while True:
-        done, _ = ray.wait(list(refs), num_returns=1, timeout=min(LOOK_S, cluster.timeout_s))
+        require_alive()
+        done, _ = ray.wait(list(refs), num_returns=1, timeout=CHECK_S)
         if done:
+            require_alive()  # else it is the error of a worker that ended with its node
             return done[0]
+        if time.monotonic() - looked < min(LOOK_S, cluster.timeout_s):
+            continue
+        looked = time.monotonic()
         if any(fits(node, need) for node in _nodes(ray)):
             seen = time.monotonic()
         elif time.monotonic() - seen > cluster.timeout_s:

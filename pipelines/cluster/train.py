@@ -32,6 +32,7 @@ from aecore.training.preflight import schedule_warnings
 from aecore.training.ranks import Rank
 from aecore.training.result import RunResult, finished_run
 from aecore.training.session import Session
+from pipelines.cluster.alive import require_alive
 from pipelines.cluster.interrupt import GRACE_S, StopRequest
 from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.session import (
@@ -153,6 +154,7 @@ def _wait_for(future: "concurrent.futures.Future[Any]", stop: StopRequest, flag:
     """Return whether the trainer ended; after a request to stop it has `GRACE_S` to do so."""
     deadline: float | None = None
     while not concurrent.futures.wait([future], POLL_S).done:
+        require_alive()
         on_poll()
         if deadline is None and stop():
             flag.request.remote()

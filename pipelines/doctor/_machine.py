@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aecore.errors import ClusterError, ConfigError
 from aecore.native import available, processor, why_not
+from aecore.native.memory import free_bytes
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 from pipelines.recipe.recipe import ClusterSpec
 
@@ -81,18 +82,6 @@ def memory(cluster: ClusterSpec) -> Iterator[Finding]:
         yield warning("shared memory", message, "give the container more, for example docker run --shm-size=1g")
     else:
         yield ok("shared memory", f"/dev/shm has {shared / GB:.1f} GB")
-
-
-def free_bytes() -> int:
-    """Return the available memory of the machine, or of the container's limit if that is less."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - used))
 
 
 def temporary_disk() -> Finding:

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aecore.errors import StoreError
-from aecore.store import RACERS, ROUNDS, AlreadyExists, Store, absolute_url, is_remote, open_store
+from aecore.store import RACERS, ROUNDS, SKEW_S, AlreadyExists, Store, absolute_url, ahead_s, is_remote, open_store
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 
 TIMEOUT_S = 120.0
-SKEW_S = 5.0
 LOW_BYTES, LOWEST_BYTES = 5 << 30, 100 << 20
 WRITABLE = "use another URL, or check that this user may write there and that the service answers"
 OTHER = "use another store: without it two concurrent runs could mix their files"
@@ -92,9 +91,7 @@ def _hard_links(folder: Path) -> Finding:
 
 
 def _clock(store: Store) -> Finding:
-    store.put("now", b"now", role="doctor")
-    written, now = store.modified("now"), time.time()
-    skew = abs(now - (written or 0.0))
+    skew = abs(ahead_s(store))
     if skew > SKEW_S:
         message = f"the clock of the storage and of this machine are {skew:,.0f} s apart"
         return warning("store: clock", message, "synchronise them (NTP): `aepipe gc` depends on the age of files, S3 refuses 15 minutes")

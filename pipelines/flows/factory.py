@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 from aecore.errors import ClusterError, ConfigError, DataError, Diverged, RunFailed, ServiceLost, WorkerDied
 from aecore.registry import flatten
 from pipelines.cluster.jobs import JobStopped
-from pipelines.cluster.outside import typed
+from pipelines.cluster.outside import known_error
 from pipelines.recipe.recipe import Recipe
 from pipelines.steps.hints import next_command
 from pipelines.steps.logs import OURS, make_printable
@@ -115,7 +115,7 @@ def _make(name: str) -> Any:
                 summary = STEPS[name](parsed, report)
                 logger.info("%s done in %.1f s", name, summary["seconds"])
         except Exception as error:
-            known = typed(error)
+            known = known_error(error)
             if known is None:
                 raise
             if (more := next_command(known)) is not None:
@@ -158,7 +158,7 @@ def _logged(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = typed(error)
+        known = known_error(error)
         logging.getLogger(__name__).warning("%s is not on the run's page: %s", what, known or error, exc_info=known is None)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from aecore import errors
 from aecore.errors import Interrupted, RunFailed, printable
 from aecore.store import check_environment
-from pipelines.cluster.interrupt import LEFT, end_in_time, write_line
-from pipelines.cluster.outside import typed
+from pipelines.cluster.interrupt import end_in_time, write_line
+from pipelines.cluster.outside import known_error
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.yaml import Tree
 from pipelines.steps import progress
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_handler(handler, logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray stops a job by SIGTERM
     if argv is None:
-        end_in_time(Interrupted.exit_code, lambda: write_line(LEFT))
+        end_in_time(lambda error: write_line(f"{RESULT}{json.dumps(errors.to_json(error))}", 1))
     try:
         check_environment()
         return _end(0, {"summary": work(name, Recipe(json.loads(text)), progress.lines_to(sys.stdout))})
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(interrupt) or "the job was interrupted; what is finished is kept"
         return _end(Interrupted.exit_code, errors.to_json(Interrupted(message)))
     except Exception as error:
-        known = typed(error)
+        known = known_error(error)
         if known is None:  # a bug: its traceback goes to the log, as on the command line
             sys.stdout.write(printable(traceback.format_exc()))
             known = RunFailed(f"{type(error).__name__}: {error}")

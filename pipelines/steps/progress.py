@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from aecore.artifact.commit import PartRecord
-from aecore.artifact.documents import read_json
+from aecore.artifact.documents import CLAIM, read_json
 from aecore.artifact.fanout import OnPart
 from aecore.errors import printable
 from aecore.store import Store
 from aecore.training.metrics import last_epoch, last_row
-from pipelines.cluster.outside import typed
+from pipelines.cluster.outside import known_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class TrainWatch:
             self._look()
             self._blind = False
         except Exception as error:
-            known = typed(error)
+            known = known_error(error)
             if known is None:
                 raise
             logger.log(logging.DEBUG if self._blind else logging.WARNING, "the progress of training cannot be read now: %s", known)
@@ -189,7 +189,7 @@ class TrainWatch:
         row = last_row(self._store)
         if row is None or row["step"] <= self._step:
             return
-        self._total = self._total or read_json(self._store, "run.000001.json")["info"]["total_steps"]
+        self._total = self._total or read_json(self._store, CLAIM)["info"]["total_steps"]
         self._step = row["step"]
         validation = f", validation {row['validation']['loss']:.4f}" if "validation" in row else ""
         news = row["epoch"] != self._epoch or "validation" in row or self._step == self._total

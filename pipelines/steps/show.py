@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from aecore.artifact.documents import read_bytes, read_json
+from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
 from aecore.artifact.subset import parse_subset
 from aecore.errors import ConfigError, DataError
@@ -61,7 +61,7 @@ def _run(store: Store) -> Tree:
     from aecore.training.metrics import last_epoch
     from aecore.training.result import finished_run
 
-    claim, done = read_json(store, "run.000001.json"), finished_run(store)
+    claim, done = read_json(store, CLAIM), finished_run(store)
     metrics = dict(done.metrics) if done else last_epoch(store) or {}
     return {
         "finished": done is not None,
@@ -140,16 +140,31 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
         facts = verify_table(open_table(store.url), read_data=read_data, dataset_url=dataset, only=only).to_dict()
         return {"kind": kind, "url": facts.pop("url"), "rows": facts.pop("num_rows"), **facts}
     if kind == "run":
-        return {"kind": kind, "url": store.url, **_verify_run(store)}
+        return _verify_run(store, read_data)
     if kind == "checkpoint":
         from aecore.checkpoint.files import read_checkpoint
 
         checkpoint = read_checkpoint(store, "")
         return {"kind": kind, "url": store.url, "checkpoint_sha256": checkpoint.sha256, "files": len(checkpoint.files)}
     own = f"{store.url}/dataset" if "dataset" in found.stages else None  # a root may have been moved as a whole
-    places = {"table": dataset if dataset is not None else own}
-    stages = {name: verify(f"{store.url}/{name}", read_data=read_data, dataset=places.get(name), subset=subset) for name in found.stages}
+    stages: Tree = {}
+    for name in found.stages:
+        if name == "run" and located(place := open_store(f"{store.url}/run")).kind == "run":
+            stages[name] = _verify_run(place, read_data, own)
+        else:
+            where = (dataset if dataset is not None else own) if name == "table" else None
+            stages[name] = verify(f"{store.url}/{name}", read_data=read_data, dataset=where, subset=subset)
     return {"kind": kind, "url": store.url, **stages}
+
+
+def _verify_run(store: Store, read_data: bool, dataset: str | None = None) -> Tree:
+    """Check a run, and with `read_data` what it was trained on: a dataset where it was then, or at `dataset`."""
+    from aecore.training.verify import verify_run
+
+    run = verify_run(store, read_data=read_data, dataset_url=dataset)
+    if run.problems:
+        raise DataError("\n".join(run.problems))
+    return {"kind": "run", "url": store.url, "checkpoints": list(run.checkpoints), "files": run.files, "finished": run.finished}
 
 
 def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:
@@ -161,20 +176,3 @@ def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:
             f"--dataset {dataset} names the dataset of a table, but {store.url} is a {found.kind} without a table: leave it out"
         )
     open_dataset(absolute_url(dataset, "--dataset"))
-
-
-def _verify_run(store: Store) -> Tree:
-    """Check every file of every committed checkpoint and of the published model (they are small: always by sha256)."""
-    from aecore.checkpoint.files import committed_checkpoints, verify_checkpoint
-    from aecore.training.result import finished_run
-
-    problems, checked = [], 0
-    names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished_run(store) else [])
-    for name in names:
-        try:
-            checked += len(verify_checkpoint(store, name).files)
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
-    return {"checkpoints": names, "files": checked, "finished": "model" in names}

@@ -20,6 +20,7 @@ import pytest
 
 from aecore.data.format.index import MEMBERS
 from aecore.data.format.parquet import open_parquet
+from aecore.store import sha256_json
 from tests.aecore.data.tiny import encoded, image
 from tests.aecore.encoding import encode, saved_run, sprites_dataset
 from tests.documents import content, rewrite
@@ -217,13 +218,19 @@ class TestParquet:
 
     @pytest.mark.parametrize("agrees", [True, False])
     def test_the_index_of_a_shard(self, root: Path, agrees: bool) -> None:
-        manifest, shards = root / "dataset/dataset.000001.json", content(root / "dataset/dataset.000001.json")["shards"]
+        manifest, data = root / "dataset/dataset.000001.json", content(root / "dataset/dataset.000001.json")
+        shards = data["shards"]
         path = root / "dataset" / shards[0]["index"]["name"]
         rows_of_one_value(path, key=pa.string(), ordinal=pa.int64())
         shards[0]["index"] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         if agrees:
+            more, split = ROWS - shards[0]["samples"], shards[0]["split"]
             shards[0] |= {"samples": ROWS, "planned": ROWS}
-        rewrite(manifest, shards=shards)
+            for shard in shards[1:]:
+                shard["first_ordinal"] += more if shard["split"] == split else 0
+            data["statistics"][split]["samples"] += more
+            data["sample"] = {name: {text: count + more for text, count in counts.items()} for name, counts in data["sample"].items()}
+        rewrite(manifest, **data)
         imports = "from aecore.data.dataset import open_dataset; from aecore.data.read.verify import verify_dataset"
         said = refused(imports, "said = str(verify_dataset(open_dataset(path), read_data=True).problems)", root / "dataset")
         assert ("expected at most 8 in a byte" if agrees else "it has 30000000 rows, the manifest says") in said
@@ -251,12 +258,13 @@ class TestParquet:
         assert refused(imports, "open_table(path).keys", root / "table").startswith("DataError")
 
     def test_vectors_of_another_length_than_the_manifest_says(self, root: Path) -> None:
-        columns = content(root / "table/table.000001.json")["columns"]
-        rewrite(root / "table/table.000001.json", columns={**columns, "mu": {**columns["mu"], "dim": 1 << 30}})
-        imports = "from aecore.table.table import open_table"
-        assert "its column mu has 4 values a row, the manifest says 1073741824" in refused(
-            imports, "open_table(path).numpy('mu')", root / "table"
-        )
+        path, imports = root / "table/table.000001.json", "from aecore.table.table import open_table"
+        for dim, message in ((1 << 30, "a dim up to 16,777,216 or null"), (1 << 24, "column 'mu' is of type fixed_size_list")):
+            data = content(path)
+            data["columns"]["mu"]["dim"] = data["identity"]["columns"]["mu"]["dim"] = dim
+            claim = {"table": data["identity"], "dataset_sha256": data["lineage"]["dataset"]["sha256"]}
+            rewrite(path, **{**data, "claim_sha256": sha256_json(claim)})
+            assert message in refused(imports, "open_table(path).numpy('mu')", root / "table")
 
 
 class TestImages:

@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from aecore.data.format.parquet import footer_sha256
 from aecore.errors import DataError, StoreError
 from aecore.store import FileRef, open_store, sha256_file
 from aecore.store import _again as again_module
@@ -99,7 +100,8 @@ def test_a_scan_of_a_table_raises_typed_errors_for_files_that_cannot_be_opened(t
     path = tmp_path / "part.parquet"
     pq.write_table(pa.table({"key": ["a"]}), path, write_page_checksum=True)
     ref = FileRef(path.name, path.stat().st_size, sha256_file(path))
-    files = pafs.PyFileSystem(PartFiles(open_store(tmp_path), {str(path): ref}))
+    with path.open("rb") as file:
+        files = pafs.PyFileSystem(PartFiles(open_store(tmp_path), {str(path): ref}, {str(path): footer_sha256(file)}))
     scan = pads.FileSystemDataset(
         [pads.ParquetFileFormat().make_fragment(str(path), files)], pq.read_schema(path), pads.ParquetFileFormat(), files
     )

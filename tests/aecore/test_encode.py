@@ -32,8 +32,9 @@ from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _num_strea
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import from_dict
-from aecore.store import FAULT_STAGES, open_store
-from aecore.table.part import RefusedRow, commit_quarantine, fixed_size_list, numpy_view, part_metadata
+from aecore.store import open_store
+from aecore.store._environment import FAULT_STAGES
+from aecore.table.part import RefusedRow, commit_part, commit_quarantine, fixed_size_list, numpy_view, part_metadata
 from aecore.table.table import open_table
 from aecore.table.verify import verify_table
 from aecore.variational import VAESpec
@@ -352,8 +353,8 @@ def test_a_part_of_other_floats_from_a_lost_attempt_is_taken_as_it_is(tmp_path: 
     there = table.read(table.parts[0])
     other = fixed_size_list(np.nextafter(numpy_view(there["mu"]), np.float32(9)))
     place = there.schema.get_field_index("mu")
-    (tmp_path / "second" / name).parent.mkdir(parents=True)
-    pq.write_table(there.set_column(place, there.schema.field(place), other), tmp_path / "second" / name, write_page_checksum=True)
+    part = there.set_column(place, there.schema.field(place), other)
+    commit_part(open_store(str(tmp_path / "second")), name, part, compression="none")
     left = (tmp_path / "second" / name).read_bytes()
     second = encode(run, data, tmp_path / "second")
     assert (tmp_path / "second" / name).read_bytes() == left

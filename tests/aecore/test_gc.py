@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aecore.artifact.documents import sealed
+from aecore.artifact.documents import CLAIM, sealed
+from aecore.checkpoint.files import committed_checkpoints, verify_checkpoint
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
@@ -26,7 +27,8 @@ from aecore.encoding.encoder import EncodeSpec
 from aecore.encoding.job import encode_dataset
 from aecore.errors import DataError, StoreError
 from aecore.maintenance.gc import DAY_S, Report, collect_garbage
-from aecore.store import FAULT_STAGES, LocalStore, open_store
+from aecore.store import LocalStore, open_store
+from aecore.store._environment import FAULT_STAGES
 from aecore.table.table import open_table
 from aecore.table.verify import verify_table
 from aecore.training.loop import fit
@@ -427,7 +429,7 @@ def test_a_wrong_clock_of_this_machine_makes_nothing_old(tmp_path, monkeypatch, 
     monkeypatch.setattr(time, "time", lambda: here)
     assert collect_garbage(str(out), unfinished=True).garbage == ()
     assert tree(out, without=()) == before
-    assert f"this machine's clock is 48.0 h {'ahead of' if days > 0 else 'behind'}" in caplog.text
+    assert f"this machine's clock is 172,800 s {'ahead of' if days > 0 else 'behind'}" in caplog.text
 
 
 def test_without_the_right_to_ask_the_storage_nothing_younger_than_a_week_is_old(tmp_path, monkeypatch, caplog):
@@ -467,3 +469,15 @@ def test_what_a_manifest_is_about_to_name_is_looked_at(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"train-000000\.parquet is gone"):
         shard(images, out)
     assert [path.name for path in out.glob("dataset.*.json")] == ["dataset.000001.json"]
+
+
+def test_a_run_of_a_hundred_million_steps_is_ours(tmp_path):
+    """Names of checkpoints and metrics have one pattern for who reads, verifies and collects them."""
+    run = open_store(saved_run(tmp_path / "run", seed=123_456_789))
+    run.put(CLAIM, sealed({"kind": "run", "claim": 1, "identity": {}, "info": {}}), role="run")
+    part = run.put("metrics/00000001-123456789-aa.jsonl", b"{}\n", role="metrics")
+    assert [step for step, _ in committed_checkpoints(run)] == [123_456_789]
+    assert verify_checkpoint(run, "checkpoints/step-123456789-aa").step == 123_456_789
+    report = collect_garbage(run.url)
+    assert report.not_ours == ()
+    assert part.name not in [item.name for item in report.garbage]

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 
 from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.files import committed_checkpoints, newest_checkpoint, read_checkpoint
-from aecore.checkpoint.limits import machine_bytes, shapes_of
+from aecore.checkpoint.limits import shapes_of
 from aecore.checkpoint.weights import load_model, load_state, load_weights, require_finite_weights, write_checkpoint
 from aecore.data.format.transform import TransformSpec
 from aecore.errors import AecoreError, ConfigError, DataError
+from aecore.native.memory import machine_bytes
 from aecore.nn.attention import AttentionSpec, smallest_side
 from aecore.nn.conv import ConvSpec
 from aecore.nn.hybrid import HybridSpec

@@ -1,6 +1,7 @@
 """What every store promises: one suite for a folder, a bucket and memory, the last two also through the cache of this machine."""
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,13 +14,15 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
 from aecore.errors import ConfigError, DataError, StoreError
-from aecore.store import SCHEMES, AlreadyExists, FileRef, Store, absolute_url, is_remote, open_store
+from aecore.store import SCHEMES, AlreadyExists, FileRef, LocalStore, Store, absolute_url, is_remote, open_store
 from aecore.store import _cached as cached_module
 from aecore.store._cached import CachedStore
 from aecore.store._s3 import S3Store
 from tests.aecore.encoding import image_folder
 from tests.memory_store import MEMORY, MEMORY_SCHEME, MemoryStore
+from tests.processes import run
 
+ROOT = Path(__file__).resolve().parents[2]
 Spoil = Callable[[str, bytes], None]  # writes bytes under a name, past the store
 CACHED = ("s3 with a cache", "memory with a cache")
 
@@ -54,6 +57,26 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Store, Spoil
         (tmp_path / "artefact" / name).write_bytes(data)
 
     return open_store(tmp_path / "artefact"), write
+
+
+@pytest.mark.parametrize("kind", [LocalStore, S3Store, CachedStore, MemoryStore])
+def test_every_store_has_all_that_the_interface_has(kind: type, tmp_path: Path) -> None:
+    """Also the wrapper, which would miss what is added to the interface."""
+    wanted = {name for name in {*vars(Store), *Store.__annotations__} if not name.startswith("_")}
+    assert {"put", "url", "is_local"} <= wanted
+    opened = CachedStore(MemoryStore("memory://law")) if kind is CachedStore else None
+    assert wanted - {"url"} <= set(dir(opened or kind))
+
+
+def test_the_copies_of_stores_in_memory_go_with_their_process(tmp_path: Path) -> None:
+    code = (
+        "from tests.memory_store import MemoryStore\n"
+        "for number in range(3):\n"
+        "    store = MemoryStore(f'memory://{number}')\n"
+        "    assert store.local(store.put('a', b'x', role='part')).read_bytes() == b'x'"
+    )
+    run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

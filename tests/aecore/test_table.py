@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +23,9 @@ from aecore.table.part import commit_part, fixed_size_list, numpy_view, part_tab
 from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
 from tests.aecore.encoding import DIM, encode, saved_run, sprites_dataset
-from tests.documents import content
+from tests.documents import content, rewrite
+from tests.processes import WARM
+from tests.processes import run as run_process
 
 NUM = 120
 
@@ -324,6 +328,27 @@ def test_a_flipped_bit_in_a_page_raises_where_it_is_read(tmp_path: Path, data: s
         table.dataset().to_table(columns=["mu"])
 
 
+SHRINKING = """
+import os, sys
+from pathlib import Path
+from aecore.data.format.parquet import open_parquet
+file = open_parquet(Path(sys.argv[1]))
+os.truncate(sys.argv[1], 4096)
+try:
+    file.read(use_threads=False)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_file_that_cannot_be_read_any_more_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    """As with a read error of a disk: in a memory map both are a SIGBUS, which ends the process."""
+    rows = pa.table({"key": [f"{number:09d}" for number in range(20_000)], "mu": np.random.default_rng(0).standard_normal(20_000)})
+    pq.write_table(rows, tmp_path / "part.parquet", compression="none", write_page_checksum=True)
+    done = run_process([*WARM, "-c", SHRINKING, tmp_path / "part.parquet"])
+    assert done.returncode == 0 and done.stdout.split() in (["OSError"], ["ArrowInvalid"]), (done.returncode, done.stdout, done.stderr)
+
+
 def test_missing_and_truncated_parts_are_found_without_reading_data(own_table: LatentTable) -> None:
     data = path_of(own_table, 0).read_bytes()
     path_of(own_table, 0).write_bytes(data[:-10])
@@ -358,8 +383,8 @@ def test_verify_finds_a_key_that_stands_twice(own_table: LatentTable) -> None:
     rows = own_table.read(second)
     keys = own_table.read(first)["key"].slice(0, 1).to_pylist() + rows["key"].to_pylist()[1:]
     doubled = rows.set_column(0, rows.schema.field(0), pa.array(keys))
-    file, _ = commit_part(own_table.store, "data/split=train/doubled.parquet", doubled, compression="none")
-    parts = (first, dataclasses.replace(second, file=file), *own_table.parts[2:])
+    file, _, footer = commit_part(own_table.store, "data/split=train/doubled.parquet", doubled, compression="none")
+    parts = (first, dataclasses.replace(second, file=file, footer_sha256=footer), *own_table.parts[2:])
     with pytest.raises(DataError, match="1 rows have a key that another row has too"):
         verify_table(LatentTable(own_table.store, dataclasses.replace(own_table.manifest, parts=parts)), read_data=True)
 
@@ -403,3 +428,58 @@ def test_a_part_with_a_changed_bit_in_what_its_footer_says_is_not_adopted(
     with pytest.raises(DataError, match=rf"is another part \(differs in .*{what}"):
         commit_part(open_store(tmp_path / "other"), name, rows, compression="none")
     assert (tmp_path / "other" / name).read_bytes() == data
+
+
+def answers(table: LatentTable, dataset: Any = None) -> list[Any]:
+    """Return what every way to read a table says."""
+    dataset = dataset or table.dataset()
+    key = table.select("train").keys[-1].as_py()
+    filters = (pc.field("key") == key, pc.field("label") == 0, pc.field("ordinal") > 3)
+    scans = [dataset.to_table().to_pylist(), *(dataset.to_table(["key", "label"], filter=each).to_pylist() for each in filters)]
+    return [*scans, *(table.arrow(name).to_pylist() for name in ("key", "label", "mu")), table.numpy("mu").tolist(), table.lineage(key)]
+
+
+def footer_bits(path: Path) -> tuple[bytes, list[int]]:
+    """Return the bytes of a file and the numbers of the bits of its footer."""
+    data = path.read_bytes()
+    return data, list(range(8 * (len(data) - 8 - int.from_bytes(data[-8:-4], "little")), 8 * len(data)))
+
+
+def with_a_changed_bit(data: bytes, bit: int) -> bytes:
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+
+@pytest.mark.parametrize("of_version_1", [False, True])
+@pytest.mark.parametrize("opened", ["before", "after"])
+def test_a_changed_bit_in_a_footer_changes_no_answer(tmp_path: Path, run: str, opened: str, of_version_1: bool) -> None:
+    """No page checksum covers it: a bit of a column's name returned nulls, one of the key's maximum no rows for a filter."""
+    first = encode(run, sprites_dataset(tmp_path / "small", 24, 24), tmp_path / "table", EncodeSpec(batch=16, compression="none"))
+    if of_version_1:
+        manifest = tmp_path / "table/table.000001.json"
+        parts = [{name: value for name, value in part.items() if name != "footer_sha256"} for part in content(manifest)["parts"]]
+        rewrite(manifest, parts=parts)
+    right, part = answers(first), first.select("train").parts[0]
+    path, rng = Path(first.url) / part.file.name, random.Random(5)
+    data, bits = footer_bits(path)
+    at = [8 * data.find(text, bits[0] // 8) for text in (b"label", max(first.select("train").keys.to_pylist()).encode())]
+    for bit in (*at, *rng.sample(bits, 75)):
+        path.write_bytes(data)
+        table = open_table(first.url)
+        dataset = table.dataset() if opened == "before" else None
+        path.write_bytes(with_a_changed_bit(data, bit))
+        with pytest.raises(DataError, match=path.name):
+            answers(table, dataset)
+    path.write_bytes(data)
+    assert answers(open_table(first.url)) == right
+
+
+def test_a_changed_footer_of_an_unfinished_table_is_not_committed(own_table: LatentTable, data: str, run: str) -> None:
+    path = path_of(own_table)
+    (Path(own_table.url) / "table.000001.json").unlink()  # as if it had been killed just before
+    good, bits = footer_bits(path)
+    for bit in random.Random(6).sample(bits, 8):
+        path.write_bytes(with_a_changed_bit(good, bit))
+        with pytest.raises(DataError, match=path.name):
+            encode(run, data, own_table.url)
+    path.write_bytes(good)
+    assert answers(encode(run, data, own_table.url, EncodeSpec(batch=16))) == answers(own_table)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from aecore.errors import AecoreError
 from pipelines.cli.main import main
@@ -34,7 +35,6 @@ from tests.chaos.work import (
 from tests.processes import AEPIPE, Started, run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EXIT_CODES = {0, 1, 2, 3, 4, 5, 130}
 HANG_S = 240.0  # of a command that takes some seconds where nothing else runs; the pipeline starts a server
 CALLER = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "RAY_ADDRESS", "AECORE_FAULT")
 
@@ -134,6 +134,7 @@ class Round:
     def __init__(self, bench: Bench, name: str, work: Work, rng: random.Random, out: str) -> None:
         self.bench, self.place, self.work, self.rng, self.out = bench, bench.place, work, rng, out
         self.tally = Tally(rounds=1)
+        self.codes = frozenset({0})  # with which its commands may end under the fault that is played
         self.stack = contextlib.ExitStack()  # of what ends with the round
         self.logs = bench.logs / name
         self._commands = self._start = 0
@@ -169,7 +170,13 @@ class Round:
         """Run the round's command, or another one, in this process, where nothing can interrupt it; return its exit status."""
         self._commands += 1
         self.logs.mkdir(parents=True, exist_ok=True)
-        return self.bench.run_here(command or self.command(), self.logs / f"{self._commands:02d}.log")
+        log = self.logs / f"{self._commands:02d}.log"
+        code = self.bench.run_here(command or self.command(), log)
+        if code not in self.codes:
+            self.tally.unexpected(
+                f"exit status {code} of {command or self.command()}, expected one of {sorted(self.codes)}\n{log.read_text()}"
+            )
+        return code
 
     def reach(self, process: Started, parts: int = 1, least: int = 0) -> bool:
         """Wait for a random moment in the first of so many parts of the command's work (`least` progress); return whether it still runs."""
@@ -198,8 +205,8 @@ class Round:
                 process.finish(10)
             self.tally.notes.append(f"still running after {limit_s:.0f} s: {process.process.args}\n{process.out[-6000:]}")
             return None
-        if done.returncode not in EXIT_CODES | {-how for how in signals}:
-            self.tally.unexpected(f"exit status {done.returncode}\n{process.tail()}")
+        if done.returncode not in self.codes | {-how for how in signals}:
+            self.tally.unexpected(f"exit status {done.returncode}, expected one of {sorted(self.codes)}\n{process.tail()}")
         elif "Traceback (most recent call last)" in done.stdout or "Fatal Python error" in done.stdout:
             self.tally.unexpected(f"exit status {done.returncode} with a traceback\n{process.tail()}")
         return done.returncode
@@ -241,15 +248,20 @@ class Round:
             self.tally.unexpected(f"what the undisturbed command made cannot be read: {error}")
 
 
-Fault = Callable[[Round], None]
+class Fault(NamedTuple):
+    """A class of faults: what plays it in a round, and the exit codes that commands may have because of it."""
+
+    disturb: Callable[[Round], None]
+    codes: frozenset[int]
 
 
 def play(one: Round, fault: Fault) -> Tally:
     """Play a round: prepare, disturb, finish, judge. A bug of anything that runs here counts as unexplained."""
     with one.stack:
+        one.codes = fault.codes
         try:
             one.begin()
-            fault(one)
+            fault.disturb(one)
             one.place.quiet()
             one.finish()
             one.judge()

@@ -1,9 +1,11 @@
 """A minute of `make chaos`, and that it would count what went wrong: a green table of a harness that sees nothing is worth nothing."""
 
+import itertools
 import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,11 @@ import pytest
 
 from aecore.store import open_store
 from tests.chaos import flips, inputs
-from tests.chaos.__main__ import choose
+from tests.chaos.__main__ import choose, report
 from tests.chaos.faults import FAULTS
 from tests.chaos.places import Local
 from tests.chaos.ray_data import compared
-from tests.chaos.rounds import ROOT, Bench, Round, play
+from tests.chaos.rounds import ROOT, Bench, Fault, Round, Tally, play
 from tests.chaos.work import WORKS, Difference, difference
 from tests.processes import run
 from tests.s3 import S3
@@ -64,10 +66,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return made
 
 
-def shard_under(bench: Bench, fault: object) -> Round:
+numbers = itertools.count()
+
+
+def shard_under(bench: Bench, disturb: Callable[[Round], None], codes: frozenset[int] = frozenset({0})) -> Round:
     """Play a round of `shard`, the first of the works."""
-    one = Round(bench, "round", WORKS[0], random.Random(0), "round")
-    play(one, fault)  # type: ignore[arg-type]
+    name = f"round-{next(numbers)}"
+    one = Round(bench, name, WORKS[0], random.Random(0), name)
+    play(one, Fault(disturb, codes))
     return one
 
 
@@ -85,6 +91,34 @@ def test_damage_that_is_not_repaired_and_a_command_that_is_not_well_are_counted(
     damaged = shard_under(bench, damage)
     assert damaged.tally.wrong and any("train-000001.tar" in note for note in damaged.tally.notes), damaged.tally
     assert shard_under(bench, unknown_signal).tally.unexplained == 1
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_an_exit_code_that_its_class_of_faults_does_not_explain_is_counted(bench: Bench, here: bool) -> None:
+    def misspelt(one: Round) -> None:
+        command = ["shard", "--no-such-option"]
+        if here:
+            one.status_here(command)
+        else:
+            with one.begun(command) as process:
+                one.ended(process)
+
+    assert shard_under(bench, misspelt, frozenset({0, 3, 4})).tally.unexplained == 1
+    assert not shard_under(bench, misspelt, frozenset({0, 2})).tally.bad
+
+
+def test_every_class_says_its_exit_codes_and_a_fault_that_loses_nothing_has_none_but_0() -> None:
+    codes = {name: fault.codes for store in FAULTS.values() for name, fault in store.items()}
+    assert all(0 in allowed and allowed < {0, 1, 2, 3, 4, 5, 130} for allowed in codes.values())
+    for name in ("slow", "lost acknowledgement", "sent twice", "ETag that is no MD5", "clock two days ahead", "SIGKILL"):
+        assert codes[name] == {0}, name
+    assert codes["I/O error"] == codes["disk full"] == {0, 4}
+
+
+def test_a_class_that_was_played_and_injected_nothing_fails_the_session(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report({"SIGKILL": Tally(rounds=1, injected=2), "reset": Tally()}) == 0
+    assert report({"SIGKILL": Tally(rounds=1, injected=2), "reset": Tally(rounds=3)}) == 1
+    assert "reset: 3 rounds, and nothing was injected" in capsys.readouterr().out
 
 
 READS = """

@@ -6,6 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from aecore.artifact.commit import newest_number
 from aecore.checkpoint.files import newest_checkpoint
@@ -18,6 +23,7 @@ from aecore.training.metrics import read_rows
 
 Rows = list[tuple[str, str]]  # key, value: every key once
 MANIFEST_ROW = "the manifest"  # key of the row that is the hash of a dataset's manifest
+FILTERED = 16  # one key of so many is asked for by a filter
 NUM_IMAGES = {"one": 96, "two": 140}  # of the first generation, and of both
 RECIPE = """\
 name: chaos
@@ -119,9 +125,23 @@ def _steps(url: str) -> Rows:
 
 
 def _latents(url: str) -> Rows:
+    """Return the rows of a table as columns, as a scan returns them, and some of them as a filter by key does."""
     table = open_table(url)
-    columns = (table.keys.to_pylist(), table.arrow("ordinal").to_pylist(), table.numpy("mu"))
-    return [(key, f"{ordinal} {mu.tobytes().hex()}") for key, ordinal, mu in zip(*columns, strict=True)]
+    scan, keys = table.dataset(), table.keys.to_pylist()
+    columns = [table.arrow("ordinal").to_pylist(), table.arrow("label").to_pylist(), table.numpy("mu")]
+    rows = [(key, _shown(*values)) for key, *values in zip(keys, *columns, strict=True)]
+    rows += [(f"scanned {row['key']}", _shown(row["ordinal"], row["label"], row["mu"])) for row in _scanned(scan, None)]
+    for key in sorted(keys)[::FILTERED]:
+        rows += [(f"filtered {key}", _shown(row["ordinal"], row["label"], row["mu"])) for row in _scanned(scan, pc.field("key") == key)]
+    return rows
+
+
+def _scanned(scan: pads.Dataset, where: pc.Expression | None) -> list[dict[str, Any]]:
+    return scan.to_table(["key", "ordinal", "label", "mu"], filter=where).to_pylist()
+
+
+def _shown(ordinal: int, label: int | None, mu: Any) -> str:
+    return f"{ordinal} {label} {np.asarray(mu, np.float32).tobytes().hex()}"
 
 
 @dataclass

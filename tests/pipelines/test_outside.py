@@ -14,7 +14,7 @@ import pytest
 from aecore.errors import ClusterError, ConfigError, StoreError
 from aecore.store import open_store
 from pipelines.cli.main import main
-from pipelines.cluster.outside import typed
+from pipelines.cluster.outside import known_error
 from pipelines.recipe.recipe import load_recipe
 from pipelines.steps import job_main
 from pipelines.steps.progress import Progress, TerminalLine, TrainWatch, lines_to
@@ -138,11 +138,11 @@ def test_errors_of_services_are_those_of_the_cluster_and_a_task_is_judged_by_its
     import httpx
     import ray
 
-    assert isinstance(typed(httpx.ConnectError("refused")), ClusterError)
-    assert isinstance(typed(ray.exceptions.RaySystemError("gone")), ClusterError)
+    assert isinstance(known_error(httpx.ConnectError("refused")), ClusterError)
+    assert isinstance(known_error(ray.exceptions.RaySystemError("gone")), ClusterError)
     caused = ray.exceptions.RayTaskError("work", "Traceback ...", OSError(errno.EIO, "Input/output error"))
-    assert isinstance(typed(caused.as_instanceof_cause()), StoreError)
-    assert typed(ray.exceptions.RayTaskError("work", "Traceback ...", KeyError("x")).as_instanceof_cause()) is None
+    assert isinstance(known_error(caused.as_instanceof_cause()), StoreError)
+    assert known_error(ray.exceptions.RayTaskError("work", "Traceback ...", KeyError("x")).as_instanceof_cause()) is None
 
 
 def test_a_ray_that_does_not_start_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from aecore.errors import ClusterError
 from aecore.store import _s3_client as client_module
 from pipelines.cli.main import main
-from pipelines.cluster.outside import typed
+from pipelines.cluster.outside import known_error
 from pipelines.steps.logs import Printable, make_printable
 from pipelines.steps.progress import Progress, TerminalLine, from_line, lines_to
 from tests.processes import WARM, run, started
@@ -186,6 +186,6 @@ def test_a_service_that_was_lost_is_tried_again():
 
         return State()
 
-    assert is_retryable(None, None, failed(typed(ray.exceptions.RaySystemError("x"))))
-    assert is_retryable(None, None, failed(typed(ConnectionResetError())))
+    assert is_retryable(None, None, failed(known_error(ray.exceptions.RaySystemError("x"))))
+    assert is_retryable(None, None, failed(known_error(ConnectionResetError())))
     assert not is_retryable(None, None, failed(ClusterError("no such cluster")))

@@ -13,7 +13,7 @@ import importlib
 import io
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import decode_pngs, upright_jpegs
+from aecore.store import sha256_json
 
 DecoderName = Literal["imagecodecs", "pillow"]
 Pixels = NDArray[Any]  # any: uint8, uint16 or the dtype of an array sample
@@ -230,3 +231,9 @@ def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
 def decoder_version(name: DecoderName) -> str:
     """Return "imagecodecs 2026.3.6": the decoder's name and version, for the artefact's metadata."""
     return f"{name} {_import_decoder(name).__version__}"
+
+
+def preprocessing_hash(transform: Mapping[str, Any], decoder: str) -> str:  # any: plain JSON data
+    """Return the hash of everything that turns stored bytes into network input: fields of a `TransformSpec`, decoder and its version."""
+    fields = {name: value for name, value in transform.items() if name != "binarize"}  # latents are of the grey
+    return sha256_json({"transform": fields, "decoder": decoder})

@@ -11,6 +11,7 @@ LAB and YCbCr are RGB, a TIFF has the values that are stored. 1 is how datasets,
 import dataclasses
 import functools
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -100,6 +101,24 @@ def image_header(data: bytes, ext: str, *, pixels: PixelsVersion = 2, max_pixels
     if pixels == 2 and data.startswith(TIFF_STARTS):
         return _tiff_header(data, ext if ext in ("tif", "tiff") else "tiff", max_pixels)
     return _pillow_header(data, ext, pixels, max_pixels)
+
+
+def stated_header(data: bytes, ext: str, *, pixels: PixelsVersion = 2) -> ImageHeader | None:
+    """Return the header of an image of known bytes without a look at its pixels; None for formats that have to be opened for it."""
+    if data.startswith(b"\x89PNG"):
+        if pixels == 2 and has_png_meaning(data):
+            return _png_header(data, pixels, sys.maxsize)
+        return _headers_seen.get(data[:33]) or _png_start(data)
+    if data.startswith(b"\xff\xd8"):
+        return (_jpeg_header if pixels == 2 else _jpeg_header_1)(data, ext if ext in ("jpg", "jpeg") else "jpg", sys.maxsize)
+    if pixels == 2 and data.startswith(TIFF_STARTS):
+        return _tiff_header(data, ext if ext in ("tif", "tiff") else "tiff", sys.maxsize)
+    return None
+
+
+def has_png_meaning(data: bytes) -> bool:
+    """Return whether a PNG may have a chunk that changes what its header states: turned, transparent, animated."""
+    return any(kind in data for kind in _PNG_MEANING)
 
 
 def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHeader:

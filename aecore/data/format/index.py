@@ -6,6 +6,7 @@ is made of, so another Parquet version or compression level does not make anothe
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from aecore.data.format.form import Form
 from aecore.data.format.parquet import open_parquet
 from aecore.errors import DataError
 
@@ -42,7 +44,9 @@ _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "message": pa.string(),
     "sha256": pa.string(),
 }
-INDEX_SCHEMA, QUARANTINE_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS)
+_LISTING_COLUMNS: dict[str, pa.DataType] = {"key": pa.string(), "source": pa.string(), "bytes": pa.int64()}
+INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS), pa.schema(_LISTING_COLUMNS)
+INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
 _REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]
 
 
@@ -72,9 +76,8 @@ def table_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:  # any: 
     described = table.replace_schema_metadata({"aecore": json.dumps(metadata, sort_keys=True)})
     leaves = set(_leaf_names(table.schema))
     dictionaries: Any = [name for name in _REPEATED if name in leaves]  # any: pyarrow's stubs know only the boolean
-    pq.write_table(
-        described, sink, compression="zstd", use_dictionary=dictionaries, write_statistics=["key", "ordinal"], write_page_checksum=True
-    )
+    statistics: Any = sorted(INDEX_FORM.statistics or ())  # any: as above
+    pq.write_table(described, sink, compression="zstd", use_dictionary=dictionaries, write_statistics=statistics, write_page_checksum=True)
     return bytes(sink.getvalue())
 
 
@@ -86,13 +89,39 @@ def _leaf_names(schema: pa.Schema) -> Iterator[str]:
             yield column.name
 
 
-def read_table(data: bytes, where: str, rows: int | None = None) -> pa.Table:
-    """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged or hold other `rows`."""
+def read_table(data: bytes, where: str, rows: int | None = None, schema: pa.Schema | None = None, *, more: bool = False) -> pa.Table:
+    """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged.
+
+    DataError too if the table has not these `rows`, or not the columns of `schema` (with `more`: these and further ones).
+    """
     try:
         # without threads: `pq.read_table` starts some, and a process that ends soon after is aborted by them (2 of 60 runs)
-        return open_parquet(pa.py_buffer(data), rows).read(use_threads=False)
+        table = open_parquet(pa.py_buffer(data), rows).read(use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
+    wrong = [] if schema is None else column_problems(table.schema, schema, more=more)
+    if wrong:
+        raise DataError(f"{where} has other columns than aecore writes ({'; '.join(wrong)}): restore it or write the artefact again")
+    return table
+
+
+def column_problems(found: pa.Schema, wanted: pa.Schema, *, more: bool = False) -> list[str]:
+    """Return which columns are missing, of another type, there twice or, unless there may be `more`, unexpected."""
+    names = Counter(found.names)
+    problems = [f"column {name!r} is there {count} times" for name, count in names.items() if count > 1]
+    for field in wanted:
+        if field.name not in names:
+            problems.append(f"column {field.name!r} is missing")
+        elif names[field.name] == 1 and (kind := found.field(field.name).type) != field.type:
+            problems.append(f"column {field.name!r} is of type {kind}, expected {field.type}")
+    extra = [] if more else [name for name in names if name not in wanted.names]
+    return problems + [f"column {name!r} is unexpected" for name in extra]
+
+
+def plain_type(kind: Any) -> pa.DataType:  # any: pyarrow's stubs know no types of values
+    """Return the type of the values of a column: that of a dictionary's."""
+    plain: pa.DataType = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return plain
 
 
 def content_sha256(table: pa.Table) -> str:

@@ -13,10 +13,9 @@ from torch import Tensor
 from aecore._base.batch import Batch
 from aecore._base.noise import seed_of
 from aecore.data.format.colour import background_of
-from aecore.data.format.decode import Reading, decoder_version
+from aecore.data.format.decode import Reading, decoder_version, preprocessing_hash
 from aecore.errors import ConfigError, DataError
 from aecore.registry import knob, spec, to_dict
-from aecore.store import sha256_json
 
 INTEGER_RANGES = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
@@ -123,5 +122,4 @@ def preprocessing_sha256(spec: TransformSpec, decoder: str | None = None) -> str
 
     `decoder` is the decoder's name and version ("imagecodecs 2026.3.6"); by default the installed one.
     """
-    transform = {name: value for name, value in to_dict(spec, identity_only=True).items() if name != "binarize"}  # latents are of the grey
-    return sha256_json({"transform": transform, "decoder": decoder or decoder_version(spec.decoder)})
+    return preprocessing_hash(to_dict(spec, identity_only=True), decoder or decoder_version(spec.decoder))

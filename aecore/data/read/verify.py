@@ -1,19 +1,15 @@
 """Verify a dataset: every file that the manifest names exists and is what was written.
 
-Sizes are always compared (one stat per file). With `read_data` every byte is: hashes, strict iteration of the tars, keys of tar, index,
-quarantine and listing against each other; with a subset only those of its shards. Problems are collected, not raised: one run
-reports all of them.
+Sizes are always compared (one stat per file). With `read_data` every byte is: hashes, strict iteration of the tars, rows of tar, index,
+quarantine and listing against each other, records and manifests against both (`contents.py`); with a subset only those of its shards.
+Problems are collected, not raised: one run reports all of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
-
-from aecore.artifact.documents import problems_of
 from aecore.artifact.subset import VerifySubset
-from aecore.data.dataset import Dataset, read_listings
-from aecore.data.format.index import read_table
+from aecore.data.dataset import Dataset
 from aecore.data.manifest import RejectedPart, ShardRef, content_sha256, read_manifest
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
@@ -46,13 +42,14 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
     With `only`, the shards of that subset are read (and all listings, which hold the planned keys).
     """
     manifest, refs = dataset.manifest, dataset.manifest.files
-    parts: list[ShardRef | RejectedPart] = [*manifest.shards, *manifest.rejected]
+    parts = manifest.parts
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
     tars = {shard.tar: dataset.tars(shard) for shard in manifest.shards}  # adopted ones are in another store
     problems = [*_structure(dataset), *_sizes((tars.get(ref, dataset.store), ref) for ref in refs)]
     if read_data or only is not None:
-        documents = [] if only is not None else problems_of(dataset.store)
-        problems += [problem for problem in (*documents, *_contents(dataset, chosen)) if problem not in problems]
+        from aecore.data.read.contents import content_problems  # imported late: who reads no data needs no tables
+
+        problems += [problem for problem in content_problems(dataset, chosen, documents=only is None) if problem not in problems]
     return Verification(
         tuple(problems),
         files=len(refs),
@@ -95,45 +92,3 @@ def _sizes(refs: Iterable[tuple[Store, FileRef]]) -> Iterator[str]:
             store.check(ref)
         except DataError as error:
             yield str(error)
-
-
-def _contents(dataset: Dataset, chosen: Sequence[ShardRef | RejectedPart]) -> Iterator[str]:
-    stems: dict[str, str] = {}  # key -> part that holds it
-    damaged = False
-    for part in chosen:
-        try:
-            keys = _keys(dataset, part)
-        except DataError as error:
-            damaged = True
-            yield str(error)
-            continue
-        twice = [key for key in keys if stems.setdefault(key, part.stem) != part.stem]
-        if twice or len(set(keys)) < len(keys):
-            first = f"{twice[0]!r} is also in {stems[twice[0]]}" if twice else "inside the shard"
-            yield f"{part.stem}: keys are not unique ({first})"
-    try:
-        planned = set(_strings(read_listings(dataset.store, dataset.manifest)))
-    except DataError as error:
-        yield str(error)
-        return
-    everything = len(chosen) == len(dataset.manifest.shards) + len(dataset.manifest.rejected)
-    differing = [] if damaged else sorted(planned ^ stems.keys() if everything else stems.keys() - planned)
-    if differing:
-        yield f"{len(differing)} keys are planned but neither in a shard nor in quarantine, or the other way round, first {differing[0]!r}"
-
-
-def _keys(dataset: Dataset, part: ShardRef | RejectedPart) -> list[str]:
-    """Return the keys of shard and quarantine after reading every byte of both."""
-    if isinstance(part, RejectedPart):
-        ref = part.quarantine
-        return _strings(read_table(dataset.store.read(ref.name, ref=ref), f"{dataset.url}/{ref.name}", part.planned))
-    reader = dataset.reader(part)
-    try:
-        reader.verify()
-        return reader.keys if reader.quarantine is None else [*reader.keys, *_strings(reader.quarantine)]
-    finally:
-        reader.close()
-
-
-def _strings(table: pa.Table) -> list[str]:
-    return [str(key) for key in table["key"].to_pylist()]

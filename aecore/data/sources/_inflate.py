@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aecore.errors import DataError, Hint, StoreError
 
 # images and arrays of noise shrink to a half, text to a tenth, dSprites (3 GB of bits) to a hundredth, zeros to a thousandth
-FREE_BYTES, MAX_RATIO = 1 << 30, 128
+ALLOWED_BYTES, MAX_RATIO = 1 << 30, 128  # of any file; for each of its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class InflateLimit:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if configured:
             return cls(configured, f"{option}={configured}: raise it if that is right", free)
-        most = max(FREE_BYTES, MAX_RATIO * packed)
+        most = max(ALLOWED_BYTES, MAX_RATIO * packed)
         remedy = f"set {option}, or unpack it first," if option else "unpack it first"
         return cls(most, f"{most} bytes, expected from {packed} compressed ones: {remedy} if that is right", free)
 

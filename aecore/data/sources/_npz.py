@@ -9,7 +9,7 @@ from pathlib import Path
 from aecore.data.format.foreign import explained
 from aecore.data.format.image import BadSample
 from aecore.data.format.record import NpyError, read_npy_header
-from aecore.data.sources._inflate import FREE_BYTES, InflateLimit
+from aecore.data.sources._inflate import ALLOWED_BYTES, InflateLimit
 from aecore.data.sources._names import is_data, is_labels
 from aecore.errors import DataError
 from aecore.store import open_regular
@@ -48,7 +48,7 @@ def left_out(path: str) -> tuple[str, list[str]] | None:
 
 def _member(archive: zipfile.ZipFile, name: str, packed: int, limit: int, option: str) -> bytes:
     info = archive.getinfo(name)
-    if info.file_size > (limit or FREE_BYTES) and info.file_size > (most := InflateLimit.of(packed, limit, option)).most:
+    if info.file_size > (limit or ALLOWED_BYTES) and info.file_size > (most := InflateLimit.of(packed, limit, option)).most:
         raise BadSample("too_large", f"{name} in the .npz inflates to {info.file_size} bytes, more than {most.why}; or save it as .npy")
     with archive.open(info) as member:
         found = member.read(info.file_size + 1)

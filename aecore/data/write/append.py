@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aecore.artifact.documents import read_json
 from aecore.data.dataset import read_listings
-from aecore.data.format.index import make_table, read_table
+from aecore.data.format.index import LISTING_SCHEMA, make_table, read_table
 from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import DatasetManifest
@@ -26,8 +26,6 @@ from aecore.store import Store
 from aecore.threads import map_ordered
 
 logger = logging.getLogger(__name__)
-_LISTING_FIELDS: list[tuple[str, pa.DataType]] = [("key", pa.string()), ("source", pa.string()), ("bytes", pa.int64())]
-LISTING_SCHEMA = pa.schema(_LISTING_FIELDS)
 SHOWN = 5  # examples in an error
 LOOKERS = 16  # requests for sizes at a time
 
@@ -71,7 +69,7 @@ def warn_if_address_changed(store: Store, parent: DatasetManifest, source: Any, 
         claim = f"run.{ref.name.removeprefix('listings/').removesuffix('.parquet')}.json"
         there = read_json(store, claim).get("info", {}).get("source", {}).get("url") if store.size(claim) is not None else None
         if there is not None and there != url:
-            known = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")["key"]
+            known = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}", schema=LISTING_SCHEMA)["key"]
             counts[there] += int(np.count_nonzero(pc.is_in(known, value_set=keys).to_numpy()))
     for there, count in counts.items():
         if count:

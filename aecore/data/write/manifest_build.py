@@ -15,7 +15,7 @@ def next_manifest(
     classes: Sequence[str],
     records: Sequence[PartRecord],
     listing: FileRef,
-    claim_sha256: str,
+    claim_sha256: str | None,
 ) -> DatasetManifest:
     """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses."""
     shards = [_shard_of(record) for record in records if record.rows]

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from aecore.artifact.commit import PartRecord, put_or_adopt, read_record, require_counts, write_record
 from aecore.artifact.fanout import Commit
-from aecore.data.format.index import content_sha256, read_table, table_bytes
+from aecore.data.format.form import form_problems
+from aecore.data.format.index import INDEX_FORM, content_sha256, read_table, table_bytes
 from aecore.data.format.parquet import same_footers
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.spec import ShardTask
@@ -130,9 +131,9 @@ def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any]
     content = table_bytes(table, metadata)
 
     def says_the_same(there: FileRef, data: bytes) -> bool:
-        where = f"{store.url}/{there.name}"
-        if content_sha256(read_table(data, where)) != content_sha256(table):
+        known, buffer = read_table(data, f"{store.url}/{there.name}"), pa.py_buffer(data)
+        if content_sha256(known) != content_sha256(table):
             return False
-        return same_footers(pa.py_buffer(content), pa.py_buffer(data))
+        return same_footers(pa.py_buffer(content), buffer) and not form_problems(buffer, known, INDEX_FORM)
 
     return put_or_adopt(store, name, content, role=role, accepts=says_the_same)[0]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.documents import read_json
-from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint
+from aecore.artifact.documents import CLAIM, read_json
+from aecore.checkpoint.files import MANIFEST, CheckpointRef, committed_checkpoints, newest_checkpoint, read_checkpoint
 from aecore.errors import AecoreError, DataError
 from aecore.maintenance.compare._fields import differing
 from aecore.store import FileRef, Store, open_store, sha256_json

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from aecore.maintenance.compare._fields import differing
 from aecore.maintenance.compare._join import Keys, by_ranges
 from aecore.table.manifest import TablePart
-from aecore.table.part import numpy_view, read_footer
+from aecore.table.part import numpy_view
 from aecore.table.table import LatentTable, open_table
 
 POSITION = ("key", "shard", "ordinal")  # columns that locate a row and are not compared
@@ -60,7 +60,7 @@ def _rows_of(part: TablePart) -> tuple[str, str, str, int, int]:
 
 def _read(table: LatentTable, part: TablePart, columns: Sequence[str]) -> pa.Table:
     """Read key and columns of a part; a column that a later generation added is null in earlier parts."""
-    present = set(read_footer(table.store, part.file).schema.to_arrow_schema().names)
+    present = set(table.schema_of(part).names)
     rows = table.read(part, ["key", *(name for name in columns if name in present)])
     for name in columns:
         if name not in present:

@@ -11,10 +11,10 @@ from aecore.errors import DataError, RunFailed, StoreError
 from aecore.maintenance.gc._parts import plan_parts
 from aecore.maintenance.gc._plan import DAY_S, Garbage, Plan, Waiting
 from aecore.maintenance.gc._run import plan_run
-from aecore.store import Store, open_store
+from aecore.store import SKEW_S, Store, ahead_s, open_store
 
 logger = logging.getLogger(__name__)
-WEEK_S, SKEW_S = 7 * DAY_S, 3600.0
+WEEK_S = 7 * DAY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +86,15 @@ def collect_garbage(
 
 def _written_before(store: Store, older_than_s: float) -> float:
     """Return the moment before which files are old, by the storage's clock if it can be asked."""
-    here = time.time()
     try:
-        there = store.now()
+        skew = ahead_s(store)
     except StoreError as error:
         logger.warning("%s; ages are taken from this machine's clock, and nothing younger than 7 days is old", error)
-        return here - max(older_than_s, WEEK_S)
-    if abs(there - here) > SKEW_S:
-        ahead = "ahead of" if here > there else "behind"
-        text = "this machine's clock is %.1f h %s that of %s, by which ages are counted: synchronise it (NTP)"
-        logger.warning(text, abs(there - here) / 3600, ahead, store.url)
-    return there - older_than_s
+        return time.time() - max(older_than_s, WEEK_S)
+    if abs(skew) > SKEW_S:
+        text = "this machine's clock is %s s %s that of %s, by which ages are counted: synchronise it (NTP)"
+        logger.warning(text, f"{abs(skew):,.0f}", "ahead of" if skew > 0 else "behind", store.url)
+    return time.time() - skew - older_than_s
 
 
 def _numbered(store: Store) -> list[str]:

@@ -3,14 +3,13 @@
 import re
 from collections.abc import Iterable
 
-from aecore.artifact.documents import read_json
-from aecore.checkpoint.files import CLAIM, MANIFEST, CheckpointRef, read_checkpoint
+from aecore.artifact.documents import CHECKPOINT_NAME, CLAIM, METRICS_NAME, read_json
+from aecore.checkpoint.files import MANIFEST, CheckpointRef, read_checkpoint
 from aecore.errors import DataError
 from aecore.maintenance.gc._plan import Plan, below
 from aecore.store import Store
 
-_CHECKPOINT = re.compile(r"checkpoints/step-(\d{8})-([0-9a-z]+)")
-_METRICS = re.compile(r"metrics/\d{8}-\d{8}-([0-9a-z]+)\.jsonl")
+_CHECKPOINT, _METRICS = re.compile(CHECKPOINT_NAME), re.compile(METRICS_NAME)
 _CHECKPOINT_FILES = (MANIFEST, "model.safetensors", "config.json", "state.pt")  # the manifest first: a half removed one is no checkpoint
 _MODEL_FILES = (MANIFEST, "model.safetensors", "config.json")
 

@@ -228,8 +228,8 @@ class TestNpz:
                 only_array(each)
 
     def test_a_bomb_is_refused_before_it_is_inflated(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_npz, "FREE_BYTES", 1 << 20)
-        monkeypatch.setattr(_inflate, "FREE_BYTES", 1 << 20)
+        monkeypatch.setattr(_npz, "ALLOWED_BYTES", 1 << 20)
+        monkeypatch.setattr(_inflate, "ALLOWED_BYTES", 1 << 20)
         file = io.BytesIO()
         np.savez_compressed(file, image=np.zeros(2 << 20, np.uint8))
         with pytest.raises(BadSample, match="too_large: image.npy in the .npz inflates to 2097280 bytes, more than 1048576 bytes"):

@@ -1,8 +1,11 @@
+import hashlib
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format.index import table_bytes
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
@@ -78,15 +81,21 @@ def test_a_manifest_that_was_changed_by_hand_is_found(dataset):
     assert "dataset_sha256" in problems(dataset)[0]
     rewrite(path, classes=data["classes"], parent_sha256="0" * 64)
     assert "another generation 1" in problems(dataset)[0]
-    shards = [{**shard, "planned": 99} for shard in data["shards"][:1]] + data["shards"][1:]
+    shards = [*data["shards"][:-1], {**data["shards"][-1], "planned": 99}]
     rewrite(path, shards=shards, parent_sha256=data["parent_sha256"])
     assert "99 planned" in problems(dataset)[0]
 
 
 def test_keys_that_are_planned_but_nowhere_are_found(dataset):
-    path = dataset / "dataset.000002.json"
-    rewrite(path, listings=content(path)["listings"][:1])
-    assert "neither in a shard nor in quarantine" in problems(dataset, read_data=True)[0]
+    path, listing = dataset / "dataset.000002.json", dataset / "listings/000002.parquet"
+    listings = content(path)["listings"]
+    rewrite(path, listings=listings[:1])
+    with pytest.raises(DataError, match="names 1 listings, expected one for each of 2 generations"):
+        open_dataset(str(dataset))
+    listing.write_bytes(table_bytes(pq.read_table(listing).slice(1), {"claim": 2}))
+    data = listing.read_bytes()
+    rewrite(path, listings=[listings[0], {"name": listings[1]["name"], "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}])
+    assert any("neither in a shard nor in quarantine" in problem for problem in problems(dataset, read_data=True))
 
 
 def test_a_shard_named_twice_is_refused_and_a_copy_of_one_has_repeated_keys(dataset):
@@ -100,5 +109,15 @@ def test_a_shard_named_twice_is_refused_and_a_copy_of_one_has_repeated_keys(data
         ref = shards[0][name]
         copies[name] = {**ref, "name": ref["name"].replace(shards[0]["stem"], "train-000009")}
         shutil.copy(dataset / ref["name"], dataset / copies[name]["name"])
-    rewrite(path, shards=[*shards, {**shards[0], **copies, "stem": "train-000009"}])
+    copy = {**shards[0], **copies, "stem": "train-000009"}
+    rewrite(path, shards=[*shards, copy])
+    with pytest.raises(DataError, match="train-000009 begins at ordinal 0"):
+        open_dataset(str(dataset))
+    own = content(path)
+    last = max((shard for shard in shards if shard["split"] == "train"), key=lambda shard: shard["first_ordinal"])
+    known, more = own["statistics"]["train"], copy["samples"]
+    own["statistics"]["train"] = {**known, "samples": known["samples"] + more, "bytes": known["bytes"] + copy["tar"]["bytes"]}
+    sample = {name: {text: count + more for text, count in counts.items()} for name, counts in own["sample"].items()}
+    copy["first_ordinal"] = last["first_ordinal"] + last["planned"]
+    rewrite(path, shards=[*shards, copy], statistics=own["statistics"], sample=sample)
     assert any("train-000009: keys are not unique" in problem for problem in problems(dataset, read_data=True))

@@ -314,7 +314,7 @@ import signal, sys, time
 from pipelines.cluster import interrupt
 interrupt.PATIENCE_S = interrupt._patience[0] = 1.0
 signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
-interrupt.end_in_time(130, lambda: interrupt.write_line("left"))
+interrupt.end_in_time(lambda error: interrupt.write_line("left"))
 with interrupt.patience(4):
     print("ready", flush=True)
     signal.pause()
