@@ -12,6 +12,7 @@ import numpy as np
 from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.pixels import decode_image, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
+from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.store import read_again
 
@@ -22,8 +23,10 @@ _ALONE = frozenset({"bmp"})  # formats that hold one image
 
 def with_frames(listing: Listing, read: Read) -> Listing:
     """Return the listing with a row for each page or frame of its images. StoreError if a file cannot be read."""
-    unusable = listing.unusable or [None] * len(listing)
-    counts = np.array([1 if bad else _num_frames(name, read) for name, bad in zip(listing.sources, unusable, strict=True)], np.int64)
+    unread = [size > MAX_MEMBER_BYTES for size in listing.sizes.tolist()]  # these are quarantined unread
+    if listing.unusable is not None:
+        unread = [large or bad is not None for large, bad in zip(unread, listing.unusable, strict=True)]
+    counts = np.array([1 if bad else _num_frames(name, read) for name, bad in zip(listing.sources, unread, strict=True)], np.int64)
     rows = np.repeat(np.arange(len(listing)), counts)
     places = np.concatenate([np.arange(count) for count in counts]) if len(counts) else counts
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]

@@ -110,6 +110,15 @@ def test_a_link_that_leads_nowhere_is_one_sample_where_frames_are_samples(tmp_pa
     assert (made.num_samples(), made.reasons) == (4, {"broken_link": 1})
 
 
+def test_a_huge_file_is_one_sample_unread_where_frames_are_samples(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "in", "a/1.png")
+    (root / "a/huge.png").touch()
+    os.truncate(root / "a/huge.png", 50 << 30)
+    made = shard_dataset(FolderSpec(url=str(root), frames="all"), str(tmp_path / "out"), shards=HALF)
+    assert isinstance(made, DatasetManifest)
+    assert (made.num_samples(), made.reasons) == (1, {"too_large": 1})
+
+
 def test_a_limit_keeps_groups_whole(tmp_path: Path) -> None:
     pictures(tmp_path / "in", *(f"p{n // 3}_{n}.png" for n in range(12)))
     source = FolderSpec(url=str(tmp_path / "in"), limit=7, group=r"regex:^(p\d)_")
