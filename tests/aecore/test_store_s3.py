@@ -277,7 +277,6 @@ class TestCommit:
 KILLED = """
 import sys
 from aecore.store import open_store
-from aecore.store._environment import FAULT_STAGES
 store = open_store(sys.argv[1])
 with store.stage() as staged:
     staged.write_bytes(b"x" * 100)

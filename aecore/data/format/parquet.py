@@ -92,7 +92,7 @@ def open_parquet(
 def _opened(source: Path | pa.Buffer, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Open a file without a memory map, in which a read error of the disk, or the end of a file that shrinks, is a SIGBUS and no error.
 
-    The price, 70,000 rows in 7 parts, processor time of 60 interleaved pairs (AMD EPYC, 2 cores, 2026-11-30): one column of latents 1.02 of
+    The price, 70,000 rows in 7 parts of zstd, CPU time of 60 interleaved pairs (AMD EPYC, 2 cores, 2026-11-30): a column of latents 1.02 of
     D = 64 and 1.05 of D = 16, all columns 1.04 and 1.07, keys 0.94.
     """
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source  # any: what pyarrow takes for a file

@@ -193,6 +193,12 @@ def _claim_problems(manifest: DatasetManifest, documents: Mapping[str, Document]
         yield f"{name} does not claim this generation: {differences}"
 
 
+def _with_fewer_classes(identity: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
+    """Return an identity without `source.classes`, which may grow at its end: the classes themselves are compared."""
+    source = {key: value for key, value in identity.get("source", {}).items() if key != "classes"}
+    return {**identity, "source": source}
+
+
 def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManifest, records: Mapping[str, PartRecord]) -> Iterator[str]:
     """Yield where a manifest is not the next one of its parent with the parts that are there."""
     old = set() if parent is None else {part.stem for part in parent.parts}
@@ -201,7 +207,7 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     for part in new:
         if claim_of(part.stem) != claim:
             yield f"the part {part.stem} is not of claim {claim}, whose listing the generation has"
-    if parent is not None and (differences := disagreement(manifest.identity, parent.identity)):
+    if parent is not None and (differences := disagreement(_with_fewer_classes(manifest.identity), _with_fewer_classes(parent.identity))):
         yield f"its identity is not that of generation {parent.number}: {differences}"
     if parent is not None and manifest.classes[: len(parent.classes)] != parent.classes:
         yield f"its classes do not begin with those of generation {parent.number}"

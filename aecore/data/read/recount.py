@@ -175,7 +175,9 @@ def _setting_problems(part: ShardRef | RejectedPart, index: pa.Table, identity: 
     keys: Any = index["key"].to_pylist()  # any: pyarrow's stubs make them optional
     groups: Any = index["group"].to_pylist() if index["group"].null_count == 0 else None  # any: as above
     shares = [name for name in ("val", "test") if getattr(splits, name)]
-    if shares and part.split in ("train", *shares):  # folders and columns name the other splits, a hash divides train
+    if splits.stratify:
+        pass  # follows from the classes of all samples that there were at the first generation
+    elif shares and part.split in ("train", *shares):  # folders and columns name the other splits, a hash divides train
         listing = Listing(keys, keys, np.zeros(len(index), np.int64), groups=groups)
         found = assign_splits(listing, dataclasses.replace(splits, by="hash", column=None))
         if found.keys() != {part.split}:
