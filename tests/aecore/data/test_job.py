@@ -229,6 +229,7 @@ def test_too_many_bad_samples_give_no_manifest_and_the_parts_are_kept(tmp_path):
     with pytest.raises(DataError, match="unfinished run"):
         open_dataset(str(tmp_path / "out"))
     kept = snapshot(tmp_path / "out")
+    assert kept.pop("listings/000001.refused") == b""
     made = shard(source, tmp_path / "out", max_samples=5, max_bad=0.2)
     assert made.quarantined == 2
     assert {name: data for name, data in snapshot(tmp_path / "out").items() if name in kept} == kept
