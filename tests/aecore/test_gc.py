@@ -314,7 +314,7 @@ def test_a_killed_run_resumes_after_a_collection_and_ends_the_same(sprites, tmp_
     assert died(lambda: fit(job), fault)
     first = later(tmp_path / "run")
     fit(job)
-    report = later(tmp_path / "run")
+    later(tmp_path / "run")
     assert tree(tmp_path / "run/model") == tree(whole / "model")
     assert losses(tmp_path / "run") == losses(whole)
     if fault.startswith(("weights", "state", "checkpoint")):
