@@ -192,3 +192,12 @@ def _is_template_of(parent: int, pid: str) -> bool:
     except OSError:
         return False
     return "warm.py" in line and f"TEMPLATE_OF={parent}\0" in environ
+
+
+def test_the_s3_server_for_tests_explains_itself() -> None:
+    command = [sys.executable, "-P", "-m", "tests.s3.server"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TEST_S3")} | {"PYTHONPATH": str(ROOT)}
+    told, refused = run([*command, "--help"], env=environment), run([*command, "folder"], env=environment)
+    assert (told.returncode, told.stderr) == (0, "") and "usage: python tests/s3/server.py" in told.stdout
+    assert refused.returncode == 2 and "error: set TEST_S3_REGION and TEST_S3_SECRET" in refused.stderr
+    assert "Traceback" not in refused.stderr

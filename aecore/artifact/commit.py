@@ -218,14 +218,26 @@ def require_there(store: Store, new: Iterable[FileRef], old: Iterable[FileRef] =
 
 
 def commit_manifest(
-    store: Store, stem: str, parent: int, manifest: Mapping[str, Any], *, new: Iterable[FileRef] = (), old: Iterable[FileRef] = ()
+    store: Store,
+    stem: str,
+    parent: int,
+    manifest: Mapping[str, Any],
+    *,
+    new: Iterable[FileRef] = (),
+    old: Iterable[FileRef] = (),
+    require_continued: Callable[[int], None] = lambda number: None,
 ) -> int:
     """Publish `<stem>.<parent+1>.json`, which names the files `new`, and `old` ones that its parent names.
+
+    `require_continued(number)` is called if another command was faster: it raises the ConfigError with which the same command, run again,
+    would refuse the generation that is there now.
 
     Raises
     ------
     RunFailed
-        If another append was committed since `parent` (0: none) was read.
+        If another generation was committed since `parent` (0: none) was read, to which the same command, run again, appends.
+    ConfigError
+        If it would be refused, as its settings are other ones.
     DataError
         If one of the files is gone.
     """
@@ -234,10 +246,13 @@ def commit_manifest(
     try:
         store.put(f"{stem}.{number:06d}.json", sealed({"number": number, **manifest}), role="manifest")
     except AlreadyExists:
-        raise RunFailed(
-            f"{store.url}: another append was committed as {stem}.{number:06d}.json while this one ran; "
-            "run the same command again to append to it"
-        ) from None
+        name = f"{stem}.{number:06d}.json"
+        try:
+            require_continued(number)
+        except ConfigError as error:
+            raise ConfigError(f"another command committed {name} while this one ran: {error}") from None
+        what = "another append was committed" if parent else "another command committed the same place"
+        raise RunFailed(f"{store.url}: {what} as {name} while this one ran; run the same command again to append to it") from None
     return number
 
 

@@ -224,6 +224,8 @@ def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
             raise ValueError("it is no object")
         _require_shallow(data)
         _require_whole(store, name, data)
+    except _Misplaced as error:
+        raise DataError(f"{where} is not in its place: {error}; {_remedy(store, name, error.stated)}") from error
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise DataError(f"{where} is damaged: {why}; restore it from a copy, or write to another URL") from error
@@ -231,6 +233,25 @@ def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
         _noted.add(store.url)
         logger.info("%s was written by version 1, whose small files state no hash: a change in them cannot be detected", store.url)
     return data
+
+
+class _Misplaced(ValueError):
+    """A file that holds together, and whose name repeats another value than it states."""
+
+    def __init__(self, key: str, stated: object) -> None:
+        super().__init__(f"it states {key} {stated!r}, which its name does not")
+        self.stated = stated
+
+
+def _remedy(store: Store, name: str, stated: object) -> str:
+    """Return what to do about a file that has the name of another: there is nothing to restore if the right name is taken."""
+    kind, named = _kind_of(store, name)
+    match = re.fullmatch(kind.pattern, name)
+    if match is not None and named is not None:
+        other = name[: match.start(1)] + (str(stated).zfill(len(named)) if named.isdigit() else str(stated)) + name[match.end(1) :]
+        if re.fullmatch(kind.pattern, other) and store.size(other) is not None:
+            return f"it is a copy of {other}, or of that of another artefact: remove it, or restore the right one if there was one"
+    return "restore the right one from a copy, or remove it"
 
 
 def _require_shallow(data: dict[str, Any]) -> None:
@@ -274,7 +295,7 @@ def _require_whole(store: Store, name: str, data: Mapping[str, Any]) -> None:
     elif not kind.keys <= keys - _FORMAT <= kind.keys | kind.optional:
         raise ValueError(f"its keys are not those of this kind of file{_shown(keys - _FORMAT, kind.keys | kind.optional)}")
     if kind.repeats and named is not None and str(data[kind.repeats]) != (str(int(named)) if named.isdigit() else named):
-        raise ValueError(f"it states {kind.repeats} {data[kind.repeats]!r}, which its name does not")
+        raise _Misplaced(kind.repeats, data[kind.repeats])
 
 
 def _kind_of(store: Store, name: str) -> tuple[_Kind, str | None]:

@@ -131,8 +131,8 @@ def collect(
             stack.callback(outcomes.close)
         for outcome in outcomes:
             if isinstance(outcome, PartFailure):
-                logger.error("%s failed: %s: %s", outcome.part, outcome.error_type, outcome.message)
-                for line in (outcome.traceback or "").splitlines():  # a message of ours is one line
+                logger.warning("%s failed (%s); the other %s go on", outcome.part, outcome.error_type, what)
+                for line in (outcome.traceback or "").splitlines():
                     logger.error("  %s", line)
                 failures.append(outcome)
                 continue
@@ -148,11 +148,21 @@ def collect(
     return [records[stem] for stem in stems]
 
 
+def _named(stems: list[str]) -> str:
+    return ", ".join(stems[:SHOWN]) + (f" and {len(stems) - SHOWN} more" if len(stems) > SHOWN else "")
+
+
 def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     kinds = {type(from_json({"error": failure.error_type})) for failure in failures}
     kind = kinds.pop() if len(kinds) == 1 else WorkerDied if WorkerDied in kinds else RunFailed
-    lines = "".join(f"\n  {failure.part}: {failure.error_type}: {failure.message}" for failure in failures[:SHOWN])
-    more = f"\n  and {len(failures) - SHOWN} more (see the log)" if len(failures) > SHOWN else ""
+    parts: dict[str, list[str]] = {}  # what went wrong -> where: several parts often fail for one reason
+    for failure in failures:
+        parts.setdefault(f"{failure.error_type}: {failure.message}", []).append(failure.part)
+    reasons = [f"{_named(stems)}: {reason}" for reason, stems in parts.items()]
+    lines = "".join(f"\n  {reason}" for reason in reasons[:SHOWN])
+    for reason in reasons[SHOWN:]:
+        logger.error("%s", reason)
+    more = f"\n  and {len(reasons) - SHOWN} more (see the log)" if len(reasons) > SHOWN else ""
     first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
     message = f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish"
     return kind(message, hint=next((failure.hint for failure in failures if failure.hint is not None), None))

@@ -5,7 +5,8 @@ the same bytes. Generations only add: the shards of the parent come first in eve
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,11 @@ class DatasetManifest:
     def own_files(self) -> tuple[FileRef, ...]:
         """Those in the dataset's own folder: all but adopted tars."""
         return (*(ref for shard in self.shards for ref in shard.own_files), *(part.quarantine for part in self.rejected), *self.listings)
+
+    @property
+    def claim(self) -> int:
+        """Number of the claim under which this generation was made; 0 if its listing has no such name."""
+        return claim_of_listing(self.listings[-1])
 
     @property
     def quarantined(self) -> int:
@@ -259,6 +265,24 @@ def _require_sums(manifest: DatasetManifest) -> None:
         ("reasons", manifest.reasons, manifest.quarantined),
     ):
         require_counts_of({name: sum(counted.values())}, **{name: total})
+
+
+def claim_of_listing(listing: FileRef) -> int:
+    """Return the number of the claim that wrote a listing; 0 for a file of another name."""
+    match = re.fullmatch(r"listings/(\d{6})\.parquet", listing.name)
+    return int(match[1]) if match else 0
+
+
+def claim_problems(manifest: DatasetManifest, name: str, identity: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where a manifest is not what the claim `name` of its generation has as its identity."""
+    if manifest.claim_sha256 not in (None, sha256_json(identity)):
+        yield (
+            f"claim_sha256 is {manifest.claim_sha256}, the identity of {name} has {sha256_json(identity)}: one of them was changed, or is "
+            "of another dataset; restore it"
+        )
+    right = {"dataset": manifest.identity, "parent": manifest.parent}
+    if differences := disagreement({key: identity.get(key) for key in right}, right):
+        yield f"{name} does not claim this generation: {differences}"
 
 
 def _shard_to_json(shard: ShardRef) -> dict[str, Any]:

@@ -113,7 +113,13 @@ def encode_dataset(
     old = () if plan.parent is None else plan.parent.files
     known = set(old)
     new = [ref for ref in manifest.files if ref not in known]
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old)
+
+    def require_continued(number: int) -> None:
+        there = read_table_manifest(store, number)
+        _require_same_table(store, plan.identity, there.identity, plan.setup.model_url, spec)
+        _require_descendant(store, plan.shards, plan.lineage["dataset"], there)
+
+    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
     logger.info("table %s: generation %d, %d rows, %d quarantined", store.url, manifest.number, manifest.num_rows, manifest.quarantined)
     return manifest
 
@@ -134,7 +140,8 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     columns = Encoder(loaded, spec, "cpu").describe()
     identity = _identity(loaded, spec, columns)
     _require_same_table(store, identity, there, loaded.url, spec)
-    _require_descendant(store, dataset, parent)
+    lineage = _lineage(loaded, dataset)
+    _require_descendant(store, dataset.manifest.shards, lineage["dataset"], parent)
     known = set() if parent is None else {(part.split, part.shard) for part in parent.parts}
     shards = dataset.manifest.shards
     tasks = [task for shard in shards if (shard.split, shard.stem) not in known for task in part_tasks(shard, spec)]
@@ -143,7 +150,7 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(loaded.url, loaded.sha256, url, number, store.url, spec, columns, device, threads)
     make_worker = MakeEncodeWorker(setup, loaded, recorded, _num_streams(device, threads))
-    return EncodePlan(setup, make_worker, identity, _lineage(loaded, dataset), shards, tuple(tasks), parent, parent_sha256, done)
+    return EncodePlan(setup, make_worker, identity, lineage, shards, tuple(tasks), parent, parent_sha256, done)
 
 
 def _num_streams(device: str, threads: int) -> int:
@@ -220,14 +227,14 @@ def _require_same_table(
         require_same(store.url, "table", wanted, there, urls=urls, absent=absent)
 
 
-def _require_descendant(store: Store, dataset: Dataset, parent: TableManifest | None) -> None:
-    """Raise ConfigError unless every shard of the table is a shard of the dataset."""
-    there = {(shard.split, shard.stem): shard.tar.sha256 for shard in dataset.manifest.shards}
+def _require_descendant(store: Store, shards: Sequence[ShardRef], dataset: Mapping[str, Any], parent: TableManifest | None) -> None:
+    """Raise ConfigError unless every shard of the table is a shard of the dataset, whose number and address are given."""
+    there = {(shard.split, shard.stem): shard.tar.sha256 for shard in shards}
     for part in () if parent is None else parent.parts:
         if there.get((part.split, part.shard)) != part.shard_sha256:
             raise ConfigError(
                 f"{store.url} holds rows of the shard {part.split}/{part.shard} (sha256 {part.shard_sha256[:12]}), which generation "
-                f"{dataset.manifest.number} of dataset {dataset.url} does not have: a table belongs to one dataset, write to another URL"
+                f"{dataset['number']} of dataset {dataset['url']} does not have: a table belongs to one dataset, write to another URL"
             )
 
 

@@ -10,8 +10,10 @@ from there are compared), and the checkpoint has the recorded hash and settings.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +25,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.documents import Document, disagreement, guarded, read_all, read_bytes, read_json
+from aecore.artifact.documents import CLAIM, Document, disagreement, guarded, read_all, read_bytes, read_document, read_json, typed
 from aecore.artifact.subset import VerifySubset
+from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import column_problems
 from aecore.data.manifest import ShardRef
 from aecore.errors import DataError
-from aecore.store import canonical_json, open_store, recorded_url, sha256_json
-from aecore.table.manifest import STEM, TableManifest, TablePart, table_manifest_of
+from aecore.store import FileRef, canonical_json, open_store, recorded_url, sha256_json
+from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest, table_manifest_of
 from aecore.table.part import (
     PART_FORM,
     PRODUCER,
@@ -53,6 +56,7 @@ from aecore.table.table import KEYS, LatentTable, generation_problems, origin_pr
 
 logger = logging.getLogger(__name__)
 SHOWN = 20
+CHECKPOINT = "checkpoint.json"
 KL_TOLERANCE = {"float32": 1e-3, "float16": 2e-2}  # of kl, which is computed in float32 before mu and log_var are rounded
 
 
@@ -78,7 +82,12 @@ class TableReport:
 
 
 def verify_table(
-    table: LatentTable, *, read_data: bool = False, dataset_url: str | None = None, only: VerifySubset | None = None
+    table: LatentTable,
+    *,
+    read_data: bool = False,
+    dataset_url: str | None = None,
+    run_url: str | None = None,
+    only: VerifySubset | None = None,
 ) -> TableReport:
     """Check a table and return the counts.
 
@@ -90,6 +99,8 @@ def verify_table(
         Also read every byte.
     dataset_url : str, optional
         The dataset whose indexes are compared, by default that of the lineage if it still exists; the generation is that of the lineage.
+    run_url : str, optional
+        The run that the table has to belong to; by default its checkpoint is compared if it still is where it was.
     only : VerifySubset, optional
         Read, and compare with the dataset, only the parts of this subset.
 
@@ -100,8 +111,15 @@ def verify_table(
     """
     problems: list[str] = []
     keys: list[pa.ChunkedArray[Any]] = []
-    dataset = _dataset(table, dataset_url)
-    checkpoint = _checkpoint(table, problems)
+    try:
+        dataset = _dataset(table, dataset_url)
+    except DataError as error:
+        dataset = None
+        problems.append(str(error))
+    checkpoint = _checkpoint_url(table, run_url)
+    found = itertools.chain(_run_problems(table, run_url), _checkpoint_problems(table, checkpoint, verify=read_data or only is not None))
+    problems += guarded(f"{table.url}: its lineage", found)
+    elsewhere = len(problems)
     problems += guarded(table.url, _lineage_problems(table, dataset))
     shards = {} if dataset is None else {(shard.split, shard.stem): shard for shard in dataset.manifest.shards}
     chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
@@ -120,6 +138,7 @@ def verify_table(
                 problems += guarded(part.file.name, _index_problems(table, part, rows, dataset, shard, read))
         except DataError as error:
             problems.append(str(error))
+    problems = [*_foreign(table), *problems, *guarded(table.url, _unnamed_problems(table))]
     problems += _coverage_problems(table, list(shards.values()))
     known = [part for part in table.parts if part.stem in footers]
     problems += generation_problems(known, [footers[part.stem].schema.to_arrow_schema() for part in known])
@@ -139,7 +158,9 @@ def verify_table(
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise DataError(f"table {table.url} does not match its manifest, {count}:{lines}\nencode to a new URL, or restore the files")
+        own = "encode to a new URL, or restore the files"
+        remedy = own if len(problems) > elsewhere else "nothing is wrong with the table's own files"
+        raise DataError(f"table {table.url} does not match its manifest, {count}:{lines}\n{remedy}")
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
     read_bytes = sum(ref.bytes for part in chosen for ref in (part.file, part.quarantine) if ref is not None)
@@ -167,25 +188,93 @@ def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
     return open_dataset(url, number=lineage["number"])
 
 
-def _checkpoint(table: LatentTable, problems: list[str]) -> str | None:
-    """Return the URL of the rows' checkpoint, None if it no longer exists; another checkpoint at that URL is a problem."""
-    stated, identity = table.manifest.lineage["checkpoint"], table.manifest.identity
-    store = open_store(recorded_url(stated["url"], f"the checkpoint in the lineage of {table.url}"))
-    if store.size("checkpoint.json") is None:
-        return None
-    found, wanted = hashlib.sha256(read_bytes(store, "checkpoint.json")).hexdigest(), identity["checkpoint_sha256"]
-    if found != wanted:
-        problems.append(f"{stated['url']} is another checkpoint (sha256 {found[:12]}) than the one that made the rows ({wanted[:12]})")
-        return str(stated["url"])
-    content = read_json(store, "checkpoint.json")
-    if differences := disagreement({"step": stated["step"], "info": stated["info"]}, {name: content[name] for name in ("step", "info")}):
-        problems.append(f"the lineage does not say what {stated['url']} does: {differences}")
-    if store.size("config.json") is not None:
+def _foreign(table: LatentTable) -> Iterator[str]:
+    """Yield that the manifest is not of this table, if no claim has its identity: then all that it names seems to be damaged."""
+    wanted, last = table.manifest.claim_sha256, newest_number(table.store, "run") or 0
+    claims = [name for number in range(last, 0, -1) if table.store.size(name := f"run.{number:06d}.json") is not None]
+    if wanted is None or not claims:
+        return
+    for name in claims:  # the newest made it, mostly
+        try:
+            if sha256_json(read_json(table.store, name)["identity"]) == wanted:
+                return
+        except DataError as error:
+            yield str(error)
+            return
+    where = f"{table.url}/{STEM}.{table.manifest.number:06d}.json"
+    yield (
+        f"{where}: claim_sha256 is {wanted[:12]}, which no claim has: it belongs to another table, or {', '.join(sorted(claims))} was "
+        "changed or removed; restore the right one"
+    )
+
+
+def _unnamed_problems(table: LatentTable) -> Iterator[str]:
+    """Yield the Parquet files that no manifest names and that a pattern over the folder would read as well."""
+    newest = newest_number(table.store, STEM) or table.manifest.number
+    manifest = table.manifest if newest == table.manifest.number else read_table_manifest(table.store, newest)
+
+    def is_of_attempt(claim: Mapping[str, Any], number: int, stem: str) -> bool:  # any: plain JSON data
+        covers = claim["info"]["lineage"]["dataset"]
+        return bool(covers["sha256"] != manifest.lineage["dataset"]["sha256"] and covers["number"] >= manifest.lineage["dataset"]["number"])
+
+    yield from unnamed_problems(table.store, {"data": (".parquet",), "quarantine": (".parquet",)}, manifest.files, is_of_attempt)
+
+
+def _checkpoint_url(table: LatentTable, run_url: str | None) -> str | None:
+    """Return where the rows' checkpoint is: below `run_url` if that is given, else where it was; None if there is none."""
+    stated: str = table.manifest.lineage["checkpoint"]["url"]
+    if run_url is None:
+        stated = recorded_url(stated, f"the checkpoint in the lineage of {table.url}")
+    else:
+        inside = re.search(r"/(?:model|checkpoints/[^/]+)$", stated)
+        is_model = open_store(run_url).size(CHECKPOINT) is not None  # the model alone stands where the run was
+        stated = run_url if is_model else f"{run_url}{inside[0] if inside else '/model'}"
+    if open_store(stated).size(CHECKPOINT) is not None:
+        return stated
+    logger.warning("%s: the checkpoint that made the rows is not at %s: it was not checked", table.url, stated)
+    return None
+
+
+def _run_problems(table: LatentTable, run_url: str | None) -> Iterator[str]:
+    """Yield that a run is not the one whose checkpoint made the rows."""
+    made_by = table.manifest.lineage["checkpoint"]["info"].get("run_sha256")
+    if run_url is None or made_by is None or (store := open_store(run_url)).size(CLAIM) is None:
+        return
+    try:
+        own = sha256_json(read_json(store, CLAIM)["identity"])
+    except DataError as error:
+        yield str(error)
+        return
+    if own != made_by:
+        yield f"the table was made by another run (run_sha256 {made_by[:12]}) than {run_url} is ({own[:12]}): restore that run beside it"
+
+
+def _checkpoint_problems(table: LatentTable, url: str | None, *, verify: bool) -> Iterator[str]:
+    """Yield that the checkpoint at an address is damaged, or another one than the rows', or not what the manifest says of it."""
+    if url is None:
+        return
+    stated, identity, store = table.manifest.lineage["checkpoint"], table.manifest.identity, open_store(url)
+    wanted = identity["checkpoint_sha256"]
+    try:
+        content, written = read_document(store, CHECKPOINT)
+        if (found := hashlib.sha256(written).hexdigest()) != wanted:
+            yield f"{url} is another checkpoint (sha256 {found[:12]}) than the one that made the rows ({wanted[:12]})"
+            return
+        right = {name: content[name] for name in ("step", "info")}
+        if differences := disagreement({"step": stated["step"], "info": stated["info"]}, right):
+            yield f"the lineage does not say what {url} does: {differences}"
+        for ref in (typed(FileRef, file) for file in content["files"]):
+            try:
+                store.check(ref, verify=verify)
+            except DataError as error:
+                yield str(error)
         config = read_json(store, "config.json")
-        right = {"transform": config["transform"], "input_shape": config["input_shape"]}
-        if differences := disagreement(identity["preprocessing"], right):
-            problems.append(f"the table's preprocessing is not that of {stated['url']}: {differences}")
-    return str(stated["url"])
+    except DataError as error:
+        yield str(error)
+        return
+    preprocessing = {"transform": config["transform"], "input_shape": config["input_shape"]}
+    if differences := disagreement(identity["preprocessing"], preprocessing):
+        yield f"the table's preprocessing is not that of {url}: {differences}"
 
 
 def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[str]:

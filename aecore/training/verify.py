@@ -11,12 +11,11 @@ from typing import Any
 
 from aecore.artifact.commit import newest_number
 from aecore.artifact.documents import CLAIM, disagreement, guarded, problems_of, read_json
-from aecore.checkpoint.files import CONFIG, MANIFEST, WEIGHTS, CheckpointRef, committed_checkpoints, verify_checkpoint
+from aecore.checkpoint.files import CONFIG, MANIFEST, WEIGHTS, CheckpointRef, committed_checkpoints, read_checkpoint
 from aecore.errors import AecoreError, DataError
 from aecore.registry import shown
 from aecore.store import FileRef, Store, open_store, recorded_url, sha256_json
 from aecore.training.metrics import is_row, read_rows, steps_of
-from aecore.training.result import finished_run
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +40,43 @@ def verify_run(store: Store, *, read_data: bool = False, dataset_url: str | None
     read_data : bool
         Also read metrics, and compare claim and dataset.
     dataset_url : str, optional
-        Where the dataset is if it no longer is where the claim says.
+        Where the dataset is, by default where the claim says.
     """
     problems, found = list[str](), list[CheckpointRef]()
-    names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished_run(store) else [])
+    finished = store.size(f"model/{MANIFEST}") is not None
+    names = [name for _, name in committed_checkpoints(store)] + (["model"] if finished else [])
     for name in names:
-        try:
-            found.append(verify_checkpoint(store, name))
-        except DataError as error:
-            problems.append(str(error))
+        damage, checkpoint = _damage(store, name, finished)
+        problems += [problem for problem in damage if problem not in problems]  # several name the same metrics
+        found += [checkpoint] if checkpoint is not None and not damage else []
     claim = read_json(store, CLAIM)
     problems += guarded(f"{store.url}/{CLAIM}", _claim_problems(store, claim, found))
     if read_data:
         problems += [problem for problem in problems_of(store) if problem not in problems]
         problems += guarded(f"{store.url}/metrics", _metric_problems(store, found))
         problems += guarded(f"{store.url}/{CLAIM}", _dataset_problems(store, claim, dataset_url))
-    return RunVerification(tuple(problems), tuple(names), sum(len(each.files) for each in found), "model" in names)
+    return RunVerification(tuple(problems), tuple(names), sum(len(each.files) for each in found), finished)
+
+
+def _damage(store: Store, name: str, finished: bool) -> tuple[list[str], CheckpointRef | None]:
+    """Return what is wrong with the files of a checkpoint and with its metrics, each with what to do, and what its list says."""
+    if name == "model":
+        remedy = "the same train command publishes it again from its checkpoint if model/ is removed"
+    else:
+        why = "model/ does not need it" if finished else "the same train command goes on from an older one"
+        remedy = f"or remove {store.url}/{name}: {why}"
+    try:
+        checkpoint = read_checkpoint(store, name, verify=None)
+    except DataError as error:
+        return [f"{error}; {remedy}"], None
+    problems = []
+    for refs, what in ((checkpoint.files, remedy), (checkpoint.metrics, "metrics may be removed only with all of checkpoints/")):
+        for ref in refs:
+            try:
+                store.check(ref, verify=True)
+            except DataError as error:
+                problems.append(f"{error}; {what}")
+    return problems, checkpoint
 
 
 def _claim_problems(store: Store, claim: Mapping[str, Any], found: Sequence[CheckpointRef]) -> Iterator[str]:
@@ -68,7 +88,7 @@ def _claim_problems(store: Store, claim: Mapping[str, Any], found: Sequence[Chec
     for checkpoint in found:
         where = f"{store.url}/{checkpoint.name}/{MANIFEST}"
         if differences := disagreement(checkpoint.info, right):
-            yield f"{where} is not of this run: {differences}, as {CLAIM} has it"
+            yield f"{where} belongs to another run, or was changed: {differences}, as {CLAIM} has it"
         config = read_json(store, f"{checkpoint.name}/{CONFIG}", ref=checkpoint.file(CONFIG))
         if differences := disagreement({name: config[name] for name in settings}, settings):
             yield f"{store.url}/{checkpoint.name}/{CONFIG} is not what {CLAIM} says: {differences}"
@@ -133,11 +153,9 @@ def _dataset_problems(store: Store, claim: Mapping[str, Any], url: str | None) -
     if not number:
         return  # external tars without an index
     try:
-        places = [recorded_url(info["data"], f"the data in {store.url}/{CLAIM}"), *([] if url is None else [url])]
-        where = next((place for place in places if newest_number(open_store(place), "dataset") is not None), None)
-        if where is None:
-            text = "%s: there is no dataset at %s, so what the run was trained on was not compared"
-            logger.warning(text, store.url, " or ".join(places))
+        where = recorded_url(info["data"], f"the data in {store.url}/{CLAIM}") if url is None else url
+        if newest_number(open_store(where), "dataset") is None:
+            logger.warning("%s: there is no dataset at %s, so what the run was trained on was not compared", store.url, where)
             return
         dataset = open_dataset(where, number)
         keys = {split: dataset.training_key(split) for split in identity["data"]}

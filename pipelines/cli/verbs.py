@@ -164,10 +164,15 @@ def _show(args: Args) -> Result:
 
 @VERBS.register(
     "verify",
-    "check that what is at a URL is complete and undamaged",
+    "check that what is at a URL is complete and undamaged; in a root also that its parts belong together",
     URL,
     argument("--read-data", "read every byte and compare the hashes", action="store_true"),
-    argument("--read-data-subset", "read the k-th of n slices of the shards and parts: n nightly checks read all", metavar="K/N"),
+    argument(
+        "--read-data-subset",
+        "read the k-th of n slices of the shards and parts: n nightly checks read all (which one a part is in follows from the hash of its "
+        "name, so slices of few parts differ in size, and some are empty)",
+        metavar="K/N",
+    ),
     argument("--dataset", "where the dataset of a table is now (default: where it was encoded from; in a root: its dataset/)"),
     recipe=False,
 )

@@ -3,7 +3,7 @@
 import re
 
 from aecore.artifact.kinds import detect_artifact
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from aecore.store import open_store
 from pipelines.recipe.yaml import Tree
 
@@ -27,10 +27,15 @@ def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool) -> Tree:
     found = detect_artifact(store)
     if found is None or not found.stages:
         return collect_garbage(store.url, older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run).to_dict()
-    stages = {}
-    for name in found.stages:
-        report = collect_garbage(f"{store.url}/{name}", older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run)
-        stages[name] = report.to_dict()
+    stages, damaged = {}, []
+    for name in found.stages:  # one that is damaged does not keep the others from being collected
+        try:
+            report = collect_garbage(f"{store.url}/{name}", older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run)
+            stages[name] = report.to_dict()
+        except DataError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise DataError("\n".join(damaged))
     total = {key: sum(stage[key] for stage in stages.values()) for key in ("files", "bytes")}
     not_ours = [name for name in store.list() if name not in found.stages]
     return {"kind": "root", "url": store.url, **total, "not_ours": not_ours, "dry_run": dry_run, "stages": stages}

@@ -5,7 +5,7 @@ import json
 
 from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
-from aecore.artifact.subset import parse_subset
+from aecore.artifact.subset import VerifySubset, parse_subset
 from aecore.errors import ConfigError, DataError
 from aecore.store import Store, absolute_url, open_store
 from pipelines.recipe.yaml import Tree
@@ -15,7 +15,9 @@ def located(store: Store) -> Artifact:
     """Return the artefact at a URL; DataError if there is none."""
     found = detect_artifact(store)
     if found is None:
-        raise DataError(f"{store.url} holds no dataset, run or table: check the address; `aepipe shard`, `train` and `encode` write them")
+        there = ", ".join(store.list()[:8])
+        text = f"{store.url} holds no dataset, run or table{f' (it has: {there})' if there else ''}: check the address; "
+        raise DataError(f"{text}`aepipe shard`, `train` and `encode` write them")
     return found
 
 
@@ -104,7 +106,8 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
 
     Without `read_data` names and sizes are checked, with it every byte against its sha256, with `subset` (`k/n`) those of the shards
     and parts of one slice; the small files of a run are always read. `dataset` is the current URL of the dataset of a table
-    (default: where it was encoded from; in a root: its own `dataset/`): each row is looked up in its indexes.
+    (default: where it was encoded from; in a root: its own `dataset/`): each row is looked up in its indexes. The table of a root has
+    to belong to its run, if it has one. What is not complete is a problem as well.
 
     Raises
     ------
@@ -116,55 +119,90 @@ def verify(url: str, *, read_data: bool = False, dataset: str | None = None, sub
     only = None if subset is None else parse_subset(subset)
     store = open_store(url)
     found = located(store)
-    kind = found.kind
     if dataset is not None:
         _require_comparable(store, found, dataset)
+    return _verify(store, found, read_data, only, dataset)
+
+
+def _verify(
+    store: Store, found: Artifact, read_data: bool, only: VerifySubset | None, dataset: str | None = None, run: str | None = None
+) -> Tree:
+    """Check what is located at a URL; `dataset` and `run` are those that it has to belong to."""
     if found.is_unfinished:
-        raise DataError(f"{store.url} is an unfinished {kind}: run the command that wrote it again to finish it")
+        raise DataError(_unfinished_text(store, found.kind))
     if found.is_generated:
         raise DataError(f"{store.url} holds {found.name}: no hashes of them are kept; the same command elsewhere makes the same")
-    if kind == "dataset":
-        from aecore.data.dataset import open_dataset
-        from aecore.data.read.verify import verify_dataset
+    facts = {
+        "dataset": lambda: _verify_dataset(store, read_data, only),
+        "table": lambda: _verify_table(store, read_data, only, dataset, run),
+        "run": lambda: _verify_run(store, read_data, dataset),
+        "checkpoint": lambda: _verify_checkpoint(store),
+        "root": lambda: _verify_root(store, found, read_data, only, dataset),
+    }[found.kind]()
+    if only is not None:
+        facts.pop("read_data", None)  # neither all nor nothing: `slice` says what was read
+    return {"kind": found.kind, "url": store.url, **facts}
 
-        checked = verify_dataset(open_dataset(store.url), read_data=read_data, only=only)
-        if checked.problems:
-            raise DataError("\n".join(checked.problems))
-        facts = dataclasses.asdict(checked)
-        del facts["problems"]  # none, or they were raised
-        return {"kind": kind, "url": store.url, "read_data": facts.pop("data_read"), **facts}
-    if kind == "table":
-        from aecore.table.table import open_table
-        from aecore.table.verify import verify_table
 
-        facts = verify_table(open_table(store.url), read_data=read_data, dataset_url=dataset, only=only).to_dict()
-        return {"kind": kind, "url": facts.pop("url"), "rows": facts.pop("num_rows"), **facts}
-    if kind == "run":
-        return _verify_run(store, read_data)
-    if kind == "checkpoint":
-        from aecore.checkpoint.files import read_checkpoint
-
-        checkpoint = read_checkpoint(store, "")
-        return {"kind": kind, "url": store.url, "checkpoint_sha256": checkpoint.sha256, "files": len(checkpoint.files)}
-    own = f"{store.url}/dataset" if "dataset" in found.stages else None  # a root may have been moved as a whole
+def _verify_root(store: Store, found: Artifact, read_data: bool, only: VerifySubset | None, dataset: str | None) -> Tree:
+    """Check all artefacts of a root, and that they belong to each other; a root may have been moved as a whole."""
+    own = {name: f"{store.url}/{name}" for name in found.stages}
     stages: Tree = {}
-    for name in found.stages:
-        if name == "run" and located(place := open_store(f"{store.url}/run")).kind == "run":
-            stages[name] = _verify_run(place, read_data, own)
-        else:
-            where = (dataset if dataset is not None else own) if name == "table" else None
-            stages[name] = verify(f"{store.url}/{name}", read_data=read_data, dataset=where, subset=subset)
-    return {"kind": kind, "url": store.url, **stages}
+    problems = []
+    for name, url in own.items():
+        place = open_store(url)
+        data = (dataset if dataset is not None and name == "table" else own.get("dataset")) if name != "dataset" else None
+        try:
+            stages[name] = _verify(place, located(place), read_data, only, data, own.get("run") if name == "table" else None)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:  # one of the dataset may be met by the others as well
+        raise DataError("\n".join(dict.fromkeys("\n".join(problems).split("\n"))))
+    ignored = [name for name in store.list() if name not in own]
+    return stages | ({"not_looked_at": ignored} if ignored else {})
 
 
-def _verify_run(store: Store, read_data: bool, dataset: str | None = None) -> Tree:
+def _verify_dataset(store: Store, read_data: bool, only: VerifySubset | None) -> Tree:
+    from aecore.data.dataset import open_dataset
+    from aecore.data.read.verify import verify_dataset
+
+    checked = verify_dataset(open_dataset(store.url), read_data=read_data, only=only)
+    if checked.problems:
+        raise DataError("\n".join(checked.problems))
+    facts = dataclasses.asdict(checked)
+    del facts["problems"]  # none, or they were raised
+    return {"read_data": facts.pop("data_read"), **facts}
+
+
+def _verify_table(store: Store, read_data: bool, only: VerifySubset | None, dataset: str | None, run: str | None) -> Tree:
+    from aecore.table.table import open_table
+    from aecore.table.verify import verify_table
+
+    facts = verify_table(open_table(store.url), read_data=read_data, dataset_url=dataset, run_url=run, only=only).to_dict()
+    del facts["url"]
+    return {"rows": facts.pop("num_rows"), **facts}
+
+
+def _verify_run(store: Store, read_data: bool, dataset: str | None) -> Tree:
     """Check a run, and with `read_data` what it was trained on: a dataset where it was then, or at `dataset`."""
     from aecore.training.verify import verify_run
 
     run = verify_run(store, read_data=read_data, dataset_url=dataset)
-    if run.problems:
-        raise DataError("\n".join(run.problems))
-    return {"kind": "run", "url": store.url, "checkpoints": list(run.checkpoints), "files": run.files, "finished": run.finished}
+    problems = [*run.problems, *([] if run.finished else [_unfinished_text(store, "run")])]
+    if problems:
+        raise DataError("\n".join(problems))
+    return {"checkpoints": list(run.checkpoints), "files": run.files, "finished": run.finished}
+
+
+def _verify_checkpoint(store: Store) -> Tree:
+    from aecore.checkpoint.files import read_checkpoint
+
+    checkpoint = read_checkpoint(store, "")
+    return {"checkpoint_sha256": checkpoint.sha256, "files": len(checkpoint.files)}
+
+
+def _unfinished_text(store: Store, kind: str) -> str:
+    return f"{store.url} is an unfinished {kind}: run the command that wrote it again to finish it"
 
 
 def _require_comparable(store: Store, found: Artifact, dataset: str) -> None:

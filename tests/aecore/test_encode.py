@@ -441,6 +441,18 @@ def test_parts_of_another_dataset_from_a_killed_attempt_are_refused(tmp_path: Pa
     verify_table(encode(run, data, tmp_path / "table"), read_data=True, dataset_url=data)
 
 
+def test_of_two_datasets_encoded_at_once_one_is_told_what_is_there_now(tmp_path: Path, data: str, run: str) -> None:
+    out = str(tmp_path / "table")
+    one, other = (folder_dataset(image_folder(tmp_path / split, split, range(9)), tmp_path / f"{split}-data") for split in ("train", "val"))
+
+    def meanwhile(make_worker: Any, tasks: Any) -> Any:
+        encode_dataset(run, other, out)
+        yield from serial(make_worker, tasks)
+
+    with pytest.raises(ConfigError, match="another command committed table.000001.json .*: a table belongs to one dataset"):
+        encode_dataset(run, one, out, fan_out=meanwhile)
+
+
 def test_an_append_of_another_dataset_with_the_same_first_shards_is_refused(tmp_path: Path, run: str) -> None:
     urls = []
     for name, new in (("one", range(40, 70)), ("two", range(80, 110))):

@@ -215,3 +215,16 @@ def test_a_part_that_never_came_back_is_a_failed_run():
 def test_outcomes_travel_between_processes():
     failure = PartFailure("a", "DataError", "x")
     assert pickle.loads(pickle.dumps(failure)) == failure
+
+
+def test_why_parts_failed_is_said_once(caplog):
+    full = "the disk is full"
+    tasks = [Task(f"part-{number}", StoreError(full) if number else ConfigError("another reason")) for number in range(9)]
+    with pytest.raises(RunFailed) as failed:
+        collect(serial, Worker, tasks)
+    shown = "part-1, part-2, part-3, part-4, part-5 and 3 more: StoreError: the disk is full"
+    assert str(failed.value).splitlines()[:3] == ["9 of 9 parts failed:", "  part-0: ConfigError: another reason", f"  {shown}"]
+    assert "part-8 failed (StoreError)" in caplog.text and full not in caplog.text
+    with pytest.raises(DataError, match=r"part-4: DataError: reason 4\n  and 2 more \(see the log\)"):
+        collect(serial, Worker, [Task(f"part-{number}", DataError(f"reason {number}")) for number in range(7)])
+    assert "part-6: DataError: reason 6" in caplog.text and "reason 4" not in caplog.text

@@ -312,13 +312,13 @@ def test_a_killed_run_resumes_after_a_collection_and_ends_the_same(sprites, tmp_
         fit(small_job(sprites, whole, **OPTIONS))
     job = small_job(sprites, tmp_path / "run", **OPTIONS)
     assert died(lambda: fit(job), fault)
-    later(tmp_path / "run")
+    first = later(tmp_path / "run")
     fit(job)
-    report = later(tmp_path / "run")
+    later(tmp_path / "run")
     assert tree(tmp_path / "run/model") == tree(whole / "model")
     assert losses(tmp_path / "run") == losses(whole)
     if fault.startswith(("weights", "state", "checkpoint")):
-        assert any(item.name.startswith("checkpoints/step-00000020") for item in report.garbage)
+        assert any(item.name.startswith("checkpoints/step-00000020") for item in first.garbage)
     folders = {path.parent for path in (tmp_path / "run/checkpoints").rglob("*")}
     assert all((folder / "checkpoint.json").exists() for folder in folders if folder.name.startswith("step-"))
     assert later(tmp_path / "run").garbage == ()
@@ -337,6 +337,124 @@ def test_a_damaged_checkpoint_goes_once_a_newer_one_is_valid(sprites, tmp_path):
     assert {item.name.split("/")[1] for item in later(tmp_path / "run").garbage} == {older.name}
     assert not older.exists()
     assert losses(tmp_path / "run")[-1]["step"] == 30
+
+
+def flipped(path: Path) -> bytes:
+    """Flip a bit in the middle of a file; return what it held."""
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1
+    path.write_bytes(bad)
+    return good
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize("at", [0, -1], ids=["oldest", "newest"])
+def test_what_a_damaged_checkpoint_json_may_name_stays_until_it_is_restored(sprites, tmp_path, at, unfinished):
+    run = tmp_path / "run"
+    fit(small_job(sprites, run, **OPTIONS))
+    for path in run.rglob("*"):
+        os.utime(path, (time.time() - LATER,) * 2)
+    before = tree(run)
+    document = sorted(run.glob("checkpoints/*/checkpoint.json"))[at]
+    good = flipped(document)
+    report = collect_garbage(str(run), unfinished=unfinished)
+    assert report.garbage == ()
+    (waiting,) = report.waiting
+    assert f"{document} is damaged" in waiting.why and f"or remove {document.parent} by hand" in waiting.why
+    document.write_bytes(good)
+    assert tree(run) == before
+    assert later(run).garbage == ()
+    assert losses(run)[-1]["step"] == 30
+
+
+def test_a_checkpoint_json_of_another_run_in_the_place_of_the_right_one_costs_nothing(sprites, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for place, seed in ((run, 0), (other, 1)):
+        fit(small_job(sprites, place, seed=seed, **OPTIONS))
+    newest, foreign = (max(place.glob("checkpoints/*/checkpoint.json")) for place in (run, other))
+    good = newest.read_bytes()
+    newest.write_bytes(foreign.read_bytes())
+    assert "belongs to another run" in later(run).waiting[0].why
+    newest.write_bytes(good)
+    assert losses(run)[-1]["step"] == 30
+
+
+def test_metrics_of_a_finished_run_stay_if_the_checkpoint_that_named_them_is_gone(sprites, tmp_path):
+    run = tmp_path / "run"
+    fit(small_job(sprites, run, **OPTIONS))
+    before = tree(run)
+    newest = sorted(run.glob("checkpoints/*/checkpoint.json"))[-1]
+    good = newest.read_bytes()
+    newest.unlink()
+    report = later(run)
+    assert report.garbage == () and "the checkpoint of its last step (30)" in report.waiting[0].why
+    newest.write_bytes(good)
+    assert tree(run) == before
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "metrics")
+    assert later(run).waiting == (), "as the documentation allows"
+
+
+@pytest.mark.parametrize("kind", ["dataset", "record", "claim"])
+def test_what_a_damaged_document_of_a_dataset_may_name_stays(tmp_path, kind):
+    images, out = image_folder(tmp_path / "images", "train", range(4)), tmp_path / "dataset"
+    shard(images, out)
+    image_folder(images, "train", range(4, 8))
+    assert died(lambda: shard(images, out), "record.linked:1")
+    image_folder(images, "train", range(8, 12))
+    shard(images, out)
+    (record,) = out.glob("records/train-g000002-*")
+    document = {"dataset": out / "dataset.000001.json", "record": record, "claim": out / "run.000002.json"}[kind]
+    good = flipped(document)
+    before = tree(out)
+    if kind == "record":
+        report = later(out)
+        assert {item.name.split("/")[0] for item in report.garbage} <= {".tmp"}
+        assert any(f"{document} is damaged" in item.why for item in report.waiting)
+    else:
+        with pytest.raises(DataError, match=f"{document} is damaged(.|\n)*nothing was removed"):
+            later(out)
+    assert tree(out) == before
+    document.write_bytes(good)
+    assert str(record.relative_to(out)) in {item.name for item in later(out).garbage}
+
+
+@pytest.mark.parametrize("kind", ["table", "record", "claim"])
+def test_what_a_damaged_document_of_a_table_may_name_stays(tmp_path, kind):
+    images, data, run, out = tmp_path / "images", tmp_path / "dataset", saved_run(tmp_path / "run"), tmp_path / "table"
+    shard(image_folder(images, "train", range(7)), data)
+    encode(run, str(data), out)
+    if kind != "table":
+        (out / "table.000001.json").unlink()  # an attempt that ended before its manifest
+    document = {"table": "table.000001.json", "record": "records/train-000000.json", "claim": "run.000001.json"}[kind]
+    good = flipped(out / document)
+    before = tree(out)
+    if kind == "record":
+        assert f"{out / document} is damaged" in later(out, unfinished=True).waiting[0].why
+    else:
+        with pytest.raises(DataError, match=f"{out / document} is damaged"):
+            later(out, unfinished=True)
+    assert tree(out) == before
+    (out / document).write_bytes(good)
+    assert (later(out, unfinished=True).garbage == ()) == (kind == "table")
+
+
+@pytest.mark.parametrize("step", [5, 20, 99], ids=["older", "same step", "newer"])
+def test_a_checkpoint_of_which_a_full_disk_kept_a_part_is_garbage_whatever_its_step(sprites, tmp_path, step):
+    run = tmp_path / "run"
+    assert died(lambda: fit(small_job(sprites, run, **OPTIONS)), "checkpoint.linked:2")
+    before = tree(run)
+    half = run / f"checkpoints/step-{step:08d}-0badc0de"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half of the weights")
+    report = collect_garbage(str(run))
+    assert report.garbage == () and any(item.what == "attempt 0badc0de" for item in report.waiting), "its process may live"
+    report = later(run)
+    assert f"checkpoints/{half.name}/model.safetensors" in {item.name for item in report.garbage}
+    assert not half.exists() and set(tree(run)) <= set(before)
+    fit(small_job(sprites, run, **OPTIONS))
+    assert losses(run)[-1]["step"] == 30
 
 
 def test_a_reader_that_polls_never_breaks_while_metrics_and_parts_are_collected(sprites, tmp_path):

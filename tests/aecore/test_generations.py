@@ -65,7 +65,7 @@ def test_of_concurrent_appends_exactly_one_is_committed(tmp_path):
     for thread in threads:
         thread.join()
     assert outcomes.count(1) == 1
-    assert sum("another append was committed" in str(outcome) for outcome in outcomes) == 7
+    assert sum("another command committed the same place" in str(outcome) for outcome in outcomes) == 7
 
 
 def test_readers_take_the_highest_manifest(tmp_path):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from aecore.artifact.documents import sealed
 from aecore.data.dataset import open_dataset
 from aecore.encoding.job import EncodeSpec
 from aecore.errors import DataError
@@ -231,8 +232,11 @@ def test_verify_finds_another_checkpoint_in_the_place_of_the_first(table: Latent
     lineage = {**table.manifest.lineage, "checkpoint": {**table.manifest.lineage["checkpoint"], "url": str(tmp_path)}}
     moved = LatentTable(table.store, dataclasses.replace(table.manifest, lineage=lineage))
     assert verify_table(moved).checkpoint is None
-    (tmp_path / "checkpoint.json").write_text("{}")
+    (tmp_path / "checkpoint.json").write_bytes(sealed({"step": 1, "files": [], "metrics": [], "best": None, "info": {}}))
     with pytest.raises(DataError, match="is another checkpoint"):
+        verify_table(moved)
+    (tmp_path / "checkpoint.json").write_text("{}")
+    with pytest.raises(DataError, match="checkpoint.json is damaged: it states no sha256"):
         verify_table(moved)
 
 

@@ -474,3 +474,20 @@ def test_runs_that_start_from_different_weights_are_different_runs(data, tmp_pat
         fit(small_job(data, tmp_path / str(seed), max_steps=3, init_from=str(tmp_path / "first")))
     one, two = (json.loads((tmp_path / name / "run.000001.json").read_text())["identity"] for name in ("1", "2"))
     assert one["init_sha256"] != two["init_sha256"]
+
+
+@pytest.mark.parametrize("what", ["document", "weights", "newest", "all"])
+def test_a_finished_run_needs_no_checkpoint(data, tmp_path, what, caplog):
+    """`model/` is the result: checkpoints may be removed by hand, and a damaged one is reported by whoever verifies."""
+    job = small_job(data, tmp_path / "run", every_steps=10, max_steps=30)
+    done = fit(job)
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    if what in ("document", "weights"):
+        path = newest / {"document": "checkpoint.json", "weights": "model.safetensors"}[what]
+        path.write_bytes(path.read_bytes()[:-20] + b"!" + path.read_bytes()[-19:])
+    else:
+        shutil.rmtree(newest if what == "newest" else newest.parent)
+    found = fit(job)
+    assert dataclasses.replace(found, metrics={}) == dataclasses.replace(done, metrics={})
+    assert found.metrics == (done.metrics if what == "weights" else {}), "none rather than those of another step"
+    assert ("no checkpoint that names the metrics of step 30" in caplog.text) == (what != "weights")

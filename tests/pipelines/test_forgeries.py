@@ -422,7 +422,11 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
         ),
     },
     "run": {
-        "beta": (edited(CLAIM, put("identity.model.beta", 4.0), hide=False), "run/model", "belongs to another run (run_sha256"),
+        "beta": (
+            edited(CLAIM, put("identity.model.beta", 4.0), hide=False),
+            "run/model",
+            "belongs to another run, or was changed: run_sha256",
+        ),
         "beta everywhere": (edited(CLAIM, put("identity.model.beta", 4.0)), "config.json", "model.beta 1.0 instead of 4.0"),
         "split": (edited(CLAIM, put("identity.train.split", "test")), "checkpoint.json", "train_split 'train' instead of 'test'"),
         "data": (edited(CLAIM, put("identity.data.train", "0" * 64)), CLAIM, "names other data than"),
@@ -443,7 +447,11 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
         "checkpoint of others": (edited("model/checkpoint.json", put("info.run_sha256", "0" * 64), hide=False), "model", "another run"),
         "best": (edited("checkpoints/*6-*/checkpoint.json", put("best.loss", 1.0)), "checkpoint.json", "a best loss of 1.0"),
         "metrics": (other_metrics, "metrics/", "does not hold the rows of steps"),
-        "metrics left out": (edited("checkpoints/*6-*/checkpoint.json", put("metrics", [])), "run", "no metrics of step 6"),
+        "metrics left out": (
+            edited("checkpoints/*6-*/checkpoint.json", put("metrics", [])),
+            "checkpoint.json",
+            "names metrics up to step 0",
+        ),
         "config": (other_config, "model/config.json", "transform.scale 'symmetric' instead of 'unit'"),
     },
     "table": {

@@ -1,23 +1,40 @@
 """A real S3 server for tests: OpenStack Swift with its s3api, all four servers in one process on loopback.
 
-`server.py FOLDER [LATENCY [bare]]` prints `ready PORT` and serves until its standard input ends; every request waits LATENCY seconds.
+`python tests/s3/server.py FOLDER [LATENCY [bare]]` prints `ready PORT` and serves until its standard input ends; every request waits
+LATENCY seconds. TEST_S3_REGION and TEST_S3_SECRET are the region and the secret key of the user `test:tester`.
 Swift looks whether a name is taken before it reads the body, and never again: of conditional creates that overlap all may win. So those of
 one name wait for each other here; with `bare` they do not. The folder needs a file system with user xattrs.
 """
 
 # ruff: noqa: E402
+import argparse
+import os
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    """Return the arguments of the command line, before anything is patched: `--help` needs nothing of it."""
+    parser = argparse.ArgumentParser("python tests/s3/server.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where its files are written; the file system needs user xattrs")
+    parser.add_argument("latency", type=float, nargs="?", default=0.0, help="seconds that every request waits")
+    parser.add_argument("bare", nargs="?", choices=["bare"], help="conditional creates of one name do not wait for each other")
+    found = parser.parse_args()
+    if missing := [name for name in ("TEST_S3_REGION", "TEST_S3_SECRET") if name not in os.environ]:
+        parser.error(f"set {' and '.join(missing)}: the region, and the secret key of the user test:tester")
+    return found
+
+
+ARGS = arguments() if __name__ == "__main__" else None
+
 import eventlet
 
 eventlet.monkey_patch()  # before anything else is imported: it changes what others would hold already
 
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from eventlet import listen, semaphore, tpool, wsgi
 
-REGION, SECRET_KEY = os.environ["TEST_S3_REGION"], os.environ["TEST_S3_SECRET"]
 SERVERS = ("account", "container", "object")
 STORAGE_CONF = """\
 [DEFAULT]
@@ -93,7 +110,7 @@ def atomic(app: Any) -> Any:
     return answer
 
 
-def serve(root: Path, latency_s: float, bare: bool) -> None:
+def serve(root: Path, latency_s: float, bare: bool, region: str, secret: str) -> None:
     etc, devices = root / "etc", root / "devices"
     etc.mkdir(parents=True)
     (devices / "disk").mkdir(parents=True)
@@ -117,7 +134,7 @@ def serve(root: Path, latency_s: float, bare: bool) -> None:
         ring.rebalance()
         ring.get_ring().save(str(etc / f"{name}.ring.gz"))
         (etc / f"{name}.conf").write_text(STORAGE_CONF.format(etc=etc, devices=devices, port=ports[name], name=name))
-    (etc / "proxy.conf").write_text(PROXY_CONF.format(etc=etc, port=ports["proxy"], region=REGION, secret=SECRET_KEY))
+    (etc / "proxy.conf").write_text(PROXY_CONF.format(etc=etc, port=ports["proxy"], region=region, secret=secret))
     with open(os.devnull, "w") as nothing:
         for name in (*SERVERS, "proxy"):
             app = loadapp(str(etc / f"{name}.conf"))
@@ -129,6 +146,6 @@ def serve(root: Path, latency_s: float, bare: bool) -> None:
         tpool.execute(sys.stdin.buffer.read)  # until it ends: the server never outlives the test run that started it
 
 
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0, "bare" in sys.argv[3:])
+if ARGS is not None:
+    serve(ARGS.folder, ARGS.latency, ARGS.bare == "bare", os.environ["TEST_S3_REGION"], os.environ["TEST_S3_SECRET"])
     os._exit(0)

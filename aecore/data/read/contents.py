@@ -6,7 +6,6 @@ stored ones, and these with their claims: a change is found unless all files tha
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +18,11 @@ from aecore.artifact.documents import Document, disagreement, guarded, read_all
 from aecore.data.dataset import Dataset
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import INDEX_FORM, LISTING_SCHEMA, QUARANTINE_SCHEMA, read_table
-from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, ShardRef, manifest_of
+from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, ShardRef, claim_of_listing, claim_problems, manifest_of
 from aecore.data.read.recount import Headers, record_of, require_values, row_problems
 from aecore.data.write.manifest_build import next_manifest
 from aecore.errors import DataError
-from aecore.store import FileRef, canonical_json, sha256_json
+from aecore.store import FileRef, canonical_json
 
 Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars
 
@@ -60,7 +59,7 @@ def _contents(dataset: Dataset, chosen: Sequence[ShardRef | RejectedPart], conte
         where = f"{dataset.url}/{ref.name}"
         try:
             listed.append(read_table(dataset.store.read(ref.name, ref=ref), where, schema=LISTING_SCHEMA))
-            yield from _file_problems(dataset, ref, listed[-1], {"claim": _claim_number(ref)})
+            yield from _file_problems(dataset, ref, listed[-1], {"claim": claim_of_listing(ref)})
         except DataError as error:
             yield str(error)
     if len(content.keys) == len(chosen) and len(listed) == len(dataset.manifest.listings):  # else keys of a damaged file are not known
@@ -116,11 +115,6 @@ def _file_problems(dataset: Dataset, ref: FileRef, table: pa.Table, stated: dict
         found = None
     if found != stated:
         yield f"{where}: its metadata say {disagreement(found, stated)}"
-
-
-def _claim_number(listing: FileRef) -> int:
-    match = re.fullmatch(r"listings/(\d{6})\.parquet", listing.name)
-    return int(match[1]) if match else 0
 
 
 def _repeated_keys(content: _Content) -> Iterator[str]:
@@ -181,16 +175,8 @@ def _document_problems(dataset: Dataset, documents: Mapping[str, Document], reco
 
 def _claim_problems(manifest: DatasetManifest, documents: Mapping[str, Document]) -> Iterator[str]:
     """Yield where a manifest is not what the claim of its generation says; nothing where the claim is gone: readers do not need it."""
-    number = _claim_number(manifest.listings[-1])
-    name = f"run.{number:06d}.json"
-    if name not in documents:
-        return
-    claim = documents[name].content["identity"]
-    if manifest.claim_sha256 not in (None, sha256_json(claim)):
-        yield f"claim_sha256 is {manifest.claim_sha256}, the identity of {name} has {sha256_json(claim)}: one of them was changed"
-    right = {"dataset": manifest.identity, "parent": manifest.parent}
-    if differences := disagreement({key: claim.get(key) for key in right}, right):
-        yield f"{name} does not claim this generation: {differences}"
+    if (name := f"run.{manifest.claim:06d}.json") in documents:
+        yield from claim_problems(manifest, name, documents[name].content["identity"])
 
 
 def _with_fewer_classes(identity: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
@@ -203,7 +189,7 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     """Yield where a manifest is not the next one of its parent with the parts that are there."""
     old = set() if parent is None else {part.stem for part in parent.parts}
     new = [part for part in manifest.parts if part.stem not in old]
-    claim = _claim_number(manifest.listings[-1])
+    claim = manifest.claim
     for part in new:
         if claim_of(part.stem) != claim:
             yield f"the part {part.stem} is not of claim {claim}, whose listing the generation has"

@@ -5,12 +5,17 @@ quarantine and listing against each other, records and manifests against both (`
 Problems are collected, not raised: one run reports all of them.
 """
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from aecore.artifact.commit import claim_of, newest_number
+from aecore.artifact.documents import disagreement, guarded, read_json
 from aecore.artifact.subset import VerifySubset
+from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset
-from aecore.data.manifest import RejectedPart, ShardRef, content_sha256, read_manifest
+from aecore.data.manifest import STEM, RejectedPart, ShardRef, claim_problems, content_sha256, read_manifest
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
 
@@ -45,7 +50,12 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
     parts = manifest.parts
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
     tars = {shard.tar: dataset.tars(shard) for shard in manifest.shards}  # adopted ones are in another store
-    problems = [*_structure(dataset), *_sizes((tars.get(ref, dataset.store), ref) for ref in refs)]
+    problems = [
+        *guarded(dataset.url, _foreign(dataset)),
+        *_structure(dataset),
+        *guarded(dataset.url, _unnamed_problems(dataset)),
+        *_sizes((tars.get(ref, dataset.store), ref) for ref in refs),
+    ]
     if read_data or only is not None:
         from aecore.data.read.contents import content_problems  # imported late: who reads no data needs no tables
 
@@ -84,6 +94,43 @@ def _structure(dataset: Dataset) -> Iterator[str]:
             return
         if parent.dataset_sha256 != manifest.parent_sha256:
             yield f"{dataset.url}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
+
+
+def _foreign(dataset: Dataset) -> Iterator[str]:
+    """Yield that the manifest is of another dataset than its claim, or its first record, is: then all that it names seems damaged."""
+    store, manifest = dataset.store, dataset.manifest
+    where, name = f"{dataset.url}/{STEM}.{manifest.number:06d}.json", f"run.{manifest.claim:06d}.json"
+    try:
+        if store.size(name) is not None:
+            identity = read_json(store, name)["identity"]
+            yield from (f"{where}: {problem}" for problem in claim_problems(manifest, name, identity))
+        if manifest.claim_sha256 is None or store.size(name) is None:
+            part = next((part for part in manifest.parts if claim_of(part.stem) == manifest.claim), None)
+            record = None if part is None else f"records/{part.stem}.json"
+            if part is None or record is None or store.size(record) is None:
+                return
+            own = part.own_files if isinstance(part, ShardRef) else (part.quarantine,)  # an adopted tar has no record
+            files = [dataclasses.asdict(ref) for ref in own]
+            if differences := disagreement(read_json(store, record)["files"], files):
+                yield f"{where} belongs to another dataset than {record}: {differences}; restore the right one"
+    except DataError as error:
+        yield str(error)
+
+
+def _unnamed_problems(dataset: Dataset) -> Iterator[str]:
+    """Yield the tars and Parquet files that no manifest names and that a pattern over the folder would read as well."""
+    newest = newest_number(dataset.store, STEM) or dataset.manifest.number
+    manifest = dataset.manifest if newest == dataset.manifest.number else read_manifest(dataset.store, newest)
+
+    listed = {ref.name for ref in manifest.listings}
+
+    def is_of_attempt(claim: Mapping[str, Any], number: int, stem: str) -> bool:  # any: plain JSON data
+        return number == claim_of(stem) and f"listings/{number:06d}.parquet" not in listed
+
+    folders = {"shards": (".tar", ".parquet"), "quarantine": (".parquet",)}
+    if any(shard.tar_base_url is not None for shard in manifest.shards):
+        del folders["shards"]  # adopted: the folder may be that of the tars' owner
+    yield from unnamed_problems(dataset.store, folders, manifest.files, is_of_attempt)
 
 
 def _sizes(refs: Iterable[tuple[Store, FileRef]]) -> Iterator[str]:

@@ -178,15 +178,22 @@ def _compare(
     if parent is None:
         _warn(store, listing, asked, splits)
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
-    absent = {name: absent_values(spec) for name, spec in specs.items()}
-    require_same(store.url, "dataset", identity, _with_classes(parent, source), absent=absent)
+    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt)
+    _require_same(work, parent)
     warn_if_address_changed(store, parent, source, listing)
     rows = new_rows(store, parent, listing, shards)
     fresh = listing.take(rows)
     require_whole_bags(store, listing, rows)
     if len(fresh):
         _warn(store, listing, asked, splits)
-    return _Work(store, source, asked, splits, shards, parent, listing, fresh, identity, adopt)
+    return dataclasses.replace(work, fresh=fresh)
+
+
+def _require_same(work: _Work, there: DatasetManifest) -> None:
+    """Raise ConfigError with the differing fields if the dataset was written with other settings."""
+    specs = {"source": work.source, "splits": work.splits, "shards": work.shards}
+    absent = {name: absent_values(spec) for name, spec in specs.items()}
+    require_same(work.store.url, "dataset", work.identity, _with_classes(there, work.source), absent=absent)
 
 
 def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  # any: as above
@@ -264,7 +271,12 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation))
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=sorted(new, key=lambda ref: ref.name), old=old)
+    new_files = sorted(new, key=lambda ref: ref.name)
+
+    def require_continued(number: int) -> None:
+        _require_same(work, read_manifest(store, number))
+
+    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
     counts = sum(record.rows for record in records), sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)

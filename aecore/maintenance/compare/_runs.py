@@ -60,9 +60,10 @@ def _open(url: str) -> _Run:
     store = open_store(url)
     claim = read_json(store, CLAIM)
     newest = newest_checkpoint(store, sha256_json(claim["identity"]))
-    if newest is None:
-        raise DataError(f"{store.url} has no valid checkpoint yet: there is nothing to compare; run its train command (again)")
     finished = store.size(f"model/{MANIFEST}") is not None
+    if newest is None:
+        remedy = "its model is all that is left, and restoring one brings its metrics back" if finished else "run its train command (again)"
+        raise DataError(f"{store.url} has no valid checkpoint: there is nothing to compare; {remedy}")
     chosen = read_checkpoint(store, "model") if finished else newest
     rows = read_rows(store, newest.metrics)
     return _Run(store, claim, newest, chosen, finished, rows, epoch_means(rows))

@@ -60,7 +60,8 @@ def collect_garbage(
     Raises
     ------
     DataError
-        If there is none of the three, or a manifest is damaged: then nothing is removed, since the files that it names are unknown.
+        If there is none of the three, or a manifest or a claim is damaged: then nothing is removed, since the files that it names are
+        unknown. What a damaged record or `checkpoint.json` may name waits.
     RunFailed
         If attempts were committed during each of three tries to make a plan.
     StoreError
@@ -73,12 +74,16 @@ def collect_garbage(
         before_plan = _numbered(store)
         kind = _kind_of(store)
         plan = Plan(store, before, unfinished)
-        if kind == "run":
-            plan_run(plan)
-        elif kind == "nothing":
-            plan.temporary_files()
-        else:
-            plan_parts(plan, kind)
+        try:
+            if kind == "run":
+                plan_run(plan)
+            elif kind == "nothing":
+                plan.temporary_files()
+            else:
+                plan_parts(plan, kind)
+        except DataError as error:
+            text = "nothing was removed: which files it names is not known before it is restored, or removed by hand"
+            raise DataError(f"{error}\n{text}") from error
         if dry_run or before_plan == _numbered(store):
             return _remove(plan, kind, dry_run)
     raise RunFailed(f"{store.url} changed three times while it was examined: collect again when fewer commands write there")
@@ -118,7 +123,9 @@ def _kind_of(store: Store) -> str:
     if found is None:
         if store.list() == [".tmp"]:
             return "nothing"
-        raise DataError(f"{store.url} holds no dataset, run or table: check the address; only what aecore wrote is collected")
+        there = ", ".join(store.list()[:8])
+        text = f"{store.url} holds no dataset, run or table: check the address; only what aecore wrote is collected"
+        raise DataError(f"{text} (it has: {there})" if there else text)
     if found.is_generated:
         raise DataError(f"{store.url} holds {found.name}: all of it is one result, remove the folder if it is not needed")
     if found.kind == "checkpoint":

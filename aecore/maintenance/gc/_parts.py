@@ -1,8 +1,10 @@
 """Garbage of a dataset or a table: parts, records, listings and claims that no manifest names and no command will finish."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from aecore.artifact.documents import read_json
+from aecore.errors import DataError
 from aecore.maintenance.gc._claims import DATASET, STEM, Ledger, State, claim_name, read_ledger
 from aecore.maintenance.gc._plan import Plan, below
 from aecore.store import Store
@@ -89,6 +91,9 @@ def _plan_group(plan: Plan, ledger: Ledger, claim: int, names: list[str]) -> boo
         if names or ledger.claims.get(claim) is State.UNFINISHED:
             plan.wait(what, names, "unfinished: the command that wrote it continues it; --unfinished gives it up")
         return False
+    if damaged := _damaged_records(plan.store, names):
+        plan.wait(what, names, f"which of its files are needed is unknown: {'; '.join(damaged)}")
+        return False
     own = [claim_name(claim)] if state is not State.COMMITTED and claim in ledger.claims else []
     if plan.young([*names, *own]):
         if names or own:
@@ -96,6 +101,18 @@ def _plan_group(plan: Plan, ledger: Ledger, claim: int, names: list[str]) -> boo
         return False
     plan.add(names, _WHY[state])
     return True
+
+
+def _damaged_records(store: Store, names: Sequence[str]) -> list[str]:
+    """Return what is wrong with the records among these files that cannot be read."""
+    found = []
+    for name in names:
+        if name.startswith("records/"):
+            try:
+                read_json(store, name)
+            except DataError as error:
+                found.append(f"{error} (or remove {store.url}/{name} by hand)")
+    return found
 
 
 def _plan_claims(plan: Plan, ledger: Ledger, gone: list[int]) -> None:

@@ -1,4 +1,7 @@
-"""Garbage of a run: unfinished or damaged checkpoints with a newer valid one, metrics that no checkpoint names."""
+"""Garbage of a run: half-written checkpoints, damaged ones with a newer valid one, metrics that no checkpoint names.
+
+What a `checkpoint.json` that cannot be read names is unknown: as long as there is one, it stays, and so do all metrics that no other names.
+"""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +10,7 @@ from aecore.artifact.documents import CHECKPOINT_NAME, CLAIM, METRICS_NAME, read
 from aecore.checkpoint.files import MANIFEST, CheckpointRef, read_checkpoint
 from aecore.errors import DataError
 from aecore.maintenance.gc._plan import Plan, below
-from aecore.store import Store
+from aecore.store import Store, sha256_json
 
 _CHECKPOINT, _METRICS = re.compile(CHECKPOINT_NAME), re.compile(METRICS_NAME)
 _CHECKPOINT_FILES = (MANIFEST, "model.safetensors", "config.json", "state.pt")  # the manifest first: a half removed one is no checkpoint
@@ -27,7 +30,8 @@ def plan_run(plan: Plan) -> None:
     metrics = [name for name in metrics if _METRICS.fullmatch(name)]
     if store.size(f"model/{MANIFEST}") is None:
         files = [*_files_of(plan, folders), *metrics, *(f"model/{file}" for file in _MODEL_FILES), CLAIM]
-        if plan.unfinished:
+        damaged = _documents(store, (name for name in folders if store.size(f"{name}/{MANIFEST}") is not None))[1]
+        if plan.unfinished and not damaged:
             plan.remove_or_wait("run", files, "of an unfinished run that was given up")
             plan.temporary_files()
             return
@@ -50,44 +54,67 @@ def _files_of(plan: Plan, folders: Iterable[str]) -> list[str]:
 def _plan_attempts(plan: Plan, folders: list[str], metrics: list[str]) -> None:
     """Plan the garbage of each attempt. An attempt with any young file may still run: it keeps all its files."""
     store = plan.store
-    valid = {name: ref for name in folders if (ref := _valid(store, name)) is not None}
+    written = {name for name in folders if store.size(f"{name}/{MANIFEST}") is not None}
+    documents, damaged = _documents(store, sorted(written))
+    valid = {name: ref for name in documents if (ref := _valid(store, name)) is not None}
     newest = max((ref.step for ref in valid.values()), default=-1)
     best = {str(ref.best["name"]) for ref in valid.values() if ref.best}
-    lost = [name for name in folders if name not in valid and name not in best and _step(name) <= newest]
-    named = {part for name in folders if name not in lost for part in _metrics_of(store, name)}
+    why = "; ".join(damaged) or _end_is_gone(store, documents.values())
+    half = [name for name in folders if name not in written and name not in best]
+    broken = [name for name in documents if name not in valid and name not in best and documents[name].step <= newest]
+    named = {part.name for name, ref in documents.items() if name not in broken for part in ref.metrics}
     unnamed = [name for name in metrics if name not in named]
-    for attempt in sorted({_attempt(name) for name in (*lost, *unnamed)}):
+    kept = [*_files_of(plan, (name for name in folders if name not in valid)), *unnamed]
+    if why and kept:
+        plan.wait("checkpoints and metrics", kept, f"which of them are needed is unknown: {why}")
+        return
+    for attempt in sorted({_attempt(name) for name in (*half, *broken, *unnamed)}):
         everything = [*_files_of(plan, (name for name in folders if _attempt(name) == attempt))]
         everything += [name for name in metrics if _attempt(name) == attempt]
         own = [name for name in unnamed if _attempt(name) == attempt]
-        checkpoints = [name for name in lost if _attempt(name) == attempt]
         if plan.young(everything):
             plan.wait(f"attempt {attempt}", own, "it may still run: something that it wrote is younger than the limit")
             continue
-        plan.add(_files_of(plan, checkpoints), f"of a checkpoint that is unfinished or damaged; the one of step {newest} is valid")
+        for names, text in (
+            (half, "of a checkpoint that was never finished: nothing continues from it"),
+            (broken, f"of a checkpoint that is damaged; the one of step {newest} is valid"),
+        ):
+            plan.add(_files_of(plan, (name for name in names if _attempt(name) == attempt)), text)
         plan.add(own, "metrics that no checkpoint names")
     plan.not_ours = list(dict.fromkeys(plan.not_ours))
+
+
+def _documents(store: Store, names: Iterable[str]) -> tuple[dict[str, CheckpointRef], list[str]]:
+    """Return what the checkpoint.json of each folder says, and what is wrong with those that cannot be read."""
+    found, damaged = dict[str, CheckpointRef](), []
+    own = sha256_json(read_json(store, CLAIM)["identity"])
+    for name in names:
+        try:
+            found[name] = read_checkpoint(store, name, verify=None)
+            if found[name].info.get("run_sha256", own) != own:
+                raise DataError(f"{store.url}/{name}/{MANIFEST} belongs to another run: restore the right one")
+        except DataError as error:
+            found.pop(name, None)
+            damaged.append(f"{error} (or remove {store.url}/{name} by hand)")
+    return found, damaged
+
+
+def _end_is_gone(store: Store, documents: Iterable[CheckpointRef]) -> str:
+    """Return what is missing if a finished run has no checkpoint of its last step, which named all metrics; "" otherwise."""
+    last = read_json(store, CLAIM)["info"].get("total_steps")
+    if last is None or store.size(f"model/{MANIFEST}") is None or any(ref.step == last for ref in documents):
+        return ""
+    return (
+        f"the run has finished, and the checkpoint of its last step ({last}), which names its metrics, is gone: restore it, or remove "
+        "all of checkpoints/ and metrics/ by hand"
+    )
 
 
 def _valid(store: Store, name: str) -> CheckpointRef | None:
     try:
         return read_checkpoint(store, name)
-    except (DataError, KeyError, TypeError):
+    except DataError:
         return None
-
-
-def _metrics_of(store: Store, name: str) -> list[str]:
-    """Return the metric parts that a checkpoint names, even if one of its files is damaged: it may be restored."""
-    try:
-        return [str(part["name"]) for part in read_json(store, f"{name}/{MANIFEST}")["metrics"]]
-    except (DataError, KeyError, TypeError):
-        return []
-
-
-def _step(name: str) -> int:
-    match = _CHECKPOINT.fullmatch(name)
-    assert match is not None
-    return int(match[1])
 
 
 def _attempt(name: str) -> str:

@@ -306,6 +306,34 @@ def test_two_appends_at_once_one_is_told_to_run_again(tmp_path):
     assert verify_dataset(open_dataset(str(tmp_path / "out")), read_data=True).ok
 
 
+def test_of_two_commands_with_other_settings_at_once_one_is_told_what_is_there_now(tmp_path):
+    source = images(tmp_path / "in", range(6))
+
+    def meanwhile(make_worker, tasks):
+        shard(source, tmp_path / "out", max_samples=2)
+        yield from serial(make_worker, tasks)
+
+    with pytest.raises(ConfigError) as refused:
+        shard(source, tmp_path / "out", None, meanwhile, max_samples=3)
+    with pytest.raises(ConfigError) as again:
+        shard(source, tmp_path / "out", max_samples=3)
+    assert str(refused.value) == f"another command committed dataset.000001.json while this one ran: {again.value}"
+    assert "shards.max_samples: there 2, asked 3\nwrite to another URL" in str(again.value)
+    assert verify_dataset(open_dataset(str(tmp_path / "out"))).samples == 6
+
+
+def test_of_two_commands_with_other_samples_at_once_one_appends_when_it_is_repeated(tmp_path):
+    source, other = images(tmp_path / "in", range(3)), images(tmp_path / "other", range(10, 14))
+
+    def meanwhile(make_worker, tasks):
+        shard(other, tmp_path / "out")
+        yield from serial(make_worker, tasks)
+
+    with pytest.raises(RunFailed, match="another command committed the same place as dataset.000001.json while this one ran; run the same"):
+        shard(source, tmp_path / "out", None, meanwhile)
+    assert shard(source, tmp_path / "out").num_samples() == 7
+
+
 def test_sprites_carry_their_factors_into_the_index(tmp_path):
     made = shard(SpritesSpec(size=16, positions=3, scales=2), tmp_path / "out", SplitSpec(by="hash", val=0.2))
     assert made.classes == ("ellipse", "heart", "square")
