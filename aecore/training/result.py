@@ -11,6 +11,7 @@ from aecore.store import Store
 from aecore.training.metrics import epoch_of
 
 logger = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,20 @@ def _epoch(store: Store, model: CheckpointRef) -> dict[str, Any]:
         try:
             checkpoint = read_checkpoint(store, name, verify=None)  # its metrics have hashes of their own
         except DataError as error:
-            logger.warning("skipping a damaged checkpoint: %s", error)
+            _warn_once(f"skipping a damaged checkpoint: {error}")
             continue
         if wanted is None or checkpoint.info.get("run_sha256") == wanted:
             return epoch_of(store, checkpoint.metrics, model.step).to_dict()
-    text = "%s: there is no checkpoint that names the metrics of step %d: they are not known, and model/ does not need them"
-    logger.warning(text, store.url, model.step)
+    where = f"{store.url}: there is no checkpoint that names the metrics of step {model.step}"
+    _warn_once(f"{where}: they are not known, and model/ does not need them")
     return {}
+
+
+def _warn_once(text: str) -> None:
+    """Log a warning once in a process: a command asks several times whether a run has finished."""
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning("%s", text)
 
 
 def result_of(store: Store, model: CheckpointRef, metrics: Mapping[str, Any]) -> RunResult:
