@@ -54,9 +54,9 @@ class Faults:
 
 
 class _SickFile(io.FileIO):
-    def __init__(self, faults: Faults, file: Any, mode: str) -> None:
+    def __init__(self, faults: Faults, file: Any, mode: str, opener: Any) -> None:
         self._faults = faults
-        super().__init__(file, mode)
+        super().__init__(file, mode, opener=opener)
 
     def readinto(self, buffer: Any) -> Any:
         self._faults.meet("read", self.fileno())
@@ -87,7 +87,7 @@ def faults(root: Path, operation: str, code: int, spared: int = 0) -> Iterator[F
         found.meet("open", file)
         if operation not in ("read", "write") or not found.covers(file):
             return real_open(file, mode, buffering, *text, **options)
-        raw = _SickFile(found, file, mode.translate({ord("b"): None, ord("t"): None}))
+        raw = _SickFile(found, file, mode.translate({ord("b"): None, ord("t"): None}), options.get("opener"))
         if buffering == 0:
             return raw
         buffer = io.BufferedReader(raw) if "r" in mode else io.BufferedWriter(raw)

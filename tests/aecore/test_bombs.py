@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aecore.data.format.index import MEMBERS
-from aecore.data.format.parquet import open_parquet
+from aecore.data.format.parquet import footer_sha256, open_parquet
 from aecore.store import sha256_json
 from tests.aecore.data.tiny import encoded, image
 from tests.aecore.encoding import encode, saved_run, sprites_dataset
@@ -248,6 +248,8 @@ class TestParquet:
             for _ in range(30):
                 file.write_table(million)
         parts[0]["file"] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        with path.open("rb") as file:
+            parts[0]["footer_sha256"] = footer_sha256(file)
         if agrees:
             parts[0] |= {"rows": ROWS, "row_stop": ROWS}
         rewrite(root / "table/table.000001.json", parts=parts, num_rows=sum(part["rows"] for part in parts))

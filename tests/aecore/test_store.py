@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", stale)
-    with pytest.raises(DataError, match="b: Stale file handle"):
+    with pytest.raises(StoreError, match="b: Stale file handle"):
         open_files(tmp_path).sizes()
 
 

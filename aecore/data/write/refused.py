@@ -31,7 +31,8 @@ def leave_refused(store: Store, claim: int, stems: Sequence[str]) -> None:
 
 def take_over(store: Store, claim: int) -> None:
     """Remove the mark of a claim that goes on: its parts are in use again."""
-    store.remove(_mark(claim))
+    if store.size(_mark(claim)) is not None:
+        store.remove(_mark(claim))
 
 
 def remove_refused(store: Store, identity: Mapping[str, Any]) -> None:  # any: plain JSON data

@@ -455,7 +455,9 @@ class TestIndexContent:
         first = shard_of(tmp_path / "a", files)
         again = tmp_path / "b/shards/train-000000.parquet"
         again.parent.mkdir(parents=True)
-        pq.write_table(first.index, again, compression="none")
+        pq.write_table(
+            first.index, again, compression="zstd", compression_level=9, write_statistics=["key", "ordinal"], write_page_checksum=True
+        )
         assert shard_of(tmp_path / "b", files).shard.index.bytes == again.stat().st_size
         pq.write_table(first.index.slice(1), again)
         (tmp_path / "b/records/train-000000.json").unlink()
