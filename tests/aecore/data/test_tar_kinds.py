@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from aecore.data.dataset import open_dataset
 from aecore.data.format.index import read_table
 from aecore.data.manifest import DatasetManifest
+from aecore.data.read.stream import open_stream
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
@@ -267,8 +268,42 @@ class TestLinks:
         shard(tmp_path / "in", tmp_path / "ds")
         assert pixels(tmp_path / "ds") == dict(list(EXPECTED.items())[:6])
         os.symlink("..", tmp_path / "disk/up")
-        with pytest.raises(DataError, match=r"up is a link to a folder that it is in"):
+        with pytest.raises(DataError, match=r"more/up/disk leads back to .*remove the link, or give the folder that it leads to"):
             listing(tmp_path / "in")
+
+    def test_links_beside_what_they_lead_to_store_nothing_twice(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "in/b/1.tar", samples(0, 3))
+        write_tar(tmp_path / "in/b/2.tar", samples(3, 3))
+        os.symlink("b", tmp_path / "in/a")
+        os.symlink("1.tar", tmp_path / "in/b/0.tar")
+        for url in ("in", "in/**/*.tar", "in/*/*.tar"):
+            assert ExternalTars.at(str(tmp_path / url)).names == ("b/1.tar", "b/2.tar")
+            assert open_stream(str(tmp_path / url), "train").tars.keys() == {"b/1.tar", "b/2.tar"}
+        shard(tmp_path / "in", tmp_path / "ds")
+        assert pixels(tmp_path / "ds") == dict(list(EXPECTED.items())[:6])
+        assert ExternalTars.at(str(tmp_path / "in/a*/[12].tar")).names == ("a/1.tar", "a/2.tar")
+        named = ExternalTars.at(str(tmp_path / "in/a/0.tar"))  # a link that was asked for by its name
+        assert named.sizes() == {"0.tar": (tmp_path / "in/b/1.tar").stat().st_size}
+
+    @pytest.mark.parametrize("links", [1, 2])
+    def test_links_to_each_other_are_refused(self, tmp_path: Path, links: int) -> None:
+        for folder, other in ("ab", "ba"):
+            write_tar(tmp_path / folder / "0.tar", samples(0 if folder == "a" else 3, 3))
+            for number in range(links):  # 2^40 paths of two
+                os.symlink(f"../{other}", tmp_path / folder / f"l{number}")
+        for open_tars in (lambda: listing(tmp_path), lambda: open_stream(str(tmp_path), "train")):
+            with pytest.raises(DataError, match=r"a/l0/l0 leads back to .*links that go round in a circle are refused"):
+                open_tars()
+
+    def test_links_to_tars_that_fork_at_every_level_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("aecore.store._links.MOST_PATHS", 50)
+        write_tar(tmp_path / "40/0.tar", samples(0, 3))
+        for level in range(40):
+            (tmp_path / f"{level}").mkdir()
+            for name in "xy":
+                os.symlink(f"../{level + 1}", tmp_path / f"{level}/{name}")
+        with pytest.raises(DataError, match="more than 50 paths of links lead to one folder"):
+            ExternalTars.at(str(tmp_path / "0"))
 
 
 class TestArchives:
