@@ -240,7 +240,8 @@ class WebdatasetSource:
             samples, broken = tar_samples(tar, self._reading, found.skipped)
             if broken is not None and self._spec.bad_tars == "refuse":
                 raise BrokenTar(f"{broken}; or set source.bad_tars=skip, which puts what is known of it into the quarantine") from broken
-            place = _Place(name, _STEM.sub("", name), split_of(name))
+            is_class = self._spec.label == "tar" and self._spec.tars > 1  # its name is no split: the class `test_tube` is in all of them
+            place = _Place(name, _STEM.sub("", name), split_of(name.rpartition("/")[0] if is_class else name))
             for sample in samples:
                 bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
                 self._add(found, sample, tar, place, bad)
