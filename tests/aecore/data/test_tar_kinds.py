@@ -12,6 +12,8 @@ import lzma
 import os
 import struct
 import tarfile
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -258,6 +260,54 @@ class TestLinks:
         for n in range(5):
             add_link(path, f"l{n}", "x")
         assert [reason(why) for why in unusable(listing(path))].count("link") == 3
+
+    def test_names_without_end_are_rows_and_take_linear_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in ("x/0.png", f"a{'/b' * 40_000}.png", "c" * 4093 + ".png", "d" * 4092 + ".png", f"e{'/f' * 127}.png"):
+                info = tarfile.TarInfo(name)
+                info.size = len(png(0))
+                tar.addfile(info, io.BytesIO(png(0)))
+            for name, target in (("l", "x"), (f"a{'/b' * 40_000}", "x"), ("m.png", "a/" * 40_000), ("n.png", f"l{'/b' * 200}")):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = tarfile.SYMTYPE, target
+                tar.addfile(info)
+            info = tarfile.TarInfo("x/9.png")
+            info.size, info.pax_headers = len(png(0)), {f"{number}": "" for number in range(90_000)}
+            tar.addfile(info, io.BytesIO(png(0)))
+        tracemalloc.start()
+        started = time.monotonic()
+        found = listing(path)
+        took, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100 << 20 and took < 20, f"{peak} bytes, {took} s"  # 1.6 GB and 54 s before
+        reasons = [reason(why) for why in unusable(found)]
+        assert {key: why for key, why in zip(found.keys, reasons, strict=True) if len(key) < 10} == {
+            **dict.fromkeys(("x/0", "x/9", "l/0", "l/9"), ""),
+            **dict.fromkeys("mn", "link"),
+        }
+        assert sorted(reasons) == [""] * 6 + ["link"] * 2 + ["name"] * 3
+        assert shard(path, tmp_path / "ds", max_bad=0.9).reasons == {"link": 2, "name": 3}
+
+    @pytest.mark.parametrize("options", [{"label": "path"}, {"label": "leaf"}, {"group": r"regex:(\d)"}, {"label": r"regex:(\d)"}, {}])
+    def test_a_name_that_is_not_utf_8_is_one_row(self, tmp_path: Path, options: dict[str, str]) -> None:
+        bad = os.fsdecode(b"caf\xe9")
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+            for name in ("cat/0.png", "dog/1.png", f"cat/{bad}2.png", f"{bad}/3.png"):
+                info = tarfile.TarInfo(name)
+                data = png(int(name[-5]))
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            info = tarfile.TarInfo(f"cat/{bad}4.png")  # unusable for another reason
+            info.type, info.linkname = tarfile.SYMTYPE, "nothing"
+            tar.addfile(info)
+        made = shard(path, tmp_path / "ds", max_bad=0.9, **options)
+        is_class = options.get("label") in ("path", "leaf")
+        assert made.reasons == ({"link": 1, "name": 1} if is_class else {"link": 1}) and made.num_samples() == (3 if is_class else 4)
+        if is_class:
+            assert made.classes == ("cat", "dog")
+            assert any(r"caf\xe9' is not UTF-8" in why for _, why in quarantine(tmp_path / "ds").values())
 
     def test_folders_of_tars_that_are_links(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "blobs/0", samples(0, 3))
