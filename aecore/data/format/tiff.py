@@ -95,9 +95,8 @@ def tiff_pixels(data: bytes, frame: int = 0) -> tuple[Pixels, bool]:
 
             with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
                 image.seek(page.index)
-                pixels = np.asarray(image.convert("RGB"))
-        else:
-            pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
+                return np.asarray(image.convert("RGB")), False  # which has turned it already
+        pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
         return upright(pixels, _orientation(page)), form.alpha > 0
 
 
