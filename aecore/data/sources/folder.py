@@ -26,7 +26,7 @@ from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.data.sources._filter import PathFilter, chosen
-from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import found_in, is_expression, require_rule
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import left_out, only_array
@@ -96,6 +96,7 @@ class FolderSource:
         self._group = folder.group
         self._bags = folder.group == "parent"
         self._all_frames = folder.frames == "all"
+        self._frame = FrameReader(lambda source: self._file(source))
         self._follow = folder.follow_links
         self._limit = folder.limit
         self._filter = _filter_of(folder)
@@ -176,7 +177,11 @@ class FolderSource:
         DataError
             Before all is read, if it has more than `MAX_MEMBER_BYTES`: it has grown since it was listed.
         """
-        return read_frame(source, self._file) if self._all_frames else self._file(source)
+        return self._frame(source) if self._all_frames else self._file(source)
+
+    def bound_pixels(self, most: int) -> None:
+        """Decode no frame of more pixels."""
+        self._frame.max_pixels = most
 
     def _file(self, source: str) -> tuple[str, bytes]:
         path = self._prefix + source

@@ -23,7 +23,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._external_tars import ExternalTars
-from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
@@ -118,6 +118,7 @@ class WebdatasetSource:
         self._reading = Reading(shards.member, "source.member", shards.tars)
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
+        self._frame = FrameReader(self._member)
         self.compressed: dict[str, str] = {}
 
     @property
@@ -176,7 +177,11 @@ class WebdatasetSource:
         Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing, BadSample for
         an `.npz` that holds no array, several ones, or Python objects.
         """
-        return read_frame(source, self._member) if self._spec.frames == "all" else self._member(source)
+        return self._frame(source) if self._spec.frames == "all" else self._member(source)
+
+    def bound_pixels(self, most: int) -> None:
+        """Decode no frame of more pixels."""
+        self._frame.max_pixels = most
 
     def _member(self, source: str) -> tuple[str, bytes]:
         tar, member = parse_source(source)

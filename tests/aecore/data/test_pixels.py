@@ -29,7 +29,7 @@ from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.sources.folder import FolderSpec
+from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.convert import prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
@@ -307,6 +307,45 @@ class TestFrames:
             options = {"loop": 0} if name == "GIF" else {"lossless": True} if name == "WEBP" else {}
             data = saved(pictures[0], name, save_all=True, append_images=pictures[1:], **options)
             assert image_header(data, "").frames == Image.open(io.BytesIO(data)).n_frames == frames, name
+
+    @pytest.mark.parametrize("name", ["moving.gif", "pages.tif", "stack.tif", "moving.webp", "moving.png"])
+    def test_a_file_is_read_once_for_all_its_frames(self, tmp_path, name, monkeypatch):
+        frames = [Image.fromarray(np.full((4, 4), number, np.uint8)) for number in range(40)]
+        (tmp_path / "in").mkdir()
+        pages = np.stack([np.asarray(frame) for frame in frames])
+        if name.endswith(".tif"):
+            data = imagej_stack(pages) if name == "stack.tif" else tiff(pages, photometric="minisblack")
+        else:
+            options = {"lossless": True} if name.endswith(".webp") else {}
+            data = saved(frames[0], name[7:].upper(), save_all=True, append_images=frames[1:], **options)
+        (tmp_path / "in" / name).write_bytes(data)
+        source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=(name.rpartition(".")[2],), frames="all"))
+        listed, reads = source.listing(), []
+        read_file = source._file
+        monkeypatch.setattr(source, "_file", lambda name: (reads.append(name), read_file(name))[1])
+
+        def value(place):
+            return int(np.asarray(Image.open(io.BytesIO(source.read(listed.sources[place])[1])).convert("L"))[0, 0])
+
+        assert [value(place) for place in range(40)] == list(range(40)) and reads == [name]
+        assert [value(place) for place in (7, 3, 39, 0)] == [7, 3, 39, 0], "in any order too"
+
+    def test_the_limit_of_pixels_is_that_of_the_knob_for_each_frame(self, tmp_path):
+        out = io.BytesIO()
+        with tifffile.TiffWriter(out) as file:
+            for side in (4, 40, 4):
+                file.write(np.zeros((side, side), np.uint8), photometric="minisblack", metadata=None)
+        manifest = sharded(tmp_path, {"pages.tif": out.getvalue()}, frames="all", max_pixels=100)
+        assert (manifest.num_samples(), manifest.reasons) == (2, {"too_large": 1})
+        source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=("png",), frames="all"))
+        pictures = [Image.new("1", (9000, 9000), number) for number in (0, 1)]  # above the default
+        (tmp_path / "in/large.png").write_bytes(saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:]))
+        assert len(source.listing()) == 2
+        source.bound_pixels(1 << 27)
+        assert source.read("large.png#000000001")[0] == "png"
+        source.bound_pixels(1 << 26)
+        with pytest.raises(BadSample, match="at most 67108864 are read"):
+            source.read("large.png#000000001")
 
     def test_the_default_image_of_an_animation_is_a_frame_of_its_own(self, tmp_path):
         pictures = [Image.fromarray(noise(np.random.default_rng(number), 6, 5, 3)) for number in range(3)]
