@@ -26,6 +26,7 @@ from aecore.store._base import (
     sha256_json,
 )
 from aecore.store._buckets import unchecked_bodies
+from aecore.store._cache import trim_cache
 from aecore.store._cleanup import close_read
 from aecore.store._environment import check_environment, environment_value
 from aecore.store._links import LinkedFolders, leads_nowhere
@@ -86,5 +87,6 @@ __all__ = [
     "sha256_file",
     "sha256_json",
     "split_tars",
+    "trim_cache",
     "unchecked_bodies",
 ]

@@ -275,5 +275,5 @@ class LocalFiles:
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         return iter(names)
 
-    def pieces(self, places: Sequence[tuple[str, int, int]]) -> None:
+    def pieces(self, places: Sequence[tuple[str, int, int]], room: int | None = None) -> None:
         """Return None: the files are local."""

@@ -33,7 +33,7 @@ from aecore.data.sources._tar_samples import ARCHIVED, Reading, TarSample, tar_s
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import TAR_ENDINGS
+from aecore.store import TAR_ENDINGS, trim_cache
 
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
@@ -134,9 +134,11 @@ class WebdatasetSource:
         return other
 
     def close(self) -> None:
-        """Close all tars."""
+        """Close all tars; their copies in the cache that are above its bound go."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._found is not None and self._found.files.room is not None:
+            trim_cache()
 
     def listing(self) -> Listing:
         """List every sample, tar by tar, after parsing all headers.
