@@ -26,8 +26,10 @@ from aecore.store._base import (
     sha256_json,
 )
 from aecore.store._buckets import unchecked_bodies
+from aecore.store._cache import trim_cache
 from aecore.store._cleanup import close_read
 from aecore.store._environment import check_environment, environment_value
+from aecore.store._links import LinkedFolders, leads_nowhere
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._open import (
     SCHEMES,
@@ -55,6 +57,7 @@ __all__ = [
     "AlreadyExists",
     "FileRef",
     "Files",
+    "LinkedFolders",
     "LocalFiles",
     "LocalStore",
     "Scheme",
@@ -69,6 +72,7 @@ __all__ = [
     "fault_point",
     "is_remote",
     "is_tar",
+    "leads_nowhere",
     "named_folder",
     "open_files",
     "open_regular",
@@ -83,5 +87,6 @@ __all__ = [
     "sha256_file",
     "sha256_json",
     "split_tars",
+    "trim_cache",
     "unchecked_bodies",
 ]

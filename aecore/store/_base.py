@@ -160,10 +160,10 @@ class Files(Protocol):
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         """Yield these names in order; a remote store downloads copies of the next ones meanwhile, as far as half the cache holds them."""
 
-    def pieces(self, places: Sequence[tuple[str, int, int]]) -> Callable[[int], bytes] | None:
+    def pieces(self, places: Sequence[tuple[str, int, int]], room: int | None = None) -> Callable[[int], bytes] | None:
         """Return a function that reads the pieces (name, offset, size) by their rows, in order and without copies of the files.
 
-        None where copies are better: the files are local, or all of them fit into the cache.
+        None where copies are better: the files are local, or all of them fit into `room` bytes (None: into the cache).
         """
 
 

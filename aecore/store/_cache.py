@@ -11,6 +11,7 @@ is no file that the cache wrote (a link, a pipe, a file with a second name or of
 object is fetched again (`_opened`).
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -39,6 +40,7 @@ OTHER = "set AECORE_CACHE to a folder of your own"
 KEPT_S = 60.0  # an object whose path was returned may be opened this much later
 FETCHERS = 8
 POLL_S = 0.01
+_exceeded = set[Path]()  # caches that this process trims when it ends
 _NOT_OPENED = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EACCES)  # a link, a socket, a device, a folder, a closed file
 
 
@@ -160,23 +162,36 @@ class ObjectCache:
         finally:
             _release(descriptor)
 
+    def trim(self) -> None:
+        """Evict what is above the bound and no longer open: concurrent readers may have exceeded it."""
+        with contextlib.suppress(StoreError, OSError), _locked((root := self.root) / "lock"):
+            self._evict(root, 0)
+
     def _make_room(self, root: Path, descriptor: int, needed: int) -> None:
         """Evict the least recently used objects until `needed` more bytes fit, and reserve them in the file of `descriptor`."""
         with _locked(root / "lock"):
             os.ftruncate(descriptor, 0)  # what a killed process left
-            found = _objects(root)
-            total = sum(state.st_size for state, _ in found)
-            for state, path in sorted(found, key=lambda item: (item[1].suffix != ".part", item[0].st_mtime)):
-                abandoned = path.suffix == ".part"
-                if not abandoned and (total + needed <= self.limit or 0 < state.st_mtime - time.time() <= KEPT_S):
-                    continue
-                if _remove_unused(path):
-                    total -= state.st_size
+            total = self._evict(root, needed)
             os.ftruncate(descriptor, needed)  # counted from now on
         if total + needed > self.limit:
+            if self._named not in _exceeded:
+                _exceeded.add(self._named)
+                atexit.register(self.trim)
             logger.warning(
                 "%s holds %d bytes that are in use and gets %d more, more than AECORE_CACHE_BYTES=%d", root, total, needed, self.limit
             )
+
+    def _evict(self, root: Path, needed: int) -> int:
+        """Remove the least recently used objects until `needed` more bytes fit; return the bytes that are left."""
+        found = _objects(root)
+        total = sum(state.st_size for state, _ in found)
+        for state, path in sorted(found, key=lambda item: (item[1].suffix != ".part", item[0].st_mtime)):
+            abandoned = path.suffix == ".part"
+            if not abandoned and (total + needed <= self.limit or 0 < state.st_mtime - time.time() <= KEPT_S):
+                continue
+            if _remove_unused(path):
+                total -= state.st_size
+        return total
 
 
 def _named(identity: str, size: int) -> FileRef:
@@ -326,6 +341,11 @@ class _Fetchers:
 
 
 _fetchers = _Fetchers()
+
+
+def trim_cache() -> None:
+    """Evict what the cache of this machine holds above its bound and nobody has open any more; never raises."""
+    ObjectCache().trim()
 
 
 def cache_root() -> Path:

@@ -14,6 +14,7 @@ from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._again import cannot_read, read_again, read_verified
 from aecore.store._base import FileRef, damaged, fault_point, open_regular, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
+from aecore.store._links import LinkedFolders
 from aecore.store._race import races
 
 LINK_TRIES = 20
@@ -215,14 +216,18 @@ def _cannot_list(error: OSError) -> None:
     raise cannot_read(error.filename, error) from error
 
 
-def _require_no_loop(folder: str, names: list[str]) -> None:
-    """Raise DataError if one of these folders is a link to a folder that it is in: following it would never end."""
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/"):
-            raise DataError(
-                f"{path} is a link to a folder that it is in, {os.path.realpath(path)}: remove the link, or give a folder below it"
-            )
+def _walk_links(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what `os.walk` does, also below links to folders; DataError if they go round in a circle, or lead to one folder too often."""
+    links = LinkedFolders(str(root), "remove the link, or give the folder that it leads to")
+    chains = {str(root): links.enter("", ())}
+    for folder, folders, names in os.walk(root, onerror=_cannot_list, followlinks=True):
+        yield folder, folders, names  # which takes folders away
+        above = chains.pop(folder)
+        for path in (os.path.join(folder, name) for name in folders):
+            try:
+                chains[path] = links.enter(f"{os.path.relpath(path, root)}/", above)
+            except OSError as error:
+                _cannot_list(error)
 
 
 class LocalFiles:
@@ -235,14 +240,12 @@ class LocalFiles:
         self.url = str(root)
 
     def sizes(self, *, follow_links: bool = False) -> dict[str, int]:
-        """Return name -> size of every file; with `follow_links` also below links to folders. DataError if one leads into itself."""
+        """Return name -> size of every file. With `follow_links` also below links to folders; DataError if they go round in a circle."""
         if not self.root.is_dir():
             raise DataError(f"{self.url} {'is a file' if self.root.exists() else 'does not exist'}: give a folder")
         found: dict[str, int] = {}
-        for folder, folders, names in os.walk(self.root, onerror=_cannot_list, followlinks=follow_links):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            if follow_links:
-                _require_no_loop(folder, folders)
+        for folder, folders, names in _walk_links(self.root) if follow_links else os.walk(self.root, onerror=_cannot_list):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))  # the first link that is wrong is always the same
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
                 try:
                     state = path.stat()
@@ -272,5 +275,5 @@ class LocalFiles:
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         return iter(names)
 
-    def pieces(self, places: Sequence[tuple[str, int, int]]) -> None:
+    def pieces(self, places: Sequence[tuple[str, int, int]], room: int | None = None) -> None:
         """Return None: the files are local."""

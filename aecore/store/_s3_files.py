@@ -141,12 +141,12 @@ class S3Files(BucketPrefix):
     def _bring(self, name: str) -> None:
         close_read(self.open(name))
 
-    def pieces(self, places: Sequence[tuple[str, int, int]]) -> Callable[[int], bytes] | None:
+    def pieces(self, places: Sequence[tuple[str, int, int]], room: int | None = None) -> Callable[[int], bytes] | None:
         names = dict.fromkeys(name for name, _, _ in places)
         if not names.keys() <= self._listed.keys():
             self.sizes()
         states = {name: self._listed.get(name) or self._state(name) for name in names}
-        if sum(state.bytes for state in states.values()) <= ObjectCache().limit:
+        if sum(state.bytes for state in states.values()) <= (ObjectCache().limit if room is None else room):
             return None
 
         def submit(row: int) -> Future[bytes]:

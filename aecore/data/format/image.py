@@ -24,6 +24,7 @@ from aecore.native.loops import exif_orientation
 
 PixelsVersion = Literal[1, 2]
 MAX_PIXELS = 1 << 26  # 67 megapixels: an image this large does not fit a batch, and a decompression bomb is larger
+FRAME_BYTES = 12  # that the header of a frame takes at least, in every format but stacks in TIFFs
 MAX_PIXEL_BYTES = 16  # of the decoded values on average, so that the limit of the pixels also bounds the memory
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
 
@@ -123,7 +124,7 @@ def has_png_meaning(data: bytes) -> bool:
 
 def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHeader:
     header = _headers_seen.get(data[:33]) or _png_start(data)
-    position, size, has_pixels, meaning = 33, len(data), False, dict[bytes, bytes]()
+    position, size, has_pixels, meaning, animated = 33, len(data), False, dict[bytes, bytes](), _Animation()
     try:
         while data[position:] != _PNG_END:  # almost always true at the first IEND; else its own CRC is checked like any other
             length, kind = _chunk_head(data, position)
@@ -131,10 +132,13 @@ def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHea
             if zlib.crc32(data[position + 4 : end]) != _chunk_crc(data, end)[0]:
                 raise BadSample("checksum", f"PNG chunk {kind!r} at byte {position} does not fit its CRC")
             if kind == b"IDAT":
+                animated.has_default = animated.has_default or not (has_pixels or animated.held)
                 has_pixels = True
             elif kind == b"IEND":
                 break
-            elif kind in _PNG_MEANING:
+            elif kind == b"fcTL":
+                animated.held += 1
+            elif kind in _PNG_MEANING and not (kind == b"acTL" and has_pixels):  # that after the pixels is none, as the format has it
                 meaning.setdefault(kind, data[position + 8 : end])
             position = end + 4
     except struct.error:
@@ -142,13 +146,29 @@ def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHea
     if not has_pixels:
         raise BadSample("format", "PNG without pixel data (no IDAT chunk)")
     require_size(header.width, header.height, max_pixels)
-    return _png_meaning(header, meaning) if meaning and pixels == 2 else header
+    return _png_meaning(header, meaning, animated) if meaning and pixels == 2 else header
 
 
-def _png_meaning(header: ImageHeader, chunks: dict[bytes, bytes]) -> ImageHeader:
+@dataclass(slots=True)
+class _Animation:
+    """What a PNG holds of an animation: frames, and whether its first image is not one of them."""
+
+    held: int = 0
+    has_default: bool = False
+
+    def frames(self, stated: int) -> int:
+        """Return the images of the file; BadSample unless it holds as many frames as it states."""
+        if not 0 < stated <= 1 << 31:  # decoders take it for no animation
+            return 1
+        if stated > self.held:
+            raise BadSample("frames", f"PNG that states {stated} frames and holds {self.held}: save it again")
+        return stated + self.has_default
+
+
+def _png_meaning(header: ImageHeader, chunks: dict[bytes, bytes], animated: _Animation) -> ImageHeader:
     mode = _PNG_WITH_ALPHA.get(header.mode, header.mode) if b"tRNS" in chunks else header.mode
     width, height = turned_size(header.width, header.height, exif_orientation(chunks.get(b"eXIf", b"")))
-    frames = max(1, int.from_bytes(chunks[b"acTL"][:4], "big")) if b"acTL" in chunks else 1
+    frames = animated.frames(int.from_bytes(chunks[b"acTL"][:4], "big")) if b"acTL" in chunks else 1
     return ImageHeader(width, height, mode, header.ext, frames=frames)
 
 
@@ -287,14 +307,15 @@ def _pillow_header(data: bytes, ext: str, pixels: PixelsVersion, max_pixels: int
             raise BadSample("format", f"{image.format} is not among png, jpeg, webp, bmp, tiff, gif")
         require_size(image.width, image.height, max_pixels)
         header = _shared(image.width, image.height, image.mode, ext if ext == found or (ext, found) == ("tif", "tiff") else found)
-        return header if pixels == 1 else _meaning(image, header)
+        return header if pixels == 1 else _meaning(image, header, len(data))
 
 
-def _meaning(image: Any, header: ImageHeader) -> ImageHeader:  # any: PIL.Image.Image
+def _meaning(image: Any, header: ImageHeader, size: int) -> ImageHeader:  # any: PIL.Image.Image
     """Return the header of an image that Pillow has opened, as it is seen."""
     mode = {"L": "LA", "RGB": "RGBA", "P": "PA"}.get(image.mode, image.mode) if "transparency" in image.info else image.mode
     width, height = turned_size(header.width, header.height, opened_orientation(image))
     frames = int(_decoding(lambda: getattr(image, "n_frames", 1), header.ext))  # Pillow gives it to formats that may have several
+    _require_frames(frames, size)
     return dataclasses.replace(header, width=width, height=height, mode=mode, frames=frames)
 
 
@@ -307,9 +328,11 @@ def _pillow_frames(data: bytes, ext: str) -> int:
     """Return the images of a JPEG with a multi-picture index; 1 if Pillow takes the others for parts of the first, or cannot tell."""
     try:
         with open_image(data, ext) as image:
-            return int(getattr(image, "n_frames", 1))
+            frames = int(getattr(image, "n_frames", 1))
     except BadSample:
         return 1
+    _require_frames(frames, len(data))
+    return frames
 
 
 def open_image(data: bytes, ext: str) -> Any:  # any: PIL.Image.Image, imported only here
@@ -347,6 +370,12 @@ def _decoding(step: Callable[[], Any], ext: str) -> Any:  # any: the result of `
             raise
         except Exception as error:  # decoders of untrusted bytes raise anything: OSError, SyntaxError, struct.error, ...
             raise BadSample("decode", f"not a readable {f'{ext} ' if ext else ''}image ({type(error).__name__})") from error
+
+
+def _require_frames(frames: int, size: int) -> None:
+    """Raise BadSample if a file of `size` bytes cannot hold the frames that it states."""
+    if frames * FRAME_BYTES > size:
+        raise BadSample("frames", f"a file of {size} bytes that states {frames} frames, each of which takes at least {FRAME_BYTES}")
 
 
 @functools.lru_cache(4096)  # equal headers are one object: faster than making another

@@ -1,6 +1,6 @@
 """The segments of a JPEG, and whether its scans are whole. The decoding is imagecodecs' (libjpeg-turbo); no codec is here."""
 
-import functools
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -9,7 +9,10 @@ import numpy as np
 # data without a marker; each begins with other bits, since the end of a cut code may mean the same as the zeros that libjpeg puts there
 _FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
 _SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
-_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)  # with the fill bytes before it
+_RESTARTS = tuple(bytes([0xFF, 0xD0 + number]) for number in range(8))
+_FREE_BYTES = 1 << 18  # that may be added to the smallest files
+_MARKER = re.compile(rb"(?<!\xff)\xff++[^\x00\xff]", re.DOTALL)  # with the fill bytes before it, of which each is looked at once
+_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # a marker that has a length, or EOI
 
 
 def is_whole_jpeg(data: bytes) -> bool:
@@ -25,21 +28,45 @@ def is_whole_jpeg(data: bytes) -> bool:
     start = scans[0][0] + 2 + scans[0][1]
     if start > len(data):
         return False
-    if data.rfind(b"\xff\xd9") < start:
-        data += b"\xff\xd9"
+    end = _end_of_picture(data)
+    data = data + b"\xff\xd9" if end is None else data[:end]  # what follows is no part of this picture
     pixels = imagecodecs.jpeg8_decode(data)
     for filler in _FILLERS if len(data) < _SMALL_BYTES else _FILLERS[:2]:
-        filled = data[:start] + _MARKER.sub(functools.partial(_filled, filler), data[start:])
-        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(filled)):
+        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(_filled(data, start, filler))):
             return False
     return _is_complete(data, scans)
 
 
-def _filled(filler: bytes, marker: re.Match[bytes]) -> bytes:
-    """Return a marker inside or after a scan with data before it, at the end of a scan also all restart intervals that may be missing."""
-    if 0xD0 <= marker[0][-1] <= 0xD7:
-        return filler + marker[0]
-    return filler + b"".join(bytes([0xFF, 0xD0 + number % 8]) + filler for number in range(16)) + marker[0]
+def _filled(data: bytes, start: int, filler: bytes) -> bytes:
+    """Return a JPEG with data before the markers inside and after its scans, which begin at `start`; of at most a few times its size.
+
+    At the end of a scan these are also all restart intervals that may be missing.
+    """
+    scans = sum(marker == 0xDA for _, marker, _ in jpeg_segments(data))
+    width, height = jpeg_size(data)
+    most = min(scans * (3 * -(-width // 8) * -(-height // 8) + 16), (len(data) + _FREE_BYTES) // 4)  # markers: others are stray bytes
+    restarts = sum(map(data[start:].count, _RESTARTS))
+    short = filler[: max(8, (len(data) + _FREE_BYTES) // (min(restarts, most) + 1))]
+    ends = itertools.count()
+
+    def before(marker: re.Match[bytes]) -> bytes:
+        if 0xD0 <= marker[0][-1] <= 0xD7:
+            return short + marker[0]
+        if next(ends) * len(whole) > len(data) + _FREE_BYTES:  # no file has so many scans
+            return marker[0]
+        return whole + marker[0]
+
+    whole = filler + b"".join(bytes([0xFF, 0xD0 + number % 8]) + filler for number in range(16))
+    return data[:start] + _MARKER.sub(before, data[start:], count=most)
+
+
+def _end_of_picture(data: bytes) -> int | None:
+    """Return where the first picture of a JPEG ends, after its EOI; None if it has none."""
+    after = 0
+    for at, _, length in jpeg_segments(data):
+        after = at + 2 + length
+    found = _SEGMENT.search(data, after)
+    return None if found is None or data[found.end() - 1] != 0xD9 else found.end()
 
 
 def _is_complete(data: bytes, scans: list[tuple[int, int]]) -> bool:
@@ -61,11 +88,11 @@ def _is_complete(data: bytes, scans: list[tuple[int, int]]) -> bool:
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield position, marker and length of the segments of a JPEG, up to the end of its first picture."""
     position, scanned = 2, False
-    while (found := _MARKER.search(data, position)) is not None and found.end() + 2 <= len(data):
-        at, marker = found.end() - 2, data[found.end() - 1]
+    while (found := _SEGMENT.search(data, position)) is not None and found.end() + 2 <= len(data):
+        at, marker = found.start(), data[found.start() + 1]
         if marker == 0xD9 and scanned:
             return
-        if marker == 0x01 or 0xD0 <= marker <= 0xD9:
+        if marker == 0xD9:
             position = at + 2
             continue
         length = (data[at + 2] << 8) | data[at + 3]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.colour import cmyk_to_rgb
-from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded, opened_orientation
+from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded, opened_orientation, require_size
 from aecore.data.format.jpeg import jpeg_segments
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.native.loops import exif_orientation
@@ -29,17 +29,52 @@ class Picture(NamedTuple):
     has_alpha: bool
 
 
-def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "imagecodecs", frame: int = 0) -> Picture:
-    """Return an image, or one of its frames, after its header was checked. Raises what the codecs do for damaged pixels."""
-    if frame == 0 and data.startswith(PNG_MAGIC):
+def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "imagecodecs") -> Picture:
+    """Return an image (of several the first) after its header was checked. Raises what the codecs do for damaged pixels."""
+    if data.startswith(PNG_MAGIC):
         return _png(data, decoder)
-    if frame == 0 and data.startswith(JPEG_MAGIC):
+    if data.startswith(JPEG_MAGIC):
         return _jpeg(data, decoder)
     if data.startswith(TIFF_STARTS):
         from aecore.data.format.tiff import tiff_pixels  # imported late: most datasets have no TIFF
 
-        return Picture(*tiff_pixels(data, frame))
-    return _pillow(data, frame)
+        return Picture(*tiff_pixels(data))
+    return _pillow(data)
+
+
+class OpenImage:
+    """A file of several images, parsed once: to decode them in their order takes linear time. `close` it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._tiff: Any = None  # any: TiffImages, imported late
+        self._image: Any = None  # any: PIL.Image.Image
+        if data.startswith(TIFF_STARTS):
+            from aecore.data.format.tiff import TiffImages
+
+            self._tiff = TiffImages(data)
+        else:
+            self._image = open_unbounded(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        (self._image if self._tiff is None else self._tiff).close()
+
+    def frame(self, number: int, max_pixels: int) -> Picture:
+        """Return one image; BadSample before it is decoded if it is too large (see `require_size`), else as `decode_image`."""
+        if self._tiff is not None:
+            width, height, pixel_bytes = self._tiff.size(number)
+            require_size(width, height, max_pixels, pixel_bytes)
+            return Picture(*self._tiff.pixels(number))
+        require_size(self._image.width, self._image.height, max_pixels)
+        if number == 0 and self._data.startswith((PNG_MAGIC, JPEG_MAGIC)):
+            return decode_image(self._data)
+        if number < self._image.tell():  # Pillow's own way back fails for PNG
+            self._image.close()
+            self._image = open_unbounded(self._data)
+        self._image.seek(number)
+        require_size(self._image.width, self._image.height, max_pixels)
+        return _opened_pillow(self._image, turned=True)
 
 
 def image_file(pixels: Pixels) -> tuple[bytes, str]:
@@ -65,7 +100,7 @@ def _png(data: bytes, decoder: str) -> Picture:
     # compares a colour key of fewer than 8 bits with scaled values
     by_pillow = depth <= 8 and not (depth < 8 and colour == 0 and b"tRNS" in data)
     if by_pillow and (interlaced or decoder == "pillow"):
-        picture = _pillow(data, 0, turned=False)
+        picture = _pillow(data, turned=False)
     else:
         import imagecodecs
 
@@ -122,20 +157,22 @@ def _with_channels(pixels: Pixels) -> Picture:
     return Picture(pixels, pixels.shape[2] in (2, 4))
 
 
-def _pillow(data: bytes, frame: int, *, turned: bool = True) -> Picture:
+def _pillow(data: bytes, *, turned: bool = True) -> Picture:
     with open_unbounded(data) as image:
-        if frame:
-            image.seek(frame)
-        orientation = opened_orientation(image) if turned else UPRIGHT
-        if "transparency" in image.info or image.mode == "PA":
-            pixels = np.asarray(image.convert("LA" if image.mode == "L" else "RGBA"))
-        elif image.mode == "1":
-            pixels = np.asarray(image).astype(np.uint8) * np.uint8(255)
-        elif image.mode in ("L", "LA", "RGB", "RGBA", "I;16"):
-            pixels = np.asarray(image)
-        elif image.mode in ("P", "CMYK"):
-            pixels = np.asarray(image.convert("RGB"))
-        else:
-            raise BadSample("unsupported", f"{image.format} of mode {image.mode} is not read: save it as PNG")
-        picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], pixels.ndim == 3 and pixels.shape[2] in (2, 4))
-        return Picture(upright(picture.pixels, orientation), picture.has_alpha)
+        return _opened_pillow(image, turned=turned)
+
+
+def _opened_pillow(image: Any, *, turned: bool) -> Picture:  # any: PIL.Image.Image
+    orientation = opened_orientation(image) if turned else UPRIGHT
+    if "transparency" in image.info or image.mode == "PA":
+        pixels = np.asarray(image.convert("LA" if image.mode == "L" else "RGBA"))
+    elif image.mode == "1":
+        pixels = np.asarray(image).astype(np.uint8) * np.uint8(255)
+    elif image.mode in ("L", "LA", "RGB", "RGBA", "I;16"):
+        pixels = np.asarray(image)
+    elif image.mode in ("P", "CMYK"):
+        pixels = np.asarray(image.convert("RGB"))
+    else:
+        raise BadSample("unsupported", f"{image.format} of mode {image.mode} is not read: save it as PNG")
+    picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], pixels.ndim == 3 and pixels.shape[2] in (2, 4))
+    return Picture(upright(picture.pixels, orientation), picture.has_alpha)

@@ -81,23 +81,50 @@ def tiff_facts(data: bytes) -> TiffFacts:
         return TiffFacts(width, height, form.mode, form.channels, frames, pixel_bytes)
 
 
-def tiff_pixels(data: bytes, frame: int = 0) -> tuple[Pixels, bool]:
-    """Return the pixels `[H, W, C]` of one image of a TIFF, as they are seen, and whether the last channel is alpha.
+def tiff_pixels(data: bytes) -> tuple[Pixels, bool]:
+    """Return the pixels `[H, W, C]` of the first image of a TIFF, as they are seen, and whether the last channel is alpha.
 
     Its header was checked. Raises what tifffile and its codecs do for damaged pixels.
     """
-    with _images(data, frame + 1) as images:
-        stacked = len(images) == 1 and frame > 0
-        page = images[0 if stacked else frame]
+    with TiffImages(data, 1) as images:
+        return images.pixels(0)
+
+
+class TiffImages:
+    """The images of an open TIFF, whose tags are parsed once; with `most` only the first of them. `close` it."""
+
+    def __init__(self, data: bytes, most: int | None = None) -> None:
+        self._data, self._file = data, contextlib.ExitStack()
+        self._images = self._file.enter_context(_images(data, most))
+
+    def __enter__(self) -> "TiffImages":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def size(self, frame: int) -> tuple[int, int, int]:
+        """Return width, height and bytes of a decoded pixel of one image."""
+        page = self._images[frame if len(self._images) > 1 else 0]
+        form = _form(page)
+        return int(page.imagewidth), int(page.imagelength), max(form.channels, int(page.samplesperpixel)) * form.dtype.itemsize
+
+    def pixels(self, frame: int) -> tuple[Pixels, bool]:
+        """Return the pixels of one image, as `tiff_pixels` does."""
+        data, stacked = self._data, len(self._images) == 1 and frame > 0
+        page = self._images[0 if stacked else frame]
         form = _form(page)
         if page.photometric == _YCBCR and page.compression != _JPEG:
             from PIL import Image  # libtiff's own conversion: chroma may be subsampled
 
             with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
                 image.seek(page.index)
-                pixels = np.asarray(image.convert("RGB"))
-        else:
-            pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
+                return np.asarray(image.convert("RGB")), False  # which has turned it already
+        pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
         return upright(pixels, _orientation(page)), form.alpha > 0
 
 

@@ -20,9 +20,11 @@ from aecore.data.dataset import Dataset
 from aecore.data.format.decode import DecodeError, Decoder, Pixels, Reading
 from aecore.data.format.ragged import SequenceDecoder
 from aecore.data.format.sample_format import SampleFormat
+from aecore.data.manifest import ShardRef
 from aecore.data.read.shard_reader import ShardReader
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
+from aecore.store import Files, open_files
 
 Int64s = NDArray[np.int64]
 CacheMode = Literal["auto", "ram", "none"]
@@ -87,6 +89,8 @@ class SplitRows:
         self._filled = np.zeros(0, np.bool_)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.RLock()
+        self._files: dict[str, Files] | None = None  # of adopted tars, by their base
+        self._too_many = False
 
     def read(self, indices: Int64s) -> Rows:
         """Return the samples with these indices, in this order. DataError names shard and key of a damaged or undecodable sample."""
@@ -133,6 +137,8 @@ class SplitRows:
         with self._lock:
             for number in self._open.keys() - set(now.tolist()):
                 self._open[number].reader.close()  # its index is kept; a full cache may evict a file that is not open
+        if len(now) and self._pieces_of(self.shards[int(now[0])]) is not None:
+            return
         shards = [self.shards[number] for number in (*now.tolist(), *(() if later is None else later.tolist()))]
         self.dataset.prefetch(shards)
 
@@ -163,12 +169,29 @@ class SplitRows:
         for number, places in zip(numbers[firsts].tolist(), np.split(order, firsts[1:]), strict=True):
             shard, rows = self._shard(number), indices[places] - self._starts[number]
             ordinals[places], labels[places] = shard.ordinals[rows], shard.labels[rows]
-            parts.append(shard.reader.read_members(rows))
+            files = self._pieces_of(self.shards[number])
+            parts.append(shard.reader.read_members(rows) if files is None else shard.reader.read_pieces(files, rows))
         members = BytesColumn.concat(parts).take(np.argsort(order))  # those of a shard were read together
         try:
             return self._decoded(members, ordinals, labels)
         except DecodeError as error:
             raise self._undecodable(int(indices[error.row]), error) from error
+
+    def _pieces_of(self, shard: ShardRef) -> Files | None:
+        """Return the files that hold an adopted tar, if those of the split are in a bucket and do not all fit into the cache.
+
+        A step reads samples of several tars, and so would keep them all, or fetch each again and again.
+        """
+        if shard.tar_base_url is None or self.dataset.tars(shard).is_local:
+            return None
+        if self._files is None:
+            adopted = {(known.tar_base_url, known.tar.name): known.tar.bytes for known in self.shards if known.tar_base_url is not None}
+            self._files = {url: open_files(self.dataset.tars(known).url) for url, known in self._bases().items()}
+            self._too_many = any(files.room is not None and sum(adopted.values()) > files.room for files in self._files.values())
+        return self._files[shard.tar_base_url] if self._too_many else None
+
+    def _bases(self) -> dict[str, ShardRef]:
+        return {shard.tar_base_url: shard for shard in self.shards if shard.tar_base_url is not None}
 
     def _decoded(self, members: BytesColumn, ordinals: Int64s, labels: Int64s, on_bad: Callable[[DecodeError], None] | None = None) -> Rows:
         if self._sequences is None:

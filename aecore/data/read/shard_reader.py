@@ -28,7 +28,7 @@ from aecore.data.read.layout import REMEDY, Layout
 from aecore.errors import DataError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import read_pieces, sha256s
-from aecore.store import Store, close_read, read_again
+from aecore.store import Files, Store, close_read, read_again
 from aecore.threads import map_ordered
 
 T = TypeVar("T")
@@ -107,6 +107,17 @@ class ShardReader:
     def read_rows(self, rows: NDArray[np.int64] | list[int]) -> list[bytes]:
         """Return the data members of these rows (numbers in the shard, any order); DataError naming the key if one is damaged."""
         return list(self.read_members(np.asarray(rows, np.int64)))
+
+    def read_pieces(self, files: Files, rows: NDArray[np.int64]) -> BytesColumn:
+        """Return the data members of these rows as `read_members` does, each by a request of its own to the files that hold the tar."""
+        begins, ends = self._layout.data_begins[rows].tolist(), self._layout.data_ends[rows].tolist()
+        places = [(self.shard.tar.name, begin, end - begin) for begin, end in zip(begins, ends, strict=True)]
+        read = files.pieces(places, 0)
+        if read is None:  # local files
+            return self.read_members(rows)
+        found = BytesColumn.from_bytes([read(place) for place in range(len(places))])
+        self._check_members(found, rows)
+        return found
 
     def read_members(self, rows: NDArray[np.int64]) -> BytesColumn:
         """Return the data members of these rows in one buffer, as `read_rows` does."""

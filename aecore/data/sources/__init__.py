@@ -150,6 +150,13 @@ def file_root(source: Source) -> Path | None:
     return None if root is None else root()
 
 
+def bound_pixels(source: Source, most: int) -> None:
+    """Have a source that decodes (frames of files) decode no image of more pixels."""
+    bound: Callable[[int], None] | None = getattr(source, "bound_pixels", None)
+    if bound is not None:
+        bound(most)
+
+
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
     """Return a function that reads these samples in this order: `source.prefetch(names)` if the source has it, else `source.read`.
 

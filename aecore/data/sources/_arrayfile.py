@@ -14,7 +14,6 @@ import re
 import tempfile
 import weakref
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from aecore.data.format.foreign import what_it_is
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import InflateLimit
+from aecore.data.sources._npz import DAMAGED_ZIP
 from aecore.errors import DataError
 from aecore.store import open_regular
 
@@ -168,7 +168,9 @@ class ArrayFile:
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        except (*DAMAGED_ZIP, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk: none of bz2; a seek before the file
+                raise
             with self._file() as file:
                 head = file.read(HEAD_BYTES)
             known = "" if head.startswith((b"PK", b"\x1f\x8b")) else what_it_is(head)

@@ -1,5 +1,6 @@
 """Where external tars are: a folder, one file, patterns with braces or stars, several addresses joined by `::`."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -58,7 +59,7 @@ class ExternalTars:
             found = _matches(name[start:], known)
             if not found:
                 raise DataError(f"no tar matches {name}: check the address, {len(known)} tars are below {files.url}")
-            names += found
+            names += found if rules == 1 else _once(files, found)
         return cls(files, tuple(dict.fromkeys(names)))
 
     @classmethod
@@ -66,6 +67,7 @@ class ExternalTars:
         files = open_files(where)
         sizes = _sizes(files, rules)
         names = sorted(name for name in sizes if (name.endswith(_ENDINGS_IN_VERSION_1) if rules == 1 else is_tar(name)))
+        names = names if rules == 1 else _once(files, names)
         if not names:
             raise DataError(
                 f"{files.url} holds no .tar file, plain or compressed (.tar.gz, .tgz, .tar.zst, .tar.bz2, .tar.xz): check the address"
@@ -79,7 +81,11 @@ class ExternalTars:
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each tar; DataError if one is missing."""
-        known = _sizes(self.files, rules=2)
+        known = {} if isinstance(self.files, LocalFiles) else self.files.sizes()
+        if isinstance(self.files, LocalFiles):  # of the names themselves, which may lead over links
+            for path, name in ((self.files.local(name), name) for name in self.names):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    known[name] = path.stat().st_size
         for name in self.names:
             if name not in known:
                 raise DataError(f"{self.files.url}/{name} does not exist: check the address")
@@ -89,6 +95,17 @@ class ExternalTars:
 def _sizes(files: Files, rules: int) -> dict[str, int]:
     """Return the files of a folder; below a local one also those in folders that are links, unless by the rules of version 1."""
     return files.sizes(follow_links=True) if isinstance(files, LocalFiles) and rules > 1 else files.sizes()
+
+
+def _once(files: Files, names: list[str]) -> list[str]:
+    """Return each tar by one of these sorted names: the one that leads over no link, if it is among them, else the first."""
+    if not isinstance(files, LocalFiles):
+        return names
+    real, first = os.path.realpath(files.root), dict[str, str]()  # real path -> name
+    for name in names:
+        path = os.path.realpath(files.local(name))
+        first[path] = name if path == os.path.join(real, name) else first.get(path, name)
+    return sorted(first.values())
 
 
 def _is_pattern(where: str) -> bool:

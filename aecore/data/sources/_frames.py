@@ -3,17 +3,21 @@
 Listing reads every file that may have them, and a sample is decoded and written again without loss: its own bytes do not exist.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from aecore.data.format.image import BadSample, image_header
-from aecore.data.format.pixels import decode_image, image_file
+from aecore.data.format.image import MAX_PIXELS, BadSample, image_header
+from aecore.data.format.pixels import OpenImage, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
+from aecore.errors import DataError, StoreError
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
@@ -48,19 +52,49 @@ def file_of(source: str) -> str:
     return source if match is None else match[1]
 
 
-def read_frame(source: str, read: Read) -> tuple[str, bytes]:
-    """Return extension and bytes of a sample that `with_frames` listed; BadSample if its frame cannot be decoded."""
-    match = _FRAME.fullmatch(source)
-    if match is None:
-        return read(source)
-    ext, data = read(match[1])
+class FrameReader:
+    """Reads the samples that `with_frames` listed; the last file stays open, since its next frame mostly is the next sample.
+
+    `max_pixels` is the limit of an image that is decoded. Threads take turns.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self.max_pixels = MAX_PIXELS
+        self._read, self._name = read, ""
+        self._file: OpenImage | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, source: str) -> tuple[str, bytes]:
+        """Return extension and bytes of a sample; BadSample if its frame cannot be decoded, or is too large to be."""
+        match = _FRAME.fullmatch(source)
+        if match is None:
+            return self._read(source)
+        with self._lock, _decoding(int(match[2]), match[1]):
+            data, ext = image_file(self._opened(match[1]).frame(int(match[2]), self.max_pixels).pixels)
+        return ext, data
+
+    def _opened(self, name: str) -> OpenImage:
+        if self._file is None or self._name != name:
+            if self._file is not None:
+                self._file.close()
+            self._file = None
+            self._file, self._name = OpenImage(self._read(name)[1]), name
+        return self._file
+
+
+@contextlib.contextmanager
+def _decoding(frame: int, name: str) -> Iterator[None]:
+    """Raise what decoders of untrusted bytes raise as BadSample; what storage raises stays."""
     try:
-        data, ext = image_file(decode_image(data, frame=int(match[2])).pixels)
-    except MemoryError:
+        yield
+    except (MemoryError, BadSample, StoreError, DataError):
         raise
+    except OSError as error:
+        if error.errno is not None:  # of the file, not of its bytes
+            raise
+        raise BadSample("decode", f"frame {frame} of {name}: {type(error).__name__}: {error}") from error
     except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
-        raise BadSample("decode", f"frame {int(match[2])} of {match[1]}: {type(error).__name__}: {error}") from error
-    return ext, data
+        raise BadSample("decode", f"frame {frame} of {name}: {type(error).__name__}: {error}") from error
 
 
 def _num_frames(source: str, read: Read) -> int:
@@ -68,6 +102,6 @@ def _num_frames(source: str, read: Read) -> int:
         return 1
     try:
         ext, data = read_again(lambda: read(source), source)
-        return image_header(data, ext).frames
+        return image_header(data, ext, max_pixels=sys.maxsize).frames  # what is too large is known when it is packed
     except BadSample:
         return 1  # it goes to the quarantine when it is packed

@@ -109,13 +109,18 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
     changes: dict[str, Any] = {}
     if is_expression(group):
         found = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
-        changes["groups"] = [name or source for name, source in zip(found, listing.sources, strict=True)]  # what is unusable is in none
+        changes["groups"] = [
+            name or _printable(source) for name, source in zip(found, listing.sources, strict=True)
+        ]  # what is unusable is in none
     if rule == "none":
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
         if listing.paths is not None:
             paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits, listing.unusable)
-            changes |= {"splits": splits, "label_paths": label_paths, "label_names": [path.rpartition("/")[0] for path in paths]}
+            folders = [path.rpartition("/")[0] for path in paths]
+            changes |= {"splits": splits, "label_paths": label_paths, "label_names": list(map(_printable, folders))}
+            if not is_expression(rule):
+                changes["unusable"] = _with_bad_names(folders, listing.unusable)
         changes |= {"label_rule": rule, **({"label_names": list(paths)} if is_expression(rule) else {})}
     return dataclasses.replace(listing, **changes)
 
@@ -208,6 +213,18 @@ def found_in(
             f"(it was searched in {shown}): change the expression, or move these samples away"
         )
     return found
+
+
+def _with_bad_names(folders: Sequence[str], unusable: list[Unusable | None] | None) -> list[Unusable | None] | None:
+    """Return which samples are unusable, also those in a folder whose name would be a class and is not UTF-8."""
+    bad = {
+        folder: Unusable("name", f"the folder name {os.fsencode(folder)!r} is not UTF-8 and would name a class: pack it with another name")
+        for folder in set(folders)
+        if _printable(folder) != folder
+    }
+    if not bad:
+        return unusable
+    return [why or bad.get(folder) for folder, why in zip(folders, unusable or [None] * len(folders), strict=True)]
 
 
 def _stem(path: str) -> str:

@@ -1,6 +1,8 @@
 """The one array of an `.npz` that is a sample by itself. Nothing is unpickled; what it may inflate to is bounded before it is."""
 
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from io import BytesIO
@@ -14,7 +16,14 @@ from aecore.data.sources._names import is_data, is_labels
 from aecore.errors import DataError
 from aecore.store import open_regular
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError, ValueError, OverflowError, OSError)
+try:
+    from compression.zstd import ZstdError  # type: ignore[import-not-found,unused-ignore]  # Python 3.14 has it
+except ImportError:
+    ZstdError = zlib.error  # zipfile knows no such members
+
+# of a zip file and of the codecs of its members, each of which raises its own
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ZstdError, struct.error, EOFError, NotImplementedError, RuntimeError)
+_DAMAGED = (*DAMAGED_ZIP, KeyError, ValueError, OverflowError, OSError)
 
 
 def only_array(data: bytes, limit: int = 0, option: str = "") -> bytes:

@@ -275,15 +275,16 @@ class TarFile:
 
     def _pax(self, data: bytes, start: int) -> dict[str, str]:
         found: dict[str, str] = {}
-        while data:
-            length, _, rest = data.partition(b" ")
+        at = 0
+        while at < len(data):
+            length, _, rest = data[at : at + 9].partition(b" ")
             size = int(length) if length.isdigit() and len(length) < 8 else 0
-            record = data[len(length) + 1 : size - 1]
-            if not rest or not len(length) + 2 < size <= len(data) or b"=" not in record or data[size - 1 : size] != b"\n":
+            record = data[at + len(length) + 1 : at + size - 1]
+            if not rest or not len(length) + 2 < size <= len(data) - at or b"=" not in record or data[at + size - 1] != ord("\n"):
                 raise self._broken(f"has a damaged PAX header at byte {start}")
             key, _, value = record.partition(b"=")
             found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-            data = data[size:]
+            at += size
         return found
 
 

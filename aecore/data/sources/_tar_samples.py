@@ -11,7 +11,7 @@ A sample that cannot be used is returned with a reason, for the quarantine; what
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,10 +24,12 @@ from aecore.data.sources._tar_file import FILES, BrokenTar, Entry, Member, TarFi
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
 MAX_HOPS = 32  # links that lead to links
+MAX_NAME_BYTES, MAX_LEVELS = 4096, 128  # of a member's name, as Linux has them for a path
 ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
 _DOCUMENT = re.compile(r"(?:.*/)?(?:readme|licen[cs]e|copying|notice|citation|changelog)", re.IGNORECASE | re.DOTALL)
+_END = re.compile(r"/|\Z")  # of a beginning of a path
 _HARD, _SYMBOLIC = _LINKS = b"1", b"2"
 _KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
 UNSAFE = "members whose name leaves the archive (.. or /)"
@@ -84,6 +86,11 @@ def tar_samples(tar: TarFile, reading: Reading, skipped: Skipped) -> TarSamples:
     except BrokenTar as error:
         broken = error
     groups = _Groups(tar, reading, skipped)
+    if reading.rules > 1 and (long := {entry.offset for entry in entries if _is_too_long(entry.name)}):
+        for entry in entries:
+            if entry.offset in long:
+                groups.add(entry)
+        entries = [entry for entry in entries if entry.offset not in long]
     if reading.rules > 1 and not {entry.kind for entry in entries}.isdisjoint(_LINKS):
         parts = [list(joined) for _, joined in itertools.groupby(entries, key=lambda entry: entry.part)]
         entries = [entry for joined in parts for entry in _resolved(joined, groups.unusable)]
@@ -123,7 +130,14 @@ class _Groups:
     def add(self, entry: Entry) -> None:
         """Take a header's file; everything else is counted."""
         name = entry.name
-        if entry.kind not in FILES:
+        if self._reading.rules > 1 and _is_too_long(name):
+            short = f"{name[:64]}... (at byte {entry.offset})"
+            levels = name.count("/") + 1
+            most = f"at most {MAX_NAME_BYTES} bytes and {MAX_LEVELS} levels are read"
+            what = f"{short!r} has a name of {len(name)} characters in {levels} levels, {most}"
+            place = Member(short, entry.offset, 0)
+            self._others.append(TarSample(short, entry.part, {}, place, Unusable("name", f"{what}: pack it with a shorter name")))
+        elif entry.kind not in FILES:
             what = _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
             self.unusable(entry, Unusable("member", f"{name!r} is one of the {what}, which have no bytes that can be read"), what)
         elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
@@ -254,11 +268,12 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
     """
     files = {path: entry for entry in entries if entry.is_file and (path := _normal(entry.name)) is not None}
     links = {path: entry for entry in entries if entry.kind in (_HARD, _SYMBOLIC) and (path := _normal(entry.name)) is not None}
-    targets = {name: _target(link, links) for name, link in links.items()}
+    lengths = frozenset(map(len, links))
+    targets = {name: _target(link, links, lengths) for name, link in links.items()}
     for name, link in links.items():  # before those to folders, which may hold them
         if (target := targets[name]) is not None and (there := files.get(target)) is not None and name not in files:
             files[name] = link._replace(offset=there.offset, size=there.size, kind=there.kind)
-    below, left = _by_folder(files), MAX_LINKED
+    below, left = _by_folder(files, frozenset(targets.values())), MAX_LINKED
     for entry in entries:
         if entry.kind not in (_HARD, _SYMBOLIC):
             yield entry
@@ -274,43 +289,58 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
         left -= len(inside)
         if not inside or left < 0:
             what = _KINDS[entry.kind]
-            why = "a loop, or out of the archive" if target is None else f"{target!r}, which is no file or folder of this tar"
-            unusable(entry, Unusable("link", f"{entry.name!r} is a link to {entry.target!r}, that is {why}: pack with `tar -h`"), what)
+            why = "a loop, too long, or out of the archive" if target is None else f"{target!r}, which is no file or folder of this tar"
+            unusable(
+                entry,
+                Unusable("link", f"{entry.name!r} is a link to {entry.target[:MAX_NAME_BYTES]!r}, that is {why}: pack with `tar -h`"),
+                what,
+            )
             continue
         for name in inside:
             there = files[name]
             yield there._replace(name=entry.name + name[len(target or "") :], part=entry.part)
 
 
-def _by_folder(files: Iterable[str]) -> dict[str, list[str]]:
-    """Return the files below each folder."""
+def _is_too_long(name: str) -> bool:
+    if len(name) < MAX_LEVELS:  # nearly all
+        return False
+    return name.count("/") >= MAX_LEVELS or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES
+
+
+def _by_folder(files: Iterable[str], folders: Set[str | None]) -> dict[str, list[str]]:
+    """Return the files below each of these folders."""
     found: dict[str, list[str]] = defaultdict(list)
+    lengths = {len(folder) for folder in folders if folder is not None}
     for name in files:
         at = name.find("/")
         while at >= 0:
-            found[name[:at]].append(name)
+            if at in lengths and name[:at] in folders:
+                found[name[:at]].append(name)
             at = name.find("/", at + 1)
     return found
 
 
-def _target(entry: Entry, links: Mapping[str, Entry]) -> str | None:
-    """Return the path in the tar that a link leads to after all links on the way; None if it leaves the tar or leads in a circle."""
+def _target(entry: Entry, links: Mapping[str, Entry], lengths: Set[int]) -> str | None:
+    """Return the path in the tar that a link leads to after all links on the way; None if it leaves the tar or leads in a circle.
+
+    `lengths` are those of the names of links: other beginnings of a path need not be looked up.
+    """
     path: str | None = entry.target if entry.kind == _HARD else f"{entry.name.rpartition('/')[0]}/{entry.target}".removeprefix("/")
     if entry.kind == _SYMBOLIC and entry.target.startswith("/"):
         return None
     for _ in range(MAX_HOPS):
-        path = None if path is None else _normal(path)
+        path = None if path is None or _is_too_long(path) else _normal(path)
         if path is None:
             return None
-        parts = path.split("/")
-        at = next((end for end in range(1, len(parts) + 1) if "/".join(parts[:end]) in links), None)
+        ends = (slash.start() for slash in _END.finditer(path))
+        at = next((end for end in ends if end in lengths and path[:end] in links), None)
         if at is None:
             return path
-        link = links["/".join(parts[:at])]
+        link = links[path[:at]]
         if link.kind == _SYMBOLIC and link.target.startswith("/"):
             return None
-        start = link.target if link.kind == _HARD else "/".join([*parts[: at - 1], link.target])
-        path = "/".join([start, *parts[at:]])
+        start = link.target if link.kind == _HARD else f"{path[:at].rpartition('/')[0]}/{link.target}".removeprefix("/")
+        path = start + path[at:]
     return None
 
 

@@ -26,9 +26,8 @@ from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.data.sources._filter import PathFilter, chosen
-from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import found_in, is_expression, require_rule
-from aecore.data.sources._links import LinkedFolders, leads_nowhere
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import left_out, only_array
 from aecore.data.sources._other_files import kind_of_file, skip_file
@@ -36,7 +35,7 @@ from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, cannot_read, close_read, is_remote, open_files
+from aecore.store import LinkedFolders, absolute_url, cannot_read, close_read, is_remote, leads_nowhere, open_files
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
@@ -97,6 +96,7 @@ class FolderSource:
         self._group = folder.group
         self._bags = folder.group == "parent"
         self._all_frames = folder.frames == "all"
+        self._frame = FrameReader(lambda source: self._file(source))
         self._follow = folder.follow_links
         self._limit = folder.limit
         self._filter = _filter_of(folder)
@@ -177,7 +177,11 @@ class FolderSource:
         DataError
             Before all is read, if it has more than `MAX_MEMBER_BYTES`: it has grown since it was listed.
         """
-        return read_frame(source, self._file) if self._all_frames else self._file(source)
+        return self._frame(source) if self._all_frames else self._file(source)
+
+    def bound_pixels(self, most: int) -> None:
+        """Decode no frame of more pixels."""
+        self._frame.max_pixels = most
 
     def _file(self, source: str) -> tuple[str, bytes]:
         path = self._prefix + source
@@ -225,7 +229,7 @@ class FolderSource:
     def _walk(self, skipped: Skipped) -> dict[str, int]:
         """Return the bytes of every sample by its relative path, unsorted."""
         found: dict[str, int] = {}  # strings and numbers: the garbage collector would traverse a list of tuples again and again
-        links = LinkedFolders(self._url) if self._follow else None
+        links = LinkedFolders(self._url, "remove the link, or leave it out by source.exclude") if self._follow else None
         with ThreadPoolExecutor(LISTERS) as listing:
             folders = deque([("", () if links is None else links.enter("", ()), listing.submit(_entries, self._root))])
             while folders:

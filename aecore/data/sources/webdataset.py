@@ -23,7 +23,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._external_tars import ExternalTars
-from aecore.data.sources._frames import read_frame, with_frames
+from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
@@ -33,7 +33,7 @@ from aecore.data.sources._tar_samples import ARCHIVED, Reading, TarSample, tar_s
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import TAR_ENDINGS
+from aecore.store import TAR_ENDINGS, trim_cache
 
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
@@ -118,6 +118,7 @@ class WebdatasetSource:
         self._reading = Reading(shards.member, "source.member", shards.tars)
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
+        self._frame = FrameReader(self._member)
         self.compressed: dict[str, str] = {}
 
     @property
@@ -133,9 +134,11 @@ class WebdatasetSource:
         return other
 
     def close(self) -> None:
-        """Close all tars."""
+        """Close all tars; their copies in the cache that are above its bound go."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._found is not None and self._found.files.room is not None:
+            trim_cache()
 
     def listing(self) -> Listing:
         """List every sample, tar by tar, after parsing all headers.
@@ -176,7 +179,11 @@ class WebdatasetSource:
         Raises OSError if its tar is gone, StoreError if it cannot be read, DataError if it was truncated after listing, BadSample for
         an `.npz` that holds no array, several ones, or Python objects.
         """
-        return read_frame(source, self._member) if self._spec.frames == "all" else self._member(source)
+        return self._frame(source) if self._spec.frames == "all" else self._member(source)
+
+    def bound_pixels(self, most: int) -> None:
+        """Decode no frame of more pixels."""
+        self._frame.max_pixels = most
 
     def _member(self, source: str) -> tuple[str, bytes]:
         tar, member = parse_source(source)
@@ -240,7 +247,8 @@ class WebdatasetSource:
             samples, broken = tar_samples(tar, self._reading, found.skipped)
             if broken is not None and self._spec.bad_tars == "refuse":
                 raise BrokenTar(f"{broken}; or set source.bad_tars=skip, which puts what is known of it into the quarantine") from broken
-            place = _Place(name, _STEM.sub("", name), split_of(name))
+            is_class = self._spec.label == "tar" and self._spec.tars > 1  # its name is no split: the class `test_tube` is in all of them
+            place = _Place(name, _STEM.sub("", name), split_of(name.rpartition("/")[0] if is_class else name))
             for sample in samples:
                 bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
                 self._add(found, sample, tar, place, bad)

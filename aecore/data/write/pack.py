@@ -22,7 +22,7 @@ from aecore.data.format.image import BadSample, image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.format.limits import exclusive_cumsum
 from aecore.data.format.tar import BLOCK, MAX_MEMBER_BYTES, PAGE, Samples, TarPacker
-from aecore.data.sources import Source, reader
+from aecore.data.sources import Source, bound_pixels, reader
 from aecore.data.write.convert import Header, prepare
 from aecore.data.write.fast_path import PlainFiles, plain_files
 from aecore.data.write.spec import ShardTask
@@ -56,6 +56,7 @@ class ShardWriter:
 
     def write(self, path: Path, source: Source) -> None:
         """Write the whole tar to `path`."""
+        bound_pixels(source, self.task.shards.max_pixels)
         packer, files, most = TarPacker(), plain_files(source, self.task), len(self.task)
         read = reader(source, self._to_read())
         bounds = [0, len(self.task)] if files is None else files.blocks.tolist()

@@ -1,5 +1,6 @@
 """Rows of arrays as samples: formats as they are in the world, errors that name the array, pixels that stay what they are."""
 
+import contextlib
 import gzip
 import io
 import struct
@@ -12,10 +13,12 @@ import pytest
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format.image import BadSample
 from aecore.data.format.record import array_header, image_header
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import stem_of
+from aecore.data.sources._npz import left_out, only_array
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
@@ -298,6 +301,25 @@ class TestRefused:
         (tmp_path / "a.npz").write_bytes(data[:100])
         with pytest.raises(DataError, match="a.npz is damaged"):
             listing(tmp_path)
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_a_damaged_npz_of_any_compression_is_found_by_every_reader(self, tmp_path: Path, method: int) -> None:
+        packed, random = io.BytesIO(), np.random.default_rng(0)
+        with zipfile.ZipFile(packed, "w", method) as archive:
+            member = io.BytesIO()
+            np.save(member, random.integers(0, 99, (4, 8, 8)).astype(np.uint8))
+            archive.writestr("images.npy", member.getvalue())
+        whole = packed.getvalue()
+        assert only_array(whole) == member.getvalue()
+        for place in range(0, len(whole), 3):
+            for value in (0, 0xFF, 0x5D):
+                data = whole[:place] + bytes([value]) + whole[place + 1 :]
+                (tmp_path / "a.npz").write_bytes(data)
+                with contextlib.suppress(BadSample):  # and nothing else
+                    only_array(data)
+                left_out(str(tmp_path / "a.npz"))
+                with contextlib.suppress(DataError):
+                    listing(tmp_path)
 
     def test_a_zip_bomb_is_not_inflated(self, tmp_path: Path) -> None:
         file = io.BytesIO()

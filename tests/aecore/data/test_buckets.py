@@ -7,11 +7,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from aecore.data.dataset import open_dataset
+from aecore.data.format.decode import Reading
+from aecore.data.read.rows import SplitRows
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import BucketSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
@@ -188,6 +192,32 @@ class TestTars:
             assert shard_dataset(WebdatasetSpec(url=f"{s3.url}/tars"), str(tmp_path / "out")).num_samples() == 60
         assert 0 < held.most <= limit
         assert adopt_shards(WebdatasetSpec(url=f"{s3.url}/tars"), str(tmp_path / "adopted")).num_samples() == 60  # four are read at once
+
+    def test_adopted_tars_keep_the_bound_in_training(self, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+        samples = tars(s3, 6, 10, 60)
+        limit = s3.raw.head_object(Bucket=s3.bucket, Key="tars/shard+0 a.tar")["ContentLength"] * 4 // 3  # one of them fits
+        monkeypatch.setenv("AECORE_CACHE_BYTES", str(limit))
+        cache = Path(os.environ["AECORE_CACHE"])
+
+        def held() -> int:
+            return sum(path.stat().st_size for path in cache.iterdir())
+
+        adopt_shards(
+            WebdatasetSpec(url=f"{s3.url}/tars"), f"{s3.url}/ds"
+        )  # several are open at once: what is above goes when they are closed
+        assert 0 < held() <= limit
+        dataset = open_dataset(f"{s3.url}/ds")
+        rows = SplitRows(dataset, "train", Reading(), "none")
+        order = np.random.default_rng(0).permutation(rows.num_samples)
+        with Held(cache) as seen:
+            for batch in np.array_split(order, 5):  # of all tars
+                rows.prefetch(np.arange(len(rows.shards)))
+                pixels = rows.read(batch).pixels
+                keys = [(n, k) for n in range(len(rows.shards)) for k in rows.reader(n).keys]
+                for index, found in zip(batch.tolist(), pixels, strict=True):
+                    wanted = np.asarray(Image.open(io.BytesIO(samples[unquote(keys[index][1])])))
+                    np.testing.assert_array_equal(found, wanted if wanted.ndim == 3 else wanted[..., None])
+        assert seen.most <= limit and held() <= limit
 
     def test_tars_of_a_pattern_keep_the_bound_while_they_are_listed(self, bad_s3: S3, s3_proxy: FaultProxy, monkeypatch) -> None:
         samples = tars(bad_s3, 5, 10, 60)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from aecore.data.dataset import open_dataset
 from aecore.data.format.index import read_table
 from aecore.data.read.verify import verify_dataset
-from aecore.data.sources import _links
 from aecore.data.sources._filter import matcher
 from aecore.data.sources._other_files import kind_of_file
 from aecore.data.sources.folder import FolderSource, FolderSpec
@@ -86,7 +85,7 @@ class TestLinks:
         assert "skipped 2 symbolic links that lead to nothing ('a/x.png', 'a/y.png')" in notes(root)
 
     def test_links_that_fork_at_every_level_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_links, "MOST_PATHS", 50)
+        monkeypatch.setattr("aecore.store._links.MOST_PATHS", 50)
         for level in range(40):  # 2^40 paths
             (tmp_path / f"{level}").mkdir()
             for name in "xy":

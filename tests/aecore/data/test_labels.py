@@ -193,6 +193,15 @@ class TestTars:
         found = labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar"), tmp_path / "out")
         assert found == {f"{split}/{split}-{name}": name for split in ("train", "val") for name in ("cat", "dog")}
 
+    def test_the_name_of_a_class_tar_is_no_split(self, tmp_path: Path) -> None:
+        for name in ("test_tube", "train", "valid-coin"):  # ImageNet has classes of such names
+            tar_of(tmp_path / f"in/{name}.tar", *(f"{name}-{number}.png" for number in range(3)))
+            tar_of(tmp_path / f"split/{'test' if name == 'train' else 'train'}/{name}.tar", f"{name}.png")
+        found = labels(WebdatasetSpec(url=str(tmp_path / "in"), label="tar"), tmp_path / "out", SplitSpec(val=0.0, test=0.0))
+        assert found == {f"train/{name}-{n}": name for name in ("test_tube", "train", "valid-coin") for n in range(3)}
+        found = labels(WebdatasetSpec(url=str(tmp_path / "split"), label="tar"), tmp_path / "out2")
+        assert found == {"train/test_tube": "test_tube", "test/train": "train", "train/valid-coin": "valid-coin"}
+
     @pytest.mark.parametrize("around", ["", "imagenette2/", "./"])
     def test_a_folder_tree_in_a_tar_has_the_splits_keys_and_classes_of_the_folder(self, tmp_path: Path, around: str) -> None:
         paths = [f"{split}/{name}/{number}.png" for split in ("train", "Validation") for name in ("cat", "wild/owl") for number in range(2)]

@@ -1,11 +1,14 @@
 """Every form of image is stored with the pixels that it means: compared with what was written, a formula or Pillow, never with aecore."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import logging
 import struct
 import tarfile
+import time
+import tracemalloc
 import zlib
 
 import imagecodecs
@@ -19,13 +22,14 @@ from PIL import Image
 
 from aecore.data.dataset import open_dataset
 from aecore.data.format.decode import Decoder, Reading
-from aecore.data.format.image import BadSample, image_header
+from aecore.data.format.image import BadSample, _require_frames, image_header
+from aecore.data.format.jpeg import is_whole_jpeg
 from aecore.data.format.record import array_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources.arrays import ArraysSpec
-from aecore.data.sources.folder import FolderSpec
+from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.convert import prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
@@ -142,6 +146,19 @@ class TestOrientation:
             for number, pixels in enumerate(batch):
                 wanted = np.rot90(smooth(np.random.default_rng(number), 24, 48, 3), -1)
                 assert np.abs(pixels.transpose(1, 2, 0).astype(int) - wanted).mean() < 3, (number, decoder)
+
+    @pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
+    @pytest.mark.parametrize("colour", ["ycbcr", "rgb"])
+    def test_a_tiff_is_turned_once(self, colour, compression):
+        stored_pixels = np.kron(noise(RANDOM, 2, 3, 3), np.ones((4, 4, 1), np.uint8))  # Pillow turns what it reads, tifffile does not
+        turns = [lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, lambda x: x.swapaxes(0, 1), lambda x: np.rot90(x, -1)]
+        turns += [lambda x: np.rot90(x, 2).swapaxes(0, 1), np.rot90]
+        values = np.asarray(Image.fromarray(stored_pixels).convert("YCbCr")) if colour == "ycbcr" else stored_pixels
+        for orientation, turn in enumerate(turns, 1):
+            tags = [(274, "H", 1, orientation, True), *([(530, "H", 2, (1, 1), True)] if colour == "ycbcr" else [])]
+            _, pixels = stored(tiff(values, photometric=colour, compression=compression, extratags=tags), "tif")
+            wanted = turn(stored_pixels).astype(int)
+            assert pixels.shape == wanted.shape and np.abs(pixels - wanted).max() < 6, orientation
 
     def test_the_fast_path_of_sharding_knows_it_too(self, tmp_path):
         data = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG")
@@ -268,6 +285,73 @@ class TestFrames:
         manifest = sharded(tmp_path, {"pages.tif": bytes(data)}, frames="all")
         assert (manifest.num_samples(), manifest.reasons) == (2, {"decode": 1})
         np.testing.assert_array_equal(read(tmp_path), self.PAGES[[0, 2]][:, None])
+
+    @pytest.mark.parametrize("stated", [0, 1, 3, 4, 3_000_000, (1 << 31) + 1, (1 << 32) - 1])
+    def test_frames_that_a_file_does_not_hold_are_no_samples(self, tmp_path, stated):
+        data = self.files()["moving.png"]
+        at = data.index(b"acTL") - 4
+        data = data[:at] + png_chunk(b"acTL", struct.pack(">II", stated, 0)) + data[at + 20 :]
+        manifest = sharded(tmp_path, {"moving.png": data, "one.png": saved(Image.new("RGB", (5, 6)), "PNG")}, frames="all")
+        if 3 < stated <= 1 << 31:
+            assert (manifest.num_samples(), manifest.reasons) == (1, {"frames": 1})
+        else:  # decoders take the last for no animation
+            assert manifest.num_samples() == 1 + (stated if 0 < stated < 4 else 1)
+
+    def test_other_formats_hold_what_they_state(self):
+        with pytest.raises(BadSample, match="a file of 100 bytes that states 9 frames"):
+            _require_frames(9, 100)
+        for name, frames in (("GIF", 300), ("WEBP", 300), ("TIFF", 300), ("MPO", 300), ("PNG", 300)):
+            pictures = [Image.fromarray(np.full((1, 1), number % 256, np.uint8)).convert("RGB") for number in range(frames)]
+            for number, picture in enumerate(pictures):
+                picture.putpixel((0, 0), (number % 256, number // 256, number * 7 % 256))
+            options = {"loop": 0} if name == "GIF" else {"lossless": True} if name == "WEBP" else {}
+            data = saved(pictures[0], name, save_all=True, append_images=pictures[1:], **options)
+            assert image_header(data, "").frames == Image.open(io.BytesIO(data)).n_frames == frames, name
+
+    @pytest.mark.parametrize("name", ["moving.gif", "pages.tif", "stack.tif", "moving.webp", "moving.png"])
+    def test_a_file_is_read_once_for_all_its_frames(self, tmp_path, name, monkeypatch):
+        frames = [Image.fromarray(np.full((4, 4), number, np.uint8)) for number in range(40)]
+        (tmp_path / "in").mkdir()
+        pages = np.stack([np.asarray(frame) for frame in frames])
+        if name.endswith(".tif"):
+            data = imagej_stack(pages) if name == "stack.tif" else tiff(pages, photometric="minisblack")
+        else:
+            options = {"lossless": True} if name.endswith(".webp") else {}
+            data = saved(frames[0], name[7:].upper(), save_all=True, append_images=frames[1:], **options)
+        (tmp_path / "in" / name).write_bytes(data)
+        source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=(name.rpartition(".")[2],), frames="all"))
+        listed, reads = source.listing(), []
+        read_file = source._file
+        monkeypatch.setattr(source, "_file", lambda name: (reads.append(name), read_file(name))[1])
+
+        def value(place):
+            return int(np.asarray(Image.open(io.BytesIO(source.read(listed.sources[place])[1])).convert("L"))[0, 0])
+
+        assert [value(place) for place in range(40)] == list(range(40)) and reads == [name]
+        assert [value(place) for place in (7, 3, 39, 0)] == [7, 3, 39, 0], "in any order too"
+
+    def test_the_limit_of_pixels_is_that_of_the_knob_for_each_frame(self, tmp_path):
+        out = io.BytesIO()
+        with tifffile.TiffWriter(out) as file:
+            for side in (4, 40, 4):
+                file.write(np.zeros((side, side), np.uint8), photometric="minisblack", metadata=None)
+        manifest = sharded(tmp_path, {"pages.tif": out.getvalue()}, frames="all", max_pixels=100)
+        assert (manifest.num_samples(), manifest.reasons) == (2, {"too_large": 1})
+        source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=("png",), frames="all"))
+        pictures = [Image.new("1", (9000, 9000), number) for number in (0, 1)]  # above the default
+        (tmp_path / "in/large.png").write_bytes(saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:]))
+        assert len(source.listing()) == 2
+        source.bound_pixels(1 << 27)
+        assert source.read("large.png#000000001")[0] == "png"
+        source.bound_pixels(1 << 26)
+        with pytest.raises(BadSample, match="at most 67108864 are read"):
+            source.read("large.png#000000001")
+
+    def test_the_default_image_of_an_animation_is_a_frame_of_its_own(self, tmp_path):
+        pictures = [Image.fromarray(noise(np.random.default_rng(number), 6, 5, 3)) for number in range(3)]
+        data = saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:], default_image=True)
+        sharded(tmp_path, {"moving.png": data}, frames="all")
+        np.testing.assert_array_equal(read(tmp_path), np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]))
 
     def test_thumbnails_and_masks_of_a_tiff_are_no_frames(self):
         out = io.BytesIO()
@@ -462,6 +546,21 @@ class TestOneDecoder:
             prepare(data + second, "jpg", ShardSpec(check="decode"))
             with pytest.raises(BadSample, match="truncated|decode"):
                 prepare(self.half(data) + second, "jpg", ShardSpec(check="decode"))
+
+    @pytest.mark.parametrize("ending", [b"\xff\xd9", b""], ids=["eoi", "none"])
+    @pytest.mark.parametrize("tail", [b"\xff\xe0", b"\xff\xd0", b"\xff\x01", b"\xff\xff", b"\xff\xc4\0\2", b"random"])
+    def test_what_follows_a_picture_is_bounded_work(self, tail, ending):
+        data = saved(Image.fromarray(noise(RANDOM, 64, 48, 3)), "JPEG")[:-2] + ending
+        tail = RANDOM.bytes(1 << 18) if tail == b"random" else tail * ((1 << 18) // len(tail)) + b"\0"
+        tracemalloc.start()
+        started = time.monotonic()
+        with contextlib.suppress(Exception):  # decoders refuse some of what has no end, by errors of their own
+            assert is_whole_jpeg(data + tail)
+        took, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 16 << 20 and took < 20, f"{peak} bytes, {took} s"  # of 500 kB of the first: 1.9 GB, 15 s
+        if ending:
+            assert is_whole_jpeg(data + tail)
 
     def test_damaged_files_of_all_forms_are_read_or_refused_with_a_reason(self):
         random = np.random.default_rng(1)

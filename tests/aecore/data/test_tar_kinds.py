@@ -12,6 +12,8 @@ import lzma
 import os
 import struct
 import tarfile
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 from aecore.data.dataset import open_dataset
 from aecore.data.format.index import read_table
 from aecore.data.manifest import DatasetManifest
+from aecore.data.read.stream import open_stream
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
@@ -258,6 +261,54 @@ class TestLinks:
             add_link(path, f"l{n}", "x")
         assert [reason(why) for why in unusable(listing(path))].count("link") == 3
 
+    def test_names_without_end_are_rows_and_take_linear_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in ("x/0.png", f"a{'/b' * 40_000}.png", "c" * 4093 + ".png", "d" * 4092 + ".png", f"e{'/f' * 127}.png"):
+                info = tarfile.TarInfo(name)
+                info.size = len(png(0))
+                tar.addfile(info, io.BytesIO(png(0)))
+            for name, target in (("l", "x"), (f"a{'/b' * 40_000}", "x"), ("m.png", "a/" * 40_000), ("n.png", f"l{'/b' * 200}")):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = tarfile.SYMTYPE, target
+                tar.addfile(info)
+            info = tarfile.TarInfo("x/9.png")
+            info.size, info.pax_headers = len(png(0)), {f"{number}": "" for number in range(90_000)}
+            tar.addfile(info, io.BytesIO(png(0)))
+        tracemalloc.start()
+        started = time.monotonic()
+        found = listing(path)
+        took, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100 << 20 and took < 20, f"{peak} bytes, {took} s"  # 1.6 GB and 54 s before
+        reasons = [reason(why) for why in unusable(found)]
+        assert {key: why for key, why in zip(found.keys, reasons, strict=True) if len(key) < 10} == {
+            **dict.fromkeys(("x/0", "x/9", "l/0", "l/9"), ""),
+            **dict.fromkeys("mn", "link"),
+        }
+        assert sorted(reasons) == [""] * 6 + ["link"] * 2 + ["name"] * 3
+        assert shard(path, tmp_path / "ds", max_bad=0.9).reasons == {"link": 2, "name": 3}
+
+    @pytest.mark.parametrize("options", [{"label": "path"}, {"label": "leaf"}, {"group": r"regex:(\d)"}, {"label": r"regex:(\d)"}, {}])
+    def test_a_name_that_is_not_utf_8_is_one_row(self, tmp_path: Path, options: dict[str, str]) -> None:
+        bad = os.fsdecode(b"caf\xe9")
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+            for name in ("cat/0.png", "dog/1.png", f"cat/{bad}2.png", f"{bad}/3.png"):
+                info = tarfile.TarInfo(name)
+                data = png(int(name[-5]))
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            info = tarfile.TarInfo(f"cat/{bad}4.png")  # unusable for another reason
+            info.type, info.linkname = tarfile.SYMTYPE, "nothing"
+            tar.addfile(info)
+        made = shard(path, tmp_path / "ds", max_bad=0.9, **options)
+        is_class = options.get("label") in ("path", "leaf")
+        assert made.reasons == ({"link": 1, "name": 1} if is_class else {"link": 1}) and made.num_samples() == (3 if is_class else 4)
+        if is_class:
+            assert made.classes == ("cat", "dog")
+            assert any(r"caf\xe9' is not UTF-8" in why for _, why in quarantine(tmp_path / "ds").values())
+
     def test_folders_of_tars_that_are_links(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "blobs/0", samples(0, 3))
         write_tar(tmp_path / "disk/b.tar", samples(3, 3))
@@ -267,8 +318,42 @@ class TestLinks:
         shard(tmp_path / "in", tmp_path / "ds")
         assert pixels(tmp_path / "ds") == dict(list(EXPECTED.items())[:6])
         os.symlink("..", tmp_path / "disk/up")
-        with pytest.raises(DataError, match=r"up is a link to a folder that it is in"):
+        with pytest.raises(DataError, match=r"more/up/disk leads back to .*remove the link, or give the folder that it leads to"):
             listing(tmp_path / "in")
+
+    def test_links_beside_what_they_lead_to_store_nothing_twice(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "in/b/1.tar", samples(0, 3))
+        write_tar(tmp_path / "in/b/2.tar", samples(3, 3))
+        os.symlink("b", tmp_path / "in/a")
+        os.symlink("1.tar", tmp_path / "in/b/0.tar")
+        for url in ("in", "in/**/*.tar", "in/*/*.tar"):
+            assert ExternalTars.at(str(tmp_path / url)).names == ("b/1.tar", "b/2.tar")
+            assert open_stream(str(tmp_path / url), "train").tars.keys() == {"b/1.tar", "b/2.tar"}
+        shard(tmp_path / "in", tmp_path / "ds")
+        assert pixels(tmp_path / "ds") == dict(list(EXPECTED.items())[:6])
+        assert ExternalTars.at(str(tmp_path / "in/a*/[12].tar")).names == ("a/1.tar", "a/2.tar")
+        named = ExternalTars.at(str(tmp_path / "in/a/0.tar"))  # a link that was asked for by its name
+        assert named.sizes() == {"0.tar": (tmp_path / "in/b/1.tar").stat().st_size}
+
+    @pytest.mark.parametrize("links", [1, 2])
+    def test_links_to_each_other_are_refused(self, tmp_path: Path, links: int) -> None:
+        for folder, other in ("ab", "ba"):
+            write_tar(tmp_path / folder / "0.tar", samples(0 if folder == "a" else 3, 3))
+            for number in range(links):  # 2^40 paths of two
+                os.symlink(f"../{other}", tmp_path / folder / f"l{number}")
+        for open_tars in (lambda: listing(tmp_path), lambda: open_stream(str(tmp_path), "train")):
+            with pytest.raises(DataError, match=r"a/l0/l0 leads back to .*links that go round in a circle are refused"):
+                open_tars()
+
+    def test_links_to_tars_that_fork_at_every_level_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("aecore.store._links.MOST_PATHS", 50)
+        write_tar(tmp_path / "40/0.tar", samples(0, 3))
+        for level in range(40):
+            (tmp_path / f"{level}").mkdir()
+            for name in "xy":
+                os.symlink(f"../{level + 1}", tmp_path / f"{level}/{name}")
+        with pytest.raises(DataError, match="more than 50 paths of links lead to one folder"):
+            ExternalTars.at(str(tmp_path / "0"))
 
 
 class TestArchives:

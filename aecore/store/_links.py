@@ -11,10 +11,10 @@ Chain = tuple[tuple[int, int, str], ...]  # device, inode and path of a folder a
 
 
 class LinkedFolders:
-    """The folders of a tree whose links are followed; `enter` each of them."""
+    """The folders of a tree whose links are followed; `enter` each of them. `remedy` ends the messages."""
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, root: str, remedy: str) -> None:
+        self._root, self._remedy = root, remedy
         self._times: Counter[tuple[int, int]] = Counter()
 
     def enter(self, folder: str, above: Chain) -> Chain:
@@ -31,13 +31,12 @@ class LinkedFolders:
             if (device, inode) == place:
                 raise DataError(
                     f"{self._root}/{folder[:-1]} leads back to {f'{self._root}/{path}'[:-1]}, in which it is: links that go round in a "
-                    "circle are refused; remove the link, or leave it out by source.exclude"
+                    f"circle are refused; {self._remedy}"
                 )
         self._times[place] += 1
         if self._times[place] > MOST_PATHS:
             raise DataError(
-                f"more than {MOST_PATHS} paths of links lead to one folder, the last is {self._root}/{folder[:-1]}: remove links, or leave "
-                "them out by source.exclude"
+                f"more than {MOST_PATHS} paths of links lead to one folder, the last is {self._root}/{folder[:-1]}: {self._remedy}"
             )
         return (*above, (*place, folder))
 
