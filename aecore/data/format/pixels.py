@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.colour import cmyk_to_rgb
+from aecore.data.format.colour import cmyk_to_rgb, white_of
 from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded, opened_orientation
-from aecore.data.format.jpeg import jpeg_segments
+from aecore.data.format.jpeg import jpeg_precision, jpeg_segments
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.native.loops import exif_orientation
 
@@ -40,6 +40,20 @@ def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "image
 
         return Picture(*tiff_pixels(data, frame))
     return _pillow(data, frame)
+
+
+def white_level(data: bytes, dtype: np.dtype[Any]) -> float:  # any: every image has its own dtype
+    """Return the value of white in a decoded image, by the precision of a JPEG or TIFF (12 bits: 4095), else by its dtype."""
+    bits = 8 * dtype.itemsize
+    if dtype.kind != "u" or bits == 8:
+        return white_of(dtype)
+    if data.startswith(JPEG_MAGIC):
+        bits = jpeg_precision(data)
+    elif data.startswith(TIFF_STARTS):
+        from aecore.data.format.tiff import tiff_precision  # imported late: most datasets have no TIFF
+
+        bits = tiff_precision(data)
+    return float((1 << min(bits, 8 * dtype.itemsize)) - 1)
 
 
 def image_file(pixels: Pixels) -> tuple[bytes, str]:
@@ -107,10 +121,8 @@ def _jpeg(data: bytes, decoder: str) -> Picture:
 
 def _pillow_jpeg(data: bytes) -> Pixels | None:
     """Return the stored pixels of a plain JPEG by Pillow; None for what it does not read (other depths, stray bytes, no EOI)."""
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with open_unbounded(data) as image:
             return np.asarray(image) if image.mode in ("L", "RGB") else None
     except (OSError, SyntaxError, ValueError, struct.error):
         return None

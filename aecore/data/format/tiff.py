@@ -93,12 +93,20 @@ def tiff_pixels(data: bytes, frame: int = 0) -> tuple[Pixels, bool]:
         if page.photometric == _YCBCR and page.compression != _JPEG:
             from PIL import Image  # libtiff's own conversion: chroma may be subsampled
 
-            with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+            from aecore.data.format.image import open_unbounded
+
+            with open_unbounded(data) as image:
                 image.seek(page.index)
-                pixels = np.asarray(image.convert("RGB"))
-        else:
-            pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
+                image.im = Image.new(image.mode, (page.imagewidth, page.imagelength)).im  # where Pillow makes one its own limit counts
+                return np.asarray(image.convert("RGB")), False  # Pillow has turned it
+        pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
         return upright(pixels, _orientation(page)), form.alpha > 0
+
+
+def tiff_precision(data: bytes) -> int:
+    """Return the bits of a sample of the first image."""
+    with _images(data, 1) as images:
+        return int(images[0].bitspersample)
 
 
 def tiff_file(pixels: Pixels) -> bytes:
@@ -209,7 +217,8 @@ def _meant(page: Any, values: Pixels, form: _Form) -> Pixels:  # any: as above
         white = values.dtype.type((1 << bits) - 1 if bits >= 8 else 255)
         values = np.concatenate([white - values[..., :1], values[..., 1:]], axis=-1)
     values = values.astype(form.dtype, copy=False)
-    return straight_alpha(values) if form.alpha == _PREMULTIPLIED else values
+    white = white_of(form.dtype) if bits < 8 or form.dtype.kind != "u" else float((1 << bits) - 1)
+    return straight_alpha(values, white) if form.alpha == _PREMULTIPLIED else values
 
 
 def _lab(values: Pixels, form: _Form, *, signed: bool) -> Pixels:
