@@ -277,6 +277,28 @@ def test_arrays_take_their_labels_from_the_names_of_their_files(tmp_path: Path) 
 
 
 class TestExpressions:
+    @pytest.mark.parametrize(
+        ("pattern", "wanted"),
+        [
+            (r"^([^\W_]+)", "chérie"),
+            (r"^([^\W\d]+?)_", "chérie"),
+            (r"^([^[:^word:]_]+)", "chérie"),
+            (r"^([[:word:]]+)", "chérie_1"),
+            (r"([\W]+)", "."),
+            (r"^(ch[\wx]+)\W", "chérie_1"),
+            (unicodedata.normalize("NFD", "^(ch[é]r)"), "chér"),
+        ],
+    )
+    def test_word_characters_are_those_of_every_script_also_in_brackets(self, pattern: str, wanted: str) -> None:
+        for form in ("NFC", "NFD"):
+            assert found_in("source.label", f"regex:{pattern}", [unicodedata.normalize(form, "chérie_1.jpg.jpg")], ["x"]) == [wanted]
+
+    @given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=30))
+    def test_what_is_no_word_character_is_everything_else(self, text: str) -> None:
+        word, other = (Expression("source.label", rf"regex:^([{name}]*)$") for name in (r"\w", r"\W"))
+        for char in text:
+            assert (word.search([char]) == [char]) != (other.search([char]) == [char])
+
     PATTERNS = (r"^(\w+)\.", r"(\d+)", r"^([a-c]+)_", r"/(\w)", r"x|(b)", r"[\w.]+$", r"(?:a|b)(c?)", r"^[^/]+/([^/]+)", r"\W(\w)")
 
     @given(texts=st.lists(st.text("abc_/.x1é-", max_size=12), max_size=5), pattern=st.sampled_from(PATTERNS))
