@@ -355,3 +355,8 @@ def test_a_folder_of_masks_belongs_to_the_folders_around_the_same_names():
     (note,) = mask_notes(paths[:4], [path.rpartition("/")[0] for path in paths[:4]])
     assert note.startswith("1 files") and "(a/Masks/x/1.png)" in note
     assert len(mask_notes(paths, [path.rpartition("/")[0] for path in paths])) == 3
+
+
+@pytest.mark.parametrize("name", ["a/._0.jpg", "a/.DS_Store", "__MACOSX/a/0.jpg", "Thumbs.db"])
+def test_metadata_of_operating_systems_is_named_as_that(name):
+    assert kind_of_file(name) == ("files of the operating system", "")
