@@ -1,6 +1,5 @@
 """What training asks of its data, and an opened dataset: its store, the generation that is read, and the readers of its shards."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
 from aecore.data.format.image import PixelsVersion
-from aecore.data.format.sample_format import common_formats, sequence_shape
+from aecore.data.format.sample_format import common_formats, remedy_of, sequence_shape, shown_formats
 from aecore.data.manifest import STEM, DatasetManifest, ShardRef, content_sha256, read_manifest, tar_store
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
@@ -105,12 +104,10 @@ class Dataset:
         if sequences and len(dims) > 1 and steps is not None:
             return steps
         if len(dims) > 1:
-            counts = Counter(self.manifest.sample.shapes).most_common(3)
-            shown = ", ".join(f"{shape} ({count})" for shape, count in counts)
-            remedy = "shard again with shards.resize=<side> (and shards.mode=L or RGB if the channels differ)"
+            shapes, remedy = self.manifest.sample.shapes, remedy_of(formats)
             if steps is not None:
                 remedy = "they are sequences of different lengths, for a model that takes lengths, such as model.kind=rvae"
-            raise DataError(f"the samples have {len(dims)} different shapes ({shown}): training needs one; {remedy}")
+            raise DataError(f"the samples have {len(shapes)} different shapes ({shown_formats(shapes)}): training needs one; {remedy}")
         return dims.pop()
 
     def num_samples(self, split: str) -> int:

@@ -32,18 +32,21 @@ def lab_to_rgb(lab: NDArray[np.float64], dtype: np.dtype[Any]) -> Pixels:  # any
     return found
 
 
-def straight_alpha(pixels: Pixels) -> Pixels:
+def straight_alpha(pixels: Pixels, white: float) -> Pixels:
     """Return pixels whose colours were multiplied by their alpha, the last channel, with the colours divided by it again."""
-    alpha, white = pixels[..., -1:].astype(np.float64), white_of(pixels.dtype)
+    alpha = pixels[..., -1:].astype(np.float64)
     colours = pixels[..., :-1] * white / np.where(alpha == 0, white, alpha)
     if pixels.dtype.kind != "f":
         colours = np.rint(colours).clip(0, white)
     return np.concatenate([colours.astype(pixels.dtype), pixels[..., -1:]], axis=-1)
 
 
-def composed(pixels: Pixels, background: str) -> Pixels:
-    """Return the colours `[H, W, C-1]` of an image with straight alpha, its last channel, over a background of one colour."""
-    colour, white = background_of(background, pixels.shape[-1] - 1), white_of(pixels.dtype)
+def composed(pixels: Pixels, background: str, white: float) -> Pixels:
+    """Return the colours `[H, W, C-1]` of an image with straight alpha, its last channel, over a background of one colour.
+
+    `white` is the value of white, and of what is opaque.
+    """
+    colour = background_of(background, pixels.shape[-1] - 1)
     share = pixels[..., -1:].astype(np.float64) / white
     found = pixels[..., :-1] * share + colour * white * (1 - share)
     return (found if pixels.dtype.kind == "f" else np.floor(found + 0.5)).astype(pixels.dtype)

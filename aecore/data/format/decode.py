@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.colour import composed
-from aecore.data.format.image import MAX_PIXEL_BYTES, READ_FORMATS, BadSample, PixelsVersion, image_header
-from aecore.data.format.pixels import EXIF, JPEG_MAGIC, PNG_MAGIC, decode_image
+from aecore.data.format.image import MAX_PIXEL_BYTES, BadSample, PixelsVersion, image_header
+from aecore.data.format.pillow import READ_FORMATS
+from aecore.data.format.pixels import EXIF, JPEG_MAGIC, PNG_MAGIC, decode_image, white_level
 from aecore.data.format.record import ArrayHeader, NpyError, array_header, array_values, read_npy_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
@@ -133,7 +134,7 @@ class Decoder:
             raise self._unexpected(f"{header.height}x{header.width} pixels")
         pixels, has_alpha = decode_image(data, self._reading.decoder)
         if has_alpha and pixels.shape[2] == shape[2] + 1:
-            pixels = composed(pixels, self._reading.background)
+            pixels = composed(pixels, self._reading.background, white_level(data, pixels.dtype))
         if pixels.shape != shape or pixels.dtype != dtype:
             raise self._unexpected(f"shape {pixels.shape} and dtype {pixels.dtype}")
         return pixels

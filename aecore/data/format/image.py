@@ -16,10 +16,10 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any, Literal
 
 from aecore.data.format.orientation import UPRIGHT, turned_size
+from aecore.data.format.pillow import PILLOW_FORMATS, open_unbounded
 from aecore.native.loops import exif_orientation
 
 PixelsVersion = Literal[1, 2]
@@ -37,8 +37,6 @@ _PNG_MEANING = (b"tRNS", b"eXIf", b"acTL")  # chunks that change what an image i
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _JPEG_DEEP_MODES = {1: "I;16", 3: "RGB;16"}  # of 9 to 16 bits
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PILLOW_FORMATS = {"WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "GIF": "gif"}
-READ_FORMATS = ("PNG", "JPEG", *_PILLOW_FORMATS)  # as Pillow names them: others it gives to programs
 _CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4, "PA": 4}
 _chunk_head = struct.Struct(">I4s").unpack_from
 _chunk_crc = struct.Struct(">I").unpack_from
@@ -302,7 +300,7 @@ def _tiff_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
 
 def _pillow_header(data: bytes, ext: str, pixels: PixelsVersion, max_pixels: int) -> ImageHeader:
     with open_image(data, ext) as image:
-        found = _PILLOW_FORMATS.get(image.format or "")
+        found = PILLOW_FORMATS.get(image.format or "")
         if found is None:
             raise BadSample("format", f"{image.format} is not among png, jpeg, webp, bmp, tiff, gif")
         require_size(image.width, image.height, max_pixels)
@@ -338,20 +336,6 @@ def _pillow_frames(data: bytes, ext: str) -> int:
 def open_image(data: bytes, ext: str) -> Any:  # any: PIL.Image.Image, imported only here
     """Open `data` with Pillow (header only) without its warnings; BadSample if it is no image of the known formats."""
     return _decoding(lambda: open_unbounded(data), ext)
-
-
-def open_unbounded(data: bytes) -> Any:  # any: PIL.Image.Image, imported only here
-    """Open `data` with Pillow without Pillow's own limit of pixels: the caller checks the size before it loads them."""
-    from PIL import Image
-
-    try:
-        return Image.open(BytesIO(data), formats=READ_FORMATS)
-    except Image.DecompressionBombError:
-        for name in READ_FORMATS:
-            factory, accepts = Image.OPEN[name]
-            if accepts is None or accepts(data[:16]) is True:
-                return factory(BytesIO(data), "")
-        raise
 
 
 def load_image(data: bytes, header: ImageHeader) -> Any:  # any: PIL.Image.Image

@@ -103,9 +103,21 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Return width and height that the frame header of a JPEG says, 0 if there is none."""
+    at = _frame(data)
+    return (0, 0) if at is None else (int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
+
+
+def jpeg_precision(data: bytes) -> int:
+    """Return the bits of a sample that the frame header of a JPEG says, 8 if there is none."""
+    at = _frame(data)
+    return 8 if at is None else data[at + 4]
+
+
+def _frame(data: bytes) -> int | None:
+    """Return where the frame header of a JPEG is (its 0xFF), None if there is none before the first scan."""
     for at, marker, _ in jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+            return at
         if marker == 0xDA:
             break
-    return 0, 0
+    return None

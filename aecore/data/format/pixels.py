@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.colour import cmyk_to_rgb
-from aecore.data.format.image import TIFF_STARTS, BadSample, open_unbounded, opened_orientation, require_size
-from aecore.data.format.jpeg import jpeg_segments
+from aecore.data.format.colour import cmyk_to_rgb, white_of
+from aecore.data.format.image import TIFF_STARTS, BadSample, opened_orientation, require_size
+from aecore.data.format.jpeg import jpeg_precision, jpeg_segments
 from aecore.data.format.orientation import UPRIGHT, upright
+from aecore.data.format.pillow import open_unbounded
 from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
@@ -75,6 +76,20 @@ class OpenImage:
         self._image.seek(number)
         require_size(self._image.width, self._image.height, max_pixels)
         return _opened_pillow(self._image, turned=True)
+
+
+def white_level(data: bytes, dtype: np.dtype[Any]) -> float:  # any: every image has its own dtype
+    """Return the value of white in a decoded image, by the precision of a JPEG or TIFF (12 bits: 4095), else by its dtype."""
+    bits = 8 * dtype.itemsize
+    if dtype.kind != "u" or bits == 8:
+        return white_of(dtype)
+    if data.startswith(JPEG_MAGIC):
+        bits = jpeg_precision(data)
+    elif data.startswith(TIFF_STARTS):
+        from aecore.data.format.tiff import tiff_precision  # imported late: most datasets have no TIFF
+
+        bits = tiff_precision(data)
+    return float((1 << min(bits, 8 * dtype.itemsize)) - 1)
 
 
 def image_file(pixels: Pixels) -> tuple[bytes, str]:
@@ -142,10 +157,8 @@ def _jpeg(data: bytes, decoder: str) -> Picture:
 
 def _pillow_jpeg(data: bytes) -> Pixels | None:
     """Return the stored pixels of a plain JPEG by Pillow; None for what it does not read (other depths, stray bytes, no EOI)."""
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with open_unbounded(data) as image:
             return np.asarray(image) if image.mode in ("L", "RGB") else None
     except (OSError, SyntaxError, ValueError, struct.error):
         return None

@@ -19,6 +19,9 @@ WITH_ALPHA = ("LA", "PA", "RGBA", "LA;16", "RGBA;16")
 BANDS, CHANNEL_LAST = "image", "hwc"  # modes of images that have no name: bands of a TIFF, `.npy` arrays [H, W, C]; their dtype follows
 
 
+SHOWN = 4
+
+
 @dataclass(frozen=True, slots=True)
 class SampleFormat:
     """Format of one decoded sample: `(H, W, C)` for images, any shape for arrays; of sequences that vary in length, the longest.
@@ -74,8 +77,7 @@ class SampleFormat:
             found = {known.as_array for known in found}
             longest = max(found, key=lambda known: known.shape[0])
             return cls(longest.shape, longest.dtype, image=False, varying=True)
-        shown = ", ".join(f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:4])
-        raise DataError(f"the samples have {len(found)} different formats ({shown or 'no samples'}), one is needed: {_remedy(found)}")
+        raise DataError(f"the samples have {len(shapes)} different formats ({shown_formats(shapes)}), one is needed: {remedy_of(found)}")
 
     @property
     def without_alpha(self) -> "SampleFormat":
@@ -106,7 +108,13 @@ def common_formats(formats: Iterable[SampleFormat]) -> set[SampleFormat]:
     return plain if len(plain) == 1 < len(found) else found
 
 
-def _remedy(found: Collection[SampleFormat]) -> str:
+def shown_formats(shapes: Mapping[str, int]) -> str:
+    """Return the most frequent formats with their counts, as messages show them."""
+    shown = [f"{shape} ({count})" for shape, count in sorted(shapes.items(), key=lambda item: -item[1])[:SHOWN]]
+    return ", ".join([*shown, *["..."] * (len(shapes) > SHOWN)]) or "no samples"
+
+
+def remedy_of(found: Collection[SampleFormat]) -> str:
     """Return what makes one format of several."""
     from_images = {known.image and not known.from_array for known in found}
     if from_images == {True, False}:

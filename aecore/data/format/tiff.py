@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
 from aecore.data.format.jpeg import jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
+from aecore.data.format.pillow import open_unbounded
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _SEPARATED, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 4, 5, 6, 8, 9
@@ -121,11 +122,18 @@ class TiffImages:
         if page.photometric == _YCBCR and page.compression != _JPEG:
             from PIL import Image  # libtiff's own conversion: chroma may be subsampled
 
-            with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+            with open_unbounded(data) as image:
                 image.seek(page.index)
-                return np.asarray(image.convert("RGB")), False  # which has turned it already
+                image.im = Image.new(image.mode, (page.imagewidth, page.imagelength)).im  # where Pillow makes one its own limit counts
+                return np.asarray(image.convert("RGB")), False  # Pillow has turned it
         pixels = _meant(page, _stored(page, data, frame if stacked else 0), form)
         return upright(pixels, _orientation(page)), form.alpha > 0
+
+
+def tiff_precision(data: bytes) -> int:
+    """Return the bits of a sample of the first image."""
+    with _images(data, 1) as images:
+        return int(images[0].bitspersample)
 
 
 def tiff_file(pixels: Pixels) -> bytes:
@@ -236,7 +244,8 @@ def _meant(page: Any, values: Pixels, form: _Form) -> Pixels:  # any: as above
         white = values.dtype.type((1 << bits) - 1 if bits >= 8 else 255)
         values = np.concatenate([white - values[..., :1], values[..., 1:]], axis=-1)
     values = values.astype(form.dtype, copy=False)
-    return straight_alpha(values) if form.alpha == _PREMULTIPLIED else values
+    white = white_of(form.dtype) if bits < 8 or form.dtype.kind != "u" else float((1 << bits) - 1)
+    return straight_alpha(values, white) if form.alpha == _PREMULTIPLIED else values
 
 
 def _lab(values: Pixels, form: _Form, *, signed: bool) -> Pixels:

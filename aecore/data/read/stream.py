@@ -29,7 +29,8 @@ import torch
 from aecore._base.batch import Batch
 from aecore.data.classes import UNKNOWN, numbers_of, quoted
 from aecore.data.format.decode import DecodeError, Decoder, Pixels
-from aecore.data.format.image import BadSample, PixelsVersion
+from aecore.data.format.foreign import explained
+from aecore.data.format.image import MAX_PIXELS, BadSample, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
 from aecore.data.format.sample_format import SampleFormat, common_formats
 from aecore.data.format.transform import TransformSpec
@@ -42,7 +43,7 @@ from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, Reading, tar_samples
-from aecore.errors import DataError, Hint
+from aecore.errors import ConfigError, DataError, Hint
 from aecore.store import sha256_json
 from aecore.threads import prefetched
 
@@ -157,8 +158,17 @@ def _format_of(sample: StreamSample, pixels: PixelsVersion) -> str:
     """Return the format of a sample; BadSample if it has none that is decoded."""
     if sample["bad"] is not None:
         raise BadSample(*sample["bad"])
-    is_image = sample["ext"] in IMAGE_EXTENSIONS
-    header = image_header(sample["data"], sample["ext"], pixels=pixels) if is_image else array_header(sample["data"], pixels=pixels)
+    data, ext = sample["data"], sample["ext"]
+    try:
+        header = image_header(data, ext, pixels=pixels) if ext in IMAGE_EXTENSIONS else array_header(data, pixels=pixels)
+    except BadSample as bad:
+        if bad.reason == "too_large":  # its own advice is for shards
+            text = f"an image of more pixels than the {MAX_PIXELS} that are read from tars: make it smaller, or shard the tars, where"
+            raise BadSample("too_large", f"{text} shards.max_pixels is the limit") from bad
+        raise explained(data, ext, bad) from bad
+    except ConfigError as error:
+        text = "an array whose axes may be [H, W, C] or [C, H, W]: save it with the channels as the shortest axis, or shard the tars, where"
+        raise BadSample("layout", f"{text} shards.layout tells") from error
     try:
         SampleFormat.parse(header.format_text)
     except DataError as error:
@@ -223,10 +233,8 @@ class _Tally:
         found = max(self.bad / self.judged, len(self._different) / self.in_pass if self.in_pass else 0)
         share = min(1.0, math.ceil(2000 * found) / 1000)
         raise DataError(
-            f"{text}, one of {self.bad} bad samples of {total}, more than input.max_bad={self._most:g} allows. The run trains on "
-            f"{self._expected}. Set input.max_bad={share:g} or more to leave such samples out, or write a dataset with "
-            f"shard_dataset, shards.check=decode and shards.max_bad={share:g}, which lists them in its quarantine (and makes "
-            "images alike: shards.resize, shards.mode)",
+            f"{text}: {self.bad} of {total} samples are bad, more than input.max_bad={self._most:g} allows (expected: {self._expected}). "
+            f"Set input.max_bad={share:g} to leave them out, or shard the tars with shards.check=decode and shards.max_bad={share:g}",
             hint=Hint("bad-sample", {"share": f"{share:g}"}),
         )
 

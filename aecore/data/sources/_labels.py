@@ -6,6 +6,8 @@ no back-references. The word characters are the letters and digits of every scri
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -36,7 +38,7 @@ class Expression:
     """
 
     def __init__(self, option: str, rule: str) -> None:
-        self._pattern = _one_group(rule.removeprefix(REGEX))
+        self._pattern = _one_group(spelled(rule.removeprefix(REGEX)))
         try:
             self.search(["", "x"])
         except (pa.ArrowInvalid, UnicodeEncodeError) as error:
@@ -61,8 +63,10 @@ def _one_group(pattern: str) -> str:
     for token in _TOKEN.findall(pattern):
         if token in (r"\w", r"\W") and not inside:
             token = f"[{_WORD}]" if token == r"\w" else f"[^{_WORD}]"
-        elif token == r"\w":
+        elif token in (r"\w", "[:word:]"):
             token = _WORD
+        elif token in (r"\W", "[:^word:]"):
+            token = _no_word()
         elif token.startswith("[") and not inside:
             inside = True
         elif token == "]":
@@ -73,6 +77,16 @@ def _one_group(pattern: str) -> str:
         out.append(token)
     text = "".join(out)
     return text if groups else f"(?P<found_>{text})"
+
+
+@functools.cache
+def _no_word() -> str:
+    """Return all characters but those of words, as ranges: a class has no way to say of a union of classes that it is left out."""
+    codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    is_word: Any = pc.match_substring_regex(pa.array(map(chr, codes), pa.string()), f"[{_WORD}]")  # any: the stubs know no types of values
+    others = (code for code, found in zip(codes, is_word.to_pylist(), strict=True) if not found)
+    runs = ([code for _, code in run] for _, run in itertools.groupby(enumerate(others), lambda pair: pair[1] - pair[0]))
+    return "".join(rf"\x{{{run[0]:X}}}-\x{{{run[-1]:X}}}" for run in runs)
 
 
 def is_expression(rule: str | None) -> bool:

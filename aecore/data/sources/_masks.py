@@ -46,20 +46,38 @@ def _by_suffix(paths: list[str]) -> Iterator[tuple[str, str]]:
 
 def _by_folder(paths: list[str], folders: list[str]) -> Iterator[tuple[str, str]]:
     known = set(folders)
-    twins = dict[str, tuple[str, list[str]]]()  # a folder of masks -> its own name, the folders next to it
+    siblings = dict[tuple[str, str], set[str]]()  # what is above a folder of masks and below it -> the names that are between these
     for folder in known:
-        names = folder.split("/")
-        for at, name in enumerate(names):
+        for above, name, below in _components(folder):
             if name.lower() in _FOLDERS:
-                others = [other for other in known if (parts := other.split("/"))[:at] + parts[at + 1 :] == names[:at] + names[at + 1 :]]
-                if len(others) > 1:
-                    twins[folder] = name, [other for other in others if other != folder]
+                siblings.setdefault((above, below), set())
+    for folder in known if siblings else ():
+        for above, name, below in _components(folder):
+            if (above, below) in siblings:
+                siblings[above, below].add(name)
+    twins = dict[str, tuple[str, str, str]]()  # a folder of masks -> its name, what is above it and below it
+    for folder in known if siblings else ():
+        for above, name, below in _components(folder):
+            if name.lower() in _FOLDERS and len(siblings[above, below]) > 1:
+                twins[folder] = name, above, below
     if not twins:
         return
-    stems = {(folder, _stem(path)) for path, folder in zip(paths, folders, strict=True)}
+    among = dict[tuple[str, str, str], set[str]]()  # what is around a folder of masks, name of a file -> the folders that have it
+    pairs = {(above, below) for _, above, below in twins.values()}
     for path, folder in zip(paths, folders, strict=True):
-        if folder in twins and any((other, _stem(path)) in stems for other in twins[folder][1]):
+        for above, _, below in _components(folder):
+            if (above, below) in pairs:
+                among.setdefault((above, below, _stem(path)), set()).add(folder)
+    for path, folder in zip(paths, folders, strict=True):
+        if folder in twins and len(among[(*twins[folder][1:], _stem(path))]) > 1:
             yield twins[folder][0], path
+
+
+def _components(folder: str) -> Iterator[tuple[str, str, str]]:
+    """Yield each component of a path with what is above it and below it."""
+    names = folder.split("/")
+    for at, name in enumerate(names):
+        yield "/".join(names[:at]), name, "/".join(names[at + 1 :])
 
 
 def _by_extension(paths: list[str]) -> Iterator[tuple[str, str]]:

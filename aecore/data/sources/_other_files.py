@@ -40,7 +40,7 @@ _TABLE = (  # what they are, what to do, extensions
     ("recordings and point clouds", _SEQUENCE, "edf bdf gdf fif vhdr eeg vmrk dat hea mseed sac las laz ply pcd"),
     (
         "tables and texts, which are no samples",
-        "if they hold sequences, save each as a .npy of shape (steps, features)",
+        "if they hold sequences or arrays, save each as .npy; of labels and metadata nothing is read",
         "csv tsv json jsonl ndjson txt xml yaml yml md rst html htm log toml ini cfg lst xls xlsx doc docx py ipynb sh",
     ),
 )
@@ -49,8 +49,15 @@ _IDX = ("files of idx arrays", "shard them by source.kind=arrays")
 _ARRAYS = ("arrays", "source.extensions=EXTS takes each file as one sample, source.kind=arrays each row of its first axis")
 _UPPER = ("arrays", "source.extensions=EXTS takes each file as one sample; to take their rows rename them to .npy or .npz")
 _PICTURES = "images"
+OF_SYSTEM, _OF_SYSTEM = "files of the operating system", ("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store")
 _NAMELESS = ("files without an extension", "give them the extension of what they are, if they are samples (.png, .jpg, .npy)")
 _UNKNOWN = ("files of unknown extensions", "convert them to PNG, TIFF or JPEG, or save each as .npy, if they are samples")
+
+
+def is_of_system(name: str) -> bool:
+    """Return whether a file is metadata of Windows or macOS: `._0.jpg` holds attributes of `0.jpg`, no picture."""
+    *folders, last = name.lower().split("/")
+    return last.startswith("._") or last in _OF_SYSTEM or "__macosx" in folders
 
 
 def kind_of_file(name: str) -> tuple[str, str]:
@@ -58,8 +65,8 @@ def kind_of_file(name: str) -> tuple[str, str]:
     last = name.rpartition("/")[2].lower()
     if array_format(last) == "idx":
         return _IDX
-    if last in ("thumbs.db", "ehthumbs.db", "desktop.ini"):
-        return "files of the operating system", ""
+    if is_of_system(name):
+        return OF_SYSTEM, ""
     stem, dot, ext = last.rpartition(".")
     if not dot or not stem:
         return _NAMELESS

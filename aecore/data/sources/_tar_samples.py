@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources import Unusable
-from aecore.data.sources._other_files import kind_of_file
+from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import FILES, BrokenTar, Entry, Member, TarFile
 
@@ -146,7 +146,7 @@ class _Groups:
             match = MEMBER_NAME.fullmatch(name)
             is_reserved = name[:2] == "__" and name.endswith("__")
             if match is None or is_reserved or (match[1][-1] == "/" and self._reading.rules > 1):  # the last: a hidden file
-                self._skipped.add(NO_KEY, name)
+                self._skipped.add(OF_SYSTEM if is_of_system(name) else NO_KEY, name)
             else:
                 self._put(entry, match[1], match[2].lower())
 

@@ -5,7 +5,7 @@ sample, its `.cls`, and the `.json` and `.txt` that were asked for; everything e
 counted. The headers of all tars are walked once, when listing; a worker then reads by offset. A compressed tar is inflated once by
 each worker that reads from it: unpack large ones first. To index tars in place, without a copy: `adopt_shards`.
 
-A sample that cannot be used (no image, several images, a link that leads nowhere, metadata that were asked for and are no JSON) is listed
+A sample that cannot be used (no image, several images, a link that leads nowhere, no label by the rule that was asked for) is listed
 with the reason, for the quarantine; so is every sample of a tar that is broken, if `source.bad_tars=skip`.
 """
 
@@ -329,13 +329,21 @@ class WebdatasetSource:
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
         else:
             text = _small(tar, sample.members.get("cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
-        if not text and self._spec.label != "auto":
-            found.skipped.add(f"labels: samples without {self._spec.label}", sample.key)
+        if not text and rule != "auto":
+            if self._spec.tars > 1:
+                raise BadSample("no_label", f"the sample has no {rule}, which source.label asks for: add it, or set source.label=auto")
+            found.skipped.add(f"labels: samples without {rule}", sample.key)
         return _clean(text)
 
     def _notes(self, found: _Columns) -> list[str]:
-        if self._spec.label != "auto" or any(found.labels):
+        if self._spec.label != "auto":
             return []
+        if any(found.labels):
+            without = [key for key, label, bad in zip(found.keys, found.labels, found.unusable, strict=True) if not label and bad is None]
+            if not without:
+                return []
+            count = f"{len(without)} samples have" if len(without) > 1 else "1 sample has"
+            return [f"{count} no .cls, as others have, and no label: {without[0]!r} for example; source.label=cls quarantines such samples"]
         return ["no sample has a label, since none has a .cls: set source.label=tar, path, leaf, json:<field> or regex:<expression>"]
 
     def _require_keys(self, found: _Columns) -> None:
@@ -363,7 +371,8 @@ class WebdatasetSource:
 
     def _require_fields(self, found: _Columns) -> None:
         asked = {*self._spec.columns} - {"txt"} | ({self._spec.label.removeprefix(JSON)} if self._spec.label.startswith(JSON) else set())
-        for name in sorted(asked - found.seen.keys()) if None in found.unusable else ():
+        judged = any(bad is None or bad.reason == "no_label" for bad in found.unusable)
+        for name in sorted(asked - found.seen.keys()) if judged else ():
             raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, found.seen)}")
 
 

@@ -2,10 +2,12 @@
 
 If size, mode and range are right already the original bytes are kept. Else the pixels, as they are meant, are composed over
 `shards.background` where they have alpha, converted, resized (bicubic, to a square without keeping their aspect) and written: JPEG
-stays JPEG (quality 95), what a PNG holds becomes PNG, all else TIFF of the same dtype. 16 bits become 8 by 255/65535; integers of other
-sizes and floats have no fixed range, so `mode` needs `value_range` for them. Equal versions of the libraries give equal bytes.
+stays JPEG (quality 95), what a PNG holds becomes PNG, all else TIFF of the same dtype. 16 bits become 8 by 255/65535, or by the precision
+that the file states (12-bit JPEG: 255/4095); integers of other sizes and floats have no fixed range, so `mode` needs `value_range`.
+Equal versions of the libraries give equal bytes.
 """
 
+import dataclasses
 import io
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.foreign import explained
 from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
 from aecore.data.format.jpeg import is_whole_jpeg
-from aecore.data.format.pixels import decode_image, image_file
+from aecore.data.format.pixels import decode_image, image_file, white_level
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.write.spec import ShardSpec
@@ -29,6 +31,7 @@ Frames = Literal["first", "all", "refuse"]
 Pixels = NDArray[Any]  # any: every image has its own dtype
 JPEG_QUALITY = 95
 _JPEG = ("jpg", "jpeg")
+_LARGE = 1e37  # far enough from the largest float32 for sums of them
 
 
 def prepare(data: bytes, ext: str, shards: ShardSpec, frames: Frames = "first") -> tuple[Header, bytes]:
@@ -52,7 +55,7 @@ def _prepared(data: bytes, ext: str, shards: ShardSpec, frames: Frames) -> tuple
             _require_decodable(data, header)
     if shards.resize is None and shards.mode == "keep" and not _has_range(header, shards):
         return header, data
-    fits = shards.resize is None or header.width == header.height == shards.resize
+    fits = shards.resize is None or (header.width == header.height == shards.resize and not _loses_alpha(header, shards))
     if fits and shards.mode in ("keep", header.mode) and not _has_range(header, shards):
         return header, data
     return (_converted_1 if shards.pixels == 1 else _converted)(data, header, shards)
@@ -98,6 +101,11 @@ def _prepare_array(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, by
     return header, data
 
 
+def _loses_alpha(header: ImageHeader, shards: ShardSpec) -> bool:
+    """Return whether the image has alpha, which a resize composes: also where its size is right already, as resized ones have none."""
+    return shards.pixels == 2 and SampleFormat.parse(header.format_text).has_alpha
+
+
 def _has_range(header: ImageHeader, shards: ShardSpec) -> bool:
     """Return whether `value_range` says what the values of this image mean: 8 bits have their range."""
     return shards.value_range is not None and SampleFormat.parse(header.format_text).dtype != np.uint8
@@ -105,30 +113,33 @@ def _has_range(header: ImageHeader, shards: ShardSpec) -> bool:
 
 def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Header, bytes]:
     pixels, has_alpha = _decoded(lambda: decode_image(data))
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise BadSample("not_finite", "the image holds NaN or infinity, which cannot be resized or converted")
+    white = float(_decoded(lambda: white_level(data, pixels.dtype)))
     if shards.value_range is not None and pixels.dtype != np.uint8:
-        pixels = _in_range(pixels, *shards.value_range, has_alpha=has_alpha)
+        pixels, white = _in_range(pixels, *shards.value_range, white if has_alpha else None), 65535.0
     if has_alpha:
-        pixels = composed(pixels, shards.background)
+        pixels = composed(pixels, shards.background, white)
     if shards.mode != "keep":
-        pixels = _to_mode(pixels, shards.mode)
+        pixels = _to_mode(pixels, shards.mode, white)
     if shards.resize is not None and pixels.shape[:2] != (shards.resize, shards.resize):
         pixels = _resized(pixels, shards.resize)
     changed, ext = _encoded(pixels, header)
-    return image_header(changed, ext, max_pixels=shards.max_pixels), changed
+    return dataclasses.replace(image_header(changed, ext, max_pixels=shards.max_pixels), frames=header.frames), changed
 
 
-def _in_range(pixels: Pixels, black: float, white: float, *, has_alpha: bool) -> Pixels:
-    """Return 16 bits from black to white; alpha keeps its share of its own dtype."""
+def _in_range(pixels: Pixels, black: float, white: float, opaque: float | None) -> Pixels:
+    """Return 16 bits from black to white; `opaque` is the largest alpha (None: there is none), which keeps its share."""
     shares = (pixels.astype(np.float64) - black) / (white - black)
-    if has_alpha:
-        shares[..., -1] = pixels[..., -1] / (1.0 if pixels.dtype.kind == "f" else float(np.iinfo(pixels.dtype).max))
-    return np.rint(np.clip(np.nan_to_num(shares, nan=0.0), 0, 1) * 65535).astype(np.uint16)
+    if opaque is not None:
+        shares[..., -1] = pixels[..., -1] / opaque
+    return np.rint(np.clip(shares, 0, 1) * 65535).astype(np.uint16)
 
 
-def _to_mode(pixels: Pixels, mode: Literal["L", "RGB"]) -> Pixels:
-    """Return 8 bits of grey or RGB; BadSample if the pixels have no fixed range or are neither."""
+def _to_mode(pixels: Pixels, mode: Literal["L", "RGB"], white: float) -> Pixels:
+    """Return 8 bits of grey or RGB, white from `white` on; BadSample if the pixels have no fixed range or are neither."""
     if pixels.dtype == np.uint16:
-        pixels = np.rint(pixels * (255 / 65535)).astype(np.uint8)
+        pixels = np.rint(np.minimum(pixels * (255 / white), 255)).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise BadSample(
             "unsupported",
@@ -141,18 +152,42 @@ def _to_mode(pixels: Pixels, mode: Literal["L", "RGB"]) -> Pixels:
 
 
 def _resized(pixels: Pixels, side: int) -> Pixels:
-    """Return the pixels resized band by band in float32, and of 8 bits by Pillow's own integers."""
+    """Return the pixels resized band by band: 8 bits by Pillow's integers, what float32 holds by Pillow, the rest alike in float64."""
     from PIL import Image
 
     size, bicubic = (side, side), Image.Resampling.BICUBIC
     if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
         return np.asarray(_pillow_image(pixels).resize(size, bicubic)).reshape(side, side, -1)
-    bands = [np.asarray(Image.fromarray(band).resize(size, bicubic)) for band in np.moveaxis(pixels, 2, 0).astype(np.float32)]
-    resized = np.stack(bands, axis=2)
-    if pixels.dtype.kind != "f":
-        limits = np.iinfo(pixels.dtype)
-        resized = np.rint(resized.astype(np.float64)).clip(limits.min, limits.max)
-    return resized.astype(pixels.dtype)
+    if np.can_cast(pixels.dtype, np.float32) and float(np.abs(pixels).max()) < _LARGE:
+        bands = [np.asarray(Image.fromarray(band).resize(size, bicubic)) for band in np.moveaxis(pixels, 2, 0).astype(np.float32)]
+        resized = np.stack(bands, axis=2).astype(np.float64) * 0.25
+    else:
+        values = pixels.astype(np.float64)
+        if pixels.dtype.kind in "iu" and not np.array_equal(values.astype(pixels.dtype), pixels):
+            raise BadSample("unsupported", f"{pixels.dtype} values above 2^53 cannot be resized exactly: save them as 32 bits or float64")
+        resized = _resampled(_resampled(values * 0.25, side, axis=1), side, axis=0)  # bicubic goes beyond the largest values
+    if pixels.dtype.kind == "f":
+        limit = float(np.finfo(pixels.dtype).max) * 0.25
+        return (resized.clip(-limit, limit).astype(pixels.dtype) * 4).astype(pixels.dtype)
+    limits = np.iinfo(pixels.dtype)
+    return np.rint(resized * 4).clip(limits.min, limits.max).astype(pixels.dtype)
+
+
+def _resampled(values: NDArray[np.float64], size: int, axis: int) -> NDArray[np.float64]:
+    """Return `size` samples along an axis, by the cubic convolution of Keys (1981, a=-1/2), widened where samples get fewer.
+
+    As Pillow defines it: sample n is centred at (n + 1/2) * scale, and taps outside the image are left out.
+    """
+    scale, moved = values.shape[axis] / size, np.moveaxis(values, axis, 0)
+    width = max(scale, 1.0)
+    out = np.empty((size, *moved.shape[1:]))
+    for number in range(size):
+        centre = (number + 0.5) * scale
+        first, last = max(0, int(centre - 2 * width + 0.5)), min(len(moved), int(centre + 2 * width + 0.5))
+        x = np.abs((np.arange(first, last) + 0.5 - centre) / width)
+        taps = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+        out[number] = np.tensordot(taps / taps.sum(), moved[first:last], 1)
+    return np.moveaxis(out, 0, axis)
 
 
 def _pillow_image(pixels: Pixels) -> Any:  # any: PIL.Image.Image

@@ -48,7 +48,11 @@ def pack_shard(store: Store, task: ShardTask, source: "Source") -> Commit:
         unchecked = unchecked_bodies()
         writer.write(staged, source)
         if unchecked := unchecked_bodies() - unchecked:
-            _log.info("shard %s: %d bodies were read from a bucket that returned no checksum", task.stem, unchecked)
+            _log.info(
+                "shard %s: the bucket gave no checksum with %d of the downloads, so their bytes are compared with nothing",
+                task.stem,
+                unchecked,
+            )
         return functools.partial(_commit, store, writer, staged, stack.pop_all(), time.perf_counter() - started)
 
 

@@ -15,6 +15,7 @@ from aecore.data.dataset import open_dataset
 from aecore.data.format.index import read_table
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._filter import matcher
+from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._other_files import kind_of_file
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.write.job import shard_dataset
@@ -333,3 +334,28 @@ def test_the_advice_about_arrays_is_taken(tmp_path: Path) -> None:
     advised = re.search(r"source\.extensions=\[(\w+)\]", str(raised.value))
     assert advised is not None
     assert len(listed(tmp_path / "in", extensions=(advised[1],))) == 3
+
+
+def test_masks_in_a_folder_of_each_patient_are_found_in_linear_time():
+    def seconds(num_patients: int) -> float:
+        folders = [f"{patient:05d}/{kind}" for patient in range(num_patients) for kind in ("image", "mask")]
+        started = time.process_time()
+        (note,) = mask_notes([f"{folder}/1.png" for folder in folders], folders)
+        assert note.startswith(f"{num_patients} files have the name of another sample and may be masks of it (00000/mask/1.png")
+        assert "source.exclude='mask'" in note
+        return time.process_time() - started
+
+    seconds(10)
+    assert seconds(16_000) < 60 * max(seconds(1000), 0.002), "sixteen times as many; 256 times as long if each is compared with each"
+
+
+def test_a_folder_of_masks_belongs_to_the_folders_around_the_same_names():
+    paths = ["a/image/x/1.png", "a/Masks/x/1.png", "b/image/x/2.png", "b/masks/y/2.png", "c/masks/3.png", "c/gt/3.png", "masks/4.png"]
+    (note,) = mask_notes(paths[:4], [path.rpartition("/")[0] for path in paths[:4]])
+    assert note.startswith("1 files") and "(a/Masks/x/1.png)" in note
+    assert len(mask_notes(paths, [path.rpartition("/")[0] for path in paths])) == 3
+
+
+@pytest.mark.parametrize("name", ["a/._0.jpg", "a/.DS_Store", "__MACOSX/a/0.jpg", "Thumbs.db"])
+def test_metadata_of_operating_systems_is_named_as_that(name):
+    assert kind_of_file(name) == ("files of the operating system", "")

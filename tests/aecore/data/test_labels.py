@@ -253,6 +253,25 @@ class TestTars:
         write_tar(tmp_path / "a.tar", files)
         assert set(labels(WebdatasetSpec(url=str(tmp_path / "a.tar")), tmp_path / "out").values()) == {CAFE["NFC"]}
 
+    @pytest.mark.parametrize("rule", ["json:c", "cls"])
+    def test_a_sample_without_the_label_that_was_asked_for_is_quarantined(self, tmp_path: Path, rule: str) -> None:
+        members = [(f"{number}.png", encoded(image(number))) for number in range(3)]
+        members += [(f"{number}.json", json.dumps({"c": "cat"} if number else {"d": 1}).encode()) for number in range(3)]
+        write_tar(tmp_path / "a.tar", sorted([*members, ("1.cls", b"cat"), ("2.cls", b"cat")]))
+        source = WebdatasetSpec(url=str(tmp_path / "a.tar"), label=rule)
+        with pytest.raises(DataError, match=rf"(?s)no_label 1.*no_label: the sample has no {rule}, which source.label asks for"):
+            labels(source, tmp_path / "refused")
+        manifest = shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert (manifest.num_samples(), manifest.quarantined) == (2, 1)
+        assert set(stored(tmp_path / "out").values()) == {"cat"}
+
+    def test_samples_without_a_class_among_others_are_counted_in_the_log(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        members = [(f"{number}.png", encoded(image(number))) for number in range(3)]
+        write_tar(tmp_path / "a.tar", sorted([*members, ("2.cls", b"cat")]))
+        with caplog.at_level("INFO"):
+            assert shard_dataset(WebdatasetSpec(url=str(tmp_path / "a.tar")), str(tmp_path / "out")).num_samples() == 3
+        assert "2 samples have no .cls, as others have, and no label: '0' for example; source.label=cls quarantines such" in caplog.text
+
     def test_tars_without_labels_say_where_else_they_may_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         tar_of(tmp_path / "in/cat.tar", "0.png")
         with caplog.at_level("INFO"):
@@ -286,6 +305,28 @@ def test_arrays_take_their_labels_from_the_names_of_their_files(tmp_path: Path) 
 
 
 class TestExpressions:
+    @pytest.mark.parametrize(
+        ("pattern", "wanted"),
+        [
+            (r"^([^\W_]+)", "chérie"),
+            (r"^([^\W\d]+?)_", "chérie"),
+            (r"^([^[:^word:]_]+)", "chérie"),
+            (r"^([[:word:]]+)", "chérie_1"),
+            (r"([\W]+)", "."),
+            (r"^(ch[\wx]+)\W", "chérie_1"),
+            (unicodedata.normalize("NFD", "^(ch[é]r)"), "chér"),
+        ],
+    )
+    def test_word_characters_are_those_of_every_script_also_in_brackets(self, pattern: str, wanted: str) -> None:
+        for form in ("NFC", "NFD"):
+            assert found_in("source.label", f"regex:{pattern}", [unicodedata.normalize(form, "chérie_1.jpg.jpg")], ["x"]) == [wanted]
+
+    @given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=30))
+    def test_what_is_no_word_character_is_everything_else(self, text: str) -> None:
+        word, other = (Expression("source.label", rf"regex:^([{name}]*)$") for name in (r"\w", r"\W"))
+        for char in text:
+            assert (word.search([char]) == [char]) != (other.search([char]) == [char])
+
     PATTERNS = (r"^(\w+)\.", r"(\d+)", r"^([a-c]+)_", r"/(\w)", r"x|(b)", r"[\w.]+$", r"(?:a|b)(c?)", r"^[^/]+/([^/]+)", r"\W(\w)")
 
     @given(texts=st.lists(st.text("abc_/.x1é-", max_size=12), max_size=5), pattern=st.sampled_from(PATTERNS))

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import struct
 import tarfile
 import time
@@ -35,7 +36,7 @@ from aecore.data.write.convert import prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
-from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, saved, smooth, tiff
+from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, saved, smooth, tiff, upright
 
 RANDOM = np.random.default_rng(0)
 
@@ -47,6 +48,26 @@ def stored(data: bytes, ext: str, **shards) -> tuple[str, np.ndarray]:
     if header.width is not None:
         assert (header.height, header.width) == pixels.shape[:2], "what the index says"
     return header.format_text, pixels
+
+
+def twelve_bits(values: np.ndarray, **options) -> bytes:
+    """A TIFF whose samples have 12 bits, two in three bytes; `values` have an even number of samples in a row."""
+    whole = tiff(values, **options)
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], -1).astype(np.uint8).tobytes()
+    out = io.BytesIO(whole)
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        page = file.pages[0]
+        samples, offset = page.samplesperpixel, page.dataoffsets[0]
+        bits, sizes = page.tags["BitsPerSample"].valueoffset, page.tags["StripByteCounts"]
+        assert len(page.dataoffsets) == 1
+    out.seek(bits)
+    out.write(struct.pack(f"<{samples}H", *[12] * samples))
+    out.seek(sizes.valueoffset)
+    out.write(len(packed).to_bytes(2 if sizes.dtype == 3 else 4, "little"))
+    out.seek(offset)
+    out.write(packed)
+    return out.getvalue()
 
 
 def sharded(tmp_path, files, frames="first", extensions=None, **shards):
@@ -163,8 +184,8 @@ class TestOrientation:
     def test_the_fast_path_of_sharding_knows_it_too(self, tmp_path):
         data = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG")
         turned = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG", exif=exif(8))
-        upright = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG", exif=exif(1))
-        manifest = sharded(tmp_path, {f"{n:03}.jpg": (data, turned, upright)[n % 3] for n in range(90)})
+        straight = saved(Image.new("RGB", (64, 32), (9, 0, 0)), "JPEG", exif=exif(1))
+        manifest = sharded(tmp_path, {f"{n:03}.jpg": (data, turned, straight)[n % 3] for n in range(90)})
         assert manifest.sample.shapes == {"32x64x3/RGB": 60, "64x32x3/RGB": 30}
 
     def test_a_resized_image_is_turned_first(self, tmp_path):
@@ -173,6 +194,14 @@ class TestOrientation:
         text, pixels = stored(saved(Image.fromarray(left_red), "PNG", exif=exif(6)), "png", resize=16)
         assert text == "16x16x3/RGB"
         assert (pixels[:6, :, 0] > 150).all() and (pixels[10:, :, 2] > 150).all()  # the left side is on top
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_tiff_of_ycbcr_is_turned_once(self, orientation):
+        upper = np.zeros((16, 32, 3), np.uint8)
+        upper[:, :16] = 200
+        upper[:8] += 50
+        data = saved(Image.fromarray(upper).convert("YCbCr"), "TIFF", tiffinfo={274: orientation})
+        np.testing.assert_allclose(stored(data, "tif")[1], upright(upper, orientation), atol=3)
 
     @pytest.mark.parametrize("block", [b"", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01\x12", b"nonsense"])
     def test_a_damaged_block_turns_nothing(self, block):
@@ -202,6 +231,29 @@ class TestAlpha:
         _, small = stored(saved(Image.fromarray(pixels), "PNG"), "png", resize=8, background=name)
         wanted = Image.fromarray(np.floor(self.composed(pixels, colour) + 0.5).astype(np.uint8)).resize((8, 8), Image.Resampling.BICUBIC)
         assert np.abs(small.astype(int) - np.asarray(wanted)).max() <= 1
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_an_image_that_has_the_size_already_is_composed_as_the_resized_ones_are(self, tmp_path, mode):
+        image = Image.fromarray(noise(RANDOM, 8, 8, 4)).convert("LA" if mode == "LA" else "RGBA")
+        wanted = self.composed(np.asarray(image), (0, 0, 0))
+        if mode == "P":
+            image = Image.new("P", (8, 8), 3)
+            image.putpalette([50, 100, 150] * 4)
+            image.info["transparency"] = 3
+            wanted = np.zeros((8, 8, 3))
+        large = image.resize((16, 16))
+        large.info = dict(image.info)
+        files = {"a.png": saved(image, "PNG"), "b.png": saved(large, "PNG")}
+        manifest = sharded(tmp_path, files, resize=8, background="black")
+        assert len(manifest.sample.shapes) == 1, manifest.sample.shapes
+        np.testing.assert_allclose(read(tmp_path)[0].transpose(1, 2, 0), wanted, atol=0.51)
+
+    def test_alpha_of_twelve_bits_is_opaque_at_4095(self):
+        pixels = np.full((6, 5, 4), 4095, np.uint16)
+        pixels[..., :3] = noise(RANDOM, 6, 5, 3, "u2") >> 4
+        data = twelve_bits(pixels, photometric="rgb", extrasamples=["unassalpha"])
+        found = stored(data, "tif", mode="RGB")[1]
+        np.testing.assert_allclose(found, pixels[..., :3] / 4095 * 255, atol=0.51)
 
     def test_leftover_colours_under_full_transparency_do_not_show(self):
         pixels = noise(RANDOM, 8, 8, 4)
@@ -248,6 +300,13 @@ class TestFrames:
         caplog.set_level(logging.INFO)
         assert sharded(tmp_path, self.files()).num_samples() == 4
         assert "4 files have several pages or frames, of which the first was stored (source.frames=first" in caplog.text
+
+    @pytest.mark.parametrize("shards", [{"resize": 4}, {"mode": "L"}, {"value_range": (0, 65535)}])
+    def test_the_log_says_so_of_converted_files_too(self, tmp_path, caplog, shards):
+        with caplog.at_level(logging.INFO):
+            manifest = sharded(tmp_path, self.files(), **shards)
+        assert manifest.num_samples() == 4
+        assert "4 files have several pages or frames, of which the first was stored" in caplog.text
 
     def test_they_can_be_refused(self, tmp_path):
         assert sharded(tmp_path, {**self.files(), "one.tif": tiff(self.PAGES[0])}, frames="refuse").reasons == {"frames": 4}
@@ -373,6 +432,27 @@ class TestRanges:
             assert text == "9x7x1/I;16"
             assert np.abs(stored(data, ext, value_range=(0, 4095), mode="L")[1] - values / 4095 * 255).max() < 0.51
 
+    @pytest.mark.parametrize("bits", [10, 12, 14, 16])
+    @pytest.mark.parametrize("bands", [1, 3])
+    def test_a_jpeg_of_more_than_eight_bits_has_the_range_of_its_precision(self, bits, bands):
+        values = smooth(RANDOM, 16, 24, bands).astype(np.uint16) << (bits - 8)
+        data = imagecodecs.jpeg8_encode(values if bands > 1 else values[..., 0], level=100, lossless=True, bitspersample=bits)
+        np.testing.assert_array_equal(stored(data, "jpg")[1], values)
+        for mode, bright in (("L", values), ("RGB", np.broadcast_to(values, (16, 24, 3)))):
+            if bands == 1 or mode == "RGB":
+                wanted = bright / ((1 << bits) - 1) * 255
+                assert np.abs(stored(data, "jpg", mode=mode)[1] - wanted).mean() < 4, "a JPEG again, of quality 95"
+
+    def test_a_lossy_jpeg_of_twelve_bits_has_it_too(self):
+        values = (16 * smooth(RANDOM, 16, 24, 1).astype(np.uint16))[..., 0]
+        data = imagecodecs.jpeg8_encode(values, level=95, bitspersample=12)
+        assert np.abs(stored(data, "jpg", mode="L")[1][..., 0] - values / 4095 * 255).max() < 8
+
+    def test_a_tiff_of_twelve_bits_has_it_too(self):
+        values = noise(RANDOM, 6, 4, 1, "u2") >> 4
+        found = stored(twelve_bits(values[..., 0], photometric="minisblack"), "tif", mode="L")[1]
+        np.testing.assert_allclose(found, values / 4095 * 255, atol=0.51)
+
     def test_floats_and_signed_values_get_a_mode_by_it_and_are_refused_without(self):
         values = RANDOM.normal(size=(8, 8)).astype(np.float32)
         for stretched in (values, (values * 1000).astype(np.int16)):
@@ -396,18 +476,75 @@ class TestRanges:
             ShardSpec(value_range=value_range)
 
 
-@pytest.mark.parametrize("dtype", ["u2", "i2", "i4", "u4", "f4", "f8"])
-@pytest.mark.parametrize("bands", [1, 3, 5])
-def test_images_of_any_dtype_are_resized_in_their_own_values(dtype, bands):
-    y, x = np.mgrid[:40, :32]
-    values = np.stack([100 * (band + 1) + 2 * x + 3 * y for band in range(bands)], -1).astype(dtype)
-    values = -values if np.dtype(dtype).kind in "if" else values
+def bicubic(values: np.ndarray, side: int) -> np.ndarray:
+    """The cubic convolution of Keys (1981) with a=-1/2 in both directions, stretched by the scale where the image shrinks."""
+
+    def weights(size: int) -> np.ndarray:
+        scale = size / side
+        stretch = max(1.0, scale)
+        found = np.zeros((side, size))
+        for row in range(side):
+            for column in range(size):
+                at = abs((column + 0.5) - (row + 0.5) * scale) / stretch
+                found[row, column] = 1.5 * at**3 - 2.5 * at**2 + 1 if at <= 1 else -0.5 * at**3 + 2.5 * at**2 - 4 * at + 2 if at < 2 else 0
+            found[row] /= math.fsum(found[row])
+        return found
+
+    return np.einsum("yh,xw,hwc->yxc", weights(values.shape[0]), weights(values.shape[1]), values.astype(np.float64))
+
+
+def resized(values: np.ndarray, side: int, **shards) -> np.ndarray:
+    """The pixels that sharding stores of a TIFF."""
+    bands = values.shape[2]
     options = {"planarconfig": "contig"} if bands > 1 else {}
     data = tiff(values if bands > 1 else values[..., 0], photometric="rgb" if bands == 3 else "minisblack", **options)
-    text, pixels = stored(data, "tif", resize=16, check="decode")
-    assert (pixels.shape, pixels.dtype) == ((16, 16, bands), np.dtype(dtype)), text
-    wanted = [Image.fromarray(values[..., band].astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC) for band in range(bands)]
-    np.testing.assert_allclose(pixels, np.stack([np.asarray(band) for band in wanted], -1), atol=0.51)
+    _, pixels = stored(data, "tif", resize=side, **shards)
+    assert pixels.dtype == values.dtype
+    return pixels
+
+
+class TestResize:
+    @pytest.mark.parametrize("dtype", ["u2", "i2", "i4", "u4", "f4", "f8"])
+    @pytest.mark.parametrize("bands", [1, 3, 5])
+    @pytest.mark.parametrize("side", [16, 48])
+    def test_images_of_any_dtype_are_resized_in_their_own_values(self, dtype, bands, side):
+        y, x = np.mgrid[:40, :32]
+        values = np.stack([9000 * (band + 1) + 20 * x + 30 * y + 500 * (x % 7 == 0) for band in range(bands)], -1)
+        values = (-values // 2 if np.dtype(dtype).kind in "if" else values).astype(dtype)
+        wanted = bicubic(values, side)
+        np.testing.assert_allclose(resized(values, side, check="decode"), wanted, atol=0.51 if values.dtype.kind != "f" else 0.01)
+
+    @pytest.mark.parametrize("value", [16777217, -2147483647, 2147483647])
+    def test_whole_numbers_that_float32_has_not_are_kept(self, value):
+        assert (resized(np.full((9, 7, 1), value, np.int32), 4) == value).all()
+        assert (resized(np.full((9, 7, 1), abs(value), np.uint32), 4) == abs(value)).all()
+
+    @pytest.mark.parametrize("value", [1e300, -1.7e308, 1 / 3])
+    def test_float64_is_resized_in_float64(self, value):
+        values = np.full((9, 7, 1), value)
+        np.testing.assert_allclose(resized(values, 4), value, rtol=1e-14)
+        values[4, 3] = 0
+        assert np.isfinite(resized(values, 4)).all()
+
+    def test_the_largest_values_stay_values(self):
+        for dtype in (np.float16, np.float32, np.float64):
+            values = np.zeros((8, 8, 1), dtype)
+            values[:, 4:] = np.finfo(dtype).max
+            found = resized(values, 16)
+            assert np.isfinite(found).all()
+            assert found.max() == np.finfo(dtype).max
+
+    def test_whole_numbers_beyond_float64_are_refused(self):
+        with pytest.raises(BadSample, match=r"int64 values above 2\^53 cannot be resized exactly: save them"):
+            resized(np.full((9, 7, 1), (1 << 53) + 1, np.int64), 4)
+
+    @pytest.mark.parametrize("shards", [{"resize": 4}, {"value_range": (0, 1)}, {"value_range": (0, 1), "mode": "L"}])
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_what_is_no_number_is_quarantined_where_pixels_are_computed(self, shards, value):
+        values = np.ones((6, 6), np.float32)
+        values[2, 3] = value
+        with pytest.raises(BadSample, match="not_finite"):
+            prepare(tiff(values), "tif", ShardSpec(**shards))
 
 
 class TestLimits:
@@ -434,6 +571,16 @@ class TestLimits:
         with pytest.raises(BadSample, match="20000x10000 pixels, at most"):
             prepare(data, "bmp", ShardSpec())
         assert prepare(data, "bmp", ShardSpec(max_pixels=1 << 28))[0].format_text == "10000x20000x1/1"
+
+    def test_neither_decoder_has_a_limit_of_its_own(self, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # twice that many are an error of Pillow's, as 179 million are
+        jpeg = saved(Image.new("RGB", (30, 20), "red"), "JPEG")
+        ycbcr = FORMS["tiff ycbcr"](RANDOM, 30, 20)
+        for decoder in ("imagecodecs", "pillow"):
+            for data, ext in ((jpeg, "jpg"), (ycbcr.data, ycbcr.ext)):
+                header = image_header(data, ext)
+                pixels = Decoder(Reading(decoder), SampleFormat.parse(header.format_text)).batch([data])
+                assert pixels.shape[1:3] == (header.height, header.width)
 
     def test_the_memory_of_many_bands_is_bounded_too(self):
         data = tiff(np.zeros((10, 10, 20), np.float32), photometric="minisblack", planarconfig="contig")

@@ -41,6 +41,12 @@ def batches(url: Path | str, steps: int = 10, start: int = 0, rank: int = 0, wor
     return list(loader.batches(start, start + steps))
 
 
+def npy(values: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()
+
+
 def numbers(found: list[Batch]) -> list[int]:
     """Return which images a run of batches holds: `image(n)` begins with the digits of n."""
     return [int(x[0, 0, 0]) + 256 * int(x[0, 0, 1]) for batch in found for x in batch.x]
@@ -145,9 +151,7 @@ class TestBadSamples:
         tars = self.tars(tmp_path / "in", {name: data for name, data in self.BAD.items() if not name.startswith("array")})
         with pytest.raises(DataError, match=r"sample '[\w-]+' cannot be trained on .* more than input.max_bad=0.01 allows") as refused:
             batches(tars, 100)
-        advice = re.search(
-            r"Set input.max_bad=([\d.]+) .*shard_dataset, shards.check=decode and shards.max_bad=([\d.]+)", str(refused.value)
-        )
+        advice = re.search(r"Set input.max_bad=([\d.]+) .*shards.check=decode and shards.max_bad=([\d.]+)", str(refused.value))
         assert advice is not None
         assert len(batches(tars, 100, max_bad=float(advice[1]))) == 100
         spec = ShardSpec(check="decode", max_bad=float(advice[2]), resize=4, mode="L")
@@ -159,7 +163,7 @@ class TestBadSamples:
         write_tar(tmp_path / "many/a.tar", [*samples(0, 150), ("x.png", b"")])
         assert len(batches(tmp_path / "many", 60)) == 60
         write_tar(tmp_path / "few/a.tar", [*samples(0, 20), ("x.png", b"")])
-        with pytest.raises(DataError, match=r"bad samples of \d+, more than input.max_bad=0.01 allows"):
+        with pytest.raises(DataError, match=r"of \d+ samples are bad, more than input.max_bad=0.01 allows"):
             batches(tmp_path / "few", 60)
 
     def test_nothing_but_bad_samples_ends(self, tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ class TestBadSamples:
         order = TrainingOrder(global_batch=16, lanes=8)
         spec = InputSpec(reader="webdataset", prefetch=0, max_bad=1.0)
         loader = StreamLoader(opened, transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
-        with pytest.raises(DataError, match=r"one of 1000 bad samples of 1000"):
+        with pytest.raises(DataError, match=r"1000 of 1000 samples are bad"):
             next(iter(loader.batches()))
 
     def test_the_first_sample_does_not_decide_the_format(self, tmp_path: Path) -> None:
@@ -216,6 +220,26 @@ class TestRefused:
         write_tar(tmp_path / "a.tar", [("a.pyd", b"x")])
         with pytest.raises(DataError, match=r"none of the first 1 samples can be read; the first of them is 'a' of .*a.tar: no_data"):
             open_stream(str(tmp_path), "train")
+
+    @pytest.mark.parametrize(
+        ("name", "data", "message"),
+        [
+            ("png", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "lfs_pointer.*fetch it with `git lfs pull`"),
+            ("jpg", b"<!doctype html><title>404</title>", "an HTML page.*download it again"),
+            ("npy", npy(np.zeros((8, 8, 64), np.float32)), "layout: an array whose axes may be .* or shard the tars, where shards.layout"),
+            ("png", encoded(np.zeros((8200, 8200), np.uint8)), "of more pixels than the 67108864 that .* or shard the tars"),
+        ],
+    )
+    def test_what_cannot_be_read_is_named_with_advice_that_can_be_taken(self, tmp_path: Path, name: str, data: bytes, message: str) -> None:
+        write_tar(tmp_path / "in/a.tar", [*samples(0, 20), (f"x.{name}", data)])
+        with pytest.raises(DataError, match=message) as refused:
+            batches(tmp_path / "in", 5)
+        text = str(refused.value).replace(str(tmp_path), "")
+        assert len(text) < 450
+        assert "shard_dataset" not in text
+        write_tar(tmp_path / "first/a.tar", [(f"x.{name}", data)])
+        with pytest.raises(DataError, match=message):
+            open_stream(str(tmp_path / "first"), "train")
 
     def test_a_rank_without_samples_ends_instead_of_reading_for_ever(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", samples(0, 1))

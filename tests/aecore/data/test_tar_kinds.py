@@ -147,7 +147,9 @@ class TestNames:
         write_tar(tmp_path / "in/a.tar", [*files, *((f"video.{n:04d}.png", png(n)) for n in range(3)), ("video.json", b"{}")])
         found = listing(tmp_path / "in")
         assert (sorted(found.keys), found.unusable) == (["0", "1", "2", "3", *(f"video%2E{n:04d}" for n in range(3))], None)
-        assert found.notes == ("skipped 9 members that are not read (for example '0.mask.png', '0.1.txt', '1.mask.png')",)
+        skipped, unlabelled = found.notes
+        assert skipped == "skipped 9 members that are not read (for example '0.mask.png', '0.1.txt', '1.mask.png')"
+        assert unlabelled.startswith("3 samples have no .cls, as others have, and no label: 'video.0000' for example")
 
     def test_the_only_image_of_a_sample_may_have_a_longer_extension(self, tmp_path: Path) -> None:
         write_tar(

@@ -291,3 +291,11 @@ def test_a_value_that_is_no_shade_of_grey_is_refused_where_it_would_be_drawn_fro
     rows = torch.arange(4)
     with pytest.raises(DataError, match=rf"grey values in \[0, 1\], and a batch holds {value:g}"):
         Transform(TransformSpec(binarize="dynamic")).draw(Batch(x, rows, rows, 4), 0, 0)
+
+
+def test_the_count_of_formats_is_that_of_the_list_and_equal_sizes_need_no_resize():
+    shapes = {"8x8x1/L": 3, "8x8x3/P": 2, "8x8x3/RGB": 1}
+    with pytest.raises(DataError, match=r"3 different formats \(8x8x1/L \(3\), 8x8x3/P \(2\), 8x8x3/RGB \(1\)\)") as refused:
+        SampleFormat.from_shapes(shapes)
+    assert "shards.mode=L or RGB" in str(refused.value)
+    assert "resize" not in str(refused.value)
