@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from aecore.artifact.commit import PartRecord
-from aecore.errors import AecoreError, DataError, Hint, RunFailed, WorkerDied, from_json, from_outside
+from aecore.errors import AecoreError, ConfigError, DataError, Hint, RunFailed, WorkerDied, from_json, from_outside
 from aecore.threads import submit_ahead
 
 T = TypeVar("T")
@@ -164,5 +164,8 @@ def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
         logger.error("%s", reason)
     more = f"\n  and {len(reasons) - SHOWN} more (see the log)" if len(reasons) > SHOWN else ""
     first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
-    message = f"{len(failures)} of {total} {what} failed:{lines}{more}\nthe rest is kept; {first}run the same command again to finish"
+    last = f"the rest is kept; {first}run the same command again to finish"
+    if issubclass(kind, ConfigError):  # the same settings too
+        last = "change the settings that are named, and run the command with these"
+    message = f"{len(failures)} of {total} {what} failed:{lines}{more}\n{last}"
     return kind(message, hint=next((failure.hint for failure in failures if failure.hint is not None), None))

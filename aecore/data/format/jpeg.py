@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 # data without a marker; each begins with other bits, since the end of a cut code may mean the same as the zeros that libjpeg puts there
 _FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
 _SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
+_REST = 64  # bytes
 _RESTARTS = tuple(bytes([0xFF, 0xD0 + number]) for number in range(8))
 _FREE_BYTES = 1 << 18  # that may be added to the smallest files
 _MARKER = re.compile(rb"(?<!\xff)\xff++[^\x00\xff]", re.DOTALL)  # with the fill bytes before it, of which each is looked at once
@@ -34,7 +36,23 @@ def is_whole_jpeg(data: bytes) -> bool:
     for filler in _FILLERS if len(data) < _SMALL_BYTES else _FILLERS[:2]:
         if not np.array_equal(pixels, imagecodecs.jpeg8_decode(_filled(data, start, filler))):
             return False
-    return _is_complete(data, scans)
+    return _is_complete(data, scans) and not _has_rest(data, scans[-1], pixels)
+
+
+def _has_rest(data: bytes, scan: tuple[int, int], pixels: NDArray[np.uint8]) -> bool:
+    """Return whether a scan holds data after its last block: its bytes were changed, so that blocks in between are lost.
+
+    Padding of one value and fewer than `_REST` stray bytes lose nothing.
+    """
+    import imagecodecs
+
+    start = scan[0] + 2 + scan[1]
+    end = next((at.start() for at in _MARKER.finditer(data, start) if not 0xD0 <= at[0][-1] <= 0xD7), len(data))
+    end = start + len(data[start:end].rstrip(b"\0").rstrip(b"\xff"))
+    if end - _REST <= start:
+        return False
+    changed = (data[: end - _REST] + filler[:_REST] + data[end:] for filler in _FILLERS[:2])
+    return all(np.array_equal(pixels, imagecodecs.jpeg8_decode(other)) for other in changed)
 
 
 def _filled(data: bytes, start: int, filler: bytes) -> bytes:

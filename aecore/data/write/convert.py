@@ -72,7 +72,7 @@ def _require_decodable(data: bytes, header: ImageHeader) -> None:
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise BadSample("not_finite", "the image holds NaN or infinity")
     if header.ext in _JPEG and not _decoded(lambda: is_whole_jpeg(data)):
-        raise BadSample("truncated", f"JPEG of {len(data)} bytes, which do not hold all of its {header.width}x{header.height} pixels")
+        raise BadSample("truncated", f"JPEG of {len(data)} bytes, which do not give all of its {header.width}x{header.height} pixels")
 
 
 def _decoded(step: Callable[[], Any]) -> Any:  # any: the result of `step`

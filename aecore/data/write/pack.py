@@ -163,6 +163,8 @@ class ShardWriter:
                 digest = None if data is None else hashlib.sha256(data).hexdigest()  # None: a sample that has no bytes of its own
                 self.bad.append((position, "check", bad.reason, bad.message, digest))
                 continue
+            except ConfigError as error:
+                raise ConfigError(f"{sources[position]!r}: {error}") from error
             except MemoryError as error:
                 raise MemoryError(f"for {sources[position]!r} of {self.task.sizes[position]} bytes") from error
             positions.append(position)

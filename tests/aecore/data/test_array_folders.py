@@ -254,3 +254,12 @@ def test_headers_that_disagree_are_asked_about() -> None:
     assert hold_rows(names, [Peek(names[0], (8, 8, 5)), Peek(names[1], (50_000, 64))]) is None
     with pytest.raises(ConfigError):
         FolderSpec(url="x", extensions=("idx",))
+
+
+def test_settings_that_do_not_fit_a_sample_end_the_run_with_its_name_and_without_another_try(tmp_path: Path) -> None:
+    save(tmp_path / "in", {f"a/{number}.npy": values(6, 6) for number in range(3)})
+    source = FolderSpec(url=str(tmp_path / "in"), extensions=("npy",))
+    with pytest.raises(ConfigError, match=r"'a/\d.npy': shards.resize, .* work on images") as refused:
+        shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(resize=16))
+    assert "same command again" not in str(refused.value)
+    assert "change the settings that are named" in str(refused.value)

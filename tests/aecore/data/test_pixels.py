@@ -685,6 +685,24 @@ class TestOneDecoder:
             with pytest.raises(BadSample, match="truncated|decode"):
                 prepare(self.half(data), "jpg", ShardSpec(check="decode"))
 
+    @pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 8}, {"optimize": True}])
+    def test_zeros_in_a_scan_are_told_from_stray_bytes_that_lose_nothing(self, options):
+        for seed in range(20):
+            data = saved(Image.fromarray(noise(np.random.default_rng(seed), 32, 32, 3)), "JPEG", quality=90, **options)
+            for stray in (b"", b"\0" * 300, b"\xff" * 9, b"stray bytes"):
+                prepare(data[:-2] + stray + data[-2:], "jpg", ShardSpec(check="decode"))
+            at = len(data) * 2 // 3
+            if not options:
+                with pytest.raises(BadSample, match="truncated|decode"):
+                    prepare(data[:at] + bytes(200) + data[at + 200 :], "jpg", ShardSpec(check="decode"))
+
+    def test_flat_pictures_are_whole(self):
+        for value in (0, 128, 255):
+            flat = np.full((200, 300, 3), value, np.uint8)
+            flat[:20] = noise(RANDOM, 20, 300, 3)
+            for options in ({}, {"progressive": True}, {"optimize": True}):
+                prepare(saved(Image.fromarray(flat), "JPEG", **options), "jpg", ShardSpec(check="decode"))
+
     def test_the_second_picture_of_a_file_does_not_hide_that_the_first_is_cut(self):
         picture = Image.fromarray(smooth(RANDOM, 64, 48, 3))
         for options in ({}, {"progressive": True}):
