@@ -91,11 +91,9 @@ def tiff_pixels(data: bytes, frame: int = 0) -> tuple[Pixels, bool]:
         page = images[0 if stacked else frame]
         form = _form(page)
         if page.photometric == _YCBCR and page.compression != _JPEG:
-            from PIL import Image  # libtiff's own conversion: chroma may be subsampled
+            from PIL import Image, TiffImagePlugin  # libtiff's own conversion: chroma may be subsampled
 
-            from aecore.data.format.image import open_unbounded
-
-            with open_unbounded(data) as image:
+            with TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:  # Image.open has a limit of its own
                 image.seek(page.index)
                 image.im = Image.new(image.mode, (page.imagewidth, page.imagelength)).im  # where Pillow makes one its own limit counts
                 return np.asarray(image.convert("RGB")), False  # Pillow has turned it
