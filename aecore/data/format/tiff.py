@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
 from aecore.data.format.jpeg import jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
-from aecore.data.format.pillow import open_unbounded
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _SEPARATED, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 4, 5, 6, 8, 9
@@ -120,9 +119,9 @@ class TiffImages:
         page = self._images[0 if stacked else frame]
         form = _form(page)
         if page.photometric == _YCBCR and page.compression != _JPEG:
-            from PIL import Image  # libtiff's own conversion: chroma may be subsampled
+            from PIL import Image, TiffImagePlugin  # libtiff's own conversion: chroma may be subsampled
 
-            with open_unbounded(data) as image:
+            with TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:  # Image.open has a limit of its own
                 image.seek(page.index)
                 image.im = Image.new(image.mode, (page.imagewidth, page.imagelength)).im  # where Pillow makes one its own limit counts
                 return np.asarray(image.convert("RGB")), False  # Pillow has turned it
