@@ -107,7 +107,7 @@ def test_what_a_stream_advises_about_bad_samples_is_accepted(tmp_path: Path, cap
     tars, run = write_tar(tmp_path / "in/train-0.tar", files).parent, ("model.latent_dim=2", "backbone.hidden=[8]", HERE)
     streamed = ("train", f"data={tars}", *run, "input.reader=webdataset", "input.shuffle=0", "train.max_steps=8", "train.global_batch=16")
     said = printed(capsys, *streamed, f"out={tmp_path / 'stopped'}", code=3)
-    share = re.search(r"Set input.max_bad=([\d.]+) or more", said)
+    share = re.search(r"Set input.max_bad=([\d.]+) to leave them out", said)
     command = re.search(r"`aepipe (shard SRC DATASET [^`]*)`", said)
     assert share is not None
     assert command is not None
