@@ -61,6 +61,8 @@ def background_of(name: str, channels: int) -> NDArray[np.float64]:
     ConfigError
         No such colour: it is none of CSS's names and not of the form #rrggbb.
     """
+    if name == "white":  # the default, which needs no import
+        return np.ones(channels)
     from PIL import ImageColor
 
     try:
