@@ -155,12 +155,7 @@ def verify_table(
         doubled := sum(map(len, keys)) - pc.count_distinct(pa.chunked_array([c for k in keys for c in k.chunks], pa.string())).as_py()
     ):
         problems.append(f"{doubled} rows have a key that another row has too")
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        own = "encode to a new URL, or restore the files"
-        remedy = own if len(problems) > elsewhere else "nothing is wrong with the table's own files"
-        raise DataError(f"table {table.url} does not match its manifest, {count}:{lines}\n{remedy}")
+    _require_none(table, problems, elsewhere)
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
     read_bytes = sum(ref.bytes for part in chosen for ref in (part.file, part.quarantine) if ref is not None)
@@ -177,6 +172,17 @@ def verify_table(
         parts_read=len(chosen),
         bytes_read=read_bytes,
     )
+
+
+def _require_none(table: LatentTable, problems: Sequence[str], elsewhere: int) -> None:
+    """DataError if there are problems, of which the first `elsewhere` are not of the table's own files."""
+    if not problems:
+        return
+    lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    own = "encode to a new URL, or restore the files"
+    remedy = own if len(problems) > elsewhere else "nothing is wrong with the table's own files"
+    raise DataError(f"table {table.url} does not match its manifest, {count}:{lines}\n{remedy}")
 
 
 def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
