@@ -10,6 +10,7 @@ The template (`python -P tests/warm.py SOCKET FD`) ends with the process that st
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -216,6 +217,7 @@ def _become(request: dict[str, object], streams: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(request["environ"])  # type: ignore[call-overload]
     time.tzset()
+    faulthandler.enable()  # a crash in a library says where
     tempfile.tempdir = None  # TMPDIR may be another one
     os.chdir(str(request["cwd"]))
     for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:

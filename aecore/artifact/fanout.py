@@ -49,7 +49,7 @@ Commit = Callable[[], PartRecord]
 Worker = Callable[[Any], Commit]  # any: a worker takes the tasks of its own job (ShardTask, EncodeTask)
 MakeWorker = Callable[[], Worker]
 Outcome = PartRecord | PartFailure
-FanOut = Callable[[MakeWorker, Sequence[Any]], Iterator[Outcome]]
+FanOut = Callable[[MakeWorker, Sequence[Any]], Iterator[Outcome]]  # a call gets all ready (starts a Ray); parts are made while iterating
 OnPart = Callable[[PartRecord, int, int], None]
 
 
@@ -103,7 +103,13 @@ def serial(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
 
 
 def collect(
-    fan_out: FanOut, make_worker: MakeWorker, tasks: Sequence[Any], *, what: str = "parts", on_part: OnPart | None = None
+    fan_out: FanOut,
+    make_worker: MakeWorker,
+    tasks: Sequence[Any],
+    *,
+    what: str = "parts",
+    on_part: OnPart | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> list[PartRecord]:
     """Run all tasks and return their records in the order of the tasks.
 
@@ -113,6 +119,10 @@ def collect(
         Plural noun of the parts, for the error.
     on_part : callable, optional
         Called as `on_part(record, done, total)` when a part is finished (in the order of finishing).
+    on_start : callable
+        Called when the fan-out is ready, before the first part: threads that work beside the parts are started here. Before, the
+        fan-out may change this process's environment and working directory (a local Ray does), which compiled code in another thread
+        may be reading: with glibc up to 2.40, `getenv` there ends the process with SIGSEGV now and then.
 
     Raises
     ------
@@ -129,6 +139,7 @@ def collect(
     with contextlib.ExitStack() as stack:
         if isinstance(outcomes, Generator):  # an interrupted job must not leave workers running
             stack.callback(outcomes.close)
+        on_start()
         for outcome in outcomes:
             if isinstance(outcome, PartFailure):
                 logger.warning("%s failed (%s); the other %s go on", outcome.part, outcome.error_type, what)

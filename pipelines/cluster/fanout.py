@@ -64,12 +64,12 @@ def ray_fan_out(cluster: ClusterSpec, *urls: str) -> FanOut:
 
     def fan_out(make_worker: MakeWorker, tasks: Sequence[Any]) -> Iterator[Outcome]:
         if not tasks:
-            return
+            return iter(())
         connect(cluster)
         require_local_urls_fit(cluster, *urls)
         num_workers = min(cluster.num_workers, len(tasks))
         require_resources(cluster, num_workers)
-        yield from _run(cluster, num_workers, make_worker, tasks)
+        return _run(cluster, num_workers, make_worker, tasks)
 
     return fan_out
 

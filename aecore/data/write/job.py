@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,9 +261,16 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
     try:
         with ThreadPoolExecutor(1, "listing") as background:  # only the manifest waits for it
-            listing = background.submit(_put_listing, store, claim, work.fresh)
-            records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=on_part)
-            listed = listing.result()
+            put: list[Future[FileRef]] = []
+            records = collect(
+                fan_out,
+                make_worker,
+                plan.tasks,
+                what="shards",
+                on_part=on_part,
+                on_start=lambda: put.append(background.submit(_put_listing, store, claim, work.fresh)),
+            )
+            listed = put[0].result()
         _require_good(work, records)
     except (ConfigError, DataError):
         leave_refused(store, claim, [task.stem for task in plan.tasks])

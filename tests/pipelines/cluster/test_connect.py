@@ -1,0 +1,49 @@
+"""Connecting to Ray changes this process's environment and working directory: no thread of ours works meanwhile.
+
+`getenv` in compiled code of another thread reads freed memory when the environment grows (glibc up to 2.40). That thread was the one
+that writes a listing as Parquet: of 600 commands `aepipe shard` at an address where nothing listens, one ended with SIGSEGV.
+"""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from aecore.errors import ClusterError
+from pipelines.cli.main import main
+from pipelines.cluster import session
+
+SPRITES = ("source.num_samples=60", "shards.max_samples=20", "splits.by=hash", "splits.test=0.2")
+TINY = ("model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1", "train.global_batch=16")
+HERE = "cluster.num_workers=0"
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the dataset `data` and the run `run`."""
+    top = tmp_path_factory.mktemp("chain")
+    assert main(["shard", "sprites", str(top / "data"), *SPRITES, HERE]) == 0
+    assert main(["train", f"data={top / 'data'}", f"out={top / 'run'}", *TINY, HERE]) == 0
+    return top
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("shard", "sprites", "{out}", *SPRITES),
+        ("train", "data={top}/data", "out={out}", *TINY),
+        ("encode", "{top}/run", "{top}/data", "{out}"),
+    ],
+)
+def test_no_thread_works_while_ray_starts(command: tuple[str, ...], chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work: list[list[str]] = []
+
+    def refuse() -> None:
+        at_work.append([thread.name for thread in threading.enumerate() if thread not in before and thread.name != "aepipe-signals"])
+        raise ClusterError("not now")
+
+    monkeypatch.setattr(session, "_local_token", refuse)  # what `connect` asks for before it changes anything
+    before = threading.enumerate()
+    words = [word.format(top=chain, out=tmp_path / "out") for word in command]
+    assert main([*words, "cluster.num_workers=1"]) == 5
+    assert at_work == [[]]  # that of the signals waits for one
