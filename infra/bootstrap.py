@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up `.venv` from the exact lock, then run one of the project's jobs in it. Needs only the standard library, no make.
 
-    python3 infra/bootstrap.py [setup | demo | test | quick | lint | accept | bench | chaos | servers | peers | lock] [arguments of the job]
+    python3 infra/bootstrap.py [setup | demo | test | quick | lint | long | accept | bench | chaos | servers | peers | lock] [arguments]
 
 One pip command installs everything, so nothing differs from the lock; `pip check` verifies the result. A stamp in `.venv` makes
 later calls instant. Only torch depends on the machine: with an NVIDIA GPU it is the plain build (CUDA), without one the `+cpu`
@@ -239,7 +239,7 @@ def lint(args: list[str]) -> int:
 
 
 def test(args: list[str]) -> int:
-    """Run lint, then all tests but the full-size ones, also if lint fails; pytest's summary comes last.
+    """Run lint, then all tests but the long and the full-size ones, also if lint fails; pytest's summary comes last.
 
     Without arguments in three processes, because tests of services wait more than they compute; all tests of a file that starts
     services run in one of them.
@@ -253,6 +253,13 @@ def test(args: list[str]) -> int:
 def quick(args: list[str]) -> int:
     """Run the tests that find most faults in at most 90 s, without lint and services."""
     return job("python", "-m", "pytest", "-m", "quick", "-n", "2", *args)
+
+
+def long(args: list[str]) -> int:
+    """Run the tests of many cases, of which `make test` runs few."""
+    servers([])
+    peers([])
+    return job("python", "-m", "pytest", "-m", "long", *(args or ("-n", "3", "--dist", "loadgroup")), AECORE_LONG="1")
 
 
 def accept(args: list[str]) -> int:
@@ -320,6 +327,7 @@ JOBS = {
     "test": test,
     "quick": quick,
     "lint": lint,
+    "long": long,
     "accept": accept,
     "bench": bench,
     "chaos": chaos,

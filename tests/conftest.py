@@ -65,10 +65,10 @@ settings.load_profile("aecore")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("AECORE_ACCEPT") != "1":
-        full_size = [item for item in items if item.get_closest_marker("accept")]
-        items[:] = [item for item in items if item not in set(full_size)]
-        config.hook.pytest_deselected(items=full_size)
+    asked_for = {name for name in ("accept", "long") if os.environ.get(f"AECORE_{name.upper()}") == "1"}
+    left_out = {item for item in items if {"accept", "long"} & {mark.name for mark in item.iter_markers()} - asked_for}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
     mark_quick(items)
 
 

@@ -73,7 +73,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "test_tail.py": (),
     "test_text.py": (),
 }
-SERVICES = {"slow", "ray", "prefect", "real", "accept"}
+SERVICES = {"slow", "ray", "prefect", "real", "long", "accept"}
 FIXTURES = {"s3", "bad_s3", "s3_server", "s3_proxy", "two_workers", "head"}
 
 

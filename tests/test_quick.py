@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.quick import QUICK
 
 TESTS = Path(__file__).resolve().parent
@@ -15,7 +17,8 @@ def test_every_file_that_quick_names_exists_and_every_word_leaves_a_test_out() -
             assert any(word in path.read_text() for path in files), f"{word!r} leaves out no test of {name}"
 
 
-def test_quick_is_a_job_with_a_line_of_help() -> None:
+@pytest.mark.parametrize("name", ["quick", "long", "accept"])
+def test_a_job_of_chosen_tests_has_a_line_of_help(name: str) -> None:
     root = TESTS.parent
-    assert '"quick": quick' in (root / "infra" / "bootstrap.py").read_text()
-    assert "make quick" in (root / "Makefile").read_text() and "make quick" in (root / "CONTRIBUTING.md").read_text()
+    assert f'"{name}": {name}' in (root / "infra" / "bootstrap.py").read_text()
+    assert f"make {name}" in (root / "Makefile").read_text() and f"make {name}" in (root / "CONTRIBUTING.md").read_text()
