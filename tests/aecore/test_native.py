@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from aecore import native
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Reading
-from aecore.data.format.image import BadSample, ImageHeader, image_header
+from aecore.data.format.image import ImageHeader, image_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset

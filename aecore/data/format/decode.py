@@ -21,8 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import composed
-from aecore.data.format.image import MAX_PIXEL_BYTES, BadSample, PixelsVersion, image_header
+from aecore.data.format.image import MAX_PIXEL_BYTES, PixelsVersion, image_header
 from aecore.data.format.jpeg import PROGRESSIVE, has_all_scans
 from aecore.data.format.pillow import READ_FORMATS
 from aecore.data.format.pixels import JPEG_MAGIC, PNG_MAGIC, decode_image, white_level
@@ -71,7 +72,7 @@ class Decoder:
         self._npy_headers: dict[bytes, int] = {}  # of `pixels=1`
         # decoders give [H, W] for one channel
         shape = sample_format.shape
-        self._colours = {(1,): "GRAY", (3,): "RGB"}.get(tuple(shape[2:]), "")  # of a JPEG that needs no change
+        self._colours = {1: "GRAY", 3: "RGB"}.get(shape[-1] if sample_format.image else 0, "")  # of a JPEG that needs no change
         self._decoded = shape[:2] if sample_format.image and shape[2:] == (1,) else shape
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
@@ -83,14 +84,9 @@ class Decoder:
                 self._one(targets[row, ...], members[row], frame)  # `...`: a view also where a sample is one number
             except MemoryError:
                 raise
-            except BadSample as error:
-                bad = DecodeError(error.reason, error.message, row)
-                if on_bad is None:
-                    raise bad from error
-                on_bad(bad)
-            except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
-                bad = error if isinstance(error, DecodeError) else DecodeError("decode", f"{type(error).__name__}: {error}")
-                bad.row = row
+            except Exception as error:
+                why = BadSample.of(error)
+                bad = DecodeError(why.reason, why.message, row)
                 if on_bad is None:
                     raise bad from error
                 on_bad(bad)
@@ -116,7 +112,7 @@ class Decoder:
         elif data.startswith(NPY_MAGIC):
             target[...] = self._array(data)
         elif not self.sample_format.image:
-            raise DecodeError("format", "expected a .npy array, found other bytes")
+            raise BadSample("format", "expected a .npy array, found other bytes")
         elif not (data.startswith(PNG_MAGIC) and self._plain_png(target, data)):
             target[...] = self._meant(data).reshape(target.shape)
 
@@ -159,7 +155,7 @@ class Decoder:
         if data.startswith(NPY_MAGIC):
             pixels = self._npy(data)
         elif not self.sample_format.image:
-            raise DecodeError("format", "expected a .npy array, found other bytes")
+            raise BadSample("format", "expected a .npy array, found other bytes")
         elif self._codecs is None:
             pixels = self._pillow(data)
         elif data.startswith(PNG_MAGIC):
@@ -173,8 +169,8 @@ class Decoder:
             raise self._unexpected(f"shape {pixels.shape} and dtype {pixels.dtype}")
         target[...] = pixels
 
-    def _unexpected(self, found: str) -> DecodeError:
-        return DecodeError("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample_format.dtype}")
+    def _unexpected(self, found: str) -> BadSample:
+        return BadSample("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample_format.dtype}")
 
     def _png(self, data: bytes) -> Pixels:
         width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
@@ -193,13 +189,13 @@ class Decoder:
             if (image.height, image.width) != self.sample_format.shape[:2]:
                 raise self._unexpected(f"{image.height}x{image.width} pixels")
             if image.format == "PNG" and data[24] == 16 and data[25] != 0:
-                raise DecodeError("format", "Pillow reads only 8 bits of a 16-bit colour PNG: use transform.decoder=imagecodecs")
+                raise BadSample("format", "Pillow reads only 8 bits of a 16-bit colour PNG: use transform.decoder=imagecodecs")
             if image.mode == "P":  # by way of RGBA: Pillow warns about RGB when the palette has alpha
                 return np.asarray(image.convert("RGBA"))[..., :3]
             if image.mode == "1":
                 return np.asarray(image).astype(np.uint8) * np.uint8(255)
             if image.mode in ("CMYK", "LAB", "YCbCr"):
-                raise DecodeError("unsupported", f"colours of mode {image.mode}, which only transform.pixels=2 reads")
+                raise BadSample("unsupported", f"colours of mode {image.mode}, which only transform.pixels=2 reads")
             return np.asarray(image)
 
     def _npy(self, data: bytes) -> Pixels:
@@ -209,7 +205,7 @@ class Decoder:
             try:
                 dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
             except NpyError as error:
-                raise DecodeError("format", f"{error}: only files of version 1.0 are read") from error
+                raise BadSample("format", f"{error}: only files of version 1.0 are read") from error
             if shape != self.sample_format.shape or fortran or dtype != self.sample_format.dtype:
                 raise self._unexpected(f"an array of shape {shape}, dtype {dtype}, {'Fortran' if fortran else 'C'} order")
             self._npy_headers[header] = start

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.jpeg import EOI, FRAMES, SEGMENTS_1, SOI, SOS, jpeg_segments
 from aecore.data.format.orientation import UPRIGHT, turned_size
 from aecore.data.format.pillow import PILLOW_FORMATS, open_unbounded
@@ -42,18 +43,6 @@ _CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4, "PA"
 _chunk_head = struct.Struct(">I4s").unpack_from
 _chunk_crc = struct.Struct(">I").unpack_from
 _headers_seen: dict[bytes, "ImageHeader"] = {}  # first 33 bytes of a PNG -> its header: datasets repeat them
-
-
-class BadSample(Exception):
-    """One sample that cannot be used; it goes to the quarantine with a short `reason` and a readable `message`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
-        self.reason = reason
-        self.message = message
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,12 +264,9 @@ def _jpeg_header_1(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
 
 
 def _tiff_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
-    from aecore.data.format.tiff import TiffError, tiff_facts  # imported late: most datasets have no TIFF
+    from aecore.data.format.tiff import tiff_facts  # imported late: most datasets have no TIFF
 
-    try:
-        width, height, mode, channels, frames, pixel_bytes = tiff_facts(data)
-    except TiffError as error:
-        raise BadSample(error.reason, error.message) from error
+    width, height, mode, channels, frames, pixel_bytes = tiff_facts(data)
     require_size(width, height, max_pixels, pixel_bytes)
     return ImageHeader(width, height, mode, ext, channels=channels, frames=frames)
 

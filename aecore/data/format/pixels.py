@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
-from aecore.data.format.image import TIFF_STARTS, BadSample, opened_orientation, require_size
+from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
 from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_precision, jpeg_segments, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import composed
 from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.foreign import explained
-from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
+from aecore.data.format.image import ImageHeader, image_header, load_image
 from aecore.data.format.pixels import decode_image, image_file, white_level
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
@@ -76,10 +77,10 @@ def _decoded(step: Callable[[], Any]) -> Any:  # any: the result of `step`
     """Return the result of decoding; BadSample for what codecs raise."""
     try:
         return step()
-    except (MemoryError, BadSample):
+    except MemoryError:
         raise
-    except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
-        raise BadSample("decode", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise BadSample.of(error) from error
 
 
 def _prepare_array(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:

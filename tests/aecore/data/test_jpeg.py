@@ -11,8 +11,9 @@ from PIL import Image
 
 from aecore.data.dataset import open_dataset
 from aecore.data.format import pixels as pixels_module
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Reading
-from aecore.data.format.image import BadSample, image_header
+from aecore.data.format.image import image_header
 from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_segments
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.read.loader import InputSpec, Loader
