@@ -31,7 +31,8 @@ ROWS = 30_000_000
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
+
 from aecore.errors import AecoreError
 {imports}
 path = sys.argv[1]

@@ -18,7 +18,8 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, BadSample, ImageHeader, PixelsVersion, image_header
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, ImageHeader, PixelsVersion, image_header
 from aecore.errors import ConfigError, DataError
 
 __all__ = [

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from aecore.data.format.image import MAX_PIXELS, BadSample, image_header
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.image import MAX_PIXELS, image_header
 from aecore.data.format.pixels import OpenImage, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES

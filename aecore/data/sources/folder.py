@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing

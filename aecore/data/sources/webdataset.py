@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.sources import _inflate, _npz
 from aecore.data.sources._arrayshapes import Peek, hold_rows
 from aecore.data.sources._detect import Detected, detect_source

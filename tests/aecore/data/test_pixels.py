@@ -22,8 +22,9 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import Decoder, Reading
-from aecore.data.format.image import BadSample, _require_frames, image_header
+from aecore.data.format.image import _require_frames, image_header
 from aecore.data.format.jpeg import is_whole_jpeg
 from aecore.data.format.record import array_header
 from aecore.data.format.sample_format import SampleFormat
@@ -36,7 +37,7 @@ from aecore.data.write.convert import prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
-from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, saved, smooth, tiff, upright
+from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, png_with, saved, smooth, tiff, upright
 
 RANDOM = np.random.default_rng(0)
 
@@ -148,6 +149,18 @@ def test_round_trips_of_values_over_modes_sizes_and_depths(data):
     text, pixels = stored(file, "tif", check="decode")
     np.testing.assert_array_equal(pixels, values, text)
     assert pixels.dtype == dtype
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_round_trips_of_pngs_over_modes_sizes_and_depths(data):
+    dtype, bands = np.dtype(data.draw(st.sampled_from(["u1", "u2"]))), data.draw(st.integers(1, 4))
+    values = data.draw(arrays.arrays(dtype, (*data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20))), bands)))
+    file = imagecodecs.png_encode(values[..., 0] if bands == 1 else values, level=data.draw(st.integers(0, 9)))
+    orientation = data.draw(st.integers(1, 8))
+    turned = png_with(file, png_chunk(b"eXIf", exif(orientation).tobytes().removeprefix(b"Exif\0\0")))
+    np.testing.assert_array_equal(stored(file, "png", check="decode")[1], values)
+    np.testing.assert_array_equal(stored(turned, "png", check="decode")[1], upright(values, orientation))
 
 
 class TestOrientation:

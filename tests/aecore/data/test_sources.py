@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from aecore import native
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import image_header
 from aecore.data.sources import Listing
 from aecore.data.sources._detect import detect_source
