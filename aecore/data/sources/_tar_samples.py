@@ -130,7 +130,9 @@ class _Groups:
     def add(self, entry: Entry) -> None:
         """Take a header's file; everything else is counted."""
         name = entry.name
-        if self._reading.rules > 1 and _is_too_long(name):
+        if self._reading.rules > 1 and is_of_system(name):
+            self._skipped.add(OF_SYSTEM, name)
+        elif self._reading.rules > 1 and _is_too_long(name):
             short = f"{name[:64]}... (at byte {entry.offset})"
             levels = name.count("/") + 1
             most = f"at most {MAX_NAME_BYTES} bytes and {MAX_LEVELS} levels are read"

@@ -20,7 +20,7 @@ from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
-from aecore.data.sources._other_files import skip_file
+from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped
 from aecore.errors import DataError, did_you_mean
 from aecore.registry import SOURCES, knob, spec
@@ -168,7 +168,7 @@ class ArraysSource:
         if self._file:
             return self._with_labels(self._file), ()
         sizes = self._files.sizes()
-        names = [name for name in sizes if array_format(name)]
+        names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         skipped = Skipped()
         for name in sorted(sizes.keys() - {*names}):
             skip_file(skipped, name, pictures="source.kind=folder takes them")

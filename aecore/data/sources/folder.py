@@ -30,7 +30,7 @@ from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import found_in, is_expression, require_rule
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import left_out, only_array
-from aecore.data.sources._other_files import kind_of_file, skip_file
+from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unseen, unseen_part
 from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, did_you_mean
 from aecore.native.loops import list_folder
@@ -257,8 +257,8 @@ class FolderSource:
         folders = []
         for name in names:
             path, size = prefix + name, entries[name]
-            if name[0] == ".":
-                skipped.add("hidden files or folders", path)
+            if unseen_part(name) is not None:
+                skip_unseen(skipped, path)
                 continue
             mode = os.lstat(self._prefix + path).st_mode if size < 0 else stat.S_IFREG
             if stat.S_ISLNK(mode):
@@ -328,7 +328,11 @@ class BucketSource(FolderSource):
         """Do nothing: listing the objects finds out."""
 
     def _walk(self, skipped: Skipped) -> dict[str, int]:
-        found = self._files.sizes()
+        found = self._files.sizes(hidden=True)
+        for part in sorted({part for name in found if (part := unseen_part(name)) is not None}):
+            skip_unseen(skipped, part)
+        if skipped:
+            found = {name: size for name, size in found.items() if unseen_part(name) is None}
         if not self._filter.is_set and set(map(_USUAL.get, _endings(found))) <= self._extensions:
             return found
         known = dict[str, int]()
