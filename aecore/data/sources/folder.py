@@ -179,6 +179,11 @@ class FolderSource:
         """
         return self._frame(source) if self._all_frames else self._file(source)
 
+    def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        """Return a `read` for these samples: of several frames of a file the file stays open between them."""
+        self._frame.expect(sources if self._all_frames else ())
+        return self.read
+
     def bound_pixels(self, most: int) -> None:
         """Decode no frame of more pixels."""
         self._frame.max_pixels = most
@@ -320,7 +325,7 @@ class BucketSource(FolderSource):
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
         if self._all_frames:
-            return self.read
+            return super().prefetch(sources)
         read = self._files.prefetch(sources)
         return lambda source: _member(source, read(source))
 

@@ -207,7 +207,10 @@ class WebdatasetSource:
         What cannot be read by its offset, a member of a compressed tar or a frame of a file, is read from a copy of its tar.
         """
         files = self.tars.files
-        if files.room is None or self._spec.frames == "all":
+        if self._spec.frames == "all":
+            self._frame.expect(sources)
+            return self.read
+        if files.room is None:
             return self.read
         places = [parse_source(source) for source in sources]
         names = list(dict.fromkeys(tar for tar, _ in places))
