@@ -25,7 +25,7 @@ from aecore.data.format.image import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
-from aecore.data.sources._filter import PathFilter, chosen
+from aecore.data.sources._filter import chosen, filter_of, require_globs
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import found_in, is_expression, require_rule
 from aecore.data.sources._masks import mask_notes
@@ -74,10 +74,7 @@ class FolderSpec:
         for ext in self.extensions:
             if ext not in FOLDER_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, FOLDER_EXTENSIONS)}")
-        for name in ("include", "exclude"):
-            if isinstance(value := getattr(self, name), str):  # one glob is a list of one
-                object.__setattr__(self, name, (value,))
-        _filter_of(self)
+        require_globs(self)
 
 
 @SOURCES.register(FolderSpec)
@@ -99,7 +96,7 @@ class FolderSource:
         self._frame = FrameReader(lambda source: self._file(source))
         self._follow = folder.follow_links
         self._limit = folder.limit
-        self._filter = _filter_of(folder)
+        self._filter = filter_of(folder)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -352,10 +349,6 @@ class BucketSource(FolderSource):
 def _member(source: str, data: bytes) -> tuple[str, bytes]:
     ext = _extension(source)
     return ("npy", only_array(data)) if ext == "npz" else (ext, data)
-
-
-def _filter_of(folder: FolderSpec) -> PathFilter:
-    return PathFilter(tuple(folder.include), tuple(folder.exclude), folder.min_size)
 
 
 def _is_a_file(url: str) -> str:

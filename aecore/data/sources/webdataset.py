@@ -23,6 +23,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._external_tars import ExternalTars
+from aecore.data.sources._filter import filter_of, require_globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
@@ -73,6 +74,10 @@ class WebdatasetSpec:
     bad_tars: Literal["refuse", "skip"] = knob(
         "refuse", "a tar that is damaged or truncated: refuse the source, or skip the tar, with all its samples in the quarantine", since=2
     )
+    include: tuple[str, ...] | str = knob((), "globs of the members, their folders or the tars to take; none: all", since=2)
+    exclude: tuple[str, ...] | str = knob((), "globs of the members, their folders or the tars to leave out, such as '*_mask.png'", since=2)
+    min_size: int = knob(0, "bytes that the image or array of a sample has at least: smaller ones are left out", ge=0, since=2)
+    limit: int | None = knob(None, "samples at most, chosen by a hash of their paths: spread over all tars", ge=1, since=2)
     tars: Literal[1, 2] = knob(
         2, "rules by which members become samples; 1: those of datasets that were begun before there were others", since=2, absent=1
     )
@@ -83,6 +88,7 @@ class WebdatasetSpec:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         require_rule("source.label", self.label, ("auto", "cls", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
+        require_globs(self)
 
 
 class _Place(NamedTuple):
@@ -116,6 +122,7 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._reading = Reading(shards.member, "source.member", shards.tars)
+        self._filter = filter_of(shards, "samples")
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
         self._frame = FrameReader(self._member)
@@ -149,10 +156,11 @@ class WebdatasetSource:
             If there is no tar or no sample, a key comes twice, or a tar is damaged or truncated and `bad_tars` is refuse.
         """
         found = _Columns(self._spec.columns)
-        for name in self.tars.files.ahead(self.tars.names):
+        for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_folder(name, found.skipped, "tars")]):
             self._list(found, name)
         if not found.keys:
-            left = "; ".join(f"{count} {what}, {examples}" for what, count, examples in found.skipped.kinds())
+            kinds = (f"{count} {what}, {examples}" for what, count, examples in found.skipped.kinds())
+            left = "; ".join((*kinds, *self._filter.unused()))
             raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
         self._require_keys(found)
         self._require_fields(found)
@@ -166,11 +174,12 @@ class WebdatasetSource:
                 f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values, found.unusable, self._spec.tars)
                 for name, values in found.fields.items()
             },
-            notes=(*found.skipped.lines(), *self._notes(found)),
+            notes=(*found.skipped.lines(), *self._filter.unused(), *self._notes(found)),
             label_paths=False,
             paths=found.members,
             unusable=found.unusable if any(found.unusable) else None,
         )
+        listing = with_limit(listing, self._spec, [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)])
         return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -253,6 +262,9 @@ class WebdatasetSource:
             is_class = self._spec.label == "tar" and self._spec.tars > 1  # its name is no split: the class `test_tube` is in all of them
             place = _Place(name, _STEM.sub("", name), split_of(name.rpartition("/")[0] if is_class else name))
             for sample in samples:
+                size = self._spec.min_size if sample.bad is not None else sample.data.size
+                if self._filter.is_set and not self._filter.takes(f"{name}/{sample.data.name}", size, found.skipped, sample.data.name):
+                    continue
                 bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
                 self._add(found, sample, tar, place, bad)
             if broken is not None:

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aecore.data.dataset import open_dataset
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._detect import Detected, detect_source
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import BucketSource, FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
-from aecore.errors import ConfigError
+from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.errors import ConfigError, DataError
+from aecore.registry import to_dict
 from pipelines.cli.main import main
 from tests.aecore.data.test_external_tars import samples, write_tar
 from tests.aecore.data.test_tar_kinds import tar_bytes
@@ -124,3 +128,79 @@ def test_arrays_and_tars_of_operating_systems_are_left_out(tmp_path: Path) -> No
     tree(tmp_path / "tars", {"0.tar": TAR, "__MACOSX/0.tar": b"x"})
     for url in (tmp_path / "tars", tmp_path / "tars/**/*.tar"):
         assert len(WebdatasetSource(WebdatasetSpec(url=str(url))).listing()) == 3  # TAR holds three
+
+
+def numbered(root: Path) -> Path:
+    """Two tars: each of 4 pictures in folders cat and dog, with masks of other samples, labels, and what cannot be used."""
+    for tar in range(2):
+        files = [
+            (f"{kind}/{tar}{n}.{ext}", data) for n in range(2) for kind in ("cat", "dog") for ext, data in (("png", PNG), ("cls", b"1"))
+        ]
+        bad = [("cat/bad.cls", b"1"), ("dog/x.y_mask.png", PNG)]
+        write_tar(root / f"{tar}.tar", [*files, *bad])
+    return root
+
+
+class TestFilters:
+    @pytest.mark.parametrize(
+        ("options", "expected", "line"),
+        [
+            ({"include": "cat"}, {"cat/00", "cat/01", "cat/10", "cat/11", "cat/bad"}, "6 samples that source.include does not match"),
+            ({"include": ("cat/*1.png",)}, {"cat/01", "cat/11"}, "10 samples that source.include does not match"),
+            ({"include": "1.tar/dog/*.png"}, {"dog/10", "dog/11", "dog/x%2Ey_mask"}, "9 samples that source.include does not match"),
+            ({"exclude": ("0.tar", "bad.*")}, {"cat/10", "cat/11", "dog/10", "dog/11", "dog/x%2Ey_mask"}, "1 tars that source.exclude"),
+            ({"exclude": "*.{cls,y_mask.png}"}, {f"{k}/{t}{n}" for k in ("cat", "dog") for t in "01" for n in "01"}, "4 samples that"),
+            ({"min_size": 10_000}, {"cat/bad"}, "10 samples of less than source.min_size=10000 bytes"),
+        ],
+    )
+    def test_tars_here_and_in_a_bucket(self, s3: S3, tmp_path: Path, options: dict, expected: set[str], line: str) -> None:
+        s3.upload(numbered(tmp_path / "in"), "in")
+        for url in (str(tmp_path / "in"), f"{s3.url}/in"):
+            found = WebdatasetSource(WebdatasetSpec(url=url, keys="shard", **options)).listing()
+            assert {key.partition("/")[2] for key in found.keys} == expected
+            assert any(line.replace("1 tars", "1 tar") in note.replace("1 tars", "1 tar") for note in found.notes), found.notes
+
+    def test_a_limit_is_the_same_anywhere_and_spread_over_all_tars(self, s3: S3, tmp_path: Path) -> None:
+        for tar in range(4):
+            write_tar(tmp_path / f"in/{tar}.tar", samples(100 * tar, 50))
+        s3.upload(tmp_path / "in", "in")
+        here, there = (WebdatasetSource(WebdatasetSpec(url=url, limit=40)).listing() for url in (str(tmp_path / "in"), f"{s3.url}/in"))
+        assert here.sha256() == there.sha256() and len(here) == 40
+        assert {source.partition("#")[0] for source in here.sources} == {f"{tar}.tar" for tar in range(4)}
+        assert any("160 of 200 samples are above source.limit=40" in note for note in here.notes)
+        grouped = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), limit=40, group="regex:(\\d{5})\\d$")).listing()
+        assert len(grouped) == 40 and len({key[:5] for key in grouped.keys}) == 4, "whole groups of ten"
+
+    def test_what_is_chosen_is_stored_and_adopted(self, tmp_path: Path) -> None:
+        numbered(tmp_path / "in")
+        for write in (shard_dataset, adopt_shards):
+            made = write(WebdatasetSpec(url=str(tmp_path / "in"), include="*.png", exclude="*_mask.png"), str(tmp_path / write.__name__))
+            assert made.num_samples() == 8 and made.quarantined == 0
+            assert verify_dataset(open_dataset(str(tmp_path / write.__name__)), read_data=True).problems == ()
+
+    def test_nothing_left_names_the_patterns(self, tmp_path: Path) -> None:
+        numbered(tmp_path / "in")
+        with pytest.raises(
+            DataError, match=r"holds no sample in 2 tars \(12 samples that source.include does not match, .*'cta', which matches"
+        ):
+            WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), include="cta")).listing()
+        with pytest.raises(ConfigError, match=r"source.exclude has the pattern ''"):
+            WebdatasetSpec(exclude=("",))
+
+    def test_arrays_here_and_in_a_bucket(self, s3: S3, tmp_path: Path) -> None:
+        files = {"x_train.npy": npy(30, 4), "x_test.npy": npy(20, 4), "old/x_train.npy": npy(5, 4), "b/tiny.npy": npy(1, 1)}
+        labels = saved(lambda out: np.save(out, np.arange(30)))
+        s3.upload(tree(tmp_path / "in", {**files, "y_train.npy": labels}), "in")
+        for url in (str(tmp_path / "in"), f"{s3.url}/in"):
+            found = ArraysSource(ArraysSpec(url=url, include=("x_*",), exclude="old", min_size=200)).listing()
+            assert len(found) == 50 and any("files that source.exclude matches ('old/x_train.npy')" in note for note in found.notes)
+            assert found.label_names is not None and set(found.label_names) == {"", *map(str, range(30))}, "labels are no samples"
+            few = ArraysSource(ArraysSpec(url=url, include="x_train.npy", exclude="old", limit=7)).listing()
+            assert len(few) == 7 and len(set(few.label_names or ())) == 7
+        with pytest.raises(DataError, match=r"(?s)holds no .npy.*files of less than source.min_size=9999 bytes"):
+            ArraysSource(ArraysSpec(url=str(tmp_path / "in/x_train.npy"), min_size=9999)).listing()
+
+    @pytest.mark.parametrize("spec", [WebdatasetSpec, ArraysSpec, FolderSpec])
+    def test_what_is_not_set_is_not_in_the_identity(self, spec: type) -> None:
+        assert not {"include", "exclude", "min_size", "limit"} & to_dict(spec(url="x"), identity_only=True).keys()
+        assert {"limit", "exclude"} <= to_dict(spec(url="x", limit=3, exclude="a"), identity_only=True).keys()
