@@ -39,7 +39,7 @@ from aecore.store import TAR_ENDINGS, trim_cache
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
-_SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)#(.*)", re.DOTALL)
+_SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)(s?)#(.*)", re.DOTALL)
 _STEM = re.compile(rf"(?i:{_ENDINGS})$")
 Field = str | int | float | bool | None
 
@@ -114,7 +114,7 @@ class _Columns:
 
 @SOURCES.register(WebdatasetSpec)
 class WebdatasetSource:
-    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`.
+    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`, `s#` if it is sparse.
 
     `compressed` names the tars, of those that were listed, whose samples cannot be read by offset.
     """
@@ -213,7 +213,7 @@ class WebdatasetSource:
         """Return a `read` for exactly these samples in this order.
 
         Of tars in a bucket that do not all fit into the cache each sample is downloaded by itself: else every shard would fetch every tar.
-        What cannot be read by its offset, a member of a compressed tar or a frame of a file, is read from a copy of its tar.
+        What cannot be read by its offset (in a compressed tar, a sparse member, a frame of a file) is read from a copy of its tar.
         """
         files = self.tars.files
         if self._spec.frames == "all":
@@ -227,7 +227,10 @@ class WebdatasetSource:
         if starts is None:
             return self.read
         plain = {name: compression(starts(row)) is None for row, name in enumerate(names)}
-        pieces = files.pieces([(tar, member.offset, member.size) for tar, member in places if plain[tar]])
+        by_offset = [plain[tar] and not member.sparse for tar, member in places]
+        pieces = files.pieces(
+            [(tar, member.offset, member.size) for (tar, member), is_plain in zip(places, by_offset, strict=True) if is_plain]
+        )
         if pieces is None:
             return self.read
         rows, at = iter(range(len(places))), iter(range(len(places)))
@@ -235,8 +238,8 @@ class WebdatasetSource:
         def read(source: str) -> tuple[str, bytes]:
             row = next(rows)
             assert sources[row] == source, "samples are read in the order of `sources`"
-            tar, member = places[row]
-            return self._sample(member, pieces(next(at))) if plain[tar] else self._member(source)
+            member = places[row][1]
+            return self._sample(member, pieces(next(at))) if by_offset[row] else self._member(source)
 
         return read
 
@@ -284,7 +287,7 @@ class WebdatasetSource:
         member = sample.data
         above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
         found.keys.append(f"{above}/{sample.key}" if self._spec.keys == "shard" else sample.key)
-        found.sources.append(f"{place.name}#{member.offset}+{member.size}#{member.name}")
+        found.sources.append(f"{place.name}#{member.offset}+{member.size}{'s' if member.sparse else ''}#{member.name}")
         found.sizes.append(member.size)
         found.splits.append(place.split)
         found.tars.append(place.name)
@@ -396,7 +399,7 @@ def parse_source(source: str) -> tuple[str, Member]:
     match = _SOURCE.fullmatch(source)
     if match is None:
         raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
-    return match[1], Member(match[4], int(match[2]), int(match[3]))
+    return match[1], Member(match[5], int(match[2]), int(match[3]), match[4] == "s")
 
 
 def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:

@@ -86,6 +86,8 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
             what = f"{tar} is compressed ({kind}), so nothing in it can be read by offset: unpack it"
         elif member.name.lower().endswith(f".{ARCHIVED}"):
             what = f"{tar} holds {member.name!r}, an archive, of which no array can be read by offset: write .npy members"
+        elif member.sparse:
+            what = f"{tar} holds {member.name!r}, a sparse file, whose bytes are not in one place: pack it without --sparse (-S)"
         else:
             continue
         raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))
