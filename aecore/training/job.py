@@ -22,6 +22,7 @@ from aecore.training.optimizer import OptimSpec
 from aecore.training.preflight import require_batch_statistics, require_batches_in_memory
 
 TRAINING_COPIES = 4  # of the weights, in memory: themselves, their gradients, and the optimizer's two moments
+OF_SAMPLES = ("include", "exclude", "min_size", "limit", "bad_tars", "frames", "member")  # of a source: they say which samples there are
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
 
@@ -96,6 +97,18 @@ def require_streamable(train: TrainSpec, input: InputSpec) -> None:
             f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
             "index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset), "
             "or leave train.val_split out",
+            hint=Hint("needs-index"),
+        )
+
+
+def require_obeyed(input: InputSpec, source: Mapping[str, Any]) -> None:  # any: plain values
+    """Raise ConfigError for options of a `source` that say which samples there are, if tars are streamed: a stream reads all of them."""
+    asked = [f"source.{name}" for name in OF_SAMPLES if source.get(name)]
+    if input.streams and asked:
+        raise ConfigError(
+            f"{', '.join(asked)} would choose samples, and input.reader=webdataset reads every sample of data (its own options are "
+            "input.member and input.max_bad): choose tars by a pattern in data, or index the tars with these options and train on the "
+            "index, or leave them out",
             hint=Hint("needs-index"),
         )
 

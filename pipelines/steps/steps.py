@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aecore.errors import ConfigError, Hint
+from aecore.errors import ConfigError
 from aecore.store import absolute_url, open_store
 from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe
 from pipelines.recipe.yaml import Tree, value_at
 from pipelines.steps.progress import Report, TrainWatch, on_part, silent
 
 logger = logging.getLogger(__name__)
-OF_SAMPLES = ("include", "exclude", "min_size", "limit", "bad_tars", "frames", "member")  # of `source`: they say which samples there are
 FILES = ("source.classes",)  # options that may be files, which the process that runs a step reads
 
 
@@ -154,26 +153,11 @@ def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
 
 def train_job_of(recipe: Recipe) -> Any:
     """Return the `aecore.training.job.TrainJob` of a recipe."""
-    from aecore.training.job import TrainJob
+    from aecore.training.job import TrainJob, require_obeyed
 
-    _require_no_choice_of_samples(recipe)
+    require_obeyed(recipe.input, recipe.tree.get("source") or {})
     parts = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainJob) if field.name in SECTIONS}
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
-
-
-def _require_no_choice_of_samples(recipe: Recipe) -> None:
-    """ConfigError for options of `source` that say which samples there are, if tars are streamed: a stream reads all of them."""
-    if not recipe.input.streams:
-        return
-    given = recipe.tree.get("source") or {}
-    asked = [f"source.{name}" for name in OF_SAMPLES if given.get(name)]
-    if asked:
-        raise ConfigError(
-            f"{', '.join(asked)} would choose samples, and input.reader=webdataset reads every sample of data={recipe.tree.get('data')} "
-            "(input.member and input.max_bad are its own options): choose tars by a pattern in data, or index the tars with these "
-            "options and train on the index, or leave them out",
-            hint=Hint("needs-index"),
-        )
 
 
 def _train_plan(job: Any, num_workers: int) -> Tree:

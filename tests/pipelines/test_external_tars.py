@@ -135,7 +135,7 @@ def test_two_workers_take_equal_steps_of_uneven_tars(tmp_path: Path, two_workers
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["source.include=x"], "source.include would choose samples, and input.reader=webdataset reads every sample of data="),
+        (["source.include=x"], "source.include would choose samples, and input.reader=webdataset reads every sample of data"),
         (["source.limit=3", "source.exclude=y"], "source.exclude, source.limit would choose samples"),
         (["source.kind=webdataset", "source.bad_tars=skip"], "source.bad_tars would choose samples"),
         (

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from aecore.data.sources._names import expand_braces
 from aecore.data.sources._other_files import is_of_system
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, counted
 from aecore.store import Files, LocalFiles, absolute_url, is_remote, is_tar, open_files, split_tars
 
 _ENDINGS_IN_VERSION_1 = (".tar", ".tar.gz", ".tgz")
@@ -59,7 +59,7 @@ class ExternalTars:
             known = [there for there in _sizes(files, rules) if _is_data(there)] if known is None else known
             found = _matches(name[start:], known)
             if not found:
-                raise DataError(f"no tar matches {name}: check the address, {len(known)} tars are below {files.url}")
+                raise DataError(f"no tar matches {name}: check the address, {counted(len(known), 'tars are')} below {files.url}")
             names += found if rules == 1 else _once(files, found)
         return cls(files, tuple(dict.fromkeys(names)))
 

@@ -16,7 +16,7 @@ from aecore.data.sources import Listing
 from aecore.data.sources._labels import found_in, is_expression
 from aecore.data.sources._names import expand_braces
 from aecore.data.sources._skipped import EXAMPLES, Skipped
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, counted
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
 _MEANING = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -135,7 +135,7 @@ class PathFilter:
         found = list(self._without_match)
         shown = [f"{option} has {pattern!r}, which matches no file: check it" for option, pattern in found[:EXAMPLES]]
         more = len(found) - EXAMPLES
-        return shown + ([f"and {more} more patterns of source.include and source.exclude match nothing"] if more > 0 else [])
+        return shown + ([f"and {counted(more, 'more patterns')} of source.include and source.exclude without a match"] if more > 0 else [])
 
 
 def with_limit(listing: Listing, spec: Filtered, names: Sequence[str]) -> Listing:
@@ -155,9 +155,8 @@ def with_limit(listing: Listing, spec: Filtered, names: Sequence[str]) -> Listin
     rows = chosen(names, groups, spec.limit)
     if not rows:
         raise DataError(f"source.limit={spec.limit} is less than the samples of any bag (source.group): raise it")
-    note = (
-        f"{len(listing) - len(rows)} of {len(listing)} samples are above source.limit={spec.limit} and left out, by the hash of their names"
-    )
+    left = f"{len(listing) - len(rows)} of {counted(len(listing), 'samples')}"
+    note = f"{left} left out by source.limit={spec.limit}, by a hash of their names"
     found = listing.take(np.array(rows, np.int64))
     return dataclasses.replace(found, notes=(*found.notes, note))
 

@@ -18,7 +18,7 @@ from aecore.data.format.pixels import OpenImage, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
-from aecore.errors import DataError, StoreError
+from aecore.errors import DataError, StoreError, counted, in_number
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
@@ -38,13 +38,13 @@ def with_frames(listing: Listing, read: Read) -> Listing:
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
     found = listing.take(rows)
     several = int((counts > 1).sum())
-    note = f"{several} files with several pages or frames are {int(counts[counts > 1].sum())} samples (source.frames=all)"
+    note = f"{counted(several, 'files')} with several pages or frames {in_number(several, 'are')} {int(counts[counts > 1].sum())} samples"
     return dataclasses.replace(
         found,
         keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
         sources=[f"{source}#{name}" if name else source for source, name in zip(found.sources, names, strict=True)],
         sizes=-(-found.sizes // counts[rows]),
-        notes=(*found.notes, note),
+        notes=(*found.notes, f"{note} (source.frames=all)"),
     )
 
 

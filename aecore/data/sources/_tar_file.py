@@ -232,7 +232,7 @@ class TarFile:
         if extended:
             raise self._broken(f"is truncated: it ends at byte {self.size} inside a member's headers")
         if len(block) < BLOCK and not self.broken:  # zeros after a member are its padding or one of the end blocks
-            what = "tars without their end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
+            what = "tars without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
             skipped.add(what, self.where, kept=True)
 
     def _next_part(self, position: int, skipped: Skipped, *, joined: bool) -> int | None:

@@ -23,7 +23,7 @@ from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
 from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped
-from aecore.errors import DataError, did_you_mean
+from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
 
@@ -123,6 +123,7 @@ class ArraysSource:
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
         paths = [f"{block.stem}/{row:09d}" for block, row in rows]
+        of_rows = f"{counted(len(rows), 'rows')} of {counted(len(blocks), 'arrays')}"
         listing = Listing(
             encode_keys(paths),
             [f"{block.head}#{row}" for block, row in rows],
@@ -131,7 +132,10 @@ class ArraysSource:
             splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
             groups=_groups(blocks),
             columns=_columns(blocks),
-            notes=(f"one sample per row: {len(rows)} rows of {len(blocks)} arrays (source.kind=folder takes each file as one)", *notes),
+            notes=(
+                f"one sample per row: {of_rows} (source.kind=folder takes each file as one)",
+                *notes,
+            ),
             label_paths=False,
             paths=paths,
         )
@@ -189,7 +193,7 @@ class ArraysSource:
         self._require(names, skipped)
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
         notes = [*skipped.lines(), *self._filter.unused()]
-        notes += [f"skipped {len(twins)} .gz files whose uncompressed copies exist"] if twins else []
+        notes += [f"skipped {counted(len(twins), '.gz files')} whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 
     def _require(self, names: list[str], skipped: Skipped) -> None:

@@ -32,7 +32,7 @@ from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import left_out, only_array
 from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unseen, unseen_part
 from aecore.data.sources._skipped import Skipped, shown_examples
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import LinkedFolders, absolute_url, cannot_read, close_read, is_remote, leads_nowhere, open_files
@@ -155,7 +155,7 @@ class FolderSource:
         arrays = [path for path in paths if _extension(path) in ("npy", "npz")]
         if not arrays:
             return []
-        notes = [f"one sample per file: {len(arrays)} .npy or .npz files (source.kind=arrays takes each row of their first axis as one)"]
+        notes = [f"one sample per file: {counted(len(arrays), '.npy or .npz files')} (source.kind=arrays takes each row of them as one)"]
         first = next((path for path in arrays if _extension(path) == "npz"), None)
         if first is not None and (known := left_out(self._prefix + first)) is not None:
             others = shown_examples(known[1], len(known[1]))

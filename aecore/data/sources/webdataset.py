@@ -32,7 +32,7 @@ from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, Reading, TarSample, tar_samples
 from aecore.data.sources._unpack import START_BYTES, compression
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import TAR_ENDINGS, trim_cache
 
@@ -58,7 +58,7 @@ class WebdatasetSpec:
     member: str = knob("", "extension of the member that is the sample, for example seg.png; empty: the only image or array")
     label: str = knob(
         "auto",
-        "cls; json:<field>, also json:ann.class; tar: the tar's name; path: the folders in the tar; leaf: the last of them; "
+        "cls; txt; json:<field>, also json:ann.class; tar: the tar's name; path: the folders in the tar; leaf: the last of them; "
         "regex:<expression> over the member's name: its first group; none; auto: cls where there is one",
     )
     columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
@@ -86,7 +86,7 @@ class WebdatasetSpec:
         codec = self.member.rpartition(".")[2]
         if self.member and codec not in DATA_EXTENSIONS | {ARCHIVED}:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
-        require_rule("source.label", self.label, ("auto", "cls", "json:<field>", "tar", "path", "leaf", "none"))
+        require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
         require_globs(self)
 
@@ -109,6 +109,7 @@ class _Columns:
         self.unusable = list[Unusable | None]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
         self.skipped = Skipped()
+        self.texts = 0  # samples with a .txt
         self.seen: Counter[str] = Counter()  # fields of the json members
 
 
@@ -159,9 +160,11 @@ class WebdatasetSource:
         for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_folder(name, found.skipped, "tars")]):
             self._list(found, name)
         if not found.keys:
-            kinds = (f"{count} {what}, {examples}" for what, count, examples in found.skipped.kinds())
+            kinds = (f"{counted(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
             left = "; ".join((*kinds, *self._filter.unused()))
-            raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
+            raise DataError(
+                f"{self.tars.files.url} holds no sample in {counted(len(self.tars.names), 'tars')} ({left or 'they are empty'})"
+            )
         self._require_keys(found)
         self._require_fields(found)
         listing = Listing(
@@ -285,6 +288,7 @@ class WebdatasetSource:
             except BadSample as error:
                 bad = Unusable(error.reason, error.message)
         member = sample.data
+        found.texts += "txt" in sample.members
         above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
         found.keys.append(f"{above}/{sample.key}" if self._spec.keys == "shard" else sample.key)
         found.sources.append(f"{place.name}#{member.offset}+{member.size}{'s' if member.sparse else ''}#{member.name}")
@@ -340,13 +344,13 @@ class WebdatasetSource:
         rule = self._spec.label
         if rule == "tar":
             return _clean(_STEM.sub("", tar.where.rpartition("/")[2]))
-        if rule not in ("auto", "cls") and not rule.startswith(JSON):
+        if rule not in ("auto", "cls", "txt") and not rule.startswith(JSON):
             return ""  # `by_rules` makes it of the path, or there is none
         if rule.startswith(JSON):
             value = fields.get(rule)
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
         else:
-            text = _small(tar, sample.members.get("cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
+            text = _small(tar, sample.members.get("txt" if rule == "txt" else "cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
         if not text and rule != "auto":
             if self._spec.tars > 1:
                 raise BadSample("no_label", f"the sample has no {rule}, which source.label asks for: add it, or set source.label=auto")
@@ -360,9 +364,12 @@ class WebdatasetSource:
             without = [key for key, label, bad in zip(found.keys, found.labels, found.unusable, strict=True) if not label and bad is None]
             if not without:
                 return []
-            count = f"{len(without)} samples have" if len(without) > 1 else "1 sample has"
+            count = counted(len(without), "samples have")
             return [f"{count} no .cls, as others have, and no label: {without[0]!r} for example; source.label=cls quarantines such samples"]
-        return ["no sample has a label, since none has a .cls: set source.label=tar, path, leaf, json:<field> or regex:<expression>"]
+        texts = "txt (the .txt members, if they are no captions), " if found.texts else ""
+        return [
+            f"no sample has a label, since none has a .cls: set source.label={texts}tar, path, leaf, json:<field> or regex:<expression>"
+        ]
 
     def _require_keys(self, found: _Columns) -> None:
         """Raise DataError if two samples have one key; those that cannot be used get another one."""

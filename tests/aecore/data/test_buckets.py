@@ -77,8 +77,8 @@ class TestKeys:
         source = BucketSource(FolderSpec(url=f"{s3.url}/in", exclude=("*_mask.png",)))
         listing = source.listing()
         assert listing.sources == ["a/1.png", "b/2.png"]
-        assert any("skipped 1 files that source.exclude matches ('a/1_mask.png')" in note for note in listing.notes)
-        assert any("tables and texts" in note and "('b/x.csv')" in note for note in listing.notes)
+        assert any("skipped 1 file that source.exclude matches ('a/1_mask.png')" in note for note in listing.notes)
+        assert any("table or text" in note and "('b/x.csv')" in note for note in listing.notes)
 
     def test_arrays_below_an_empty_name_are_read(self, s3: S3, tmp_path: Path) -> None:
         file = io.BytesIO()

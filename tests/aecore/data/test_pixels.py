@@ -318,7 +318,7 @@ class TestFrames:
     def test_all_are_samples_of_their_own(self, tmp_path, name, caplog):
         caplog.set_level(logging.INFO)
         sharded(tmp_path, {name: self.files()[name]}, frames="all")
-        assert "1 files with several pages or frames are 3 samples" in caplog.text
+        assert "1 file with several pages or frames is 3 samples" in caplog.text
         dataset = open_dataset(str(tmp_path / "out"))
         stem = name.partition(".")[0]
         assert dataset.reader(dataset.manifest.shards[0]).index["key"].to_pylist() == [f"{stem}/{number:09d}" for number in range(3)]

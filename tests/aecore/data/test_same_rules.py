@@ -148,7 +148,11 @@ class TestFilters:
             ({"include": "cat"}, {"cat/00", "cat/01", "cat/10", "cat/11", "cat/bad"}, "6 samples that source.include does not match"),
             ({"include": ("cat/*1.png",)}, {"cat/01", "cat/11"}, "10 samples that source.include does not match"),
             ({"include": "1.tar/dog/*.png"}, {"dog/10", "dog/11", "dog/x%2Ey_mask"}, "9 samples that source.include does not match"),
-            ({"exclude": ("0.tar", "bad.*")}, {"cat/10", "cat/11", "dog/10", "dog/11", "dog/x%2Ey_mask"}, "1 tars that source.exclude"),
+            (
+                {"exclude": ("0.tar", "bad.*")},
+                {"cat/10", "cat/11", "dog/10", "dog/11", "dog/x%2Ey_mask"},
+                "skipped 1 tar that source.exclude",
+            ),
             ({"exclude": "*.{cls,y_mask.png}"}, {f"{k}/{t}{n}" for k in ("cat", "dog") for t in "01" for n in "01"}, "4 samples that"),
             ({"min_size": 10_000}, {"cat/bad"}, "10 samples of less than source.min_size=10000 bytes"),
         ],
@@ -158,7 +162,7 @@ class TestFilters:
         for url in (str(tmp_path / "in"), f"{s3.url}/in"):
             found = WebdatasetSource(WebdatasetSpec(url=url, keys="shard", **options)).listing()
             assert {key.partition("/")[2] for key in found.keys} == expected
-            assert any(line.replace("1 tars", "1 tar") in note.replace("1 tars", "1 tar") for note in found.notes), found.notes
+            assert any(line in note for note in found.notes), found.notes
 
     def test_a_limit_is_the_same_anywhere_and_spread_over_all_tars(self, s3: S3, tmp_path: Path) -> None:
         for tar in range(4):
@@ -167,7 +171,7 @@ class TestFilters:
         here, there = (WebdatasetSource(WebdatasetSpec(url=url, limit=40)).listing() for url in (str(tmp_path / "in"), f"{s3.url}/in"))
         assert here.sha256() == there.sha256() and len(here) == 40
         assert {source.partition("#")[0] for source in here.sources} == {f"{tar}.tar" for tar in range(4)}
-        assert any("160 of 200 samples are above source.limit=40" in note for note in here.notes)
+        assert any("160 of 200 samples left out by source.limit=40" in note for note in here.notes)
         grouped = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), limit=40, group="regex:(\\d{5})\\d$")).listing()
         assert len(grouped) == 40 and len({key[:5] for key in grouped.keys}) == 4, "whole groups of ten"
 

@@ -135,7 +135,7 @@ class TestNames:
         write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
         found = listing(tmp_path, member="target.png")
         assert (found.keys, found.unusable) == (["0", "1", "2"], None)
-        assert "skipped 1 documents ('README')" in found.notes
+        assert "skipped 1 document ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
@@ -166,7 +166,7 @@ class TestNames:
             shard_dataset(WebdatasetSpec(url=str(tmp_path / "in")), str(tmp_path / "ds"), shards=ShardSpec(max_bad=1))
         skipped = [line for line in caplog.text.splitlines() if "skipped" in line or "go to the quarantine" in line]
         assert [line.partition(": ")[2] for line in skipped] == [
-            "1 samples go to the quarantine (no_data), 'a.tar#4608+0#0.x0.bin'",
+            "1 sample goes to the quarantine (no_data), 'a.tar#4608+0#0.x0.bin'",
             "skipped 5000 files without a key and an extension (for example 'no-extension-0', 'no-extension-1', 'no-extension-2')",
             "skipped 5000 members that are not read (for example '0.x0.bin', '0.x1.bin', '0.x2.bin')",
         ]
@@ -385,7 +385,7 @@ class TestArchives:
         with caplog.at_level(logging.INFO):
             shard(tmp_path / "in", tmp_path / "ds", adopt=adopt)
         assert pixels(tmp_path / "ds") == dict(list(EXPECTED.items())[:10])
-        assert "1 tars without their end blocks, whose writer was not closed or was stopped" in caplog.text
+        assert "1 tar without end blocks, whose writer was not closed or was stopped" in caplog.text
         assert "b.tar" in caplog.text
 
     COMPRESSORS: ClassVar[dict[str, Callable[[bytes], bytes]]] = {
@@ -816,7 +816,7 @@ class TestAgainstOthers:
         try:
             found = listing(tmp_path / "a.tar", bad_tars="skip")
         except DataError as error:
-            assert "holds no sample in 1 tars" in str(error)  # noqa: PT017  # a few zeros are an empty tar
+            assert "holds no sample in 1 tar" in str(error)  # noqa: PT017  # a few zeros are an empty tar
         else:
             assert len(found) >= 1
 
@@ -886,3 +886,21 @@ class TestLargeMembers:
         values = np.memmap(path, np.float32, "r", 512 + len(header), shape)
         assert len(data) == size
         assert np.array_equal(np.frombuffer(data, np.float32, offset=len(header)), values)
+
+
+class TestLabelsInTexts:
+    def test_the_remedy_for_labels_in_txt_members_works(self, tmp_path: Path) -> None:
+        files = [(f"{n}.{ext}", data) for n in range(6) for ext, data in (("png", png(n)), ("txt", [b"cat", b" dog\n"][n % 2]))]
+        write_tar(tmp_path / "in/a.tar", files)
+        (note,) = listing(tmp_path / "in").notes
+        assert note.startswith("no sample has a label, since none has a .cls: set source.label=txt (the .txt members")
+        shard(tmp_path / "in", tmp_path / "ds", label="txt")
+        assert open_dataset(str(tmp_path / "ds")).manifest.classes == ("cat", "dog")
+        assert stored(tmp_path / "ds") == {str(n): (n, n % 2) for n in range(6)}
+
+    def test_samples_without_one_are_quarantined_and_other_tars_get_no_such_advice(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.txt", b"cat"), ("1.png", png(1)), ("2.png", png(2)), ("2.txt", b"x" * 2000)])
+        found = listing(tmp_path, label="txt")
+        assert (list(map(reason, unusable(found))), found.label_names) == (["", "no_label", "metadata"], ["cat", "", ""])
+        write_tar(tmp_path / "b/b.tar", [("0.png", png(0))])
+        assert "txt" not in "".join(listing(tmp_path / "b").notes)
