@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -83,10 +84,18 @@ def _takes(kind: str, field: str) -> bool:
     return not isinstance(built, type) or not issubclass(built, Trainable) or field in built.train_inputs
 
 
-def require_streamable(train: TrainSpec, input: InputSpec) -> None:
-    """Raise ConfigError for settings that need an index where the tars have none."""
+def require_streamable(train: TrainSpec, input: InputSpec, source: Mapping[str, Any] = MappingProxyType({})) -> None:  # any: plain values
+    """Raise ConfigError for settings that need an index where the tars have none, and for options of `source` that say what a sample is."""
     if not input.streams:
         return
+    asked = [f"source.{name}" for name in OF_SAMPLES if source.get(name)]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)} would choose samples, and input.reader=webdataset reads every sample of data (its own options are "
+            "input.member and input.max_bad): choose tars by a pattern in data, or index the tars with these options and train on the "
+            "index, or leave them out",
+            hint=Hint("needs-index"),
+        )
     if not train.max_steps and (input.resampled or not input.epoch_samples):
         raise ConfigError(
             "input.reader=webdataset does not know how many samples there are: set train.max_steps"
@@ -97,18 +106,6 @@ def require_streamable(train: TrainSpec, input: InputSpec) -> None:
             f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
             "index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset), "
             "or leave train.val_split out",
-            hint=Hint("needs-index"),
-        )
-
-
-def require_obeyed(input: InputSpec, source: Mapping[str, Any]) -> None:  # any: plain values
-    """Raise ConfigError for options of a `source` that say which samples there are, if tars are streamed: a stream reads all of them."""
-    asked = [f"source.{name}" for name in OF_SAMPLES if source.get(name)]
-    if input.streams and asked:
-        raise ConfigError(
-            f"{', '.join(asked)} would choose samples, and input.reader=webdataset reads every sample of data (its own options are "
-            "input.member and input.max_bad): choose tars by a pattern in data, or index the tars with these options and train on the "
-            "index, or leave them out",
             hint=Hint("needs-index"),
         )
 

@@ -309,4 +309,4 @@ def test_arrays_that_may_be_images_or_sequences_get_one_advice(tmp_path: Path, c
     text = said((20, 16, 3))
     assert "1 array of 20x16x3 is an image [H, W, C]" in text and "rvae" not in text
     text = said((20, 40), (21, 40))
-    assert "sequences of up to 21 steps (2 lengths)" in text and "images" not in text
+    assert "sequences of up to 21 steps (2 lengths)" in text and "H, W, C" not in text
