@@ -426,7 +426,7 @@ class TestHugeSamples:
             "WebdatasetSource(WebdatasetSpec(url=path)).listing()",
             tmp_path,
         )
-        assert "holds no sample in 1 tars (they are empty)" in said
+        assert "holds no sample in 1 tar (they are empty)" in said
 
     def test_a_sample_for_which_there_is_no_memory_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()

@@ -13,6 +13,7 @@ from aecore.training.metrics import read_rows
 from pipelines.cli.main import main
 from pipelines.cluster.train import train
 from pipelines.recipe.recipe import ClusterSpec, load_recipe
+from pipelines.steps.pipeline import stage
 from pipelines.steps.steps import train_job_of
 from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
@@ -129,3 +130,30 @@ def test_two_workers_take_equal_steps_of_uneven_tars(tmp_path: Path, two_workers
     newest = newest_checkpoint(store)
     assert newest is not None
     assert [row["samples"] for row in read_rows(store, newest.metrics)] == [16] * 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["source.include=x"], "source.include would choose samples, and input.reader=webdataset reads every sample of data"),
+        (["source.limit=3", "source.exclude=y"], "source.exclude, source.limit would choose samples"),
+        (["source.kind=webdataset", "source.bad_tars=skip"], "source.bad_tars would choose samples"),
+        (
+            ["source.bad_tars=skip"],
+            "unknown key 'source.bad_tars' of source.kind=folder: it belongs to source.kind=webdataset; leave it out",
+        ),
+    ],
+)
+def test_what_a_stream_does_not_obey_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides, message) -> None:
+    write_tar(tmp_path / "in/a.tar", samples(0, 40))
+    options = ("input.reader=webdataset", "train.max_steps=2", "train.global_batch=16")
+    assert main(["train", f"data={tmp_path / 'in'}", f"out={tmp_path / 'run'}", *SMALL, *options, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and not (tmp_path / "run").exists()
+    assert "unknown" in error or "`aepipe adopt SRC DATASET` makes an index" in error
+
+
+def test_a_pipeline_applies_the_source_before_it_streams() -> None:
+    recipe = load_recipe(None, ["source.url=/in", "source.limit=3", "out=/out", "input.reader=webdataset", "train.max_steps=2"])
+    assert stage(recipe, "shard").tree["source"]["limit"] == 3
+    train_job_of(stage(recipe, "train"))

@@ -54,6 +54,7 @@ class OpenImage:
         self._data = data
         self._tiff: Any = None  # any: TiffImages, imported late
         self._image: Any = None  # any: PIL.Image.Image
+        self._next = 0  # the first frame that was not decoded on the way to the last one
         if data.startswith(TIFF_STARTS):
             from aecore.data.format.tiff import TiffImages
 
@@ -65,12 +66,19 @@ class OpenImage:
         """Close the file."""
         (self._image if self._tiff is None else self._tiff).close()
 
+    def passed(self, number: int) -> range:
+        """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
+        if self._tiff is not None:
+            return range(0)
+        return range(self._next if number >= self._image.tell() else 0, number)
+
     def frame(self, number: int, max_pixels: int) -> Picture:
         """Return one image; BadSample before it is decoded if it is too large (see `require_size`), else as `decode_image`."""
         if self._tiff is not None:
             width, height, pixel_bytes = self._tiff.size(number)
             require_size(width, height, max_pixels, pixel_bytes)
             return Picture(*self._tiff.pixels(number))
+        self._next = number + 1
         require_size(self._image.width, self._image.height, max_pixels)
         if number == 0 and self._data.startswith((PNG_MAGIC, JPEG_MAGIC)):
             return decode_image(self._data)

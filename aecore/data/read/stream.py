@@ -44,7 +44,7 @@ from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, Reading, tar_samples
-from aecore.errors import ConfigError, DataError, Hint
+from aecore.errors import ConfigError, DataError, Hint, counted
 from aecore.store import sha256_json
 from aecore.threads import prefetched
 
@@ -146,7 +146,7 @@ def _format(tars: ExternalTars, names: list[str], reading: Reading, pixels: Pixe
         if not found and tried >= FEWEST:
             break
     if not found:
-        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {len(names)} tars"
+        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {counted(len(names), 'tars')}"
         raise DataError(f"{tars.files.url} holds no image or array that can be trained on: {first}: check data, or set input.member")
     return _most_common(found)
 
@@ -404,6 +404,6 @@ class StreamLoader:
         """Log each kind of skipped members once."""
         for what, count, examples in skipped.kinds():
             if what not in logged and self._order.rank == 0:
-                text = "%s/%s: skipped %d %s, %s (logged once, not for every tar)"
-                logger.warning(text, self._tars.files.url, name, count, what, examples)
+                text = "%s/%s: skipped %s, %s (logged once, not for every tar)"
+                logger.warning(text, self._tars.files.url, name, counted(count, what), examples)
             logged.add(what)
