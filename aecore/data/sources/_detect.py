@@ -3,15 +3,17 @@
 import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.artifact.documents import read_json
 from aecore.artifact.kinds import detect_artifact
 from aecore.data.format.record import IMAGE_EXTENSIONS
-from aecore.data.sources._arrayfile import array_format
-from aecore.data.sources._arrayshapes import Peek, hold_rows, peek
+from aecore.data.sources._names import array_format
 from aecore.errors import ConfigError
 from aecore.store import absolute_url, is_remote, is_tar, open_store
+
+if TYPE_CHECKING:
+    from aecore.data.sources._arrayshapes import Peek
 
 DEFAULT = "folder"
 PEEKED = 16  # files whose headers are read
@@ -58,6 +60,8 @@ def detect_source(url: str, dataset: str = "") -> Detected:
 
 def _of_arrays(where: str, names: list[str]) -> Detected:
     """Return the kind of a folder that holds arrays and no images."""
+    from aecore.data.sources._arrayshapes import hold_rows, peek  # most folders hold no arrays
+
     chosen = names[:: -(-len(names) // PEEKED)]
     peeks = [found for name in chosen if (found := peek(f"{where}/{name}", name)) is not None]
     extensions = tuple(sorted({name.rpartition(".")[2] for name in names}))
@@ -67,7 +71,7 @@ def _of_arrays(where: str, names: list[str]) -> Detected:
     return Detected("arrays") if answer else Detected(DEFAULT, extensions)
 
 
-def _question(where: str, names: list[str], example: Peek, extensions: tuple[str, ...]) -> str:
+def _question(where: str, names: list[str], example: "Peek", extensions: tuple[str, ...]) -> str:
     return (
         f"{where} holds {len(names)} files of arrays such as {example.name}, of shape {example.shape}: each may be one sample, or each of "
         f"its {example.shape[0]} rows. Set source.kind=folder source.extensions=[{','.join(extensions)}] for one sample per file, or "

@@ -5,7 +5,6 @@ Listing reads every file that may have them, and a sample is decoded and written
 
 import contextlib
 import dataclasses
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ from aecore.data.format.pixels import OpenImage, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
+from aecore.data.sources._names import FRAME
 from aecore.errors import DataError, StoreError
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
-_FRAME = re.compile(r"(.+)#([0-9]{9})", re.DOTALL)
 _ALONE = frozenset({"bmp"})  # formats that hold one image
 
 
@@ -46,12 +45,6 @@ def with_frames(listing: Listing, read: Read) -> Listing:
     )
 
 
-def file_of(source: str) -> str:
-    """Return the file of a sample that `with_frames` listed."""
-    match = _FRAME.fullmatch(source)
-    return source if match is None else match[1]
-
-
 class FrameReader:
     """Reads the samples that `with_frames` listed; the last file stays open, since its next frame mostly is the next sample.
 
@@ -66,7 +59,7 @@ class FrameReader:
 
     def __call__(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of a sample; BadSample if its frame cannot be decoded, or is too large to be."""
-        match = _FRAME.fullmatch(source)
+        match = FRAME.fullmatch(source)
         if match is None:
             return self._read(source)
         with self._lock, _decoding(int(match[2]), match[1]):
