@@ -2,7 +2,8 @@
 
 A spec is a frozen dataclass made with `@spec`; its fields are `knob`s with a default, a bound and one line of description.
 The same spec is what YAML holds, what a checkpoint's config.json holds and what Python users write. A `Registry` finds parts by
-importing the modules of its packages at first use: there is no second list to keep in step.
+importing the modules of its packages: there is no second list to keep in step. A part whose module is named as its kind is found by
+importing only that one.
 A field that is added later is marked (`knob(..., since=2)`), and every artefact that exists keeps its identity.
 Specs never name import paths, so reading one cannot execute anything that is not already part of the program.
 """
@@ -220,7 +221,7 @@ def flatten(tree: Any, *, lists: bool = False, prefix: str = "") -> Iterator[tup
 
 
 class Registry:
-    """Parts of one noun ("model", "backbone", "source"), found by importing the modules of `packages` once."""
+    """Parts of one noun ("model", "backbone", "source"), found by importing the modules of `packages` when they are asked for."""
 
     def __init__(self, noun: str, packages: tuple[str, ...]) -> None:
         self.noun = noun
@@ -241,14 +242,29 @@ class Registry:
 
         return decorate
 
+    def _modules(self) -> Iterator[tuple[str, str]]:
+        """Yield package and name of every module that may hold parts; importing the packages, not the modules."""
+        for package in self._packages:
+            module = importlib.import_module(package)
+            for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
+                yield package, info.name
+
+    def _find(self, kind: str) -> None:
+        """Import the module of this name, and all others only if no part of this kind is in it."""
+        if kind in self._parts or self._discovered:
+            return
+        for package, name in self._modules():
+            if name == kind:
+                importlib.import_module(f"{package}.{name}")
+        if kind not in self._parts:
+            self._discover()
+
     def _discover(self) -> None:
         if self._discovered:
             return
         self._discovered = True
-        for package in self._packages:
-            module = importlib.import_module(package)
-            for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
-                importlib.import_module(f"{package}.{info.name}")
+        for package, name in self._modules():
+            importlib.import_module(f"{package}.{name}")
 
     def kinds(self) -> list[str]:
         """Return the known kinds, sorted."""
@@ -257,7 +273,7 @@ class Registry:
 
     def spec_type(self, kind: str) -> type:
         """Return the spec class of `kind`; an unknown kind is a ConfigError that names the nearest known one."""
-        self._discover()
+        self._find(kind)
         if kind not in self._parts:
             raise ConfigError(f"unknown {self.noun} kind {shown(kind)}{did_you_mean(kind, self._parts)}")
         return self._parts[kind][0]

@@ -1,5 +1,6 @@
 """`aepipe`: every verb, its exit codes, and what a person reads when something is wrong."""
 
+import importlib.util
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ from pipelines.cli.arguments import Verb
 from pipelines.cli.main import main
 from pipelines.cli.verbs import VERBS
 from pipelines.recipe.recipe import SECTIONS
+from tests.aecore.data.tiny import encoded, image
 from tests.processes import AEPIPE, run, started
 
 HERE = "cluster.num_workers=0"
@@ -58,6 +60,22 @@ def test_what_runs_no_model_starts_without_torch(walk: Path, tmp_path: Path) -> 
     code = "import json, sys; from pipelines.cli.main import main\n"
     code += "for line in json.loads(sys.argv[1]): assert main(line) == 0 and 'torch' not in sys.modules, line"
     run([sys.executable, "-P", "-c", code, json.dumps(lines)], check=True)
+
+
+@pytest.mark.parametrize("ext", ["png", "jpg"])
+def test_sharding_a_folder_of_images_imports_nothing_that_only_other_sources_or_files_need(ext: str, tmp_path: Path) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / f"images/a/{number}.{ext}").write_bytes(encoded(image(number), "PNG" if ext == "png" else "JPEG"))
+    code = "import sys; from pipelines.cli.main import main\n"
+    code += "assert main(['shard', *sys.argv[1:]]) == 0\nprint(*sys.modules)"
+    lines = run([sys.executable, "-P", "-c", code, tmp_path / "images", tmp_path / "out", HERE], check=True).stdout.splitlines()
+    arrays, tars = "arrays _arrayfile _arrayshapes _arrayvalues _inflate _npz", "webdataset _external_tars _tar_file _tar_samples _unpack"
+    others = {f"aecore.data.sources.{name}" for name in f"sprites _frames {arrays} {tars}".split()}
+    others |= {f"aecore.data.format.{name}" for name in ("decode", "foreign", "jpeg", "pixels", "tiff")}
+    others |= {"aecore.data.write.adopt", "aecore.data.write.convert"}
+    assert all(map(importlib.util.find_spec, others)), "a module has another name: change it here"
+    assert sorted({*others, "PIL", "torch"} & {*lines[-1].split()}) == []
 
 
 @pytest.mark.parametrize("verb", list(VERBS), ids=lambda verb: verb.name)

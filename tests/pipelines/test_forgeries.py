@@ -179,6 +179,11 @@ def both(*changes: Change) -> Change:
     return apply
 
 
+def everywhere(setting: str, value: Any) -> Change:
+    """Change a setting in the manifests of a dataset and in their claims."""
+    return both(edited(DATASETS, put(f"identity.{setting}", value)), edited(CLAIMS, put(f"identity.dataset.{setting}", value)))
+
+
 def put(key: str, value: Any) -> Callable[[Any], None]:
     """Return what sets a dotted key; a value that can be called gets the old one."""
 
@@ -340,17 +345,17 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
             "its identity is not that of generation 1: splits.seed 7 instead of 0",
         ),
         "splits everywhere": (
-            both(edited(DATASETS, put("identity.splits.by", "none")), edited(CLAIMS, put("identity.dataset.splits.by", "none"))),
+            everywhere("splits.by", "none"),
             "shards/test-000000.parquet",
             "make no split test",
         ),
         "resize everywhere": (
-            both(edited(DATASETS, put("identity.shards.resize", 8)), edited(CLAIMS, put("identity.dataset.shards.resize", 8))),
+            everywhere("shards.resize", 8),
             INDEX,
             "the settings say shards.resize=8",
         ),
         "most samples": (
-            both(edited(DATASETS, put("identity.shards.max_samples", 4)), edited(CLAIMS, put("identity.dataset.shards.max_samples", 4))),
+            everywhere("shards.max_samples", 4),
             INDEX,
             "the settings say shards.max_samples=4",
         ),
@@ -406,17 +411,17 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
     },
     "hashed": {
         "seed of splits": (
-            both(edited(DATASETS, put("identity.splits.seed", 7)), edited(CLAIMS, put("identity.dataset.splits.seed", 7))),
+            everywhere("splits.seed", 7),
             INDEX,
             "its samples belong to",
         ),
         "share of a split": (
-            both(edited(DATASETS, put("identity.splits.test", 0.9)), edited(CLAIMS, put("identity.dataset.splits.test", 0.9))),
+            everywhere("splits.test", 0.9),
             INDEX,
             "by val=0, test=0.9 and seed=0 of splits",
         ),
         "seed of shards": (
-            both(edited(DATASETS, put("identity.shards.seed", 7)), edited(CLAIMS, put("identity.dataset.shards.seed", 7))),
+            everywhere("shards.seed", 7),
             INDEX,
             "its samples are not in the order of shards.seed=7",
         ),

@@ -29,6 +29,7 @@ __all__ = [
     "MAX_PIXELS",
     "ArrayHeader",
     "BadSample",
+    "Header",
     "ImageHeader",
     "NpyError",
     "Sample",
@@ -112,6 +113,9 @@ class ArrayHeader:
     def format_text(self) -> str:
         """Return for example `3x32x32/float32`; of an image `32x32x3/hwc;float32`."""
         return f"{'x'.join(map(str, self.shape))}/{'hwc;' if self.is_image else ''}{self.dtype.name}"
+
+
+Header = ImageHeader | ArrayHeader
 
 
 def require_allowed(ext: str, where: str) -> None:

@@ -43,7 +43,7 @@ from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import TarFile
-from aecore.data.sources._tar_samples import ARCHIVED, Reading, tar_samples
+from aecore.data.sources._tar_samples import ARCHIVED, TarReading, tar_samples
 from aecore.errors import ConfigError, DataError, Hint, counted
 from aecore.store import sha256_json
 from aecore.threads import prefetched
@@ -122,11 +122,11 @@ def open_stream(
     names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
     if not names:
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names have {', '.join(sorted(set(splits.values())))})")
-    sample_format = _format(tars, names, Reading(member, "input.member", rules), pixels, max_pixels)
+    sample_format = _format(tars, names, TarReading(member, "input.member", rules), pixels, max_pixels)
     return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, sample_format, rules)
 
 
-def _format(tars: ExternalTars, names: list[str], reading: Reading, pixels: PixelsVersion, max_pixels: int) -> SampleFormat:
+def _format(tars: ExternalTars, names: list[str], reading: TarReading, pixels: PixelsVersion, max_pixels: int) -> SampleFormat:
     """Return the most frequent format of the first samples that can be read; DataError if none of the first `FEWEST` can."""
     found, nbytes, tried, why = Counter[str](), 0, 0, ""
     for name in names:
@@ -180,7 +180,7 @@ def _format_of(sample: StreamSample, pixels: PixelsVersion, max_pixels: int) -> 
     return header.format_text
 
 
-def _read(tars: ExternalTars, name: str, reading: Reading, skipped: Skipped) -> Iterator[StreamSample]:
+def _read(tars: ExternalTars, name: str, reading: TarReading, skipped: Skipped) -> Iterator[StreamSample]:
     """Yield the samples of one tar, also those that cannot be used (`bad`); `cls` is the class that is stated ("": none)."""
     tar = TarFile(tars.files, name)
     try:
@@ -265,7 +265,7 @@ class StreamLoader:
         self._names = list(dataset.tars)
         self._tars = ExternalTars.named(dataset.url, tuple(self._names))
         self._sample = dataset.sample_format
-        self._reading, self._pixels_version = Reading(spec.member, "input.member", dataset.rules), transform.pixels
+        self._reading, self._pixels_version = TarReading(spec.member, "input.member", dataset.rules), transform.pixels
         self._decoder = Decoder(transform.reading, self._sample)
         self._order, self._spec = order, spec
         self._seed = f"{dataset.dataset_sha256}|{order.seed}"

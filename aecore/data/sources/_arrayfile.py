@@ -10,7 +10,6 @@ import errno
 import gzip
 import math
 import os
-import re
 import tempfile
 import weakref
 import zipfile
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from aecore.data.format.foreign import what_it_is
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import InflateLimit
+from aecore.data.sources._names import array_format
 from aecore.data.sources._npz import DAMAGED_ZIP
 from aecore.errors import DataError
 from aecore.store import open_regular
@@ -31,25 +31,7 @@ from aecore.store import open_regular
 Array = NDArray[Any]  # any: every array has its own dtype
 CHUNK_BYTES, HEAD_BYTES = 1 << 20, 1 << 10
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_IDX_ENDING = re.compile(r"(?:[-._]idx\d?)?(?:[-._]ubyte)?$", re.IGNORECASE)
 _DAMAGED = (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError)
-
-
-def array_format(name: str) -> str | None:
-    """Return npy, npz or idx if a file of this name is read, None if not."""
-    plain = name.removesuffix(".gz")
-    if plain.endswith((".npy", ".npz")):
-        return plain[-3:] if plain == name else None
-    last = plain.rpartition("/")[2].lower()
-    return "idx" if (last.endswith("-ubyte") and "idx" in last) or last.endswith(".idx") else None
-
-
-def stem_of(name: str) -> str:
-    """Return a file's name without its format's suffix: `mnist/train-images` of `mnist/train-images-idx3-ubyte.gz`."""
-    folder, slash, last = name.rpartition("/")
-    last = last.removesuffix(".gz")
-    last = _IDX_ENDING.sub("", last) if array_format(name) == "idx" else last[:-4]
-    return folder + slash + last
 
 
 class Rows(Protocol):

@@ -13,8 +13,7 @@ from math import inf
 from typing import IO, NamedTuple
 
 from aecore.data.format.record import NpyError, read_npy_header
-from aecore.data.sources._arrayfile import array_format, stem_of
-from aecore.data.sources._names import is_data, is_labels, partner, subject, without_split
+from aecore.data.sources._names import array_format, is_data, is_labels, partner, stem_of, subject, without_split
 from aecore.errors import DataError
 from aecore.store import Files
 

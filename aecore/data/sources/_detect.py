@@ -4,16 +4,18 @@ A bucket is judged by the same rules as a folder. Its objects are listed page by
 """
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.artifact.documents import read_json
 from aecore.artifact.kinds import detect_artifact
 from aecore.data.format.record import IMAGE_EXTENSIONS
-from aecore.data.sources._arrayfile import array_format
-from aecore.data.sources._arrayshapes import Peek, hold_rows, peek
+from aecore.data.sources._names import array_format
 from aecore.data.sources._other_files import is_of_system
 from aecore.errors import ConfigError
 from aecore.store import Files, absolute_url, is_tar, open_files, open_store
+
+if TYPE_CHECKING:
+    from aecore.data.sources._arrayshapes import Peek
 
 DEFAULT = "folder"
 PEEKED = 16  # files whose headers are read
@@ -61,6 +63,8 @@ def detect_source(url: str, dataset: str = "") -> Detected:
 
 def _of_arrays(files: Files, names: list[str]) -> Detected:
     """Return the kind of a folder that holds arrays and no images."""
+    from aecore.data.sources._arrayshapes import hold_rows, peek  # most folders hold no arrays
+
     chosen = names[:: -(-len(names) // PEEKED)]
     peeks = [found for name in chosen if (found := peek(files, name)) is not None]
     extensions = tuple(sorted({name.rpartition(".")[2] for name in names}))
@@ -70,7 +74,7 @@ def _of_arrays(files: Files, names: list[str]) -> Detected:
     return Detected("arrays") if answer else Detected(DEFAULT, extensions)
 
 
-def _question(where: str, names: list[str], example: Peek, extensions: tuple[str, ...]) -> str:
+def _question(where: str, names: list[str], example: "Peek", extensions: tuple[str, ...]) -> str:
     return (
         f"{where} holds {len(names)} files of arrays such as {example.name}, of shape {example.shape}: each may be one sample, or each of "
         f"its {example.shape[0]} rows. Set source.kind=folder source.extensions=[{','.join(extensions)}] for one sample per file, or "

@@ -5,7 +5,6 @@ Listing reads every file that may have them, and a sample is decoded and written
 
 import contextlib
 import dataclasses
-import re
 import sys
 import threading
 from collections import OrderedDict, defaultdict
@@ -19,11 +18,11 @@ from aecore.data.format.pixels import OpenImage, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
+from aecore.data.sources._names import FRAME
 from aecore.errors import DataError, StoreError, counted, in_number
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
-_FRAME = re.compile(r"(.+)#([0-9]{9})", re.DOTALL)
 HELD_BYTES = 1 << 28
 _ALONE = frozenset({"bmp"})  # formats that hold one image
 
@@ -47,12 +46,6 @@ def with_frames(listing: Listing, read: Read) -> Listing:
         sizes=-(-found.sizes // counts[rows]),
         notes=(*found.notes, f"{note} (source.frames=all)"),
     )
-
-
-def file_of(source: str) -> str:
-    """Return the file of a sample that `with_frames` listed."""
-    match = _FRAME.fullmatch(source)
-    return source if match is None else match[1]
 
 
 class FrameReader:
@@ -80,12 +73,12 @@ class FrameReader:
             self._wanted, self._bytes = {}, 0
             self._kept.clear()
             for source in sources:
-                if (match := _FRAME.fullmatch(source)) is not None:
+                if (match := FRAME.fullmatch(source)) is not None:
                     self._wanted.setdefault(match[1], set()).add(int(match[2]))
 
     def __call__(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of a sample; BadSample if its frame cannot be decoded, or is too large to be."""
-        match = _FRAME.fullmatch(source)
+        match = FRAME.fullmatch(source)
         if match is None:
             return self._read(source)
         name, number = match[1], int(match[2])

@@ -20,8 +20,7 @@ import pyarrow.compute as pc
 
 from aecore.data.classes import in_order, quoted, spelled
 from aecore.data.sources import Listing, Unusable
-from aecore.data.sources._frames import file_of
-from aecore.data.sources._names import split_of_folder
+from aecore.data.sources._names import file_of, split_of_folder
 from aecore.errors import ConfigError, DataError
 from aecore.store import absolute_url, open_files, read_again
 

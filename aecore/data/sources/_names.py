@@ -1,4 +1,4 @@
-"""Guess from the names of external files their split and whether they hold images or labels; expand brace patterns."""
+"""Names of external files: their format, their split, whether they hold images or labels; brace patterns. No file is opened."""
 
 import itertools
 import re
@@ -18,7 +18,32 @@ _FORMAT = re.compile(r"idx\d|ubyte|npy|npz|gz")
 _WORD = re.compile(r"[^a-z0-9]+")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_IDX_ENDING = re.compile(r"(?:[-._]idx\d?)?(?:[-._]ubyte)?$", re.IGNORECASE)
+FRAME = re.compile(r"(.+)#([0-9]{9})", re.DOTALL)  # a sample that `_frames.with_frames` listed
 MAX_NAMES = 1_000_000  # of one pattern
+
+
+def array_format(name: str) -> str | None:
+    """Return npy, npz or idx if a file of this name is read, None if not."""
+    plain = name.removesuffix(".gz")
+    if plain.endswith((".npy", ".npz")):
+        return plain[-3:] if plain == name else None
+    last = plain.rpartition("/")[2].lower()
+    return "idx" if (last.endswith("-ubyte") and "idx" in last) or last.endswith(".idx") else None
+
+
+def stem_of(name: str) -> str:
+    """Return a file's name without its format's suffix: `mnist/train-images` of `mnist/train-images-idx3-ubyte.gz`."""
+    folder, slash, last = name.rpartition("/")
+    last = last.removesuffix(".gz")
+    last = _IDX_ENDING.sub("", last) if array_format(name) == "idx" else last[:-4]
+    return folder + slash + last
+
+
+def file_of(source: str) -> str:
+    """Return the file of a sample that `_frames.with_frames` listed."""
+    match = FRAME.fullmatch(source)
+    return source if match is None else match[1]
 
 
 def words(name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Files that are no samples: counted by what they are, with what to do with them."""
 
 from aecore.data.format.record import DATA_EXTENSIONS
-from aecore.data.sources._arrayfile import array_format
+from aecore.data.sources._names import array_format
 from aecore.data.sources._skipped import Skipped
 
 _CONVERT = "convert them to PNG, TIFF or JPEG (for example `magick NAME NAME.png`)"

@@ -39,7 +39,7 @@ UNREAD = "members that are not read"
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class TarReading:
     """How members become samples.
 
     Attributes
@@ -77,7 +77,7 @@ class TarSamples(NamedTuple):
     broken: BrokenTar | None
 
 
-def tar_samples(tar: TarFile, reading: Reading, skipped: Skipped) -> TarSamples:
+def tar_samples(tar: TarFile, reading: TarReading, skipped: Skipped) -> TarSamples:
     """Return the samples of a tar; what is no sample is counted in `skipped`. StoreError if it cannot be read."""
     entries, broken = list[Entry](), None
     try:
@@ -109,7 +109,7 @@ def data_extension(ext: str) -> str:
 class _Groups:
     """The members of a tar by part and key."""
 
-    def __init__(self, tar: TarFile, reading: Reading, skipped: Skipped) -> None:
+    def __init__(self, tar: TarFile, reading: TarReading, skipped: Skipped) -> None:
         self._tar, self._reading, self._skipped = tar, reading, skipped
         self._found: dict[tuple[int, str], dict[str, Member]] = {}
         self._bad: dict[tuple[int, str], Unusable] = {}  # by part and name: members that cannot be read, or come twice
@@ -209,7 +209,7 @@ class _Groups:
             yield TarSample(key, part, members, next(iter(members.values())), bad or _without_data(key, members, chosen, reading))
 
 
-def _chosen(members: Mapping[str, Member], reading: Reading) -> str | list[str]:
+def _chosen(members: Mapping[str, Member], reading: TarReading) -> str | list[str]:
     """Return the extension of the sample's image or array; those that could be it if there is not one."""
     if reading.member:
         return reading.member if reading.member in members else []
@@ -219,7 +219,7 @@ def _chosen(members: Mapping[str, Member], reading: Reading) -> str | list[str]:
     return found[0] if len(found) == 1 else found
 
 
-def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: Reading) -> Unusable:
+def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: TarReading) -> Unusable:
     """Return why a sample with none or several images has no data."""
     if found:
         why = f"sample {key!r} has the images {', '.join(found[:8])}: choose one with {reading.option}=<extension>"

@@ -16,11 +16,21 @@ from numpy.typing import NDArray
 
 from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
-from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_of
+from aecore.data.sources._arrayfile import Array, ArrayFile
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.sources._filter import filter_of, require_globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
-from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
+from aecore.data.sources._names import (
+    array_format,
+    begins_keys,
+    is_data,
+    is_labels,
+    partner,
+    split_of,
+    split_words,
+    stem_of,
+    without_split,
+)
 from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped
 from aecore.errors import DataError, counted, did_you_mean

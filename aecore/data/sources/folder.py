@@ -2,7 +2,7 @@
 
 Skipped and counted: hidden files and folders, files of other extensions, what the filters leave out, and symbolic links that leave the
 tree or lead to folders, unless `source.follow_links` is set. Everything else is listed by name and size; nothing is opened (but the
-first `.npz`, for the log).
+first `.npz`, for the log). What only frames or `.npz` files need is imported for them: it is a tenth of the start of `aepipe shard`.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,16 +26,17 @@ from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.data.sources._filter import chosen, filter_of, require_globs
-from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import found_in, is_expression, require_rule
 from aecore.data.sources._masks import mask_notes
-from aecore.data.sources._npz import left_out, only_array
 from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unseen, unseen_part
 from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import LinkedFolders, absolute_url, cannot_read, close_read, is_remote, leads_nowhere, open_files
+
+if TYPE_CHECKING:
+    from aecore.data.sources._frames import FrameReader
 
 FIRST_READ_BYTES, LARGE_READ_BYTES = 1 << 13, 1 << 16  # a large buffer costs as much as the rest of a small file
 LISTERS = 2  # threads
@@ -92,8 +93,7 @@ class FolderSource:
         self._extensions = frozenset(folder.extensions)
         self._group = folder.group
         self._bags = folder.group == "parent"
-        self._all_frames = folder.frames == "all"
-        self._frame = FrameReader(lambda source: self._file(source))
+        self._frames = self._frame_reader() if folder.frames == "all" else None
         self._follow = folder.follow_links
         self._limit = folder.limit
         self._filter = filter_of(folder)
@@ -136,8 +136,17 @@ class FolderSource:
         above = [name.rpartition("/")[0] for name in names]
         return self._framed(Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes))
 
+    def _frame_reader(self) -> "FrameReader":
+        from aecore.data.sources._frames import FrameReader
+
+        return FrameReader(lambda source: self._file(source))
+
     def _framed(self, listing: Listing) -> Listing:
-        return with_frames(listing, self._file) if self._all_frames else listing
+        if self._frames is None:
+            return listing
+        from aecore.data.sources._frames import with_frames
+
+        return with_frames(listing, self._file)
 
     def _found_groups(self, paths: list[str]) -> list[str] | None:
         return found_in("source.group", str(self._group), paths, paths) if is_expression(self._group) else None
@@ -157,7 +166,11 @@ class FolderSource:
             return []
         notes = [f"one sample per file: {counted(len(arrays), '.npy or .npz files')} (source.kind=arrays takes each row of them as one)"]
         first = next((path for path in arrays if _extension(path) == "npz"), None)
-        if first is not None and (known := left_out(self._prefix + first)) is not None:
+        if first is None:
+            return notes
+        from aecore.data.sources._npz import left_out
+
+        if (known := left_out(self._prefix + first)) is not None:
             others = shown_examples(known[1], len(known[1]))
             notes.append(f"of an .npz one array is the sample: of {first} that is {known[0]!r}, not {others}")
         return notes
@@ -174,16 +187,18 @@ class FolderSource:
         DataError
             Before all is read, if it has more than `MAX_MEMBER_BYTES`: it has grown since it was listed.
         """
-        return self._frame(source) if self._all_frames else self._file(source)
+        return self._file(source) if self._frames is None else self._frames(source)
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for these samples: of several frames of a file the file stays open between them."""
-        self._frame.expect(sources if self._all_frames else ())
+        if self._frames is not None:
+            self._frames.expect(sources)
         return self.read
 
     def bound_pixels(self, most: int) -> None:
         """Decode no frame of more pixels."""
-        self._frame.max_pixels = most
+        if self._frames is not None:
+            self._frames.max_pixels = most
 
     def _file(self, source: str) -> tuple[str, bytes]:
         path = self._prefix + source
@@ -213,7 +228,7 @@ class FolderSource:
 
     def file_root(self) -> Path | None:
         """Return the folder, if samples are the bytes of the files below it."""
-        return None if self._all_frames else self._root
+        return self._root if self._frames is None else None
 
     def _require_folder(self) -> None:
         if self._root.is_dir():
@@ -321,7 +336,7 @@ class BucketSource(FolderSource):
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
-        if self._all_frames:
+        if self._frames is not None:
             return super().prefetch(sources)
         read = self._files.prefetch(sources)
         return lambda source: _member(source, read(source))
@@ -348,7 +363,11 @@ class BucketSource(FolderSource):
 
 def _member(source: str, data: bytes) -> tuple[str, bytes]:
     ext = _extension(source)
-    return ("npy", only_array(data)) if ext == "npz" else (ext, data)
+    if ext != "npz":
+        return ext, data
+    from aecore.data.sources._npz import only_array
+
+    return "npy", only_array(data)
 
 
 def _is_a_file(url: str) -> str:

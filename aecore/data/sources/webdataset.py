@@ -30,7 +30,7 @@ from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
-from aecore.data.sources._tar_samples import ARCHIVED, Reading, TarSample, tar_samples
+from aecore.data.sources._tar_samples import ARCHIVED, TarReading, TarSample, tar_samples
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
@@ -122,7 +122,7 @@ class WebdatasetSource:
 
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
-        self._reading = Reading(shards.member, "source.member", shards.tars)
+        self._reading = TarReading(shards.member, "source.member", shards.tars)
         self._filter = filter_of(shards, "samples")
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None

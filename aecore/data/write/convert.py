@@ -21,12 +21,11 @@ from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.foreign import explained
 from aecore.data.format.image import ImageHeader, image_header, load_image
 from aecore.data.format.pixels import decode_image, image_file, white_level
-from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header, array_values
+from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, Header, array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 
-Header = ImageHeader | ArrayHeader
 Frames = Literal["first", "all", "refuse"]
 Pixels = NDArray[Any]  # any: every image has its own dtype
 JPEG_QUALITY = 95

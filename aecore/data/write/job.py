@@ -2,7 +2,7 @@
 
 List, compare with the dataset, plan, write the shards (anywhere: see `fanout`), publish the manifest. The process may die at any
 point before the manifest: the same command finds its claim again and continues. Nothing is overwritten; a sample that is stored
-already, in a shard or in quarantine, is never written again.
+already, in a shard or in quarantine, is never written again. Modules that only the adoption of tars needs are imported by it.
 """
 
 import dataclasses
@@ -11,21 +11,20 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
 from aecore.artifact.documents import read_json
-from aecore.artifact.fanout import Commit, FanOut, OnPart, collect, serial
+from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
 from aecore.data.format.index import read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.sources import Listing, Source, Unusable
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
-from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable, require_readable_by_offset
 from aecore.data.write.append import (
     SHOWN,
     listing_table,
@@ -117,6 +116,8 @@ def adopt_shards(
 
     Raises ConfigError for other sources and for shards.resize and shards.mode, DataError for tars that are compressed or damaged.
     """
+    from aecore.data.write.adopt import require_adoptable
+
     shards = shards or ShardSpec()
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, adopt=True)
@@ -152,7 +153,11 @@ class _Work:
 
     def plan(self, claim: int) -> DatasetPlan:
         """Return the plan of the new samples, its notes starting with the choice of `auto`."""
-        files = files_of(self.fresh.sources) if self.adopt else None
+        files: list[str] | None = None
+        if self.adopt:
+            from aecore.data.write.adopt import files_of
+
+            files = files_of(self.fresh.sources)
         plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source, files)
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
@@ -173,6 +178,8 @@ def _compare(
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
+        from aecore.data.write.adopt import require_readable_by_offset
+
         identity["adopted"] = {"by": "offset"}
         require_readable_by_offset(listing, opened)
     del opened  # a source may hold copies of files in the cache
@@ -259,7 +266,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     _warn_of_orphans(work, plan)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
-    make_worker = functools.partial(AdoptWorker if work.adopt else ShardWorker, store.url, work.source)
+    make_worker = functools.partial(_worker_type(work), store.url, work.source)
     try:
         with ThreadPoolExecutor(1, "listing") as background:  # only the manifest waits for it
             put: list[Future[FileRef]] = []
@@ -292,6 +299,14 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         logger.info("%s: %s", store.url, note)
     report_formats(store, parent, manifest)
     return manifest
+
+
+def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every source kind has its own spec class
+    if not work.adopt:
+        return ShardWorker
+    from aecore.data.write.adopt import AdoptWorker
+
+    return AdoptWorker
 
 
 def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> Iterator[str]:

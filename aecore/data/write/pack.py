@@ -22,9 +22,9 @@ from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.image import image_header
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
 from aecore.data.format.limits import exclusive_cumsum
+from aecore.data.format.record import Header
 from aecore.data.format.tar import BLOCK, MAX_MEMBER_BYTES, PAGE, Samples, TarPacker
 from aecore.data.sources import Source, bound_pixels, reader
-from aecore.data.write.convert import Header, prepare
 from aecore.data.write.fast_path import PlainFiles, plain_files
 from aecore.data.write.spec import ShardTask
 from aecore.errors import ConfigError
@@ -147,6 +147,8 @@ class ShardWriter:
 
     def _checked(self, first: int, last: int, read: Read) -> tuple[Samples, int]:
         """Return the good samples from position `first` on, up to `last` or until a chunk is full, and the next position."""
+        from aecore.data.write.convert import prepare  # and all decoders: plain images in files need none
+
         free = CHUNK_BYTES
         sources, shards = self.task.sources, self.task.shards
         keys, labels = self.task.keys, self.task.labels

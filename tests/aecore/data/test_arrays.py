@@ -17,7 +17,7 @@ from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import array_header, image_header
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources import Listing
-from aecore.data.sources._arrayfile import stem_of
+from aecore.data.sources._names import stem_of
 from aecore.data.sources._npz import left_out, only_array
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import FolderSpec

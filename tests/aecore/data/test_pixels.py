@@ -426,7 +426,7 @@ class TestFrames:
         assert len(order) == 120 and values == [place % 30 for place in order]
         if held > 300:
             assert sorted(reads) == sorted(files) and len(decoded) == 120, "each file is read once, each frame decoded once"
-            assert not source._frame._open, "a file is closed with its last frame"
+            assert not source._frames._open, "a file is closed with its last frame"
 
     def test_the_limit_of_pixels_is_that_of_the_knob_for_each_frame(self, tmp_path):
         out = io.BytesIO()

@@ -124,7 +124,7 @@ def test_files_of_operating_systems_are_no_samples_and_one_line_anywhere(s3: S3,
 def test_arrays_and_tars_of_operating_systems_are_left_out(tmp_path: Path) -> None:
     tree(tmp_path / "arrays", {"a.npy": npy(3, 4), "__MACOSX/a.npy": b"x"})
     found = ArraysSource(ArraysSpec(url=str(tmp_path / "arrays"))).listing()
-    assert len(found) == 3 and any("files of the operating system ('__MACOSX/a.npy')" in note for note in found.notes)
+    assert len(found) == 3 and any("file of the operating system ('__MACOSX/a.npy')" in note for note in found.notes)
     tree(tmp_path / "tars", {"0.tar": TAR, "__MACOSX/0.tar": b"x"})
     for url in (tmp_path / "tars", tmp_path / "tars/**/*.tar"):
         assert len(WebdatasetSource(WebdatasetSpec(url=str(url))).listing()) == 3  # TAR holds three
@@ -197,7 +197,7 @@ class TestFilters:
         s3.upload(tree(tmp_path / "in", {**files, "y_train.npy": labels}), "in")
         for url in (str(tmp_path / "in"), f"{s3.url}/in"):
             found = ArraysSource(ArraysSpec(url=url, include=("x_*",), exclude="old", min_size=200)).listing()
-            assert len(found) == 50 and any("files that source.exclude matches ('old/x_train.npy')" in note for note in found.notes)
+            assert len(found) == 50 and any("file that source.exclude matches ('old/x_train.npy')" in note for note in found.notes)
             assert found.label_names is not None and set(found.label_names) == {"", *map(str, range(30))}, "labels are no samples"
             few = ArraysSource(ArraysSpec(url=url, include="x_train.npy", exclude="old", limit=7)).listing()
             assert len(few) == 7 and len(set(few.label_names or ())) == 7

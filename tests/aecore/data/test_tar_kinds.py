@@ -32,7 +32,7 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import TarFile
-from aecore.data.sources._tar_samples import Reading, tar_samples
+from aecore.data.sources._tar_samples import TarReading, tar_samples
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
@@ -797,7 +797,7 @@ class TestAgainstOthers:
             members = ({**member, "__url__": "a.tar"} for member in tar_file_iterator(stream))
             theirs = {sample["__key__"]: {k: v for k, v in sample.items() if k[:2] != "__"} for sample in group_by_keys(members)}
         tar = TarFile(ExternalTars.at(str(path)).files, "a.tar")
-        samples, broken = tar_samples(tar, Reading(), Skipped())
+        samples, broken = tar_samples(tar, TarReading(), Skipped())
         ours = {sample.key: {ext: tar.read(member) for ext, member in sample.members.items()} for sample in samples}
         tar.close()
         assert (ours, broken) == (theirs, None)
