@@ -15,6 +15,8 @@ import pytest
 from aecore.errors import ConfigError
 from pipelines.cluster import session
 from pipelines.cluster.session import cluster_address, import_environment, local_paths
+from pipelines.doctor import _ray
+from pipelines.doctor._check import run_checks
 from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.shadows import folder_of_shadows, that_ran
 from tests.processes import AEPIPE, Started, run, started
@@ -94,7 +96,9 @@ def shard(out: Path, address: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_path: Path) -> None:
+def test_a_cluster_of_others_is_used_and_left_running_and_the_doctor_compares_it_with_what_the_recipe_asks_for(
+    other_cluster: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = other_cluster.says(0)
     refused = shard(tmp_path / "out", address)
     assert refused.returncode == 5, refused.stderr
@@ -106,7 +110,20 @@ def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_
     assert done.returncode == 0, done.stderr
     assert "connected to Ray" in done.stderr
     assert "3 shards" in done.stdout
+    doctor_compares(address, monkeypatch)
     assert other_cluster.order(2) == "alive"
+
+
+def doctor_compares(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    found = {finding.name: finding for finding in run_checks(_ray.ray_checks(ClusterSpec(num_workers=2)))}
+    assert {name: finding.state for name, finding in found.items()} == {"ray": "ok", "ray: resources": "ok"}, found
+    assert f"Ray {ray.__version__} at " in found["ray"].message
+    (_, short) = run_checks(_ray.ray_checks(ClusterSpec(num_workers=3000)))
+    assert (short.state, short.exit_code) == ("failed", 5)
+    assert "the recipe asks for 3000" in short.message
 
 
 def test_a_cluster_without_an_address_and_a_job_server_as_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
