@@ -5,6 +5,7 @@ With `-n 3 --dist loadgroup` (`make test` without arguments) all tests of a file
 """
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
     mark_quick(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays until the end: else it walks all modules and 7,000 tests in a third of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 class FilesOfServicesTogether(LoadGroupScheduling):

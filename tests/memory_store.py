@@ -119,7 +119,10 @@ class MemoryFiles:
     def __init__(self, url: str) -> None:
         self.url, self._store = url, MemoryStore(url)
 
-    def sizes(self) -> dict[str, int]:
+    def names(self) -> Iterator[str]:
+        yield from self._store.files
+
+    def sizes(self, *, hidden: bool = False) -> dict[str, int]:
         if not self._store.files:
             raise DataError(f"{self.url} holds no file: check the address")
         return {name: len(data) for name, (_, data) in sorted(self._store.files.items())}

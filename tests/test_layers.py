@@ -27,7 +27,8 @@ LEVEL = {"recipe": 1, "cluster": 2, "steps": 3, "doctor": 3, "flows": 4, "deploy
 COMMAND_LINE = {"cli"}  # what every `aepipe --help` loads
 ORCHESTRATION = {"ray", "prefect", "pydantic"}
 ONLY_IN = {"prefect": {"flows", "deploy"}, "ray": {"cluster"}, "pydantic": {"recipe"}}
-LAZY_IN_AECORE = {"s3fs", "fsspec", "botocore", "webdataset", "imagecodecs", "PIL", "pandas", "matplotlib", "sklearn", "scipy"}
+CODECS = {"imagecodecs", "simplejpeg", "PIL"}
+LAZY_IN_AECORE = {"s3fs", "fsspec", "botocore", "webdataset", "pandas", "matplotlib", "sklearn", "scipy"} | CODECS
 HEAVY = {"torch", "ray", "prefect", "pyarrow", "pandas", "webdataset", "s3fs", "fastapi"}
 
 

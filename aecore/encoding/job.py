@@ -26,7 +26,7 @@ from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import ShardRef
 from aecore.encoding.encoder import Encoder, EncodeSpec
 from aecore.encoding.worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
-from aecore.errors import ConfigError, RunFailed
+from aecore.errors import ConfigError, RunFailed, counted
 from aecore.registry import absent_values, as_recorded, to_dict
 from aecore.store import Store, absolute_url, canonical_json, open_store, sha256_json
 from aecore.table.manifest import STEM, TableManifest, TablePart, part_size, read_table_manifest
@@ -120,7 +120,9 @@ def encode_dataset(
         _require_descendant(store, plan.shards, plan.lineage["dataset"], there)
 
     commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
-    logger.info("table %s: generation %d, %d rows, %d quarantined", store.url, manifest.number, manifest.num_rows, manifest.quarantined)
+    logger.info(
+        "table %s: generation %d, %s, %d quarantined", store.url, manifest.number, counted(manifest.num_rows, "rows"), manifest.quarantined
+    )
     return manifest
 
 

@@ -33,7 +33,7 @@ from aecore.data.format.transform import preprocessing_sha256
 from aecore.data.manifest import ShardRef
 from aecore.data.read.loader import InputSpec, Loader, ShardBatch
 from aecore.encoding.encoder import Encoder, EncodeSpec
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, counted
 from aecore.nn import linear_path
 from aecore.store import Store, canonical_json, open_store
 from aecore.table.part import RefusedRow, commit_part, commit_quarantine, part_name, part_table, read_footer
@@ -167,7 +167,9 @@ class EncodeWorker:
         file, written_by, footer_sha256 = commit_part(self.store, part_name(shard.split, task.stem), table, compression=compression)
         detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}, "footer_sha256": footer_sha256}
         timings = {"encode_s": encode_s, "commit_s": time.perf_counter() - started}
-        logger.info("part %s: %d rows, %d quarantined, %.2f s", task.stem, len(rows), len(values.refused), sum(timings.values()))
+        logger.info(
+            "part %s: %s, %d quarantined, %.2f s", task.stem, counted(len(rows), "rows"), len(values.refused), sum(timings.values())
+        )
         files = (file,) if quarantine is None else (file, quarantine)
         record = write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))
         return _require_made_of(self.store, record, task, self.setup.checkpoint_sha256)  # another attempt may have been first

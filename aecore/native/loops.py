@@ -224,21 +224,22 @@ def decode_pngs(files: BytesColumn, pixels: Bytes, *, as_stored: bool = False) -
     return done.astype(np.bool_)
 
 
-def upright_jpegs(files: BytesColumn) -> NDArray[np.bool_]:
-    """Return which files are JPEGs that EXIF does not turn, as bools `[n]`; the others need another look (all, without compiled loops).
+def plain_jpegs(files: BytesColumn, height: int, width: int, channels: int) -> NDArray[np.uint8]:
+    """Return the frame marker (0xC0 baseline, 0xC2 progressive, ...) of each JPEG of 8 bits and this size that EXIF does not turn.
 
-    In Python the search for an EXIF block in each file takes less.
+    The others, which need another look, have 0: all of them, without compiled loops.
     """
-    found = np.zeros(len(files), np.bool_)
+    found = np.zeros(len(files), np.uint8)
     if native._library() is None:
         return found
     rows = np.flatnonzero(files.ends - files.begins >= 2)
     begins = files.begins[rows]
     rows = rows[(files.data[begins] == 0xFF) & (files.data[begins + 1] == 0xD8)]
     if len(rows):
-        facts = examine(BytesColumn(files.data, files.begins[rows], files.ends[rows]))
-        orientations = facts.view(np.uint8).reshape(-1, FACTS.itemsize)[:, 3] >> 4  # in the last byte of `detail`
-        found[rows] = (facts["kind"] == 2) & (orientations <= 1)
+        facts = examine(files.take(rows))
+        marker, bits, packed = facts.view(np.uint8).reshape(-1, FACTS.itemsize)[:, 1:4].T  # `detail`: the last byte has two numbers
+        plain = (facts["kind"] == 2) & (marker <= 0xC2) & (bits == 8) & (packed & 15 == channels) & (packed >> 4 <= 1)
+        found[rows] = np.where(plain & (facts["height"] == height) & (facts["width"] == width), marker, 0)
     return found
 
 

@@ -26,7 +26,7 @@ from aecore.store._base import (
     sha256_json,
 )
 from aecore.store._buckets import unchecked_bodies
-from aecore.store._cache import trim_cache
+from aecore.store._cache import cache_turn, trim_cache
 from aecore.store._cleanup import close_read
 from aecore.store._environment import check_environment, environment_value
 from aecore.store._links import LinkedFolders, leads_nowhere
@@ -64,6 +64,7 @@ __all__ = [
     "Store",
     "absolute_url",
     "ahead_s",
+    "cache_turn",
     "cannot_read",
     "canonical_json",
     "check_environment",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from aecore.errors import DataError, StoreError
 from aecore.store._environment import environment_value
@@ -142,8 +142,11 @@ class Files(Protocol):
     @property
     def room(self) -> int | None: ...
 
-    def sizes(self) -> dict[str, int]:
-        """Return name -> size in bytes of every file below the URL, sorted by name; DataError if there is none."""
+    def names(self) -> Iterator[str]:
+        """Yield the names of the files below the URL as they are listed, hidden ones left out; a bucket's page by page. None: no error."""
+
+    def sizes(self, *, hidden: bool = False) -> dict[str, int]:
+        """Return name -> size in bytes of every file below the URL, also `hidden` ones if asked, sorted; DataError if there is none."""
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; OSError if it cannot be read."""
@@ -156,6 +159,9 @@ class Files(Protocol):
 
     def open(self, name: str) -> int:
         """Return a descriptor of the file or of its local copy, which stays in the cache as long as it is open; OSError as `local`."""
+
+    def start(self, name: str) -> IO[bytes]:
+        """Return a file opened to read little of it, such as headers: of an object without a copy; OSError as `local`."""
 
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         """Yield these names in order; a remote store downloads copies of the next ones meanwhile, as far as half the cache holds them."""

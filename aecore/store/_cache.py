@@ -2,6 +2,7 @@
 
     $AECORE_CACHE (default ~/.cache/aecore)/<sha256>         a complete object; its mtime is the time of its last use
                                             <sha256>.part    a download in progress, locked by its process
+                                            turn-<number>    empty; locked by who holds objects open in turns (`ObjectCache.turn`)
 
 It holds at most `AECORE_CACHE_BYTES` (default 16 GiB): before a download the least recently used objects are evicted. An object that is
 open in any process stays (readers hold a shared lock), so only concurrent reads can exceed the bound. Everything in the folder can be
@@ -39,6 +40,7 @@ _OBJECT_NAME = re.compile(r"[0-9a-f]{64}(?:\.part)?")
 OTHER = "set AECORE_CACHE to a folder of your own"
 KEPT_S = 60.0  # an object whose path was returned may be opened this much later
 FETCHERS = 8
+MOST_TURNS = 64
 POLL_S = 0.01
 _exceeded = set[Path]()  # caches that this process trims when it ends
 _NOT_OPENED = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EACCES)  # a link, a socket, a device, a folder, a closed file
@@ -159,6 +161,27 @@ class ObjectCache:
             except BaseException:  # only the holder of the lock removes the part: it may be another process's download
                 discard(part)
                 raise
+        finally:
+            _release(descriptor)
+
+    @contextlib.contextmanager
+    def turn(self, num_bytes: int) -> Iterator[None]:
+        """Wait for the turn to hold open an object: as many turns at a time as objects of `num_bytes` fit, of all processes together."""
+        places = min(max(1, self.limit // max(1, num_bytes)), MOST_TURNS)
+        with _errors(root := self.root):
+            descriptor = None
+            while descriptor is None:
+                for place in range(places):
+                    opened = _opened(root / f"turn-{place}", os.O_RDWR | os.O_CREAT)
+                    if opened is not None and _try_lock(opened):
+                        descriptor = opened
+                        break
+                    if opened is not None:
+                        close_read(opened)
+                else:
+                    time.sleep(POLL_S)
+        try:
+            yield
         finally:
             _release(descriptor)
 
@@ -346,6 +369,13 @@ _fetchers = _Fetchers()
 def trim_cache() -> None:
     """Evict what the cache of this machine holds above its bound and nobody has open any more; never raises."""
     ObjectCache().trim()
+
+
+@contextlib.contextmanager
+def cache_turn(num_bytes: int) -> Iterator[None]:
+    """Wait for the turn to hold open objects of this machine's cache; see `ObjectCache.turn`."""
+    with ObjectCache().turn(num_bytes):
+        yield
 
 
 def cache_root() -> Path:

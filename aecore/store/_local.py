@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from aecore.errors import DataError, StoreError, disk_error
 from aecore.store._again import cannot_read, read_again, read_verified
@@ -239,14 +240,21 @@ class LocalFiles:
         self.root = root
         self.url = str(root)
 
-    def sizes(self, *, follow_links: bool = False) -> dict[str, int]:
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files, folder by folder; what cannot be listed is left out."""
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            prefix = folder[len(self.url) :].lstrip("/")
+            yield from (f"{prefix}/{name}".lstrip("/") for name in names if not name.startswith("."))
+
+    def sizes(self, *, hidden: bool = False, follow_links: bool = False) -> dict[str, int]:
         """Return name -> size of every file. With `follow_links` also below links to folders; DataError if they go round in a circle."""
         if not self.root.is_dir():
             raise DataError(f"{self.url} {'is a file' if self.root.exists() else 'does not exist'}: give a folder")
         found: dict[str, int] = {}
         for folder, folders, names in _walk_links(self.root) if follow_links else os.walk(self.root, onerror=_cannot_list):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))  # the first link that is wrong is always the same
-            for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))  # the first wrong link is always the same
+            for path in (Path(folder, name) for name in names if hidden or not name.startswith(".")):
                 try:
                     state = path.stat()
                 except OSError as error:
@@ -271,6 +279,9 @@ class LocalFiles:
 
     def open(self, name: str) -> int:
         return open_regular(self.local(name))
+
+    def start(self, name: str) -> IO[bytes]:
+        return os.fdopen(self.open(name), "rb")
 
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         return iter(names)

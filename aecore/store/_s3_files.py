@@ -5,12 +5,14 @@ signed: public buckets answer these. AWS_REQUEST_PAYER=requester pays for those 
 """
 
 import errno
+import io
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from aecore.errors import DataError
 from aecore.store._buckets import bucket
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 48  # files or pieces
 AHEAD, HELD = 8, 2  # whole objects
+PIECE_BYTES = 1 << 14  # of an object of which little is read
 
 
 class State(NamedTuple):
@@ -58,11 +61,20 @@ class S3Files(BucketPrefix):
             )
         return f"{self._prefix}/{name}" if self._prefix and name else self._prefix or name
 
-    def sizes(self) -> dict[str, int]:
-        prefix, found = f"{self._prefix}/" if self._prefix else "", dict[str, State]()
+    def _objects(self) -> Iterator[dict[str, State]]:
+        """Yield the objects by name, page by page, without the markers of folders."""
+        prefix = f"{self._prefix}/" if self._prefix else ""
         for page in self._pages(Prefix=prefix):
-            found |= {entry["Key"][len(prefix) :]: State(entry.get("ETag", ""), entry["Size"]) for entry in page.get("Contents", ())}
-        self._listed = {name: found[name] for name in sorted(found) if not name.endswith("/") and not _is_hidden(name) and name}
+            named = ((entry["Key"][len(prefix) :], State(entry.get("ETag", ""), entry["Size"])) for entry in page.get("Contents", ()))
+            yield {name: state for name, state in named if name and not name.endswith("/")}
+
+    def names(self) -> Iterator[str]:
+        for page in self._objects():
+            yield from (name for name in page if not _is_hidden(name))
+
+    def sizes(self, *, hidden: bool = False) -> dict[str, int]:
+        found = {name: state for page in self._objects() for name, state in page.items()}
+        self._listed = {name: found[name] for name in sorted(found) if hidden or not _is_hidden(name)}
         if not self._listed:
             if self._prefix and (head := self._head("")) is not None:
                 what = f"{self.url} is one object of {head['ContentLength']} bytes, expected a folder"
@@ -113,6 +125,9 @@ class S3Files(BucketPrefix):
         state = self._state(name)
         return f"{self._where(name)} {state.etag}", state.bytes, lambda to: self._download(name, to)
 
+    def start(self, name: str) -> IO[bytes]:
+        return io.BufferedReader(_Pieces(self, name, self._state(name)), PIECE_BYTES)
+
     def ahead(self, names: Sequence[str]) -> Iterator[str]:
         room = ObjectCache().limit // 2
         sizes, begun = dict[int, int](), deque[Future[None]]()
@@ -151,7 +166,7 @@ class S3Files(BucketPrefix):
 
         def submit(row: int) -> Future[bytes]:
             name, offset, size = places[row]
-            return self._client.submit(lambda filesystem: self._piece(filesystem, name, states[name].etag, offset, size))
+            return self._submit_piece(name, states[name], offset, size)
 
         expected = iter(range(len(places)))
         bodies = submit_ahead(submit, range(len(places)), IN_FLIGHT)
@@ -164,6 +179,13 @@ class S3Files(BucketPrefix):
             return self._result(body, places[row][0])
 
         return read
+
+    def piece(self, name: str, state: State, offset: int, size: int) -> bytes:
+        """Return some bytes of an object in this state."""
+        return self._result(self._submit_piece(name, state, offset, size), name)
+
+    def _submit_piece(self, name: str, state: State, offset: int, size: int) -> Future[bytes]:
+        return self._client.submit(lambda filesystem: self._piece(filesystem, name, state.etag, offset, size))
 
     async def _piece(self, filesystem: "S3FileSystem", name: str, etag: str, offset: int, size: int) -> bytes:
         """Return the bytes of a part of an object that is still the one with this ETag; no checksum covers them."""
@@ -189,6 +211,32 @@ class S3Files(BucketPrefix):
         if head is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", self._where(name))
         return State(head["ETag"], int(head["ContentLength"]))
+
+
+class _Pieces(io.RawIOBase):
+    """An object as a file: each read is a request for that part of it."""
+
+    def __init__(self, files: S3Files, name: str, state: State) -> None:
+        self._files, self._name, self._state, self._at = files, name, state, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._state.bytes}[whence]
+        if self._at < 0:
+            raise OSError(errno.EINVAL, "a seek before the file", self._name)
+        return self._at
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]  # of the buffers that `BufferedReader` passes
+        size = max(0, min(len(buffer), self._state.bytes - self._at))
+        data = self._files.piece(self._name, self._state, self._at, size)
+        buffer[:size] = data
+        self._at += size
+        return size
 
 
 def _close_all(descriptors: deque[int]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from aecore.training.optimizer import OptimSpec
 from aecore.training.preflight import require_batch_statistics, require_batches_in_memory
 
 TRAINING_COPIES = 4  # of the weights, in memory: themselves, their gradients, and the optimizer's two moments
+OF_SAMPLES = ("include", "exclude", "min_size", "limit", "bad_tars", "frames", "member")  # of a source: they say which samples there are
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
 
@@ -82,10 +84,18 @@ def _takes(kind: str, field: str) -> bool:
     return not isinstance(built, type) or not issubclass(built, Trainable) or field in built.train_inputs
 
 
-def require_streamable(train: TrainSpec, input: InputSpec) -> None:
-    """Raise ConfigError for settings that need an index where the tars have none."""
+def require_streamable(train: TrainSpec, input: InputSpec, source: Mapping[str, Any] = MappingProxyType({})) -> None:  # any: plain values
+    """Raise ConfigError for settings that need an index where the tars have none, and for options of `source` that say what a sample is."""
     if not input.streams:
         return
+    asked = [f"source.{name}" for name in OF_SAMPLES if source.get(name)]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)} would choose samples, and input.reader=webdataset reads every sample of data (its own options are "
+            "input.member and input.max_bad): choose tars by a pattern in data, or index the tars with these options and train on the "
+            "index, or leave them out",
+            hint=Hint("needs-index"),
+        )
     if not train.max_steps and (input.resampled or not input.epoch_samples):
         raise ConfigError(
             "input.reader=webdataset does not know how many samples there are: set train.max_steps"

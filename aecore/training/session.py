@@ -108,7 +108,9 @@ class Session:
         """Open what the job trains on and choose its loaders: nothing else depends on the kind of data."""
         job = self.job
         if job.input.streams:
-            stream = self._claimed_stream() or open_stream(job.data, job.train.split, job.input.member, pixels=job.transform.pixels)
+            stream = self._claimed_stream() or open_stream(
+                job.data, job.train.split, job.input.member, pixels=job.transform.pixels, max_pixels=job.input.max_pixels
+            )
             return stream, partial(_stream_loaders, stream)
         dataset = open_dataset(job.data, number=None if self.claim is None else self.claim["info"]["dataset_number"])
         return dataset, partial(_loaders, dataset)
@@ -126,7 +128,7 @@ class Session:
         known: tuple[tuple[Callable[[str], str], Literal[1, 2]], ...] = ((split_of, 2), (split_in_version_1, 1), (split_of, 1))
         for split_in_name, rules in known:
             with contextlib.suppress(DataError):
-                dataset = open_stream(job.data, split, job.input.member, split_in_name, rules, job.transform.pixels)
+                dataset = open_stream(job.data, split, job.input.member, split_in_name, rules, job.transform.pixels, job.input.max_pixels)
                 if dataset.training_key(split) == claimed:
                     return dataset
         return None

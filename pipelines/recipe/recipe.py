@@ -10,6 +10,7 @@ in sections, with the most similar known ones.
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import json
 import zoneinfo
@@ -264,10 +265,12 @@ def build_section(name: str, given: Any) -> Any:
         kind = values.setdefault("kind", DEFAULT_KINDS[name])
         if not isinstance(kind, str):
             raise ConfigError(f"{name}.kind is {kind!r} ({type(kind).__name__}), expected one of {', '.join(parts.kinds())}")
-        cls = section_type(name, kind)
-    else:
-        cls = section_type(name)
-    return build_spec(name, cls, values)
+        return build_spec(name, section_type(name, kind), values, functools.partial(_of_other_kinds, name, kind))
+    return build_spec(name, section_type(name), values)
+
+
+def _of_other_kinds(name: str, kind: str) -> dict[str, str]:
+    return {key: note.removeprefix(" (of ").removesuffix(")") for key, note in _fields(name, kind).items() if note}
 
 
 def _unknown(key: str, tree: Mapping[str, Any]) -> str:

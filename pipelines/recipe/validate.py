@@ -6,7 +6,7 @@ pydantic checks the types, strictly (the string "8" is not a number), and refuse
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import (
     Any,
@@ -30,14 +30,17 @@ class MissingKey(ConfigError):
     """A key without a default is not set."""
 
 
-def build_spec(section: str, cls: type, values: Mapping[str, Any]) -> Any:
-    """Return the spec `cls` of a section; MissingKey if the only problem is missing keys, ConfigError for any other."""
+def build_spec(section: str, cls: type, values: Mapping[str, Any], others: Callable[[], Mapping[str, str]] = dict) -> Any:
+    """Return the spec `cls` of a section; MissingKey if the only problem is missing keys, ConfigError for any other.
+
+    `others` returns which keys belong to other kinds of the section, and to which, for the error.
+    """
     try:
         return cls(**_types(cls).validate_json(json.dumps(values), strict=True))
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False)
         kind_of_error = MissingKey if all(problem["type"] == "missing" for problem in problems) else ConfigError
-        raise kind_of_error("\n".join(_message(section, cls, problem) for problem in _joined(cls, problems))) from None
+        raise kind_of_error("\n".join(_message(section, cls, problem, others) for problem in _joined(cls, problems))) from None
     except ConfigError as error:
         raise ConfigError(str(error).replace(f"{cls.__name__}.", f"{section}.")) from None
 
@@ -66,10 +69,13 @@ def _joined(cls: type, problems: Sequence[Any]) -> list[Any]:
     return list(joined.values())
 
 
-def _message(section: str, cls: type, problem: Any) -> str:
+def _message(section: str, cls: type, problem: Any, others: Callable[[], Mapping[str, str]]) -> str:
     path = ".".join([section, *map(str, problem["loc"])])
     fields = {field.name: field for field in dataclasses.fields(cls)}
     key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden" and (kinds := others().get(key)):
+        here = f"{section}.kind={fields['kind'].default}"
+        return f"unknown key {path!r} of {here}: it belongs to {kinds}; leave it out, or set that kind"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {path!r}{did_you_mean(path.removeprefix(f'{section}.'), fields, prefix=f'{section}.')}"
     if problem["type"] == "missing":

@@ -20,7 +20,8 @@ def stage(recipe: Recipe, name: str) -> Recipe:
     data = recipe.require("data") if recipe.tree.get("data") else f"{root}/dataset"
     made = {"dataset": data, "run": f"{root}/run", "table": f"{root}/table"}
     inputs = {key: made[kind] for key, kind in (("data", "dataset"), ("run", "run")) if key in step.addresses}
-    rest = {key: value for key, value in with_absolute_urls(recipe).items() if key not in ("data", "run")}
+    unread = {"data", "run"} | ({"source"} - {*step.sections})
+    rest = {key: value for key, value in with_absolute_urls(recipe).items() if key not in unread}
     return Recipe(rest | inputs | {"out": made[step.makes] if step.makes else root})
 
 

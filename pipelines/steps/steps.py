@@ -153,8 +153,9 @@ def train(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> 
 
 def train_job_of(recipe: Recipe) -> Any:
     """Return the `aecore.training.job.TrainJob` of a recipe."""
-    from aecore.training.job import TrainJob
+    from aecore.training.job import TrainJob, require_streamable
 
+    require_streamable(recipe.train, recipe.input, recipe.tree.get("source") or {})
     parts = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainJob) if field.name in SECTIONS}
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
 

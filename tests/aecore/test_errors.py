@@ -10,7 +10,7 @@ import pytest
 from aecore import errors
 from aecore.artifact.fanout import PartFailure, attempt, collect
 from aecore.data.format.decode import DecodeError
-from aecore.errors import AecoreError, Hint, InputError, RunFailed, from_json, to_json
+from aecore.errors import AecoreError, Hint, InputError, RunFailed, counted, from_json, to_json
 from aecore.store._s3_client import Answered
 from tests.test_layers import modules
 
@@ -99,3 +99,24 @@ def test_a_hint_of_another_version_is_read_as_far_as_it_is_known(hint: object, e
 def test_an_error_that_nobody_planned_is_a_failed_run() -> None:
     assert type(from_json(to_json(ZeroDivisionError("x")))) is RunFailed
     assert to_json(InputError("x")) == {"error": "InputError", "message": "x", "exit_code": 3}
+
+
+@pytest.mark.parametrize(
+    ("many", "one"),
+    [
+        ("tars", "tar"),
+        ("samples have no .cls, as others have", "sample has no .cls, as others have"),
+        ("files of the operating system", "file of the operating system"),
+        ("hidden files or folders", "hidden file or folder"),
+        ("symbolic links that lead to nothing", "symbolic link that leads to nothing"),
+        ("images in formats that are not read", "image in formats that are not read"),
+        ("members that are not read", "member that is not read"),
+        ("tables and texts, which are no samples", "table or text, which is no sample"),
+        ("samples that source.include does not match", "sample that source.include does not match"),
+        ("tars without end blocks, whose writer was not closed", "tar without end blocks, whose writer was not closed"),
+        (".npy or .npz files", ".npy or .npz file"),
+    ],
+)
+def test_a_message_about_one_thing_is_in_the_singular(many: str, one: str) -> None:
+    assert counted(1, many) == f"1 {one}"
+    assert (counted(0, many), counted(2, many)) == (f"0 {many}", f"2 {many}")

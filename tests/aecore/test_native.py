@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from aecore import native
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Reading
-from aecore.data.format.image import BadSample, ImageHeader, image_header
+from aecore.data.format.image import ImageHeader, image_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
@@ -260,9 +261,11 @@ def test_jpegs_that_exif_turns_are_told_from_others(orientation):
     exif[0x0112] = orientation
     out = io.BytesIO()
     Image.new("L", (8, 6)).save(out, "JPEG", exif=exif)
-    files = [out.getvalue(), encoded((8, 6), format="JPEG"), encoded((8, 6), format="PNG"), b"", b"\xff", b"\xff\xd8", out.getvalue()[:-2]]
-    found = loops.upright_jpegs(BytesColumn.from_bytes(files)).tolist()
-    assert found == [not 2 <= orientation <= 8, True, False, False, False, False, False]
+    files = [out.getvalue(), encoded((8, 6), format="JPEG"), encoded((8, 6), format="JPEG", progressive=True)]
+    others = [encoded((8, 6), format="PNG"), b"", b"\xff", b"\xff\xd8", out.getvalue()[:-2], encoded((8, 7), format="JPEG")]
+    others += [encoded((8, 6), "RGB", format="JPEG"), encoded((8, 6), "CMYK", format="JPEG")]
+    found = loops.plain_jpegs(BytesColumn.from_bytes(files + others), 6, 8, 1).tolist()
+    assert found == [0 if 2 <= orientation <= 8 else 0xC0, 0xC0, 0xC2, *[0] * len(others)]
 
 
 class TestImages:

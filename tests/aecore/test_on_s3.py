@@ -1,9 +1,11 @@
 """The whole chain in a bucket: the same bytes as in a folder, killed anywhere, cache bounded, first batch without a queue."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,8 @@ PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", ".tmp/")  # they ho
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """150 images in the splits train and test, one of them truncated."""
-    folder = image_folder(image_folder(tmp_path_factory.mktemp("images"), "train", range(120)), "test", range(120, 150))
+    """110 images in the splits train and test, one of them truncated."""
+    folder = image_folder(image_folder(tmp_path_factory.mktemp("images"), "train", range(85)), "test", range(85, 110))
     bad = sorted(folder.rglob("*.png"))[7]
     bad.write_bytes(bad.read_bytes()[:-20])
     return folder
@@ -73,7 +75,7 @@ def test_the_chain_in_a_bucket_gives_the_bytes_of_the_chain_in_a_folder(s3, imag
     assert losses(f"{s3.url}/out/run") == losses(local / "run")
     table, there = open_table(f"{s3.url}/out/table"), open_table(str(local / "table"))
     assert table.keys.equals(there.keys)
-    assert table.dataset().count_rows() == there.dataset().count_rows() == 149
+    assert table.dataset().count_rows() == there.dataset().count_rows() == 109
     rows = table.dataset()
     for copy in Path(os.environ["AECORE_CACHE"]).iterdir():
         copy.unlink()  # a full cache evicts what is not open: what is read is fetched again
@@ -82,7 +84,7 @@ def test_the_chain_in_a_bucket_gives_the_bytes_of_the_chain_in_a_folder(s3, imag
     first = next(batches)
     for copy in Path(os.environ["AECORE_CACHE"]).iterdir():
         copy.unlink()
-    assert first.num_rows + sum(batch.num_rows for batch in batches) == 149
+    assert first.num_rows + sum(batch.num_rows for batch in batches) == 109
     assert table.lineage(table.keys[5].as_py())["shard"] == there.lineage(there.keys[5].as_py())["shard"]
     assert not verify_dataset(open_dataset(f"{s3.url}/out/dataset"), read_data=True).problems
     verify_table(table, read_data=True, dataset_url=f"{s3.url}/out/dataset")
@@ -95,7 +97,7 @@ def test_an_append_in_a_bucket_writes_only_what_is_new(s3, images, tmp_path):
     before = s3.objects("dataset/")
     image_folder(folder, "train", range(200, 210))
     manifest = shard_dataset(source, out, SplitSpec(by="folders"), SHARDS)
-    assert manifest.number == 2 and manifest.num_samples() == 159
+    assert manifest.number == 2 and manifest.num_samples() == 119
     after = s3.objects("dataset/")
     assert {name: after[name] for name in before} == before
     assert [name for name in sorted(set(after) - set(before)) if name.endswith(".tar")] == ["shards/train-g000002-000000.tar"]
@@ -134,16 +136,15 @@ def flipped(data: bytes) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("change", [flipped, lambda data: bytes(len(data))], ids=["bit", "zeros"])
-def test_a_damaged_copy_on_this_machine_is_fetched_again_and_nobody_blames_the_bucket(s3, images, change):
+def test_a_damaged_copy_on_this_machine_is_fetched_again_and_nobody_blames_the_bucket(s3, images):
     chain(str(images), s3.url)
     dataset, table = open_dataset(f"{s3.url}/dataset"), open_table(f"{s3.url}/table")
     cache = Path(os.environ["AECORE_CACHE"])
     shard, part = dataset.manifest.shards[0], table.parts[0]
     expected = [sample.members for sample in dataset.reader(shard).iterate()], table.numpy("mu")
-    for sha256 in (shard.tar.sha256, part.file.sha256):
+    for sha256, change in itertools.product((shard.tar.sha256, part.file.sha256), (flipped, lambda data: bytes(len(data)))):
 
-        def damage(copy: Path = cache / sha256) -> None:
+        def damage(copy: Path = cache / sha256, change: Callable[[bytes], bytes] = change) -> None:
             data = copy.read_bytes()
             copy.unlink()  # who has it open keeps what it has
             copy.write_bytes(change(data))

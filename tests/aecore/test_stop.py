@@ -20,7 +20,7 @@ from tests.aecore.training import fit_on, losses, on_ranks, published_weights, s
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return sprites_dataset(tmp_path_factory.mktemp("stop") / "sprites", val=0.1)
+    return sprites_dataset(tmp_path_factory.mktemp("stop") / "sprites", num_samples=1536, val=0.1)
 
 
 def at_step(out: str | Path, step: int) -> Callable[[], bool]:
@@ -72,7 +72,7 @@ def patched_agreement(step: int) -> Callable[[metric_log.MetricLog], bool]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("options", [{"best": True, "keep": 1}, {"best": True, "every_steps": 30}, {"every_steps": 1000}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"best": True, "keep": 1}, {"best": True, "every_steps": 15}, {"every_steps": 1000}, {}], ids=str)
 def test_a_stop_at_an_epochs_end_leaves_the_validation_to_the_next_attempt(data, tmp_path, options, ranks):
     options = {"epochs": 3, "val_split": "val", **options}
     whole, job = (small_job(data, tmp_path / name, **options) for name in ("whole", "run"))
@@ -127,7 +127,7 @@ def test_all_ranks_stop_at_the_step_that_rank_0_chooses(data, tmp_path):
 
 def test_ranks_that_agree_often_write_no_more_parts(data, tmp_path, monkeypatch):
     monkeypatch.setattr(metric_log, "AGREE_S", 0.0)
-    fit_on(small_job(data, tmp_path / "run", max_steps=30, log_every_s=3600.0), 2)
+    fit_on(small_job(data, tmp_path / "run", max_steps=20, log_every_s=3600.0), 2)
     parts = [name for name in open_store(tmp_path / "run").list("metrics") if name.endswith(".jsonl")]
     assert len(parts) == 2, "that of the first step, and that of the end"
-    assert [row["step"] for row in losses(tmp_path / "run")] == list(range(1, 31))
+    assert [row["step"] for row in losses(tmp_path / "run")] == list(range(1, 21))

@@ -201,14 +201,14 @@ class TestFiles:
         assert pickle.loads(travelled).read("a") == b"1"
 
     def test_files_of_a_source_are_listed_and_read_ahead(self, s3):
-        for number in range(120):
+        for number in range(60):
             s3.raw.put_object(Bucket=s3.bucket, Key=f"in/c/{number:03d}.png", Body=b"%d" % number)
         s3.raw.put_object(Bucket=s3.bucket, Key="in/.hidden/x.png", Body=b"x")
         files = open_files(f"{s3.url}/in")
         sizes = files.sizes()
-        assert list(sizes) == [f"c/{number:03d}.png" for number in range(120)]
+        assert list(sizes) == [f"c/{number:03d}.png" for number in range(60)]
         read = files.prefetch(list(sizes))
-        assert [read(name) for name in sizes] == [b"%d" % number for number in range(120)]
+        assert [read(name) for name in sizes] == [b"%d" % number for number in range(60)]
         s3.raw.delete_object(Bucket=s3.bucket, Key="in/c/007.png")
         read, found = files.prefetch(list(sizes)), []
         for name in sizes:
@@ -216,7 +216,7 @@ class TestFiles:
                 found.append(read(name))
             except FileNotFoundError:
                 found.append(None)
-        assert found[7] is None and found[8] == b"8" and len(found) == 120
+        assert found[7] is None and found[8] == b"8" and len(found) == 60
         assert files.local("c/001.png").read_bytes() == b"1"
         with pytest.raises(DataError, match="no object"):
             open_files(f"{s3.url}/nothing").sizes()
@@ -239,8 +239,8 @@ class TestCommit:
         return s3_proxy.seen("^HEAD"), s3_proxy.seen("list-type=2")
 
     def test_a_listing_of_each_folder_replaces_a_request_for_each_file(self, bad_s3, s3_proxy, monkeypatch):
-        monkeypatch.setattr(place_module, "PAGE", 100)
-        names = [f"shards/train-{number:06d}.{kind}" for number in range(120) for kind in ("tar", "parquet")]
+        monkeypatch.setattr(place_module, "PAGE", 50)
+        names = [f"shards/train-{number:06d}.{kind}" for number in range(60) for kind in ("tar", "parquet")]
         first = self.files(bad_s3, [*names, "listings/000001.parquet", "quarantine/train-000007.parquet"])
         assert self.commit(bad_s3, s3_proxy, first) == (2, 3), "three pages of shards; the two folders of one file are not worth a listing"
         more = self.files(bad_s3, [name.replace("train-", "train-g000002-") for name in names[:20]])
@@ -413,6 +413,14 @@ class TestFaults:
         s3_proxy.add("PUT", "status", code="ConditionalRequestConflict", status=409)
         open_store(bad_s3.url).put("a", b"1", role="part")
         assert bad_s3.objects() == {"a": b"1"}
+
+
+def test_all_sessions_share_what_botocore_reads_of_the_services():
+    clients = [client_module.Client(None), client_module.Client(None, unsigned=True)]
+    first, second = (client._session()[1].session.get_component("data_loader") for client in clients)
+    assert first is second
+    for client in clients:
+        client.close()
 
 
 class TestMistakes:

@@ -33,9 +33,9 @@ from tests.processes import RUN_S, children, wait_until
 RankWork = Callable[..., Any]  # takes `rank`
 
 
-def sprites_dataset(folder: Path, *, val: float = 0.0, max_samples: int = 700) -> str:
-    """Shard the 3,072 default sprites (or reuse `folder`)."""
-    shard_dataset(SpritesSpec(), str(folder), SplitSpec(by="hash", val=val), ShardSpec(max_samples=max_samples))
+def sprites_dataset(folder: Path, *, num_samples: int = 0, val: float = 0.0, max_samples: int = 700) -> str:
+    """Shard the 3,072 default sprites, or this many of them (or reuse `folder`)."""
+    shard_dataset(SpritesSpec(num_samples=num_samples), str(folder), SplitSpec(by="hash", val=val), ShardSpec(max_samples=max_samples))
     return str(folder)
 
 

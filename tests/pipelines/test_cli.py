@@ -491,7 +491,7 @@ def test_without_a_terminal_progress_is_one_line_per_shard_and_epoch_on_standard
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(walk: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    long = [*TINY, "train.epochs=600", "checkpoint.every_steps=20"]
+    long = [*TINY, "train.epochs=150", "checkpoint.every_steps=20"]
     command = [*AEPIPE, "train", f"data={walk}/dataset", f"out={out}", *long]
     with started(command) as process:
         process.wait_for(lambda: list(out.glob("checkpoints/*/checkpoint.json")), "its first checkpoint")

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from pipelines.cli.main import main
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps.pipeline import stage
+from pipelines.steps.steps import train_job_of
 from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.pipelines.test_cli import HERE, printed
@@ -110,3 +113,30 @@ def test_what_a_stream_advises_about_bad_samples_is_accepted(tmp_path: Path, cap
     printed(capsys, *(places.get(word, word) for word in command[1].split()), "shards.mode=RGB", HERE)
     assert json.loads(printed(capsys, "show", str(tmp_path / "data"), "--json"))["samples"] == {"train": 39}
     printed(capsys, "train", f"data={tmp_path / 'data'}", f"out={tmp_path / 'indexed'}", *run, "train.epochs=1", "train.global_batch=16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["source.include=x"], "source.include would choose samples, and input.reader=webdataset reads every sample of data"),
+        (["source.limit=3", "source.exclude=y"], "source.exclude, source.limit would choose samples"),
+        (["source.kind=webdataset", "source.bad_tars=skip"], "source.bad_tars would choose samples"),
+        (
+            ["source.bad_tars=skip"],
+            "unknown key 'source.bad_tars' of source.kind=folder: it belongs to source.kind=webdataset; leave it out",
+        ),
+    ],
+)
+def test_what_a_stream_does_not_obey_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides, message) -> None:
+    write_tar(tmp_path / "in/a.tar", samples(0, 40))
+    options = ("input.reader=webdataset", "train.max_steps=2", "train.global_batch=16")
+    assert main(["train", f"data={tmp_path / 'in'}", f"out={tmp_path / 'run'}", *SMALL, *options, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and not (tmp_path / "run").exists()
+    assert "unknown" in error or "`aepipe adopt SRC DATASET` makes an index" in error
+
+
+def test_a_pipeline_applies_the_source_before_it_streams() -> None:
+    recipe = load_recipe(None, ["source.url=/in", "source.limit=3", "out=/out", "input.reader=webdataset", "train.max_steps=2"])
+    assert stage(recipe, "shard").tree["source"]["limit"] == 3
+    train_job_of(stage(recipe, "train"))

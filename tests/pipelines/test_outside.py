@@ -102,17 +102,17 @@ def test_an_address_that_no_file_system_knows_is_a_usage_error(url: str, said: s
 
 def test_closed_streams_and_readers_that_leave_change_no_exit_code() -> None:
     for line, code in (
-        ("{} list models | head -c 1; exit ${{PIPESTATUS[0]}}", 0),
-        ("{} list models > /dev/full", 4),
+        ("{} list recipes | head -c 1; exit ${{PIPESTATUS[0]}}", 0),
+        ("{} list recipes > /dev/full", 4),
         ("{} show /nowhere --json > /dev/full", 3),
-        ("{} list models >&-", 4),
-        ("{} list models --json >&-", 4),
+        ("{} list recipes >&-", 4),
+        ("{} list recipes --json >&-", 4),
         ("{} show /nowhere >&-", 3),
         ("{} --help >&-", 4),
         ("{} --help > /dev/full", 4),
         ("{} --version >&- <&-", 4),
         ("{} shard --no-such-option >&-", 2),
-        ("{} list models 2>&-", 0),
+        ("{} list recipes 2>&-", 0),
         ("{} show /nowhere 2>&-", 3),
         ("{} show /nowhere 2> /dev/full", 3),
     ):

@@ -1,9 +1,10 @@
 """Bytes of samples in, one preallocated array `[n, H, W, C]` out. Nothing here can execute what it reads.
 
-The first bytes of a member decide what it is: plain PNG and JPEG go straight to the chosen decoder, `.npy` arrays are read without
-objects, everything else goes through `pixels.decode_image`, which decides what can be read. The size in the header is compared with the
-expected one before any pixel is loaded. Both decoders give the same pixels for PNG; for JPEG they differ by a few levels, so the
-decoder's name and version belong to every artefact.
+The first bytes of a member decide what it is: plain PNG and JPEG go straight to a decoder (JPEG to simplejpeg, which gives the pixels of
+imagecodecs and raises where a file lacks data), `.npy` arrays are read without objects, everything else goes through
+`pixels.decode_image`, which decides what can be read. The size in the header is compared with the expected one before any pixel is
+loaded. Both decoders give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name and version belong to
+every artefact.
 
 Pixels: as they are meant (see `image`), 1-bit images 0 and 255, palettes RGB. Alpha is composed over the background where the expected
 format has no channel for it. What was written before `pixels=2` is read as it was: as stored, a colour key (PNG tRNS) dropped.
@@ -20,15 +21,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import composed
-from aecore.data.format.image import MAX_PIXEL_BYTES, BadSample, PixelsVersion, image_header
+from aecore.data.format.image import MAX_PIXEL_BYTES, PixelsVersion, image_header
+from aecore.data.format.jpeg import PROGRESSIVE, has_all_scans
 from aecore.data.format.pillow import READ_FORMATS
-from aecore.data.format.pixels import EXIF, JPEG_MAGIC, PNG_MAGIC, decode_image, white_level
+from aecore.data.format.pixels import JPEG_MAGIC, PNG_MAGIC, decode_image, white_level
 from aecore.data.format.record import ArrayHeader, NpyError, array_header, array_values, read_npy_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import ConfigError, DataError
 from aecore.native.bytes_column import BytesColumn
-from aecore.native.loops import decode_pngs, upright_jpegs
+from aecore.native.loops import decode_pngs, plain_jpegs
 from aecore.store import sha256_json
 
 DecoderName = Literal["imagecodecs", "pillow"]
@@ -63,55 +66,53 @@ class Decoder:
         self._reading = reading
         self._image = _import_decoder("pillow")
         self._codecs: Any = _import_decoder("imagecodecs") if reading.decoder == "imagecodecs" else None  # any: imagecodecs has no types
+        self._simplejpeg = importlib.import_module("simplejpeg")
         self._one = self._into if reading.pixels == 2 else self._into_1
         self._arrays: dict[bytes, ArrayHeader] = {}
         self._npy_headers: dict[bytes, int] = {}  # of `pixels=1`
         # decoders give [H, W] for one channel
         shape = sample_format.shape
-        plain = sample_format.image and sample_format.dtype == np.uint8 and shape[2:] in ((1,), (3,))
-        self._jpeg: Any = self._codecs.jpeg8_decode if plain and self._codecs is not None else None  # any: imagecodecs has no types
+        self._colours = {1: "GRAY", 3: "RGB"}.get(shape[-1] if sample_format.image else 0, "")  # of a JPEG that needs no change
         self._decoded = shape[:2] if sample_format.image and shape[2:] == (1,) else shape
 
     def batch(self, members: Sequence[bytes], on_bad: Callable[[DecodeError], None] | None = None) -> Pixels:
         """Return `[n, *shape]`. A bad sample raises DecodeError; with `on_bad` it is passed to that function and its row is undefined."""
         out = np.empty((len(members), *self.sample_format.shape), self.sample_format.dtype)
         targets = out.reshape(len(members), *self._decoded)
-        for row, is_upright in self._unusual(members, out):
+        for row, frame in self._unusual(members, out):
             try:
-                self._one(targets[row, ...], members[row], is_upright)  # `...`: a view also where a sample is one number
+                self._one(targets[row, ...], members[row], frame)  # `...`: a view also where a sample is one number
             except MemoryError:
                 raise
-            except BadSample as error:
-                bad = DecodeError(error.reason, error.message, row)
-                if on_bad is None:
-                    raise bad from error
-                on_bad(bad)
-            except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
-                bad = error if isinstance(error, DecodeError) else DecodeError("undecodable", f"{type(error).__name__}: {error}")
-                bad.row = row
+            except Exception as error:
+                why = BadSample.of(error)
+                bad = DecodeError(why.reason, why.message, row)
                 if on_bad is None:
                     raise bad from error
                 on_bad(bad)
         return out
 
-    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Iterable[tuple[int, bool]]:
-        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows, and whether they are upright JPEGs."""
+    def _unusual(self, members: Sequence[bytes], out: Pixels) -> Iterable[tuple[int, int]]:
+        """Decode small plain PNGs into their rows of `out`, all in one call; return the other rows, with `plain_jpegs` of them."""
         if self._codecs is None or not self.sample_format.image or out.dtype != np.uint8 or not len(members):
-            return zip(range(len(members)), itertools.repeat(False))
+            return zip(range(len(members)), itertools.repeat(0))
         found = members if isinstance(members, BytesColumn) else BytesColumn.from_bytes(members)
         rows = np.flatnonzero(~decode_pngs(found, out, as_stored=self._reading.pixels == 1))
-        return zip(rows.tolist(), upright_jpegs(BytesColumn(found.data, found.begins[rows], found.ends[rows])).tolist(), strict=True)
+        return zip(rows.tolist(), plain_jpegs(found.take(rows), *self.sample_format.shape).tolist(), strict=True)
 
-    def _into(self, target: Pixels, data: bytes, is_upright: bool) -> None:
-        if self._jpeg is not None and (is_upright or (data.startswith(JPEG_MAGIC) and EXIF not in data)):
+    def _into(self, target: Pixels, data: bytes, frame: int) -> None:
+        if frame and self._colours:
             try:
-                self._jpeg(data, out=target)  # compares header and `out` before it decodes (ValueError)
-            except Exception:  # other colours, another depth or size, or damaged: the complete decoder decides
+                self._simplejpeg.decode_jpeg(data, self._colours, buffer=target)
+            except ValueError:  # a warning: the complete decoder decides
                 target[...] = self._meant(data).reshape(target.shape)
+            else:
+                if frame == PROGRESSIVE and not has_all_scans(data):
+                    self._meant(data)
         elif data.startswith(NPY_MAGIC):
             target[...] = self._array(data)
         elif not self.sample_format.image:
-            raise DecodeError("format", "expected a .npy array, found other bytes")
+            raise BadSample("format", "expected a .npy array, found other bytes")
         elif not (data.startswith(PNG_MAGIC) and self._plain_png(target, data)):
             target[...] = self._meant(data).reshape(target.shape)
 
@@ -150,11 +151,11 @@ class Decoder:
             self._arrays[head] = header
         return array_values(data, header)
 
-    def _into_1(self, target: Pixels, data: bytes, _: bool) -> None:
+    def _into_1(self, target: Pixels, data: bytes, _: int) -> None:
         if data.startswith(NPY_MAGIC):
             pixels = self._npy(data)
         elif not self.sample_format.image:
-            raise DecodeError("format", "expected a .npy array, found other bytes")
+            raise BadSample("format", "expected a .npy array, found other bytes")
         elif self._codecs is None:
             pixels = self._pillow(data)
         elif data.startswith(PNG_MAGIC):
@@ -168,8 +169,8 @@ class Decoder:
             raise self._unexpected(f"shape {pixels.shape} and dtype {pixels.dtype}")
         target[...] = pixels
 
-    def _unexpected(self, found: str) -> DecodeError:
-        return DecodeError("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample_format.dtype}")
+    def _unexpected(self, found: str) -> BadSample:
+        return BadSample("shape", f"decoded to {found}, the index promises shape {self._decoded} and dtype {self.sample_format.dtype}")
 
     def _png(self, data: bytes) -> Pixels:
         width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
@@ -188,13 +189,13 @@ class Decoder:
             if (image.height, image.width) != self.sample_format.shape[:2]:
                 raise self._unexpected(f"{image.height}x{image.width} pixels")
             if image.format == "PNG" and data[24] == 16 and data[25] != 0:
-                raise DecodeError("format", "Pillow reads only 8 bits of a 16-bit colour PNG: use transform.decoder=imagecodecs")
+                raise BadSample("format", "Pillow reads only 8 bits of a 16-bit colour PNG: use transform.decoder=imagecodecs")
             if image.mode == "P":  # by way of RGBA: Pillow warns about RGB when the palette has alpha
                 return np.asarray(image.convert("RGBA"))[..., :3]
             if image.mode == "1":
                 return np.asarray(image).astype(np.uint8) * np.uint8(255)
             if image.mode in ("CMYK", "LAB", "YCbCr"):
-                raise DecodeError("unsupported", f"colours of mode {image.mode}, which only transform.pixels=2 reads")
+                raise BadSample("unsupported", f"colours of mode {image.mode}, which only transform.pixels=2 reads")
             return np.asarray(image)
 
     def _npy(self, data: bytes) -> Pixels:
@@ -204,7 +205,7 @@ class Decoder:
             try:
                 dtype, shape, fortran, start = read_npy_header(io.BytesIO(data), versions=("1.0",))
             except NpyError as error:
-                raise DecodeError("format", f"{error}: only files of version 1.0 are read") from error
+                raise BadSample("format", f"{error}: only files of version 1.0 are read") from error
             if shape != self.sample_format.shape or fortran or dtype != self.sample_format.dtype:
                 raise self._unexpected(f"an array of shape {shape}, dtype {dtype}, {'Fortran' if fortran else 'C'} order")
             self._npy_headers[header] = start

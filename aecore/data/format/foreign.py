@@ -2,7 +2,7 @@
 
 import re
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<!--.{0,500}?-->\s*)?<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.jpeg import EOI, FRAMES, SEGMENTS_1, SOI, SOS, jpeg_segments
 from aecore.data.format.orientation import UPRIGHT, turned_size
 from aecore.data.format.pillow import PILLOW_FORMATS, open_unbounded
 from aecore.native.loops import exif_orientation
@@ -41,18 +43,6 @@ _CHANNELS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "CMYK": 4, "RGBA": 4, "PA"
 _chunk_head = struct.Struct(">I4s").unpack_from
 _chunk_crc = struct.Struct(">I").unpack_from
 _headers_seen: dict[bytes, "ImageHeader"] = {}  # first 33 bytes of a PNG -> its header: datasets repeat them
-
-
-class BadSample(Exception):
-    """One sample that cannot be used; it goes to the quarantine with a short `reason` and a readable `message`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
-        self.reason = reason
-        self.message = message
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,36 +178,29 @@ def _png_start(data: bytes) -> ImageHeader:
 
 
 def _jpeg_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
-    """Walk the segments up to the scan, as libjpeg does: stray bytes before a marker and a missing EOI are left to a full decode."""
-    position, size, frame, doubtful = 2, len(data), b"", False
-    orientation, frames = 0, 1
-    while True:
-        at = _marker(data, position)
-        doubtful = doubtful or at != position
-        if at + 4 > size:
-            raise BadSample("truncated", f"JPEG ends at byte {size} before its pixels")
-        marker, length = data[at + 1], (data[at + 2] << 8) | data[at + 3]
-        if marker == 0xFF:  # fill byte before a marker
-            position = at + 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # without a length: they do not belong here, and decoders go on
-            position, doubtful = at + 2, True
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+    """Read the segments up to the scan, as libjpeg does: stray bytes before a marker and a missing EOI are left to a full decode."""
+    frame, doubtful, orientation, frames, end = b"", False, 0, 1, 2
+    for marker, at, size in jpeg_segments(data):
+        doubtful = doubtful or (at != end and not _is_fill(data, end, at))
+        end = at + size
+        if marker in FRAMES:
             if frame:
                 raise BadSample("format", f"JPEG with a second frame header at byte {at}")
             frame = data[at : at + 10]
-        elif marker == 0xDA:
-            if at + 2 + length > size:
-                raise BadSample("truncated", f"JPEG ends at byte {size} before its pixels")
+        elif marker == SOS:
             break
-        elif marker in (0xD8, 0xD9) or length < 2:
+        elif marker == EOI:
+            raise BadSample("truncated", f"JPEG ends at byte {end} before its pixels")
+        elif marker == SOI or size < 4:
             raise BadSample("format", f"JPEG marker {marker:#x} at byte {at} does not belong there")
         elif marker == 0xE1 and not orientation and data.startswith(b"Exif\0\0", at + 4):
-            orientation = exif_orientation(data[at + 10 : at + 2 + length])
+            orientation = exif_orientation(data[at + 10 : end])
         elif marker == 0xE2 and data.startswith(b"MPF\0", at + 4):
             frames = _pillow_frames(data, ext)
-        position = at + 2 + length
+    else:
+        end = len(data) + 1
+    if end > len(data):
+        raise BadSample("truncated", f"JPEG ends at byte {len(data)} before its pixels")
     if not frame:
         raise BadSample("format", "JPEG without a frame header (SOF) before its pixels")
     width, height, mode = _jpeg_frame(frame)
@@ -230,13 +213,9 @@ def _jpeg_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
     return _shared(width, height, mode, ext)
 
 
-def _marker(data: bytes, position: int) -> int:
-    """Return the position of the next marker from here on (of its 0xFF), or the end."""
-    while position + 1 < len(data) and (data[position] != 0xFF or data[position + 1] == 0):
-        position = data.find(b"\xff", position + 1)
-        if position < 0:
-            return len(data)
-    return position
+def _is_fill(data: bytes, start: int, stop: int) -> bool:
+    """Return whether the bytes between two segments are fill bytes, which the format allows before a marker."""
+    return not data[start:stop].strip(b"\xff")
 
 
 def _jpeg_frame(frame: bytes) -> tuple[int, int, str]:
@@ -253,19 +232,13 @@ def _jpeg_frame(frame: bytes) -> tuple[int, int, str]:
 
 def _jpeg_header_1(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
     """Return the header as `pixels=1` reads it: baseline to progressive of 8 bits, as stored, with an EOI."""
-    position, size, header = 2, len(data), None
-    while True:
-        if position + 4 > size:
-            raise BadSample("truncated", f"JPEG ends at byte {size} before its pixels")
-        if data[position] != 0xFF:
-            raise BadSample("format", f"JPEG has no marker at byte {position}")
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte before a marker
-            position += 1
-            continue
-        length = (data[position + 2] << 8) | data[position + 3]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = data[position : position + 10]
+    header, end = None, 2
+    for marker, at, size in jpeg_segments(data, SEGMENTS_1):
+        if at != end and not _is_fill(data, end, at):
+            raise BadSample("format", f"JPEG has no marker at byte {end}")
+        end = at + size
+        if marker in FRAMES:
+            frame = data[at : at + 10]
             if len(frame) == 10 and (marker > 0xC2 or frame[4] != 8):
                 raise BadSample(
                     "unsupported",
@@ -275,25 +248,25 @@ def _jpeg_header_1(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
             width, height, mode = _jpeg_frame(frame)
             require_size(width, height, max_pixels)
             header = _shared(width, height, mode, ext)
-        elif marker == 0xDA:
+        elif marker == SOS:
             break
-        elif marker in (0xD8, 0xD9) or length < 2:
-            raise BadSample("format", f"JPEG marker {marker:#x} at byte {position} does not belong there")
-        position += 2 + length
+        elif marker == EOI:
+            raise BadSample("truncated", f"JPEG ends at byte {end} before its pixels")
+        elif marker == SOI or size < 4:
+            raise BadSample("format", f"JPEG marker {marker:#x} at byte {at} does not belong there")
+    else:
+        raise BadSample("truncated", f"JPEG ends at byte {len(data)} before its pixels")
     if header is None:
         raise BadSample("format", "JPEG without a frame header (SOF) before its pixels")
-    if not data.endswith(b"\xff\xd9") and data.rfind(b"\xff\xd9", position) < 0:
-        raise BadSample("truncated", f"JPEG of {size} bytes has no end marker (EOI)")
+    if not data.endswith(b"\xff\xd9") and data.rfind(b"\xff\xd9", at) < 0:
+        raise BadSample("truncated", f"JPEG of {len(data)} bytes has no end marker (EOI)")
     return header
 
 
 def _tiff_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
-    from aecore.data.format.tiff import TiffError, tiff_facts  # imported late: most datasets have no TIFF
+    from aecore.data.format.tiff import tiff_facts  # imported late: most datasets have no TIFF
 
-    try:
-        width, height, mode, channels, frames, pixel_bytes = tiff_facts(data)
-    except TiffError as error:
-        raise BadSample(error.reason, error.message) from error
+    width, height, mode, channels, frames, pixel_bytes = tiff_facts(data)
     require_size(width, height, max_pixels, pixel_bytes)
     return ImageHeader(width, height, mode, ext, channels=channels, frames=frames)
 

@@ -1,7 +1,14 @@
-"""The segments of a JPEG, and whether its scans are whole. The decoding is imagecodecs' (libjpeg-turbo); no codec is here."""
+"""The segments of a JPEG, and whether its scans are whole. libjpeg-turbo decodes (simplejpeg, imagecodecs); no codec is here.
 
+libjpeg fills what a scan lacks with grey and goes on with a warning. simplejpeg raises for warnings, which costs nothing: what it decodes
+comes from data that the file holds, and none are left over (`clean_pixels`). Warnings are also given for stray bytes that lose nothing:
+where there is one, `is_whole_jpeg` tells, which takes several decodes.
+"""
+
+import functools
 import itertools
 import re
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +21,63 @@ _REST = 64  # bytes
 _RESTARTS = tuple(bytes([0xFF, 0xD0 + number]) for number in range(8))
 _FREE_BYTES = 1 << 18  # that may be added to the smallest files
 _MARKER = re.compile(rb"(?<!\xff)\xff++[^\x00\xff]", re.DOTALL)  # with the fill bytes before it, of which each is looked at once
-_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # a marker that has a length, or EOI
+_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)  # a marker that has a length, SOI or EOI
+SEGMENTS_1 = re.compile(rb"\xff[^\xff]", re.DOTALL)  # as `pixels=1` reads headers: every marker has a length
+_UNUSUAL = frozenset({*range(0xC0), *range(0xD0, 0xDA), 0xFF})  # markers that are no segment, or may be none
+_segment_head = struct.Struct(">BBH").unpack_from
+SOI, EOI, SOS, PROGRESSIVE = 0xD8, 0xD9, 0xDA, 0xC2
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
+_COLOURS = {b"\1": "GRAY", b"\3": "RGB", b"\4": "CMYK"}  # of simplejpeg, by components
+_EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
+
+
+def jpeg_segments(data: bytes, markers: re.Pattern[bytes] = _SEGMENT) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, position of its 0xFF, bytes) of the segments of a JPEG after its SOI, up to the EOI that ends its first picture.
+
+    As libjpeg finds them: what is between segments is passed over, that is fill bytes, stray bytes, markers without a length and the data
+    of scans. The bytes of a segment are those of marker, length and what the length counts; a file that is cut off may not hold them all.
+    An EOI before the first scan ends nothing. `markers` are those of segments.
+    """
+    position, scanned, size = 2, False, len(data)
+    while True:
+        if position + 4 <= size:
+            start, marker, length = _segment_head(data, position)
+        if position + 4 > size or start != 0xFF or marker in _UNUSUAL:
+            found = markers.search(data, position)
+            if found is None:
+                return
+            position = found.start()
+            marker = data[position + 1]
+            if marker in (SOI, EOI):
+                length = 0
+            elif position + 4 > size:
+                return
+            else:
+                length = data[position + 2] << 8 | data[position + 3]
+        yield marker, position, length + 2
+        position += length + 2
+        if marker == SOS:
+            scanned = True
+        elif marker == EOI and scanned:
+            return
+
+
+def clean_pixels(data: bytes, *, eighth: bool = False) -> NDArray[np.uint8] | None:
+    """Return the stored pixels `[H, W, C]` of a JPEG of 8 bits in which nothing is missing or left over; None if that is in doubt.
+
+    `eighth` decodes to an eighth of the size, for the check alone.
+    """
+    import simplejpeg
+
+    at = _frame(data)
+    colours = _COLOURS.get(data[at + 9 : at + 10])
+    if colours is None:
+        return None
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, **(_EIGHTH if eighth else {}))
+    except ValueError:  # a warning of libjpeg, or what only other decoders read
+        return None
+    return None if data[at + 1] == PROGRESSIVE and not has_all_scans(data) else pixels
 
 
 def is_whole_jpeg(data: bytes) -> bool:
@@ -26,32 +89,33 @@ def is_whole_jpeg(data: bytes) -> bool:
     """
     import imagecodecs
 
-    scans = [(at, length) for at, marker, length in jpeg_segments(data) if marker == 0xDA]
-    start = scans[0][0] + 2 + scans[0][1]
-    if start > len(data):
+    scans = [at + size for marker, at, size in jpeg_segments(data) if marker == SOS]  # where the data of each begin
+    if scans[0] > len(data):
         return False
-    end = _end_of_picture(data)
+    end = next((at + size for marker, at, size in jpeg_segments(data) if marker == EOI and at >= scans[0]), None)
     data = data + b"\xff\xd9" if end is None else data[:end]  # what follows is no part of this picture
     pixels = imagecodecs.jpeg8_decode(data)
     for filler in _FILLERS if len(data) < _SMALL_BYTES else _FILLERS[:2]:
-        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(_filled(data, start, filler))):
+        if not np.array_equal(pixels, imagecodecs.jpeg8_decode(_filled(data, scans[0], filler))):
             return False
-    return _is_complete(data, scans) and not _has_rest(data, scans[-1], pixels)
+    return has_all_scans(data) and not _has_rest(data, scans[-1], pixels)
 
 
-def _has_rest(data: bytes, scan: tuple[int, int], pixels: NDArray[np.uint8]) -> bool:
-    """Return whether a scan holds data after its last block: its bytes were changed, so that blocks in between are lost.
+def _has_rest(data: bytes, start: int, pixels: NDArray[np.uint8]) -> bool:
+    """Return whether the scan whose data begin at `start` holds some after its last block: others are lost, since bytes were changed.
 
     Padding of one value and fewer than `_REST` stray bytes lose nothing.
     """
     import imagecodecs
 
-    start = scan[0] + 2 + scan[1]
-    end = next((at.start() for at in _MARKER.finditer(data, start) if not 0xD0 <= at[0][-1] <= 0xD7), len(data))
+    end = next((at for _, at, _ in jpeg_segments(data) if at >= start), len(data))
     end = start + len(data[start:end].rstrip(b"\0").rstrip(b"\xff"))
-    if end - _REST <= start:
+    first = end - _REST
+    while first > start and data[first - 1] == 0xFF:  # it would make a marker of the first byte that is changed
+        first -= 1
+    if first <= start:
         return False
-    changed = (data[: end - _REST] + filler[:_REST] + data[end:] for filler in _FILLERS[:2])
+    changed = (data[:first] + filler[: end - first] + data[end:] for filler in _FILLERS[:2])
     return all(np.array_equal(pixels, imagecodecs.jpeg8_decode(other)) for other in changed)
 
 
@@ -60,7 +124,7 @@ def _filled(data: bytes, start: int, filler: bytes) -> bytes:
 
     At the end of a scan these are also all restart intervals that may be missing.
     """
-    scans = sum(marker == 0xDA for _, marker, _ in jpeg_segments(data))
+    scans = sum(marker == SOS for marker, _, _ in jpeg_segments(data))
     width, height = jpeg_size(data)
     most = min(scans * (3 * -(-width // 8) * -(-height // 8) + 16), (len(data) + _FREE_BYTES) // 4)  # markers: others are stray bytes
     restarts = sum(map(data[start:].count, _RESTARTS))
@@ -78,64 +142,44 @@ def _filled(data: bytes, start: int, filler: bytes) -> bytes:
     return data[:start] + _MARKER.sub(before, data[start:], count=most)
 
 
-def _end_of_picture(data: bytes) -> int | None:
-    """Return where the first picture of a JPEG ends, after its EOI; None if it has none."""
-    after = 0
-    for at, _, length in jpeg_segments(data):
-        after = at + 2 + length
-    found = _SEGMENT.search(data, after)
-    return None if found is None or data[found.end() - 1] != 0xD9 else found.end()
-
-
-def _is_complete(data: bytes, scans: list[tuple[int, int]]) -> bool:
+def has_all_scans(data: bytes) -> bool:
     """Return whether the scans of a JPEG give all bits of all coefficients: those of a sequential one always do."""
-    frame = next((at for at, marker, _ in jpeg_segments(data) if marker == 0xC2), None)
-    if frame is None:
-        return True
-    components = [data[frame + 10 + 3 * number] for number in range(data[frame + 9])]
-    missing = {component: [1] * 64 for component in components}  # bits that a coefficient still lacks; 1: has not been seen
-    for at, _ in scans:
-        count = data[at + 4]
-        first, last, low = data[at + 5 + 2 * count], data[at + 6 + 2 * count], data[at + 7 + 2 * count] & 15
-        for number in range(count):
-            if (component := data[at + 5 + 2 * number]) in missing:
+    frame, scans = b"", list[bytes]()
+    for marker, at, size in jpeg_segments(data):
+        if marker == PROGRESSIVE:
+            frame = data[at : at + size]
+        elif marker == SOS:
+            scans.append(data[at + 4 : at + size])
+    return not frame or _give_all(frame, tuple(scans))
+
+
+@functools.lru_cache(256)  # encoders have few ways to divide a picture into scans
+def _give_all(frame: bytes, scans: tuple[bytes, ...]) -> bool:
+    missing = {frame[place]: [1] * 64 for place in range(10, 10 + 3 * frame[9], 3)}  # bits of a coefficient; 1: has not been seen
+    for scan in scans:
+        first, last, low = scan[-3], scan[-2], scan[-1] & 15
+        for component in scan[1:-3:2]:
+            if component in missing:
                 missing[component][first : last + 1] = [low] * (last + 1 - first)
     return not any(map(any, missing.values()))
-
-
-def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield position, marker and length of the segments of a JPEG, up to the end of its first picture."""
-    position, scanned = 2, False
-    while (found := _SEGMENT.search(data, position)) is not None and found.end() + 2 <= len(data):
-        at, marker = found.start(), data[found.start() + 1]
-        if marker == 0xD9 and scanned:
-            return
-        if marker == 0xD9:
-            position = at + 2
-            continue
-        length = (data[at + 2] << 8) | data[at + 3]
-        yield at, marker, length
-        scanned = scanned or marker == 0xDA
-        position = at + 2 + length
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
     """Return width and height that the frame header of a JPEG says, 0 if there is none."""
     at = _frame(data)
-    return (0, 0) if at is None else (int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
+    return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
 
 
 def jpeg_precision(data: bytes) -> int:
     """Return the bits of a sample that the frame header of a JPEG says, 8 if there is none."""
-    at = _frame(data)
-    return 8 if at is None else data[at + 4]
+    return int.from_bytes(data[(at := _frame(data)) + 4 : at + 5], "big") or 8
 
 
-def _frame(data: bytes) -> int | None:
-    """Return where the frame header of a JPEG is (its 0xFF), None if there is none before the first scan."""
-    for at, marker, _ in jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+def _frame(data: bytes) -> int:
+    """Return where the frame header of a JPEG is (its 0xFF), the end of the file if there is none before the first scan."""
+    for marker, at, _ in jpeg_segments(data):
+        if marker in FRAMES:
             return at
-        if marker == 0xDA:
+        if marker == SOS:
             break
-    return None
+    return len(data)

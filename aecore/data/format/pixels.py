@@ -1,7 +1,8 @@
 """The pixels of one image of any format that is read, as they are meant (`pixels=2`): the one decoder that decides what is readable.
 
 Sharding, `shards.check=decode`, training and encoding all end here for whatever is not plain, and for what a faster decoder refuses.
-imagecodecs decodes PNG and JPEG, tifffile TIFF, Pillow the rest (and plain JPEG for `transform.decoder=pillow`).
+imagecodecs decodes PNG, libjpeg-turbo JPEG (by simplejpeg, else imagecodecs: the same pixels), tifffile TIFF, Pillow the rest (and plain
+JPEG for `transform.decoder=pillow`). A JPEG that lacks a part of its pixels is refused, whoever decodes it.
 """
 
 import io
@@ -11,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
-from aecore.data.format.image import TIFF_STARTS, BadSample, opened_orientation, require_size
-from aecore.data.format.jpeg import jpeg_precision, jpeg_segments
+from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
+from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_precision, jpeg_segments, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
 from aecore.native.loops import exif_orientation
@@ -21,6 +23,8 @@ from aecore.native.loops import exif_orientation
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 EXIF = b"Exif\0\0"
+_MOST_WHOLE = 1 << 17
+_whole_seen: set[int] = set()  # hashes of JPEGs that took several decodes to tell that they are whole: training reads them again
 
 
 class Picture(NamedTuple):
@@ -50,6 +54,7 @@ class OpenImage:
         self._data = data
         self._tiff: Any = None  # any: TiffImages, imported late
         self._image: Any = None  # any: PIL.Image.Image
+        self._next = 0  # the first frame that was not decoded on the way to the last one
         if data.startswith(TIFF_STARTS):
             from aecore.data.format.tiff import TiffImages
 
@@ -61,12 +66,19 @@ class OpenImage:
         """Close the file."""
         (self._image if self._tiff is None else self._tiff).close()
 
+    def passed(self, number: int) -> range:
+        """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
+        if self._tiff is not None:
+            return range(0)
+        return range(self._next if number >= self._image.tell() else 0, number)
+
     def frame(self, number: int, max_pixels: int) -> Picture:
         """Return one image; BadSample before it is decoded if it is too large (see `require_size`), else as `decode_image`."""
         if self._tiff is not None:
             width, height, pixel_bytes = self._tiff.size(number)
             require_size(width, height, max_pixels, pixel_bytes)
             return Picture(*self._tiff.pixels(number))
+        self._next = number + 1
         require_size(self._image.width, self._image.height, max_pixels)
         if number == 0 and self._data.startswith((PNG_MAGIC, JPEG_MAGIC)):
             return decode_image(self._data)
@@ -140,19 +152,37 @@ def _png_orientation(data: bytes, found: int) -> int:
 
 def _jpeg(data: bytes, decoder: str) -> Picture:
     pixels = _pillow_jpeg(data) if decoder == "pillow" else None
+    clean = clean_pixels(data, eighth=pixels is not None)
+    if clean is None:
+        _require_whole(data)
     if pixels is None:
-        import imagecodecs
-
-        pixels = imagecodecs.jpeg8_decode(data)
+        pixels = _codec_jpeg(data) if clean is None else clean
     if pixels.ndim == 3 and pixels.shape[2] == 4:  # inks, stored inverted as Adobe does
         pixels = cmyk_to_rgb(255 - pixels)
     picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], has_alpha=False)
     if EXIF not in data:
         return picture
-    blocks = (
-        data[at + 10 : at + 2 + length] for at, marker, length in jpeg_segments(data) if marker == 0xE1 and data.startswith(EXIF, at + 4)
-    )
+    blocks = (data[at + 10 : at + size] for marker, at, size in jpeg_segments(data) if marker == 0xE1 and data.startswith(EXIF, at + 4))
     return Picture(upright(picture.pixels, exif_orientation(next(blocks, b""))), has_alpha=False)
+
+
+def _codec_jpeg(data: bytes) -> Pixels:
+    import imagecodecs
+
+    pixels: Pixels = imagecodecs.jpeg8_decode(data)
+    return pixels
+
+
+def _require_whole(data: bytes) -> None:
+    """Raise BadSample unless a JPEG that libjpeg warns of has all its pixels."""
+    key = hash(data)
+    if key in _whole_seen:
+        return
+    if not is_whole_jpeg(data):
+        width, height = jpeg_size(data)
+        raise BadSample("truncated", f"JPEG of {len(data)} bytes, which do not give all of its {width}x{height} pixels")
+    if len(_whole_seen) < _MOST_WHOLE:
+        _whole_seen.add(key)
 
 
 def _pillow_jpeg(data: bytes) -> Pixels | None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Pixels
-from aecore.data.format.image import BadSample
 from aecore.data.format.record import ArrayHeader, array_header
 from aecore.data.format.sample_format import SampleFormat
 
@@ -32,10 +32,10 @@ class SequenceDecoder:
         for row, data in enumerate(members):
             try:
                 header = self._header(data)
-            except DecodeError as bad:
-                bad.row = row
+            except BadSample as why:
+                bad = DecodeError(why.reason, why.message, row)
                 if on_bad is None:
-                    raise
+                    raise bad from why
                 on_bad(bad)
                 continue
             lengths[row] = header.shape[0]
@@ -52,17 +52,14 @@ class SequenceDecoder:
         return self._headers[key]
 
     def _checked(self, data: bytes) -> ArrayHeader:
-        try:
-            header = array_header(data)
-        except BadSample as bad:
-            raise DecodeError(bad.reason, bad.message) from bad
+        header = array_header(data)
         steps, *rest = header.shape or (0,)
         (longest, *inside), dtype = self.sample_format.shape, self.sample_format.dtype
         if not header.shape or rest != inside or header.dtype != dtype or steps > longest:
             promised = f"sequences of at most {longest} steps of shape {tuple(inside)} and dtype {dtype}"
-            raise DecodeError("shape", f"an array of shape {header.shape} and dtype {header.dtype}, the index promises {promised}")
+            raise BadSample("shape", f"an array of shape {header.shape} and dtype {header.dtype}, the index promises {promised}")
         if not steps:
-            raise DecodeError("empty", f"a sequence of shape {header.shape} has no step")
+            raise BadSample("empty", f"a sequence of shape {header.shape} has no step")
         return header
 
 

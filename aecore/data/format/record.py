@@ -18,7 +18,8 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, BadSample, ImageHeader, PixelsVersion, image_header
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, ImageHeader, PixelsVersion, image_header
 from aecore.errors import ConfigError, DataError
 
 __all__ = [
@@ -165,6 +166,17 @@ def _fits_header(key: str) -> bool:
     return any(at <= _USTAR_PREFIX and len(key) - at - 1 + _LONGEST_SUFFIX <= _USTAR_NAME for at in slashes)
 
 
+_REMEDIES = {  # of dtypes that are not read, by their kind
+    "c": "save the real and the imaginary part (or magnitude and phase) as channels",
+    "O": "Python objects need a pickle, which is never read: save an array of numbers (numpy.stack), or of several lengths a file for each",
+    "S": "save numbers instead of texts, such as ids of tokens",
+    "U": "save numbers instead of texts, such as ids of tokens",
+    "M": "save dates as numbers (array.astype('int64'))",
+    "m": "save time differences as numbers (array.astype('int64'))",
+    "V": "save its fields as channels (numpy.lib.recfunctions.structured_to_unstructured)",
+}
+
+
 def array_header(data: bytes, *, pixels: PixelsVersion = 2, layout: Layout = "auto") -> ArrayHeader:
     """Return shape and dtype of a `.npy` file after checking its size; BadSample if it is damaged or is one that `Decoder` does not read.
 
@@ -186,8 +198,8 @@ def array_header(data: bytes, *, pixels: PixelsVersion = 2, layout: Layout = "au
             raise BadSample("unsupported", reason) from error
         raise BadSample("format", "not a .npy file" if error.cause is None else f".npy header is damaged ({error.cause})") from error
     if dtype.kind not in ("biufc" if pixels == 1 else "biuf") or dtype.fields is not None:
-        advice = ": save the real and the imaginary part (or magnitude and phase) as channels" if dtype.kind == "c" else ""
-        raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read{advice}")
+        remedy = _REMEDIES["V" if dtype.fields is not None else dtype.kind]
+        raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read; {remedy}")
     if len(shape) > MAX_DIMS:
         raise BadSample("unsupported", f".npy with {len(shape)} dimensions: at most {MAX_DIMS} are read")
     if fortran and pixels == 1:

@@ -17,6 +17,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
 from aecore.data.format.jpeg import jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
@@ -32,15 +33,6 @@ _MODES = {(1, "u1"): "L", (1, "u2"): "I;16", (3, "u1"): "RGB", (3, "u2"): "RGB;1
 _ALPHA_MODES = {"L": "LA", "I;16": "LA;16", "RGB": "RGBA", "RGB;16": "RGBA;16"}
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of damaged files becomes a reason of ours
-
-
-class TiffError(Exception):
-    """A TIFF that is damaged or of a kind that is not read, with a short `reason` and a readable `message`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
 
 
 class TiffFacts(NamedTuple):
@@ -64,7 +56,7 @@ class _Form(NamedTuple):
 
 
 def tiff_facts(data: bytes) -> TiffFacts:
-    """Return the facts of a TIFF from its tags; TiffError if it is damaged, cut off or of a kind that is not read."""
+    """Return the facts of a TIFF from its tags; BadSample if it is damaged, cut off or of a kind that is not read."""
     with _images(data) as images:
         page = images[0]
         form = _form(page)
@@ -73,7 +65,7 @@ def tiff_facts(data: bytes) -> TiffFacts:
         if len(images) < frames:
             needed = max(needed, page.dataoffsets[0] + frames * page.nbytes)
         if not needed or needed > len(data):
-            raise TiffError("truncated", f"TIFF of {len(data)} bytes, its pixels end at byte {needed}")
+            raise BadSample("truncated", f"TIFF of {len(data)} bytes, its pixels end at byte {needed}")
         if page.compression == _JPEG:
             _require_jpeg_sizes(page, data)
         width, height = turned_size(int(page.imagewidth), int(page.imagelength), _orientation(page))
@@ -152,20 +144,20 @@ def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any
             pages = (file.pages.get(number) for number in range(len(file.pages)))
             images: Iterator[Any] = (page for page in pages if not getattr(page, "subfiletype", 0) & _REDUCED_OR_MASK)  # any: as above
             yield list(itertools.islice(images, most)) or [file.pages.get(0)]
-    except (TiffError, MemoryError):
+    except (BadSample, MemoryError):
         raise
     except Exception as error:  # a parser of untrusted bytes raises anything
-        raise TiffError("decode", f"not a readable TIFF ({type(error).__name__}: {error})") from error
+        raise BadSample("decode", f"not a readable TIFF ({type(error).__name__}: {error})") from error
 
 
 def _require_jpeg_sizes(page: Any, data: bytes) -> None:  # any: as above
-    """Raise TiffError if a JPEG inside the file is larger than the strip or tile that it is in: it would be decoded whole."""
+    """Raise BadSample if a JPEG inside the file is larger than the strip or tile that it is in: it would be decoded whole."""
     most = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
     across, down = (-(-int(side) // 16) * 16 for side in most)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         width, height = jpeg_size(data[offset : offset + count])
         if width > across or height > down:
-            raise TiffError("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
+            raise BadSample("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
 
 
 def _stacked(page: Any) -> int:  # any: as above
@@ -181,15 +173,15 @@ def _orientation(page: Any) -> int:  # any: as above
 
 
 def _form(page: Any) -> _Form:  # any: as above
-    """Return what a page becomes; TiffError if it is of a kind that is not read."""
+    """Return what a page becomes; BadSample if it is of a kind that is not read."""
     colour, samples, bits = int(page.photometric or 0), int(page.samplesperpixel), page.bitspersample
     if page.dtype is None or page.dtype.kind not in "biuf" or not isinstance(bits, int) or int(page.imagedepth) > 1:
-        raise TiffError(
+        raise BadSample(
             "unsupported", f"TIFF with sample format {page.sampleformat} of {bits} bits: read are whole numbers and floats of one depth"
         )
     if int(page.compression) not in _READ_COMPRESSIONS:
         name = getattr(page.compression, "name", page.compression)
-        raise TiffError("unsupported", f"TIFF compressed by {name}, which is not read: save it with LZW, deflate or none")
+        raise BadSample("unsupported", f"TIFF compressed by {name}, which is not read: save it with LZW, deflate or none")
     dtype = np.dtype(page.dtype).newbyteorder("=")
     dtype = np.dtype("u1") if dtype.kind == "b" or (dtype.kind == "u" and bits < 8) else dtype
     if colour == _PALETTE and samples == 1 and bits <= 16:
@@ -202,7 +194,7 @@ def _form(page: Any) -> _Form:  # any: as above
         return _Form("CMYK" if dtype.itemsize == 1 else "CMYK;16", 3, dtype)
     if colour not in (_MIN_IS_WHITE, _MIN_IS_BLACK, _MASK, _RGB, _SEPARATED) or (colour == _RGB and samples < 3):
         name = getattr(page.photometric, "name", page.photometric)
-        raise TiffError("unsupported", f"TIFF of {name} colours with {samples} samples of {bits} bits is not read: save it as grey or RGB")
+        raise BadSample("unsupported", f"TIFF of {name} colours with {samples} samples of {bits} bits is not read: save it as grey or RGB")
     extra = samples - (3 if colour == _RGB else 1)
     mode = _MODES.get((samples - extra, dtype.str[1:]), "")
     alpha = int(page.extrasamples[0]) if extra == 1 and colour != _SEPARATED and page.extrasamples else 0

@@ -20,6 +20,7 @@ import torch
 from aecore._base.batch import Batch
 from aecore.data.dataset import Dataset
 from aecore.data.format.decode import DecodeError, Pixels
+from aecore.data.format.image import MAX_PIXELS
 from aecore.data.format.ragged import crop
 from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import ShardRef
@@ -47,14 +48,18 @@ class InputSpec:
     max_bad: float = knob(
         0.01, "webdataset: share of a rank's samples that may be left out because they cannot be used", ge=0.0, le=1.0, identity=False
     )
+    max_pixels: int = knob(
+        MAX_PIXELS, "webdataset: pixels of an image at most, as shards.max_pixels for shards", ge=1, le=1 << 32, identity=False
+    )
     cache: Literal["auto", "ram", "none"] = knob("auto", "keep decoded samples in RAM: auto if the split fits cache_bytes", identity=False)
     cache_bytes: int = knob(2 << 30, "bytes of RAM for decoded samples, per rank", ge=0, identity=False)
     prefetch: int = knob(2, "batches read ahead by a thread; 0 reads in the training loop", ge=0, identity=False)
 
     def __post_init__(self) -> None:
-        if not self.streams and (self.resampled or self.epoch_samples or self.member or self.max_bad != InputSpec.max_bad):
+        limits = self.max_bad != InputSpec.max_bad or self.max_pixels != InputSpec.max_pixels
+        if not self.streams and (self.resampled or self.epoch_samples or self.member or limits):
             raise ConfigError(
-                "input.resampled, input.epoch_samples, input.member and input.max_bad belong to input.reader=webdataset: "
+                "input.resampled, input.epoch_samples, input.member, input.max_bad and input.max_pixels belong to input.reader=webdataset: "
                 "set it, or leave them out"
             )
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.commit import PartRecord
-from aecore.data.format.image import BadSample, ImageHeader, has_png_meaning, stated_header
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.image import ImageHeader, has_png_meaning, stated_header
 from aecore.data.format.record import DATA_EXTENSIONS, ArrayHeader, Sample, array_header
 from aecore.data.manifest import RejectedPart, ShardRef
 from aecore.data.sources import Listing

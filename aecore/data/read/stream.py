@@ -28,9 +28,10 @@ import torch
 
 from aecore._base.batch import Batch
 from aecore.data.classes import UNKNOWN, numbers_of, quoted
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Pixels
 from aecore.data.format.foreign import explained
-from aecore.data.format.image import MAX_PIXELS, BadSample, PixelsVersion
+from aecore.data.format.image import MAX_PIXELS, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
 from aecore.data.format.sample_format import SampleFormat, common_formats
 from aecore.data.format.transform import TransformSpec
@@ -43,7 +44,7 @@ from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, Reading, tar_samples
-from aecore.errors import ConfigError, DataError, Hint
+from aecore.errors import ConfigError, DataError, Hint, counted
 from aecore.store import sha256_json
 from aecore.threads import prefetched
 
@@ -103,10 +104,12 @@ def open_stream(
     split_in_name: Callable[[str], str] = split_of,
     rules: Literal[1, 2] = 2,
     pixels: PixelsVersion = 2,
+    max_pixels: int = MAX_PIXELS,
 ) -> StreamDataset:
     """Open the tars of `split`: lists them and reads the first samples. Most of them decide the format (by `rules=1`: the first one).
 
-    `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`.
+    `split_in_name` returns the split that a tar's name contains; if no name contains one, all tars belong to `split`. Images of more than
+    `max_pixels` are not read.
 
     Raises
     ------
@@ -119,18 +122,18 @@ def open_stream(
     names = [name for name in tars.names if splits[name] in ("", split)] if any(splits.values()) else list(tars.names)
     if not names:
         raise DataError(f"{tars.files.url} has no tars of split {split!r} (their names have {', '.join(sorted(set(splits.values())))})")
-    sample_format = _format(tars, names, Reading(member, "input.member", rules), pixels)
+    sample_format = _format(tars, names, Reading(member, "input.member", rules), pixels, max_pixels)
     return StreamDataset(tars.files.url, split, {name: sizes[name] for name in names}, sample_format, rules)
 
 
-def _format(tars: ExternalTars, names: list[str], reading: Reading, pixels: PixelsVersion) -> SampleFormat:
+def _format(tars: ExternalTars, names: list[str], reading: Reading, pixels: PixelsVersion, max_pixels: int) -> SampleFormat:
     """Return the most frequent format of the first samples that can be read; DataError if none of the first `FEWEST` can."""
     found, nbytes, tried, why = Counter[str](), 0, 0, ""
     for name in names:
         for sample in _read(tars, name, reading, Skipped()):
             tried += 1
             try:
-                text = _format_of(sample, pixels)
+                text = _format_of(sample, pixels, max_pixels)
             except BadSample as bad:
                 why = why or f"; the first of them is {sample['__key__']!r} of {sample['__url__']}: {bad}"
             else:
@@ -143,7 +146,7 @@ def _format(tars: ExternalTars, names: list[str], reading: Reading, pixels: Pixe
         if not found and tried >= FEWEST:
             break
     if not found:
-        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {len(names)} tars"
+        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {counted(len(names), 'tars')}"
         raise DataError(f"{tars.files.url} holds no image or array that can be trained on: {first}: check data, or set input.member")
     return _most_common(found)
 
@@ -154,17 +157,18 @@ def _most_common(found: Counter[str]) -> SampleFormat:
     return common.pop() if len(common) == 1 else SampleFormat.parse(found.most_common(1)[0][0])
 
 
-def _format_of(sample: StreamSample, pixels: PixelsVersion) -> str:
+def _format_of(sample: StreamSample, pixels: PixelsVersion, max_pixels: int) -> str:
     """Return the format of a sample; BadSample if it has none that is decoded."""
     if sample["bad"] is not None:
         raise BadSample(*sample["bad"])
     data, ext = sample["data"], sample["ext"]
     try:
-        header = image_header(data, ext, pixels=pixels) if ext in IMAGE_EXTENSIONS else array_header(data, pixels=pixels)
+        is_image = ext in IMAGE_EXTENSIONS
+        header = image_header(data, ext, pixels=pixels, max_pixels=max_pixels) if is_image else array_header(data, pixels=pixels)
     except BadSample as bad:
-        if bad.reason == "too_large":  # its own advice is for shards
-            text = f"an image of more pixels than the {MAX_PIXELS} that are read from tars: make it smaller, or shard the tars, where"
-            raise BadSample("too_large", f"{text} shards.max_pixels is the limit") from bad
+        if bad.reason == "too_large":  # the limit of images that are read is another one than that of images that are written
+            text = bad.message.replace("shards.max_pixels", "input.max_pixels")
+            raise BadSample("too_large", f"{text}: raise that limit, or make the image smaller") from bad
         raise explained(data, ext, bad) from bad
     except ConfigError as error:
         text = "an array whose axes may be [H, W, C] or [C, H, W]: save it with the channels as the shortest axis, or shard the tars, where"
@@ -336,7 +340,7 @@ class StreamLoader:
     def _why(self, row: StreamSample, error: DecodeError) -> BadSample:
         """Return why a sample did not decode: another format than the others have, or what the decoder says."""
         try:
-            text = _format_of(row, self._pixels_version)
+            text = _format_of(row, self._pixels_version, self._spec.max_pixels)
         except BadSample as bad:
             return bad
         if SampleFormat.parse(text).without_alpha != self._sample.without_alpha:
@@ -400,6 +404,6 @@ class StreamLoader:
         """Log each kind of skipped members once."""
         for what, count, examples in skipped.kinds():
             if what not in logged and self._order.rank == 0:
-                text = "%s/%s: skipped %d %s, %s (logged once, not for every tar)"
-                logger.warning(text, self._tars.files.url, name, count, what, examples)
+                text = "%s/%s: skipped %s, %s (logged once, not for every tar)"
+                logger.warning(text, self._tars.files.url, name, counted(count, what), examples)
             logged.add(what)

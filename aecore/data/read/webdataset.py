@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from aecore.data.dataset import Dataset, open_dataset
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import Decoder, Reading
-from aecore.data.format.image import BadSample, PixelsVersion, image_header
+from aecore.data.format.image import PixelsVersion, image_header
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, require_allowed
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef

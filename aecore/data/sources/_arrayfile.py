@@ -233,7 +233,10 @@ class ArrayFile:
                 what = f"has a damaged .npy header ({error.cause}): restore it, or save it again with np.save"
             raise self._error(what, array) from error
         if dtype.hasobject:
-            raise self._error("holds Python objects, which only a pickle can bring back: save numbers or plain strings instead", array)
+            raise self._error(
+                "holds Python objects, which only a pickle brings back: save numbers (numpy.stack; of several lengths a file for each)",
+                array,
+            )
         if dtype.kind not in "biufcUS":
             raise self._error(f"has the dtype {dtype}: only booleans, numbers and strings are read", array)
         return self._place(file, (dtype, shape, fortran), start + before, start + size, array)

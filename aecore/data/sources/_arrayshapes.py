@@ -7,18 +7,16 @@ sides (`[H, W, 5]`, `[5, H, W]`), volumes, short sequences, and long ones if the
 the last).
 """
 
-import os
 import zipfile
 from collections.abc import Sequence
 from math import inf
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._arrayfile import array_format, stem_of
 from aecore.data.sources._names import is_data, is_labels, partner, subject, without_split
 from aecore.errors import DataError
-from aecore.store import open_regular
+from aecore.store import Files
 
 MOST_CHANNELS = 16
 COLOURS = (1, 3, 4)
@@ -35,22 +33,23 @@ class Peek(NamedTuple):
     labelled: bool | None = None  # True: a label for each row; False: one label
 
 
-def peek(path: str, name: str) -> Peek | None:
-    """Return what the header of a `.npy` or `.npz` says; None for other files and damaged ones, which are judged when they are read."""
+def peek(files: Files, name: str) -> Peek | None:
+    """Return what the header of a `.npy` or `.npz` says; None for other files and damaged ones, which are judged when they are read.
+
+    Of an object a few kilobytes are requested. StoreError if they cannot be.
+    """
+    if array_format(name) not in ("npy", "npz"):
+        return None
     try:
-        if array_format(name) == "npy":
-            with os.fdopen(open_regular(Path(path)), "rb") as file:
-                return Peek(name, read_npy_header(file).shape)
-        if array_format(name) == "npz":
-            return _of_npz(path, name)
+        with files.start(name) as file:
+            return Peek(name, read_npy_header(file).shape) if array_format(name) == "npy" else _of_npz(file, name)
     except (OSError, DataError, NpyError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError):
-        pass
-    return None
+        return None
 
 
-def _of_npz(path: str, name: str) -> Peek | None:
+def _of_npz(packed: IO[bytes], name: str) -> Peek | None:
     shapes = dict[str, tuple[int, ...]]()
-    with os.fdopen(open_regular(Path(path)), "rb") as packed, zipfile.ZipFile(packed) as archive:
+    with zipfile.ZipFile(packed) as archive:
         for member in archive.namelist():
             if member.endswith(".npy"):
                 with archive.open(member) as file:

@@ -1,8 +1,9 @@
-"""Detect the kind of source at an address: by file names alone, and for folders of arrays also by the shapes in some headers."""
+"""Detect the kind of source at an address: by file names alone, and for folders of arrays also by the shapes in some headers.
 
-import os
+A bucket is judged by the same rules as a folder. Its objects are listed page by page, mostly one page: up to the first image.
+"""
+
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from aecore.artifact.documents import read_json
@@ -10,8 +11,9 @@ from aecore.artifact.kinds import detect_artifact
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.sources._arrayfile import array_format
 from aecore.data.sources._arrayshapes import Peek, hold_rows, peek
+from aecore.data.sources._other_files import is_of_system
 from aecore.errors import ConfigError
-from aecore.store import absolute_url, is_remote, is_tar, open_store
+from aecore.store import Files, absolute_url, is_tar, open_files, open_store
 
 DEFAULT = "folder"
 PEEKED = 16  # files whose headers are read
@@ -28,23 +30,24 @@ class Detected(NamedTuple):
 def detect_source(url: str, dataset: str = "") -> Detected:
     """Return arrays or webdataset if all data files at `url` are of that kind, else folder.
 
-    A local folder is judged by the names of the files below it, up to the first image. One with images or with several kinds is a
-    folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. In a folder of
-    `.npy` or `.npz` files each is one sample (folder) or holds rows that are (arrays): their names and shapes tell, see
-    `_arrayshapes`, unless `dataset`, the address to write to, holds a dataset already, which goes on as it began. A bucket is not listed
-    for this: set `source.kind`, unless the address is one file.
+    A folder, on a disk or in a bucket, is judged by the names of the files below it, up to the first image. One with images or with
+    several kinds is a folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. In a
+    folder of `.npy` or `.npz` files each is one sample (folder) or holds rows that are (arrays): their names and shapes tell, see
+    `_arrayshapes`, unless `dataset`, the address to write to, holds a dataset already, which goes on as it began.
 
     Raises
     ------
     ConfigError
         If arrays in a folder may as well be samples as rows of samples.
+    StoreError
+        If a bucket cannot be listed.
     """
     where = absolute_url(url, "SRC")
     known = _of_name(where)
     if known is not None:
         return Detected(known)
-    kinds, arrays = set[str](), list[str]()
-    for name in () if is_remote(where) else _names(where):
+    files, kinds, arrays = open_files(where), set[str](), list[str]()
+    for name in files.names():
         kind = _of_name(name)
         if kind == DEFAULT or _MANIFEST.fullmatch(name.rpartition("/")[2]):
             return Detected(DEFAULT)
@@ -52,18 +55,18 @@ def detect_source(url: str, dataset: str = "") -> Detected:
         if kind == "arrays":
             arrays.append(name)
     if kinds == {"arrays"}:
-        return _recorded(dataset) or _of_arrays(where, sorted(arrays))
+        return _recorded(dataset) or _of_arrays(files, sorted(arrays))
     return Detected(kinds.pop() if len(kinds) == 1 else DEFAULT)
 
 
-def _of_arrays(where: str, names: list[str]) -> Detected:
+def _of_arrays(files: Files, names: list[str]) -> Detected:
     """Return the kind of a folder that holds arrays and no images."""
     chosen = names[:: -(-len(names) // PEEKED)]
-    peeks = [found for name in chosen if (found := peek(f"{where}/{name}", name)) is not None]
+    peeks = [found for name in chosen if (found := peek(files, name)) is not None]
     extensions = tuple(sorted({name.rpartition(".")[2] for name in names}))
     answer = hold_rows(names, peeks)
     if answer is None:
-        raise ConfigError(_question(where, names, peeks[0], extensions))
+        raise ConfigError(_question(files.url, names, peeks[0], extensions))
     return Detected("arrays") if answer else Detected(DEFAULT, extensions)
 
 
@@ -91,14 +94,9 @@ def _recorded(dataset: str) -> Detected | None:
     return Detected(DEFAULT, extensions) if source.get("kind") == DEFAULT and {"npy", "npz"} & {*extensions} else None
 
 
-def _names(folder: str) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = where[len(folder) :].lstrip("/")
-        yield from (f"{prefix}/{name}".lstrip("/") for name in names if not name.startswith("."))
-
-
 def _of_name(name: str) -> str | None:
+    if is_of_system(name):
+        return None
     if is_tar(name):
         return "webdataset"
     if array_format(name) is not None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from aecore.data.sources._names import expand_braces
-from aecore.errors import ConfigError, DataError
+from aecore.data.sources._other_files import is_of_system
+from aecore.errors import ConfigError, DataError, counted
 from aecore.store import Files, LocalFiles, absolute_url, is_remote, is_tar, open_files, split_tars
 
 _ENDINGS_IN_VERSION_1 = (".tar", ".tar.gz", ".tgz")
@@ -55,10 +56,10 @@ class ExternalTars:
             if not _is_pattern(name):
                 names.append(name[start:])
                 continue
-            known = [there for there in _sizes(files, rules) if is_tar(there)] if known is None else known
+            known = [there for there in _sizes(files, rules) if _is_data(there)] if known is None else known
             found = _matches(name[start:], known)
             if not found:
-                raise DataError(f"no tar matches {name}: check the address, {len(known)} tars are below {files.url}")
+                raise DataError(f"no tar matches {name}: check the address, {counted(len(known), 'tars are')} below {files.url}")
             names += found if rules == 1 else _once(files, found)
         return cls(files, tuple(dict.fromkeys(names)))
 
@@ -66,7 +67,7 @@ class ExternalTars:
     def _in_folder(cls, where: str, rules: int) -> "ExternalTars":
         files = open_files(where)
         sizes = _sizes(files, rules)
-        names = sorted(name for name in sizes if (name.endswith(_ENDINGS_IN_VERSION_1) if rules == 1 else is_tar(name)))
+        names = sorted(name for name in sizes if (name.endswith(_ENDINGS_IN_VERSION_1) if rules == 1 else _is_data(name)))
         names = names if rules == 1 else _once(files, names)
         if not names:
             raise DataError(
@@ -90,6 +91,10 @@ class ExternalTars:
             if name not in known:
                 raise DataError(f"{self.files.url}/{name} does not exist: check the address")
         return {name: known[name] for name in self.names}
+
+
+def _is_data(name: str) -> bool:
+    return is_tar(name) and not is_of_system(name)
 
 
 def _sizes(files: Files, rules: int) -> dict[str, int]:

@@ -1,12 +1,22 @@
-"""Which files of a source are samples: globs over their paths, a least size, a most number. PURE: nothing is opened."""
+"""Which files of a source are samples: globs over their paths, a least size, a most number. PURE: nothing is opened.
 
+The options are the same for folders, tars and arrays. A tar is a folder of its members: a pattern may match its own name (`00003.tar`),
+the path of a member in it (`cat/*.jpg`), or both (`00003.tar/cat/*`).
+"""
+
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+import numpy as np
+
+from aecore.data.sources import Listing
+from aecore.data.sources._labels import found_in, is_expression
 from aecore.data.sources._names import expand_braces
 from aecore.data.sources._skipped import EXAMPLES, Skipped
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError, counted
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
 _MEANING = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -52,10 +62,39 @@ def _expression(glob: str) -> str:
     return out
 
 
+class Filtered(Protocol):
+    """A source's spec with the options of a filter."""
+
+    @property
+    def include(self) -> tuple[str, ...] | str: ...
+    @property
+    def exclude(self) -> tuple[str, ...] | str: ...
+    @property
+    def min_size(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def group(self) -> str | None: ...
+
+
+def require_globs(spec: Filtered) -> None:
+    """Make a single glob a list of one; ConfigError for a pattern that is none."""
+    for name in ("include", "exclude"):
+        if isinstance(value := getattr(spec, name), str):
+            object.__setattr__(spec, name, (value,))
+    filter_of(spec)
+
+
+def filter_of(spec: Filtered, what: str = "files") -> "PathFilter":
+    """Return the filter of a source's spec; `what` its samples are in messages."""
+    return PathFilter(tuple(spec.include), tuple(spec.exclude), spec.min_size, what)
+
+
 class PathFilter:
     """Decides which files of a source are samples; see the options `include`, `exclude` and `min_size` of `FolderSpec`."""
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str], min_size: int) -> None:
+    def __init__(self, include: Sequence[str], exclude: Sequence[str], min_size: int, what: str = "files") -> None:
+        self._what = what
         self.is_set = bool(include or exclude or min_size)
         self._include = matcher(include, "source.include") if include else None
         self._exclude = matcher(exclude, "source.exclude") if exclude else None
@@ -66,34 +105,60 @@ class PathFilter:
             for pattern in patterns
         }
 
-    def takes(self, path: str, size: int, skipped: Skipped) -> bool:
-        """Return whether a file is a sample; one that is not is counted."""
+    def takes(self, path: str, size: int, skipped: Skipped, inside: str = "") -> bool:
+        """Return whether a file is a sample; one that is not is counted. `inside` is the path of a member in the tar that begins `path`."""
         if self._without_match:
-            self._without_match = {key: matches for key, matches in self._without_match.items() if not matches(path)}
-        if self._exclude is not None and self._exclude(path):
-            skipped.add("files that source.exclude matches", path)
-        elif self._include is not None and not self._include(path):
-            skipped.add("files that source.include does not match", path)
+            self._matched(path, inside)
+        if self._exclude is not None and (self._exclude(path) or (inside and self._exclude(inside))):
+            skipped.add(f"{self._what} that source.exclude matches", path)
+        elif self._include is not None and not (self._include(path) or (inside and self._include(inside))):
+            skipped.add(f"{self._what} that source.include does not match", path)
         elif size < self._min_size:
-            skipped.add(f"files of less than source.min_size={self._min_size} bytes", path)
+            skipped.add(f"{self._what} of less than source.min_size={self._min_size} bytes", path)
         else:
             return True
         return False
 
-    def takes_folder(self, path: str, skipped: Skipped) -> bool:
-        """Return whether a folder is listed; one that is not is counted."""
+    def takes_folder(self, path: str, skipped: Skipped, what: str = "folders") -> bool:
+        """Return whether a folder (or tar) is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):
             return True
-        self._without_match = {key: matches for key, matches in self._without_match.items() if not matches(path)}
-        skipped.add("folders that source.exclude matches", path)
+        self._matched(path)
+        skipped.add(f"{what} that source.exclude matches", path)
         return False
+
+    def _matched(self, *paths: str) -> None:
+        self._without_match = {key: matches for key, matches in self._without_match.items() if not any(map(matches, paths))}
 
     def unused(self) -> list[str]:
         """Return a note about each pattern that matched nothing: it may be misspelt."""
         found = list(self._without_match)
         shown = [f"{option} has {pattern!r}, which matches no file: check it" for option, pattern in found[:EXAMPLES]]
         more = len(found) - EXAMPLES
-        return shown + ([f"and {more} more patterns of source.include and source.exclude match nothing"] if more > 0 else [])
+        return shown + ([f"and {counted(more, 'more patterns')} of source.include and source.exclude without a match"] if more > 0 else [])
+
+
+def with_limit(listing: Listing, spec: Filtered, names: Sequence[str]) -> Listing:
+    """Return at most `source.limit` rows of a listing, chosen by the hashes of their `names`; whole groups, if there are groups.
+
+    Raises
+    ------
+    DataError
+        If not even one group fits.
+    """
+    if spec.limit is None or len(listing) <= spec.limit:
+        return listing
+    groups = listing.groups
+    if is_expression(spec.group):
+        paths = listing.sources if listing.paths is None else listing.paths
+        groups = found_in("source.group", str(spec.group), paths, listing.sources, unusable=listing.unusable)
+    rows = chosen(names, groups, spec.limit)
+    if not rows:
+        raise DataError(f"source.limit={spec.limit} is less than the samples of any bag (source.group): raise it")
+    left = f"{len(listing) - len(rows)} of {counted(len(listing), 'samples')}"
+    note = f"{left} left out by source.limit={spec.limit}, by a hash of their names"
+    found = listing.take(np.array(rows, np.int64))
+    return dataclasses.replace(found, notes=(*found.notes, note))
 
 
 def chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:

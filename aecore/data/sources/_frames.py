@@ -8,20 +8,23 @@ import dataclasses
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from aecore.data.format.image import MAX_PIXELS, BadSample, image_header
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.image import MAX_PIXELS, image_header
 from aecore.data.format.pixels import OpenImage, image_file
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
-from aecore.errors import DataError, StoreError
+from aecore.errors import DataError, StoreError, counted, in_number
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
 _FRAME = re.compile(r"(.+)#([0-9]{9})", re.DOTALL)
+HELD_BYTES = 1 << 28
 _ALONE = frozenset({"bmp"})  # formats that hold one image
 
 
@@ -36,13 +39,13 @@ def with_frames(listing: Listing, read: Read) -> Listing:
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
     found = listing.take(rows)
     several = int((counts > 1).sum())
-    note = f"{several} files with several pages or frames are {int(counts[counts > 1].sum())} samples (source.frames=all)"
+    note = f"{counted(several, 'files')} with several pages or frames {in_number(several, 'are')} {int(counts[counts > 1].sum())} samples"
     return dataclasses.replace(
         found,
         keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
         sources=[f"{source}#{name}" if name else source for source, name in zip(found.sources, names, strict=True)],
         sizes=-(-found.sizes // counts[rows]),
-        notes=(*found.notes, note),
+        notes=(*found.notes, f"{note} (source.frames=all)"),
     )
 
 
@@ -53,33 +56,88 @@ def file_of(source: str) -> str:
 
 
 class FrameReader:
-    """Reads the samples that `with_frames` listed; the last file stays open, since its next frame mostly is the next sample.
+    """Reads the samples that `with_frames` listed, in any order: a file stays open while frames of it are still to be read.
 
-    `max_pixels` is the limit of an image that is decoded. Threads take turns.
+    Animations can only be decoded from their beginning: on the way to a frame those that come later in `expect`'s order are kept.
+    Files and frames that are kept have at most `HELD_BYTES`; above that files are opened again. `max_pixels` is the limit of an image that
+    is decoded. Threads take turns.
     """
 
     def __init__(self, read: Read) -> None:
         self.max_pixels = MAX_PIXELS
-        self._read, self._name = read, ""
-        self._file: OpenImage | None = None
+        self._read = read
+        self._open: OrderedDict[str, tuple[OpenImage, int]] = OrderedDict()  # by name, the last used one last: the file and its bytes
+        self._wanted = dict[str, set[int]]()  # frames of each file that are still to be read
+        self._kept = defaultdict[str, dict[int, tuple[str, bytes]]](dict)  # extension and bytes of frames that were decoded on the way
+        self._bytes = 0  # of open files and kept frames
         self._lock = threading.Lock()
+
+    def expect(self, sources: Sequence[str]) -> None:
+        """Replace what is known about the samples that will be read: these, in any order."""
+        with self._lock:
+            while self._open:
+                self._close(next(iter(self._open)))
+            self._wanted, self._bytes = {}, 0
+            self._kept.clear()
+            for source in sources:
+                if (match := _FRAME.fullmatch(source)) is not None:
+                    self._wanted.setdefault(match[1], set()).add(int(match[2]))
 
     def __call__(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of a sample; BadSample if its frame cannot be decoded, or is too large to be."""
         match = _FRAME.fullmatch(source)
         if match is None:
             return self._read(source)
-        with self._lock, _decoding(int(match[2]), match[1]):
-            data, ext = image_file(self._opened(match[1]).frame(int(match[2]), self.max_pixels).pixels)
+        name, number = match[1], int(match[2])
+        with self._lock, _decoding(number, name):
+            kept, wanted = self._kept[name], self._wanted.get(name, set())
+            found = kept.pop(number, None)
+            if found is None:
+                self._keep_passed(name, number)
+                found = self._frame(name, number)
+            else:
+                self._bytes -= len(found[1])
+            if number in wanted:
+                wanted.remove(number)
+                if len(wanted) == len(kept) and name in self._open:  # nothing of the file is to be decoded any more
+                    self._close(name)
+        return found
+
+    def _frame(self, name: str, number: int) -> tuple[str, bytes]:
+        data, ext = image_file(self._opened(name).frame(number, self.max_pixels).pixels)
         return ext, data
 
+    def _keep_passed(self, name: str, number: int) -> None:
+        """Keep the frames that decoding this one passes, as far as they are wanted."""
+        kept, wanted = self._kept[name], self._wanted.get(name, set())
+        for passed in self._opened(name).passed(number):
+            if passed not in wanted or passed in kept or self._bytes >= HELD_BYTES:
+                continue
+            try:
+                kept[passed] = self._frame(name, passed)
+            except Exception:  # whatever it is, it is raised when that frame is read, from a file without a trace of it
+                wanted.remove(passed)
+                self._close(name)
+                return
+            self._bytes += len(kept[passed][1])
+
     def _opened(self, name: str) -> OpenImage:
-        if self._file is None or self._name != name:
-            if self._file is not None:
-                self._file.close()
-            self._file = None
-            self._file, self._name = OpenImage(self._read(name)[1]), name
-        return self._file
+        if name not in self._open:
+            if not self._wanted.get(name):  # nothing is known of other frames: only the last file stays open
+                while self._open:
+                    self._close(next(iter(self._open)))
+            data = self._read(name)[1]
+            while self._open and self._bytes + len(data) > HELD_BYTES:
+                self._close(next(iter(self._open)))
+            self._open[name] = OpenImage(data), len(data)
+            self._bytes += len(data)
+        self._open.move_to_end(name)
+        return self._open[name][0]
+
+    def _close(self, name: str) -> None:
+        file, size = self._open.pop(name)
+        self._bytes -= size
+        file.close()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from aecore.errors import counted
+
 _WORDS = ("mask", "seg", "label", "annot", "_gt", "-gt", "/gt", "matte", "trimap")
 _NAMES = ("mask", "masks", "seg", "segmentation", "segmentations", "label", "labels", "labelids", "gt", "annotation", "annotations")
 _FOLDERS = frozenset((*_NAMES, "trimap", "trimaps", "matte", "mattes"))
@@ -28,7 +30,7 @@ def mask_notes(paths: list[str], folders: list[str]) -> tuple[str, ...]:
     for pattern, those in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
         examples = ", ".join(those[:SHOWN]) + (", ..." if len(those) > SHOWN else "")
         notes.append(
-            f"{len(those)} files have the name of another sample and may be masks of it ({examples}): they are samples too; "
+            f"{counted(len(those), 'files have')} the name of another sample and may be masks of it ({examples}): each is a sample too; "
             f"source.exclude='{pattern}' leaves them out"
         )
     return tuple(notes)

@@ -8,8 +8,8 @@ import zlib
 from io import BytesIO
 from pathlib import Path
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.foreign import explained
-from aecore.data.format.image import BadSample
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import ALLOWED_BYTES, InflateLimit
 from aecore.data.sources._names import is_data, is_labels

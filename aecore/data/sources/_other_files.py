@@ -55,18 +55,18 @@ _UNKNOWN = ("files of unknown extensions", "convert them to PNG, TIFF or JPEG, o
 
 
 def is_of_system(name: str) -> bool:
-    """Return whether a file is metadata of Windows or macOS: `._0.jpg` holds attributes of `0.jpg`, no picture."""
-    *folders, last = name.lower().split("/")
-    return last.startswith("._") or last in _OF_SYSTEM or "__macosx" in folders
+    """Return whether a file or folder is metadata of Windows or macOS: `._0.jpg` holds attributes of `0.jpg`, no picture."""
+    last = name[name.rfind("/") + 1 :]
+    return last.startswith("._") or last.lower() in _OF_SYSTEM or ("__" in name and "__macosx" in name.lower().split("/"))
 
 
 def kind_of_file(name: str) -> tuple[str, str]:
     """Return what a file that is no sample is, by its name, and what to do with it."""
     last = name.rpartition("/")[2].lower()
-    if array_format(last) == "idx":
-        return _IDX
     if is_of_system(name):
         return OF_SYSTEM, ""
+    if array_format(last) == "idx":
+        return _IDX
     stem, dot, ext = last.rpartition(".")
     if not dot or not stem:
         return _NAMELESS
@@ -78,6 +78,20 @@ def kind_of_file(name: str) -> tuple[str, str]:
     if ext in DATA_EXTENSIONS:
         return _PICTURES, ""
     return _KINDS.get(ext, _UNKNOWN)
+
+
+def unseen_part(path: str) -> str | None:
+    """Return the file, or the first of its folders, that is hidden or of the operating system, so that nothing in it is a sample."""
+    if "/." not in f"/{path}" and not is_of_system(path):  # nearly all
+        return None
+    parts = path.split("/")
+    above = ("/".join(parts[: depth + 1]) for depth in range(len(parts)))
+    return next(part for part in above if is_of_system(part) or part[part.rfind("/") + 1 :].startswith("."))
+
+
+def skip_unseen(skipped: Skipped, part: str) -> None:
+    """Count what `unseen_part` returned."""
+    skipped.add(OF_SYSTEM if is_of_system(part) else "hidden files or folders", part)
 
 
 def skip_file(skipped: Skipped, path: str, pictures: str = "add EXTS to source.extensions to take them too") -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from aecore.errors import counted
+
 EXAMPLES, LONGEST_EXAMPLE = 3, 100
 
 
@@ -51,7 +53,7 @@ def _line(what: str, remedy: str, known: _Kind) -> str:
     examples = f" ({shown_examples(known.examples, known.count)})" if known.examples else ""
     exts = f"[{','.join(sorted(known.extensions))}]"
     advice = f": {remedy.replace('EXTS', exts)}" if remedy else ""
-    return f"{'' if known.kept else 'skipped '}{known.count} {what}{examples}{advice}"
+    return f"{'' if known.kept else 'skipped '}{counted(known.count, what)}{examples}{advice}"
 
 
 def shown_examples(examples: list[str], count: int) -> str:

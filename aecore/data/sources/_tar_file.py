@@ -6,12 +6,14 @@ blocks (its writer was not closed) is read, and counted: it cannot be known whet
 numbers: no path is made of them, and no link is followed here.
 """
 
+import contextlib
 import errno
 import io
 import os
 import struct
+import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from zlib import adler32
 
 import numpy as np
@@ -33,6 +35,7 @@ FILES, _WITHOUT_DATA, _EXTENDING = (
     frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
 )
 _LINKS = frozenset((b"1", b"2"))
+SPARSE, UNREADABLE = b"S", b"S!"  # the second is no type of tar
 _CHECKSUM_AT = slice(148, 156)
 _MAGIC_AT = 257
 _fields = struct.Struct("100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 32s 32s 8s 8s 155s 12x").unpack
@@ -43,15 +46,19 @@ class BrokenTar(DataError):
 
 
 class Member(NamedTuple):
-    """One regular file of a tar: its name, offset and size."""
+    """One regular file of a tar: its name, offset and size; of a sparse one the offset of its headers and the size with its holes."""
 
     name: str
     offset: int
     size: int
+    sparse: bool = False
 
 
 class Entry(NamedTuple):
-    """One header: name, place of its data, type, target if it is a link, number of the joined tar it is in."""
+    """One header: name, place of its data, type, target if it is a link, number of the joined tar it is in.
+
+    Of a sparse file place and size are those of its `Member`; of one that cannot be read (`UNREADABLE`) the target says why.
+    """
 
     name: str
     offset: int
@@ -62,8 +69,8 @@ class Entry(NamedTuple):
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a regular file with all its bytes in one place."""
-        return self.kind in FILES
+        """Whether it is a regular file, sparse or not."""
+        return self.kind in FILES or self.kind == SPARSE
 
 
 class TarFile:
@@ -105,6 +112,8 @@ class TarFile:
 
     def read(self, member: Member) -> bytes:
         """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read."""
+        if member.sparse:
+            return read_again(lambda: self._whole(member), self.where)
         data = (self._near if member.size < NEAR_BYTES else self._read)(member.size, member.offset)
         if len(data) != member.size:
             raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
@@ -139,7 +148,7 @@ class TarFile:
         Without `joined` (the rules of version 1), the first archive of several that were joined is read, and the others are counted.
         """
         position: int | None = 0
-        part = 0
+        part, first = 0, None
         extended = dict[str, str]()  # fields that PAX and GNU headers set for the next member
         while position is not None:
             block = self._near(BLOCK, position)
@@ -149,6 +158,7 @@ class TarFile:
                 continue
             name, size, kind, target = self._header(block, position)
             start = position + BLOCK
+            first = position if first is None else first
             if kind in _EXTENDING:
                 extended |= self._extended(kind, start, size)
                 position = start + size + -size % BLOCK
@@ -166,10 +176,50 @@ class TarFile:
             if start + size > self.size:
                 raise self._broken(f"is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}")
             position = start + size + -size % BLOCK
+            if kind == SPARSE:
+                start, (size, target) = first, self._sparse(first, size)
+                kind = UNREADABLE if target else SPARSE
+            first = None
             if kind != b"5" and not name.endswith("/"):
                 yield Entry(name.removeprefix("./"), start, size, kind, target, part)
         if self.broken:
             raise self._broken(self.broken)
+
+    @contextlib.contextmanager
+    def _unpacked(self, first: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+        """Give the member whose headers begin at `first` to the standard library, which knows all three formats of sparse files."""
+        with os.fdopen(os.dup(self.descriptor), "rb") as file:
+            file.seek(first)
+            with tarfile.TarFile(fileobj=file) as tar:
+                info = tar.next()
+                if info is None:
+                    raise tarfile.ReadError("no member")
+                yield tar, info
+
+    def _sparse(self, first: int, stored: int) -> tuple[int, str]:
+        """Return the size of a sparse file with its holes (`stored` bytes without), and why it cannot be read ("": it can)."""
+        try:
+            with self._unpacked(first) as (_, info):
+                size, pieces = info.size, [(int(at), int(length)) for at, length in cast(list[tuple[int, int]], info.sparse)]
+        except (tarfile.TarError, ValueError, OverflowError, TypeError) as error:
+            return 0, str(error)
+        ends = [0, *(end for at, length in pieces if length for end in (at, at + length)), size]
+        if ends != sorted(ends) or sum(length for _, length in pieces) > stored:
+            return 0, "its map of holes is damaged"
+        limit = InflateLimit.of(self.size, self._limit, self._option)
+        return (size, "") if size <= limit.most else (0, f"with its holes it has {size} bytes, more than {limit.why}")
+
+    def _whole(self, member: Member) -> bytes:
+        """Return the bytes of a sparse file with zeros in its holes."""
+        try:
+            with self._unpacked(member.offset) as (tar, info):
+                file = tar.extractfile(info)
+                data = b"" if file is None else file.read()
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise DataError(f"{self.where} is damaged at {member.name!r}: {error}; restore it") from error
+        if len(data) != member.size:
+            raise DataError(f"{self.where} has other bytes at {member.name!r}: it changed while it was read")
+        return data
 
     def _broken(self, what: str) -> BrokenTar:
         """Return the error; that compressed data could not be inflated is the first reason for anything that is wrong."""
@@ -182,7 +232,7 @@ class TarFile:
         if extended:
             raise self._broken(f"is truncated: it ends at byte {self.size} inside a member's headers")
         if len(block) < BLOCK and not self.broken:  # zeros after a member are its padding or one of the end blocks
-            what = "tars without their end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
+            what = "tars without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
             skipped.add(what, self.where, kept=True)
 
     def _next_part(self, position: int, skipped: Skipped, *, joined: bool) -> int | None:

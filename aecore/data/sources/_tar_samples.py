@@ -19,7 +19,7 @@ from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources import Unusable
 from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
 from aecore.data.sources._skipped import Skipped
-from aecore.data.sources._tar_file import FILES, BrokenTar, Entry, Member, TarFile
+from aecore.data.sources._tar_file import FILES, SPARSE, UNREADABLE, BrokenTar, Entry, Member, TarFile
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
@@ -31,7 +31,7 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
 _DOCUMENT = re.compile(r"(?:.*/)?(?:readme|licen[cs]e|copying|notice|citation|changelog)", re.IGNORECASE | re.DOTALL)
 _END = re.compile(r"/|\Z")  # of a beginning of a path
 _HARD, _SYMBOLIC = _LINKS = b"1", b"2"
-_KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
+_KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", SPARSE: "sparse files"}
 UNSAFE = "members whose name leaves the archive (.. or /)"
 NO_KEY = "files without a key and an extension"
 NO_DATA = "samples without an image or array"
@@ -130,14 +130,19 @@ class _Groups:
     def add(self, entry: Entry) -> None:
         """Take a header's file; everything else is counted."""
         name = entry.name
-        if self._reading.rules > 1 and _is_too_long(name):
+        if self._reading.rules > 1 and is_of_system(name):
+            self._skipped.add(OF_SYSTEM, name)
+        elif self._reading.rules > 1 and _is_too_long(name):
             short = f"{name[:64]}... (at byte {entry.offset})"
             levels = name.count("/") + 1
             most = f"at most {MAX_NAME_BYTES} bytes and {MAX_LEVELS} levels are read"
             what = f"{short!r} has a name of {len(name)} characters in {levels} levels, {most}"
             place = Member(short, entry.offset, 0)
             self._others.append(TarSample(short, entry.part, {}, place, Unusable("name", f"{what}: pack it with a shorter name")))
-        elif entry.kind not in FILES:
+        elif entry.kind == UNREADABLE:
+            why = f"{name!r} is a sparse file that cannot be read ({entry.target}): pack it without --sparse (-S)"
+            self.unusable(entry, Unusable("member", why), "sparse files that cannot be read")
+        elif not (entry.kind in FILES or (entry.kind == SPARSE and self._reading.rules > 1)):
             what = _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
             self.unusable(entry, Unusable("member", f"{name!r} is one of the {what}, which have no bytes that can be read"), what)
         elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
@@ -157,7 +162,7 @@ class _Groups:
         elif ext in members:
             why = f"the tar has {entry.name!r} twice, and it is not known which one is meant: write the tar again"
             self._bad[entry.part, entry.name] = Unusable("twice", why)
-        members[ext] = Member(entry.name, entry.offset, entry.size)
+        members[ext] = Member(entry.name, entry.offset, entry.size, entry.kind == SPARSE)
 
     def samples(self) -> list[TarSample]:
         """Return the samples, with a member chosen."""

@@ -18,11 +18,12 @@ from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile, array_format, stem_of
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
+from aecore.data.sources._filter import filter_of, require_globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import begins_keys, is_data, is_labels, partner, split_of, split_words, without_split
-from aecore.data.sources._other_files import skip_file
+from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped
-from aecore.errors import DataError, did_you_mean
+from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
 
@@ -49,6 +50,10 @@ class ArraysSpec:
         "array of an .npz with the bag of each sample, or regex:<expression> over the keys: bags stay whole, see model.kind=mil_vae",
     )
     classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
+    include: tuple[str, ...] | str = knob((), "globs of the files or folders to take (files of labels stay); none: all", since=2)
+    exclude: tuple[str, ...] | str = knob((), "globs of the files or folders to leave out, such as 'old' or '*_test.npy'", since=2)
+    min_size: int = knob(0, "bytes that a file has at least: smaller ones are left out", ge=0, since=2)
+    limit: int | None = knob(None, "samples at most, chosen by a hash of their keys: spread over all arrays", ge=1, since=2)
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(
         0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 128 times its file's", ge=0, identity=False
@@ -58,6 +63,7 @@ class ArraysSpec:
         for option, rule in (("source.labels", self.labels), ("source.group", self.group)):
             if is_expression(rule):
                 require_rule(option, rule, ())
+        require_globs(self)
 
     @property
     def label(self) -> str:
@@ -90,6 +96,7 @@ class ArraysSource:
 
     def __init__(self, arrays: ArraysSpec) -> None:
         self._spec = arrays
+        self._filter = filter_of(arrays)
         url = absolute_url(arrays.url, "source.url")
         self._file = url.rpartition("/")[2] if array_format(url) else ""
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
@@ -116,7 +123,8 @@ class ArraysSource:
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
         paths = [f"{block.stem}/{row:09d}" for block, row in rows]
-        return Listing(
+        of_rows = f"{counted(len(rows), 'rows')} of {counted(len(blocks), 'arrays')}"
+        listing = Listing(
             encode_keys(paths),
             [f"{block.head}#{row}" for block, row in rows],
             np.concatenate(sizes),
@@ -124,10 +132,14 @@ class ArraysSource:
             splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
             groups=_groups(blocks),
             columns=_columns(blocks),
-            notes=(f"one sample per row: {len(rows)} rows of {len(blocks)} arrays (source.kind=folder takes each file as one)", *notes),
+            notes=(
+                f"one sample per row: {of_rows} (source.kind=folder takes each file as one)",
+                *notes,
+            ),
             label_paths=False,
             paths=paths,
         )
+        return with_limit(listing, self._spec, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one row; OSError if its file cannot be read (the next read reopens it)."""
@@ -165,20 +177,30 @@ class ArraysSource:
 
     def _names(self) -> tuple[list[str], tuple[str, ...]]:
         """Return the names of the files to read, sorted, and notes; of a single file also that of its labels."""
-        if self._file:
-            return self._with_labels(self._file), ()
-        sizes = self._files.sizes()
-        names = [name for name in sizes if array_format(name)]
         skipped = Skipped()
+        if self._file:
+            names = self._with_labels(self._file)
+            if self._filter.is_set:
+                size = self._files.local(self._file).stat().st_size
+                self._require([self._file] if self._filter.takes(self._file, size, skipped) else [], skipped)
+            return names, tuple(self._filter.unused())
+        sizes = self._files.sizes()
+        names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         for name in sorted(sizes.keys() - {*names}):
             skip_file(skipped, name, pictures="source.kind=folder takes them")
-        if not names:
-            found = "".join(f"\n  {note}" for note in skipped.lines())
-            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address{found}")
+        if self._filter.is_set:
+            names = [name for name in names if is_labels(_last(stem_of(name))) or self._filter.takes(name, sizes[name], skipped)]
+        self._require(names, skipped)
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
-        notes = [*skipped.lines()]
-        notes += [f"skipped {len(twins)} .gz files whose uncompressed copies exist"] if twins else []
+        notes = [*skipped.lines(), *self._filter.unused()]
+        notes += [f"skipped {counted(len(twins), '.gz files')} whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
+
+    def _require(self, names: list[str], skipped: Skipped) -> None:
+        """Raise DataError, which says what was left out, if there is no file."""
+        if not names:
+            found = "".join(f"\n  {note}" for note in (*skipped.lines(), *self._filter.unused()))
+            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address{found}")
 
     def _with_labels(self, name: str) -> list[str]:
         try:

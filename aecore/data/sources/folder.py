@@ -21,18 +21,18 @@ from typing import Literal
 
 import numpy as np
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
-from aecore.data.sources._filter import PathFilter, chosen
+from aecore.data.sources._filter import chosen, filter_of, require_globs
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import found_in, is_expression, require_rule
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._npz import left_out, only_array
-from aecore.data.sources._other_files import kind_of_file, skip_file
+from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unseen, unseen_part
 from aecore.data.sources._skipped import Skipped, shown_examples
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.native.loops import list_folder
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import LinkedFolders, absolute_url, cannot_read, close_read, is_remote, leads_nowhere, open_files
@@ -74,10 +74,7 @@ class FolderSpec:
         for ext in self.extensions:
             if ext not in FOLDER_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, FOLDER_EXTENSIONS)}")
-        for name in ("include", "exclude"):
-            if isinstance(value := getattr(self, name), str):  # one glob is a list of one
-                object.__setattr__(self, name, (value,))
-        _filter_of(self)
+        require_globs(self)
 
 
 @SOURCES.register(FolderSpec)
@@ -99,7 +96,7 @@ class FolderSource:
         self._frame = FrameReader(lambda source: self._file(source))
         self._follow = folder.follow_links
         self._limit = folder.limit
-        self._filter = _filter_of(folder)
+        self._filter = filter_of(folder)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -158,7 +155,7 @@ class FolderSource:
         arrays = [path for path in paths if _extension(path) in ("npy", "npz")]
         if not arrays:
             return []
-        notes = [f"one sample per file: {len(arrays)} .npy or .npz files (source.kind=arrays takes each row of their first axis as one)"]
+        notes = [f"one sample per file: {counted(len(arrays), '.npy or .npz files')} (source.kind=arrays takes each row of them as one)"]
         first = next((path for path in arrays if _extension(path) == "npz"), None)
         if first is not None and (known := left_out(self._prefix + first)) is not None:
             others = shown_examples(known[1], len(known[1]))
@@ -178,6 +175,11 @@ class FolderSource:
             Before all is read, if it has more than `MAX_MEMBER_BYTES`: it has grown since it was listed.
         """
         return self._frame(source) if self._all_frames else self._file(source)
+
+    def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
+        """Return a `read` for these samples: of several frames of a file the file stays open between them."""
+        self._frame.expect(sources if self._all_frames else ())
+        return self.read
 
     def bound_pixels(self, most: int) -> None:
         """Decode no frame of more pixels."""
@@ -257,8 +259,8 @@ class FolderSource:
         folders = []
         for name in names:
             path, size = prefix + name, entries[name]
-            if name[0] == ".":
-                skipped.add("hidden files or folders", path)
+            if unseen_part(name) is not None:
+                skip_unseen(skipped, path)
                 continue
             mode = os.lstat(self._prefix + path).st_mode if size < 0 else stat.S_IFREG
             if stat.S_ISLNK(mode):
@@ -320,7 +322,7 @@ class BucketSource(FolderSource):
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
         if self._all_frames:
-            return self.read
+            return super().prefetch(sources)
         read = self._files.prefetch(sources)
         return lambda source: _member(source, read(source))
 
@@ -328,7 +330,11 @@ class BucketSource(FolderSource):
         """Do nothing: listing the objects finds out."""
 
     def _walk(self, skipped: Skipped) -> dict[str, int]:
-        found = self._files.sizes()
+        found = self._files.sizes(hidden=True)
+        for part in sorted({part for name in found if (part := unseen_part(name)) is not None}):
+            skip_unseen(skipped, part)
+        if skipped:
+            found = {name: size for name, size in found.items() if unseen_part(name) is None}
         if not self._filter.is_set and set(map(_USUAL.get, _endings(found))) <= self._extensions:
             return found
         known = dict[str, int]()
@@ -343,10 +349,6 @@ class BucketSource(FolderSource):
 def _member(source: str, data: bytes) -> tuple[str, bytes]:
     ext = _extension(source)
     return ("npy", only_array(data)) if ext == "npz" else (ext, data)
-
-
-def _filter_of(folder: FolderSpec) -> PathFilter:
-    return PathFilter(tuple(folder.include), tuple(folder.exclude), folder.min_size)
 
 
 def _is_a_file(url: str) -> str:

@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._external_tars import ExternalTars
+from aecore.data.sources._filter import filter_of, require_globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
@@ -31,14 +32,14 @@ from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, Reading, TarSample, tar_samples
 from aecore.data.sources._unpack import START_BYTES, compression
-from aecore.errors import ConfigError, DataError, did_you_mean
+from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import TAR_ENDINGS, trim_cache
 
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
-_SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)#(.*)", re.DOTALL)
+_SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)(s?)#(.*)", re.DOTALL)
 _STEM = re.compile(rf"(?i:{_ENDINGS})$")
 Field = str | int | float | bool | None
 
@@ -57,7 +58,7 @@ class WebdatasetSpec:
     member: str = knob("", "extension of the member that is the sample, for example seg.png; empty: the only image or array")
     label: str = knob(
         "auto",
-        "cls; json:<field>, also json:ann.class; tar: the tar's name; path: the folders in the tar; leaf: the last of them; "
+        "cls; txt; json:<field>, also json:ann.class; tar: the tar's name; path: the folders in the tar; leaf: the last of them; "
         "regex:<expression> over the member's name: its first group; none; auto: cls where there is one",
     )
     columns: tuple[str, ...] = knob((), "fields of the .json member that become columns of the index; txt is the .txt member")
@@ -73,6 +74,10 @@ class WebdatasetSpec:
     bad_tars: Literal["refuse", "skip"] = knob(
         "refuse", "a tar that is damaged or truncated: refuse the source, or skip the tar, with all its samples in the quarantine", since=2
     )
+    include: tuple[str, ...] | str = knob((), "globs of the members, their folders or the tars to take; none: all", since=2)
+    exclude: tuple[str, ...] | str = knob((), "globs of the members, their folders or the tars to leave out, such as '*_mask.png'", since=2)
+    min_size: int = knob(0, "bytes that the image or array of a sample has at least: smaller ones are left out", ge=0, since=2)
+    limit: int | None = knob(None, "samples at most, chosen by a hash of their paths: spread over all tars", ge=1, since=2)
     tars: Literal[1, 2] = knob(
         2, "rules by which members become samples; 1: those of datasets that were begun before there were others", since=2, absent=1
     )
@@ -81,8 +86,9 @@ class WebdatasetSpec:
         codec = self.member.rpartition(".")[2]
         if self.member and codec not in DATA_EXTENSIONS | {ARCHIVED}:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
-        require_rule("source.label", self.label, ("auto", "cls", "json:<field>", "tar", "path", "leaf", "none"))
+        require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
+        require_globs(self)
 
 
 class _Place(NamedTuple):
@@ -103,12 +109,13 @@ class _Columns:
         self.unusable = list[Unusable | None]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
         self.skipped = Skipped()
+        self.texts = 0  # samples with a .txt
         self.seen: Counter[str] = Counter()  # fields of the json members
 
 
 @SOURCES.register(WebdatasetSpec)
 class WebdatasetSource:
-    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`.
+    """The samples of the tars at the `url` of a `WebdatasetSpec`; sources are `<tar>#<offset>+<size>#<member>`, `s#` if it is sparse.
 
     `compressed` names the tars, of those that were listed, whose samples cannot be read by offset.
     """
@@ -116,6 +123,7 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._reading = Reading(shards.member, "source.member", shards.tars)
+        self._filter = filter_of(shards, "samples")
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
         self._frame = FrameReader(self._member)
@@ -149,11 +157,14 @@ class WebdatasetSource:
             If there is no tar or no sample, a key comes twice, or a tar is damaged or truncated and `bad_tars` is refuse.
         """
         found = _Columns(self._spec.columns)
-        for name in self.tars.files.ahead(self.tars.names):
+        for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_folder(name, found.skipped, "tars")]):
             self._list(found, name)
         if not found.keys:
-            left = "; ".join(f"{count} {what}, {examples}" for what, count, examples in found.skipped.kinds())
-            raise DataError(f"{self.tars.files.url} holds no sample in {len(self.tars.names)} tars ({left or 'they are empty'})")
+            kinds = (f"{counted(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
+            left = "; ".join((*kinds, *self._filter.unused()))
+            raise DataError(
+                f"{self.tars.files.url} holds no sample in {counted(len(self.tars.names), 'tars')} ({left or 'they are empty'})"
+            )
         self._require_keys(found)
         self._require_fields(found)
         listing = Listing(
@@ -166,11 +177,12 @@ class WebdatasetSource:
                 f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values, found.unusable, self._spec.tars)
                 for name, values in found.fields.items()
             },
-            notes=(*found.skipped.lines(), *self._notes(found)),
+            notes=(*found.skipped.lines(), *self._filter.unused(), *self._notes(found)),
             label_paths=False,
             paths=found.members,
             unusable=found.unusable if any(found.unusable) else None,
         )
+        listing = with_limit(listing, self._spec, [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)])
         return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -204,10 +216,13 @@ class WebdatasetSource:
         """Return a `read` for exactly these samples in this order.
 
         Of tars in a bucket that do not all fit into the cache each sample is downloaded by itself: else every shard would fetch every tar.
-        What cannot be read by its offset, a member of a compressed tar or a frame of a file, is read from a copy of its tar.
+        What cannot be read by its offset (in a compressed tar, a sparse member, a frame of a file) is read from a copy of its tar.
         """
         files = self.tars.files
-        if files.room is None or self._spec.frames == "all":
+        if self._spec.frames == "all":
+            self._frame.expect(sources)
+            return self.read
+        if files.room is None:
             return self.read
         places = [parse_source(source) for source in sources]
         names = list(dict.fromkeys(tar for tar, _ in places))
@@ -215,7 +230,10 @@ class WebdatasetSource:
         if starts is None:
             return self.read
         plain = {name: compression(starts(row)) is None for row, name in enumerate(names)}
-        pieces = files.pieces([(tar, member.offset, member.size) for tar, member in places if plain[tar]])
+        by_offset = [plain[tar] and not member.sparse for tar, member in places]
+        pieces = files.pieces(
+            [(tar, member.offset, member.size) for (tar, member), is_plain in zip(places, by_offset, strict=True) if is_plain]
+        )
         if pieces is None:
             return self.read
         rows, at = iter(range(len(places))), iter(range(len(places)))
@@ -223,8 +241,8 @@ class WebdatasetSource:
         def read(source: str) -> tuple[str, bytes]:
             row = next(rows)
             assert sources[row] == source, "samples are read in the order of `sources`"
-            tar, member = places[row]
-            return self._sample(member, pieces(next(at))) if plain[tar] else self._member(source)
+            member = places[row][1]
+            return self._sample(member, pieces(next(at))) if by_offset[row] else self._member(source)
 
         return read
 
@@ -250,6 +268,9 @@ class WebdatasetSource:
             is_class = self._spec.label == "tar" and self._spec.tars > 1  # its name is no split: the class `test_tube` is in all of them
             place = _Place(name, _STEM.sub("", name), split_of(name.rpartition("/")[0] if is_class else name))
             for sample in samples:
+                size = self._spec.min_size if sample.bad is not None else sample.data.size
+                if self._filter.is_set and not self._filter.takes(f"{name}/{sample.data.name}", size, found.skipped, sample.data.name):
+                    continue
                 bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
                 self._add(found, sample, tar, place, bad)
             if broken is not None:
@@ -267,9 +288,10 @@ class WebdatasetSource:
             except BadSample as error:
                 bad = Unusable(error.reason, error.message)
         member = sample.data
+        found.texts += "txt" in sample.members
         above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
         found.keys.append(f"{above}/{sample.key}" if self._spec.keys == "shard" else sample.key)
-        found.sources.append(f"{place.name}#{member.offset}+{member.size}#{member.name}")
+        found.sources.append(f"{place.name}#{member.offset}+{member.size}{'s' if member.sparse else ''}#{member.name}")
         found.sizes.append(member.size)
         found.splits.append(place.split)
         found.tars.append(place.name)
@@ -322,13 +344,13 @@ class WebdatasetSource:
         rule = self._spec.label
         if rule == "tar":
             return _clean(_STEM.sub("", tar.where.rpartition("/")[2]))
-        if rule not in ("auto", "cls") and not rule.startswith(JSON):
+        if rule not in ("auto", "cls", "txt") and not rule.startswith(JSON):
             return ""  # `by_rules` makes it of the path, or there is none
         if rule.startswith(JSON):
             value = fields.get(rule)
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
         else:
-            text = _small(tar, sample.members.get("cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
+            text = _small(tar, sample.members.get("txt" if rule == "txt" else "cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
         if not text and rule != "auto":
             if self._spec.tars > 1:
                 raise BadSample("no_label", f"the sample has no {rule}, which source.label asks for: add it, or set source.label=auto")
@@ -342,9 +364,12 @@ class WebdatasetSource:
             without = [key for key, label, bad in zip(found.keys, found.labels, found.unusable, strict=True) if not label and bad is None]
             if not without:
                 return []
-            count = f"{len(without)} samples have" if len(without) > 1 else "1 sample has"
+            count = counted(len(without), "samples have")
             return [f"{count} no .cls, as others have, and no label: {without[0]!r} for example; source.label=cls quarantines such samples"]
-        return ["no sample has a label, since none has a .cls: set source.label=tar, path, leaf, json:<field> or regex:<expression>"]
+        texts = "txt (the .txt members, if they are no captions), " if found.texts else ""
+        return [
+            f"no sample has a label, since none has a .cls: set source.label={texts}tar, path, leaf, json:<field> or regex:<expression>"
+        ]
 
     def _require_keys(self, found: _Columns) -> None:
         """Raise DataError if two samples have one key; those that cannot be used get another one."""
@@ -381,7 +406,7 @@ def parse_source(source: str) -> tuple[str, Member]:
     match = _SOURCE.fullmatch(source)
     if match is None:
         raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
-    return match[1], Member(match[4], int(match[2]), int(match[3]))
+    return match[1], Member(match[5], int(match[2]), int(match[3]), match[4] == "s")
 
 
 def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint
-from aecore.store import FileRef, Files, Store, open_store, read_again
+from aecore.store import FileRef, Files, Store, cache_turn, open_store, read_again
 
 
 class AdoptWorker:
@@ -43,10 +44,20 @@ class AdoptWorker:
             return lambda: known
 
         def commit() -> PartRecord:  # several at a time, in threads
-            with contextlib.closing(self._source.for_thread()) as source:
+            with self._turn(), contextlib.closing(self._source.for_thread()) as source:
                 return index_tar(self._store, task, source)
 
         return commit
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """Wait until another tar may be open: of a bucket no more at a time, in all processes, than the cache may hold copies of."""
+        tars = self._source.tars
+        return contextlib.nullcontext() if tars.files.room is None else cache_turn(self._largest)
+
+    @cached_property
+    def _largest(self) -> int:
+        """Bytes of the largest tar."""
+        return max(self._source.tars.sizes().values())
 
 
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
@@ -75,6 +86,8 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
             what = f"{tar} is compressed ({kind}), so nothing in it can be read by offset: unpack it"
         elif member.name.lower().endswith(f".{ARCHIVED}"):
             what = f"{tar} holds {member.name!r}, an archive, of which no array can be read by offset: write .npy members"
+        elif member.sparse:
+            what = f"{tar} holds {member.name!r}, a sparse file, whose bytes are not in one place: pack it without --sparse (-S)"
         else:
             continue
         raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))

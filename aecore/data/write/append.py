@@ -17,11 +17,11 @@ from aecore.artifact.documents import read_json
 from aecore.data.dataset import read_listings
 from aecore.data.format.index import LISTING_SCHEMA, make_table, read_table
 from aecore.data.format.record import DATA_EXTENSIONS
-from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.sample_format import SampleFormat, sequence_shape
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.write.spec import ShardSpec
-from aecore.errors import DataError
+from aecore.errors import DataError, counted
 from aecore.store import Store
 from aecore.threads import map_ordered
 
@@ -101,13 +101,25 @@ def report_formats(store: Store, parent: DatasetManifest | None, manifest: Datas
         what = str(error) if len(shapes) == 1 or str(error).startswith("the samples have") else f"{counts}: {error}"
         logger.warning("%s: nothing can be trained on these samples as they are: %s", store.url, what)
         return
-    logger.info(
-        "%s: the samples are sequences of up to %d steps (%d lengths), which models of sequences read (model.kind=rvae); for others save "
-        "them with one shape (numpy.pad)",
-        store.url,
-        longest.shape[0],
-        len(shapes),
-    )
+    kind = f"up to {longest.shape[0]} steps ({len(shapes)} lengths)"
+    if may_be_sequences(shapes):
+        text = (
+            f"the samples are arrays [T, {', '.join(map(str, longest.shape[1:]))}] whose first axes differ, as of sequences of {kind}, "
+            "which models of sequences read (model.kind=rvae); if they are images [H, W, C], save them with one shape "
+            "(numpy.pad, or cut them)"
+        )
+    else:
+        text = (
+            f"the samples are sequences of {kind}, which models of sequences read (model.kind=rvae); for others save them with one shape "
+        )
+        text += "(numpy.pad)"
+    logger.info("%s: %s", store.url, text)
+
+
+def may_be_sequences(shapes: Mapping[str, int]) -> bool:
+    """Return whether samples that were taken for images `[H, W, C]` of several heights may be sequences `[T, ...]` of several lengths."""
+    found = [SampleFormat.parse(shape) for shape in shapes]
+    return len(found) > 1 and all(known.from_array for known in found) and sequence_shape(found) is not None
 
 
 def _not_one(shapes: Mapping[str, int]) -> DataError | None:
@@ -148,8 +160,8 @@ def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64])
     grown = [row for row in fresh.tolist() if listing.groups[row] in known]
     if grown:
         raise DataError(
-            f"{len(grown)} new samples belong to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} to "
-            f"{listing.groups[grown[0]]!r}. A bag cannot grow: put new samples into new bags, or write to another URL"
+            f"{counted(len(grown), 'new samples belong')} to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} "
+            f"to {listing.groups[grown[0]]!r}. A bag cannot grow: put new samples into new bags, or write to another URL"
         )
 
 

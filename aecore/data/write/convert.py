@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import composed
 from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.foreign import explained
-from aecore.data.format.image import BadSample, ImageHeader, image_header, load_image
-from aecore.data.format.jpeg import is_whole_jpeg
+from aecore.data.format.image import ImageHeader, image_header, load_image
 from aecore.data.format.pixels import decode_image, image_file, white_level
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, ArrayHeader, array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
@@ -62,27 +62,25 @@ def _prepared(data: bytes, ext: str, shards: ShardSpec, frames: Frames) -> tuple
 
 
 def _require_decodable(data: bytes, header: ImageHeader) -> None:
-    """Raise BadSample unless the decoder of training decodes the image, from data that are all there."""
+    """Raise BadSample unless the decoder of training decodes the image, with its reason."""
     try:
         pixels = Decoder(Reading(), SampleFormat.parse(header.format_text)).batch([data])
     except DecodeError as error:
-        raise BadSample("decode", str(error)) from error
+        raise BadSample(error.reason, str(error)) from error
     except DataError as error:
         raise BadSample("unsupported", str(error)) from error
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise BadSample("not_finite", "the image holds NaN or infinity")
-    if header.ext in _JPEG and not _decoded(lambda: is_whole_jpeg(data)):
-        raise BadSample("truncated", f"JPEG of {len(data)} bytes, which do not give all of its {header.width}x{header.height} pixels")
 
 
 def _decoded(step: Callable[[], Any]) -> Any:  # any: the result of `step`
     """Return the result of decoding; BadSample for what codecs raise."""
     try:
         return step()
-    except (MemoryError, BadSample):
+    except MemoryError:
         raise
-    except Exception as error:  # codecs raise their own types, SyntaxError, struct.error, ...
-        raise BadSample("decode", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise BadSample.of(error) from error
 
 
 def _prepare_array(data: bytes, ext: str, shards: ShardSpec) -> tuple[Header, bytes]:

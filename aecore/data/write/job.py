@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from aecore.data.write.adopt import AdoptWorker, files_of, require_adoptable, re
 from aecore.data.write.append import (
     SHOWN,
     listing_table,
+    may_be_sequences,
     new_rows,
     report_formats,
     require_whole_bags,
@@ -41,7 +42,7 @@ from aecore.data.write.refused import leave_refused, remove_refused, take_over
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, counted
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
 
@@ -129,7 +130,7 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
         return plan.summary(known=len(work.listing) - len(work.fresh))
     _require_usable(work)
     if work.parent is not None and not len(work.fresh):
-        logger.info("%s: nothing new in %d samples, generation %d stays", work.store.url, len(work.listing), work.parent.number)
+        logger.info("%s: nothing new in %s, generation %d stays", work.store.url, counted(len(work.listing), "samples"), work.parent.number)
         return work.parent
     return _write(work, fan_out, on_part)
 
@@ -284,25 +285,30 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         _require_same(work, read_manifest(store, number))
 
     commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
-    counts = sum(record.rows for record in records), sum(record.quarantined for record in records)
+    counts = counted(sum(record.rows for record in records), "new samples"), sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
-    logger.info("%s: generation %d, %d new samples, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
-    for note in _pixel_notes(records):
+    logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
+    for note in _pixel_notes(records, manifest.sample.shapes):
         logger.info("%s: %s", store.url, note)
     report_formats(store, parent, manifest)
     return manifest
 
 
-def _pixel_notes(records: Sequence[PartRecord]) -> Iterator[str]:
-    """Yield what was chosen where files leave a choice: the frame of several, the axes of arrays."""
+def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> Iterator[str]:
+    """Yield what was chosen where files leave a choice: the frame of several, the axes of arrays that can be no sequences."""
     if several := sum(record.detail.get("first_frames", 0) for record in records):
-        yield f"{several} files have several pages or frames, of which the first was stored (source.frames=first; all or refuse)"
-    counts: Counter[str] = Counter()
+        what = counted(several, "files have several pages or frames")
+        yield f"{what}, of which the first was stored (source.frames=first; all or refuse)"
+    counts: dict[str, Counter[str]] = defaultdict(Counter)  # by channels
     for record in records:
-        counts.update({text: count for text, count in record.detail.get("shapes", {}).items() if f"/{CHANNEL_LAST};" in text})
-    for text, count in sorted(counts.items())[:SHOWN]:
-        shape = text.partition("/")[0]
-        yield f"{count} arrays of {shape} are images [H, W, C] of {shape.rpartition('x')[2]} channels (shards.layout=auto; hwc or chw)"
+        for text, count in record.detail.get("shapes", {}).items():
+            if f"/{CHANNEL_LAST};" in text:
+                shape = text.partition("/")[0]
+                counts[shape.rpartition("x")[2]][shape] += count
+    for channels, found in [] if may_be_sequences(shapes) else sorted(counts.items())[:SHOWN]:
+        of_shapes = f"{len(found)} shapes such as {min(found)}" if len(found) > 1 else min(found)
+        arrays = f"{counted(found.total(), 'arrays')} of {of_shapes} {'are images' if found.total() > 1 else 'is an image'}"
+        yield f"{arrays} [H, W, C] of {channels} channels (shards.layout=auto; hwc or chw)"
 
 
 def _warn_of_orphans(work: _Work, plan: DatasetPlan) -> None:

@@ -25,7 +25,7 @@ from aecore.data.sources._labels import fixed_classes, label_names
 from aecore.data.sources._skipped import shown_examples
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_splits
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, counted
 
 __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
 
@@ -144,7 +144,10 @@ def _unusable_notes(listing: Listing) -> list[str]:
     for source, why in zip(listing.sources, listing.unusable or (), strict=False):
         if why is not None:
             found.setdefault(why.reason, []).append(source)
-    return [f"{len(names)} samples go to the quarantine ({reason}), {shown_examples(names, len(names))}" for reason, names in found.items()]
+    return [
+        f"{counted(len(names), 'samples go')} to the quarantine ({reason}), {shown_examples(names, len(names))}"
+        for reason, names in found.items()
+    ]
 
 
 def require_unique(listing: Listing) -> None:

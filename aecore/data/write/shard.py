@@ -23,7 +23,7 @@ from aecore.data.format.index import INDEX_FORM, content_sha256, read_table, tab
 from aecore.data.format.parquet import same_footers
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.spec import ShardTask
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, counted
 from aecore.store import FileRef, Store, unchecked_bodies
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def record_shard(
     detail |= place_of(task) | {"samples": len(writer.good[0]), "quarantined": len(writer.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in writer.bad))}
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
-    _log.info("shard %s: %d samples, %d quarantined, %.2f s", task.stem, len(writer.good[0]), len(writer.bad), sum(timings.values()))
+    _log.info(
+        "shard %s: %s, %d quarantined, %.2f s", task.stem, counted(len(writer.good[0]), "samples"), len(writer.bad), sum(timings.values())
+    )
     return write_record(store, PartRecord(task.stem, tuple(files), len(writer.good[0]), len(writer.bad), detail, timings))
 
 

@@ -24,7 +24,9 @@ class ShardSpec:
     mode: Literal["keep", "L", "RGB"] = knob("keep", "pixel mode that images are converted to; keep keeps the original bytes")
     shuffle: bool = knob(True, "shuffle the samples of a split before they are cut into shards")
     seed: int = knob(0, "seed of that shuffle", ge=0)
-    check: Literal["header", "decode"] = knob("header", "header checks structure and checksums, decode also decodes every image")
+    check: Literal["header", "decode"] = knob(
+        "header", "header: structure and checksums; decode: every image is decoded too, which finds JPEGs that lost a part of their pixels"
+    )
     max_bad: float = knob(0.01, "share of the samples that may be quarantined before the run fails", ge=0.0, le=1.0, identity=False)
     max_pixels: int = knob(
         MAX_PIXELS, "pixels of an image at most; its decoded values may take 16 bytes for each of them", ge=1, le=1 << 32, since=2

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.record import array_header
 from aecore.data.sources import _inflate, _npz
 from aecore.data.sources._arrayshapes import Peek, hold_rows
 from aecore.data.sources._detect import Detected, detect_source
@@ -178,7 +180,7 @@ def test_a_dataset_goes_on_as_it_began_whatever_shapes_say_today(tmp_path: Path,
     assert main(["shard", str(root), other, "cluster.num_workers=0"]) == 0
     save(tmp_path / "in", {"a/2.npy": values(8, 8, 5)})
     assert main(["shard", str(root), other, "cluster.num_workers=0"]) == 0
-    assert "generation 2, 1 new samples" in capsys.readouterr().err
+    assert "generation 2, 1 new sample," in capsys.readouterr().err
 
 
 class TestNpz:
@@ -246,7 +248,7 @@ def test_images_decide_and_the_arrays_next_to_them_are_named(tmp_path: Path) -> 
     (tmp_path / "a/1.png").write_bytes(encoded(image(1)))
     assert detect_source(str(tmp_path)) == Detected("folder")
     (note,) = FolderSource(FolderSpec(url=str(tmp_path))).listing().notes
-    assert note.startswith("skipped 1 arrays ('a/1.npy'): source.extensions=[npy] takes each file as one sample, source.kind=arrays")
+    assert note.startswith("skipped 1 array ('a/1.npy'): source.extensions=[npy] takes each file as one sample, source.kind=arrays")
 
 
 def test_headers_that_disagree_are_asked_about() -> None:
@@ -263,3 +265,48 @@ def test_settings_that_do_not_fit_a_sample_end_the_run_with_its_name_and_without
         shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(resize=16))
     assert "same command again" not in str(refused.value)
     assert "change the settings that are named" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (
+            np.array([np.zeros(3), None], dtype=object),
+            "Python objects need a pickle, which is never read: save an array of numbers",
+        ),
+        (np.array(["cat", "dog"]), "save numbers instead of texts"),
+        (np.array([b"cat"]), "save numbers instead of texts"),
+        (np.zeros(3, [("x", "f4"), ("y", "f4")]), "save its fields as channels"),
+        (np.zeros(3, "M8[s]"), "save dates as numbers"),
+        (np.zeros(3, "m8[s]"), "save time differences as numbers"),
+        (np.zeros(3, "c8"), "save the real and the imaginary part"),
+    ],
+)
+def test_an_array_of_something_else_than_numbers_says_what_to_save(value, remedy: str) -> None:
+    out = io.BytesIO()
+    np.save(out, value)
+    with pytest.raises(BadSample, match="only booleans and numbers are read") as caught:
+        array_header(out.getvalue())
+    assert remedy in caught.value.message
+
+
+def test_arrays_that_may_be_images_or_sequences_get_one_advice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said(*shapes: tuple[int, ...]) -> str:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        save(root / "in", {f"{number}.npy": np.zeros(shape, np.float32) for number, shape in enumerate(shapes)})
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            shard_dataset(FolderSpec(url=str(root / "in"), extensions=("npy",)), str(root / "out"))
+        return caplog.text
+
+    text = said((20, 16, 3), (21, 16, 3), (25, 16, 3))
+    assert "3 are images" not in text and "is an image" not in text and text.count("rvae") == 1
+    assert "arrays [T, 16, 3] whose first axes differ, as of sequences of up to 25 steps (3 lengths)" in text
+    assert "if they are images [H, W, C], save them with one shape" in text
+    text = said((20, 16, 3), (21, 17, 3))
+    assert "2 arrays of 2 shapes such as 20x16x3 are images [H, W, C] of 3 channels" in text and "rvae" not in text
+    assert "save the arrays with one shape (numpy.pad, or cut them)" in text
+    text = said((20, 16, 3))
+    assert "1 array of 20x16x3 is an image [H, W, C]" in text and "rvae" not in text
+    text = said((20, 40), (21, 40))
+    assert "sequences of up to 21 steps (2 lengths)" in text and "H, W, C" not in text

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import array_header, image_header
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources import Listing

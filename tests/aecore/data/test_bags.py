@@ -171,7 +171,7 @@ def test_new_bags_are_appended_and_a_bag_does_not_grow(tmp_path):
     appended = add("b3/1.png", "b3/2.png")
     assert (appended.number, appended.num_groups("train")) == (2, 3)
     with pytest.raises(
-        DataError, match="1 new samples belong to bags that .* has already, for example 'b1/3.png' to 'b1'. A bag cannot grow"
+        DataError, match="1 new sample belongs to bags that .* has already, for example 'b1/3.png' to 'b1'. A bag cannot grow"
     ):
         add("b1/3.png")
 

@@ -22,6 +22,7 @@ from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import open_files
+from aecore.store._cache import ObjectCache
 from aecore.store._s3_client import close_clients
 from tests.aecore.data.tiny import encoded, image
 from tests.s3 import S3
@@ -76,8 +77,8 @@ class TestKeys:
         source = BucketSource(FolderSpec(url=f"{s3.url}/in", exclude=("*_mask.png",)))
         listing = source.listing()
         assert listing.sources == ["a/1.png", "b/2.png"]
-        assert any("skipped 1 files that source.exclude matches ('a/1_mask.png')" in note for note in listing.notes)
-        assert any("tables and texts" in note and "('b/x.csv')" in note for note in listing.notes)
+        assert any("skipped 1 file that source.exclude matches ('a/1_mask.png')" in note for note in listing.notes)
+        assert any("table or text" in note and "('b/x.csv')" in note for note in listing.notes)
 
     def test_arrays_below_an_empty_name_are_read(self, s3: S3, tmp_path: Path) -> None:
         file = io.BytesIO()
@@ -191,7 +192,33 @@ class TestTars:
             assert s3_proxy.seen(r"GET .*\.tar") == 6 + 6 + len(samples), "one request for each sample, and for the start of each tar"
             assert shard_dataset(WebdatasetSpec(url=f"{s3.url}/tars"), str(tmp_path / "out")).num_samples() == 60
         assert 0 < held.most <= limit
-        assert adopt_shards(WebdatasetSpec(url=f"{s3.url}/tars"), str(tmp_path / "adopted")).num_samples() == 60  # four are read at once
+
+    @pytest.mark.parametrize("fit", [1, 2])
+    def test_adopting_keeps_the_bound_of_the_cache_whatever_its_threads_do(self, s3: S3, monkeypatch, tmp_path: Path, fit: int) -> None:
+        """Parts are committed four at a time: only as many of them as fit hold a tar open."""
+        tars(s3, 6, 10, 60)
+        size = s3.raw.head_object(Bucket=s3.bucket, Key="tars/shard+0 a.tar")["ContentLength"]
+        monkeypatch.setenv("AECORE_CACHE_BYTES", str(limit := size * fit + size // 3))
+        with Held(Path(os.environ["AECORE_CACHE"])) as held:
+            assert adopt_shards(WebdatasetSpec(url=f"{s3.url}/tars"), str(tmp_path / "adopted")).num_samples() == 60
+        assert 0 < held.most <= limit
+
+    def test_turns_are_taken_by_as_many_as_fit(self, s3: S3) -> None:
+        cache, waits = ObjectCache(limit=100), threading.Event()
+
+        def third() -> None:
+            with cache.turn(40):
+                waits.set()
+
+        with cache.turn(40):
+            with cache.turn(40):
+                thread = threading.Thread(target=third)
+                thread.start()
+                assert not waits.wait(0.3)
+            assert waits.wait(60)
+        thread.join()
+        with cache.turn(1000):  # what does not fit is read alone
+            pass
 
     def test_adopted_tars_keep_the_bound_in_training(self, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
         samples = tars(s3, 6, 10, 60)
@@ -202,9 +229,7 @@ class TestTars:
         def held() -> int:
             return sum(path.stat().st_size for path in cache.iterdir())
 
-        adopt_shards(
-            WebdatasetSpec(url=f"{s3.url}/tars"), f"{s3.url}/ds"
-        )  # several are open at once: what is above goes when they are closed
+        adopt_shards(WebdatasetSpec(url=f"{s3.url}/tars"), f"{s3.url}/ds")
         assert 0 < held() <= limit
         dataset = open_dataset(f"{s3.url}/ds")
         rows = SplitRows(dataset, "train", Reading(), "none")

@@ -212,7 +212,7 @@ class TestSource:
         assert (ext, data) == ("png", encoded(image(101)))
         with pytest.raises(ConfigError, match=r"ends in 'pth', which is not read"):
             WebdatasetSpec(url="x", member="pth")
-        with pytest.raises(ConfigError, match=r"expected auto, cls, json:<field>, tar, path, leaf, none or regex:<expression>"):
+        with pytest.raises(ConfigError, match=r"expected auto, cls, txt, json:<field>, tar, path, leaf, none or regex:<expression>"):
             WebdatasetSpec(url="x", label="json")
 
 

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.foreign import what_it_is
-from aecore.data.format.image import BadSample
 from aecore.data.sources._arrayfile import ArrayFile
 from aecore.data.write.convert import prepare
 from aecore.data.write.spec import ShardSpec

@@ -140,7 +140,7 @@ def test_undecodable_samples_are_reported_when_encoding_and_end_training(tmp_pat
         first, second = source.shard_batches(shard, 4)
         assert (first.rows.tolist(), first.batch.positions.tolist(), first.batch.num_global) == ([0, 1, 3], [0, 1, 3], 4)
         assert (second.rows.tolist(), second.batch.ordinals.tolist()) == ([4], [4])
-        assert [(bad.row, bad.reason) for cut in (first, second) for bad in cut.bad] == [(2, "undecodable"), (5, "undecodable")]
+        assert [(bad.row, bad.reason) for cut in (first, second) for bad in cut.bad] == [(2, "decode"), (5, "decode")]
         np.testing.assert_array_equal(first.batch.x[2, 0], tiny.image(3))
         with pytest.raises(DataError, match=r"'k2' of shard train-000000.*shards.check=decode"):
             list(source.range_batches(0, 4, 4))

@@ -22,13 +22,17 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import Decoder, Reading
-from aecore.data.format.image import BadSample, _require_frames, image_header
+from aecore.data.format.image import _require_frames, image_header
 from aecore.data.format.jpeg import is_whole_jpeg
+from aecore.data.format.pixels import OpenImage
 from aecore.data.format.record import array_header
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec, Loader
+from aecore.data.sources import _frames as frames_module
+from aecore.data.sources import reader
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
@@ -36,7 +40,7 @@ from aecore.data.write.convert import prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
-from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, saved, smooth, tiff, upright
+from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, png_with, saved, smooth, tiff, upright
 
 RANDOM = np.random.default_rng(0)
 
@@ -148,6 +152,18 @@ def test_round_trips_of_values_over_modes_sizes_and_depths(data):
     text, pixels = stored(file, "tif", check="decode")
     np.testing.assert_array_equal(pixels, values, text)
     assert pixels.dtype == dtype
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_round_trips_of_pngs_over_modes_sizes_and_depths(data):
+    dtype, bands = np.dtype(data.draw(st.sampled_from(["u1", "u2"]))), data.draw(st.integers(1, 4))
+    values = data.draw(arrays.arrays(dtype, (*data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20))), bands)))
+    file = imagecodecs.png_encode(values[..., 0] if bands == 1 else values, level=data.draw(st.integers(0, 9)))
+    orientation = data.draw(st.integers(1, 8))
+    turned = png_with(file, png_chunk(b"eXIf", exif(orientation).tobytes().removeprefix(b"Exif\0\0")))
+    np.testing.assert_array_equal(stored(file, "png", check="decode")[1], values)
+    np.testing.assert_array_equal(stored(turned, "png", check="decode")[1], upright(values, orientation))
 
 
 class TestOrientation:
@@ -315,7 +331,7 @@ class TestFrames:
     def test_all_are_samples_of_their_own(self, tmp_path, name, caplog):
         caplog.set_level(logging.INFO)
         sharded(tmp_path, {name: self.files()[name]}, frames="all")
-        assert "1 files with several pages or frames are 3 samples" in caplog.text
+        assert "1 file with several pages or frames is 3 samples" in caplog.text
         dataset = open_dataset(str(tmp_path / "out"))
         stem = name.partition(".")[0]
         assert dataset.reader(dataset.manifest.shards[0]).index["key"].to_pylist() == [f"{stem}/{number:09d}" for number in range(3)]
@@ -388,6 +404,29 @@ class TestFrames:
 
         assert [value(place) for place in range(40)] == list(range(40)) and reads == [name]
         assert [value(place) for place in (7, 3, 39, 0)] == [7, 3, 39, 0], "in any order too"
+
+    @pytest.mark.parametrize("held", [1 << 28, 300])
+    def test_shuffled_frames_of_several_files_are_right_and_each_file_is_opened_once(self, tmp_path, monkeypatch, held):
+        pages = [np.full((4, 4), number, np.uint8) for number in range(30)]
+        frames, files = [Image.fromarray(page) for page in pages], {"a.tif": tiff(np.stack(pages), photometric="minisblack")}
+        for name in ("b.gif", "c.png", "d.webp"):
+            options = {"lossless": True} if name.endswith(".webp") else {}
+            files[name] = saved(frames[0], name[2:].upper(), save_all=True, append_images=frames[1:], **options)
+        (tmp_path / "in").mkdir()
+        for name, data in files.items():
+            (tmp_path / "in" / name).write_bytes(data)
+        source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=("tif", "gif", "png", "webp"), frames="all"))
+        listed, reads, decoded, read_file, frame = source.listing(), [], [], source._file, OpenImage.frame
+        monkeypatch.setattr(source, "_file", lambda name: (reads.append(name), read_file(name))[1])
+        monkeypatch.setattr(OpenImage, "frame", lambda *args: (decoded.append(args), frame(*args))[1])
+        monkeypatch.setattr(frames_module, "HELD_BYTES", held)
+        order = np.random.default_rng(0).permutation(len(listed)).tolist()
+        read = reader(source, [listed.sources[place] for place in order])
+        values = [int(np.asarray(Image.open(io.BytesIO(read(listed.sources[place])[1])).convert("L"))[0, 0]) for place in order]
+        assert len(order) == 120 and values == [place % 30 for place in order]
+        if held > 300:
+            assert sorted(reads) == sorted(files) and len(decoded) == 120, "each file is read once, each frame decoded once"
+            assert not source._frame._open, "a file is closed with its last frame"
 
     def test_the_limit_of_pixels_is_that_of_the_knob_for_each_frame(self, tmp_path):
         out = io.BytesIO()

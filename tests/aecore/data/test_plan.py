@@ -160,7 +160,7 @@ def test_a_file_beside_the_split_folders_changes_nothing_and_goes_to_train_witho
     assert {name: sorted(keys) for name, keys in by_split(made).items()} == {"train": ["montage", "train/a/1"], "val": ["valid/a/2"]}
     assert made.classes == ("a",)
     (warning,) = split_warnings(listing, made.splits)
-    assert "1 samples are in no split folder and go to train (montage.png)" in warning
+    assert "1 sample is in no split folder and goes to train (montage.png)" in warning
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Reading
-from aecore.data.format.image import MAX_PIXELS, BadSample, image_header
+from aecore.data.format.image import MAX_PIXELS, image_header
 from aecore.data.format.record import (
     ALLOWED_EXTENSIONS,
     NpyError,

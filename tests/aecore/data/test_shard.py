@@ -17,7 +17,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from aecore.artifact.commit import PartRecord, read_record
-from aecore.data.format.image import BadSample
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, content_sha256
 from aecore.data.manifest import ShardRef
 from aecore.data.read.shard_reader import PARALLEL_BYTES, ShardReader

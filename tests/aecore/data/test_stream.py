@@ -185,6 +185,17 @@ class TestBadSamples:
         ):
             open_stream(str(write_tar(tmp_path / "none/a.tar", [("a.png", b"")])), "train")
 
+    def test_the_limit_of_pixels_is_a_setting_of_reading(self, tmp_path: Path) -> None:
+        tars = write_tar(tmp_path / "a.tar", [("a.png", encoded(image(1), "PNG"))])
+        side = image(1).shape[0]
+        with pytest.raises(DataError, match=rf"{side}x{side} pixels, at most {side * side - 1} are read \(input.max_pixels\)"):
+            open_stream(str(tars), "train", max_pixels=side * side - 1)
+        opened = open_stream(str(tars), "train", max_pixels=side * side)
+        assert opened.training_key("train") == open_stream(str(tars), "train").training_key("train")
+        assert InputSpec(reader="webdataset", max_pixels=9).identity() == InputSpec(reader="webdataset").identity()
+        with pytest.raises(ConfigError, match="input.max_pixels belong to input.reader=webdataset"):
+            InputSpec(max_pixels=9)
+
     def test_arrays_in_npz(self, tmp_path: Path) -> None:
         def npz(number: int) -> bytes:
             out = io.BytesIO()
@@ -227,7 +238,11 @@ class TestRefused:
             ("png", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "lfs_pointer.*fetch it with `git lfs pull`"),
             ("jpg", b"<!doctype html><title>404</title>", "an HTML page.*download it again"),
             ("npy", npy(np.zeros((8, 8, 64), np.float32)), "layout: an array whose axes may be .* or shard the tars, where shards.layout"),
-            ("png", encoded(np.zeros((8200, 8200), np.uint8)), "of more pixels than the 67108864 that .* or shard the tars"),
+            (
+                "png",
+                encoded(np.zeros((8200, 8200), np.uint8)),
+                "of 8200x8200 pixels, at most 67108864 are read .input.max_pixels.: raise that limit",
+            ),
         ],
     )
     def test_what_cannot_be_read_is_named_with_advice_that_can_be_taken(self, tmp_path: Path, name: str, data: bytes, message: str) -> None:

@@ -40,6 +40,7 @@ from aecore.errors import ConfigError, DataError
 from tests.aecore.data.test_external_tars import EXPECTED, Files, listing, pixels, reason, samples, unusable, write_tar
 from tests.aecore.data.tiny import encoded, image
 from tests.processes import run
+from tests.s3 import S3
 
 
 def shard(url: Path | str, out: Path, max_bad: float = 0.01, adopt: bool = False, **options: Any) -> DatasetManifest:
@@ -134,7 +135,7 @@ class TestNames:
         write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
         found = listing(tmp_path, member="target.png")
         assert (found.keys, found.unusable) == (["0", "1", "2"], None)
-        assert "skipped 1 documents ('README')" in found.notes
+        assert "skipped 1 document ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
@@ -163,9 +164,9 @@ class TestNames:
         write_tar(tmp_path / "in/a.tar", [*samples(0, 2), *odd])
         with caplog.at_level(logging.INFO):
             shard_dataset(WebdatasetSpec(url=str(tmp_path / "in")), str(tmp_path / "ds"), shards=ShardSpec(max_bad=1))
-        skipped = [line for line in caplog.text.splitlines() if "skipped" in line or "go to the quarantine" in line]
+        skipped = [line for line in caplog.text.splitlines() if "skipped" in line or "to the quarantine" in line]
         assert [line.partition(": ")[2] for line in skipped] == [
-            "1 samples go to the quarantine (no_data), 'a.tar#4608+0#0.x0.bin'",
+            "1 sample goes to the quarantine (no_data), 'a.tar#4608+0#0.x0.bin'",
             "skipped 5000 files without a key and an extension (for example 'no-extension-0', 'no-extension-1', 'no-extension-2')",
             "skipped 5000 members that are not read (for example '0.x0.bin', '0.x1.bin', '0.x2.bin')",
         ]
@@ -384,7 +385,7 @@ class TestArchives:
         with caplog.at_level(logging.INFO):
             shard(tmp_path / "in", tmp_path / "ds", adopt=adopt)
         assert pixels(tmp_path / "ds") == dict(list(EXPECTED.items())[:10])
-        assert "1 tars without their end blocks, whose writer was not closed or was stopped" in caplog.text
+        assert "1 tar without end blocks, whose writer was not closed or was stopped" in caplog.text
         assert "b.tar" in caplog.text
 
     COMPRESSORS: ClassVar[dict[str, Callable[[bytes], bytes]]] = {
@@ -489,14 +490,94 @@ class TestArchives:
             assert tar.getnames() == ["\u00fc.png"]
         assert listing(tmp_path).keys == ["%C3%BC"]
 
-    def test_sparse_members_are_in_the_quarantine(self, tmp_path: Path) -> None:
+    def test_damaged_sparse_members_are_in_the_quarantine_with_what_to_do(self, tmp_path: Path) -> None:
         header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
         header[156:157], header[482] = b"S", 1  # its map goes on in another block
+        header[386:410], header[483:495] = b"%011o\0%011o\0" % (512, 99999), b"%011o\0" % 99999  # more bytes than the tar has of it
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\0 " % sum(header)
         (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(512) + tar_bytes(samples(0, 2)))
         found = listing(tmp_path)
         assert dict(zip(found.keys, map(reason, unusable(found)), strict=True)) == {"a": "member", "000000": "", "000001": ""}
+        assert "its map of holes is damaged): pack it without --sparse (-S)" in str(unusable(found)[0])
+
+
+SPARSE = ["--format=gnu", *(f"--format=posix --sparse-version={version}" for version in ("0.0", "0.1", "1.0"))]
+
+
+class TestSparse:
+    """Sparse members as GNU tar writes them in each of its formats; what is right is the file that was packed."""
+
+    def packed(self, root: Path, options: str, compress: Callable[[bytes], bytes] = bytes) -> dict[str, bytes]:
+        arrays = {name: np.zeros((4000, 64), np.float32) for name in ("holes.npy", "holes-everywhere.npy", "full.npy")}
+        arrays["holes.npy"][90:95] = 7
+        arrays["holes-everywhere.npy"][::400] = np.arange(10)[:, None] + 1  # more pieces than fit into one block of a map
+        arrays["full.npy"][:] = 3
+        (root / "files" / "a folder").mkdir(parents=True)
+        for name, array in arrays.items():
+            with (root / "files" / "a folder" / name).open("wb+") as file:
+                np.save(file, array)
+                data = (file.seek(0), file.read())[1]
+                file.truncate(0)  # now with holes
+                for at in range(0, len(data), 4096):
+                    if any(data[at : at + 4096]):
+                        file.seek(at)
+                        file.write(data[at : at + 4096])
+                file.truncate(len(data))
+        (root / "in").mkdir()
+        arguments = ["--sparse", "--hole-detection=raw", "--sort=name", "-C", str(root / "files")]
+        run(["tar", "-cf", str(root / "in/a.tar"), *options.split(), *arguments, "."], check=True)
+        (root / "in/a.tar").write_bytes(compress((root / "in/a.tar").read_bytes()))
+        return {f"a folder/{name[:-4]}": (root / "files" / "a folder" / name).read_bytes() for name in arrays}
+
+    @pytest.mark.parametrize("options", SPARSE)
+    def test_are_read_with_zeros_in_their_holes(self, tmp_path: Path, options: str) -> None:
+        expected = self.packed(tmp_path, options)
+        source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in")))
+        found = source.listing()
+        assert found.unusable is None and found.sizes.tolist() == [len(data) for data in expected.values()]
+        assert sum("s#" in name for name in found.sources) == 2, "the full one is read by its offset"
+        made = shard(tmp_path / "in", tmp_path / "ds")
+        (part,) = made.shards
+        reader = open_dataset(str(tmp_path / "ds")).reader(part)
+        assert dict(zip(reader.keys, reader.read_rows(list(range(3))), strict=True)) == {
+            key.replace(" ", "%20"): data for key, data in expected.items()
+        }
+
+    def test_in_compressed_tars_streams_and_joined_tars(self, tmp_path: Path) -> None:
+        expected = self.packed(tmp_path, SPARSE[3], lambda tar: gzip.compress(tar_bytes(samples(0, 1)) + tar))
+        source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), include="*.npy"))
+        assert sorted(source.read(name)[1] for name in source.listing().sources) == sorted(expected.values())
+        assert open_stream(str(tmp_path / "in"), "train").tars
+
+    def test_are_read_from_a_copy_where_tars_of_a_bucket_do_not_fit_into_the_cache(self, s3: S3, tmp_path: Path, monkeypatch) -> None:
+        expected = self.packed(tmp_path, SPARSE[0])
+        s3.upload(tmp_path / "in", "in")
+        monkeypatch.setenv("AECORE_CACHE_BYTES", "1000")
+        source = WebdatasetSource(WebdatasetSpec(url=f"{s3.url}/in"))
+        names = source.listing().sources
+        read = source.prefetch(names)
+        assert sorted(read(name)[1] for name in names) == sorted(expected.values())
+
+    def test_cannot_be_adopted_and_the_message_says_what_to_do(self, tmp_path: Path) -> None:
+        self.packed(tmp_path, SPARSE[0])
+        with pytest.raises(DataError, match=r"a.tar holds '.*holes.*', a sparse file, whose bytes are not in one place: pack it without"):
+            adopt_shards(WebdatasetSpec(url=str(tmp_path / "in")), str(tmp_path / "ds"))
+
+    def test_holes_of_terabytes_are_refused_before_they_are_read(self, tmp_path: Path) -> None:
+        (tmp_path / "files").mkdir()
+        with (tmp_path / "files/a.npy").open("wb") as file:
+            file.truncate(1 << 40)
+        (tmp_path / "in").mkdir()
+        run(["tar", "-cf", str(tmp_path / "in/a.tar"), "--sparse", "-C", str(tmp_path / "files"), "."])
+        found = listing(tmp_path / "in")
+        assert (found.sizes.tolist(), reason(unusable(found)[0])) == ([0], "member")
+        assert "with its holes it has 1099511627776 bytes, more than 1073741824 bytes" in str(unusable(found)[0])
+
+    def test_datasets_of_version_1_leave_them_out_as_they_did(self, tmp_path: Path) -> None:
+        self.packed(tmp_path, SPARSE[0])
+        found = listing(tmp_path / "in", tars=1)
+        assert found.keys == ["a%20folder/full"] and any("sparse files" in note for note in found.notes)
 
 
 class TestAddresses:
@@ -735,7 +816,7 @@ class TestAgainstOthers:
         try:
             found = listing(tmp_path / "a.tar", bad_tars="skip")
         except DataError as error:
-            assert "holds no sample in 1 tars" in str(error)  # noqa: PT017  # a few zeros are an empty tar
+            assert "holds no sample in 1 tar" in str(error)  # noqa: PT017  # a few zeros are an empty tar
         else:
             assert len(found) >= 1
 
@@ -805,3 +886,21 @@ class TestLargeMembers:
         values = np.memmap(path, np.float32, "r", 512 + len(header), shape)
         assert len(data) == size
         assert np.array_equal(np.frombuffer(data, np.float32, offset=len(header)), values)
+
+
+class TestLabelsInTexts:
+    def test_the_remedy_for_labels_in_txt_members_works(self, tmp_path: Path) -> None:
+        files = [(f"{n}.{ext}", data) for n in range(6) for ext, data in (("png", png(n)), ("txt", [b"cat", b" dog\n"][n % 2]))]
+        write_tar(tmp_path / "in/a.tar", files)
+        (note,) = listing(tmp_path / "in").notes
+        assert note.startswith("no sample has a label, since none has a .cls: set source.label=txt (the .txt members")
+        shard(tmp_path / "in", tmp_path / "ds", label="txt")
+        assert open_dataset(str(tmp_path / "ds")).manifest.classes == ("cat", "dog")
+        assert stored(tmp_path / "ds") == {str(n): (n, n % 2) for n in range(6)}
+
+    def test_samples_without_one_are_quarantined_and_other_tars_get_no_such_advice(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.txt", b"cat"), ("1.png", png(1)), ("2.png", png(2)), ("2.txt", b"x" * 2000)])
+        found = listing(tmp_path, label="txt")
+        assert (list(map(reason, unusable(found))), found.label_names) == (["", "no_label", "metadata"], ["cat", "", ""])
+        write_tar(tmp_path / "b/b.tar", [("0.png", png(0))])
+        assert "txt" not in "".join(listing(tmp_path / "b").notes)
