@@ -48,6 +48,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # one process less for each training: no cloud takes this machine away
     HF_HOME=str(HOME / "huggingface"),
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",

@@ -55,7 +55,7 @@ class Started:
     def tail(self) -> str:
         return f"{self.process.args}\n{self.out[-3000:]}" + ("" if self._err == self._out else f"\n{self.err[-5000:]}")
 
-    def wait_for(self, condition: str | Callable[[], T], what: str = "", timeout_s: float = WAIT_S) -> T | bool:
+    def wait_for(self, condition: str | Callable[[], T], what: str = "", timeout_s: float = WAIT_S, every_s: float = 0.05) -> T | bool:
         """Wait for a text in its output or for a condition; AssertionError with the output if it ends before, or in `timeout_s`."""
 
         def answer() -> T | bool:
@@ -64,7 +64,7 @@ class Started:
             assert found or not ended, f"ended with {self.process.returncode} before: {what or condition}\n{self.tail()}"
             return found
 
-        return wait_until(answer, lambda: f"{what or condition}\n{self.tail()}", timeout_s)
+        return wait_until(answer, lambda: f"{what or condition}\n{self.tail()}", timeout_s, every_s)
 
     def send(self, how: signal.Signals) -> None:
         """Send a signal to the process itself."""

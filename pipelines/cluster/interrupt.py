@@ -160,3 +160,18 @@ class StopRequest:
             logger.warning("%s", message)
             raise
         raise KeyboardInterrupt(message)
+
+
+class StopFlag:
+    """A Ray actor that reserves no CPU: the driver sets the flag, rank 0 polls it. It is here since its process then imports no torch."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def request(self) -> None:
+        """Request a stop."""
+        self._requested = True
+
+    def is_requested(self) -> bool:
+        """Return whether a stop was requested."""
+        return self._requested

@@ -33,7 +33,7 @@ from aecore.training.ranks import Rank
 from aecore.training.result import RunResult, finished_run
 from aecore.training.session import Session
 from pipelines.cluster.alive import require_alive
-from pipelines.cluster.interrupt import GRACE_S, StopRequest
+from pipelines.cluster.interrupt import GRACE_S, StopFlag, StopRequest
 from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.session import (
     connect,
@@ -99,21 +99,6 @@ def _train_here(job: TrainJob, cluster: ClusterSpec, on_poll: OnPoll | None) -> 
 def _poll_until(ended: threading.Event, on_poll: OnPoll) -> None:
     while not ended.wait(POLL_S):
         on_poll()
-
-
-class StopFlag:
-    """A Ray actor that reserves no CPU: the driver sets the flag, rank 0 polls it."""
-
-    def __init__(self) -> None:
-        self._requested = False
-
-    def request(self) -> None:
-        """Request a stop."""
-        self._requested = True
-
-    def is_requested(self) -> bool:
-        """Return whether a stop was requested."""
-        return self._requested
 
 
 def _train_on_ray(job: TrainJob, cluster: ClusterSpec, folder: Path, on_poll: OnPoll | None) -> RunResult:

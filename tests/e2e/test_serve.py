@@ -15,11 +15,12 @@ from pipelines.deploy.recipes import FLOWS
 from tests.e2e.servers import Prefect, prefect_server
 from tests.pipelines.shadows import folder_of_shadows, that_ran
 from tests.prefect_home import prefect_home
-from tests.processes import Started, run, started, wait_until
+from tests.processes import AEPIPE, Started, run, started, wait_until
 
 SLOW = ("source.num_samples=600", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1000000")
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
+POLL_S = 0.5  # each look is a request or two that the server works for
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -44,8 +45,7 @@ def look_at_the_page(server: Prefect, folder: Path) -> None:
         "--window-size=1280,900",
         "--virtual-time-budget=20000",
     ]
-    run([browser, *options, f"--screenshot={picture}", page], check=True)
-    shown = run([browser, *options, "--dump-dom", page], check=True).stdout
+    shown = run([browser, *options, f"--screenshot={picture}", "--dump-dom", page], check=True).stdout
     assert "aepipe-pipeline" in shown
     from PIL import Image
 
@@ -59,12 +59,14 @@ def look_at_the_page(server: Prefect, folder: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(server: Prefect, tmp_path: Path) -> None:
     environment = os.environ | server.environment
-    aepipe = [sys.executable, "-m", "pipelines.cli"]
     out, log = tmp_path / "out", tmp_path / "serve.log"
     with started(
-        [*aepipe, "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"], env=environment, log=log, grace_s=60
+        [sys.executable, "-m", "pipelines.cli", "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"],
+        env=environment,
+        log=log,
+        grace_s=60,
     ) as serving:
-        run([*aepipe, "shard", "sprites", tmp_path / "alone", *TINY[:3], HERE], env=environment, check=True)
+        run([*AEPIPE, "shard", "sprites", tmp_path / "alone", *TINY[:3], HERE], env=environment, check=True)
         runs = server.runs(flows={"name": {"any_": ["aepipe-shard"]}})
         assert [run["state"]["type"] for run in runs] == ["COMPLETED"]
 
@@ -72,7 +74,7 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(server: Prefect, 
             runs = server.runs(flows={"name": {"any_": ["aepipe-pipeline"]}})
             return [run for run in runs if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
 
-        done = serving.wait_for(over, "a cron tick fired and its run is over", 240)
+        done = serving.wait_for(over, "a cron tick fired and its run is over", 240, POLL_S)
         assert done[0]["state"]["type"] == "COMPLETED", serving.out
         assert done[0]["auto_scheduled"]
         assert done[0]["parameters"]["recipe"]["out"] == str(out)
@@ -106,7 +108,7 @@ class Serving:
             except OSError:  # the record of a server that was killed
                 return None
 
-        return self.process.wait_for(ready, "aepipe serve has made its deployments", 150)  # type: ignore[return-value]
+        return self.process.wait_for(ready, "aepipe serve has made its deployments", 150, POLL_S)  # type: ignore[return-value]
 
     def kill(self) -> None:
         """End it, its server and its runs as a power cut does."""
@@ -132,18 +134,18 @@ def test_after_a_power_cut_a_run_starts_again_and_nothing_in_the_current_directo
     with serving(here, home, "out=./out", *SLOW) as serve:
         server = serve.server()
         first = server.start(deployment)
-        wait_until(lambda: server.state(first) == "Running", "the first run runs")
+        wait_until(lambda: server.state(first) == "Running", "the first run runs", every_s=POLL_S)
         second = server.start(deployment)
-        wait_until(lambda: server.state(second) == "Cancelled", "a second run at the same time is refused")
+        wait_until(lambda: server.state(second) == "Cancelled", "a second run at the same time is refused", every_s=POLL_S)
         wait_until((here / "out" / "dataset" / "dataset.000001.json").exists, "it works in the user's folder")
         serve.kill()
 
     with serving(here, home, "out=./out", *SLOW) as serve:
         server = serve.server()
-        wait_until(lambda: server.states(first)[-2:] == ["Running", "Crashed"], "the dead run is marked")
+        wait_until(lambda: "Crashed" in server.states(first), "the dead run is marked", every_s=POLL_S)
         third = server.start(deployment)
         waits = ("Scheduled", "Late", "Pending", "Submitting")
-        wait_until(lambda: server.state(third) not in waits, "the next run has begun or is refused")
+        wait_until(lambda: server.state(third) not in waits, "the next run has begun or is refused", every_s=POLL_S)
         assert server.state(third) == "Running", serve.process.tail()
         serve.process.send(signal.SIGTERM)
         assert serve.process.finish(90).returncode == 0, serve.process.tail()

@@ -255,19 +255,6 @@ def test_services_that_are_not_there_fail_with_exit_code_5(monkeypatch: pytest.M
     assert "no Prefect server answers at PREFECT_API_URL=http://127.0.0.1:1/api" in found["prefect"]["message"]
 
 
-@pytest.mark.ray
-def test_a_running_ray_is_compared_with_what_the_recipe_asks_for(two_workers: ClusterSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    found = {finding.name: finding for finding in run_checks(_ray.ray_checks(two_workers))}
-    assert states(list(found.values())) == {"ray": "ok", "ray: resources": "ok"}, found
-    assert f"Ray {ray.__version__} at " in found["ray"].message
-    (_, short) = run_checks(_ray.ray_checks(ClusterSpec(num_workers=3000)))
-    assert (short.state, short.exit_code) == ("failed", 5)
-    assert "the recipe asks for 3000" in short.message
-
-
 @pytest.fixture
 def server_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The API address of a real Prefect server with a password."""

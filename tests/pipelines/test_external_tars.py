@@ -7,12 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aecore.checkpoint.files import newest_checkpoint
-from aecore.store import open_store
-from aecore.training.metrics import read_rows
 from pipelines.cli.main import main
-from pipelines.cluster.train import train
-from pipelines.recipe.recipe import ClusterSpec, load_recipe
+from pipelines.recipe.recipe import load_recipe
 from pipelines.steps.pipeline import stage
 from pipelines.steps.steps import train_job_of
 from tests.aecore.data.test_external_tars import samples, two_tars, write_tar
@@ -117,19 +113,6 @@ def test_what_a_stream_advises_about_bad_samples_is_accepted(tmp_path: Path, cap
     printed(capsys, *(places.get(word, word) for word in command[1].split()), "shards.mode=RGB", HERE)
     assert json.loads(printed(capsys, "show", str(tmp_path / "data"), "--json"))["samples"] == {"train": 39}
     printed(capsys, "train", f"data={tmp_path / 'data'}", f"out={tmp_path / 'indexed'}", *run, "train.epochs=1", "train.global_batch=16")
-
-
-@pytest.mark.ray
-def test_two_workers_take_equal_steps_of_uneven_tars(tmp_path: Path, two_workers: ClusterSpec) -> None:
-    write_tar(tmp_path / "in/a.tar", samples(0, 40))
-    write_tar(tmp_path / "in/b.tar", samples(40, 3))
-    options = ("input.reader=webdataset", "train.max_steps=20", "input.shuffle=8")
-    job = train_job_of(load_recipe(None, [f"data={tmp_path / 'in'}", f"out={tmp_path / 'run'}", *SMALL, *options]))
-    assert train(job, two_workers).step == 20
-    store = open_store(str(tmp_path / "run"))
-    newest = newest_checkpoint(store)
-    assert newest is not None
-    assert [row["samples"] for row in read_rows(store, newest.metrics)] == [16] * 20
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import pytest
 from pipelines.cli.main import main
 from pipelines.flows import set_defaults
 from pipelines.flows.server import temporary_server
-from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.conftest import SMALL
-from tests.processes import AEPIPE, run, wait_until
+from tests.processes import AEPIPE, run
 
 TINY = (*SMALL, "train.epochs=2", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32")
 
@@ -77,25 +76,6 @@ def test_an_error_in_a_flow_keeps_its_exit_code_and_is_not_tried_again(tmp_path:
     assert r"raw\x1b[31m" in done.stderr and "\x1b" not in done.stderr, "also in what Prefect logs"
     assert "Traceback" not in done.stderr
     assert "AwaitingRetry" not in done.stderr
-
-
-@pytest.mark.ray
-@pytest.mark.prefect
-@pytest.mark.slow
-def test_a_pipeline_on_two_ray_workers_makes_the_same_dataset(two_workers: ClusterSpec, sprites: Path, tmp_path: Path) -> None:
-    cpus = (two_workers.resources_per_worker or {})["CPU"]
-    overrides = (*TINY, "train.epochs=1", "cluster.num_workers=2", f"cluster.resources_per_worker={{CPU: {cpus}}}")
-    assert main(["run", "demo", f"out={tmp_path}/out", *overrides]) == 0
-    made = {path.name: path.read_bytes() for path in (tmp_path / "out" / "dataset").glob("**/*.tar")}
-    assert made == {path.name: path.read_bytes() for path in sprites.glob("**/*.tar")}
-
-    def logged() -> bool:  # logs are sent in batches
-        lines = newest_run("aepipe-pipeline")[1]
-        return {line.partition(": ")[0] for line in lines} >= {"shard", "train", "encode"}
-
-    wait_until(logged, "progress of the workers is in the run's log", every_s=0.5)
-    assert newest_run("aepipe-pipeline")[0].state.is_completed()
-    assert main(["verify", f"{tmp_path}/out", "--read-data"]) == 0
 
 
 def test_the_defaults_leave_the_users_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
-"""The command with everything in a bucket: Ray workers, the flow, what `show` and `verify` say, and no credential anywhere."""
+"""The command with everything in a bucket: Ray workers, the flow and its log, what `show` and `verify` say, and no credential anywhere."""
 
+import contextlib
 import hashlib
 import json
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines.recipe.recipe import load_recipe
+from pipelines.steps.steps import shard
 from tests.prefect_home import prefect_home
 from tests.processes import AEPIPE, run
 from tests.s3 import ACCESS_KEY, S3, SECRET_KEY
@@ -31,6 +35,14 @@ def content(objects: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
 
 
+def recorded(database: Path) -> tuple[list[str], set[str]]:
+    """Return the states of the flow runs in a Prefect server's database, and which steps have lines of their progress in its log."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        states = [name for (name,) in connection.execute("SELECT state_name FROM flow_run")]
+        lines = [message for (message,) in connection.execute("SELECT message FROM log")]
+    return states, {line.partition(": ")[0] for line in lines if ": " in line} & {"shard", "train", "encode"}
+
+
 @pytest.mark.ray
 @pytest.mark.prefect
 @pytest.mark.slow
@@ -39,14 +51,15 @@ def test_a_pipeline_on_two_workers_with_everything_in_a_bucket(s3: S3, tmp_path:
     home = tmp_path / "home"
     home.mkdir()
     in_bucket, printed = aepipe("run", "demo", f"out={s3.url}/out", *SMALL, *sizes, home=home)
-    aepipe("run", "demo", f"out={tmp_path}/out", *SMALL, "cluster.num_workers=0", home=home)
+    assert in_bucket["encode"]["rows"] == 512
+    assert recorded(home / "prefect" / "prefect.db") == (["Completed"], {"shard", "train", "encode"}), "of the workers too"
+    shard(load_recipe("demo", [f"out={tmp_path}/out/dataset", *SMALL, "cluster.num_workers=0"]))
     objects = s3.objects("out/")
     files = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    same = {name for name in files if name.startswith("dataset/")}
-    assert {name: value for name, value in content(objects).items() if name in same} == {
-        name: value for name, value in content(files).items() if name in same
-    }, "shards do not depend on workers or places"
-    assert in_bucket["encode"]["rows"] == 512
+    here = content(files)
+    assert here and {name: value for name, value in content(objects).items() if name.startswith("dataset/")} == here, (
+        "shards do not depend on workers or places"
+    )
 
     shown, more = aepipe("show", f"{s3.url}/out", home=home)
     assert shown["kind"] == "root" and shown["table"]["rows"] == 512

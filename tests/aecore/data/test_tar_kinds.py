@@ -867,7 +867,7 @@ class TestLargeMembers:
         source = WebdatasetSource(WebdatasetSpec(url=str(path)))
         assert source.read(source.listing().sources[0]) == ("npy", data)
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @pytest.mark.parametrize("adopt", [False, True])
     def test_over_two_gibibytes_are_read_as_they_are(self, tmp_path: Path, adopt: bool) -> None:
         """The values compare with `np.memmap` of the tar; about two copies are in memory at once."""

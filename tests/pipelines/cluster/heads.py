@@ -1,6 +1,7 @@
 """A Ray head as others start it: `ray start` on free ports, with a token of its own. It ends by the ids of its own processes only."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.processes import below, free_ports, started
 
@@ -28,6 +30,12 @@ class Head:
     @property
     def environment(self) -> dict[str, str]:
         return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def ask(self, path: str, timeout_s: float = 60) -> Any:  # any: plain JSON
+        """Ask the job server."""
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s) as answer:
+            return json.load(answer)
 
     def processes(self, *words: str) -> list[str]:
         """Return the command lines of its processes that hold one of the words."""
@@ -65,8 +73,6 @@ def ray_head(num_cpus: int = 4, before: Sequence[str] = (), ip: str = "127.0.0.1
 
 
 def _answers(head: Head) -> bool:
-    request = urllib.request.Request(f"{head.dashboard}/api/version", headers={"Authorization": f"Bearer {head.token}"})
     with contextlib.suppress(OSError):
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5).close()
-        return True
+        return bool(head.ask("/api/version", 5))
     return False

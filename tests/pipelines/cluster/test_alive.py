@@ -10,7 +10,7 @@ import pytest
 from aecore.errors import ClusterError
 from tests.processes import AEPIPE, below, started
 
-SLOW = ("source.size=64", "source.num_samples=3000", "shards.max_samples=200", "splits.by=none", "cluster.num_workers=2")
+SLOW = ("source.size=64", "source.num_samples=3000", "shards.max_samples=200", "splits.by=none", "cluster.num_workers=1")
 
 
 @pytest.mark.ray

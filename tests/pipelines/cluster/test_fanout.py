@@ -10,8 +10,8 @@ import pytest
 
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit, PartFailure, collect
-from aecore.errors import ClusterError, DataError
-from pipelines.cluster.fanout import ray_fan_out
+from aecore.errors import ClusterError, DataError, WorkerDied
+from pipelines.cluster.fanout import TASK_RETRIES, ray_fan_out
 from pipelines.recipe.recipe import ClusterSpec
 
 
@@ -60,14 +60,15 @@ def test_a_killed_worker_is_replaced_and_its_part_is_made(two_workers: ClusterSp
 @pytest.mark.ray
 def test_a_part_that_always_kills_its_worker_fails_alone(two_workers: ClusterSpec, tmp_path: Path) -> None:
     tasks = [Job("part-0", "die always"), *(Job(f"part-{number}") for number in range(1, 5)), Job("part-5", "bad")]
-    outcomes = {}
-    for outcome in ray_fan_out(two_workers)(functools.partial(Worker, tmp_path), tasks):
-        outcomes[outcome.part] = outcome
+    outcomes = {outcome.part: outcome for outcome in ray_fan_out(two_workers)(functools.partial(Worker, tmp_path), tasks)}
     assert set(outcomes) == {task.stem for task in tasks}
     failed = {part: outcome for part, outcome in outcomes.items() if isinstance(outcome, PartFailure)}
     assert set(failed) == {"part-0", "part-5"}
-    assert "its worker died 3 times" in failed["part-0"].message
+    assert f"its worker died {TASK_RETRIES + 1} times" in failed["part-0"].message
+    assert tries(tmp_path, "part-0") == TASK_RETRIES + 1
     assert (failed["part-5"].error_type, failed["part-5"].message) == ("DataError", "part-5 is damaged")
+    with pytest.raises(WorkerDied, match=f"its worker died {TASK_RETRIES + 1} times"):
+        collect(lambda factory, tasks: iter([failed["part-0"]]), functools.partial(Worker, tmp_path), tasks[:1])
 
 
 @pytest.mark.ray

@@ -4,13 +4,12 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,10 @@ from aecore.training.metrics import last_row
 from pipelines.cli.main import main
 from pipelines.cluster import train as cluster_train
 from pipelines.cluster.interrupt import StopRequest
-from pipelines.cluster.train import train
-from pipelines.recipe.recipe import ClusterSpec
 from tests.aecore.training import losses, published_weights
-from tests.pipelines.cluster.test_train import job_for
-from tests.processes import AEPIPE, Started, started
+from tests.pipelines.cluster.test_train import SAID, job_for
+from tests.processes import AEPIPE, WARM, Started, started
 from tests.s3 import s3_environment
-
-LONG = ("train.epochs=150", "checkpoint.every_steps=100000")
-SAID = re.compile(r"interrupted at step (\d+): checkpoint step-(\d{8}) written; the same command goes on from there")
 
 
 @pytest.fixture
@@ -131,33 +125,6 @@ def test_an_interrupted_command_says_the_step_that_it_saved_and_goes_on_from_it(
     assert published_weights(tmp_path / "run") == published_weights(whole)
 
 
-def signal_once(out: Path, number: int) -> Callable[[], None]:
-    """Return what sends this process a signal, once, when a run has metrics."""
-    sent: list[int] = []
-
-    def look() -> None:
-        if not sent and last_row(open_store(str(out))) is not None:
-            sent.append(number)
-            os.kill(os.getpid(), number)
-
-    return look
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_workers_end_their_step_and_save_it_when_the_driver_is_told_to_end(two_workers: ClusterSpec, sprites: Path, tmp_path: Path) -> None:
-    job = job_for(sprites, tmp_path / "run", *LONG)
-    with pytest.raises(KeyboardInterrupt, match=SAID.pattern) as stopped:
-        train(job, two_workers, signal_once(tmp_path / "run", signal.SIGTERM))
-    found = SAID.search(str(stopped.value))
-    assert found
-    assert int(found[1]) == max(step for step, _ in committed_checkpoints(open_store(job.out)))
-    train(job, two_workers)
-    train(job_for(sprites, tmp_path / "whole", *LONG), two_workers)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert published_weights(tmp_path / "run") == published_weights(tmp_path / "whole")
-
-
 @pytest.mark.usefixtures("handlers")
 def test_workers_that_do_not_end_their_step_in_time_are_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Flag:
@@ -229,17 +196,18 @@ def end_of(process: Started, number: int, within_s: float) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "words",
+    ("words", "number"),
     [
-        ["verify", "s3://b/x"],
-        ["doctor", "s3://b/x"],
-        ["encode", "s3://b/run", "s3://b/data", "{tmp}/table", "cluster.num_workers=0", "--json"],
-        ["shard", "sprites", "s3://b/x", "cluster.num_workers=0"],
-        ["train", "mnist_vae", "data=s3://b/data", "out={tmp}/run", "cluster.num_workers=0"],
+        (["verify", "s3://b/x"], signal.SIGINT),
+        (["verify", "s3://b/x"], signal.SIGTERM),
+        (["doctor", "s3://b/x"], signal.SIGINT),
+        (["encode", "s3://b/run", "s3://b/data", "{tmp}/table", "cluster.num_workers=0", "--json"], signal.SIGTERM),
+        (["shard", "sprites", "s3://b/x", "cluster.num_workers=0"], signal.SIGINT),
+        (["train", "mnist_vae", "data=s3://b/data", "out={tmp}/run", "cluster.num_workers=0"], signal.SIGINT),
+        (["train", "mnist_vae", "data=s3://b/data", "out={tmp}/run", "cluster.num_workers=0"], signal.SIGTERM),
     ],
-    ids=lambda words: words[0] if isinstance(words, list) else "",
+    ids=lambda value: value[0] if isinstance(value, list) else value.name,
 )
 def test_a_service_that_never_answers_does_not_hold_up_the_end(
     silent: tuple[dict[str, str], list[socket.socket]], tmp_path: Path, words: list[str], number: int
@@ -302,7 +270,7 @@ def test_a_read_that_never_returns_does_not_hold_up_the_end(sprites: Path, tmp_p
         "train": [f"{sprites}/shards/", "train", *keys(sprites), f"out={tmp_path}/run"],
     }
     where, *command = words[verb]
-    with started([sys.executable, "-c", HANGING, where, tmp_path / "pipe", how, *command]) as process:
+    with started([*WARM, "-c", HANGING, where, tmp_path / "pipe", how, *command]) as process:
         process.wait_for("hangs")
         time.sleep(0.3)
         assert end_of(process, number, 90) < (15 if verb == "verify" else 40)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipelines.steps.steps import STEPS
 from pipelines.steps.submit import job_of
 from tests.pipelines.cluster.heads import Head
 from tests.pipelines.conftest import SMALL
-from tests.processes import AEPIPE, Started, run, started, wait_until
+from tests.processes import AEPIPE, WARM, Started, run, started, wait_until
 
 TINY = (*SMALL, "train.epochs=60", "model.latent_dim=4", "backbone.hidden=[16]", "train.global_batch=32", "checkpoint.every_steps=50")
 STAGES = """
@@ -31,11 +30,6 @@ from pipelines.recipe.recipe import load_recipe
 from pipelines.steps.pipeline import run_stages
 from pipelines.steps.steps import STEPS
 print(json.dumps(run_stages(load_recipe("demo", sys.argv[1:]), lambda name, part: STEPS[name](part))))
-"""
-IDS = """
-import sys
-from ray.job_submission import JobSubmissionClient
-print(*[job.submission_id for job in JobSubmissionClient(sys.argv[1]).list_jobs() if job.submission_id])
 """
 WORKING = ("RayTrainWorker", "PartWorker", "pipelines.steps.job_main")
 
@@ -56,8 +50,7 @@ def submitted(head: Head, *words: str, **environment: str) -> tuple[int, str, st
 
 
 def job_ids(head: Head, key: str) -> list[str]:
-    done = run([sys.executable, "-c", IDS, head.dashboard], env=head.environment, check=True)
-    return sorted(name for name in done.stdout.split() if name.startswith(key))
+    return sorted(job["submission_id"] for job in head.ask("/api/jobs/") if (job["submission_id"] or "").startswith(key))
 
 
 def parts(out: Path) -> dict[str, str]:
@@ -119,7 +112,7 @@ def test_a_job_is_there_once_can_be_stopped_and_makes_the_table_that_is_made_her
 @pytest.mark.slow
 def test_a_cluster_that_is_named_makes_the_table_that_is_made_here(head: Head, here: dict[str, str], tmp_path: Path) -> None:
     where = ["cluster.kind=address", f"cluster.address={head.address}", "cluster.num_workers=1"]
-    command = [sys.executable, "-c", STAGES, f"out={tmp_path}", *TINY, *where]
+    command = [*WARM, "-c", STAGES, f"out={tmp_path}", *TINY, *where]
     done = run(command, env=head.environment)
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout.splitlines()[-1])) == ["shard", "train", "encode", "evaluate"]
@@ -150,11 +143,11 @@ def test_the_error_that_ends_a_job_comes_back_with_its_exit_code(head: Head, tmp
 def test_another_version_of_ray_is_named(head: Head, tmp_path: Path) -> None:
     older = "import ray, sys; ray.__version__ = '2.50.0'; from pipelines.cli.main import main; sys.exit(main(sys.argv[1:]))"
     words = ["shard", "sprites", str(tmp_path / "out"), *SMALL[:1], "cluster.kind=address", f"cluster.address={head.address}"]
-    done = run([sys.executable, "-c", older, *words], env=head.environment)
+    done = run([*WARM, "-c", older, *words], env=head.environment)
     assert done.returncode == 5, done.stderr
     assert "Version mismatch" in done.stderr and "Ray: 2.50.0" in done.stderr and "install the cluster's versions" in done.stderr
     words = ["submit", "demo", f"out={tmp_path}/out", "--stop", f"cluster.address={head.dashboard}"]
-    done = run([sys.executable, "-c", older, *words], env=head.environment)
+    done = run([*WARM, "-c", older, *words], env=head.environment)
     assert done.returncode == 0, done.stderr
     assert "this is 2.50.0: cluster.python must have" in done.stderr
     assert "nothing is running" in done.stdout

@@ -165,20 +165,28 @@ disconnect()
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_session_of_a_killed_driver_is_removed_by_a_later_run() -> None:
+def test_a_start_of_ray_removes_what_ended_and_the_session_of_a_killed_driver_is_removed_by_a_later_one() -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as root:  # short: sockets lie in it
-        sessions: list[Path] = []
-        for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGTERM):
-            command = [sys.executable, "-c", LOCAL]
-            with started(command, env=os.environ | {"RAY_TMPDIR": root}, stdin=subprocess.PIPE, how=how) as driver:
-                driver.wait_for("\n")
-                sessions.append(Path(driver.out.split("\n")[0]))
-                assert sessions[-1].is_dir()
-                if how == signal.SIGKILL:
-                    driver.send(how)
-                    driver.process.wait()
-                    wait_until(lambda: [left.pids for left in leftovers(Path(root))] == [()], "the processes of Ray end with the driver")
-        assert [folder.exists() for folder in sessions] == [False, True, True], "that of the run before stays: it has logs"
+        ended, kept = (session(Path(root), second, f"{pid_namespace()} {DEAD}") for second in range(2))
+        latest = Path(root, "ray", "session_latest")
+        latest.symlink_to(kept)
+        with started([sys.executable, "-c", LOCAL], env=os.environ | {"RAY_TMPDIR": root}, stdin=subprocess.PIPE) as driver:
+            driver.wait_for("\n")
+            killed = Path(driver.out.split("\n")[0])
+            assert [ended.exists(), kept.exists(), killed.is_dir()] == [False, True, True], "that of the run before stays: it has logs"
+            driver.send(signal.SIGKILL)
+            driver.process.wait()
+
+            def pids() -> tuple[int, ...]:
+                return {left.folder: left.pids for left in leftovers(Path(root))}[killed]
+
+            wait_until(lambda: pids() == (), "the processes of Ray end with the driver", every_s=2)  # each look reads all of /proc
+        clear_leftovers(Path(root))
+        assert [kept.exists(), killed.exists()] == [False, True], "now that of the killed driver is the newest"
+        latest.unlink()
+        latest.symlink_to(session(Path(root), 2, f"{pid_namespace()} {DEAD}"))
+        clear_leftovers(Path(root))
+        assert not killed.exists()
 
 
 @pytest.mark.parametrize("is_link", [False, True])

@@ -15,14 +15,13 @@ import pytest
 from aecore.errors import ConfigError
 from pipelines.cluster import session
 from pipelines.cluster.session import cluster_address, import_environment, local_paths
-from pipelines.cluster.train import train
+from pipelines.doctor import _ray
+from pipelines.doctor._check import run_checks
 from pipelines.recipe.recipe import ClusterSpec
-from tests.pipelines.cluster.test_train import job_for
 from tests.pipelines.shadows import folder_of_shadows, that_ran
-from tests.pipelines.sockets import Listener, listeners
-from tests.processes import AEPIPE, Started, below, run, started
+from tests.processes import AEPIPE, Started, run, started
 
-SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=2", "cluster.timeout_s=60")
+SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=1", "cluster.timeout_s=60")
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -97,7 +96,9 @@ def shard(out: Path, address: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_path: Path) -> None:
+def test_a_cluster_of_others_is_used_and_left_running_and_the_doctor_compares_it_with_what_the_recipe_asks_for(
+    other_cluster: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address = other_cluster.says(0)
     refused = shard(tmp_path / "out", address)
     assert refused.returncode == 5, refused.stderr
@@ -109,7 +110,20 @@ def test_a_cluster_of_others_is_used_and_left_running(other_cluster: Other, tmp_
     assert done.returncode == 0, done.stderr
     assert "connected to Ray" in done.stderr
     assert "3 shards" in done.stdout
+    doctor_compares(address, monkeypatch)
     assert other_cluster.order(2) == "alive"
+
+
+def doctor_compares(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    found = {finding.name: finding for finding in run_checks(_ray.ray_checks(ClusterSpec(num_workers=2)))}
+    assert {name: finding.state for name, finding in found.items()} == {"ray": "ok", "ray: resources": "ok"}, found
+    assert f"Ray {ray.__version__} at " in found["ray"].message
+    (_, short) = run_checks(_ray.ray_checks(ClusterSpec(num_workers=3000)))
+    assert (short.state, short.exit_code) == ("failed", 5)
+    assert "the recipe asks for 3000" in short.message
 
 
 def test_a_cluster_without_an_address_and_a_job_server_as_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,26 +196,6 @@ def test_a_local_ray_has_a_token_of_its_own_without_which_no_client_connects() -
             assert process.process.stdin is not None
             process.process.stdin.close()
             assert process.finish().returncode == 0
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_ray_of_ours_and_its_training_listen_on_loopback_alone_and_show_no_metrics(
-    two_workers: ClusterSpec, sprites: Path, tmp_path: Path
-) -> None:
-    seen: set[Listener] = set()
-
-    def look() -> None:
-        heads = [pid for pid, command in below().items() if "ray start --head" in command]  # clusters of other tests
-        seen.update(listeners({os.getpid(), *below()} - {pid for head in heads for pid in (head, *below(head))}))
-
-    train(job_for(sprites, tmp_path / "run", "train.epochs=5"), two_workers, look)
-    assert any("RayTrainWorker" in one.command for one in seen), "the processes were not listed while it trained"
-    assert any("raylet" in one.command for one in seen)
-    assert [one for one in seen if not one.is_loopback] == []
-    assert not {one.port for one in seen} & {44217, 44227}, "the ports of Ray's metrics"
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "AUTOSCALER_METRIC_PORT")
-    assert not [name for name in names if name in os.environ], "the next Ray may be one of several machines"
 
 
 @pytest.mark.ray

@@ -6,7 +6,6 @@ import http.server
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from pipelines.cluster.process import is_alive, process_name
 from pipelines.flows import server as server_module
 from pipelines.flows.server import PROCESS, Server, lasting_server, temporary_server
 from tests.pipelines.sockets import listeners
+from tests.prefect_home import prefect_home
 from tests.processes import below, wait_until
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow]
@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.prefect, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for all servers of this module: the first one makes the database, which takes longest."""
-    return tmp_path_factory.mktemp("prefect")
+    """A home for all servers of this module."""
+    return prefect_home(tmp_path_factory.mktemp("module") / "prefect")
 
 
 @pytest.fixture(autouse=True)
@@ -90,22 +90,30 @@ def status(page: str, path: str, *, auth: str | None = None, method: str = "POST
         return error.code, error.headers.get("access-control-allow-origin")
 
 
-def test_the_server_of_serve_is_the_one_that_prefect_talks_to(home: Path) -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
 
+
+@pytest.mark.usefixtures("no_umask")
+def test_the_server_of_serve_is_the_one_that_prefect_talks_to_and_nobody_else_reads_or_changes_anything(home: Path) -> None:
+    for name in ("prefect.db", "server.log"):  # of a version that let everybody read them
+        (home / name).touch()
+        (home / name).chmod(0o666)
     with lasting_server() as (server, is_new):
         assert is_new
-        assert server.page.endswith(f":{server_module.PORT}")
-        assert PREFECT_API_URL.value() == os.environ["PREFECT_API_URL"] == f"{server.page}/api"
-        with get_client(sync_client=True) as client:
-            assert str(client.api_url).rstrip("/") == f"{server.page}/api"
-            assert client.api_healthcheck() is None
-            assert client.read_flow_runs() == []
-        with urllib.request.urlopen(f"{server.page}/ui-settings", timeout=20) as answer:
-            assert f"{server.page}/api".encode() in answer.read(), "the page asks its own server"
+        prefect_talks_to(server)
         assert f"PREFECT_API_AUTH_STRING={server.auth}\n" in (home / "server.env").read_text()
-        assert stat.S_IMODE((home / "server.env").stat().st_mode) == 0o600
+        with temporary_server() as temporary:
+            for one in (server, temporary):
+                changes_nothing_without_its_password(one)
+                assert status(one.page, "csrf-token?client=x", auth=one.auth, method="GET")[0] == 200
+            written = [path for path in home.rglob("*") if path.is_file()]
+            assert {"prefect.db", "server.env", "server.log", "server.lock"} <= {path.name for path in written}
+            assert [path for path in written if path.stat().st_mode & 0o077] == []
+            assert (home / "empty").stat().st_mode & 0o777 == 0o700
     assert "PREFECT_API_URL" not in os.environ
     assert "PREFECT_API_AUTH_STRING" not in os.environ
     assert not (home / "server.env").exists()
@@ -113,21 +121,39 @@ def test_the_server_of_serve_is_the_one_that_prefect_talks_to(home: Path) -> Non
         socket.create_connection(("127.0.0.1", server_module.PORT), timeout=2)
 
 
-def test_nobody_else_can_read_what_a_server_writes(home: Path) -> None:
-    before = os.umask(0)
-    try:
-        (home / "prefect.db").touch()  # of a version that let everybody read it
-        (home / "prefect.db").chmod(0o666)
-        (home / "server.log").touch()
-        (home / "server.log").chmod(0o666)
-        with lasting_server() as (server, _), temporary_server():
-            assert status(server.page, "csrf-token?client=x", auth=server.auth, method="GET")[0] == 200
-            written = [path for path in home.rglob("*") if path.is_file()]
-            assert {"prefect.db", "server.env", "server.log", "server.lock"} <= {path.name for path in written}
-            assert [path for path in written if path.stat().st_mode & 0o077] == []
-            assert (home / "empty").stat().st_mode & 0o777 == 0o700
-    finally:
-        os.umask(before)
+def prefect_talks_to(server: Server) -> None:
+    """Assert that Prefect's client and the page ask this server, which is on the default port."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    assert server.page.endswith(f":{server_module.PORT}")
+    assert PREFECT_API_URL.value() == os.environ["PREFECT_API_URL"] == f"{server.page}/api"
+    with get_client(sync_client=True) as client:
+        assert str(client.api_url).rstrip("/") == f"{server.page}/api"
+        assert client.api_healthcheck() is None
+        assert client.read_flow_runs() == []
+    with urllib.request.urlopen(f"{server.page}/ui-settings", timeout=20) as answer:
+        assert f"{server.page}/api".encode() in answer.read(), "the page asks its own server"
+
+
+def changes_nothing_without_its_password(server: Server) -> None:
+    """Assert what a server answers to strangers, where it listens, and that its password is on no command line."""
+    for path in ("deployments/", "deployments/filter", "flow_runs/filter", "admin/database/clear"):
+        assert status(server.page, path)[0] in (401, 403), path  # the missing token or the missing password, what is looked at first
+        assert status(server.page, path, auth="admin:wrong")[0] in (401, 403), path
+    for auth in (None, "admin:wrong"):
+        assert status(server.page, "csrf-token?client=x", auth=auth, method="GET")[0] == 401, "no token without the password"
+        assert status(server.page, "deployments/filter", auth=auth, method="GET")[0] == 401
+    with_token = {"prefect-csrf-token": "x", "prefect-csrf-client": "x"}
+    assert status(server.page, "deployments/filter", auth=server.auth)[0] == 403, "the page of another site has no token"
+    assert status(server.page, "deployments/filter", auth=server.auth, **with_token)[0] == 403
+    assert status(server.page, "deployments/filter", origin="http://evil.example")[1] is None
+    process = int(server.process.partition(":")[0])
+    found = list(listeners({process, *below(process)}))  # other tests of this process may have a Ray on another address
+    assert {one.port for one in found} >= {int(server.page.rpartition(":")[2])}
+    assert all(one.is_loopback for one in found), found
+    secret = server.auth.partition(":")[2]
+    assert not [command for command in below().values() if secret in command], "ps shows it to everybody"
 
 
 @pytest.mark.parametrize("spoil", ["a link", "a folder that all can write"])
@@ -143,28 +169,6 @@ def test_no_server_is_started_in_a_home_that_others_could_have_filled(spoil: str
     with pytest.raises(StoreError, match="set PREFECT_HOME to a folder of your own"), lasting_server():
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
-
-
-@pytest.mark.parametrize("start", [lasting_server, temporary_server])
-def test_without_its_password_a_server_of_ours_changes_nothing(start: object) -> None:
-    with start() as started:  # type: ignore[operator]
-        server: Server = started if isinstance(started, Server) else started[0]
-        for path in ("deployments/", "deployments/filter", "flow_runs/filter", "admin/database/clear"):
-            assert status(server.page, path)[0] in (401, 403), path  # the missing token or the missing password, what is looked at first
-            assert status(server.page, path, auth="admin:wrong")[0] in (401, 403), path
-        for auth in (None, "admin:wrong"):
-            assert status(server.page, "csrf-token?client=x", auth=auth, method="GET")[0] == 401, "no token without the password"
-            assert status(server.page, "deployments/filter", auth=auth, method="GET")[0] == 401
-        with_token = {"prefect-csrf-token": "x", "prefect-csrf-client": "x"}
-        assert status(server.page, "deployments/filter", auth=server.auth)[0] == 403, "the page of another site has no token"
-        assert status(server.page, "deployments/filter", auth=server.auth, **with_token)[0] == 403
-        assert status(server.page, "deployments/filter", origin="http://evil.example")[1] is None
-        process = int(server.process.partition(":")[0])
-        found = list(listeners({process, *below(process)}))  # other tests of this process may have a Ray on another address
-        assert {one.port for one in found} >= {int(server.page.rpartition(":")[2])}
-        assert all(one.is_loopback for one in found), found
-        secret = server.auth.partition(":")[2]
-        assert not [command for command in below().values() if secret in command], "ps shows it to everybody"
 
 
 def test_a_stranger_on_the_port_gets_no_request_and_no_deployment(
