@@ -264,13 +264,6 @@ def with_metadata(**changes: str | None) -> Callable[[pa.Table], pa.Table]:
     return apply
 
 
-def nested(levels: int) -> list[Any]:
-    found: list[Any] = []
-    for _ in range(levels):
-        found = [found]
-    return found
-
-
 def added(place: int) -> Callable[[pa.Table], pa.Table]:
     return lambda rows: rows.add_column(place if place >= 0 else rows.num_columns, "note", pa.array(["x"] * len(rows)))
 
@@ -397,7 +390,6 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
         "reason": (rows_of("quarantine/*", with_column("reason", replaced("x"))), RECORD, "detail.reasons"),
         "split of a refused": (rows_of("quarantine/*", with_column("split", replaced("test"))), INDEX, "rows of other splits than train"),
         "stem": (rows_of(INDEX, same, lambda known: known | {"stem": "x"}), INDEX, "its metadata say stem 'x' instead of 'train-000000'"),
-        "nested metadata": (rows_of(INDEX, same, lambda known: known | {"stem": nested(900)}), INDEX, "its metadata say"),
         "tar of an index": (rows_of(INDEX, same, lambda known: known | {"tar_sha256": "x"}), INDEX, "its metadata say tar_sha256 'x'"),
         "number of a listing": (rows_of("listings/*1.parquet", same, lambda known: {"claim": 9}), "listings/000001.parquet", "claim 9"),
         # 5. form
