@@ -3,7 +3,7 @@
 A message gives the value seen, what was expected or the known choices, and the next action in terms of this library: the functions and
 fields to use. What a command line can add to it is named by a `Hint`. `assert` is for internal invariants. What a disk, the memory or an
 input does to Python code that expects nothing (OSError, MemoryError, ...) becomes an `AecoreError` in `from_outside`; any other exception
-is a bug and keeps its traceback.
+is a bug and keeps its traceback. So is a RecursionError: only code that parses outside data knows that those are nested too deep.
 A message never holds a password or a signature of a URL (`masked`), wherever it goes then: a log, a record, another process. What a
 terminal would obey is escaped when it is printed (`printable`), and by JSON.
 """
@@ -30,6 +30,7 @@ _ANY_REMEDY = {  # where it is not known whether a file was read or written
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "; raise the limit of open files (ulimit -n), then run the same command again"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "; it is not there: check the address, then run the same command again"),
     errno.ENAMETOOLONG: "; use a shorter name",
+    errno.ELOOP: "; a link there leads to itself: correct it, or use another URL",
 }
 _USUAL_REMEDY = "; what is finished is kept: run the same command again when the storage is well"
 _HEAD_END, _WORDS = (
@@ -227,6 +228,14 @@ def _subclasses(kind: type[AecoreError]) -> Iterator[type[AecoreError]]:
         yield from _subclasses(narrower)
 
 
+def require_text(value: str, what: str) -> None:
+    """ConfigError if `value`, which `what` names, cannot be written as UTF-8: it has bytes of a file name that are no text here."""
+    if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
+        raise ConfigError(
+            f"{what} {value!r} is no text here: it is not UTF-8 (rename the file), or this locale is not (set LC_ALL=C.UTF-8)"
+        )
+
+
 def similar(word: str, known: Iterable[str], count: int = 1, at_least: float = SIMILARITY) -> list[str]:
     """Return up to `count` known names that an unknown `word` may mean, the most similar first; [] if none is similar.
 
@@ -279,6 +288,11 @@ def disk_error(message: str, error: OSError) -> StoreError:
     return _storage_error(message, error, _REMEDIES.get(error.errno or 0, ""))
 
 
+def read_error(message: str, error: OSError) -> StoreError:
+    """Return the error about a place that could not be looked at: `message`, the system's reason and what to do."""
+    return _storage_error(f"{message}: {error.strerror or error}", error, _ANY_REMEDY.get(error.errno or 0, _USUAL_REMEDY))
+
+
 def _storage_error(message: str, error: OSError, remedy: str) -> StoreError:
     return StoreError(message + remedy, hint=Hint("disk-full") if error.errno == errno.ENOSPC else None)
 
@@ -305,14 +319,13 @@ def from_outside(error: Exception) -> AecoreError | None:
         return _storage_error(f"the storage cannot be used: {where}{error.strerror or what}", error, remedy)
     if {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _BUCKET_CLIENTS:
         return StoreError(f"the storage cannot be used: {type(error).__name__}: {what}{_USUAL_REMEDY}")
-    if isinstance(error, RecursionError):
-        return DataError(f"an input is nested deeper than Python can follow ({what}): flatten it")
     if isinstance(error, UnicodeDecodeError):
         return DataError(f"an input is not {error.encoding} text ({what}): write it as {error.encoding}")
     if isinstance(error, UnicodeEncodeError):
-        return ConfigError(f"a name cannot be written as {error.encoding} ({what}): rename it")
+        name = error.object[max(0, error.start - 60) : error.end + 20]
+        return ConfigError(f"a name cannot be written as {error.encoding} ({name!r}: {error.reason}): rename it, or set LC_ALL=C.UTF-8")
     if isinstance(error, ValueError) and what in ("embedded null byte", "embedded null character"):
         return ConfigError("an address or a name holds a zero byte: leave it out")
     if isinstance(error, RuntimeError) and "determine home directory" in what:
-        return ConfigError("an address begins with ~, and that user has no home directory here: write the whole path, or set HOME")
+        return ConfigError("this user, or the one of an address with ~, has no home directory here: set HOME, or write the whole path")
     return None

@@ -219,16 +219,14 @@ def require_once(values: Iterable[object], what: str) -> None:
 def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
     where = f"{store.url}/{name}"
     try:
-        data = json.loads(content, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        data = parse_json(content, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
         if not isinstance(data, dict):
             raise ValueError("it is no object")
-        _require_shallow(data)
         _require_whole(store, name, data)
     except _Misplaced as error:
         raise DataError(f"{where} is not in its place: {error}; {_remedy(store, name, error.stated)}") from error
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise DataError(f"{where} is damaged: {why}; restore it from a copy, or write to another URL") from error
+    except ValueError as error:
+        raise DataError(f"{where} is damaged: {error}; restore it from a copy, or write to another URL") from error
     if "sha256" not in data and store.url not in _noted:
         _noted.add(store.url)
         logger.info("%s was written by version 1, whose small files state no hash: a change in them cannot be detected", store.url)
@@ -254,15 +252,19 @@ def _remedy(store: Store, name: str, stated: object) -> str:
     return "restore the right one from a copy, or remove it"
 
 
-def _require_shallow(data: dict[str, Any]) -> None:
-    """ValueError if it is nested too deep; level by level, not by recursion."""
-    level: list[Any] = [data]  # any: JSON data
-    for _ in range(MAX_DEPTH):
+def parse_json(text: str | bytes, *, depth: int = MAX_DEPTH, **hooks: Any) -> Any:  # any: JSON data, and the hooks of `json.loads`
+    """Return the data of a JSON text from outside; ValueError if it is no JSON, or nested too deep for code that recurses into it."""
+    try:
+        data = json.loads(text, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [data] if isinstance(data, dict | list) else []  # level by level, not by recursion
+    for _ in range(depth):
         inside = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inside for value in values if isinstance(value, dict | list)]
         if not level:
-            return
-    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+            return data
+    raise ValueError(f"it is nested more than {depth} levels deep")
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aecore.store import keep_torch_cache_private
+
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.floating]
 MAX_ITERATIONS = 500
@@ -37,6 +39,7 @@ def _logistic_regression(z: Tensor, targets: Tensor, num_classes: int) -> tuple[
     """Return weights `[D, K]` and biases `[K]` at the optimum, by L-BFGS on all rows in float64, from zeros."""
     weights = torch.zeros(z.shape[1], num_classes, dtype=torch.float64, requires_grad=True)
     biases = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
+    keep_torch_cache_private()
     solver = torch.optim.LBFGS(
         [weights, biases], max_iter=MAX_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )

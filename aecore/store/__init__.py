@@ -44,7 +44,7 @@ from aecore.store._open import (
     resolve_url,
     split_tars,
 )
-from aecore.store._private import named_folder, own_folder, private_folder
+from aecore.store._private import keep_torch_cache_private, named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
@@ -73,6 +73,7 @@ __all__ = [
     "fault_point",
     "is_remote",
     "is_tar",
+    "keep_torch_cache_private",
     "leads_nowhere",
     "named_folder",
     "open_files",

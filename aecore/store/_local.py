@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from aecore.errors import DataError, StoreError, disk_error
+from aecore.errors import DataError, disk_error, read_error
 from aecore.store._again import cannot_read, read_again, read_verified
 from aecore.store._base import FileRef, damaged, fault_point, open_regular, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
@@ -134,7 +134,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise StoreError(f"cannot read {self._path(name)}: {error.strerror}") from error
+            raise read_error(f"cannot read {self._path(name)}", error) from error
 
     def test_creation(self) -> str | None:
         return races(self)
@@ -154,7 +154,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise StoreError(f"cannot list {self._path(folder)}: {error.strerror}") from error
+            raise read_error(f"cannot list {self._path(folder)}", error) from error
 
     def remove(self, name: str) -> None:
         path = self._path(name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from aecore.errors import ConfigError, DataError, masked
+from aecore.errors import ConfigError, DataError, masked, require_text
 from aecore.store._base import Files, Store
 from aecore.store._local import LocalFiles, LocalStore
 from aecore.store._typos import readable, refuse_typos
@@ -52,6 +52,7 @@ def absolute_url(url: str | os.PathLike[str], what: str = "URL") -> str:
         raise ConfigError(f"{what} is empty: give a folder, for example ./out")
     if text.startswith("pipe:"):
         raise ConfigError(f"{what} {text!r} would run a command: only {readable(SCHEMES)} are read")
+    require_text(text, what)
     refuse_typos(text, what, SCHEMES)
     return _scheme(text).absolute(text, what)
 

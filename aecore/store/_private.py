@@ -7,6 +7,7 @@ where everybody may rename everything (writable by all, without the sticky bit) 
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from aecore.errors import StoreError
@@ -34,6 +35,17 @@ def private_folder(path: Path, other: str) -> Path:
     finally:
         os.close(descriptor)
     return path
+
+
+def keep_torch_cache_private() -> None:
+    """Let torch keep compiled code in a folder of this user; to be called before the first optimizer, which makes torch create one.
+
+    Its own default, `/tmp/torchinductor_USER`, is a name that anybody can take before us, and what lies there is loaded and run.
+    TORCHINDUCTOR_CACHE_DIR stays what it is if it is set.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        place = Path(tempfile.gettempdir(), f"aecore-torch-{os.getuid()}")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(place, "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"))
 
 
 def named_folder(path: Path, other: str) -> Path:

@@ -11,7 +11,6 @@ from there are compared), and the checkpoint has the recorded hash and settings.
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
-from aecore.artifact.documents import CLAIM, Document, disagreement, guarded, read_all, read_bytes, read_document, read_json, typed
+from aecore.artifact.documents import (
+    CLAIM,
+    Document,
+    disagreement,
+    guarded,
+    parse_json,
+    read_all,
+    read_bytes,
+    read_document,
+    read_json,
+    typed,
+)
 from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset, open_dataset
@@ -326,7 +336,7 @@ def _metadata_problems(manifest: TableManifest, schema: pa.Schema) -> Iterator[s
     if seal is not None and seal != seal_of(metadata):
         yield f"its {SEAL} is {seal[:12]}, device, threads and versions have {seal_of(metadata)[:12]}"
     try:
-        config, versions = json.loads(metadata["config"]), json.loads(metadata["versions"])
+        config, versions = parse_json(metadata["config"]), parse_json(metadata["versions"])
         right = preprocessing_hash(preprocessing["transform"], versions["decoder"])
         stated = {"transform": config["transform"], "input_shape": config["input_shape"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,11 +12,11 @@ A part is committed before the checkpoint that names it; parts of a killed attem
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aecore.artifact.documents import parse_json
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
 
@@ -77,7 +77,7 @@ def epoch_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def read_rows(store: Store, parts: Iterable[FileRef]) -> list[dict[str, Any]]:
     """Return the rows of committed parts, in order; DataError if one is missing or damaged."""
-    return [json.loads(line) for part in parts for line in store.read(part.name, ref=part, limit=MAX_PART_BYTES).splitlines()]
+    return [row for part in parts for row in _rows(store, part.name, part)]
 
 
 def is_row(row: object, step: int) -> bool:
@@ -151,10 +151,15 @@ def _newest(store: Store, look: Callable[[list[str], str], dict[str, Any]]) -> d
     return None
 
 
-def _rows(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a part that no checkpoint names yet, so its hash is not known; DataError if it holds none or is no JSON."""
-    lines = store.read(name, limit=MAX_PART_BYTES).splitlines()
+def _rows(store: Store, name: str, ref: FileRef | None = None) -> list[dict[str, Any]]:
+    """Return the rows of a part; DataError if it has none, or a line that is no JSON object.
+
+    Without `ref` no checkpoint names it yet, so its hash is not known: it is read for progress only.
+    """
+    lines = store.read(name, ref=ref, limit=MAX_PART_BYTES).splitlines()
     with contextlib.suppress(ValueError):
-        if lines:
-            return [json.loads(line) for line in lines]
-    raise DataError(f"{store.url}/{name} is damaged: {len(lines)} lines, expected JSON in each; progress is not shown until the next part")
+        rows = [parse_json(line) for line in lines]
+        if rows and all(isinstance(row, dict) for row in rows):
+            return rows
+    remedy = "progress is not shown until the next part" if ref is None else "restore it from a copy"
+    raise DataError(f"{store.url}/{name} is damaged: {len(lines)} lines, expected a JSON object in each; {remedy}")

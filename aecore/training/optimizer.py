@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aecore.errors import DataError
 from aecore.registry import knob, shown, spec
+from aecore.store import keep_torch_cache_private
 
 _LARGEST_STEP = 1 << 24  # torch counts in float32, which stays there
 
@@ -25,6 +26,7 @@ class OptimSpec:
 
 def build_optimizer(optim: OptimSpec, model: nn.Module) -> torch.optim.Optimizer:
     """Return the fused optimizer over all parameters of `model`."""
+    keep_torch_cache_private()
     cls = torch.optim.AdamW if optim.kind == "adamw" else torch.optim.Adam
     return cls(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
 

@@ -141,6 +141,10 @@ def _print_bug(kind: type[BaseException], error: BaseException | None, trace: Tr
 
 
 def _run(words: Sequence[str]) -> int:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise StoreError(f"the working directory cannot be used: {error.strerror}; go to one that exists") from error
     arguments, changes = overrides.split(words)
     args = VERBS.parse(arguments)
     check_environment()

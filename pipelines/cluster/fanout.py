@@ -91,7 +91,7 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
     for start in range(TASK_RETRIES + 1):
         try:
             result = ray.get(wait_for_one([remote.remote(function, cluster.threads_per_worker)], cluster))
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
+        except _deaths(ray) as died:
             if start == TASK_RETRIES:
                 raise WorkerDied(f"its worker died {TASK_RETRIES + 1} times: {_first_line(died)}; is there enough memory?") from died
             logger.warning("the worker died, starting another one: %s", _first_line(died))
@@ -149,7 +149,7 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
             actor, task = busy.pop(done)
             try:
                 outcome: Outcome = ray.get(done)
-            except ray.exceptions.RayActorError as died:  # the process, or its node, or the network to it
+            except _deaths(ray) as died:
                 _kill(ray, actor)
                 actors[actors.index(actor)] = actor = remote.remote(cluster.threads_per_worker)
                 deaths[task.stem] += 1
@@ -171,6 +171,12 @@ def _run(cluster: ClusterSpec, num_workers: int, make_worker: MakeWorker, tasks:
             _kill(ray, actor)
 
 
+def _deaths(ray: Any) -> tuple[type[Exception], ...]:
+    """Return the errors of a worker that has ended: its process, its node, or the network to it; or Ray killed it for its memory."""
+    known = ray.exceptions
+    return known.RayActorError, known.WorkerCrashedError, known.OutOfMemoryError, known.NodeDiedError
+
+
 def _kill(ray: Any, actor: Any) -> None:
     """End an actor; never raises: what its parts came to is known, and an error of the work must stay the error."""
     try:
@@ -186,7 +192,7 @@ def _prepare(ray: Any, actors: Sequence[Any], factory: Any, timeout_s: float) ->
     for ref in ready:
         try:
             error = ray.get(ref)
-        except ray.exceptions.RayActorError as died:
+        except _deaths(ray) as died:
             raise ClusterError(f"a worker died while it started: {_first_line(died)}; is there enough memory?") from died
         if error is not None:
             raise error

@@ -4,11 +4,10 @@ The key of a job is a function of what it makes. Its attempts are named KEY, KEY
 submit of that key joins it; once it has ended, the next submit takes the next name. Ray refuses a name that is taken, so of two
 concurrent clients one submits and the other joins. Everything goes over HTTP: this process starts no Ray and needs only the port of
 the dashboard. Requests time out after `job_client.REQUEST_S`, waits after `cluster.timeout_s`; following lasts as long as the job.
-Only the variables in PASSED_VARIABLES go from this environment into a job: credentials are those of the cluster's machines.
+Only the variables in `session.PASSED_VARIABLES` go from this environment into a job: credentials are those of the cluster's machines.
 """
 
 import logging
-import os
 import re
 import shlex
 import sys
@@ -18,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from aecore.data.manifest import TAR_PREFIXES
 from aecore.errors import ClusterError, RunFailed
 from pipelines.cluster.job_client import Unreachable, answers, connect_to_jobs, is_this_machine, job_address
-from pipelines.cluster.session import import_environment, local_paths
+from pipelines.cluster.session import import_environment, local_paths, passed_variables
 from pipelines.cluster.tail import LogTail
 from pipelines.recipe.recipe import ClusterSpec
 
@@ -29,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 POLL_S, LOOK_S, ASK_S = 0.2, 1.0, 3.0
 STOP_S = 30  # from SIGTERM to SIGKILL, for a job whose workers have `interrupt.GRACE_S` to write a checkpoint; Ray's default is 3
-PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", TAR_PREFIXES)  # they hold no secrets
 
 
 class JobStopped(RunFailed):
@@ -99,8 +96,10 @@ class JobServer:
 
     def environment(self) -> dict[str, str]:
         """Return the environment of a job: PASSED_VARIABLES, settings, and the path of our packages if the head is this machine."""
-        passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
-        passed |= {"PYTHONSAFEPATH": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}  # Ray's process that stops a job has its environment
+        passed = passed_variables() | {
+            "PYTHONSAFEPATH": "1",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
+        }  # Ray's process that stops a job has its environment
         return passed | (import_environment() if is_this_machine(self._host) else {})
 
     def running(self, key: str) -> str | None:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aecore.data.manifest import TAR_PREFIXES
 from aecore.errors import ClusterError, ConfigError
 from pipelines.cluster.alive import CHECK_S, forget_processes, require_alive, watch_processes
 from pipelines.cluster.interrupt import patience
@@ -41,6 +42,7 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
+PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", TAR_PREFIXES)  # to other machines; they hold no secrets
 _PATHS = ("AECORE_CACHE", "XDG_CACHE_HOME", "PREFECT_HOME", "RAY_TMPDIR", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE")
 _LOCAL_SETTINGS = {
     # Ray's three metrics ports require no token; two of them stay closed only with an invalid port number
@@ -203,7 +205,17 @@ class _WorkerSysPath(list[str]):
 
 def _job_options(address: str) -> dict[str, Any]:
     """Return the options of `ray.init` for the job; none for Ray Client, whose server, which need not have our packages, unpickles them."""
-    return {} if address.startswith("ray://") else {"job_config": _job_config()}
+    if address.startswith("ray://"):
+        return {}
+    config, passed = _job_config(), passed_variables()
+    if passed:  # inside of a Ray job, its own environment replaces this
+        config.set_runtime_env({"env_vars": passed})
+    return {"job_config": config}
+
+
+def passed_variables() -> dict[str, str]:
+    """Return what goes from this environment into the processes of a cluster that others started."""
+    return {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
 
 
 def _job_config() -> Any:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,34 +241,36 @@ def _stop_callback() -> Any:
 
     class StopAtAecoreErrors(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-            error = _find_aecore_error(list(worker_exceptions.values()))
-            if error is not None:
-                raise error
+            for error in _within(worker_exceptions.values()):
+                if isinstance(error, AecoreError):
+                    raise error
 
     return StopAtAecoreErrors()
 
 
-def _find_aecore_error(errors: list[BaseException | None]) -> AecoreError | None:
-    """Return the first `AecoreError` in these exceptions or in their causes (Ray wraps what a worker raised)."""
-    seen: set[int] = set()
-    while errors:
-        error = errors.pop(0)
+def _within(errors: Iterable[BaseException | None]) -> Iterator[BaseException]:
+    """Yield these exceptions and their causes, each once (Ray wraps what a worker raised)."""
+    left, seen = list(errors), set[int]()
+    while left:
+        error = left.pop(0)
         if error is None or id(error) in seen:
             continue
         seen.add(id(error))
-        if isinstance(error, AecoreError):
-            return error
+        yield error
         inner = [getattr(error, name, None) for name in ("_base_exc", "cause", "controller_failure", "__cause__")]
-        errors += [found for found in (*inner, *getattr(error, "worker_failures", {}).values()) if isinstance(found, BaseException)]
-    return None
+        left += [found for found in (*inner, *getattr(error, "worker_failures", {}).values()) if isinstance(found, BaseException)]
 
 
 def _to_aecore_error(error: Exception, job: TrainJob) -> AecoreError:
-    found = _find_aecore_error([error])
-    if found is not None:
-        return found
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    message = lines[-1] if lines else type(error).__name__
+    import ray
+
+    inside = list(_within([error]))
+    for found in inside:
+        if isinstance(found, AecoreError):
+            return found
+    short = next((found for found in inside if isinstance(found, ray.exceptions.OutOfMemoryError)), None)  # 20 lines, the first says it
+    lines = [line for line in str(short or error).strip().splitlines() if line.strip()]
+    message = f"{lines[0]} (is there enough memory?)" if short else lines[-1] if lines else type(error).__name__
     if "Startup" in type(getattr(error, "controller_failure", None)).__name__:  # Ray's own classes for it are private
         return ClusterError(f"the workers did not start: {message}; ask for fewer workers, or raise cluster.timeout_s")
     return WorkerDied(f"training failed after cluster.max_failures restarts: {message}; {_saved(job)}")

@@ -4,12 +4,11 @@ It can be repeated at any time: existing deployments are updated to the recipe, 
 nothing else on the server is touched. Workers (`prefect worker start --pool aepipe`) then run the flows, each in a separate process.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from aecore.errors import ClusterError, ConfigError
+from aecore.errors import ConfigError
 from pipelines.deploy import POOL
 from pipelines.deploy.crash_restart import LOST_AFTER_S, automations
 from pipelines.deploy.recipes import check, deployments
@@ -30,7 +29,7 @@ def deploy(
     ConfigError
         No PREFECT_API_URL, a recipe that cannot run or holds credentials, a pool of another type.
     ClusterError
-        The server does not answer, or refuses the password.
+        The server does not answer. What it answers with an error is one of httpx: `pipelines.cluster.outside` knows what to do.
     """
     check(recipes, cron, "deploy")
     if not os.environ.get("PREFECT_API_URL"):
@@ -45,33 +44,13 @@ def deploy(
     made = [deployment for recipe in wanted for deployment in deployments(recipe, cron, **options)]
     from prefect.client.orchestration import get_client
 
-    with _api_errors(), get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
         return {
             "pool": _make_pool(client, pool, dry_run),
             "automations": [_make_automation(client, automation, dry_run) for automation in automations(lost_after_s)],
             "deployments": [_make_deployment(client, deployment, pool, dry_run) for deployment in made],
             "dry_run": dry_run,
         }
-
-
-@contextlib.contextmanager
-def _api_errors() -> Iterator[None]:
-    """ClusterError for what the server refuses, with what to do about it."""
-    import httpx
-    from prefect.exceptions import PrefectHTTPStatusError
-
-    url = os.environ["PREFECT_API_URL"]
-    try:
-        yield
-    except PrefectHTTPStatusError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise ClusterError(
-                f"the Prefect server at {url} refuses this client ({status}): set PREFECT_API_AUTH_STRING=user:password as on the server"
-            ) from None
-        raise ClusterError(f"the Prefect server at {url} answered {status}: {error.response.text[:300]}") from None
-    except httpx.HTTPError as error:
-        raise ClusterError(f"the Prefect server at {url} stopped answering ({type(error).__name__}): run the same command again") from None
 
 
 def _make_pool(client: Any, name: str, dry_run: bool) -> Tree:

@@ -9,10 +9,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from aecore.errors import ClusterError
+from aecore.errors import ClusterError, ConfigError, read_error
 from pipelines.cluster.job_client import refuse_secrets
 
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 SETTINGS = {
     "PREFECT_HOME": str(_CACHE / "aepipe" / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -29,8 +29,13 @@ def set_defaults() -> None:
     """Set the variables of SETTINGS that the environment does not set."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    # Prefect creates only the last level, and hangs if it cannot
-    Path(os.environ["PREFECT_HOME"]).mkdir(mode=0o700, parents=True, exist_ok=True)
+    home = os.environ["PREFECT_HOME"]
+    if home.startswith("~"):
+        raise ConfigError("Prefect needs a folder, and this user has no home directory here: set PREFECT_HOME to a folder, or HOME")
+    try:  # Prefect creates only the last level, and hangs if it cannot
+        Path(home).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise read_error(f"cannot make PREFECT_HOME={home}, or a folder above it; set it to a folder of your own", error) from error
 
 
 def require_server(timeout_s: float = 10.0) -> None:

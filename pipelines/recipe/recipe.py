@@ -17,8 +17,8 @@ import zoneinfo
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from aecore.errors import ConfigError, did_you_mean, similar
-from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, knob, spec, to_dict
+from aecore.errors import ConfigError, did_you_mean, require_text, similar
+from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, flatten, knob, spec, to_dict
 from aecore.store import absolute_url
 from pipelines.recipe.nearest import nearest_keys
 from pipelines.recipe.validate import MissingKey, build_spec
@@ -181,6 +181,9 @@ class Recipe:
         self.tree: Tree = json.loads(json.dumps(tree))
         self._sections: dict[str, Any] = {}
         self._readable = frozenset([*SECTIONS, *TOP])
+        for key, value in flatten(self.tree, lists=True):
+            if isinstance(value, str):
+                require_text(value, key)
         for key, value in self.tree.items():
             if key in TOP:
                 if value is not None and not isinstance(value, str):

@@ -157,6 +157,8 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise ConfigError(f"{text!r} is not an override: write key.path=value, for example train.epochs=3")
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"the key {key[:80]}... has {len(path)} parts, expected at most {MAX_DEPTH}: check the override")
     if path in (("data",), ("run",), ("out",), ("name",)):
         return path, value
     try:

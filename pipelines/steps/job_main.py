@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aecore import errors
+from aecore.artifact.documents import parse_json
 from aecore.errors import Interrupted, RunFailed, printable
 from aecore.store import check_environment
 from pipelines.cluster.interrupt import end_in_time, write_line
@@ -85,7 +86,7 @@ def result_of(line: str) -> dict[str, Any] | None:
     if not line.startswith(RESULT):
         return None
     try:
-        result = json.loads(line.removeprefix(RESULT))
+        result = parse_json(line.removeprefix(RESULT))
     except ValueError:
         return None
     return result if isinstance(result, dict) else None

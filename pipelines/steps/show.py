@@ -1,9 +1,8 @@
 """`aepipe show` and `aepipe verify`: any kind of artefact, or a root that holds several. Reads only."""
 
 import dataclasses
-import json
 
-from aecore.artifact.documents import CLAIM, read_bytes, read_json
+from aecore.artifact.documents import CLAIM, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
 from aecore.artifact.subset import VerifySubset, parse_subset
 from aecore.errors import ConfigError, DataError
@@ -87,7 +86,7 @@ def _checkpoint(store: Store) -> Tree:
         "checkpoint_sha256": checkpoint.sha256,
         "files": {ref.name: ref.bytes for ref in checkpoint.files},
         "info": dict(checkpoint.info),
-        "config": json.loads(read_bytes(store, "config.json", ref=checkpoint.file("config.json"))),
+        "config": read_json(store, "config.json", ref=checkpoint.file("config.json")),
     }
 
 

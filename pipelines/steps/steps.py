@@ -7,6 +7,7 @@ functions. Every step can be called again after a kill: what is committed is fou
 deployments are derived from it, and a step that is called through it cannot read anything else.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aecore.artifact.documents import parse_json
 from aecore.errors import ConfigError
 from aecore.store import absolute_url, open_store
 from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe
@@ -212,7 +214,12 @@ def table_summary(manifest: Any) -> Tree:
 
 
 def _producer(facts: Mapping[str, str]) -> Tree:
-    return {**facts, **({"versions": json.loads(facts["versions"])} if "versions" in facts else {})}
+    """Return what a lineage says of an encoder, with its versions as a section, if they are one."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # no JSON: shown as it is stated
+        versions = parse_json(facts["versions"])
+        if all(isinstance(version, str) for version in versions.values()):
+            return {**facts, "versions": versions}
+    return {**facts}
 
 
 def evaluate(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:

@@ -1,8 +1,8 @@
 """What a disk, the memory or an input does to code that expects nothing: a typed error with a remedy; bugs stay bugs."""
 
 import errno
-import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +25,6 @@ def fail_of(code: int) -> OSError:
     return OSError(code, os.strerror(code), "/some/where")
 
 
-def nested() -> object:
-    return json.loads("[" * 100_000)
-
-
 def too_large() -> object:
     return np.empty(1 << 60, np.uint8)
 
@@ -39,6 +35,13 @@ def too_large_for_torch() -> object:
 
 def no_parquet() -> object:
     return pq.ParquetFile(pa.BufferReader(b"PAR1" + bytes(40) + b"PAR1"))
+
+
+def looping() -> object:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "loop")
+        path.symlink_to(path)
+        return path.read_bytes()
 
 
 def full() -> object:
@@ -61,14 +64,14 @@ def no_endpoint() -> object:
             "'/nowhere/file': No such file or directory; it is not there: check the address",
         ),
         (lambda: os.listdir("/proc/self/stat"), StoreError, "'/proc/self/stat': Not a directory; it is not there"),
+        (looping, StoreError, "Too many levels of symbolic links; a link there leads to itself"),
         (lambda: Path("/" + "x" * 300).read_bytes(), StoreError, "File name too long; use a shorter name"),
         (full, StoreError, "No space left on device; what is finished is kept: free space there"),
         (too_large, ClusterError, "not enough memory here .*: use less of it"),
         (too_large_for_torch, ClusterError, "not enough memory here"),
-        (nested, DataError, "nested deeper than Python can follow"),
         (lambda: Path("a\0b").read_bytes(), ConfigError, "holds a zero byte"),
         (lambda: b"\xff".decode(), DataError, "an input is not utf-8 text"),
-        (lambda: "\udcff".encode(), ConfigError, "a name cannot be written as utf-8"),
+        (lambda: "a \udcff".encode(), ConfigError, r"a name cannot be written as utf-8 \('a .udcff': surrogates not allowed\): rename it"),
         (lambda: Path("~nobody-of-that-name/x").expanduser(), ConfigError, "no home directory here"),
         (no_endpoint, StoreError, "EndpointConnectionError: .*127.0.0.1:1"),
     ],
@@ -82,7 +85,9 @@ def test_a_fault_of_the_outside_gets_a_type_and_a_remedy(fails: Callable[[], obj
         raise known
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), ValueError("x"), RuntimeError("shapes differ"), AssertionError("x")])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("x"), ValueError("x"), RuntimeError("shapes differ"), AssertionError("x"), RecursionError("x")]
+)
 def test_a_bug_stays_a_bug(error: Exception) -> None:
     assert from_outside(error) is None
 

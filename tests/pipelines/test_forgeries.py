@@ -29,6 +29,7 @@ from aecore.table.verify import verify_table
 from aecore.training.loop import fit
 from aecore.training.verify import verify_run
 from pipelines.cli.main import main as aepipe
+from pipelines.steps.show import show
 from tests.aecore.encoding import image_folder, undecodable_png
 from tests.aecore.training import small_job
 from tests.documents import content, rewrite
@@ -544,6 +545,7 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
         "index": (part(with_metadata(index_content_sha256="x")), PART, "has index_content_sha256 'x', its shard"),
         "latent shape": (part(with_metadata(latent_shape="{}")), PART, "it has latent_shape '{}'"),
         "config": (part(with_metadata(config="{}")), PART, "its metadata cannot be read"),
+        "nested config": (part(with_metadata(config="[" * 100_000)), PART, "its metadata cannot be read"),
         "seed of a part": (part(with_metadata(seed="0")), PART, "it has seed '0', the manifest None"),
     },
 }
@@ -581,6 +583,13 @@ def test_a_reader_refuses_vectors_with_gaps(root: Path, name: str) -> None:
     FORGERIES["table"][name][0](root / "table")
     with pytest.raises(DataError, match=r"train-000000\.parquet has rows without mu"):
         open_table(str(root / "table")).numpy("mu")
+
+
+@pytest.mark.parametrize("versions", ["[" * 100_000, json.dumps({"torch": {"deep": 1}}), "no JSON", "3"])
+def test_versions_that_are_no_section_are_shown_as_they_are_stated(root: Path, versions: str) -> None:
+    edited(TABLES, put("lineage.encoded_by.0.versions", versions))(root / "table")
+    (encoder,) = show(str(root / "table"))["lineage"]["encoded_by"]
+    assert encoder["versions"] == versions
 
 
 @pytest.mark.parametrize(("name", "read"), [("no mode", "index"), ("mode of numbers", "index"), ("listed columns", "listings")])

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from aecore.errors import StoreError
-from aecore.store import FileRef, open_store
+from aecore.store import FileRef, keep_torch_cache_private, open_store
 from aecore.store import _race as race_module
 from aecore.store import _scratch as scratch_module
 from aecore.store._cache import ObjectCache
@@ -143,6 +143,8 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(scratch_module.tempfile, "tempdir", str(folder))
     monkeypatch.setattr(leftovers_module, "SHARED", folder)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that its absence is restored, whatever a test leaves
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("PREFECT_HOME", str(folder / "prefect"))
     monkeypatch.setenv("AECORE_CACHE", str(folder / "cache"))
     before = os.umask(0)
@@ -172,6 +174,11 @@ def note(shared: Path) -> Path:
     return shared / "cache"
 
 
+def compiled(shared: Path) -> Path:
+    keep_torch_cache_private()
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
 def server(shared: Path) -> Path:
     return empty_folder().parent
 
@@ -182,6 +189,7 @@ def ray(shared: Path) -> Path:
 
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "files on their way to a bucket": (stage, f"aecore-staged-{os.getuid()}"),
+    "code that torch compiled": (compiled, f"aecore-torch-{os.getuid()}"),
     "the cache": (cache, "cache"),
     "what is remembered of buckets": (note, "cache"),
     "the Prefect server": (server, "prefect"),
@@ -216,6 +224,18 @@ def test_what_we_keep_where_others_can_look_is_not_read(place: str, shared: Path
     paths = [path for path in folder.rglob("*") if path.is_file()]
     assert intrude(READ, shared) == []
     assert intrude(OPEN, folder, *paths) == []
+
+
+OPTIMIZE = """
+import torch
+from aecore.training.optimizer import OptimSpec, build_optimizer
+build_optimizer(OptimSpec(), torch.nn.Linear(1, 1))
+"""
+
+
+def test_an_optimizer_leaves_no_folder_of_torch_that_others_could_have_made(shared: Path) -> None:
+    run([sys.executable, "-c", OPTIMIZE], env=os.environ | {"TMPDIR": str(shared)}, check=True)
+    assert [(path.name, path.stat().st_mode & 0o777) for path in shared.iterdir()] == [(f"aecore-torch-{os.getuid()}", 0o700)]
 
 
 def test_a_session_that_somebody_else_made_up_is_not_removed(shared: Path, tmp_path: Path) -> None:

@@ -1,18 +1,25 @@
 """The exits of the command line: one line and an exit code for what the outside does, whoever reads what is printed."""
 
+import contextlib
 import errno
+import hashlib
+import http.server
 import io
 import json
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aecore.errors import ClusterError, ConfigError, StoreError
-from aecore.store import open_store
+from aecore.artifact.documents import parse_json
+from aecore.errors import ClusterError, ConfigError, DataError, ServiceLost, StoreError
+from aecore.store import FileRef, open_store
+from aecore.training.metrics import read_rows
 from pipelines.cli.main import main
 from pipelines.cluster.outside import known_error
 from pipelines.recipe.recipe import load_recipe
@@ -65,7 +72,6 @@ def ray_start() -> Exception:
         (MemoryError("3 GiB"), 5, "not enough memory here (3 GiB)"),
         (RuntimeError("can't start new thread"), 5, "not enough memory here (can't start new thread)"),
         (ConnectionResetError("reset"), 5, "the connection to a service failed (ConnectionResetError: reset)"),
-        (RecursionError("maximum recursion depth exceeded"), 3, "nested deeper"),
         (ValueError("embedded null byte"), 2, "zero byte"),
     ],
 )
@@ -81,9 +87,10 @@ def test_a_fault_of_the_outside_ends_a_verb_with_one_line_and_its_exit_code(
     assert json.loads(output.out)["exit_code"] == code
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.steps.show.show", raiser(KeyError("x")))
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("bug", [KeyError("x"), RecursionError("maximum recursion depth exceeded")])
+def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.steps.show.show", raiser(bug))
+    with pytest.raises(type(bug)):
         main(["show", "x"])
 
 
@@ -125,13 +132,29 @@ def test_closed_streams_and_readers_that_leave_change_no_exit_code() -> None:
         assert code != 4 or len(done.stderr.splitlines()) == 1
 
 
+def test_a_working_directory_that_is_gone_and_a_home_that_is_none_are_named(tmp_path: Path) -> None:
+    gone = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {' '.join(AEPIPE)}"
+    for command in ("show .", f"train data=/x out={tmp_path}/run"):
+        done = run(["bash", "-c", f"{gone} {command}"])
+        assert (done.returncode, done.stderr) == (
+            4,
+            "aepipe: the working directory cannot be used: No such file or directory; go to one that exists\n",
+        )
+    homes = {"XDG_CACHE_HOME": "", "PREFECT_HOME": ""}
+    env = {name: value for name, value in os.environ.items() if name not in homes}
+    done = run([*AEPIPE, "deploy"], env=env | {"HOME": "/dev/null"})
+    assert done.returncode == 4
+    assert "cannot make PREFECT_HOME=/dev/null/.cache/aepipe/prefect, or a folder above it; set it to a folder of your own" in done.stderr
+
+
 def test_a_name_that_is_no_text_is_shown_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open(os.devnull, "w", encoding="ascii") as plain, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", plain)
         assert main(["list", "models"]) == 0
         print("\udcff\u2192", file=plain)
-    assert main(["show", str(tmp_path / "\udcff")]) == 3
-    assert "\\udcff" in capsys.readouterr().err
+    for argv in (["show", f"{tmp_path}/\udcff"], ["shard", "sprites", str(tmp_path / "out"), "name=\udcff", "cluster.num_workers=0"]):
+        assert main(argv) == 2
+        assert "\\udcff" in (said := capsys.readouterr().err) and "is not UTF-8 (rename the file)" in said
 
 
 def test_errors_of_services_are_those_of_the_cluster_and_a_task_is_judged_by_its_cause() -> None:
@@ -143,6 +166,93 @@ def test_errors_of_services_are_those_of_the_cluster_and_a_task_is_judged_by_its
     caused = ray.exceptions.RayTaskError("work", "Traceback ...", OSError(errno.EIO, "Input/output error"))
     assert isinstance(known_error(caused.as_instanceof_cause()), StoreError)
     assert known_error(ray.exceptions.RayTaskError("work", "Traceback ...", KeyError("x")).as_instanceof_cause()) is None
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers everything with one status, 0: closes the connection."""
+
+    status: int
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.status:
+            content = b'{"exception_message": "why not"}'
+            self.send_response(self.status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        self.close_connection = True
+
+    do_POST = do_PUT = do_PATCH = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Give the address of a Prefect API that answers every request with the status of the parameter."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Answering,), {"status": request.param})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_CLIENT_MAX_RETRIES: 0}):
+            yield url
+        server.shutdown()
+
+
+ANSWERS = [
+    (401, False, "answered 401 Unauthorized", "set PREFECT_API_AUTH_STRING=user:password as on the server"),
+    (403, False, "answered 403 Forbidden", "to a user who may do that"),
+    (404, False, "answered 404 Not Found", "check PREFECT_API_URL (it ends with /api)"),
+    (409, True, "answered 409 Conflict", "run the same command again"),
+    (422, False, "answered 422 Unprocessable", "`aepipe doctor` compares the versions"),
+    (429, True, "answered 429 Too Many Requests", "wait, then run the same command again"),
+    (500, True, "answered 500 Internal Server Error", "look at its log, then run the same command again"),
+    (0, True, "the connection to a service failed (RemoteProtocolError", "look whether the Ray cluster and the Prefect server are well"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow:FutureWarning")
+@pytest.mark.parametrize(
+    ("answering", "retried", "answer", "remedy"), ANSWERS, indirect=["answering"], ids=[str(row[0]) for row in ANSWERS]
+)
+def test_an_answer_of_prefects_api_that_is_an_error_is_named_with_what_to_do(
+    answering: str, retried: bool, answer: str, remedy: str, warnings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    from pipelines.flows import factory
+
+    factory.publish_report("x", "y")
+    factory.publish_artifacts("shard", {"rows": 3, "dataset": "/x"})
+    assert [line.partition(" is not on")[0] for line in warnings] == ["the report", "the summary of shard"]
+    assert all(answer in line and remedy in line for line in warnings), warnings
+    with pytest.raises(Exception) as raised, get_client(sync_client=True) as client:
+        client.read_work_pools()
+    assert isinstance(known_error(raised.value), ServiceLost) == retried
+    assert main(["deploy", "demo", "out=/x", "cluster.num_workers=0"]) == ClusterError.exit_code
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aepipe: ")]
+    assert answering in said
+    if answer.startswith("answered"):  # else there is no server for the command
+        assert answer in said and remedy in said
+
+
+def test_a_wrapped_request_is_judged_by_what_failed() -> None:
+    import httpx
+    from prefect.exceptions import ObjectNotFound
+
+    request = httpx.Request("GET", "http://127.0.0.1:1/api/flow_runs/x")
+    refused = httpx.HTTPStatusError("x", request=request, response=httpx.Response(404, request=request))
+    for wrapping in (ObjectNotFound(refused), RuntimeError("Failed to reach API at http://127.0.0.1:1/api")):
+        wrapping.__cause__ = refused
+        known = known_error(wrapping)
+        assert isinstance(known, ClusterError) and "404 Not Found" in str(known)
+    assert known_error(RuntimeError("Failed to reach API")) is None
+    versions = known_error(RuntimeError("Found incompatible versions: client: 3.1, server: 2.0. Major versions must match."))
+    assert isinstance(versions, ClusterError) and "server: 2.0" in str(versions)
 
 
 def test_a_ray_that_does_not_start_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +319,23 @@ def test_a_look_at_the_metrics_that_fails_is_a_warning_and_the_next_one_shows_th
     assert "the progress of training cannot be read now: cannot list" in warnings[0]
     watch()
     assert [(progress.done, progress.total) for progress in seen] == [(3, 9)]
-    (tmp_path / "metrics/00000001-00000003-a.jsonl").write_bytes(b"{")
-    TrainWatch(open_store(tmp_path), seen.append, milestones=False).look()
-    assert "00000001-00000003-a.jsonl is damaged" in warnings[1]
+    for number, damaged in enumerate((b"{", b"[" * 100_000, b"3", b"")):
+        (tmp_path / "metrics/00000001-00000003-a.jsonl").write_bytes(damaged)
+        TrainWatch(open_store(tmp_path), seen.append, milestones=False).look()
+        assert "00000001-00000003-a.jsonl is damaged" in warnings[1 + number]
+        ref = FileRef("metrics/00000001-00000003-a.jsonl", len(damaged), hashlib.sha256(damaged).hexdigest())
+        with pytest.raises(DataError, match=r"a\.jsonl is damaged: . lines, expected a JSON object in each; restore it"):
+            read_rows(open_store(tmp_path), [ref])
+
+
+def test_an_input_that_is_nested_too_deep_is_refused_where_it_is_parsed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard", "sprites", "/x", f"{'a.' * 5000}b=1"]) == ConfigError.exit_code
+    assert "has 5001 parts, expected at most 32" in capsys.readouterr().err
+    assert job_main.result_of(f"{job_main.RESULT}{'[' * 100_000}") is None
+    for depth, deep in ((64, False), (65, True), (100_000, True)):
+        text = "[" * depth + "]" * depth
+        with pytest.raises(ValueError, match="nested") if deep else contextlib.nullcontext():
+            parse_json(text)
 
 
 def test_progress_that_cannot_be_shown_does_not_end_the_work() -> None:

@@ -1,5 +1,6 @@
 """`aepipe verify` of a whole root and of its parts: what belongs together, what is damaged and what to do, what nobody looked at."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,12 +16,16 @@ from aecore.data.write.job import shard_dataset
 from aecore.data.write.plan import SplitSpec
 from aecore.data.write.spec import ShardSpec
 from aecore.encoding.job import EncodeSpec, encode_dataset
+from aecore.store import open_store
 from aecore.training.loop import fit
 from pipelines.cli.main import main as aepipe
+from pipelines.steps.show import show
 from tests.aecore.encoding import image_folder
 from tests.aecore.training import small_job
+from tests.s3 import S3
 
 Verify = Callable[..., str]
+At = Callable[[Path], str]
 
 
 def shard(root: Path, images: Path, **options: Any) -> None:  # any: of shard_dataset
@@ -56,7 +61,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
     """Return a function that returns what `aepipe verify` prints, and requires its exit code."""
 
-    def run(place: Path, *options: str, code: int = 3) -> str:
+    def run(place: Path | str, *options: str, code: int = 3) -> str:
         capsys.readouterr()
         got = aepipe(["verify", str(place), *options])
         printed = capsys.readouterr()
@@ -64,6 +69,22 @@ def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
         return printed.err if code else printed.out
 
     return run
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def at(request: pytest.FixtureRequest) -> At:
+    """Return a function that returns the address of a folder: where it is, or that of a copy in a bucket."""
+    if request.param == "disk":
+        return str
+    s3: S3 = request.getfixturevalue("s3")
+    numbers = itertools.count()
+
+    def upload(folder: Path) -> str:
+        prefix = f"{folder.name}-{next(numbers)}"
+        s3.upload(folder, prefix)
+        return f"{s3.url}/{prefix}"
+
+    return upload
 
 
 def flip(path: Path) -> None:
@@ -214,17 +235,17 @@ def test_the_manifest_of_another_artefact_is_named_before_all_that_it_makes_seem
         ("dataset/shards/train-000000.parquet", "dataset/shards/copy.parquet"),
     ],
 )
-@pytest.mark.parametrize("options", [[], ["--read-data"]])
+@pytest.mark.parametrize(("options", "at"), [([], "disk"), (["--read-data"], "disk"), ([], "bucket")], indirect=["at"])
 def test_a_file_that_a_pattern_would_read_and_no_manifest_names_is_a_problem(
-    root: Path, name: str, copy: str, options: list[str], verify: Verify
+    root: Path, name: str, copy: str, options: list[str], verify: Verify, at: At
 ) -> None:
     (root / copy).parent.mkdir(exist_ok=True)
     shutil.copy(root / name, root / copy)
     stage, _, below = copy.partition("/")
-    printed = verify(root / stage, *options)
+    printed = verify(at(root / stage), *options)
     assert f"no manifest names {below}, and whoever reads all files of a pattern reads it as well: remove it" in printed
     (root / copy).unlink()
-    assert verify(root / stage, *options, code=0).startswith("ok")
+    assert verify(at(root / stage), *options, code=0).startswith("ok")
 
 
 def test_parts_of_an_append_that_goes_on_are_no_problem_and_are_mentioned(
@@ -247,22 +268,62 @@ def test_parts_of_an_append_that_goes_on_are_no_problem_and_are_mentioned(
 
 
 @pytest.mark.parametrize("stage", ["run", "table", "dataset"])
-def test_what_is_unfinished_is_not_complete(root: Path, stage: str, verify: Verify) -> None:
+def test_what_is_unfinished_is_not_complete(root: Path, stage: str, verify: Verify, at: At) -> None:
     shutil.rmtree(root / stage / "model", ignore_errors=True)
     for path in (root / stage).glob(f"{stage}.*"):
         if stage != "run":
             path.unlink()
-    text = f"{root}/{stage} is an unfinished {stage}: run the command that wrote it again to finish it"
-    assert text in verify(root / stage) and text in verify(root)
+    place = at(root)
+    text = f"{place}/{stage} is an unfinished {stage}: run the command that wrote it again to finish it"
+    assert text in verify(f"{place}/{stage}") and text in verify(place)
+    assert show(f"{place}/{stage}")["kind"] == "unfinished" or stage == "run"
 
 
-def test_what_stands_beside_the_artefacts_of_a_root_is_named(root: Path, verify: Verify) -> None:
-    (root / "ds").mkdir()
-    (root / "notes.txt").write_text("mine")
-    assert "not_looked_at: [ds, notes.txt]" in verify(root, code=0)
+def strays(root: Path) -> list[str]:
+    """Write files of somebody else beside and inside the artefacts of a root; return those inside the dataset."""
+    inside = ["notes.txt", "shards/photos-000000.tar", "records/train-000000.json.bak", ".tmp/work"]
+    for name in ("ds/x", "notes.txt", *(f"dataset/{name}" for name in inside)):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("mine")
+    return inside
+
+
+def test_what_stands_beside_the_artefacts_of_a_root_is_named(root: Path, verify: Verify, at: At) -> None:
+    strays(root)
+    for name in ("shards/photos-000000.tar", "records/train-000000.json.bak"):
+        (root / "dataset" / name).unlink()
+    assert "not_looked_at: [ds, notes.txt]" in verify(at(root), code=0)
     for stage in ("dataset", "run", "table"):
         shutil.rmtree(root / stage)
-    assert "holds no dataset, run or table (it has: ds, notes.txt)" in verify(root)
+    assert "holds no dataset, run or table (it has: ds, notes.txt)" in verify(at(root))
+
+
+def test_files_of_others_in_a_root_are_listed_and_stay(root: Path, at: At, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = strays(root)
+    place = at(root)
+    before = shown_without_urls(place, capsys)
+    assert before == shown_without_urls(str(root), capsys), "show says the same everywhere"
+    capsys.readouterr()
+    assert aepipe(["gc", place, "--older-than", "0s", "--unfinished", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["files"], report["not_ours"]) == (0, ["ds", "notes.txt"])
+    assert set(report["stages"]["dataset"]["not_ours"]) == set(inside)
+    store = open_store(place)
+    assert all(store.read(f"dataset/{name}") == b"mine" for name in inside)
+    assert shown_without_urls(place, capsys) == before
+
+
+def shown_without_urls(place: str, capsys: pytest.CaptureFixture[str]) -> object:
+    capsys.readouterr()
+    assert aepipe(["show", place, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.replace(place, "ROOT"))
+
+
+def test_what_a_root_lacks_is_seen_wherever_it_is(root: Path, made: Path, verify: Verify, at: At) -> None:
+    replace(root, "run", made / "two")
+    assert "belongs to another run" in (said := verify(at(root))) or "another checkpoint" in said or "was trained on" in said, said
+    (next((root / "dataset/shards").glob("*.tar"))).unlink()
+    assert "is missing" in verify(at(root / "dataset"))
 
 
 def test_a_slice_that_was_read_is_not_said_to_be_unread(root: Path, verify: Verify) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.commit import PartRecord, claim_of
-from aecore.artifact.documents import Document, disagreement, guarded, read_all
+from aecore.artifact.documents import Document, disagreement, guarded, parse_json, read_all
 from aecore.data.dataset import Dataset
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import INDEX_FORM, LISTING_SCHEMA, QUARANTINE_SCHEMA, read_table
@@ -110,7 +110,7 @@ def _file_problems(dataset: Dataset, ref: FileRef, table: pa.Table, stated: dict
     where = f"{dataset.url}/{ref.name}"
     yield from (f"{where}: {problem}" for problem in form_problems(dataset.store.local(ref), table, INDEX_FORM))
     try:
-        found = json.loads((table.schema.metadata or {}).get(b"aecore", b"null"))
+        found = parse_json((table.schema.metadata or {}).get(b"aecore", b"null"))
     except ValueError:
         found = None
     if found != stated:

@@ -8,7 +8,6 @@ no back-references. The word characters are the letters and digits of every scri
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aecore.artifact.documents import parse_json
 from aecore.data.classes import in_order, quoted, spelled
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._names import file_of, split_of_folder
@@ -294,8 +294,8 @@ def _of_file(url: str) -> list[str]:
         data = read_again(lambda: _first_bytes(url), url, error)
     try:
         text = data.decode("utf-8-sig")
-        found = json.loads(text) if url.lower().endswith(".json") else [line.strip() for line in text.splitlines()]
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text) if url.lower().endswith(".json") else [line.strip() for line in text.splitlines()]
+    except ValueError as error:
         raise DataError(f"source.classes {url} is no list of names ({error}): write one name a line, in UTF-8") from error
     if len(data) > MAX_CLASSES_BYTES or not isinstance(found, list) or not all(type(name) in (str, int) for name in found):
         raise DataError(f"source.classes {url} is no list of names: write one name a line, or a JSON list")

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.artifact.documents import parse_json
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
@@ -37,6 +38,7 @@ from aecore.registry import SOURCES, knob, spec
 from aecore.store import TAR_ENDINGS, trim_cache
 
 MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
+MAX_JSON_DEPTH = 500  # so deep JSON can also be written again
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
 _SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)(s?)#(.*)", re.DOTALL)
@@ -317,8 +319,8 @@ class WebdatasetSource:
 
     def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
         try:
-            data = json.loads(_small(tar, member, MAX_TEXT_BYTES) or b"{}")
-        except (ValueError, RecursionError) as error:
+            data = parse_json(_small(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH)
+        except ValueError as error:
             if self._spec.tars == 1:
                 return {}
             raise BadSample("json", f"its .json member, whose fields are asked for, is no JSON: {error}") from error

@@ -201,7 +201,7 @@ class TestFilters:
             assert found.label_names is not None and set(found.label_names) == {"", *map(str, range(30))}, "labels are no samples"
             few = ArraysSource(ArraysSpec(url=url, include="x_train.npy", exclude="old", limit=7)).listing()
             assert len(few) == 7 and len(set(few.label_names or ())) == 7
-        with pytest.raises(DataError, match=r"(?s)holds no .npy.*files of less than source.min_size=9999 bytes"):
+        with pytest.raises(DataError, match=r"(?s)holds no .npy.*file of less than source.min_size=9999 bytes"):
             ArraysSource(ArraysSpec(url=str(tmp_path / "in/x_train.npy"), min_size=9999)).listing()
 
     @pytest.mark.parametrize("spec", [WebdatasetSpec, ArraysSpec, FolderSpec])

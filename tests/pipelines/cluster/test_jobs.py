@@ -31,6 +31,23 @@ from pipelines.steps.pipeline import run_stages
 from pipelines.steps.steps import STEPS
 print(json.dumps(run_stages(load_recipe("demo", sys.argv[1:]), lambda name, part: STEPS[name](part))))
 """
+ALLOWED = """
+import os, sys
+from pipelines.cluster.session import connect, disconnect
+from pipelines.recipe.recipe import ClusterSpec
+connect(ClusterSpec(kind="address", address=sys.argv[1]))
+import ray
+print("allowed", ray.get(ray.remote(num_cpus=0)(lambda: os.environ.get("AECORE_TAR_PREFIXES")).remote()), flush=True)
+disconnect()
+"""
+AS_JOB = """
+import sys
+from pipelines.cluster.jobs import JobServer, JobSpec
+from pipelines.recipe.recipe import ClusterSpec
+server = JobServer(ClusterSpec(kind="job", address=sys.argv[1]))
+job, _ = server.submit(JobSpec("allowed", ("-c", sys.argv[2], sys.argv[3])))
+print(server.follow(job, print).status)
+"""
 WORKING = ("RayTrainWorker", "PartWorker", "pipelines.steps.job_main")
 
 
@@ -161,6 +178,16 @@ def test_no_job_server_is_a_cluster_error_in_bounded_time() -> None:
 
 def spec_of(*overrides: str) -> Any:
     return job_of("pipeline", load_recipe("demo", ["cluster.kind=job", "cluster.address=http://127.0.0.1:8265", *overrides]))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_tars_that_a_user_allows_are_allowed_in_a_job_and_on_all_workers(head: Head) -> None:
+    environment = head.environment | {"AECORE_TAR_PREFIXES": "s3://theirs/one"}
+    here = run([*WARM, "-c", ALLOWED, head.address], env=environment)
+    as_job = run([*WARM, "-c", AS_JOB, head.dashboard, ALLOWED, head.address], env=environment)
+    assert (here.stdout, as_job.stdout.splitlines()[-1]) == ("allowed s3://theirs/one\n", "SUCCEEDED"), (here.stderr, as_job.stderr)
+    assert "allowed s3://theirs/one" in as_job.stdout.splitlines()
 
 
 def test_the_key_of_a_job_is_what_it_makes(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,44 @@ from pipelines.flows import factory
 from pipelines.recipe.recipe import ClusterSpec, load_recipe
 from tests.pipelines.cluster.test_fanout import Job
 from tests.pipelines.cluster.test_train import job_for, train_workers
+from tests.processes import run
 
 STARTS = TASK_RETRIES + 1
+
+
+OUT_OF_MEMORY = """
+import functools, sys, time
+from aecore.artifact.fanout import collect
+from pipelines.cluster.fanout import call_on_worker, ray_fan_out
+from pipelines.cluster.session import disconnect
+from pipelines.recipe.recipe import ClusterSpec, load_recipe
+from pipelines.steps.steps import STEPS
+
+class Part:
+    stem = "part-0"
+
+class Slow:
+    def __call__(self, task):
+        time.sleep(60)
+
+def started_slowly():
+    time.sleep(60)
+
+cluster = ClusterSpec(num_workers=1)
+tiny = ["model.latent_dim=2", "backbone.hidden=[8]", "train.epochs=9999", "train.global_batch=16"]
+recipe = load_recipe(None, [f"data={sys.argv[1]}", f"out={sys.argv[2]}", "cluster.num_workers=1", "cluster.max_failures=0", *tiny])
+for work in (
+    lambda: call_on_worker(cluster, functools.partial(time.sleep, 60)),
+    lambda: collect(ray_fan_out(cluster), started_slowly, [Part()]),
+    lambda: collect(ray_fan_out(cluster), Slow, [Part()]),
+    lambda: STEPS["train"](recipe),
+):
+    try:
+        work()
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), "<line>"), flush=True)
+disconnect()
+"""
 
 
 def die(log: Path) -> None:
@@ -60,6 +98,25 @@ def test_a_flow_does_not_start_a_worker_again_that_its_fan_out_gave_up(tmp_path:
     with pytest.raises(WorkerDied):
         with_server(shard_flow)(recipe.tree)
     assert starts == [0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_ray_kills_for_its_memory_has_died_like_any_other(sprites: Path, tmp_path: Path) -> None:
+    memory = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "1000"}  # always exceeded
+    done = run([sys.executable, "-c", OUT_OF_MEMORY, sprites, tmp_path / "run"], env=os.environ | memory)
+    killed = r"\d+ worker\(s\) were killed due to the node running low on memory\. [^<]*"
+    patterns = (
+        rf"WorkerDied its worker died {STARTS} times: {killed}; is there enough memory\?",
+        rf"ClusterError a worker died while it started: {killed}; is there enough memory\?",
+        rf"(WorkerDied 1 of 1 parts failed:<line>  part-0: WorkerDied: its worker died {STARTS} times \({killed}\).*"
+        rf"|ClusterError a worker died while it started: {killed}; is there enough memory\?)",
+        rf"WorkerDied training failed after cluster\.max_failures restarts: {killed} \(is there enough memory\?\); no checkpoint .*",
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(patterns), (done.stdout, done.stderr)
+    for pattern, line in zip(patterns, lines, strict=True):
+        assert re.fullmatch(pattern, line), line
 
 
 @pytest.mark.ray
