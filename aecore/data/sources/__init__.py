@@ -73,9 +73,11 @@ class Listing:
     unusable: list[Unusable | None] | None = None
 
     def __post_init__(self) -> None:
-        texts = (self.sources, self.label_names, self.splits, self.groups, self.paths)
-        columns = [*texts, self.sizes, self.unusable, *self.columns.values()]
-        assert all(column is None or len(column) == len(self.keys) for column in columns), "columns of a listing differ in length"
+        names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable")
+        for name, column in [*((name, getattr(self, name)) for name in names), *self.columns.items()]:
+            if column is not None and len(column) != len(self.keys):
+                raise DataError(f"the source lists {len(self.keys)} keys and {len(column)} values of {name}: each column has one a sample")
+        _texts("keys", self.keys[:1])  # the others are looked at with all texts, in `sha256`
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -206,9 +206,16 @@ def test_listing_hash_sees_every_column():
 @pytest.mark.parametrize("column", ["keys", "sources", "label_names", "splits", "groups"])
 def test_a_source_that_lists_numbers_where_texts_belong_is_told_so(column):
     texts = {name: ["1", "2"] for name in ("keys", "sources", column)}
-    listing = Listing(sizes=np.ones(2, np.int64), **{**texts, column: [1, np.int64(2)]})
     with pytest.raises(DataError, match=rf"lists {column} with 1 \(int\), expected text"):
-        listing.sha256()
+        Listing(sizes=np.ones(2, np.int64), **{**texts, column: [1, np.int64(2)]}).sha256()
+
+
+@pytest.mark.parametrize("column", ["sources", "sizes", "groups", "width"])
+def test_columns_of_another_length_than_the_keys_are_named(column):
+    columns = {"sources": ["1", "2"], "sizes": np.ones(2, np.int64), "groups": ["a", "b"], "width": np.ones(2)}
+    columns[column] = columns[column][:1]
+    with pytest.raises(DataError, match=f"lists 2 keys and 1 values of {column}"):
+        Listing(["1", "2"], columns.pop("sources"), columns.pop("sizes"), groups=columns.pop("groups"), columns=columns)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
