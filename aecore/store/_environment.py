@@ -92,6 +92,7 @@ VARIABLES = {
         Variable("AECORE_TORCH_INDEX", "the address of a package index", "a further index where the set-up looks for torch"),
         Variable("AECORE_DATA", "a folder", "where tests find real images", _folder),
         Variable("AECORE_ACCEPT", "0 or 1", "1: the full-size tests run", _one_of("0", "1")),
+        Variable("AECORE_LONG", "0 or 1", "1: the long tests run", _one_of("0", "1")),
         Variable("AECORE_PICTURES", "a folder", "where tests of the Prefect page leave their pictures", _folder),
         Variable("AECORE_TEST_PROCESS", "a word", "marks the processes that a test has started"),
     )

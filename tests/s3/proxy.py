@@ -77,12 +77,19 @@ class FaultProxy:
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         self._loop.run_forever()
-        server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(self._end(server))
         self._loop.close()
+
+    async def _end(self, server: asyncio.Server) -> None:
+        """End all connections, and one that has just come: it takes some turns of the loop to become one, and to be closed."""
+        server.close()
+        for _ in range(3):
+            for _ in range(10):
+                await asyncio.sleep(0)
+            connections = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in connections:
+                task.cancel()
+            await asyncio.gather(*connections, return_exceptions=True)
 
     def _rule_for(self, line: str) -> Rule | None:
         with self._lock:
