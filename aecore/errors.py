@@ -82,7 +82,7 @@ _SINGULAR = {
             "text",
             "video",
         ),
-        "worker",
+        *("core", "node", "problem", "thread", "worker"),
     )
 }
 _BUCKET_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "s3fs"})  # packages whose errors are those of the storage

@@ -32,7 +32,7 @@ from aecore.data.classes import UNKNOWN, numbers_of, quoted, require_known
 from aecore.data.format.pictures import grid, is_image, pixels, png
 from aecore.data.format.transform import Transform
 from aecore.data.sources._arrayfile import ArrayFile
-from aecore.errors import ConfigError, DataError, Hint, did_you_mean
+from aecore.errors import ConfigError, DataError, Hint, counted, did_you_mean
 from aecore.registry import absent_values, as_recorded, knob, spec, to_dict
 from aecore.store import Store, absolute_url, open_files, open_store, read_again, sha256_file, sha256_json
 
@@ -182,7 +182,8 @@ def _read_latents(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
     if found.z.ndim != 2 or found.z.dtype.kind not in "fiu":
         raise DataError(f"{url} holds {found.z.dtype} of shape {found.z.shape}, expected numbers [n, D]: one latent a row")
     if not np.isfinite(found.z).all():
-        raise DataError(f"{int((~np.isfinite(found.z)).any(1).sum())} of {len(found.z)} latents of {url} are not finite: leave them out")
+        bad = int((~np.isfinite(found.z)).any(1).sum())
+        raise DataError(f"{url} holds {counted(bad, 'latents')} with NaN or infinite values, of {len(found.z)}: leave such rows out")
     if not len(found.z):
         raise DataError(f"{url} holds no latents: there is nothing to decode")
     return found

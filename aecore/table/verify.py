@@ -43,7 +43,7 @@ from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import column_problems
 from aecore.data.manifest import ShardRef
-from aecore.errors import DataError
+from aecore.errors import DataError, counted
 from aecore.store import FileRef, canonical_json, open_store, recorded_url, sha256_json
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest, table_manifest_of
 from aecore.table.part import (
@@ -164,7 +164,7 @@ def verify_table(
     if keys and (
         doubled := sum(map(len, keys)) - pc.count_distinct(pa.chunked_array([c for k in keys for c in k.chunks], pa.string())).as_py()
     ):
-        problems.append(f"{doubled} rows have a key that another row has too")
+        problems.append(counted(doubled, "rows have a key that another row has too"))
     _require_none(table, problems, elsewhere)
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
@@ -189,10 +189,9 @@ def _require_none(table: LatentTable, problems: Sequence[str], elsewhere: int) -
     if not problems:
         return
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     own = "encode to a new URL, or restore the files"
     remedy = own if len(problems) > elsewhere else "nothing is wrong with the table's own files"
-    raise DataError(f"table {table.url} does not match its manifest, {count}:{lines}\n{remedy}")
+    raise DataError(f"table {table.url} does not match its manifest, {counted(len(problems), 'problems')}:{lines}\n{remedy}")
 
 
 def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
@@ -322,7 +321,7 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, foote
     yield from (f"{name}: {problem}" for problem in origin_problems(table.manifest, part, footer))
     span = part.row_stop - part.row_start
     if part.rows + part.quarantined != span:
-        yield f"{name} has {part.rows} rows and {part.quarantined} quarantined of {span} samples"
+        yield f"{name} has {counted(part.rows, 'rows')} and {part.quarantined} quarantined of {counted(span, 'samples')}"
     metadata = part_metadata(schema)
     if {key: metadata.get(key) for key in PRODUCER} not in table.manifest.lineage["encoded_by"]:
         yield f"{name} was encoded on {metadata.get('device')!r} with versions that the lineage does not name"
@@ -525,4 +524,4 @@ def _coverage_problems(table: LatentTable, shards: Sequence[ShardRef]) -> Iterat
     for ref in shards:
         covered = max((stop for _, stop in spans.get((ref.split, ref.stem), [])), default=-1)
         if covered != ref.samples:
-            yield f"shard {ref.split}/{ref.stem} has {ref.samples} samples, the table covers {max(covered, 0)} of them"
+            yield f"shard {ref.split}/{ref.stem} has {counted(ref.samples, 'samples')}, the table covers {max(covered, 0)} of them"

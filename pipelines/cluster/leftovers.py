@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aecore.errors import StoreError
+from aecore.errors import StoreError, counted
 from aecore.store import pid_namespace, private_folder
 from pipelines.cluster.process import is_alive, process_name
 
@@ -119,14 +119,14 @@ def clear_leftovers(root: Path) -> None:
     for left in leftovers(root):
         if left.pids:
             logger.warning(
-                "%d process(es) of a local Ray go on although their driver has ended (%s, started %s ago): end them with `%s`",
-                len(left.pids), left.folder.name, left.age, left.remedy,
+                "%s outlived the driver of a local Ray (%s, started %s ago): end them with `%s`",
+                counted(len(left.pids), "processes"), left.folder.name, left.age, left.remedy,
             )  # fmt: skip
         elif left.is_noted and left.folder.name != os.path.basename(newest):
             shutil.rmtree(left.folder, ignore_errors=True)  # another run may remove it too
             removed += 1
     if removed:
-        logger.info("removed %d folder(s) of sessions of Ray that have ended below %s", removed, root)
+        logger.info("removed %s of sessions of Ray that have ended below %s", counted(removed, "folders"), root)
 
 
 def _sessions(folder: Path) -> Iterator[tuple[Path, bool, bool]]:

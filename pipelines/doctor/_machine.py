@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from aecore.errors import ClusterError, ConfigError
+from aecore.errors import ClusterError, ConfigError, counted
 from aecore.native import available, processor, why_not
 from aecore.native.memory import free_bytes
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
@@ -52,10 +52,10 @@ def cores(cluster: ClusterSpec) -> Iterator[Finding]:
     limit = f" (a quota allows {share:.1f})" if share and share < number else ""
     threads = max(cluster.num_workers, 1) * cluster.threads_per_worker
     if threads > usable and not os.environ.get("RAY_ADDRESS"):
-        asked = f"{cluster.num_workers} workers with {cluster.threads_per_worker} threads"
-        yield warning("cores", f"{number} cores{limit} for {asked}", "lower cluster.num_workers or cluster.threads_per_worker")
+        asked = f"{counted(cluster.num_workers, 'workers')} with {counted(cluster.threads_per_worker, 'threads')}"
+        yield warning("cores", f"{counted(number, 'cores')}{limit} for {asked}", "lower cluster.num_workers or cluster.threads_per_worker")
     else:
-        yield ok("cores", f"{number} cores{limit}, {threads} threads asked for")
+        yield ok("cores", f"{counted(number, 'cores')}{limit}, {counted(threads, 'threads')} asked for")
 
 
 def _quota() -> float | None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from aecore.errors import ClusterError
+from aecore.errors import ClusterError, counted
 from pipelines.cluster.job_client import refuse_secrets
 from pipelines.doctor._check import Check, Finding, failed, ok, skipped, warning
 from pipelines.doctor._environment import installed
@@ -129,13 +129,13 @@ def _scheduler(url: str) -> Iterator[Finding]:
     now = datetime.now(UTC)
     planned, late = sum(when > now for when in times), sum(when < now - timedelta(seconds=LATE_S) for when in times)
     if late:
-        message = f"{late} scheduled runs are more than {LATE_S:.0f} s late"
+        message = f"{counted(late, 'scheduled runs are')} more than {LATE_S:.0f} s late"
         yield warning(
             "prefect: scheduler", message, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
         )
     if planned:
-        yield ok("prefect: scheduler", f"{planned} runs planned for {len(scheduled)} deployments")
+        yield ok("prefect: scheduler", f"{counted(planned, 'runs are planned')} for {counted(len(scheduled), 'deployments')}")
     else:
-        message = f"{len(scheduled)} deployments have an active schedule and no run is planned: the scheduler does not work"
+        message = f"{counted(len(scheduled), 'deployments have')} an active schedule and no run is planned: the scheduler does not work"
         remedy = "run `prefect server services start` for a server without services; SQLAlchemy has to be < 2.1"
         yield failed("prefect: scheduler", message, remedy)

@@ -22,7 +22,7 @@ from aecore.registry import BACKBONES, MODELS, SOURCES, Registry, flatten, knob,
 from aecore.store import absolute_url
 from pipelines.recipe.nearest import nearest_keys
 from pipelines.recipe.validate import MissingKey, build_spec
-from pipelines.recipe.yaml import Tree, apply_overrides, read_recipe, require_no_broken_yaml
+from pipelines.recipe.yaml import Tree, apply_overrides, read_recipe
 
 if TYPE_CHECKING:
     from aecore.data.format.transform import TransformSpec
@@ -260,7 +260,6 @@ def section_type(name: str, kind: str | None = None) -> type:
 def build_section(name: str, given: Any) -> Any:
     """Validate one section; ConfigError names the dotted path of every wrong value."""
     if given is not None and not isinstance(given, dict):
-        require_no_broken_yaml(name, given)
         example = f"{name}.{dataclasses.fields(section_type(name))[-1].name}=..."
         raise ConfigError(f"{name} is {given!r} ({type(given).__name__}), expected a section, for example {example}")
     values, parts = dict(given or {}), SECTIONS[name]

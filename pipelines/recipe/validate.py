@@ -21,7 +21,6 @@ from typing_extensions import TypedDict
 
 from aecore.errors import ConfigError, did_you_mean
 from aecore.registry import field_types
-from pipelines.recipe.yaml import require_no_broken_yaml
 
 EXAMPLES = {"source.url": "/data/images"}
 
@@ -81,5 +80,5 @@ def _message(section: str, cls: type, problem: Any, others: Callable[[], Mapping
     if problem["type"] == "missing":
         return f"{path} is missing: add {path}={EXAMPLES.get(path, '...')} ({fields[key].metadata.get('help', '')})"
     value, expected = problem["input"], problem["msg"].removeprefix("Input should be ")
-    require_no_broken_yaml(path, value)
-    return f"{path} is {value!r} ({type(value).__name__}), expected {expected} ({fields[key].metadata.get('help', '')})"
+    quotes = "; in a recipe, text that begins with # needs quotes" if value is None and problem["type"] == "string_type" else ""
+    return f"{path} is {value!r} ({type(value).__name__}), expected {expected} ({fields[key].metadata.get('help', '')}){quotes}"

@@ -9,6 +9,7 @@ import copy
 import importlib.resources
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from aecore.errors import ConfigError, did_you_mean
 Tree = dict[str, Any]
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 18, 10_000, 32  # the longest shipped recipe has 3 kB and 100 nodes
 _TAG = "tag:yaml.org,2002:"
+_COMMENT = re.compile(r"(?:^|\s)#")
+_PLAIN_ITEM = re.compile(r"[\w./+-][\w./ +-]*")
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -152,7 +155,10 @@ def read_recipe(name: str) -> Tree:
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Return path and value of `key.path=value`; the value is read as YAML (`1e-3`, `true`, `[1, 2]`, `null`, text)."""
+    """Return path and value of `key.path=value`; the value is read as YAML (`1e-3`, `true`, `[1, 2]`, `null`, text).
+
+    It is one value, without comments: `#204080` and `photos #3` are text. What begins like a list or section has to be one.
+    """
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -161,20 +167,29 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         raise ConfigError(f"the key {key[:80]}... has {len(path)} parts, expected at most {MAX_DEPTH}: check the override")
     if path in (("data",), ("run",), ("out",), ("name",)):
         return path, value
+    plain = value.strip()
+    if _COMMENT.search(plain) and "\n" not in plain and not plain.startswith(("'", '"', "[", "{")):
+        return path, plain  # YAML would read the rest of it as a comment
     try:
         return path, _data(value, key)
     except ConfigError as error:
         if "in quotes" not in str(error):
             raise
         raise ConfigError(f"{error}; quotes of a value need quotes of the shell around them: '{key}=\"{value}\"'") from None
-    except yaml.YAMLError:
-        return path, value  # a path or URL with special characters of YAML
+    except yaml.YAMLError as error:
+        if not plain.startswith(("[", "{")):
+            return path, value  # a path or URL with special characters of YAML
+        why = f"the value of {key} begins like a list or a section and is not valid YAML: {error}"
+        raise ConfigError(f"{why}; put text with special characters in quotes, for example {_quoted(key, plain)}") from None
 
 
-def require_no_broken_yaml(key: str, value: Any) -> None:
-    """ConfigError with the message of YAML if a value looks like `{...}` or `[...]` but is not valid YAML."""
-    if isinstance(value, str) and value.startswith(("{", "[")):
-        parse_yaml(value, f"the value of {key}")
+def _quoted(key: str, value: str) -> str:
+    """Return an override with text, or the texts of a list, in quotes, as a shell takes it."""
+    items = [item.strip() for item in value[1:-1].split(",")]
+    is_list = value[0] == "[" and value[-1] == "]" and not set(value[1:-1]) & set("[]{}\"'")
+    shown = [item if _PLAIN_ITEM.fullmatch(item) else json.dumps(item, ensure_ascii=False) for item in items]
+    text = f"[{', '.join(shown)}]" if is_list else json.dumps(value, ensure_ascii=False)
+    return shlex.quote(f"{key}={text}")
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> Tree:

@@ -115,6 +115,15 @@ def test_an_error_that_nobody_planned_is_a_failed_run() -> None:
         ("samples that source.include does not match", "sample that source.include does not match"),
         ("tars without end blocks, whose writer was not closed", "tar without end blocks, whose writer was not closed"),
         (".npy or .npz files", ".npy or .npz file"),
+        ("rows have a key that another row has too", "row has a key that another row has too"),
+        ("problems", "problem"),
+        ("scheduled runs are", "scheduled run is"),
+        ("session folders of unknown origin", "session folder of unknown origin"),
+        ("processes", "process"),
+        ("nodes", "node"),
+        ("cores", "core"),
+        ("threads", "thread"),
+        ("latents with NaN or infinite values", "latent with NaN or infinite values"),
     ],
 )
 def test_a_message_about_one_thing_is_in_the_singular(many: str, one: str) -> None:

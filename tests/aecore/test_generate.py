@@ -149,7 +149,8 @@ def saved(path: Path, **members: np.ndarray) -> str:
     [
         ({"z": np.zeros((3, DIM + 1))}, {}, f"holds latents of width {DIM + 1}, and .* decodes {DIM}"),
         ({"z": np.zeros(DIM)}, {}, r"of shape \(4,\), expected numbers \[n, D\]"),
-        ({"z": np.full((3, DIM), np.nan)}, {}, "3 of 3 latents .* are not finite"),
+        ({"z": np.full((3, DIM), np.nan)}, {}, "holds 3 latents with NaN or infinite values, of 3: leave such rows out"),
+        ({"z": np.array([[0.0] * DIM, [np.inf] * DIM])}, {}, "holds 1 latent with NaN or infinite values, of 2"),
         ({"z": np.zeros((0, DIM))}, {}, "holds no latents"),
         ({"z": np.array([["a"] * DIM])}, {}, "expected numbers"),
         ({"a": np.zeros((3, DIM)), "b": np.zeros((3, DIM))}, {}, "has no array 'mu'"),

@@ -389,7 +389,7 @@ def test_verify_finds_a_key_that_stands_twice(own_table: LatentTable) -> None:
     doubled = rows.set_column(0, rows.schema.field(0), pa.array(keys))
     file, _, footer = commit_part(own_table.store, "data/split=train/doubled.parquet", doubled, compression="none")
     parts = (first, dataclasses.replace(second, file=file, footer_sha256=footer), *own_table.parts[2:])
-    with pytest.raises(DataError, match="1 rows have a key that another row has too"):
+    with pytest.raises(DataError, match="1 row has a key that another row has too"):
         verify_table(LatentTable(own_table.store, dataclasses.replace(own_table.manifest, parts=parts)), read_data=True)
 
 

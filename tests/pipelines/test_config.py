@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,8 +73,11 @@ def test_defaults_give_way_to_the_file_and_the_file_to_overrides(tmp_path: Path)
         ("nets.hidden=[1]", r"unknown key 'nets.hidden': did you mean backbone.hidden\?"),
         ("outt=x", r"unknown key 'outt': did you mean out\?"),
         ("zzz=1", r"unknown key 'zzz' \(known: backbone, "),
-        ("backbone={kind: mlp, hidden: [128}", r"(?s)the value of backbone is not valid YAML: .*expected ',' or '\]', but got '\}'"),
-        ("backbone.hidden=[128", r"the value of backbone.hidden is not valid YAML"),
+        (
+            "backbone={kind: mlp, hidden: [128}",
+            r"(?s)the value of backbone begins like .* not valid YAML: .*expected ',' or '\]', but got '\}'",
+        ),
+        ("backbone.hidden=[128", r"the value of backbone.hidden begins like a list or a section and is not valid YAML"),
         ("lr=1e-3", r"unknown key 'lr': did you mean optim.lr\?"),
         ("model.kind=vea", r"unknown model kind 'vea' \(did you mean 'vae'\?"),
         ("source.kind=floder", r"unknown source kind 'floder' \(did you mean 'folder'\?"),
@@ -169,6 +173,15 @@ def test_an_unknown_recipe_names_the_shipped_ones() -> None:
         ("host:8080", "host:8080"),
         ("08", "08"),
         ("'yes'", "yes"),
+        ("#204080", "#204080"),
+        (" #fff", "#fff"),
+        ("my photos #3/a b", "my photos #3/a b"),
+        ("a#b", "a#b"),
+        ("# text", "# text"),
+        ("'#204080'", "#204080"),
+        ('"a" # of it', "a"),
+        ("['#1', \"x #2\"]", ["#1", "x #2"]),
+        ("a: 1  # one\nb: 2", {"a": 1, "b": 2}),
         ("!!str 010", "010"),
     ],
 )
@@ -180,6 +193,34 @@ def test_override_values_are_yaml(text: str, value: object) -> None:
 def test_an_override_that_is_not_what_it_looks_like_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^train.seed: "):
         load_recipe(None, [f"train.seed={text}"])
+
+
+@pytest.mark.parametrize(
+    ("value", "quoted"),
+    [
+        ("[*_seg.png,thumbs]", '["*_seg.png", thumbs]'),
+        ("[#fff, 'x]", '"[#fff, \'x]"'),
+        ("[&a, @b, c d]", '["&a", "@b", c d]'),
+        ("[a-z]*.png", '"[a-z]*.png"'),
+        ("{00..02}.tar", '"{00..02}.tar"'),
+        ("{a: *b}", '"{a: *b}"'),
+        (" [ab", '"[ab"'),
+    ],
+)
+def test_an_override_that_begins_like_a_list_and_is_none_shows_the_quotes(value: str, quoted: str) -> None:
+    with pytest.raises(ConfigError, match="begins like a list or a section and is not valid YAML") as refused:
+        apply_overrides({}, [f"source.exclude={value}"])
+    shown = shlex.split(str(refused.value).partition("for example ")[2])
+    assert shown == [f"source.exclude={quoted}"], "the shell removes its own quotes"
+    expected = ["*_seg.png", "thumbs"] if "thumbs" in value else ["&a", "@b", "c d"] if "@" in value else value.strip()
+    assert apply_overrides({}, shown) == {"source": {"exclude": expected}}
+
+
+def test_a_colour_is_text_on_the_command_line_and_needs_quotes_in_a_recipe(tmp_path: Path) -> None:
+    assert load_recipe(None, ["shards.mode=RGB", "shards.background=#204080"]).shards.background == "#204080"
+    (tmp_path / "mine.yaml").write_text("shards:\n  background: #204080\n")
+    with pytest.raises(ConfigError, match=r"background is None .*in a recipe, text that begins with # needs quotes"):
+        load_recipe(str(tmp_path / "mine.yaml")).shards  # noqa: B018  # sections are validated at their first use
 
 
 def test_addresses_stay_text_and_travel_absolute() -> None:

@@ -285,7 +285,7 @@ def test_a_prefect_server_is_asked_for_version_password_workers_and_schedules(se
     deployment = {"name": "nightly", "flow_id": flow["id"], "schedules": [schedule], "work_pool_name": "local"}
     _prefect.ask(server_url, "/deployments/", deployment)
     wait_until(lambda: look()["prefect: scheduler"].state == "ok", lambda: f"the scheduler is ok: {look()}", every_s=0.5)
-    assert "for 1 deployments" in look()["prefect: scheduler"].message
+    assert "for 1 deployment" in look()["prefect: scheduler"].message
     assert "hunter2" not in str(look())
 
 

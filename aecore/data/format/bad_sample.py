@@ -1,5 +1,7 @@
 """The one error for a sample that cannot be used, whoever finds it: parsers of headers, decoders, sources, sharding."""
 
+COMPLEX_REMEDY = "save the real and the imaginary part (or magnitude and phase) as channels"
+
 
 class BadSample(Exception):
     """One sample that cannot be used; it goes to the quarantine with a short `reason` and a readable `message`."""

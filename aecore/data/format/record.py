@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
 from aecore.data.format.image import IMAGE_EXTENSIONS, MAX_PIXELS, ImageHeader, PixelsVersion, image_header
 from aecore.errors import ConfigError, DataError
 
@@ -171,7 +171,7 @@ def _fits_header(key: str) -> bool:
 
 
 _REMEDIES = {  # of dtypes that are not read, by their kind
-    "c": "save the real and the imaginary part (or magnitude and phase) as channels",
+    "c": COMPLEX_REMEDY,
     "O": "Python objects need a pickle, which is never read: save an array of numbers (numpy.stack), or of several lengths a file for each",
     "S": "save numbers instead of texts, such as ids of tokens",
     "U": "save numbers instead of texts, such as ids of tokens",

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
 from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
 from aecore.data.format.jpeg import jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
@@ -25,6 +25,7 @@ from aecore.data.format.orientation import UPRIGHT, turned_size, upright
 Pixels = NDArray[Any]  # any: every image has its own dtype
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _SEPARATED, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 4, 5, 6, 8, 9
 _PREMULTIPLIED, _STRAIGHT = 1, 2  # kinds of alpha among the extra samples
+_COMPLEX = (5, 6)  # sample formats: of whole numbers, of floats
 _JPEG = 7  # compression that tifffile gives as RGB
 # none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: others have sizes of their own, which only their decoders know
 _READ_COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000)
@@ -175,6 +176,8 @@ def _orientation(page: Any) -> int:  # any: as above
 def _form(page: Any) -> _Form:  # any: as above
     """Return what a page becomes; BadSample if it is of a kind that is not read."""
     colour, samples, bits = int(page.photometric or 0), int(page.samplesperpixel), page.bitspersample
+    if page.sampleformat in _COMPLEX:
+        raise BadSample("unsupported", f"TIFF of complex numbers of {bits} bits: only whole numbers and floats are read; {COMPLEX_REMEDY}")
     if page.dtype is None or page.dtype.kind not in "biuf" or not isinstance(bits, int) or int(page.imagedepth) > 1:
         raise BadSample(
             "unsupported", f"TIFF with sample format {page.sampleformat} of {bits} bits: read are whole numbers and floats of one depth"

@@ -33,7 +33,7 @@ from aecore.data.format.decode import DecodeError, Decoder, Pixels
 from aecore.data.format.foreign import explained
 from aecore.data.format.image import MAX_PIXELS, PixelsVersion
 from aecore.data.format.record import IMAGE_EXTENSIONS, array_header, image_header
-from aecore.data.format.sample_format import SampleFormat, common_formats
+from aecore.data.format.sample_format import SampleFormat, common_formats, remedy_of
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
@@ -216,15 +216,20 @@ class _Tally:
     `in_pass` is the number of samples that this rank reads of all tars, once it is known.
     """
 
-    def __init__(self, most: float, expected: str) -> None:
+    def __init__(self, most: float, expected: SampleFormat) -> None:
         self._most, self._expected = most, expected
         self.judged = self.bad = self.in_pass = 0
         self._different: set[tuple[str, str]] = set()  # a pass meets the same ones again
+        self._damaged, self._formats = False, {expected.without_alpha}  # what the bad samples are: damaged, or of other formats
 
-    def add(self, sample: StreamSample, why: BadSample) -> None:
-        """Count a bad sample: log the first ones, then the tenth, the hundredth, ..."""
+    def add(self, sample: StreamSample, why: BadSample, other: SampleFormat | None = None) -> None:
+        """Count a bad sample, damaged or of an `other` format: log the first ones, then the tenth, the hundredth, ..."""
         self.judged += 1
         self.bad += 1
+        if other is None:
+            self._damaged = True
+        else:
+            self._formats.add(other)
         if len(self._different) < MOST_REMEMBERED:
             self._different.add((sample["__url__"], sample["__key__"]))
         text = f"{sample['__url__']}: sample {sample['__key__']!r} cannot be trained on ({why})"
@@ -236,10 +241,14 @@ class _Tally:
         # twice the share so far, since what has not been read may be worse: advice is not to be refused in the next attempt
         found = max(self.bad / self.judged, len(self._different) / self.in_pass if self.in_pass else 0)
         share = min(1.0, math.ceil(2000 * found) / 1000)
+        alike = remedy_of(self._formats) if len(self._formats) > 1 else ""
+        decode = f"shard the tars with shards.check=decode and shards.max_bad={share:g}" if self._damaged else ""
+        known = self._expected
+        expected = f"{'images' if known.image else 'arrays'} of shape {known.shape} and dtype {known.dtype}"
         raise DataError(
-            f"{text}: {self.bad} of {total} samples are bad, more than input.max_bad={self._most:g} allows (expected: {self._expected}). "
-            f"Set input.max_bad={share:g} to leave them out, or shard the tars with shards.check=decode and shards.max_bad={share:g}",
-            hint=Hint("bad-sample", {"share": f"{share:g}"}),
+            f"{text}: {self.bad} of {total} samples are bad, more than input.max_bad={self._most:g} allows (expected: {expected}). "
+            f"Set input.max_bad={share:g} to leave them out, or {'; and to have one format: '.join(filter(None, (decode, alike)))}",
+            hint=Hint("bad-sample", {"share": f"{share:g}"}) if self._damaged else Hint("shard-instead"),
         )
 
 
@@ -292,9 +301,7 @@ class StreamLoader:
     def _batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         order, size = self._order, self._order.global_batch
         positions = torch.arange(order.rank * size // order.world_size, (order.rank + 1) * size // order.world_size)
-        shape, kind = self._sample.shape, self._sample.dtype
-        expected = f"{'images' if self._sample.image else 'arrays'} of shape {shape} and dtype {kind}"
-        tally = _Tally(self._spec.max_bad, expected)
+        tally = _Tally(self._spec.max_bad, self._sample)
         samples, step = iter(self._pipeline(start, tally)), start
         while stop is None or step < stop:
             yield self._batch(samples, positions, step * size, tally)
@@ -334,18 +341,18 @@ class StreamLoader:
         pixels = self._decoder.batch([row["data"] for row in rows], found.append)
         tally.judged += len(rows) - len(found)
         for error in found:
-            tally.add(rows[error.row], self._why(rows[error.row], error))
+            tally.add(rows[error.row], *self._why(rows[error.row], error))
         return pixels, [at[error.row] for error in found]
 
-    def _why(self, row: StreamSample, error: DecodeError) -> BadSample:
-        """Return why a sample did not decode: another format than the others have, or what the decoder says."""
+    def _why(self, row: StreamSample, error: DecodeError) -> tuple[BadSample, SampleFormat | None]:
+        """Return why a sample did not decode: what the decoder says, or its format if that is another one than the others have."""
         try:
             text = _format_of(row, self._pixels_version, self._spec.max_pixels)
         except BadSample as bad:
-            return bad
-        if SampleFormat.parse(text).without_alpha != self._sample.without_alpha:
-            return BadSample("format", f"its format is {text}")
-        return BadSample(error.reason, str(error))
+            return bad, None
+        if (other := SampleFormat.parse(text).without_alpha) != self._sample.without_alpha:
+            return BadSample("format", f"its format is {text}"), other
+        return BadSample(error.reason, str(error)), None
 
     def _pipeline(self, start: int, tally: _Tally) -> Iterable[StreamSample]:
         """Return the endless webdataset pipeline of this rank from step `start` on: tars, samples, shuffle."""

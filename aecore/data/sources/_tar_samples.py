@@ -3,6 +3,7 @@
 The key of a member ends at the first dot of its last component, as in webdataset, and what follows is its extension. Where that gives no
 image although the name ends in an image's extension (`track 2.1.jpg`), the dot belongs to the name: the key then ends at the last one.
 `0.left.png` stays a member of sample `0` if `left` is a word that other samples have too, or if the sample has members without it.
+The case of letters belongs to a name (`x.B1.png` and `x.b1.png` are two samples) and not to an extension (`x.PNG`).
 
 A sample that cannot be used is returned with a reason, for the quarantine; what is no sample is counted (`Skipped`). The rules of version 1
 (`rules=1`, for datasets and runs that began with it) know neither links nor such names, and leave out what cannot be used.
@@ -36,6 +37,7 @@ UNSAFE = "members whose name leaves the archive (.. or /)"
 NO_KEY = "files without a key and an extension"
 NO_DATA = "samples without an image or array"
 UNREAD = "members that are not read"
+AGAIN = "members whose name comes again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class TarReading:
 
 
 class TarSample(NamedTuple):
-    """Members of one key by extension (lower case), at any positions in the tar; `part` numbers the tars that were joined.
+    """Members of one key by extension (its last part in lower case), at any positions in the tar; `part` numbers joined tars.
 
     `data` is the image or array. `bad` says why the sample cannot be used; then `data` may be any of its members.
     """
@@ -119,8 +121,7 @@ class _Groups:
         """Take an entry without bytes of its own as a sample that cannot be used; count it if it is no link and not named like a sample."""
         match = MEMBER_NAME.fullmatch(entry.name)
         if match is not None and not _is_hidden(entry.name) and _is_named_like_a_sample(match[2].lower()) and self._reading.rules > 1:
-            self._put(entry, match[1], match[2].lower())
-            self._bad[entry.part, entry.name] = why
+            self._put(entry, match[1], match[2], why)
         elif entry.kind in (_HARD, _SYMBOLIC) and self._reading.rules > 1:
             place = Member(entry.name, entry.offset, 0)
             self._others.append(TarSample(entry.name, entry.part, {}, place, why))
@@ -153,16 +154,24 @@ class _Groups:
             if match is None or is_reserved or (match[1][-1] == "/" and self._reading.rules > 1):  # the last: a hidden file
                 self._skipped.add(OF_SYSTEM if is_of_system(name) else NO_KEY, name)
             else:
-                self._put(entry, match[1], match[2].lower())
+                self._put(entry, match[1], match[2])
 
-    def _put(self, entry: Entry, key: str, ext: str) -> None:
+    def _put(self, entry: Entry, key: str, ext: str, bad: Unusable | None = None) -> None:
+        """Take a member; `bad` says why it cannot be used. Of members with one name the last is listed, and the others are counted."""
+        ext = _extension(ext, self._reading.rules)
         members = self._found.get((entry.part, key))
         if members is None:
             members = self._found[entry.part, key] = {}
         elif ext in members:
-            why = f"the tar has {entry.name!r} twice, and it is not known which one is meant: write the tar again"
-            self._bad[entry.part, entry.name] = Unusable("twice", why)
+            first = members[ext].name
+            what = f"{entry.name!r} twice" if first == entry.name else f"both {first!r} and {entry.name!r}"
+            why = f"the tar has {what}, and it is not known which one is meant: write the tar again"
+            bad = Unusable("twice", why)
+            if self._reading.rules > 1:
+                self._skipped.add(AGAIN, first)
         members[ext] = Member(entry.name, entry.offset, entry.size, entry.kind == SPARSE)
+        if bad is not None:
+            self._bad[entry.part, entry.name] = bad
 
     def samples(self) -> list[TarSample]:
         """Return the samples, with a member chosen."""
@@ -184,11 +193,11 @@ class _Groups:
         return found + self._others
 
     def _words(self) -> Counter[str]:
-        """Return how many keys have each of the words before the extension of an image, as in `left.png`, beside another one."""
+        """Return how many keys have each of the words before the extension of an image, as in `left.png`, in addition to another one."""
         counts = Counter[str]()
         for members in self._found.values():
             if sum("." in ext for ext in members) > 1:
-                counts.update({ext.rpartition(".")[0] for ext in members if "." in ext and data_extension(ext)})
+                counts.update({ext.rpartition(".")[0].lower() for ext in members if "." in ext and data_extension(ext)})
         return counts
 
     def _sample(self, part: int, key: str, members: dict[str, Member]) -> Iterable[TarSample]:
@@ -212,7 +221,10 @@ class _Groups:
 def _chosen(members: Mapping[str, Member], reading: TarReading) -> str | list[str]:
     """Return the extension of the sample's image or array; those that could be it if there is not one."""
     if reading.member:
-        return reading.member if reading.member in members else []
+        asked = [reading.member] if reading.member in members else []
+        if not asked and reading.rules > 1:
+            asked = [ext for ext in members if ext.lower() == reading.member.lower()]
+        return asked[0] if len(asked) == 1 else asked
     found = [ext for ext in members if ext in DATA_EXTENSIONS]
     if not found and reading.rules > 1:
         found = [ext for ext in members if data_extension(ext) in DATA_EXTENSIONS] or [ext for ext in members if data_extension(ext)]
@@ -246,16 +258,22 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
     for name in sorted(below, key=lambda name: not any(map(data_extension, below[name]))):  # those with an image first
         those = below[name]
         side = bool(_SIDE_EXTENSIONS & those.keys())
-        tells_apart = _WORD.fullmatch(name) is not None and (bool(plain) or words[name] > 1)
+        tells_apart = _WORD.fullmatch(name) is not None and (bool(plain) or words[name.lower()] > 1)
         if any(map(data_extension, those)):
             is_own = side or not tells_apart
         else:  # labels whose image is missing, unless they are further ones of a sample with an image
             is_own = side and not tells_apart and not any(map(data_extension, apart[None]))
-        if is_own and not any(f"{name}.{ext}" == wanted for ext in those):
+        if is_own and not any(f"{name}.{ext}".lower() == wanted.lower() for ext in those):
             apart[name] = those
         else:
             apart[None] |= {f"{name}.{ext}": member for ext, member in those.items()}
     return apart if apart[None] else {name: those for name, those in apart.items() if name is not None}
+
+
+def _extension(text: str, rules: int) -> str:
+    """Return what follows a key; its last part, which names the codec, in lower case (by the rules of version 1 all of it)."""
+    above, dot, codec = ("", "", text) if rules == 1 else text.rpartition(".")
+    return f"{above}{dot}{codec.lower()}"
 
 
 def _is_named_like_a_sample(ext: str) -> bool:

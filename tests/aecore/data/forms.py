@@ -292,7 +292,34 @@ def _lab(random: Random, height: int, width: int) -> Form:
     return Form("tif", tiff(lab, photometric="cielab"), srgb_of_lab(lab), near=1)
 
 
-def srgb_of_lab(lab: Pixels) -> Pixels:
+def _lab_16(random: Random, height: int, width: int) -> Form:
+    lab = np.stack([random.integers(0, 256, (height, width)), *(random.integers(-20, 20, (2, height, width)) % 256)], -1).astype(np.uint8)
+    data = tiff(lab.astype(np.uint16) * np.array([257, 256, 256], np.uint16), photometric="cielab")
+    return Form("tif", data, srgb_of_lab(lab, "u2"), near=40)
+
+
+def _bmp_alpha(random: Random, height: int, width: int) -> Form:
+    """A header of version 4 with masks of four channels, as GIMP writes it."""
+    pixels = noise(random, height, width, 4)
+    rows = pixels[::-1, :, [2, 1, 0, 3]].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(rows), 2835, 2835, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    start = 14 + len(header)
+    return Form("bmp", b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + rows, pixels)
+
+
+def _mpo(random: Random, height: int, width: int) -> Form:
+    pictures = [Image.fromarray(smooth(random, height, width, 3)) for _ in range(2)]
+    data = saved(pictures[0], "MPO", quality=90, save_all=True, append_images=pictures[1:])
+    return Form("jpg", data, seen(data, "RGB"), near=3)
+
+
+def _gif_without_trailer(random: Random, height: int, width: int) -> Form:
+    whole = FORMS["gif"](random, height, width)
+    return Form("gif", whole.data[:-1], whole.pixels)
+
+
+def srgb_of_lab(lab: Pixels, dtype: str = "u1") -> Pixels:
     """Return sRGB of CIE L*a*b* of 8 bits by the formulas: CIE 15, Bradford's adaptation from D50 to D65, IEC 61966-2-1."""
     light, (red, blue) = lab[..., 0] * (100 / 255), np.moveaxis(lab[..., 1:].view(np.int8).astype(float), -1, 0)
     y = (light + 16) / 116
@@ -300,7 +327,8 @@ def srgb_of_lab(lab: Pixels) -> Pixels:
     xyz = np.where(axes > 6 / 29, axes**3, 3 * (6 / 29) ** 2 * (axes - 4 / 29)) * (0.9642, 1.0, 0.8249)
     matrix = [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]  # from D50
     linear = (xyz @ np.array(matrix).T).clip(0, 1)
-    return np.rint(np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255).astype(np.uint8)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(encoded * np.iinfo(dtype).max).astype(dtype)
 
 
 def _ycbcr(random: Random, height: int, width: int) -> Form:
@@ -328,6 +356,7 @@ FORMS: dict[str, Callable[[Random, int, int], Form]] = {
     "png interlaced": _interlaced,
     "png animated": _several("PNG", "png"),
     "gif": _palette("GIF", "gif"),
+    "gif without trailer": _gif_without_trailer,
     "gif transparent": _palette("GIF", "gif", transparent=True),
     "webp": _pillow("WEBP", "webp", 3, lossless=True),
     "webp alpha": _pillow("WEBP", "webp", 4, lossless=True, exact=True),
@@ -335,6 +364,7 @@ FORMS: dict[str, Callable[[Random, int, int], Form]] = {
     "webp turned": _turned_webp,
     "bmp grey": _pillow("BMP", "bmp", 1),
     "bmp rgb": _pillow("BMP", "bmp", 3),
+    "bmp alpha": _bmp_alpha,
     "bmp palette": _palette("BMP", "bmp"),
     "bmp 1 bit": _one_bit("BMP", "bmp"),
     "jpeg": _jpeg("RGB"),
@@ -346,11 +376,14 @@ FORMS: dict[str, Callable[[Random, int, int], Form]] = {
     "jpeg cmyk turned": _jpeg("CMYK", turned=True),
     "jpeg restarts": _jpeg("RGB", restart_marker_blocks=2),
     "jpeg no end": _changed_jpeg(lambda data: data[:-2]),
+    "jpeg text for an end": _changed_jpeg(lambda data: data[:-2] + b"\r\n--boundary--\r\n"),
+    "jpeg mpo": _mpo,
     "jpeg bytes after": _changed_jpeg(lambda data: data + b"junk" * 9),
     "jpeg stray bytes": _changed_jpeg(lambda data: data[:20] + b"\0\0\0" + data[20:]),
     "jpeg 12 bit": _deep_jpeg,
     "jpeg lossless 16": _lossless_jpeg,
     **{f"tiff grey {name}": _tiff(1, name, photometric="minisblack") for name in ("u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8")},
+    "tiff grey i8": _tiff(1, "i8", photometric="minisblack"),
     **{f"tiff big-endian {name}": _tiff(1, name, photometric="minisblack", byteorder=">") for name in ("u2", "u4", "i2", "f4")},
     **{f"tiff rgb {name}": _tiff(3, name, photometric="rgb") for name in ("u1", "u2", "f4")},
     "tiff rgb big-endian": _tiff(3, "u2", photometric="rgb", byteorder=">"),
@@ -378,6 +411,7 @@ FORMS: dict[str, Callable[[Random, int, int], Form]] = {
     "tiff cmyk": _cmyk_tiff("u1"),
     "tiff cmyk 16": _cmyk_tiff("u2"),
     "tiff lab": _lab,
+    "tiff lab 16": _lab_16,
     "tiff ycbcr": _ycbcr,
     "tiff jpeg": _jpeg_tiff,
     "tiff imagej": _imagej,

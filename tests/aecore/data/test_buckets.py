@@ -20,6 +20,7 @@ from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import BucketSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
+from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError, StoreError
 from aecore.store import open_files
 from aecore.store._cache import ObjectCache
@@ -54,6 +55,38 @@ class TestKeys:
             assert {f"in/{name}": read(name)[1] for name in listing.sources} == objects
         made = shard_dataset(FolderSpec(url=f"{s3.url}/in"), str(tmp_path / "out"))
         assert (made.num_samples(), made.classes) == (7, ("cat", "dog"))
+
+    def test_characters_of_urls_shells_and_patterns_are_parts_of_keys(self, s3: S3, tmp_path: Path) -> None:
+        names = (
+            "q?x=1&y=2.png",
+            "h#1.png",
+            "[1]{2}.png",
+            "tilde~'\".png",
+            "UPPER.PNG",
+            "semi;colon:,$@=.png",
+            "*?.png",
+            "50%.png",
+            "é ü.png",
+        )
+        objects = put(s3, *(f"in/{'cat' if number % 2 else 'd#g?'}/{name}" for number, name in enumerate(names)))
+        source = BucketSource(FolderSpec(url=f"{s3.url}/in"))
+        listing = source.listing()
+        assert {f"in/{name}" for name in listing.sources} == objects.keys()
+        for read in (source.read, source.prefetch(listing.sources)):
+            assert {f"in/{name}": read(name)[1] for name in listing.sources} == objects
+        made = shard_dataset(FolderSpec(url=f"{s3.url}/in"), str(tmp_path / "out"))
+        assert (made.num_samples(), made.quarantined, made.classes) == (len(names), 0, ("cat", "d#g?"))
+
+    @pytest.mark.parametrize("max_bad", [0.01, 1.0])
+    def test_nothing_but_bad_objects_leave_nothing(self, s3: S3, tmp_path: Path, max_bad: float) -> None:
+        for number in range(3):
+            s3.raw.put_object(Bucket=s3.bucket, Key=f"in/a/{number}.png", Body=b"no")
+        for out in (str(tmp_path / "out"), f"{s3.url}/out"):
+            with pytest.raises(DataError, match=r"all 3 samples are bad \(.* 3\): nothing was kept") as refused:
+                shard_dataset(FolderSpec(url=f"{s3.url}/in"), out, shards=ShardSpec(max_bad=max_bad))
+            assert refused.value.exit_code == 3
+        assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+        assert "Contents" not in s3.raw.list_objects_v2(Bucket=s3.bucket, Prefix="out/")
 
     def test_markers_of_folders_and_hidden_objects_are_no_samples(self, s3: S3) -> None:
         put(s3, "in/cat/1.png", "in/.hidden/1.png", "in/cat/.2.png")

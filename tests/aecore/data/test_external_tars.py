@@ -283,7 +283,10 @@ class TestHostile:
         write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("a.PNG", b"2")])
         found = listing(tmp_path)
         assert (found.keys, reason(unusable(found)[0])) == (["a"], "twice")
-        assert "has 'a.PNG' twice" in str(unusable(found)[0])
+        assert "has both 'a.png' and 'a.PNG'" in str(unusable(found)[0])
+        assert found.notes[0] == "skipped 1 member whose name comes again ('a.png')"
+        write_tar(tmp_path / "a.tar", [("a.png", b"1"), ("a.png", b"2")])
+        assert "has 'a.png' twice" in str(unusable(listing(tmp_path))[0])
 
     def test_bombs(self, tmp_path: Path) -> None:
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(30_000_000)))

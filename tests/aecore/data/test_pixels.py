@@ -184,6 +184,20 @@ class TestOrientation:
                 wanted = np.rot90(smooth(np.random.default_rng(number), 24, 48, 3), -1)
                 assert np.abs(pixels.transpose(1, 2, 0).astype(int) - wanted).mean() < 3, (number, decoder)
 
+    @pytest.mark.parametrize("write", [shard_dataset, adopt_shards])
+    def test_jpegs_in_a_tar_are_turned_too(self, tmp_path, write):
+        pictures = [smooth(np.random.default_rng(number), 24, 16, 3) for number in range(3)]
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for number, picture in enumerate(pictures):
+                data = saved(Image.fromarray(picture), "JPEG", quality=95, exif=exif(6))
+                info = tarfile.TarInfo(f"{number}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        manifest = write(WebdatasetSpec(url=str(tmp_path / "x.tar")), str(tmp_path / "out"), shards=ShardSpec(shuffle=False))
+        assert manifest.sample.shapes == {"16x24x3/RGB": 3}
+        for picture, pixels in zip(pictures, read(tmp_path).transpose(0, 2, 3, 1), strict=True):
+            assert np.abs(pixels.astype(int) - np.rot90(picture, -1)).mean() < 3
+
     @pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
     @pytest.mark.parametrize("colour", ["ycbcr", "rgb"])
     def test_a_tiff_is_turned_once(self, colour, compression):
@@ -505,6 +519,11 @@ class TestRanges:
         pixels = noise(RANDOM, 8, 8, 3)
         np.testing.assert_array_equal(stored(saved(Image.fromarray(pixels), "PNG"), "png", value_range=(0, 4095))[1], pixels)
 
+    def test_arrays_have_none(self, tmp_path):
+        values = RANDOM.normal(size=(8, 8)).astype(np.float32)
+        with pytest.raises(ConfigError, match=r"shards.value_range work on images; this source gives arrays"):
+            sharded(tmp_path, {f"a/{number}.npy": npy(values) for number in range(3)}, value_range=(-1, 1))
+
     def test_version_1_knows_none(self):
         with pytest.raises(ConfigError, match=r"need shards.pixels=2"):
             ShardSpec(value_range=(0, 4095), pixels=1)
@@ -584,6 +603,25 @@ class TestResize:
         values[2, 3] = value
         with pytest.raises(BadSample, match="not_finite"):
             prepare(tiff(values), "tif", ShardSpec(**shards))
+
+
+class TestTiffsThatAreNotRead:
+    @pytest.mark.parametrize("compression", ["jpeg2000", "webp", "jpegxl", "lerc"])
+    @pytest.mark.parametrize("shards", [{}, {"check": "decode"}, {"mode": "L", "resize": 8}])
+    def test_other_compressions_are_refused_with_those_that_are_read(self, compression, shards):
+        data = tiff(smooth(RANDOM, 32, 32, 3), photometric="rgb", compression=compression)
+        with pytest.raises(BadSample, match=rf"(?i)compressed by {compression}, which is not read: save it with LZW, deflate or none"):
+            prepare(data, "tif", ShardSpec(**shards))
+
+    def test_complex_values_are_refused_as_those_of_arrays_are(self):
+        whole = tiff(noise(RANDOM, 6, 6, 1, "i4")[..., 0])
+        with tifffile.TiffFile(io.BytesIO(whole)) as file:
+            at = file.pages[0].tags["SampleFormat"].valueoffset
+        of_whole_numbers = whole[:at] + struct.pack("<H", 5) + whole[at + 2 :]
+        floats = [tiff(np.zeros((6, 6), dtype), photometric="minisblack") for dtype in ("c8", "c16")]
+        for data, bits in ((of_whole_numbers, 32), (floats[0], 64), (floats[1], 128)):
+            with pytest.raises(BadSample, match=f"TIFF of complex numbers of {bits} bits.*save the real and the imaginary part"):
+                prepare(data, "tif", ShardSpec())
 
 
 class TestLimits:
@@ -713,6 +751,14 @@ class TestOneDecoder:
     def half(self, data):
         start = data.index(b"\xff\xda")
         return data[: start + (len(data) - start) // 2] + b"\xff\xd9"
+
+    @pytest.mark.parametrize("check", ["header", "decode"])
+    def test_a_file_without_its_beginning_or_end_is_refused_by_both_checks(self, check):
+        picture = Image.fromarray(smooth(RANDOM, 40, 48, 3))
+        with pytest.raises(BadSample, match="decode: not a readable jpg image"):
+            prepare(b"\r\n\0" + saved(picture, "JPEG"), "jpg", ShardSpec(check=check))
+        with pytest.raises(BadSample, match="truncated: PNG ends at byte"):
+            prepare(saved(picture, "PNG")[:-12], "png", ShardSpec(check=check))
 
     @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"optimize": True}])
     @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])

@@ -18,6 +18,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.store import open_store
 from pipelines.cli.main import main
+from tests.aecore.data.test_external_tars import write_tar
 from tests.aecore.data.tiny import encoded, image
 
 
@@ -49,6 +50,20 @@ def test_a_source_in_which_everything_is_bad_is_refused_and_leaves_nothing(tmp_p
     made = shard_dataset(folder(tmp_path / "in", 4, 0), str(out))
     assert [shard.stem for shard in made.shards] == ["train-000000"] and made.number == 1
     assert verify_dataset(open_dataset(str(out)), read_data=True).ok
+
+
+@pytest.mark.parametrize("max_bad", [0.01, 1.0])
+def test_tars_in_which_everything_is_bad_are_not_adopted(tmp_path: Path, capsys: pytest.CaptureFixture[str], max_bad: float) -> None:
+    out = tmp_path / "out"
+    command = ["adopt", str(tmp_path / "in"), str(out), "cluster.num_workers=0", f"shards.max_bad={max_bad}"]
+    write_tar(tmp_path / "in/x.tar", [(f"{number}.png", b"no") for number in range(3)])
+    assert main(command) == 3
+    assert "all 3 samples are bad" in capsys.readouterr().err
+    assert files(out) == [] and detect_artifact(open_store(str(out))) is None
+    write_tar(tmp_path / "in/x.tar", [(f"{number}.png", encoded(image(number))) for number in range(3)])
+    assert main(command) == 0
+    made = open_dataset(str(out))
+    assert (made.manifest.number, made.manifest.num_samples(), verify_dataset(made, read_data=True).ok) == (1, 3, True)
 
 
 def test_an_append_of_nothing_but_bad_samples_is_a_question_of_max_bad(tmp_path: Path) -> None:

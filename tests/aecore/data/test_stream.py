@@ -24,7 +24,7 @@ from aecore.data.sources._names import split_in_version_1
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, Hint
 from aecore.training.job import steps_per_epoch
 from aecore.training.loop import fit
 from aecore.variational import AdaGVAESpec
@@ -158,6 +158,41 @@ class TestBadSamples:
         made = shard_dataset(WebdatasetSpec(url=str(tars)), str(tmp_path / "ds"), shards=spec)
         assert isinstance(made, DatasetManifest)
         assert SampleFormat.from_shapes(made.sample.shapes).shape == (4, 4, 1), "and can be trained on"
+
+    @pytest.mark.parametrize(
+        ("name", "data", "advice", "options"),
+        [
+            ("x.png", encoded(np.zeros((4, 4, 3), np.uint8)), "shard again with shards.mode=L or RGB", {"mode": "RGB"}),
+            ("x.png", encoded(image(1, 9)), "shard again with shards.resize=<side>", {"resize": 4}),
+            (
+                "x.jpg",
+                encoded(np.zeros((9, 9, 3), np.uint8), "JPEG"),
+                "shard again with shards.resize=<side> and shards.mode=L or RGB",
+                {"mode": "L", "resize": 4},
+            ),
+        ],
+    )
+    def test_samples_of_other_formats_get_the_advice_of_sharding(
+        self, tmp_path: Path, name: str, data: bytes, advice: str, options: dict[str, Any]
+    ) -> None:
+        write_tar(tmp_path / "in/a.tar", [*samples(0, 20), (name, data)])
+        with pytest.raises(DataError, match=r"its format is .* bad, more than input.max_bad=0.01 allows") as refused:
+            batches(tmp_path / "in", 60)
+        assert str(refused.value).endswith(f" to leave them out, or {advice}")
+        assert refused.value.hint == Hint("shard-instead")
+        made = shard_dataset(WebdatasetSpec(url=str(tmp_path / "in")), str(tmp_path / "ds"), shards=ShardSpec(**options))
+        assert isinstance(made, DatasetManifest)
+        assert SampleFormat.from_shapes(made.sample.shapes), "one format of all 21 samples"
+
+    def test_damaged_samples_and_other_formats_together_get_both(self, tmp_path: Path) -> None:
+        other = encoded(np.zeros((4, 4, 3), np.uint8))
+        write_tar(tmp_path / "a.tar", [*(file for n in range(9) for file in ((f"x{n}.png", b""), (f"y{n}.png", other))), *samples(0, 30)])
+        with pytest.raises(
+            DataError, match=r"or shard the tars with shards.check=decode .*; and to have one format: shard again with"
+        ) as refused:
+            batches(tmp_path, 60)
+        assert refused.value.hint is not None
+        assert refused.value.hint.name == "bad-sample"
 
     def test_one_of_many_does_not_stop_a_run_and_one_of_few_does(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "many/a.tar", [*samples(0, 150), ("x.png", b"")])

@@ -14,6 +14,7 @@ import struct
 import tarfile
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import TarFile
-from aecore.data.sources._tar_samples import TarReading, tar_samples
+from aecore.data.sources._tar_samples import AGAIN, TarReading, data_extension, tar_samples
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
@@ -111,6 +112,33 @@ class TestNames:
         write_tar(tmp_path / "in/a.tar", files)
         shard(tmp_path / "in", tmp_path / "ds")
         assert sorted(stored(tmp_path / "ds").values()) == [(n, n) for n in range(len(names))]
+
+    @pytest.mark.parametrize("adopt", [False, True])
+    def test_the_case_of_letters_belongs_to_the_name_and_not_to_the_extension(self, tmp_path: Path, adopt: bool) -> None:
+        names = {"x.B1.png": "x%2EB1", "x.b1.PNG": "x%2Eb1", "y.V2.A.png": "y%2EV2%2EA", "Z.png": "Z", "z.pNg": "z", "S/T.u.Png": "S/T%2Eu"}
+        labels = [(name[: name.rindex(".")] + ".CLS", b"%d" % n) for n, name in enumerate(names)]
+        write_tar(tmp_path / "in/a.tar", [*((name, png(n)) for n, name in enumerate(names)), *labels])
+        shard(tmp_path / "in", tmp_path / "ds", adopt=adopt)
+        assert stored(tmp_path / "ds") == {key: (n, n) for n, key in enumerate(names.values())}
+
+    def test_bands_by_capitals_and_a_member_asked_for_in_another_case(self, tmp_path: Path) -> None:
+        bands = [(f"S2A.{year}.{band}.png", png(n)) for n, (year, band) in enumerate([(2021, "B01"), (2021, "b01"), (2022, "B01")])]
+        write_tar(tmp_path / "bands/a.tar", bands)
+        found = listing(tmp_path / "bands")
+        assert (found.keys, found.unusable) == (["S2A%2E2021%2EB01", "S2A%2E2021%2Eb01", "S2A%2E2022%2EB01"], None)
+        pairs = [(f"{n}.{word}.png", png(n)) for n, words in enumerate([("Left", "Right"), ("left", "right")]) for word in words]
+        write_tar(tmp_path / "pairs/a.tar", pairs)
+        found = listing(tmp_path / "pairs", member="left.png")
+        assert (found.keys, found.unusable, found.paths) == (["0", "1"], None, ["0.Left.png", "1.left.png"])
+        write_tar(tmp_path / "both/a.tar", [(f"0.{word}.png", png(0)) for word in ("LEFT", "Left")])
+        assert "has the images LEFT.png, Left.png" in str(unusable(listing(tmp_path / "both", member="left.png"))[0])
+
+    def test_the_rules_of_version_1_keep_names_as_they_were(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar", [("X.SEG.PNG", png(0)), ("X.JPG", png(1)), ("y.seg.png", png(2)), ("y.Seg.png", png(3))])
+        found = listing(tmp_path, member="seg.png", tars=1)
+        assert (found.keys, found.paths) == (["X", "y"], ["X.SEG.PNG", "y.Seg.png"])
+        with pytest.raises(DataError, match="holds no sample"):
+            listing(tmp_path, member="Seg.png", tars=1)
 
     def test_without_labels_too(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [(f"{name}.png", png(n)) for n, name in enumerate(["1.5", "1.6", "2.5", "a.b.c"])])
@@ -749,6 +777,30 @@ NAMES = st.text(st.sampled_from("ab01-_ .é/"), min_size=1, max_size=12).filter(
 )
 
 
+ODD_NAMES = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["", "", "./", "a/", "A/", "../", "/", "a.b/", "__MACOSX/", ".git/"]),
+    st.lists(st.sampled_from(["x", "X", "b1", "B1", "1", "README", "left", "Left", "", "__x__", "._x", "é"]), min_size=1, max_size=3).map(
+        ".".join
+    ),
+    st.sampled_from([".png", ".PNG", ".Png", ".cls", ".CLS", ".json", ".npz", ".bin", ".", ""]),
+)
+KINDS = [tarfile.REGTYPE] * 6 + [tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE]
+WANTED = ["", "", "left.png", "B1.png"]
+
+
+class _Names(Skipped):
+    """Names of all that was counted, also beyond the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.again, self.documents = list[str](), list[str](), list[str]()
+
+    def add(self, what: str, example: str = "", remedy: str = "", *, count: int = 1, kept: bool = False, ext: str = "") -> None:
+        super().add(what, example, remedy, count=count, kept=kept, ext=ext)
+        {"documents": self.documents, AGAIN: self.again}.get(what, self.names).append(example)
+
+
 class TestAgainstOthers:
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
@@ -781,6 +833,34 @@ class TestAgainstOthers:
         with tarfile.open(fileobj=io.BytesIO(data), ignore_zeros=True) as tar:
             theirs = {info.name: tar.extractfile(info).read() for info in tar if info.name.endswith(".png")}  # type: ignore[union-attr]
         assert {name.partition("#")[2].partition("#")[2]: source.read(name)[1] for name in found.sources} == theirs
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        members=st.lists(st.tuples(ODD_NAMES, st.sampled_from(KINDS), ODD_NAMES), min_size=1, max_size=9), wanted=st.sampled_from(WANTED)
+    )
+    def test_every_member_is_stored_or_quarantined_or_counted(self, tmp_path: Path, members: list, wanted: str) -> None:
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            for name, kind, target in members:
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, target
+                tar.addfile(info)
+        counted = _Names()
+        file = TarFile(ExternalTars.at(str(tmp_path)).files, "a.tar")
+        found, broken = tar_samples(file, TarReading(wanted), counted)
+        entries = [entry.name for entry in file.entries(Skipped())]
+        file.close()
+        assert broken is None
+        usable, bad = [sample for sample in found if sample.bad is None], [sample for sample in found if sample.bad is not None]
+        assert len({sample.key for sample in usable}) == len(usable) == len({sample.data.name for sample in usable})
+        assert all(data_extension(sample.data.name.lower()) for sample in usable)
+        inside = [member.name for sample in found for member in ({"": sample.data} | dict(sample.members)).values()]
+        known = Counter({name: inside.count(name) > 0 for name in inside})  # the data of a sample is a member of it too
+        known.update(name for name in counted.names if name not in inside)
+        known.update(counted.again)
+        documents = tuple(f"{key}." for key in counted.documents)
+        for name, count in Counter(entries).items():
+            into = any(other.startswith(f"{name}/") for other in inside)  # a link to a folder: what it leads to
+            assert known[name] >= count or name in {sample.key for sample in bad} or name.startswith(documents) or into, (name, count)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(

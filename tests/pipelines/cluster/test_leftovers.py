@@ -67,7 +67,7 @@ def test_folders_of_sessions_whose_processes_are_gone_are_removed_but_the_newest
     assert [folder.exists() for folder in gone] == [False, False, True]
     assert {why: folder.exists() for why, folder in kept.items()} == dict.fromkeys(kept, True)
     assert (tmp_path / "theirs" / NOTE).exists()
-    assert "removed 2 folder(s) of sessions of Ray that have ended" in caplog.text
+    assert "removed 2 folders of sessions of Ray that have ended" in caplog.text
     clear_leftovers(tmp_path / "nothing here")
 
 
@@ -86,13 +86,13 @@ def test_processes_that_outlive_their_driver_are_named_with_what_to_do_and_their
     with using(folder) as worker:
         clear_leftovers(tmp_path)
         assert folder.exists()
-        assert f"1 process(es) of a local Ray go on although their driver has ended ({folder.name}, started " in caplog.text
+        assert f"1 process outlived the driver of a local Ray ({folder.name}, started " in caplog.text
         assert f"days ago): end them with `kill -9 {worker.pid}`" in caplog.text
         (found,) = _ray.left_behind()
         assert (found.state, found.remedy) == ("warning", f"end them: kill -9 {worker.pid}")
         assert folder.name in found.message and "days ago" in found.message
     (found,) = _ray.left_behind()
-    assert found.state == "ok" and "1 session folder(s) of ended runs" in found.message
+    assert found.state == "ok" and "1 session folder of ended runs" in found.message
     clear_leftovers(tmp_path)
     assert not folder.exists()
 
@@ -107,7 +107,7 @@ def test_the_doctor_names_folders_whose_origin_is_unknown(tmp_path: Path, monkey
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     session(tmp_path, 0, None)
     (found,) = _ray.left_behind()
-    assert found.state == "warning" and "1 session folder(s)" in found.message and "in another container" in found.remedy
+    assert found.state == "warning" and "1 session folder of unknown origin" in found.message and "in another container" in found.remedy
 
 
 def test_a_session_notes_who_started_it(tmp_path: Path) -> None:
