@@ -1,5 +1,6 @@
 """Opens images with Pillow: the formats that are read, without Pillow's own limit of pixels."""
 
+import warnings
 from io import BytesIO
 from typing import Any
 
@@ -8,14 +9,16 @@ READ_FORMATS = ("PNG", "JPEG", *PILLOW_FORMATS)  # as Pillow names them: others 
 
 
 def open_unbounded(data: bytes) -> Any:  # any: PIL.Image.Image, imported only here
-    """Open `data` with Pillow without Pillow's own limit of pixels: the caller checks the size before it loads them."""
+    """Open `data` with Pillow without its warnings and its own limit of pixels: the caller checks the size before it loads them."""
     from PIL import Image
 
-    try:
-        return Image.open(BytesIO(data), formats=READ_FORMATS)
-    except Image.DecompressionBombError:
-        for name in READ_FORMATS:
-            factory, accepts = Image.OPEN[name]
-            if accepts is None or accepts(data[:16]) is True:
-                return factory(BytesIO(data), "")
-        raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of EXIF that is damaged, and of sizes
+        try:
+            return Image.open(BytesIO(data), formats=READ_FORMATS)
+        except Image.DecompressionBombError:
+            for name in READ_FORMATS:
+                factory, accepts = Image.OPEN[name]
+                if accepts is None or accepts(data[:16]) is True:
+                    return factory(BytesIO(data), "")
+            raise
