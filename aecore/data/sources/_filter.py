@@ -17,6 +17,7 @@ from aecore.data.sources._labels import found_in, is_expression
 from aecore.data.sources._names import expand_braces
 from aecore.data.sources._skipped import EXAMPLES, Skipped
 from aecore.errors import ConfigError, DataError, counted
+from aecore.store import is_tar
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
 _MEANING = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -62,6 +63,18 @@ def _expression(glob: str) -> str:
     return out
 
 
+def _tars_of(include: Sequence[str]) -> Callable[[str], bool] | None:
+    """Return whether a tar, by its path, may hold what these globs match; None if one of them names no tar, so that any may."""
+    found = list[str]()
+    for name in (name.removeprefix("./").rstrip("/") for pattern in include for name in expand_braces(pattern)):
+        parts = name.split("/")
+        last = next((number for number, part in enumerate(parts) if is_tar(part)), None)
+        if last is None:
+            return None
+        found.append(("/" if len(parts) > 1 else "") + "/".join(parts[: last + 1]))
+    return matcher(found, "source.include") if found else None
+
+
 class Filtered(Protocol):
     """A source's spec with the options of a filter."""
 
@@ -97,6 +110,7 @@ class PathFilter:
         self._what = what
         self.is_set = bool(include or exclude or min_size)
         self._include = matcher(include, "source.include") if include else None
+        self._include_tars = _tars_of(include)
         self._exclude = matcher(exclude, "source.exclude") if exclude else None
         self._min_size = min_size
         self._without_match = {  # patterns that no path has matched so far
@@ -120,11 +134,20 @@ class PathFilter:
         return False
 
     def takes_folder(self, path: str, skipped: Skipped, what: str = "folders") -> bool:
-        """Return whether a folder (or tar) is listed; one that is not is counted."""
+        """Return whether a folder is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):
             return True
         self._matched(path)
         skipped.add(f"{what} that source.exclude matches", path)
+        return False
+
+    def takes_tar(self, path: str, skipped: Skipped) -> bool:
+        """Return whether a tar is opened; one that is not is counted. None is if `include` names others, by a name that ends as tars do."""
+        if not self.takes_folder(path, skipped, "tars"):
+            return False
+        if self._include_tars is None or self._include_tars(path):
+            return True
+        skipped.add("tars that source.include does not match", path)
         return False
 
     def _matched(self, *paths: str) -> None:

@@ -11,6 +11,7 @@ with the reason, for the quarantine; so is every sample of a tar that is broken,
 
 import json
 import re
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -159,7 +160,7 @@ class WebdatasetSource:
             If there is no tar or no sample, a key comes twice, or a tar is damaged or truncated and `bad_tars` is refuse.
         """
         found = _Columns(self._spec.columns)
-        for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_folder(name, found.skipped, "tars")]):
+        for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_tar(name, found.skipped)]):
             self._list(found, name)
         if not found.keys:
             kinds = (f"{counted(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
@@ -319,7 +320,7 @@ class WebdatasetSource:
 
     def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
         try:
-            data = parse_json(_small(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH)
+            data = parse_json(_small(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH if self._spec.tars > 1 else sys.maxsize)
         except ValueError as error:
             if self._spec.tars == 1:
                 return {}

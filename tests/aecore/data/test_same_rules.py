@@ -147,7 +147,7 @@ class TestFilters:
         [
             ({"include": "cat"}, {"cat/00", "cat/01", "cat/10", "cat/11", "cat/bad"}, "6 samples that source.include does not match"),
             ({"include": ("cat/*1.png",)}, {"cat/01", "cat/11"}, "10 samples that source.include does not match"),
-            ({"include": "1.tar/dog/*.png"}, {"dog/10", "dog/11", "dog/x%2Ey_mask"}, "9 samples that source.include does not match"),
+            ({"include": "1.tar/dog/*.png"}, {"dog/10", "dog/11", "dog/x%2Ey_mask"}, "3 samples that source.include does not match"),
             (
                 {"exclude": ("0.tar", "bad.*")},
                 {"cat/10", "cat/11", "dog/10", "dog/11", "dog/x%2Ey_mask"},
@@ -163,6 +163,47 @@ class TestFilters:
             found = WebdatasetSource(WebdatasetSpec(url=url, keys="shard", **options)).listing()
             assert {key.partition("/")[2] for key in found.keys} == expected
             assert any(line in note for note in found.notes), found.notes
+
+    @pytest.mark.parametrize(
+        ("include", "opened"),
+        [
+            ("1.tar", "1"),
+            (("./1.tar/dog",), "1"),
+            ("{1,2}.tar/dog/*.png", "12"),
+            ("a/*.tar", "3"),
+            (("a/?.tar/**", "[12].tar"), "123"),
+            ("**/4.tar.gz/*.png", ""),
+            (("1.tar", "*.png"), None),
+            ("a", None),
+            ("dog/*.png", None),
+        ],
+    )
+    def test_a_tar_that_include_cannot_match_is_not_opened(
+        self, tmp_path: Path, include: tuple[str, ...] | str, opened: str | None
+    ) -> None:
+        tars = {"0": "0.tar", "1": "1.tar", "2": "2.tar", "3": "a/3.tar"}
+        numbered(tmp_path / "one")
+        for name in tars.values():
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes((tmp_path / "one/1.tar").read_bytes())
+        spec = WebdatasetSpec(url=str(tmp_path / "in"), keys="shard", include=include)
+        whole = WebdatasetSource(spec).listing() if opened != "" else None
+        for number, name in tars.items():
+            path = tmp_path / "in" / name
+            good = path.read_bytes()
+            path.write_bytes(b"damaged" * 200)
+            if opened is None or number in opened:
+                with pytest.raises(DataError, match=f"{name} is not a tar"):
+                    WebdatasetSource(spec).listing()
+            elif whole is None:
+                with pytest.raises(
+                    DataError, match=r"holds no sample in 4 tars \(4 tars that source.include does not match, .*matches no file"
+                ):
+                    WebdatasetSource(spec).listing()
+            else:
+                found = WebdatasetSource(spec).listing()
+                assert (found.keys, found.sources, found.notes) == (whole.keys, whole.sources, whole.notes)
+            path.write_bytes(good)
 
     def test_a_limit_is_the_same_anywhere_and_spread_over_all_tars(self, s3: S3, tmp_path: Path) -> None:
         for tar in range(4):

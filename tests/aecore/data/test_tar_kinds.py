@@ -634,6 +634,17 @@ class TestSparse:
         assert found.keys == ["a%20folder/full"] and any("sparse files" in note for note in found.notes)
 
 
+class TestDeepJson:
+    def test_datasets_of_version_1_keep_the_fields_that_they_gave(self, tmp_path: Path) -> None:
+        """JSON of 600 levels, which others have in the quarantine."""
+        deep = b'{"name": "x", "deep": ' + b"[" * 600 + b"]" * 600 + b"}"
+        write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.json", deep)])
+        options: dict[str, Any] = {"label": "json:name", "columns": ("name",)}
+        found = listing(tmp_path, tars=1, **options)
+        assert found.label_names == ["x"] and found.columns["name"].tolist() == ["x"] and found.unusable is None
+        assert "more than 500 levels deep" in str(unusable(listing(tmp_path, **options))[0])
+
+
 class TestAddresses:
     @pytest.fixture
     def tars(self, tmp_path: Path) -> Path:
