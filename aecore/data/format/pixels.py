@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
 from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
-from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_precision, jpeg_segments, jpeg_size
+from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
 from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-EXIF = b"Exif\0\0"
 _MOST_WHOLE = 1 << 17
 _whole_seen: set[int] = set()  # hashes of JPEGs that took several decodes to tell that they are whole: training reads them again
 
@@ -156,21 +155,15 @@ def _jpeg(data: bytes, decoder: str) -> Picture:
     if clean is None:
         _require_whole(data)
     if pixels is None:
-        pixels = _codec_jpeg(data) if clean is None else clean
+        pixels = clean
+    if pixels is None:
+        import imagecodecs
+
+        pixels = imagecodecs.jpeg8_decode(data)
     if pixels.ndim == 3 and pixels.shape[2] == 4:  # inks, stored inverted as Adobe does
         pixels = cmyk_to_rgb(255 - pixels)
     picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], has_alpha=False)
-    if EXIF not in data:
-        return picture
-    blocks = (data[at + 10 : at + size] for marker, at, size in jpeg_segments(data) if marker == 0xE1 and data.startswith(EXIF, at + 4))
-    return Picture(upright(picture.pixels, exif_orientation(next(blocks, b""))), has_alpha=False)
-
-
-def _codec_jpeg(data: bytes) -> Pixels:
-    import imagecodecs
-
-    pixels: Pixels = imagecodecs.jpeg8_decode(data)
-    return pixels
+    return Picture(upright(picture.pixels, jpeg_orientation(data)), has_alpha=False)
 
 
 def _require_whole(data: bytes) -> None:
