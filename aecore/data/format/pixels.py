@@ -5,6 +5,7 @@ imagecodecs decodes PNG, libjpeg-turbo JPEG (by simplejpeg, else imagecodecs: th
 JPEG for `transform.decoder=pillow`). A JPEG that lacks a part of its pixels is refused, whoever decodes it.
 """
 
+import copy
 import io
 import struct
 from typing import Any, Literal, NamedTuple
@@ -47,13 +48,17 @@ def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "image
 
 
 class OpenImage:
-    """A file of several images, parsed once: to decode them in their order takes linear time. `close` it."""
+    """A file of several images, parsed once: to decode them in their order takes linear time. `close` it.
+
+    Whether an image can be decoded, and its pixels, do not depend on what was read before: after one that is damaged decoding begins anew.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._tiff: Any = None  # any: TiffImages, imported late
         self._image: Any = None  # any: PIL.Image.Image
         self._next = 0  # the first frame that was not decoded on the way to the last one
+        self._end: tuple[int, Exception] | None = None  # the first frame that damaged ones before it make unreachable, and why
         if data.startswith(TIFF_STARTS):
             from aecore.data.format.tiff import TiffImages
 
@@ -69,7 +74,7 @@ class OpenImage:
         """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
         if self._tiff is not None:
             return range(0)
-        return range(self._next if number >= self._image.tell() else 0, number)
+        return range(self._next if number >= self._image.tell() else 0, number if self._end is None else min(number, self._end[0]))
 
     def frame(self, number: int, max_pixels: int) -> Picture:
         """Return one image; BadSample before it is decoded if it is too large (see `require_size`), else as `decode_image`."""
@@ -81,12 +86,26 @@ class OpenImage:
         require_size(self._image.width, self._image.height, max_pixels)
         if number == 0 and self._data.startswith((PNG_MAGIC, JPEG_MAGIC)):
             return decode_image(self._data)
+        if self._end is not None and number >= self._end[0]:
+            raise copy.copy(self._end[1])
         if number < self._image.tell():  # Pillow's own way back fails for PNG
-            self._image.close()
-            self._image = open_unbounded(self._data)
-        self._image.seek(number)
+            self._reopen()
+        try:
+            self._image.seek(number)
+        except Exception as error:
+            self._end = number, copy.copy(error)  # without the traceback, which holds this file
+            self._reopen()
+            raise
         require_size(self._image.width, self._image.height, max_pixels)
-        return _opened_pillow(self._image, turned=True)
+        try:
+            return _opened_pillow(self._image, turned=True)
+        except Exception:  # the decoder holds what it made of the damage
+            self._reopen()
+            raise
+
+    def _reopen(self) -> None:
+        self._image.close()
+        self._image = open_unbounded(self._data)
 
 
 def white_level(data: bytes, dtype: np.dtype[Any]) -> float:  # any: every image has its own dtype

@@ -85,15 +85,17 @@ class FrameReader:
         with self._lock, _decoding(number, name):
             kept, wanted = self._kept[name], self._wanted.get(name, set())
             found = kept.pop(number, None)
-            if found is None:
-                self._keep_passed(name, number)
-                found = self._frame(name, number)
-            else:
-                self._bytes -= len(found[1])
-            if number in wanted:
-                wanted.remove(number)
-                if len(wanted) == len(kept) and name in self._open:  # nothing of the file is to be decoded any more
-                    self._close(name)
+            try:
+                if found is None:
+                    self._keep_passed(name, number)
+                    found = self._frame(name, number)
+                else:
+                    self._bytes -= len(found[1])
+            finally:
+                if number in wanted:
+                    wanted.remove(number)
+                    if len(wanted) == len(kept) and name in self._open:  # nothing of the file is to be decoded any more
+                        self._close(name)
         return found
 
     def _frame(self, name: str, number: int) -> tuple[str, bytes]:
@@ -108,10 +110,8 @@ class FrameReader:
                 continue
             try:
                 kept[passed] = self._frame(name, passed)
-            except Exception:  # whatever it is, it is raised when that frame is read, from a file without a trace of it
-                wanted.remove(passed)
-                self._close(name)
-                return
+            except Exception:  # whatever it is, it is raised again when that frame is read
+                continue
             self._bytes += len(kept[passed][1])
 
     def _opened(self, name: str) -> OpenImage:
