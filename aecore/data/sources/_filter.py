@@ -133,6 +133,11 @@ class PathFilter:
             return True
         return False
 
+    def excludes(self, path: str) -> bool:
+        """Return whether `exclude` matches a file that is left in all the same; patterns that match it have a match."""
+        self._matched(path)
+        return self._exclude is not None and self._exclude(path)
+
     def takes_folder(self, path: str, skipped: Skipped, what: str = "folders") -> bool:
         """Return whether a folder is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):

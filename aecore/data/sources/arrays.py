@@ -192,15 +192,19 @@ class ArraysSource:
             names = self._with_labels(self._file)
             if self._filter.is_set:
                 size = self._files.local(self._file).stat().st_size
+                self._see_labels(names[1:], names[:1], skipped)
                 self._require([self._file] if self._filter.takes(self._file, size, skipped) else [], skipped)
-            return names, tuple(self._filter.unused())
+            return names, (*skipped.lines(), *self._filter.unused())
         sizes = self._files.sizes()
         names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         for name in sorted(sizes.keys() - {*names}):
             skip_file(skipped, name, pictures="source.kind=folder takes them")
-        if self._filter.is_set:
-            names = [name for name in names if is_labels(_last(stem_of(name))) or self._filter.takes(name, sizes[name], skipped)]
-        self._require(names, skipped)
+        labels, data = ([name for name in names if _is_label_file(name) == wanted] for wanted in (True, False))
+        taken = [name for name in data if self._filter.takes(name, sizes[name], skipped)] if self._filter.is_set else data
+        self._see_labels(labels, taken, skipped)
+        if data or not labels:
+            self._require(taken, skipped)
+        names = labels + taken
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
         notes = [*skipped.lines(), *self._filter.unused()]
         notes += [f"skipped {counted(len(twins), '.gz files')} whose uncompressed copies exist"] if twins else []
@@ -210,7 +214,16 @@ class ArraysSource:
         """Raise DataError, which says what was left out, if there is no file."""
         if not names:
             found = "".join(f"\n  {note}" for note in (*skipped.lines(), *self._filter.unused()))
-            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address{found}")
+            advice = f" that is taken as samples:{found}" if found else ": check the address"
+            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte){advice}")
+
+    def _see_labels(self, labels: list[str], data: list[str], skipped: Skipped) -> None:
+        """Show the filter the files of labels, which it leaves in; those in a folder of data that `exclude` matches are counted."""
+        folders = set(map(_folder, data))
+        for name in labels:
+            if self._filter.excludes(name) and _folder(name) in folders:
+                what = "files of labels that source.exclude matches, which stay with their arrays"
+                skipped.add(what, name, "move them away to leave the labels out", kept=True)
 
     def _with_labels(self, name: str) -> list[str]:
         try:
@@ -234,7 +247,7 @@ class ArraysSource:
             yield from self._npz_blocks(file, name, stem)
         elif self._spec.lengths:
             raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
-        elif not is_labels(stem.rpartition("/")[2]):
+        elif not _is_label_file(name):
             array = require_samples(file.array(""), name)
             siblings = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
             found = partner(_last(stem), [other for other in siblings if not is_labels(other)], filter(is_labels, siblings))
@@ -323,6 +336,10 @@ class ArraysSource:
 
 def _any(blocks: list[_Block], what: str) -> bool:
     return any(getattr(block, what) for block in blocks)
+
+
+def _is_label_file(name: str) -> bool:
+    return array_format(name) != "npz" and is_labels(_last(stem_of(name)))
 
 
 def _folder(name: str) -> str:

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
 from aecore.data.sources._detect import Detected, detect_source
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import BucketSource, FolderSource, FolderSpec
@@ -244,6 +246,37 @@ class TestFilters:
             assert len(few) == 7 and len(set(few.label_names or ())) == 7
         with pytest.raises(DataError, match=r"(?s)holds no .npy.*file of less than source.min_size=9999 bytes"):
             ArraysSource(ArraysSpec(url=str(tmp_path / "in/x_train.npy"), min_size=9999)).listing()
+
+    @pytest.mark.parametrize("single", [False, True])
+    def test_labels_of_arrays_stay_and_are_no_data(self, tmp_path: Path, single: bool) -> None:
+        labels = saved(lambda out: np.save(out, np.arange(30)))
+        old = {"old/b-images.npy": npy(3, 4), "old/b-labels.npy": labels}
+        root = tree(tmp_path / "in", {"a-images.npy": npy(30, 4), "a-labels.npy": labels, **old})
+        url = str(root / "a-images.npy" if single else root)
+
+        def listed(**options: Any) -> Listing:
+            return ArraysSource(ArraysSpec(url=url, **options)).listing()
+
+        for options, why in (
+            ({"exclude": "*-images.npy"}, r"files? that source.exclude matches \('a-images.npy'"),
+            ({"min_size": 1 << 20}, r"files? of less than source.min_size=1048576 bytes"),
+            ({"include": "*-labels.npy"}, r"files? that source.include does not match"),
+        ):
+            with pytest.raises(DataError, match=rf"(?s)holds no .npy.* that is taken as samples:\n  skipped \d {why}") as raised:
+                listed(**options)
+            assert "matches no file" not in str(raised.value)
+        found = listed(exclude=("*-labels.npy", "old"))
+        assert len(found) == 30 and found.label_names == [str(number) for number in range(30)]
+        notes = [note for note in found.notes if "labels" in note or "no file" in note]
+        kept = "1 file of labels that source.exclude matches, which stay with their arrays ('a-labels.npy'): move them away"
+        assert notes[0].startswith(kept)
+        assert notes[1:] == (["source.exclude has 'old', which matches no file: check it"] if single else [])
+
+    def test_labels_alone_are_named(self, tmp_path: Path) -> None:
+        tree(tmp_path / "in", {"a-labels.npy": npy(3, 4)})
+        for options in ({}, {"min_size": 1 << 20}):
+            with pytest.raises(DataError, match=r"holds labels and no samples \(a-labels.npy\): add the file of the images"):
+                ArraysSource(ArraysSpec(url=str(tmp_path / "in"), **options)).listing()
 
     @pytest.mark.parametrize("spec", [WebdatasetSpec, ArraysSpec, FolderSpec])
     def test_what_is_not_set_is_not_in_the_identity(self, spec: type) -> None:
