@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -75,39 +74,19 @@ def _tars_of(include: Sequence[str]) -> Callable[[str], bool] | None:
     return matcher(found, "source.include") if found else None
 
 
-class Filtered(Protocol):
-    """A source's spec with the options of a filter."""
-
-    @property
-    def include(self) -> tuple[str, ...] | str: ...
-    @property
-    def exclude(self) -> tuple[str, ...] | str: ...
-    @property
-    def min_size(self) -> int: ...
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def group(self) -> str | None: ...
-
-
-def require_globs(spec: Filtered) -> None:
-    """Make a single glob a list of one; ConfigError for a pattern that is none."""
-    for name in ("include", "exclude"):
-        if isinstance(value := getattr(spec, name), str):
-            object.__setattr__(spec, name, (value,))
-    filter_of(spec)
-
-
-def filter_of(spec: Filtered, what: str = "files") -> "PathFilter":
-    """Return the filter of a source's spec; `what` its samples are in messages."""
-    return PathFilter(tuple(spec.include), tuple(spec.exclude), spec.min_size, what)
+def globs(option: str, given: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Return the globs that an option gives, a single one as a list of one; ConfigError, which names the option, for what is none."""
+    found = (given,) if isinstance(given, str) else given
+    matcher(found, option)
+    return found
 
 
 class PathFilter:
     """Decides which files of a source are samples; see the options `include`, `exclude` and `min_size` of `FolderSpec`."""
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str], min_size: int, what: str = "files") -> None:
-        self._what = what
+    def __init__(self, include: tuple[str, ...] | str, exclude: tuple[str, ...] | str, min_size: int, what: str = "files") -> None:
+        include, exclude = globs("source.include", include), globs("source.exclude", exclude)
+        self._what = what  # that samples are in messages
         self.is_set = bool(include or exclude or min_size)
         self._include = matcher(include, "source.include") if include else None
         self._include_tars = _tars_of(include)
@@ -166,30 +145,30 @@ class PathFilter:
         return shown + ([f"and {counted(more, 'more patterns')} of source.include and source.exclude without a match"] if more > 0 else [])
 
 
-def with_limit(listing: Listing, spec: Filtered, names: Sequence[str]) -> Listing:
-    """Return at most `source.limit` rows of a listing, chosen by the hashes of their `names`; whole groups, if there are groups.
+def with_limit(listing: Listing, limit: int | None, group: str | None, names: Sequence[str]) -> Listing:
+    """Return at most `limit` rows of a listing, chosen by the hashes of their `names`; whole groups, if `group` or it says any.
 
     Raises
     ------
     DataError
         If not even one group fits.
     """
-    if spec.limit is None or len(listing) <= spec.limit:
+    if limit is None or len(listing) <= limit:
         return listing
     groups = listing.groups
-    if is_expression(spec.group):
+    if is_expression(group):
         paths = listing.sources if listing.paths is None else listing.paths
-        groups = found_in("source.group", str(spec.group), paths, listing.sources, unusable=listing.unusable)
-    rows = chosen(names, groups, spec.limit)
+        groups = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
+    rows = _chosen(names, groups, limit)
     if not rows:
-        raise DataError(f"source.limit={spec.limit} is less than the samples of any bag (source.group): raise it")
+        raise DataError(f"source.limit={limit} is less than the samples of any bag (source.group): raise it")
     left = f"{len(listing) - len(rows)} of {counted(len(listing), 'samples')}"
-    note = f"{left} left out by source.limit={spec.limit}, by a hash of their names"
+    note = f"{left} left out by source.limit={limit}, by a hash of their names"
     found = listing.take(np.array(rows, np.int64))
     return dataclasses.replace(found, notes=(*found.notes, note))
 
 
-def chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:
+def _chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:
     """Return the rows of at most `limit` names, ascending: those with the smallest hashes, so they are spread over all folders.
 
     With `groups` whole ones are taken as long as they fit. The choice depends neither on the order nor on the machine.

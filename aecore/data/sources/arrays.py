@@ -18,7 +18,7 @@ from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
-from aecore.data.sources._filter import filter_of, require_globs, with_limit
+from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import (
     array_format,
@@ -73,7 +73,8 @@ class ArraysSpec:
         for option, rule in (("source.labels", self.labels), ("source.group", self.group)):
             if is_expression(rule):
                 require_rule(option, rule, ())
-        require_globs(self)
+        object.__setattr__(self, "include", globs("source.include", self.include))
+        object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
     @property
     def label(self) -> str:
@@ -106,7 +107,7 @@ class ArraysSource:
 
     def __init__(self, arrays: ArraysSpec) -> None:
         self._spec = arrays
-        self._filter = filter_of(arrays)
+        self._filter = PathFilter(arrays.include, arrays.exclude, arrays.min_size)
         url = absolute_url(arrays.url, "source.url")
         self._file = url.rpartition("/")[2] if array_format(url) else ""
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
@@ -149,7 +150,7 @@ class ArraysSource:
             label_paths=False,
             paths=paths,
         )
-        return with_limit(listing, self._spec, paths)
+        return with_limit(listing, self._spec.limit, self._spec.group, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one row; OSError if its file cannot be read (the next read reopens it)."""

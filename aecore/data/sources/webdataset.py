@@ -25,7 +25,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._external_tars import ExternalTars
-from aecore.data.sources._filter import filter_of, require_globs, with_limit
+from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
@@ -91,7 +91,8 @@ class WebdatasetSpec:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
-        require_globs(self)
+        object.__setattr__(self, "include", globs("source.include", self.include))
+        object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
 
 class _Place(NamedTuple):
@@ -126,7 +127,7 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._reading = TarReading(shards.member, "source.member", shards.tars)
-        self._filter = filter_of(shards, "samples")
+        self._filter = PathFilter(shards.include, shards.exclude, shards.min_size, "samples")
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
         self._frame = FrameReader(self._member)
@@ -185,7 +186,8 @@ class WebdatasetSource:
             paths=found.members,
             unusable=found.unusable if any(found.unusable) else None,
         )
-        listing = with_limit(listing, self._spec, [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)])
+        names = [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)]
+        listing = with_limit(listing, self._spec.limit, self._spec.group, names)
         return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
