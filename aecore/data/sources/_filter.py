@@ -84,7 +84,7 @@ def globs(option: str, given: tuple[str, ...] | str) -> tuple[str, ...]:
 class PathFilter:
     """Decides which files of a source are samples; see the options `include`, `exclude` and `min_size` of `FolderSpec`."""
 
-    def __init__(self, include: tuple[str, ...] | str, exclude: tuple[str, ...] | str, min_size: int, what: str = "files") -> None:
+    def __init__(self, include: tuple[str, ...] | str, exclude: tuple[str, ...] | str, min_size: int, what: str = "file(s)") -> None:
         include, exclude = globs("source.include", include), globs("source.exclude", exclude)
         self._what = what  # that samples are in messages
         self.is_set = bool(include or exclude or min_size)
@@ -117,7 +117,7 @@ class PathFilter:
         self._matched(path)
         return self._exclude is not None and self._exclude(path)
 
-    def takes_folder(self, path: str, skipped: Skipped, what: str = "folders") -> bool:
+    def takes_folder(self, path: str, skipped: Skipped, what: str = "folder(s)") -> bool:
         """Return whether a folder is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):
             return True
@@ -127,11 +127,11 @@ class PathFilter:
 
     def takes_tar(self, path: str, skipped: Skipped) -> bool:
         """Return whether a tar is opened; one that is not is counted. None is if `include` names others, by a name that ends as tars do."""
-        if not self.takes_folder(path, skipped, "tars"):
+        if not self.takes_folder(path, skipped, "tar(s)"):
             return False
         if self._include_tars is None or self._include_tars(path):
             return True
-        skipped.add("tars that source.include does not match", path)
+        skipped.add("tar(s) that source.include does not match", path)
         return False
 
     def _matched(self, *paths: str) -> None:
@@ -142,7 +142,8 @@ class PathFilter:
         found = list(self._without_match)
         shown = [f"{option} has {pattern!r}, which matches no file: check it" for option, pattern in found[:EXAMPLES]]
         more = len(found) - EXAMPLES
-        return shown + ([f"and {counted(more, 'more patterns')} of source.include and source.exclude without a match"] if more > 0 else [])
+        others = counted(more, "more pattern", "more patterns")
+        return [*shown, f"and {others} of source.include and source.exclude without a match"] if more > 0 else shown
 
 
 def with_limit(listing: Listing, limit: int | None, group: str | None, names: Sequence[str]) -> Listing:
@@ -162,7 +163,7 @@ def with_limit(listing: Listing, limit: int | None, group: str | None, names: Se
     rows = _chosen(names, groups, limit)
     if not rows:
         raise DataError(f"source.limit={limit} is less than the samples of any bag (source.group): raise it")
-    left = f"{len(listing) - len(rows)} of {counted(len(listing), 'samples')}"
+    left = f"{len(listing) - len(rows)} of {counted(len(listing), 'sample', 'samples')}"
     note = f"{left} left out by source.limit={limit}, by a hash of their names"
     found = listing.take(np.array(rows, np.int64))
     return dataclasses.replace(found, notes=(*found.notes, note))

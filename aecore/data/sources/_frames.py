@@ -19,7 +19,7 @@ from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.data.sources._names import FRAME
-from aecore.errors import DataError, StoreError, counted, in_number
+from aecore.errors import DataError, StoreError, counted
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
@@ -38,7 +38,8 @@ def with_frames(listing: Listing, read: Read) -> Listing:
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
     found = listing.take(rows)
     several = int((counts > 1).sum())
-    note = f"{counted(several, 'files')} with several pages or frames {in_number(several, 'are')} {int(counts[counts > 1].sum())} samples"
+    kind = "with several pages or frames"
+    note = f"{counted(several, f'file {kind} is', f'files {kind} are')} {int(counts[counts > 1].sum())} samples"
     return dataclasses.replace(
         found,
         keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],

@@ -247,7 +247,7 @@ class TarFile:
         if extended:
             raise self._broken(f"is truncated: it ends at byte {self.size} inside a member's headers")
         if len(block) < BLOCK and not self.broken:  # zeros after a member are its padding or one of the end blocks
-            what = "tars without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
+            what = "tar(s) without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
             skipped.add(what, self.where, kept=True)
 
     def _next_part(self, position: int, skipped: Skipped, *, joined: bool) -> int | None:
@@ -259,7 +259,7 @@ class TarFile:
             return at
         if joined and (later := self._later_header(at)) is not None:
             raise self._broken(f"is damaged at byte {at}: no header with a valid checksum, and another member at byte {later}")
-        skipped.add("tars with bytes after their end", f"{self.where}: {self.size - at}")
+        skipped.add("tar(s) with bytes after their end", f"{self.where}: {self.size - at}")
         return None
 
     def _first_byte(self, position: int) -> int | None:

@@ -134,7 +134,7 @@ class ArraysSource:
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
         paths = [f"{block.stem}/{row:09d}" for block, row in rows]
-        of_rows = f"{counted(len(rows), 'rows')} of {counted(len(blocks), 'arrays')}"
+        of_rows = f"{counted(len(rows), 'row', 'rows')} of {counted(len(blocks), 'array', 'arrays')}"
         listing = Listing(
             encode_keys(paths),
             [f"{block.head}#{row}" for block, row in rows],
@@ -208,7 +208,7 @@ class ArraysSource:
         names = labels + taken
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
         notes = [*skipped.lines(), *self._filter.unused()]
-        notes += [f"skipped {counted(len(twins), '.gz files')} whose uncompressed copies exist"] if twins else []
+        notes += [f"skipped {counted(len(twins), '.gz file', '.gz files')} whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 
     def _require(self, names: list[str], skipped: Skipped) -> None:
@@ -223,7 +223,7 @@ class ArraysSource:
         folders = set(map(_folder, data))
         for name in labels:
             if self._filter.excludes(name) and _folder(name) in folders:
-                what = "files of labels that source.exclude matches, which stay with their arrays"
+                what = "file(s) of labels that source.exclude matches, which stay with their arrays"
                 skipped.add(what, name, "move them away to leave the labels out", kept=True)
 
     def _with_labels(self, name: str) -> list[str]:

@@ -161,7 +161,8 @@ class FolderSource:
         arrays = [path for path in paths if _extension(path) in ("npy", "npz")]
         if not arrays:
             return []
-        notes = [f"one sample per file: {counted(len(arrays), '.npy or .npz files')} (source.kind=arrays takes each row of them as one)"]
+        files = counted(len(arrays), ".npy or .npz file", ".npy or .npz files")
+        notes = [f"one sample per file: {files} (source.kind=arrays takes each row of them as one)"]
         first = next((path for path in arrays if _extension(path) == "npz"), None)
         if first is None:
             return notes
@@ -299,18 +300,18 @@ class FolderSource:
                 raise
             if self._follow and "." in path.rpartition("/")[2] and _extension(path) in self._extensions:
                 return stat.S_IFREG, 0  # a sample that cannot be read: its quarantine row says so
-            skipped.add("symbolic links that lead to nothing", path, FETCH)
+            skipped.add("symbolic link(s) to nothing", path, FETCH)
             return 0, 0
         if self._follow:
             if stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode):
                 return state.st_mode, state.st_size
-            skipped.add("symbolic links to pipes or devices", path, "remove the links")
+            skipped.add("symbolic link(s) to pipes or devices", path, "remove the links")
             return 0, 0
         if stat.S_ISDIR(state.st_mode):
-            skipped.add("symbolic links to folders", path, "set source.follow_links=true to list what is in them")
+            skipped.add("symbolic link(s) to folders", path, "set source.follow_links=true to list what is in them")
             return 0, 0
         if not stat.S_ISREG(state.st_mode) or not self._stays_inside(path):
-            skipped.add("symbolic links that leave the folder", path, "set source.follow_links=true to follow them")
+            skipped.add("symbolic link(s) out of the folder", path, "set source.follow_links=true to follow them")
             return 0, 0
         return state.st_mode, state.st_size
 

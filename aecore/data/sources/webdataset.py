@@ -30,7 +30,7 @@ from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
-from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, TarReading, TarSample, tar_samples
 from aecore.data.sources._unpack import START_BYTES, compression
@@ -127,7 +127,7 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._reading = TarReading(shards.member, "source.member", shards.tars)
-        self._filter = PathFilter(shards.include, shards.exclude, shards.min_size, "samples")
+        self._filter = PathFilter(shards.include, shards.exclude, shards.min_size, "sample(s)")
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
         self._frame = FrameReader(self._member)
@@ -164,10 +164,10 @@ class WebdatasetSource:
         for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_tar(name, found.skipped)]):
             self._list(found, name)
         if not found.keys:
-            kinds = (f"{counted(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
+            kinds = (f"{of_kind(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
             left = "; ".join((*kinds, *self._filter.unused()))
             raise DataError(
-                f"{self.tars.files.url} holds no sample in {counted(len(self.tars.names), 'tars')} ({left or 'they are empty'})"
+                f"{self.tars.files.url} holds no sample in {counted(len(self.tars.names), 'tar', 'tars')} ({left or 'they are empty'})"
             )
         self._require_keys(found)
         self._require_fields(found)
@@ -359,7 +359,7 @@ class WebdatasetSource:
         if not text and rule != "auto":
             if self._spec.tars > 1:
                 raise BadSample("no_label", f"the sample has no {rule}, which source.label asks for: add it, or set source.label=auto")
-            found.skipped.add(f"labels: samples without {rule}", sample.key)
+            found.skipped.add(f"label(s): samples without {rule}", sample.key)
         return _clean(text)
 
     def _notes(self, found: _Columns) -> list[str]:
@@ -369,7 +369,7 @@ class WebdatasetSource:
             without = [key for key, label, bad in zip(found.keys, found.labels, found.unusable, strict=True) if not label and bad is None]
             if not without:
                 return []
-            count = counted(len(without), "samples have")
+            count = counted(len(without), "sample has", "samples have")
             return [f"{count} no .cls, as others have, and no label: {without[0]!r} for example; source.label=cls quarantines such samples"]
         texts = "txt (the .txt members, if they are no captions), " if found.texts else ""
         return [

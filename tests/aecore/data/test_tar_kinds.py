@@ -139,7 +139,7 @@ class TestNames:
         write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
         found = listing(tmp_path, member="target.png")
         assert (found.keys, found.unusable) == (["0", "1", "2"], None)
-        assert "skipped 1 document ('README')" in found.notes
+        assert "skipped 1 documents ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
