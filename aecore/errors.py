@@ -33,58 +33,6 @@ _ANY_REMEDY = {  # where it is not known whether a file was read or written
     errno.ELOOP: "; a link there leads to itself: correct it, or use another URL",
 }
 _USUAL_REMEDY = "; what is finished is kept: run the same command again when the storage is well"
-_HEAD_END, _WORDS = (
-    re.compile(r"(?=,(?! which)|[:(])|\b(?=(?:of|in|with|without|to|above|from|on|below|for|whose)\b)"),
-    re.compile(r"[a-z]+"),
-)
-_SINGULAR = {
-    "are": "is",
-    "have": "has",
-    "do": "does",
-    "go": "goes",
-    "lead": "leads",
-    "leave": "leaves",
-    "belong": "belongs",
-    "and": "or",
-    "processes": "process",
-} | {
-    f"{noun}s": noun
-    for noun in (
-        *(
-            "array",
-            "archive",
-            "bag",
-            "channel",
-            "checkpoint",
-            "cloud",
-            "container",
-            "deployment",
-            "device",
-            "dimension",
-            "document",
-            "figure",
-        ),
-        *("file", "folder", "graphic", "image", "latent", "length", "line", "link", "member", "name", "other", "page", "part", "pattern"),
-        *(
-            "pickle",
-            "pipe",
-            "process",
-            "record",
-            "recording",
-            "row",
-            "run",
-            "sample",
-            "shape",
-            "shard",
-            "step",
-            "table",
-            "tar",
-            "text",
-            "video",
-        ),
-        *("core", "node", "problem", "thread", "worker"),
-    )
-}
 _BUCKET_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "s3fs"})  # packages whose errors are those of the storage
 _NO_MEMORY = ("can't allocate memory", "can't start new thread", "out of memory")  # in a RuntimeError of torch or of Python
 SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
@@ -262,17 +210,9 @@ def _is_one_typo(word: str, name: str) -> bool:
     return max(len(word), len(name)) <= 1 or (len(word) == 2 and word == name[::-1])
 
 
-def counted(number: int, many: str) -> str:
-    """Return a count for a message: `counted(2, "samples have no label")`, of one "1 sample has no label"."""
-    return f"{number} {in_number(number, many)}"
-
-
-def in_number(number: int, many: str) -> str:
-    """Return a text about several things as one about `number` of them: its nouns and verbs up to the first preposition."""
-    if number != 1:
-        return many
-    head = _HEAD_END.split(many, maxsplit=1)[0]
-    return _WORDS.sub(lambda word: _SINGULAR.get(word[0], word[0]), head) + many[len(head) :]
+def counted(number: int, one: str, many: str) -> str:
+    """Return a count for a message: `counted(2, "sample has", "samples have")` is "2 samples have"."""
+    return f"{number} {one if number == 1 else many}"
 
 
 def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:

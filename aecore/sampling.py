@@ -183,7 +183,8 @@ def _read_latents(url: str, loaded: LoadedModel, spec: DecodeSpec) -> Latents:
         raise DataError(f"{url} holds {found.z.dtype} of shape {found.z.shape}, expected numbers [n, D]: one latent a row")
     if not np.isfinite(found.z).all():
         bad = int((~np.isfinite(found.z)).any(1).sum())
-        raise DataError(f"{url} holds {counted(bad, 'latents')} with NaN or infinite values, of {len(found.z)}: leave such rows out")
+        what = counted(bad, "latent", "latents")
+        raise DataError(f"{url} holds {what} with NaN or infinite values, of {len(found.z)}: leave such rows out")
     if not len(found.z):
         raise DataError(f"{url} holds no latents: there is nothing to decode")
     return found

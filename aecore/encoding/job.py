@@ -121,7 +121,11 @@ def encode_dataset(
 
     commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
     logger.info(
-        "table %s: generation %d, %s, %d quarantined", store.url, manifest.number, counted(manifest.num_rows, "rows"), manifest.quarantined
+        "table %s: generation %d, %s, %d quarantined",
+        store.url,
+        manifest.number,
+        counted(manifest.num_rows, "row", "rows"),
+        manifest.quarantined,
     )
     return manifest
 

@@ -168,7 +168,7 @@ class EncodeWorker:
         detail = {**identity, "encoded_by": {name: written_by[name] for name in self.encoded_by}, "footer_sha256": footer_sha256}
         timings = {"encode_s": encode_s, "commit_s": time.perf_counter() - started}
         logger.info(
-            "part %s: %s, %d quarantined, %.2f s", task.stem, counted(len(rows), "rows"), len(values.refused), sum(timings.values())
+            "part %s: %s, %d quarantined, %.2f s", task.stem, counted(len(rows), "row", "rows"), len(values.refused), sum(timings.values())
         )
         files = (file,) if quarantine is None else (file, quarantine)
         record = write_record(self.store, PartRecord(task.stem, files, len(rows), len(values.refused), detail, timings))

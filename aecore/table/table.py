@@ -235,7 +235,7 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMet
         "latent_shape": canonical_json({name: [info["dim"]] for name, info in manifest.columns.items() if info["dim"]}).decode(),
         "seed": None if identity["seed"] is None else str(identity["seed"]),
     }
-    found = [f"it has {counted(footer.num_rows, 'rows')}, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
+    found = [f"it has {counted(footer.num_rows, 'row', 'rows')}, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
     if footer.num_row_groups > 1:
         found.append(f"it has {footer.num_row_groups} row groups, expected one")
     found += schema_problems(schema, manifest.columns)

@@ -164,7 +164,7 @@ def verify_table(
     if keys and (
         doubled := sum(map(len, keys)) - pc.count_distinct(pa.chunked_array([c for k in keys for c in k.chunks], pa.string())).as_py()
     ):
-        problems.append(counted(doubled, "rows have a key that another row has too"))
+        problems.append(counted(doubled, "row has a key that another row has too", "rows have a key that another row has too"))
     _require_none(table, problems, elsewhere)
     quarantined = sum(part.quarantined for part in table.parts)
     where = None if dataset is None else dataset.url
@@ -191,7 +191,7 @@ def _require_none(table: LatentTable, problems: Sequence[str], elsewhere: int) -
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     own = "encode to a new URL, or restore the files"
     remedy = own if len(problems) > elsewhere else "nothing is wrong with the table's own files"
-    raise DataError(f"table {table.url} does not match its manifest, {counted(len(problems), 'problems')}:{lines}\n{remedy}")
+    raise DataError(f"table {table.url} does not match its manifest, {counted(len(problems), 'problem', 'problems')}:{lines}\n{remedy}")
 
 
 def _dataset(table: LatentTable, url: str | None) -> Dataset | None:
@@ -321,7 +321,7 @@ def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, foote
     yield from (f"{name}: {problem}" for problem in origin_problems(table.manifest, part, footer))
     span = part.row_stop - part.row_start
     if part.rows + part.quarantined != span:
-        yield f"{name} has {counted(part.rows, 'rows')} and {part.quarantined} quarantined of {counted(span, 'samples')}"
+        yield f"{name} has {counted(part.rows, 'row', 'rows')} and {part.quarantined} quarantined of {counted(span, 'sample', 'samples')}"
     metadata = part_metadata(schema)
     if {key: metadata.get(key) for key in PRODUCER} not in table.manifest.lineage["encoded_by"]:
         yield f"{name} was encoded on {metadata.get('device')!r} with versions that the lineage does not name"
@@ -524,4 +524,5 @@ def _coverage_problems(table: LatentTable, shards: Sequence[ShardRef]) -> Iterat
     for ref in shards:
         covered = max((stop for _, stop in spans.get((ref.split, ref.stem), [])), default=-1)
         if covered != ref.samples:
-            yield f"shard {ref.split}/{ref.stem} has {counted(ref.samples, 'samples')}, the table covers {max(covered, 0)} of them"
+            samples = counted(ref.samples, "sample", "samples")
+            yield f"shard {ref.split}/{ref.stem} has {samples}, the table covers {max(covered, 0)} of them"

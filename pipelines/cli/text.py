@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aecore.errors import in_number
 from aecore.registry import BOUNDS
 from pipelines.recipe.yaml import Tree
 
@@ -84,10 +83,10 @@ def of_deployments(summary: Mapping[str, Any]) -> str:
 
 def _shard(summary: Mapping[str, Any]) -> str:
     samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
-    bags = f" in {_count(sum(summary['bags'].values()), 'bags')}" if "bags" in summary else ""
+    bags = f" in {_count(sum(summary['bags'].values()), 'bag')}" if "bags" in summary else ""
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
-    size = f"{_count(summary['shards'], 'shards')}, {_size(summary['bytes'])}"
-    noun = in_number(sum(summary["samples"].values()), "samples")
+    size = f"{_count(summary['shards'], 'shard')}, {_size(summary['bytes'])}"
+    noun = "sample" if sum(summary["samples"].values()) == 1 else "samples"
     return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}; {size}"
 
 
@@ -102,7 +101,7 @@ def _train(summary: Mapping[str, Any]) -> str:
 def _encode(summary: Mapping[str, Any]) -> str:
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
     new = "" if summary["made"] else "nothing new, "
-    rows = f"{_count(summary['rows'], 'rows')} in {_count(summary['parts'], 'parts')}"
+    rows = f"{_count(summary['rows'], 'row')} in {_count(summary['parts'], 'part')}"
     return f"table {summary['table']} generation {summary['generation']}: {new}{rows}{bad}"
 
 
@@ -116,8 +115,8 @@ def _evaluate(summary: Mapping[str, Any]) -> str:
 
 
 def _generate(summary: Mapping[str, Any]) -> str:
-    what = f"{_count(summary['num'], 'samples' if summary['step'] == 'sample' else 'decoded latents')} of shape {_value(summary['shape'])}"
-    files = _count(summary["files"], "files") if summary["made"] else "all there already"
+    what = f"{_count(summary['num'], 'sample' if summary['step'] == 'sample' else 'decoded latent')} of shape {_value(summary['shape'])}"
+    files = _count(summary["files"], "file") if summary["made"] else "all there already"
     return f"{summary['out']}: {what}, {files}; checkpoint {summary['checkpoint'][:12]}"
 
 
@@ -187,13 +186,13 @@ def of_gc(report: Mapping[str, Any]) -> str:
         lines = [of_gc(stage) for stage in report["stages"].values()]
         return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])
     done = "would remove" if report["dry_run"] else "removed"
-    lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'files')}, {_size(report['bytes'])}"]
+    lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]
     for why in dict.fromkeys(item["why"] for item in report["garbage"]):
         items = [item for item in report["garbage"] if item["why"] == why]
         names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
-        lines.append(f"  {_count(len(items), 'files')}, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
+        lines.append(f"  {_count(len(items), 'file')}, {_size(sum(item['bytes'] for item in items))}, {why}: {names}")
     lines += [
-        f"  left: {item['what']}, {_count(item['files'], 'files')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
+        f"  left: {item['what']}, {_count(item['files'], 'file')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
     ]
     return "\n".join([*lines, *_left_alone(report, "not ours, left alone")])
 
@@ -204,8 +203,8 @@ def _left_alone(report: Mapping[str, Any], why: str) -> list[str]:
     return [f"  {why}: {shown}"] if names else []
 
 
-def _count(number: int, many: str) -> str:
-    return f"{number:,} {in_number(number, many)}"
+def _count(number: int, one: str) -> str:
+    return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
 def _size(num_bytes: float) -> str:

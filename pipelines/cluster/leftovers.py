@@ -120,13 +120,13 @@ def clear_leftovers(root: Path) -> None:
         if left.pids:
             logger.warning(
                 "%s outlived the driver of a local Ray (%s, started %s ago): end them with `%s`",
-                counted(len(left.pids), "processes"), left.folder.name, left.age, left.remedy,
+                counted(len(left.pids), "process", "processes"), left.folder.name, left.age, left.remedy,
             )  # fmt: skip
         elif left.is_noted and left.folder.name != os.path.basename(newest):
             shutil.rmtree(left.folder, ignore_errors=True)  # another run may remove it too
             removed += 1
     if removed:
-        logger.info("removed %s of sessions of Ray that have ended below %s", counted(removed, "folders"), root)
+        logger.info("removed %s of sessions of Ray that have ended below %s", counted(removed, "folder", "folders"), root)
 
 
 def _sessions(folder: Path) -> Iterator[tuple[Path, bool, bool]]:

@@ -51,11 +51,12 @@ def cores(cluster: ClusterSpec) -> Iterator[Finding]:
     usable = min(number, share) if share else number
     limit = f" (a quota allows {share:.1f})" if share and share < number else ""
     threads = max(cluster.num_workers, 1) * cluster.threads_per_worker
+    cores = counted(number, "core", "cores")
     if threads > usable and not os.environ.get("RAY_ADDRESS"):
-        asked = f"{counted(cluster.num_workers, 'workers')} with {counted(cluster.threads_per_worker, 'threads')}"
-        yield warning("cores", f"{counted(number, 'cores')}{limit} for {asked}", "lower cluster.num_workers or cluster.threads_per_worker")
+        asked = f"{counted(cluster.num_workers, 'worker', 'workers')} with {counted(cluster.threads_per_worker, 'thread', 'threads')}"
+        yield warning("cores", f"{cores}{limit} for {asked}", "lower cluster.num_workers or cluster.threads_per_worker")
     else:
-        yield ok("cores", f"{counted(number, 'cores')}{limit}, {counted(threads, 'threads')} asked for")
+        yield ok("cores", f"{cores}{limit}, {counted(threads, 'thread', 'threads')} asked for")
 
 
 def _quota() -> float | None:

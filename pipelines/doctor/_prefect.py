@@ -129,13 +129,14 @@ def _scheduler(url: str) -> Iterator[Finding]:
     now = datetime.now(UTC)
     planned, late = sum(when > now for when in times), sum(when < now - timedelta(seconds=LATE_S) for when in times)
     if late:
-        message = f"{counted(late, 'scheduled runs are')} more than {LATE_S:.0f} s late"
+        message = f"{counted(late, 'scheduled run is', 'scheduled runs are')} more than {LATE_S:.0f} s late"
         yield warning(
             "prefect: scheduler", message, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
         )
+    deployments = counted(len(scheduled), "deployment", "deployments")
     if planned:
-        yield ok("prefect: scheduler", f"{counted(planned, 'runs are planned')} for {counted(len(scheduled), 'deployments')}")
+        yield ok("prefect: scheduler", f"{counted(planned, 'run is planned', 'runs are planned')} for {deployments}")
     else:
-        message = f"{counted(len(scheduled), 'deployments have')} an active schedule and no run is planned: the scheduler does not work"
+        message = f"no run is planned for {deployments} with an active schedule: the scheduler does not work"
         remedy = "run `prefect server services start` for a server without services; SQLAlchemy has to be < 2.1"
         yield failed("prefect: scheduler", message, remedy)

@@ -48,12 +48,12 @@ def ray(cluster: ClusterSpec) -> Iterator[Finding]:
     if isinstance(answer, Finding):
         yield answer
         return
-    nodes = counted(len(answer["nodes"]), "nodes")
+    nodes = counted(len(answer["nodes"]), "node", "nodes")
     message = f"Ray {answer['version']} at {address}, {nodes}, free: {format_resources(answer['free'])}"
     yield ok("ray", message)
     need = worker_resources(cluster)
     room = sum(fits(node, need) for node in answer["nodes"])
-    message = f"room for {counted(room, 'workers')} of {format_resources(need)} each, the recipe asks for {cluster.num_workers}"
+    message = f"room for {counted(room, 'worker', 'workers')} of {format_resources(need)} each, the recipe asks for {cluster.num_workers}"
     if room < cluster.num_workers:
         remedy = f"set cluster.num_workers={room} or less, or lower cluster.resources_per_worker"
         yield failed("ray: resources", message, remedy)
@@ -69,16 +69,19 @@ def left_behind() -> Iterator[Finding]:
     found = leftovers(root)
     for left in found:
         if left.pids:
-            count = counted(len(left.pids), "processes")
+            count = counted(len(left.pids), "process", "processes")
             message = f"{count} outlived the driver of a local Ray ({left.folder.name}, started {left.age} ago)"
             yield warning("ray: leftovers", message, f"end them: {left.remedy}")
     idle = [left for left in found if not left.pids]
     unknown = [left for left in idle if not left.is_noted]
     if unknown:
-        message = f"{counted(len(unknown), 'session folders of unknown origin')} in {root}/ray, the oldest {unknown[0].age} ago"
+        message = f"{counted(len(unknown), 'session folder of unknown origin', 'session folders of unknown origin')} in {root}/ray, the oldest {unknown[0].age} ago"
         yield warning("ray: leftovers", message, "remove those that no Ray in another container uses")
     if not unknown and len(idle) == len(found):
-        yield ok("ray: leftovers", f"{counted(len(idle), 'session folders')} of ended runs below {root}: the next run keeps the newest one")
+        yield ok(
+            "ray: leftovers",
+            f"{counted(len(idle), 'session folder', 'session folders')} of ended runs below {root}: the next run keeps the newest one",
+        )
 
 
 def _probe(address: str) -> dict[str, Any] | Finding:  # any: plain JSON

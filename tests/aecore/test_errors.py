@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from aecore import errors
+from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import PartFailure, attempt, collect
 from aecore.data.format.decode import DecodeError
+from aecore.data.sources._skipped import of_kind
+from aecore.data.write.job import _pixel_notes
 from aecore.errors import AecoreError, Hint, InputError, RunFailed, counted, from_json, to_json
 from aecore.store._s3_client import Answered
 from tests.test_layers import modules
@@ -102,30 +105,22 @@ def test_an_error_that_nobody_planned_is_a_failed_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("many", "one"),
+    ("what", "one", "many"),
     [
-        ("tars", "tar"),
-        ("samples have no .cls, as others have", "sample has no .cls, as others have"),
-        ("files of the operating system", "file of the operating system"),
-        ("hidden files or folders", "hidden file or folder"),
-        ("symbolic links that lead to nothing", "symbolic link that leads to nothing"),
-        ("images in formats that are not read", "image in formats that are not read"),
-        ("members that are not read", "member that is not read"),
-        ("tables and texts, which are no samples", "table or text, which is no sample"),
-        ("samples that source.include does not match", "sample that source.include does not match"),
-        ("tars without end blocks, whose writer was not closed", "tar without end blocks, whose writer was not closed"),
-        (".npy or .npz files", ".npy or .npz file"),
-        ("rows have a key that another row has too", "row has a key that another row has too"),
-        ("problems", "problem"),
-        ("scheduled runs are", "scheduled run is"),
-        ("session folders of unknown origin", "session folder of unknown origin"),
-        ("processes", "process"),
-        ("nodes", "node"),
-        ("cores", "core"),
-        ("threads", "thread"),
-        ("latents with NaN or infinite values", "latent with NaN or infinite values"),
+        ("tar(s)", "tar", "tars"),
+        ("hidden file(s) or folder(s)", "hidden file or folder", "hidden files or folders"),
+        ("file(s) with several pages or frames", "file with several pages or frames", "files with several pages or frames"),
+        ("sample(s) that source.include does not match", "sample that source.include does not match", None),
     ],
 )
-def test_a_message_about_one_thing_is_in_the_singular(many: str, one: str) -> None:
-    assert counted(1, many) == f"1 {one}"
-    assert (counted(0, many), counted(2, many)) == (f"0 {many}", f"2 {many}")
+def test_a_message_about_one_thing_is_in_the_singular(what: str, one: str, many: str | None) -> None:
+    many = many or one.replace("sample", "samples")
+    assert counted(1, one, many) == of_kind(1, what) == f"1 {one}"
+    for number in (0, 2):
+        assert counted(number, one, many) == of_kind(number, what) == f"{number} {many}"
+
+
+def test_a_note_about_one_file_with_several_frames_is_in_the_singular() -> None:
+    """A table of nouns made "1 file has several page or frames" of it."""
+    (note,) = _pixel_notes([PartRecord("a", (), 1, detail={"first_frames": 1})], {})
+    assert note.startswith("1 file has several pages or frames, of which the first was stored")

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.format.jpeg import EOI, FRAMES, SEGMENTS_1, SOI, SOS, jpeg_segments
-from aecore.data.format.orientation import UPRIGHT, turned_size
+from aecore.data.format.jpeg import APP1, EOI, FRAMES, SEGMENTS_1, SOI, SOS, jpeg_orientation, jpeg_segments
+from aecore.data.format.orientation import turned_size
 from aecore.data.format.pillow import PILLOW_FORMATS, open_unbounded
 from aecore.native.loops import exif_orientation
 
@@ -179,7 +179,7 @@ def _png_start(data: bytes) -> ImageHeader:
 
 def _jpeg_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
     """Read the segments up to the scan, as libjpeg does: stray bytes before a marker and a missing EOI are left to a full decode."""
-    frame, doubtful, orientation, frames, end = b"", False, 0, 1, 2
+    frame, doubtful, has_app1, frames, end = b"", False, False, 1, 2
     for marker, at, size in jpeg_segments(data):
         doubtful = doubtful or (at != end and not _is_fill(data, end, at))
         end = at + size
@@ -193,8 +193,8 @@ def _jpeg_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
             raise BadSample("truncated", f"JPEG ends at byte {end} before its pixels")
         elif marker == SOI or size < 4:
             raise BadSample("format", f"JPEG marker {marker:#x} at byte {at} does not belong there")
-        elif marker == 0xE1 and not orientation and data.startswith(b"Exif\0\0", at + 4):
-            orientation = exif_orientation(data[at + 10 : end])
+        elif marker == APP1:
+            has_app1 = True
         elif marker == 0xE2 and data.startswith(b"MPF\0", at + 4):
             frames = _pillow_frames(data, ext)
     else:
@@ -205,7 +205,8 @@ def _jpeg_header(data: bytes, ext: str, max_pixels: int) -> ImageHeader:
         raise BadSample("format", "JPEG without a frame header (SOF) before its pixels")
     width, height, mode = _jpeg_frame(frame)
     require_size(width, height, max_pixels)
-    width, height = turned_size(width, height, orientation or UPRIGHT)
+    if has_app1:
+        width, height = turned_size(width, height, jpeg_orientation(data))
     if not data.endswith(b"\xff\xd9") and data.rfind(b"\xff\xd9", at) < 0:
         doubtful = True
     if doubtful or frames > 1 or mode == "CMYK":

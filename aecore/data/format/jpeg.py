@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.orientation import UPRIGHT
+from aecore.native.loops import exif_orientation
+
 # data without a marker; each begins with other bits, since the end of a cut code may mean the same as the zeros that libjpeg puts there
 _FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
 _SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
@@ -25,7 +28,8 @@ _SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)  # a marker t
 SEGMENTS_1 = re.compile(rb"\xff[^\xff]", re.DOTALL)  # as `pixels=1` reads headers: every marker has a length
 _UNUSUAL = frozenset({*range(0xC0), *range(0xD0, 0xDA), 0xFF})  # markers that are no segment, or may be none
 _segment_head = struct.Struct(">BBH").unpack_from
-SOI, EOI, SOS, PROGRESSIVE = 0xD8, 0xD9, 0xDA, 0xC2
+_EXIF = b"Exif\0\0"
+SOI, EOI, SOS, APP1, PROGRESSIVE = 0xD8, 0xD9, 0xDA, 0xE1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _COLOURS = {b"\1": "GRAY", b"\3": "RGB", b"\4": "CMYK"}  # of simplejpeg, by components
 _EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
@@ -162,6 +166,16 @@ def _give_all(frame: bytes, scans: tuple[bytes, ...]) -> bool:
             if component in missing:
                 missing[component][first : last + 1] = [low] * (last + 1 - first)
     return not any(map(any, missing.values()))
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """Return the EXIF orientation of a JPEG: that of the first such block before its first scan, as Pillow and browsers read it."""
+    for marker, at, size in jpeg_segments(data):
+        if marker == SOS:
+            break
+        if marker == APP1 and data.startswith(_EXIF, at + 4):
+            return exif_orientation(data[at + 10 : at + size])
+    return UPRIGHT
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:

@@ -5,6 +5,7 @@ imagecodecs decodes PNG, libjpeg-turbo JPEG (by simplejpeg, else imagecodecs: th
 JPEG for `transform.decoder=pillow`). A JPEG that lacks a part of its pixels is refused, whoever decodes it.
 """
 
+import copy
 import io
 import struct
 from typing import Any, Literal, NamedTuple
@@ -15,14 +16,13 @@ from numpy.typing import NDArray
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
 from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
-from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_precision, jpeg_segments, jpeg_size
+from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
 from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-EXIF = b"Exif\0\0"
 _MOST_WHOLE = 1 << 17
 _whole_seen: set[int] = set()  # hashes of JPEGs that took several decodes to tell that they are whole: training reads them again
 
@@ -48,13 +48,17 @@ def decode_image(data: bytes, decoder: Literal["imagecodecs", "pillow"] = "image
 
 
 class OpenImage:
-    """A file of several images, parsed once: to decode them in their order takes linear time. `close` it."""
+    """A file of several images, parsed once: to decode them in their order takes linear time. `close` it.
+
+    Whether an image can be decoded, and its pixels, do not depend on what was read before: after one that is damaged decoding begins anew.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._tiff: Any = None  # any: TiffImages, imported late
         self._image: Any = None  # any: PIL.Image.Image
         self._next = 0  # the first frame that was not decoded on the way to the last one
+        self._end: tuple[int, Exception] | None = None  # the first frame that damaged ones before it make unreachable, and why
         if data.startswith(TIFF_STARTS):
             from aecore.data.format.tiff import TiffImages
 
@@ -70,7 +74,7 @@ class OpenImage:
         """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
         if self._tiff is not None:
             return range(0)
-        return range(self._next if number >= self._image.tell() else 0, number)
+        return range(self._next if number >= self._image.tell() else 0, number if self._end is None else min(number, self._end[0]))
 
     def frame(self, number: int, max_pixels: int) -> Picture:
         """Return one image; BadSample before it is decoded if it is too large (see `require_size`), else as `decode_image`."""
@@ -82,12 +86,26 @@ class OpenImage:
         require_size(self._image.width, self._image.height, max_pixels)
         if number == 0 and self._data.startswith((PNG_MAGIC, JPEG_MAGIC)):
             return decode_image(self._data)
+        if self._end is not None and number >= self._end[0]:
+            raise copy.copy(self._end[1])
         if number < self._image.tell():  # Pillow's own way back fails for PNG
-            self._image.close()
-            self._image = open_unbounded(self._data)
-        self._image.seek(number)
+            self._reopen()
+        try:
+            self._image.seek(number)
+        except Exception as error:
+            self._end = number, copy.copy(error)  # without the traceback, which holds this file
+            self._reopen()
+            raise
         require_size(self._image.width, self._image.height, max_pixels)
-        return _opened_pillow(self._image, turned=True)
+        try:
+            return _opened_pillow(self._image, turned=True)
+        except Exception:  # the decoder holds what it made of the damage
+            self._reopen()
+            raise
+
+    def _reopen(self) -> None:
+        self._image.close()
+        self._image = open_unbounded(self._data)
 
 
 def white_level(data: bytes, dtype: np.dtype[Any]) -> float:  # any: every image has its own dtype
@@ -156,21 +174,15 @@ def _jpeg(data: bytes, decoder: str) -> Picture:
     if clean is None:
         _require_whole(data)
     if pixels is None:
-        pixels = _codec_jpeg(data) if clean is None else clean
+        pixels = clean
+    if pixels is None:
+        import imagecodecs
+
+        pixels = imagecodecs.jpeg8_decode(data)
     if pixels.ndim == 3 and pixels.shape[2] == 4:  # inks, stored inverted as Adobe does
         pixels = cmyk_to_rgb(255 - pixels)
     picture = Picture(pixels if pixels.ndim == 3 else pixels[..., None], has_alpha=False)
-    if EXIF not in data:
-        return picture
-    blocks = (data[at + 10 : at + size] for marker, at, size in jpeg_segments(data) if marker == 0xE1 and data.startswith(EXIF, at + 4))
-    return Picture(upright(picture.pixels, exif_orientation(next(blocks, b""))), has_alpha=False)
-
-
-def _codec_jpeg(data: bytes) -> Pixels:
-    import imagecodecs
-
-    pixels: Pixels = imagecodecs.jpeg8_decode(data)
-    return pixels
+    return Picture(upright(picture.pixels, jpeg_orientation(data)), has_alpha=False)
 
 
 def _require_whole(data: bytes) -> None:

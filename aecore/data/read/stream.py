@@ -41,7 +41,7 @@ from aecore.data.sources import Unusable
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
-from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, TarReading, tar_samples
 from aecore.errors import ConfigError, DataError, Hint, counted
@@ -146,7 +146,7 @@ def _format(tars: ExternalTars, names: list[str], reading: TarReading, pixels: P
         if not found and tried >= FEWEST:
             break
     if not found:
-        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {counted(len(names), 'tars')}"
+        first = f"none of the first {tried} samples can be read{why}" if tried else f"no sample in {counted(len(names), 'tar', 'tars')}"
         raise DataError(f"{tars.files.url} holds no image or array that can be trained on: {first}: check data, or set input.member")
     return _most_common(found)
 
@@ -412,5 +412,5 @@ class StreamLoader:
         for what, count, examples in skipped.kinds():
             if what not in logged and self._order.rank == 0:
                 text = "%s/%s: skipped %s, %s (logged once, not for every tar)"
-                logger.warning(text, self._tars.files.url, name, counted(count, what), examples)
+                logger.warning(text, self._tars.files.url, name, of_kind(count, what), examples)
             logged.add(what)

@@ -1,6 +1,7 @@
 """Detect the kind of source at an address: by file names alone, and for folders of arrays also by the shapes in some headers.
 
-A bucket is judged by the same rules as a folder. Its objects are listed page by page, mostly one page: up to the first image.
+A bucket is judged by the same rules as a folder. Its objects are listed page by page up to the first image: mostly one page. A bucket
+without images is listed to its end, and again by the source: a million tars or arrays cost a thousand requests more.
 """
 
 import re

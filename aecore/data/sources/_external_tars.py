@@ -59,7 +59,7 @@ class ExternalTars:
             known = [there for there in _sizes(files, rules) if _is_data(there)] if known is None else known
             found = _matches(name[start:], known)
             if not found:
-                raise DataError(f"no tar matches {name}: check the address, {counted(len(known), 'tars are')} below {files.url}")
+                raise DataError(f"no tar matches {name}: check the address, {counted(len(known), 'tar is', 'tars are')} below {files.url}")
             names += found if rules == 1 else _once(files, found)
         return cls(files, tuple(dict.fromkeys(names)))
 

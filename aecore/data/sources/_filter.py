@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from aecore.data.sources._labels import found_in, is_expression
 from aecore.data.sources._names import expand_braces
 from aecore.data.sources._skipped import EXAMPLES, Skipped
 from aecore.errors import ConfigError, DataError, counted
+from aecore.store import is_tar
 
 _TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]/]*\]|.", re.DOTALL)
 _MEANING = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -62,41 +62,34 @@ def _expression(glob: str) -> str:
     return out
 
 
-class Filtered(Protocol):
-    """A source's spec with the options of a filter."""
-
-    @property
-    def include(self) -> tuple[str, ...] | str: ...
-    @property
-    def exclude(self) -> tuple[str, ...] | str: ...
-    @property
-    def min_size(self) -> int: ...
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def group(self) -> str | None: ...
+def _tars_of(include: Sequence[str]) -> Callable[[str], bool] | None:
+    """Return whether a tar, by its path, may hold what these globs match; None if one of them names no tar, so that any may."""
+    found = list[str]()
+    for name in (name.removeprefix("./").rstrip("/") for pattern in include for name in expand_braces(pattern)):
+        parts = name.split("/")
+        last = next((number for number, part in enumerate(parts) if is_tar(part)), None)
+        if last is None:
+            return None
+        found.append(("/" if len(parts) > 1 else "") + "/".join(parts[: last + 1]))
+    return matcher(found, "source.include") if found else None
 
 
-def require_globs(spec: Filtered) -> None:
-    """Make a single glob a list of one; ConfigError for a pattern that is none."""
-    for name in ("include", "exclude"):
-        if isinstance(value := getattr(spec, name), str):
-            object.__setattr__(spec, name, (value,))
-    filter_of(spec)
-
-
-def filter_of(spec: Filtered, what: str = "files") -> "PathFilter":
-    """Return the filter of a source's spec; `what` its samples are in messages."""
-    return PathFilter(tuple(spec.include), tuple(spec.exclude), spec.min_size, what)
+def globs(option: str, given: tuple[str, ...] | str) -> tuple[str, ...]:
+    """Return the globs that an option gives, a single one as a list of one; ConfigError, which names the option, for what is none."""
+    found = (given,) if isinstance(given, str) else given
+    matcher(found, option)
+    return found
 
 
 class PathFilter:
     """Decides which files of a source are samples; see the options `include`, `exclude` and `min_size` of `FolderSpec`."""
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str], min_size: int, what: str = "files") -> None:
-        self._what = what
+    def __init__(self, include: tuple[str, ...] | str, exclude: tuple[str, ...] | str, min_size: int, what: str = "file(s)") -> None:
+        include, exclude = globs("source.include", include), globs("source.exclude", exclude)
+        self._what = what  # that samples are in messages
         self.is_set = bool(include or exclude or min_size)
         self._include = matcher(include, "source.include") if include else None
+        self._include_tars = _tars_of(include)
         self._exclude = matcher(exclude, "source.exclude") if exclude else None
         self._min_size = min_size
         self._without_match = {  # patterns that no path has matched so far
@@ -119,12 +112,26 @@ class PathFilter:
             return True
         return False
 
-    def takes_folder(self, path: str, skipped: Skipped, what: str = "folders") -> bool:
-        """Return whether a folder (or tar) is listed; one that is not is counted."""
+    def excludes(self, path: str) -> bool:
+        """Return whether `exclude` matches a file that is left in all the same; patterns that match it have a match."""
+        self._matched(path)
+        return self._exclude is not None and self._exclude(path)
+
+    def takes_folder(self, path: str, skipped: Skipped, what: str = "folder(s)") -> bool:
+        """Return whether a folder is listed; one that is not is counted."""
         if self._exclude is None or not self._exclude(path):
             return True
         self._matched(path)
         skipped.add(f"{what} that source.exclude matches", path)
+        return False
+
+    def takes_tar(self, path: str, skipped: Skipped) -> bool:
+        """Return whether a tar is opened; one that is not is counted. None is if `include` names others, by a name that ends as tars do."""
+        if not self.takes_folder(path, skipped, "tar(s)"):
+            return False
+        if self._include_tars is None or self._include_tars(path):
+            return True
+        skipped.add("tar(s) that source.include does not match", path)
         return False
 
     def _matched(self, *paths: str) -> None:
@@ -135,33 +142,34 @@ class PathFilter:
         found = list(self._without_match)
         shown = [f"{option} has {pattern!r}, which matches no file: check it" for option, pattern in found[:EXAMPLES]]
         more = len(found) - EXAMPLES
-        return shown + ([f"and {counted(more, 'more patterns')} of source.include and source.exclude without a match"] if more > 0 else [])
+        others = counted(more, "more pattern", "more patterns")
+        return [*shown, f"and {others} of source.include and source.exclude without a match"] if more > 0 else shown
 
 
-def with_limit(listing: Listing, spec: Filtered, names: Sequence[str]) -> Listing:
-    """Return at most `source.limit` rows of a listing, chosen by the hashes of their `names`; whole groups, if there are groups.
+def with_limit(listing: Listing, limit: int | None, group: str | None, names: Sequence[str]) -> Listing:
+    """Return at most `limit` rows of a listing, chosen by the hashes of their `names`; whole groups, if `group` or it says any.
 
     Raises
     ------
     DataError
         If not even one group fits.
     """
-    if spec.limit is None or len(listing) <= spec.limit:
+    if limit is None or len(listing) <= limit:
         return listing
     groups = listing.groups
-    if is_expression(spec.group):
+    if is_expression(group):
         paths = listing.sources if listing.paths is None else listing.paths
-        groups = found_in("source.group", str(spec.group), paths, listing.sources, unusable=listing.unusable)
-    rows = chosen(names, groups, spec.limit)
+        groups = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
+    rows = _chosen(names, groups, limit)
     if not rows:
-        raise DataError(f"source.limit={spec.limit} is less than the samples of any bag (source.group): raise it")
-    left = f"{len(listing) - len(rows)} of {counted(len(listing), 'samples')}"
-    note = f"{left} left out by source.limit={spec.limit}, by a hash of their names"
+        raise DataError(f"source.limit={limit} is less than the samples of any bag (source.group): raise it")
+    left = f"{len(listing) - len(rows)} of {counted(len(listing), 'sample', 'samples')}"
+    note = f"{left} left out by source.limit={limit}, by a hash of their names"
     found = listing.take(np.array(rows, np.int64))
     return dataclasses.replace(found, notes=(*found.notes, note))
 
 
-def chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:
+def _chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:
     """Return the rows of at most `limit` names, ascending: those with the smallest hashes, so they are spread over all folders.
 
     With `groups` whole ones are taken as long as they fit. The choice depends neither on the order nor on the machine.

@@ -19,7 +19,7 @@ from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
 from aecore.data.sources._names import FRAME
-from aecore.errors import DataError, StoreError, counted, in_number
+from aecore.errors import DataError, StoreError, counted
 from aecore.store import read_again
 
 Read = Callable[[str], tuple[str, bytes]]
@@ -38,7 +38,8 @@ def with_frames(listing: Listing, read: Read) -> Listing:
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
     found = listing.take(rows)
     several = int((counts > 1).sum())
-    note = f"{counted(several, 'files')} with several pages or frames {in_number(several, 'are')} {int(counts[counts > 1].sum())} samples"
+    kind = "with several pages or frames"
+    note = f"{counted(several, f'file {kind} is', f'files {kind} are')} {int(counts[counts > 1].sum())} samples"
     return dataclasses.replace(
         found,
         keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
@@ -85,15 +86,17 @@ class FrameReader:
         with self._lock, _decoding(number, name):
             kept, wanted = self._kept[name], self._wanted.get(name, set())
             found = kept.pop(number, None)
-            if found is None:
-                self._keep_passed(name, number)
-                found = self._frame(name, number)
-            else:
-                self._bytes -= len(found[1])
-            if number in wanted:
-                wanted.remove(number)
-                if len(wanted) == len(kept) and name in self._open:  # nothing of the file is to be decoded any more
-                    self._close(name)
+            try:
+                if found is None:
+                    self._keep_passed(name, number)
+                    found = self._frame(name, number)
+                else:
+                    self._bytes -= len(found[1])
+            finally:
+                if number in wanted:
+                    wanted.remove(number)
+                    if len(wanted) == len(kept) and name in self._open:  # nothing of the file is to be decoded any more
+                        self._close(name)
         return found
 
     def _frame(self, name: str, number: int) -> tuple[str, bytes]:
@@ -108,10 +111,8 @@ class FrameReader:
                 continue
             try:
                 kept[passed] = self._frame(name, passed)
-            except Exception:  # whatever it is, it is raised when that frame is read, from a file without a trace of it
-                wanted.remove(passed)
-                self._close(name)
-                return
+            except Exception:  # whatever it is, it is raised again when that frame is read
+                continue
             self._bytes += len(kept[passed][1])
 
     def _opened(self, name: str) -> OpenImage:

@@ -29,8 +29,9 @@ def mask_notes(paths: list[str], folders: list[str]) -> tuple[str, ...]:
     notes = []
     for pattern, those in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
         examples = ", ".join(those[:SHOWN]) + (", ..." if len(those) > SHOWN else "")
+        what = counted(len(those), "file has", "files have")
         notes.append(
-            f"{counted(len(those), 'files have')} the name of another sample and may be masks of it ({examples}): each is a sample too; "
+            f"{what} the name of another sample and may be masks of it ({examples}): each is a sample too; "
             f"source.exclude='{pattern}' leaves them out"
         )
     return tuple(notes)

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from aecore.errors import counted
-
 EXAMPLES, LONGEST_EXAMPLE = 3, 100
 
 
@@ -26,7 +24,7 @@ class Skipped:
         return bool(self._found)
 
     def add(self, what: str, example: str = "", remedy: str = "", *, count: int = 1, kept: bool = False, ext: str = "") -> None:
-        """Count something of the kind `what` (a plural: `hard links`).
+        """Count something of the kind `what` (`hard link(s)`).
 
         `remedy` says what to do about it; EXTS in it becomes the list of all `ext`. `kept`: it was not left out, but is odd.
         """
@@ -53,7 +51,12 @@ def _line(what: str, remedy: str, known: _Kind) -> str:
     examples = f" ({shown_examples(known.examples, known.count)})" if known.examples else ""
     exts = f"[{','.join(sorted(known.extensions))}]"
     advice = f": {remedy.replace('EXTS', exts)}" if remedy else ""
-    return f"{'' if known.kept else 'skipped '}{counted(known.count, what)}{examples}{advice}"
+    return f"{'' if known.kept else 'skipped '}{of_kind(known.count, what)}{examples}{advice}"
+
+
+def of_kind(count: int, what: str) -> str:
+    """Return the count of a kind for a message: of "(s)" in its name there is an "s" unless there is one."""
+    return f"{count} {what.replace('(s)', '' if count == 1 else 's')}"
 
 
 def shown_examples(examples: list[str], count: int) -> str:

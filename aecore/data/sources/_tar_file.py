@@ -12,8 +12,8 @@ import io
 import os
 import struct
 import tarfile
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple, TypeVar, cast
 from zlib import adler32
 
 import numpy as np
@@ -30,11 +30,14 @@ MAX_EXTENDED_BYTES = 1 << 20  # of a PAX header or a long name
 MAX_DIGITS = 20  # of a PAX size
 WINDOW_BYTES, NEAR_BYTES = 1 << 16, 1 << 13  # of small members many are read at once, a tenth of the time
 LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at once
+MAX_HEADERS = 32  # before a sparse member: the standard library recurses for each, and writers need up to 4
 _EMPTY = bytes(BLOCK)
 FILES, _WITHOUT_DATA, _EXTENDING = (
     frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
 )
 _LINKS = frozenset((b"1", b"2"))
+_DAMAGED = (tarfile.TarError, ValueError, OverflowError, TypeError, RecursionError)  # what `tarfile` raises for headers that are
+T = TypeVar("T")
 SPARSE, UNREADABLE = b"S", b"S!"  # the second is no type of tar
 _CHECKSUM_AT = slice(148, 156)
 _MAGIC_AT = 257
@@ -85,7 +88,7 @@ class TarFile:
         self.compression: str | None = None
         self.broken = ""
         self._files, self._name, self._limit, self._option = files, name, limit, option
-        self._window, self._begin, self._end = b"", 0, 0  # the last bytes read by `_near`, where they begin, where the last piece ended
+        self._window, self._end = (b"", 0), 0  # the last bytes read by `_near` and where they begin, where the last piece ended
         self.descriptor = read_again(self._opened, self.where)
         self.size = os.fstat(self.descriptor).st_size
 
@@ -111,9 +114,9 @@ class TarFile:
         close_read(self.descriptor)
 
     def read(self, member: Member) -> bytes:
-        """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read."""
+        """Return the bytes of a member; DataError if the file ends early, StoreError if it cannot be read. Threads may share it."""
         if member.sparse:
-            return read_again(lambda: self._whole(member), self.where)
+            return self._again(lambda: self._whole(member))
         data = (self._near if member.size < NEAR_BYTES else self._read)(member.size, member.offset)
         if len(data) != member.size:
             raise DataError(f"{self.where} ends inside {member.name!r}: it changed while it was read")
@@ -121,26 +124,31 @@ class TarFile:
 
     def _near(self, size: int, offset: int) -> bytes:
         """Return the bytes as `_read` does; small pieces that follow one another come from one larger read."""
-        at = offset - self._begin
-        if not 0 <= at <= len(self._window) - size:
+        window, begin = self._window
+        at = offset - begin
+        if not 0 <= at <= len(window) - size:
             follows = 0 <= offset - self._end < NEAR_BYTES
-            self._window, self._begin, at = self._read(WINDOW_BYTES if follows else size, offset), offset, 0
+            window, at = self._read(WINDOW_BYTES if follows else size, offset), 0
+            self._window = window, offset
         self._end = offset + size
-        return self._window[at : at + size]
+        return window[at : at + size]
 
     def _read(self, size: int, offset: int) -> bytes:
         """Return the bytes at `offset`, fewer only where the file ends; StoreError if it cannot be read."""
-        try:
-            return _pread(self.descriptor, size, offset)
-        except OSError as error:
-            return read_again(lambda: self._reread(size, offset), self.where, error)
+        return self._again(lambda: _pread(self.descriptor, size, offset))
 
-    def _reread(self, size: int, offset: int) -> bytes:
-        """Reopen the file, since the descriptor may be stale, and read."""
+    def _again(self, read: Callable[[], T]) -> T:
+        """Return `read()`; after an OSError the file is opened anew first, since its descriptor may be stale."""
+        try:
+            return read()
+        except OSError as error:
+            return read_again(lambda: self._reopened(read), self.where, error)
+
+    def _reopened(self, read: Callable[[], T]) -> T:
         descriptor = self._opened()
         os.dup2(descriptor, self.descriptor, inheritable=False)
         close_read(descriptor)
-        return _pread(self.descriptor, size, offset)
+        return read()
 
     def entries(self, skipped: Skipped, *, joined: bool = True) -> Iterator[Entry]:
         """Yield all headers in order, but those of folders; BrokenTar if the tar is damaged or truncated.
@@ -148,19 +156,21 @@ class TarFile:
         Without `joined` (the rules of version 1), the first archive of several that were joined is read, and the others are counted.
         """
         position: int | None = 0
-        part, first = 0, None
+        part, first, headers = 0, None, 0
         extended = dict[str, str]()  # fields that PAX and GNU headers set for the next member
         while position is not None:
             block = self._near(BLOCK, position)
             if block == _EMPTY or (len(block) < BLOCK and not block.strip(b"\0")):  # the end, or the missing end
                 self._require_complete(position, block, extended, skipped)
                 position, part, extended = self._next_part(position, skipped, joined=joined), part + 1, {}
+                first, headers = None, 0
                 continue
             name, size, kind, target = self._header(block, position)
             start = position + BLOCK
             first = position if first is None else first
             if kind in _EXTENDING:
                 extended |= self._extended(kind, start, size)
+                headers += 1
                 position = start + size + -size % BLOCK
                 continue
             if kind == b"S":
@@ -177,9 +187,9 @@ class TarFile:
                 raise self._broken(f"is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}")
             position = start + size + -size % BLOCK
             if kind == SPARSE:
-                start, (size, target) = first, self._sparse(first, size)
+                start, (size, target) = first, self._sparse(first, size, headers)
                 kind = UNREADABLE if target else SPARSE
-            first = None
+            first, headers = None, 0
             if kind != b"5" and not name.endswith("/"):
                 yield Entry(name.removeprefix("./"), start, size, kind, target, part)
         if self.broken:
@@ -188,20 +198,25 @@ class TarFile:
     @contextlib.contextmanager
     def _unpacked(self, first: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         """Give the member whose headers begin at `first` to the standard library, which knows all three formats of sparse files."""
-        with os.fdopen(os.dup(self.descriptor), "rb") as file:
-            file.seek(first)
-            with tarfile.TarFile(fileobj=file) as tar:
-                info = tar.next()
-                if info is None:
-                    raise tarfile.ReadError("no member")
-                yield tar, info
+        file = cast(IO[bytes], io.BufferedReader(_At(self.descriptor, first)))  # the stubs know fewer files than `tarfile` takes
+        with tarfile.TarFile(fileobj=file) as tar:
+            info = tar.next()
+            if info is None:
+                raise tarfile.ReadError("no member")
+            yield tar, info
 
-    def _sparse(self, first: int, stored: int) -> tuple[int, str]:
+    def _map(self, first: int) -> tuple[int, list[tuple[int, int]]]:
+        """Return the size of a sparse file with its holes, and the place and size of each piece of data in it."""
+        with self._unpacked(first) as (_, info):
+            return info.size, [(int(at), int(length)) for at, length in cast(list[tuple[int, int]], info.sparse)]
+
+    def _sparse(self, first: int, stored: int, headers: int) -> tuple[int, str]:
         """Return the size of a sparse file with its holes (`stored` bytes without), and why it cannot be read ("": it can)."""
+        if headers > MAX_HEADERS:
+            return 0, f"{headers} headers set its name and size, at most {MAX_HEADERS} are read"
         try:
-            with self._unpacked(first) as (_, info):
-                size, pieces = info.size, [(int(at), int(length)) for at, length in cast(list[tuple[int, int]], info.sparse)]
-        except (tarfile.TarError, ValueError, OverflowError, TypeError) as error:
+            size, pieces = self._again(lambda: self._map(first))
+        except _DAMAGED as error:
             return 0, str(error)
         ends = [0, *(end for at, length in pieces if length for end in (at, at + length)), size]
         if ends != sorted(ends) or sum(length for _, length in pieces) > stored:
@@ -215,7 +230,7 @@ class TarFile:
             with self._unpacked(member.offset) as (tar, info):
                 file = tar.extractfile(info)
                 data = b"" if file is None else file.read()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except _DAMAGED as error:
             raise DataError(f"{self.where} is damaged at {member.name!r}: {error}; restore it") from error
         if len(data) != member.size:
             raise DataError(f"{self.where} has other bytes at {member.name!r}: it changed while it was read")
@@ -232,7 +247,7 @@ class TarFile:
         if extended:
             raise self._broken(f"is truncated: it ends at byte {self.size} inside a member's headers")
         if len(block) < BLOCK and not self.broken:  # zeros after a member are its padding or one of the end blocks
-            what = "tars without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
+            what = "tar(s) without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
             skipped.add(what, self.where, kept=True)
 
     def _next_part(self, position: int, skipped: Skipped, *, joined: bool) -> int | None:
@@ -244,7 +259,7 @@ class TarFile:
             return at
         if joined and (later := self._later_header(at)) is not None:
             raise self._broken(f"is damaged at byte {at}: no header with a valid checksum, and another member at byte {later}")
-        skipped.add("tars with bytes after their end", f"{self.where}: {self.size - at}")
+        skipped.add("tar(s) with bytes after their end", f"{self.where}: {self.size - at}")
         return None
 
     def _first_byte(self, position: int) -> int | None:
@@ -361,13 +376,23 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 class _At(io.RawIOBase):
-    """A file from a position on, which is not shared with other readers of the descriptor."""
+    """A file at a position of its own, which is not shared with other readers of the descriptor; closing it does not close that."""
 
     def __init__(self, descriptor: int, position: int) -> None:
         self._descriptor, self._position = descriptor, position
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        if position < 0:
+            raise ValueError(f"a position of {position}")
+        self._position = position
+        return position
 
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]  # of the buffers that `BufferedReader` passes
         got = os.preadv(self._descriptor, [memoryview(buffer)[:LARGEST_READ]], self._position)

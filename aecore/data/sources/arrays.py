@@ -18,7 +18,7 @@ from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
-from aecore.data.sources._filter import filter_of, require_globs, with_limit
+from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import (
     array_format,
@@ -73,7 +73,8 @@ class ArraysSpec:
         for option, rule in (("source.labels", self.labels), ("source.group", self.group)):
             if is_expression(rule):
                 require_rule(option, rule, ())
-        require_globs(self)
+        object.__setattr__(self, "include", globs("source.include", self.include))
+        object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
     @property
     def label(self) -> str:
@@ -106,7 +107,7 @@ class ArraysSource:
 
     def __init__(self, arrays: ArraysSpec) -> None:
         self._spec = arrays
-        self._filter = filter_of(arrays)
+        self._filter = PathFilter(arrays.include, arrays.exclude, arrays.min_size)
         url = absolute_url(arrays.url, "source.url")
         self._file = url.rpartition("/")[2] if array_format(url) else ""
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
@@ -133,7 +134,7 @@ class ArraysSource:
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
         paths = [f"{block.stem}/{row:09d}" for block, row in rows]
-        of_rows = f"{counted(len(rows), 'rows')} of {counted(len(blocks), 'arrays')}"
+        of_rows = f"{counted(len(rows), 'row', 'rows')} of {counted(len(blocks), 'array', 'arrays')}"
         listing = Listing(
             encode_keys(paths),
             [f"{block.head}#{row}" for block, row in rows],
@@ -149,7 +150,7 @@ class ArraysSource:
             label_paths=False,
             paths=paths,
         )
-        return with_limit(listing, self._spec, paths)
+        return with_limit(listing, self._spec.limit, self._spec.group, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return extension and bytes of one row; OSError if its file cannot be read (the next read reopens it)."""
@@ -192,25 +193,38 @@ class ArraysSource:
             names = self._with_labels(self._file)
             if self._filter.is_set:
                 size = self._files.local(self._file).stat().st_size
+                self._see_labels(names[1:], names[:1], skipped)
                 self._require([self._file] if self._filter.takes(self._file, size, skipped) else [], skipped)
-            return names, tuple(self._filter.unused())
+            return names, (*skipped.lines(), *self._filter.unused())
         sizes = self._files.sizes()
         names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         for name in sorted(sizes.keys() - {*names}):
             skip_file(skipped, name, pictures="source.kind=folder takes them")
-        if self._filter.is_set:
-            names = [name for name in names if is_labels(_last(stem_of(name))) or self._filter.takes(name, sizes[name], skipped)]
-        self._require(names, skipped)
+        labels, data = ([name for name in names if _is_label_file(name) == wanted] for wanted in (True, False))
+        taken = [name for name in data if self._filter.takes(name, sizes[name], skipped)] if self._filter.is_set else data
+        self._see_labels(labels, taken, skipped)
+        if data or not labels:
+            self._require(taken, skipped)
+        names = labels + taken
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
         notes = [*skipped.lines(), *self._filter.unused()]
-        notes += [f"skipped {counted(len(twins), '.gz files')} whose uncompressed copies exist"] if twins else []
+        notes += [f"skipped {counted(len(twins), '.gz file', '.gz files')} whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 
     def _require(self, names: list[str], skipped: Skipped) -> None:
         """Raise DataError, which says what was left out, if there is no file."""
         if not names:
             found = "".join(f"\n  {note}" for note in (*skipped.lines(), *self._filter.unused()))
-            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte): check the address{found}")
+            advice = f" that is taken as samples:{found}" if found else ": check the address"
+            raise DataError(f"{self._files.url} holds no .npy, .npz or idx file (train-images-idx3-ubyte){advice}")
+
+    def _see_labels(self, labels: list[str], data: list[str], skipped: Skipped) -> None:
+        """Show the filter the files of labels, which it leaves in; those in a folder of data that `exclude` matches are counted."""
+        folders = set(map(_folder, data))
+        for name in labels:
+            if self._filter.excludes(name) and _folder(name) in folders:
+                what = "file(s) of labels that source.exclude matches, which stay with their arrays"
+                skipped.add(what, name, "move them away to leave the labels out", kept=True)
 
     def _with_labels(self, name: str) -> list[str]:
         try:
@@ -234,7 +248,7 @@ class ArraysSource:
             yield from self._npz_blocks(file, name, stem)
         elif self._spec.lengths:
             raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
-        elif not is_labels(stem.rpartition("/")[2]):
+        elif not _is_label_file(name):
             array = require_samples(file.array(""), name)
             siblings = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
             found = partner(_last(stem), [other for other in siblings if not is_labels(other)], filter(is_labels, siblings))
@@ -323,6 +337,10 @@ class ArraysSource:
 
 def _any(blocks: list[_Block], what: str) -> bool:
     return any(getattr(block, what) for block in blocks)
+
+
+def _is_label_file(name: str) -> bool:
+    return array_format(name) != "npz" and is_labels(_last(stem_of(name)))
 
 
 def _folder(name: str) -> str:

@@ -7,6 +7,7 @@ first `.npz`, for the log). What only frames or `.npz` files need is imported fo
 
 import bisect
 import contextlib
+import dataclasses
 import errno
 import os
 import stat
@@ -25,8 +26,8 @@ from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
-from aecore.data.sources._filter import chosen, filter_of, require_globs
-from aecore.data.sources._labels import found_in, is_expression, require_rule
+from aecore.data.sources._filter import PathFilter, globs, with_limit
+from aecore.data.sources._labels import require_rule
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unseen, unseen_part
 from aecore.data.sources._skipped import Skipped, shown_examples
@@ -75,7 +76,8 @@ class FolderSpec:
         for ext in self.extensions:
             if ext not in FOLDER_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, FOLDER_EXTENSIONS)}")
-        require_globs(self)
+        object.__setattr__(self, "include", globs("source.include", self.include))
+        object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
 
 @SOURCES.register(FolderSpec)
@@ -96,7 +98,7 @@ class FolderSource:
         self._frames = self._frame_reader() if folder.frames == "all" else None
         self._follow = folder.follow_links
         self._limit = folder.limit
-        self._filter = filter_of(folder)
+        self._filter = PathFilter(folder.include, folder.exclude, folder.min_size)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
 
     def listing(self) -> Listing:
@@ -119,22 +121,20 @@ class FolderSource:
                 f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
-        if self._limit is not None and len(paths) > self._limit:
-            rows = chosen(paths, labels if self._bags else self._found_groups(paths), self._limit)
-            skipped.add(f"files above source.limit={self._limit}, by the hash of their paths", "", count=len(paths) - len(rows))
-            paths, labels = [paths[row] for row in rows], [labels[row] for row in rows]
-            if not rows:
-                raise DataError(f"source.limit={self._limit} is less than the files of any bag (source.group): raise it")
         sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(paths))
-        notes = (*self._says_what_is_a_sample(paths), *mask_notes(paths, labels), *skipped.lines(), *self._filter.unused())
         known = {folder: sys.intern(_clean(folder)) for folder in set(labels)}
         names = labels if all(folder == name for folder, name in known.items()) else list(map(known.__getitem__, labels))
         first = {name: sys.intern(name.partition("/")[0]) for name in known.values()}
         tops = list(map(first.__getitem__, names))
-        if not self._bags:
-            return self._framed(Listing(_keys(paths), paths, sizes, label_names=names, splits=tops, notes=notes))
-        above = [name.rpartition("/")[0] for name in names]
-        return self._framed(Listing(_keys(paths), paths, sizes, label_names=above, splits=tops, groups=labels, notes=notes))
+        bags = labels if self._bags else None
+        if self._bags:
+            names = [name.rpartition("/")[0] for name in names]
+        listing = Listing(_keys(paths), paths, sizes, label_names=names, splits=tops, groups=bags)
+        listing = with_limit(listing, self._limit, self._group, paths)
+        if listing.sources is not paths:
+            paths, labels = listing.sources, _folders(listing.sources)
+        notes = (*self._says_what_is_a_sample(paths), *mask_notes(paths, labels), *skipped.lines(), *self._filter.unused(), *listing.notes)
+        return self._framed(dataclasses.replace(listing, notes=notes))
 
     def _frame_reader(self) -> "FrameReader":
         from aecore.data.sources._frames import FrameReader
@@ -147,9 +147,6 @@ class FolderSource:
         from aecore.data.sources._frames import with_frames
 
         return with_frames(listing, self._file)
-
-    def _found_groups(self, paths: list[str]) -> list[str] | None:
-        return found_in("source.group", str(self._group), paths, paths) if is_expression(self._group) else None
 
     def _nothing(self, skipped: Skipped) -> str:
         """Return the error of a folder without a sample."""
@@ -164,7 +161,8 @@ class FolderSource:
         arrays = [path for path in paths if _extension(path) in ("npy", "npz")]
         if not arrays:
             return []
-        notes = [f"one sample per file: {counted(len(arrays), '.npy or .npz files')} (source.kind=arrays takes each row of them as one)"]
+        files = counted(len(arrays), ".npy or .npz file", ".npy or .npz files")
+        notes = [f"one sample per file: {files} (source.kind=arrays takes each row of them as one)"]
         first = next((path for path in arrays if _extension(path) == "npz"), None)
         if first is None:
             return notes
@@ -302,18 +300,18 @@ class FolderSource:
                 raise
             if self._follow and "." in path.rpartition("/")[2] and _extension(path) in self._extensions:
                 return stat.S_IFREG, 0  # a sample that cannot be read: its quarantine row says so
-            skipped.add("symbolic links that lead to nothing", path, FETCH)
+            skipped.add("symbolic link(s) to nothing", path, FETCH)
             return 0, 0
         if self._follow:
             if stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode):
                 return state.st_mode, state.st_size
-            skipped.add("symbolic links to pipes or devices", path, "remove the links")
+            skipped.add("symbolic link(s) to pipes or devices", path, "remove the links")
             return 0, 0
         if stat.S_ISDIR(state.st_mode):
-            skipped.add("symbolic links to folders", path, "set source.follow_links=true to list what is in them")
+            skipped.add("symbolic link(s) to folders", path, "set source.follow_links=true to list what is in them")
             return 0, 0
         if not stat.S_ISREG(state.st_mode) or not self._stays_inside(path):
-            skipped.add("symbolic links that leave the folder", path, "set source.follow_links=true to follow them")
+            skipped.add("symbolic link(s) out of the folder", path, "set source.follow_links=true to follow them")
             return 0, 0
         return state.st_mode, state.st_size
 

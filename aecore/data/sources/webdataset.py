@@ -11,6 +11,7 @@ with the reason, for the quarantine; so is every sample of a tar that is broken,
 
 import json
 import re
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,12 +25,12 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
 from aecore.data.sources import Listing, Unusable
 from aecore.data.sources._external_tars import ExternalTars
-from aecore.data.sources._filter import filter_of, require_globs, with_limit
+from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
 from aecore.data.sources._labels import JSON, json_field, require_rule
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
-from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
 from aecore.data.sources._tar_samples import ARCHIVED, TarReading, TarSample, tar_samples
 from aecore.data.sources._unpack import START_BYTES, compression
@@ -90,7 +91,8 @@ class WebdatasetSpec:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
-        require_globs(self)
+        object.__setattr__(self, "include", globs("source.include", self.include))
+        object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
 
 class _Place(NamedTuple):
@@ -125,7 +127,7 @@ class WebdatasetSource:
     def __init__(self, shards: WebdatasetSpec) -> None:
         self._spec = shards
         self._reading = TarReading(shards.member, "source.member", shards.tars)
-        self._filter = filter_of(shards, "samples")
+        self._filter = PathFilter(shards.include, shards.exclude, shards.min_size, "sample(s)")
         self._open: OrderedDict[str, TarFile] = OrderedDict()
         self._found: ExternalTars | None = None
         self._frame = FrameReader(self._member)
@@ -159,13 +161,13 @@ class WebdatasetSource:
             If there is no tar or no sample, a key comes twice, or a tar is damaged or truncated and `bad_tars` is refuse.
         """
         found = _Columns(self._spec.columns)
-        for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_folder(name, found.skipped, "tars")]):
+        for name in self.tars.files.ahead([name for name in self.tars.names if self._filter.takes_tar(name, found.skipped)]):
             self._list(found, name)
         if not found.keys:
-            kinds = (f"{counted(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
+            kinds = (f"{of_kind(count, what)}, {examples}" for what, count, examples in found.skipped.kinds())
             left = "; ".join((*kinds, *self._filter.unused()))
             raise DataError(
-                f"{self.tars.files.url} holds no sample in {counted(len(self.tars.names), 'tars')} ({left or 'they are empty'})"
+                f"{self.tars.files.url} holds no sample in {counted(len(self.tars.names), 'tar', 'tars')} ({left or 'they are empty'})"
             )
         self._require_keys(found)
         self._require_fields(found)
@@ -184,7 +186,8 @@ class WebdatasetSource:
             paths=found.members,
             unusable=found.unusable if any(found.unusable) else None,
         )
-        listing = with_limit(listing, self._spec, [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)])
+        names = [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)]
+        listing = with_limit(listing, self._spec.limit, self._spec.group, names)
         return with_frames(listing, self._member) if self._spec.frames == "all" else listing
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -319,7 +322,7 @@ class WebdatasetSource:
 
     def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
         try:
-            data = parse_json(_small(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH)
+            data = parse_json(_small(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH if self._spec.tars > 1 else sys.maxsize)
         except ValueError as error:
             if self._spec.tars == 1:
                 return {}
@@ -356,7 +359,7 @@ class WebdatasetSource:
         if not text and rule != "auto":
             if self._spec.tars > 1:
                 raise BadSample("no_label", f"the sample has no {rule}, which source.label asks for: add it, or set source.label=auto")
-            found.skipped.add(f"labels: samples without {rule}", sample.key)
+            found.skipped.add(f"label(s): samples without {rule}", sample.key)
         return _clean(text)
 
     def _notes(self, found: _Columns) -> list[str]:
@@ -366,7 +369,7 @@ class WebdatasetSource:
             without = [key for key, label, bad in zip(found.keys, found.labels, found.unusable, strict=True) if not label and bad is None]
             if not without:
                 return []
-            count = counted(len(without), "samples have")
+            count = counted(len(without), "sample has", "samples have")
             return [f"{count} no .cls, as others have, and no label: {without[0]!r} for example; source.label=cls quarantines such samples"]
         texts = "txt (the .txt members, if they are no captions), " if found.texts else ""
         return [

@@ -159,8 +159,9 @@ def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64])
     known = {listing.groups[row] for row in np.flatnonzero(~is_new).tolist()}
     grown = [row for row in fresh.tolist() if listing.groups[row] in known]
     if grown:
+        what = counted(len(grown), "new sample belongs", "new samples belong")
         raise DataError(
-            f"{counted(len(grown), 'new samples belong')} to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} "
+            f"{what} to bags that {store.url} has already, for example {listing.sources[grown[0]]!r} "
             f"to {listing.groups[grown[0]]!r}. A bag cannot grow: put new samples into new bags, or write to another URL"
         )
 

@@ -131,7 +131,12 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
         return plan.summary(known=len(work.listing) - len(work.fresh))
     _require_usable(work)
     if work.parent is not None and not len(work.fresh):
-        logger.info("%s: nothing new in %s, generation %d stays", work.store.url, counted(len(work.listing), "samples"), work.parent.number)
+        logger.info(
+            "%s: nothing new in %s, generation %d stays",
+            work.store.url,
+            counted(len(work.listing), "sample", "samples"),
+            work.parent.number,
+        )
         return work.parent
     return _write(work, fan_out, on_part)
 
@@ -292,7 +297,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         _require_same(work, read_manifest(store, number))
 
     commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
-    counts = counted(sum(record.rows for record in records), "new samples"), sum(record.quarantined for record in records)
+    rows = counted(sum(record.rows for record in records), "new sample", "new samples")
+    counts = rows, sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     for note in _pixel_notes(records, manifest.sample.shapes):
@@ -312,7 +318,7 @@ def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every sou
 def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> Iterator[str]:
     """Yield what was chosen where files leave a choice: the frame of several, the axes of arrays that can be no sequences."""
     if several := sum(record.detail.get("first_frames", 0) for record in records):
-        what = counted(several, "files have several pages or frames")
+        what = counted(several, "file has several pages or frames", "files have several pages or frames")
         yield f"{what}, of which the first was stored (source.frames=first; all or refuse)"
     counts: dict[str, Counter[str]] = defaultdict(Counter)  # by channels
     for record in records:
@@ -322,7 +328,7 @@ def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> It
                 counts[shape.rpartition("x")[2]][shape] += count
     for channels, found in [] if may_be_sequences(shapes) else sorted(counts.items())[:SHOWN]:
         of_shapes = f"{len(found)} shapes such as {min(found)}" if len(found) > 1 else min(found)
-        arrays = f"{counted(found.total(), 'arrays')} of {of_shapes} {'are images' if found.total() > 1 else 'is an image'}"
+        arrays = counted(found.total(), f"array of {of_shapes} is an image", f"arrays of {of_shapes} are images")
         yield f"{arrays} [H, W, C] of {channels} channels (shards.layout=auto; hwc or chw)"
 
 

@@ -145,7 +145,7 @@ def _unusable_notes(listing: Listing) -> list[str]:
         if why is not None:
             found.setdefault(why.reason, []).append(source)
     return [
-        f"{counted(len(names), 'samples go')} to the quarantine ({reason}), {shown_examples(names, len(names))}"
+        f"{counted(len(names), 'sample goes', 'samples go')} to the quarantine ({reason}), {shown_examples(names, len(names))}"
         for reason, names in found.items()
     ]
 

@@ -75,7 +75,11 @@ def record_shard(
     detail |= {"reasons": dict(Counter(bad[2] for bad in writer.bad))}
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
     _log.info(
-        "shard %s: %s, %d quarantined, %.2f s", task.stem, counted(len(writer.good[0]), "samples"), len(writer.bad), sum(timings.values())
+        "shard %s: %s, %d quarantined, %.2f s",
+        task.stem,
+        counted(len(writer.good[0]), "sample", "samples"),
+        len(writer.bad),
+        sum(timings.values()),
     )
     return write_record(store, PartRecord(task.stem, tuple(files), len(writer.good[0]), len(writer.bad), detail, timings))
 

@@ -16,7 +16,7 @@ from aecore.data.classes import spelled
 from aecore.data.manifest import SPLIT_ORDER, DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.sources._names import split_of, split_of_folder
-from aecore.errors import ConfigError, DataError, counted, did_you_mean, in_number
+from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import knob, spec
 
 _SPLIT_NAME = re.compile(r"(?!.*-g\d{6}$)[A-Za-z0-9][A-Za-z0-9_-]*")  # stems append -g000002: a split must not look like that
@@ -94,8 +94,8 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
         loose = [source.partition("#")[0] for source, top, bad in rows if not top and bad is None]
         names = list(dict.fromkeys(loose))
         more = ", ..." if len(names) > 3 else ""
-        where = f"{in_number(len(loose), 'go')} to train ({', '.join(names[:3])}{more}): move them into one, or out of source.url"
-        return [f"{counted(len(loose), 'samples are')} in no split folder and {where}"] if loose else []
+        what = counted(len(loose), "sample is in no split folder and goes", "samples are in no split folder and go")
+        return [f"{what} to train ({', '.join(names[:3])}{more}): move them into one, or out of source.url"] if loose else []
     return []
 
 

@@ -83,7 +83,7 @@ class TestLinks:
         os.symlink("y.png", root / "a/x.png")
         os.symlink("x.png", root / "a/y.png")
         assert listed(root) == ["a/1.png"]
-        assert "skipped 2 symbolic links that lead to nothing ('a/x.png', 'a/y.png')" in notes(root)
+        assert "skipped 2 symbolic links to nothing ('a/x.png', 'a/y.png')" in notes(root)
 
     def test_links_that_fork_at_every_level_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("aecore.store._links.MOST_PATHS", 50)

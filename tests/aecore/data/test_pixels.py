@@ -85,6 +85,16 @@ def sharded(tmp_path, files, frames="first", extensions=None, **shards):
     return shard_dataset(source, str(tmp_path / "out"), shards=ShardSpec(**{"shuffle": False, "max_bad": 1.0, **shards}))
 
 
+def with_checksums(data: bytes) -> bytes:
+    """Return a PNG of which each chunk, as far as there are any, has the checksum of its bytes."""
+    out, at = data[:8], 8
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        out += png_chunk(data[at + 4 : at + 8], data[at + 8 : at + 8 + length])
+        at += 12 + length
+    return out
+
+
 def read(tmp_path, **options):
     """Return all samples of the dataset as a model gets them, without scaling."""
     with Loader(open_dataset(str(tmp_path / "out")), "train", spec=InputSpec(cache="none"), **options) as loader:
@@ -441,6 +451,36 @@ class TestFrames:
         if held > 300:
             assert sorted(reads) == sorted(files) and len(decoded) == 120, "each file is read once, each frame decoded once"
             assert not source._frames._open, "a file is closed with its last frame"
+
+    @pytest.mark.parametrize("name", ["a.png", "a.gif", "a.webp", "a.tif"])
+    def test_the_same_frames_of_a_damaged_file_are_refused_in_any_order(self, tmp_path, name):
+        random, pages = np.random.default_rng(0), noise(np.random.default_rng(1), 6 * 8, 8, 3).reshape(6, 8, 8, 3)
+        frames, partly = [Image.fromarray(page) for page in pages], 0
+        options = {"lossless": True} if name == "a.webp" else {"compression": "tiff_adobe_deflate"} if name == "a.tif" else {}
+        whole = saved(frames[0], "TIFF" if name == "a.tif" else name[2:].upper(), save_all=True, append_images=frames[1:], **options)
+        source = FolderSource(FolderSpec(url=str(tmp_path), extensions=(name.rpartition(".")[2],), frames="all"))
+
+        def outcome(read, frame):
+            try:
+                return read(frame)[1]
+            except BadSample as bad:
+                return bad.reason, bad.message
+
+        for _ in range(40):
+            at = int(random.integers(len(whole) // 3, len(whole)))
+            data = whole[:at] + bytes([whole[at] ^ 1 << int(random.integers(8))]) + whole[at + 1 :]
+            (tmp_path / name).write_bytes(with_checksums(data) if name == "a.png" else data)
+            listed = source.listing().sources
+            if len(listed) < 6:
+                continue
+            alone = [outcome(reader(source, [frame]), frame) for frame in listed]
+            partly += 0 < sum(isinstance(found, tuple) for found in alone) < 6
+            for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 5, 3, 0, 4, 1], [3, 4, 0, 5]):
+                read = reader(source, [listed[place] for place in order])
+                found = [outcome(read, listed[place]) for place in order]
+                assert found == [alone[place] for place in order]
+                assert not source._frames._open, "a file is closed with its last frame"
+        assert partly
 
     def test_the_limit_of_pixels_is_that_of_the_knob_for_each_frame(self, tmp_path):
         out = io.BytesIO()

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
 from aecore.data.sources._detect import Detected, detect_source
 from aecore.data.sources.arrays import ArraysSource, ArraysSpec
 from aecore.data.sources.folder import BucketSource, FolderSource, FolderSpec
@@ -147,7 +149,7 @@ class TestFilters:
         [
             ({"include": "cat"}, {"cat/00", "cat/01", "cat/10", "cat/11", "cat/bad"}, "6 samples that source.include does not match"),
             ({"include": ("cat/*1.png",)}, {"cat/01", "cat/11"}, "10 samples that source.include does not match"),
-            ({"include": "1.tar/dog/*.png"}, {"dog/10", "dog/11", "dog/x%2Ey_mask"}, "9 samples that source.include does not match"),
+            ({"include": "1.tar/dog/*.png"}, {"dog/10", "dog/11", "dog/x%2Ey_mask"}, "3 samples that source.include does not match"),
             (
                 {"exclude": ("0.tar", "bad.*")},
                 {"cat/10", "cat/11", "dog/10", "dog/11", "dog/x%2Ey_mask"},
@@ -163,6 +165,47 @@ class TestFilters:
             found = WebdatasetSource(WebdatasetSpec(url=url, keys="shard", **options)).listing()
             assert {key.partition("/")[2] for key in found.keys} == expected
             assert any(line in note for note in found.notes), found.notes
+
+    @pytest.mark.parametrize(
+        ("include", "opened"),
+        [
+            ("1.tar", "1"),
+            (("./1.tar/dog",), "1"),
+            ("{1,2}.tar/dog/*.png", "12"),
+            ("a/*.tar", "3"),
+            (("a/?.tar/**", "[12].tar"), "123"),
+            ("**/4.tar.gz/*.png", ""),
+            (("1.tar", "*.png"), None),
+            ("a", None),
+            ("dog/*.png", None),
+        ],
+    )
+    def test_a_tar_that_include_cannot_match_is_not_opened(
+        self, tmp_path: Path, include: tuple[str, ...] | str, opened: str | None
+    ) -> None:
+        tars = {"0": "0.tar", "1": "1.tar", "2": "2.tar", "3": "a/3.tar"}
+        numbered(tmp_path / "one")
+        for name in tars.values():
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes((tmp_path / "one/1.tar").read_bytes())
+        spec = WebdatasetSpec(url=str(tmp_path / "in"), keys="shard", include=include)
+        whole = WebdatasetSource(spec).listing() if opened != "" else None
+        for number, name in tars.items():
+            path = tmp_path / "in" / name
+            good = path.read_bytes()
+            path.write_bytes(b"damaged" * 200)
+            if opened is None or number in opened:
+                with pytest.raises(DataError, match=f"{name} is not a tar"):
+                    WebdatasetSource(spec).listing()
+            elif whole is None:
+                with pytest.raises(
+                    DataError, match=r"holds no sample in 4 tars \(4 tars that source.include does not match, .*matches no file"
+                ):
+                    WebdatasetSource(spec).listing()
+            else:
+                found = WebdatasetSource(spec).listing()
+                assert (found.keys, found.sources, found.notes) == (whole.keys, whole.sources, whole.notes)
+            path.write_bytes(good)
 
     def test_a_limit_is_the_same_anywhere_and_spread_over_all_tars(self, s3: S3, tmp_path: Path) -> None:
         for tar in range(4):
@@ -203,6 +246,37 @@ class TestFilters:
             assert len(few) == 7 and len(set(few.label_names or ())) == 7
         with pytest.raises(DataError, match=r"(?s)holds no .npy.*file of less than source.min_size=9999 bytes"):
             ArraysSource(ArraysSpec(url=str(tmp_path / "in/x_train.npy"), min_size=9999)).listing()
+
+    @pytest.mark.parametrize("single", [False, True])
+    def test_labels_of_arrays_stay_and_are_no_data(self, tmp_path: Path, single: bool) -> None:
+        labels = saved(lambda out: np.save(out, np.arange(30)))
+        old = {"old/b-images.npy": npy(3, 4), "old/b-labels.npy": labels}
+        root = tree(tmp_path / "in", {"a-images.npy": npy(30, 4), "a-labels.npy": labels, **old})
+        url = str(root / "a-images.npy" if single else root)
+
+        def listed(**options: Any) -> Listing:
+            return ArraysSource(ArraysSpec(url=url, **options)).listing()
+
+        for options, why in (
+            ({"exclude": "*-images.npy"}, r"files? that source.exclude matches \('a-images.npy'"),
+            ({"min_size": 1 << 20}, r"files? of less than source.min_size=1048576 bytes"),
+            ({"include": "*-labels.npy"}, r"files? that source.include does not match"),
+        ):
+            with pytest.raises(DataError, match=rf"(?s)holds no .npy.* that is taken as samples:\n  skipped \d {why}") as raised:
+                listed(**options)
+            assert "matches no file" not in str(raised.value)
+        found = listed(exclude=("*-labels.npy", "old"))
+        assert len(found) == 30 and found.label_names == [str(number) for number in range(30)]
+        notes = [note for note in found.notes if "labels" in note or "no file" in note]
+        kept = "1 file of labels that source.exclude matches, which stay with their arrays ('a-labels.npy'): move them away"
+        assert notes[0].startswith(kept)
+        assert notes[1:] == (["source.exclude has 'old', which matches no file: check it"] if single else [])
+
+    def test_labels_alone_are_named(self, tmp_path: Path) -> None:
+        tree(tmp_path / "in", {"a-labels.npy": npy(3, 4)})
+        for options in ({}, {"min_size": 1 << 20}):
+            with pytest.raises(DataError, match=r"holds labels and no samples \(a-labels.npy\): add the file of the images"):
+                ArraysSource(ArraysSpec(url=str(tmp_path / "in"), **options)).listing()
 
     @pytest.mark.parametrize("spec", [WebdatasetSpec, ArraysSpec, FolderSpec])
     def test_what_is_not_set_is_not_in_the_identity(self, spec: type) -> None:

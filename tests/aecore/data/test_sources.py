@@ -59,7 +59,7 @@ def test_hidden_files_and_other_extensions_are_skipped_and_counted(tmp_path):
     nameless, hidden, texts = listing.notes
     assert hidden == "skipped 3 hidden files or folders ('.git', '.png', 'a/.2.png')"
     assert nameless.startswith("skipped 1 file without an extension ('README'): give them the extension of what they are")
-    assert texts.startswith("skipped 1 table or text, which is no sample ('a/notes.txt'): ")
+    assert texts.startswith("skipped 1 table or text, of which none is a sample ('a/notes.txt'): ")
 
 
 def test_links_are_followed_to_files_of_the_tree_only(tmp_path):
@@ -72,10 +72,9 @@ def test_links_are_followed_to_files_of_the_tree_only(tmp_path):
     listing = folder(root).listing()
     assert listing.sources == ["a/1.png", "a/inside.png"]
     assert listing.notes == (
-        "skipped 1 symbolic link that leads to nothing ('a/broken.png'): fetch it (git annex get, dvc pull, or download it again), or "
-        "remove the link",
-        "skipped 1 symbolic link that leaves the folder ('a/outside.png'): set source.follow_links=true to follow them",
+        "skipped 1 symbolic link out of the folder ('a/outside.png'): set source.follow_links=true to follow them",
         "skipped 1 symbolic link to folders ('a/loop'): set source.follow_links=true to list what is in them",
+        "skipped 1 symbolic link to nothing ('a/broken.png'): fetch it (git annex get, dvc pull, or download it again), or remove the link",
     )
 
 
@@ -101,7 +100,7 @@ def test_a_missing_folder_an_empty_one_and_an_archive_say_what_to_do(tmp_path):
         folder(tmp_path / "no").listing()
     tree(tmp_path / "empty", "a/1.txt")
     with pytest.raises(
-        DataError, match=r"(?s)holds no file with one of the extensions .*skipped 1 table or text, which is no sample \('a/1.txt'\)"
+        DataError, match=r"(?s)holds no file with one of the extensions .*skipped 1 table or text, of which none is a sample \('a/1.txt'\)"
     ):
         folder(tmp_path / "empty").listing()
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:

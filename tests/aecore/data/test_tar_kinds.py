@@ -16,6 +16,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,13 +33,16 @@ from aecore.data.read.stream import open_stream
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
-from aecore.data.sources._tar_file import TarFile
+from aecore.data.sources._tar_file import SPARSE as SPARSE_KIND
+from aecore.data.sources._tar_file import Member, TarFile
 from aecore.data.sources._tar_samples import AGAIN, TarReading, data_extension, tar_samples
-from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
+from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
+from aecore.store import LocalFiles
 from tests.aecore.data.test_external_tars import EXPECTED, Files, listing, pixels, reason, samples, unusable, write_tar
+from tests.aecore.data.test_stream import batches as streamed
 from tests.aecore.data.tiny import encoded, image
 from tests.processes import run
 from tests.s3 import S3
@@ -163,7 +167,7 @@ class TestNames:
         write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
         found = listing(tmp_path, member="target.png")
         assert (found.keys, found.unusable) == (["0", "1", "2"], None)
-        assert "skipped 1 document ('README')" in found.notes
+        assert "skipped 1 documents ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
@@ -529,6 +533,22 @@ class TestArchives:
         assert dict(zip(found.keys, map(reason, unusable(found)), strict=True)) == {"a": "member", "000000": "", "000001": ""}
         assert "its map of holes is damaged): pack it without --sparse (-S)" in str(unusable(found)[0])
 
+    @pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"])
+    @pytest.mark.parametrize("number", [33, 2000])
+    def test_a_sparse_member_after_too_many_headers_is_in_the_quarantine(self, tmp_path: Path, kind: bytes, number: int) -> None:
+        """`tarfile` recurses for each header."""
+        info = tarfile.TarInfo("long")
+        info.type, info.size = kind, 512
+        chain = info.tobuf(tarfile.GNU_FORMAT) + (b"a.png".ljust(512, b"\0") if kind in b"LK" else b"16 comment=xxxx\n" * 32)
+        header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+        header[156:157], header[483:495] = b"S", b"%011o\0" % 512
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        (tmp_path / "a.tar").write_bytes(chain * number + bytes(header) + tar_bytes(samples(0, 2)))
+        found = listing(tmp_path)
+        assert dict(zip(found.keys, map(reason, unusable(found)), strict=True)) == {"a": "member", "000000": "", "000001": ""}
+        assert f"{number} headers set its name and size, at most 32 are read" in str(unusable(found)[0])
+
 
 SPARSE = ["--format=gnu", *(f"--format=posix --sparse-version={version}" for version in ("0.0", "0.1", "1.0"))]
 
@@ -572,11 +592,45 @@ class TestSparse:
             key.replace(" ", "%20"): data for key, data in expected.items()
         }
 
-    def test_in_compressed_tars_streams_and_joined_tars(self, tmp_path: Path) -> None:
+    def test_in_compressed_and_joined_tars(self, tmp_path: Path) -> None:
         expected = self.packed(tmp_path, SPARSE[3], lambda tar: gzip.compress(tar_bytes(samples(0, 1)) + tar))
         source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), include="*.npy"))
         assert sorted(source.read(name)[1] for name in source.listing().sources) == sorted(expected.values())
-        assert open_stream(str(tmp_path / "in"), "train").tars
+
+    def test_a_stream_gives_their_values(self, tmp_path: Path) -> None:
+        expected = {np.load(io.BytesIO(data)).tobytes() for data in self.packed(tmp_path, SPARSE[3]).values()}
+        (batch,) = streamed(tmp_path / "in", steps=1)
+        assert {np.asarray(x).tobytes() for x in batch.x} == expected
+
+    @pytest.mark.parametrize("options", SPARSE)
+    def test_threads_that_share_a_tar_read_the_right_bytes(self, tmp_path: Path, options: str) -> None:
+        expected = self.packed(tmp_path, options)
+        source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in")))
+        found, tar = source.listing(), TarFile(source.tars.files, "a.tar")
+        members = {member.name.removesuffix(".npy"): member for member in (parse_source(name)[1] for name in found.sources)}
+        with ThreadPoolExecutor(4) as threads:
+            read = threads.map(lambda key: (key, tar.read(members[key])), [*members] * 40)
+            assert all(data == expected[key] for key, data in read)
+        tar.close()
+
+    def test_are_read_and_listed_again_where_the_descriptor_went_stale(self, tmp_path: Path) -> None:
+        data = self.packed(tmp_path, SPARSE[0])["a folder/holes"]
+        tar = TarFile(LocalFiles(tmp_path / "in"), "a.tar")
+
+        def make_stale() -> None:  # reading a folder is an OSError, as reading a file whose server lost it is
+            folder = os.open(tmp_path, os.O_RDONLY)
+            os.dup2(folder, tar.descriptor)
+            os.close(folder)
+
+        entries = {}
+        for entry in tar.entries(Skipped()):
+            entries[entry.name] = entry
+            make_stale()
+        entry = entries["a folder/holes.npy"]
+        assert (entry.kind, entry.size) == (SPARSE_KIND, len(data))
+        make_stale()
+        assert tar.read(Member(entry.name, entry.offset, entry.size, sparse=True)) == data
+        tar.close()
 
     def test_are_read_from_a_copy_where_tars_of_a_bucket_do_not_fit_into_the_cache(self, s3: S3, tmp_path: Path, monkeypatch) -> None:
         expected = self.packed(tmp_path, SPARSE[0])
@@ -606,6 +660,17 @@ class TestSparse:
         self.packed(tmp_path, SPARSE[0])
         found = listing(tmp_path / "in", tars=1)
         assert found.keys == ["a%20folder/full"] and any("sparse files" in note for note in found.notes)
+
+
+class TestDeepJson:
+    def test_datasets_of_version_1_keep_the_fields_that_they_gave(self, tmp_path: Path) -> None:
+        """JSON of 600 levels, which others have in the quarantine."""
+        deep = b'{"name": "x", "deep": ' + b"[" * 600 + b"]" * 600 + b"}"
+        write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.json", deep)])
+        options: dict[str, Any] = {"label": "json:name", "columns": ("name",)}
+        found = listing(tmp_path, tars=1, **options)
+        assert found.label_names == ["x"] and found.columns["name"].tolist() == ["x"] and found.unusable is None
+        assert "more than 500 levels deep" in str(unusable(listing(tmp_path, **options))[0])
 
 
 class TestAddresses:
