@@ -109,15 +109,10 @@ def require_streamable(train: TrainSpec, input: InputSpec, source: Any = None) -
 
 def _ignored_options(source: Any, input: InputSpec) -> list[str]:  # any: as above
     """Return the options of a source's spec that are not at their default and that a stream does not obey."""
-    obeyed = {  # what a stream does anyway; kind and address are those of what is sharded, a stream reads `data`
-        "kind": lambda value: True,
-        "url": lambda value: True,
-        "label": lambda value: value == "cls",
-        "member": lambda value: value == input.member,
-    }
-    fields = () if source is None else dataclasses.fields(source)
+    obeyed = {"label": "cls", "member": input.member}  # what a stream does anyway
+    fields = [] if source is None else [field for field in dataclasses.fields(source) if field.name not in ("kind", "url")]  # it reads `data`
     changed = {field.name: value for field in fields if (value := getattr(source, field.name)) != default_of(field)}
-    return [name for name, value in changed.items() if not obeyed.get(name, lambda value: False)(value)]
+    return [name for name, value in changed.items() if name not in obeyed or value != obeyed[name]]
 
 
 @dataclass(frozen=True)

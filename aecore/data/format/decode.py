@@ -235,10 +235,8 @@ def decoder_version(name: DecoderName, pixels: PixelsVersion = 2) -> str:
 
     simplejpeg decodes the JPEGs of `pixels=2`. Of `pixels=1` it is the decoder alone.
     """
-    libraries = [(name, _import_decoder(name))]
-    if pixels == 2:
-        libraries.append(("simplejpeg", importlib.import_module("simplejpeg")))
-    return ", ".join(f"{library} {module.__version__}" for library, module in libraries)
+    own = f"{name} {_import_decoder(name).__version__}"
+    return own if pixels == 1 else f"{own}, simplejpeg {importlib.import_module('simplejpeg').__version__}"
 
 
 def preprocessing_hash(transform: Mapping[str, Any], decoder: str) -> str:  # any: plain JSON data
