@@ -110,8 +110,9 @@ def require_streamable(train: TrainSpec, input: InputSpec, source: Any = None) -
 def _ignored_options(source: Any, input: InputSpec) -> list[str]:  # any: as above
     """Return the options of a source's spec that are not at their default and that a stream does not obey."""
     obeyed = {"label": "cls", "member": input.member}  # what a stream does anyway
-    fields = [] if source is None else [field for field in dataclasses.fields(source) if field.name not in ("kind", "url")]  # it reads `data`
+    fields = () if source is None else dataclasses.fields(source)
     changed = {field.name: value for field in fields if (value := getattr(source, field.name)) != default_of(field)}
+    changed = {name: value for name, value in changed.items() if name not in ("kind", "url")}  # of what is sharded: it reads `data`
     return [name for name, value in changed.items() if name not in obeyed or value != obeyed[name]]
 
 
