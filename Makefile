@@ -6,7 +6,7 @@ BOOTSTRAP = $(PYTHON) infra/bootstrap.py
 .PHONY: help setup demo test quick lint long accept bench chaos clean
 help:
 	@echo "make demo    set up, then generated images -> shards -> VAE -> latent table, in about a minute"
-	@echo "make test    set up, then lint and all tests"
+	@echo "make test    set up, then lint and all tests but the long ones"
 	@echo "make quick   set up, then the tests that show most faults, in 90 s"
 	@echo "make lint    ruff, ruff format, mypy"
 	@echo "make long    tests of many cases of which make test runs few"

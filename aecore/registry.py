@@ -157,12 +157,13 @@ def as_recorded(asked: T, recorded: Mapping[str, Any]) -> T:
         value = getattr(asked, field.name)
         if dataclasses.is_dataclass(value) and isinstance(known := recorded.get(field.name), Mapping):
             changes[field.name] = as_recorded(value, known)
-        elif "absent" in field.metadata and field.name not in recorded and value == _default(field):
+        elif "absent" in field.metadata and field.name not in recorded and value == default_of(field):
             changes[field.name] = field.metadata["absent"]
     return dataclasses.replace(asked, **changes)  # type: ignore[type-var]  # as above
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:  # any: a field's value
+def default_of(field: "dataclasses.Field[Any]") -> Any:  # any: a field's value
+    """Return the default of a field of a spec."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

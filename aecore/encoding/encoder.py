@@ -18,6 +18,7 @@ from aecore.errors import ConfigError
 from aecore.loss import kl_divergence_diag_gaussian
 from aecore.registry import knob, spec
 
+OPTIONAL_COLUMNS = {"reconstruction": "recon_error", "kl": "kl", "sample": "z"}  # option -> the column that it adds
 CACHED_BYTES = 3 << 20  # of float32 inputs: of 256x256 RGB images four rows take 1.0 ms each, 64 rows 1.4
 
 

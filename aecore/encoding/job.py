@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aecore._base.trainable import has_posterior
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
 from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
@@ -24,7 +25,7 @@ from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
 from aecore.data.manifest import ShardRef
-from aecore.encoding.encoder import Encoder, EncodeSpec
+from aecore.encoding.encoder import OPTIONAL_COLUMNS, Encoder, EncodeSpec
 from aecore.encoding.worker import EncodeSetup, EncodeTask, EncodeWorker, MakeEncodeWorker, recorded_part
 from aecore.errors import ConfigError, RunFailed, counted
 from aecore.registry import absent_values, as_recorded, to_dict
@@ -178,7 +179,7 @@ def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
 
 def _identity(loaded: LoadedModel, spec: EncodeSpec, columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return what every part of the table shares. `rows_per_part` is in it: a glob over two layouts in one folder would read rows twice."""
-    fields = {name: value for name, value in to_dict(spec, identity_only=True).items() if name not in ("reconstruction", "kl", "sample")}
+    fields = {name: value for name, value in to_dict(spec, identity_only=True).items() if name not in OPTIONAL_COLUMNS}
     transform = to_dict(loaded.config.transform, identity_only=True)
     return {
         **fields,  # without those that `columns` covers
@@ -229,8 +230,20 @@ def _require_same_table(
         claim = read_json(store, CLAIM) if store.size(CLAIM) is not None else {}
         lineage = claim.get("info", {}).get("lineage", {})
         urls = {"checkpoint_sha256": (lineage.get("checkpoint", {}).get("url"), checkpoint)}
-        absent = {**absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}
-        require_same(store.url, "table", wanted, there, urls=urls, absent=absent)
+        absent = {"encode": absent_values(spec), "preprocessing": {"transform": absent_values(TransformSpec)}}
+        both = wanted.get("columns", {}).keys() & there.get("columns", {}).keys()
+        asked, known = (_as_asked(identity, spec, both) for identity in (wanted, there))
+        require_same(store.url, "table", asked, known, urls=urls, absent=absent)
+
+
+def _as_asked(identity: Mapping[str, Any], spec: EncodeSpec, both: Set[str]) -> dict[str, Any]:
+    """Return an identity with the names that a recipe has: `encode.kl` and not its column, unless `both` identities have that."""
+    options, columns = to_dict(spec), identity.get("columns", {})
+    asked = {name: value for name, value in identity.items() if name in options}
+    optional = {option: column for option, column in OPTIONAL_COLUMNS.items() if column != "z" or has_posterior(columns)}
+    asked |= {option: column in columns for option, column in optional.items()}
+    kept = {name: info for name, info in columns.items() if name in both or name not in optional.values()}
+    return {**{name: value for name, value in identity.items() if name not in options}, "encode": asked, "columns": kept}
 
 
 def _require_descendant(store: Store, shards: Sequence[ShardRef], dataset: Mapping[str, Any], parent: TableManifest | None) -> None:

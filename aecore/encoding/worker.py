@@ -295,7 +295,7 @@ def encoded_by(loaded: LoadedModel, setup: EncodeSetup) -> dict[str, str]:
         device = torch.cuda.get_device_name(setup.device)
     else:
         device = f"{setup.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    decoder = decoder_version(loaded.config.transform.decoder)
+    decoder = decoder_version(loaded.config.transform.decoder, loaded.config.transform.pixels)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pyarrow": pa.__version__}
     versions["decoder"] = decoder
     if not setup.device.startswith("cuda"):

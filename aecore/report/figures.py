@@ -8,7 +8,7 @@ The same command again writes nothing; a folder that holds the figures of anothe
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aecore.artifact.commit import require_same
@@ -55,7 +55,7 @@ def write_figures(run: str, data: str, out: str, spec: EvaluateSpec = EvaluateSp
     store, identity = open_store(absolute_url(out, "figures")), _identity(loaded, dataset, spec)
     if store.size(MANIFEST) is not None:
         known = read_json(store, MANIFEST)
-        require_same(store.url, "set of figures", identity, known["identity"])
+        require_same(store.url, "set of figures", _as_asked(identity), _as_asked(known["identity"]))
         return {"url": store.url, "files": known["files"], "left_out": known["left_out"]}
     model, trained = f"{loaded.config.model.kind}, checkpoint {loaded.sha256[:12]}", loaded.checkpoint.info
     seen = f"{model}; {spec.split} of dataset {dataset.manifest.dataset_sha256[:12]}, seed {spec.seed}"
@@ -84,3 +84,8 @@ def _identity(loaded: LoadedModel, dataset: Dataset, spec: EvaluateSpec) -> dict
         "split": spec.split,
         "seed": spec.seed,
     }
+
+
+def _as_asked(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity with the names that a recipe has."""
+    return {name if name.endswith("_sha256") else f"evaluate.{name}": value for name, value in identity.items()}

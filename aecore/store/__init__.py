@@ -44,7 +44,7 @@ from aecore.store._open import (
     resolve_url,
     split_tars,
 )
-from aecore.store._private import keep_torch_cache_private, named_folder, own_folder, private_folder
+from aecore.store._private import keep_torch_cache_private, make_private, name_torch_cache, named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
@@ -75,6 +75,8 @@ __all__ = [
     "is_tar",
     "keep_torch_cache_private",
     "leads_nowhere",
+    "make_private",
+    "name_torch_cache",
     "named_folder",
     "open_files",
     "open_regular",

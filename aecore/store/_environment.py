@@ -35,9 +35,10 @@ class Variable:
 
 
 def _folder(text: str) -> str:
-    if "://" in text:
+    folder = os.path.expanduser(text)  # in quotes a shell leaves ~ as it is
+    if "://" in folder or folder.startswith("~"):
         raise ValueError(text)
-    return text
+    return folder
 
 
 def _positive(text: str) -> int:

@@ -5,12 +5,15 @@ choose what we read. So such a folder is opened without following a link, and wh
 where everybody may rename everything (writable by all, without the sticky bit) no check lasts: name another one.
 """
 
+import contextlib
 import os
 import stat
 import tempfile
 from pathlib import Path
 
 from aecore.errors import StoreError
+
+TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def private_folder(path: Path, other: str) -> Path:
@@ -37,15 +40,50 @@ def private_folder(path: Path, other: str) -> Path:
     return path
 
 
-def keep_torch_cache_private() -> None:
-    """Let torch keep compiled code in a folder of this user; to be called before the first optimizer, which makes torch create one.
+def make_private(path: Path) -> None:
+    """Create a folder and its missing parents, each for this user alone: `Path.mkdir` gives its `mode` to the last one only.
 
-    Its own default, `/tmp/torchinductor_USER`, is a name that anybody can take before us, and what lies there is loaded and run.
-    TORCHINDUCTOR_CACHE_DIR stays what it is if it is set.
+    A folder that exists stays as it is. OSError if one cannot be made.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        place = Path(tempfile.gettempdir(), f"aecore-torch-{os.getuid()}")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(place, "set TORCHINDUCTOR_CACHE_DIR to a folder of your own"))
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        if path.parent == path:
+            raise
+        make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def name_torch_cache() -> None:
+    """Set TORCHINDUCTOR_CACHE_DIR to a folder of this user, unless it is set; to be called when a process begins, before it has threads.
+
+    Torch's default, `/tmp/torchinductor_USER`, is a name that anybody can take before us, and what lies there is loaded and run. Later a
+    thread may be reading the environment in compiled code: with glibc up to 2.40, `getenv` there ends the process now and then. Nothing
+    is created or checked.
+    """
+    if TORCH_CACHE not in os.environ:
+        with contextlib.suppress(FileNotFoundError):  # no place for temporary files: what needs one says so
+            os.environ[TORCH_CACHE] = str(Path(tempfile.gettempdir(), _torch_folder()))
+
+
+def keep_torch_cache_private() -> None:
+    """Create or check the folder of `name_torch_cache`; to be called before the first optimizer, which makes torch create one.
+
+    In a process that did not begin with `name_torch_cache`, a notebook, this sets the variable. Another folder stays as it is.
+
+    Raises
+    ------
+    StoreError
+        As `private_folder`.
+    """
+    name_torch_cache()
+    place = Path(os.environ.get(TORCH_CACHE) or tempfile.gettempdir())
+    if place.name == _torch_folder():
+        private_folder(place, f"set {TORCH_CACHE} to a folder of your own")
+
+
+def _torch_folder() -> str:
+    return f"aecore-torch-{os.getuid()}"
 
 
 def named_folder(path: Path, other: str) -> Path:
@@ -93,7 +131,7 @@ def _opened(path: Path, other: str) -> int:
         try:
             descriptor = os.open(path, flags)
         except FileNotFoundError:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(path)
             descriptor = os.open(path, flags)
     except OSError as error:
         taken = "is a link" if path.is_symlink() else "is no folder" if path.exists() else f"cannot be made or opened ({error.strerror})"

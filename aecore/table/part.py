@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import put_or_adopt
+from aecore.artifact.documents import parse_json
+from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.form import Form, form_problems
 from aecore.data.format.index import INDEX_SCHEMA, column_problems, plain_type
 from aecore.data.format.parquet import footer_sha256, open_parquet, read_metadata, same_footers
@@ -33,6 +35,7 @@ PREFIX = "aecore."
 # a part that an attempt finds committed are what was written: a changed bit in one would go into the lineage. A part of version 1 has no
 # seal: there the only known values are those of the attempt itself, and any others are refused.
 SEAL = "producer_sha256"
+PREPROCESSING = "preprocessing_sha256"  # follows from the config, which is compared, and the decoder's version, which is not
 PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
 NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode"})  # index columns that describe bytes, not samples
 OWN_COLUMNS = ("shard", "split")
@@ -186,7 +189,10 @@ def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table,
     """Return True if `data` of the committed `ref` is `table`, written to `path`, up to producer and values of latents; else DataError."""
     committed = read_part(store, ref)
     new, known = part_metadata(table.schema), part_metadata(committed.schema)
-    differing = [key for key in sorted({*new, *known}) if key not in PRODUCER and new.get(key) != known.get(key)]
+    ignored = [*PRODUCER]
+    if known.get(PREPROCESSING) == _preprocessing_of(known):  # of another version of the decoder, with the settings that are compared
+        ignored.append(PREPROCESSING)
+    differing = [key for key in sorted({*new, *known}) if key not in ignored and new.get(key) != known.get(key)]
     seal = seal_in(committed.schema)
     if seal_of(known) != (seal_of(new) if seal is None else seal):  # without one (version 1) only ours is known
         differing.append("producer")
@@ -194,8 +200,7 @@ def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table,
         differing.append("columns")
     elif not committed.column("key").equals(table.column("key")):
         differing.append("keys")
-    ignored = [PREFIX + key for key in (*PRODUCER, SEAL)]
-    if not differing and not same_footers(path, pa.py_buffer(data), ignored):
+    if not differing and not same_footers(path, pa.py_buffer(data), [PREFIX + key for key in (*ignored, SEAL)]):
         differing.append("footer")
     if not differing and (problems := form_problems(pa.py_buffer(data), committed, PART_FORM)):
         differing.append(f"form: {'; '.join(problems)}")
@@ -205,6 +210,14 @@ def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table,
             "write to another URL"
         )
     return True
+
+
+def _preprocessing_of(metadata: Mapping[str, str]) -> str | None:
+    """Return the preprocessing hash that follows from a part's own config and versions; None if they cannot be read."""
+    try:
+        return preprocessing_hash(parse_json(metadata["config"])["transform"], parse_json(metadata["versions"])["decoder"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def commit_quarantine(store: Store, stem: str, shard: str, index: pa.Table, refused: Sequence[RefusedRow]) -> FileRef | None:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,11 @@ from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.pairs import PairSpec
 from aecore.errors import ConfigError, Hint
-from aecore.registry import LARGEST_SIZE, MODELS, absent_values, as_recorded, knob, spec, to_dict
+from aecore.registry import LARGEST_SIZE, MODELS, absent_values, as_recorded, default_of, knob, spec, to_dict
 from aecore.training.optimizer import OptimSpec
 from aecore.training.preflight import require_batch_statistics, require_batches_in_memory
 
 TRAINING_COPIES = 4  # of the weights, in memory: themselves, their gradients, and the optimizer's two moments
-OF_SAMPLES = ("include", "exclude", "min_size", "limit", "bad_tars", "frames", "member")  # of a source: they say which samples there are
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
 
@@ -84,16 +82,15 @@ def _takes(kind: str, field: str) -> bool:
     return not isinstance(built, type) or not issubclass(built, Trainable) or field in built.train_inputs
 
 
-def require_streamable(train: TrainSpec, input: InputSpec, source: Mapping[str, Any] = MappingProxyType({})) -> None:  # any: plain values
-    """Raise ConfigError for settings that need an index where the tars have none, and for options of `source` that say what a sample is."""
+def require_streamable(train: TrainSpec, input: InputSpec, source: Any = None) -> None:  # any: the spec of a source, of any kind
+    """Raise ConfigError for settings that need an index where the tars have none, and for options of `source` that a stream ignores."""
     if not input.streams:
         return
-    asked = [f"source.{name}" for name in OF_SAMPLES if source.get(name)]
-    if asked:
+    if asked := [f"source.{name}" for name in _ignored_options(source, input)]:
         raise ConfigError(
-            f"{', '.join(asked)} would choose samples, and input.reader=webdataset reads every sample of data (its own options are "
-            "input.member and input.max_bad): choose tars by a pattern in data, or index the tars with these options and train on the "
-            "index, or leave them out",
+            f"{', '.join(asked)} would have no effect: input.reader=webdataset reads every sample of data, with the labels of .cls "
+            "(its own options are input.member, input.max_bad and input.max_pixels): choose tars by a pattern in data, or index the tars "
+            "with these options and train on the index, or leave them out",
             hint=Hint("needs-index"),
         )
     if not train.max_steps and (input.resampled or not input.epoch_samples):
@@ -108,6 +105,15 @@ def require_streamable(train: TrainSpec, input: InputSpec, source: Mapping[str, 
             "or leave train.val_split out",
             hint=Hint("needs-index"),
         )
+
+
+def _ignored_options(source: Any, input: InputSpec) -> list[str]:  # any: as above
+    """Return the options of a source's spec that are not at their default and that a stream does not obey."""
+    obeyed = {"label": "cls", "member": input.member}  # what a stream does anyway
+    fields = () if source is None else dataclasses.fields(source)
+    changed = {field.name: value for field in fields if (value := getattr(source, field.name)) != default_of(field)}
+    changed = {name: value for name, value in changed.items() if name not in ("kind", "url")}  # of what is sharded: it reads `data`
+    return [name for name, value in changed.items() if name not in obeyed or value != obeyed[name]]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 from aecore.errors import AecoreError, DataError, StoreError, masked, printable
 from aecore.registry import flatten
-from aecore.store import check_environment
+from aecore.store import check_environment, name_torch_cache
 from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
 from pipelines.cluster.interrupt import end_in_time, write_line
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in words, "--debug" in words
+    name_torch_cache()
     _prepare_streams()
     _log(debug)
     if argv is None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from aecore.artifact.fanout import FanOut, MakeWorker, Outcome, PartFailure, Worker, make_part, serial
 from aecore.errors import AecoreError, ClusterError, WorkerDied
+from aecore.store import name_torch_cache
 from pipelines.cluster.memory import disable_malloc_trim
 from pipelines.cluster.outside import known_error
 from pipelines.cluster.session import connect, require_local_urls_fit, require_resources, wait_for_one, worker_resources
@@ -27,6 +28,7 @@ class PartWorker:
     """The Ray actor: creates the job's worker at its first call and keeps it."""
 
     def __init__(self, threads: int) -> None:
+        name_torch_cache()
         disable_malloc_trim()
         self._threads = threads
         self._worker: Worker | None = None
@@ -104,6 +106,7 @@ def call_on_worker(cluster: ClusterSpec, function: Callable[[], Any], *urls: str
 
 def _call(function: Callable[[], Any], threads: int) -> Any:
     """Run on a worker; an `AecoreError` is returned as a value, since Ray would change the type of a raised one."""
+    name_torch_cache()
     import torch
 
     torch.set_num_threads(threads)

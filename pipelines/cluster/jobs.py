@@ -98,8 +98,8 @@ class JobServer:
         """Return the environment of a job: PASSED_VARIABLES, settings, and the path of our packages if the head is this machine."""
         passed = passed_variables() | {
             "PYTHONSAFEPATH": "1",
-            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
-        }  # Ray's process that stops a job has its environment
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),  # Ray's process that stops a job has its environment
+        }
         return passed | (import_environment() if is_this_machine(self._host) else {})
 
     def running(self, key: str) -> str | None:

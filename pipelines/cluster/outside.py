@@ -4,15 +4,21 @@
 A service that does not answer is another fault than one that answers with an error: the latter's status decides what helps.
 """
 
+import os
 from typing import Any
 
 from aecore.errors import AecoreError, ClusterError, ServiceLost, from_outside
 
 MAY_PASS = frozenset({408, 409, 425, 429})  # besides 5xx: answers to which the same request later may succeed
-_REMEDIES = {
+_OF_PREFECT = {  # for addresses below PREFECT_API_URL
     401: "set PREFECT_API_AUTH_STRING=user:password as on the server",
     403: "set PREFECT_API_AUTH_STRING=user:password as on the server, to a user who may do that",
     404: "check PREFECT_API_URL (it ends with /api), and whether that was removed from the server meanwhile",
+}
+_REMEDIES = {
+    401: "check the address and the credentials that this service was given",
+    403: "check the address and the credentials that this service was given",
+    404: "check the address, and whether that was removed there meanwhile",
     409: "somebody else has just done the same there: run the same command again",
     429: "it has too much to do: wait, then run the same command again",
 }
@@ -57,8 +63,27 @@ def _packages(error: BaseException) -> set[str]:
 
 def _refusal(error: Any) -> ClusterError:  # any: an HTTPStatusError of httpx, which not every installation has
     """Return the error for a service that answered with an error."""
-    status, said = error.response.status_code, " ".join(error.response.text.split())[:300]
+    from httpx import ResponseNotRead
+
+    try:
+        text = error.response.text
+    except ResponseNotRead:  # of a streamed response, which is closed by now
+        text = ""
+    status, said = error.response.status_code, " ".join(text.split())[:300]
+    remedies = _REMEDIES | (_OF_PREFECT if _is_prefects(error.request.url) else {})
     kind = ServiceLost if status >= 500 or status in MAY_PASS else ClusterError
     usual = "look at its log, then run the same command again" if kind is ServiceLost else "`aepipe doctor` compares the versions"
     answer = f"{status} {error.response.reason_phrase}".strip() + (f": {said}" if said else "")
-    return kind(f"{error.request.url} answered {answer}; what is finished is kept: {_REMEDIES.get(status, usual)}")
+    return kind(f"{error.request.url} answered {answer}; what is finished is kept: {remedies.get(status, usual)}")
+
+
+def _is_prefects(url: Any) -> bool:  # any: a URL of httpx, as above
+    """Return whether an address is one of the Prefect API that PREFECT_API_URL names."""
+    from httpx import URL, InvalidURL
+
+    try:
+        api = URL(os.environ.get("PREFECT_API_URL", ""))  # as httpx writes addresses: the host in lower case, no default port
+    except InvalidURL:
+        return False
+    same = (url.scheme, url.host, url.port) == (api.scheme, api.host, api.port)
+    return bool(api.host) and same and f"{url.path}/".startswith(f"{api.path.rstrip('/')}/")

@@ -25,7 +25,7 @@ from typing import Any
 
 from aecore.checkpoint.files import committed_checkpoints
 from aecore.errors import AecoreError, ClusterError, Interrupted, RunFailed, WorkerDied, from_outside
-from aecore.store import open_store
+from aecore.store import name_torch_cache, open_store
 from aecore.training.job import TrainJob
 from aecore.training.loop import fit
 from aecore.training.preflight import schedule_warnings
@@ -186,6 +186,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> An
 
 def _rank_loop(config: Mapping[str, Any]) -> None:
     """Run `fit` on every rank, in the process group that Ray created."""
+    name_torch_cache()
     import ray.train
     import ray.train.torch
     import torch

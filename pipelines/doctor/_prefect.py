@@ -133,10 +133,10 @@ def _scheduler(url: str) -> Iterator[Finding]:
         yield warning(
             "prefect: scheduler", message, "start a worker for their pool, or `aepipe serve`; see whether a concurrency limit holds them"
         )
-    deployments = counted(len(scheduled), "deployment", "deployments")
+    those = counted(len(scheduled), "deployment", "deployments")
     if planned:
-        yield ok("prefect: scheduler", f"{counted(planned, 'run is planned', 'runs are planned')} for {deployments}")
+        yield ok("prefect: scheduler", f"{counted(planned, 'run is planned', 'runs are planned')} for {those}")
     else:
-        message = f"no run is planned for {deployments} with an active schedule: the scheduler does not work"
+        message = f"no run is planned for {those} with an active schedule: the scheduler does not work"
         remedy = "run `prefect server services start` for a server without services; SQLAlchemy has to be < 2.1"
         yield failed("prefect: scheduler", message, remedy)

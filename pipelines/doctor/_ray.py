@@ -75,7 +75,8 @@ def left_behind() -> Iterator[Finding]:
     idle = [left for left in found if not left.pids]
     unknown = [left for left in idle if not left.is_noted]
     if unknown:
-        message = f"{counted(len(unknown), 'session folder of unknown origin', 'session folders of unknown origin')} in {root}/ray, the oldest {unknown[0].age} ago"
+        folders = counted(len(unknown), "session folder", "session folders")
+        message = f"{folders} of unknown origin in {root}/ray, the oldest {unknown[0].age} ago"
         yield warning("ray: leftovers", message, "remove those that no Ray in another container uses")
     if not unknown and len(idle) == len(found):
         yield ok(

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from aecore.errors import ClusterError, ConfigError, read_error
+from aecore.store import make_private, name_torch_cache
 from pipelines.cluster.job_client import refuse_secrets
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -29,11 +30,15 @@ def set_defaults() -> None:
     """Set the variables of SETTINGS that the environment does not set."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    home = os.environ["PREFECT_HOME"]
+    home = os.path.expanduser(os.environ["PREFECT_HOME"])
     if home.startswith("~"):
-        raise ConfigError("Prefect needs a folder, and this user has no home directory here: set PREFECT_HOME to a folder, or HOME")
+        raise ConfigError(
+            f"PREFECT_HOME is {home}, and there is no such home directory here: set PREFECT_HOME to a folder that exists, or HOME"
+        )
+    if home != os.environ["PREFECT_HOME"]:
+        os.environ["PREFECT_HOME"] = home  # one path for Prefect, our server and their processes
     try:  # Prefect creates only the last level, and hangs if it cannot
-        Path(home).mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(Path(home))
     except OSError as error:
         raise read_error(f"cannot make PREFECT_HOME={home}, or a folder above it; set it to a folder of your own", error) from error
 
@@ -58,3 +63,4 @@ def require_server(timeout_s: float = 10.0) -> None:
 
 
 set_defaults()
+name_torch_cache()  # here begins the process of a flow run

@@ -16,7 +16,7 @@ from typing import Any
 from aecore import errors
 from aecore.artifact.documents import parse_json
 from aecore.errors import Interrupted, RunFailed, printable
-from aecore.store import check_environment
+from aecore.store import check_environment, name_torch_cache
 from pipelines.cluster.interrupt import end_in_time, write_line
 from pipelines.cluster.outside import known_error
 from pipelines.recipe.recipe import Recipe
@@ -54,6 +54,7 @@ def work(name: str, recipe: Recipe, report: progress.Report) -> Tree:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a step and return its exit code."""
     name, text = sys.argv[1:] if argv is None else argv
+    name_torch_cache()
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log_to_handler(handler, logging.INFO)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from aecore.artifact.documents import parse_json
 from aecore.errors import ConfigError
 from aecore.store import absolute_url, open_store
-from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe
+from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe, build_section
 from pipelines.recipe.yaml import Tree, value_at
 from pipelines.steps.progress import Report, TrainWatch, on_part, silent
 
@@ -157,7 +157,8 @@ def train_job_of(recipe: Recipe) -> Any:
     """Return the `aecore.training.job.TrainJob` of a recipe."""
     from aecore.training.job import TrainJob, require_streamable
 
-    require_streamable(recipe.train, recipe.input, recipe.tree.get("source") or {})
+    given = recipe.tree.get("source")  # no section of this step: it only may not ask for what would have no effect
+    require_streamable(recipe.train, recipe.input, build_section("source", given) if given else None)
     parts = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(TrainJob) if field.name in SECTIONS}
     return TrainJob(data=recipe.require("data"), out=recipe.require("out"), **parts)
 

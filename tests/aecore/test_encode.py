@@ -4,18 +4,22 @@ import dataclasses
 import errno
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import pickle
 import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -25,6 +29,7 @@ from aecore.artifact.fanout import serial
 from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.weights import load_model
 from aecore.data.dataset import open_dataset
+from aecore.data.format.decode import decoder_version
 from aecore.data.format.transform import TransformSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
@@ -35,7 +40,7 @@ from aecore.registry import from_dict
 from aecore.store import open_store
 from aecore.store._environment import FAULT_STAGES
 from aecore.table.part import RefusedRow, commit_part, commit_quarantine, fixed_size_list, numpy_view, part_metadata
-from aecore.table.table import open_table
+from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
 from aecore.variational import VAESpec
 from tests.aecore.encoding import (
@@ -189,16 +194,29 @@ def test_an_append_encodes_the_new_shards_only(tmp_path: Path, run: str) -> None
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"batch": 8}, "batch"), ({"dtype": "float16"}, "dtype"), ({"kl": True}, "columns.kl"), ({"rows_per_part": 16}, "rows_per_part")],
+    [
+        ({"batch": 8}, "\n  encode.batch: there 16, asked 8\n"),
+        ({"dtype": "float16"}, "\n  encode.dtype: there 'float32', asked 'float16'\n"),
+        ({"kl": True}, ":\n  encode.kl: there False, asked True\n"),
+        ({"reconstruction": True}, ":\n  encode.reconstruction: there False, asked True\n"),
+        ({"sample": True}, ":\n  encode.sample: there False, asked True\n"),
+        ({"rows_per_part": 16}, "\n  encode.rows_per_part: there 0, asked 16\n"),
+    ],
 )
 def test_a_table_of_another_identity_is_refused_and_the_fields_are_named(
     tmp_path: Path, data: str, run: str, changes: Any, field: str
 ) -> None:
     encode(run, data, tmp_path / "table")
     before = tree(tmp_path / "table")
-    with pytest.raises(ConfigError, match=rf"holds another table:(.|\n)*{field}"):
+    with pytest.raises(ConfigError, match="holds another table:") as error:
         encode_dataset(run, data, str(tmp_path / "table"), from_dict(EncodeSpec, {"batch": 16, **changes}))
+    assert field in str(error.value) and ("columns." in str(error.value)) == ("dtype" in changes)
     assert tree(tmp_path / "table") == before
+    full = EncodeSpec(batch=16, kl=True, reconstruction=True, sample=True)
+    encode(run, data, tmp_path / "full", full)
+    with pytest.raises(ConfigError) as error:
+        encode_dataset(run, data, str(tmp_path / "full"), EncodeSpec(batch=16, reconstruction=True, sample=True))
+    assert ":\n  encode.kl: there True, asked False\nwrite to another URL" in str(error.value)
 
 
 def test_another_checkpoint_is_another_table_also_before_the_first_commit(tmp_path: Path, data: str, run: str) -> None:
@@ -427,6 +445,51 @@ def test_finished_parts_of_a_killed_attempt_are_not_made_again(
     made: list[str] = []
     table = encode(run, data, tmp_path / "table", on_part=lambda record, done, total: made.append(record.part))
     assert made == [part.stem for part in table.parts if part.stem not in known] != []
+
+
+@pytest.fixture
+def older_decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Let artefacts record what earlier versions recorded: imagecodecs, and nothing of simplejpeg."""
+    with monkeypatch.context() as patch:
+        for module in ("aecore.encoding.worker", "aecore.data.format.transform"):
+            patch.setattr(f"{module}.decoder_version", lambda name, pixels: decoder_version(name, 1))
+        yield patch
+
+
+def decoders(table: LatentTable) -> list[str]:
+    """The decoders that the parts of a table name, each once."""
+    schemas = [pq.read_schema(Path(table.url) / part.file.name) for part in table.parts]
+    return list(dict.fromkeys(json.loads(part_metadata(schema)["versions"])["decoder"] for schema in schemas))
+
+
+def test_a_part_names_what_decodes_its_jpegs(tmp_path: Path, data: str, run: str) -> None:
+    both = f"imagecodecs {imagecodecs.__version__}, simplejpeg {simplejpeg.__version__}"
+    assert decoders(encode(run, data, tmp_path / "table")) == [both]
+    old = saved_run(tmp_path / "run", config=dataclasses.replace(model_config(), transform=TransformSpec(pixels=1)))
+    assert decoders(encode(old, data, tmp_path / "old")) == [f"imagecodecs {imagecodecs.__version__}"]
+
+
+def test_a_table_that_names_fewer_decoders_goes_on(tmp_path: Path, run: str, older_decoder: pytest.MonkeyPatch) -> None:
+    images = image_folder(tmp_path / "images", "train", range(40))
+    data = folder_dataset(images, tmp_path / "dataset", max_samples=21)
+    first = encode(run, data, tmp_path / "table")
+    before = tree(tmp_path / "table")
+    killed_after(1, run, data, tmp_path / "begun")
+    encode(run, data, tmp_path / "unrecorded")
+    for left in ("table.000001.json", *(f"records/{part.stem}.json" for part in first.parts)):
+        (tmp_path / "unrecorded" / left).unlink()  # as if it had been killed between a part and its record
+    (old,) = decoders(first)
+    older_decoder.undo()
+    for name in ("begun", "unrecorded"):
+        table = encode(run, data, tmp_path / name)
+        assert table.keys.to_pylist() == first.keys.to_pylist() and old in decoders(table)
+        verify_table(table, read_data=True, dataset_url=data)
+    folder_dataset(image_folder(images, "train", range(40, 60)), tmp_path / "dataset", max_samples=21)
+    table = encode(run, data, tmp_path / "table")
+    assert decoders(table) == [old, f"{old}, simplejpeg {simplejpeg.__version__}"]
+    verify_table(table, read_data=True, dataset_url=data)
+    after = tree(tmp_path / "table")
+    assert {name: after[name] for name in before} == before
 
 
 def test_parts_of_another_dataset_from_a_killed_attempt_are_refused(tmp_path: Path, data: str, run: str) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 WRONG = {
     "AECORE_ACCEPT": ["yes"],
     "AECORE_APT": ["no"],
-    "AECORE_CACHE": ["s3://bucket/cache"],
+    "AECORE_CACHE": ["s3://bucket/cache", "~nobody-of-that-name/c"],
     "AECORE_CACHE_BYTES": ["banana", "-1", "0", "16GiB", "1e9", "\u00b2", "1_000"],
     "AECORE_DATA": ["https://host/images"],
     "AECORE_FAULT": ["bogus", "record", "record.linked:", "record.linked:0", "record.linked:x", "record.removed", "recrod.linked"],
@@ -25,7 +26,7 @@ WRONG = {
     "AECORE_TAR_PREFIXES": ["http://host/tars", "s3://bucket, gs://other"],
 }
 RIGHT = {
-    "AECORE_CACHE": ("/tmp/c", "/tmp/c"),
+    "AECORE_CACHE": ("~/c", os.path.expanduser("~/c")),
     "AECORE_CACHE_BYTES": ("1000", 1000),
     "AECORE_FAULT": ("record.linked:3", ("record.linked", 3)),
     "AECORE_LINEAR": ("torch", "torch"),

@@ -1,5 +1,7 @@
 """Other people's data through the command line: SRC says its kind, adopted tars go all the way, tars without an index are trained on."""
 
+import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aecore.data.read.loader import InputSpec
+from aecore.data.sources.folder import FolderSpec
+from aecore.errors import ConfigError
+from aecore.registry import SOURCES
+from aecore.training.job import TrainSpec, require_streamable
 from pipelines.cli.main import main
 from pipelines.recipe.recipe import load_recipe
 from pipelines.steps.pipeline import stage
@@ -118,9 +125,20 @@ def test_what_a_stream_advises_about_bad_samples_is_accepted(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["source.include=x"], "source.include would choose samples, and input.reader=webdataset reads every sample of data"),
-        (["source.limit=3", "source.exclude=y"], "source.exclude, source.limit would choose samples"),
-        (["source.kind=webdataset", "source.bad_tars=skip"], "source.bad_tars would choose samples"),
+        (["source.include=x"], "source.include would have no effect: input.reader=webdataset reads every sample of data"),
+        (["source.limit=3", "source.exclude=y"], "source.exclude, source.limit would have no effect"),
+        (["source.kind=webdataset", "source.bad_tars=skip"], "source.bad_tars would have no effect"),
+        (["source.kind=webdataset", "source.label=tar", "source.tars=1"], "source.label, source.tars would have no effect"),
+        (["source.classes=[a,b]", "source.follow_links=true"], "source.classes, source.follow_links would have no effect"),
+        (["source.extensions=[png]"], "(its own options are input.member, input.max_bad and input.max_pixels)"),
+        (
+            ["source.kind=webdataset", "source.max_inflated_bytes=9", "source.columns=[a]"],
+            "source.columns, source.max_inflated_bytes would",
+        ),
+        (["source.kind=webdataset", "source.member=seg.png", "source.keys=shard"], "source.member, source.keys would have no effect"),
+        (["source.kind=webdataset", "source.member=seg.png", "input.member=png"], "source.member would have no effect"),
+        (["source.kind=arrays", "source.images=x"], "source.images would have no effect"),
+        (["source.kind=sprites", "source.size=16"], "source.size would have no effect"),
         (
             ["source.bad_tars=skip"],
             "unknown key 'source.bad_tars' of source.kind=folder: it belongs to source.kind=webdataset; leave it out",
@@ -134,6 +152,33 @@ def test_what_a_stream_does_not_obey_is_refused_by_name(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert message in error and not (tmp_path / "run").exists()
     assert "unknown" in error or "`aepipe adopt SRC DATASET` makes an index" in error
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["source.frames=first"],
+        ["source.kind=webdataset", "source.bad_tars=refuse", "source.tars=2", "source.include=[]", "source.limit=null"],
+        ["source.kind=webdataset", "source.url=/in", "source.label=cls", "source.member=seg.png", "input.member=seg.png"],
+        [f"source.extensions={json.dumps(sorted(FolderSpec().extensions))}", "source.follow_links=false", "source.label=path"],
+    ],
+)
+def test_what_a_stream_does_anyway_is_not_refused(overrides) -> None:
+    train_job_of(load_recipe(None, ["data=/in", "out=/out", "input.reader=webdataset", "train.max_steps=2", *overrides]))
+
+
+@pytest.mark.parametrize("kind", SOURCES.kinds())
+def test_every_option_of_every_source_is_obeyed_by_a_stream_or_refused_by_name(kind: str) -> None:
+    spec, stream = SOURCES.spec_type(kind)(), (TrainSpec(max_steps=2), InputSpec(reader="webdataset"))
+    require_streamable(*stream, spec)
+    for field in dataclasses.fields(spec):
+        changed = copy.copy(spec)
+        object.__setattr__(changed, field.name, "another value")
+        if field.name in ("kind", "url"):
+            require_streamable(*stream, changed)
+        else:
+            with pytest.raises(ConfigError, match=f"^source.{field.name} would have no effect"):
+                require_streamable(*stream, changed)
 
 
 def test_a_pipeline_applies_the_source_before_it_streams() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aecore.errors import ConfigError
 from pipelines.cli.main import main
 from pipelines.flows import set_defaults
 from pipelines.flows.server import temporary_server
@@ -84,3 +85,23 @@ def test_the_defaults_leave_the_users_settings_alone(monkeypatch: pytest.MonkeyP
     set_defaults()
     assert os.environ["PREFECT_HOME"] == "/somewhere/mine"
     assert os.environ["PREFECT_LOGGING_EXTRA_LOGGERS"] == "aecore,pipelines"
+
+
+def test_a_home_of_prefect_may_begin_with_a_tilde_and_what_is_made_for_it_is_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = os.umask(0)
+    try:
+        for name in ("~/pf/deep/home", "~/pf/other", str(tmp_path / ".cache/aepipe/prefect")):
+            monkeypatch.setenv("PREFECT_HOME", name)
+            set_defaults()
+            assert os.environ["PREFECT_HOME"] == os.path.expanduser(name)
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o700} and len(made) == 7
+    for name in ("~nobody-of-that-name/pf", "~nobody-of-that-name"):
+        monkeypatch.setenv("PREFECT_HOME", name)
+        with pytest.raises(ConfigError, match="set PREFECT_HOME to a folder"):
+            set_defaults()

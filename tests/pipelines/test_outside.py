@@ -255,6 +255,37 @@ def test_a_wrapped_request_is_judged_by_what_failed() -> None:
     assert isinstance(versions, ClusterError) and "server: 2.0" in str(versions)
 
 
+@pytest.mark.parametrize("answering", [401, 403, 404], indirect=True)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_prefects_remedies_are_those_of_its_address_and_a_streamed_answer_needs_no_text(
+    answering: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    def said(url: str) -> str:
+        with pytest.raises(httpx.HTTPStatusError) as raised, httpx.Client() as client:
+            if streamed:
+                with client.stream("GET", url) as response:
+                    response.raise_for_status()
+            client.get(url).raise_for_status()
+        known = known_error(raised.value)
+        assert type(known) is ClusterError and url in str(known)
+        assert ("why not" in str(known)) == (not streamed)
+        return str(known)
+
+    assert "PREFECT_API_" in said(f"{answering}/flow_runs/x?limit=3")
+    assert "PREFECT_API_" in said(answering)
+    assert "PREFECT_API_" not in said(answering + "s/x")
+    assert "PREFECT_API_" not in said(answering.removesuffix("/api"))
+    monkeypatch.setenv("PREFECT_API_URL", answering.replace("http", "HTTP") + "/")
+    assert "PREFECT_API_" in said(f"{answering}/flow_runs/x")
+    for other in ("http://127.0.0.1:1/api", "https://api.prefect.cloud/api", "", "http://["):
+        monkeypatch.setenv("PREFECT_API_URL", other)
+        assert "PREFECT_API_" not in said(f"{answering}/flow_runs/x")
+    monkeypatch.delenv("PREFECT_API_URL")
+    assert "PREFECT_API_" not in said(f"{answering}/flow_runs/x")
+
+
 def test_a_ray_that_does_not_start_is_a_cluster_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -59,7 +59,7 @@ def test_a_plan_of_a_finished_pipeline_checks_training_and_encoding_too(root: Pa
     ("word", "code", "message"),
     [
         ("train.epochs=5", 2, "train.epochs: there 1, asked 5"),
-        ("encode.dtype=float16", 2, "\n  dtype: there 'float32', asked 'float16'"),
+        ("encode.dtype=float16", 2, "\n  encode.dtype: there 'float32', asked 'float16'"),
         ("evaluate.split=tset", 3, "has no split 'tset' (it has: train, test): set evaluate.split to another one"),
         ("train.val_split=val", 3, "has no split 'val' (it has: train, test): set train.val_split to another one"),
     ],

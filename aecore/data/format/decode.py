@@ -3,8 +3,8 @@
 The first bytes of a member decide what it is: plain PNG and JPEG go straight to a decoder (JPEG to simplejpeg, which gives the pixels of
 imagecodecs and raises where a file lacks data), `.npy` arrays are read without objects, everything else goes through
 `pixels.decode_image`, which decides what can be read. The size in the header is compared with the expected one before any pixel is
-loaded. Both decoders give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name and version belong to
-every artefact.
+loaded. Both decoders give the same pixels for PNG; for JPEG they differ by a few levels, so the decoder's name belongs to every
+artefact, and its version, with that of simplejpeg, is recorded there.
 
 Pixels: as they are meant (see `image`), 1-bit images 0 and 255, palettes RGB. Alpha is composed over the background where the expected
 format has no channel for it. What was written before `pixels=2` is read as it was: as stored, a colour key (PNG tRNS) dropped.
@@ -230,9 +230,13 @@ def _import_decoder(name: DecoderName) -> Any:  # any: imagecodecs has no types
         ) from error
 
 
-def decoder_version(name: DecoderName) -> str:
-    """Return "imagecodecs 2026.3.6": the decoder's name and version, for the artefact's metadata."""
-    return f"{name} {_import_decoder(name).__version__}"
+def decoder_version(name: DecoderName, pixels: PixelsVersion = 2) -> str:
+    """Return "imagecodecs 2026.3.6, simplejpeg 1.9.0", for the artefact's metadata: what decodes, with versions.
+
+    simplejpeg decodes the JPEGs of `pixels=2`. Of `pixels=1` it is the decoder alone.
+    """
+    own = f"{name} {_import_decoder(name).__version__}"
+    return own if pixels == 1 else f"{own}, simplejpeg {importlib.import_module('simplejpeg').__version__}"
 
 
 def preprocessing_hash(transform: Mapping[str, Any], decoder: str) -> str:  # any: plain JSON data

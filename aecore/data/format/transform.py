@@ -120,6 +120,6 @@ def _where_grey(drawn: Tensor, grey: Tensor) -> Tensor:
 def preprocessing_sha256(spec: TransformSpec, decoder: str | None = None) -> str:
     """Return the hash of everything that turns stored bytes into network input.
 
-    `decoder` is the decoder's name and version ("imagecodecs 2026.3.6"); by default the installed one.
+    `decoder` is what `decoder_version` returns; by default for what is installed.
     """
-    return preprocessing_hash(to_dict(spec, identity_only=True), decoder or decoder_version(spec.decoder))
+    return preprocessing_hash(to_dict(spec, identity_only=True), decoder or decoder_version(spec.decoder, spec.pixels))

@@ -8,8 +8,11 @@ import sys
 import zlib
 from typing import Any
 
+import imagecodecs
 import numpy as np
+import PIL
 import pytest
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -236,6 +239,9 @@ def test_the_preprocessing_hash_names_scale_and_decoder_version() -> None:
     }
     assert len(hashes) == 4
     assert preprocessing_sha256(TransformSpec()) == preprocessing_sha256(TransformSpec(), decoder_version("imagecodecs"))
+    old = TransformSpec(pixels=1)
+    assert preprocessing_sha256(old) == preprocessing_sha256(old, f"imagecodecs {imagecodecs.__version__}"), "as version 1 wrote it"
+    assert decoder_version("pillow") == f"pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"
 
 
 def test_unknown_scale_names_the_known_ones() -> None:

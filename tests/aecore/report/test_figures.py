@@ -250,7 +250,7 @@ def test_the_files_are_written_once_and_are_the_same_bytes_elsewhere(tmp_path: P
     write_figures(job.out, data, str(tmp_path / "b"))
     assert tree(tmp_path / "a") == before == tree(tmp_path / "b")
     assert json.loads((tmp_path / "a/figures.json").read_text())["identity"]["checkpoint_sha256"] == load_model(job.out).sha256
-    with pytest.raises(ConfigError, match="holds another set of figures:\n  seed: there 0, asked 1"):
+    with pytest.raises(ConfigError, match="holds another set of figures:\n  evaluate.seed: there 0, asked 1"):
         write_figures(job.out, data, str(tmp_path / "a"), EvaluateSpec(seed=1))
 
 

@@ -4,6 +4,9 @@
 that writes a listing as Parquet: of 600 commands `aepipe shard` at an address where nothing listens, one ended with SIGSEGV.
 """
 
+import json
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from aecore.errors import ClusterError
 from pipelines.cli.main import main
 from pipelines.cluster import session
+from tests.processes import run
 
 SPRITES = ("source.num_samples=60", "shards.max_samples=20", "splits.by=hash", "splits.test=0.2")
 TINY = ("model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1", "train.global_batch=16")
@@ -47,3 +51,32 @@ def test_no_thread_works_while_ray_starts(command: tuple[str, ...], chain: Path,
     words = [word.format(top=chain, out=tmp_path / "out") for word in command]
     assert main([*words, "cluster.num_workers=1"]) == 5
     assert at_work == [[]]  # that of the signals waits for one
+
+
+WATCHED = """
+import contextlib, json, sys, threading
+written = []
+def hook(event, args):
+    if event in ("os.putenv", "os.unsetenv"):
+        written.append([args[0].decode(), threading.active_count(), sorted({"torch", "pyarrow", "ray"} & sys.modules.keys())])
+sys.addaudithook(hook)
+BEGIN
+print(json.dumps([row for row in written if row[0] == "TORCHINDUCTOR_CACHE_DIR"]))
+"""
+BEGINNINGS = {
+    "command": "from pipelines.cli.main import main\nmain(['train', 'data=/nowhere', 'out=/nowhere/run', 'cluster.num_workers=0'])",
+    "job": "from pipelines.steps.job_main import main\nmain(['train', '{}'])",
+    "flow": "import pipelines.flows",
+    "actor": "from pipelines.cluster.fanout import PartWorker\nPartWorker(1)",
+    "task": "from pipelines.cluster.fanout import _call\n_call(lambda: None, 1)",
+    "rank": "from pipelines.cluster.train import _rank_loop\nwith contextlib.suppress(KeyError): _rank_loop({})",
+}
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_the_cache_of_torch_is_named_before_a_process_has_threads(beginning: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"} | {"TMPDIR": str(tmp_path)}
+    done = run([sys.executable, "-c", WATCHED.replace("BEGIN", BEGINNINGS[beginning])], env=environment, check=True)
+    ((_, threads, loaded),) = json.loads(done.stdout.splitlines()[-1])
+    assert (threads, "torch" in loaded) == (1, beginning == "rank"), "pipelines.cluster.train imports torch"
+    assert not list(tmp_path.glob("aecore-torch-*")), "it is made when torch needs it"
