@@ -24,7 +24,7 @@ from aecore.artifact.documents import parse_json
 from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.form import Form, form_problems
 from aecore.data.format.index import INDEX_SCHEMA, column_problems, plain_type
-from aecore.data.format.parquet import footer_sha256, open_parquet, read_metadata, same_footers
+from aecore.data.format.parquet import footer_sha256, read_metadata, read_parquet, same_footers
 from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store, read_again, sha256_json
 
@@ -274,10 +274,9 @@ def read_part(
 
     DataError if it is damaged or has not so many `rows`, StoreError if it cannot be read.
     """
-    wanted = None if columns is None else list(columns)
 
     def read(path: Path) -> pa.Table:
-        return open_parquet(path, rows, wanted, footer).read(columns=wanted)
+        return read_parquet(path, rows, columns, footer)
 
     return _read(store, ref, read)
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aecore.data.format.form import Form
-from aecore.data.format.parquet import open_parquet
+from aecore.data.format.parquet import read_parquet
 from aecore.errors import DataError
 
 MEMBERS = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
@@ -95,8 +95,7 @@ def read_table(data: bytes, where: str, rows: int | None = None, schema: pa.Sche
     DataError too if the table has not these `rows`, or not the columns of `schema` (with `more`: these and further ones).
     """
     try:
-        # without threads: `pq.read_table` starts some, and a process that ends soon after is aborted by them (2 of 60 runs)
-        table = open_parquet(pa.py_buffer(data), rows).read(use_threads=False)
+        table = read_parquet(pa.py_buffer(data), rows, threads=False)  # a process that ends soon after is aborted by threads (2 of 60 runs)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
     wrong = [] if schema is None else column_problems(table.schema, schema, more=more)

@@ -89,6 +89,26 @@ def open_parquet(
     return file
 
 
+def read_parquet(
+    source: Path | pa.Buffer,
+    rows: int | None = None,
+    columns: Sequence[str] | None = None,
+    footer: pq.FileMetaData | None = None,
+    *,
+    threads: bool = True,
+) -> pa.Table:
+    """Return `columns` (None: all) as `open_parquet` reads them; ValueError if a column has not as many rows as the footer says.
+
+    Where a footer with a changed bit sends the reader to a wrong place, Arrow returns columns of no rows, and no error.
+    """
+    file = open_parquet(source, rows, columns, footer)
+    table = file.read(None if columns is None else list(columns), use_threads=threads)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if len(column) != file.metadata.num_rows:
+            raise ValueError(f"its column {name} has {len(column)} rows, its footer says {file.metadata.num_rows}")
+    return table
+
+
 def _opened(source: Path | pa.Buffer, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Open a file without a memory map, in which a read error of the disk, or the end of a file that shrinks, is a SIGBUS and no error.
 
