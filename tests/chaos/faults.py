@@ -219,7 +219,7 @@ def _noticed_or_harmless(one: Round, noticed: bool, name: str) -> None:
     one.tally.noticed += noticed
 
 
-@fault("bit flip, unfinished", codes=[DAMAGED])
+@fault("bit flip, unfinished", codes=[DAMAGED, NO_STORE])  # the latter: a part without a record has other bytes than are made again
 def _flip_unfinished(one: Round) -> None:
     """A bit changes in what a killed command has left; the same command refuses, or ends with what it should make, or verify notices.
 
