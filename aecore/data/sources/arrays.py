@@ -138,7 +138,7 @@ class ArraysSource:
         taken = {block.label_file for block in blocks}
         for name in filter(_is_label_file, names):
             if name not in taken:
-                skipped.add("file(s) of labels that belong to no array, or to several", name, "name each like its array (x_test, y_test)")
+                skipped.add("file(s) of labels that fit no array, or several", name, "name each like its array (x_test, y_test)")
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
@@ -288,11 +288,9 @@ class ArraysSource:
             yield _Block(f"{name}/{data}", prefix, array, split, labels, columns, lengths, bags)
         for other in (other for other in known if other not in used):
             if is_labels(other):
-                skipped.add(
-                    "array(s) of labels that belong to no array of samples, or are one of several", f"{name}/{other}", _CHOOSE_LABELS
-                )
+                skipped.add("array(s) of labels that fit no samples, or are not the only ones", f"{name}/{other}", _CHOOSE_LABELS)
             else:
-                skipped.add("array(s) that are neither samples nor labels", f"{name}/{other}", _CHOOSE)
+                skipped.add("array(s) that nothing takes", f"{name}/{other}", _CHOOSE)
 
     def _bags(self, known: list[str], name: str, data: str, array: Array, prefix: str) -> list[str] | None:
         """Return the bag of each sample, with the prefix of its keys: bag 3 of another file or split is another bag."""

@@ -84,7 +84,9 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
             named = {top: split_of(top) for top in {folder.partition("/")[0] for folder in folders}}
             found = sorted(top for top, split in named.items() if split) if len({*named.values()} - {""}) > 1 else []
         if found:
-            if listing.splits is None:
+            if not any(map(split_of_folder, found)):
+                remedy = "rename them to train, val and test"
+            elif listing.splits is None:
                 remedy = "put the samples of each split into files of their own that are named by it (train, val), for a new dataset"
             else:
                 remedy = "give the folder that holds nothing but split folders as source.url"
@@ -97,9 +99,9 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
         unusable = listing.unusable or [None] * len(listing)
         by_name = listing.paths is not None and not listing.label_paths  # the split is in the names of files that hold many samples
         if listing.paths is None or by_name:
-            names = (source.partition("#")[0] if by_name else file_of(source) for source in listing.sources)
+            names = [source.partition("#")[0] if by_name else file_of(source) for source in listing.sources]
         else:
-            names = iter(listing.paths)
+            names = listing.paths
         loose = [name for name, top, bad in zip(names, listing.splits, unusable, strict=True) if not top and bad is None]
         if not loose:
             return []

@@ -387,7 +387,7 @@ class TestWhatIsNotUsed:
         np.savez(tmp_path / "c.npz", **fine)
         found = self.notes(tmp_path / "c.npz")
         assert re.search(r"skipped 2 arrays of labels .* \('c.npz/y_train_fine', 'c.npz/y_train_coarse'\): source.labels takes one", found)
-        assert "skipped 2 arrays that are neither samples nor labels ('c.npz/more', 'c.npz/masks'): source.images takes" in found
+        assert "skipped 2 arrays that nothing takes ('c.npz/more', 'c.npz/masks'): source.images takes" in found
         chosen = listing(tmp_path / "c.npz", labels="y_train_fine", factors=("y_train_coarse",))
         assert chosen.label_names == [str(label) for label in LABELS] and "arrays of labels" not in "\n".join(chosen.notes)
         np.savez(tmp_path / "d.npz", x=PIXELS, y=LABELS, factor_a=LABELS, bags=LABELS)
@@ -396,7 +396,7 @@ class TestWhatIsNotUsed:
     def test_files_of_labels_that_nothing_takes_or_of_another_name_are_named(self, tmp_path: Path) -> None:
         for name, array in (("train_images", PIXELS), ("test_images", PIXELS), ("labels", LABELS)):
             np.save(tmp_path / f"{name}.npy", array)
-        assert "skipped 1 file of labels that belong to no array, or to several ('labels.npy'): name each like" in self.notes(tmp_path)
+        assert "skipped 1 file of labels that fit no array, or several ('labels.npy'): name each like" in self.notes(tmp_path)
         (tmp_path / "pets").mkdir()
         np.save(tmp_path / "pets/cats.npy", PIXELS)
         np.save(tmp_path / "pets/dogs_labels.npy", LABELS)

@@ -327,6 +327,7 @@ def test_a_large_plan_is_fast_enough():
     [
         (["data/train/a/1", "data/cat/2"], None, "files of their own that are named by it", "splits.by=folders"),
         (["data/train/a/1", "data/cat/2"], ["data", "data"], "give the folder that holds nothing but", "splits.by=folders into"),
+        (["train_set/1", "val_set/2"], ["train_set", "val_set"], "rename them to train, val", "splits.by=folders"),
         (["train/a/1", "cat/2"], ["train", "cat"], "set splits.by=folders into a new dataset", "named by it"),
     ],
 )
