@@ -36,6 +36,7 @@ _USUAL_REMEDY = "; what is finished is kept: run the same command again when the
 _BUCKET_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "s3fs"})  # packages whose errors are those of the storage
 _NO_MEMORY = ("can't allocate memory", "can't start new thread", "out of memory")  # in a RuntimeError of torch or of Python
 SIMILARITY = 0.75  # of difflib, from 0 to 1: a known name that is less similar to an unknown one is not suggested
+MOST_KNOWN = 40  # known names in a message
 _WORD = re.compile(r"[a-z]{3,}|\d{3,}")
 MASK = "***"
 # up to the last @ before the path; or, since a secret may hold a slash, up to the first @ after `name:` that no port number follows
@@ -220,7 +221,8 @@ def did_you_mean(value: str, known: Iterable[str], prefix: str = "") -> str:
     names = sorted(known)
     nearest = similar(value, names)
     guess = f"did you mean {prefix + nearest[0]!r}? " if nearest else ""
-    return f" ({guess}known: {', '.join(prefix + name for name in names) or 'none'})"
+    more = f" and {len(names) - MOST_KNOWN} more" if len(names) > MOST_KNOWN else ""
+    return f" ({guess}known: {', '.join(prefix + name for name in names[:MOST_KNOWN]) or 'none'}{more})"
 
 
 def disk_error(message: str, error: OSError) -> StoreError:

@@ -16,17 +16,18 @@ from aecore.errors import DataError
 
 UNKNOWN = -2  # the label of a class that the list does not have; -1 is no label
 SHOWN = 5  # names in a message
+_MARK = "\ufeff"  # some editors begin UTF-8 files with it
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def spelled(name: str) -> str:
-    """Return the name in normal form C: `é` as one character, however it was written."""
-    return unicodedata.normalize("NFC", name)
+    """Return the name in normal form C (`é` as one character, however it was written), without a byte order mark before it."""
+    return unicodedata.normalize("NFC", name).removeprefix(_MARK)
 
 
 def is_spelled(name: str) -> bool:
-    """Return whether a name is in normal form C."""
-    return unicodedata.is_normalized("NFC", name)
+    """Return whether a name is as `spelled` returns it."""
+    return unicodedata.is_normalized("NFC", name) and not name.startswith(_MARK)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -145,7 +145,7 @@ class DatasetManifest:
     def split(self, name: str, key: str | None = None) -> tuple[ShardRef, ...]:
         """Return the shards of a split; DataError with the known splits if there is none; `key` is the configuration key to name in it."""
         if name not in self.splits:
-            known = ", ".join(self.splits) or "none"
+            known = ", ".join(list(self.splits)[:20]) + (", ..." if len(self.splits) > 20 else "") or "none"
             choose = "" if key is None or not self.splits else f"write {key}={next(iter(self.splits))}, or another of these; "
             raise DataError(
                 f"the dataset (generation {self.number}) has no split {name!r} (it has: {known}): {choose}"

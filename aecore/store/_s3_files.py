@@ -6,6 +6,7 @@ signed: public buckets answer these. AWS_REQUEST_PAYER=requester pays for those 
 
 import errno
 import io
+import logging
 import os
 import weakref
 from collections import deque
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from aecore.errors import DataError
+from aecore.errors import DataError, counted
 from aecore.store._buckets import bucket
 from aecore.store._cache import ObjectCache
 from aecore.store._cleanup import close_read
@@ -25,6 +26,7 @@ from aecore.threads import submit_ahead
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
 
+logger = logging.getLogger(__name__)
 IN_FLIGHT = 48  # files or pieces
 AHEAD, HELD = 8, 2  # whole objects
 PIECE_BYTES = 1 << 14  # of an object of which little is read
@@ -43,6 +45,8 @@ class S3Files(BucketPrefix):
     def __init__(self, url: str, bucket: str, prefix: str, profile: str | None) -> None:
         super().__init__(url, bucket, prefix, profile)
         self._listed: dict[str, State] = {}
+        self._markers = list[str]()  # objects of the last listing whose names end in "/"
+        self._told = False  # of them
         self._held = deque[int]()  # descriptors of the last copies whose paths were returned
         weakref.finalize(self, _close_all, self._held)
 
@@ -63,16 +67,31 @@ class S3Files(BucketPrefix):
 
     def _objects(self) -> Iterator[dict[str, State]]:
         """Yield the objects by name, page by page, without the markers of folders."""
+        self._markers.clear()
         prefix = f"{self._prefix}/" if self._prefix else ""
         for page in self._pages(Prefix=prefix):
             named = ((entry["Key"][len(prefix) :], State(entry.get("ETag", ""), entry["Size"])) for entry in page.get("Contents", ()))
-            yield {name: state for name, state in named if name and not name.endswith("/")}
+            found = {name: state for name, state in named if name}
+            self._markers += [name for name in found if name.endswith("/")]
+            yield {name: state for name, state in found.items() if not name.endswith("/")}
 
     def names(self) -> Iterator[str]:
         for page in self._objects():
             yield from (name for name in page if not _is_hidden(name))
 
     def sizes(self, *, hidden: bool = False) -> dict[str, int]:
+        found = self._sizes(hidden)
+        if self._markers and not self._told:
+            self._told = True
+            logger.info(
+                "%s: skipped %s (for example %r): they mark folders, and hold no sample",
+                self.url,
+                counted(len(self._markers), "object whose name ends in /", "objects whose names end in /"),
+                self._markers[0],
+            )
+        return found
+
+    def _sizes(self, hidden: bool) -> dict[str, int]:
         found = {name: state for page in self._objects() for name, state in page.items()}
         self._listed = {name: found[name] for name in sorted(found) if hidden or not _is_hidden(name)}
         if not self._listed:
@@ -159,7 +178,7 @@ class S3Files(BucketPrefix):
     def pieces(self, places: Sequence[tuple[str, int, int]], room: int | None = None) -> Callable[[int], bytes] | None:
         names = dict.fromkeys(name for name, _, _ in places)
         if not names.keys() <= self._listed.keys():
-            self.sizes()
+            self._sizes(hidden=False)
         states = {name: self._listed.get(name) or self._state(name) for name in names}
         if sum(state.bytes for state in states.values()) <= (ObjectCache().limit if room is None else room):
             return None

@@ -210,8 +210,10 @@ def array_header(data: bytes, *, pixels: PixelsVersion = 2, layout: Layout = "au
         raise BadSample("unsupported", ".npy in Fortran order: only C order is read; save np.ascontiguousarray(array)")
     if dtype != np.dtype(dtype.name) and pixels == 1:
         raise BadSample("unsupported", f".npy of dtype {dtype.str} (non-native byte order): save array.astype({dtype.name!r})")
+    if any(side < 0 for side in shape):
+        raise BadSample("truncated", f".npy whose header promises the shape {shape}: save it again with numpy.save")
     expected = start + math.prod(shape) * dtype.itemsize
-    if any(side < 0 for side in shape) or len(data) != expected:
+    if len(data) != expected:
         raise BadSample("truncated", f".npy of {len(data)} bytes, its header promises {expected}")
     if pixels == 1:
         return ArrayHeader(shape, dtype, start)

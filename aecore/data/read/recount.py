@@ -19,6 +19,7 @@ from aecore.data.format.image import ImageHeader, has_png_meaning, stated_header
 from aecore.data.format.record import DATA_EXTENSIONS, ArrayHeader, Sample, array_header
 from aecore.data.manifest import RejectedPart, ShardRef
 from aecore.data.sources import Listing
+from aecore.data.sources._skipped import first_of
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes
 from aecore.errors import ConfigError, DataError
 from aecore.registry import from_dict
@@ -188,7 +189,7 @@ def _setting_problems(part: ShardRef | RejectedPart, index: pa.Table, identity: 
     elif not shares and splits.column in index.column_names:
         values = {str(value) for value in index[splits.column].unique().to_pylist()}
         if values != {part.split}:
-            yield f"the column {splits.column}, which names the split, holds {', '.join(sorted(values))}"
+            yield f"the column {splits.column}, which names the split, holds {first_of(sorted(values))}"
     if "adopted" in identity:
         return
     most = shards.get("max_samples")

@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import InflateLimit
 from aecore.data.sources._names import array_format
 from aecore.data.sources._npz import DAMAGED_ZIP
+from aecore.data.sources._skipped import first_of
 from aecore.errors import DataError
 from aecore.store import open_regular
 
@@ -112,7 +114,11 @@ class ArrayFile:
         if self._format != "npz":
             return [""]
         with self._zip() as archive:
-            return [info.filename[:-4] for info in archive.infolist() if info.filename.endswith(".npy")]
+            found = [info.filename[:-4] for info in archive.infolist() if info.filename.endswith(".npy")]
+        twice = [name for name, count in Counter(found).items() if count > 1]
+        if twice:
+            raise self._error(f"holds arrays of one name ({first_of(twice)}): save it again with np.savez, each array by its own name")
+        return found
 
     def array(self, name: str, *, verify: bool = False) -> Array:
         """Return one array, read only; with `verify` every byte is read first, and a member of an `.npz` is compared with its CRC.
@@ -248,7 +254,9 @@ class ArrayFile:
         """Return the array of a header whose values take all bytes [start, end) of `file`."""
         dtype, shape, fortran = header
         expected = math.prod(shape) * dtype.itemsize
-        if any(side < 0 for side in shape) or expected != end - start:
+        if any(side < 0 for side in shape):
+            raise self._error(f"is damaged: its header promises the shape {shape}: restore it, or save it again with np.save", array)
+        if expected != end - start:
             what = "is truncated" if expected > end - start else "is damaged"
             raise self._error(f"{what}: an array of shape {shape} and dtype {dtype} takes {expected} bytes, there are {end - start}", array)
         return _Stored(os.dup(file.fileno()), dtype, shape, fortran, start)

@@ -52,10 +52,18 @@ def class_names(values: Array, where: str) -> list[str]:
     if values.dtype.kind == "f":
         if not (np.isfinite(values) & (values == np.floor(values))).all():
             raise DataError(f"{where} holds fractions: labels are whole numbers or names")
+        large = np.flatnonzero(np.abs(values) >= 2.0**63)
+        if len(large):
+            row = int(large[0])
+            raise DataError(f"{where} holds {values[row]!s} in row {row}, which is no 64-bit integer: labels are whole numbers or names")
         values = values.astype(np.int64)
     if values.dtype.kind == "c":
         raise DataError(f"{where} holds complex numbers: labels are whole numbers or names")
-    return [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
+    names = [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
+    for row, name in enumerate(names if values.dtype.kind in "SU" else ()):
+        if "\0" in name:
+            raise DataError(f"{where} holds {name!r} in row {row}: the names of classes have no NUL in them")
+    return names
 
 
 def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array:

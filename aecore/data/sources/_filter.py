@@ -13,7 +13,7 @@ import numpy as np
 
 from aecore.data.sources import Listing
 from aecore.data.sources._labels import found_in, is_expression
-from aecore.data.sources._names import expand_braces
+from aecore.data.sources._names import expand_braces, file_of
 from aecore.data.sources._skipped import EXAMPLES, Skipped
 from aecore.errors import ConfigError, DataError, counted
 from aecore.store import is_tar
@@ -158,7 +158,7 @@ def with_limit(listing: Listing, limit: int | None, group: str | None, names: Se
         return listing
     groups = listing.groups
     if is_expression(group):
-        paths = listing.sources if listing.paths is None else listing.paths
+        paths = list(map(file_of, listing.sources)) if listing.paths is None else listing.paths
         groups = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
     rows = _chosen(names, groups, limit)
     if not rows:
@@ -167,6 +167,11 @@ def with_limit(listing: Listing, limit: int | None, group: str | None, names: Se
     note = f"{left} left out by source.limit={limit}, by a hash of their names"
     found = listing.take(np.array(rows, np.int64))
     return dataclasses.replace(found, notes=(*found.notes, note))
+
+
+def within_limit(listing: Listing, limit: int) -> list[int]:
+    """Return at most `limit` rows of a listing by the hashes of their keys, whole groups; none if not even one fits."""
+    return _chosen(listing.keys, listing.groups, limit)
 
 
 def _chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> list[int]:

@@ -45,7 +45,7 @@ def with_frames(listing: Listing, read: Read) -> Listing:
         keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
         sources=[f"{source}#{name}" if name else source for source, name in zip(found.sources, names, strict=True)],
         sizes=-(-found.sizes // counts[rows]),
-        notes=(*found.notes, f"{note} (source.frames=all)"),
+        notes=(*found.notes, f"{note} (source.frames=all)") if several else found.notes,
     )
 
 

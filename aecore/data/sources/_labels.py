@@ -210,7 +210,7 @@ def found_in(
         If it finds nothing in one of them; some are named by `sources`.
     """
     expression, whole = Expression(option, rule), [_printable(spelled(path)) for path in paths]
-    below = whole if tops is None else [path[len(top) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
+    below = whole if tops is None else [path[len(spelled(top)) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
     names = [path.rpartition("/")[2] for path in whole]
     searched = [names, below, whole] if option == "source.label" else [whole, names]
     found, left = [""] * len(whole), [row for row in range(len(whole)) if unusable is None or unusable[row] is None]
@@ -280,6 +280,10 @@ def fixed_classes(source: Any) -> tuple[str, ...] | str:  # any: as above
 def _names(given: Sequence[str | int] | str) -> tuple[str, ...]:
     names = tuple(spelled(str(name)) for name in (_of_file(absolute_url(given, "source.classes")) if isinstance(given, str) else given))
     twice = in_order(name for name, count in Counter(names).items() if count > 1)
+    if any("\0" in name for name in names):
+        raise ConfigError(
+            f"source.classes has {quoted([name for name in names if chr(0) in name])}: the names of classes have no NUL in them"
+        )
     if twice or "" in names:
         raise ConfigError(f"source.classes has {quoted(twice) + ' twice' if twice else 'an empty name'}: each class has one name")
     return names

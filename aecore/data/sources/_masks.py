@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from aecore.data.sources._skipped import first_of
 from aecore.errors import counted
 
 _WORDS = ("mask", "seg", "label", "annot", "_gt", "-gt", "/gt", "matte", "trimap")
@@ -28,13 +29,21 @@ def mask_notes(paths: list[str], folders: list[str]) -> tuple[str, ...]:
             found.setdefault(pattern, []).append(path)
     notes = []
     for pattern, those in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
-        examples = ", ".join(those[:SHOWN]) + (", ..." if len(those) > SHOWN else "")
+        others = _num_matches(pattern, paths) - len(those)
+        advice = f"source.exclude='{pattern}' leaves them out" + (f", and {counted(others, 'file', 'files')} with them" if others else "")
+        if others > len(those):  # the pattern is that of the samples
+            advice = "if they are masks, name them in source.exclude"
+        examples = first_of(those)
         what = counted(len(those), "file has", "files have")
-        notes.append(
-            f"{what} the name of another sample and may be masks of it ({examples}): each is a sample too; "
-            f"source.exclude='{pattern}' leaves them out"
-        )
+        notes.append(f"{what} the name of another sample and may be masks of it ({examples}): each is a sample too; {advice}")
     return tuple(notes)
+
+
+def _num_matches(pattern: str, paths: list[str]) -> int:
+    """Return how many files one of the patterns of this module leaves out."""
+    if pattern.startswith("*"):
+        return sum(path.endswith(pattern[1:]) for path in paths)
+    return sum(f"/{pattern}/" in f"/{path}" for path in paths)
 
 
 def _by_suffix(paths: list[str]) -> Iterator[tuple[str, str]]:

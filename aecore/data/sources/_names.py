@@ -20,6 +20,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _IDX_ENDING = re.compile(r"(?:[-._]idx\d?)?(?:[-._]ubyte)?$", re.IGNORECASE)
 FRAME = re.compile(r"(.+)#([0-9]{9})", re.DOTALL)  # a sample that `_frames.with_frames` listed
+FRAME_ENDING = "#[0-9]{9}$"
 MAX_NAMES = 1_000_000  # of one pattern
 
 

@@ -5,6 +5,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from aecore.data.format.foreign import explained
 from aecore.data.format.record import NpyError, read_npy_header
 from aecore.data.sources._inflate import ALLOWED_BYTES, InflateLimit
 from aecore.data.sources._names import is_data, is_labels
+from aecore.data.sources._skipped import first_of
 from aecore.errors import DataError
 from aecore.store import open_regular
 
@@ -69,6 +71,9 @@ def _member(archive: zipfile.ZipFile, name: str, packed: int, limit: int, option
 def _chosen(archive: zipfile.ZipFile) -> str:
     """Return the member that holds the sample: the only array, the only one named like data, or the only one that is no label or number."""
     names = [info.filename for info in archive.infolist() if info.filename.endswith(".npy")]
+    if len(set(names)) < len(names):
+        twice = first_of([name[:-4] for name, count in Counter(names).items() if count > 1])
+        raise BadSample("ambiguous", f"the .npz holds arrays of one name ({twice}): save it again with numpy.savez")
     rest = [name for name in names if len(names) == 1 or not (is_labels(name[:-4]) or _is_number(archive, name))]
     named = [name for name in rest if is_data(name[:-4])]
     found = named if len(named) == 1 else rest
@@ -76,8 +81,7 @@ def _chosen(archive: zipfile.ZipFile) -> str:
         return found[0]
     if not names:
         raise BadSample("no_data", "the .npz holds no array: save the sample in it with numpy.savez")
-    shown = ", ".join(name[:-4] for name in names[:5]) + (", ..." if len(names) > 5 else "")
-    what = f"the .npz holds the arrays {shown}, and it is not clear which is the sample"
+    what = f"the .npz holds the arrays {first_of([name[:-4] for name in names])}, and it is not clear which is the sample"
     raise BadSample("ambiguous", f"{what}: name it image or data, or save it as .npy")
 
 

@@ -1,9 +1,10 @@
 """Count what a source leaves out or finds odd, by kind, with the first examples of each: ten thousand odd names are one line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 EXAMPLES, LONGEST_EXAMPLE = 3, 100
+MANY = 20  # names of a list that is usually shown whole
 
 
 @dataclass(slots=True)
@@ -63,3 +64,10 @@ def shown_examples(examples: list[str], count: int) -> str:
     """Return the first of `count` names as messages show them."""
     names = [repr(name if len(name) <= LONGEST_EXAMPLE else f"{name[:LONGEST_EXAMPLE]}...") for name in examples[:EXAMPLES]]
     return f"{'for example ' if count > len(names) else ''}{', '.join(names)}"
+
+
+def first_of(names: Sequence[str], most: int = EXAMPLES) -> str:
+    """Return the first names as messages show them, and how many more there are: a list of thousands is no help."""
+    shown = [name if len(name) <= LONGEST_EXAMPLE else f"{name[:LONGEST_EXAMPLE]}..." for name in names[:most]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(shown)}{more}" or "none"

@@ -29,16 +29,19 @@ from aecore.data.sources._names import (
     split_of,
     split_words,
     stem_of,
+    subject,
     without_split,
 )
 from aecore.data.sources._other_files import is_of_system, skip_file
-from aecore.data.sources._skipped import Skipped
+from aecore.data.sources._skipped import Skipped, first_of
 from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
 
 _MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
 FACTOR = "factor_"
+_CHOOSE_LABELS = "source.labels takes one of them"
+_CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
 
 
 @spec
@@ -99,6 +102,7 @@ class _Block:
     factors: Mapping[str, Array] = field(default_factory=dict)
     lengths: Array | None = None
     groups: list[str] | None = None
+    label_file: str = ""  # that holds the labels
 
 
 @SOURCES.register(ArraysSpec)
@@ -126,10 +130,15 @@ class ArraysSource:
         return read_again(self._listing, self._files.url)
 
     def _listing(self) -> Listing:
-        names, notes = self._names()
-        blocks = [block for name in names for block in self._blocks(name, names)]
+        skipped = Skipped()
+        names, notes = self._names(skipped)
+        blocks = [block for name in names for block in self._blocks(name, names, skipped)]
         if not blocks:
-            raise DataError(f"{self._files.url} holds labels and no samples ({', '.join(names[:4])}): add the file of the images")
+            raise DataError(f"{self._files.url} holds labels and no samples ({first_of(names)}): add the file of the images")
+        taken = {block.label_file for block in blocks}
+        for name in filter(_is_label_file, names):
+            if name not in taken:
+                skipped.add("file(s) of labels that fit no array, or several", name, "name each like its array (x_test, y_test)")
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
@@ -145,6 +154,7 @@ class ArraysSource:
             columns=_columns(blocks),
             notes=(
                 f"one sample per row: {of_rows} (source.kind=folder takes each file as one)",
+                *skipped.lines(),
                 *notes,
             ),
             label_paths=False,
@@ -186,16 +196,15 @@ class ArraysSource:
     def _array_file(self, name: str) -> ArrayFile:
         return ArrayFile(self._files.local(name), name, self._spec.max_inflated_bytes, "source.max_inflated_bytes")
 
-    def _names(self) -> tuple[list[str], tuple[str, ...]]:
+    def _names(self, skipped: Skipped) -> tuple[list[str], tuple[str, ...]]:
         """Return the names of the files to read, sorted, and notes; of a single file also that of its labels."""
-        skipped = Skipped()
         if self._file:
             names = self._with_labels(self._file)
             if self._filter.is_set:
                 size = self._files.local(self._file).stat().st_size
                 self._see_labels(names[1:], names[:1], skipped)
                 self._require([self._file] if self._filter.takes(self._file, size, skipped) else [], skipped)
-            return names, (*skipped.lines(), *self._filter.unused())
+            return names, tuple(self._filter.unused())
         sizes = self._files.sizes()
         names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         for name in sorted(sizes.keys() - {*names}):
@@ -207,7 +216,7 @@ class ArraysSource:
             self._require(taken, skipped)
         names = labels + taken
         twins = [name for name in names if name.endswith(".gz") and name[:-3] in sizes]
-        notes = [*skipped.lines(), *self._filter.unused()]
+        notes = self._filter.unused()
         notes += [f"skipped {counted(len(twins), '.gz file', '.gz files')} whose uncompressed copies exist"] if twins else []
         return sorted(set(names) - set(twins)), tuple(notes)
 
@@ -241,32 +250,47 @@ class ArraysSource:
             break
         return found
 
-    def _blocks(self, name: str, names: list[str]) -> Iterator[_Block]:
+    def _blocks(self, name: str, names: list[str], skipped: Skipped) -> Iterator[_Block]:
         file = self._array_file(name)
         stem = stem_of(name)
         if array_format(name) == "npz":
-            yield from self._npz_blocks(file, name, stem)
+            yield from self._npz_blocks(file, name, stem, skipped)
         elif self._spec.lengths:
             raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
         elif not _is_label_file(name):
             array = require_samples(file.array(""), name)
             siblings = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
             found = partner(_last(stem), [other for other in siblings if not is_labels(other)], filter(is_labels, siblings))
-            labels = None if found is None else siblings[found]
-            yield _Block(name, stem, array, split_of(stem), None if labels is None else self._label_names(labels, "", array, name))
+            if found is None:
+                yield _Block(name, stem, array, split_of(stem))
+                return
+            _see_partner(_last(stem), found, siblings[found], skipped)
+            names_of_classes = self._label_names(siblings[found], "", array, name)
+            yield _Block(name, stem, array, split_of(stem), names_of_classes, label_file=siblings[found])
 
-    def _npz_blocks(self, file: ArrayFile, name: str, stem: str) -> Iterator[_Block]:
+    def _npz_blocks(self, file: ArrayFile, name: str, stem: str, skipped: Skipped) -> Iterator[_Block]:
         known, asked = file.names(), _array(self._spec.labels)
         samples = self._data_names(known, name)
+        used = set(samples)
         for data in samples:
             split = split_of(data) or split_of(stem)
             array = require_samples(file.array(data, verify=True), f"{name} (array {data!r})")
             label = self._chosen(known, asked, data, name) if asked else partner(data, samples, filter(is_labels, known))
             labels = None if label is None else self._label_names(name, label, array, data)
             prefix = f"{stem}/{data}" if begins_keys(data, samples) else stem
-            factors = self._factor_columns(file, known, data, len(array), name)
+            factors = self._factor_names(known, data, name)
+            columns = self._factor_columns(file, factors, data, len(array), name)
             lengths, bags = self._lengths(file, data, name), self._bags(known, name, data, array, prefix)
-            yield _Block(f"{name}/{data}", prefix, array, split, labels, factors, lengths, bags)
+            if label is not None and not asked:
+                _see_partner(data, label, f"{name}/{label}", skipped)
+            others = [self._chosen(known, other, data, name) for other in (self._spec.lengths, _array(self._spec.group)) if other]
+            used |= {*factors, *others, *([] if label is None else [label])}
+            yield _Block(f"{name}/{data}", prefix, array, split, labels, columns, lengths, bags)
+        for other in (other for other in known if other not in used):
+            if is_labels(other):
+                skipped.add("array(s) of labels that fit no samples, or are not the only ones", f"{name}/{other}", _CHOOSE_LABELS)
+            else:
+                skipped.add("array(s) that nothing takes", f"{name}/{other}", _CHOOSE)
 
     def _bags(self, known: list[str], name: str, data: str, array: Array, prefix: str) -> list[str] | None:
         """Return the bag of each sample, with the prefix of its keys: bag 3 of another file or split is another bag."""
@@ -287,14 +311,10 @@ class ArraysSource:
             rest = [name for name in known if name not in extra]
             found = rest if len(rest) == 1 else [name for name in rest if is_data(name)]
         if not found:
-            what = (
-                f"no array {asked!r}{did_you_mean(asked, known)}"
-                if asked
-                else f"the arrays {', '.join(known) or 'none'}, none named images"
-            )
+            what = f"no array {asked!r}{did_you_mean(asked, known)}" if asked else f"the arrays {first_of(known)}, none named images"
             raise DataError(f"{where} has {what}: choose the one that holds the samples with source.images")
         if len({split_words(name) for name in found}) < len(found):
-            raise DataError(f"{where} has several arrays that may hold the samples ({', '.join(found)}): choose one with source.images")
+            raise DataError(f"{where} has several arrays that may hold the samples ({first_of(found)}): choose one with source.images")
         return found
 
     def _arrays_of_other_use(self) -> tuple[str, ...]:
@@ -317,11 +337,15 @@ class ArraysSource:
         where = f"{name} (array {array!r})" if array else name
         return class_names(require_rows(self._array_file(name).array(array, verify=True), len(samples), where, of), where)
 
-    def _factor_columns(self, file: ArrayFile, known: list[str], data: str, count: int, where: str) -> dict[str, Array]:
-        """Return the columns of all factor arrays of one array of samples: `[N, k]` becomes k columns."""
+    def _factor_names(self, known: list[str], data: str, where: str) -> list[str]:
+        """Return the factor arrays of one array of samples."""
         split = split_of(data)
         asked = [self._chosen(known, name, data, where) for name in self._spec.factors]
-        names = [*asked, *(name for name in known if name.startswith(FACTOR) and split_of(name) in ("", split) and name not in asked)]
+        return [*asked, *(name for name in known if name.startswith(FACTOR) and split_of(name) in ("", split) and name not in asked)]
+
+    def _factor_columns(self, file: ArrayFile, names: list[str], data: str, count: int, where: str) -> dict[str, Array]:
+        """Return the columns of these factor arrays of one array of samples: `[N, k]` becomes k columns."""
+        split = split_of(data)
         found: dict[str, Array] = {}
         for name in names:
             values = require_rows(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
@@ -337,6 +361,14 @@ class ArraysSource:
 
 def _any(blocks: list[_Block], what: str) -> bool:
     return any(getattr(block, what) for block in blocks)
+
+
+def _see_partner(data: str, labels: str, where: str, skipped: Skipped) -> None:
+    """Count labels that an array takes only because there are no others: their name has nothing of its name (`cats`, `dogs_labels`)."""
+    mine, others = set(subject(data)), set(subject(labels))
+    if mine and others and not mine & others:
+        what = "array(s) of labels of another name than their array, taken since there are no others"
+        skipped.add(what, f"{where} of {data}", "move them away, or name them like the array, if they are not its labels", kept=True)
 
 
 def _is_label_file(name: str) -> bool:

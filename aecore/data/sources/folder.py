@@ -146,7 +146,8 @@ class FolderSource:
             return listing
         from aecore.data.sources._frames import with_frames
 
-        return with_frames(listing, self._file)
+        framed = with_frames(listing, self._file)
+        return with_limit(framed, self._limit, self._group, framed.sources)
 
     def _nothing(self, skipped: Skipped) -> str:
         """Return the error of a folder without a sample."""

@@ -188,7 +188,10 @@ class WebdatasetSource:
         )
         names = [f"{tar}/{name}" for tar, name in zip(found.tars, found.members, strict=True)]
         listing = with_limit(listing, self._spec.limit, self._spec.group, names)
-        return with_frames(listing, self._member) if self._spec.frames == "all" else listing
+        if self._spec.frames != "all":
+            return listing
+        framed = with_frames(listing, self._member)
+        return with_limit(framed, self._spec.limit, self._spec.group, framed.sources)
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Return codec and bytes of one sample; the array of an `.npz` as `.npy`.

@@ -20,6 +20,8 @@ from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.format.sample_format import SampleFormat, sequence_shape
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
+from aecore.data.sources._filter import within_limit
+from aecore.data.sources._names import FRAME_ENDING
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import DataError, counted
 from aecore.store import Store
@@ -131,8 +133,8 @@ def _not_one(shapes: Mapping[str, int]) -> DataError | None:
     return None
 
 
-def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: ShardSpec) -> NDArray[np.int64]:
-    """Return the rows whose keys the dataset does not know; DataError if a known sample changed."""
+def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: ShardSpec, source: Any) -> NDArray[np.int64]:
+    """Return the rows whose keys the dataset does not know, as many as `source.limit` leaves; DataError if a known sample changed."""
     known, asked = read_listings(store, parent), listing_table(listing)
     at = pc.index_in(asked["key"].combine_chunks(), value_set=known["key"].combine_chunks())
     is_known = at.is_valid().to_numpy(zero_copy_only=False)
@@ -147,7 +149,30 @@ def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: Sh
     moved = np.flatnonzero(is_there & ~is_known)
     if len(moved):  # `a.jpg` was added next to `a.png`, so `a` would become `a%2Epng` and be written twice
         raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem was added)"))
-    return np.flatnonzero(~is_known)
+    if getattr(source, "frames", "first") == "all":
+        files, there = (pc.replace_substring_regex(table["source"], FRAME_ENDING, "") for table in (asked, known))
+        single, were_single = (pc.equal(names, table["source"]) for names, table in ((files, asked), (there, known)))
+        turned = pc.if_else(
+            single,
+            pc.is_in(files, value_set=there.filter(pc.invert(were_single)).combine_chunks()),
+            pc.is_in(files, value_set=there.filter(were_single).combine_chunks()),
+        )
+        turned = np.flatnonzero(turned.to_numpy() & ~is_known)
+        if len(turned):  # a file of one frame is the sample `a`, one of several is `a/000000000`, ...: they would be there twice
+            raise DataError(_changed(store, listing, turned, "another number of pages or frames than when they were sharded"))
+    limit = getattr(source, "limit", None)
+    fresh = np.flatnonzero(~is_known)
+    if limit is None or len(known) + len(fresh) <= limit:
+        return fresh
+    chosen = within_limit(listing.take(fresh), max(0, limit - len(known)))
+    logger.info(
+        "%s: %s left out, since source.limit=%d counts all samples of the dataset, and it has %d",
+        store.url,
+        counted(len(fresh) - len(chosen), "new sample", "new samples"),
+        limit,
+        len(known),
+    )
+    return fresh[chosen]
 
 
 def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64]) -> None:

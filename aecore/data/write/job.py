@@ -194,7 +194,7 @@ def _compare(
     work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt)
     _require_same(work, parent)
     warn_if_address_changed(store, parent, source, listing)
-    rows = new_rows(store, parent, listing, shards)
+    rows = new_rows(store, parent, listing, shards, source)
     fresh = listing.take(rows)
     require_whole_bags(store, listing, rows)
     if len(fresh):

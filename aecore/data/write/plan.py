@@ -22,7 +22,7 @@ from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.sources._labels import fixed_classes, label_names
-from aecore.data.sources._skipped import shown_examples
+from aecore.data.sources._skipped import MANY, first_of, shown_examples
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_splits
 from aecore.errors import ConfigError, DataError, counted
@@ -132,7 +132,7 @@ def plan_dataset(
                 unusable=part.unusable,
             )
             tasks.append(task)
-    counts = ", ".join(f"{split} {len(rows)}" for split, rows in members.items())
+    counts = first_of([f"{split} {len(rows)}" for split, rows in members.items()], MANY)
     counted = (f"splits.by={chosen.by}: {counts}",) if counts else ("nothing new",)
     notes = (*counted, *_unusable_notes(listing), *listing.notes)
     return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), notes)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from aecore.data.classes import spelled
 from aecore.data.manifest import SPLIT_ORDER, DatasetManifest
 from aecore.data.sources import Listing, take
-from aecore.data.sources._names import split_of, split_of_folder
+from aecore.data.sources._names import file_of, split_of, split_of_folder
+from aecore.data.sources._skipped import first_of
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import knob, spec
 
@@ -83,19 +84,34 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
             named = {top: split_of(top) for top in {folder.partition("/")[0] for folder in folders}}
             found = sorted(top for top, split in named.items() if split) if len({*named.values()} - {""}) > 1 else []
         if found:
+            if not any(map(split_of_folder, found)):
+                remedy = "rename them to train, val and test"
+            elif listing.splits is None:
+                remedy = "put the samples of each split into files of their own that are named by it (train, val), for a new dataset"
+            else:
+                remedy = "give the folder that holds nothing but split folders as source.url"
+                remedy += ", or set splits.by=folders into a new dataset" if {*found} & {*listing.splits} else ""
             return [
-                f"folders are named like splits ({', '.join(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
-                "apart: give the folder that holds nothing but split folders as source.url, or set splits.by=folders into a new dataset; "
-                f"if these are classes, set splits.by={splits.by} explicitly"
+                f"folders are named like splits ({first_of(found)}) and splits.by={splits.by} was chosen, so their samples are not kept "
+                f"apart: {remedy}; if these are classes, set splits.by={splits.by} explicitly"
             ]
     if splits.by == "folders" and listing.splits is not None and "" in listing.splits:
         unusable = listing.unusable or [None] * len(listing)
-        rows = zip(listing.sources, listing.splits, unusable, strict=True)
-        loose = [source.partition("#")[0] for source, top, bad in rows if not top and bad is None]
-        names = list(dict.fromkeys(loose))
-        more = ", ..." if len(names) > 3 else ""
+        by_name = listing.paths is not None and not listing.label_paths  # the split is in the names of files that hold many samples
+        if listing.paths is None or by_name:
+            names = [source.partition("#")[0] if by_name else file_of(source) for source in listing.sources]
+        else:
+            names = listing.paths
+        loose = [name for name, top, bad in zip(names, listing.splits, unusable, strict=True) if not top and bad is None]
+        if not loose:
+            return []
+        known = first_of(list(dict.fromkeys(loose)))
+        if by_name:
+            one, many = "sample is in a file whose name says no split and goes", "samples are in files whose names say no split and go"
+            what = counted(len(loose), one, many)
+            return [f"{what} to train ({known}): name the files by their split (train, val), or leave them out by source.exclude"]
         what = counted(len(loose), "sample is in no split folder and goes", "samples are in no split folder and go")
-        return [f"{what} to train ({', '.join(names[:3])}{more}): move them into one, or out of source.url"] if loose else []
+        return [f"{what} to train ({known}): move them into one, or out of source.url"]
     return []
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import re
 import struct
 import zipfile
 import zlib
@@ -375,3 +376,76 @@ class TestDatasets:
             assert left.x.shape[1:] == (1, 28, 28)
             assert bool((left.x == right.x).all())
             assert bool((left.label == right.label).all())
+
+
+class TestWhatIsNotUsed:
+    def notes(self, url: Path, **options: object) -> str:
+        return "\n".join(listing(url, **options).notes)
+
+    def test_arrays_of_an_npz_that_nothing_takes_are_named(self, tmp_path: Path) -> None:
+        fine = {"x_train": PIXELS, "y_train_fine": LABELS, "y_train_coarse": LABELS // 2, "more": PIXELS, "masks": PIXELS}
+        np.savez(tmp_path / "c.npz", **fine)
+        found = self.notes(tmp_path / "c.npz")
+        assert re.search(r"skipped 2 arrays of labels .* \('c.npz/y_train_fine', 'c.npz/y_train_coarse'\): source.labels takes one", found)
+        assert "skipped 2 arrays that nothing takes ('c.npz/more', 'c.npz/masks'): source.images takes" in found
+        chosen = listing(tmp_path / "c.npz", labels="y_train_fine", factors=("y_train_coarse",))
+        assert chosen.label_names == [str(label) for label in LABELS] and "arrays of labels" not in "\n".join(chosen.notes)
+        np.savez(tmp_path / "d.npz", x=PIXELS, y=LABELS, factor_a=LABELS, bags=LABELS)
+        assert "skipped" not in self.notes(tmp_path / "d.npz", group="bags")
+
+    def test_files_of_labels_that_nothing_takes_or_of_another_name_are_named(self, tmp_path: Path) -> None:
+        for name, array in (("train_images", PIXELS), ("test_images", PIXELS), ("labels", LABELS)):
+            np.save(tmp_path / f"{name}.npy", array)
+        assert "skipped 1 file of labels that fit no array, or several ('labels.npy'): name each like" in self.notes(tmp_path)
+        (tmp_path / "pets").mkdir()
+        np.save(tmp_path / "pets/cats.npy", PIXELS)
+        np.save(tmp_path / "pets/dogs_labels.npy", LABELS)
+        assert "1 array of labels of another name than their array, taken since" in self.notes(tmp_path / "pets")
+        assert listing(tmp_path / "pets").label_names is not None
+
+    def test_thousands_of_arrays_are_a_count_and_examples(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            for number in range(400):
+                archive.writestr(f"array_{number}.npy", b"")
+        for options in ({}, {"images": "pictures"}):
+            with pytest.raises(DataError, match="array_1, .* and 3[0-9]+ more") as caught:
+                listing(tmp_path / "a.npz", **options)
+            assert len(str(caught.value)) < 1000
+
+    def test_two_arrays_of_one_name_are_refused_with_what_to_do(self, tmp_path: Path) -> None:
+        data = io.BytesIO()
+        np.save(data, PIXELS)
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.writestr("images.npy", data.getvalue())
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                archive.writestr("images.npy", data.getvalue())
+        for options in ({}, {"images": "images"}):
+            with pytest.raises(DataError, match=r"a.npz holds arrays of one name \(images\): save it again"):
+                listing(tmp_path / "a.npz", **options)
+        with pytest.raises(BadSample, match=r"arrays of one name \(images\): save it again"):
+            only_array((tmp_path / "a.npz").read_bytes())
+
+
+@pytest.mark.parametrize("labels", [[1e300, 1e19, 2e19, 5.0], [2.0**63, 0, 1, 2], [-1e19, 0, 1, 2], ["x\0y", "xy", "a", "b"]])
+def test_labels_that_would_merge_are_refused(tmp_path: Path, labels: list) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS[:4], labels=np.array(labels))
+    with pytest.raises(DataError, match=r"a.npz .*'labels'.* holds .* in row 0"):
+        listing(tmp_path / "a.npz")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS[:4], labels=np.array(["\ufeffcat", "cat", "dog", "a\ufeff"]))
+    made = shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz"), classes=("\ufeffcat", "dog", "a\ufeff")), str(tmp_path / "out"))
+    assert made.classes == ("cat", "dog", "a\ufeff") and made.statistics["train"].classes["cat"] == 2
+    with pytest.raises(ConfigError, match="no NUL"):
+        shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz"), classes=("c\0at",)), str(tmp_path / "nul"))
+
+
+def test_a_shape_below_zero_is_named(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (-1, 5)})
+    (tmp_path / "a.npy").write_bytes(header.getvalue())
+    with pytest.raises(DataError, match=r"header promises the shape \(-1, 5\): restore it"):
+        listing(tmp_path / "a.npy")
+    with pytest.raises(BadSample, match=r"header promises the shape \(-1, 5\)"):
+        array_header(header.getvalue())

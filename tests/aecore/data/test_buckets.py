@@ -105,6 +105,13 @@ class TestKeys:
         with pytest.raises(DataError, match="is one object of .* bytes, expected a folder"):
             BucketSource(FolderSpec(url=f"{s3.url}/in/1.png")).listing()
 
+    def test_objects_whose_names_end_in_a_slash_are_counted_once(self, s3: S3, caplog: pytest.LogCaptureFixture) -> None:
+        put(s3, "in/a/1.png", "in/a/", "in/b.png/", "in/")
+        source = BucketSource(FolderSpec(url=f"{s3.url}/in"))
+        with caplog.at_level("INFO"):
+            assert source.listing().sources == source.listing().sources == ["a/1.png"]
+        assert caplog.text.count("skipped 2 objects whose names end in / (for example 'a/')") == 1
+
     def test_filters_choose_as_in_a_folder(self, s3: S3) -> None:
         put(s3, "in/a/1.png", "in/a/1_mask.png", "in/b/2.png", "in/b/x.csv")
         source = BucketSource(FolderSpec(url=f"{s3.url}/in", exclude=("*_mask.png",)))

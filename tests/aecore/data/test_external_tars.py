@@ -174,7 +174,7 @@ class TestSource:
             write_tar(tmp_path / f"{name}.tar", samples(5 * number, 5))
         made = shard_dataset(WebdatasetSpec(url=str(tmp_path)), str(tmp_path / "ds"))
         assert {split: made.num_samples(split) for split in made.splits} == {"train": 10, "val": 5}
-        assert "5 samples are in no split folder and go to train (extra.tar)" in caplog.text
+        assert "5 samples are in files whose names say no split and go to train (extra.tar): name the files by their split" in caplog.text
 
     def test_split_folders_inside_a_tar_are_warned_of(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         files = [(f"{folder}/{name}", data) for folder in ("train", "valid") for name, data in samples(0, 2)]

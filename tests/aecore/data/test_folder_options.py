@@ -3,6 +3,7 @@
 import fnmatch
 import os
 import re
+import tarfile
 import time
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from aecore.data.dataset import open_dataset
+from aecore.data.dataset import open_dataset, read_listings
 from aecore.data.format.index import read_table
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._filter import matcher
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._other_files import kind_of_file
 from aecore.data.sources.folder import FolderSource, FolderSpec
+from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
@@ -359,3 +362,65 @@ def test_a_folder_of_masks_belongs_to_the_folders_around_the_same_names():
 @pytest.mark.parametrize("name", ["a/._0.jpg", "a/.DS_Store", "__MACOSX/a/0.jpg", "Thumbs.db"])
 def test_metadata_of_operating_systems_is_named_as_that(name):
     assert kind_of_file(name) == ("files of the operating system", "")
+
+
+def test_advice_about_masks_does_not_leave_out_the_samples() -> None:
+    """A `.png` next to a `.jpg` of its name may be a mask of it; where most `.png` are pictures their pattern is no advice."""
+    paths = sorted(["a/1.jpg", "a/1.png", *(f"a/{number}.png" for number in range(2, 9))])
+    (note,) = mask_notes(paths, ["a"] * len(paths))
+    assert "1 file has" in note and "exclude='" not in note and "name them in source.exclude" in note
+    paths = sorted(["a/1.jpg", "a/1.png", "a/2.jpg", "a/2.png", "a/3.png"])
+    (note,) = mask_notes(paths, ["a"] * len(paths))
+    assert note.endswith("source.exclude='*.png' leaves them out, and 1 file with them")
+
+
+def keys_of(root: Path) -> list[str]:
+    dataset = open_dataset(str(root / "out"))
+    return sorted(read_listings(dataset.store, dataset.manifest)["key"].to_pylist())
+
+
+class TestGrowth:
+    """What another run adds to a dataset with `source.limit` or `source.frames`."""
+
+    def shard(self, root: Path, **options: object) -> list[str]:
+        spec = FolderSpec(url=str(root / "in"), extensions=("png", "gif"), **options)  # type: ignore[arg-type]
+        shard_dataset(spec, str(root / "out"))
+        return keys_of(root)
+
+    def animated(self, path: Path, *numbers: int) -> None:
+        frames = [Image.fromarray(np.full((4, 4), 9 * number, np.uint8)) for number in numbers]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+
+    @pytest.mark.parametrize(("before", "after"), [((1,), (1, 2, 3)), ((1, 2, 3), (1,))])
+    def test_a_file_with_another_number_of_frames_has_changed(self, tmp_path: Path, before, after) -> None:
+        pictures(tmp_path, "in/x/b.png")
+        self.animated(tmp_path / "in/x/a.gif", *before)
+        first = self.shard(tmp_path, frames="all")
+        self.animated(tmp_path / "in/x/a.gif", *after)
+        with pytest.raises(DataError, match="another number of pages or frames .*'x/a.gif"):
+            self.shard(tmp_path, frames="all")
+        assert keys_of(tmp_path) == first
+        self.animated(tmp_path / "in/x/a.gif", *before)
+        self.animated(tmp_path / "in/x/c.gif", 4, 5)
+        assert len(self.shard(tmp_path, frames="all")) == len(first) + 2
+
+    def test_a_limit_is_that_of_the_dataset(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        pictures(tmp_path, *(f"in/x/{number}.png" for number in range(3)))
+        first = self.shard(tmp_path, limit=5)
+        assert len(first) == 3
+        pictures(tmp_path, *(f"in/x/{number}.png" for number in range(40)))
+        with caplog.at_level("INFO"):
+            grown = self.shard(tmp_path, limit=5)
+        assert len(grown) == 5 and set(first) < set(grown)
+        assert "left out, since source.limit=5 counts all samples of the dataset, and it has 3" in caplog.text
+        assert self.shard(tmp_path, limit=5) == grown
+
+    def test_a_limit_counts_frames(self, tmp_path: Path) -> None:
+        for name in "ab":
+            self.animated(tmp_path / f"in/x/{name}.gif", 1, 2, 3)
+        assert len(self.shard(tmp_path, limit=2, frames="all")) == 2
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(tmp_path / "in/x", "x")
+        assert len(WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "a.tar"), limit=2, frames="all")).listing()) == 2
+        assert "0 files" not in notes(pictures(tmp_path / "single", "x/a.png"), frames="all")

@@ -320,3 +320,34 @@ def test_the_summary_counts_what_will_be_written():
 def test_a_large_plan_is_fast_enough():
     made = plan(plain(50_000), SplitSpec(val=0.1))
     assert sum(map(len, made.tasks)) == 50_000
+
+
+@pytest.mark.parametrize(
+    ("paths", "splits", "advised", "not_advised"),
+    [
+        (["data/train/a/1", "data/cat/2"], None, "files of their own that are named by it", "splits.by=folders"),
+        (["data/train/a/1", "data/cat/2"], ["data", "data"], "give the folder that holds nothing but", "splits.by=folders into"),
+        (["train_set/1", "val_set/2"], ["train_set", "val_set"], "rename them to train, val", "splits.by=folders"),
+        (["train/a/1", "cat/2"], ["train", "cat"], "set splits.by=folders into a new dataset", "named by it"),
+    ],
+)
+def test_advice_about_folders_named_like_splits_is_what_the_source_takes(paths, splits, advised, not_advised):
+    listing = dataclasses.replace(listing_of(paths), splits=splits)
+    (warning,) = split_warnings(listing, SplitSpec(by="none"))
+    assert advised in warning and not_advised not in warning
+
+
+def test_a_loose_sample_is_named_by_its_path_in_the_tar():
+    paths = ["data/train/1.png", "data/x#1.png"]
+    listing = dataclasses.replace(listing_of(["train/1", "x#1"]), sources=["a.tar#0", "a.tar#1"], paths=paths)
+    (warning,) = split_warnings(listing, SplitSpec(by="folders"))
+    assert "1 sample is in no split folder and goes to train (data/x#1.png): move them" in warning
+    (warning,) = split_warnings(dataclasses.replace(listing, paths=None, sources=["train/1.png", "x#1.png"]), SplitSpec(by="folders"))
+    assert "(x#1.png)" in warning
+
+
+def test_thousands_of_folders_are_a_count_and_examples():
+    listing = listing_of([f"{split}_{number}/1" for split in ("train", "val") for number in range(1500)])
+    (warning,) = split_warnings(listing, SplitSpec(by="none"))
+    assert "(train_0, train_1, train_10 and 2997 more)" in warning
+    assert "and 2980 more" in plan(listing, SplitSpec(by="folders")).notes[0]
