@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
 from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
-from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
+from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
 from aecore.native.loops import exif_orientation
@@ -97,6 +97,8 @@ class OpenImage:
             self._reopen()
             raise
         require_size(self._image.width, self._image.height, max_pixels)
+        if self._data.startswith(JPEG_MAGIC):
+            has_all_scans(self._data[self._image.offset :])  # not too many
         try:
             return _opened_pillow(self._image, turned=True)
         except Exception:  # the decoder holds what it made of the damage
@@ -199,6 +201,7 @@ def _require_whole(data: bytes) -> None:
 
 def _pillow_jpeg(data: bytes) -> Pixels | None:
     """Return the stored pixels of a plain JPEG by Pillow; None for what it does not read (other depths, stray bytes, no EOI)."""
+    has_all_scans(data)  # not too many
     try:
         with open_unbounded(data) as image:
             return np.asarray(image) if image.mode in ("L", "RGB") else None

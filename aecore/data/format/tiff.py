@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
 from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
-from aecore.data.format.jpeg import jpeg_size
+from aecore.data.format.jpeg import has_all_scans, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
@@ -111,6 +111,8 @@ class TiffImages:
         data, stacked = self._data, len(self._images) == 1 and frame > 0
         page = self._images[0 if stacked else frame]
         form = _form(page)
+        if page.compression == _JPEG:
+            _require_jpeg_sizes(page, data)
         if page.photometric == _YCBCR and page.compression != _JPEG:
             from PIL import Image, TiffImagePlugin  # libtiff's own conversion: chroma may be subsampled
 
@@ -152,13 +154,14 @@ def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any
 
 
 def _require_jpeg_sizes(page: Any, data: bytes) -> None:  # any: as above
-    """Raise BadSample if a JPEG inside the file is larger than the strip or tile that it is in: it would be decoded whole."""
+    """Raise BadSample if a JPEG inside the file is larger than the strip or tile that it is in, or of too many scans."""
     most = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
     across, down = (-(-int(side) // 16) * 16 for side in most)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        width, height = jpeg_size(data[offset : offset + count])
+        width, height = jpeg_size(jpeg := data[offset : offset + count])
         if width > across or height > down:
             raise BadSample("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
+        has_all_scans(jpeg)  # not too many
 
 
 def _stacked(page: Any) -> int:  # any: as above
