@@ -18,7 +18,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
-from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
+from aecore.data.format.colour import by_blocks, cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
 from aecore.data.format.jpeg import has_all_scans, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
 
@@ -230,16 +230,19 @@ def _meant(page: Any, values: Pixels, form: _Form) -> Pixels:  # any: as above
     colour, bits = int(page.photometric or 0), page.bitspersample
     if form.mode == "P":
         table = np.asarray(page.colormap)
-        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[:, values[..., 0]].transpose(1, 2, 0)
+        colours = (table >> 8 if table.max() > 255 else table).astype(np.uint8)
+        return by_blocks(lambda block: colours[:, block[..., 0]].transpose(1, 2, 0), values)
     if form.mode.startswith("LAB"):
-        return _lab(values, form, signed=colour == _CIELAB)
+        return by_blocks(lambda block: _lab(block, form, signed=colour == _CIELAB), values)
     if form.mode.startswith("CMYK"):
         return cmyk_to_rgb(values)
     if values.dtype.kind in "bu" and bits < 8:
-        values = np.rint(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
+        scale = 255 / ((1 << bits) - 1)
+        values = by_blocks(lambda block: np.rint(block * scale).astype(np.uint8), values)
     if colour == _MIN_IS_WHITE and values.dtype.kind == "u":
         white = values.dtype.type((1 << bits) - 1 if bits >= 8 else 255)
-        values = np.concatenate([white - values[..., :1], values[..., 1:]], axis=-1)
+        values = np.require(values, requirements="W")
+        np.subtract(white, values[..., :1], out=values[..., :1])
     values = values.astype(form.dtype, copy=False)
     white = white_of(form.dtype) if bits < 8 or form.dtype.kind != "u" else float((1 << bits) - 1)
     return straight_alpha(values, white) if form.alpha == _PREMULTIPLIED else values
