@@ -106,6 +106,10 @@ class TiffImages:
         form = _form(page)
         return int(page.imagewidth), int(page.imagelength), max(form.channels, int(page.samplesperpixel)) * form.dtype.itemsize
 
+    def total_pixels(self) -> int:
+        """Return the pixels of all pages together; the images of an ImageJ stack, which are stored as they are, count as one."""
+        return sum(int(page.imagewidth) * int(page.imagelength) for page in self._images)
+
     def pixels(self, frame: int) -> tuple[Pixels, bool]:
         """Return the pixels of one image, as `tiff_pixels` does."""
         data, stacked = self._data, len(self._images) == 1 and frame > 0
