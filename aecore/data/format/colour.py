@@ -42,7 +42,8 @@ def cmyk_to_rgb(inks: Pixels) -> Pixels:
 
     def convert(block: Pixels) -> Pixels:
         light = white - block.astype(product)
-        return ((light[..., :3] * light[..., 3:] + white // product(2)) // white).astype(inks.dtype)
+        found: Pixels = ((light[..., :3] * light[..., 3:] + white // product(2)) // white).astype(inks.dtype)
+        return found
 
     return by_blocks(convert, inks)
 

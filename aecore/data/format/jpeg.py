@@ -35,7 +35,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _COLOURS = {b"\1": "GRAY", b"\3": "RGB", b"\4": "CMYK"}  # of simplejpeg, by components
 _EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
 _SCALED = frozenset({0xC0, 0xC1, PROGRESSIVE})  # frames that libjpeg scales: of a lossless one it writes all pixels, whatever was asked
-_ALL_SCANS, _MOST_SCANS, _SCAN_PIXELS = 24, 500, 1 << 28  # always read, ever read, pixels of them together; encoders make up to some 20
+_ALL_SCANS, _MOST_SCANS, _SCAN_PIXELS = 24, 500, 1 << 27  # always read, ever read, pixels of them together; encoders make up to some 20
 
 
 def jpeg_segments(data: bytes, markers: re.Pattern[bytes] = _SEGMENT) -> Iterator[tuple[int, int, int]]:
