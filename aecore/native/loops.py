@@ -175,7 +175,9 @@ def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
             return _UNKNOWN
         segment = file[at + 4 : at + 2 + length].tobytes()
         if marker == 0xDA:
-            if not found[0] or at + 2 + length > len(file) or file[at:].tobytes().rfind(b"\xff\xd9") < 0:
+            if not found[0] or length < 3 or at + 2 + length > len(file) or file[at:].tobytes().rfind(b"\xff\xd9") < 0:
+                return _UNKNOWN
+            if found[1][0] != 0xC2 and segment[0] != found[1][2]:  # a scan of each component: there may be many
                 return _UNKNOWN
             return found[0], found[1][:2] + bytes([found[1][2] | (orientation & 15) << 4]), *found[2:]
         if marker == 0xE1 and not orientation and segment.startswith(b"Exif\0\0"):

@@ -1,6 +1,7 @@
 """Colours of images as RGB, and images with alpha as they look on a background. Legend: C channels, H W sides."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from aecore.errors import ConfigError
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
+BLOCK_VALUES = 1 << 20  # that are converted at once: on the way they may take 8 bytes each, several times
 
 
 def white_of(dtype: np.dtype[Any]) -> float:  # any: as above
@@ -16,11 +18,34 @@ def white_of(dtype: np.dtype[Any]) -> float:  # any: as above
     return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)
 
 
+def by_blocks(convert: Callable[[Pixels], Pixels], pixels: Pixels) -> Pixels:
+    """Return what a function of single pixels gives for `[H, W, ...]`, by blocks, so that what it takes on the way does not grow."""
+    height, width = pixels.shape[:2]
+    if pixels.size <= BLOCK_VALUES:
+        return convert(pixels)
+    most = max(1, BLOCK_VALUES * height * width // pixels.size)
+    rows, columns, out = max(1, most // width), min(most, width), None
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            found = convert(pixels[top : top + rows, left : left + columns])
+            if out is None:
+                out = np.empty((height, width, *found.shape[2:]), found.dtype)
+            out[top : top + rows, left : left + columns] = found
+    assert out is not None, "an image has pixels"
+    return out
+
+
 def cmyk_to_rgb(inks: Pixels) -> Pixels:
     """Return RGB `[H, W, 3]` of inks `[H, W, 4]` (the largest value: full ink): the light that passes both a colour and black."""
-    white = np.uint64(white_of(inks.dtype))
-    light = white - inks.astype(np.uint64)
-    return ((light[..., :3] * light[..., 3:] + white // np.uint64(2)) // white).astype(inks.dtype)
+    product = np.dtype(f"u{2 * inks.dtype.itemsize}").type  # holds the square of white and a half of it
+    white = product(white_of(inks.dtype))
+
+    def convert(block: Pixels) -> Pixels:
+        light = white - block.astype(product)
+        found: Pixels = ((light[..., :3] * light[..., 3:] + white // product(2)) // white).astype(inks.dtype)
+        return found
+
+    return by_blocks(convert, inks)
 
 
 def lab_to_rgb(lab: NDArray[np.float64], dtype: np.dtype[Any]) -> Pixels:  # any: as above
@@ -34,11 +59,15 @@ def lab_to_rgb(lab: NDArray[np.float64], dtype: np.dtype[Any]) -> Pixels:  # any
 
 def straight_alpha(pixels: Pixels, white: float) -> Pixels:
     """Return pixels whose colours were multiplied by their alpha, the last channel, with the colours divided by it again."""
-    alpha = pixels[..., -1:].astype(np.float64)
-    colours = pixels[..., :-1] * white / np.where(alpha == 0, white, alpha)
-    if pixels.dtype.kind != "f":
-        colours = np.rint(colours).clip(0, white)
-    return np.concatenate([colours.astype(pixels.dtype), pixels[..., -1:]], axis=-1)
+
+    def convert(block: Pixels) -> Pixels:
+        alpha = block[..., -1:].astype(np.float64)
+        colours = block[..., :-1] * white / np.where(alpha == 0, white, alpha)
+        if block.dtype.kind != "f":
+            colours = np.rint(colours).clip(0, white)
+        return np.concatenate([colours.astype(block.dtype), block[..., -1:]], axis=-1)
+
+    return by_blocks(convert, pixels)
 
 
 def composed(pixels: Pixels, background: str, white: float) -> Pixels:
@@ -47,9 +76,13 @@ def composed(pixels: Pixels, background: str, white: float) -> Pixels:
     `white` is the value of white, and of what is opaque.
     """
     colour = background_of(background, pixels.shape[-1] - 1)
-    share = pixels[..., -1:].astype(np.float64) / white
-    found = pixels[..., :-1] * share + colour * white * (1 - share)
-    return (found if pixels.dtype.kind == "f" else np.floor(found + 0.5)).astype(pixels.dtype)
+
+    def convert(block: Pixels) -> Pixels:
+        share = block[..., -1:].astype(np.float64) / white
+        found = block[..., :-1] * share + colour * white * (1 - share)
+        return (found if block.dtype.kind == "f" else np.floor(found + 0.5)).astype(block.dtype)
+
+    return by_blocks(convert, pixels)
 
 
 @functools.cache

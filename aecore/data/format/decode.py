@@ -102,12 +102,13 @@ class Decoder:
 
     def _into(self, target: Pixels, data: bytes, frame: int) -> None:
         if frame and self._colours:
+            complete = frame != PROGRESSIVE or has_all_scans(data)
             try:
                 self._simplejpeg.decode_jpeg(data, self._colours, buffer=target)
             except ValueError:  # a warning: the complete decoder decides
                 target[...] = self._meant(data).reshape(target.shape)
             else:
-                if frame == PROGRESSIVE and not has_all_scans(data):
+                if not complete:
                     self._meant(data)
         elif data.startswith(NPY_MAGIC):
             target[...] = self._array(data)
@@ -152,6 +153,8 @@ class Decoder:
         return array_values(data, header)
 
     def _into_1(self, target: Pixels, data: bytes, _: int) -> None:
+        if data.startswith(JPEG_MAGIC):
+            has_all_scans(data)  # not too many
         if data.startswith(NPY_MAGIC):
             pixels = self._npy(data)
         elif not self.sample_format.image:

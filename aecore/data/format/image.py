@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.format.jpeg import APP1, EOI, FRAMES, SEGMENTS_1, SOI, SOS, jpeg_orientation, jpeg_segments
+from aecore.data.format.jpeg import APP1, EOI, FRAMES, SEGMENTS_1, SOI, SOS, has_all_scans, jpeg_orientation, jpeg_segments
 from aecore.data.format.orientation import turned_size
 from aecore.data.format.pillow import PILLOW_FORMATS, open_unbounded
 from aecore.native.loops import exif_orientation
@@ -314,6 +314,8 @@ def open_image(data: bytes, ext: str) -> Any:  # any: PIL.Image.Image, imported 
 
 def load_image(data: bytes, header: ImageHeader) -> Any:  # any: PIL.Image.Image
     """Return the image with its pixels decoded; BadSample if that fails. `header` comes from `image_header`, which checked the size."""
+    if data.startswith(b"\xff\xd8"):
+        has_all_scans(data)  # not too many
     image = open_image(data, header.ext)
     _decoding(image.load, header.ext)
     return image

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.orientation import UPRIGHT
 from aecore.native.loops import exif_orientation
 
@@ -33,6 +34,8 @@ SOI, EOI, SOS, APP1, PROGRESSIVE = 0xD8, 0xD9, 0xDA, 0xE1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _COLOURS = {b"\1": "GRAY", b"\3": "RGB", b"\4": "CMYK"}  # of simplejpeg, by components
 _EIGHTH = {"min_height": 1, "min_width": 1, "min_factor": 8}
+_SCALED = frozenset({0xC0, 0xC1, PROGRESSIVE})  # frames that libjpeg scales: of a lossless one it writes all pixels, whatever was asked
+_ALL_SCANS, _MOST_SCANS, _SCAN_PIXELS = 24, 500, 1 << 27  # always read, ever read, pixels of them together; encoders make up to some 20
 
 
 def jpeg_segments(data: bytes, markers: re.Pattern[bytes] = _SEGMENT) -> Iterator[tuple[int, int, int]]:
@@ -69,19 +72,19 @@ def jpeg_segments(data: bytes, markers: re.Pattern[bytes] = _SEGMENT) -> Iterato
 def clean_pixels(data: bytes, *, eighth: bool = False) -> NDArray[np.uint8] | None:
     """Return the stored pixels `[H, W, C]` of a JPEG of 8 bits in which nothing is missing or left over; None if that is in doubt.
 
-    `eighth` decodes to an eighth of the size, for the check alone.
+    `eighth` decodes to an eighth of the size where libjpeg scales, for the check alone. BadSample as by `has_all_scans`.
     """
     import simplejpeg
 
     at = _frame(data)
     colours = _COLOURS.get(data[at + 9 : at + 10])
-    if colours is None:
+    if not has_all_scans(data) or colours is None or data[at + 4] != 8:
         return None
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, **(_EIGHTH if eighth else {}))
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, **(_EIGHTH if eighth and data[at + 1] in _SCALED else {}))
     except ValueError:  # a warning of libjpeg, or what only other decoders read
         return None
-    return None if data[at + 1] == PROGRESSIVE and not has_all_scans(data) else pixels
+    return pixels
 
 
 def is_whole_jpeg(data: bytes) -> bool:
@@ -147,14 +150,24 @@ def _filled(data: bytes, start: int, filler: bytes) -> bytes:
 
 
 def has_all_scans(data: bytes) -> bool:
-    """Return whether the scans of a JPEG give all bits of all coefficients: those of a sequential one always do."""
+    """Return whether the scans of a JPEG give all bits of all coefficients: those of a sequential one always do.
+
+    BadSample if they are more than any encoder makes: a scan of a few bytes is decoded over all pixels. Hence this goes before decoding.
+    """
     frame, scans = b"", list[bytes]()
     for marker, at, size in jpeg_segments(data):
-        if marker == PROGRESSIVE:
+        if marker in FRAMES:
             frame = data[at : at + size]
         elif marker == SOS:
             scans.append(data[at + 4 : at + size])
-    return not frame or _give_all(frame, tuple(scans))
+            if len(scans) == 1 and frame[1:2] != b"\xc2" and scans[0][:1] == frame[9:10]:  # it has all components: libjpeg reads no other
+                break
+    height, width = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big")
+    most = min(_MOST_SCANS, max(_ALL_SCANS, _SCAN_PIXELS // max(1, width * height)))
+    if len(scans) > most:
+        where = f"JPEG of {width}x{height} pixels in {len(scans)} scans, at most {most} are read"
+        raise BadSample("decode", f"{where}: save it again as a baseline JPEG")
+    return frame[1:2] != b"\xc2" or _give_all(frame, tuple(scans))
 
 
 @functools.lru_cache(256)  # encoders have few ways to divide a picture into scans

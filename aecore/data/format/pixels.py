@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
 from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
-from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
+from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
 from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+TOTAL_IMAGES, TOTAL_PER_BYTE = 4, 256  # pixels of a file of several images: images of the largest size, and pixels for each of its bytes
 _MOST_WHOLE = 1 << 17
 _whole_seen: set[int] = set()  # hashes of JPEGs that took several decodes to tell that they are whole: training reads them again
 
@@ -57,6 +58,7 @@ class OpenImage:
         self._data = data
         self._tiff: Any = None  # any: TiffImages, imported late
         self._image: Any = None  # any: PIL.Image.Image
+        self._total = 0  # pixels of all images, once they are known
         self._next = 0  # the first frame that was not decoded on the way to the last one
         self._end: tuple[int, Exception] | None = None  # the first frame that damaged ones before it make unreachable, and why
         if data.startswith(TIFF_STARTS):
@@ -69,6 +71,19 @@ class OpenImage:
     def close(self) -> None:
         """Close the file."""
         (self._image if self._tiff is None else self._tiff).close()
+
+    def require_total(self, max_pixels: int) -> None:
+        """Raise BadSample if all images together have more pixels than a file of its bytes may cost."""
+        if self._total == 0:
+            image = self._image
+            self._total = self._tiff.total_pixels() if image is None else image.width * image.height * getattr(image, "n_frames", 1)
+        most = TOTAL_IMAGES * max_pixels + TOTAL_PER_BYTE * len(self._data)
+        if self._total > most:
+            raise BadSample(
+                "too_large",
+                f"a file of {len(self._data)} bytes whose pages or frames have {self._total} pixels together, at most {most} are decoded "
+                f"({TOTAL_IMAGES} times shards.max_pixels and {TOTAL_PER_BYTE} a byte): save them as files of their own",
+            )
 
     def passed(self, number: int) -> range:
         """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
@@ -97,6 +112,8 @@ class OpenImage:
             self._reopen()
             raise
         require_size(self._image.width, self._image.height, max_pixels)
+        if self._data.startswith(JPEG_MAGIC):
+            has_all_scans(self._data[self._image.offset :])  # not too many
         try:
             return _opened_pillow(self._image, turned=True)
         except Exception:  # the decoder holds what it made of the damage
@@ -199,6 +216,7 @@ def _require_whole(data: bytes) -> None:
 
 def _pillow_jpeg(data: bytes) -> Pixels | None:
     """Return the stored pixels of a plain JPEG by Pillow; None for what it does not read (other depths, stray bytes, no EOI)."""
+    has_all_scans(data)  # not too many
     try:
         with open_unbounded(data) as image:
             return np.asarray(image) if image.mode in ("L", "RGB") else None

@@ -18,8 +18,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
-from aecore.data.format.colour import cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
-from aecore.data.format.jpeg import jpeg_size
+from aecore.data.format.colour import by_blocks, cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
+from aecore.data.format.jpeg import has_all_scans, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
@@ -106,11 +106,17 @@ class TiffImages:
         form = _form(page)
         return int(page.imagewidth), int(page.imagelength), max(form.channels, int(page.samplesperpixel)) * form.dtype.itemsize
 
+    def total_pixels(self) -> int:
+        """Return the pixels of all pages together; the images of an ImageJ stack, which are stored as they are, count as one."""
+        return sum(int(page.imagewidth) * int(page.imagelength) for page in self._images)
+
     def pixels(self, frame: int) -> tuple[Pixels, bool]:
         """Return the pixels of one image, as `tiff_pixels` does."""
         data, stacked = self._data, len(self._images) == 1 and frame > 0
         page = self._images[0 if stacked else frame]
         form = _form(page)
+        if page.compression == _JPEG:
+            _require_jpeg_sizes(page, data)
         if page.photometric == _YCBCR and page.compression != _JPEG:
             from PIL import Image, TiffImagePlugin  # libtiff's own conversion: chroma may be subsampled
 
@@ -152,13 +158,14 @@ def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any
 
 
 def _require_jpeg_sizes(page: Any, data: bytes) -> None:  # any: as above
-    """Raise BadSample if a JPEG inside the file is larger than the strip or tile that it is in: it would be decoded whole."""
+    """Raise BadSample if a JPEG inside the file is larger than the strip or tile that it is in, or of too many scans."""
     most = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
     across, down = (-(-int(side) // 16) * 16 for side in most)
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        width, height = jpeg_size(data[offset : offset + count])
+        width, height = jpeg_size(jpeg := data[offset : offset + count])
         if width > across or height > down:
             raise BadSample("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
+        has_all_scans(jpeg)  # not too many
 
 
 def _stacked(page: Any) -> int:  # any: as above
@@ -227,16 +234,19 @@ def _meant(page: Any, values: Pixels, form: _Form) -> Pixels:  # any: as above
     colour, bits = int(page.photometric or 0), page.bitspersample
     if form.mode == "P":
         table = np.asarray(page.colormap)
-        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[:, values[..., 0]].transpose(1, 2, 0)
+        colours = (table >> 8 if table.max() > 255 else table).astype(np.uint8)
+        return by_blocks(lambda block: colours[:, block[..., 0]].transpose(1, 2, 0), values)
     if form.mode.startswith("LAB"):
-        return _lab(values, form, signed=colour == _CIELAB)
+        return by_blocks(lambda block: _lab(block, form, signed=colour == _CIELAB), values)
     if form.mode.startswith("CMYK"):
         return cmyk_to_rgb(values)
     if values.dtype.kind in "bu" and bits < 8:
-        values = np.rint(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
+        scale = 255 / ((1 << bits) - 1)
+        values = by_blocks(lambda block: np.rint(block * scale).astype(np.uint8), values)
     if colour == _MIN_IS_WHITE and values.dtype.kind == "u":
         white = values.dtype.type((1 << bits) - 1 if bits >= 8 else 255)
-        values = np.concatenate([white - values[..., :1], values[..., 1:]], axis=-1)
+        values = np.require(values, requirements="W")
+        np.subtract(white, values[..., :1], out=values[..., :1])
     values = values.astype(form.dtype, copy=False)
     white = white_of(form.dtype) if bits < 8 or form.dtype.kind != "u" else float((1 << bits) - 1)
     return straight_alpha(values, white) if form.alpha == _PREMULTIPLIED else values

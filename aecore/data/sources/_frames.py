@@ -54,7 +54,7 @@ class FrameReader:
 
     Animations can only be decoded from their beginning: on the way to a frame those that come later in `expect`'s order are kept.
     Files and frames that are kept have at most `HELD_BYTES`; above that files are opened again. `max_pixels` is the limit of an image that
-    is decoded. Threads take turns.
+    is decoded; all of a file are refused that have too many together. Threads take turns.
     """
 
     def __init__(self, read: Read) -> None:
@@ -88,6 +88,7 @@ class FrameReader:
             found = kept.pop(number, None)
             try:
                 if found is None:
+                    self._opened(name).require_total(self.max_pixels)
                     self._keep_passed(name, number)
                     found = self._frame(name, number)
                 else:

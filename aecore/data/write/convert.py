@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.format.colour import composed
+from aecore.data.format.colour import BLOCK_VALUES, by_blocks, composed
 from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.foreign import explained
 from aecore.data.format.image import ImageHeader, image_header, load_image
@@ -127,16 +127,20 @@ def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Hea
 
 def _in_range(pixels: Pixels, black: float, white: float, opaque: float | None) -> Pixels:
     """Return 16 bits from black to white; `opaque` is the largest alpha (None: there is none), which keeps its share."""
-    shares = (pixels.astype(np.float64) - black) / (white - black)
-    if opaque is not None:
-        shares[..., -1] = pixels[..., -1] / opaque
-    return np.rint(np.clip(shares, 0, 1) * 65535).astype(np.uint16)
+
+    def convert(block: Pixels) -> Pixels:
+        shares = (block.astype(np.float64) - black) / (white - black)
+        if opaque is not None:
+            shares[..., -1] = block[..., -1] / opaque
+        return np.rint(np.clip(shares, 0, 1) * 65535).astype(np.uint16)
+
+    return by_blocks(convert, pixels)
 
 
 def _to_mode(pixels: Pixels, mode: Literal["L", "RGB"], white: float) -> Pixels:
     """Return 8 bits of grey or RGB, white from `white` on; BadSample if the pixels have no fixed range or are neither."""
     if pixels.dtype == np.uint16:
-        pixels = np.rint(np.minimum(pixels * (255 / white), 255)).astype(np.uint8)
+        pixels = by_blocks(lambda block: np.rint(np.minimum(block * (255 / white), 255)).astype(np.uint8), pixels)
     if pixels.dtype != np.uint8:
         raise BadSample(
             "unsupported",
@@ -155,19 +159,27 @@ def _resized(pixels: Pixels, side: int) -> Pixels:
     size, bicubic = (side, side), Image.Resampling.BICUBIC
     if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):
         return np.asarray(_pillow_image(pixels).resize(size, bicubic)).reshape(side, side, -1)
-    if np.can_cast(pixels.dtype, np.float32) and float(np.abs(pixels).max()) < _LARGE:
-        bands = [np.asarray(Image.fromarray(band).resize(size, bicubic)) for band in np.moveaxis(pixels, 2, 0).astype(np.float32)]
+    if np.can_cast(pixels.dtype, np.float32) and max(abs(float(pixels.min())), abs(float(pixels.max()))) < _LARGE:
+        stored = np.moveaxis(pixels, 2, 0)  # one band after the other in float32
+        bands = [np.asarray(Image.fromarray(band.astype(np.float32)).resize(size, bicubic)) for band in stored]
         resized = np.stack(bands, axis=2).astype(np.float64) * 0.25
     else:
-        values = pixels.astype(np.float64)
-        if pixels.dtype.kind in "iu" and not np.array_equal(values.astype(pixels.dtype), pixels):
-            raise BadSample("unsupported", f"{pixels.dtype} values above 2^53 cannot be resized exactly: save them as 32 bits or float64")
-        resized = _resampled(_resampled(values * 0.25, side, axis=1), side, axis=0)  # bicubic goes beyond the largest values
+        rows = max(1, BLOCK_VALUES // pixels[0].size)
+        across = [_across(pixels[top : top + rows], side) for top in range(0, len(pixels), rows)]
+        resized = _resampled(np.concatenate(across), side, axis=0)
     if pixels.dtype.kind == "f":
         limit = float(np.finfo(pixels.dtype).max) * 0.25
         return (resized.clip(-limit, limit).astype(pixels.dtype) * 4).astype(pixels.dtype)
     limits = np.iinfo(pixels.dtype)
     return np.rint(resized * 4).clip(limits.min, limits.max).astype(pixels.dtype)
+
+
+def _across(pixels: Pixels, side: int) -> NDArray[np.float64]:
+    """Return rows as `side` columns of a quarter of their values, since bicubic goes beyond the largest of them."""
+    values = pixels.astype(np.float64)
+    if pixels.dtype.kind in "iu" and not np.array_equal(values.astype(pixels.dtype), pixels):
+        raise BadSample("unsupported", f"{pixels.dtype} values above 2^53 cannot be resized exactly: save them as 32 bits or float64")
+    return _resampled(values * 0.25, side, axis=1)
 
 
 def _resampled(values: NDArray[np.float64], size: int, axis: int) -> NDArray[np.float64]:
@@ -240,8 +252,8 @@ def _to_mode_1(image: Any, mode: str) -> Any:  # any: PIL.Image.Image
         steps = {"P": "RGBA" if "transparency" in image.info else "RGB", "1": "L"}  # modes that cannot be interpolated
         return image.convert(steps[image.mode]) if image.mode in steps else image
     if image.mode.startswith("I"):  # 16 bits: others were refused
-        levels = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
-        image = Image.fromarray(np.rint(levels * (255 / 65535)).astype(np.uint8))
+        levels = by_blocks(lambda block: np.rint(block.clip(0, 65535) * (255 / 65535)).astype(np.uint8), np.asarray(image))
+        image = Image.fromarray(levels)
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -103,7 +103,8 @@ static Facts examine_jpeg(const uint8_t *data, int64_t size) {
         }
         if (data[at] != 0xFF || marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD9) || length < 2) return none;
         if (marker == 0xDA) {
-            if (!found.kind || at + 2 + length > size) return none;
+            if (!found.kind || length < 3 || at + 2 + length > size) return none;
+            if (found.detail[0] != 0xC2 && data[at + 4] != found.detail[2]) return none; /* a scan of each component: there may be many */
             found.detail[2] |= (uint8_t)(orientation << 4);
             for (int64_t end = size - 2; end >= at; end--)
                 if (data[end] == 0xFF && data[end + 1] == 0xD9) return found;

@@ -1,5 +1,6 @@
 """JPEGs that lack a part of their pixels are refused alike by the check, training and encoding; the walk over segments."""
 
+import functools
 import io
 from collections import Counter
 
@@ -7,14 +8,16 @@ import imagecodecs
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format import jpeg as jpeg_module
 from aecore.data.format import pixels as pixels_module
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Reading
 from aecore.data.format.image import image_header
-from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_segments
+from aecore.data.format.jpeg import clean_pixels, is_whole_jpeg, jpeg_segments, jpeg_size
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources.folder import FolderSpec
@@ -166,6 +169,62 @@ class TestOneLibrary:
         grey = saved(Image.fromarray(noise(np.random.default_rng(4), 8, 8, 1)[..., 0]), "JPEG")
         assert simplejpeg.decode_jpeg(grey, "RGB").shape == (8, 8, 3)
         assert decoded(grey, SampleFormat.parse("8x8x3/RGB"), "imagecodecs") == "shape"
+
+
+class TestUnusualFrames:
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_a_lossless_one_is_never_decoded_to_an_eighth(self, mode):
+        """libjpeg does not scale it: it wrote all rows into an array for an eighth of them."""
+        values = noise(np.random.default_rng(0), 256, 256, 3 if mode == "RGB" else 1)
+        data = imagecodecs.ljpeg_encode(values[..., 0]) if mode == "L" else imagecodecs.jpeg8_encode(values, lossless=True)
+        assert data.count(b"\xff\xc3") == 1 and clean_pixels(data, eighth=True).shape == values.shape
+        sample = SampleFormat.parse(image_header(data, "jpg").format_text)
+        for decoder in ("imagecodecs", "pillow"):
+            np.testing.assert_array_equal(decoded(data, sample, decoder), values)
+
+    @pytest.mark.parametrize("form", [{"progressive": True}, {"scans": 3}])
+    def test_more_scans_than_any_encoder_makes_are_refused_before_decoding(self, form, monkeypatch):
+        monkeypatch.setattr(jpeg_module, "_SCAN_PIXELS", 30 * 64 * 48)
+        data = saved(Image.new("RGB", (64, 48), (9, 8, 7)), "JPEG", progressive="progressive" in form)
+        if "scans" in form:  # one of no data for each component
+            start = [at for marker, at, _ in jpeg_segments(data) if marker == 0xDA][0]
+            heads = b"".join(b"\xff\xda\0\x08\1" + bytes([component, 0x11 if component > 1 else 0, 0, 63, 0]) for component in (1, 2, 3))
+            data = data[:start] + heads + b"\xff\xd9"
+        last = [at for marker, at, _ in jpeg_segments(data) if marker == 0xDA][-1]
+        scan, before = data[last:-2], sum(marker == 0xDA for marker, _, _ in jpeg_segments(data))
+        for count in (30, 31):
+            many = data[:-2] + scan * (count - before) + data[-2:]
+            told = f"JPEG of 64x48 pixels in {count} scans, at most 30 are read: save it again as a baseline JPEG"
+            said = reasons_of_all_readers(many)
+            assert [told in text for text in said] == [count > 30] * 7, said
+
+
+def reasons_of_all_readers(data: bytes) -> list[str]:
+    """Return for each way to decode a JPEG why it is refused, "" where it is not."""
+    sample = SampleFormat.parse(image_header(data, "jpg").format_text)
+    readers = [Decoder(reading, sample) for reading in (Reading(), Reading("pillow"), Reading(pixels=1))]
+    checks = [ShardSpec(check="decode"), ShardSpec(check="decode", pixels=1), ShardSpec(resize=4)]
+    ways = [functools.partial(reader.batch, [data]) for reader in readers]
+    ways += [functools.partial(prepare, data, "jpg", shards) for shards in checks]
+    ways.append(functools.partial(prepare, tiff_of_jpeg(data), "tif", ShardSpec()))
+    said = []
+    for way in ways:
+        try:
+            way()
+            said.append("")
+        except (BadSample, DecodeError) as error:
+            said.append(f"{error.reason}: {error}")
+    return said
+
+
+def tiff_of_jpeg(data: bytes) -> bytes:
+    """Return a TIFF whose one strip is this JPEG."""
+    height, width = jpeg_size(data)[::-1]
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as file:
+        options = {"photometric": "ycbcr", "subsampling": (1, 1), "compression": "jpeg", "rowsperstrip": height}
+        file.write(iter([data]), shape=(height, width, 3), dtype=np.uint8, metadata=None, **options)
+    return out.getvalue()
 
 
 class TestOrientation:

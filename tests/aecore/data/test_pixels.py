@@ -11,6 +11,7 @@ import tarfile
 import time
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -22,13 +23,16 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format import colour as colour_module
 from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.colour import cmyk_to_rgb, composed, straight_alpha
 from aecore.data.format.decode import Decoder, Reading
 from aecore.data.format.image import _require_frames, image_header
 from aecore.data.format.jpeg import is_whole_jpeg
 from aecore.data.format.pixels import OpenImage
 from aecore.data.format.record import array_header
 from aecore.data.format.sample_format import SampleFormat
+from aecore.data.format.tiff import _Form, _meant
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.sources import _frames as frames_module
@@ -36,7 +40,8 @@ from aecore.data.sources import reader
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.write.convert import prepare
+from aecore.data.write import convert as convert_module
+from aecore.data.write.convert import _in_range, _resized, _to_mode, prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
@@ -499,6 +504,35 @@ class TestFrames:
         with pytest.raises(BadSample, match="at most 67108864 are read"):
             source.read("large.png#000000001")
 
+    @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+    def test_the_pixels_of_a_file_are_bounded_by_its_bytes(self, tmp_path, name):
+        """A frame of a few bytes is decoded over the whole canvas: 3000 of them were minutes for a file of 46 kB."""
+        frames, side = 60, 300
+        if name == "a.tif":
+            out = io.BytesIO()
+            with tifffile.TiffWriter(out) as file:
+                for _ in range(frames):
+                    file.write(np.zeros((side, side), np.uint8), photometric="minisblack", compression="zlib", metadata=None)
+            data = out.getvalue()
+        else:
+            pictures = [Image.new("RGB", (side, side)) for _ in range(frames)]
+            for number, picture in enumerate(pictures):
+                picture.putpixel((0, 0), (number, 0, 0))
+            data = saved(pictures[0], name[2:].upper(), save_all=True, append_images=pictures[1:], lossless=True)
+        assert 256 * len(data) < 5_000_000 < frames * side * side
+        files = {name: data, "one.png": saved(Image.new("RGB", (side, side)), "PNG")}
+        manifest = sharded(tmp_path, files, frames="all", max_pixels=side**2)
+        assert (manifest.num_samples(), manifest.reasons) == (1, {"too_large": frames})
+        source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=(name[2:],), frames="all"))
+        source.bound_pixels(side**2)
+        listed = source.listing().sources
+        with pytest.raises(
+            BadSample, match=rf"{len(data)} bytes whose pages or frames have 5400000 pixels together, at most \d+ are decoded"
+        ):
+            reader(source, listed)(listed[1])
+        source.bound_pixels(frames * side**2 // 4)
+        assert reader(source, listed)(listed[1])[0] in ("png", "tiff")
+
     def test_the_default_image_of_an_animation_is_a_frame_of_its_own(self, tmp_path):
         pictures = [Image.fromarray(noise(np.random.default_rng(number), 6, 5, 3)) for number in range(3)]
         data = saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:], default_image=True)
@@ -704,6 +738,39 @@ class TestLimits:
         with pytest.raises(BadSample, match=r"80 bytes takes 8000 bytes, at most 7984 are read \(16 times"):
             prepare(data, "tif", ShardSpec(max_pixels=499))
         prepare(data, "tif", ShardSpec(max_pixels=500))
+
+    @pytest.mark.parametrize("shape", [(300, 500), (1, 150_000)])
+    @pytest.mark.parametrize("kind", ["cmyk", "cmyk 16", "premultiplied", "composed", "lab", "in range", "to mode", "palette"])
+    def test_what_a_conversion_takes_on_the_way_does_not_grow_with_the_image(self, kind, shape, monkeypatch):
+        values = noise(np.random.default_rng(0), *shape, 4, "u1" if kind in ("cmyk", "composed", "lab", "palette") else "u2")
+        three = np.ascontiguousarray(values[..., :3])
+        table = noise(np.random.default_rng(1), 3, 256, 1, "u2")[..., 0]
+        page = SimpleNamespace(photometric=3, bitspersample=8, colormap=table)
+        lab = SimpleNamespace(photometric=8, bitspersample=8)
+        convert = {
+            "cmyk": lambda: cmyk_to_rgb(values),
+            "cmyk 16": lambda: cmyk_to_rgb(values),
+            "premultiplied": lambda: straight_alpha(values, 65535.0),
+            "composed": lambda: composed(values, "white", 255.0),
+            "lab": lambda: _meant(lab, three, _Form("LAB", 3, np.dtype("u1"))),
+            "in range": lambda: _in_range(values, 10, 60000, 65535.0),
+            "to mode": lambda: _to_mode(three, "RGB", 65535.0),
+            "palette": lambda: _meant(page, three[..., :1], _Form("P", 3, np.dtype("u1"))),
+        }[kind]
+        whole = convert()
+        monkeypatch.setattr(colour_module, "BLOCK_VALUES", 1 << 12)
+        tracemalloc.start()
+        parts, most = convert(), tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_array_equal(parts, whole)
+        assert most < (3 if kind == "to mode" else 1) * parts.nbytes + (1 << 19), "the result (Pillow copies it) and a few blocks"
+
+    @pytest.mark.parametrize("dtype", ["f8", "i4", "u2"])
+    def test_a_resize_by_rows_gives_what_all_at_once_gives(self, dtype, monkeypatch):
+        values = (noise(np.random.default_rng(0), 90, 70, 2, "u2") / (7 if dtype == "f8" else 1)).astype(dtype)
+        whole = _resized(values, 16)
+        monkeypatch.setattr(convert_module, "BLOCK_VALUES", 1000)
+        np.testing.assert_allclose(_resized(values, 16), whole, rtol=1e-12)
 
     def test_a_jpeg_inside_a_tiff_that_says_gigapixels_is_refused_by_its_tags(self):
         data = bytearray(saved(Image.fromarray(smooth(RANDOM, 32, 32, 3)), "TIFF", compression="jpeg"))
