@@ -239,7 +239,7 @@ class TestHostile:
             **dict.fromkeys(("link", "hard"), "link"),
             "pipe": "member",
         }
-        assert found.notes == ("skipped 9 members that are not read (for example '000000.pyd', '000000.pickle', '000000.pth')",)
+        assert found.notes == ("skipped 9 unread members (for example '000000.pyd', '000000.pickle', '000000.pth')",)
         adopt(tmp_path / "in", tmp_path / "ds", shards=ShardSpec(max_bad=0.7))
         assert len(list(as_webdataset(str(tmp_path / "ds")))) == 3
         assert not (tmp_path / "executed").exists()

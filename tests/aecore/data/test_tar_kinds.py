@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+import random
 import struct
 import tarfile
 import time
@@ -35,7 +36,7 @@ from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import SPARSE as SPARSE_KIND
 from aecore.data.sources._tar_file import Member, TarFile
-from aecore.data.sources._tar_samples import AGAIN, TarReading, data_extension, tar_samples
+from aecore.data.sources._tar_samples import AGAIN, DOCUMENTS, TarReading, data_extension, tar_samples
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
@@ -167,7 +168,7 @@ class TestNames:
         write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
         found = listing(tmp_path, member="target.png")
         assert (found.keys, found.unusable) == (["0", "1", "2"], None)
-        assert "skipped 1 documents ('README')" in found.notes
+        assert "skipped 1 document ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
@@ -181,7 +182,7 @@ class TestNames:
         found = listing(tmp_path / "in")
         assert (sorted(found.keys), found.unusable) == (["0", "1", "2", "3", *(f"video%2E{n:04d}" for n in range(3))], None)
         skipped, unlabelled = found.notes
-        assert skipped == "skipped 9 members that are not read (for example '0.mask.png', '0.1.txt', '1.mask.png')"
+        assert skipped == "skipped 9 unread members (for example '0.mask.png', '0.1.txt', '1.mask.png')"
         assert unlabelled.startswith("3 samples have no .cls, as others have, and no label: 'video.0000' for example")
 
     def test_the_only_image_of_a_sample_may_have_a_longer_extension(self, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ class TestNames:
         assert [line.partition(": ")[2] for line in skipped] == [
             "1 sample goes to the quarantine (no_data), 'a.tar#4608+0#0.x0.bin'",
             "skipped 5000 files without a key and an extension (for example 'no-extension-0', 'no-extension-1', 'no-extension-2')",
-            "skipped 5000 members that are not read (for example '0.x0.bin', '0.x1.bin', '0.x2.bin')",
+            "skipped 5000 unread members (for example '0.x0.bin', '0.x1.bin', '0.x2.bin')",
         ]
         assert len(caplog.text) < 5_000
 
@@ -267,6 +268,26 @@ class TestLinks:
         assert found.unusable is None
         read = {key: source.read(name)[1] for key, name in zip(found.keys, found.sources, strict=True)}
         assert read == {f"{top}/{n}": (folder / f"{top}/{n}.png").read_bytes() for top in ("cat", "kitty") for n in (0, 1, 2, 4, 5)}
+
+    def test_a_hard_link_is_the_file_that_has_the_name_at_its_place(self, tmp_path: Path) -> None:
+        """As `tar` unpacks it: whatever takes the name later, and however links lead to links; those to later members fail there too."""
+        rng, path = random.Random(0), tmp_path / "a.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in range(120):
+                kind = rng.choice([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.LNKTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE])
+                is_sample = kind != tarfile.REGTYPE and rng.random() < 0.7
+                info = tarfile.TarInfo(f"{number}.png" if is_sample else rng.choice("abcdef"))
+                data = png(number) if kind == tarfile.REGTYPE else b""
+                info.type, info.size, info.linkname = kind, len(data), rng.choice("abcdef")
+                tar.addfile(info, io.BytesIO(data))
+        (tmp_path / "out").mkdir()
+        run(["tar", "-xf", path, "-C", tmp_path / "out"])  # it returns 2 for links that lead nowhere
+        theirs = {file.stem: file.read_bytes() for file in (tmp_path / "out").glob("*.png") if file.exists()}
+        source = WebdatasetSource(WebdatasetSpec(url=str(path)))
+        found = source.listing()
+        rows = list(zip(found.keys, found.sources, unusable(found), strict=True))
+        assert {key: source.read(name)[1] for key, name, bad in rows if bad is None} == theirs
+        assert len(theirs) > 20 and {reason(bad) for _, _, bad in rows} == {"", "link"}
 
     def test_links_that_lead_nowhere_are_in_the_quarantine(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "in/a.tar", [("cat/0.png", png(0))])
@@ -863,7 +884,7 @@ class _Names(Skipped):
 
     def add(self, what: str, example: str = "", remedy: str = "", *, count: int = 1, kept: bool = False, ext: str = "") -> None:
         super().add(what, example, remedy, count=count, kept=kept, ext=ext)
-        {"documents": self.documents, AGAIN: self.again}.get(what, self.names).append(example)
+        {DOCUMENTS: self.documents, AGAIN: self.again}.get(what, self.names).append(example)
 
 
 class TestAgainstOthers:
