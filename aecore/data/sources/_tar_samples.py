@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources import Unusable
 from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
@@ -26,6 +27,7 @@ MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset'
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
 MAX_HOPS = 32  # links that lead to links
 MAX_NAME_BYTES, MAX_LEVELS = 4096, 128  # of a member's name, as Linux has them for a path
+MAX_CLASS_BYTES = 1 << 10
 ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
@@ -102,6 +104,37 @@ def tar_samples(tar: TarFile, reading: TarReading, skipped: Skipped) -> TarSampl
         groups.add(entry)
     found = groups.samples()
     return TarSamples(sorted(found, key=lambda sample: sample.data.offset), broken)
+
+
+def stated_class(tar: TarFile, member: Member | None) -> str:
+    """Return the class that the text of a member names, "" without a member.
+
+    BadSample if it is too large, or no UTF-8: then two classes could become one. A byte-order mark is no part of it.
+    """
+    data = small_member(tar, member, MAX_CLASS_BYTES)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        shown = repr(data[: error.end][-20:])
+        raise BadSample("label", f"{member.name if member else ''!r} is no UTF-8 (it has {shown}): save the text as UTF-8") from error
+    return text_of_class(text)
+
+
+def text_of_class(text: str) -> str:
+    """Return a class as it is stored; BadSample if UTF-8 and listings cannot hold it: without what they cannot hold, two could become one."""
+    text = text.removeprefix("\ufeff").strip()
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadSample("label", f"its label {text[:80]!r} has NUL or half a surrogate pair in it: write it without")
+    return text
+
+
+def small_member(tar: TarFile, member: Member | None, limit: int) -> bytes:
+    """Return the bytes of a member, none without one; BadSample if it has more than `limit`."""
+    if member is None:
+        return b""
+    if member.size > limit:
+        raise BadSample("metadata", f"{member.name!r} has {member.size} bytes, at most {limit} are read of such a member")
+    return tar.read(member)
 
 
 def data_extension(ext: str) -> str:

@@ -171,7 +171,8 @@ class TestNames:
         assert "skipped 1 document ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
-        write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
+        images = [(f"22.{n}-x.png", png(n)) for n in range(2)]
+        write_tar(tmp_path / "a.tar", [*images, *((f"22.{n}-x.cls", b"1") for n in range(4))])
         assert list(map(reason, unusable(listing(tmp_path)))) == ["", "", "no_data", "no_data"]
 
     def test_masks_and_descriptions_beside_images_are_no_samples(self, tmp_path: Path) -> None:
@@ -1055,6 +1056,24 @@ class TestLargeMembers:
 
 
 class TestLabelsInTexts:
+    @pytest.mark.parametrize("label", ["cls", "txt", "json:a"])
+    def test_two_classes_never_become_one(self, tmp_path: Path, label: str) -> None:
+        """What is no text is quarantined; what programs write before a text belongs to no class."""
+        if label.startswith("json"):
+            texts = [json.dumps({"a": text}).encode() for text in ("1", "\ufeff1", "a\0b", "ab", "\ud800", "\ud801", "caf\xe9")]
+            texts += [b'\xef\xbb\xbf{"a": "1"}', b'{"a": "caf\xe9"}']
+        else:
+            texts = [b"1", b"\xef\xbb\xbf1\r\n", b"a\0b", b"ab", b"\xed\xa0\x80", b"\xff\xfe1\0", "caf\xe9".encode(), b"1", b"caf\xe9"]
+        ext = label.partition(":")[0]
+        path = write_tar(tmp_path / "in/a.tar", [file for n, t in enumerate(texts) for file in ((f"{n}.png", png(n)), (f"{n}.{ext}", t))])
+        found = listing(path, label=label)
+        expected = ["1", "1", "", "ab", "", "", "caf\xe9", "1", ""]
+        assert (found.label_names, [reason(bad) == "" for bad in unusable(found)]) == (expected, [text != "" for text in expected])
+        old = listing(path, label=label, tars=1).label_names
+        assert old is not None and old[2:4] == ["ab", "ab"], "datasets that exist keep their classes"
+        if label == "cls":
+            assert {int(x[0, 0, 0]) for batch in streamed(tmp_path / "in", steps=4, max_bad=1) for x in batch.x} == {0, 1, 3, 6, 7}
+
     def test_the_remedy_for_labels_in_txt_members_works(self, tmp_path: Path) -> None:
         files = [(f"{n}.{ext}", data) for n in range(6) for ext, data in (("png", png(n)), ("txt", [b"cat", b" dog\n"][n % 2]))]
         write_tar(tmp_path / "in/a.tar", files)
