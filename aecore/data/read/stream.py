@@ -219,7 +219,7 @@ def _class(tar: TarFile, member: Member | None, reading: TarReading) -> str:
 class _Tally:
     """The samples that one rank has used or left out; DataError when too many are bad.
 
-    `in_pass` is the number of samples that this rank reads of all tars, once it is known. `known` are the bad ones, which a pass meets again.
+    `in_pass` is the number of samples that this rank reads of all tars, once it is known; `known` are the bad ones.
     """
 
     def __init__(self, most: float, expected: SampleFormat) -> None:
@@ -229,7 +229,7 @@ class _Tally:
         self._damaged, self._formats = False, {expected.without_alpha}  # what the bad samples are: damaged, or of other formats
 
     def add(self, sample: StreamSample, why: BadSample, other: SampleFormat | None = None) -> None:
-        """Count a bad sample, once more if it is known, damaged or of an `other` format: log the first ones, then the tenth, the hundredth, ..."""
+        """Count a bad sample, damaged or of an `other` format, also if it is known: log the first, the tenth, the hundredth, ..."""
         self.judged += 1
         self.bad += 1
         if sample["place"] not in self.known:

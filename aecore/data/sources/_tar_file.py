@@ -99,15 +99,19 @@ class TarFile:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         try:
             self.compression = compression(os.pread(descriptor, START_BYTES, 0))
+            self._packed = os.fstat(descriptor).st_size
         except BaseException:
             close_read(descriptor)
             raise
         if self.compression is None:
             return descriptor
         with os.fdopen(descriptor, "rb", buffering=0) as file:
-            limit = InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option)
-            inflated, self.broken = inflate(file, self.compression, self.where, limit)
+            inflated, self.broken = inflate(file, self.compression, self.where, self.limit())
         return inflated
+
+    def limit(self) -> InflateLimit:
+        """Return how many bytes its members may become where holes are filled and links resolved: as many as a compressed tar may."""
+        return InflateLimit.of(self._packed, self._limit, self._option)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -221,7 +225,7 @@ class TarFile:
         ends = [0, *(end for at, length in pieces if length for end in (at, at + length)), size]
         if ends != sorted(ends) or sum(length for _, length in pieces) > stored:
             return 0, "its map of holes is damaged"
-        limit = InflateLimit.of(self.size, self._limit, self._option)
+        limit = self.limit()
         return (size, "") if size <= limit.most else (0, f"with its holes it has {size} bytes, more than {limit.why}")
 
     def _whole(self, member: Member) -> bytes:

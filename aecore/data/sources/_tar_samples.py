@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources import Unusable
+from aecore.data.sources._inflate import ALLOWED_BYTES
 from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import FILES, SPARSE, UNREADABLE, BrokenTar, Entry, Member, TarFile
@@ -102,8 +103,27 @@ def tar_samples(tar: TarFile, reading: TarReading, skipped: Skipped) -> TarSampl
         entries = [entry for joined in parts for entry in _resolved(joined, groups.unusable)]
     for entry in entries:
         groups.add(entry)
-    found = groups.samples()
-    return TarSamples(sorted(found, key=lambda sample: sample.data.offset), broken)
+    found = sorted(groups.samples(), key=lambda sample: sample.data.offset)
+    return TarSamples(found if reading.rules == 1 else _within(found, tar), broken)
+
+
+def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
+    """Return the samples; of those that have more bytes together than the tar may inflate to, by holes and links, the last are unusable."""
+    total = sum(sample.data.size for sample in samples if sample.bad is None)
+    if total <= max(ALLOWED_BYTES, tar.size):  # no limit is less, but one that is configured
+        return samples
+    limit, held, found = tar.limit(), 0, list[TarSample]()
+    most = max(limit.most, tar.size)
+    for sample in samples:
+        if sample.bad is None and held + sample.data.size > most:
+            why = f"with it, the holes and links of the tar would become {held + sample.data.size} bytes, more than {limit.why}"
+            sample = sample._replace(
+                bad=Unusable("member", f"{why}: pack the tar without --sparse (-S), and several links into several tars")
+            )
+        else:
+            held += sample.data.size if sample.bad is None else 0
+        found.append(sample)
+    return found
 
 
 def stated_class(tar: TarFile, member: Member | None) -> str:
@@ -121,7 +141,7 @@ def stated_class(tar: TarFile, member: Member | None) -> str:
 
 
 def text_of_class(text: str) -> str:
-    """Return a class as it is stored; BadSample if UTF-8 and listings cannot hold it: without what they cannot hold, two could become one."""
+    """Return a class as it is stored; BadSample if it has what cannot be stored: without that, two could become one."""
     text = text.removeprefix("\ufeff").strip()
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise BadSample("label", f"its label {text[:80]!r} has NUL or half a surrogate pair in it: write it without")

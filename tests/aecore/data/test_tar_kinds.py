@@ -678,6 +678,22 @@ class TestSparse:
         assert (found.sizes.tolist(), reason(unusable(found)[0])) == ([0], "member")
         assert "with its holes it has 1099511627776 bytes, more than 1073741824 bytes" in str(unusable(found)[0])
 
+    def test_all_holes_and_links_of_a_tar_are_bounded_together(self, tmp_path: Path) -> None:
+        (tmp_path / "files").mkdir()
+        for number in range(3):
+            with (tmp_path / f"files/{number}.npy").open("wb") as file:
+                file.truncate(900 << 20)
+        os.link(tmp_path / "files/0.npy", tmp_path / "files/3.npy")
+        (tmp_path / "in").mkdir()
+        run(["tar", "-cf", str(tmp_path / "in/a.tar"), "--sparse", "-C", str(tmp_path / "files"), "."], check=True)
+        whys = [why for why in unusable(listing(tmp_path / "in")) if why is not None]
+        assert list(map(reason, whys)) == ["member"] * 3
+        assert "would become 1887436800 bytes, more than 1073741824 bytes" in str(whys[0])
+        assert "set source.max_inflated_bytes" in str(whys[0])
+        assert listing(tmp_path / "in", max_inflated_bytes=4 << 30).unusable is None
+        some = unusable(listing(tmp_path / "in", max_inflated_bytes=2 << 30))
+        assert sorted(map(reason, some)) == ["", "", "member", "member"]
+
     def test_datasets_of_version_1_leave_them_out_as_they_did(self, tmp_path: Path) -> None:
         self.packed(tmp_path, SPARSE[0])
         found = listing(tmp_path / "in", tars=1)
