@@ -31,7 +31,7 @@ MAX_DIGITS = 20  # of a PAX size
 WINDOW_BYTES, NEAR_BYTES = 1 << 16, 1 << 13  # of small members many are read at once, a tenth of the time
 LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at once
 MAX_HEADERS = 32  # before a sparse member: the standard library recurses for each, and writers need up to 4
-_EMPTY = bytes(BLOCK)
+_EMPTY, _HOLE = bytes(BLOCK), bytes(1 << 20)
 FILES, _WITHOUT_DATA, _EXTENDING = (
     frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
 )
@@ -230,13 +230,19 @@ class TarFile:
 
     def _whole(self, member: Member) -> bytes:
         """Return the bytes of a sparse file with zeros in its holes."""
+        pieces, end = list[bytes](), 0  # joined: `extractfile` would hold all bytes three times
         try:
-            with self._unpacked(member.offset) as (tar, info):
-                file = tar.extractfile(info)
-                data = b"" if file is None else file.read()
+            with self._unpacked(member.offset) as (_, info):
+                place = info.offset_data
+                known = [piece for piece in cast(list[tuple[int, int]], info.sparse) if piece[1]]
+                for at, length in [*known, (member.size, 0)]:
+                    whole, rest = divmod(min(at, member.size) - end, len(_HOLE))
+                    pieces += [*[_HOLE] * whole, _HOLE[:rest], _pread(self.descriptor, min(length, member.size), place)]
+                    place, end = place + length, at + length
         except _DAMAGED as error:
             raise DataError(f"{self.where} is damaged at {member.name!r}: {error}; restore it") from error
-        if len(data) != member.size:
+        data = b"".join(pieces)
+        if len(data) != member.size or end != member.size:
             raise DataError(f"{self.where} has other bytes at {member.name!r}: it changed while it was read")
         return data
 
