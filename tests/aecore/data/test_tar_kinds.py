@@ -691,6 +691,12 @@ class TestSparse:
         assert "would become 1887436800 bytes, more than 1073741824 bytes" in str(whys[0])
         assert "set source.max_inflated_bytes" in str(whys[0])
         assert listing(tmp_path / "in", max_inflated_bytes=4 << 30).unusable is None
+        source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in")))
+        tracemalloc.start()
+        length = len(source.read(source.listing().sources[0])[1])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert length == 900 << 20 and peak < 1000 << 20, "not twice"
         some = unusable(listing(tmp_path / "in", max_inflated_bytes=2 << 30))
         assert sorted(map(reason, some)) == ["", "", "member", "member"]
 
