@@ -42,19 +42,20 @@ from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped, of_kind
-from aecore.data.sources._tar_file import TarFile
-from aecore.data.sources._tar_samples import ARCHIVED, TarReading, tar_samples
+from aecore.data.sources._tar_file import Member, TarFile
+from aecore.data.sources._tar_samples import ARCHIVED, MAX_CLASS_BYTES, TarReading, stated_class, tar_samples
 from aecore.errors import ConfigError, DataError, Hint, counted
 from aecore.store import sha256_json
 from aecore.threads import prefetched
 
 logger = logging.getLogger(__name__)
-MAX_CLASS_BYTES, MAX_DIGITS = 1 << 10, 18
+MAX_DIGITS = 18
 TRIED, TRIED_BYTES = 16, 1 << 24  # samples whose formats are compared when a stream is opened, and their bytes at most after the first one
-MOST_REMEMBERED = 10_000  # different bad samples
+MOST_REMEMBERED = 100_000  # different bad samples: these are not read again
 LOGGED = 3  # bad samples that are logged one by one
 FEWEST = 1000  # samples that the share of bad ones is of, at least: the first one of ten is no tenth of the data
-StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `ext`, `data`, `cls` and `bad`
+StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `ext`, `data`, `cls`, `place` and `bad`
+Place = tuple[str, str, int]  # of a sample: the tar, the name and the offset of its data
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,13 @@ def _format_of(sample: StreamSample, pixels: PixelsVersion, max_pixels: int) -> 
     return header.format_text
 
 
-def _read(tars: ExternalTars, name: str, reading: TarReading, skipped: Skipped) -> Iterator[StreamSample]:
-    """Yield the samples of one tar, also those that cannot be used (`bad`); `cls` is the class that is stated ("": none)."""
+def _read(
+    tars: ExternalTars, name: str, reading: TarReading, skipped: Skipped, known: Mapping[Place, Unusable] | None = None
+) -> Iterator[StreamSample]:
+    """Yield the samples of one tar, also those that cannot be used (`bad`); `cls` is the class that is stated ("": none).
+
+    Those that are `known` to be bad are not read.
+    """
     tar = TarFile(tars.files, name)
     try:
         samples, broken = tar_samples(tar, reading, skipped)
@@ -189,49 +195,48 @@ def _read(tars: ExternalTars, name: str, reading: TarReading, skipped: Skipped) 
             remedy = "or use shard_dataset or adopt_shards with source.bad_tars=skip, which put what is known of it into a quarantine"
             raise DataError(f"{broken}; {remedy}") from broken
         for sample in samples:
-            cls, bad, data = sample.members.get("cls"), sample.bad, b""
+            place = tar.where, sample.data.name, sample.data.offset
+            bad, data, text = (known or {}).get(place, sample.bad), b"", ""
             ext = sample.data.name.lower().rpartition(".")[2]
             if bad is None:
-                data = tar.read(sample.data)
                 try:
+                    text = _class(tar, sample.members.get("cls"), reading)
+                    data = tar.read(sample.data)
                     ext, data = ("npy", only_array(data)) if ext == ARCHIVED else (ext, data)
                 except BadSample as error:
                     bad = Unusable(error.reason, error.message)
-            text = tar.read(cls).strip() if cls is not None and cls.size <= MAX_CLASS_BYTES else b""
-            yield {
-                "__key__": sample.key,
-                "__url__": tar.where,
-                "ext": ext,
-                "data": data,
-                "cls": text.decode("utf-8", "replace"),
-                "bad": bad,
-            }
+            yield {"__key__": sample.key, "__url__": tar.where, "ext": ext, "data": data, "cls": text, "place": place, "bad": bad}
     finally:
         tar.close()
+
+
+def _class(tar: TarFile, member: Member | None, reading: TarReading) -> str:
+    if reading.rules > 1:
+        return stated_class(tar, member)
+    return "" if member is None or member.size > MAX_CLASS_BYTES else tar.read(member).strip().decode("utf-8", "replace")
 
 
 class _Tally:
     """The samples that one rank has used or left out; DataError when too many are bad.
 
-    `in_pass` is the number of samples that this rank reads of all tars, once it is known.
+    `in_pass` is the number of samples that this rank reads of all tars, once it is known; `known` are the bad ones.
     """
 
     def __init__(self, most: float, expected: SampleFormat) -> None:
         self._most, self._expected = most, expected
         self.judged = self.bad = self.in_pass = 0
-        self._different: set[tuple[str, str]] = set()  # a pass meets the same ones again
+        self.known: dict[Place, Unusable] = {}
         self._damaged, self._formats = False, {expected.without_alpha}  # what the bad samples are: damaged, or of other formats
 
     def add(self, sample: StreamSample, why: BadSample, other: SampleFormat | None = None) -> None:
-        """Count a bad sample, damaged or of an `other` format: log the first ones, then the tenth, the hundredth, ..."""
+        """Count a bad sample, damaged or of an `other` format, also if it is known: log the first, the tenth, the hundredth, ..."""
         self.judged += 1
         self.bad += 1
-        if other is None:
-            self._damaged = True
-        else:
-            self._formats.add(other)
-        if len(self._different) < MOST_REMEMBERED:
-            self._different.add((sample["__url__"], sample["__key__"]))
+        if sample["place"] not in self.known:
+            self._damaged |= other is None
+            self._formats |= set() if other is None else {other}
+            if len(self.known) < MOST_REMEMBERED:
+                self.known[sample["place"]] = Unusable(why.reason, why.message)
         text = f"{sample['__url__']}: sample {sample['__key__']!r} cannot be trained on ({why})"
         total = max(self.judged, min(FEWEST, self.in_pass or FEWEST))
         if self.bad <= self._most * total and not FEWEST <= self.bad == self.judged:
@@ -239,7 +244,7 @@ class _Tally:
                 logger.warning("%s and is left out: %d of %d samples so far", text, self.bad, self.judged)
             return
         # twice the share so far, since what has not been read may be worse: advice is not to be refused in the next attempt
-        found = max(self.bad / self.judged, len(self._different) / self.in_pass if self.in_pass else 0)
+        found = max(self.bad / self.judged, len(self.known) / self.in_pass if self.in_pass else 0)
         share = min(1.0, math.ceil(2000 * found) / 1000)
         alike = remedy_of(self._formats) if len(self._formats) > 1 else ""
         decode = f"shard the tars with shards.check=decode and shards.max_bad={share:g}" if self._damaged else ""
@@ -390,14 +395,13 @@ class StreamLoader:
         per_pass = len(self._names[rank::world_size]) if len(self._names) >= world_size else len(self._names)
         for name, first, step in drawn:
             skipped, count = Skipped(), 0
-            for number, sample in enumerate(_read(self._tars, name, self._reading, skipped)):
+            for number, sample in enumerate(_read(self._tars, name, self._reading, skipped, tally.known)):
                 if number % step != first:
                     continue
-                total += 1
+                total, count = total + 1, count + 1
                 if sample["bad"] is not None:
                     tally.add(sample, BadSample(*sample["bad"]))
                     continue
-                count += 1
                 yield sample
             self._log_skipped(name, skipped, logged)
             num_tars += 1

@@ -31,7 +31,7 @@ MAX_DIGITS = 20  # of a PAX size
 WINDOW_BYTES, NEAR_BYTES = 1 << 16, 1 << 13  # of small members many are read at once, a tenth of the time
 LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at once
 MAX_HEADERS = 32  # before a sparse member: the standard library recurses for each, and writers need up to 4
-_EMPTY = bytes(BLOCK)
+_EMPTY, _HOLE = bytes(BLOCK), bytes(1 << 20)
 FILES, _WITHOUT_DATA, _EXTENDING = (
     frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
 )
@@ -99,15 +99,19 @@ class TarFile:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         try:
             self.compression = compression(os.pread(descriptor, START_BYTES, 0))
+            self._packed = os.fstat(descriptor).st_size
         except BaseException:
             close_read(descriptor)
             raise
         if self.compression is None:
             return descriptor
         with os.fdopen(descriptor, "rb", buffering=0) as file:
-            limit = InflateLimit.of(os.fstat(descriptor).st_size, self._limit, self._option)
-            inflated, self.broken = inflate(file, self.compression, self.where, limit)
+            inflated, self.broken = inflate(file, self.compression, self.where, self.limit())
         return inflated
+
+    def limit(self) -> InflateLimit:
+        """Return how many bytes its members may become where holes are filled and links resolved: as many as a compressed tar may."""
+        return InflateLimit.of(self._packed, self._limit, self._option)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -221,18 +225,24 @@ class TarFile:
         ends = [0, *(end for at, length in pieces if length for end in (at, at + length)), size]
         if ends != sorted(ends) or sum(length for _, length in pieces) > stored:
             return 0, "its map of holes is damaged"
-        limit = InflateLimit.of(self.size, self._limit, self._option)
+        limit = self.limit()
         return (size, "") if size <= limit.most else (0, f"with its holes it has {size} bytes, more than {limit.why}")
 
     def _whole(self, member: Member) -> bytes:
         """Return the bytes of a sparse file with zeros in its holes."""
+        pieces, end = list[bytes](), 0  # joined: `extractfile` would hold all bytes three times
         try:
-            with self._unpacked(member.offset) as (tar, info):
-                file = tar.extractfile(info)
-                data = b"" if file is None else file.read()
+            with self._unpacked(member.offset) as (_, info):
+                place = info.offset_data
+                known = [piece for piece in cast(list[tuple[int, int]], info.sparse) if piece[1]]
+                for at, length in [*known, (member.size, 0)]:
+                    whole, rest = divmod(min(at, member.size) - end, len(_HOLE))
+                    pieces += [*[_HOLE] * whole, _HOLE[:rest], _pread(self.descriptor, min(length, member.size), place)]
+                    place, end = place + length, at + length
         except _DAMAGED as error:
             raise DataError(f"{self.where} is damaged at {member.name!r}: {error}; restore it") from error
-        if len(data) != member.size:
+        data = b"".join(pieces)
+        if len(data) != member.size or end != member.size:
             raise DataError(f"{self.where} has other bytes at {member.name!r}: it changed while it was read")
         return data
 

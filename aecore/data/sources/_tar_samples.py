@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources import Unusable
+from aecore.data.sources._inflate import ALLOWED_BYTES
 from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import FILES, SPARSE, UNREADABLE, BrokenTar, Entry, Member, TarFile
@@ -26,18 +28,21 @@ MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset'
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
 MAX_HOPS = 32  # links that lead to links
 MAX_NAME_BYTES, MAX_LEVELS = 4096, 128  # of a member's name, as Linux has them for a path
+MAX_CLASS_BYTES = 1 << 10
 ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
 _DOCUMENT = re.compile(r"(?:.*/)?(?:readme|licen[cs]e|copying|notice|citation|changelog)", re.IGNORECASE | re.DOTALL)
 _END = re.compile(r"/|\Z")  # of a beginning of a path
 _HARD, _SYMBOLIC = _LINKS = b"1", b"2"
-_KINDS = {_HARD: "hard links", _SYMBOLIC: "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes", SPARSE: "sparse files"}
-UNSAFE = "members whose name leaves the archive (.. or /)"
-NO_KEY = "files without a key and an extension"
-NO_DATA = "samples without an image or array"
-UNREAD = "members that are not read"
-AGAIN = "members whose name comes again"
+_DEVICE = "device(s)"
+_KINDS = {_HARD: "hard link(s)", _SYMBOLIC: "symbolic link(s)", b"3": _DEVICE, b"4": _DEVICE, b"6": "pipe(s)", SPARSE: "sparse file(s)"}
+UNSAFE = "member(s) whose name leaves the archive (.. or /)"
+NO_KEY = "file(s) without a key and an extension"
+NO_DATA = "sample(s) without an image or array"
+UNREAD = "unread member(s)"
+AGAIN = "member(s) whose name comes again"
+DOCUMENTS = "document(s)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,58 @@ def tar_samples(tar: TarFile, reading: TarReading, skipped: Skipped) -> TarSampl
         entries = [entry for joined in parts for entry in _resolved(joined, groups.unusable)]
     for entry in entries:
         groups.add(entry)
-    found = groups.samples()
-    return TarSamples(sorted(found, key=lambda sample: sample.data.offset), broken)
+    found = sorted(groups.samples(), key=lambda sample: sample.data.offset)
+    return TarSamples(found if reading.rules == 1 else _within(found, tar), broken)
+
+
+def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
+    """Return the samples; of those that have more bytes together than the tar may inflate to, by holes and links, the last are unusable."""
+    total = sum(sample.data.size for sample in samples if sample.bad is None)
+    if total <= max(ALLOWED_BYTES, tar.size):  # no limit is less, but one that is configured
+        return samples
+    limit, held, found = tar.limit(), 0, list[TarSample]()
+    most = max(limit.most, tar.size)
+    for sample in samples:
+        if sample.bad is None and held + sample.data.size > most:
+            why = f"with it, the holes and links of the tar would become {held + sample.data.size} bytes, more than {limit.why}"
+            sample = sample._replace(
+                bad=Unusable("member", f"{why}: pack the tar without --sparse (-S), and several links into several tars")
+            )
+        else:
+            held += sample.data.size if sample.bad is None else 0
+        found.append(sample)
+    return found
+
+
+def stated_class(tar: TarFile, member: Member | None) -> str:
+    """Return the class that the text of a member names, "" without a member.
+
+    BadSample if it is too large, or no UTF-8: then two classes could become one. A byte-order mark is no part of it.
+    """
+    data = small_member(tar, member, MAX_CLASS_BYTES)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        shown = repr(data[: error.end][-20:])
+        raise BadSample("label", f"{member.name if member else ''!r} is no UTF-8 (it has {shown}): save the text as UTF-8") from error
+    return text_of_class(text)
+
+
+def text_of_class(text: str) -> str:
+    """Return a class as it is stored; BadSample if it has what cannot be stored: without that, two could become one."""
+    text = text.removeprefix("\ufeff").strip()
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadSample("label", f"its label {text[:80]!r} has NUL or half a surrogate pair in it: write it without")
+    return text
+
+
+def small_member(tar: TarFile, member: Member | None, limit: int) -> bytes:
+    """Return the bytes of a member, none without one; BadSample if it has more than `limit`."""
+    if member is None:
+        return b""
+    if member.size > limit:
+        raise BadSample("metadata", f"{member.name!r} has {member.size} bytes, at most {limit} are read of such a member")
+    return tar.read(member)
 
 
 def data_extension(ext: str) -> str:
@@ -142,10 +197,11 @@ class _Groups:
             self._others.append(TarSample(short, entry.part, {}, place, Unusable("name", f"{what}: pack it with a shorter name")))
         elif entry.kind == UNREADABLE:
             why = f"{name!r} is a sparse file that cannot be read ({entry.target}): pack it without --sparse (-S)"
-            self.unusable(entry, Unusable("member", why), "sparse files that cannot be read")
+            self.unusable(entry, Unusable("member", why), "sparse file(s) that cannot be read")
         elif not (entry.kind in FILES or (entry.kind == SPARSE and self._reading.rules > 1)):
-            what = _KINDS.get(entry.kind, f"members of type {entry.kind!r}")
-            self.unusable(entry, Unusable("member", f"{name!r} is one of the {what}, which have no bytes that can be read"), what)
+            what = _KINDS.get(entry.kind, f"member(s) of type {entry.kind!r}")
+            why = f"{name!r} is one of the {what.replace('(s)', 's')}, which have no bytes that can be read"
+            self.unusable(entry, Unusable("member", why), what)
         elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
             self.unusable(entry, Unusable("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
         else:
@@ -207,7 +263,7 @@ class _Groups:
             if ext not in ALLOWED_EXTENSIONS and ext != chosen:
                 self._skipped.add(UNREAD, member.name)
         if not chosen and (reading.rules == 1 or _DOCUMENT.fullmatch(key)):
-            self._skipped.add(NO_DATA if reading.rules == 1 else "documents", key)
+            self._skipped.add(NO_DATA if reading.rules == 1 else DOCUMENTS, key)
             return
         bad: Unusable | None = None
         if self._bad:
@@ -287,41 +343,61 @@ def _is_hidden(name: str) -> bool:
 def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], None]) -> Iterable[Entry]:
     """Yield all entries, links to files and folders of the tar with the place of what they lead to; others are given to `unusable`.
 
-    A hard link leads to a member before it, by its whole name; a symbolic one is relative to its folder, as when the tar is unpacked.
+    They lead where they do when the tar is unpacked: a hard link to the file that has its target's name when the link is made, whatever
+    gets that name later; a symbolic one, which is relative to its folder, to the last file of a name.
     """
-    files = {path: entry for entry in entries if entry.is_file and (path := _normal(entry.name)) is not None}
-    links = {path: entry for entry in entries if entry.kind in (_HARD, _SYMBOLIC) and (path := _normal(entry.name)) is not None}
-    lengths = frozenset(map(len, links))
+    lengths = frozenset(len(path) for entry in entries if entry.kind in _LINKS and (path := _normal(entry.name)) is not None)
+    made, files, links = _unpacked(entries, lengths)
     targets = {name: _target(link, links, lengths) for name, link in links.items()}
     for name, link in links.items():  # before those to folders, which may hold them
-        if (target := targets[name]) is not None and (there := files.get(target)) is not None and name not in files:
+        if (target := targets[name]) is not None and (there := files.get(target)) is not None:
             files[name] = link._replace(offset=there.offset, size=there.size, kind=there.kind)
     below, left = _by_folder(files, frozenset(targets.values())), MAX_LINKED
-    for entry in entries:
-        if entry.kind not in (_HARD, _SYMBOLIC):
+    for entry in made:
+        if entry.kind not in _LINKS:
             yield entry
             continue
-        path = _normal(entry.name)
-        target = None if path is None else targets[path]
-        if target is not None and (there := files.get(target)) is not None:
-            yield entry._replace(offset=there.offset, size=there.size, kind=there.kind)
-            continue
+        path, what = _normal(entry.name), _KINDS[entry.kind]
+        target = None if path is None else targets[path] if path in targets else _target(entry, links, lengths)
         inside: Sequence[str] = ()
-        if target is not None and not f"{path}/".startswith(f"{target}/"):  # else it would lead into itself
-            inside = below.get(target, ())
+        if entry.kind == _SYMBOLIC and target is not None:
+            if (there := files.get(target)) is not None:
+                yield entry._replace(offset=there.offset, size=there.size, kind=there.kind)
+                continue
+            if not f"{path}/".startswith(f"{target}/"):  # else it would lead into itself
+                inside = below.get(target, ())
         left -= len(inside)
         if not inside or left < 0:
-            what = _KINDS[entry.kind]
-            why = "a loop, too long, or out of the archive" if target is None else f"{target!r}, which is no file or folder of this tar"
-            unusable(
-                entry,
-                Unusable("link", f"{entry.name!r} is a link to {entry.target[:MAX_NAME_BYTES]!r}, that is {why}: pack with `tar -h`"),
-                what,
-            )
+            of_tar = "file that comes before it in this tar" if entry.kind == _HARD else "file or folder of this tar"
+            why = "a loop, too long, or out of the archive" if target is None else f"{target!r}, which is no {of_tar}"
+            why = f"{entry.name!r} is a link to {entry.target[:MAX_NAME_BYTES]!r}, that is {why}: pack with `tar -h`"
+            unusable(entry, Unusable("link", why), what)
             continue
         for name in inside:
             there = files[name]
             yield there._replace(name=entry.name + name[len(target or "") :], part=entry.part)
+
+
+def _unpacked(entries: Iterable[Entry], lengths: Set[int]) -> tuple[list[Entry], dict[str, Entry], dict[str, Entry]]:
+    """Return the entries, and the files and symbolic links that are there by path after all of them: hard links are what they lead to."""
+    made, files, links = list[Entry](), dict[str, Entry](), dict[str, Entry]()
+    for entry in entries:
+        path = _normal(entry.name)
+        if entry.kind == _HARD and path is not None:
+            if (link := links.get(_normal(entry.target) or "")) is not None:  # a further name of a symbolic link
+                entry = entry._replace(kind=_SYMBOLIC, target=link.target)
+            elif (there := files.get(_target(entry, links, lengths) or "")) is not None:
+                entry = entry._replace(offset=there.offset, size=there.size, kind=there.kind)
+        made.append(entry)
+        if path is None or entry.kind == _HARD:
+            continue
+        files.pop(path, None)
+        links.pop(path, None)
+        if entry.is_file:
+            files[path] = entry
+        elif entry.kind == _SYMBOLIC:
+            links[path] = entry
+    return made, files, links
 
 
 def _is_too_long(name: str) -> bool:

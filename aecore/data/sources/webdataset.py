@@ -32,13 +32,22 @@ from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
-from aecore.data.sources._tar_samples import ARCHIVED, TarReading, TarSample, tar_samples
+from aecore.data.sources._tar_samples import (
+    ARCHIVED,
+    MAX_CLASS_BYTES,
+    TarReading,
+    TarSample,
+    small_member,
+    stated_class,
+    tar_samples,
+    text_of_class,
+)
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import TAR_ENDINGS, trim_cache
 
-MAX_CLASS_BYTES, MAX_TEXT_BYTES, MAX_OPEN = 1 << 10, 1 << 20, 64
+MAX_TEXT_BYTES, MAX_OPEN = 1 << 20, 64
 MAX_JSON_DEPTH = 500  # so deep JSON can also be written again
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
@@ -320,12 +329,14 @@ class WebdatasetSource:
             if self._spec.label.startswith(JSON):
                 fields[self._spec.label] = self._json_label(found, data)
         if "txt" in self._spec.columns and "txt" in sample.members:
-            fields["txt"] = _small(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
+            fields["txt"] = small_member(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
         return fields
 
     def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
         try:
-            data = parse_json(_small(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH if self._spec.tars > 1 else sys.maxsize)
+            data = parse_json(
+                small_member(tar, member, MAX_TEXT_BYTES) or b"{}", depth=MAX_JSON_DEPTH if self._spec.tars > 1 else sys.maxsize
+            )
         except ValueError as error:
             if self._spec.tars == 1:
                 return {}
@@ -357,8 +368,13 @@ class WebdatasetSource:
         if rule.startswith(JSON):
             value = fields.get(rule)
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
+            text = text if self._spec.tars == 1 else text_of_class(text)
         else:
-            text = _small(tar, sample.members.get("txt" if rule == "txt" else "cls"), MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
+            member = sample.members.get("txt" if rule == "txt" else "cls")
+            if self._spec.tars == 1:
+                text = small_member(tar, member, MAX_CLASS_BYTES).decode("utf-8", "replace").strip()
+            else:
+                text = stated_class(tar, member)
         if not text and rule != "auto":
             if self._spec.tars > 1:
                 raise BadSample("no_label", f"the sample has no {rule}, which source.label asks for: add it, or set source.label=auto")
@@ -415,14 +431,6 @@ def parse_source(source: str) -> tuple[str, Member]:
     if match is None:
         raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
     return match[1], Member(match[5], int(match[2]), int(match[3]), match[4] == "s")
-
-
-def _small(tar: TarFile, member: Member | None, limit: int) -> bytes:
-    if member is None:
-        return b""
-    if member.size > limit:
-        raise BadSample("metadata", f"{member.name!r} has {member.size} bytes, at most {limit} are read of such a member")
-    return tar.read(member)
 
 
 def _clean(text: str) -> str:

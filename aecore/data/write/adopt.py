@@ -20,14 +20,17 @@ import pyarrow as pa
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
 from aecore.data.format.index import MEMBERS, content_sha256
+from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, Source
 from aecore.data.sources._tar_samples import ARCHIVED
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
-from aecore.errors import ConfigError, DataError, Hint
-from aecore.store import FileRef, Files, Store, cache_turn, open_store, read_again
+from aecore.errors import ConfigError, DataError, Hint, counted
+from aecore.store import FileRef, Files, Store, cache_turn, open_store, read_again, resolve_url
+
+SHOWN = 3  # examples in an error
 
 
 class AdoptWorker:
@@ -93,6 +96,29 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
         raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))
 
 
+def require_same_tars(store: Store, parent: DatasetManifest, source: Source, fresh: Listing) -> None:
+    """Raise DataError if tars that the dataset has adopted are others now: its indexes would no longer fit them.
+
+    All are compared by size, and those in which new samples were found by their bytes.
+    """
+    assert isinstance(source, WebdatasetSource)
+    tars, growing = source.tars, {parse_source(name)[0] for name in fresh.sources}
+    refs = {f"{resolve_url(store.url, shard.tar_base_url)}/{shard.tar.name}": shard.tar for shard in parent.shards if shard.tar_base_url}
+    changed = list[str]()
+    for name, size in tars.sizes().items():
+        known = refs.get(f"{tars.files.url}/{name}")
+        if known is not None and size != known.bytes:
+            changed.append(f"{name!r} has {size} bytes, {known.bytes} when it was adopted")
+        elif known is not None and name in growing and _tar_ref(tars.files, name).sha256 != known.sha256:
+            changed.append(f"{name!r} has other bytes than when it was adopted")
+    if changed:
+        raise DataError(
+            f"{counted(len(changed), 'tar of', 'tars of')} {tars.files.url} changed since {store.url} indexed what was there: "
+            f"{'; '.join(changed[:SHOWN])}{'; ...' if len(changed) > SHOWN else ''}. Put new samples into new tars and restore these, or "
+            "adopt them as they are now into a new URL; nothing was written"
+        )
+
+
 def files_of(sources: Sequence[str]) -> list[str]:
     """Return the tar of each sample."""
     return [parse_source(source)[0] for source in sources]
@@ -110,7 +136,7 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
     """Hash a tar and the samples of `task` in it, commit the index and the record; a bad sample goes to the quarantine."""
     started, files = time.perf_counter(), source.tars.files
     name = parse_source(task.sources[0])[0]
-    tar = read_again(lambda: _ref_of(files, name), f"{files.url}/{name}")
+    tar = _tar_ref(files, name)
     writer = ShardWriter(task)
     writer.scan(source)
     detail: dict[str, Any] = {}
@@ -123,6 +149,10 @@ def index_tar(store: Store, task: ShardTask, source: WebdatasetSource) -> PartRe
         where = {"tar": {"name": tar.name, "bytes": tar.bytes, "sha256": tar.sha256}, "home": base_url_in_manifest(files.url, store)}
         detail = {"content_sha256": content_sha256(index), **where, **writer.counts(), "bytes": tar.bytes}
     return record_shard(store, writer, committed, detail, packed - started, packed)
+
+
+def _tar_ref(files: Files, name: str) -> FileRef:
+    return read_again(lambda: _ref_of(files, name), f"{files.url}/{name}")
 
 
 def _ref_of(files: Files, name: str) -> FileRef:

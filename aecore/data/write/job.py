@@ -187,7 +187,6 @@ def _compare(
 
         identity["adopted"] = {"by": "offset"}
         require_readable_by_offset(listing, opened)
-    del opened  # a source may hold copies of files in the cache
     if parent is None:
         _warn(store, listing, asked, splits)
         return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
@@ -196,6 +195,11 @@ def _compare(
     warn_if_address_changed(store, parent, source, listing)
     rows = new_rows(store, parent, listing, shards, source)
     fresh = listing.take(rows)
+    if adopt:
+        from aecore.data.write.adopt import require_same_tars
+
+        require_same_tars(store, parent, opened, fresh)
+    del opened  # a source may hold copies of files in the cache
     require_whole_bags(store, listing, rows)
     if len(fresh):
         _warn(store, listing, asked, splits)

@@ -239,7 +239,7 @@ class TestHostile:
             **dict.fromkeys(("link", "hard"), "link"),
             "pipe": "member",
         }
-        assert found.notes == ("skipped 9 members that are not read (for example '000000.pyd', '000000.pickle', '000000.pth')",)
+        assert found.notes == ("skipped 9 unread members (for example '000000.pyd', '000000.pickle', '000000.pth')",)
         adopt(tmp_path / "in", tmp_path / "ds", shards=ShardSpec(max_bad=0.7))
         assert len(list(as_webdataset(str(tmp_path / "ds")))) == 3
         assert not (tmp_path / "executed").exists()
@@ -420,6 +420,26 @@ class TestAdopt:
         assert set(made.splits) == {"train", "test"}
         assert pixels(tmp_path / "ds", "train") | pixels(tmp_path / "ds", "test") == EXPECTED
         assert verify_dataset(open_dataset(str(tmp_path / "ds")), read_data=True).ok
+
+    @pytest.mark.parametrize("same_size", [False, True])
+    def test_a_tar_that_changed_is_not_adopted_again(self, tmp_path: Path, same_size: bool) -> None:
+        """Its index would fit no longer: nothing of the dataset could be read."""
+        tars, out = tmp_path / "theirs", tmp_path / "ds"
+        write_tar(tars / "a.tar", samples(0, 2))
+        write_tar(tars / "b.tar", samples(100, 2))
+        first = adopt(tars, out)
+        there = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        old = (tars / "a.tar").read_bytes()
+        write_tar(tars / "a.tar", samples(4, 2) if same_size else samples(0, 60))
+        what = "'a.tar' has other bytes" if same_size else f"'a.tar' has [0-9]+ bytes, {len(old)} when"
+        with pytest.raises(DataError, match=f"1 tar of .*theirs changed since .*ds indexed .*: {what}.* into new tars .* a new URL"):
+            adopt(tars, out)
+        assert there == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        (tars / "a.tar").write_bytes(old)
+        assert adopt(tars, out) == first
+        write_tar(tars / "c.tar", samples(200, 2))
+        assert adopt(tars, out).num_samples() == 6
+        assert verify_dataset(open_dataset(str(out)), read_data=True).problems == ()
 
     def test_what_cannot_be_adopted_says_what_to_do(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "in/a.tar.gz", samples(0, 2), "w:gz")

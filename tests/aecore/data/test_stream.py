@@ -21,6 +21,7 @@ from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
 from aecore.data.read.stream import StreamDataset, StreamLoader, open_stream
 from aecore.data.sources._names import split_in_version_1
+from aecore.data.sources._tar_file import TarFile
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
@@ -141,6 +142,17 @@ class TestBadSamples:
             assert set(Counter(numbers(found)).values()) == {8}, "every good sample once a pass"
         lines = [line for line in caplog.text.splitlines() if "is left out" in line]
         assert 3 <= len(lines) <= 5, "over a hundred bad ones: the first three, the tenth, the hundredth"
+
+    @pytest.mark.parametrize("ext", ["png", "npz"])
+    def test_bad_ones_are_read_once_and_not_in_every_pass(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ext: str) -> None:
+        files = [("good.png", encoded(image(7))), *((f"{n}.{ext}", b"no image") for n in range(30))]
+        tars, seen = write_tar(tmp_path / "theirs/a.tar", files).parent, list[str]()
+        read = TarFile.read
+        monkeypatch.setattr(TarFile, "read", lambda tar, member: (seen.append(member.name), read(tar, member))[1])
+        found = batches(tars, 2, shuffle=1, max_bad=1)
+        assert numbers(found) == [7] * 32
+        reads = Counter(seen)
+        assert max(reads[f"{n}.{ext}"] for n in range(30)) <= 3 < reads["good.png"], "when it is opened, and in the first passes"
 
     def test_batches_are_the_same_again(self, tmp_path: Path) -> None:
         tars = self.tars(tmp_path)

@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 import os
+import random
 import struct
 import tarfile
 import time
@@ -35,7 +36,7 @@ from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import SPARSE as SPARSE_KIND
 from aecore.data.sources._tar_file import Member, TarFile
-from aecore.data.sources._tar_samples import AGAIN, TarReading, data_extension, tar_samples
+from aecore.data.sources._tar_samples import AGAIN, DOCUMENTS, TarReading, data_extension, tar_samples
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
@@ -167,10 +168,11 @@ class TestNames:
         write_tar(tmp_path / "a.tar", [("README.md", b"#"), *((f"{n}.{ext}", data) for n in range(3) for ext, data in members)])
         found = listing(tmp_path, member="target.png")
         assert (found.keys, found.unusable) == (["0", "1", "2"], None)
-        assert "skipped 1 documents ('README')" in found.notes
+        assert "skipped 1 document ('README')" in found.notes
 
     def test_labels_whose_images_are_missing_count_one_by_one(self, tmp_path: Path) -> None:
-        write_tar(tmp_path / "a.tar", [(f"22.{n}-x.{ext}", png(n)) for n in range(4) for ext in (("png", "cls") if n < 2 else ("cls",))])
+        images = [(f"22.{n}-x.png", png(n)) for n in range(2)]
+        write_tar(tmp_path / "a.tar", [*images, *((f"22.{n}-x.cls", b"1") for n in range(4))])
         assert list(map(reason, unusable(listing(tmp_path)))) == ["", "", "no_data", "no_data"]
 
     def test_masks_and_descriptions_beside_images_are_no_samples(self, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ class TestNames:
         found = listing(tmp_path / "in")
         assert (sorted(found.keys), found.unusable) == (["0", "1", "2", "3", *(f"video%2E{n:04d}" for n in range(3))], None)
         skipped, unlabelled = found.notes
-        assert skipped == "skipped 9 members that are not read (for example '0.mask.png', '0.1.txt', '1.mask.png')"
+        assert skipped == "skipped 9 unread members (for example '0.mask.png', '0.1.txt', '1.mask.png')"
         assert unlabelled.startswith("3 samples have no .cls, as others have, and no label: 'video.0000' for example")
 
     def test_the_only_image_of_a_sample_may_have_a_longer_extension(self, tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ class TestNames:
         assert [line.partition(": ")[2] for line in skipped] == [
             "1 sample goes to the quarantine (no_data), 'a.tar#4608+0#0.x0.bin'",
             "skipped 5000 files without a key and an extension (for example 'no-extension-0', 'no-extension-1', 'no-extension-2')",
-            "skipped 5000 members that are not read (for example '0.x0.bin', '0.x1.bin', '0.x2.bin')",
+            "skipped 5000 unread members (for example '0.x0.bin', '0.x1.bin', '0.x2.bin')",
         ]
         assert len(caplog.text) < 5_000
 
@@ -267,6 +269,26 @@ class TestLinks:
         assert found.unusable is None
         read = {key: source.read(name)[1] for key, name in zip(found.keys, found.sources, strict=True)}
         assert read == {f"{top}/{n}": (folder / f"{top}/{n}.png").read_bytes() for top in ("cat", "kitty") for n in (0, 1, 2, 4, 5)}
+
+    def test_a_hard_link_is_the_file_that_has_the_name_at_its_place(self, tmp_path: Path) -> None:
+        """As `tar` unpacks it: whatever takes the name later, and however links lead to links; those to later members fail there too."""
+        rng, path = random.Random(0), tmp_path / "a.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in range(120):
+                kind = rng.choice([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.LNKTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE])
+                is_sample = kind != tarfile.REGTYPE and rng.random() < 0.7
+                info = tarfile.TarInfo(f"{number}.png" if is_sample else rng.choice("abcdef"))
+                data = png(number) if kind == tarfile.REGTYPE else b""
+                info.type, info.size, info.linkname = kind, len(data), rng.choice("abcdef")
+                tar.addfile(info, io.BytesIO(data))
+        (tmp_path / "out").mkdir()
+        run(["tar", "-xf", path, "-C", tmp_path / "out"])  # it returns 2 for links that lead nowhere
+        theirs = {file.stem: file.read_bytes() for file in (tmp_path / "out").glob("*.png") if file.exists()}
+        source = WebdatasetSource(WebdatasetSpec(url=str(path)))
+        found = source.listing()
+        rows = list(zip(found.keys, found.sources, unusable(found), strict=True))
+        assert {key: source.read(name)[1] for key, name, bad in rows if bad is None} == theirs
+        assert len(theirs) > 20 and {reason(bad) for _, _, bad in rows} == {"", "link"}
 
     def test_links_that_lead_nowhere_are_in_the_quarantine(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "in/a.tar", [("cat/0.png", png(0))])
@@ -656,6 +678,28 @@ class TestSparse:
         assert (found.sizes.tolist(), reason(unusable(found)[0])) == ([0], "member")
         assert "with its holes it has 1099511627776 bytes, more than 1073741824 bytes" in str(unusable(found)[0])
 
+    def test_all_holes_and_links_of_a_tar_are_bounded_together(self, tmp_path: Path) -> None:
+        (tmp_path / "files").mkdir()
+        for number in range(3):
+            with (tmp_path / f"files/{number}.npy").open("wb") as file:
+                file.truncate(900 << 20)
+        os.link(tmp_path / "files/0.npy", tmp_path / "files/3.npy")
+        (tmp_path / "in").mkdir()
+        run(["tar", "-cf", str(tmp_path / "in/a.tar"), "--sparse", "-C", str(tmp_path / "files"), "."], check=True)
+        whys = [why for why in unusable(listing(tmp_path / "in")) if why is not None]
+        assert list(map(reason, whys)) == ["member"] * 3
+        assert "would become 1887436800 bytes, more than 1073741824 bytes" in str(whys[0])
+        assert "set source.max_inflated_bytes" in str(whys[0])
+        assert listing(tmp_path / "in", max_inflated_bytes=4 << 30).unusable is None
+        source = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in")))
+        tracemalloc.start()
+        length = len(source.read(source.listing().sources[0])[1])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert length == 900 << 20 and peak < 1000 << 20, "not twice"
+        some = unusable(listing(tmp_path / "in", max_inflated_bytes=2 << 30))
+        assert sorted(map(reason, some)) == ["", "", "member", "member"]
+
     def test_datasets_of_version_1_leave_them_out_as_they_did(self, tmp_path: Path) -> None:
         self.packed(tmp_path, SPARSE[0])
         found = listing(tmp_path / "in", tars=1)
@@ -863,7 +907,7 @@ class _Names(Skipped):
 
     def add(self, what: str, example: str = "", remedy: str = "", *, count: int = 1, kept: bool = False, ext: str = "") -> None:
         super().add(what, example, remedy, count=count, kept=kept, ext=ext)
-        {"documents": self.documents, AGAIN: self.again}.get(what, self.names).append(example)
+        {DOCUMENTS: self.documents, AGAIN: self.again}.get(what, self.names).append(example)
 
 
 class TestAgainstOthers:
@@ -1034,6 +1078,24 @@ class TestLargeMembers:
 
 
 class TestLabelsInTexts:
+    @pytest.mark.parametrize("label", ["cls", "txt", "json:a"])
+    def test_two_classes_never_become_one(self, tmp_path: Path, label: str) -> None:
+        """What is no text is quarantined; what programs write before a text belongs to no class."""
+        if label.startswith("json"):
+            texts = [json.dumps({"a": text}).encode() for text in ("1", "\ufeff1", "a\0b", "ab", "\ud800", "\ud801", "caf\xe9")]
+            texts += [b'\xef\xbb\xbf{"a": "1"}', b'{"a": "caf\xe9"}']
+        else:
+            texts = [b"1", b"\xef\xbb\xbf1\r\n", b"a\0b", b"ab", b"\xed\xa0\x80", b"\xff\xfe1\0", "caf\xe9".encode(), b"1", b"caf\xe9"]
+        ext = label.partition(":")[0]
+        path = write_tar(tmp_path / "in/a.tar", [file for n, t in enumerate(texts) for file in ((f"{n}.png", png(n)), (f"{n}.{ext}", t))])
+        found = listing(path, label=label)
+        expected = ["1", "1", "", "ab", "", "", "caf\xe9", "1", ""]
+        assert (found.label_names, [reason(bad) == "" for bad in unusable(found)]) == (expected, [text != "" for text in expected])
+        old = listing(path, label=label, tars=1).label_names
+        assert old is not None and old[2:4] == ["ab", "ab"], "datasets that exist keep their classes"
+        if label == "cls":
+            assert {int(x[0, 0, 0]) for batch in streamed(tmp_path / "in", steps=4, max_bad=1) for x in batch.x} == {0, 1, 3, 6, 7}
+
     def test_the_remedy_for_labels_in_txt_members_works(self, tmp_path: Path) -> None:
         files = [(f"{n}.{ext}", data) for n in range(6) for ext, data in (("png", png(n)), ("txt", [b"cat", b" dog\n"][n % 2]))]
         write_tar(tmp_path / "in/a.tar", files)
