@@ -22,6 +22,7 @@ Tree = dict[str, Any]
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 1 << 18, 10_000, 32  # the longest shipped recipe has 3 kB and 100 nodes
 _TAG = "tag:yaml.org,2002:"
 _COMMENT = re.compile(r"(?:^|\s)#")
+_SHOWN = 200  # characters of an override that an error shows in quotes
 _PLAIN_ITEM = re.compile(r"[\w./+-][\w./ +-]*")
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -179,8 +180,8 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     except yaml.YAMLError as error:
         if not plain.startswith(("[", "{")):
             return path, value  # a path or URL with special characters of YAML
-        why = f"the value of {key} begins like a list or a section and is not valid YAML: {error}"
-        raise ConfigError(f"{why}; put text with special characters in quotes, for example {_quoted(key, plain)}") from None
+        example = f", for example {_quoted(key, plain)}" if len(plain) <= _SHOWN else ""
+        raise ConfigError(f"the value of {key} is not valid YAML: {error}; put text with special characters in quotes{example}") from None
 
 
 def _quoted(key: str, value: str) -> str:

@@ -81,7 +81,10 @@ class WebdatasetSpec:
     )
     classes: tuple[str | int, ...] | str = knob((), "names of all classes in their order, or a file with one name a line", since=2)
     max_inflated_bytes: int = knob(
-        0, "bytes that one compressed tar (or .npz member) may inflate to; 0: 1 GiB, or 128 times its own", ge=0, identity=False
+        0,
+        "bytes that one tar may become, compressed or with holes and links (or an .npz member); 0: 1 GiB, or 128 times its own",
+        ge=0,
+        identity=False,
     )
     bad_tars: Literal["refuse", "skip"] = knob(
         "refuse", "a tar that is damaged or truncated: refuse the source, or skip the tar, with all its samples in the quarantine", since=2
