@@ -96,14 +96,15 @@ def on_ranks(work: RankWork, world_size: int) -> list[Any]:
     such work, which did not fail by itself, is done once more.
     """
     for last in (False, True):
-        codes, results = _tried_on_ranks(work, world_size)
+        codes, errors, results = _tried_on_ranks(work, world_size)
         if last or -signal.SIGABRT not in codes:
             break
+    assert not errors, errors[0]  # of one that was aborted the others say that the connection is closed
     assert not any(codes), codes
     return results
 
 
-def _tried_on_ranks(work: RankWork, world_size: int) -> tuple[list[int | None], list[Any]]:
+def _tried_on_ranks(work: RankWork, world_size: int) -> tuple[list[int | None], list[str], list[Any]]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pickle.dumps(work)  # a job must be able to travel
     with tempfile.TemporaryDirectory() as folder:
@@ -116,6 +117,9 @@ def _tried_on_ranks(work: RankWork, world_size: int) -> tuple[list[int | None], 
 
             wait_until(over, "all ranks end, or one fails", RUN_S)
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
-        assert not errors, errors[0]
         codes = [process.exitcode for process in processes]
-        return codes, [] if any(codes) else [pickle.loads(Path(folder, f"result-{index}").read_bytes()) for index in range(world_size)]
+        return (
+            codes,
+            errors,
+            [] if any(codes) else [pickle.loads(Path(folder, f"result-{index}").read_bytes()) for index in range(world_size)],
+        )

@@ -13,6 +13,7 @@ those of all answers to GET (None: leave it out). `log` holds the first line of 
 import asyncio
 import re
 import threading
+import weakref
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -43,6 +44,7 @@ class FaultProxy:
         self.headers: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
         self.port = 0
@@ -90,6 +92,8 @@ class FaultProxy:
             for task in connections:
                 task.cancel()
             await asyncio.gather(*connections, return_exceptions=True)
+            for writer in self._writers:
+                writer.transport.abort()  # a closed one would still wait for bytes to go
 
     def _rule_for(self, line: str) -> Rule | None:
         with self._lock:
@@ -106,7 +110,9 @@ class FaultProxy:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
         try:
+            self._writers.add(writer)
             answers, upstream = await asyncio.open_connection("127.0.0.1", self.upstream_port, limit=1 << 20)
+            self._writers.add(upstream)
             while await self._exchange(reader, writer, answers, upstream):
                 pass
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):

@@ -232,7 +232,10 @@ class _Tally:
         """Count a bad sample, damaged or of an `other` format, also if it is known: log the first, the tenth, the hundredth, ..."""
         self.judged += 1
         self.bad += 1
-        if sample["place"] not in self.known:
+        if sample["place"] in self.known:
+            if not FEWEST <= self.bad == self.judged:
+                return  # it was judged in an earlier pass, and samples of that pass may still be on their way to the decoder
+        else:
             self._damaged |= other is None
             self._formats |= set() if other is None else {other}
             if len(self.known) < MOST_REMEMBERED:

@@ -137,7 +137,7 @@ class ArraysSource:
             raise DataError(f"{self._files.url} holds labels and no samples ({first_of(names)}): add the file of the images")
         taken = {block.label_file for block in blocks}
         for name in filter(_is_label_file, names):
-            if name not in taken:
+            if name not in taken and not self._filter.excludes(name):
                 skipped.add("file(s) of labels that fit no array, or several", name, "name each like its array (x_test, y_test)")
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]

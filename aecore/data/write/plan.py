@@ -132,8 +132,8 @@ def plan_dataset(
                 unusable=part.unusable,
             )
             tasks.append(task)
-    counts = first_of([f"{split} {len(rows)}" for split, rows in members.items()], MANY)
-    counted = (f"splits.by={chosen.by}: {counts}",) if counts else ("nothing new",)
+    counts = [f"{split} {len(rows)}" for split, rows in members.items()]
+    counted = (f"splits.by={chosen.by}: {first_of(counts, MANY)}",) if counts else ("nothing new",)
     notes = (*counted, *_unusable_notes(listing), *listing.notes)
     return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), notes)
 
