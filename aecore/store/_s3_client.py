@@ -205,6 +205,8 @@ async def _close(filesystem: "S3FileSystem") -> None:
     opened = getattr(filesystem, "_s3creator", None)
     if opened is not None:
         await opened.__aexit__(None, None, None)
+    for _ in range(5):  # turns of the loop in which transports that are closing close their sockets
+        await asyncio.sleep(0)
 
 
 @atexit.register
