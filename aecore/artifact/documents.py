@@ -70,7 +70,14 @@ _FORMAT = {"format"}
 _KINDS = (
     _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", keys_v1=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
     _Kind(r"records/([^/]+)\.json", _RECORD, "part", keys_v1=(_RECORD | _FORMAT,)),
-    _Kind(r"dataset\.(\d{6})\.json", _DATASET | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_DATASET | _FORMAT,)),
+    _Kind(
+        r"dataset\.(\d{6})\.json",
+        _DATASET | {"claim_sha256"},
+        "number",
+        optional=_keys("removal content_sha256"),
+        most=LARGE,
+        keys_v1=(_DATASET | _FORMAT,),
+    ),
     _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_TABLE | _FORMAT,)),
     _Kind(rf"{CHECKPOINT_NAME}/checkpoint\.json", _CHECKPOINT, "step", keys_v1=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"checkpoint\.json", _CHECKPOINT, keys_v1=(_CHECKPOINT | _FORMAT,)),

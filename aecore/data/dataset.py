@@ -8,7 +8,7 @@ from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import other_kind
 from aecore.data.format.image import PixelsVersion
 from aecore.data.format.sample_format import common_formats, remedy_of, sequence_shape, shown_formats
-from aecore.data.manifest import STEM, DatasetManifest, ShardRef, content_sha256, read_manifest, tar_store
+from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, shards_sha256, tar_store
 from aecore.errors import DataError, Hint
 from aecore.store import Store, open_store
 
@@ -89,7 +89,7 @@ class Dataset:
 
     def training_key(self, split: str) -> str:
         """Return the key of a split's training order: a hash of its shards alone, so appends to other splits do not change it."""
-        return content_sha256(self.manifest.split(split), ())
+        return shards_sha256(self.manifest.split(split), ())
 
     def input_shape(self, *, sequences: bool = False) -> tuple[int, ...]:
         """Return the one shape of all samples, images as `(C, H, W)`; DataError that names shards.resize if they differ.
@@ -130,8 +130,16 @@ class Dataset:
             adopted = [shard for shard in shards if shard.tar_base_url == base_url]
             self.tars(adopted[0]).prefetch([shard.tar for shard in adopted])
 
+    def index(self, shard: ShardRef) -> "pa.Table":
+        """Return the index of the live samples of a shard of this manifest, verified."""
+        from aecore.data.removal import live_rows  # imported late: who reads manifests alone needs no tables
+
+        index = self.reader(shard).index
+        rows = live_rows(self.store, shard, index)
+        return index if rows is None else index.take(rows)
+
     def reader(self, shard: ShardRef) -> "ShardReader":
-        """Return the strict reader of one shard of this manifest."""
+        """Return the strict reader of one shard of this manifest, of all samples that were ever stored in it."""
         from aecore.data.read.shard_reader import ShardReader  # imported late: who reads manifests alone needs no reader
 
         return ShardReader(self.store, shard)

@@ -1,7 +1,8 @@
 """`dataset.NNNNNN.json`: every file that a reader may open, with its size and hash, and counts of what the files hold.
 
 A manifest is a pure function of the part records and of its parent: no times, no addresses, so the same data and config give
-the same bytes. Generations only add: the shards of the parent come first in every split, `classes` grows at the end.
+the same bytes. Shards are only added: those of the parent come first in every split, `classes` grows at the end. What is removed later
+stays in its shard, and a removal file beside it says so (`Removed`); samples that are not removed are live, and only they count.
 """
 
 import dataclasses
@@ -20,6 +21,22 @@ from aecore.store import FileRef, Store, absolute_url, environment_value, is_rem
 STEM = "dataset"
 TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
 SPLIT_ORDER = ("train", "val", "test")
+REMOVAL = ("drop", "keep")  # what becomes of samples whose source is gone
+LATER = ("removal", "content_sha256")  # fields that manifests of before there was removal lack
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a generation, or one before it, removed of a part: the file that names the rows, its content hash, and their numbers.
+
+    `samples` of the rows are in the tar, `quarantined` in the quarantine; `groups` bags are left without a sample.
+    """
+
+    file: FileRef
+    content_sha256: str
+    samples: int
+    quarantined: int = 0
+    groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,8 @@ class ShardRef:
         None for a tar that was written by `aepipe shard`.
     groups : int
         Number of bags that the samples form; 0 where the source has none.
+    removed : Removed, optional
+        What was removed since the shard was written; None: nothing.
     """
 
     split: str
@@ -47,11 +66,27 @@ class ShardRef:
     quarantined: int = 0
     tar_base_url: str | None = None
     groups: int = 0
+    removed: Removed | None = None
+
+    @property
+    def live(self) -> int:
+        """Number of samples that are in the tar and not removed."""
+        return self.samples - (self.removed.samples if self.removed else 0)
+
+    @property
+    def live_quarantined(self) -> int:
+        """Number of quarantined samples that are not removed."""
+        return self.quarantined - (self.removed.quarantined if self.removed else 0)
+
+    @property
+    def live_groups(self) -> int:
+        """Number of bags with a live sample."""
+        return self.groups - (self.removed.groups if self.removed else 0)
 
     @property
     def own_files(self) -> tuple[FileRef, ...]:
         """Its files in the dataset's own folder: all but the tar of an adopted one."""
-        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine)
+        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine, self.removed and self.removed.file)
         return tuple(ref for ref in files if ref is not None)
 
 
@@ -64,11 +99,22 @@ class RejectedPart:
     planned: int
     first_ordinal: int
     quarantine: FileRef
+    removed: Removed | None = None
+
+    @property
+    def live_quarantined(self) -> int:
+        """Number of quarantined samples that are not removed."""
+        return self.planned - (self.removed.quarantined if self.removed else 0)
+
+    @property
+    def own_files(self) -> tuple[FileRef, ...]:
+        """Its files in the dataset's own folder."""
+        return (self.quarantine,) if self.removed is None else (self.quarantine, self.removed.file)
 
 
 @dataclass(frozen=True, slots=True)
 class SplitStatistics:
-    """Counts of one split: samples in shards, quarantined ones, bytes of its tars, samples per class name."""
+    """Counts of one split: live samples in shards, live quarantined ones, bytes of its tars, live samples per class name."""
 
     samples: int
     quarantined: int
@@ -78,7 +124,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True, slots=True)
 class SampleInfo:
-    """Formats of the samples: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
+    """Formats of the live samples: counts by extension of the data member and by shape (`28x28x1/L`: height, width, channels, mode)."""
 
     extensions: Mapping[str, int]
     shapes: Mapping[str, int]
@@ -93,8 +139,10 @@ class SampleInfo:
 class DatasetManifest:
     """One generation of a dataset and all before it.
 
-    `parent` is the number of the generation it adds to (0: none). `listings` has one file per generation: the keys and source
-    sizes that were planned, so that an append knows which samples are already stored or in quarantine. `reasons` counts the quarantine.
+    `parent` is the number of the generation that it follows (0: none). `listings` say what is known of the source of every sample, so that
+    the next run knows what is new, changed or gone; the last is this generation's. `reasons` counts the live quarantine. `removal` says
+    what becomes of samples whose source is gone (`shards.removed`), and `content_sha256` is the hash of the live samples (see
+    `aecore.data.write.ledger`); both are None in datasets of before there was removal.
     """
 
     number: int
@@ -110,6 +158,8 @@ class DatasetManifest:
     statistics: Mapping[str, SplitStatistics]
     reasons: Mapping[str, int]
     dataset_sha256: str
+    removal: str | None = None
+    content_sha256: str | None = None
 
     @property
     def shards(self) -> tuple[ShardRef, ...]:
@@ -123,14 +173,14 @@ class DatasetManifest:
 
     @property
     def files(self) -> tuple[FileRef, ...]:
-        """Every file that the manifest names: shards, indexes, quarantine, listings."""
-        shards = [ref for shard in self.shards for ref in (shard.tar, shard.index, shard.quarantine) if ref is not None]
-        return (*shards, *(part.quarantine for part in self.rejected), *self.listings)
+        """Every file that the manifest names: shards, indexes, quarantine, removal files, listings."""
+        adopted = [shard.tar for shard in self.shards if shard.tar_base_url is not None]
+        return (*adopted, *self.own_files)
 
     @property
     def own_files(self) -> tuple[FileRef, ...]:
         """Those in the dataset's own folder: all but adopted tars."""
-        return (*(ref for shard in self.shards for ref in shard.own_files), *(part.quarantine for part in self.rejected), *self.listings)
+        return (*(ref for part in self.parts for ref in part.own_files), *self.listings)
 
     @property
     def claim(self) -> int:
@@ -139,8 +189,13 @@ class DatasetManifest:
 
     @property
     def quarantined(self) -> int:
-        """Number of samples that are in quarantine instead of in a shard."""
-        return sum(shard.quarantined for shard in self.shards) + sum(part.planned for part in self.rejected)
+        """Number of live samples that are in quarantine instead of in a shard."""
+        return sum(part.live_quarantined for part in self.parts)
+
+    @property
+    def has_removed(self) -> bool:
+        """Whether something was removed from a part."""
+        return any(part.removed is not None for part in self.parts)
 
     def split(self, name: str, key: str | None = None) -> tuple[ShardRef, ...]:
         """Return the shards of a split; DataError with the known splits if there is none; `key` is the configuration key to name in it."""
@@ -154,8 +209,8 @@ class DatasetManifest:
         return self.splits[name]
 
     def num_samples(self, split: str | None = None) -> int:
-        """Return the number of samples of a split, of all splits if None."""
-        return sum(shard.samples for shard in (self.shards if split is None else self.split(split)))
+        """Return the number of live samples of a split, of all splits if None."""
+        return sum(shard.live for shard in (self.shards if split is None else self.split(split)))
 
     def num_planned(self, split: str) -> int:
         """Return the number of samples ever planned for a split: the ordinal of the next one (0 for a new split)."""
@@ -163,19 +218,20 @@ class DatasetManifest:
         return rejected + sum(shard.planned for shard in self.splits.get(split, ()))
 
     def num_groups(self, split: str) -> int:
-        """Return the number of bags of a split, 0 if its samples form none."""
-        counts = [shard.groups for shard in self.split(split)]
-        return sum(counts) if all(counts) else 0
+        """Return the number of bags of a split that have a live sample, 0 if its samples form none."""
+        shards = self.split(split)
+        return sum(shard.live_groups for shard in shards) if all(shard.groups for shard in shards) else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
+        data = {name: value for name, value in data.items() if name not in LATER or value is not None}
         data["classes"] = list(self.classes)
-        data["rejected"] = [dataclasses.asdict(part) for part in self.rejected]
+        data["rejected"] = [_part_to_json(part) for part in self.rejected]
         data["listings"] = [dataclasses.asdict(ref) for ref in self.listings]
         data["sample"] = dataclasses.asdict(self.sample)
         data["statistics"] = {name: dataclasses.asdict(counts) for name, counts in self.statistics.items()}
-        data["shards"] = [_shard_to_json(shard) for shard in self.shards]
+        data["shards"] = [_part_to_json(shard) for shard in self.shards]
         data["quarantined"] = self.quarantined
         return data
 
@@ -190,12 +246,13 @@ class DatasetManifest:
             "identity": data["identity"],
             "classes": tuple(data["classes"]),
             "splits": in_order(_shard_from_json(shard) for shard in data["shards"]),
-            "rejected": tuple(typed(RejectedPart, {**part, "quarantine": typed(FileRef, part["quarantine"])}) for part in data["rejected"]),
+            "rejected": tuple(_rejected_from_json(part) for part in data["rejected"]),
             "listings": tuple(typed(FileRef, ref) for ref in data["listings"]),
             "sample": typed(SampleInfo, data["sample"]),
             "statistics": {name: typed(SplitStatistics, counts) for name, counts in data["statistics"].items()},
             "reasons": data["reasons"],
             "dataset_sha256": data["dataset_sha256"],
+            **{name: data[name] for name in LATER if name in data},
         }
         manifest = typed(cls, fields)
         if not isinstance(data["classes"], list) or not all(isinstance(name, str) for name in manifest.classes):
@@ -211,8 +268,12 @@ class DatasetManifest:
 def _require_names(manifest: DatasetManifest) -> None:
     """ValueError unless parent, parts and files have the numbers and names that follow from each other."""
     require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
-    if len(manifest.listings) != manifest.number:
+    if not 1 <= len(manifest.listings) <= manifest.number or (manifest.removal is None and len(manifest.listings) != manifest.number):
         raise ValueError(f"it names {len(manifest.listings)} listings, expected one for each of {manifest.number} generations")
+    if manifest.removal not in (None, *REMOVAL):
+        raise ValueError(f"removal is {shown(manifest.removal)}, expected {' or '.join(REMOVAL)}")
+    for part in manifest.parts:
+        _require_removed(part, manifest.removal)
     for shard in manifest.shards:
         names = {"index": (shard.index.name, f"shards/{shard.stem}.parquet")}
         if shard.tar_base_url is None:
@@ -224,6 +285,27 @@ def _require_names(manifest: DatasetManifest) -> None:
             raise ValueError(f"{shard.stem} has {shard.quarantined} quarantined samples and the quarantine {shown(shard.quarantine)}")
     for part in manifest.rejected:
         _require_part(part.split, part.stem, {"quarantine": (part.quarantine.name, f"quarantine/{part.stem}.parquet")})
+
+
+def _require_removed(part: ShardRef | RejectedPart, removal: str | None) -> None:
+    """ValueError unless what is removed of a part was there, and its file has the name of one of the part's."""
+    if part.removed is None:
+        return
+    if removal is None:
+        raise ValueError(f"{part.stem} has removed samples, and the manifest does not say what removes samples")
+    name = part.removed.file.name
+    if re.fullmatch(rf"removed/{re.escape(part.stem)}-g\d{{6}}\.parquet", name) is None:
+        raise ValueError(f"the removal file of {part.stem} is {shown(name)}, expected removed/{part.stem}-gNNNNNN.parquet")
+    groups = 0
+    samples, quarantined = 0, part.planned
+    if isinstance(part, ShardRef):
+        samples, quarantined, groups = part.samples, part.quarantined, part.groups
+    stated = part.removed.samples, part.removed.quarantined, part.removed.groups
+    if any(more > most for more, most in zip(stated, (samples, quarantined, groups), strict=True)) or not sum(stated[:2]):
+        raise ValueError(
+            f"{stated[0]} samples, {stated[1]} quarantined ones and {stated[2]} bags are removed from {part.stem}, which has {samples}, "
+            f"{quarantined} and {groups}"
+        )
 
 
 def _require_part(split: str, stem: str, names: Mapping[str, tuple[str, str]]) -> None:
@@ -244,11 +326,9 @@ def _require_sums(manifest: DatasetManifest) -> None:
         ends[part.split] += part.planned
         counts = right[part.split]
         if isinstance(part, ShardRef):
-            counts["samples"] += part.samples
-            counts["quarantined"] += part.quarantined
+            counts["samples"] += part.live
             counts["bytes"] += part.tar.bytes
-        else:
-            counts["quarantined"] += part.planned
+        counts["quarantined"] += part.live_quarantined
     stated = {
         split: {name: getattr(counts, name) for name in ("samples", "quarantined", "bytes")}
         for split, counts in manifest.statistics.items()
@@ -285,16 +365,26 @@ def claim_problems(manifest: DatasetManifest, name: str, identity: Mapping[str, 
         yield f"{name} does not claim this generation: {differences}"
 
 
-def _shard_to_json(shard: ShardRef) -> dict[str, Any]:
-    data = dataclasses.asdict(shard)
-    optional = {"home": data.pop("tar_base_url"), "groups": data.pop("groups")}  # most shards have neither
-    return data | {key: value for key, value in optional.items() if value not in (None, 0)}
+def _part_to_json(part: ShardRef | RejectedPart) -> dict[str, Any]:
+    data = dataclasses.asdict(part)
+    optional = {"home": data.pop("tar_base_url", None), "groups": data.pop("groups", 0), "removed": data.pop("removed")}
+    return data | {key: value for key, value in optional.items() if value not in (None, 0)}  # most parts have none of them
 
 
 def _shard_from_json(data: Mapping[str, Any]) -> ShardRef:
     files = {name: typed(FileRef, data[name]) if data[name] else None for name in ("tar", "index", "quarantine")}
-    fields = {**data, **files}
+    fields = {**data, **files, "removed": _removed_from_json(data)}
     return typed(ShardRef, {"tar_base_url": fields.pop("home", None), **fields})
+
+
+def _rejected_from_json(data: Mapping[str, Any]) -> RejectedPart:
+    return typed(RejectedPart, {**data, "quarantine": typed(FileRef, data["quarantine"]), "removed": _removed_from_json(data)})
+
+
+def _removed_from_json(data: Mapping[str, Any]) -> Removed | None:
+    if "removed" not in data:
+        return None
+    return typed(Removed, {**data["removed"], "file": typed(FileRef, data["removed"]["file"])})
 
 
 def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
@@ -306,9 +396,16 @@ def in_order(shards: Iterable[ShardRef]) -> dict[str, tuple[ShardRef, ...]]:
     return {name: tuple(found[name]) for name in names}
 
 
-def content_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
-    """Return the hash of the contents of shards in this order, and of the class names: independent of Parquet's encoding."""
-    rows = [[shard.split, shard.stem, shard.samples, shard.tar.sha256, shard.index_content_sha256] for shard in shards]
+def shards_sha256(shards: Iterable[ShardRef], classes: Sequence[str]) -> str:
+    """Return the hash of the contents of shards in this order, of what is removed from them, and of the class names.
+
+    It is independent of Parquet's encoding.
+    """
+    rows = [
+        [shard.split, shard.stem, shard.samples, shard.tar.sha256, shard.index_content_sha256]
+        + ([] if shard.removed is None else [shard.removed.content_sha256])
+        for shard in shards
+    ]
     return sha256_json({"shards": rows, "classes": list(classes)})
 
 

@@ -169,12 +169,10 @@ def _num_streams(device: str, threads: int) -> int:
 def part_tasks(shard: ShardRef, spec: EncodeSpec) -> list[EncodeTask]:
     """Return the parts of one shard: one, or ranges of `rows_per_part` rows rounded up to whole batches."""
     if not spec.rows_per_part:
-        return [EncodeTask(shard.stem, shard, 0, shard.samples)]
+        return [EncodeTask(shard.stem, shard, 0, shard.live)]
     size = part_size(spec.rows_per_part, spec.batch)
-    starts = range(0, max(shard.samples, 1), size)
-    return [
-        EncodeTask(f"{shard.stem}-r{number:06d}", shard, start, min(start + size, shard.samples)) for number, start in enumerate(starts)
-    ]
+    starts = range(0, max(shard.live, 1), size)
+    return [EncodeTask(f"{shard.stem}-r{number:06d}", shard, start, min(start + size, shard.live)) for number, start in enumerate(starts)]
 
 
 def _identity(loaded: LoadedModel, spec: EncodeSpec, columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -406,7 +406,7 @@ def _index_problems(
     if shard is None or shard.tar.sha256 != part.shard_sha256:
         yield f"{name} was encoded from a shard {part.shard} (sha256 {part.shard_sha256[:12]}) that the dataset does not have"
         return
-    index = dataset.reader(shard).index.slice(part.row_start, part.row_stop - part.row_start)
+    index = dataset.index(shard).slice(part.row_start, part.row_stop - part.row_start)
     if part.quarantine is not None:
         refused = read_part(table.store, part.quarantine, None, part.quarantined)
         is_refused = pc.is_in(index.column("key"), value_set=refused.column("key").combine_chunks())
@@ -523,6 +523,6 @@ def _coverage_problems(table: LatentTable, shards: Sequence[ShardRef]) -> Iterat
             yield f"the parts of shard {split}/{shard} overlap or leave rows out: {sorted(found)}"
     for ref in shards:
         covered = max((stop for _, stop in spans.get((ref.split, ref.stem), [])), default=-1)
-        if covered != ref.samples:
-            samples = counted(ref.samples, "sample", "samples")
+        if covered != ref.live:
+            samples = counted(ref.live, "sample", "samples")
             yield f"shard {ref.split}/{ref.stem} has {samples}, the table covers {max(covered, 0)} of them"

@@ -15,7 +15,7 @@ from aecore.artifact.documents import sealed
 from aecore.data.dataset import open_dataset, read_listings
 from aecore.data.format.index import content_sha256, table_bytes
 from aecore.data.format.parquet import footer_sha256
-from aecore.data.manifest import content_sha256 as dataset_sha256
+from aecore.data.manifest import shards_sha256 as dataset_sha256
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.sprites import SpritesSpec
 from aecore.data.write.job import shard_dataset

@@ -45,6 +45,7 @@ _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "sha256": pa.string(),
 }
 _LISTING_COLUMNS: dict[str, pa.DataType] = {"key": pa.string(), "source": pa.string(), "bytes": pa.int64()}
+REMOVED_SCHEMA = pa.schema({"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()})
 INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS), pa.schema(_LISTING_COLUMNS)
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
 _REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]

@@ -35,7 +35,7 @@ class Bags:
         where, names = f"split {rows.split!r} of {rows.dataset.url}", set[str]()
         starts, counts, first = list[Int64s](), list[int](), 0
         for number, samples in enumerate(rows.counts.tolist()):
-            found = rows.reader(number).index["group"]
+            found = rows.index(number)["group"]
             if found.null_count:
                 raise DataError(f"{where}: {found.null_count} samples of shard {rows.shards[number].stem} have no group: shard again")
             codes: Any = pc.dictionary_encode(found.combine_chunks())  # any: pyarrow's stubs do not see a dictionary array

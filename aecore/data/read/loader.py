@@ -216,11 +216,11 @@ class Loader:
 
         `positions` count bad rows too, so noise sliced by them does not depend on which samples decode.
         """
-        return prefetched(self._shard(self._number(shard), start, shard.samples if stop is None else stop, batch), self.spec.prefetch)
+        return prefetched(self._shard(self._number(shard), start, shard.live if stop is None else stop, batch), self.spec.prefetch)
 
     def index(self, shard: ShardRef) -> pa.Table:
         """Return the index of one shard; it is read and verified once while the shard is open."""
-        return self.rows.reader(self._number(shard)).index
+        return self.rows.index(self._number(shard))
 
     def _number(self, shard: ShardRef) -> int:
         for number, known in enumerate(self.rows.shards):

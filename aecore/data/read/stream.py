@@ -82,7 +82,7 @@ class StreamDataset:
         """Return the hash of split, names, sizes and rules; DataError if it is another split than the opened one."""
         if split != self.split:
             raise DataError(f"the tars of {self.url} were opened for split {self.split!r}, not {split!r}")
-        # laid out like `manifest.content_sha256`, of shards without counts: it is in the claims of runs
+        # laid out like `manifest.shards_sha256`, of shards without counts: it is in the claims of runs
         rows = [[split, name, 0, "", sha256_json({"name": name, "bytes": size})] for name, size in self.tars.items()]
         return sha256_json({"shards": rows, "classes": []} | ({} if self.rules == 1 else {"rules": self.rules}))
 

@@ -15,7 +15,7 @@ from aecore.artifact.documents import disagreement, guarded, read_json
 from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset
-from aecore.data.manifest import STEM, RejectedPart, ShardRef, claim_problems, content_sha256, read_manifest
+from aecore.data.manifest import STEM, RejectedPart, ShardRef, claim_problems, read_manifest, shards_sha256
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
 
@@ -81,7 +81,7 @@ def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
 
 def _structure(dataset: Dataset) -> Iterator[str]:
     manifest = dataset.manifest
-    if content_sha256(manifest.shards, manifest.classes) != manifest.dataset_sha256:
+    if shards_sha256(manifest.shards, manifest.classes) != manifest.dataset_sha256:
         yield f"{dataset.url}: dataset_sha256 does not belong to the shards and classes of the manifest: it was changed by hand"
     for shard in manifest.shards:
         if shard.samples + shard.quarantined != shard.planned:

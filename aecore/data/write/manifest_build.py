@@ -1,12 +1,16 @@
 """Build the next manifest from part records and the parent. Pure: equal records give an equal manifest on any machine, at any time."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from aecore.artifact.commit import PartRecord
-from aecore.data.manifest import DatasetManifest, RejectedPart, SampleInfo, ShardRef, SplitStatistics, content_sha256, in_order
+from aecore.data.manifest import DatasetManifest, RejectedPart, Removed, SampleInfo, ShardRef, SplitStatistics, in_order, shards_sha256
 from aecore.store import FileRef
+
+Part = TypeVar("Part", ShardRef, RejectedPart)
 
 
 def next_manifest(
@@ -16,17 +20,25 @@ def next_manifest(
     records: Sequence[PartRecord],
     listing: FileRef,
     claim_sha256: str | None,
+    living: "Living | None" = None,
 ) -> DatasetManifest:
-    """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses."""
+    """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses.
+
+    Without `living` nothing is ever removed, as in datasets of before there was removal.
+    """
+    living = living or Living(None, None)
     shards = [_shard_of(record) for record in records if record.rows]
     rejected = [
         RejectedPart(record.detail["split"], record.part, record.detail["planned"], record.detail["first_ordinal"], _quarantine_of(record))
         for record in records
         if not record.rows
     ]
-    splits = in_order([*(parent.shards if parent else ()), *shards])
+    splits = in_order([*(living.of(shard) for shard in (parent.shards if parent else ())), *shards])
     everything = [shard for split in splits.values() for shard in split]
-    details = [record.detail for record in records]
+    # counts are never decremented: with removed samples they are made anew from those of all parts
+    before, details = parent, [record.detail for record in records]
+    if living.details is not None:
+        before, details = None, [*living.details, *details]
     return DatasetManifest(
         number=parent.number + 1 if parent else 1,
         parent=parent.number if parent else 0,
@@ -35,16 +47,47 @@ def next_manifest(
         identity=identity,
         classes=tuple(classes),
         splits=splits,
-        rejected=(*(parent.rejected if parent else ()), *rejected),
-        listings=(*(parent.listings if parent else ()), listing),
+        rejected=(*(living.of(part) for part in (parent.rejected if parent else ())), *rejected),
+        listings=(*(parent.listings if parent and not living.merged else ()), listing),
         sample=SampleInfo(
-            extensions=_added(parent.sample.extensions if parent else {}, details, "extensions"),
-            shapes=_added(parent.sample.shapes if parent else {}, details, "shapes"),
+            extensions=_added(before.sample.extensions if before else {}, details, "extensions"),
+            shapes=_added(before.sample.shapes if before else {}, details, "shapes"),
         ),
-        statistics=_statistics(parent.statistics if parent else {}, details),
-        reasons=_added(parent.reasons if parent else {}, details, "reasons"),
-        dataset_sha256=content_sha256(everything, classes),
+        statistics=_statistics(before.statistics if before else {}, details),
+        reasons=_added(before.reasons if before else {}, details, "reasons"),
+        dataset_sha256=shards_sha256(everything, classes),
+        removal=living.removal,
+        content_sha256=living.content_sha256,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """What a generation of a dataset that follows its source has beside its new parts.
+
+    Attributes
+    ----------
+    removal : str, optional
+        What becomes of samples whose source is gone; None: nothing is ever removed.
+    content_sha256 : str, optional
+        The hash of the live samples.
+    removed : mapping
+        Of the parts from which this generation removes samples, by stem, what is removed of them now.
+    details : sequence of mappings, optional
+        Where something is removed: the details of all parts of the parent in its order, as their records have them, of live samples only.
+    merged : bool
+        Whether the listing holds all that those of the parent say, and takes their place.
+    """
+
+    removal: str | None
+    content_sha256: str | None
+    removed: Mapping[str, Removed] = field(default_factory=dict)
+    details: Sequence[Mapping[str, Any]] | None = None  # any: plain JSON data
+    merged: bool = False
+
+    def of(self, part: Part) -> Part:
+        """Return a part of the parent with what is removed of it now."""
+        return part if part.stem not in self.removed else dataclasses.replace(part, removed=self.removed[part.stem])
 
 
 def _shard_of(record: PartRecord) -> ShardRef:

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.data.dataset import Dataset, open_dataset
-from aecore.data.format.index import read_table
 from aecore.data.manifest import DatasetManifest, ShardRef
 from aecore.maintenance.compare._fields import differing
 from aecore.maintenance.compare._join import SHOWN, Keys, by_ranges, keys_of
@@ -25,7 +24,7 @@ def compare_datasets(a: str, b: str) -> dict[str, Any]:
     keys, changed = Keys(), _Changed()
     for rows_a, rows_b in by_ranges(rest_a, rest_b, functools.partial(_read, left), functools.partial(_read, right)):
         changed.add(*keys.join(rows_a, rows_b))
-    keys.in_both += sum(shard.samples for shard in left.manifest.shards if _content(shard) in equal)
+    keys.in_both += sum(shard.live for shard in left.manifest.shards if _content(shard) in equal)
     manifests = left.manifest, right.manifest
     return {
         "same_content": not keys.only_a and not keys.only_b and not changed.counts.total(),
@@ -43,13 +42,14 @@ def compare_datasets(a: str, b: str) -> dict[str, Any]:
     }
 
 
-def _content(shard: ShardRef) -> tuple[str, str, str]:
-    return shard.split, shard.tar.sha256, shard.index_content_sha256
+def _content(shard: ShardRef) -> tuple[str | None, ...]:
+    removed = None if shard.removed is None else shard.removed.content_sha256
+    return shard.split, shard.tar.sha256, shard.index_content_sha256, removed
 
 
 def _read(dataset: Dataset, shard: ShardRef, columns: Sequence[str] | None) -> pa.Table:
     """Read the compared columns of an index, with the split as a column."""
-    index = read_table(dataset.store.read(shard.index.name, ref=shard.index), f"{dataset.url}/{shard.index.name}", shard.samples)
+    index = dataset.index(shard)
     wanted = [name for name in (COLUMNS if columns is None else columns) if name in index.column_names]
     rows = index.select(wanted)
     for name in wanted:

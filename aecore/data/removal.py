@@ -1,0 +1,53 @@
+"""Removal files: which samples of a part are removed, and why. A shard is never rewritten for it.
+
+`removed/<stem>-gNNNNNN.parquet` names all that was removed of a part up to claim N, also of its quarantine. What it does not name is live.
+Ordinals identify samples: one that is removed never comes back, what replaces it has another.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from aecore.data.format.index import REMOVED_SCHEMA, content_sha256, read_table
+from aecore.data.manifest import RejectedPart, ShardRef
+from aecore.errors import DataError
+from aecore.store import Store
+
+Reason = Literal["gone", "changed", "relabelled", "moved", "duplicate", "leak", "retried"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+def removal_name(stem: str, claim: int) -> str:
+    """Return the name of the file that a claim writes of what is removed of a part."""
+    return f"removed/{stem}-g{claim:06d}.parquet"
+
+
+def read_removed(store: Store, part: ShardRef | RejectedPart) -> pa.Table | None:
+    """Return what is removed of a part, by ordinal; None if nothing is. DataError if the file does not hold what the manifest names."""
+    if part.removed is None:
+        return None
+    ref = part.removed.file
+    where = f"{store.url}/{ref.name}"
+    table = read_table(store.read(ref.name, ref=ref), where, part.removed.samples + part.removed.quarantined, REMOVED_SCHEMA)
+    if content_sha256(table) != part.removed.content_sha256:
+        raise DataError(f"{where} does not hold the rows that the manifest names: restore it or write the artefact again")
+    return table
+
+
+def live_rows(store: Store, shard: ShardRef, index: pa.Table) -> NDArray[np.int64] | None:
+    """Return which rows of a shard's index are live, ascending; None: all of them.
+
+    DataError if these are not as many as the manifest says.
+    """
+    removed = read_removed(store, shard)
+    if removed is None:
+        return None
+    rows = np.flatnonzero(~np.isin(index["ordinal"].to_numpy(), removed["ordinal"].to_numpy()))
+    if len(rows) != shard.live:
+        raise DataError(
+            f"{store.url}: {len(rows)} samples of shard {shard.stem} are not removed, the manifest says {shard.live}: restore its removal "
+            "file, or write the dataset again"
+        )
+    return rows
