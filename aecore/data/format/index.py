@@ -58,8 +58,9 @@ _LEDGER_COLUMNS: dict[str, pa.DataType] = {
     "origin": pa.string(),
     "state": pa.string(),
 }
-REMOVED_SCHEMA = pa.schema({"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()})
+_REMOVED_COLUMNS: dict[str, pa.DataType] = {"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()}
 INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS), pa.schema(_LISTING_COLUMNS)
+REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
 LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of a dataset that follows its source
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
 _REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason", "origin"]

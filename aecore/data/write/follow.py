@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from aecore.data.format.index import LEDGER_SCHEMA, make_table
@@ -26,10 +26,11 @@ from aecore.data.write.plan import Placement
 from aecore.data.write.reread import Reread
 from aecore.errors import DataError, counted
 
+pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 EXAMPLES = 5
 FREE = 10  # samples that may be gone whatever their share is
 Mask = NDArray[np.bool_]
-Column = Any  # any: pyarrow's stubs know no types of values
+Column = Any  # any: as above
 
 
 class Tars(Protocol):
@@ -123,7 +124,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     _require_free_keys(asked, others, rules, listing.origin)
     at = _values(pc.fill_null(pc.index_in(asked["key"], value_set=known["key"].combine_chunks()), -1)).astype(np.int64)
     rows = np.flatnonzero(at >= 0)
-    now, before = asked.take(pa.array(rows)), known.take(pa.array(at[rows]))
+    now, before = asked.take(rows), known.take(at[rows])
     tars = None if rules.tars is None else _TarRows(rules.tars, asked, known)
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
     was_bad = _mask(before["quarantined"])
@@ -192,14 +193,14 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
 
 def _asked(listing: Listing, placed: Placement) -> pa.Table:
     """Return the rows of a listing, with split and class as they are placed, by the columns of a ledger."""
-    splits, codes = list(placed.members), np.zeros(len(listing), np.int32)
+    splits, codes = [*placed.members], np.zeros(len(listing), np.int64)
     for number, split in enumerate(splits):
         codes[placed.members[split]] = number
     columns = {
         "key": listing.keys,
         "source": listing.sources,
         "bytes": listing.sizes,
-        "split": pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(splits)).cast(pa.string()),
+        "split": pa.array(splits, pa.string()).take(pa.array(codes, pa.int64())),
         "label_name": placed.names,
         "group": listing.groups,
         "columns": columns_sha256(listing.columns, len(listing)),
@@ -224,7 +225,7 @@ def _content(
     doubtful = np.flatnonzero(~same & ~changed)
     if tars is not None:
         return tars.compare(doubtful, rows, now, before), settled
-    found, chosen = rules.reread(listing.take(rows[doubtful])), before.take(pa.array(doubtful))
+    found, chosen = rules.reread(listing.take(rows[doubtful])), before.take(doubtful)
     stored, bad = pa.array(found.stored, pa.string()), pa.array(found.bad, pa.string())
     as_stored = pc.fill_null(pc.equal(stored, chosen["sample_sha256"]), False)
     as_bad = pc.and_(pc.is_null(stored), pc.equal(pc.fill_null(bad, ""), pc.fill_null(chosen["sha256"], "")))
@@ -248,7 +249,8 @@ class _TarRows:
         absent = {*self._known} - self._there
         changed = self._tars.changed({*tars_before[doubtful]} - absent)
         self.gone = np.isin(self._known, [*changed])
-        return np.isin(tars_before, [*changed]) | _differ(now, before, "source") | (tars_now != tars_before)
+        other: Mask = tars_now != tars_before
+        return other | np.isin(tars_before, [*changed]) | _differ(now, before, "source")
 
 
 def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Rules) -> tuple[Mask, Mask]:
@@ -331,7 +333,7 @@ def _require_few_gone(asked: pa.Table, known: pa.Table, gone: Mask, listing: Lis
     if too_many or whole_ones:
         share = 1 if whole_ones else math.ceil(count / len(known) * 1000) / 1000
         of_all = [f"{count} of {len(known)} samples, more than shards.max_removed={rules.max_removed:g} allows"] if too_many else []
-        examples = shown_examples(lost["source"].slice(0, EXAMPLES).to_pylist(), count)
+        examples = shown_examples(list[Any](lost["source"].slice(0, EXAMPLES).to_pylist()), count)  # any: texts
         where = f"{count} are gone from {listing.origin or 'the source'}, {examples}"
         raise DataError(
             f"{rules.url} would lose {' and '.join(of_all + whole_ones)}: {where}. Nothing was written. If a disk, a folder or a bucket is "

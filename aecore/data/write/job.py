@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
 from aecore.artifact.documents import read_json
@@ -283,9 +284,7 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         checksum=work.shards.checksum,
         accept_filter=work.shards.accept_filter,
         reread=lambda rows: read_again(rows, source, work.shards, fan_out),
-        outside=lambda rows: np.array(
-            left_out(source, parent.identity.get("source", {}), rows["source"].to_pylist(), rows["bytes"].to_pylist()), np.bool_
-        ),
+        outside=functools.partial(_left_out, source, parent),
         tars=tars,
         all_frames=getattr(source, "frames", "first") == "all",
         split_folders=work.splits.by == "folders",
@@ -303,6 +302,12 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         identity = {**identity, "source": _filters_of(parent.identity["source"], identity["source"])}
     fresh = listing.take(np.flatnonzero(changes.written))
     return dataclasses.replace(work, fresh=fresh, identity=identity, placed=placed, ledger=ledger, changes=changes)
+
+
+def _left_out(source: Any, parent: DatasetManifest, rows: pa.Table) -> NDArray[np.bool_]:  # any: every source kind has its own spec class
+    """Return which of these samples of a dataset the filter of the source leaves out."""
+    names, sizes = list[Any](rows["source"].to_pylist()), list[Any](rows["bytes"].to_pylist())  # any: texts, numbers
+    return np.array(left_out(source, parent.identity.get("source", {}), names, sizes), np.bool_)
 
 
 def _filters_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data

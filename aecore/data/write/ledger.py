@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord, claim_of
 from aecore.artifact.documents import read_json
-from aecore.data.format.index import INDEX_SCHEMA, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, make_table, read_table
+from aecore.data.format.index import INDEX_SCHEMA, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, REMOVED_SCHEMA, make_table, read_table
 from aecore.data.manifest import DatasetManifest, RejectedPart, ShardRef, claim_of_listing
 from aecore.data.removal import read_removed
 from aecore.data.write.spec import ShardTask
@@ -25,6 +25,8 @@ from aecore.errors import DataError
 from aecore.store import FileRef, Store
 from aecore.threads import map_ordered
 
+pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
+Column = Any  # any: as above
 MOST_LISTINGS = 16  # of a manifest; more are merged into the new one
 READERS = 16  # files that are read at a time
 SOURCE_SHA256 = "source_sha256"  # the column of an index of converted samples: the hash of what was read
@@ -54,7 +56,7 @@ def read_listing(store: Store, ref: FileRef) -> pa.Table:
 def removed_rows(store: Store, parts: Sequence[ShardRef | RejectedPart]) -> pa.Table:
     """Return split, ordinal, key and reason of all that is removed of these parts."""
     tables = [place_removed(part, table) for part in parts if (table := read_removed(store, part)) is not None]
-    schema = pa.schema({"split": pa.string(), "ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()})
+    schema = REMOVED_SCHEMA.insert(0, pa.field("split", pa.string()))
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
@@ -70,10 +72,10 @@ def newest_rows(ledger: pa.Table, removed: pa.Table) -> pa.Table:
     places = _places(ledger, splits)
     last, newest = np.unique(places[::-1], return_index=True)
     keep = ~np.isin(last, _places(removed, splits)) if len(removed) else np.ones(len(last), np.bool_)
-    return ledger.take(pa.array(len(places) - 1 - newest[keep]))
+    return ledger.take(len(places) - 1 - newest[keep])
 
 
-def _places(table: pa.Table, splits: Any) -> NDArray[np.int64]:  # any: pyarrow's stubs know no types of values
+def _places(table: pa.Table, splits: Column) -> NDArray[np.int64]:
     """Return one number for each (split, ordinal); -1 for splits that are none of these."""
     codes = pc.index_in(table["split"], value_set=splits).fill_null(-1).to_numpy().astype(np.int64)
     return np.where(codes < 0, -1, (codes << 44) + table["ordinal"].to_numpy())
@@ -87,7 +89,7 @@ def part_rows(
     With `converts`, samples may have been stored with other bytes than those that were read.
     """
     if index is not None:
-        given = {name: index[name].combine_chunks() for name in ("key", "source", "ordinal", "label_name", "group")}
+        given: dict[str, Column] = {name: index[name].combine_chunks() for name in ("key", "source", "ordinal", "label_name", "group")}
         stored = index["sha256"].combine_chunks()
         read = index[SOURCE_SHA256].combine_chunks() if SOURCE_SHA256 in index.column_names else None if converts else stored
         further = {name: index[name] for name in index.column_names if name not in INDEX_SCHEMA.names and name != SOURCE_SHA256}
@@ -113,7 +115,7 @@ def _completed(store: Store, manifest: DatasetManifest, listings: Mapping[int, p
         index, quarantine = (None if ref is None else read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}") for ref in refs)
         if quarantine is not None and not quarantine.schema.remove_metadata().equals(QUARANTINE_SCHEMA):
             raise DataError(f"{store.url}: the quarantine of {part.stem} has other columns than aecore writes: restore it")
-        origin = pa.array([origins[claim_of(part.stem)]], pa.string())
+        origin: Column = pa.array([origins[claim_of(part.stem)]], pa.string())
         found = part_rows(part, index, quarantine, converts=converts)
         at = LEDGER_SCHEMA.get_field_index("origin")
         return [table.set_column(at, "origin", origin.take(pa.array(np.zeros(len(table), np.int64)))) for table in found]
@@ -121,7 +123,7 @@ def _completed(store: Store, manifest: DatasetManifest, listings: Mapping[int, p
     parts = [part for part in manifest.parts if claim_of(part.stem) in listings]
     ledger = pa.concat_tables([table for tables in map_ordered(rows, parts, threads=READERS) for table in tables]).combine_chunks()
     planned = pa.concat_tables([*listings.values()])
-    sizes: Any = planned["bytes"].combine_chunks()  # any: pyarrow's stubs know no types of values
+    sizes: Column = planned["bytes"].combine_chunks()
     at = pc.index_in(ledger["key"].combine_chunks(), value_set=planned["key"].combine_chunks())
     return ledger.set_column(LEDGER_SCHEMA.get_field_index("bytes"), "bytes", sizes.take(at))
 
@@ -180,10 +182,10 @@ def recorded_rows(store: Store, planned: pa.Table, record: PartRecord, *, conver
             is_stated = SOURCE_SHA256 in table.column_names
             source.append(table[SOURCE_SHA256].combine_chunks() if is_stated else none if converts else hashes)
             sample.append(hashes)
-    places = pa.array(at)
+    places: Column = pa.array(at)
     unsettled = np.zeros(count, np.bool_)
     unsettled[np.array(record.detail.get("unsettled", []), np.int64) - first] = True
-    states: Any = planned["state"].combine_chunks()  # any: as above
+    states: Column = planned["state"].combine_chunks()
     changes = {
         "sha256": pa.concat_arrays(source).take(places),
         "sample_sha256": pa.concat_arrays(sample).take(places),
@@ -195,7 +197,7 @@ def recorded_rows(store: Store, planned: pa.Table, record: PartRecord, *, conver
     return planned
 
 
-def columns_sha256(columns: Mapping[str, Any], count: int) -> pa.Array:  # any: arrays of numpy or Arrow
+def columns_sha256(columns: Mapping[str, Any], count: int) -> Column:  # any: arrays of numpy or Arrow
     """Return the hash of the values of all further columns of each of `count` samples; null where there are no columns.
 
     Equal values have equal hashes, whatever the type of their column: 1 is 1.0, and a column's name counts.
@@ -227,12 +229,12 @@ def samples_sha256(ledger: pa.Table) -> str:
     and key. Sources, ordinals, shards and numbers of classes are not in it.
     """
     live = ledger.filter(pc.invert(ledger["quarantined"])).select(["split", "key", "label_name", "sample_sha256", "columns"])
-    order: Any = pc.sort_indices(live, sort_keys=[("split", "ascending"), ("key", "ascending")])  # any: as above
+    order = pc.sort_indices(live, sort_keys=[("split", "ascending"), ("key", "ascending")])
     digest = hashlib.sha256()
     for start in range(0, len(order), _SLICE):
         rows = live.take(order.slice(start, _SLICE)).combine_chunks()
         texts = [pc.fill_null(rows[name].combine_chunks(), "") for name in rows.column_names]
-        lines: Any = pc.binary_join_element_wise(*texts, "\0")  # type: ignore[call-overload]  # the stubs know no such call
+        lines = pc.binary_join_element_wise(*texts, "\0")
         lines = pc.binary_join_element_wise(lines, "", "\n")
         offsets = np.frombuffer(lines.buffers()[1], "<i4")[lines.offset : lines.offset + len(lines) + 1]
         digest.update(memoryview(lines.buffers()[2])[offsets[0] : offsets[-1]])

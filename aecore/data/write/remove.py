@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from aecore.artifact.commit import PartRecord, write_record
 from aecore.artifact.documents import read_json
@@ -20,6 +20,7 @@ from aecore.data.write.shard import put_table
 from aecore.store import Store
 from aecore.threads import map_ordered
 
+pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 Part = ShardRef | RejectedPart
 WRITERS = 4  # parts at a time
 READERS = 16  # records at a time
@@ -101,7 +102,7 @@ def _tables(store: Store, part: Part) -> tuple[pa.Table, pa.Table]:
     return no_index if index is None else index, QUARANTINE_SCHEMA.empty_table() if quarantine is None else quarantine
 
 
-def _counts(column: Any) -> dict[str, int]:  # any: pyarrow's stubs type chunked arrays by their scalars
+def _counts(column: Any) -> dict[str, int]:  # any: as above
     return {str(item["values"]): item["counts"] for item in pc.value_counts(column).to_pylist() if item["values"] is not None}
 
 
