@@ -86,7 +86,8 @@ class ShardRef:
     @property
     def own_files(self) -> tuple[FileRef, ...]:
         """Its files in the dataset's own folder: all but the tar of an adopted one."""
-        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine, self.removed and self.removed.file)
+        removed = None if self.removed is None else self.removed.file
+        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine, removed)
         return tuple(ref for ref in files if ref is not None)
 
 

@@ -45,8 +45,23 @@ _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "sha256": pa.string(),
 }
 _LISTING_COLUMNS: dict[str, pa.DataType] = {"key": pa.string(), "source": pa.string(), "bytes": pa.int64()}
-REMOVED_SCHEMA = pa.schema({"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()})
+_LEDGER_COLUMNS: dict[str, pa.DataType] = {
+    **_LISTING_COLUMNS,
+    "split": pa.string(),
+    "ordinal": pa.int64(),
+    "label_name": pa.string(),
+    "group": pa.string(),
+    "columns": pa.string(),
+    "sha256": pa.string(),
+    "sample_sha256": pa.string(),
+    "quarantined": pa.bool_(),
+    "origin": pa.string(),
+    "state": pa.string(),
+}
+_REMOVED_COLUMNS: dict[str, pa.DataType] = {"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()}
 INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS), pa.schema(_LISTING_COLUMNS)
+LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of datasets that follow their source
+REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
 _REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]
 
