@@ -38,6 +38,11 @@ class Removed:
     quarantined: int = 0
     groups: int = 0
 
+    @property
+    def record(self) -> str:
+        """The name of its record, `<stem>-gNNNNNN`: it states the counts of the part's live samples."""
+        return self.file.name.rpartition("/")[2].removesuffix(".parquet")
+
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:

@@ -1,6 +1,7 @@
 """Generations that remove samples, written file by file as DESIGN says, without the code of `shard` that decides what is removed."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
 from aecore.artifact.documents import read_json
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.image import image_header
-from aecore.data.format.index import LEDGER_SCHEMA, QUARANTINE_SCHEMA, REMOVED_SCHEMA, content_sha256, make_table, read_table
+from aecore.data.format.index import INDEX_SCHEMA, LEDGER_SCHEMA, QUARANTINE_SCHEMA, REMOVED_SCHEMA, content_sha256, make_table, read_table
 from aecore.data.format.record import array_header
 from aecore.data.manifest import STEM, RejectedPart, Removed, ShardRef
 from aecore.data.removal import read_removed, removal_name
@@ -92,12 +93,18 @@ def removed_of(record: PartRecord) -> Removed:
 
 
 def live_content(dataset: Dataset) -> str:
-    """Return the hash of the live samples, one by one: `content_sha256` of the manifest (of datasets without user columns)."""
+    """Return the hash of the live samples, one by one: `content_sha256` of the manifest."""
     lines = []
     for shard in dataset.manifest.shards:
         for row in dataset.index(shard).to_pylist():
-            lines.append(f"{shard.split}\0{row['key']}\0{row['label_name'] or ''}\0{row['sha256']}\0\n".encode())
+            further = {name: _plain(row[name]) for name in sorted(row) if name not in (*INDEX_SCHEMA.names, "source_sha256")}
+            columns = hashlib.sha256(json.dumps(further, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest() if further else ""
+            lines.append(f"{shard.split}\0{row['key']}\0{row['label_name'] or ''}\0{row['sha256']}\0{columns}\n".encode())
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+
+
+def _plain(value: Any) -> Any:  # any: a value of a column
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def live_keys(dataset: Dataset, split: str = "train") -> list[str]:

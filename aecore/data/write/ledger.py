@@ -1,0 +1,241 @@
+"""The ledger of a dataset that follows its source: what is known of every live sample, so that the next run reads only what changed.
+
+Each generation commits, as its listing, the rows of samples that are new and of those whose state or origin was renewed. Of several rows
+of one (split, ordinal) the newest counts; what removal files name counts no more. Listings of datasets that only grew have no more than
+key, source and bytes: indexes, quarantines and claims complete them. All columns are Arrow's: no sample is a Python object here.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+
+from aecore.artifact.commit import PartRecord, claim_of
+from aecore.artifact.documents import read_json
+from aecore.data.format.index import INDEX_SCHEMA, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, REMOVED_SCHEMA, make_table, read_table
+from aecore.data.manifest import DatasetManifest, RejectedPart, ShardRef, claim_of_listing
+from aecore.data.removal import read_removed
+from aecore.data.write.spec import ShardTask
+from aecore.errors import DataError
+from aecore.store import FileRef, Store
+from aecore.threads import map_ordered
+
+pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
+Column = Any  # any: as above
+MOST_LISTINGS = 16  # of a manifest; more are merged into the new one
+READERS = 16  # files that are read at a time
+SOURCE_SHA256 = "source_sha256"  # the column of an index of converted samples: the hash of what was read
+_SLICE = 1 << 16  # rows that are hashed at a time
+
+
+def read_ledger(store: Store, manifest: DatasetManifest) -> pa.Table:
+    """Return what is known of every live sample, quarantined ones too, as a table of `LEDGER_SCHEMA`, by split and ordinal; verified."""
+    listings = [*map_ordered(lambda ref: (ref, read_listing(store, ref)), manifest.listings, threads=READERS)]
+    before = [(claim_of_listing(ref), table) for ref, table in listings if table.schema.equals(LISTING_SCHEMA)]
+    newer = [table for _, table in listings if table.schema.equals(LEDGER_SCHEMA)]
+    ledger = pa.concat_tables([*([_completed(store, manifest, dict(before))] if before else []), *newer]).combine_chunks()
+    return newest_rows(ledger, removed_rows(store, manifest.parts))
+
+
+def read_listing(store: Store, ref: FileRef) -> pa.Table:
+    """Return a listing of either version, without metadata; DataError if its columns are those of none."""
+    table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")
+    schema = LEDGER_SCHEMA if "ordinal" in table.column_names else LISTING_SCHEMA
+    if not table.schema.remove_metadata().equals(schema):
+        raise DataError(
+            f"{store.url}/{ref.name} has the columns {', '.join(table.column_names)}, expected {', '.join(schema.names)}: restore it"
+        )
+    return table.replace_schema_metadata(None)
+
+
+def removed_rows(store: Store, parts: Sequence[ShardRef | RejectedPart]) -> pa.Table:
+    """Return split, ordinal, key and reason of all that is removed of these parts."""
+    tables = [place_removed(part, table) for part in parts if (table := read_removed(store, part)) is not None]
+    schema = REMOVED_SCHEMA.insert(0, pa.field("split", pa.string()))
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def place_removed(part: ShardRef | RejectedPart, removed: pa.Table) -> pa.Table:
+    """Return the rows of a removal file with the split of its part."""
+    splits = pa.array([part.split] * len(removed), pa.string())
+    return removed.replace_schema_metadata(None).add_column(0, "split", splits)
+
+
+def newest_rows(ledger: pa.Table, removed: pa.Table) -> pa.Table:
+    """Return the newest row of each (split, ordinal) that is not among the removed ones, by split and ordinal."""
+    splits = pc.unique(ledger["split"])
+    places = _places(ledger, splits)
+    last, newest = np.unique(places[::-1], return_index=True)
+    keep = ~np.isin(last, _places(removed, splits)) if len(removed) else np.ones(len(last), np.bool_)
+    return ledger.take(len(places) - 1 - newest[keep])
+
+
+def _places(table: pa.Table, splits: Column) -> NDArray[np.int64]:
+    """Return one number for each (split, ordinal); -1 for splits that are none of these."""
+    codes = pc.index_in(table["split"], value_set=splits).fill_null(-1).to_numpy().astype(np.int64)
+    return np.where(codes < 0, -1, (codes << 44) + table["ordinal"].to_numpy())
+
+
+def part_rows(
+    part: ShardRef | RejectedPart, index: pa.Table | None, quarantine: pa.Table | None, *, converts: bool = False
+) -> Iterator[pa.Table]:
+    """Yield what index and quarantine of a part say of its samples: rows of a ledger without bytes, origin and state.
+
+    With `converts`, samples may have been stored with other bytes than those that were read.
+    """
+    if index is not None:
+        given: dict[str, Column] = {name: index[name].combine_chunks() for name in ("key", "source", "ordinal", "label_name", "group")}
+        stored = index["sha256"].combine_chunks()
+        read = index[SOURCE_SHA256].combine_chunks() if SOURCE_SHA256 in index.column_names else None if converts else stored
+        further = {name: index[name] for name in index.column_names if name not in INDEX_SCHEMA.names and name != SOURCE_SHA256}
+        given |= {"columns": columns_sha256(further, len(index)), "sha256": read, "sample_sha256": stored}
+        yield _rows(part.split, given, len(index), quarantined=False)
+    if quarantine is not None:
+        given = {name: quarantine[name].combine_chunks() for name in ("key", "source", "ordinal", "sha256")}
+        yield _rows(part.split, given, len(quarantine), quarantined=True)
+
+
+def _rows(split: str, given: Mapping[str, Any], count: int, *, quarantined: bool) -> pa.Table:  # any: lists and arrays
+    return make_table(LEDGER_SCHEMA, {**given, "split": [split] * count, "quarantined": np.full(count, quarantined)}, count)
+
+
+def _completed(store: Store, manifest: DatasetManifest, listings: Mapping[int, pa.Table]) -> pa.Table:
+    """Return the rows of the listings of version 1, by their claims, with what indexes, quarantines and claims say of these samples."""
+    origins = {claim: _origin_of_claim(store, claim) for claim in listings}
+    shards = manifest.identity.get("shards", {})
+    converts = shards.get("resize") is not None or shards.get("mode", "keep") != "keep" or shards.get("value_range") is not None
+
+    def rows(part: ShardRef | RejectedPart) -> list[pa.Table]:
+        refs = (part.index, part.quarantine) if isinstance(part, ShardRef) else (None, part.quarantine)
+        index, quarantine = (None if ref is None else read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}") for ref in refs)
+        if quarantine is not None and not quarantine.schema.remove_metadata().equals(QUARANTINE_SCHEMA):
+            raise DataError(f"{store.url}: the quarantine of {part.stem} has other columns than aecore writes: restore it")
+        origin: Column = pa.array([origins[claim_of(part.stem)]], pa.string())
+        found = part_rows(part, index, quarantine, converts=converts)
+        at = LEDGER_SCHEMA.get_field_index("origin")
+        return [table.set_column(at, "origin", origin.take(pa.array(np.zeros(len(table), np.int64)))) for table in found]
+
+    parts = [part for part in manifest.parts if claim_of(part.stem) in listings]
+    ledger = pa.concat_tables([table for tables in map_ordered(rows, parts, threads=READERS) for table in tables]).combine_chunks()
+    planned = pa.concat_tables([*listings.values()])
+    sizes: Column = planned["bytes"].combine_chunks()
+    at = pc.index_in(ledger["key"].combine_chunks(), value_set=planned["key"].combine_chunks())
+    return ledger.set_column(LEDGER_SCHEMA.get_field_index("bytes"), "bytes", sizes.take(at))
+
+
+def _origin_of_claim(store: Store, claim: int) -> str | None:
+    """Return where a claim says that its samples come from, "" if from no address; None if the claim is gone."""
+    name = f"run.{claim:06d}.json"
+    if store.size(name) is None:
+        return None
+    url = read_json(store, name).get("info", {}).get("source", {}).get("url")
+    return origin_of(url) if isinstance(url, str) else ""
+
+
+def origin_of(url: str) -> str:
+    """Return an absolute URL without what is no part of an address: user, password and query."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def planned_rows(task: ShardTask, origin: str) -> pa.Table:
+    """Return what is known of the samples of a task before they are read: rows of a ledger without hashes."""
+    columns = {
+        "key": task.keys,
+        "source": task.sources,
+        "bytes": task.sizes,
+        "split": [task.split] * len(task),
+        "ordinal": task.ordinals,
+        "label_name": task.label_names,
+        "group": task.groups,
+        "columns": columns_sha256(task.columns, len(task)),
+        "origin": [origin] * len(task),
+        "state": task.states,
+    }
+    return make_table(LEDGER_SCHEMA, columns, len(task))
+
+
+def recorded_rows(store: Store, planned: pa.Table, record: PartRecord, *, converts: bool) -> pa.Table:
+    """Return the rows of a part as its files have them: the planned ones with hashes, and without the state of what changed meanwhile."""
+    count, first = len(planned), int(record.detail["first_ordinal"])
+    at, bad = np.full(count, -1), np.zeros(count, np.bool_)
+    source, sample = list[Any](), list[Any]()  # any: arrays of hashes
+    for ref in sorted(record.files, key=lambda ref: ref.name):
+        if not ref.name.endswith(".parquet"):
+            continue
+        table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")
+        rows, hashes, none = table["ordinal"].to_numpy() - first, table["sha256"].combine_chunks(), pa.nulls(len(table), pa.string())
+        at[rows] = np.arange(len(table)) + sum(map(len, source))
+        if ref.name.startswith("quarantine/"):
+            bad[rows] = True
+            source.append(hashes)
+            sample.append(none)
+        else:
+            is_stated = SOURCE_SHA256 in table.column_names
+            source.append(table[SOURCE_SHA256].combine_chunks() if is_stated else none if converts else hashes)
+            sample.append(hashes)
+    places: Column = pa.array(at)
+    unsettled = np.zeros(count, np.bool_)
+    unsettled[np.array(record.detail.get("unsettled", []), np.int64) - first] = True
+    states: Column = planned["state"].combine_chunks()
+    changes = {
+        "sha256": pa.concat_arrays(source).take(places),
+        "sample_sha256": pa.concat_arrays(sample).take(places),
+        "quarantined": pa.array(bad),
+        "state": pc.if_else(pa.array(unsettled), pa.scalar(None, pa.string()), states),
+    }
+    for name, column in changes.items():
+        planned = planned.set_column(LEDGER_SCHEMA.get_field_index(name), name, column)
+    return planned
+
+
+def columns_sha256(columns: Mapping[str, Any], count: int) -> Column:  # any: arrays of numpy or Arrow
+    """Return the hash of the values of all further columns of each of `count` samples; null where there are no columns.
+
+    Equal values have equal hashes, whatever the type of their column: 1 is 1.0, and a column's name counts.
+    """
+    if not columns:
+        return pa.nulls(count, pa.string())
+    names = sorted(columns)
+    values = [map(_canonical, _listed(columns[name])) for name in names]
+    digests = [
+        hashlib.sha256(json.dumps(dict(zip(names, row, strict=True)), separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+        for row in zip(*values, strict=True)
+    ]
+    return pa.array(digests, pa.string())
+
+
+def _listed(column: Any) -> list[Any]:  # any: as above
+    arrow = column if isinstance(column, pa.Array | pa.ChunkedArray) else make_table(pa.schema([]), {"": column}, 0)[""]
+    return list(arrow.to_pylist())
+
+
+def _canonical(value: Any) -> Any:  # any: a value of a column
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def samples_sha256(ledger: pa.Table) -> str:
+    """Return the hash of the live samples of a ledger, `content_sha256` of a manifest.
+
+    sha256 over `split NUL key NUL label_name NUL sample_sha256 NUL columns LF` of each sample that is not quarantined, sorted by split
+    and key. Sources, ordinals, shards and numbers of classes are not in it.
+    """
+    live = ledger.filter(pc.invert(ledger["quarantined"])).select(["split", "key", "label_name", "sample_sha256", "columns"])
+    order = pc.sort_indices(live, sort_keys=[("split", "ascending"), ("key", "ascending")])
+    digest = hashlib.sha256()
+    for start in range(0, len(order), _SLICE):
+        rows = live.take(order.slice(start, _SLICE)).combine_chunks()
+        texts = [pc.fill_null(rows[name].combine_chunks(), "") for name in rows.column_names]
+        lines = pc.binary_join_element_wise(*texts, "\0")
+        lines = pc.binary_join_element_wise(lines, "", "\n")
+        offsets = np.frombuffer(lines.buffers()[1], "<i4")[lines.offset : lines.offset + len(lines) + 1]
+        digest.update(memoryview(lines.buffers()[2])[offsets[0] : offsets[-1]])
+    return digest.hexdigest()
