@@ -59,8 +59,8 @@ def is_stem_of(split: str, stem: str) -> bool:
 
 
 def claim_of(stem: str) -> int:
-    """Return the number of the claim under which a part of this name was made."""
-    match = re.search(r"-g(\d{6})-\d{6,}$", stem)
+    """Return the number of the claim under which a part, or the removal of samples from one (`<part>-gNNNNNN`), of this name was made."""
+    match = re.search(r"-g(\d{6})(?:-\d{6,})?$", stem)
     return int(match[1]) if match else 1
 
 

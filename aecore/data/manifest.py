@@ -38,6 +38,11 @@ class Removed:
     quarantined: int = 0
     groups: int = 0
 
+    @property
+    def record(self) -> str:
+        """The name of its record, `<stem>-gNNNNNN`: it states the counts of the part's live samples."""
+        return self.file.name.rpartition("/")[2].removesuffix(".parquet")
+
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:
@@ -86,7 +91,8 @@ class ShardRef:
     @property
     def own_files(self) -> tuple[FileRef, ...]:
         """Its files in the dataset's own folder: all but the tar of an adopted one."""
-        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine, self.removed and self.removed.file)
+        removed = None if self.removed is None else self.removed.file
+        files = (self.tar if self.tar_base_url is None else None, self.index, self.quarantine, removed)
         return tuple(ref for ref in files if ref is not None)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from aecore.artifact.commit import PartRecord
 from aecore.data.format.index import REMOVED_SCHEMA, content_sha256, read_table
-from aecore.data.manifest import RejectedPart, ShardRef
+from aecore.data.manifest import RejectedPart, Removed, ShardRef
 from aecore.errors import DataError
 from aecore.store import Store
 
@@ -24,14 +25,24 @@ def removal_name(stem: str, claim: int) -> str:
     return f"removed/{stem}-g{claim:06d}.parquet"
 
 
+def removed_of(record: PartRecord) -> Removed:
+    """Return what a manifest says of the removal that has this record."""
+    detail = record.detail
+    counts = detail["removed_samples"], detail["removed_quarantined"], detail["removed_groups"]
+    return Removed(record.files[0], detail["content_sha256"], *counts)
+
+
 def read_removed(store: Store, part: ShardRef | RejectedPart) -> pa.Table | None:
     """Return what is removed of a part, by ordinal; None if nothing is. DataError if the file does not hold what the manifest names."""
-    if part.removed is None:
-        return None
-    ref = part.removed.file
+    return None if part.removed is None else read_removal(store, part.removed)
+
+
+def read_removal(store: Store, removed: Removed) -> pa.Table:
+    """Return the rows of a removal file; DataError if it does not hold what the manifest names."""
+    ref = removed.file
     where = f"{store.url}/{ref.name}"
-    table = read_table(store.read(ref.name, ref=ref), where, part.removed.samples + part.removed.quarantined, REMOVED_SCHEMA)
-    if content_sha256(table) != part.removed.content_sha256:
+    table = read_table(store.read(ref.name, ref=ref), where, removed.samples + removed.quarantined, REMOVED_SCHEMA)
+    if content_sha256(table) != removed.content_sha256:
         raise DataError(f"{where} does not hold the rows that the manifest names: restore it or write the artefact again")
     return table
 

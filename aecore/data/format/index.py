@@ -60,8 +60,8 @@ _LEDGER_COLUMNS: dict[str, pa.DataType] = {
 }
 _REMOVED_COLUMNS: dict[str, pa.DataType] = {"ordinal": pa.int64(), "key": pa.string(), "reason": pa.string()}
 INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.schema(_QUARANTINE_COLUMNS), pa.schema(_LISTING_COLUMNS)
+LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of datasets that follow their source
 REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
-LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of a dataset that follows its source
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
 _REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason", "origin"]
 

@@ -232,7 +232,7 @@ class SplitRows:
             indexed -= self.shards[oldest].samples
         reader = self.dataset.reader(self.shards[number])
         rows = live_rows(self.dataset.store, self.shards[number], reader.index)
-        index: Any = reader.index if rows is None else reader.index.take(pa.array(rows))  # any: pyarrow's stubs know no `fill_null`
+        index: Any = reader.index if rows is None else reader.index.take(rows)  # any: pyarrow's stubs know no `fill_null`
         ordinals, labels = index["ordinal"].to_numpy(), index["label"].fill_null(-1).to_numpy().astype(np.int64)
         if self._labels is not None:
             labels = self._renumbered(number, labels)

@@ -5,8 +5,9 @@ quarantine and listing against each other, records and manifests against both (`
 Problems are collected, not raised: one run reports all of them.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from aecore.artifact.documents import disagreement, guarded, read_json
 from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset
-from aecore.data.manifest import STEM, RejectedPart, ShardRef, claim_problems, read_manifest, shards_sha256
+from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, ShardRef, claim_problems, read_manifest, shards_sha256
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
 
@@ -46,14 +47,14 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
 
     With `only`, the shards of that subset are read (and all listings, which hold the planned keys).
     """
-    manifest, refs = dataset.manifest, dataset.manifest.files
-    parts = manifest.parts
+    manifest, parts = dataset.manifest, dataset.manifest.parts
+    refs = tuple(dict.fromkeys([*manifest.files, *_named_before(dataset)]))
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
     tars = {shard.tar: dataset.tars(shard) for shard in manifest.shards}  # adopted ones are in another store
     problems = [
         *guarded(dataset.url, _foreign(dataset)),
         *_structure(dataset),
-        *guarded(dataset.url, _unnamed_problems(dataset)),
+        *guarded(dataset.url, _unnamed_problems(dataset, refs)),
         *_sizes((tars.get(ref, dataset.store), ref) for ref in refs),
     ]
     if read_data or only is not None:
@@ -75,8 +76,18 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
 
 
 def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
-    refs = [part.quarantine] if isinstance(part, RejectedPart) else [part.tar, part.index, part.quarantine]
-    return [ref for ref in refs if ref is not None]
+    return [*part.own_files] if isinstance(part, RejectedPart) or part.tar_base_url is None else [part.tar, *part.own_files]
+
+
+def _named_before(dataset: Dataset) -> Iterator[FileRef]:
+    """Yield what generations before this one name: runs are pinned to them. Only what was removed and merged since is not in this one."""
+    if dataset.manifest.removal is None:
+        return
+    names = set(dataset.store.list())
+    for number in range(1, dataset.number):
+        if f"{STEM}.{number:06d}.json" in names:
+            with contextlib.suppress(DataError):  # `_structure` and `content_problems` say so
+                yield from read_manifest(dataset.store, number).files
 
 
 def _structure(dataset: Dataset) -> Iterator[str]:
@@ -105,32 +116,43 @@ def _foreign(dataset: Dataset) -> Iterator[str]:
             identity = read_json(store, name)["identity"]
             yield from (f"{where}: {problem}" for problem in claim_problems(manifest, name, identity))
         if manifest.claim_sha256 is None or store.size(name) is None:
-            part = next((part for part in manifest.parts if claim_of(part.stem) == manifest.claim), None)
-            record = None if part is None else f"records/{part.stem}.json"
-            if part is None or record is None or store.size(record) is None:
+            first = next(_new_files(manifest), None)
+            record = None if first is None else f"records/{first[0]}.json"
+            if first is None or record is None or store.size(record) is None:
                 return
-            own = part.own_files if isinstance(part, ShardRef) else (part.quarantine,)  # an adopted tar has no record
-            files = [dataclasses.asdict(ref) for ref in own]
+            files = [dataclasses.asdict(ref) for ref in first[1]]
             if differences := disagreement(read_json(store, record)["files"], files):
                 yield f"{where} belongs to another dataset than {record}: {differences}; restore the right one"
     except DataError as error:
         yield str(error)
 
 
-def _unnamed_problems(dataset: Dataset) -> Iterator[str]:
+def _new_files(manifest: DatasetManifest) -> Iterator[tuple[str, Sequence[FileRef]]]:
+    """Yield the record and the files of each part and each removal that the generation itself added (an adopted tar has no record)."""
+    for part in manifest.parts:
+        removed = part.removed
+        if claim_of(part.stem) == manifest.claim:
+            yield part.stem, [ref for ref in part.own_files if removed is None or ref != removed.file]
+        elif removed is not None and claim_of(removed.record) == manifest.claim:
+            yield removed.record, [removed.file]
+
+
+def _unnamed_problems(dataset: Dataset, named: Sequence[FileRef]) -> Iterator[str]:
     """Yield the tars and Parquet files that no manifest names and that a pattern over the folder would read as well."""
     newest = newest_number(dataset.store, STEM) or dataset.manifest.number
     manifest = dataset.manifest if newest == dataset.manifest.number else read_manifest(dataset.store, newest)
+    if manifest is not dataset.manifest:
+        named = [*manifest.files, *_named_before(Dataset(dataset.store, manifest))]
 
-    listed = {ref.name for ref in manifest.listings}
+    listed = {ref.name for ref in named}
 
     def is_of_attempt(claim: Mapping[str, Any], number: int, stem: str) -> bool:  # any: plain JSON data
         return number == claim_of(stem) and f"listings/{number:06d}.parquet" not in listed
 
-    folders = {"shards": (".tar", ".parquet"), "quarantine": (".parquet",)}
+    folders = {"shards": (".tar", ".parquet"), "quarantine": (".parquet",), "removed": (".parquet",)}
     if any(shard.tar_base_url is not None for shard in manifest.shards):
         del folders["shards"]  # adopted: the folder may be that of the tars' owner
-    yield from unnamed_problems(dataset.store, folders, manifest.files, is_of_attempt)
+    yield from unnamed_problems(dataset.store, folders, named, is_of_attempt)
 
 
 def _sizes(refs: Iterable[tuple[Store, FileRef]]) -> Iterator[str]:
