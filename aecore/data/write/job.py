@@ -32,6 +32,7 @@ from aecore.data.dataset import Dataset
 from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
+from aecore.data.removal import removed_of
 from aecore.data.sources import Listing, Source, Unusable
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
@@ -51,7 +52,7 @@ from aecore.data.write.ledger import MOST_LISTINGS, newest_rows, planned_rows, r
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_samples, plan_dataset, plan_parts, require_unique
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
-from aecore.data.write.remove import live_details, part_of, remove_samples, removed_of
+from aecore.data.write.remove import live_details, part_of, remove_samples
 from aecore.data.write.reread import read_again
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask

@@ -14,7 +14,7 @@ from aecore.data.dataset import Dataset
 from aecore.data.format.image import ImageHeader, image_header
 from aecore.data.format.index import QUARANTINE_SCHEMA, REMOVED_SCHEMA, content_sha256, read_table
 from aecore.data.format.record import DATA_EXTENSIONS, array_header
-from aecore.data.manifest import RejectedPart, Removed, ShardRef
+from aecore.data.manifest import RejectedPart, ShardRef
 from aecore.data.removal import read_removed, removal_name
 from aecore.data.write.shard import put_table
 from aecore.store import Store
@@ -35,13 +35,6 @@ def remove_samples(dataset: Dataset, removed: pa.Table, claim: int) -> list[Part
     return [*map_ordered(lambda each: _remove(dataset, *each, claim), work, threads=WRITERS)]
 
 
-def removed_of(record: PartRecord) -> Removed:
-    """Return what a manifest says of the removal that has this record."""
-    detail = record.detail
-    counts = detail["removed_samples"], detail["removed_quarantined"], detail["removed_groups"]
-    return Removed(record.files[0], detail["content_sha256"], *counts)
-
-
 def part_of(record: PartRecord) -> str:
     """Return the stem of the part of which the removal with this record removes samples."""
     return record.part.rpartition("-g")[0]
@@ -53,7 +46,7 @@ def live_details(store: Store, parts: tuple[Part, ...], new: Mapping[str, PartRe
     def detail(part: Part) -> Mapping[str, Any]:
         if part.stem in new:
             return new[part.stem].detail
-        name = part.stem if part.removed is None else part.removed.file.name.removeprefix("removed/").removesuffix(".parquet")
+        name = part.stem if part.removed is None else part.removed.record
         found: Mapping[str, Any] = read_json(store, f"records/{name}.json")["detail"]
         return found
 

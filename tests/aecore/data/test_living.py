@@ -1,4 +1,4 @@
-"""Datasets that follow their source: after each run a dataset equals a fresh one of what the source is now, and only what changed was read."""
+"""Datasets that follow their source: after each run a dataset equals a fresh one of the source, and only what changed was read."""
 
 import dataclasses
 import io
@@ -309,7 +309,7 @@ class TestGone:
         before = committed(tmp_path / "out")
         put(tmp_path / "in", pictures(["a/new.png"]))
         with pytest.raises(
-            DataError, match=r"(?s)11 of 26 samples, more than shards.max_removed=0.1.*'b/10.png'.*max_removed=0.424, or"
+            DataError, match=r"(?s)11 of 26 samples, more than shards.max_removed=0.1.*for example 'b/.*max_removed=0.424, or"
         ) as raised:
             shard(source, tmp_path / "out")
         assert raised.value.exit_code == 3
@@ -320,12 +320,11 @@ class TestGone:
         ("lost", "named"),
         [
             ("train/b", r"class 'b' and all samples of the folder 'train/b/'"),
-            ("val", r"split 'val' and all samples of 2 folders \('val/', "),
+            ("val", r"split 'val' and all samples of the folder 'val/' and all samples of the folder 'val/a/'"),
         ],
     )
     def test_whole_classes_folders_and_splits_are_refused(self, tmp_path, lost, named):
-        counts = {"train/a": 40, "train/b": 3, "val/a": 3} if lost == "val" else {"train/a": 40, "train/b": 3, "val/a": 3}
-        source = self.source(tmp_path, counts)
+        source = self.source(tmp_path, {"train/a": 40, "train/b": 3, "val/a": 3})
         shard(source, tmp_path / "out")
         before = committed(tmp_path / "out")
         shutil.rmtree(tmp_path / "in" / lost)
@@ -667,5 +666,5 @@ class Histories(RuleBasedStateMachine):
 def test_after_each_run_the_dataset_equals_a_fresh_one_whatever_happened_to_its_source():
     run_state_machine_as_test(
         Histories,
-        settings=settings(max_examples=6, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(max_examples=4, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)),
     )
