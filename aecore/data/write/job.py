@@ -391,15 +391,17 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(_worker_type(work), store.url, work.source)
-    try:
-        with _Listing(work, plan, claim) as listing:  # in the background: only the manifest waits for it
+    with _Listing(work, plan, claim) as listing:  # in the background: only the manifest waits for it
+        try:
             records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=listing.reporting(on_part), on_start=listing.start)
-        _require_good(work, records)
-    except (ConfigError, DataError):
-        leave_refused(store, claim, [task.stem for task in plan.tasks])
-        raise
-    removals = [] if parent is None or work.changes is None else remove_samples(Dataset(store, parent), work.changes.removed, claim)
-    listed, living = listing.put(removals)
+            _require_good(work, records)
+        except (ConfigError, DataError):
+            listing.close()
+            leave_refused(store, claim, [task.stem for task in plan.tasks])
+            raise
+        removed = None if parent is None or work.changes is None else work.changes.removed
+        removals = [] if removed is None or parent is None else remove_samples(Dataset(store, parent), removed, claim)
+        listed, living = listing.put(removals)
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living)
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
@@ -448,6 +450,10 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         self._grown: Future[FileRef] | None = None
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what was begun."""
         self._background.shutdown()
 
     def start(self) -> None:
@@ -483,11 +489,12 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
             assert work.ledger is not None and work.changes is not None
             ledger = newest_rows(pa.concat_tables([work.ledger, new]).combine_chunks(), work.changes.removed)
             merged = len(parent.listings) >= MOST_LISTINGS
+        content = self._background.submit(samples_sha256, ledger)
         listed = _put_listing(work.store, self._claim, ledger if merged else new.combine_chunks())
         by_part = {part_of(record): record for record in removals}
         details = None if parent is None or not removals else live_details(work.store, parent.parts, by_part)
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
-        return listed, Living(work.removal, samples_sha256(ledger), removed, details, merged)
+        return listed, Living(work.removal, content.result(), removed, details, merged)
 
 
 def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every source kind has its own spec class
@@ -570,10 +577,11 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
     store, max_bad = work.store, work.shards.max_bad
     bad = sum(record.quarantined for record in records)
     planned = sum(record.detail["planned"] for record in records)
-    if bad and work.changes is not None:  # the share is that of the whole source, as if it were sharded anew
-        bad, planned = bad + work.changes.stayed, len(work.listing)
     all_bad = work.parent is None and bad == planned
-    if bad <= max_bad * planned and not all_bad:
+    share, total = bad, planned
+    if bad and work.changes is not None:  # the share is that of the whole source, as if it were sharded anew
+        share, total = bad + work.changes.stayed, len(work.listing)
+    if share <= max_bad * total and not all_bad:
         return
     refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
     rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
@@ -591,9 +599,9 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
             "put them right, or check source.url and source.extensions, and run the command again"
         )
     raise DataError(
-        f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
+        f"{share} of {total} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "remove these files, or accept them with a higher shards.max_bad, and run the command again; files that are repaired without "
-        "another size need another output URL"
+        "repair or remove these files, or accept them with a higher shards.max_bad, and run the command again"
+        + ("; files that are repaired without another size need another output URL" if work.removal is None else "")
     )
