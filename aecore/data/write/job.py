@@ -16,14 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
 from aecore.data.format.index import read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing, Source, Unusable
+from aecore.data.sources import Listing, Source, Unusable, origin_of
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.write.append import (
     SHOWN,
@@ -143,7 +143,10 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The work of one run: the newest generation, everything listed, and the samples of it that are new."""
+    """The work of one run: the newest generation, everything listed, and the samples of it that are new.
+
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
+    """
 
     store: Store
     source: Any  # any: every source kind has its own spec class
@@ -155,6 +158,7 @@ class _Work:
     fresh: Listing
     identity: Mapping[str, Any]  # any: plain JSON data
     adopt: bool
+    before_states: bool = False
 
     def plan(self, claim: int) -> DatasetPlan:
         """Return the plan of the new samples, its notes starting with the choice of `auto`."""
@@ -164,6 +168,8 @@ class _Work:
 
             files = files_of(self.fresh.sources)
         plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source, files)
+        if self.before_states:
+            plan = dataclasses.replace(plan, tasks=tuple(dataclasses.replace(task, source_hashes=False) for task in plan.tasks))
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
@@ -229,14 +235,15 @@ def _listed(
     A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
     """
     listed: list[tuple[Any, Source, Listing]] = []  # any: as above
-    hashes: list[str] = []
+    hashes: list[tuple[str, str]] = []  # as they are, and as versions before states made them
 
     def rows(spec: Any) -> int:  # any: as above
         known = next((number for number, found in enumerate(listed) if found[0] == spec), None)
         if known is not None:
             return known
         opened: Source = SOURCES.build(spec)
-        listed.append((spec, opened, by_rules(spec, opened.listing())))
+        listing = by_rules(spec, opened.listing())
+        listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 
     if parent is not None:
@@ -247,8 +254,8 @@ def _listed(
         if "listing" not in identity:
             continue
         at = rows(as_recorded(source, identity["dataset"].get("source", {})))
-        hashes += [found[2].sha256() for found in listed[len(hashes) :]]
-        if hashes[at] == identity["listing"]:
+        hashes += [(found[2].sha256(), found[2].without_states().sha256()) for found in listed[len(hashes) :]]
+        if identity["listing"] in hashes[at]:
             return identity["dataset"], *listed[at]
     return None, *listed[rows(source)]
 
@@ -266,6 +273,12 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
     if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
         generation["names"] = "NFC"
+    known = store.list()
+    older = work.listing.without_states()
+    before = {**generation, "listing": older.sha256()}
+    if before != generation and find_claim(store, before, known, above=parent.claim if parent else 0) is not None:
+        generation = before
+        work = dataclasses.replace(work, listing=older, fresh=work.fresh.without_states(), before_states=True)
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
 from aecore.data.classes import UNKNOWN, in_order, numbers_of, require_known
-from aecore.data.format.index import INDEX_SCHEMA
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
@@ -62,9 +62,9 @@ class DatasetPlan:
         return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes)
 
 
-def _require_free_columns(listing: Listing) -> None:
+def _require_free_columns(listing: Listing, shards: ShardSpec) -> None:
     """Raise DataError if the source names a further column like one that the index has anyway: it would take that one's place."""
-    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names})
+    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names, *([SOURCE_SHA256] if shards.converts else [])})
     if taken:
         raise DataError(
             f"the source gives {', '.join(map(repr, taken))} as further columns, which are columns of every index: give labels as "
@@ -94,7 +94,7 @@ def plan_dataset(
         If the source does not have the folders, column or labels that `splits` needs.
     """
     require_unique(listing)
-    _require_free_columns(listing)
+    _require_free_columns(listing, shards)
     chosen = resolve_splits(listing, splits)
     names = label_names(listing, chosen.by == "folders")
     members = assign_splits(listing, chosen, names, parent)
@@ -130,6 +130,7 @@ def plan_dataset(
                 columns=part.columns,
                 shards=shards,
                 unusable=part.unusable,
+                states=part.states,
             )
             tasks.append(task)
     counts = [f"{split} {len(rows)}" for split, rows in members.items()]
