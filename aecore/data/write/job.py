@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
@@ -33,7 +33,7 @@ from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
-from aecore.data.sources import Listing, Source, Unusable
+from aecore.data.sources import Listing, Source, Unusable, origin_of
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.sources._skipped import shown_examples
@@ -164,6 +164,7 @@ class _Work:
     """The work of one run: the newest generation, everything listed, and the samples of it that are written.
 
     `placed`, `ledger` and `changes` are those of a dataset that follows its source; `removal` is None for one that only grows.
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
     """
 
     store: Store
@@ -180,6 +181,7 @@ class _Work:
     placed: Placement | None = None
     ledger: pa.Table | None = None
     changes: Changes | None = None
+    before_states: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -216,6 +218,8 @@ class _Work:
             assert self.placed is not None
             written = self.changes.written
             plan = plan_parts(listing, self.placed, self.shards, self.parent, claim, self.source, files, written)
+        if self.before_states:
+            plan = dataclasses.replace(plan, tasks=tuple(dataclasses.replace(task, source_hashes=False) for task in plan.tasks))
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
@@ -346,14 +350,15 @@ def _listed(
     A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
     """
     listed: list[tuple[Any, Source, Listing]] = []  # any: as above
-    hashes: list[str] = []
+    hashes: list[tuple[str, str]] = []  # as they are, and as versions before states made them
 
     def rows(spec: Any) -> int:  # any: as above
         known = next((number for number, found in enumerate(listed) if found[0] == spec), None)
         if known is not None:
             return known
         opened: Source = SOURCES.build(spec)
-        listed.append((spec, opened, by_rules(spec, opened.listing())))
+        listing = by_rules(spec, opened.listing())
+        listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 
     if parent is not None:
@@ -364,8 +369,8 @@ def _listed(
         if "listing" not in identity:
             continue
         at = rows(as_recorded(source, identity["dataset"].get("source", {})))
-        hashes += [found[2].sha256() for found in listed[len(hashes) :]]
-        if hashes[at] == identity["listing"]:
+        hashes += [(found[2].sha256(), found[2].without_states().sha256()) for found in listed[len(hashes) :]]
+        if identity["listing"] in hashes[at]:
             return identity["dataset"], *listed[at]
     return None, *listed[rows(source)]
 
@@ -381,6 +386,12 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     started = time.perf_counter()
     store, parent = work.store, work.parent
     generation = _generation(work)
+    before = {**generation, "listing": work.listing.without_states().sha256()}
+    above = parent.claim if parent else 0
+    if before != generation and find_claim(store, before, store.list(), above=above) is not None:
+        generation = before
+        listing, fresh = (dataclasses.replace(part, states=None, all_states=None) for part in (work.listing, work.fresh))
+        work = dataclasses.replace(work, listing=listing, fresh=fresh, before_states=True)
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
@@ -474,8 +485,8 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
 
     def _rows_of(self, record: PartRecord) -> pa.Table:
         work, shards = self._work, self._work.shards
-        converts = shards.resize is not None or shards.mode != "keep" or shards.value_range is not None
-        return recorded_rows(work.store, planned_rows(self._tasks[record.part], work.listing.origin), record, converts=converts)
+        planned = planned_rows(self._tasks[record.part], work.listing.origin)
+        return recorded_rows(work.store, planned, record, converts=shards.converts)
 
     def put(self, removals: Sequence[PartRecord]) -> tuple[FileRef, Living | None]:
         """Commit the listing; return it, and what else the manifest has of a dataset that follows its source."""
