@@ -390,8 +390,9 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     above = parent.claim if parent else 0
     if before != generation and find_claim(store, before, store.list(), above=above) is not None:
         generation = before
-        listing, fresh = (dataclasses.replace(part, states=None, all_states=None) for part in (work.listing, work.fresh))
-        work = dataclasses.replace(work, listing=listing, fresh=fresh, before_states=True)
+        without = {"states": None, "all_states": None}
+        parts = {name: dataclasses.replace(getattr(work, name), **without) for name in ("listing", "fresh")}
+        work = dataclasses.replace(work, **parts, before_states=True)
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
