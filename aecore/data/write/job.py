@@ -388,11 +388,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     generation = _generation(work)
     before = {**generation, "listing": work.listing.without_states().sha256()}
     above = parent.claim if parent else 0
-    if before != generation and find_claim(store, before, store.list(), above=above) is not None:
-        generation = before
-        without = {"states": None, "all_states": None}
-        parts = {name: dataclasses.replace(getattr(work, name), **without) for name in ("listing", "fresh")}
-        work = dataclasses.replace(work, **parts, before_states=True)
+    if work.shards.removed is None and before != generation and find_claim(store, before, store.list(), above=above) is not None:
+        generation, work = before, dataclasses.replace(work, removal=None, before_states=True)  # as it was begun: it grows only
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +404,7 @@ def poll(root, done, wrong):
 def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path):
     source, root = images(tmp_path / "in", range(8), bad=[0, 7]), tmp_path / "killed"
     root.mkdir()
+    time.sleep(2.1)  # younger files have no state yet
     whole = shard(source, tmp_path / "whole", max_samples=3, max_bad=0.5, shuffle=False)
     assert (len(whole.shards), whole.quarantined, sum(part.quarantine is not None for part in whole.shards)) == (3, 2, 2)
     faults = [f"{role}.{stage}:{nth}" for role in ROLES for stage in FAULT_STAGES for nth in (1, 2)]
