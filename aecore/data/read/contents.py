@@ -29,6 +29,7 @@ from aecore.errors import DataError
 from aecore.registry import shown
 from aecore.store import FileRef, canonical_json
 
+_OF_WRITING = ("first_frames", "unsettled")  # known to the writer alone: for its log, and for the next run
 Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars
 
 
@@ -73,7 +74,6 @@ class _Listings:
         return self._unnamed
 
 
-_NOT_IN_FILES = ("first_frames", "unsettled")  # of the detail of a record: for the log, and for the listing
 _CLAIM = pa.field("claim", pa.int64())  # of the listing that has the row
 _LISTED = LEDGER_SCHEMA.append(_CLAIM)
 _NONE_REMOVED = pa.table({"split": pa.array([], pa.string()), "ordinal": pa.array([], pa.int64())})
@@ -323,7 +323,7 @@ def _document_problems(
         name = f"records/{stem}.json"
         if name in documents:
             stated = {key: value for key, value in documents[name].content.items() if key != "timings"}
-            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in _NOT_IN_FILES}
+            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in _OF_WRITING}
             expected = {key: value for key, value in dataclasses.asdict(right).items() if key != "timings"}
             if stated != json.loads(canonical_json(expected)):
                 yield f"{dataset.url}/{name} does not say what its files hold: {disagreement(stated, expected)}"
