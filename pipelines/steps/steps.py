@@ -71,14 +71,14 @@ def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -
 
 
 def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Write `source` as a dataset to `out`, or append its new samples."""
+    """Write `source` as a dataset to `out`, or make the one that is there follow it."""
     from aecore.data.write.job import shard_dataset
 
     return _dataset("shard", shard_dataset, recipe, report, dry_run=dry_run)
 
 
 def adopt(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Index the tars of `source` in place, as the dataset `out`, or append the new ones."""
+    """Index the tars of `source` in place, as the dataset `out`, or make the one that is there follow them."""
     from aecore.data.write.job import adopt_shards
 
     return _dataset("adopt", adopt_shards, recipe, report, dry_run=dry_run)

@@ -63,7 +63,7 @@ INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.
 LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of datasets that follow their source
 REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
-_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]
+_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason", "origin"]
 
 
 def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> pa.Table:  # any: lists or arrays

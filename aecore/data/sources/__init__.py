@@ -57,6 +57,10 @@ class Listing:
         Messages for the user (files that were skipped).
     unusable : list of Unusable or None, optional
         Why a sample cannot be used, None for each that can. Such samples are planned and go to the quarantine unread.
+    states : list of str or None, optional
+        Texts that change when the bytes of a sample change, as seen before they are read; None where that is not known.
+    origin : str
+        Where the samples come from: the address, or the name that the recipe gives it.
     """
 
     keys: list[str]
@@ -71,9 +75,11 @@ class Listing:
     label_rule: str = "path"
     paths: list[str] | None = None
     unusable: list[Unusable | None] | None = None
+    states: list[str | None] | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
-        names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable")
+        names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable", "states")
         for name, column in [*((name, getattr(self, name)) for name in names), *self.columns.items()]:
             if column is not None and len(column) != len(self.keys):
                 raise DataError(f"the source lists {len(self.keys)} keys and {len(column)} values of {name}: each column has one a sample")
@@ -97,6 +103,8 @@ class Listing:
             self.label_rule,
             take(self.paths, rows),
             take(self.unusable, rows),
+            take(self.states, rows),
+            self.origin,
         )
 
     def sha256(self) -> str:
@@ -112,6 +120,8 @@ class Listing:
             digest.update(json.dumps([name, column.tolist()]).encode())
         if self.unusable is not None:
             digest.update(json.dumps(["unusable", self.unusable]).encode())
+        if self.states is not None or self.origin:
+            digest.update(json.dumps(["states", self.states, self.origin]).encode())
         return digest.hexdigest()
 
 

