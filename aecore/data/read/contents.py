@@ -260,8 +260,11 @@ def _listed_problems(
             different = pc.and_(different, pc.invert(rows["quarantined"].combine_chunks()))
         if pc.any(different).as_py():
             row = pc.index(different, True).as_py()
-            values = f"{shown(said[row].as_py())} as {name}, its part has {shown(right[row].as_py())}"
-            yield f"{where}: of the sample {shown(rows['key'][row].as_py())} of {part.stem} they say {values}"
+            key, there, stated = shown(rows["key"][row].as_py()), shown(right[row].as_py()), shown(said[row].as_py())
+            if name == "source":
+                yield f"{where}: the sample {key} comes from {there}, its listing says {stated}"
+            else:
+                yield f"{where}: of the sample {key} of {part.stem} they say {stated} as {name}, its part has {there}"
             return
 
 
