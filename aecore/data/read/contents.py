@@ -23,6 +23,7 @@ from aecore.data.format.index import INDEX_FORM, LEDGER_SCHEMA, LISTING_SCHEMA, 
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, Removed, ShardRef, claim_of_listing, claim_problems, manifest_of
 from aecore.data.read.recount import Headers, record_of, removal_problems, removal_record_of, require_values, row_problems
 from aecore.data.removal import read_removal, removed_of
+from aecore.data.sources._filter import FILTERS
 from aecore.data.write.ledger import newest_rows, part_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.errors import DataError
@@ -345,9 +346,13 @@ def _claim_problems(manifest: DatasetManifest, documents: Mapping[str, Document]
         yield from claim_problems(manifest, name, documents[name].content["identity"])
 
 
-def _with_fewer_classes(identity: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
-    """Return an identity without `source.classes`, which may grow at its end: the classes themselves are compared."""
-    source = {key: value for key, value in identity.get("source", {}).items() if key != "classes"}
+def _fixed(identity: Mapping[str, Any], *, follows: bool) -> dict[str, Any]:  # any: plain JSON data
+    """Return what of an identity never changes.
+
+    `source.classes` may grow at its end (the classes themselves are compared), and filters may change where a dataset follows its source.
+    """
+    free = ("classes", *FILTERS) if follows else ("classes",)
+    source = {key: value for key, value in identity.get("source", {}).items() if key not in free}
     return {**identity, "source": source}
 
 
@@ -359,8 +364,10 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     for part in new:
         if claim_of(part.stem) != claim:
             yield f"the part {part.stem} is not of claim {claim}, whose listing the generation has"
-    if parent is not None and (differences := disagreement(_with_fewer_classes(manifest.identity), _with_fewer_classes(parent.identity))):
-        yield f"its identity is not that of generation {parent.number}: {differences}"
+    if parent is not None:
+        now, before = (_fixed(each.identity, follows=manifest.removal is not None) for each in (manifest, parent))
+        if differences := disagreement(now, before):
+            yield f"its identity is not that of generation {parent.number}: {differences}"
     if parent is not None and manifest.classes[: len(parent.classes)] != parent.classes:
         yield f"its classes do not begin with those of generation {parent.number}"
     removed = {part.stem: part.removed for part in manifest.parts if part.removed is not None}
