@@ -34,6 +34,7 @@ _INDEX_COLUMNS: dict[str, pa.DataType] = {
     "group": pa.string(),
     "length": pa.int32(),
 }
+SOURCE_SHA256 = "source_sha256"  # of the bytes that the source gave, in the index of samples that may have been converted
 _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "source": pa.string(),
     "key": pa.string(),

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
@@ -33,7 +33,7 @@ from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
-from aecore.data.sources import Listing, Source, Unusable
+from aecore.data.sources import Listing, Source, Unusable, origin_of
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.sources._skipped import shown_examples
@@ -164,6 +164,7 @@ class _Work:
     """The work of one run: the newest generation, everything listed, and the samples of it that are written.
 
     `placed`, `ledger` and `changes` are those of a dataset that follows its source; `removal` is None for one that only grows.
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
     """
 
     store: Store
@@ -180,6 +181,7 @@ class _Work:
     placed: Placement | None = None
     ledger: pa.Table | None = None
     changes: Changes | None = None
+    before_states: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -216,6 +218,8 @@ class _Work:
             assert self.placed is not None
             written = self.changes.written
             plan = plan_parts(listing, self.placed, self.shards, self.parent, claim, self.source, files, written)
+        if self.before_states:
+            plan = dataclasses.replace(plan, tasks=tuple(dataclasses.replace(task, source_hashes=False) for task in plan.tasks))
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
@@ -346,14 +350,15 @@ def _listed(
     A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
     """
     listed: list[tuple[Any, Source, Listing]] = []  # any: as above
-    hashes: list[str] = []
+    hashes: list[tuple[str, str]] = []  # as they are, and as versions before states made them
 
     def rows(spec: Any) -> int:  # any: as above
         known = next((number for number, found in enumerate(listed) if found[0] == spec), None)
         if known is not None:
             return known
         opened: Source = SOURCES.build(spec)
-        listed.append((spec, opened, by_rules(spec, opened.listing())))
+        listing = by_rules(spec, opened.listing())
+        listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 
     if parent is not None:
@@ -364,8 +369,8 @@ def _listed(
         if "listing" not in identity:
             continue
         at = rows(as_recorded(source, identity["dataset"].get("source", {})))
-        hashes += [found[2].sha256() for found in listed[len(hashes) :]]
-        if hashes[at] == identity["listing"]:
+        hashes += [(found[2].sha256(), found[2].without_states().sha256()) for found in listed[len(hashes) :]]
+        if identity["listing"] in hashes[at]:
             return identity["dataset"], *listed[at]
     return None, *listed[rows(source)]
 
@@ -381,6 +386,12 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     started = time.perf_counter()
     store, parent = work.store, work.parent
     generation = _generation(work)
+    before = {**generation, "listing": work.listing.without_states().sha256()}
+    above = parent.claim if parent else 0
+    if before != generation and find_claim(store, before, store.list(), above=above) is not None:
+        generation = before
+        listing, fresh = (dataclasses.replace(part, states=None, all_states=None) for part in (work.listing, work.fresh))
+        work = dataclasses.replace(work, listing=listing, fresh=fresh, before_states=True)
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
@@ -391,15 +402,17 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(_worker_type(work), store.url, work.source)
-    try:
-        with _Listing(work, plan, claim) as listing:  # in the background: only the manifest waits for it
+    with _Listing(work, plan, claim) as listing:  # in the background: only the manifest waits for it
+        try:
             records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=listing.reporting(on_part), on_start=listing.start)
-        _require_good(work, records)
-    except (ConfigError, DataError):
-        leave_refused(store, claim, [task.stem for task in plan.tasks])
-        raise
-    removals = [] if parent is None or work.changes is None else remove_samples(Dataset(store, parent), work.changes.removed, claim)
-    listed, living = listing.put(removals)
+            _require_good(work, records)
+        except (ConfigError, DataError):
+            listing.close()
+            leave_refused(store, claim, [task.stem for task in plan.tasks])
+            raise
+        removed = None if parent is None or work.changes is None else work.changes.removed
+        removals = [] if removed is None or parent is None else remove_samples(Dataset(store, parent), removed, claim)
+        listed, living = listing.put(removals)
     manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living)
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
@@ -448,6 +461,10 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         self._grown: Future[FileRef] | None = None
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what was begun."""
         self._background.shutdown()
 
     def start(self) -> None:
@@ -468,8 +485,8 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
 
     def _rows_of(self, record: PartRecord) -> pa.Table:
         work, shards = self._work, self._work.shards
-        converts = shards.resize is not None or shards.mode != "keep" or shards.value_range is not None
-        return recorded_rows(work.store, planned_rows(self._tasks[record.part], work.listing.origin), record, converts=converts)
+        planned = planned_rows(self._tasks[record.part], work.listing.origin)
+        return recorded_rows(work.store, planned, record, converts=shards.converts)
 
     def put(self, removals: Sequence[PartRecord]) -> tuple[FileRef, Living | None]:
         """Commit the listing; return it, and what else the manifest has of a dataset that follows its source."""
@@ -483,11 +500,12 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
             assert work.ledger is not None and work.changes is not None
             ledger = newest_rows(pa.concat_tables([work.ledger, new]).combine_chunks(), work.changes.removed)
             merged = len(parent.listings) >= MOST_LISTINGS
+        content = self._background.submit(samples_sha256, ledger)
         listed = _put_listing(work.store, self._claim, ledger if merged else new.combine_chunks())
         by_part = {part_of(record): record for record in removals}
         details = None if parent is None or not removals else live_details(work.store, parent.parts, by_part)
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
-        return listed, Living(work.removal, samples_sha256(ledger), removed, details, merged)
+        return listed, Living(work.removal, content.result(), removed, details, merged)
 
 
 def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every source kind has its own spec class
@@ -570,10 +588,11 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
     store, max_bad = work.store, work.shards.max_bad
     bad = sum(record.quarantined for record in records)
     planned = sum(record.detail["planned"] for record in records)
-    if bad and work.changes is not None:  # the share is that of the whole source, as if it were sharded anew
-        bad, planned = bad + work.changes.stayed, len(work.listing)
     all_bad = work.parent is None and bad == planned
-    if bad <= max_bad * planned and not all_bad:
+    share, total = bad, planned
+    if bad and work.changes is not None:  # the share is that of the whole source, as if it were sharded anew
+        share, total = bad + work.changes.stayed, len(work.listing)
+    if share <= max_bad * total and not all_bad:
         return
     refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
     rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
@@ -591,9 +610,9 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
             "put them right, or check source.url and source.extensions, and run the command again"
         )
     raise DataError(
-        f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
+        f"{share} of {total} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "remove these files, or accept them with a higher shards.max_bad, and run the command again; files that are repaired without "
-        "another size need another output URL"
+        "repair or remove these files, or accept them with a higher shards.max_bad, and run the command again"
+        + ("; files that are repaired without another size need another output URL" if work.removal is None else "")
     )

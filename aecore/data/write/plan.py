@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
 from aecore.data.classes import UNKNOWN, in_order, numbers_of, require_known
-from aecore.data.format.index import INDEX_SCHEMA
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
@@ -66,9 +66,9 @@ class DatasetPlan:
         return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes, changes or {})
 
 
-def _require_free_columns(listing: Listing) -> None:
+def _require_free_columns(listing: Listing, shards: ShardSpec) -> None:
     """Raise DataError if the source names a further column like one that the index has anyway: it would take that one's place."""
-    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names})
+    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names, *([SOURCE_SHA256] if shards.converts else [])})
     if taken:
         raise DataError(
             f"the source gives {', '.join(map(repr, taken))} as further columns, which are columns of every index: give labels as "
@@ -136,7 +136,6 @@ def place_samples(
     `known` are the splits of keys and groups that are there already: with `splits.stratify` they keep them.
     """
     require_unique(listing)
-    _require_free_columns(listing)
     chosen = resolve_splits(listing, splits)
     names = label_names(listing, chosen.by == "folders")
     members = assign_splits(listing, chosen, names, parent, known)
@@ -165,6 +164,7 @@ def plan_parts(
     written: NDArray[np.bool_] | None = None,
 ) -> DatasetPlan:  # any: as above
     """Return the plan that writes the placed samples, or those of them that are `written`, as `plan_dataset` does."""
+    _require_free_columns(listing, shards)
     labelled = dataclasses.replace(listing, label_names=placed.names, splits=None)  # tasks are of one split each
     members = {split: rows if written is None else rows[written[rows]] for split, rows in placed.members.items()}
     members = {split: rows for split, rows in members.items() if len(rows)}

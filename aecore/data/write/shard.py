@@ -73,6 +73,8 @@ def record_shard(
         files.append(put_table(store, name, writer.quarantine(), metadata, "quarantine"))
     detail |= place_of(task) | {"samples": len(writer.good[0]), "quarantined": len(writer.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in writer.bad))}
+    if unsettled := writer.unsettled():
+        detail["unsettled"] = unsettled
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
     _log.info(
         "shard %s: %s, %d quarantined, %.2f s",

@@ -69,7 +69,12 @@ class ShardSpec:
     @property
     def keeps_bytes(self) -> bool:
         """Whether every good sample is stored unchanged, after a check of its header alone."""
-        return self.resize is None and self.mode == "keep" and self.check == "header" and self.value_range is None
+        return not self.converts and self.check == "header"
+
+    @property
+    def converts(self) -> bool:
+        """Whether samples may be stored with other bytes than the source's."""
+        return self.resize is not None or self.mode != "keep" or self.value_range is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,9 @@ class ShardTask:
     unusable : list of Unusable or None
         Why each sample cannot be used, None for those that can; None if all of them can.
     states : list of str or None
-        What the source said of each sample before it was read (see `Listing.states`).
+        State of each sample's file when it was listed, None for those where it is not known; None if no state is.
+    source_hashes : bool
+        Whether an index of converted samples says what the source's bytes were (`source_sha256`): not where a claim of version 1 goes on.
     """
 
     split: str
@@ -116,6 +123,7 @@ class ShardTask:
     shards: ShardSpec = field(default_factory=ShardSpec)
     unusable: list[Unusable | None] | None = None
     states: list[str | None] | None = None
+    source_hashes: bool = True
 
     def __len__(self) -> int:
         return len(self.keys)
