@@ -20,6 +20,7 @@ from aecore._base.trainable import has_posterior
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, recorded_parts, require_kind, require_same
 from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.fanout import FanOut, OnPart, collect, serial
+from aecore.artifact.withdrawn import made_of
 from aecore.checkpoint.compatibility import check_input_shape, require_known_labels
 from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.dataset import Dataset, open_dataset
@@ -112,15 +113,16 @@ def encode_dataset(
     manifest = _manifest(plan, [made_by_stem[task.stem] for task in plan.tasks])
     _warn(store, manifest)
     old = () if plan.parent is None else plan.parent.files
-    known = set(old)
+    known, dataset = set(old), plan.lineage["dataset"]
     new = [ref for ref in manifest.files if ref not in known]
 
     def require_continued(number: int) -> None:
         there = read_table_manifest(store, number)
         _require_same_table(store, plan.identity, there.identity, plan.setup.model_url, spec)
-        _require_descendant(store, plan.shards, plan.lineage["dataset"], there)
+        _require_descendant(store, plan.shards, dataset, there)
 
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
+    with made_of(dataset["url"], dataset["number"], f"{store.url}/{STEM}.{manifest.number:06d}.json"):
+        commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
     logger.info(
         "table %s: generation %d, %s, %d quarantined",
         store.url,

@@ -111,8 +111,13 @@ def check_source(recipe: Recipe) -> None:
 
 
 def dataset_summary(manifest: Any) -> Tree:
-    """Return the counts of a dataset manifest as plain JSON, with `bags` if its samples are in bags."""
+    """Return the counts of live samples of a dataset manifest as plain JSON.
+
+    With `bags` if they are in bags, and of a dataset that follows its source what was removed from its shards and their quarantine.
+    """
     bags = {split: manifest.num_groups(split) for split in manifest.splits}
+    removed = {split: sum(shard.samples - shard.live for shard in shards) for split, shards in manifest.splits.items()}
+    refused = sum(part.removed.quarantined for part in manifest.parts if part.removed is not None)
     return {
         "generation": manifest.number,
         "samples": {split: manifest.num_samples(split) for split in manifest.splits},
@@ -122,7 +127,10 @@ def dataset_summary(manifest: Any) -> Tree:
         "classes": len(manifest.classes),
         "quarantined": manifest.quarantined,
         "reasons": dict(manifest.reasons),
+        **({"removed": removed, "removed_quarantined": refused} if manifest.has_removed else {}),
+        **({} if manifest.removal is None else {"removal": manifest.removal}),
         "dataset_sha256": manifest.dataset_sha256,
+        **({} if manifest.content_sha256 is None else {"content_sha256": manifest.content_sha256}),
     }
 
 

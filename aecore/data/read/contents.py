@@ -23,12 +23,14 @@ from aecore.data.format.index import INDEX_FORM, LEDGER_SCHEMA, LISTING_SCHEMA, 
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, Removed, ShardRef, claim_of_listing, claim_problems, manifest_of
 from aecore.data.read.recount import Headers, record_of, removal_problems, removal_record_of, require_values, row_problems
 from aecore.data.removal import read_removal, removed_of
+from aecore.data.sources._filter import FILTERS
 from aecore.data.write.ledger import newest_rows, part_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.errors import DataError
 from aecore.registry import shown
 from aecore.store import FileRef, canonical_json
 
+_OF_WRITING = ("first_frames", "unsettled")  # known to the writer alone: for its log, and for the next run
 Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars
 
 
@@ -73,7 +75,6 @@ class _Listings:
         return self._unnamed
 
 
-_NOT_IN_FILES = ("first_frames", "unsettled")  # of the detail of a record: for the log, and for the listing
 _CLAIM = pa.field("claim", pa.int64())  # of the listing that has the row
 _LISTED = LEDGER_SCHEMA.append(_CLAIM)
 _NONE_REMOVED = pa.table({"split": pa.array([], pa.string()), "ordinal": pa.array([], pa.int64())})
@@ -260,8 +261,11 @@ def _listed_problems(
             different = pc.and_(different, pc.invert(rows["quarantined"].combine_chunks()))
         if pc.any(different).as_py():
             row = pc.index(different, True).as_py()
-            values = f"{shown(said[row].as_py())} as {name}, its part has {shown(right[row].as_py())}"
-            yield f"{where}: of the sample {shown(rows['key'][row].as_py())} of {part.stem} they say {values}"
+            key, there, stated = shown(rows["key"][row].as_py()), shown(right[row].as_py()), shown(said[row].as_py())
+            if name == "source":
+                yield f"{where}: the sample {key} comes from {there}, its listing says {stated}"
+            else:
+                yield f"{where}: of the sample {key} of {part.stem} they say {stated} as {name}, its part has {there}"
             return
 
 
@@ -323,7 +327,7 @@ def _document_problems(
         name = f"records/{stem}.json"
         if name in documents:
             stated = {key: value for key, value in documents[name].content.items() if key != "timings"}
-            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in _NOT_IN_FILES}
+            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in _OF_WRITING}
             expected = {key: value for key, value in dataclasses.asdict(right).items() if key != "timings"}
             if stated != json.loads(canonical_json(expected)):
                 yield f"{dataset.url}/{name} does not say what its files hold: {disagreement(stated, expected)}"
@@ -342,9 +346,13 @@ def _claim_problems(manifest: DatasetManifest, documents: Mapping[str, Document]
         yield from claim_problems(manifest, name, documents[name].content["identity"])
 
 
-def _with_fewer_classes(identity: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
-    """Return an identity without `source.classes`, which may grow at its end: the classes themselves are compared."""
-    source = {key: value for key, value in identity.get("source", {}).items() if key != "classes"}
+def _fixed(identity: Mapping[str, Any], *, follows: bool) -> dict[str, Any]:  # any: plain JSON data
+    """Return what of an identity never changes.
+
+    `source.classes` may grow at its end (the classes themselves are compared), and filters may change where a dataset follows its source.
+    """
+    free = ("classes", *FILTERS) if follows else ("classes",)
+    source = {key: value for key, value in identity.get("source", {}).items() if key not in free}
     return {**identity, "source": source}
 
 
@@ -356,8 +364,10 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     for part in new:
         if claim_of(part.stem) != claim:
             yield f"the part {part.stem} is not of claim {claim}, whose listing the generation has"
-    if parent is not None and (differences := disagreement(_with_fewer_classes(manifest.identity), _with_fewer_classes(parent.identity))):
-        yield f"its identity is not that of generation {parent.number}: {differences}"
+    if parent is not None:
+        now, before = (_fixed(each.identity, follows=manifest.removal is not None) for each in (manifest, parent))
+        if differences := disagreement(now, before):
+            yield f"its identity is not that of generation {parent.number}: {differences}"
     if parent is not None and manifest.classes[: len(parent.classes)] != parent.classes:
         yield f"its classes do not begin with those of generation {parent.number}"
     removed = {part.stem: part.removed for part in manifest.parts if part.removed is not None}

@@ -15,6 +15,7 @@ from aecore.artifact.commit import claim_of, newest_number
 from aecore.artifact.documents import disagreement, guarded, read_json
 from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
+from aecore.artifact.withdrawn import is_withdrawn
 from aecore.data.dataset import Dataset
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, ShardRef, claim_problems, read_manifest, shards_sha256
 from aecore.errors import DataError
@@ -97,7 +98,7 @@ def _structure(dataset: Dataset) -> Iterator[str]:
     for shard in manifest.shards:
         if shard.samples + shard.quarantined != shard.planned:
             yield f"{shard.stem}: {shard.samples} samples + {shard.quarantined} quarantined are not the {shard.planned} planned"
-    if manifest.parent:
+    if manifest.parent and not is_withdrawn(dataset.store, manifest.parent):  # one that was need not be there any more
         try:
             parent = read_manifest(dataset.store, manifest.parent)
         except DataError as error:

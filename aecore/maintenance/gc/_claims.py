@@ -15,7 +15,8 @@ from aecore.store import Store
 from aecore.table.manifest import TableManifest, read_table_manifest
 
 DATASET = DATASET_STEM
-STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:-r\d{6})?")  # a part's name: split, claim, number, rows
+# the name of a part: split, claim, number, rows; or that of what a claim removes of one
+STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:-r\d{6}|-g(\d{6}))?")
 
 
 class State(Enum):
@@ -28,7 +29,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Ledger:
-    """The files and parts (`stems`) that an artefact's manifests name, and the state of each claim by its number."""
+    """The files that an artefact's manifests name, the parts and removals that have a record (`stems`), and the state of each claim."""
 
     kind: str
     newest: int  # manifest; 0: none
@@ -53,8 +54,8 @@ def read_ledger(store: Store, kind: str) -> Ledger:
     if kind == DATASET:
         datasets = [read_manifest(store, number) for number in numbers]
         files = frozenset(ref.name for manifest in datasets for ref in manifest.files)
-        shards = {shard.stem for manifest in datasets for shard in manifest.shards}
-        stems = frozenset(shards | {part.stem for manifest in datasets for part in manifest.rejected})
+        parts = [part for manifest in datasets for part in manifest.parts]
+        stems = frozenset({part.stem for part in parts} | {part.removed.record for part in parts if part.removed is not None})
         adopted = any("adopted" in manifest.identity for manifest in datasets) or any(_adopts(store, number) for number in claims)
         states = {number: _dataset_state(store, number, newest, files) for number in claims}
         return Ledger(kind, newest, files, stems, states, _splits(stems), adopted)

@@ -3,15 +3,22 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from aecore.artifact.commit import claim_of
 from aecore.artifact.documents import read_json
 from aecore.errors import DataError
 from aecore.maintenance.gc._claims import DATASET, STEM, Ledger, State, claim_name, read_ledger
 from aecore.maintenance.gc._plan import Plan, below
 from aecore.store import Store
 
-_SUFFIXES = {"shards": (".tar", ".parquet"), "data": (".parquet",), "quarantine": (".parquet",), "records": (".json",)}
-_NUMBERED = re.compile(r"(?:run|dataset|table)\.\d{6}\.json")
-_FOLDERS = {"dataset": ("records", "shards", "quarantine", "listings"), "table": ("records", "data", "quarantine")}
+_SUFFIXES = {
+    "shards": (".tar", ".parquet"),
+    "data": (".parquet",),
+    "quarantine": (".parquet",),
+    "removed": (".parquet",),
+    "records": (".json",),
+}
+_NUMBERED = re.compile(r"(?:run|dataset|table|withdrawn)\.\d{6}\.json")
+_FOLDERS = {"dataset": ("records", "shards", "quarantine", "removed", "listings"), "table": ("records", "data", "quarantine")}
 _WHY = {
     State.COMMITTED: "no manifest names it, and its generation is committed",
     State.DEAD: "of an attempt that a newer generation has superseded",
@@ -67,9 +74,13 @@ def _claim_of(name: str, kind: str, ledger: Ledger) -> int | None:
         match = STEM.fullmatch(next((base.removesuffix(end) for end in _SUFFIXES[folder] if base.endswith(end)), ""))
         if match is not None and (match[1] not in ledger.splits or inside != (f"split={match[1]}" if folder == "data" else "")):
             return None
+        if match is not None and (folder != "records" or kind != DATASET) and bool(match[3]) != (folder == "removed"):
+            return None  # what is removed of a part is in `removed/`, and nothing else is there
     if match is None:
         return None
-    claim = int(match[2] or 1) if kind == DATASET else ledger.highest
+    claim = ledger.highest
+    if kind == DATASET:
+        claim = int(match[2]) if folder == "listings" else claim_of(match[0])
     return claim if 1 <= claim <= ledger.highest else None
 
 
