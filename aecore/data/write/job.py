@@ -273,12 +273,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
     if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
         generation["names"] = "NFC"
-    known = store.list()
-    older = work.listing.without_states()
-    before = {**generation, "listing": older.sha256()}
-    if before != generation and find_claim(store, before, known, above=parent.claim if parent else 0) is not None:
-        generation = before
-        work = dataclasses.replace(work, listing=older, fresh=work.fresh.without_states(), before_states=True)
+    generation, work = _as_begun(work, generation)
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
@@ -322,6 +317,18 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         logger.info("%s: %s", store.url, note)
     report_formats(store, parent, manifest)
     return manifest
+
+
+def _as_begun(work: _Work, generation: dict[str, Any]) -> tuple[dict[str, Any], _Work]:  # any: plain JSON data
+    """Return the identity of a claim and the work as a version that knew no states began them, if it did; else both as they are."""
+    names, newest = work.store.list(), work.parent.claim if work.parent else 0
+    if (newest_of(names, "run") or 0) <= newest:
+        return generation, work
+    listing = work.listing.without_states()
+    begun = {**generation, "listing": listing.sha256()}
+    if begun == generation or find_claim(work.store, begun, names, above=newest) is None:
+        return generation, work
+    return begun, dataclasses.replace(work, listing=listing, fresh=work.fresh.without_states(), before_states=True)
 
 
 def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every source kind has its own spec class
@@ -419,10 +426,11 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
             f"all {planned} samples are bad ({counts}): nothing was kept. First of them:{lines}\n"
             "put them right, or check source.url and source.extensions, and run the command again"
         )
+    known = work.listing.states is not None
+    unseen = "" if known else "; files that are repaired without another size need another output URL"  # they would be the same listing
     raise DataError(
         f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "remove these files, or accept them with a higher shards.max_bad, and run the command again; files that are repaired without "
-        "another size need another output URL"
+        f"repair or remove these files, or accept them with a higher shards.max_bad, and run the command again{unseen}"
     )
