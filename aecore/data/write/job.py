@@ -53,7 +53,7 @@ from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_samples, plan_dataset, plan_parts, require_unique
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
 from aecore.data.write.remove import live_details, part_of, remove_samples
-from aecore.data.write.reread import read_again
+from aecore.data.write.reread import is_little, read_again
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
@@ -62,7 +62,6 @@ from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
 
 logger = logging.getLogger(__name__)
-RENEWED_SAMPLES, RENEWED_BYTES = 1000, 64 << 20  # with less there is no generation for new states alone: reading it again takes a second
 
 
 class ShardWorker:
@@ -194,8 +193,7 @@ class _Work:
         if self.changes is None:
             return True
         renewed = self.changes.renewed
-        few = len(renewed) < RENEWED_SAMPLES and (pc.sum(renewed["bytes"]).as_py() or 0) < RENEWED_BYTES
-        return few and not len(self.changes.removed)
+        return is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0) and not len(self.changes.removed)
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
