@@ -5,6 +5,7 @@ state even if its modification time was restored. Of an object its ETag and modi
 the storage's clock is worth nothing, since a later change may leave it as it is: see `settled_ns`.
 """
 
+import functools
 import logging
 import os
 import re
@@ -48,8 +49,13 @@ def object_state(etag: str, modified: datetime) -> str:
 
 def object_seen(etag: str, modified: datetime, date: str | None) -> Seen:
     """Return what is seen of an object; `date` is that of the answer that shows it, by the clock of the service."""
-    now = time.time_ns() - UNSURE_NS if date is None else int(parsedate_to_datetime(date).timestamp()) * 10**9 - YOUNG_NS
+    now = time.time_ns() - UNSURE_NS if date is None else _seconds(date) * 10**9 - YOUNG_NS
     return Seen(object_state(etag, modified), int(modified.timestamp() * 1e9) > now)
+
+
+@functools.lru_cache(64)  # a page of a listing has a thousand objects and one time
+def _seconds(date: str) -> int:
+    return int(parsedate_to_datetime(date).timestamp())
 
 
 def settled_ns(folder: Path) -> int:

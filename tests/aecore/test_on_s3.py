@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.encoding.encoder import EncodeSpec
 from aecore.encoding.job import encode_dataset
+from aecore.store import canonical_json
 from aecore.table.table import open_table
 from aecore.table.verify import verify_table
 from aecore.training.loop import fit
@@ -50,9 +52,14 @@ def chain(source: str, out: str) -> None:
 
 
 def content(objects: dict[str, bytes]) -> dict[str, str]:
-    """Return name -> sha256 of everything but what belongs to the place; of a table's manifest only parts count (it names addresses)."""
+    """Return name -> sha256 of everything but what belongs to the place; of a table's manifest only parts count (it names addresses).
+
+    The hash of a claim in a dataset's manifest is left out: it covers the address and the states of the source's files.
+    """
     kept = {name: data for name, data in objects.items() if not name.partition("/")[2].startswith(PER_PLACE)}
     kept.pop("table/table.000001.json")
+    name = "dataset/dataset.000001.json"
+    kept[name] = canonical_json({**json.loads(kept[name]), "claim_sha256": None, "sha256": None})
     return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
 
 

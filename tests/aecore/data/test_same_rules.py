@@ -212,7 +212,7 @@ class TestFilters:
             write_tar(tmp_path / f"in/{tar}.tar", samples(100 * tar, 50))
         s3.upload(tmp_path / "in", "in")
         here, there = (WebdatasetSource(WebdatasetSpec(url=url, limit=40)).listing() for url in (str(tmp_path / "in"), f"{s3.url}/in"))
-        assert here.sha256() == there.sha256() and len(here) == 40
+        assert here.without_states().sha256() == there.without_states().sha256() and len(here) == 40
         assert {source.partition("#")[0] for source in here.sources} == {f"{tar}.tar" for tar in range(4)}
         assert any("160 of 200 samples left out by source.limit=40" in note for note in here.notes)
         grouped = WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "in"), limit=40, group="regex:(\\d{5})\\d$")).listing()
