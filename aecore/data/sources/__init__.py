@@ -148,7 +148,10 @@ class Listing:
             digest.update(json.dumps(["unusable", self.unusable]).encode())
         states = self.states if self.all_states is None else self.all_states
         if states is not None and any(states):
-            joined = "\0".join([state or "" for state in states] if None in states else states).encode()  # type: ignore[arg-type]  # all are texts
+            try:
+                joined = "\0".join(states).encode()  # type: ignore[arg-type]  # nearly always all are texts
+            except TypeError:
+                joined = "\0".join(state or "" for state in states).encode()
             digest.update(f"\nstates {len(joined)}\n".encode() + joined)
         if self.origin:
             digest.update(f"\norigin {self.origin}".encode("utf-8", "surrogatepass"))

@@ -9,6 +9,8 @@ import bisect
 import contextlib
 import dataclasses
 import errno
+import itertools
+import operator
 import os
 import stat
 import sys
@@ -128,17 +130,16 @@ class FolderSource:
         self._require_folder()
         skipped = Skipped()
         found = self._walk(skipped)
-        if not found.rows:
+        if not found.paths:
             raise DataError(self._nothing(skipped))
-        paths = sorted(found.rows)
+        found.sort()
+        paths = found.paths
         labels = _folders(paths)
         if self._bags and "" in labels:
             raise DataError(
                 f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
-        rows = list(map(found.rows.__getitem__, paths))
-        sizes = np.fromiter(map(found.sizes.__getitem__, rows), dtype=np.int64, count=len(paths))
         known = {folder: sys.intern(_clean(folder)) for folder in set(labels)}
         names = labels if all(folder == name for folder, name in known.items()) else list(map(known.__getitem__, labels))
         first = {name: sys.intern(name.partition("/")[0]) for name in known.values()}
@@ -146,9 +147,8 @@ class FolderSource:
         bags = labels if self._bags else None
         if self._bags:
             names = [name.rpartition("/")[0] for name in names]
-        listing = Listing(_keys(paths), paths, sizes, label_names=names, splits=tops, groups=bags)
-        young = [row for row, place in enumerate(rows) if place in found.young] if found.young else []
-        listing = listing.with_young(list(map(found.states.__getitem__, rows)), young)
+        listing = Listing(_keys(paths), paths, np.array(found.sizes, np.int64), label_names=names, splits=tops, groups=bags)
+        listing = listing.with_young(found.states, sorted(found.young))
         listing = with_limit(listing, self._limit, self._group, paths)
         if listing.sources is not paths:
             paths, labels = listing.sources, _folders(listing.sources)
@@ -398,31 +398,39 @@ class BucketSource(FolderSource):
 
 
 class _Found:
-    """The files that a walk found, by their paths: sizes, states, and which of these are young. Columns: Python objects for each take time.
+    """The files that a walk found: paths, sizes, states, and the rows of those that are young. `settled` is that of `settled_ns`.
 
-    `settled` is that of `settled_ns`.
+    Columns of strings and numbers: the garbage collector would traverse tuples again and again.
     """
 
     def __init__(self, settled: int = 0) -> None:
         self.settled = settled
-        self.rows = dict[str, int]()  # strings and numbers: the garbage collector would traverse a list of tuples again and again
-        self.sizes, self.states, self.young = list[int](), list[str | None](), set[int]()
+        self.paths, self.sizes, self.states, self.young = list[str](), list[int](), list[str | None](), set[int]()
 
     def add(self, path: str, size: int, seen: Seen | None) -> None:
-        row = self.rows[path] = len(self.sizes)
+        if seen is not None and seen.young:
+            self.young.add(len(self.paths))
+        self.paths.append(path)
         self.sizes.append(size)
         self.states.append(None if seen is None else seen.state)
-        if seen is not None and seen.young:
-            self.young.add(row)
 
     def add_folder(self, prefix: str, entries: Entries) -> None:
         """Add everything in a folder: regular files alone."""
-        first = len(self.sizes)
+        if entries.changed.max() > self.settled:
+            self.young.update((len(self.paths) + np.flatnonzero(entries.changed > self.settled)).tolist())
+        self.paths += [prefix + name for name in entries.names]
         self.sizes += entries.sizes.tolist()
         self.states += entries.states
-        self.rows.update(zip([prefix + name for name in entries.names], range(first, len(self.sizes)), strict=True))
-        if entries.changed.max() > self.settled:
-            self.young.update((first + np.flatnonzero(entries.changed > self.settled)).tolist())
+
+    def sort(self) -> None:
+        """Sort by path; mostly they are, as folders are walked in their order."""
+        if all(map(operator.le, self.paths, itertools.islice(self.paths, 1, None))):
+            return
+        rows = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        self.paths = [self.paths[row] for row in rows]
+        self.sizes = [self.sizes[row] for row in rows]
+        self.states = [self.states[row] for row in rows]
+        self.young = {row for row, place in enumerate(rows) if place in self.young} if self.young else self.young
 
     def seen_in(self, entries: Entries) -> Iterator[Seen | None]:
         return map(Seen, entries.states, (entries.changed > self.settled).tolist())

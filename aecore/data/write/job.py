@@ -385,13 +385,7 @@ def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -
 def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:
     started = time.perf_counter()
     store, parent = work.store, work.parent
-    generation = _generation(work)
-    before = {**generation, "listing": work.listing.without_states().sha256()}
-    above = parent.claim if parent else 0
-    if before != generation and find_claim(store, before, store.list(), above=above) is not None:
-        generation = before
-        listing, fresh = (dataclasses.replace(part, states=None, all_states=None) for part in (work.listing, work.fresh))
-        work = dataclasses.replace(work, listing=listing, fresh=fresh, before_states=True)
+    generation, work = _as_begun(work, _generation(work))
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
@@ -432,6 +426,23 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         logger.info("%s: %s", store.url, note)
     report_formats(store, parent, manifest)
     return manifest
+
+
+def _as_begun(work: _Work, generation: dict[str, Any]) -> tuple[dict[str, Any], _Work]:  # any: plain JSON data
+    """Return the identity of a claim and the work as a version that knew no states began them, if it did; else both as they are.
+
+    Such a dataset only grows, so a run that says what becomes of removed samples begins anew.
+    """
+    if work.shards.removed is not None:
+        return generation, work
+    names, newest = work.store.list(), work.parent.claim if work.parent else 0
+    if (newest_of(names, "run") or 0) <= newest:
+        return generation, work
+    listing = work.listing.without_states()
+    begun = {**generation, "listing": listing.sha256()}
+    if begun == generation or find_claim(work.store, begun, names, above=newest) is None:
+        return generation, work
+    return begun, dataclasses.replace(work, listing=listing, fresh=work.fresh.without_states(), removal=None, before_states=True)
 
 
 def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
@@ -609,10 +620,11 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
             f"all {planned} samples are bad ({counts}): nothing was kept. First of them:{lines}\n"
             "put them right, or check source.url and source.extensions, and run the command again"
         )
+    known = work.listing.states is not None
+    unseen = "" if known else "; files that are repaired without another size need another output URL"  # they would be the same listing
     raise DataError(
         f"{share} of {total} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "repair or remove these files, or accept them with a higher shards.max_bad, and run the command again"
-        + ("; files that are repaired without another size need another output URL" if work.removal is None else "")
+        f"repair or remove these files, or accept them with a higher shards.max_bad, and run the command again{unseen}"
     )

@@ -16,6 +16,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum { MOST_WAITING = 32, READERS = 2, LARGE = 4096, PAGE = 4096, UNREAD = 0, PLAIN = 1, OTHER = 2 };
@@ -68,7 +69,7 @@ static void compare_state(const Given *given, int64_t i, int file) {
     char state[STATE];
     if (!given->states || file < 0) return;
     given->changed[i] = 1;
-    if (fstat(file, &found)) return;
+    if (syscall(SYS_fstat, file, &found)) return; /* `fstat` of the C library looks for a path first: a tenth slower */
     write_state(&found, state);
     given->changed[i] = memcmp(state, given->states + i * STATE, STATE) != 0;
 }

@@ -5,23 +5,24 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from aecore.artifact.documents import sealed
 from aecore.data.dataset import open_dataset
 from aecore.data.format.index import LISTING_SCHEMA, read_table, table_bytes
 from aecore.data.manifest import DatasetManifest
 from aecore.store import FileRef
-from tests.documents import content, rewrite
+from tests.documents import content
 
 
 def grows_only(out: Path | str) -> DatasetManifest:
-    """Make a dataset of one generation what an earlier version would have written, and return its manifest."""
-    path = Path(out) / "dataset.000001.json"
-    stated: dict[str, Any] = content(path)
-    assert stated.pop("removal") == "drop" and stated.pop("content_sha256")
-    (listing,) = stated["listings"]
-    file = Path(out) / listing["name"]
-    data = table_bytes(read_table(file.read_bytes(), str(file)).select(LISTING_SCHEMA.names), {"claim": 1})
-    file.write_bytes(data)
-    stated["listings"] = [dataclasses.asdict(FileRef(listing["name"], len(data), hashlib.sha256(data).hexdigest()))]
-    path.write_text("{}")
-    rewrite(path, **stated)
+    """Make a dataset of which nothing was removed what an earlier version would have written, and return its newest manifest."""
+    refs: dict[str, dict[str, Any]] = {}
+    for file in sorted(Path(out).glob("listings/*.parquet")):
+        data = table_bytes(read_table(file.read_bytes(), str(file)).select(LISTING_SCHEMA.names), {"claim": int(file.stem)})
+        file.write_bytes(data)
+        name = f"listings/{file.name}"
+        refs[name] = dataclasses.asdict(FileRef(name, len(data), hashlib.sha256(data).hexdigest()))
+    for path in Path(out).glob("dataset.*.json"):
+        stated: dict[str, Any] = content(path)
+        assert stated.pop("removal") == "drop" and stated.pop("content_sha256")
+        path.write_bytes(sealed({**stated, "listings": [refs[ref["name"]] for ref in stated["listings"]]}))
     return open_dataset(str(out)).manifest

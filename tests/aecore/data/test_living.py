@@ -70,7 +70,7 @@ def facts(manifest: Any) -> dict[str, Any]:
         "extensions": {name: count for name, count in manifest.sample.extensions.items() if count},
         "shapes": {name: count for name, count in manifest.sample.shapes.items() if count},
         "reasons": {name: count for name, count in manifest.reasons.items() if count},
-        "bags": sum(manifest.num_groups(name) for name in splits),
+        "bags": sum(manifest.num_groups(name) for name in splits if name in manifest.splits),
     }
 
 

@@ -448,7 +448,7 @@ def test_a_claim_covers_states_and_origin(tmp_path, settled):
 @pytest.mark.parametrize("change", [False, True], ids=["as it was", "changed"])
 def test_a_run_that_was_killed_goes_on_with_equal_states_and_begins_anew_with_others(tmp_path, settled, change):
     (tmp_path / "in").mkdir()
-    for number in range(30):
+    for number in range(60):
         (tmp_path / f"in/{number:02d}.png").write_bytes(png(number))
     shards, out = ShardSpec(max_samples=10), tmp_path / "ds"
     code = (
@@ -458,7 +458,9 @@ def test_a_run_that_was_killed_goes_on_with_equal_states_and_begins_anew_with_ot
         f"shard_dataset(FolderSpec(url={str(tmp_path / 'in')!r}), {str(out)!r}, shards=ShardSpec(max_samples=10))"
     )
     killed = run([*WARM, "-c", code], env={**os.environ, "AECORE_FAULT": "record.linked:2"})
-    assert killed.returncode == -9 and len(list((out / "records").iterdir())) == 2
+    assert killed.returncode == -9
+    recorded = [path.stem for path in (out / "records").iterdir()]
+    assert 2 <= len(recorded) < 6, "parts are committed by several threads"
     before = {path: path.stat().st_ino for path in (out / "shards").iterdir()}
     if change:
         tick()
@@ -468,8 +470,9 @@ def test_a_run_that_was_killed_goes_on_with_equal_states_and_begins_anew_with_ot
     assert {path: path.stat().st_ino for path in before} == before
     stored = {row["source"]: row["sha256"] for shard in manifest.shards for row in open_dataset(str(out)).index(shard).to_pylist()}
     assert stored == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "in").iterdir()}
-    first = read_record(open_store(out), "train-000000")
-    assert first is not None and first.detail["unsettled"] == list(range(10)), "it was read when all states were young"
+    for stem in recorded:  # they were read when all states were young
+        record = read_record(open_store(out), stem)
+        assert record is not None and len(record.detail["unsettled"]) == 10
 
 
 @pytest.mark.parametrize("options", [{"resize": 4}, {"mode": "RGB"}], ids=str)

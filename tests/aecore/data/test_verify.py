@@ -12,6 +12,7 @@ from aecore.data.write.job import shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import DataError
+from tests.aecore.data.before import grows_only
 from tests.aecore.data.tiny import encoded, image
 from tests.documents import content, rewrite
 
@@ -88,6 +89,7 @@ def test_a_manifest_that_was_changed_by_hand_is_found(dataset):
 
 def test_keys_that_are_planned_but_nowhere_are_found(dataset):
     path, listing = dataset / "dataset.000002.json", dataset / "listings/000002.parquet"
+    grows_only(dataset)
     listings = content(path)["listings"]
     rewrite(path, listings=listings[:1])
     with pytest.raises(DataError, match="is of claim 2, the newest of the listings that it names is of claim 1"):
