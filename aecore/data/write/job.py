@@ -53,7 +53,7 @@ from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_samples, plan_dataset, plan_parts, require_unique
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
 from aecore.data.write.remove import live_details, part_of, remove_samples
-from aecore.data.write.reread import read_again
+from aecore.data.write.reread import is_little, read_again
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
@@ -62,7 +62,6 @@ from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
 
 logger = logging.getLogger(__name__)
-RENEWED_SAMPLES, RENEWED_BYTES = 1000, 64 << 20  # with less there is no generation for new states alone: reading it again takes a second
 
 
 class ShardWorker:
@@ -194,8 +193,7 @@ class _Work:
         if self.changes is None:
             return True
         renewed = self.changes.renewed
-        few = len(renewed) < RENEWED_SAMPLES and (pc.sum(renewed["bytes"]).as_py() or 0) < RENEWED_BYTES
-        return few and not len(self.changes.removed)
+        return is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0) and not len(self.changes.removed)
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
@@ -455,9 +453,7 @@ def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
         generation["removal"] = work.removal
     if parent is not None and work.changes is not None:
         generation["parent_sha256"] = parent.dataset_sha256
-        tables = {"removed": work.changes.removed, "renewed": work.changes.renewed}
-        generation["changes"] = {name: content_sha256(table) for name, table in tables.items()}
-        generation["changes"]["written"] = work.fresh.sha256()
+        generation["changes"] = {"removed": content_sha256(work.changes.removed), "written": work.fresh.sha256()}
     return generation
 
 
@@ -499,6 +495,13 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         planned = planned_rows(self._tasks[record.part], work.listing.origin)
         return recorded_rows(work.store, planned, record, converts=shards.converts)
 
+    def _known_with(self, new: pa.Table) -> pa.Table:
+        """Return the ledger of the generation, which this listing completes."""
+        ledger, changes = self._work.ledger, self._work.changes
+        if ledger is None or changes is None:
+            return new
+        return newest_rows(pa.concat_tables([ledger, new]).combine_chunks(), changes.removed)
+
     def put(self, removals: Sequence[PartRecord]) -> tuple[FileRef, Living | None]:
         """Commit the listing; return it, and what else the manifest has of a dataset that follows its source."""
         work, parent = self._work, self._work.parent
@@ -506,13 +509,16 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
             return self._grown.result(), None
         rows = [self._rows[stem].result() for stem in self._tasks]
         new = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *([] if work.changes is None else [work.changes.renewed]), *rows])
-        ledger, merged = new, False
-        if parent is not None:
-            assert work.ledger is not None and work.changes is not None
-            ledger = newest_rows(pa.concat_tables([work.ledger, new]).combine_chunks(), work.changes.removed)
-            merged = len(parent.listings) >= MOST_LISTINGS
+        ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS
         content = self._background.submit(samples_sha256, ledger)
-        listed = _put_listing(work.store, self._claim, ledger if merged else new.combine_chunks())
+
+        def knows_the_same(there: pa.Table) -> bool:  # of an attempt that was killed, at which time other states were known
+            if not there.schema.equals(LEDGER_SCHEMA):
+                return False
+            ours, theirs = (rows.drop_columns(["bytes", "origin", "state"]) for rows in (ledger, self._known_with(there)))
+            return bool(ours.equals(theirs))
+
+        listed = _put_listing(work.store, self._claim, ledger if merged else new.combine_chunks(), knows_the_same)
         by_part = {part_of(record): record for record in removals}
         details = None if parent is None or not removals else live_details(work.store, parent.parts, by_part)
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
@@ -555,9 +561,12 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
     return dataclasses.replace(source, **{name: absolute_url(getattr(source, name), f"source.{name}") for name in urls})
 
 
-def _put_listing(store: Store, claim: int, rows: pa.Table) -> FileRef:
-    """Commit what is known of the samples that a generation writes or renews; the next run compares the source with that."""
-    return put_table(store, f"listings/{claim:06d}.parquet", rows, {"claim": claim}, "listing")
+def _put_listing(store: Store, claim: int, rows: pa.Table, accepts: Callable[[pa.Table], bool] = lambda there: False) -> FileRef:
+    """Commit what is known of the samples that a generation writes or renews; the next run compares the source with that.
+
+    A listing that another attempt committed under this claim is kept if it says the same, or if `accepts(its rows)`.
+    """
+    return put_table(store, f"listings/{claim:06d}.parquet", rows, {"claim": claim}, "listing", accepts)
 
 
 def _require_usable(work: _Work) -> None:

@@ -11,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord
-from aecore.artifact.fanout import Commit, FanOut, collect
+from aecore.artifact.fanout import Commit, FanOut, collect, serial
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.sources import Listing
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.registry import SOURCES
+
+LITTLE_SAMPLES, LITTLE_BYTES = 1000, 64 << 20
+
+
+def is_little(samples: int, num_bytes: int) -> bool:
+    """Return whether these samples are read again in about a second: by this process alone, and again by each run."""
+    return samples < LITTLE_SAMPLES and num_bytes < LITTLE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ def read_again(listing: Listing, source: Any, shards: ShardSpec, fan_out: FanOut
         return Reread([], [], np.zeros(0, np.bool_))
     limits = (np.arange(count + 1), shards.max_samples), (exclusive_cumsum(listing.sizes), shards.max_bytes)
     tasks = [_task(listing.take(np.arange(start, stop)), start, source, shards) for start, stop in split_by_limits(*limits)]
+    fan_out = serial if is_little(count, int(listing.sizes.sum())) else fan_out
     records = collect(fan_out, functools.partial(RereadWorker, source), tasks, what="parts of what is read again")
     unsettled = np.zeros(count, np.bool_)
     unsettled[[ordinal for record in records for ordinal in record.detail["unsettled"]]] = True

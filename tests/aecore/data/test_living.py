@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
 from collections import Counter
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from aecore.artifact.fanout import serial
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.record import encode_keys
 from aecore.data.read.verify import verify_dataset
@@ -26,14 +28,15 @@ from aecore.data.sources import Listing
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
-from aecore.data.write import job as job_module
+from aecore.data.write import reread
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.ledger import MOST_LISTINGS, read_ledger, read_listing
 from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
-from aecore.errors import ConfigError, DataError
+from aecore.errors import ConfigError, DataError, RunFailed
 from aecore.registry import SOURCES, knob, spec
+from aecore.store import _states
 from tests.aecore.data.tiny import encoded, image
 
 V1 = Path(__file__).parents[2] / "fixtures/v1"
@@ -187,7 +190,7 @@ class TestStates:
         later = {name: ("2", data) for name, data in pixels.items()}
         assert shard(stated(later), tmp_path / "out") == first
         assert len(Stated.read_names) == 4
-        monkeypatch.setattr(job_module, "RENEWED_SAMPLES", 4)
+        monkeypatch.setattr(reread, "LITTLE_SAMPLES", 4)
         made = shard(stated(later), tmp_path / "out")
         assert (made.number, made.dataset_sha256, made.content_sha256) == (2, first.dataset_sha256, first.content_sha256)
         assert made.shards == first.shards
@@ -569,6 +572,67 @@ class TestDryRun:
         assert committed(tmp_path / "out") == before
 
 
+def changed_source(tmp_path: Path) -> FolderSpec:
+    """A dataset of three shards and a quarantine at `first`, and a source in which something of each kind changed."""
+    names = [f"{name}/{number}.png" for name in "ab" for number in range(5)]
+    source = put(tmp_path / "in", {**pictures(names), "a/bad.png": b"bad", "b/bad.png": b"bad"})
+    shard(source, tmp_path / "first", max_samples=5)
+    put(tmp_path / "in", {"a/0.png": encoded(image(50)), "a/new.png": encoded(image(51)), "b/bad.png": encoded(image(52))})
+    os.rename(tmp_path / "in/b/1.png", tmp_path / "in/a/moved.png")
+    return source
+
+
+@pytest.mark.usefixtures("settled")
+class TestFaults:
+    @pytest.fixture
+    def settled(self, monkeypatch):
+        monkeypatch.setattr("aecore.store._states.YOUNG_NS", 0)
+
+    def test_killed_anywhere_the_same_command_ends_as_if_nothing_had_happened(self, tmp_path):
+        source = changed_source(tmp_path)
+        shutil.copytree(tmp_path / "first", tmp_path / "whole")
+        expected = shard(source, tmp_path / "whole", max_samples=5)
+        assert reasons(expected, tmp_path / "whole") == {"changed": 1, "gone": 1, "retried": 1}
+        names = {name: data for name, (data, _) in committed(tmp_path / "whole").items() if not name.startswith("records/")}
+        for fault in [
+            f"{role}.{stage}" for role in ("run", "tar", "record", "removal", "listing", "manifest") for stage in ("synced", "linked")
+        ]:
+            out = tmp_path / fault
+            shutil.copytree(tmp_path / "first", out)
+            child = os.fork()
+            if child == 0:
+                os.environ["AECORE_FAULT"] = fault
+                shard(source, out, max_samples=5)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, fault
+            assert open_dataset(str(out)).number == (2 if fault == "manifest.linked" else 1)
+            assert shard(source, out, max_samples=5) == expected, fault
+            assert {name: data for name, (data, _) in committed(out).items() if name in names} == names
+
+    def test_of_two_commands_at_once_one_is_told_to_run_again(self, tmp_path):
+        source = changed_source(tmp_path)
+
+        def meanwhile(make_worker, tasks):
+            (tmp_path / "in/a/2.png").unlink()  # it is not among the samples that are written
+            shard(source, tmp_path / "first", max_samples=5)
+            yield from serial(make_worker, tasks)
+
+        with pytest.raises(RunFailed, match="another append was committed as dataset.000002.json"):
+            shard_dataset(source, str(tmp_path / "first"), None, ShardSpec(max_bad=1.0, max_samples=5), fan_out=meanwhile)
+        require_fresh(source, tmp_path / "first", max_samples=5)
+
+    def test_a_file_that_changes_while_it_is_stored_is_read_by_the_next_run(self, tmp_path):
+        source = put(tmp_path / "in", pictures(["a/0.png", "a/1.png"]))
+
+        def writing(make_worker, tasks):
+            put(tmp_path / "in", {"a/1.png": encoded(image(70))})
+            yield from serial(make_worker, tasks)
+            put(tmp_path / "in", {"a/0.png": encoded(image(71))})
+
+        shard_dataset(source, str(tmp_path / "out"), fan_out=writing)
+        require_fresh(source, tmp_path / "out")
+
+
 CLASSES = ("a", "b", "c")
 NUMBERS = st.integers(0, 255)
 
@@ -584,8 +648,9 @@ class Histories(RuleBasedStateMachine):
         self.steps: Counter[str] = Counter()
         self.pending = True
 
-    @initialize(by=st.sampled_from(["hash", "none"]), bags=st.booleans(), resize=st.sampled_from([None, 3]))
-    def begin(self, by: Any, bags: bool, resize: int | None) -> None:
+    @initialize(by=st.sampled_from(["hash", "none"]), bags=st.booleans(), resize=st.sampled_from([None, 3]), young=st.booleans())
+    def begin(self, by: Any, bags: bool, resize: int | None, young: bool) -> None:
+        _states.YOUNG_NS = 2 * 10**9 if young else 0  # else unchanged files are not read
         self.splits = SplitSpec(val=0.3) if by == "hash" else SplitSpec()
         self.source = dataclasses.replace(self.source, group=r"regex:^(\w)/" if bags else None)
         self.options = {"max_samples": 4, "max_removed": 1.0, "resize": resize}
@@ -661,6 +726,7 @@ class Histories(RuleBasedStateMachine):
         if (self.root / "out").exists():
             assert verify_dataset(open_dataset(str(self.root / "out")), read_data=True).problems == ()
         shutil.rmtree(self.root)
+        _states.YOUNG_NS = 2 * 10**9
 
 
 def test_after_each_run_the_dataset_equals_a_fresh_one_whatever_happened_to_its_source():
