@@ -124,7 +124,11 @@ class Dataset:
         return tar_store(self.store, shard)
 
     def prefetch(self, shards: Sequence[ShardRef]) -> None:
-        """Start the background download of these shards, index and tar, in this order (no-op for local files)."""
+        """Start the background download of these shards, index and tar, in this order (no-op for local files).
+
+        Nothing is read of those without a live sample.
+        """
+        shards = [shard for shard in shards if shard.live]
         own = [[shard.index, shard.tar] if shard.tar_base_url is None else [shard.index] for shard in shards]
         self.store.prefetch([ref for refs in own for ref in refs])
         for base_url in dict.fromkeys(shard.tar_base_url for shard in shards if shard.tar_base_url is not None):

@@ -179,8 +179,11 @@ class DatasetManifest:
 
     @property
     def files(self) -> tuple[FileRef, ...]:
-        """Every file that the manifest names: shards, indexes, quarantine, removal files, listings."""
-        adopted = [shard.tar for shard in self.shards if shard.tar_base_url is not None]
+        """Every file that the manifest names and that has to exist: shards, indexes, quarantine, removal files, listings.
+
+        An adopted tar of which no sample is live need not: its owner may have changed or removed it.
+        """
+        adopted = [shard.tar for shard in self.shards if shard.tar_base_url is not None and shard.live]
         return (*adopted, *self.own_files)
 
     @property

@@ -37,8 +37,8 @@ def test_show_counts_live_samples_and_names_what_was_removed(url: Path, capsys: 
     assert "removed:\n  train: 6\n" in capsys.readouterr().out
 
 
-def test_show_of_a_dataset_that_only_grew_is_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = printed(capsys, "show", str(made(tmp_path)))
+def test_show_of_a_dataset_that_only_grew_is_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, "show", str(Path(__file__).parents[1] / "fixtures/v1/dataset"))
     assert not shown.keys() & {"removed", "removed_quarantined", "removal", "content_sha256"}
 
 

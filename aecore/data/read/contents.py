@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord, claim_of
-from aecore.artifact.documents import Document, disagreement, guarded, parse_json, read_all
+from aecore.artifact.documents import Document, disagreement, guarded, parse_json, read_all, read_json
 from aecore.data.dataset import Dataset
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import INDEX_FORM, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, read_table
@@ -167,12 +167,13 @@ def _part_problems(
     removals: Sequence[Removed],
 ) -> Iterator[str]:
     """Yield what is wrong in a part after reading every byte of it; DataError if it is damaged."""
-    manifest, index = dataset.manifest, None
+    manifest, index, is_there = dataset.manifest, None, True
     headers = Headers(manifest.identity["shards"])
     if isinstance(part, ShardRef):
-        reader = dataset.reader(part)
+        reader, is_there = dataset.reader(part), bool(part.live or part.tar_base_url is None)
         try:
-            reader.verify(headers)
+            if is_there:  # of an adopted tar that is not needed any more the index remains
+                reader.verify(headers)
             index, quarantine = reader.index, reader.quarantine
         finally:
             reader.close()
@@ -185,21 +186,35 @@ def _part_problems(
         if file is not None and table is not None:
             yield from _file_problems(dataset, file, table, _stated_in(part, file))
     found = [*row_problems(part, index, quarantine, manifest.classes, manifest.identity)]
-    if index is not None:
+    if index is not None and is_there:
         found += [*headers.problems(index), *headers.unlike(manifest.identity["shards"])]
     yield from (f"{where}: {problem}" for problem in found)
-    content.records[part.stem] = record_of(part, index, quarantine, {} if index is None else headers.formats(index))
+    shapes = headers.formats(index) if index is not None and is_there else _stated_shapes(dataset, part, part.stem)
+    if shapes is not None:
+        content.records[part.stem] = record_of(part, index, quarantine, shapes)
     removed: dict[Removed | None, pa.Table | None] = {None: None}
     for each in removals:
         removed[each] = yield from _removal_problems(dataset, part, each, index, quarantine, removed[[*removed][-1]])
         (live, rows), (bad, _) = _without(index, removed[each]), _without(quarantine, removed[each])
-        shapes = {} if index is None else headers.formats(index, rows)
-        content.records[each.record] = removal_record_of(part, each, live, bad, shapes)
+        shapes = headers.formats(index, rows) if index is not None and is_there else _stated_shapes(dataset, part, each.record)
+        if shapes is not None:
+            content.records[each.record] = removal_record_of(part, each, live, bad, shapes)
     (live, _), (bad, _) = _without(index, removed[part.removed]), _without(quarantine, removed[part.removed])
     kept = [table for table in (live, bad) if table is not None]
     content.keys[part.stem] = pa.chunked_array([chunk for table in kept for chunk in table["key"].chunks], pa.string())
     if listings is not None:
         yield from _listed_problems(dataset, part, content, listings, (index, quarantine), (live, bad))
+
+
+def _stated_shapes(dataset: Dataset, part: ShardRef | RejectedPart, record: str) -> Mapping[str, int] | None:
+    """Return the formats of samples that cannot be looked at, as a record states them; None if it is gone."""
+    name = f"records/{record}.json"
+    if isinstance(part, RejectedPart):
+        return {}
+    if dataset.store.size(name) is None:
+        return None
+    shapes: Mapping[str, int] = read_json(dataset.store, name)["detail"]["shapes"]
+    return shapes
 
 
 def _removal_problems(

@@ -1,8 +1,10 @@
 """What `shard` writes when a source changes, seen by everything that reads: after each generation verify finds nothing, gc nothing to
 remove, and each reader the samples of the source."""
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,10 +19,12 @@ from aecore.data.read.verify import verify_dataset
 from aecore.data.read.webdataset import as_webdataset
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
-from aecore.data.write.job import shard_dataset
+from aecore.data.sources.webdataset import WebdatasetSpec
+from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.ledger import MOST_LISTINGS
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
+from aecore.errors import DataError
 from aecore.maintenance.gc import collect_garbage
 from tests.aecore.data.removals import live_content
 from tests.aecore.data.test_removal import key_of, number_of, write_folder
@@ -33,10 +37,10 @@ def run(source: Any, out: Path, by: Any = "folders", **shards: Any) -> None:  # 
     shard_dataset(source, str(out), SplitSpec(by=by), ShardSpec(**{"max_samples": 4, "max_bad": 0.5, "max_removed": 1.0, **shards}))
 
 
-def require_whole(out: Path) -> None:
+def require_whole(out: Path, *, before: bool = True) -> None:
     dataset = open_dataset(str(out))
     assert verify_dataset(dataset, read_data=True).problems == ()
-    for number in range(1, dataset.number):
+    for number in range(1, dataset.number) if before else ():
         assert verify_dataset(open_dataset(str(out), number)).problems == ()
     report = collect_garbage(str(out), older_than_s=0, unfinished=True)
     assert (report.garbage, report.waiting, report.not_ours) == ((), (), ())
@@ -159,3 +163,40 @@ def test_a_dataset_of_version_1_follows_from_the_run_that_says_so(tmp_path: Path
         shard_dataset(FolderSpec(url=str(tmp_path / "images"), name=url), str(out), None, ShardSpec(**spec))
         require_whole(out)
     assert open_dataset(str(out)).manifest.removal == removed
+
+
+def test_adopted_tars_that_their_owner_changed_or_removed_are_not_needed_any_more(tmp_path: Path) -> None:
+    tars, out = tmp_path / "tars", tmp_path / "out"
+    run(FolderSpec(url=str(write_folder(tmp_path / "in", range(NUM)))), tmp_path / "made")
+    shutil.copytree(tmp_path / "made/shards", tars, ignore=shutil.ignore_patterns("*.parquet"))
+
+    def adopt() -> None:
+        shards = ShardSpec(max_bad=0.5, max_removed=1.0)
+        adopt_shards(WebdatasetSpec(url=str(tars)), str(out), SplitSpec(by="auto"), shards)
+
+    adopt()
+    require_whole(out)
+    before = {split: numbers_of(out, split) for split in ("train", "test")}
+    gone, changed = tars / "train-000001.tar", tars / "train-000002.tar"
+    lost = [number for shard in open_dataset(str(out)).manifest.split("train")[1:2] for number in _numbers(out, shard)]
+    gone.unlink()
+    data = changed.read_bytes()
+    changed.unlink()
+    changed.write_bytes(data)  # the same bytes, as a copy has them
+    adopt()
+    require_whole(out, before=False)
+    assert sorted(numbers_of(out, "train")) == sorted(number for number in before["train"] if number not in lost)
+    with tarfile.open(changed, "w") as tar:
+        for number in (140, 141):
+            member = tarfile.TarInfo(f"n{number}.png")
+            member.size = len(data := encoded(image(number)))
+            tar.addfile(member, io.BytesIO(data))
+    adopt()
+    require_whole(out, before=False)
+    assert {140, 141} <= set(numbers_of(out, "train"))
+    with pytest.raises(DataError):
+        list(as_webdataset(str(out), number=1))
+
+
+def _numbers(out: Path, shard: Any) -> list[int]:  # any: a ShardRef
+    return [number_of(key) for key in open_dataset(str(out)).index(shard)["key"].to_pylist()]
