@@ -249,8 +249,7 @@ def test_a_place_without_an_artefact_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 20))])
-def test_any_history_with_collections_ends_as_it_would_without(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("aecore.store._states.YOUNG_NS", 0)  # listings have the states of young files too, whenever they are made
+def test_any_history_with_collections_ends_as_it_would_without(tmp_path, seed):
     draw = random.Random(seed)
     images = image_folder(tmp_path / "images", "train", range(3))
     roles = ("run", "listing", "tar", "index", "record", "manifest")

@@ -57,10 +57,14 @@ def encode(root: Path) -> None:
 def root(made: Path) -> Iterator[Path]:
     """The root, where a test may change what is there: all is put back, since the addresses of lineages lead there."""
     kept = made.with_name(f"{made.name}-kept")
-    shutil.copytree(made, kept)
+    shutil.copytree(made, kept, ignore=shutil.ignore_patterns("images"))  # copies of images would have other states
     yield made
-    shutil.rmtree(made)
-    kept.rename(made)
+    for path in made.iterdir():
+        if path.name != "images":
+            shutil.rmtree(path)
+    for path in kept.iterdir():
+        path.rename(made / path.name)
+    kept.rmdir()
 
 
 def hashes(data: Any, steps: Steps = ()) -> Iterator[Steps]:

@@ -28,7 +28,7 @@ from aecore.data.write.ledger import newest_rows, part_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.errors import DataError
 from aecore.registry import shown
-from aecore.store import FileRef, canonical_json
+from aecore.store import FileRef, canonical_json, sha256_json
 
 _OF_WRITING = ("first_frames", "unsettled")  # known to the writer alone: for its log, and for the next run
 Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars
@@ -350,15 +350,20 @@ def _document_problems(
     for manifest in generations:
         manifests[manifest.number] = manifest
         where = f"{dataset.url}/{STEM}.{manifest.number:06d}.json"
-        yield from guarded(where, (f"{where}: {problem}" for problem in _claim_problems(manifest, documents)))
+        yield from guarded(
+            where, (f"{where}: {problem}" for problem in _claim_problems(manifest, manifests.get(manifest.parent), documents))
+        )
         if manifest.parent in manifests:
             yield from (f"{where}: {problem}" for problem in _generation_problems(manifests[manifest.parent], manifest, records))
 
 
-def _claim_problems(manifest: DatasetManifest, documents: Mapping[str, Document]) -> Iterator[str]:
+def _claim_problems(manifest: DatasetManifest, parent: DatasetManifest | None, documents: Mapping[str, Document]) -> Iterator[str]:
     """Yield where a manifest is not what the claim of its generation says; nothing where the claim is gone: readers do not need it."""
     if (name := f"run.{manifest.claim:06d}.json") in documents:
-        yield from claim_problems(manifest, name, documents[name].content["identity"])
+        identity = documents[name].content["identity"]
+        yield from claim_problems(manifest, name, identity)
+        if parent is not None and identity.get("parent_manifest") not in (None, sha256_json(parent.to_json())):
+            yield f"{name} follows another generation {parent.number} than the one that is there: one of them was changed; restore it"
 
 
 def _fixed(identity: Mapping[str, Any], *, follows: bool) -> dict[str, Any]:  # any: plain JSON data

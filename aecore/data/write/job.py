@@ -452,7 +452,7 @@ def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
     if work.removal is not None and (parent is not None or work.removal != "drop"):
         generation["removal"] = work.removal
     if parent is not None and work.changes is not None:
-        generation["parent_sha256"] = parent.dataset_sha256
+        generation["parent_manifest"] = sha256_json(parent.to_json())
         generation["changes"] = {"removed": content_sha256(work.changes.removed), "written": work.fresh.sha256()}
     return generation
 
@@ -466,6 +466,7 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         self._background = ThreadPoolExecutor(1, "listing")
         self._rows: dict[str, Future[pa.Table]] = {}
         self._grown: Future[FileRef] | None = None
+        self._before: Future[str] | None = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -475,7 +476,10 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         self._background.shutdown()
 
     def start(self) -> None:
-        """Write the whole listing of a dataset that only grows: it depends on no shard."""
+        """Write the whole listing of a dataset that only grows: it depends on no shard. Of another one, hash the ledger of its parent."""
+        parent, ledger = self._work.parent, self._work.ledger
+        if parent is not None and parent.content_sha256 is not None and ledger is not None:
+            self._before = self._background.submit(samples_sha256, ledger)
         if self._work.removal is None:
             self._grown = self._background.submit(_put_listing, self._work.store, self._claim, listing_table(self._work.fresh))
 
@@ -507,6 +511,11 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         work, parent = self._work, self._work.parent
         if self._grown is not None:
             return self._grown.result(), None
+        if parent is not None and self._before is not None and self._before.result() != parent.content_sha256:
+            raise DataError(
+                f"{work.store.url}: the listings of generation {parent.number} hold samples of content_sha256 {self._before.result()}, its "
+                f"manifest says {parent.content_sha256}: one of them was changed; restore it (nothing was committed)"
+            )
         rows = [self._rows[stem].result() for stem in self._tasks]
         new = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *([] if work.changes is None else [work.changes.renewed]), *rows])
         ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS

@@ -35,6 +35,12 @@ NEEDS_SHIM = pytest.mark.skipif(not native.available() or shutil.which("cc") is 
 
 
 @pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings have the states of young files too, so that a rerun gives the same bytes whenever it is made."""
+    monkeypatch.setattr("aecore.store._states.YOUNG_NS", 0)
+
+
+@pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(again_module, "FIRST_PAUSE_S", 0.001)
 
