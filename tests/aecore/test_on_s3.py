@@ -54,12 +54,12 @@ def chain(source: str, out: str) -> None:
 def content(objects: dict[str, bytes]) -> dict[str, str]:
     """Return name -> sha256 of everything but what belongs to the place; of a table's manifest only parts count (it names addresses).
 
-    The hash of a claim in a dataset's manifest is left out: it covers the address and the states of the source's files.
+    Listings, and the hash of a claim in a dataset's manifest, are left out: they cover the address and the states of the source's files.
     """
-    kept = {name: data for name, data in objects.items() if not name.partition("/")[2].startswith(PER_PLACE)}
+    kept = {name: data for name, data in objects.items() if not name.partition("/")[2].startswith((*PER_PLACE, "listings/"))}
     kept.pop("table/table.000001.json")
     name = "dataset/dataset.000001.json"
-    kept[name] = canonical_json({**json.loads(kept[name]), "claim_sha256": None, "sha256": None})
+    kept[name] = canonical_json({**json.loads(kept[name]), "claim_sha256": None, "listings": None, "sha256": None})
     return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
 
 

@@ -50,11 +50,12 @@ def pictures(folder: Path) -> Path:
 
 
 def written(out: Path) -> dict[str, bytes]:
-    """Return the files of a dataset but those that hold times; manifests without the hash of a claim, which covers the source's states."""
+    """Return the files of a dataset but those that hold times, without claims and listings: they hold address and states of the source."""
+    left_out = {"claim_sha256": None, "listings": None}
     return {
-        name: canonical_json({**content(path), "claim_sha256": None}) if name.startswith("dataset.") else path.read_bytes()
+        name: canonical_json({**content(path), **left_out}) if name.startswith("dataset.") else path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and not (name := path.relative_to(out).as_posix()).startswith(("records/", "run."))
+        if path.is_file() and not (name := path.relative_to(out).as_posix()).startswith(("records/", "listings/", "run."))
     }
 
 
