@@ -91,3 +91,28 @@ def test_every_reader_of_the_guide_finds_each_key_once(place: Path, tmp_path: Pa
 def test_no_page_shows_a_pattern_over_the_folder_as_a_way_to_read_a_table() -> None:
     for page in PAGES:
         assert not re.findall(r"table/data\b.*", (ROOT / page).read_text()), page
+
+
+def test_columns_are_added_and_replaced_parts_collected_by_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data, table = (str(place / "out/run"), str(place / "out/dataset"), str(tmp_path / "table"))
+    command = ["encode", run, data, table, "cluster.num_workers=0"]
+    assert main([*command, "encode.columns=[mode]", "encode.split=test", "encode.where=width >= 3"]) == 0
+    before = open_table(table)
+    again = [*command, "encode.split=test", "encode.where=width >= 3", "--add-columns", "source, width"]
+    assert main([*again, "--dry-run"]) == 0
+    assert "copied_parts: 1" in capsys.readouterr().out and open_table(table).manifest.number == 1
+    assert main(again) == 0
+    assert {*open_table(table).columns} - {*before.columns} == {"source", "width"}
+    assert sorted(open_table(table).keys.to_pylist()) == keys_of(place, "test")
+    assert main([*command, "encode.split=test", "encode.where=width >= 3"]) == 0, "without the option: the columns that are there"
+    assert open_table(table).manifest.number == 2
+    capsys.readouterr()
+    assert main(["verify", table, "--read-data"]) == 0
+    for generations, files in ((2, 0), (1, 2)):  # the part and its record
+        capsys.readouterr()
+        assert main(["gc", table, "--keep-generations", str(generations), "--retention", "0s", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["files"] == files
+    assert not (Path(table) / before.parts[0].file.name).exists()
+    assert main(["verify", table, "--read-data"]) == 0
+    assert main(["gc", table, "--retention", "soon"]) == 2
+    assert "--retention soon is no duration" in capsys.readouterr().err
