@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from aecore.artifact.commit import newest_number
+from aecore.artifact.commit import newest_number, newest_of
 from aecore.artifact.kinds import other_kind
+from aecore.artifact.withdrawn import require_not_withdrawn
 from aecore.data.format.image import PixelsVersion
 from aecore.data.format.sample_format import common_formats, remedy_of, sequence_shape, shown_formats
 from aecore.data.manifest import STEM, DatasetManifest, ShardRef, read_manifest, shards_sha256, tar_store
@@ -123,7 +124,11 @@ class Dataset:
         return tar_store(self.store, shard)
 
     def prefetch(self, shards: Sequence[ShardRef]) -> None:
-        """Start the background download of these shards, index and tar, in this order (no-op for local files)."""
+        """Start the background download of these shards, index and tar, in this order (no-op for local files).
+
+        Nothing is read of those without a live sample.
+        """
+        shards = [shard for shard in shards if shard.live]
         own = [[shard.index, shard.tar] if shard.tar_base_url is None else [shard.index] for shard in shards]
         self.store.prefetch([ref for refs in own for ref in refs])
         for base_url in dict.fromkeys(shard.tar_base_url for shard in shards if shard.tar_base_url is not None):
@@ -162,12 +167,14 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If there is no manifest (it says whether an unfinished run is there), or not that one.
+        If there is no manifest (it says whether an unfinished run is there), or not that one, or it was withdrawn.
     """
     store = open_store(url)
-    newest = newest_number(store, STEM)
+    names = store.list()
+    newest = newest_of(names, STEM)
     if newest is None:
         raise _nothing_here(store)
+    require_not_withdrawn(store, newest if number is None else number, names)
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
     return Dataset(store, read_manifest(store, newest if number is None else number))

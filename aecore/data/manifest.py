@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import is_stem_of, require_parent
+from aecore.artifact.commit import claim_of, is_stem_of, require_parent
 from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
@@ -179,8 +179,11 @@ class DatasetManifest:
 
     @property
     def files(self) -> tuple[FileRef, ...]:
-        """Every file that the manifest names: shards, indexes, quarantine, removal files, listings."""
-        adopted = [shard.tar for shard in self.shards if shard.tar_base_url is not None]
+        """Every file that the manifest names and that has to exist: shards, indexes, quarantine, removal files, listings.
+
+        An adopted tar of which no sample is live need not: its owner may have changed or removed it.
+        """
+        adopted = [shard.tar for shard in self.shards if shard.tar_base_url is not None and shard.live]
         return (*adopted, *self.own_files)
 
     @property
@@ -280,6 +283,9 @@ def _require_names(manifest: DatasetManifest) -> None:
         raise ValueError(f"removal is {shown(manifest.removal)}, expected {' or '.join(REMOVAL)}")
     for part in manifest.parts:
         _require_removed(part, manifest.removal)
+        newest = max(claim_of(part.stem), claim_of(part.removed.record) if part.removed else 0)
+        if manifest.removal is not None and newest > manifest.claim:  # its number of listings says nothing: they may have been merged
+            raise ValueError(f"{part.stem} is of claim {newest}, the newest of the listings that it names is of claim {manifest.claim}")
     for shard in manifest.shards:
         names = {"index": (shard.index.name, f"shards/{shard.stem}.parquet")}
         if shard.tar_base_url is None:

@@ -32,6 +32,7 @@ from aecore.artifact.commit import (
 )
 from aecore.artifact.documents import CLAIM, read_bytes, read_json
 from aecore.artifact.fanout import FanOut, MakeWorker, OnPart, collect, serial
+from aecore.artifact.withdrawn import made_of
 from aecore.checkpoint.compatibility import check_input_shape, require_known_labels
 from aecore.checkpoint.weights import FoundModel, find_model, load_model
 from aecore.data.dataset import Dataset, open_dataset
@@ -134,13 +135,15 @@ def encode_dataset(
     _warn(store, manifest)
     known = set(() if plan.parent is None else plan.parent.files)
     new, old = ([ref for ref in manifest.files if (ref in known) is there] for there in (False, True))
+    dataset = plan.lineage["dataset"]
 
     def require_continued(number: int) -> None:
         there = read_table_manifest(store, number)
         _require_same_table(store, plan.identity, there.identity, plan.setup.model_url, spec)
-        _require_descendant(store, plan.shards, plan.lineage["dataset"], there)
+        _require_descendant(store, plan.shards, dataset, there)
 
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
+    with made_of(dataset["url"], dataset["number"], f"{store.url}/{STEM}.{manifest.number:06d}.json"):
+        commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
     logger.info(
         "table %s: generation %d, %s, %d quarantined",
         store.url,

@@ -9,7 +9,7 @@ import os
 import struct
 import zlib
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from aecore import native
 from aecore.native import FACTS
 from aecore.native.bytes_column import Bytes, BytesColumn, Int64s
+from aecore.store import STATE_BYTES, local_state
 
 _BLOCK = 64  # bytes of a block of sha256
 _TAR_BLOCK = 512
@@ -94,31 +95,47 @@ def read_pieces(file: int, offsets: Int64s, sizes: Int64s) -> BytesColumn:
     return BytesColumn(buffer, begins, ends)
 
 
-def list_folder(folder: int) -> dict[str, int]:
-    """Return the bytes of each regular file of the folder with this descriptor by its name, -1 for everything else in it, sorted by bytes.
+class Entries(NamedTuple):
+    """What is in a folder, n names sorted by their bytes: of a regular file its size, state and when it was changed last (ns).
 
-    OSError if it cannot be read.
+    Of everything else the size is -1 and the state dashes.
     """
+
+    names: list[str]
+    sizes: Int64s
+    states: list[str]
+    changed: Int64s
+
+
+def list_folder(folder: int) -> Entries:
+    """Return what is in the folder with this descriptor; OSError if it cannot be read."""
     library, most = native._library(), 1 << 14
     while library is not None:
-        (joined, room), (order, sizes) = np.empty((2, 64 * most), np.uint8), np.empty((2, most), np.int64)
-        length = library.aecore_list(folder, joined, room, len(joined), order, sizes, most)
+        (joined, room), (order, sizes, changed) = np.empty((2, 128 * most), np.uint8), np.empty((3, most), np.int64)
+        states = np.empty((most, STATE_BYTES + 1), np.uint8)
+        length = library.aecore_list(folder, joined, room, len(joined), order, sizes, changed, states, most)
         if length >= 0:
             names = os.fsdecode(joined[:length].tobytes()).split("\0")[:-1]
-            return dict(zip(names, sizes[: len(names)].tolist(), strict=True))
+            texts = states[: len(names)].tobytes().decode("ascii").split("\0")[:-1]
+            return Entries(names, sizes[: len(names)].copy(), texts, changed[: len(names)].copy())
         if length == -2:
             break  # Python raises the error
         most *= 8
     with os.scandir(folder) as entries:
-        found = {entry.name: _file_size(entry) for entry in entries}
-    return dict(sorted(found.items(), key=lambda item: os.fsencode(item[0])))
+        rows = sorted((os.fsencode(entry.name), entry.name, _regular(entry)) for entry in entries)
+    return Entries(
+        [name for _, name, _ in rows],
+        np.array([-1 if state is None else state.st_size for *_, state in rows], np.int64),
+        ["-" * STATE_BYTES if state is None else local_state(state) for *_, state in rows],
+        np.array([0 if state is None else max(state.st_mtime_ns, state.st_ctime_ns) for *_, state in rows], np.int64),
+    )
 
 
-def _file_size(entry: os.DirEntry[str]) -> int:
+def _regular(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
-        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+        return entry.stat(follow_symlinks=False) if entry.is_file(follow_symlinks=False) else None
     except FileNotFoundError:  # deleted since the folder was read
-        return -1
+        return None
 
 
 def examine(files: BytesColumn) -> NDArray[Any]:  # any: structured

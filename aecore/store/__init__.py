@@ -47,12 +47,14 @@ from aecore.store._open import (
 from aecore.store._private import keep_torch_cache_private, make_private, name_torch_cache, named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
+from aecore.store._states import STATE_BYTES, Seen, local_seen, local_state, settled_ns
 
 __all__ = [
     "RACERS",
     "ROUNDS",
     "SCHEMES",
     "SKEW_S",
+    "STATE_BYTES",
     "TAR_ENDINGS",
     "AlreadyExists",
     "FileRef",
@@ -61,6 +63,7 @@ __all__ = [
     "LocalFiles",
     "LocalStore",
     "Scheme",
+    "Seen",
     "Store",
     "absolute_url",
     "ahead_s",
@@ -75,6 +78,8 @@ __all__ = [
     "is_tar",
     "keep_torch_cache_private",
     "leads_nowhere",
+    "local_seen",
+    "local_state",
     "make_private",
     "name_torch_cache",
     "named_folder",
@@ -88,6 +93,7 @@ __all__ = [
     "read_again",
     "recorded_url",
     "resolve_url",
+    "settled_ns",
     "sha256_file",
     "sha256_json",
     "split_tars",

@@ -23,7 +23,7 @@ from aecore.artifact.commit import put_or_adopt
 from aecore.artifact.documents import parse_json
 from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.form import Form, form_problems
-from aecore.data.format.index import INDEX_SCHEMA, column_problems, plain_type
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256, column_problems, plain_type
 from aecore.data.format.parquet import footer_sha256, read_metadata, read_parquet, same_footers
 from aecore.errors import DataError, disk_error
 from aecore.store import FileRef, Store, read_again, sha256_json
@@ -38,7 +38,9 @@ PREFIX = "aecore."
 SEAL = "producer_sha256"
 PREPROCESSING = "preprocessing_sha256"  # follows from the config, which is compared, and the decoder's version, which is not
 PRODUCER = ("device", "threads", "versions")  # of the machine that computed it: recorded, not compared
-NOT_PASSED = frozenset({"source", "sha256", "members", "width", "height", "mode", "source_sha256"})  # they describe bytes, not samples
+NOT_PASSED = frozenset(
+    {"source", "sha256", SOURCE_SHA256, "members", "width", "height", "mode"}
+)  # index columns that describe bytes, not samples
 RENAMED = {"sha256": "sample_sha256"}  # column of an index -> that of a table
 OWN_COLUMNS = ("shard", "split")
 PART_FORM = Form(frozenset({"ZSTD", "UNCOMPRESSED"}), frozenset({"key"}), frozenset({"shard"}))

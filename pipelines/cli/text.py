@@ -90,9 +90,11 @@ def _shard(summary: Mapping[str, Any]) -> str:
     samples = ", ".join(f"{split} {count:,}" for split, count in summary["samples"].items())
     bags = f" in {_count(sum(summary['bags'].values()), 'bag')}" if "bags" in summary else ""
     bad = f", {summary['quarantined']:,} in quarantine" if summary["quarantined"] else ""
+    removed = sum(summary.get("removed", {}).values()) + summary.get("removed_quarantined", 0)
+    gone = f", {removed:,} removed" if removed else ""
     size = f"{_count(summary['shards'], 'shard')}, {_size(summary['bytes'])}"
     noun = "sample" if sum(summary["samples"].values()) == 1 else "samples"
-    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}; {size}"
+    return f"dataset {summary['dataset']} generation {summary['generation']}: {samples} {noun}{bags}{bad}{gone}; {size}"
 
 
 def _train(summary: Mapping[str, Any]) -> str:

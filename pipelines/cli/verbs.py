@@ -14,18 +14,23 @@ from pipelines.deploy import POOL
 
 VERBS = Verbs()
 URL = argument("url", "dataset, run, table, or a root of all three")
+FOLLOWS = (
+    argument("--checksum", "read all samples and compare their hashes, also where files look unchanged", action="store_true"),
+    argument("--accept-filter", "drop known samples that a changed filter of the source leaves out", action="store_true"),
+)
 
 
 @VERBS.register(
     "shard",
-    "write images, arrays or tars (or generated `sprites`) as a dataset, or append new samples to it",
+    "write images, arrays or tars (or generated `sprites`) as a dataset, or make one that exists follow them",
     argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind; a word that is both means the kind, ./sprites the folder"),
-    argument("dataset", "dataset to create or append to"),
+    argument("dataset", "dataset to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
+    *FOLLOWS,
     writes=True,
 )
 def _shard(args: Args) -> Result:
-    base = {"source": _source(args), "out": args.dataset}
+    base = {"source": _source(args), "out": args.dataset, **_follows(args)}
     return run_step.step("shard", args, base)
 
 
@@ -33,13 +38,20 @@ def _shard(args: Args) -> Result:
     "adopt",
     "index external WebDataset tars in place, as a dataset; nothing is copied",
     argument("src", "folder of .tar files, one of them, or a pattern like 'shards/{00000..00009}.tar'"),
-    argument("dataset", "dataset (manifest and indexes) to create or append to"),
+    argument("dataset", "dataset (manifest and indexes) to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
+    *FOLLOWS,
     writes=True,
 )
 def _adopt(args: Args) -> Result:
-    base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset}
+    base = {"source": {"kind": "webdataset", "url": args.src}, "out": args.dataset, **_follows(args)}
     return run_step.step("adopt", args, base)
+
+
+def _follows(args: Args) -> dict[str, Any]:  # any: plain values
+    """Return the section that the flags of FOLLOWS set, if any is given."""
+    given = {name: True for name in ("checksum", "accept_filter") if getattr(args, name)}
+    return {"shards": given} if given else {}
 
 
 def _source(args: Args) -> dict[str, Any]:  # any: plain values

@@ -71,14 +71,14 @@ def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -
 
 
 def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Write `source` as a dataset to `out`, or append its new samples."""
+    """Write `source` as a dataset to `out`, or make the one that is there follow it."""
     from aecore.data.write.job import shard_dataset
 
     return _dataset("shard", shard_dataset, recipe, report, dry_run=dry_run)
 
 
 def adopt(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Index the tars of `source` in place, as the dataset `out`, or append the new ones."""
+    """Index the tars of `source` in place, as the dataset `out`, or make the one that is there follow them."""
     from aecore.data.write.job import adopt_shards
 
     return _dataset("adopt", adopt_shards, recipe, report, dry_run=dry_run)
@@ -111,8 +111,13 @@ def check_source(recipe: Recipe) -> None:
 
 
 def dataset_summary(manifest: Any) -> Tree:
-    """Return the counts of a dataset manifest as plain JSON, with `bags` if its samples are in bags."""
+    """Return the counts of live samples of a dataset manifest as plain JSON.
+
+    With `bags` if they are in bags, and of a dataset that follows its source what was removed from its shards and their quarantine.
+    """
     bags = {split: manifest.num_groups(split) for split in manifest.splits}
+    removed = {split: sum(shard.samples - shard.live for shard in shards) for split, shards in manifest.splits.items()}
+    refused = sum(part.removed.quarantined for part in manifest.parts if part.removed is not None)
     return {
         "generation": manifest.number,
         "samples": {split: manifest.num_samples(split) for split in manifest.splits},
@@ -122,7 +127,10 @@ def dataset_summary(manifest: Any) -> Tree:
         "classes": len(manifest.classes),
         "quarantined": manifest.quarantined,
         "reasons": dict(manifest.reasons),
+        **({"removed": removed, "removed_quarantined": refused} if manifest.has_removed else {}),
+        **({} if manifest.removal is None else {"removal": manifest.removal}),
         "dataset_sha256": manifest.dataset_sha256,
+        **({} if manifest.content_sha256 is None else {"content_sha256": manifest.content_sha256}),
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,29 @@ def test_a_table_of_before_keeps_its_rule_and_follows(tmp_path: Path, data: str,
     verify_table(table, read_data=True, dataset_url=data)
     known = rows_of(first)
     assert all(row == known[key] for key, row in rows_of(table).items() if key in known)
+
+
+def test_a_table_of_a_source_that_changes_equals_that_of_a_fresh_dataset(tmp_path: Path, data: str, run: str) -> None:
+    """Files are added, changed, moved to another class and deleted: rows and bits are those of a new dataset's new table."""
+    images, spec = tmp_path / "images", SPEC
+    for step in range(3):
+        table = encode(run, data, tmp_path / "table", spec)
+        files = sorted((images / "train").rglob("*.png"))
+        files[step].unlink()
+        shutil.copy(files[10 + step], files[20 + step])
+        files[30].rename(files[30].parents[1] / files[45].parent.name / f"moved-{step}.png")
+        image_folder(images, "train", range(80 + 5 * step, 85 + 5 * step))
+        folder_dataset(images, tmp_path / "dataset", max_samples=20)
+        table = encode(run, data, tmp_path / "table", spec)
+        fresh = folder_dataset(images, tmp_path / f"fresh-data-{step}", max_samples=33)
+        new = encode(run, fresh, tmp_path / f"fresh-{step}", spec)
+        places = ("label",)  # numbers of classes
+        found, right = (
+            {key: {n: v for n, v in row.items() if n not in places} for key, row in rows_of(each).items()} for each in (table, new)
+        )
+        assert found == right and len(found) == table.num_rows == open_dataset(data).manifest.num_samples()
+        verify_table(table, read_data=True, dataset_url=data)
+    assert table.manifest.number == 4
 
 
 # --- columns

@@ -34,6 +34,7 @@ _INDEX_COLUMNS: dict[str, pa.DataType] = {
     "group": pa.string(),
     "length": pa.int32(),
 }
+SOURCE_SHA256 = "source_sha256"  # of the bytes that the source gave, in the index of samples that may have been converted
 _QUARANTINE_COLUMNS: dict[str, pa.DataType] = {
     "source": pa.string(),
     "key": pa.string(),
@@ -63,7 +64,7 @@ INDEX_SCHEMA, QUARANTINE_SCHEMA, LISTING_SCHEMA = pa.schema(_INDEX_COLUMNS), pa.
 LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of datasets that follow their source
 REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
-_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason"]
+_REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason", "origin"]
 
 
 def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> pa.Table:  # any: lists or arrays

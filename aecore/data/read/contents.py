@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord, claim_of
-from aecore.artifact.documents import Document, disagreement, guarded, parse_json, read_all
+from aecore.artifact.documents import Document, disagreement, guarded, parse_json, read_all, read_json
 from aecore.data.dataset import Dataset
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import INDEX_FORM, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, read_table
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, Removed, ShardRef, claim_of_listing, claim_problems, manifest_of
 from aecore.data.read.recount import Headers, record_of, removal_problems, removal_record_of, require_values, row_problems
 from aecore.data.removal import read_removal, removed_of
+from aecore.data.sources._filter import FILTERS
 from aecore.data.write.ledger import newest_rows, part_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.errors import DataError
@@ -166,12 +167,13 @@ def _part_problems(
     removals: Sequence[Removed],
 ) -> Iterator[str]:
     """Yield what is wrong in a part after reading every byte of it; DataError if it is damaged."""
-    manifest, index = dataset.manifest, None
+    manifest, index, is_there = dataset.manifest, None, True
     headers = Headers(manifest.identity["shards"])
     if isinstance(part, ShardRef):
-        reader = dataset.reader(part)
+        reader, is_there = dataset.reader(part), bool(part.live or part.tar_base_url is None)
         try:
-            reader.verify(headers)
+            if is_there:  # of an adopted tar that is not needed any more the index remains
+                reader.verify(headers)
             index, quarantine = reader.index, reader.quarantine
         finally:
             reader.close()
@@ -184,21 +186,35 @@ def _part_problems(
         if file is not None and table is not None:
             yield from _file_problems(dataset, file, table, _stated_in(part, file))
     found = [*row_problems(part, index, quarantine, manifest.classes, manifest.identity)]
-    if index is not None:
+    if index is not None and is_there:
         found += [*headers.problems(index), *headers.unlike(manifest.identity["shards"])]
     yield from (f"{where}: {problem}" for problem in found)
-    content.records[part.stem] = record_of(part, index, quarantine, {} if index is None else headers.formats(index))
+    shapes = headers.formats(index) if index is not None and is_there else _stated_shapes(dataset, part, part.stem)
+    if shapes is not None:
+        content.records[part.stem] = record_of(part, index, quarantine, shapes)
     removed: dict[Removed | None, pa.Table | None] = {None: None}
     for each in removals:
         removed[each] = yield from _removal_problems(dataset, part, each, index, quarantine, removed[[*removed][-1]])
         (live, rows), (bad, _) = _without(index, removed[each]), _without(quarantine, removed[each])
-        shapes = {} if index is None else headers.formats(index, rows)
-        content.records[each.record] = removal_record_of(part, each, live, bad, shapes)
+        shapes = headers.formats(index, rows) if index is not None and is_there else _stated_shapes(dataset, part, each.record)
+        if shapes is not None:
+            content.records[each.record] = removal_record_of(part, each, live, bad, shapes)
     (live, _), (bad, _) = _without(index, removed[part.removed]), _without(quarantine, removed[part.removed])
     kept = [table for table in (live, bad) if table is not None]
     content.keys[part.stem] = pa.chunked_array([chunk for table in kept for chunk in table["key"].chunks], pa.string())
     if listings is not None:
         yield from _listed_problems(dataset, part, content, listings, (index, quarantine), (live, bad))
+
+
+def _stated_shapes(dataset: Dataset, part: ShardRef | RejectedPart, record: str) -> Mapping[str, int] | None:
+    """Return the formats of samples that cannot be looked at, as a record states them; None if it is gone."""
+    name = f"records/{record}.json"
+    if isinstance(part, RejectedPart):
+        return {}
+    if dataset.store.size(name) is None:
+        return None
+    shapes: Mapping[str, int] = read_json(dataset.store, name)["detail"]["shapes"]
+    return shapes
 
 
 def _removal_problems(
@@ -260,8 +276,11 @@ def _listed_problems(
             different = pc.and_(different, pc.invert(rows["quarantined"].combine_chunks()))
         if pc.any(different).as_py():
             row = pc.index(different, True).as_py()
-            values = f"{shown(said[row].as_py())} as {name}, its part has {shown(right[row].as_py())}"
-            yield f"{where}: of the sample {shown(rows['key'][row].as_py())} of {part.stem} they say {values}"
+            key, there, stated = shown(rows["key"][row].as_py()), shown(right[row].as_py()), shown(said[row].as_py())
+            if name == "source":
+                yield f"{where}: the sample {key} comes from {there}, its listing says {stated}"
+            else:
+                yield f"{where}: of the sample {key} of {part.stem} they say {stated} as {name}, its part has {there}"
             return
 
 
@@ -342,9 +361,13 @@ def _claim_problems(manifest: DatasetManifest, documents: Mapping[str, Document]
         yield from claim_problems(manifest, name, documents[name].content["identity"])
 
 
-def _with_fewer_classes(identity: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
-    """Return an identity without `source.classes`, which may grow at its end: the classes themselves are compared."""
-    source = {key: value for key, value in identity.get("source", {}).items() if key != "classes"}
+def _fixed(identity: Mapping[str, Any], *, follows: bool) -> dict[str, Any]:  # any: plain JSON data
+    """Return what of an identity never changes.
+
+    `source.classes` may grow at its end (the classes themselves are compared), and filters may change where a dataset follows its source.
+    """
+    free = ("classes", *FILTERS) if follows else ("classes",)
+    source = {key: value for key, value in identity.get("source", {}).items() if key not in free}
     return {**identity, "source": source}
 
 
@@ -356,8 +379,10 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     for part in new:
         if claim_of(part.stem) != claim:
             yield f"the part {part.stem} is not of claim {claim}, whose listing the generation has"
-    if parent is not None and (differences := disagreement(_with_fewer_classes(manifest.identity), _with_fewer_classes(parent.identity))):
-        yield f"its identity is not that of generation {parent.number}: {differences}"
+    if parent is not None:
+        now, before = (_fixed(each.identity, follows=manifest.removal is not None) for each in (manifest, parent))
+        if differences := disagreement(now, before):
+            yield f"its identity is not that of generation {parent.number}: {differences}"
     if parent is not None and manifest.classes[: len(parent.classes)] != parent.classes:
         yield f"its classes do not begin with those of generation {parent.number}"
     removed = {part.stem: part.removed for part in manifest.parts if part.removed is not None}

@@ -15,6 +15,7 @@ from aecore.artifact.commit import claim_of, newest_number
 from aecore.artifact.documents import disagreement, guarded, read_json
 from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
+from aecore.artifact.withdrawn import is_withdrawn
 from aecore.data.dataset import Dataset
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, ShardRef, claim_problems, read_manifest, shards_sha256
 from aecore.errors import DataError
@@ -76,18 +77,19 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
 
 
 def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
-    return [*part.own_files] if isinstance(part, RejectedPart) or part.tar_base_url is None else [part.tar, *part.own_files]
+    adopted = [part.tar] if isinstance(part, ShardRef) and part.tar_base_url is not None and part.live else []
+    return [*adopted, *part.own_files]
 
 
 def _named_before(dataset: Dataset) -> Iterator[FileRef]:
-    """Yield what generations before this one name: runs are pinned to them. Only what was removed and merged since is not in this one."""
+    """Yield what generations before this one name: runs are pinned to them. What was removed or merged since is not in this one."""
     if dataset.manifest.removal is None:
         return
     names = set(dataset.store.list())
     for number in range(1, dataset.number):
         if f"{STEM}.{number:06d}.json" in names:
             with contextlib.suppress(DataError):  # `_structure` and `content_problems` say so
-                yield from read_manifest(dataset.store, number).files
+                yield from read_manifest(dataset.store, number).own_files
 
 
 def _structure(dataset: Dataset) -> Iterator[str]:
@@ -97,7 +99,7 @@ def _structure(dataset: Dataset) -> Iterator[str]:
     for shard in manifest.shards:
         if shard.samples + shard.quarantined != shard.planned:
             yield f"{shard.stem}: {shard.samples} samples + {shard.quarantined} quarantined are not the {shard.planned} planned"
-    if manifest.parent:
+    if manifest.parent and not is_withdrawn(dataset.store, manifest.parent):  # one that was need not be there any more
         try:
             parent = read_manifest(dataset.store, manifest.parent)
         except DataError as error:

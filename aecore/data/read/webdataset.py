@@ -56,6 +56,8 @@ def _shards(shards: tuple[ShardRef, ...]) -> Iterator[ShardRef]:
 
 def _samples(dataset: Dataset, shards: Iterable[ShardRef]) -> Iterator[WebSample]:
     for shard in shards:
+        if not shard.live:  # its tar, if it is adopted, may be another one now
+            continue
         reader = dataset.reader(shard)
         rows = live_rows(dataset.store, shard, reader.index)
         live = None if rows is None else {*rows.tolist()}

@@ -5,6 +5,7 @@ to the quarantine. A read error is not a damaged sample: it ends the shard, and 
 here: a `@spec` with `kind`, and a build function registered in `SOURCES`.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aecore.errors import DataError
-from aecore.store import read_again
+from aecore.errors import ConfigError, DataError, require_text
+from aecore.store import Seen, absolute_url, read_again, split_tars
 
 T = TypeVar("T")
+NAME_HELP = "name of the source in datasets, instead of its address: set it where the same samples may come from another address later"
 
 
 class Unusable(NamedTuple):
@@ -57,6 +59,13 @@ class Listing:
         Messages for the user (files that were skipped).
     unusable : list of Unusable or None, optional
         Why a sample cannot be used, None for each that can. Such samples are planned and go to the quarantine unread.
+    states : list of str or None, optional
+        State of the file of each sample before its bytes were read: a text that is compared for equality only. None: not known, or too
+        young to be told from a later one; the next run reads such a sample again.
+    origin : str
+        The address that the samples come from, or the name that stands for it (`origin_of`).
+    all_states : list of str or None, optional
+        The states with those that are too young, for the hash of a claim: work that was begun goes on as long as they are equal.
     """
 
     keys: list[str]
@@ -71,9 +80,12 @@ class Listing:
     label_rule: str = "path"
     paths: list[str] | None = None
     unusable: list[Unusable | None] | None = None
+    states: list[str | None] | None = None
+    origin: str = ""
+    all_states: list[str | None] | None = None
 
     def __post_init__(self) -> None:
-        names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable")
+        names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable", "states", "all_states")
         for name, column in [*((name, getattr(self, name)) for name in names), *self.columns.items()]:
             if column is not None and len(column) != len(self.keys):
                 raise DataError(f"the source lists {len(self.keys)} keys and {len(column)} values of {name}: each column has one a sample")
@@ -97,7 +109,29 @@ class Listing:
             self.label_rule,
             take(self.paths, rows),
             take(self.unusable, rows),
+            take(self.states, rows),
+            self.origin,
+            take(self.all_states, rows),
         )
+
+    def with_states(self, seen: Sequence[Seen | None]) -> "Listing":
+        """Return the listing with what was seen of the file of each sample (None: nothing)."""
+        states = [None if found is None else found.state for found in seen]
+        young = [row for row, found in enumerate(seen) if found is not None and found.young]
+        return self.with_young(states, young)
+
+    def with_young(self, states: list[str | None], young: Sequence[int]) -> "Listing":
+        """Return the listing with these states, of which those of the rows `young` are too young."""
+        if not young:
+            return dataclasses.replace(self, states=states, all_states=None)
+        settled = states.copy()
+        for row in young:
+            settled[row] = None
+        return dataclasses.replace(self, states=settled, all_states=states)
+
+    def without_states(self) -> "Listing":
+        """Return what versions before states listed."""
+        return dataclasses.replace(self, states=None, all_states=None, origin="")
 
     def sha256(self) -> str:
         """Return the hash of everything that the plan depends on: all columns, in order."""
@@ -112,6 +146,15 @@ class Listing:
             digest.update(json.dumps([name, column.tolist()]).encode())
         if self.unusable is not None:
             digest.update(json.dumps(["unusable", self.unusable]).encode())
+        states = self.states if self.all_states is None else self.all_states
+        if states is not None and any(states):
+            try:
+                joined = "\0".join(states).encode()  # type: ignore[arg-type]  # nearly always all are texts
+            except TypeError:
+                joined = "\0".join(state or "" for state in states).encode()
+            digest.update(f"\nstates {len(joined)}\n".encode() + joined)
+        if self.origin:
+            digest.update(f"\norigin {self.origin}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
@@ -150,6 +193,41 @@ def file_root(source: Source) -> Path | None:
     """Return the folder that sample names are file paths in, each file one sample; None if the source has no such files."""
     root: Callable[[], Path | None] | None = getattr(source, "file_root", None)
     return None if root is None else root()
+
+
+def require_name(name: str) -> None:
+    """ConfigError unless a `source.name` is one line of text, or empty."""
+    require_text(name, "source.name")
+    if name != name.strip() or not name.isprintable():
+        raise ConfigError(f"source.name is {name!r}, expected one line of text without spaces around it, for example cameras-2026")
+
+
+def origin_of(source: Any) -> str:  # any: every source kind has its own spec class
+    """Return what the samples of a spec come from: its `name`, else its `url`, absolute and without a profile; "" if it has neither."""
+    if name := getattr(source, "name", ""):
+        return str(name)
+    url = getattr(source, "url", "")
+    return origin_of_url(absolute_url(url, "source.url")) if url else ""
+
+
+def origin_of_url(url: str) -> str:
+    """Return what samples from an absolute address (or several) come from."""
+    return "::".join(map(_without_userinfo, split_tars(url)))
+
+
+def _without_userinfo(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}" if separator else url
+
+
+def read_states(source: Source, names: Sequence[str]) -> Sequence[str | None]:
+    """Return the states of the files of these samples, which were read last, as they were after that; None where one is not known."""
+    states: Callable[[Sequence[str]], Sequence[str | None]] | None = getattr(source, "read_states", None)
+    try:
+        return [None] * len(names) if states is None else states(names)
+    except OSError:  # the bytes were read, and nothing says more of the file now
+        return [None] * len(names)
 
 
 def bound_pixels(source: Source, most: int) -> None:

@@ -99,7 +99,7 @@ class TarFile:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         try:
             self.compression = compression(os.pread(descriptor, START_BYTES, 0))
-            self._packed = os.fstat(descriptor).st_size
+            self._found = os.fstat(descriptor)
         except BaseException:
             close_read(descriptor)
             raise
@@ -107,11 +107,16 @@ class TarFile:
             return descriptor
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             inflated, self.broken = inflate(file, self.compression, self.where, self.limit())
+            self._found = os.fstat(descriptor)
         return inflated
+
+    def state(self) -> str | None:
+        """Return the state of the tar, as it is after what was read of it (of a compressed one, after it was inflated)."""
+        return self._files.state(self._name, self._found if self.compression else os.fstat(self.descriptor))
 
     def limit(self) -> InflateLimit:
         """Return how many bytes its members may become where holes are filled and links resolved: as many as a compressed tar may."""
-        return InflateLimit.of(self._packed, self._limit, self._option)
+        return InflateLimit.of(self._found.st_size, self._limit, self._option)
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -6,8 +6,10 @@ WebDataset sees pictures. The pixels are those of the array. Everything else, an
 in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads only the rows of its shard.
 """
 
+import dataclasses
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.record import encode_keys
-from aecore.data.sources import Listing
+from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._arrayfile import Array, ArrayFile
 from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
 from aecore.data.sources._filter import PathFilter, globs, with_limit
@@ -36,7 +38,7 @@ from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped, first_of
 from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import absolute_url, open_files, read_again
+from aecore.store import Seen, absolute_url, open_files, read_again
 
 _MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
 FACTOR = "factor_"
@@ -67,6 +69,7 @@ class ArraysSpec:
     exclude: tuple[str, ...] | str = knob((), "globs of the files or folders to leave out, such as 'old' or '*_test.npy'", since=2)
     min_size: int = knob(0, "bytes that a file has at least: smaller ones are left out", ge=0, since=2)
     limit: int | None = knob(None, "samples at most, chosen by a hash of their keys: spread over all arrays", ge=1, since=2)
+    name: str = knob("", NAME_HELP, identity=False, since=2)
     store_as: Literal["auto", "png", "npy"] = knob("auto", "png: as images; npy: as arrays of the same values; auto: uint8 images as png")
     max_inflated_bytes: int = knob(
         0, "bytes that one compressed array may inflate to; 0: 1 GiB, or 128 times its file's", ge=0, identity=False
@@ -76,6 +79,7 @@ class ArraysSpec:
         for option, rule in (("source.labels", self.labels), ("source.group", self.group)):
             if is_expression(rule):
                 require_rule(option, rule, ())
+        require_name(self.name)
         object.__setattr__(self, "include", globs("source.include", self.include))
         object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
@@ -103,6 +107,7 @@ class _Block:
     lengths: Array | None = None
     groups: list[str] | None = None
     label_file: str = ""  # that holds the labels
+    seen: Seen | None = None  # of its file, before it was read
 
 
 @SOURCES.register(ArraysSpec)
@@ -116,6 +121,7 @@ class ArraysSource:
         self._file = url.rpartition("/")[2] if array_format(url) else ""
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
         self._rows: dict[str, Callable[[int], tuple[str, bytes]]] = {}
+        self._found = dict[str, Callable[[], os.stat_result]]()  # by head: what is known of its file after rows were read
 
     def listing(self) -> Listing:
         """List every row of every array, file by file.
@@ -132,7 +138,10 @@ class ArraysSource:
     def _listing(self) -> Listing:
         skipped = Skipped()
         names, notes = self._names(skipped)
-        blocks = [block for name in names for block in self._blocks(name, names, skipped)]
+        blocks = list[_Block]()
+        for name in names:
+            seen = self._files.seen(name)
+            blocks += [dataclasses.replace(block, seen=seen) for block in self._blocks(name, names, skipped)]
         if not blocks:
             raise DataError(f"{self._files.url} holds labels and no samples ({first_of(names)}): add the file of the images")
         taken = {block.label_file for block in blocks}
@@ -160,6 +169,7 @@ class ArraysSource:
             label_paths=False,
             paths=paths,
         )
+        listing = listing.with_states([block.seen for block, _ in rows])
         return with_limit(listing, self._spec.limit, self._spec.group, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -171,12 +181,22 @@ class ArraysSource:
             self._rows.pop(head, None)
             raise
 
+    def read_states(self, sources: Sequence[str]) -> list[str | None]:
+        """Return the states of the files of these rows, which were read, as they are now (of compressed ones, when they were inflated)."""
+        heads = [source.rpartition("#")[0] for source in sources]
+        known = {head: self._state(head) for head in set(heads)}
+        return [known[head] for head in heads]
+
+    def _state(self, head: str) -> str | None:
+        found = self._found.get(head)
+        return None if found is None else self._files.state(_file_of(head), found())
+
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
-        member = _MEMBER.fullmatch(head)
-        name, array = (member[1], member[2]) if member else (head, "")
+        name, array = _file_of(head), head[len(_file_of(head)) + 1 :]
         file = self._array_file(name)
         lengths = self._lengths(file, array, name) if array else None
-        self._rows[head] = found = row_writer(file.rows(array), self._spec.store_as, head, lengths)
+        rows, self._found[head] = file.rows(array)
+        self._rows[head] = found = row_writer(rows, self._spec.store_as, head, lengths)
         return found
 
     def _sizes(self, block: _Block) -> NDArray[np.int64]:
@@ -357,6 +377,11 @@ class ArraysSource:
             else:
                 raise DataError(f"{where} (array {name!r}) has shape {values.shape}: factors are numbers or rows of numbers")
         return found
+
+
+def _file_of(head: str) -> str:
+    member = _MEMBER.fullmatch(head)
+    return member[1] if member else head
 
 
 def _any(blocks: list[_Block], what: str) -> bool:

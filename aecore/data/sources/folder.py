@@ -9,6 +9,8 @@ import bisect
 import contextlib
 import dataclasses
 import errno
+import itertools
+import operator
 import os
 import stat
 import sys
@@ -25,16 +27,29 @@ import numpy as np
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
 from aecore.data.format.tar import MAX_MEMBER_BYTES
-from aecore.data.sources import Listing
+from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._labels import require_rule
 from aecore.data.sources._masks import mask_notes
+from aecore.data.sources._names import file_of
 from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unseen, unseen_part
 from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
-from aecore.native.loops import list_folder
+from aecore.native.loops import Entries, list_folder
 from aecore.registry import SOURCES, knob, spec
-from aecore.store import LinkedFolders, absolute_url, cannot_read, close_read, is_remote, leads_nowhere, open_files
+from aecore.store import (
+    LinkedFolders,
+    Seen,
+    absolute_url,
+    cannot_read,
+    close_read,
+    is_remote,
+    leads_nowhere,
+    local_seen,
+    local_state,
+    open_files,
+    settled_ns,
+)
 
 if TYPE_CHECKING:
     from aecore.data.sources._frames import FrameReader
@@ -69,6 +84,7 @@ class FolderSpec:
     exclude: tuple[str, ...] | str = knob((), "globs of the files or folders to leave out, such as '*_mask.png' or thumbnails", since=2)
     min_size: int = knob(0, "bytes that a file has at least: smaller ones are left out", ge=0, since=2)
     limit: int | None = knob(None, "samples at most, chosen by a hash of their paths: spread over all folders", ge=1, since=2)
+    name: str = knob("", NAME_HELP, identity=False, since=2)
 
     def __post_init__(self) -> None:
         require_rule("source.group", self.group, ("parent",))
@@ -76,6 +92,7 @@ class FolderSpec:
         for ext in self.extensions:
             if ext not in FOLDER_EXTENSIONS:
                 raise ConfigError(f"source.extensions has {ext!r}, which is not read{did_you_mean(ext, FOLDER_EXTENSIONS)}")
+        require_name(self.name)
         object.__setattr__(self, "include", globs("source.include", self.include))
         object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
@@ -100,6 +117,7 @@ class FolderSource:
         self._limit = folder.limit
         self._filter = PathFilter(folder.include, folder.exclude, folder.min_size)
         self._first_read = FIRST_READ_BYTES  # until the first file that does not fit
+        self._states = dict[str, str | None]()  # of the files that were read, after that
 
     def listing(self) -> Listing:
         """List all files of the known extensions, sorted by relative path.
@@ -112,16 +130,16 @@ class FolderSource:
         self._require_folder()
         skipped = Skipped()
         found = self._walk(skipped)
-        if not found:
+        if not found.paths:
             raise DataError(self._nothing(skipped))
-        paths = sorted(found)
+        found.sort()
+        paths = found.paths
         labels = _folders(paths)
         if self._bags and "" in labels:
             raise DataError(
                 f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
-        sizes = np.fromiter(map(found.__getitem__, paths), dtype=np.int64, count=len(paths))
         known = {folder: sys.intern(_clean(folder)) for folder in set(labels)}
         names = labels if all(folder == name for folder, name in known.items()) else list(map(known.__getitem__, labels))
         first = {name: sys.intern(name.partition("/")[0]) for name in known.values()}
@@ -129,7 +147,8 @@ class FolderSource:
         bags = labels if self._bags else None
         if self._bags:
             names = [name.rpartition("/")[0] for name in names]
-        listing = Listing(_keys(paths), paths, sizes, label_names=names, splits=tops, groups=bags)
+        listing = Listing(_keys(paths), paths, np.array(found.sizes, np.int64), label_names=names, splits=tops, groups=bags)
+        listing = listing.with_young(found.states, sorted(found.young))
         listing = with_limit(listing, self._limit, self._group, paths)
         if listing.sources is not paths:
             paths, labels = listing.sources, _folders(listing.sources)
@@ -190,9 +209,14 @@ class FolderSource:
 
     def prefetch(self, sources: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
         """Return a `read` for these samples: of several frames of a file the file stays open between them."""
+        self._states.clear()
         if self._frames is not None:
             self._frames.expect(sources)
         return self.read
+
+    def read_states(self, sources: Sequence[str]) -> list[str | None]:
+        """Return the states of the files of these samples, which were read since the last `prefetch`, after their last byte was."""
+        return [self._states.get(source if self._frames is None else file_of(source)) for source in sources]
 
     def bound_pixels(self, most: int) -> None:
         """Decode no frame of more pixels."""
@@ -208,7 +232,8 @@ class FolderSource:
                 raise BadSample("broken_link", f"a symbolic link to {target!r}, which is not there: {FETCH}") from error
             raise
         try:
-            data, size = os.read(descriptor, self._first_read), os.fstat(descriptor).st_size
+            data, found = os.read(descriptor, self._first_read), os.fstat(descriptor)
+            size = found.st_size
             if len(data) == self._first_read or len(data) < size:
                 self._first_read = LARGE_READ_BYTES
                 if size > MAX_MEMBER_BYTES:
@@ -217,12 +242,14 @@ class FolderSource:
                         "wait until it is written, or move it away, then run the same command again"
                     )
                 data += _rest(descriptor, size)
+                found = os.fstat(descriptor)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error
         finally:
             close_read(descriptor)
         if len(data) < size:
             raise OSError(errno.EIO, f"only {len(data)} of its {size} bytes were read", path)
+        self._states[source] = local_state(found)
         return _member(source, data)
 
     def file_root(self) -> Path | None:
@@ -242,9 +269,9 @@ class FolderSource:
             raise DataError(f"source.url {self._root} is a zip file: {unpack}")
         raise DataError(_is_a_file(self._url))
 
-    def _walk(self, skipped: Skipped) -> dict[str, int]:
-        """Return the bytes of every sample by its relative path, unsorted."""
-        found: dict[str, int] = {}  # strings and numbers: the garbage collector would traverse a list of tuples again and again
+    def _walk(self, skipped: Skipped) -> "_Found":
+        """Return the files that are samples."""
+        found = _Found(settled_ns(self._root))
         links = LinkedFolders(self._url, "remove the link, or leave it out by source.exclude") if self._follow else None
         with ThreadPoolExecutor(LISTERS) as listing:
             folders = deque([("", () if links is None else links.enter("", ()), listing.submit(_entries, self._root))])
@@ -259,62 +286,64 @@ class FolderSource:
                 folders += [(name, above, listing.submit(_entries, self._root / name)) for name, above in inside]
         return found
 
-    def _sort_out(self, prefix: str, entries: dict[str, int], found: dict[str, int], skipped: Skipped) -> list[str]:
+    def _sort_out(self, prefix: str, entries: Entries, found: "_Found", skipped: Skipped) -> list[str]:
         """Add the samples of one folder to `found`; return the folders in it."""
-        names = sorted(entries)
+        names = entries.names
         if (
-            min(entries.values(), default=-1) >= 0
+            names
+            and entries.sizes.min() >= 0
             and names[0][0] > "."
             and set(map(_USUAL.get, _endings(names))) <= self._extensions
             and not self._filter.is_set
         ):
-            found.update(zip([prefix + name for name in names], map(entries.__getitem__, names), strict=True))  # nearly all folders
+            found.add_folder(prefix, entries)  # nearly all folders
             return []
         folders = []
-        for name in names:
-            path, size = prefix + name, entries[name]
+        for name, size, seen in zip(names, entries.sizes.tolist(), found.seen_in(entries), strict=True):
+            path = prefix + name
             if unseen_part(name) is not None:
                 skip_unseen(skipped, path)
                 continue
             mode = os.lstat(self._prefix + path).st_mode if size < 0 else stat.S_IFREG
             if stat.S_ISLNK(mode):
-                mode, size = self._linked(path, skipped)
+                mode, size, seen = self._linked(path, found.settled, skipped)
                 if mode == 0:
                     continue
             elif size < 0:
-                size = 0
+                size, seen = 0, None
             if stat.S_ISDIR(mode):
                 if self._filter.takes_folder(path, skipped):
                     folders.append(_class_name(f"{path}/", self._root))
             elif "." not in name or _extension(name) not in self._extensions:
                 skip_file(skipped, path)
             elif self._filter.takes(path, size, skipped):
-                found[path] = size
+                found.add(path, size, seen)
         return folders
 
-    def _linked(self, path: str, skipped: Skipped) -> tuple[int, int]:
-        """Return the mode and the bytes of what a link leads to; mode 0 if it is not followed."""
+    def _linked(self, path: str, settled: int, skipped: Skipped) -> tuple[int, int, Seen | None]:
+        """Return the mode and the bytes of what a link leads to, and what is seen of it; mode 0 if it is not followed."""
         try:
             state = os.stat(self._prefix + path)
         except OSError as error:
             if leads_nowhere(self._prefix + path, error) is None:
                 raise
             if self._follow and "." in path.rpartition("/")[2] and _extension(path) in self._extensions:
-                return stat.S_IFREG, 0  # a sample that cannot be read: its quarantine row says so
+                return stat.S_IFREG, 0, None  # a sample that cannot be read: its quarantine row says so
             skipped.add("symbolic link(s) to nothing", path, FETCH)
-            return 0, 0
+            return 0, 0, None
+        followed = state.st_mode, state.st_size, local_seen(state, settled)
         if self._follow:
             if stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode):
-                return state.st_mode, state.st_size
+                return followed
             skipped.add("symbolic link(s) to pipes or devices", path, "remove the links")
-            return 0, 0
+            return 0, 0, None
         if stat.S_ISDIR(state.st_mode):
             skipped.add("symbolic link(s) to folders", path, "set source.follow_links=true to list what is in them")
-            return 0, 0
+            return 0, 0, None
         if not stat.S_ISREG(state.st_mode) or not self._stays_inside(path):
             skipped.add("symbolic link(s) out of the folder", path, "set source.follow_links=true to follow them")
-            return 0, 0
-        return state.st_mode, state.st_size
+            return 0, 0, None
+        return followed
 
     def _stays_inside(self, link: str) -> bool:
         return Path(os.path.realpath(self._root / link)).is_relative_to(os.path.realpath(self._root))
@@ -328,7 +357,9 @@ class BucketSource(FolderSource):
         self._files = open_files(self._url)
 
     def _file(self, source: str) -> tuple[str, bytes]:
-        return _member(source, self._files.read(source))
+        data = self._files.read(source)
+        self._states[source] = self._files.state(source)
+        return _member(source, data)
 
     def file_root(self) -> None:
         """Return None: objects are not local files."""
@@ -337,27 +368,72 @@ class BucketSource(FolderSource):
         """Return a `read` for exactly these objects in this order, which are downloaded in the background."""
         if self._frames is not None:
             return super().prefetch(sources)
-        read = self._files.prefetch(sources)
-        return lambda source: _member(source, read(source))
+        self._states.clear()
+        body = self._files.prefetch(sources)
+
+        def read(source: str) -> tuple[str, bytes]:
+            data = body(source)
+            self._states[source] = self._files.state(source)
+            return _member(source, data)
+
+        return read
 
     def _require_folder(self) -> None:
         """Do nothing: listing the objects finds out."""
 
-    def _walk(self, skipped: Skipped) -> dict[str, int]:
-        found = self._files.sizes(hidden=True)
-        for part in sorted({part for name in found if (part := unseen_part(name)) is not None}):
+    def _walk(self, skipped: Skipped) -> "_Found":
+        sizes = self._files.sizes(hidden=True)
+        for part in sorted({part for name in sizes if (part := unseen_part(name)) is not None}):
             skip_unseen(skipped, part)
         if skipped:
-            found = {name: size for name, size in found.items() if unseen_part(name) is None}
-        if not self._filter.is_set and set(map(_USUAL.get, _endings(found))) <= self._extensions:
-            return found
-        known = dict[str, int]()
-        for name, size in found.items():
-            if "." not in name.rpartition("/")[2] or _extension(name) not in self._extensions:
+            sizes = {name: size for name, size in sizes.items() if unseen_part(name) is None}
+        every = not self._filter.is_set and set(map(_USUAL.get, _endings(sizes))) <= self._extensions
+        found = _Found()
+        for name, size in sizes.items():
+            if not every and ("." not in name.rpartition("/")[2] or _extension(name) not in self._extensions):
                 skip_file(skipped, name)
-            elif self._filter.takes(name, size, skipped):
-                known[name] = size
-        return known
+            elif every or self._filter.takes(name, size, skipped):
+                found.add(name, size, self._files.seen(name))
+        return found
+
+
+class _Found:
+    """The files that a walk found: paths, sizes, states, and the rows of those that are young. `settled` is that of `settled_ns`.
+
+    Columns of strings and numbers: the garbage collector would traverse tuples again and again.
+    """
+
+    def __init__(self, settled: int = 0) -> None:
+        self.settled = settled
+        self.paths, self.sizes, self.states, self.young = list[str](), list[int](), list[str | None](), set[int]()
+
+    def add(self, path: str, size: int, seen: Seen | None) -> None:
+        if seen is not None and seen.young:
+            self.young.add(len(self.paths))
+        self.paths.append(path)
+        self.sizes.append(size)
+        self.states.append(None if seen is None else seen.state)
+
+    def add_folder(self, prefix: str, entries: Entries) -> None:
+        """Add everything in a folder: regular files alone."""
+        if entries.changed.max() > self.settled:
+            self.young.update((len(self.paths) + np.flatnonzero(entries.changed > self.settled)).tolist())
+        self.paths += [prefix + name for name in entries.names]
+        self.sizes += entries.sizes.tolist()
+        self.states += entries.states
+
+    def sort(self) -> None:
+        """Sort by path; mostly they are, as folders are walked in their order."""
+        if all(map(operator.le, self.paths, itertools.islice(self.paths, 1, None))):
+            return
+        rows = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        self.paths = [self.paths[row] for row in rows]
+        self.sizes = [self.sizes[row] for row in rows]
+        self.states = [self.states[row] for row in rows]
+        self.young = {row for row, place in enumerate(rows) if place in self.young} if self.young else self.young
+
+    def seen_in(self, entries: Entries) -> Iterator[Seen | None]:
+        return map(Seen, entries.states, (entries.changed > self.settled).tolist())
 
 
 def _member(source: str, data: bytes) -> tuple[str, bytes]:
@@ -397,8 +473,8 @@ def _opened(folder: Path) -> Iterator[int]:
         close_read(descriptor)
 
 
-def _entries(folder: Path) -> dict[str, int]:
-    """Return the bytes of every regular file in a folder by its name, -1 for everything else. OSError if it cannot be read."""
+def _entries(folder: Path) -> Entries:
+    """Return what is in a folder. OSError if it cannot be read."""
     with _opened(folder) as descriptor:
         return list_folder(descriptor)
 

@@ -119,6 +119,29 @@ def require_same_tars(store: Store, parent: DatasetManifest, source: Source, fre
         )
 
 
+class AdoptedTars:
+    """The tars that a dataset has adopted, as it has them, and as they are now (see `follow.Tars`)."""
+
+    def __init__(self, store: Store, parent: DatasetManifest, source: Source) -> None:
+        assert isinstance(source, WebdatasetSource)
+        self._tars = source.tars
+        here = f"{self._tars.files.url}/"
+        refs = [(f"{resolve_url(store.url, shard.tar_base_url)}/{shard.tar.name}", shard) for shard in parent.shards if shard.tar_base_url]
+        self._known = {url.removeprefix(here): shard.tar for url, shard in refs if url.startswith(here) and shard.live}
+
+    def of(self, sources: Any) -> list[str]:  # any: pyarrow's stubs know no types of values
+        """Return the tar of each sample."""
+        return files_of(sources.to_pylist())
+
+    def changed(self, names: set[str]) -> set[str]:
+        """Return those of these tars that have other bytes than when they were indexed, or of which no sample is in a shard."""
+        sizes = self._tars.sizes()
+        return {name for name in names if not self._is(name, sizes.get(name), self._known.get(name))}
+
+    def _is(self, name: str, size: int | None, known: FileRef | None) -> bool:
+        return known is not None and size == known.bytes and _tar_ref(self._tars.files, name).sha256 == known.sha256
+
+
 def files_of(sources: Sequence[str]) -> list[str]:
     """Return the tar of each sample."""
     return [parse_source(source)[0] for source in sources]

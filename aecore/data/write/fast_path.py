@@ -21,7 +21,7 @@ from aecore.data.write.spec import ShardTask
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import StreamHash
 from aecore.native.tar_builder import TarBuilder, TarFiles, open_tar_builder
-from aecore.store import close_read, read_again
+from aecore.store import STATE_BYTES, close_read, read_again
 
 Int64s = NDArray[np.int64]
 BLOCK_FILES, BLOCK_BYTES, MOST_BYTES = (
@@ -57,6 +57,7 @@ class PlainFiles:
         self._other_blocks = np.flatnonzero(~np.logical_and.reduceat(plain, self.blocks[:-1]))
         self._paths = BytesColumn.from_texts(os.fsencode("\0".join(task.sources) + "\0"))
         self._names = BytesColumn.from_texts(names.encode())
+        self._states = None if task.states is None else _state_texts(task.states)
 
     @contextlib.contextmanager
     def builder(self, block: int, most: int, packer: TarPacker, stream: StreamHash) -> Generator[TarBuilder | None, None, None]:
@@ -73,11 +74,23 @@ class PlainFiles:
         folder = read_again(lambda: os.open(self._root, os.O_RDONLY | os.O_DIRECTORY), str(self._root))
         try:
             texts, blocks = (self._paths[rows], self._names[rows]), self.blocks[block : last + 1] - first
-            files = TarFiles(folder, *texts, self._labels[rows], *places, blocks, BLANK)
+            states = None if self._states is None else self._states[rows]
+            files = TarFiles(folder, *texts, self._labels[rows], *places, blocks, BLANK, states)
             with open_tar_builder(files, stream, bytes(packer.rest)) as builder:
                 yield builder
         finally:
             close_read(folder)
+
+
+def _state_texts(states: list[str | None]) -> NDArray[np.uint8]:
+    """Return states as `[n, STATE_BYTES]` characters; one that is not known, or is none of a local file, as others than any file's."""
+    try:
+        joined = "".join(states)  # type: ignore[arg-type]  # nearly always all are texts
+    except TypeError:
+        joined = ""
+    if len(joined) != STATE_BYTES * len(states) or not joined.isascii():
+        joined = "".join(state if state and len(state) == STATE_BYTES and state.isascii() else "?" * STATE_BYTES for state in states)
+    return np.frombuffer(joined.encode(), np.uint8).reshape(-1, STATE_BYTES)
 
 
 def plain_files(source: Source, task: ShardTask) -> PlainFiles | None:

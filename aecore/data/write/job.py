@@ -1,10 +1,13 @@
 """`shard_dataset`: a source becomes a dataset, or the next generation of one.
 
-List, compare with the dataset, plan, write the shards (anywhere: see `fanout`), publish the manifest. The process may die at any
-point before the manifest: the same command finds its claim again and continues. Nothing is overwritten; a sample that is stored
-already, in a shard or in quarantine, is never written again. Modules that only the adoption of tars needs are imported by it.
+List, compare with the dataset, plan, write the shards (anywhere: see `fanout`), say what is removed, publish the manifest. The process
+may die at any point before the manifest: the same command finds its claim again and continues. Nothing is overwritten; what is stored,
+in a shard or in quarantine, is written again only if it changed. A dataset follows its source (`follow.py`); one that was begun before
+that was possible grows only (`append.py`), until a run gives `shards.removed`. Modules that only the adoption of tars needs are imported
+by it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -16,15 +19,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, newest_of, require_same
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
-from aecore.data.format.index import read_table
+from aecore.data.dataset import Dataset
+from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing, Source, Unusable
+from aecore.data.removal import removed_of
+from aecore.data.sources import Listing, Source, Unusable, origin_of
+from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
+from aecore.data.sources._skipped import shown_examples
 from aecore.data.write.append import (
     SHOWN,
     listing_table,
@@ -35,9 +47,13 @@ from aecore.data.write.append import (
     warn_if_address_changed,
     warn_of_orphans,
 )
-from aecore.data.write.manifest_build import next_manifest
-from aecore.data.write.plan import DatasetPlan, PlanSummary, plan_dataset, require_unique
+from aecore.data.write.follow import Changes, Rules, compare
+from aecore.data.write.ledger import MOST_LISTINGS, newest_rows, planned_rows, read_ledger, recorded_rows, samples_sha256
+from aecore.data.write.manifest_build import Living, next_manifest
+from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_samples, plan_dataset, plan_parts, require_unique
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
+from aecore.data.write.remove import live_details, part_of, remove_samples
+from aecore.data.write.reread import is_little, read_again
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
@@ -70,7 +86,7 @@ def shard_dataset(
     dry_run: bool = False,
     on_part: OnPart | None = None,
 ) -> DatasetManifest | PlanSummary:
-    """Write the samples of `source` that the dataset at `out` does not have yet, as its next generation.
+    """Make the dataset at `out` what `source` is now: its next generation has what is new or changed, and lacks what is gone.
 
     Parameters
     ----------
@@ -88,17 +104,18 @@ def shard_dataset(
     Returns
     -------
     DatasetManifest or PlanSummary
-        The new generation; the newest one if there is nothing new; the summary for a dry run.
+        The new generation; the newest one if nothing changed; the summary for a dry run, which reads again what may have changed.
 
     Raises
     ------
     ConfigError
         If `out` was written with another source kind or other splits or shards (the differing fields are shown).
     DataError
-        If the source is missing or empty, a known sample changed, or more than `shards.max_bad` of the samples are bad
-        (then there is no new manifest; the shards that were written are kept for a rerun).
+        If the source is missing or empty, so many samples are gone that it may be incomplete (`shards.max_removed`), a sample of a
+        dataset that only grows changed, or more than `shards.max_bad` of the samples are bad (then there is no new manifest; the shards
+        that were written are kept for a rerun).
     """
-    work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec())
+    work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec(), fan_out)
     return _publish(work, fan_out, dry_run, on_part)
 
 
@@ -120,7 +137,7 @@ def adopt_shards(
 
     shards = shards or ShardSpec()
     require_adoptable(source, shards)
-    work = _compare(_absolute(source), out, splits or SplitSpec(), shards, adopt=True)
+    work = _compare(_absolute(source), out, splits or SplitSpec(), shards, fan_out, adopt=True)
     return _publish(work, fan_out, dry_run, on_part)
 
 
@@ -128,9 +145,9 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
     if dry_run:
         plan = work.plan(claim=1)
         _warn_of_orphans(work, plan)
-        return plan.summary(known=len(work.listing) - len(work.fresh))
+        return plan.summary(known=len(work.listing) - len(work.fresh), changes=work.shown)
     _require_usable(work)
-    if work.parent is not None and not len(work.fresh):
+    if work.parent is not None and work.is_idle:
         logger.info(
             "%s: nothing new in %s, generation %d stays",
             work.store.url,
@@ -143,7 +160,11 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The work of one run: the newest generation, everything listed, and the samples of it that are new."""
+    """The work of one run: the newest generation, everything listed, and the samples of it that are written.
+
+    `placed`, `ledger` and `changes` are those of a dataset that follows its source; `removal` is None for one that only grows.
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
+    """
 
     store: Store
     source: Any  # any: every source kind has its own spec class
@@ -155,21 +176,54 @@ class _Work:
     fresh: Listing
     identity: Mapping[str, Any]  # any: plain JSON data
     adopt: bool
+    removal: str | None
+    placed: Placement | None = None
+    ledger: pa.Table | None = None
+    changes: Changes | None = None
+    before_states: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no generation to write.
+
+        New states alone are none, unless reading these samples again in each run costs more than that.
+        """
+        if len(self.fresh) or (self.parent is not None and self.removal != self.parent.removal):
+            return False
+        if self.changes is None:
+            return True
+        renewed = self.changes.renewed
+        return is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0) and not len(self.changes.removed)
+
+    @property
+    def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
+        """What happens to samples of a dataset that exists, for people."""
+        if self.changes is not None:
+            return self.changes.shown
+        return {} if self.parent is None else {"added": {"samples": len(self.fresh), "examples": self.fresh.sources[:SHOWN]}}
 
     def plan(self, claim: int) -> DatasetPlan:
-        """Return the plan of the new samples, its notes starting with the choice of `auto`."""
+        """Return the plan of the samples that are written, its notes starting with the choice of `auto`."""
         files: list[str] | None = None
+        listing = self.fresh if self.changes is None else self.listing
         if self.adopt:
             from aecore.data.write.adopt import files_of
 
-            files = files_of(self.fresh.sources)
-        plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source, files)
+            files = files_of(listing.sources)
+        if self.changes is None:
+            plan = plan_dataset(listing, self.splits, self.shards, self.parent, claim, self.source, files)
+        else:
+            assert self.placed is not None
+            written = self.changes.written
+            plan = plan_parts(listing, self.placed, self.shards, self.parent, claim, self.source, files, written)
+        if self.before_states:
+            plan = dataclasses.replace(plan, tasks=tuple(dataclasses.replace(task, source_hashes=False) for task in plan.tasks))
         chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
 
 def _compare(
-    source: Any, out: str, asked: SplitSpec, shards: ShardSpec, *, adopt: bool = False
+    source: Any, out: str, asked: SplitSpec, shards: ShardSpec, fan_out: FanOut, *, adopt: bool = False
 ) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
     names = store.list()
@@ -187,30 +241,95 @@ def _compare(
 
         identity["adopted"] = {"by": "offset"}
         require_readable_by_offset(listing, opened)
+    removal = shards.removed or ("drop" if parent is None else parent.removal)
+    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal)
     if parent is None:
         _warn(store, listing, asked, splits)
-        return _Work(store, source, asked, splits, shards, None, listing, listing, identity, adopt)
-    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt)
+        return work
     _require_same(work, parent)
-    warn_if_address_changed(store, parent, source, listing)
-    rows = new_rows(store, parent, listing, shards, source)
+    work = _grown(work, parent, opened) if removal is None else _followed(work, parent, opened, fan_out)
+    del opened  # a source may hold copies of files in the cache
+    if len(work.fresh):
+        _warn(store, listing, asked, splits)
+    return work
+
+
+def _grown(work: _Work, parent: DatasetManifest, opened: Source) -> _Work:
+    """Return the work on a dataset that only grows: the new samples, if no known one changed."""
+    store, listing = work.store, work.listing
+    warn_if_address_changed(store, parent, work.source, listing)
+    rows = new_rows(store, parent, listing, work.shards, work.source)
     fresh = listing.take(rows)
-    if adopt:
+    if work.adopt:
         from aecore.data.write.adopt import require_same_tars
 
         require_same_tars(store, parent, opened, fresh)
-    del opened  # a source may hold copies of files in the cache
     require_whole_bags(store, listing, rows)
-    if len(fresh):
-        _warn(store, listing, asked, splits)
     return dataclasses.replace(work, fresh=fresh)
 
 
+def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: FanOut) -> _Work:
+    """Return the work on a dataset that follows its source."""
+    store, source, listing, tars = work.store, work.source, work.listing, None
+    if work.adopt:
+        from aecore.data.write.adopt import AdoptedTars, files_of
+
+        tars = AdoptedTars(store, parent, opened)
+    ledger, known = read_ledger(store, parent), dict[str, str]()
+    if work.splits.stratify:
+        rows = ledger.select(["key", "group", "split"]).to_pylist()
+        known = {name: row["split"] for row in rows for name in (row["group"] or row["key"],)}
+    placed = place_samples(listing, work.splits, parent, source, files_of(listing.sources) if work.adopt else None, known)
+    rules = Rules(
+        url=store.url,
+        drop=work.removal == "drop",
+        max_removed=work.shards.max_removed,
+        checksum=work.shards.checksum,
+        accept_filter=work.shards.accept_filter,
+        reread=lambda rows: read_again(rows, source, work.shards, fan_out),
+        outside=functools.partial(_left_out, source, parent),
+        tars=tars,
+        all_frames=getattr(source, "frames", "first") == "all",
+        split_folders=work.splits.by == "folders",
+    )
+    changes = compare(listing, placed, ledger, rules)
+    identity = work.identity
+    if changes.left_out:  # until they are dropped, the filter that has them is that of the dataset
+        logger.warning(
+            "%s: %s that the filter of the source leaves out now (%s); they stay, and so does the recorded filter, until a run has "
+            "shards.accept_filter=true, which drops them",
+            store.url,
+            counted(changes.shown["outside_filter"]["samples"], "sample is there", "samples are there"),
+            shown_examples(changes.shown["outside_filter"]["examples"], changes.shown["outside_filter"]["samples"]),
+        )
+        identity = {**identity, "source": _filters_of(parent.identity["source"], identity["source"])}
+    fresh = listing.take(np.flatnonzero(changes.written))
+    return dataclasses.replace(work, fresh=fresh, identity=identity, placed=placed, ledger=ledger, changes=changes)
+
+
+def _left_out(source: Any, parent: DatasetManifest, rows: pa.Table) -> NDArray[np.bool_]:  # any: every source kind has its own spec class
+    """Return which of these samples of a dataset the filter of the source leaves out."""
+    names, sizes = list[Any](rows["source"].to_pylist()), list[Any](rows["bytes"].to_pylist())  # any: texts, numbers
+    return np.array(left_out(source, parent.identity.get("source", {}), names, sizes), np.bool_)
+
+
+def _filters_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
+    """Return the settings `other` of a source with the filters of `one`."""
+    chosen = {name: one[name] for name in FILTERS if name in one}
+    return {**{name: value for name, value in other.items() if name not in FILTERS}, **chosen}
+
+
 def _require_same(work: _Work, there: DatasetManifest) -> None:
-    """Raise ConfigError with the differing fields if the dataset was written with other settings."""
+    """Raise ConfigError with the differing fields if the dataset was written with other settings; filters may differ if it follows."""
     specs = {"source": work.source, "splits": work.splits, "shards": work.shards}
     absent = {name: absent_values(spec) for name, spec in specs.items()}
-    require_same(work.store.url, "dataset", work.identity, _with_classes(there, work.source), absent=absent)
+    asked, recorded = work.identity, _with_classes(there, work.source)
+    if work.removal is not None:
+        asked, recorded, absent = (
+            {**part, "source": {name: value for name, value in part.get("source", {}).items() if name not in FILTERS}}
+            for part in (asked, recorded, absent)
+        )
+    require_same(work.store.url, "dataset", asked, recorded, absent=absent)
 
 
 def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  # any: as above
@@ -229,14 +348,15 @@ def _listed(
     A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
     """
     listed: list[tuple[Any, Source, Listing]] = []  # any: as above
-    hashes: list[str] = []
+    hashes: list[tuple[str, str]] = []  # as they are, and as versions before states made them
 
     def rows(spec: Any) -> int:  # any: as above
         known = next((number for number, found in enumerate(listed) if found[0] == spec), None)
         if known is not None:
             return known
         opened: Source = SOURCES.build(spec)
-        listed.append((spec, opened, by_rules(spec, opened.listing())))
+        listing = by_rules(spec, opened.listing())
+        listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 
     if parent is not None:
@@ -247,8 +367,8 @@ def _listed(
         if "listing" not in identity:
             continue
         at = rows(as_recorded(source, identity["dataset"].get("source", {})))
-        hashes += [found[2].sha256() for found in listed[len(hashes) :]]
-        if hashes[at] == identity["listing"]:
+        hashes += [(found[2].sha256(), found[2].without_states().sha256()) for found in listed[len(hashes) :]]
+        if identity["listing"] in hashes[at]:
             return identity["dataset"], *listed[at]
     return None, *listed[rows(source)]
 
@@ -263,9 +383,7 @@ def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -
 def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:
     started = time.perf_counter()
     store, parent = work.store, work.parent
-    generation = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
-    if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
-        generation["names"] = "NFC"
+    generation, work = _as_begun(work, _generation(work))
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
@@ -276,23 +394,18 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(_worker_type(work), store.url, work.source)
-    try:
-        with ThreadPoolExecutor(1, "listing") as background:  # only the manifest waits for it
-            put: list[Future[FileRef]] = []
-            records = collect(
-                fan_out,
-                make_worker,
-                plan.tasks,
-                what="shards",
-                on_part=on_part,
-                on_start=lambda: put.append(background.submit(_put_listing, store, claim, work.fresh)),
-            )
-            listed = put[0].result()
-        _require_good(work, records)
-    except (ConfigError, DataError):
-        leave_refused(store, claim, [task.stem for task in plan.tasks])
-        raise
-    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation))
+    with _Listing(work, plan, claim) as listing:  # in the background: only the manifest waits for it
+        try:
+            records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=listing.reporting(on_part), on_start=listing.start)
+            _require_good(work, records)
+        except (ConfigError, DataError):
+            listing.close()
+            leave_refused(store, claim, [task.stem for task in plan.tasks])
+            raise
+        removed = None if parent is None or work.changes is None else work.changes.removed
+        removals = [] if removed is None or parent is None else remove_samples(Dataset(store, parent), removed, claim)
+        listed, living = listing.put(removals)
+    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living)
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
     new_files = sorted(new, key=lambda ref: ref.name)
@@ -305,10 +418,111 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     counts = rows, sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
+    if changes := ", ".join(f"{name} {found['samples']}" for name, found in work.shown.items() if found["samples"]):
+        logger.info("%s: %s", store.url, changes)
     for note in _pixel_notes(records, manifest.sample.shapes):
         logger.info("%s: %s", store.url, note)
     report_formats(store, parent, manifest)
     return manifest
+
+
+def _as_begun(work: _Work, generation: dict[str, Any]) -> tuple[dict[str, Any], _Work]:  # any: plain JSON data
+    """Return the identity of a claim and the work as a version that knew no states began them, if it did; else both as they are.
+
+    Such a dataset only grows, so a run that says what becomes of removed samples begins anew.
+    """
+    if work.shards.removed is not None:
+        return generation, work
+    names, newest = work.store.list(), work.parent.claim if work.parent else 0
+    if (newest_of(names, "run") or 0) <= newest:
+        return generation, work
+    listing = work.listing.without_states()
+    begun = {**generation, "listing": listing.sha256()}
+    if begun == generation or find_claim(work.store, begun, names, above=newest) is None:
+        return generation, work
+    return begun, dataclasses.replace(work, listing=listing, fresh=work.fresh.without_states(), removal=None, before_states=True)
+
+
+def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
+    """Return the identity of the claim: all that decides what the generation holds."""
+    parent = work.parent
+    generation: dict[str, Any] = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
+    if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
+        generation["names"] = "NFC"
+    if work.removal is not None and (parent is not None or work.removal != "drop"):
+        generation["removal"] = work.removal
+    if parent is not None and work.changes is not None:
+        generation["parent_sha256"] = parent.dataset_sha256
+        generation["changes"] = {"removed": content_sha256(work.changes.removed), "written": work.fresh.sha256()}
+    return generation
+
+
+class _Listing(contextlib.AbstractContextManager["_Listing"]):
+    """The listing of a generation, made in a thread while the shards are written."""
+
+    def __init__(self, work: _Work, plan: DatasetPlan, claim: int) -> None:
+        self._work, self._claim = work, claim
+        self._tasks = {task.stem: task for task in plan.tasks}
+        self._background = ThreadPoolExecutor(1, "listing")
+        self._rows: dict[str, Future[pa.Table]] = {}
+        self._grown: Future[FileRef] | None = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what was begun."""
+        self._background.shutdown()
+
+    def start(self) -> None:
+        """Write the whole listing of a dataset that only grows: it depends on no shard."""
+        if self._work.removal is None:
+            self._grown = self._background.submit(_put_listing, self._work.store, self._claim, listing_table(self._work.fresh))
+
+    def reporting(self, on_part: OnPart | None) -> OnPart:
+        """Return `on_part`, which before that makes the rows of the part."""
+
+        def made(record: PartRecord, done: int, total: int) -> None:
+            if self._work.removal is not None:
+                self._rows[record.part] = self._background.submit(self._rows_of, record)
+            if on_part is not None:
+                on_part(record, done, total)
+
+        return made
+
+    def _rows_of(self, record: PartRecord) -> pa.Table:
+        work, shards = self._work, self._work.shards
+        planned = planned_rows(self._tasks[record.part], work.listing.origin)
+        return recorded_rows(work.store, planned, record, converts=shards.converts)
+
+    def _known_with(self, new: pa.Table) -> pa.Table:
+        """Return the ledger of the generation, which this listing completes."""
+        ledger, changes = self._work.ledger, self._work.changes
+        if ledger is None or changes is None:
+            return new
+        return newest_rows(pa.concat_tables([ledger, new]).combine_chunks(), changes.removed)
+
+    def put(self, removals: Sequence[PartRecord]) -> tuple[FileRef, Living | None]:
+        """Commit the listing; return it, and what else the manifest has of a dataset that follows its source."""
+        work, parent = self._work, self._work.parent
+        if self._grown is not None:
+            return self._grown.result(), None
+        rows = [self._rows[stem].result() for stem in self._tasks]
+        new = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *([] if work.changes is None else [work.changes.renewed]), *rows])
+        ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS
+        content = self._background.submit(samples_sha256, ledger)
+
+        def knows_the_same(there: pa.Table) -> bool:  # of an attempt that was killed, at which time other states were known
+            if not there.schema.equals(LEDGER_SCHEMA):
+                return False
+            ours, theirs = (rows.drop_columns(["bytes", "origin", "state"]) for rows in (ledger, self._known_with(there)))
+            return bool(ours.equals(theirs))
+
+        listed = _put_listing(work.store, self._claim, ledger if merged else new.combine_chunks(), knows_the_same)
+        by_part = {part_of(record): record for record in removals}
+        details = None if parent is None or not removals else live_details(work.store, parent.parts, by_part)
+        removed = {stem: removed_of(record) for stem, record in by_part.items()}
+        return listed, Living(work.removal, content.result(), removed, details, merged)
 
 
 def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every source kind has its own spec class
@@ -347,9 +561,12 @@ def _absolute(source: Any) -> Any:  # any: every source kind has its own spec cl
     return dataclasses.replace(source, **{name: absolute_url(getattr(source, name), f"source.{name}") for name in urls})
 
 
-def _put_listing(store: Store, claim: int, listing: Listing) -> FileRef:
-    """Commit keys, sources and source sizes of the planned samples; the next append compares its listing with them."""
-    return put_table(store, f"listings/{claim:06d}.parquet", listing_table(listing), {"claim": claim}, "listing")
+def _put_listing(store: Store, claim: int, rows: pa.Table, accepts: Callable[[pa.Table], bool] = lambda there: False) -> FileRef:
+    """Commit what is known of the samples that a generation writes or renews; the next run compares the source with that.
+
+    A listing that another attempt committed under this claim is kept if it says the same, or if `accepts(its rows)`.
+    """
+    return put_table(store, f"listings/{claim:06d}.parquet", rows, {"claim": claim}, "listing", accepts)
 
 
 def _require_usable(work: _Work) -> None:
@@ -357,12 +574,15 @@ def _require_usable(work: _Work) -> None:
 
     These are part of the count of `_require_good`, which comes after the samples were read.
     """
-    unusable, total = work.fresh.unusable or [], len(work.fresh)
+    if not len(work.fresh):
+        return
+    asked = work.fresh if work.removal is None else work.listing
+    unusable, total = asked.unusable or [], len(asked)
     rows = [row for row, why in enumerate(unusable) if why is not None]
     all_bad = work.parent is None and total == len(rows) > 0
     if len(rows) <= work.shards.max_bad * total and not all_bad:
         return
-    lines = "".join(f"\n  {work.fresh.sources[row]}: {why.reason}: {why.message}" for row in rows[:SHOWN] if (why := unusable[row]))
+    lines = "".join(f"\n  {asked.sources[row]}: {why.reason}: {why.message}" for row in rows[:SHOWN] if (why := unusable[row]))
     counts = ", ".join(f"{reason} {count}" for reason, count in _reasons(unusable).most_common())
     remedy = f"or accept them with shards.max_bad={_share(len(rows), total)} or more, and"
     if len(rows) == total:
@@ -389,7 +609,10 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
     bad = sum(record.quarantined for record in records)
     planned = sum(record.detail["planned"] for record in records)
     all_bad = work.parent is None and bad == planned
-    if bad <= max_bad * planned and not all_bad:
+    share, total = bad, planned
+    if bad and work.changes is not None:  # the share is that of the whole source, as if it were sharded anew
+        share, total = bad + work.changes.stayed, len(work.listing)
+    if share <= max_bad * total and not all_bad:
         return
     refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
     rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
@@ -406,10 +629,11 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
             f"all {planned} samples are bad ({counts}): nothing was kept. First of them:{lines}\n"
             "put them right, or check source.url and source.extensions, and run the command again"
         )
+    known = work.listing.states is not None
+    unseen = "" if known else "; files that are repaired without another size need another output URL"  # they would be the same listing
     raise DataError(
-        f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
+        f"{share} of {total} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "remove these files, or accept them with a higher shards.max_bad, and run the command again; files that are repaired without "
-        "another size need another output URL"
+        f"repair or remove these files, or accept them with a higher shards.max_bad, and run the command again{unseen}"
     )

@@ -17,9 +17,19 @@ from numpy.typing import NDArray
 
 from aecore.artifact.commit import PartRecord, claim_of
 from aecore.artifact.documents import read_json
-from aecore.data.format.index import INDEX_SCHEMA, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, REMOVED_SCHEMA, make_table, read_table
+from aecore.data.format.index import (
+    INDEX_SCHEMA,
+    LEDGER_SCHEMA,
+    LISTING_SCHEMA,
+    QUARANTINE_SCHEMA,
+    REMOVED_SCHEMA,
+    SOURCE_SHA256,
+    make_table,
+    read_table,
+)
 from aecore.data.manifest import DatasetManifest, RejectedPart, ShardRef, claim_of_listing
 from aecore.data.removal import read_removed
+from aecore.data.sources import origin_of_url
 from aecore.data.write.spec import ShardTask
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
@@ -29,7 +39,6 @@ pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 Column = Any  # any: as above
 MOST_LISTINGS = 16  # of a manifest; more are merged into the new one
 READERS = 16  # files that are read at a time
-SOURCE_SHA256 = "source_sha256"  # the column of an index of converted samples: the hash of what was read
 _SLICE = 1 << 16  # rows that are hashed at a time
 
 
@@ -134,16 +143,7 @@ def _origin_of_claim(store: Store, claim: int) -> str | None:
     if store.size(name) is None:
         return None
     url = read_json(store, name).get("info", {}).get("source", {}).get("url")
-    return origin_of(url) if isinstance(url, str) else ""
-
-
-def origin_of(url: str) -> str:
-    """Return an absolute URL without what is no part of an address: user, password and query."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    host, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return origin_of_url(url) if isinstance(url, str) and url else ""
 
 
 def planned_rows(task: ShardTask, origin: str) -> pa.Table:

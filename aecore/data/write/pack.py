@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.image import image_header
-from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, make_table
+from aecore.data.format.index import INDEX_SCHEMA, MEMBERS, QUARANTINE_SCHEMA, SOURCE_SHA256, make_table
 from aecore.data.format.limits import exclusive_cumsum
 from aecore.data.format.record import Header
 from aecore.data.format.tar import BLOCK, MAX_MEMBER_BYTES, PAGE, Samples, TarPacker
-from aecore.data.sources import Source, bound_pixels, reader
+from aecore.data.sources import Source, bound_pixels, read_states, reader
 from aecore.data.write.fast_path import PlainFiles, plain_files
 from aecore.data.write.spec import ShardTask
 from aecore.errors import ConfigError
@@ -53,6 +53,8 @@ class ShardWriter:
         self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
+        self._changed: list[int] = []  # positions of samples whose states, after they were read, are not the listed ones
+        self._source_digests: list[bytes] = []  # of samples that may be converted
         self._unread: dict[int, tuple[str, str, str]] = {}  # position -> stage, reason and message of samples that are bad unread
 
     def write(self, path: Path, source: Source) -> None:
@@ -67,7 +69,7 @@ class ShardWriter:
                 taken = 0 if files is None or in_vain == IN_VAIN else self._write_fast(files, block, most, packer, file)
                 block, in_vain = block + taken, 0 if taken else min(in_vain + 1, IN_VAIN)
                 if taken < most and block < num_blocks:  # this one is not plain
-                    self._write_checked(bounds[block], bounds[block + 1], read, packer, file)
+                    self._write_checked(bounds[block], bounds[block + 1], source, read, packer, file)
                     block += 1
                 most = max(1, 2 * taken)  # what was read ahead of an unusual block is read again
             end = packer.end()
@@ -78,7 +80,7 @@ class ShardWriter:
         """Read, check and hash all samples without writing them."""
         position, read = 0, reader(source, self._to_read())
         while position < len(self.task):
-            samples, position = self._checked(position, len(self.task), read)
+            samples, position = self._checked(position, len(self.task), source, read)
             self._digests.append(sha256s(samples.contents))
 
     def _to_read(self) -> list[str]:
@@ -92,11 +94,11 @@ class ShardWriter:
                 self._unread[position] = "list", why.reason, why.message
         return [name for position, name in enumerate(sources) if position not in self._unread] if self._unread else sources
 
-    def _write_checked(self, first: int, stop: int, read: Read, packer: TarPacker, file: DiskWriter) -> None:
+    def _write_checked(self, first: int, stop: int, source: Source, read: Read, packer: TarPacker, file: DiskWriter) -> None:
         """Write the samples [first, stop) one by one: read, check, pack; hash and write in background threads."""
         with BackgroundCall(self._hash) as hashing, BackgroundCall(file.pages) as writing:
             while first < stop:
-                samples, first = self._checked(first, stop, read)
+                samples, first = self._checked(first, stop, source, read)
                 pages = packer(samples)
                 hashing(pages, samples)
                 writing(pages)
@@ -125,6 +127,7 @@ class ShardWriter:
                 file.pages(builder.finished_pages())
                 builder.release()
         done = builder.files.blocks[builder.submitted]
+        self._changed += (first + np.flatnonzero(builder.changed[:done])).tolist()
         self._digests.append(builder.digests[:done])
         packer.size = int(builder.files.starts[done])
         packer.rest = builder.tail[: packer.size % PAGE].tobytes()
@@ -145,7 +148,7 @@ class ShardWriter:
         headers = [self._known[key] for key in keys]
         return headers if all(header.ext == ext for header, (_, ext) in zip(headers, keys, strict=True)) else None
 
-    def _checked(self, first: int, last: int, read: Read) -> tuple[Samples, int]:
+    def _checked(self, first: int, last: int, source: Source, read: Read) -> tuple[Samples, int]:
         """Return the good samples from position `first` on, up to `last` or until a chunk is full, and the next position."""
         from aecore.data.write.convert import prepare  # and all decoders: plain images in files need none
 
@@ -161,6 +164,7 @@ class ShardWriter:
             data: bytes | None = None
             try:
                 ext, data = read(sources[position])
+                given = data
                 header, data = prepare(data, ext, shards, frames)
             except BadSample as bad:
                 digest = None if data is None else hashlib.sha256(data).hexdigest()  # None: a sample that has no bytes of its own
@@ -174,14 +178,33 @@ class ShardWriter:
             codes.append(self.headers.setdefault(header, len(self.headers)))
             exts.append(header.ext)
             contents.append(data)
+            if self._hashes_source:
+                self._source_digests.append(hashlib.sha256(given).digest())
             free -= len(data) + 2 * BLOCK
             if free < 0:
                 last = position + 1
                 break
+        self._compare_states(source, [position for position in range(first, last) if position not in self._unread])
         column = BytesColumn.from_bytes(contents)
         self._good.append((np.array(positions, np.int64), np.array(codes, np.int64), column.sizes))
         good = [keys[position] for position in positions]
         return Samples(good, exts, column, None if labels is None else labels[positions]), last
+
+    @property
+    def _hashes_source(self) -> bool:
+        return self.task.shards.converts and self.task.source_hashes
+
+    def _compare_states(self, source: Source, positions: list[int]) -> None:
+        """Compare the states of samples that were just read with the listed ones."""
+        listed = self.task.states
+        if listed is not None:
+            states = read_states(source, [self.task.sources[position] for position in positions])
+            self._changed += [position for position, state in zip(positions, states, strict=True) if state != listed[position]]
+
+    def unsettled(self) -> list[int]:
+        """Return the ordinals of the samples that may have been read in another state than the one that a later listing shows, sorted."""
+        unknown = [position for position, state in enumerate(self.task.states or ()) if state is None]
+        return sorted(self.task.ordinals[sorted({*self._changed, *unknown})].tolist())
 
     @cached_property
     def good(self) -> tuple[Int64s, Int64s, Int64s]:
@@ -189,6 +212,10 @@ class ShardWriter:
         columns = zip(*self._good, strict=True) if self._good else [()] * 3
         positions, codes, sizes = (np.concatenate([np.zeros(0, np.int64), *column]) for column in columns)
         return positions, codes, sizes
+
+    def digests(self) -> list[str]:
+        """Return the sha256 of each good sample, as it is stored."""
+        return [bytes(row).hex() for digests in self._digests for row in digests]
 
     def index(self) -> pa.Table:
         """Return the index of the good samples."""
@@ -211,6 +238,8 @@ class ShardWriter:
             "group": _select(task.groups, positions),
             "length": pa.array([header.length for header in headers], pa.int32()).take(at),
         }
+        if self._hashes_source:
+            columns[SOURCE_SHA256] = _split_text(b"".join(self._source_digests).hex(), np.full(len(rows), 64))
         columns |= {name: values[rows] for name, values in task.columns.items()}
         return make_table(INDEX_SCHEMA, columns, len(rows))
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from aecore.artifact.commit import part_stem
 from aecore.data.classes import UNKNOWN, in_order, numbers_of, require_known
-from aecore.data.format.index import INDEX_SCHEMA
+from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, take
@@ -32,7 +32,10 @@ __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset
 
 @dataclass(frozen=True, slots=True)
 class PlanSummary:
-    """Counts of a plan, as `--dry-run` shows them: samples and shards by split, bytes to read, class names, notes."""
+    """Counts of a plan, as `--dry-run` shows them: samples and shards by split, bytes to read, class names, notes.
+
+    `changes` are those of a dataset that exists: what happens to samples -> their number, and examples of their sources.
+    """
 
     samples: Mapping[str, int]
     shards: Mapping[str, int]
@@ -40,6 +43,7 @@ class PlanSummary:
     known: int
     classes: tuple[str, ...]
     notes: tuple[str, ...]
+    changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # any: a number, a list of texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +56,47 @@ class DatasetPlan:
     bytes: int
     notes: tuple[str, ...]
 
-    def summary(self, known: int = 0) -> PlanSummary:
+    def summary(self, known: int = 0, changes: Mapping[str, Mapping[str, Any]] | None = None) -> PlanSummary:  # any: as in PlanSummary
         """Return the counts; `known` is the number of listed samples that the dataset has already."""
         samples: dict[str, int] = {}
         shards: dict[str, int] = {}
         for task in self.tasks:
             samples[task.split] = samples.get(task.split, 0) + len(task)
             shards[task.split] = shards.get(task.split, 0) + 1
-        return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes)
+        return PlanSummary(samples, shards, self.bytes, known, self.classes, self.notes, changes or {})
 
 
-def _require_free_columns(listing: Listing) -> None:
+def _require_free_columns(listing: Listing, shards: ShardSpec) -> None:
     """Raise DataError if the source names a further column like one that the index has anyway: it would take that one's place."""
-    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names})
+    taken = sorted({*listing.columns} & {*INDEX_SCHEMA.names, *([SOURCE_SHA256] if shards.converts else [])})
     if taken:
         raise DataError(
             f"the source gives {', '.join(map(repr, taken))} as further columns, which are columns of every index: give labels as "
             "`label_names`, bags as `groups`, splits as `splits` of the Listing, or name the column differently (for example factor_label)"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the samples of a listing belong, of which a plan may write all or some.
+
+    Attributes
+    ----------
+    members : mapping
+        The rows of each split (ascending).
+    names, ids : `[n]` list of str, int32 array
+        The class of each sample as the dataset spells it ("": none), and its number (-1); None if no sample has one.
+    classes : tuple of str
+        All class names, those of the parent first.
+    splits : SplitSpec
+        The resolved choice.
+    """
+
+    members: Mapping[str, NDArray[np.int64]]
+    names: list[str] | None
+    ids: NDArray[np.int32] | None
+    classes: tuple[str, ...]
+    splits: SplitSpec
 
 
 def plan_dataset(
@@ -93,23 +120,54 @@ def plan_dataset(
     ConfigError
         If the source does not have the folders, column or labels that `splits` needs.
     """
+    return plan_parts(listing, place_samples(listing, splits, parent, source, files), shards, parent, claim, source, files)
+
+
+def place_samples(
+    listing: Listing,
+    splits: SplitSpec,
+    parent: DatasetManifest | None,
+    source: Any,
+    files: Sequence[str] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> Placement:  # any: as above
+    """Return split and class of each sample; raises as `plan_dataset`.
+
+    `known` are the splits of keys and groups that are there already: with `splits.stratify` they keep them.
+    """
     require_unique(listing)
-    _require_free_columns(listing)
     chosen = resolve_splits(listing, splits)
     names = label_names(listing, chosen.by == "folders")
-    members = assign_splits(listing, chosen, names, parent)
+    members = assign_splits(listing, chosen, names, parent, known)
     _require_whole_groups(listing, members, chosen, files)
     fixed = fixed_classes(source)
     if fixed and names is None and parent is None:
         raise ConfigError(f"source.classes names {len(fixed)} classes, and no sample has a label: see source.label")
     classes = _classes(parent.classes if parent else (), names, fixed)
-    ids = None
-    if names is not None:
-        numbers = numbers_of(set(names), classes) | {"": -1}
-        ids = np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
-        if any(name and classes[number] != name for name, number in numbers.items()):
-            names = [classes[number] if number >= 0 else "" for number in ids.tolist()]  # as the parent spells them
-    labelled = dataclasses.replace(listing, label_names=names, splits=None)  # tasks are of one split each
+    if names is None:
+        return Placement(members, None, None, classes, chosen)
+    numbers = numbers_of(set(names), classes) | {"": -1}
+    ids = np.fromiter(map(numbers.__getitem__, names), dtype=np.int32, count=len(names))
+    if any(name and classes[number] != name for name, number in numbers.items()):
+        names = [classes[number] if number >= 0 else "" for number in ids.tolist()]  # as the parent spells them
+    return Placement(members, names, ids, classes, chosen)
+
+
+def plan_parts(
+    listing: Listing,
+    placed: Placement,
+    shards: ShardSpec,
+    parent: DatasetManifest | None,
+    claim: int,
+    source: Any,
+    files: Sequence[str] | None = None,
+    written: NDArray[np.bool_] | None = None,
+) -> DatasetPlan:  # any: as above
+    """Return the plan that writes the placed samples, or those of them that are `written`, as `plan_dataset` does."""
+    _require_free_columns(listing, shards)
+    labelled = dataclasses.replace(listing, label_names=placed.names, splits=None)  # tasks are of one split each
+    members = {split: rows if written is None else rows[written[rows]] for split, rows in placed.members.items()}
+    members = {split: rows for split, rows in members.items() if len(rows)}
     tasks: list[ShardTask] = []
     for split in members:
         rows = members[split] if files is not None else _order(listing, members[split], split, shards)
@@ -124,18 +182,20 @@ def plan_dataset(
                 sources=part.sources,
                 sizes=part.sizes,
                 ordinals=np.arange(first + start, first + stop, dtype=np.int64),
-                labels=None if ids is None else ids[rows[start:stop]],
+                labels=None if placed.ids is None else placed.ids[rows[start:stop]],
                 label_names=part.label_names,
                 groups=part.groups,
                 columns=part.columns,
                 shards=shards,
                 unusable=part.unusable,
+                states=part.states,
             )
             tasks.append(task)
     counts = [f"{split} {len(rows)}" for split, rows in members.items()]
-    counted = (f"splits.by={chosen.by}: {first_of(counts, MANY)}",) if counts else ("nothing new",)
-    notes = (*counted, *_unusable_notes(listing), *listing.notes)
-    return DatasetPlan(tuple(tasks), classes, chosen, int(listing.sizes.sum()), notes)
+    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ("nothing new",)
+    chosen = listing if written is None else listing.take(np.flatnonzero(written))
+    notes = (*counted, *_unusable_notes(chosen), *listing.notes)
+    return DatasetPlan(tuple(tasks), placed.classes, placed.splits, int(chosen.sizes.sum()), notes)
 
 
 def _unusable_notes(listing: Listing) -> list[str]:

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ def record_shard(
         files.append(put_table(store, name, writer.quarantine(), metadata, "quarantine"))
     detail |= place_of(task) | {"samples": len(writer.good[0]), "quarantined": len(writer.bad)}
     detail |= {"reasons": dict(Counter(bad[2] for bad in writer.bad))}
+    if unsettled := writer.unsettled():
+        detail["unsettled"] = unsettled
     timings = {"pack_s": pack_s, "commit_s": time.perf_counter() - started}
     _log.info(
         "shard %s: %s, %d quarantined, %.2f s",
@@ -136,14 +139,24 @@ def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[Fi
     return [tar, put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 
 
-def put_table(store: Store, name: str, table: pa.Table, metadata: dict[str, Any], role: str) -> FileRef:
-    """Commit a table; an earlier attempt's file that says the same (another Parquet version wrote other bytes) is kept."""
+def put_table(
+    store: Store,
+    name: str,
+    table: pa.Table,
+    metadata: dict[str, Any],
+    role: str,
+    accepts: Callable[[pa.Table], bool] = lambda there: False,
+) -> FileRef:
+    """Commit a table; an earlier attempt's file that says the same (another Parquet version wrote other bytes) is kept.
+
+    So is one whose rows `accepts`, if it is written as this one would be.
+    """
     content = table_bytes(table, metadata)
 
     def says_the_same(there: FileRef, data: bytes) -> bool:
         known, buffer = read_table(data, f"{store.url}/{there.name}"), pa.py_buffer(data)
-        if content_sha256(known) != content_sha256(table):
-            return False
-        return same_footers(pa.py_buffer(content), buffer) and not form_problems(buffer, known, INDEX_FORM)
+        if content_sha256(known) == content_sha256(table):
+            return same_footers(pa.py_buffer(content), buffer) and not form_problems(buffer, known, INDEX_FORM)
+        return accepts(known.replace_schema_metadata(None)) and not form_problems(buffer, known, INDEX_FORM)
 
     return put_or_adopt(store, name, content, role=role, accepts=says_the_same)[0]

@@ -28,6 +28,25 @@ class ShardSpec:
         "header", "header: structure and checksums; decode: every image is decoded too, which finds JPEGs that lost a part of their pixels"
     )
     max_bad: float = knob(0.01, "share of the samples that may be quarantined before the run fails", ge=0.0, le=1.0, identity=False)
+    removed: Literal["drop", "keep"] | None = knob(
+        None,
+        "what becomes of samples whose source is gone: drop or keep; null: what the dataset has, drop for a new one; a dataset that was "
+        "begun before there was this choice only grows until it is made",
+        identity=False,
+        since=2,
+    )
+    max_removed: float = knob(
+        0.1,
+        "share of the samples of one source that a run may drop as gone (10 always may be); 1: all, also whole classes, folders and splits",
+        ge=0.0,
+        le=1.0,
+        identity=False,
+        since=2,
+    )
+    accept_filter: bool = knob(False, "drop known samples that a changed filter of the source leaves out", identity=False, since=2)
+    checksum: bool = knob(
+        False, "read all samples and compare their hashes, also where their files look unchanged", identity=False, since=2
+    )
     max_pixels: int = knob(
         MAX_PIXELS, "pixels of an image at most; its decoded values may take 16 bytes for each of them", ge=1, le=1 << 32, since=2
     )
@@ -50,7 +69,12 @@ class ShardSpec:
     @property
     def keeps_bytes(self) -> bool:
         """Whether every good sample is stored unchanged, after a check of its header alone."""
-        return self.resize is None and self.mode == "keep" and self.check == "header" and self.value_range is None
+        return not self.converts and self.check == "header"
+
+    @property
+    def converts(self) -> bool:
+        """Whether samples may be stored with other bytes than the source's."""
+        return self.resize is not None or self.mode != "keep" or self.value_range is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +103,10 @@ class ShardTask:
         Resize, mode and check of the shards.
     unusable : list of Unusable or None
         Why each sample cannot be used, None for those that can; None if all of them can.
+    states : list of str or None
+        State of each sample's file when it was listed, None for those where it is not known; None if no state is.
+    source_hashes : bool
+        Whether an index of converted samples says what the source's bytes were (`source_sha256`): not where a claim of version 1 goes on.
     """
 
     split: str
@@ -94,6 +122,8 @@ class ShardTask:
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
     unusable: list[Unusable | None] | None = None
+    states: list[str | None] | None = None
+    source_hashes: bool = True
 
     def __len__(self) -> int:
         return len(self.keys)

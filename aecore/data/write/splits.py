@@ -116,16 +116,28 @@ def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
 
 
 def assign_splits(
-    listing: Listing, splits: SplitSpec, names: Sequence[str] | None = None, parent: DatasetManifest | None = None
+    listing: Listing,
+    splits: SplitSpec,
+    names: Sequence[str] | None = None,
+    parent: DatasetManifest | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
 
     Folders named by a word for a split are stored under its usual name, unless their own name is among the splits of the `parent`.
-    `names` are the classes of the samples, for `splits.stratify`, which completes the shares of the parent.
+    `names` are the classes of the samples, for `splits.stratify`, which completes the shares of the parent: the units (keys or groups)
+    that are `known` to be in one of the splits that share the training samples keep it.
     """
     values = _split_values(listing, splits, parent.splits if parent else ())
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
+    kept: dict[str, NDArray[np.int64]] = {}
+    if splits.stratify and known:
+        units = take(listing.groups if listing.groups is not None else listing.keys, train)
+        shared = ("train", *_carved(splits))
+        places = np.array([shared.index(split) if (split := known.get(unit)) in shared else -1 for unit in units], np.int64)
+        kept = {split: train[places == number] for number, split in enumerate(shared)}
+        train = train[places < 0]
     units = take(listing.groups if listing.groups is not None else listing.keys, train)
     if splits.stratify:
         place = _stratified(units, _strata(listing, names, train), splits, parent)
@@ -137,6 +149,7 @@ def assign_splits(
         if share:
             rows[name] = train[(place >= start) & (place < start + share)]
     rows["train"] = train[place >= splits.val + splits.test]
+    rows |= {split: np.sort(np.concatenate([rows[split], there])) for split, there in kept.items()}
     names = [*SPLIT_ORDER, *sorted(name for name in rows if name not in SPLIT_ORDER)]
     return {name: rows[name] for name in names if len(rows.get(name, ()))}
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aecore.data.dataset import open_dataset, read_listings
+from aecore.data.dataset import open_dataset
 from aecore.data.format.index import read_table
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources._filter import matcher
@@ -22,10 +22,12 @@ from aecore.data.sources._other_files import kind_of_file
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec
 from aecore.data.write.job import shard_dataset
+from aecore.data.write.ledger import read_ledger
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
 from aecore.registry import to_dict
 from pipelines.cli.main import main
+from tests.aecore.data.before import grows_only
 from tests.aecore.data.test_sources import tree
 from tests.aecore.data.tiny import encoded, image
 
@@ -376,7 +378,7 @@ def test_advice_about_masks_does_not_leave_out_the_samples() -> None:
 
 def keys_of(root: Path) -> list[str]:
     dataset = open_dataset(str(root / "out"))
-    return sorted(read_listings(dataset.store, dataset.manifest)["key"].to_pylist())
+    return sorted(read_ledger(dataset.store, dataset.manifest)["key"].to_pylist())
 
 
 class TestGrowth:
@@ -397,6 +399,7 @@ class TestGrowth:
         pictures(tmp_path, "in/x/b.png")
         self.animated(tmp_path / "in/x/a.gif", *before)
         first = self.shard(tmp_path, frames="all")
+        grows_only(tmp_path / "out")
         self.animated(tmp_path / "in/x/a.gif", *after)
         with pytest.raises(DataError, match="another number of pages or frames .*'x/a.gif"):
             self.shard(tmp_path, frames="all")
@@ -409,6 +412,7 @@ class TestGrowth:
         pictures(tmp_path, *(f"in/x/{number}.png" for number in range(3)))
         first = self.shard(tmp_path, limit=5)
         assert len(first) == 3
+        grows_only(tmp_path / "out")
         pictures(tmp_path, *(f"in/x/{number}.png" for number in range(40)))
         with caplog.at_level("INFO"):
             grown = self.shard(tmp_path, limit=5)

@@ -1,0 +1,388 @@
+"""Compare what a source lists with the ledger of a dataset: what is new, changed, relabelled, gone, or to be tried again.
+
+A sample is identified by its origin and its key. An equal state means that its bytes were not touched; what has another one is read again,
+and only its hash decides. Rows of other origins are never touched. Columns are compared in Arrow, row by row nothing is done in Python.
+Gone are samples that a complete listing lacks (a source that cannot be listed completely raises), and so many of them, or such ones, as
+look like a lost disk are refused: nothing is written then.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+
+from aecore.data.format.index import LEDGER_SCHEMA, make_table
+from aecore.data.removal import Reason
+from aecore.data.sources import Listing
+from aecore.data.sources._names import FRAME_ENDING
+from aecore.data.sources._skipped import shown_examples
+from aecore.data.write.ledger import columns_sha256
+from aecore.data.write.plan import Placement
+from aecore.data.write.reread import Reread
+from aecore.errors import DataError, counted
+
+pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
+EXAMPLES = 5
+FREE = 10  # samples that may be gone whatever their share is
+Mask = NDArray[np.bool_]
+Column = Any  # any: as above
+
+
+class Tars(Protocol):
+    """What is known of adopted tars, each of which is compared and indexed as a whole."""
+
+    def of(self, sources: Column) -> list[str]:
+        """Return the tar of each sample."""
+
+    def changed(self, names: set[str]) -> set[str]:
+        """Return those of these tars that have other bytes than when they were indexed, or are gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a comparison is made.
+
+    Attributes
+    ----------
+    url : str
+        The dataset's, for messages.
+    drop : bool
+        Whether samples whose source is gone are removed.
+    max_removed, checksum, accept_filter
+        See `ShardSpec`.
+    reread : callable
+        What rows of the listing are now.
+    outside : callable
+        Which rows of a ledger the filter of the source leaves out.
+    tars : Tars, optional
+        Of adopted tars.
+    all_frames : bool
+        Whether a file of several frames is several samples.
+    split_folders : bool
+        Whether the top folders are the splits.
+    """
+
+    url: str
+    drop: bool
+    max_removed: float
+    checksum: bool
+    accept_filter: bool
+    reread: Callable[[Listing], Reread]
+    outside: Callable[[pa.Table], Mask]
+    tars: Tars | None = None
+    all_frames: bool = False
+    split_folders: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a run does with a dataset.
+
+    Attributes
+    ----------
+    written : `[n]` bool
+        The rows of the listing that are written: new ones, and those that take the place of removed ones.
+    removed : table
+        Split, ordinal, key and reason of the rows of the ledger that are removed.
+    renewed : table
+        Rows of the ledger whose state or origin is another one, with that.
+    stayed : int
+        Quarantined samples of this origin that stay.
+    left_out : bool
+        Whether known samples stay that the filter of the source leaves out.
+    shown : mapping
+        What happens to samples -> their number and examples of their sources.
+    """
+
+    written: Mask
+    removed: pa.Table
+    renewed: pa.Table
+    stayed: int
+    left_out: bool
+    shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
+
+
+def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules) -> Changes:
+    """Return what is to be done so that the dataset follows its source.
+
+    Raises
+    ------
+    DataError
+        If a key is that of a sample of another origin, a bag has samples of several origins, or so many samples are gone that the source
+        may be incomplete.
+    StoreError
+        If a sample that has to be read again cannot be read.
+    """
+    asked = _asked(listing, placed)
+    own = _mask(pc.fill_null(pc.equal(ledger["origin"], listing.origin), True))  # what has no known origin may be of this one
+    known, others = ledger.filter(pa.array(own)), ledger.filter(pa.array(~own))
+    _require_free_keys(asked, others, rules, listing.origin)
+    at = _values(pc.fill_null(pc.index_in(asked["key"], value_set=known["key"].combine_chunks()), -1)).astype(np.int64)
+    rows = np.flatnonzero(at >= 0)
+    now, before = asked.take(rows), known.take(at[rows])
+    tars = None if rules.tars is None else _TarRows(rules.tars, asked, known)
+    is_changed, settled = _content(listing, rows, now, before, rules, tars)
+    was_bad = _mask(before["quarantined"])
+    moved = ~is_changed & _differ(now, before, "split")
+    relabelled = (
+        ~is_changed
+        & ~moved
+        & ~was_bad
+        & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
+    )
+    reasons = np.full(len(known), None, object)
+    for mask, reason in (
+        (is_changed & was_bad, "retried"),
+        (is_changed & ~was_bad, "changed"),
+        (moved, "moved"),
+        (relabelled, "relabelled"),
+    ):
+        reasons[at[rows[mask]]] = reason
+    written = at < 0
+    written[rows[is_changed | moved | relabelled]] = True
+
+    missing = ~np.isin(np.arange(len(known)), at[rows]) & _mask(pc.is_valid(known["origin"]))
+    renamed, reframed = _listed_otherwise(asked, known, missing, rules)
+    reasons[renamed] = "moved"
+    reasons[reframed] = "changed"
+    missing &= ~(renamed | reframed)
+    lost = missing & (np.zeros(len(known), np.bool_) if tars is None else tars.gone)  # their bytes are not there any more
+    outside = missing & ~lost
+    outside[outside] = rules.outside(known.filter(pa.array(outside)))
+    gone = missing & ~outside
+    if rules.drop or lost.any():
+        gone = gone if rules.drop else lost
+        _require_few_gone(asked, known, gone, listing, rules)
+        reasons[gone] = "gone"
+    if rules.accept_filter:
+        reasons[outside] = "gone"
+    whole = _whole_bags(asked, known, others, written, at, reasons, rules)
+    is_removed = np.array([reason is not None for reason in reasons], np.bool_)
+    renewed = _renewed(now, before, ~is_removed[at[rows]] & settled)
+    shown = {
+        "added": (asked, (at < 0) & ~_is_in(asked["source"], known["source"].filter(pa.array(renamed | reframed)))),
+        "changed": (known, reasons == "changed"),
+        "relabelled": (known, (reasons == "relabelled") | (reasons == "moved")),
+        "removed": (known, reasons == "gone"),
+        "retried": (known, reasons == "retried"),
+    } | {
+        name: (known, mask)
+        for name, mask in (
+            ("with_their_bag", whole),
+            ("kept", missing & ~outside & ~is_removed),
+            ("outside_filter", outside & ~is_removed),
+        )
+        if mask.any()
+    }
+    reasons[whole] = "changed"
+    is_removed |= whole
+    return Changes(
+        written=written,
+        removed=_removed(known, reasons, is_removed),
+        renewed=renewed,
+        stayed=int(np.count_nonzero(_mask(known["quarantined"]) & ~is_removed)),
+        left_out=bool((outside & ~is_removed).any()),
+        shown={name: _shown(*each) for name, each in shown.items()},
+    )
+
+
+def _asked(listing: Listing, placed: Placement) -> pa.Table:
+    """Return the rows of a listing, with split and class as they are placed, by the columns of a ledger."""
+    splits, codes = [*placed.members], np.zeros(len(listing), np.int64)
+    for number, split in enumerate(splits):
+        codes[placed.members[split]] = number
+    columns = {
+        "key": listing.keys,
+        "source": listing.sources,
+        "bytes": listing.sizes,
+        "split": pa.array(splits, pa.string()).take(pa.array(codes, pa.int64())),
+        "label_name": placed.names,
+        "group": listing.groups,
+        "columns": columns_sha256(listing.columns, len(listing)),
+        "origin": [listing.origin] * len(listing),
+        "state": listing.states,
+    }
+    return make_table(LEDGER_SCHEMA, columns, len(listing))
+
+
+def _content(
+    listing: Listing, rows: NDArray[np.int64], now: pa.Table, before: pa.Table, rules: Rules, tars: "_TarRows | None"
+) -> tuple[Mask, Mask]:
+    """Return which of the known samples have other bytes, and of which the listed state is that of the bytes that were compared."""
+    stated = pc.and_(pc.is_valid(now["state"]), pc.is_valid(before["state"]))
+    same_size = pc.fill_null(pc.equal(now["bytes"], before["bytes"]), False)
+    same = _mask(pc.and_(same_size, pc.fill_null(pc.equal(now["state"], before["state"]), False)))
+    changed, settled = np.zeros(len(rows), np.bool_), np.ones(len(rows), np.bool_)
+    if rules.checksum:
+        same[:] = False
+    elif tars is None:  # its size alone says that it changed
+        changed = _mask(pc.and_(pc.and_(stated, pc.invert(same_size)), pc.invert(before["quarantined"])))
+    doubtful = np.flatnonzero(~same & ~changed)
+    if tars is not None:
+        return tars.compare(doubtful, rows, now, before), settled
+    found, chosen = rules.reread(listing.take(rows[doubtful])), before.take(doubtful)
+    stored, bad = pa.array(found.stored, pa.string()), pa.array(found.bad, pa.string())
+    as_stored = pc.fill_null(pc.equal(stored, chosen["sample_sha256"]), False)
+    as_bad = pc.and_(pc.is_null(stored), pc.equal(pc.fill_null(bad, ""), pc.fill_null(chosen["sha256"], "")))
+    changed[doubtful] = ~_mask(pc.if_else(chosen["quarantined"], as_bad, as_stored))
+    settled[doubtful] = ~found.unsettled
+    return changed, settled
+
+
+class _TarRows:
+    """The rows of a comparison by their adopted tars; `gone` are known rows of a tar that changed in place."""
+
+    def __init__(self, tars: Tars, asked: pa.Table, known: pa.Table) -> None:
+        self._tars = tars
+        self._known = np.array(tars.of(known["source"]), object)
+        self.gone = np.zeros(len(known), np.bool_)
+        self._there = {*tars.of(asked["source"])}
+
+    def compare(self, doubtful: NDArray[np.int64], rows: NDArray[np.int64], now: pa.Table, before: pa.Table) -> Mask:
+        """Return which known samples are of a tar that changed, or of another tar than before, after hashing those that may have."""
+        tars_now, tars_before = (np.array(self._tars.of(table["source"]), object) for table in (now, before))
+        absent = {*self._known} - self._there
+        changed = self._tars.changed({*tars_before[doubtful]} - absent)
+        self.gone = np.isin(self._known, [*changed])
+        other: Mask = tars_now != tars_before
+        return other | np.isin(tars_before, [*changed]) | _differ(now, before, "source")
+
+
+def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Rules) -> tuple[Mask, Mask]:
+    """Return which missing samples are listed under another key, and which are frames of a file that has another number of them."""
+    renamed = missing & _is_in(known["source"], asked["source"])
+    if not rules.all_frames:
+        return renamed, np.zeros(len(known), np.bool_)
+    files, there = (pc.replace_substring_regex(table["source"], FRAME_ENDING, "") for table in (asked, known))
+    return renamed, missing & ~renamed & _is_in(there, files)
+
+
+def _whole_bags(
+    asked: pa.Table, known: pa.Table, others: pa.Table, written: Mask, at: NDArray[np.int64], reasons: NDArray[Any], rules: Rules
+) -> Mask:
+    """Return the known samples that are removed because their bag gains or changes a sample; mark all of such bags as `written`.
+
+    A bag is adjacent in one shard, so it is written whole. DataError if some of its samples cannot be read from this source.
+    """
+    groups = pc.fill_null(asked["group"], "")
+    touched = pc.unique(groups.filter(pa.array(written & _mask(pc.not_equal(groups, "")))))
+    if not len(touched):
+        return np.zeros(len(known), np.bool_)
+    inside = _is_in(groups, touched)
+    old = np.zeros(len(known), np.bool_)
+    old[at[inside & (at >= 0)]] = True
+    old &= np.array([reason is None for reason in reasons], np.bool_)
+    left = _is_in(known["group"], touched) & ~old & np.array([reason is None for reason in reasons], np.bool_)
+    stuck = pa.concat_tables([known.filter(pa.array(left)), others.filter(pa.array(_is_in(others["group"], touched)))])
+    if len(stuck):
+        first = stuck.slice(0, 1).to_pylist()[0]
+        where = f"{first['source']!r} of {first['group']!r} (from {first['origin'] or 'an unknown address'})"
+        raise DataError(
+            f"{counted(len(touched), 'bag', 'bags')} of {rules.url} gained or changed samples and would be written anew, but "
+            f"{counted(len(stuck), 'sample of it is', 'samples of them are')} not listed by this source, for example {where}: a bag has "
+            "one source. Restore these files, put new samples into new bags, or drop what is gone (shards.removed=drop, "
+            "shards.accept_filter=true); nothing was written"
+        )
+    written |= inside
+    return old
+
+
+def _require_free_keys(asked: pa.Table, others: pa.Table, rules: Rules, origin: str) -> None:
+    """DataError if a listed key is that of a sample of another origin: both would be one sample."""
+    taken = _is_in(asked["key"], others["key"])
+    if not taken.any():
+        return
+    key = asked.filter(pa.array(taken))["key"][0].as_py()
+    there = others.filter(pc.equal(others["key"], key))["origin"][0].as_py()
+    raise DataError(
+        f"{rules.url} has {counted(int(taken.sum()), 'sample', 'samples')} with the keys of this source ({origin or 'no address'}) from "
+        f"{there or 'a source without an address'}, for example {key!r}: if it is the same source at another address, set "
+        f"source.name={there or '<the old address>'}, which takes these samples over; if they are others, give them other names or write "
+        "to another URL; nothing was written"
+    )
+
+
+def _require_few_gone(asked: pa.Table, known: pa.Table, gone: Mask, listing: Listing, rules: Rules) -> None:
+    """DataError if so many samples are gone, or such ones, that the source may be incomplete (see `ShardSpec.max_removed`)."""
+    count = int(gone.sum())
+    if not count or rules.max_removed == 1:
+        return
+    whole_ones, lost = list[str](), known.filter(pa.array(gone))
+    too_many = count > FREE and count > rules.max_removed * len(known)
+    in_files = listing.paths is None
+    for what, parts in (
+        ("class", [table["label_name"] for table in (lost.filter(pc.invert(lost["quarantined"])), asked)]),
+        ("split", [lost["split"], asked["split"]]),
+        *(
+            ("folder", [_folders(table["source"], depth, in_files=in_files) for table in (lost, asked)])
+            for depth in (1, 2)[: 1 + rules.split_folders]
+        ),
+    ):
+        names = pc.unique(pc.fill_null(parts[0], ""))
+        names = names.filter(pa.array(~_is_in(names, parts[1]))).to_pylist()
+        whole = sorted(name for name in names if name)
+        if whole:
+            shown = ", ".join(map(repr, whole[:EXAMPLES])) + (", ..." if len(whole) > EXAMPLES else "")
+            many = f"{len(whole)} {what}{'es' if what == 'class' else 's'} ({shown})"
+            whole_ones.append(f"all samples of {f'the {what} {shown}' if len(whole) == 1 else many}")
+    if too_many or whole_ones:
+        share = 1 if whole_ones else math.ceil(count / len(known) * 1000) / 1000
+        of_all = [f"{count} of {len(known)} samples, more than shards.max_removed={rules.max_removed:g} allows"] if too_many else []
+        examples = shown_examples(list[Any](lost["source"].slice(0, EXAMPLES).to_pylist()), count)  # any: texts
+        where = f"{count} are gone from {listing.origin or 'the source'}, {examples}"
+        raise DataError(
+            f"{rules.url} would lose {' and '.join(of_all + whole_ones)}: {where}. Nothing was written. If a disk, a folder or a bucket is "
+            "not there, restore it; if they were removed on purpose, run once with "
+            f"shards.max_removed={share:g}, or keep them with shards.removed=keep"
+        )
+
+
+def _folders(sources: Column, depth: int, *, in_files: bool) -> Column:
+    """Return the first `depth` folders of each source, "" where there are fewer; `in_files`: sources are paths, else paths before a #."""
+    paths = sources if in_files else pc.replace_substring_regex(sources, "#.*", "")
+    found = pc.extract_regex(paths.combine_chunks(), f"^(?P<folder>(?:[^/]*/){{{depth}}})")
+    return pc.fill_null(pc.struct_field(found, "folder"), "")
+
+
+def _renewed(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
+    """Return the known rows with the state and size that are listed now, where these are others."""
+    other = pc.and_(pc.is_valid(now["state"]), pc.fill_null(pc.not_equal(now["state"], before["state"]), True))
+    chosen = pa.array(stays & _mask(pc.or_(other, pc.is_null(before["origin"]))))
+    now, renewed = now.filter(chosen), before.filter(chosen)
+    origin = pc.fill_null(renewed["origin"], now["origin"])
+    for name, column in (("bytes", now["bytes"]), ("state", now["state"]), ("origin", origin)):
+        renewed = renewed.set_column(LEDGER_SCHEMA.get_field_index(name), name, column)
+    return renewed
+
+
+def _removed(known: pa.Table, reasons: NDArray[Any], is_removed: Mask) -> pa.Table:
+    rows, given = known.filter(pa.array(is_removed)), list[Reason](reasons[is_removed])
+    return rows.select(["split", "ordinal", "key"]).append_column("reason", pa.array(given, pa.string()))
+
+
+def _shown(table: pa.Table, mask: Mask) -> dict[str, Any]:  # any: plain JSON data
+    rows = table["source"].filter(pa.array(mask))
+    return {"samples": len(rows), "examples": rows.slice(0, EXAMPLES).to_pylist()}
+
+
+def _differ(now: pa.Table, before: pa.Table, name: str) -> Mask:
+    return _mask(pc.not_equal(pc.fill_null(now[name], ""), pc.fill_null(before[name], "")))
+
+
+def _is_in(values: Column, known: Column) -> Mask:
+    chunks = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
+    return _mask(pc.is_in(values, value_set=chunks))
+
+
+def _mask(values: Column) -> Mask:
+    found: Mask = _values(values).astype(np.bool_)
+    return found.copy()
+
+
+def _values(values: Column) -> Any:  # any: an array of numpy
+    return values.to_numpy() if isinstance(values, pa.ChunkedArray) else values.to_numpy(zero_copy_only=False)
