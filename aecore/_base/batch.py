@@ -69,6 +69,15 @@ class Batch:
             for x, ordinals, positions, x_pair, label, lengths in itertools.zip_longest(*pieces)
         ]
 
+    def padded(self, rows: int) -> "Batch":
+        """Return the batch with its last row repeated until it has `rows` rows; `num_global` stays."""
+        assert self.mask is None, "a batch of bags has no rows of its own"
+        kept = torch.arange(rows).clamp(max=len(self) - 1)
+        columns = (self.x, self.ordinals, self.positions, self.x_pair, self.label, self.lengths)
+        x, ordinals, positions, x_pair, label, lengths = (None if each is None else each[kept.to(each.device)] for each in columns)
+        assert x is not None and ordinals is not None and positions is not None
+        return Batch(x, ordinals, positions, self.num_global, x_pair, label, None, lengths)
+
     def placed(self, rows: Tensor) -> Tensor:
         """Return values of rows `[n, ...]` in the layout of `x`: unchanged, or of instances as bags `[bags, N, ...]` with 0 for padding."""
         if self.mask is None:

@@ -49,6 +49,11 @@ def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
+def of_files(found: Mapping[str, Any]) -> str:
+    """Return the paths of a table's files, one a line, or the SQL of a view of them."""
+    return str(found["sql"]) if "sql" in found else "\n".join(found["files"])
+
+
 def of_parts(parts: Mapping[str, Any]) -> str:
     """Return the output of `aepipe list`: one paragraph per part, one line per knob with default, meaning, type and bounds."""
     paragraphs = []

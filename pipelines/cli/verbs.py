@@ -87,12 +87,16 @@ def _train(args: Args) -> Result:
     "encode a dataset with a trained run into a latent table",
     argument("run", "trained run"),
     argument("dataset", "dataset"),
-    argument("table", "table to create or extend"),
+    argument("table", "table to create, or to bring up to the newest generation of the dataset"),
+    argument("--add-columns", "columns of the dataset's index to add to a table that exists, such as source,width", metavar="NAMES"),
     argument("--recipe", "recipe whose encode and cluster sections are used"),
     writes=True,
 )
 def _encode(args: Args) -> Result:
-    return run_step.step("encode", args, {"run": args.run, "data": args.dataset, "out": args.table})
+    base: dict[str, Any] = {"run": args.run, "data": args.dataset, "out": args.table}  # any: plain values
+    if args.add_columns is not None:
+        base["encode"] = {"add_columns": [name.strip() for name in args.add_columns.split(",") if name.strip()]}
+    return run_step.step("encode", args, base)
 
 
 @VERBS.register(
@@ -166,11 +170,20 @@ def _submit(args: Args) -> Result:
     return run_step.submit(args)
 
 
-@VERBS.register("show", "show what is at a URL", URL, recipe=False)
+@VERBS.register(
+    "show",
+    "show what is at a URL",
+    URL,
+    argument("--files", "of a table: the paths of the Parquet files of its newest generation, one a line", action="store_true"),
+    argument("--sql", "of a table: SQL for DuckDB that makes a view `latents` of these files", action="store_true"),
+    recipe=False,
+)
 def _show(args: Args) -> Result:
     from pipelines.cli import text
     from pipelines.steps import show
 
+    if args.files or args.sql:
+        return Result(show.table_files(args.url, sql=args.sql), text.of_files)
     return Result(show.show(args.url), text.of_tree)
 
 
@@ -215,6 +228,8 @@ def _compare(args: Args) -> Result:
     "remove what killed or superseded attempts left (never what a manifest names)",
     URL,
     argument("--older-than", "keep anything newer than this, which may still be in use, for example 7d", default="1d"),
+    argument("--keep-generations", "of a table: keep the parts that these last generations name", type=int, default=2, metavar="N"),
+    argument("--retention", "of a table: keep parts that were replaced less than this ago, for example 30d", default="7d"),
     argument("--unfinished", "also remove what the same command would continue from", action="store_true"),
     writes=True,
     recipe=False,
@@ -223,7 +238,8 @@ def _gc(args: Args) -> Result:
     from pipelines.cli import text
     from pipelines.steps import gc
 
-    return Result(gc.gc(args.url, older_than=args.older_than, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
+    limits = {"older_than": args.older_than, "keep_generations": args.keep_generations, "retention": args.retention}
+    return Result(gc.gc(args.url, **limits, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
 
 
 @VERBS.register(

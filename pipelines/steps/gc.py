@@ -1,6 +1,7 @@
 """`aepipe gc`: removes the garbage of a dataset, run or table, or of all three below a root."""
 
 import re
+from typing import Any
 
 from aecore.artifact.kinds import detect_artifact
 from aecore.errors import ConfigError, DataError
@@ -18,19 +19,25 @@ def seconds_of(text: str, option: str = "--older-than") -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool) -> Tree:
+def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool, keep_generations: int = 2, retention: str = "7d") -> Tree:
     """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files."""
     from aecore.maintenance.gc import collect_garbage
 
-    limit_s = seconds_of(older_than)
+    limits: dict[str, Any] = {  # any: arguments of `collect_garbage`
+        "older_than_s": seconds_of(older_than),
+        "keep_generations": keep_generations,
+        "retention_s": seconds_of(retention, "--retention"),
+        "unfinished": unfinished,
+        "dry_run": dry_run,
+    }
     store = open_store(url)
     found = detect_artifact(store)
     if found is None or not found.stages:
-        return collect_garbage(store.url, older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run).to_dict()
+        return collect_garbage(store.url, **limits).to_dict()
     stages, damaged = {}, []
     for name in found.stages:  # one that is damaged does not keep the others from being collected
         try:
-            report = collect_garbage(f"{store.url}/{name}", older_than_s=limit_s, unfinished=unfinished, dry_run=dry_run)
+            report = collect_garbage(f"{store.url}/{name}", **limits)
             stages[name] = report.to_dict()
         except DataError as error:
             damaged.append(str(error))

@@ -57,6 +57,23 @@ def _table(store: Store) -> Tree:
     return table_summary(open_table(store.url).manifest)
 
 
+def table_files(url: str, *, sql: bool = False) -> Tree:
+    """Return the `files` of the newest generation of the table at `url`, or with `sql` the `sql` of a view of them.
+
+    ConfigError if there is another kind of artefact.
+    """
+    from aecore.table.table import open_table
+
+    store = open_store(url)
+    found = located(store)
+    if found.kind == "root" and "table" in found.stages:
+        return table_files(f"{store.url}/table", sql=sql)
+    if found.kind != "table":
+        raise ConfigError(f"{store.url} holds {found.name}: --files and --sql are of a latent table")
+    table = open_table(store.url)
+    return {"sql": table.sql()} if sql else {"files": table.files()}
+
+
 def _run(store: Store) -> Tree:
     from aecore.checkpoint.files import committed_checkpoints
     from aecore.training.metrics import last_epoch

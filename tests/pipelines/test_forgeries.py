@@ -641,7 +641,7 @@ FORGERIES: dict[str, dict[str, tuple[Change, str, str]]] = {
         "kl": (part(with_column("kl", replaced(lambda value: value + 1))), PART, "column kl is not that of mu and log_var"),
         "mu": (part(with_column("mu", replaced([9, 9, 9, 9]))), PART, "column kl is not that of mu and log_var"),
         "float64": (
-            part(lambda rows: rows.set_column(9, "kl", rows["kl"].cast(pa.float64()))),
+            part(lambda rows: rows.set_column(rows.column_names.index("kl"), "kl", rows["kl"].cast(pa.float64()))),
             PART,
             "'kl' is of type double, expected float",
         ),

@@ -120,12 +120,12 @@ class SplitRows:
                     self.close()
             return cache.take(indices)
 
-    def read_shard(self, number: int, start: int, stop: int, on_bad: Callable[[DecodeError], None]) -> Rows:
-        """Return live samples [start, stop) of one shard, not cached; those that do not decode are reported (undefined pixels)."""
+    def read_shard(self, number: int, rows: Int64s, on_bad: Callable[[DecodeError], None]) -> Rows:
+        """Return these live samples of one shard, not cached; those that do not decode are reported (undefined pixels)."""
         with self._lock:
             shard = self._shard(number)
-            members = shard.reader.read_members(shard.stored(np.arange(start, stop)))
-            ordinals, labels = shard.ordinals[start:stop].copy(), shard.labels[start:stop].copy()
+            members = shard.reader.read_members(shard.stored(rows))
+            ordinals, labels = shard.ordinals[rows], shard.labels[rows]
         return self._decoded(members, ordinals, labels, on_bad)
 
     @property

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -11,12 +11,12 @@ from aecore.artifact.documents import read_json
 from aecore.data.manifest import SPLIT_ORDER, read_manifest
 from aecore.data.manifest import STEM as DATASET_STEM
 from aecore.errors import DataError
-from aecore.store import Store
+from aecore.store import Store, sha256_json
 from aecore.table.manifest import TableManifest, read_table_manifest
 
 DATASET = DATASET_STEM
-# the name of a part: split, claim, number, rows; or that of what a claim removes of one
-STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:-r\d{6}|-g(\d{6}))?")
+# the name of a part: split, claim, number, rows, table claim that wrote it again; or that of what a claim removes of one
+STEM = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*?)(?:-g(\d{6}))?-\d{6}(?:(?:-r\d{6})?(?:-t\d{6})?|-g(\d{6}))")
 
 
 class State(Enum):
@@ -38,6 +38,7 @@ class Ledger:
     claims: Mapping[int, State]
     splits: frozenset[str]  # parts are named after them
     adopted: bool = False  # its tars are external, wherever they are
+    replaced: Mapping[str, int] = field(default_factory=dict)  # files (and records) of a table -> generation that no longer names them
 
     @property
     def highest(self) -> int:
@@ -63,7 +64,21 @@ def read_ledger(store: Store, kind: str) -> Ledger:
     files = frozenset(ref.name for manifest in tables for ref in manifest.files)
     stems = frozenset(part.stem for manifest in tables for part in manifest.parts)
     states = {number: _table_state(store, number, tables) for number in claims}
-    return Ledger(kind, newest, files, stems, states, _splits(stems))
+    return Ledger(kind, newest, files, stems, states, _splits(stems), replaced=_replaced(tables))
+
+
+def _replaced(tables: Sequence[TableManifest]) -> dict[str, int]:
+    """Return the files of parts that the newest generation of a table does not name, records first, by the first that did not."""
+    last: dict[str, int] = {}
+    parts = {part.stem: part for manifest in tables for part in manifest.parts}
+    for manifest in tables:
+        last |= dict.fromkeys((part.stem for part in manifest.parts), manifest.number)
+    found = dict[str, int]()
+    for stem, part in parts.items():
+        if last[stem] < tables[-1].number:
+            names = [f"records/{stem}.json", part.file.name, *([part.quarantine.name] if part.quarantine is not None else [])]
+            found |= dict.fromkeys(names, last[stem] + 1)
+    return found
 
 
 def _splits(stems: Iterable[str]) -> frozenset[str]:
@@ -89,8 +104,8 @@ def _adopts(store: Store, number: int) -> bool:
 
 
 def _table_state(store: Store, number: int, tables: Sequence[TableManifest]) -> State:
-    sha256 = _claim_value(store, number, "identity", "dataset_sha256")
-    if sha256 in {manifest.lineage["dataset"]["sha256"] for manifest in tables}:
+    sha256, own = _claim_value(store, number, "identity", "dataset_sha256"), sha256_json(_claim_value(store, number, "identity"))
+    if any(manifest.claim_sha256 in (None, own) and manifest.lineage["dataset"]["sha256"] == sha256 for manifest in tables):
         return State.COMMITTED
     generation = _claim_value(store, number, "info", "lineage", "dataset", "number")
     newest = max((manifest.lineage["dataset"]["number"] for manifest in tables), default=0)

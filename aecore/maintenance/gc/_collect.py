@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aecore.artifact.kinds import detect_artifact
-from aecore.errors import DataError, RunFailed, StoreError
+from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.maintenance.gc._parts import plan_parts
 from aecore.maintenance.gc._plan import DAY_S, Garbage, Plan, Waiting
 from aecore.maintenance.gc._run import plan_run
@@ -39,7 +39,14 @@ class Report:
 
 
 def collect_garbage(
-    url: str, *, older_than_s: float = DAY_S, unfinished: bool = False, dry_run: bool = False, now: float | None = None
+    url: str,
+    *,
+    older_than_s: float = DAY_S,
+    keep_generations: int = 2,
+    retention_s: float = WEEK_S,
+    unfinished: bool = False,
+    dry_run: bool = False,
+    now: float | None = None,
 ) -> Report:
     """Remove the garbage of the dataset, run or table at `url`.
 
@@ -49,6 +56,10 @@ def collect_garbage(
         URL of one artefact.
     older_than_s : float
         All files of an attempt stay if one of them is younger.
+    keep_generations : int
+        Of a table, the parts that these last generations name stay.
+    retention_s : float
+        Of a table, parts stay that a generation younger than this has replaced.
     unfinished : bool
         Also give up attempts that the same command would continue.
     dry_run : bool
@@ -67,13 +78,17 @@ def collect_garbage(
     StoreError
         If a file cannot be removed.
     """
+    if keep_generations < 1:
+        raise ConfigError(f"keep_generations is {keep_generations}, expected at least 1: the newest generation always stays")
     store = open_store(url)
     _kind_of(store)  # nothing is written to a place that holds something else, not even to ask for the time
-    before = _written_before(store, older_than_s) if now is None else now - older_than_s
+    before, replaced_before = (now - age if now is not None else 0.0 for age in (older_than_s, retention_s))
+    if now is None:
+        before, replaced_before = _written_before(store, older_than_s, retention_s)
     for _ in range(3):
         before_plan = _numbered(store)
         kind = _kind_of(store)
-        plan = Plan(store, before, unfinished)
+        plan = Plan(store, before, unfinished, keep_generations, replaced_before)
         try:
             if kind == "run":
                 plan_run(plan)
@@ -89,17 +104,18 @@ def collect_garbage(
     raise RunFailed(f"{store.url} changed three times while it was examined: collect again when fewer commands write there")
 
 
-def _written_before(store: Store, older_than_s: float) -> float:
-    """Return the moment before which files are old, by the storage's clock if it can be asked."""
+def _written_before(store: Store, *ages_s: float) -> list[float]:
+    """Return the moments before which files are as old as this, by the storage's clock if it can be asked."""
     try:
         skew = ahead_s(store)
     except StoreError as error:
         logger.warning("%s; ages are taken from this machine's clock, and nothing younger than 7 days is old", error)
-        return time.time() - max(older_than_s, WEEK_S)
+        return [time.time() - max(age, WEEK_S) for age in ages_s]
     if abs(skew) > SKEW_S:
         text = "this machine's clock is %s s %s that of %s, by which ages are counted: synchronise it (NTP)"
         logger.warning(text, f"{abs(skew):,.0f}", "ahead of" if skew > 0 else "behind", store.url)
-    return time.time() - skew - older_than_s
+    there = time.time() - skew
+    return [there - age for age in ages_s]
 
 
 def _numbered(store: Store) -> list[str]:

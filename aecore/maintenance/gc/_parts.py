@@ -41,10 +41,28 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
             plan.not_ours.append(name)
         else:
             groups.setdefault(claim, []).append(name)
+    _plan_replaced(plan, ledger)
     gone = [claim for claim in sorted(groups) if _plan_group(plan, ledger, claim, groups[claim])]
     _plan_claims(plan, ledger, gone)
     plan.temporary_files()
     return ledger
+
+
+def _plan_replaced(plan: Plan, ledger: Ledger) -> None:
+    """Plan the parts of a table that no kept generation names and that were replaced long enough ago; the others wait."""
+    store, kept, young = plan.store, list[str](), dict[int, bool]()
+    for name, number in ledger.replaced.items():
+        if store.size(name) is None:
+            continue
+        if number not in young:
+            written = store.modified(f"{ledger.kind}.{number:06d}.json")
+            young[number] = written is None or written > plan.replaced_before
+        if number > ledger.newest - plan.keep_generations + 1 or young[number]:
+            kept.append(name)
+        else:
+            plan.add([name], f"generation {number} has replaced it, and no kept generation names it")
+    if kept:
+        plan.wait("replaced parts", kept, "readers of the last generations may still need them, or they were replaced a short time ago")
 
 
 def _files(store: Store, kind: str) -> Iterator[str]:
