@@ -5,6 +5,7 @@ imagecodecs decodes PNG, libjpeg-turbo JPEG (by simplejpeg, else imagecodecs: th
 JPEG for `transform.decoder=pillow`). A JPEG that lacks a part of its pixels is refused, whoever decodes it.
 """
 
+import contextlib
 import copy
 import io
 import struct
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
-from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
+from aecore.data.format.image import TIFF_STARTS, ImageHeader, opened_orientation, require_size
 from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
@@ -77,13 +78,7 @@ class OpenImage:
         if self._total == 0:
             image = self._image
             self._total = self._tiff.total_pixels() if image is None else image.width * image.height * getattr(image, "n_frames", 1)
-        most = TOTAL_IMAGES * max_pixels + TOTAL_PER_BYTE * len(self._data)
-        if self._total > most:
-            raise BadSample(
-                "too_large",
-                f"a file of {len(self._data)} bytes whose pages or frames have {self._total} pixels together, at most {most} are decoded "
-                f"({TOTAL_IMAGES} times shards.max_pixels and {TOTAL_PER_BYTE} a byte): save them as files of their own",
-            )
+        require_total(self._total, len(self._data), max_pixels)
 
     def passed(self, number: int) -> range:
         """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
@@ -123,6 +118,27 @@ class OpenImage:
     def _reopen(self) -> None:
         self._image.close()
         self._image = open_unbounded(self._data)
+
+
+def require_total(total: int, size: int, max_pixels: int) -> None:
+    """Raise BadSample if all pages or frames of a file together have more pixels than one of `size` bytes may cost."""
+    most = TOTAL_IMAGES * max_pixels + TOTAL_PER_BYTE * size
+    if total > most:
+        raise BadSample(
+            "too_large",
+            f"a file of {size} bytes whose pages or frames have {total} pixels together, at most {most} are decoded "
+            f"({TOTAL_IMAGES} times shards.max_pixels and {TOTAL_PER_BYTE} a byte): save them as files of their own",
+        )
+
+
+def require_frames(data: bytes, header: ImageHeader, max_pixels: int) -> None:
+    """Raise BadSample if no frame of a file of several may be decoded: `require_total`, or all are too large (pages differ in size)."""
+    if data.startswith(TIFF_STARTS):
+        with contextlib.closing(OpenImage(data)) as image:
+            image.require_total(max_pixels)
+        return
+    require_size(header.width, header.height, max_pixels)
+    require_total(header.width * header.height * header.frames, len(data), max_pixels)
 
 
 def white_level(data: bytes, dtype: np.dtype[Any]) -> float:  # any: every image has its own dtype

@@ -28,7 +28,7 @@ def require_rows(values: Array, count: int, where: str, of: str) -> Array:
     """Return `values`; DataError unless there are `count` of them, one for each of the samples `of`."""
     if not values.ndim or len(values) != count:
         found = f"{len(values)} rows" if values.ndim else "one number"
-        raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row")
+        raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row (or move one of them away)")
     return values
 
 
@@ -44,7 +44,10 @@ def native(values: Array) -> Array:
 
 
 def class_names(values: Array, where: str) -> list[str]:
-    """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`."""
+    """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`.
+
+    Bytes that are no UTF-8 become lone surrogates, of which `_labels.bad_label` says that they name no class.
+    """
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
@@ -59,11 +62,9 @@ def class_names(values: Array, where: str) -> list[str]:
         values = values.astype(np.int64)
     if values.dtype.kind == "c":
         raise DataError(f"{where} holds complex numbers: labels are whole numbers or names")
-    names = [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
-    for row, name in enumerate(names if values.dtype.kind in "SU" else ()):
-        if "\0" in name:
-            raise DataError(f"{where} holds {name!r} in row {row}: the names of classes have no NUL in them")
-    return names
+    if values.dtype.kind == "S":
+        return [value.decode("utf-8", "surrogateescape") for value in values.tolist()]
+    return [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
 
 
 def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array:

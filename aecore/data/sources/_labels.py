@@ -19,12 +19,15 @@ import pyarrow.compute as pc
 
 from aecore.artifact.documents import parse_json
 from aecore.data.classes import in_order, quoted, spelled
-from aecore.data.sources import Listing, Unusable
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.sources import Listing
 from aecore.data.sources._names import file_of, split_of_folder
 from aecore.errors import ConfigError, DataError
 from aecore.store import absolute_url, open_files, read_again
 
 REGEX, JSON = "regex:", "json:"
+_SHOWN = 80  # characters of a label in a message
+_ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")  # half a surrogate pair as `_printable` writes it
 MAX_CLASSES_BYTES = 1 << 24
 _WORD = r"\pL\pM\pN_"  # in a class of characters
 _TOKEN = re.compile(r"\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
@@ -107,7 +110,8 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
     """Return what a source listed, with the groups and what labels are made of as `source.group` and `source.label` say.
 
     Paths in a tar have split folders too, if all of their top folders are named by split words, or all of those in one folder around them.
-    Where the name of a tar says its split, a top folder of the same meaning is no part of a label.
+    Where the name of a tar says its split, a top folder of the same meaning is no part of a label. Samples whose label is no text are
+    unusable (`bad_label`).
 
     Raises
     ------
@@ -119,7 +123,7 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         paths = listing.paths
     else:
         paths = list(map(file_of, listing.sources)) if getattr(source, "frames", "first") == "all" else listing.sources
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"label_names": listing.label_names, "unusable": listing.unusable}
     if is_expression(group):
         found = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
         changes["groups"] = [
@@ -131,15 +135,57 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         if listing.paths is not None:
             paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits, listing.unusable)
             folders = [path.rpartition("/")[0] for path in paths]
-            changes |= {"splits": splits, "label_paths": label_paths, "label_names": list(map(_printable, folders))}
-            if not is_expression(rule):
-                changes["unusable"] = _with_bad_names(folders, listing.unusable)
-        changes |= {"label_rule": rule, **({"label_names": list(paths)} if is_expression(rule) else {})}
+            changes |= {"splits": splits, "label_paths": label_paths, "label_names": folders}
+        changes["label_rule"] = rule
+        if is_expression(rule):
+            changes |= {"label_names": list(paths), "unusable": _without_bad_found(str(rule), listing, paths)}
+    if not is_expression(rule):
+        changes |= _without_bad_labels(changes["label_names"], listing.unusable, leaf=rule == "leaf")
     return dataclasses.replace(listing, **changes)
 
 
+def bad_label(name: str) -> BadSample | None:
+    """Return why no class can have this name, None if one can: it is no text, and written as some, two names could become one.
+
+    The one rule for folders, tars, members of tars, arrays and fields: such a sample goes to the quarantine.
+    """
+    if "\0" in name:
+        return BadSample("label", f"its label {name[:_SHOWN]!r} has NUL in it: write it without")
+    if _printable(name) == name:
+        return None
+    try:
+        shown = repr(name[:_SHOWN].encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a pair that came from no byte
+        shown = ascii(name[:_SHOWN])
+    return BadSample(
+        "label", f"its label {shown} is not UTF-8: rename the folder, file or tar that it comes from, or save it as UTF-8 text"
+    )
+
+
+def _without_bad_labels(names: list[str] | None, unusable: list[BadSample | None] | None, *, leaf: bool) -> dict[str, Any]:
+    """Return `label_names` without those that no class can have, and `unusable` with their samples."""
+    bad = {name: why for name in set(names or ()) if (why := bad_label(name.rpartition("/")[2] if leaf else name)) is not None}
+    if names is None or not bad:
+        return {}
+    marked = [known or bad.get(name) for known, name in zip(unusable or [None] * len(names), names, strict=True)]
+    return {"label_names": ["" if name in bad else name for name in names], "unusable": marked}
+
+
+def _without_bad_found(rule: str, listing: Listing, paths: Sequence[str]) -> list[BadSample | None] | None:
+    """Return what is unusable, also samples in whose paths the rule finds a label that is not UTF-8."""
+    found = list[BadSample | None](listing.unusable or [None] * len(listing))
+    rows = [row for row, path in enumerate(paths) if found[row] is None and _printable(path) != path]
+    if not rows:
+        return listing.unusable
+    names = found_in("source.label", rule, [paths[row] for row in rows], [listing.sources[row] for row in rows])
+    for row, name in zip(rows, names, strict=True):
+        if _ESCAPED.search(name):  # the label as bytes: an escape stands for each that is no text
+            found[row] = bad_label(_ESCAPED.sub(lambda escape: chr(int(escape[1], 16)), name))
+    return found if any(found) else listing.unusable
+
+
 def _with_split_folders(
-    paths: list[str], splits: list[str] | None, unusable: Sequence[Unusable | None] | None
+    paths: list[str], splits: list[str] | None, unusable: Sequence[BadSample | None] | None
 ) -> tuple[list[str], list[str] | None, bool]:
     """Return paths, the splits of their samples, and whether the paths begin with these; what is unusable decides nothing."""
     if splits is not None:
@@ -197,7 +243,7 @@ def found_in(
     paths: Sequence[str],
     sources: Sequence[str],
     tops: Sequence[str] | None = None,
-    unusable: Sequence[Unusable | None] | None = None,
+    unusable: Sequence[BadSample | None] | None = None,
 ) -> list[str]:
     """Return what the expression of a rule finds in each path, "" for samples that are unusable, in which nothing is searched.
 
@@ -226,18 +272,6 @@ def found_in(
             f"(it was searched in {shown}): change the expression, or move these samples away"
         )
     return found
-
-
-def _with_bad_names(folders: Sequence[str], unusable: list[Unusable | None] | None) -> list[Unusable | None] | None:
-    """Return which samples are unusable, also those in a folder whose name would be a class and is not UTF-8."""
-    bad = {
-        folder: Unusable("name", f"the folder name {os.fsencode(folder)!r} is not UTF-8 and would name a class: pack it with another name")
-        for folder in set(folders)
-        if _printable(folder) != folder
-    }
-    if not bad:
-        return unusable
-    return [why or bad.get(folder) for folder, why in zip(folders, unusable or [None] * len(folders), strict=True)]
 
 
 def _stem(path: str) -> str:

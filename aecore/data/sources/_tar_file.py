@@ -80,13 +80,15 @@ class TarFile:
     """An open external tar, compressed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
 
     A compressed one (by its first bytes) is inflated to an unnamed file first, to at most `limit` bytes, the value of `option` (0: see
-    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could.
+    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could. `state` is equal while the file
+    was not written again.
     """
 
     def __init__(self, files: Files, name: str, limit: int = 0, option: str = "") -> None:
         self.where = f"{files.url}/{name}"
         self.compression: str | None = None
         self.broken = ""
+        self.state = 0, 0, 0
         self._files, self._name, self._limit, self._option = files, name, limit, option
         self._window, self._end = (b"", 0), 0  # the last bytes read by `_near` and where they begin, where the last piece ended
         self.descriptor = read_again(self._opened, self.where)
@@ -99,7 +101,8 @@ class TarFile:
             raise DataError(f"{self.where} cannot be read: {error.strerror or error}; check the address") from error
         try:
             self.compression = compression(os.pread(descriptor, START_BYTES, 0))
-            self._packed = os.fstat(descriptor).st_size
+            found = os.fstat(descriptor)
+            self._packed, self.state = found.st_size, (found.st_size, found.st_mtime_ns, found.st_ino)
         except BaseException:
             close_read(descriptor)
             raise

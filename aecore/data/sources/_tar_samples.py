@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
-from aecore.data.sources import Unusable
 from aecore.data.sources._inflate import ALLOWED_BYTES
+from aecore.data.sources._labels import bad_label
 from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import FILES, SPARSE, UNREADABLE, BrokenTar, Entry, Member, TarFile
@@ -74,7 +74,7 @@ class TarSample(NamedTuple):
     part: int
     members: Mapping[str, Member]
     data: Member
-    bad: Unusable | None = None
+    bad: BadSample | None = None
 
 
 class TarSamples(NamedTuple):
@@ -118,7 +118,7 @@ def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
         if sample.bad is None and held + sample.data.size > most:
             why = f"with it, the holes and links of the tar would become {held + sample.data.size} bytes, more than {limit.why}"
             sample = sample._replace(
-                bad=Unusable("member", f"{why}: pack the tar without --sparse (-S), and several links into several tars")
+                bad=BadSample("member", f"{why}: pack the tar without --sparse (-S), and several links into several tars")
             )
         else:
             held += sample.data.size if sample.bad is None else 0
@@ -129,22 +129,16 @@ def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
 def stated_class(tar: TarFile, member: Member | None) -> str:
     """Return the class that the text of a member names, "" without a member.
 
-    BadSample if it is too large, or no UTF-8: then two classes could become one. A byte-order mark is no part of it.
+    BadSample if it is too large, or no text. A byte-order mark is no part of it.
     """
-    data = small_member(tar, member, MAX_CLASS_BYTES)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        shown = repr(data[: error.end][-20:])
-        raise BadSample("label", f"{member.name if member else ''!r} is no UTF-8 (it has {shown}): save the text as UTF-8") from error
-    return text_of_class(text)
+    return text_of_class(small_member(tar, member, MAX_CLASS_BYTES).decode("utf-8-sig", "surrogateescape"))
 
 
 def text_of_class(text: str) -> str:
-    """Return a class as it is stored; BadSample if it has what cannot be stored: without that, two could become one."""
+    """Return a class as it is stored; BadSample if it is no text (`bad_label`)."""
     text = text.removeprefix("\ufeff").strip()
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise BadSample("label", f"its label {text[:80]!r} has NUL or half a surrogate pair in it: write it without")
+    if (bad := bad_label(text)) is not None:
+        raise bad
     return text
 
 
@@ -169,10 +163,10 @@ class _Groups:
     def __init__(self, tar: TarFile, reading: TarReading, skipped: Skipped) -> None:
         self._tar, self._reading, self._skipped = tar, reading, skipped
         self._found: dict[tuple[int, str], dict[str, Member]] = {}
-        self._bad: dict[tuple[int, str], Unusable] = {}  # by part and name: members that cannot be read, or come twice
+        self._bad: dict[tuple[int, str], BadSample] = {}  # by part and name: members that cannot be read, or come twice
         self._others = list[TarSample]()  # links that are named like no sample, and lead to what may be many
 
-    def unusable(self, entry: Entry, why: Unusable, what: str) -> None:
+    def unusable(self, entry: Entry, why: BadSample, what: str) -> None:
         """Take an entry without bytes of its own as a sample that cannot be used; count it if it is no link and not named like a sample."""
         match = MEMBER_NAME.fullmatch(entry.name)
         if match is not None and not _is_hidden(entry.name) and _is_named_like_a_sample(match[2].lower()) and self._reading.rules > 1:
@@ -194,16 +188,16 @@ class _Groups:
             most = f"at most {MAX_NAME_BYTES} bytes and {MAX_LEVELS} levels are read"
             what = f"{short!r} has a name of {len(name)} characters in {levels} levels, {most}"
             place = Member(short, entry.offset, 0)
-            self._others.append(TarSample(short, entry.part, {}, place, Unusable("name", f"{what}: pack it with a shorter name")))
+            self._others.append(TarSample(short, entry.part, {}, place, BadSample("name", f"{what}: pack it with a shorter name")))
         elif entry.kind == UNREADABLE:
             why = f"{name!r} is a sparse file that cannot be read ({entry.target}): pack it without --sparse (-S)"
-            self.unusable(entry, Unusable("member", why), "sparse file(s) that cannot be read")
+            self.unusable(entry, BadSample("member", why), "sparse file(s) that cannot be read")
         elif not (entry.kind in FILES or (entry.kind == SPARSE and self._reading.rules > 1)):
             what = _KINDS.get(entry.kind, f"member(s) of type {entry.kind!r}")
             why = f"{name!r} is one of the {what.replace('(s)', 's')}, which have no bytes that can be read"
-            self.unusable(entry, Unusable("member", why), what)
+            self.unusable(entry, BadSample("member", why), what)
         elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
-            self.unusable(entry, Unusable("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
+            self.unusable(entry, BadSample("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
         else:
             match = MEMBER_NAME.fullmatch(name)
             is_reserved = name[:2] == "__" and name.endswith("__")
@@ -212,7 +206,7 @@ class _Groups:
             else:
                 self._put(entry, match[1], match[2])
 
-    def _put(self, entry: Entry, key: str, ext: str, bad: Unusable | None = None) -> None:
+    def _put(self, entry: Entry, key: str, ext: str, bad: BadSample | None = None) -> None:
         """Take a member; `bad` says why it cannot be used. Of members with one name the last is listed, and the others are counted."""
         ext = _extension(ext, self._reading.rules)
         members = self._found.get((entry.part, key))
@@ -222,7 +216,7 @@ class _Groups:
             first = members[ext].name
             what = f"{entry.name!r} twice" if first == entry.name else f"both {first!r} and {entry.name!r}"
             why = f"the tar has {what}, and it is not known which one is meant: write the tar again"
-            bad = Unusable("twice", why)
+            bad = BadSample("twice", why)
             if self._reading.rules > 1:
                 self._skipped.add(AGAIN, first)
         members[ext] = Member(entry.name, entry.offset, entry.size, entry.kind == SPARSE)
@@ -265,7 +259,7 @@ class _Groups:
         if not chosen and (reading.rules == 1 or _DOCUMENT.fullmatch(key)):
             self._skipped.add(NO_DATA if reading.rules == 1 else DOCUMENTS, key)
             return
-        bad: Unusable | None = None
+        bad: BadSample | None = None
         if self._bad:
             bad = next((bad for member in members.values() if (bad := self._bad.get((part, member.name)))), None)
         if isinstance(chosen, str):
@@ -287,16 +281,16 @@ def _chosen(members: Mapping[str, Member], reading: TarReading) -> str | list[st
     return found[0] if len(found) == 1 else found
 
 
-def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: TarReading) -> Unusable:
+def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: TarReading) -> BadSample:
     """Return why a sample with none or several images has no data."""
     if found:
         why = f"sample {key!r} has the images {', '.join(found[:8])}: choose one with {reading.option}=<extension>"
-        return Unusable("ambiguous", why)
+        return BadSample("ambiguous", why)
     held = ", ".join(sorted(members)[:8]) + (", ..." if len(members) > 8 else "")
     asked = f"member .{reading.member}, which {reading.option} asks for" if reading.member else "image or array that is read"
     other = next((member.name for ext, member in members.items() if ext.rpartition(".")[2] not in ALLOWED_EXTENSIONS), None)
     what, remedy = ("", "") if other is None or reading.member else kind_of_file(other)
-    return Unusable("no_data", f"sample {key!r} has no {asked}, only {held}" + (f" ({what}: {remedy})" if remedy else ""))
+    return BadSample("no_data", f"sample {key!r} has no {asked}, only {held}" + (f" ({what}: {remedy})" if remedy else ""))
 
 
 def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> dict[str | None, dict[str, Member]]:
@@ -340,7 +334,7 @@ def _is_hidden(name: str) -> bool:
     return name[name.rfind("/") + 1 :].startswith(".")
 
 
-def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], None]) -> Iterable[Entry]:
+def _resolved(entries: list[Entry], unusable: Callable[[Entry, BadSample, str], None]) -> Iterable[Entry]:
     """Yield all entries, links to files and folders of the tar with the place of what they lead to; others are given to `unusable`.
 
     They lead where they do when the tar is unpacked: a hard link to the file that has its target's name when the link is made, whatever
@@ -371,7 +365,7 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
             of_tar = "file that comes before it in this tar" if entry.kind == _HARD else "file or folder of this tar"
             why = "a loop, too long, or out of the archive" if target is None else f"{target!r}, which is no {of_tar}"
             why = f"{entry.name!r} is a link to {entry.target[:MAX_NAME_BYTES]!r}, that is {why}: pack with `tar -h`"
-            unusable(entry, Unusable("link", why), what)
+            unusable(entry, BadSample("link", why), what)
             continue
         for name in inside:
             there = files[name]

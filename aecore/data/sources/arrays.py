@@ -1,5 +1,10 @@
 """Arrays whose rows are samples: `.npy`, `.npz` (with labels and `factor_*`), and idx files as MNIST ships them, also gzip'ed.
 
+Which labels are those of an array is said by names alone (`_names.partner`): among the arrays of an `.npz`, among the other files of a
+folder, and for a single file by the one of its name with labels in the place of images. Labels that belong to no array by name, or with
+others to the same one, are not taken: a line of the log names them. Labels that are taken have a row for each of the samples, or the
+source is refused.
+
 uint8 arrays `[N, H, W]` and `[N, H, W, 1 | 3 | 4]` are images, and are stored as PNG (stored, not deflated: about the bytes of a `.npy`
 member, the same on every machine): so `shards.resize` and `shards.mode` work, networks get `[C, H, W]`, and any reader of
 WebDataset sees pictures. The pixels are those of the array. Everything else, and everything with `source.store_as=npy`, keeps its values
@@ -29,7 +34,6 @@ from aecore.data.sources._names import (
     split_of,
     split_words,
     stem_of,
-    subject,
     without_split,
 )
 from aecore.data.sources._other_files import is_of_system, skip_file
@@ -41,6 +45,7 @@ from aecore.store import absolute_url, open_files, read_again
 _MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
 FACTOR = "factor_"
 _CHOOSE_LABELS = "source.labels takes one of them"
+_NAME_ALIKE = "name each like its array (cats.npy and cats_labels.npy, x_test.npy and y_test.npy)"
 _CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
 
 
@@ -138,7 +143,13 @@ class ArraysSource:
         taken = {block.label_file for block in blocks}
         for name in filter(_is_label_file, names):
             if name not in taken and not self._filter.excludes(name):
-                skipped.add("file(s) of labels that fit no array, or several", name, "name each like its array (x_test, y_test)")
+                skipped.add("file(s) of labels that fit no array, or several", name, _NAME_ALIKE)
+        if _any(blocks, "labels"):
+            for block in blocks:
+                if block.labels is None:
+                    skipped.add(
+                        "array(s) without labels, as others have", block.head, "name labels like it to label its samples", kept=True
+                    )
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
@@ -259,14 +270,15 @@ class ArraysSource:
             raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
         elif not _is_label_file(name):
             array = require_samples(file.array(""), name)
-            siblings = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
-            found = partner(_last(stem), [other for other in siblings if not is_labels(other)], filter(is_labels, siblings))
+            siblings = [other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"]
+            labels = [other for other in siblings if _is_label_file(other)]
+            stems = [_last(stem_of(other)) for other in labels]  # two files may have one stem
+            found = partner(_last(stem), [other for other in siblings if other not in labels], stems)
             if found is None:
                 yield _Block(name, stem, array, split_of(stem))
                 return
-            _see_partner(_last(stem), found, siblings[found], skipped)
-            names_of_classes = self._label_names(siblings[found], "", array, name)
-            yield _Block(name, stem, array, split_of(stem), names_of_classes, label_file=siblings[found])
+            file_of_labels = labels[stems.index(found)]
+            yield _Block(name, stem, array, split_of(stem), self._label_names(file_of_labels, "", array, name), label_file=file_of_labels)
 
     def _npz_blocks(self, file: ArrayFile, name: str, stem: str, skipped: Skipped) -> Iterator[_Block]:
         known, asked = file.names(), _array(self._spec.labels)
@@ -281,14 +293,12 @@ class ArraysSource:
             factors = self._factor_names(known, data, name)
             columns = self._factor_columns(file, factors, data, len(array), name)
             lengths, bags = self._lengths(file, data, name), self._bags(known, name, data, array, prefix)
-            if label is not None and not asked:
-                _see_partner(data, label, f"{name}/{label}", skipped)
             others = [self._chosen(known, other, data, name) for other in (self._spec.lengths, _array(self._spec.group)) if other]
             used |= {*factors, *others, *([] if label is None else [label])}
             yield _Block(f"{name}/{data}", prefix, array, split, labels, columns, lengths, bags)
         for other in (other for other in known if other not in used):
             if is_labels(other):
-                skipped.add("array(s) of labels that fit no samples, or are not the only ones", f"{name}/{other}", _CHOOSE_LABELS)
+                skipped.add("array(s) of labels that fit no samples by name, or are not the only ones", f"{name}/{other}", _CHOOSE_LABELS)
             else:
                 skipped.add("array(s) that nothing takes", f"{name}/{other}", _CHOOSE)
 
@@ -298,6 +308,8 @@ class ArraysSource:
         if not asked:
             return None
         bags = self._label_names(name, self._chosen(known, asked, data, name, "source.group"), array, data)
+        if (bad := next((bag for bag in bags if "\0" in bag), None)) is not None:
+            raise DataError(f"{name} names the bag {bad!r}: names have no NUL in them")
         return [f"{prefix}/{bag}" for bag in bags]
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
@@ -328,7 +340,12 @@ class ArraysSource:
         same = [name for name in found if split_words(name) == split_words(data)]
         same = same or [name for name in found if split_of(name) == split_of(data)]
         if asked in known and not same:
-            return asked
+            if len(self._data_names(known, where)) == 1:
+                return asked
+            raise DataError(
+                f"{where} has one array {asked!r} for several arrays of samples, of which each row belongs to one: save one for each "
+                f"(x_train, y_train, x_test, y_test), or choose the samples with source.images; {key} is {asked!r}"
+            )
         if not same:
             raise DataError(f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set {key} to one of these")
         return same[0]
@@ -363,14 +380,6 @@ def _any(blocks: list[_Block], what: str) -> bool:
     return any(getattr(block, what) for block in blocks)
 
 
-def _see_partner(data: str, labels: str, where: str, skipped: Skipped) -> None:
-    """Count labels that an array takes only because there are no others: their name has nothing of its name (`cats`, `dogs_labels`)."""
-    mine, others = set(subject(data)), set(subject(labels))
-    if mine and others and not mine & others:
-        what = "array(s) of labels of another name than their array, taken since there are no others"
-        skipped.add(what, f"{where} of {data}", "move them away, or name them like the array, if they are not its labels", kept=True)
-
-
 def _is_label_file(name: str) -> bool:
     return array_format(name) != "npz" and is_labels(_last(stem_of(name)))
 
@@ -387,7 +396,7 @@ def _label_files(name: str) -> list[str]:
     """Return the names that the file of labels may have next to a single file of images."""
     pairs = (("images", "labels"), ("imgs", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"))
     found = [re.sub(rf"(?<![A-Za-z0-9]){old}(?![A-Za-z0-9])", new, name) for old, new in pairs]
-    names = [re.sub(r"idx\d", "idx1", other) for other in found if other != name]
+    names = [other for made in found if made != name and _is_label_file(other := re.sub(r"idx\d", "idx1", made))]
     return [*names, *(other[:-3] if other.endswith(".gz") else f"{other}.gz" for other in names if array_format(name) == "idx")]
 
 

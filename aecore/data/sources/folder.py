@@ -146,7 +146,7 @@ class FolderSource:
             return listing
         from aecore.data.sources._frames import with_frames
 
-        framed = with_frames(listing, self._file)
+        framed = with_frames(listing, self._file, self._frames.max_pixels)
         return with_limit(framed, self._limit, self._group, framed.sources)
 
     def _nothing(self, skipped: Skipped) -> str:
@@ -285,7 +285,7 @@ class FolderSource:
                 size = 0
             if stat.S_ISDIR(mode):
                 if self._filter.takes_folder(path, skipped):
-                    folders.append(_class_name(f"{path}/", self._root))
+                    folders.append(f"{path}/")
             elif "." not in name or _extension(name) not in self._extensions:
                 skip_file(skipped, path)
             elif self._filter.takes(path, size, skipped):
@@ -439,11 +439,3 @@ def _keys(paths: list[str]) -> list[str]:
         return encode_keys(stems)
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
     return encode_keys([path if stem in shared else stem for path, stem in zip(paths, stems, strict=True)])
-
-
-def _class_name(folder: str, root: Path) -> str:
-    try:
-        folder.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"the folder name {os.fsencode(folder)!r} below {root} is not UTF-8 and would name a class: rename it") from None
-    return folder

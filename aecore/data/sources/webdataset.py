@@ -23,7 +23,7 @@ from aecore.artifact.documents import parse_json
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
-from aecore.data.sources import Listing, Unusable
+from aecore.data.sources import Listing
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
@@ -122,7 +122,7 @@ class _Columns:
         self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
         self.tars, self.members = list[str](), list[str]()
         self.sizes = list[int]()
-        self.unusable = list[Unusable | None]()
+        self.unusable = list[BadSample | None]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
         self.skipped = Skipped()
         self.texts = 0  # samples with a .txt
@@ -202,7 +202,7 @@ class WebdatasetSource:
         listing = with_limit(listing, self._spec.limit, self._spec.group, names)
         if self._spec.frames != "all":
             return listing
-        framed = with_frames(listing, self._member)
+        framed = with_frames(listing, self._member, self._frame.max_pixels)
         return with_limit(framed, self._spec.limit, self._spec.group, framed.sources)
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -291,22 +291,22 @@ class WebdatasetSource:
                 size = self._spec.min_size if sample.bad is not None else sample.data.size
                 if self._filter.is_set and not self._filter.takes(f"{name}/{sample.data.name}", size, found.skipped, sample.data.name):
                     continue
-                bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
+                bad = sample.bad if broken is None else BadSample("broken_tar", str(broken))
                 self._add(found, sample, tar, place, bad)
             if broken is not None:
-                rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), Unusable("broken_tar", str(broken)))
+                rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), BadSample("broken_tar", str(broken)))
                 self._add(found, rest, tar, place, rest.bad)
         finally:
             tar.close()
 
-    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, place: _Place, bad: Unusable | None) -> None:
+    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, place: _Place, bad: BadSample | None) -> None:
         fields, label = dict[str, Field](), ""
         if bad is None:
             try:
                 fields = self._fields(found, sample, tar)
                 label = self._label(found, sample, tar, fields)
             except BadSample as error:
-                bad = Unusable(error.reason, error.message)
+                bad = error.bare()
         member = sample.data
         found.texts += "txt" in sample.members
         above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
@@ -365,7 +365,8 @@ class WebdatasetSource:
     def _label(self, found: _Columns, sample: TarSample, tar: TarFile, fields: dict[str, Field]) -> str:
         rule = self._spec.label
         if rule == "tar":
-            return _clean(_STEM.sub("", tar.where.rpartition("/")[2]))
+            name = _STEM.sub("", tar.where.rpartition("/")[2])
+            return _clean(name) if self._spec.tars == 1 else name
         if rule not in ("auto", "cls", "txt") and not rule.startswith(JSON):
             return ""  # `by_rules` makes it of the path, or there is none
         if rule.startswith(JSON):
@@ -448,7 +449,7 @@ def _field(value: Any, rules: int) -> Field:  # any: plain JSON data
     return None if rules == 1 else json.dumps(value, ensure_ascii=False)
 
 
-def _column(values: list[Field], unusable: list[Unusable | None], rules: int) -> NDArray[Any]:  # any: every column has its own dtype
+def _column(values: list[Field], unusable: list[BadSample | None], rules: int) -> NDArray[Any]:  # any: every column has its own dtype
     """Return whole numbers as int64, numbers as float64 (NaN: none), everything else as text (None: none).
 
     Samples that cannot be used decide nothing: their values are zeros or none.

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,13 @@ import pyarrow as pa
 
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
+from aecore.data.dataset import read_listings
 from aecore.data.format.index import MEMBERS, content_sha256
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, Source
 from aecore.data.sources._tar_samples import ARCHIVED
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
+from aecore.data.write.append import listing_table
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
@@ -96,27 +98,56 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
         raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))
 
 
-def require_same_tars(store: Store, parent: DatasetManifest, source: Source, fresh: Listing) -> None:
+def require_same_tars(store: Store, parent: DatasetManifest, source: Source, listing: Listing, fresh: Listing, *, limited: bool) -> None:
     """Raise DataError if tars that the dataset has adopted are others now: its indexes would no longer fit them.
 
-    All are compared by size, and those in which new samples were found by their bytes.
+    All are compared by size and by the names, places and sizes of their samples, which were listed anyway, and those in which new samples
+    were found by their bytes. Bytes that changed in place are found when they are read, or all of them by verifying the data. A `limited`
+    listing may lack known samples.
     """
     assert isinstance(source, WebdatasetSource)
     tars, growing = source.tars, {parse_source(name)[0] for name in fresh.sources}
     refs = {f"{resolve_url(store.url, shard.tar_base_url)}/{shard.tar.name}": shard.tar for shard in parent.shards if shard.tar_base_url}
-    changed = list[str]()
+    changed = dict[str, str]()
     for name, size in tars.sizes().items():
         known = refs.get(f"{tars.files.url}/{name}")
         if known is not None and size != known.bytes:
-            changed.append(f"{name!r} has {size} bytes, {known.bytes} when it was adopted")
+            changed[name] = f"{name!r} has {size} bytes, {known.bytes} when it was adopted"
         elif known is not None and name in growing and _tar_ref(tars.files, name).sha256 != known.sha256:
-            changed.append(f"{name!r} has other bytes than when it was adopted")
+            changed[name] = f"{name!r} has other bytes than when it was adopted"
+    if {resolve_url(store.url, shard.tar_base_url) for shard in parent.shards if shard.tar_base_url} == {tars.files.url}:
+        whole = frozenset[str]() if limited else frozenset(tars.names)  # of several homes a listing does not say whose its names are
+        changed = _moved(read_listings(store, parent), listing_table(listing), whole) | changed
     if changed:
+        first = "; ".join([*changed.values()][:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
         raise DataError(
             f"{counted(len(changed), 'tar of', 'tars of')} {tars.files.url} changed since {store.url} indexed what was there: "
-            f"{'; '.join(changed[:SHOWN])}{'; ...' if len(changed) > SHOWN else ''}. Put new samples into new tars and restore these, or "
+            f"{first}. Put new samples into new tars and restore these, or "
             "adopt them as they are now into a new URL; nothing was written"
         )
+
+
+def _moved(known: pa.Table, asked: pa.Table, whole: Collection[str]) -> dict[str, str]:
+    """Return which tars have known samples in other places than when they were adopted; of the `whole` ones all are listed again."""
+    places = _sources(known)
+    found = dict[str, list[str]]()
+    for key, place in _sources(asked).items():
+        there = places.pop(key, place)
+        if there != place:
+            found.setdefault(parse_source(place)[0], []).append(f"{key!r} at {_place(place)}, where {_place(there)} was known")
+    for key, there in places.items():
+        if (tar := parse_source(there)[0]) in whole:
+            found.setdefault(tar, []).append(f"no {key!r}, which was at {_place(there)}")
+    return {tar: f"{tar!r} has {counted(len(some), 'other sample', 'other samples')}, for example {some[0]}" for tar, some in found.items()}
+
+
+def _sources(table: Any) -> dict[str, str]:  # any: pyarrow's stubs take every value for one that may be None
+    return dict(zip(table["key"].to_pylist(), table["source"].to_pylist(), strict=True))
+
+
+def _place(source: str) -> str:
+    tar, member = parse_source(source)
+    return f"{tar} byte {member.offset}"
 
 
 def files_of(sources: Sequence[str]) -> list[str]:

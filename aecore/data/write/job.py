@@ -20,10 +20,11 @@ from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing, Source, Unusable
+from aecore.data.sources import Listing, Source, bound_pixels
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.write.append import (
     SHOWN,
@@ -175,7 +176,7 @@ def _compare(
     names = store.list()
     newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
-    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source))
+    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), shards.max_pixels)
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
@@ -198,7 +199,7 @@ def _compare(
     if adopt:
         from aecore.data.write.adopt import require_same_tars
 
-        require_same_tars(store, parent, opened, fresh)
+        require_same_tars(store, parent, opened, listing, fresh, limited=source.limit is not None)
     del opened  # a source may hold copies of files in the cache
     require_whole_bags(store, listing, rows)
     if len(fresh):
@@ -222,7 +223,7 @@ def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  #
 
 
 def _listed(
-    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any
+    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any, max_pixels: int
 ) -> tuple[Mapping[str, Any] | None, Any, Source, Listing]:  # any: plain JSON data, and every source kind has its own spec class
     """Return the identity of the dataset that this source continues (None: a new one), the source's spec, the source, and its listing.
 
@@ -236,6 +237,7 @@ def _listed(
         if known is not None:
             return known
         opened: Source = SOURCES.build(spec)
+        bound_pixels(opened, max_pixels)
         listed.append((spec, opened, by_rules(spec, opened.listing())))
         return len(listed) - 1
 
@@ -374,7 +376,7 @@ def _require_usable(work: _Work) -> None:
     )
 
 
-def _reasons(unusable: Sequence[Unusable | None]) -> Counter[str]:
+def _reasons(unusable: Sequence[BadSample | None]) -> Counter[str]:
     return Counter(why.reason for why in unusable if why is not None)
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import background_of
 from aecore.data.format.image import MAX_PIXELS
-from aecore.data.sources import Unusable
 from aecore.errors import ConfigError
 from aecore.registry import knob, spec
 
@@ -77,7 +77,7 @@ class ShardTask:
         Further index columns (factors, metadata).
     shards : ShardSpec
         Resize, mode and check of the shards.
-    unusable : list of Unusable or None
+    unusable : list of BadSample or None
         Why each sample cannot be used, None for those that can; None if all of them can.
     """
 
@@ -93,7 +93,7 @@ class ShardTask:
     groups: list[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
-    unusable: list[Unusable | None] | None = None
+    unusable: list[BadSample | None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -400,8 +400,9 @@ class TestWhatIsNotUsed:
         (tmp_path / "pets").mkdir()
         np.save(tmp_path / "pets/cats.npy", PIXELS)
         np.save(tmp_path / "pets/dogs_labels.npy", LABELS)
-        assert "1 array of labels of another name than their array, taken since" in self.notes(tmp_path / "pets")
-        assert listing(tmp_path / "pets").label_names is not None
+        assert "('labels.npy', 'pets/dogs_labels.npy')" in self.notes(tmp_path)
+        assert "('dogs_labels.npy'): name each like its array (cats.npy and cats_labels.npy" in self.notes(tmp_path / "pets")
+        assert listing(tmp_path / "pets").label_names is None
 
     def test_thousands_of_arrays_are_a_count_and_examples(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
@@ -426,7 +427,89 @@ class TestWhatIsNotUsed:
             only_array((tmp_path / "a.npz").read_bytes())
 
 
-@pytest.mark.parametrize("labels", [[1e300, 1e19, 2e19, 5.0], [2.0**63, 0, 1, 2], [-1e19, 0, 1, 2], ["x\0y", "xy", "a", "b"]])
+# names of arrays and of labels, and which labels each array takes
+PARTNERS = [
+    ("cats", "dogs_labels", {}),
+    ("x_train", "y_test", {}),
+    ("train_images", "test_labels", {}),
+    ("cats_images", "cats_dogs_labels", {}),
+    ("images", "dogs_labels", {}),
+    ("x", "y_train", {}),
+    ("cats", "labels", {"cats": "labels"}),
+    ("x_train", "y", {"x_train": "y"}),
+    ("images", "labels", {"images": "labels"}),
+    ("images", "class_labels", {"images": "class_labels"}),
+    ("x_train", "y_train_fine", {"x_train": "y_train_fine"}),
+    ("cats", "cats_labels", {"cats": "cats_labels"}),
+    ("cats dogs", "dogs_labels", {"dogs": "dogs_labels"}),
+    ("x_train x_test", "y", {}),
+    ("x_train x_test", "y_test y_train", {"x_train": "y_train", "x_test": "y_test"}),
+    ("x_train x_val", "y_train y_test", {"x_train": "y_train"}),
+    ("images", "labels cats_labels", {"images": "labels"}),
+    ("cats", "dogs_labels birds_labels", {}),
+    ("x", "y labels", {}),
+]
+
+
+@pytest.mark.parametrize(("arrays", "labels", "taken"), PARTNERS)
+def test_labels_belong_to_the_array_that_their_name_says(tmp_path: Path, arrays: str, labels: str, taken: dict[str, str]) -> None:
+    """The labels of an array are those of its name, in an `.npz` (which finds its samples by name) as among the files of a folder."""
+    numbers = {name: np.full(len(PIXELS), number) for number, name in enumerate(labels.split())}
+    held = {**dict.fromkeys(arrays.split(), PIXELS), **numbers}
+    expected = {name: str(numbers[taken[name]][0]) if name in taken else "" for name in arrays.split()}
+    (tmp_path / "files").mkdir()
+    for name, values in held.items():
+        np.save(tmp_path / f"files/{name}.npy", values)
+    np.savez(tmp_path / "all.npz", **held)
+    found = {"files": listing(tmp_path / "files")} | ({} if arrays == "cats dogs" else {"all.npz": listing(tmp_path / "all.npz")})
+    for where, of in found.items():
+        names = of.label_names or [""] * len(of)
+        arrays_of = [source.rpartition("#")[0].rpartition("/")[2].removesuffix(".npy") for source in of.sources]
+        given = dict(zip(arrays_of, names, strict=True))
+        assert given == expected, where
+        unused = set(labels.split()) - set(taken.values())
+        assert all(any(name in note for note in of.notes) for name in unused), "labels that are not taken are named"
+        assert ("without labels, as others have" in "\n".join(of.notes)) == (0 < len(taken) < len(expected))
+
+
+def test_two_files_of_labels_of_one_stem_are_not_guessed_between(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", PIXELS)
+    np.save(tmp_path / "y.npy", LABELS)
+    (tmp_path / "y-idx1-ubyte").write_bytes(idx(LABELS[::-1].astype(np.uint8)))
+    assert listing(tmp_path).label_names is None
+    assert "skipped 2 files of labels that fit no array, or several" in "\n".join(listing(tmp_path).notes)
+
+
+def test_another_array_of_images_is_no_file_of_labels(tmp_path: Path) -> None:
+    for name in ("x_images", "y_images"):
+        np.save(tmp_path / f"{name}.npy", PIXELS)
+    assert len(listing(tmp_path / "x_images.npy")) == len(PIXELS)
+
+
+def test_labels_for_several_arrays_are_refused_and_so_is_another_number_of_rows(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS, x_test=PIXELS, y_train=LABELS)
+    for name in ("y_train", "y_train"):
+        with pytest.raises(DataError, match=f"a.npz has one array '{name}' for several arrays of samples.*save one for each"):
+            listing(tmp_path / "a.npz", labels=name)
+    np.save(tmp_path / "cats.npy", PIXELS)
+    np.save(tmp_path / "labels.npy", LABELS[:-1])
+    (tmp_path / "a.npz").unlink()
+    with pytest.raises(DataError, match=r"labels.npy has \d+ rows, cats.npy has \d+: they must belong to each other, row by row"):
+        listing(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["S", "U"])
+def test_labels_that_are_no_text_are_quarantined(tmp_path: Path, dtype: str) -> None:
+    names = [b"caf\xe9", b"caf\xe8", "café".encode(), b"x\0y", b"xy"]
+    labels = np.array(names if dtype == "S" else [name.decode("utf-8", "surrogateescape") for name in names])
+    np.savez(tmp_path / "a.npz", images=PIXELS[:5], labels=labels)
+    made = shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.7))
+    assert (made.classes, made.reasons, made.num_samples()) == (("café", "xy"), {"label": 3}, 2)
+    with pytest.raises(DataError, match=r"3 of 5 samples cannot be used.*\n.*label: its label b'caf\\xe9' is not UTF-8: rename"):
+        shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "strict"))
+
+
+@pytest.mark.parametrize("labels", [[1e300, 1e19, 2e19, 5.0], [2.0**63, 0, 1, 2], [-1e19, 0, 1, 2]])
 def test_labels_that_would_merge_are_refused(tmp_path: Path, labels: list) -> None:
     np.savez(tmp_path / "a.npz", images=PIXELS[:4], labels=np.array(labels))
     with pytest.raises(DataError, match=r"a.npz .*'labels'.* holds .* in row 0"):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 import tarfile
 import time
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -302,6 +303,37 @@ def test_arrays_take_their_labels_from_the_names_of_their_files(tmp_path: Path) 
         np.save(tmp_path / f"in/{name}.npy", np.arange(32, dtype=np.uint8).reshape(2, 4, 4))
     found = labels(ArraysSpec(url=str(tmp_path / "in"), labels=r"regex:^(?:full_bitmap_)?(\w+)/"), tmp_path / "out")
     assert {key.rpartition("/")[0]: name for key, name in found.items()} == {"train/cat": "cat", "train/full_bitmap_dog": "dog"}
+
+
+class TestBytes:
+    """A label that is no UTF-8 names no class, wherever it comes from: two of them could become one."""
+
+    BAD: ClassVar[str] = os.fsdecode(b"caf\xe9")
+
+    @pytest.mark.parametrize(
+        ("options", "good"),
+        [({}, 1), ({"label": "leaf"}, 1), ({"label": r"regex:^(.+)/\d"}, 1), ({"label": "none"}, 2), ({"label": r"regex:(\d)\.png"}, 2)],
+    )
+    def test_of_a_folder(self, tmp_path: Path, options: dict[str, str], good: int) -> None:
+        pictures(tmp_path / "in", "cat/1.png", f"{self.BAD}/2.png")
+        made = shard_dataset(FolderSpec(url=str(tmp_path / "in"), **options), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.num_samples(), made.reasons) == (good, {"label": 1} if good == 1 else {})
+
+    def test_of_the_name_of_a_tar(self, tmp_path: Path) -> None:
+        tar_of(tmp_path / "in/cat.tar", "1.png")
+        tar_of(tmp_path / f"in/{self.BAD}.tar", "2.png")
+        spec = WebdatasetSpec(url=str(tmp_path / "in"), label="tar")
+        made = shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+    @pytest.mark.parametrize("text", [b"caf\xe9", b"caf\xe8", b"a\0b"])
+    def test_of_a_member(self, tmp_path: Path, text: bytes) -> None:
+        write_tar(tmp_path / "in/a.tar", [("1.png", encoded(image(1))), ("1.cls", b"cat"), ("2.png", encoded(image(2))), ("2.cls", text)])
+        made = shard_dataset(WebdatasetSpec(url=str(tmp_path / "in")), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
 
 
 class TestExpressions:

@@ -497,8 +497,9 @@ class TestFrames:
         source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=("png",), frames="all"))
         pictures = [Image.new("1", (9000, 9000), number) for number in (0, 1)]  # above the default
         (tmp_path / "in/large.png").write_bytes(saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:]))
-        assert len(source.listing()) == 2
+        assert [why and why.reason for why in source.listing().unusable or ()] == ["too_large"], "one row: no frame can be read"
         source.bound_pixels(1 << 27)
+        assert len(source.listing()) == 2
         assert source.read("large.png#000000001")[0] == "png"
         source.bound_pixels(1 << 26)
         with pytest.raises(BadSample, match="at most 67108864 are read"):
@@ -522,10 +523,12 @@ class TestFrames:
         assert 256 * len(data) < 5_000_000 < frames * side * side
         files = {name: data, "one.png": saved(Image.new("RGB", (side, side)), "PNG")}
         manifest = sharded(tmp_path, files, frames="all", max_pixels=side**2)
-        assert (manifest.num_samples(), manifest.reasons) == (1, {"too_large": frames})
+        assert (manifest.num_samples(), manifest.reasons) == (1, {"too_large": 1}), "one row of the file"
         source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=(name[2:],), frames="all"))
-        source.bound_pixels(side**2)
+        source.bound_pixels(frames * side**2 // 4)
         listed = source.listing().sources
+        source.bound_pixels(side**2)
+        assert name in source.listing().sources
         with pytest.raises(
             BadSample, match=rf"{len(data)} bytes whose pages or frames have 5400000 pixels together, at most \d+ are decoded"
         ):

@@ -361,7 +361,7 @@ class TestLinks:
             tar.addfile(info)
         made = shard(path, tmp_path / "ds", max_bad=0.9, **options)
         is_class = options.get("label") in ("path", "leaf")
-        assert made.reasons == ({"link": 1, "name": 1} if is_class else {"link": 1}) and made.num_samples() == (3 if is_class else 4)
+        assert made.reasons == ({"link": 1, "label": 1} if is_class else {"link": 1}) and made.num_samples() == (3 if is_class else 4)
         if is_class:
             assert made.classes == ("cat", "dog")
             assert any(r"caf\xe9' is not UTF-8" in why for _, why in quarantine(tmp_path / "ds").values())
