@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.png import COLOUR_TYPES, StoredPng
 from aecore.data.sources._arrayfile import Array, Rows
 from aecore.errors import ConfigError, DataError
@@ -49,7 +50,9 @@ def class_names(values: Array, where: str) -> list[str]:
         values = values[:, 0]
     if values.ndim != 1:
         raise DataError(f"{where} has shape {values.shape}: labels are one number or name for each sample; one-hot rows need argmax(1)")
+    require_characters(values, where)
     if values.dtype.kind == "f":
+        values = values.astype(np.promote_types(values.dtype, np.float64))
         if not (np.isfinite(values) & (values == np.floor(values))).all():
             raise DataError(f"{where} holds fractions: labels are whole numbers or names")
         large = np.flatnonzero(np.abs(values) >= 2.0**63)
@@ -63,7 +66,20 @@ def class_names(values: Array, where: str) -> list[str]:
     for row, name in enumerate(names if values.dtype.kind in "SU" else ()):
         if "\0" in name:
             raise DataError(f"{where} holds {name!r} in row {row}: the names of classes have no NUL in them")
+        if len(name) > MAX_CLASS_BYTES or len(name.encode("utf-8", "surrogatepass")) > MAX_CLASS_BYTES:
+            raise DataError(f"{where} holds {name[:40]!r}... in row {row}, of more than {MAX_CLASS_BYTES} bytes: give the names of classes")
     return names
+
+
+def require_characters(values: Array, where: str) -> None:
+    """Raise DataError if a text of an array has what is no character: half a surrogate pair, or any number."""
+    if values.dtype.kind != "U" or not values.dtype.itemsize or not values.size:
+        return
+    codes = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(len(values), -1).view(np.uint32)
+    wrong = np.argwhere((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF)))
+    if len(wrong):
+        row, at = wrong[0].tolist()
+        raise DataError(f"{where} has {int(codes[row, at]):#x} in row {row}, which is no character: save its texts again (numpy.array)")
 
 
 def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array:

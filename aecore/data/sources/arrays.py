@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile
-from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
+from aecore.data.sources._arrayvalues import (
+    class_names,
+    native,
+    require_characters,
+    require_lengths,
+    require_rows,
+    require_samples,
+    row_writer,
+)
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import (
@@ -38,7 +46,7 @@ from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
 
-_MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
+_ENDS_FILE = re.compile(r"(?<=\.npz)/")
 FACTOR = "factor_"
 _CHOOSE_LABELS = "source.labels takes one of them"
 _CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
@@ -172,12 +180,24 @@ class ArraysSource:
             raise
 
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
-        member = _MEMBER.fullmatch(head)
-        name, array = (member[1], member[2]) if member else (head, "")
+        name, array = self._file_and_array(head)
         file = self._array_file(name)
         lengths = self._lengths(file, array, name) if array else None
         self._rows[head] = found = row_writer(file.rows(array), self._spec.store_as, head, lengths)
         return found
+
+    def _file_and_array(self, head: str) -> tuple[str, str]:
+        """Return the file and the array in it ("" in a file of one): folders and arrays may have names that end in .npz too."""
+        found = [(head[: slash.start()], head[slash.end() :]) for slash in _ENDS_FILE.finditer(head)]
+        if array_format(head) is not None:
+            found.append((head, ""))
+        return next((place for place in found if self._is_file(place[0])), found[0]) if len(found) > 1 else found[0]
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return self._files.local(name).is_file()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _sizes(self, block: _Block) -> NDArray[np.int64]:
         """Return the bytes of every row as it is stored."""
@@ -349,6 +369,7 @@ class ArraysSource:
         found: dict[str, Array] = {}
         for name in names:
             values = require_rows(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
+            require_characters(values, f"{where} (array {name!r})")
             title = FACTOR + name.removeprefix(FACTOR).removesuffix(f"_{split}")
             if values.ndim == 1:
                 found[title] = native(values)

@@ -28,7 +28,7 @@ from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint, counted
-from aecore.store import FileRef, Files, Store, cache_turn, open_store, read_again, resolve_url
+from aecore.store import FileRef, Files, Store, cache_turn, is_remote, open_store, read_again, resolve_url
 
 SHOWN = 3  # examples in an error
 
@@ -97,26 +97,34 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
 
 
 def require_same_tars(store: Store, parent: DatasetManifest, source: Source, fresh: Listing) -> None:
-    """Raise DataError if tars that the dataset has adopted are others now: its indexes would no longer fit them.
+    """Raise DataError if tars that the dataset has adopted are others now, or gone: its indexes would no longer fit them.
 
     All are compared by size, and those in which new samples were found by their bytes.
     """
     assert isinstance(source, WebdatasetSource)
     tars, growing = source.tars, {parse_source(name)[0] for name in fresh.sources}
-    refs = {f"{resolve_url(store.url, shard.tar_base_url)}/{shard.tar.name}": shard.tar for shard in parent.shards if shard.tar_base_url}
+    refs = {_place(resolve_url(store.url, shard.tar_base_url), shard.tar.name): shard.tar for shard in parent.shards if shard.tar_base_url}
     changed = list[str]()
     for name, size in tars.sizes().items():
-        known = refs.get(f"{tars.files.url}/{name}")
+        known = refs.get(_place(tars.files.url, name))
         if known is not None and size != known.bytes:
             changed.append(f"{name!r} has {size} bytes, {known.bytes} when it was adopted")
         elif known is not None and name in growing and _tar_ref(tars.files, name).sha256 != known.sha256:
             changed.append(f"{name!r} has other bytes than when it was adopted")
+    if not is_remote(tars.files.url):
+        lost = (place for place in refs if place.startswith(f"{os.path.realpath(tars.files.url)}/") and not os.path.exists(place))
+        changed += [f"{os.path.relpath(place, os.path.realpath(tars.files.url))!r} is not there any more" for place in lost]
     if changed:
         raise DataError(
             f"{counted(len(changed), 'tar of', 'tars of')} {tars.files.url} changed since {store.url} indexed what was there: "
             f"{'; '.join(changed[:SHOWN])}{'; ...' if len(changed) > SHOWN else ''}. Put new samples into new tars and restore these, or "
             "adopt them as they are now into a new URL; nothing was written"
         )
+
+
+def _place(url: str, name: str) -> str:
+    """Return where a tar is, whatever links its address leads over."""
+    return f"{url}/{name}" if is_remote(url) else os.path.realpath(f"{url}/{name}")
 
 
 def files_of(sources: Sequence[str]) -> list[str]:

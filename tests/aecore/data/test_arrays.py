@@ -449,3 +449,36 @@ def test_a_shape_below_zero_is_named(tmp_path: Path) -> None:
         listing(tmp_path / "a.npy")
     with pytest.raises(BadSample, match=r"header promises the shape \(-1, 5\)"):
         array_header(header.getvalue())
+
+
+def test_folders_and_arrays_may_have_names_of_npz_files(tmp_path: Path) -> None:
+    (tmp_path / "in/a.npz").mkdir(parents=True)
+    np.save(tmp_path / "in/a.npz/images.npy", PIXELS[:2])
+    np.savez(tmp_path / "in/a.npz/b.npz", **{"x.npz/y": PIXELS[2:4]})
+    np.savez(tmp_path / "in/c.npz", **{"x.npy": PIXELS[4:6]})
+    source = ArraysSource(ArraysSpec(url=str(tmp_path / "in")))
+    found = source.listing()
+    assert len(found) == 6
+    values = [np.asarray(Image.open(io.BytesIO(source.read(name)[1]))) for name in found.sources]
+    assert np.array_equal(sorted(map(np.ndarray.tobytes, values)), sorted(map(np.ndarray.tobytes, PIXELS[:6])))
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 0xFFFFFFFF])
+@pytest.mark.parametrize("order", "<>")
+def test_texts_with_what_is_no_character_are_refused(tmp_path: Path, code: int, order: str) -> None:
+    texts = np.array([[97, 98], [99, code], [97, 98], [97, 98]], f"{order}u4").view(f"{order}U2")[:, 0]
+    for name in ("labels", "factor_a"):
+        np.savez(tmp_path / "a.npz", **{"images": PIXELS[:4], name: texts})
+        with pytest.raises(DataError, match=f"a.npz .*'{name}'.* has {code:#x} in row 1, which is no character: save"):
+            listing(tmp_path / "a.npz")
+
+
+def test_labels_have_an_end_and_those_of_half_precision_are_numbers(tmp_path: Path) -> None:
+    for long in ("z" * 1025, "é" * 513):
+        np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array(["a", long]))
+        with pytest.raises(DataError, match="in row 1, of more than 1024 bytes: give the names of classes"):
+            listing(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array(["\U0001f600" * 256, "é" * 512]))
+    assert len(listing(tmp_path / "a.npz")) == 2
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array([3, 1], np.float16))
+    assert listing(tmp_path / "a.npz").label_names == ["3", "1"]
