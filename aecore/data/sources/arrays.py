@@ -48,6 +48,7 @@ from aecore.store import absolute_url, open_files, read_again
 
 _ENDS_FILE = re.compile(r"(?<=\.npz)/")
 FACTOR = "factor_"
+MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _CHOOSE_LABELS = "source.labels takes one of them"
 _CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
 
@@ -372,11 +373,14 @@ class ArraysSource:
             require_characters(values, f"{where} (array {name!r})")
             title = FACTOR + name.removeprefix(FACTOR).removesuffix(f"_{split}")
             if values.ndim == 1:
-                found[title] = native(values)
+                new = {title: native(values)}
             elif values.ndim == 2:
-                found |= {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
+                new = {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
             else:
                 raise DataError(f"{where} (array {name!r}) has shape {values.shape}: factors are numbers or rows of numbers")
+            if twice := sorted(new.keys() & found.keys()):
+                raise DataError(f"{where} (array {name!r}) gives the column {twice[0]!r}, as another array does: rename one of them")
+            found |= new
         return found
 
 
@@ -427,4 +431,17 @@ def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
         without = [block.head for block in blocks if name not in block.factors]
         if without:
             raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files separately")
-    return {name: np.concatenate([block.factors[name] for block in blocks]) for name in names}
+    return {name: _joined(name, blocks) for name in names}
+
+
+def _joined(name: str, blocks: list[_Block]) -> Array:
+    """Return a column of all blocks; DataError if numbers would become others in it, or texts are among them."""
+    parts = [block.factors[name] for block in blocks]
+    values = np.concatenate(parts)
+    inexact = values.dtype.kind == "f" and any(
+        max(abs(int(part.min())), abs(int(part.max()))) > MAX_EXACT for part in parts if part.dtype.kind in "iu"
+    )
+    if inexact or len({part.dtype == object for part in parts}) > 1:
+        types = first_of([f"{block.head} {part.dtype}" for block, part in zip(blocks, parts, strict=True)])
+        raise DataError(f"the arrays {name!r} are no one column, exactly ({types}): save them with one type")
+    return values

@@ -5,6 +5,7 @@ import gzip
 import io
 import re
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -482,3 +483,45 @@ def test_labels_have_an_end_and_those_of_half_precision_are_numbers(tmp_path: Pa
     assert len(listing(tmp_path / "a.npz")) == 2
     np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array([3, 1], np.float16))
     assert listing(tmp_path / "a.npz").label_names == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    "others", [{"factor_m": np.ones((2, 2)), "factor_m_0": np.ones(2)}, {"factor_a": np.ones(2), "factor_a_train": np.ones(2)}]
+)
+def test_factors_of_one_column_are_refused(tmp_path: Path, others: dict) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:2], **others)
+    with pytest.raises(DataError, match=r"gives the column 'factor_(m_0|a)', as another array does: rename one"):
+        listing(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "joined"),
+    [
+        (np.array([2**53 + 1, 1]), np.array([0.5, 1]), None),
+        (np.array([-(2**63), 1]), np.array([1, 2], np.uint64), None),
+        (np.array([1, 2]), np.array(["a", "b"]), None),
+        (np.array([2**53, 1]), np.array([0.5, 1]), [2.0**53, 1.0, 0.5, 1.0]),
+        (np.array([2**53 + 1, 1]), np.array([1, 2], np.int8), [2**53 + 1, 1, 1, 2]),
+        (np.array([True, False]), np.array([1, 2]), [1, 0, 1, 2]),
+    ],
+)
+def test_factors_of_several_files_stay_what_they_are(tmp_path: Path, first: np.ndarray, second: np.ndarray, joined: list | None) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], factor_a=first)
+    np.savez(tmp_path / "b.npz", images=PIXELS[:2], factor_a=second)
+    if joined is None:
+        with pytest.raises(DataError, match="the arrays 'factor_a' are .* b.npz/images .*: save them with one type"):
+            listing(tmp_path)
+    else:
+        assert listing(tmp_path).columns["factor_a"].tolist() == joined
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_large_npz_is_in_memory_once(tmp_path: Path, compression: int) -> None:
+    data, packed = io.BytesIO(), io.BytesIO()
+    np.save(data, np.zeros((1000, 1000, 10), np.uint8))
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        archive.writestr("a.npy", data.getvalue())
+    tracemalloc.start()
+    found, (_, peak) = only_array(packed.getvalue()), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == data.getvalue() and peak - len(packed.getvalue()) < 1.5 * len(found)
