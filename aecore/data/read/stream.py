@@ -28,7 +28,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from aecore._base.batch import Batch
-from aecore.data.classes import UNKNOWN, numbers_of, quoted
+from aecore.data.classes import MAX_CLASS_BYTES, UNKNOWN, numbers_of, quoted
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Pixels
 from aecore.data.format.foreign import explained
@@ -43,7 +43,7 @@ from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import Member, TarFile
-from aecore.data.sources._tar_samples import ARCHIVED, MAX_CLASS_BYTES, TarReading, TarSample, stated_class, tar_samples
+from aecore.data.sources._tar_samples import ARCHIVED, TarReading, TarSample, stated_class, tar_samples
 from aecore.errors import ConfigError, DataError, Hint, counted
 from aecore.store import sha256_json
 from aecore.threads import prefetched

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.documents import parse_json
-from aecore.data.classes import in_order, quoted, spelled
+from aecore.data.classes import MAX_CLASS_BYTES, in_order, quoted, spelled
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.sources import Listing
 from aecore.data.sources._names import file_of, split_of_folder
@@ -30,7 +30,9 @@ _SHOWN = 80  # characters of a label in a message
 _ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")  # half a surrogate pair as `_printable` writes it
 MAX_CLASSES_BYTES = 1 << 24
 _WORD = r"\pL\pM\pN_"  # in a class of characters
-_TOKEN = re.compile(r"\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
+_TOKEN = re.compile(r"\\Q.*?(?:\\E|\Z)|\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
+_GROUPS = frozenset(("(", "(?<", "(?P<"))
+_BOUNDARIES = frozenset((r"\b", r"\B"))
 
 
 class Expression:
@@ -40,7 +42,8 @@ class Expression:
     """
 
     def __init__(self, option: str, rule: str) -> None:
-        self._pattern = _one_group(spelled(rule.removeprefix(REGEX)))
+        self._rule, self._pattern = f"{option}={rule}", _one_group(spelled(rule.removeprefix(REGEX)))
+        self._has_boundary = not _BOUNDARIES.isdisjoint(_TOKEN.findall(rule))
         try:
             self.search(["", "x"])
         except (pa.ArrowInvalid, UnicodeEncodeError) as error:
@@ -51,7 +54,15 @@ class Expression:
             ) from error
 
     def search(self, texts: Sequence[str]) -> list[str]:
-        """Return what it finds first in each text, "" where it finds nothing."""
+        """Return what it finds first in each text, "" where it finds nothing.
+
+        ConfigError if it asks for the boundary of a word in a text of other letters than ASCII's: RE2 would find one within a word.
+        """
+        if self._has_boundary and (other := next((text for text in texts if not text.isascii()), None)) is not None:
+            raise ConfigError(
+                rf"{self._rule} has \b or \B, which know words of ASCII letters only, and {other!r} has others: write what is before or "
+                r"after the word instead, for example (?:^|\W)(\w+)"
+            )
         found: Any = pc.extract_regex(pa.array(texts, pa.string()), self._pattern)  # any: the stubs know no structs
         return list(found.field(0).fill_null("").to_pylist())
 
@@ -73,7 +84,7 @@ def _one_group(pattern: str) -> str:
             inside = True
         elif token == "]":
             inside = False
-        elif not inside and (token == "(" or token.endswith("<")):
+        elif not inside and token in _GROUPS:
             groups += 1
             token = token if token != "(" else "(?P<found_>" if groups == 1 else "(?:"
         out.append(token)
@@ -133,7 +144,8 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
         if listing.paths is not None:
-            paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits, listing.unusable)
+            plain = [_plain(path) if "//" in path or "./" in path or path[:1] == "/" else path for path in listing.paths]
+            paths, splits, label_paths = _with_split_folders(plain, listing.splits, listing.unusable)
             folders = [path.rpartition("/")[0] for path in paths]
             changes |= {"splits": splits, "label_paths": label_paths, "label_names": folders}
         changes["label_rule"] = rule
@@ -151,6 +163,8 @@ def bad_label(name: str) -> BadSample | None:
     """
     if "\0" in name:
         return BadSample("label", f"its label {name[:_SHOWN]!r} has NUL in it: write it without")
+    if len(name) > MAX_CLASS_BYTES or len(name.encode("utf-8", "surrogatepass")) > MAX_CLASS_BYTES:
+        return BadSample("label", f"its label {name[:_SHOWN]!r}... has more than {MAX_CLASS_BYTES} bytes: give the name of a class")
     if _printable(name) == name:
         return None
     try:
@@ -182,6 +196,11 @@ def _without_bad_found(rule: str, listing: Listing, paths: Sequence[str]) -> lis
         if _ESCAPED.search(name):  # the label as bytes: an escape stands for each that is no text
             found[row] = bad_label(_ESCAPED.sub(lambda escape: chr(int(escape[1], 16)), name))
     return found if any(found) else listing.unusable
+
+
+def _plain(path: str) -> str:
+    """Return a path without empty parts and `.`, which name no folder: `a//b` and `./a/b` are in `a`."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _with_split_folders(

@@ -12,10 +12,11 @@ A sample that cannot be used is returned with a reason, for the quarantine; what
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
 from aecore.data.sources._inflate import ALLOWED_BYTES
@@ -26,9 +27,9 @@ from aecore.data.sources._tar_file import FILES, SPARSE, UNREADABLE, BrokenTar, 
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
-MAX_HOPS = 32  # links that lead to links
+MAX_HOPS, MAX_DETOURS = 32, 20_000  # links that lead to links; all in a tar, but the first two of each: a second
 MAX_NAME_BYTES, MAX_LEVELS = 4096, 128  # of a member's name, as Linux has them for a path
-MAX_CLASS_BYTES = 1 << 10
+LONGEST_TARGET = MAX_NAME_BYTES + 1  # letters that are kept of what a link leads to: a longer one leads nowhere
 ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
@@ -86,21 +87,21 @@ class TarSamples(NamedTuple):
 
 def tar_samples(tar: TarFile, reading: TarReading, skipped: Skipped) -> TarSamples:
     """Return the samples of a tar; what is no sample is counted in `skipped`. StoreError if it cannot be read."""
-    entries, broken = list[Entry](), None
+    entries, broken, groups = list[Entry](), None, _Groups(tar, reading, skipped)
     try:
-        for entry in tar.entries(skipped, joined=reading.rules > 1):
-            entries.append(entry)  # those before an error count
+        for entry in tar.entries(skipped, joined=reading.rules > 1):  # those before an error count
+            if reading.rules > 1 and _is_too_long(entry.name):
+                groups.add(entry)  # which keeps the beginning of its name: a thousand of 1 MiB may be in one compressed tar
+            elif reading.rules > 1 and len(entry.target) > LONGEST_TARGET:
+                entries.append(entry._replace(target=entry.target[:LONGEST_TARGET]))
+            else:
+                entries.append(entry)
     except BrokenTar as error:
         broken = error
-    groups = _Groups(tar, reading, skipped)
-    if reading.rules > 1 and (long := {entry.offset for entry in entries if _is_too_long(entry.name)}):
-        for entry in entries:
-            if entry.offset in long:
-                groups.add(entry)
-        entries = [entry for entry in entries if entry.offset not in long]
     if reading.rules > 1 and not {entry.kind for entry in entries}.isdisjoint(_LINKS):
         parts = [list(joined) for _, joined in itertools.groupby(entries, key=lambda entry: entry.part)]
-        entries = [entry for joined in parts for entry in _resolved(joined, groups.unusable)]
+        detours = itertools.repeat(None, MAX_DETOURS)
+        entries = [entry for joined in parts for entry in _resolved(joined, detours, groups.unusable)]
     for entry in entries:
         groups.add(entry)
     found = sorted(groups.samples(), key=lambda sample: sample.data.offset)
@@ -127,15 +128,25 @@ def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
 
 
 def stated_class(tar: TarFile, member: Member | None) -> str:
-    """Return the class that the text of a member names, "" without a member.
+    """Return the class that the text of a member names, "" without a member; BadSample if it is none, see `stated_text`."""
+    return text_of_class(stated_text(tar, member, MAX_CLASS_BYTES, "label"))
 
-    BadSample if it is too large, or no text. A byte-order mark is no part of it.
+
+def stated_text(tar: TarFile, member: Member | None, limit: int, reason: str) -> str:
+    """Return the text of a member, "" without a member; a byte-order mark is no part of it.
+
+    BadSample if it is too large, or no UTF-8 (for this `reason`): then two texts could become one.
     """
-    return text_of_class(small_member(tar, member, MAX_CLASS_BYTES).decode("utf-8-sig", "surrogateescape"))
+    data = small_member(tar, member, limit)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        shown = repr(data[: error.end][-20:])
+        raise BadSample(reason, f"{member.name if member else ''!r} is no UTF-8 (it has {shown}): save the text as UTF-8") from error
 
 
 def text_of_class(text: str) -> str:
-    """Return a class as it is stored; BadSample if it is no text (`bad_label`)."""
+    """Return a class as it is stored; BadSample if it cannot be one (`bad_label`)."""
     text = text.removeprefix("\ufeff").strip()
     if (bad := bad_label(text)) is not None:
         raise bad
@@ -305,6 +316,7 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
         if "." in ext:
             below[ext.rpartition(".")[0]][ext.rpartition(".")[2]] = member
     apart: dict[str | None, dict[str, Member]] = {None: plain.copy()}
+    rest_has_data = any(map(data_extension, plain))
     for name in sorted(below, key=lambda name: not any(map(data_extension, below[name]))):  # those with an image first
         those = below[name]
         side = bool(_SIDE_EXTENSIONS & those.keys())
@@ -312,11 +324,12 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
         if any(map(data_extension, those)):
             is_own = side or not tells_apart
         else:  # labels whose image is missing, unless they are further ones of a sample with an image
-            is_own = side and not tells_apart and not any(map(data_extension, apart[None]))
+            is_own = side and not tells_apart and not rest_has_data
         if is_own and not any(f"{name}.{ext}".lower() == wanted.lower() for ext in those):
             apart[name] = those
         else:
             apart[None] |= {f"{name}.{ext}": member for ext, member in those.items()}
+            rest_has_data |= any(map(data_extension, those))
     return apart if apart[None] else {name: those for name, those in apart.items() if name is not None}
 
 
@@ -334,15 +347,15 @@ def _is_hidden(name: str) -> bool:
     return name[name.rfind("/") + 1 :].startswith(".")
 
 
-def _resolved(entries: list[Entry], unusable: Callable[[Entry, BadSample, str], None]) -> Iterable[Entry]:
+def _resolved(entries: list[Entry], detours: Iterator[None], unusable: Callable[[Entry, BadSample, str], None]) -> Iterable[Entry]:
     """Yield all entries, links to files and folders of the tar with the place of what they lead to; others are given to `unusable`.
 
     They lead where they do when the tar is unpacked: a hard link to the file that has its target's name when the link is made, whatever
     gets that name later; a symbolic one, which is relative to its folder, to the last file of a name.
     """
     lengths = frozenset(len(path) for entry in entries if entry.kind in _LINKS and (path := _normal(entry.name)) is not None)
-    made, files, links = _unpacked(entries, lengths)
-    targets = {name: _target(link, links, lengths) for name, link in links.items()}
+    made, files, links = _unpacked(entries, lengths, detours)
+    targets = {name: _target(link, links, lengths, detours) for name, link in links.items()}
     for name, link in links.items():  # before those to folders, which may hold them
         if (target := targets[name]) is not None and (there := files.get(target)) is not None:
             files[name] = link._replace(offset=there.offset, size=there.size, kind=there.kind)
@@ -352,7 +365,7 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, BadSample, str], 
             yield entry
             continue
         path, what = _normal(entry.name), _KINDS[entry.kind]
-        target = None if path is None else targets[path] if path in targets else _target(entry, links, lengths)
+        target = None if path is None else targets[path] if path in targets else _target(entry, links, lengths, detours)
         inside: Sequence[str] = ()
         if entry.kind == _SYMBOLIC and target is not None:
             if (there := files.get(target)) is not None:
@@ -372,7 +385,9 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, BadSample, str], 
             yield there._replace(name=entry.name + name[len(target or "") :], part=entry.part)
 
 
-def _unpacked(entries: Iterable[Entry], lengths: Set[int]) -> tuple[list[Entry], dict[str, Entry], dict[str, Entry]]:
+def _unpacked(
+    entries: Iterable[Entry], lengths: Set[int], detours: Iterator[None]
+) -> tuple[list[Entry], dict[str, Entry], dict[str, Entry]]:
     """Return the entries, and the files and symbolic links that are there by path after all of them: hard links are what they lead to."""
     made, files, links = list[Entry](), dict[str, Entry](), dict[str, Entry]()
     for entry in entries:
@@ -380,7 +395,7 @@ def _unpacked(entries: Iterable[Entry], lengths: Set[int]) -> tuple[list[Entry],
         if entry.kind == _HARD and path is not None:
             if (link := links.get(_normal(entry.target) or "")) is not None:  # a further name of a symbolic link
                 entry = entry._replace(kind=_SYMBOLIC, target=link.target)
-            elif (there := files.get(_target(entry, links, lengths) or "")) is not None:
+            elif (there := files.get(_target(entry, links, lengths, detours) or "")) is not None:
                 entry = entry._replace(offset=there.offset, size=there.size, kind=there.kind)
         made.append(entry)
         if path is None or entry.kind == _HARD:
@@ -413,15 +428,18 @@ def _by_folder(files: Iterable[str], folders: Set[str | None]) -> dict[str, list
     return found
 
 
-def _target(entry: Entry, links: Mapping[str, Entry], lengths: Set[int]) -> str | None:
+def _target(entry: Entry, links: Mapping[str, Entry], lengths: Set[int], detours: Iterator[None]) -> str | None:
     """Return the path in the tar that a link leads to after all links on the way; None if it leaves the tar or leads in a circle.
 
-    `lengths` are those of the names of links: other beginnings of a path need not be looked up.
+    `lengths` are those of the names of links: other beginnings of a path need not be looked up. `detours` has an item for each of the
+    links on the way, after the first two, that are followed in this tar: then a path that needs more is too long.
     """
     path: str | None = entry.target if entry.kind == _HARD else f"{entry.name.rpartition('/')[0]}/{entry.target}".removeprefix("/")
     if entry.kind == _SYMBOLIC and entry.target.startswith("/"):
         return None
-    for _ in range(MAX_HOPS):
+    for hop in range(MAX_HOPS):
+        if hop > 2 and next(detours, True):
+            return None
         path = None if path is None or _is_too_long(path) else _normal(path)
         if path is None:
             return None

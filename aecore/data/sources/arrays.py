@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from aecore.data.format.record import encode_keys
 from aecore.data.sources import Listing
 from aecore.data.sources._arrayfile import Array, ArrayFile
-from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
+from aecore.data.sources._arrayvalues import (
+    class_names,
+    native,
+    require_characters,
+    require_lengths,
+    require_rows,
+    require_samples,
+    row_writer,
+)
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import (
@@ -42,8 +50,9 @@ from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import absolute_url, open_files, read_again
 
-_MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
+_ENDS_FILE = re.compile(r"(?<=\.npz)/")
 FACTOR = "factor_"
+MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _CHOOSE_LABELS = "source.labels takes one of them"
 _NAME_ALIKE = "name each like its array (cats.npy and cats_labels.npy, x_test.npy and y_test.npy)"
 _CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
@@ -183,12 +192,24 @@ class ArraysSource:
             raise
 
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
-        member = _MEMBER.fullmatch(head)
-        name, array = (member[1], member[2]) if member else (head, "")
+        name, array = self._file_and_array(head)
         file = self._array_file(name)
         lengths = self._lengths(file, array, name) if array else None
         self._rows[head] = found = row_writer(file.rows(array), self._spec.store_as, head, lengths)
         return found
+
+    def _file_and_array(self, head: str) -> tuple[str, str]:
+        """Return the file and the array in it ("" in a file of one): folders and arrays may have names that end in .npz too."""
+        found = [(head[: slash.start()], head[slash.end() :]) for slash in _ENDS_FILE.finditer(head)]
+        if array_format(head) is not None:
+            found.append((head, ""))
+        return next((place for place in found if self._is_file(place[0])), found[0]) if len(found) > 1 else found[0]
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return self._files.local(name).is_file()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _sizes(self, block: _Block) -> NDArray[np.int64]:
         """Return the bytes of every row as it is stored."""
@@ -366,13 +387,17 @@ class ArraysSource:
         found: dict[str, Array] = {}
         for name in names:
             values = require_rows(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
+            require_characters(values, f"{where} (array {name!r})")
             title = FACTOR + name.removeprefix(FACTOR).removesuffix(f"_{split}")
             if values.ndim == 1:
-                found[title] = native(values)
+                new = {title: native(values)}
             elif values.ndim == 2:
-                found |= {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
+                new = {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
             else:
                 raise DataError(f"{where} (array {name!r}) has shape {values.shape}: factors are numbers or rows of numbers")
+            if twice := sorted(new.keys() & found.keys()):
+                raise DataError(f"{where} (array {name!r}) gives the column {twice[0]!r}, as another array does: rename one of them")
+            found |= new
         return found
 
 
@@ -415,4 +440,17 @@ def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
         without = [block.head for block in blocks if name not in block.factors]
         if without:
             raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files separately")
-    return {name: np.concatenate([block.factors[name] for block in blocks]) for name in names}
+    return {name: _joined(name, blocks) for name in names}
+
+
+def _joined(name: str, blocks: list[_Block]) -> Array:
+    """Return a column of all blocks; DataError if numbers would become others in it, or texts are among them."""
+    parts = [block.factors[name] for block in blocks]
+    values = np.concatenate(parts)
+    inexact = values.dtype.kind == "f" and any(
+        max(abs(int(part.min())), abs(int(part.max()))) > MAX_EXACT for part in parts if part.dtype.kind in "iu"
+    )
+    if inexact or len({part.dtype == object for part in parts}) > 1:
+        types = first_of([f"{block.head} {part.dtype}" for block, part in zip(blocks, parts, strict=True)])
+        raise DataError(f"the arrays {name!r} are no one column, exactly ({types}): save them with one type")
+    return values

@@ -10,6 +10,7 @@ with the reason, for the quarantine; so is every sample of a tar that is broken,
 """
 
 import json
+import math
 import re
 import sys
 from collections import Counter, OrderedDict
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.documents import parse_json
+from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
@@ -34,11 +36,11 @@ from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
 from aecore.data.sources._tar_samples import (
     ARCHIVED,
-    MAX_CLASS_BYTES,
     TarReading,
     TarSample,
     small_member,
     stated_class,
+    stated_text,
     tar_samples,
     text_of_class,
 )
@@ -53,6 +55,7 @@ MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
 _SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)(s?)#(.*)", re.DOTALL)
 _STEM = re.compile(rf"(?i:{_ENDINGS})$")
+_OF_JSON = "json_"
 Field = str | int | float | bool | None
 
 
@@ -103,6 +106,13 @@ class WebdatasetSpec:
             raise ConfigError(f"source.member={self.member} ends in {codec!r}, which is not read{did_you_mean(codec, DATA_EXTENSIONS)}")
         require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
+        twice = [name for name, count in Counter(map(_title, dict.fromkeys(self.columns))).items() if count > 1]
+        if twice:
+            field = twice[0].removeprefix(_OF_JSON)
+            raise ConfigError(
+                f"source.columns has {field!r} and {twice[0]!r}, and both would be the column {twice[0]!r} of the index, which has a "
+                f"column {field!r} of its own: leave one of them out"
+            )
         object.__setattr__(self, "include", globs("source.include", self.include))
         object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
@@ -189,10 +199,7 @@ class WebdatasetSource:
             np.array(found.sizes, np.int64),
             label_names=found.labels if any(found.labels) else None,
             splits=found.splits if any(found.splits) else None,
-            columns={
-                f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values, found.unusable, self._spec.tars)
-                for name, values in found.fields.items()
-            },
+            columns={_title(name): _column(values, found.unusable, self._spec.tars) for name, values in found.fields.items()},
             notes=(*found.skipped.lines(), *self._filter.unused(), *self._notes(found)),
             label_paths=False,
             paths=found.members,
@@ -278,6 +285,8 @@ class WebdatasetSource:
             raise
 
     def _list(self, found: _Columns, name: str) -> None:
+        if parse_source(f"{name}#0+0#0.png")[0] != name:
+            raise DataError(f"{self.tars.files.url}/{name!r} has a name like that of a sample in a tar: rename it")
         tar = self._tar(name)
         try:
             if tar.compression is not None:
@@ -331,8 +340,13 @@ class WebdatasetSource:
                 found.seen.update(data.keys())
             if self._spec.label.startswith(JSON):
                 fields[self._spec.label] = self._json_label(found, data)
-        if "txt" in self._spec.columns and "txt" in sample.members:
-            fields["txt"] = small_member(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
+        text = sample.members.get("txt")
+        if "txt" in self._spec.columns and self._spec.tars == 1:
+            fields |= {} if text is None else {"txt": small_member(tar, text, MAX_TEXT_BYTES).decode("utf-8", "replace")}
+        elif "txt" in self._spec.columns:
+            fields["txt"] = None if text is None else stated_text(tar, text, MAX_TEXT_BYTES, "metadata")
+        for name in self._spec.columns if self._spec.tars > 1 else ():
+            _require_text(name, fields.get(name))
         return fields
 
     def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
@@ -371,6 +385,8 @@ class WebdatasetSource:
             return ""  # `by_rules` makes it of the path, or there is none
         if rule.startswith(JSON):
             value = fields.get(rule)
+            if isinstance(value, float) and not math.isfinite(value) and self._spec.tars > 1:
+                raise BadSample("label", f"{rule} is {value}, which may stand for any number: give a whole number or a name")
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
             text = text if self._spec.tars == 1 else text_of_class(text)
         else:
@@ -416,7 +432,8 @@ class WebdatasetSource:
                     where = f"{first} and {second} of {self.tars.files.url} both have"
                 else:
                     where = f"two of the tars that were joined to {self.tars.files.url}/{first} have"
-                raise DataError(f"{where} the key {key!r}: use source.keys=shard")
+                remedy = "rename one of these tars, since keys have their names without .tar (or .tar.gz, ...) before them"
+                raise DataError(f"{where} the key {key!r}: {remedy if self._spec.keys == 'shard' else 'use source.keys=shard'}")
             while found.keys[row] in taken:
                 again[key] += 1
                 found.keys[row] = f"{key}#{again[key] + 1}"
@@ -435,6 +452,19 @@ def parse_source(source: str) -> tuple[str, Member]:
     if match is None:
         raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
     return match[1], Member(match[5], int(match[2]), int(match[3]), match[4] == "s")
+
+
+def _title(name: str) -> str:
+    """Return the column of the index that a field of the json member becomes."""
+    return f"{_OF_JSON}{name}" if name in INDEX_SCHEMA.names else name
+
+
+def _require_text(name: str, value: Field) -> None:
+    """BadSample if a text has what no column can hold."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("json", f"its field {name!r} is {ascii(value)[:80]}, which has half a surrogate pair: write it without") from error
 
 
 def _clean(text: str) -> str:
@@ -470,7 +500,8 @@ def _column(values: list[Field], unusable: list[BadSample | None], rules: int) -
             return np.array([np.nan if value is None else value for value in values], np.float64)
     except OverflowError:
         pass
-    return np.array([None if value is None else _clean(str(value)) for value in values], dtype=object)
+    text: Callable[[Field], str] = str if rules > 1 else lambda value: _clean(str(value))
+    return np.array([None if value is None else text(value) for value in values], dtype=object)
 
 
 def _are_exact(values: list[Field]) -> bool:

@@ -30,7 +30,7 @@ from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint, counted
-from aecore.store import FileRef, Files, Store, cache_turn, open_store, read_again, resolve_url
+from aecore.store import FileRef, Files, Store, cache_turn, is_remote, open_store, read_again, resolve_url
 
 SHOWN = 3  # examples in an error
 
@@ -99,7 +99,7 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
 
 
 def require_same_tars(store: Store, parent: DatasetManifest, source: Source, listing: Listing, fresh: Listing, *, limited: bool) -> None:
-    """Raise DataError if tars that the dataset has adopted are others now: its indexes would no longer fit them.
+    """Raise DataError if tars that the dataset has adopted are others now, or gone: its indexes would no longer fit them.
 
     All are compared by size and by the names, places and sizes of their samples, which were listed anyway, and those in which new samples
     were found by their bytes. Bytes that changed in place are found when they are read, or all of them by verifying the data. A `limited`
@@ -107,10 +107,10 @@ def require_same_tars(store: Store, parent: DatasetManifest, source: Source, lis
     """
     assert isinstance(source, WebdatasetSource)
     tars, growing = source.tars, {parse_source(name)[0] for name in fresh.sources}
-    refs = {f"{resolve_url(store.url, shard.tar_base_url)}/{shard.tar.name}": shard.tar for shard in parent.shards if shard.tar_base_url}
+    refs = {_place(resolve_url(store.url, shard.tar_base_url), shard.tar.name): shard.tar for shard in parent.shards if shard.tar_base_url}
     changed = dict[str, str]()
     for name, size in tars.sizes().items():
-        known = refs.get(f"{tars.files.url}/{name}")
+        known = refs.get(_place(tars.files.url, name))
         if known is not None and size != known.bytes:
             changed[name] = f"{name!r} has {size} bytes, {known.bytes} when it was adopted"
         elif known is not None and name in growing and _tar_ref(tars.files, name).sha256 != known.sha256:
@@ -118,6 +118,10 @@ def require_same_tars(store: Store, parent: DatasetManifest, source: Source, lis
     if {resolve_url(store.url, shard.tar_base_url) for shard in parent.shards if shard.tar_base_url} == {tars.files.url}:
         whole = frozenset[str]() if limited else frozenset(tars.names)  # of several homes a listing does not say whose its names are
         changed = _moved(read_listings(store, parent), listing_table(listing), whole) | changed
+    if not is_remote(tars.files.url):
+        home = os.path.realpath(tars.files.url)
+        lost = (os.path.relpath(place, home) for place in refs if place.startswith(f"{home}/") and not os.path.exists(place))
+        changed |= {name: f"{name!r} is not there any more" for name in lost}
     if changed:
         first = "; ".join([*changed.values()][:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
         raise DataError(
@@ -134,10 +138,10 @@ def _moved(known: pa.Table, asked: pa.Table, whole: Collection[str]) -> dict[str
     for key, place in _sources(asked).items():
         there = places.pop(key, place)
         if there != place:
-            found.setdefault(parse_source(place)[0], []).append(f"{key!r} at {_place(place)}, where {_place(there)} was known")
+            found.setdefault(parse_source(place)[0], []).append(f"{key!r} at {_shown_place(place)}, where {_shown_place(there)} was known")
     for key, there in places.items():
         if (tar := parse_source(there)[0]) in whole:
-            found.setdefault(tar, []).append(f"no {key!r}, which was at {_place(there)}")
+            found.setdefault(tar, []).append(f"no {key!r}, which was at {_shown_place(there)}")
     return {tar: f"{tar!r} has {counted(len(some), 'other sample', 'other samples')}, for example {some[0]}" for tar, some in found.items()}
 
 
@@ -145,9 +149,14 @@ def _sources(table: Any) -> dict[str, str]:  # any: pyarrow's stubs take every v
     return dict(zip(table["key"].to_pylist(), table["source"].to_pylist(), strict=True))
 
 
-def _place(source: str) -> str:
+def _shown_place(source: str) -> str:
     tar, member = parse_source(source)
     return f"{tar} byte {member.offset}"
+
+
+def _place(url: str, name: str) -> str:
+    """Return where a tar is, whatever links its address leads over."""
+    return f"{url}/{name}" if is_remote(url) else os.path.realpath(f"{url}/{name}")
 
 
 def files_of(sources: Sequence[str]) -> list[str]:

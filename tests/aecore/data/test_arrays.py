@@ -5,6 +5,7 @@ import gzip
 import io
 import re
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -532,3 +533,78 @@ def test_a_shape_below_zero_is_named(tmp_path: Path) -> None:
         listing(tmp_path / "a.npy")
     with pytest.raises(BadSample, match=r"header promises the shape \(-1, 5\)"):
         array_header(header.getvalue())
+
+
+def test_folders_and_arrays_may_have_names_of_npz_files(tmp_path: Path) -> None:
+    (tmp_path / "in/a.npz").mkdir(parents=True)
+    np.save(tmp_path / "in/a.npz/images.npy", PIXELS[:2])
+    np.savez(tmp_path / "in/a.npz/b.npz", **{"x.npz/y": PIXELS[2:4]})
+    np.savez(tmp_path / "in/c.npz", **{"x.npy": PIXELS[4:6]})
+    source = ArraysSource(ArraysSpec(url=str(tmp_path / "in")))
+    found = source.listing()
+    assert len(found) == 6
+    values = [np.asarray(Image.open(io.BytesIO(source.read(name)[1]))) for name in found.sources]
+    assert np.array_equal(sorted(map(np.ndarray.tobytes, values)), sorted(map(np.ndarray.tobytes, PIXELS[:6])))
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 0xFFFFFFFF])
+@pytest.mark.parametrize("order", "<>")
+def test_texts_with_what_is_no_character_are_refused(tmp_path: Path, code: int, order: str) -> None:
+    texts = np.array([[97, 98], [99, code], [97, 98], [97, 98]], f"{order}u4").view(f"{order}U2")[:, 0]
+    for name in ("labels", "factor_a"):
+        np.savez(tmp_path / "a.npz", **{"images": PIXELS[:4], name: texts})
+        with pytest.raises(DataError, match=f"a.npz .*'{name}'.* has {code:#x} in row 1, which is no character: save"):
+            listing(tmp_path / "a.npz")
+
+
+def test_labels_have_an_end_and_those_of_half_precision_are_numbers(tmp_path: Path) -> None:
+    for long in ("z" * 1025, "é" * 513):
+        np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array(["a", long]))
+        with pytest.raises(DataError, match=r"1 of 2 samples .*\n.*has more than 1024 bytes: give the name of a class"):
+            shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "out"))
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array(["\U0001f600" * 256, "é" * 512]))
+    assert len(listing(tmp_path / "a.npz")) == 2
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array([3, 1], np.float16))
+    assert listing(tmp_path / "a.npz").label_names == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    "others", [{"factor_m": np.ones((2, 2)), "factor_m_0": np.ones(2)}, {"factor_a": np.ones(2), "factor_a_train": np.ones(2)}]
+)
+def test_factors_of_one_column_are_refused(tmp_path: Path, others: dict) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:2], **others)
+    with pytest.raises(DataError, match=r"gives the column 'factor_(m_0|a)', as another array does: rename one"):
+        listing(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "joined"),
+    [
+        (np.array([2**53 + 1, 1]), np.array([0.5, 1]), None),
+        (np.array([-(2**63), 1]), np.array([1, 2], np.uint64), None),
+        (np.array([1, 2]), np.array(["a", "b"]), None),
+        (np.array([2**53, 1]), np.array([0.5, 1]), [2.0**53, 1.0, 0.5, 1.0]),
+        (np.array([2**53 + 1, 1]), np.array([1, 2], np.int8), [2**53 + 1, 1, 1, 2]),
+        (np.array([True, False]), np.array([1, 2]), [1, 0, 1, 2]),
+    ],
+)
+def test_factors_of_several_files_stay_what_they_are(tmp_path: Path, first: np.ndarray, second: np.ndarray, joined: list | None) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], factor_a=first)
+    np.savez(tmp_path / "b.npz", images=PIXELS[:2], factor_a=second)
+    if joined is None:
+        with pytest.raises(DataError, match="the arrays 'factor_a' are .* b.npz/images .*: save them with one type"):
+            listing(tmp_path)
+    else:
+        assert listing(tmp_path).columns["factor_a"].tolist() == joined
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_large_npz_is_in_memory_once(tmp_path: Path, compression: int) -> None:
+    data, packed = io.BytesIO(), io.BytesIO()
+    np.save(data, np.zeros((1000, 1000, 10), np.uint8))
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        archive.writestr("a.npy", data.getvalue())
+    tracemalloc.start()
+    found, (_, peak) = only_array(packed.getvalue()), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == data.getvalue() and peak - len(packed.getvalue()) < 1.5 * len(found)

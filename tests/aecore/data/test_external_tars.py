@@ -461,9 +461,25 @@ class TestAdopt:
             "gone": "no 'd', which was at",
             "renamed": "1.tar",
         }
-        with pytest.raises(DataError, match=f"1 tar of .*theirs changed since .*{what[how]}.*nothing was written"):
+        with pytest.raises(DataError, match=f"[12] tars? of .*theirs changed since .*{what[how]}.*nothing was written"):
             adopt(tars, out)
         assert there == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def test_a_tar_that_changed_is_known_by_another_address_and_one_that_is_gone_is_missed(self, tmp_path: Path) -> None:
+        tars, out = tmp_path / "theirs", tmp_path / "ds"
+        write_tar(tars / "a.tar", samples(0, 2))
+        write_tar(tars / "b.tar", samples(100, 2))
+        adopt(tars, out)
+        (tmp_path / "link").symlink_to(tars)
+        write_tar(tars / "a.tar", samples(0, 60))
+        with pytest.raises(DataError, match="1 tar of .*link changed since .*'a.tar' has [0-9]+ bytes, [0-9]+ when"):
+            adopt(tmp_path / "link", out)
+        (tars / "a.tar").rename(tars / "z.tar")
+        write_tar(tars / "z.tar", samples(0, 2))
+        with pytest.raises(
+            DataError, match="2 tars of .*theirs changed since .*: 'z.tar' has 2 .* 'a.tar' is not there any more. .*restore these"
+        ):
+            adopt(tars, out)
 
     def test_what_cannot_be_adopted_says_what_to_do(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "in/a.tar.gz", samples(0, 2), "w:gz")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -474,3 +474,24 @@ class TestGrowth:
             tar.add(tmp_path / "in/x", "x")
         assert len(WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "a.tar"), limit=2, frames="all")).listing()) == 2
         assert "0 files" not in notes(pictures(tmp_path / "single", "x/a.png"), frames="all")
+
+
+@given(glob=st.text("ab*?/[]!", min_size=1, max_size=10), path=st.text("ab/", min_size=1, max_size=12))
+def test_stars_match_as_they_would_with_all_ways_tried(glob: str, path: str) -> None:
+    assume(glob.strip("/") and "[" not in glob.replace("[ab]", "").replace("[!a]", ""))
+
+    def plain(token: str) -> str:
+        meaning = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]", "[ab]": "[ab]", "[!a]": "[^/a]"}
+        return meaning.get(token, re.escape(token))
+
+    text = glob.rstrip("/")
+    one = "".join(map(plain, re.findall(r"\*\*/|\*\*|\*|\?|\[ab\]|\[!a\]|.", text.removeprefix("/"))))
+    expected = re.fullmatch(f"(?:.*/)?{one}(?:/.*)?" if "/" not in text else f"{one}(?:/.*)?", path)
+    assert matcher([glob], "x")(path) == (expected is not None)
+
+
+def test_a_glob_takes_linear_time() -> None:
+    takes = matcher(["*_mask*_*_*.png"], "x")
+    started = time.process_time()
+    assert not takes("_mask" * 800) and takes("_mask" * 800 + "__x.png")
+    assert time.process_time() - started < 1, "minutes before"

@@ -345,6 +345,8 @@ class TestExpressions:
             (r"^([^[:^word:]_]+)", "chérie"),
             (r"^([[:word:]]+)", "chérie_1"),
             (r"([\W]+)", "."),
+            (r"^\Q(\E|<|^(\w)", "c"),
+            (r"(?:<|)(?P<name>c(?:h))(é)", "ch"),
             (r"^(ch[\wx]+)\W", "chérie_1"),
             (unicodedata.normalize("NFD", "^(ch[é]r)"), "chér"),
         ],
@@ -375,6 +377,13 @@ class TestExpressions:
         with pytest.raises(DataError, match="finds nothing"):
             found_in("source.label", f"regex:{pattern}", ["a" * 4000 + "!"] * 100, ["x"] * 100)
         assert time.perf_counter() - started < 20  # Python's take longer than the universe is old
+
+    def test_boundaries_of_words_are_refused_where_they_would_be_within_one(self) -> None:
+        """RE2 finds `a` in both `éa` and `èa`."""
+        assert found_in("source.label", r"regex:\b(\w+?)_", ["ab_1.png"], ["x"]) == ["ab"]
+        with pytest.raises(ConfigError, match=r"has \\b or \\B, which know words of ASCII letters only, and 'éa_1' has others"):
+            found_in("source.label", r"regex:\b(\w+?)_", ["ab_1.png", "éa_1.png"], ["x", "y"])
+        assert found_in("source.label", r"regex:(?:^|\W)(\w+?)_", ["éa_1.png"], ["x"]) == ["éa"]
 
     def test_names_that_are_no_utf8_are_searched_and_shown(self) -> None:
         assert found_in("source.label", r"regex:^(\w+)\.", ["cat.\udcff.png"], ["x"]) == ["cat"]
