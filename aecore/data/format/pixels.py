@@ -112,8 +112,8 @@ class OpenImage:
             self._reopen()
             raise
         require_size(self._image.width, self._image.height, max_pixels)
-        if self._data.startswith(JPEG_MAGIC):
-            has_all_scans(self._data[self._image.offset :])  # not too many
+        if self._data.startswith(JPEG_MAGIC):  # refused as the first one is, if it lacks a part of its pixels
+            return _jpeg(self._data[self._image.offset :], "imagecodecs")
         try:
             return _opened_pillow(self._image, turned=True)
         except Exception:  # the decoder holds what it made of the damage
