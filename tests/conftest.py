@@ -1,7 +1,7 @@
 """What every test shares: one torch thread, private and offline homes for Ray, Prefect and Hugging Face, real data if it is there.
 
 The environment is set when pytest loads this file, before anything imports Ray or Prefect, so that sub-processes inherit it too.
-With `-n 3 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services run in one process.
+With `-n 4 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services run in one process.
 """
 
 import functools

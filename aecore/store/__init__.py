@@ -13,6 +13,7 @@ Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` end
 
 from aecore.store._again import cannot_read, read_again
 from aecore.store._base import (
+    LEFT_BEHIND,
     SKEW_S,
     AlreadyExists,
     FileRef,
@@ -49,6 +50,7 @@ from aecore.store._race import RACERS, ROUNDS, race
 from aecore.store._scratch import pid_namespace
 
 __all__ = [
+    "LEFT_BEHIND",
     "RACERS",
     "ROUNDS",
     "SCHEMES",

@@ -109,6 +109,16 @@ def test_an_exit_code_that_its_class_of_faults_does_not_explain_is_counted(bench
     assert not shard_under(bench, misspelt, frozenset({0, 2})).tally.bad
 
 
+def test_a_refusal_of_a_well_storage_counts_and_is_printed_unless_it_names_the_changed_file(bench: Bench) -> None:
+    one = Round(bench, "named", WORKS[0], random.Random(0), "named")
+    one.said = "aepipe: /data/named/dataset/shards/train-000000.tar exists with other content"
+    one.require_named(4, "named/dataset/shards/train-000000.tar")
+    one.require_named(3, "named/dataset/shards/train-000001.tar")
+    assert not one.tally.bad
+    one.require_named(4, "named/dataset/shards/train-000001.tar")
+    assert one.tally.unexplained == 1 and one.said in one.tally.notes[0] and "train-000001.tar" in one.tally.notes[0]
+
+
 def test_every_class_says_its_exit_codes_and_a_fault_that_loses_nothing_has_none_but_0() -> None:
     codes = {name: fault.codes for store in FAULTS.values() for name, fault in store.items()}
     assert all(0 in allowed and allowed < {0, 1, 2, 3, 4, 5, 130} for allowed in codes.values())
