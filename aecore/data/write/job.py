@@ -24,7 +24,7 @@ from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing, Source, bound_pixels
+from aecore.data.sources import Listing, Source, bound_pixels, takes_frames
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.write.append import (
     SHOWN,
@@ -180,7 +180,8 @@ def _compare(
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
-    splits = resolve_splits(listing, asked, (recorded or {}).get("splits"), parent.splits if parent else ())
+    there = None if recorded is None else recorded.get("splits", {})
+    splits = resolve_splits(listing, asked, there, parent.splits if parent else (), frames=takes_frames(source))
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
