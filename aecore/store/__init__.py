@@ -31,7 +31,7 @@ from aecore.store._cache import cache_turn, trim_cache
 from aecore.store._cleanup import close_read
 from aecore.store._environment import check_environment, environment_value
 from aecore.store._links import LinkedFolders, leads_nowhere
-from aecore.store._local import LocalFiles, LocalStore
+from aecore.store._local import LocalFiles, LocalStore, remove_staging
 from aecore.store._open import (
     SCHEMES,
     TAR_ENDINGS,
@@ -89,6 +89,7 @@ __all__ = [
     "race",
     "read_again",
     "recorded_url",
+    "remove_staging",
     "resolve_url",
     "sha256_file",
     "sha256_json",

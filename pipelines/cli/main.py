@@ -34,7 +34,7 @@ from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
 from pipelines.cluster.interrupt import end_in_time, write_line
 from pipelines.cluster.outside import known_error
-from pipelines.steps.hints import next_command
+from pipelines.steps.hints import for_users
 from pipelines.steps.logs import log_to_handler
 
 INTERRUPTED = 130
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             _print_bug(type(error), error, error.__traceback__)
-        more = [next_command(known), None if known is error else "--debug shows where it happened"]
-        message = "; ".join([str(known), *filter(None, more)])
+        message = for_users(known, None if known is error else "--debug shows where it happened")
         return _failed({"error": type(known).__name__, "message": message, "exit_code": known.exit_code}, as_json=as_json)
     finally:
         if argv is None:  # the process ends: in its exit handlers an interrupt would be a traceback

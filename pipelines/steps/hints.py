@@ -29,6 +29,14 @@ HINTS = {
 }
 
 
+def for_users(error: AecoreError, *more: str | None) -> str:
+    """Return the message of an error with the next command in place of what it says to users of the library, and `more` after it."""
+    command, text = next_command(error), str(error)
+    if command is not None and error.hint is not None:
+        text = text.replace(str(error.hint.values.get("python", "")), "", 1)
+    return "; ".join([text, *filter(None, (command, *more))])
+
+
 def next_command(error: AecoreError) -> str | None:
     """Return what a user of the command line can do about an error; None if its message says it all."""
     if error.hint is None or error.hint.name not in HINTS:  # a hint of a newer version, from a Ray job

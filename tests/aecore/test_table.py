@@ -401,7 +401,7 @@ def test_a_metadata_column_with_the_name_of_ours_is_refused() -> None:
 
 
 def test_no_table_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no latent table: write one with aecore.encoding.job.encode_dataset"):
+    with pytest.raises(DataError, match="no latent table: check the address, or write one with aecore.encoding.job.encode_dataset"):
         open_table(str(tmp_path))
 
 

@@ -111,7 +111,7 @@ class Decoder:
                 if not complete:
                     self._meant(data)
         elif data.startswith(NPY_MAGIC):
-            target[...] = self._array(data)
+            target[...] = self._array(data).reshape(target.shape)
         elif not self.sample_format.image:
             raise BadSample("format", "expected a .npy array, found other bytes")
         elif not (data.startswith(PNG_MAGIC) and self._plain_png(target, data)):

@@ -24,6 +24,7 @@ from aecore.data.write.manifest_build import next_manifest
 from aecore.errors import DataError
 from aecore.store import FileRef, canonical_json
 
+FOR_THE_LOG = ("first_frames", "value_range")  # of a record's detail: what the run that wrote it said, and no data tells
 Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars
 
 
@@ -154,7 +155,7 @@ def _document_problems(dataset: Dataset, documents: Mapping[str, Document], reco
         name = f"records/{stem}.json"
         if name in documents:
             stated = {key: value for key, value in documents[name].content.items() if key != "timings"}
-            stated["detail"] = {key: value for key, value in stated["detail"].items() if key != "first_frames"}  # for the log
+            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in FOR_THE_LOG}
             expected = {key: value for key, value in dataclasses.asdict(right).items() if key != "timings"}
             if stated != json.loads(canonical_json(expected)):
                 yield f"{dataset.url}/{name} does not say what its files hold: {disagreement(stated, expected)}"

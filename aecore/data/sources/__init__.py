@@ -147,6 +147,11 @@ def file_root(source: Source) -> Path | None:
     return None if root is None else root()
 
 
+def takes_frames(source: Any) -> bool:  # any: every source kind has its own spec class
+    """Return whether the spec of a source takes all pages and frames of a file, each as a sample."""
+    return getattr(source, "frames", "first") == "all"
+
+
 def bound_pixels(source: Source, most: int) -> None:
     """Have a source that decodes (frames of files) decode no image of more pixels."""
     bound: Callable[[int], None] | None = getattr(source, "bound_pixels", None)

@@ -1,9 +1,9 @@
 """Arrays whose rows are samples: `.npy`, `.npz` (with labels and `factor_*`), and idx files as MNIST ships them, also gzip'ed.
 
 Which labels are those of an array is said by names alone (`_names.partner`): among the arrays of an `.npz`, among the other files of a
-folder, and for a single file by the one of its name with labels in the place of images. Labels that belong to no array by name, or with
-others to the same one, are not taken: a line of the log names them. Labels that are taken have a row for each of the samples, or the
-source is refused.
+folder, and for a single file by the one of its name with labels in the place of images; `source.labels` names others. Labels that belong
+to no array by name, or with others to the same one, are not taken: a line of the log names them. Labels that are taken have a row for each
+of the samples, or the source is refused.
 
 uint8 arrays `[N, H, W]` and `[N, H, W, 1 | 3 | 4]` are images, and are stored as PNG (stored, not deflated: about the bytes of a `.npy`
 member, the same on every machine): so `shards.resize` and `shards.mode` work, networks get `[C, H, W]`, and any reader of
@@ -11,6 +11,7 @@ WebDataset sees pictures. The pixels are those of the array. Everything else, an
 in `.npy` members of the row's shape. Files are mapped, not loaded: a worker reads only the rows of its shard.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,8 +54,14 @@ from aecore.store import absolute_url, open_files, read_again
 _ENDS_FILE = re.compile(r"(?<=\.npz)/")
 FACTOR = "factor_"
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
+MOST_LOOKED_AT = 10_000  # names for an error
 _CHOOSE_LABELS = "source.labels takes one of them"
-_NAME_ALIKE = "name each like its array (cats.npy and cats_labels.npy, x_test.npy and y_test.npy)"
+_NAME_ALIKE = "name each like its array (cats.npy and cats_labels.npy, x_test.npy and y_test.npy), or say which with source.labels"
+_NO_LABEL = (
+    "no sample has a label, since no array of labels belongs to the samples by its name (labels or y for the only array, x_test and "
+    "y_test, cats and cats_labels): set source.labels to one, or to regex:<expression>"
+)
+_OF_NPZ = ("lengths", "images", "factors", "group")  # options that name arrays of an .npz
 _CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
 
 
@@ -67,8 +74,8 @@ class ArraysSpec:
     images: str = knob("", "array of an .npz that holds the samples; empty: images, x, data, ... or the only one")
     labels: str = knob(
         "",
-        "array of an .npz that holds the labels; regex:<expression> over the keys (cat/000000001 of cat.npy); empty: labels, y, ... if "
-        "there is one",
+        "array of an .npz, or file beside a .npy or idx file (its name, or its path below the source), that holds the labels; "
+        "regex:<expression> over the keys (cat/000000001 of cat.npy); empty: labels, y, ... if there is one",
     )
     factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, in addition to those named factor_*")
     lengths: str = knob("", "array of an .npz with the number of valid steps of each row; the rest is not stored")
@@ -130,6 +137,7 @@ class ArraysSource:
         self._file = url.rpartition("/")[2] if array_format(url) else ""
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
         self._rows: dict[str, Callable[[int], tuple[str, bytes]]] = {}
+        self._labels: list[str] = []  # the files that `source.labels` names
 
     def listing(self) -> Listing:
         """List every row of every array, file by file.
@@ -150,9 +158,14 @@ class ArraysSource:
         if not blocks:
             raise DataError(f"{self._files.url} holds labels and no samples ({first_of(names)}): add the file of the images")
         taken = {block.label_file for block in blocks}
-        for name in filter(_is_label_file, names):
+        for name in filter(self._holds_labels, names):
             if name not in taken and not self._filter.excludes(name):
-                skipped.add("file(s) of labels that fit no array, or several", name, _NAME_ALIKE)
+                if _array(self._spec.labels):
+                    skipped.add("file(s) of labels that source.labels does not name", name)
+                else:
+                    skipped.add("file(s) of labels that fit no array, or several", name, _NAME_ALIKE)
+        if not _any(blocks, "labels") and self._spec.label == "auto":
+            notes = (*notes, _NO_LABEL)
         if _any(blocks, "labels"):
             for block in blocks:
                 if block.labels is None:
@@ -232,6 +245,7 @@ class ArraysSource:
         """Return the names of the files to read, sorted, and notes; of a single file also that of its labels."""
         if self._file:
             names = self._with_labels(self._file)
+            self._labels = self._named_labels(names)
             if self._filter.is_set:
                 size = self._files.local(self._file).stat().st_size
                 self._see_labels(names[1:], names[:1], skipped)
@@ -241,7 +255,8 @@ class ArraysSource:
         names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         for name in sorted(sizes.keys() - {*names}):
             skip_file(skipped, name, pictures="source.kind=folder takes them")
-        labels, data = ([name for name in names if _is_label_file(name) == wanted] for wanted in (True, False))
+        self._labels = self._named_labels(names)
+        labels, data = ([name for name in names if self._holds_labels(name) == wanted] for wanted in (True, False))
         taken = [name for name in data if self._filter.takes(name, sizes[name], skipped)] if self._filter.is_set else data
         self._see_labels(labels, taken, skipped)
         if data or not labels:
@@ -272,8 +287,8 @@ class ArraysSource:
             self._files.local(name).stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"source.url {self._files.url}/{name} cannot be read: {error.strerror or error}; check the address") from error
-        found = [name]
-        for other in _label_files(name):
+        asked, found = _array(self._spec.labels), [name]
+        for other in _label_files(name) if not asked else () if array_format(name) == "npz" else _files_called(asked):
             try:
                 self._files.local(other).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -287,19 +302,51 @@ class ArraysSource:
         stem = stem_of(name)
         if array_format(name) == "npz":
             yield from self._npz_blocks(file, name, stem, skipped)
-        elif self._spec.lengths:
-            raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
-        elif not _is_label_file(name):
+        elif not self._holds_labels(name):
+            for option in _OF_NPZ:
+                if asked := getattr(self._spec, option) if option != "group" else _array(self._spec.group):
+                    shown = asked if isinstance(asked, str) else ",".join(asked)
+                    raise DataError(f"source.{option}={shown} names an array of an .npz, {name} is none: save both with np.savez")
             array = require_samples(file.array(""), name)
-            siblings = [other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"]
-            labels = [other for other in siblings if _is_label_file(other)]
-            stems = [_last(stem_of(other)) for other in labels]  # two files may have one stem
-            found = partner(_last(stem), [other for other in siblings if other not in labels], stems)
-            if found is None:
-                yield _Block(name, stem, array, split_of(stem))
-                return
-            file_of_labels = labels[stems.index(found)]
-            yield _Block(name, stem, array, split_of(stem), self._label_names(file_of_labels, "", array, name), label_file=file_of_labels)
+            of_labels = self._labels_of(name, names)
+            labels = None if of_labels is None else self._label_names(of_labels, "", array, name)
+            yield _Block(name, stem, array, split_of(stem), labels, label_file=of_labels or "")
+
+    def _holds_labels(self, name: str) -> bool:
+        return _is_label_file(name) or name in self._labels
+
+    def _named_labels(self, names: list[str]) -> list[str]:
+        """Return those of the files that `source.labels` names: by a path below the source, or by a name, with or without its ending."""
+        asked, files = _array(self._spec.labels).removeprefix("./"), [name for name in names if array_format(name) != "npz"]
+        if "/" in asked:
+            return [name for name in files if asked in (name, stem_of(name))]
+        wanted = without_split(stem_of(asked) if array_format(asked) else asked)
+        return [name for name in files if without_split(_last(stem_of(name))) == wanted] if asked else []
+
+    def _labels_of(self, name: str, names: list[str]) -> str | None:
+        """Return the file of labels of a file that is one array; None if there is none, and `source.labels` asks for none."""
+        data = [other for other in names if array_format(other) != "npz" and not self._holds_labels(other)]
+        near, mine = [other for other in data if _folder(other) == _folder(name)], _last(stem_of(name))
+        if asked := _array(self._spec.labels):
+            beside = [other for other in self._labels if _folder(other) == _folder(name)]
+            labels, arrays = (beside, near) if beside else (self._labels, data)
+            alike = [other for other in arrays if split_words(_last(stem_of(other))) == split_words(mine)]
+            found = labels if len(arrays) == 1 else [other for other in labels if split_words(_last(stem_of(other))) == split_words(mine)]
+            if len(found) == len(alike) == 1:
+                return found[0]
+            known = [other if array_format(asked) else stem_of(other) for other in self._known() if other not in data]
+            names_what = f"several files ({first_of(found)})" if len(found) > 1 else "one file" if found else "no file"
+            for_what = f"several arrays ({first_of(alike)})" if len(alike) > 1 else name
+            remedy = "give one, with a row for each sample; of several arrays each needs its own (x_train, classes_train, x_test, ...)"
+            raise DataError(f"source.labels={asked} names {names_what} for {for_what}{did_you_mean(asked, known)}: {remedy}")
+        labels = [other for other in names if _folder(other) == _folder(name) and _is_label_file(other)]
+        stems = [_last(stem_of(other)) for other in labels]  # two files may have one stem
+        found_stem = partner(mine, near, stems)
+        return None if found_stem is None else labels[stems.index(found_stem)]
+
+    def _known(self) -> list[str]:
+        """Return the files of arrays at the source, or next to it if it is a file."""
+        return [name for name in itertools.islice(self._files.names(), MOST_LOOKED_AT) if array_format(name) not in (None, "npz")]
 
     def _npz_blocks(self, file: ArrayFile, name: str, stem: str, skipped: Skipped) -> Iterator[_Block]:
         known, asked = file.names(), _array(self._spec.labels)
@@ -407,6 +454,11 @@ def _any(blocks: list[_Block], what: str) -> bool:
 
 def _is_label_file(name: str) -> bool:
     return array_format(name) != "npz" and is_labels(_last(stem_of(name)))
+
+
+def _files_called(asked: str) -> list[str]:
+    """Return what a file next to another may be called that `source.labels` names."""
+    return [asked, f"{asked}.npy", *(f"{asked}{ending}" for ending in ("-idx1-ubyte", "-idx1-ubyte.gz"))]
 
 
 def _folder(name: str) -> str:

@@ -278,7 +278,7 @@ class FolderSource:
                 continue
             mode = os.lstat(self._prefix + path).st_mode if size < 0 else stat.S_IFREG
             if stat.S_ISLNK(mode):
-                mode, size = self._linked(path, skipped)
+                mode, size = self._linked(path, skipped)  # of a link to nothing -1
                 if mode == 0:
                     continue
             elif size < 0:
@@ -288,19 +288,19 @@ class FolderSource:
                     folders.append(f"{path}/")
             elif "." not in name or _extension(name) not in self._extensions:
                 skip_file(skipped, path)
-            elif self._filter.takes(path, size, skipped):
-                found[path] = size
+            elif self._filter.takes(path, size if size >= 0 else sys.maxsize, skipped):
+                found[path] = max(size, 0)
         return folders
 
     def _linked(self, path: str, skipped: Skipped) -> tuple[int, int]:
-        """Return the mode and the bytes of what a link leads to; mode 0 if it is not followed."""
+        """Return the mode and the bytes of what a link leads to (-1: nothing is there); mode 0 if it is not followed."""
         try:
             state = os.stat(self._prefix + path)
         except OSError as error:
             if leads_nowhere(self._prefix + path, error) is None:
                 raise
             if self._follow and "." in path.rpartition("/")[2] and _extension(path) in self._extensions:
-                return stat.S_IFREG, 0  # a sample that cannot be read: its quarantine row says so
+                return stat.S_IFREG, -1  # a sample that cannot be read: its quarantine row says so
             skipped.add("symbolic link(s) to nothing", path, FETCH)
             return 0, 0
         if self._follow:

@@ -9,6 +9,7 @@ A sample that cannot be used (no image, several images, a link that leads nowher
 with the reason, for the quarantine; so is every sample of a tar that is broken, if `source.bad_tars=skip`.
 """
 
+import itertools
 import json
 import math
 import re
@@ -46,10 +47,11 @@ from aecore.data.sources._tar_samples import (
 )
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
-from aecore.registry import SOURCES, knob, spec
+from aecore.registry import SOURCES, flatten, knob, spec
 from aecore.store import TAR_ENDINGS, trim_cache
 
 MAX_TEXT_BYTES, MAX_OPEN = 1 << 20, 64
+MOST_PATHS = 1000  # to values of json members, for an error
 MAX_JSON_DEPTH = 500  # so deep JSON can also be written again
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
@@ -137,6 +139,7 @@ class _Columns:
         self.skipped = Skipped()
         self.texts = 0  # samples with a .txt
         self.seen: Counter[str] = Counter()  # fields of the json members
+        self.paths = dict[str, None]()  # to values in those that lack the label's, the first ones
 
 
 @SOURCES.register(WebdatasetSpec)
@@ -367,6 +370,8 @@ class WebdatasetSource:
         path = self._spec.label.removeprefix(JSON)
         value = json_field(data, path)
         found.seen.update([path] if value is not None else [])
+        if value is None and self._spec.tars > 1 and len(found.paths) < MOST_PATHS:
+            found.paths |= dict.fromkeys(path for path, _ in itertools.islice(flatten(data, lists=True), MOST_PATHS))
         if isinstance(value, dict | list) and self._spec.tars > 1:
             below = next(iter(value), "name") if isinstance(value, dict) else 0
             raise BadSample(
@@ -443,7 +448,8 @@ class WebdatasetSource:
         asked = {*self._spec.columns} - {"txt"} | ({self._spec.label.removeprefix(JSON)} if self._spec.label.startswith(JSON) else set())
         judged = any(bad is None or bad.reason == "no_label" for bad in found.unusable)
         for name in sorted(asked - found.seen.keys()) if judged else ():
-            raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, found.seen)}")
+            known = found.paths if name == self._spec.label.removeprefix(JSON) else found.seen
+            raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, known or found.seen)}")
 
 
 def parse_source(source: str) -> tuple[str, Member]:

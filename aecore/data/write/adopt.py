@@ -68,15 +68,17 @@ class AdoptWorker:
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
     """Raise ConfigError for other sources than tars, and for options that would change the samples."""
     if not isinstance(source, WebdatasetSpec):
+        python = "; shard_dataset writes the others"
         raise ConfigError(
-            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); shard_dataset writes the others",
-            hint=Hint("shard-instead"),
+            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset){python}",
+            hint=Hint("shard-instead", {"python": python}),
         )
     if shards.resize is not None or shards.mode != "keep" or shards.value_range is not None or source.frames == "all":
+        python = ": use shard_dataset with source.kind=webdataset"
         raise ConfigError(
-            "shards.resize, shards.mode, shards.value_range and source.frames=all change samples, and adopting leaves them as they are: "
-            "use shard_dataset with source.kind=webdataset",
-            hint=Hint("shard-instead"),
+            "shards.resize, shards.mode, shards.value_range and source.frames=all change samples, and adopting leaves them as they "
+            f"are{python}",
+            hint=Hint("shard-instead", {"python": python}),
         )
 
 
@@ -95,7 +97,8 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
             what = f"{tar} holds {member.name!r}, a sparse file, whose bytes are not in one place: pack it without --sparse (-S)"
         else:
             continue
-        raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))
+        python = " (shard_dataset)"
+        raise DataError(f"{what}, or shard it{python}", hint=Hint("shard-instead", {"python": python}))
 
 
 def require_same_tars(store: Store, parent: DatasetManifest, source: Source, listing: Listing, fresh: Listing, *, limited: bool) -> None:

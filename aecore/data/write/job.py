@@ -7,11 +7,12 @@ already, in a shard or in quarantine, is never written again. Modules that only 
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
-from aecore.data.sources import Listing, Source, bound_pixels
+from aecore.data.sources import Listing, Source, bound_pixels, takes_frames
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
+from aecore.data.sources._skipped import first_of
 from aecore.data.write.append import (
     SHOWN,
     listing_table,
@@ -44,9 +46,11 @@ from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
 from aecore.errors import ConfigError, DataError, counted
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
-from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
+from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json
 
 logger = logging.getLogger(__name__)
+MOST_EXAMPLES = 1000  # rows of quarantines that are looked at for an error
+LOST = 0.01  # share of values that `shards.value_range` may cut off without a warning
 
 
 class ShardWorker:
@@ -122,13 +126,17 @@ def adopt_shards(
     shards = shards or ShardSpec()
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, adopt=True)
-    return _publish(work, fan_out, dry_run, on_part)
+    try:
+        return _publish(work, fan_out, dry_run, on_part)
+    finally:
+        remove_staging(work.store)  # the folder may be that of the tars
 
 
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
         plan = work.plan(claim=1)
         _warn_of_orphans(work, plan)
+        _warn_of_plan(work, plan)
         return plan.summary(known=len(work.listing) - len(work.fresh))
     _require_usable(work)
     if work.parent is not None and not len(work.fresh):
@@ -165,7 +173,9 @@ class _Work:
 
             files = files_of(self.fresh.sources)
         plan = plan_dataset(self.fresh, self.splits, self.shards, self.parent, claim, self.source, files)
-        chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
+        in_names = self.splits.by == "folders" and self.listing.paths is not None and not self.listing.label_paths
+        where = ": the names of the files say the split" if in_names else ""
+        chosen = (f"splits.by=auto chose {self.splits.by}{where}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
 
@@ -180,7 +190,8 @@ def _compare(
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
-    splits = resolve_splits(listing, asked, (recorded or {}).get("splits"), parent.splits if parent else ())
+    there = None if recorded is None else recorded.get("splits", {})
+    splits = resolve_splits(listing, asked, there, parent.splits if parent else (), frames=takes_frames(source))
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
@@ -275,6 +286,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     plan = plan if claim == 1 else work.plan(claim)
     take_over(store, claim)
     _warn_of_orphans(work, plan)
+    _warn_of_plan(work, plan)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(_worker_type(work), store.url, work.source)
@@ -309,6 +321,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     for note in _pixel_notes(records, manifest.sample.shapes):
         logger.info("%s: %s", store.url, note)
+    for warning in _range_warnings(records, work.shards):
+        logger.warning("%s: %s", store.url, warning)
     report_formats(store, parent, manifest)
     return manifest
 
@@ -338,6 +352,47 @@ def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> It
         yield f"{arrays} [H, W, C] of {channels} channels (shards.layout=auto; hwc or chw)"
 
 
+def _range_warnings(records: Sequence[PartRecord], shards: ShardSpec) -> Iterator[str]:
+    """Yield what `shards.value_range` lost, or that it did nothing."""
+    if shards.value_range is None or not any(record.rows for record in records):
+        return
+    total = sum((Counter(record.detail.get("value_range", {})) for record in records), Counter[str]())
+    asked = f"shards.value_range=[{shards.value_range[0]:g},{shards.value_range[1]:g}]"
+    if not total["images"]:
+        yield f"{asked} changed nothing: all images have 8 bits, whose range is known"
+    elif total["cut"] > LOST * total["values"]:
+        images = counted(total["images"], "image", "images")
+        yield (
+            f"{asked} cut off {total['cut'] / total['values']:.1%} of the values of {images}, which are black or white now: check the "
+            "range, or write to another URL with a wider one"
+        )
+
+
+def _warn_of_plan(work: _Work, plan: DatasetPlan) -> None:
+    """Log what of the settings has no effect on the new samples."""
+    shards, parent = work.shards, work.parent
+    if shards.background != "white" and shards.resize is None and shards.mode == "keep" and shards.value_range is None:
+        logger.warning(
+            "%s: shards.background=%s changes nothing: without shards.resize, shards.mode or shards.value_range images keep their alpha "
+            "(a model of three channels composes it over transform.background)",
+            work.store.url,
+            shards.background,
+        )
+    filled = {task.split for task in plan.tasks} | {*(parent.splits if parent else ())}
+    for name, share in (("val", work.splits.val), ("test", work.splits.test)):
+        if share and len(work.fresh) and name not in filled:
+            units = "groups of samples" if work.fresh.groups is not None else "samples"
+            logger.warning(
+                "%s: no sample is in the split %s, which splits.%s=%g asks for: of few %s a hash may choose none; try "
+                "splits.stratify=true, another splits.seed or a larger share, before anything is trained on these",
+                work.store.url,
+                name,
+                name,
+                share,
+                units,
+            )
+
+
 def _warn_of_orphans(work: _Work, plan: DatasetPlan) -> None:
     if work.parent is None:
         warn_of_orphans(work.store, {task.stem for task in plan.tasks}, adopted=work.adopt)
@@ -364,7 +419,7 @@ def _require_usable(work: _Work) -> None:
     all_bad = work.parent is None and total == len(rows) > 0
     if len(rows) <= work.shards.max_bad * total and not all_bad:
         return
-    lines = "".join(f"\n  {work.fresh.sources[row]}: {why.reason}: {why.message}" for row in rows[:SHOWN] if (why := unusable[row]))
+    lines = _examples((work.fresh.sources[row], why.reason, why.message) for row in rows if (why := unusable[row]))
     counts = ", ".join(f"{reason} {count}" for reason, count in _reasons(unusable).most_common())
     remedy = f"or accept them with shards.max_bad={_share(len(rows), total)} or more, and"
     if len(rows) == total:
@@ -374,6 +429,15 @@ def _require_usable(work: _Work) -> None:
         f"{len(rows)} of {total} samples cannot be used{too_many}; nothing was written. Their reasons: {counts}. First of them:{lines}\n"
         f"repair or remove them, {remedy} run the command again"
     )
+
+
+def _examples(bad: Iterable[tuple[str, str, str]]) -> str:
+    """Return lines of source, reason and message of the first bad samples: one for all those of one message, as of a broken tar."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for source, reason, message in bad:
+        if (reason, message) in found or len(found) < SHOWN:
+            found.setdefault((reason, message), []).append(source)
+    return "".join(f"\n  {first_of(names)}: {reason}: {message}" for (reason, message), names in found.items())
 
 
 def _reasons(unusable: Sequence[BadSample | None]) -> Counter[str]:
@@ -394,24 +458,23 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
     if bad <= max_bad * planned and not all_bad:
         return
     refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
-    rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
-    for ref in refs:
-        if len(rows) < SHOWN:
-            rows += read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}").slice(0, SHOWN - len(rows)).to_pylist()
-    lines = "".join(f"\n  {row['source']}: {row['reason']}: {row['message']}" for row in rows)
+    tables = (read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}").to_pylist() for ref in refs)
+    rows = itertools.islice(itertools.chain.from_iterable(tables), MOST_EXAMPLES)
+    lines = _examples((row["source"], row["reason"], row["message"]) for row in rows)
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record.detail.get("reasons", {}))
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(SHOWN))
+    accept = f", or accept them with shards.max_bad={_share(bad, planned)} or more" if not all_bad else ""
     if not any(record.rows for record in records):
         raise DataError(
             f"all {planned} samples are bad ({counts}): nothing was kept. First of them:{lines}\n"
-            "put them right, or check source.url and source.extensions, and run the command again"
+            f"put them right, or check source.url and source.extensions{accept}, and run the command again"
         )
     raise DataError(
         f"{bad} of {planned} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        "remove these files, or accept them with a higher shards.max_bad, and run the command again; files that are repaired without "
+        f"remove these files{accept}, and run the command again; files that are repaired without "
         "another size need another output URL"
     )

@@ -20,7 +20,7 @@ class ShardSpec:
 
     max_samples: int = knob(10_000, "samples per shard at most", ge=1)
     max_bytes: int = knob(256 << 20, "source bytes per shard at most (one larger sample gets a shard of its own)", ge=1)
-    resize: int | None = knob(None, "side of the square that images are resized to; null keeps the original bytes", ge=1)
+    resize: int | None = knob(None, "side of the square that images are stretched to; null keeps the original bytes", ge=1)
     mode: Literal["keep", "L", "RGB"] = knob("keep", "pixel mode that images are converted to; keep keeps the original bytes")
     shuffle: bool = knob(True, "shuffle the samples of a split before they are cut into shards")
     seed: int = knob(0, "seed of that shuffle", ge=0)

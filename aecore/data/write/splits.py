@@ -1,6 +1,7 @@
 """PURE: assign samples to splits by folders, a column, or a hash.
 
-A hash is of (seed, key), or of the group, so a sample keeps its split when the dataset grows, regardless of the other samples.
+A hash is of (seed, key), or of the group, so a sample keeps its split when the dataset grows, regardless of the other samples. Pages and
+frames of a file (`source.frames=all`) are nearly alike: together they have the key of their file.
 """
 
 import dataclasses
@@ -36,6 +37,12 @@ class SplitSpec:
     test: float = knob(0.0, "share of the training samples that becomes the split test, by hash", ge=0.0, le=1.0)
     seed: int = knob(0, "seed of the hash", ge=0)
     column: str | None = knob(None, "metadata column that names the split (splits.by=column)")
+    files: Literal["auto", "whole", "cut"] = knob(
+        "auto",
+        "pages and frames of a file (source.frames=all); whole: in one split; cut: each by its own hash; auto: whole in new datasets",
+        since=2,
+        absent="cut",
+    )
     stratify: bool = knob(False, "val and test get their share of every class, as near as whole samples or groups allow", since=2)
 
     def __post_init__(self) -> None:
@@ -52,12 +59,20 @@ class SplitSpec:
 
 
 def resolve_splits(
-    listing: Listing, splits: SplitSpec, recorded: Mapping[str, Any] | None = None, known: Collection[str] = ()
-) -> SplitSpec:  # any: plain JSON data
-    """Return `splits` with `auto` resolved for this listing: column, folders, hash or none.
+    listing: Listing,
+    splits: SplitSpec,
+    recorded: Mapping[str, Any] | None = None,  # any: plain JSON data
+    known: Collection[str] = (),
+    *,
+    frames: bool = False,
+) -> SplitSpec:
+    """Return `splits` with `auto` resolved for this listing: column, folders, hash or none; files whole or cut.
 
-    An existing dataset keeps its `recorded` choice wherever that is still possible; `known` are the names of its splits.
+    An existing dataset keeps its `recorded` choice wherever that is still possible; `known` are the names of its splits. `frames` says
+    that a file may be several samples: else its pages need no rule, and the identity none.
     """
+    if splits.files == "auto":
+        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if frames and recorded is None else "cut"))
     if splits.by != "auto":
         return splits
     if splits.column is not None:
@@ -126,7 +141,8 @@ def assign_splits(
     values = _split_values(listing, splits, parent.splits if parent else ())
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
-    units = take(listing.groups if listing.groups is not None else listing.keys, train)
+    keys = _keys_of_files(listing) if splits.files == "whole" else listing.keys
+    units = take(listing.groups if listing.groups is not None else keys, train)
     if splits.stratify:
         place = _stratified(units, _strata(listing, names, train), splits, parent)
     else:
@@ -139,6 +155,11 @@ def assign_splits(
     rows["train"] = train[place >= splits.val + splits.test]
     names = [*SPLIT_ORDER, *sorted(name for name in rows if name not in SPLIT_ORDER)]
     return {name: rows[name] for name in names if len(rows.get(name, ()))}
+
+
+def _keys_of_files(listing: Listing) -> list[str]:
+    """Return the key of each sample, of a page or frame that of its file."""
+    return [key if file_of(source) == source else key.rpartition("/")[0] for key, source in zip(listing.keys, listing.sources, strict=True)]
 
 
 def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -> list[str] | None:

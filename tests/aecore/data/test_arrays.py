@@ -612,3 +612,68 @@ def test_a_large_npz_is_in_memory_once(tmp_path: Path, compression: int) -> None
     found, (_, peak) = only_array(packed.getvalue()), tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == data.getvalue() and peak - len(packed.getvalue()) < 1.5 * len(found)
+
+
+def as_files(root: Path, arrays: dict[str, np.ndarray]) -> Path:
+    for name, values in arrays.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".npy"):
+            np.save(root / name, values)
+        else:
+            (root / name).write_bytes(gzip.compress(idx(values)) if name.endswith(".gz") else idx(values))
+    return root
+
+
+OTHER = (LABELS + 3).astype(np.uint8)
+ASKED = [  # the files, source.url, source.labels
+    (["x.npy", "classes_of_x.npy"], "", "classes_of_x"),
+    (["x.npy", "classes_of_x.npy"], "", "classes_of_x.npy"),
+    (["x.npy", "classes_of_x.npy"], "x.npy", "classes_of_x"),
+    (["x.npy", "kinds/of_x.npy"], "", "kinds/of_x.npy"),
+    (["x.npy", "kinds/of_x.npy"], "x.npy", "kinds/of_x"),
+    (["train-images-idx3-ubyte", "kinds-idx1-ubyte"], "", "kinds"),
+    (["train-images-idx3-ubyte", "kinds-idx1-ubyte.gz"], "train-images-idx3-ubyte", "kinds"),
+    (["x_train.npy", "x_test.npy", "kinds_train.npy", "kinds_test.npy"], "", "kinds"),
+    (["a/x.npy", "a/kinds.npy", "b/x.npy", "b/kinds.npy"], "", "kinds"),
+]
+
+
+@pytest.mark.parametrize("decoy", [False, True])
+@pytest.mark.parametrize(("names", "url", "asked"), ASKED)
+def test_labels_are_those_of_the_file_that_the_knob_names(tmp_path: Path, names: list[str], url: str, asked: str, decoy: bool) -> None:
+    held = {name: PIXELS if re.search(r"(^|/)x|images", name) else OTHER for name in names}
+    as_files(tmp_path, held | ({"y.npy": LABELS} if decoy else {}))
+    found = listing(tmp_path / url if url else tmp_path, labels=asked)
+    arrays = sum(values is PIXELS for values in held.values())
+    assert found.label_names == [str(label) for label in OTHER] * arrays
+    assert len(found) == len(PIXELS) * arrays
+    assert ("y.npy" in "\n".join(found.notes)) == (decoy and not url)
+
+
+@pytest.mark.parametrize("url", ["", "x.npy"])
+def test_a_file_of_labels_that_is_not_there_is_refused_with_the_known_ones(tmp_path: Path, url: str) -> None:
+    as_files(tmp_path, {"x.npy": PIXELS, "classes.npy": OTHER, "y.npy": LABELS})
+    with pytest.raises(DataError, match=r"source.labels=clases names no file for x.npy \(did you mean 'classes'\? known: .*y\)"):
+        listing(tmp_path / url if url else tmp_path, labels="clases", **({} if url else {"include": ["x.npy"]}))
+
+
+def test_one_file_of_labels_for_several_arrays_is_refused(tmp_path: Path) -> None:
+    as_files(tmp_path, {"cats.npy": PIXELS, "dogs.npy": PIXELS, "kinds.npy": OTHER})
+    with pytest.raises(DataError, match=r"source.labels=kinds names one file for several arrays \(cats.npy, dogs.npy\)"):
+        listing(tmp_path, labels="kinds")
+
+
+@pytest.mark.parametrize("options", [{"images": "x"}, {"factors": ("shape",)}, {"group": "bags"}, {"lengths": "n"}])
+def test_names_of_arrays_of_an_npz_are_refused_for_files_of_one_array(tmp_path: Path, options: dict) -> None:
+    as_files(tmp_path, {"x.npy": PIXELS})
+    with pytest.raises(DataError, match=rf"source.{next(iter(options))}=\w+ names an array of an .npz, x.npy is none"):
+        listing(tmp_path, **options)
+
+
+def test_the_log_says_that_no_sample_has_a_label(tmp_path: Path) -> None:
+    as_files(tmp_path, {"x.npy": PIXELS})
+    for url in (tmp_path, tmp_path / "x.npy"):
+        assert sum("no sample has a label" in note for note in listing(url).notes) == 1
+    assert "no sample has a label" not in "\n".join(listing(tmp_path, labels="regex:^(x)").notes)
+    as_files(tmp_path, {"y.npy": LABELS})
+    assert "no sample has a label" not in "\n".join(listing(tmp_path).notes)
