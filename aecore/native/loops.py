@@ -152,7 +152,7 @@ def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
         if end + 4 > len(file) or zlib.crc32(file[at + 4 : end]) != int.from_bytes(file[end : end + 4], "big"):
             return _UNKNOWN
         name = file[at + 4 : at + 8].tobytes()
-        if name == b"PLTE":
+        if name == b"PLTE" and not (colours or has_pixels or (end - at - 8) % 3):
             colours = (end - at - 8) // 3
         if name == b"tRNS":
             transparent, length = 1, end - at - 8

@@ -129,7 +129,7 @@ def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHea
             elif kind == b"fcTL":
                 animated.held += 1
             elif kind == b"PLTE":
-                num_colours = length // 3
+                num_colours = num_colours or _palette_size(length, has_pixels)
             elif kind == b"tRNS" and not _is_transparency(data[25], length, num_colours):
                 pass
             elif kind in _PNG_MEANING and not (kind != b"eXIf" and has_pixels):  # those after the pixels are none, as the format has it
@@ -157,8 +157,8 @@ def png_to_decode(data: bytes) -> bytes:
             has_pixels = True
         elif kind == b"IEND":
             break
-        elif kind == b"PLTE" and data[25] == 3 and not (num_colours or has_pixels) and length and length % 3 == 0:
-            num_colours = length // 3
+        elif kind == b"PLTE" and data[25] == 3 and not num_colours and _palette_size(length, has_pixels):
+            num_colours = _palette_size(length, has_pixels)
         elif kind == b"tRNS" and not (has_clear or has_pixels) and _is_transparency(data[25], length, num_colours):
             has_clear = True
         else:
@@ -171,6 +171,11 @@ def png_to_decode(data: bytes) -> bytes:
     if data[25] == 3 and not num_colours:
         raise BadSample("format", "PNG of palette colours without a palette before its pixels (PLTE)")
     return b"".join([*kept, _PNG_END])
+
+
+def _palette_size(length: int, has_pixels: bool) -> int:
+    """Return the colours of a PLTE chunk of so many bytes; 0 if it is none: the first one before the pixels is the palette."""
+    return 0 if has_pixels or length % 3 else length // 3
 
 
 def _is_transparency(colour: int, length: int, num_colours: int) -> bool:

@@ -413,12 +413,14 @@ class StreamLoader:
             number += 1
 
     def _samples(self, tally: _Tally, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:
-        """Yield the samples of the drawn tars that can be read. A tar is listed once, and what was found to be bad is not read again."""
+        """Yield the samples of the drawn tars that can be read.
+
+        A tar is listed once, unless it was written again or more samples than `MOST_REMEMBERED` are in others; what was found to be bad is
+        not read again.
+        """
         empty, logged, total, num_tars = 0, set[str](), 0, 0
-        listings, room = (
-            dict[str, tuple[object, int, list[TarSample]]](),
-            MOST_REMEMBERED,
-        )  # by tar: its state, how many are bad, the others
+        listings = dict[str, tuple[object, int, list[TarSample]]]()  # by tar: its state, how many are bad, the others
+        room = MOST_REMEMBERED
         rank, world_size = self._order.rank, self._order.world_size
         per_pass = len(self._names[rank::world_size]) if len(self._names) >= world_size else len(self._names)
         for name, first, step in drawn:

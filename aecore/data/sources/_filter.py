@@ -60,8 +60,8 @@ def _expression(glob: str) -> str:
         elif token in ("/", "**", "**/"):
             out, star = out + _last(star) + _MEANING.get(token, token), ""
         elif len(token) > 2 and token[0] == "[":
-            inside, negated = (token[2:-1], "^/") if token[1] in "!^" else (token[1:-1], "")
-            part = f"[{negated}{_SPECIAL.sub(_ESCAPED, inside)}]"
+            inside, negated = (token[2:-1], "^") if token[1] in "!^" else (token[1:-1], "")
+            part = f"(?!/)[{negated}{_SPECIAL.sub(_ESCAPED, inside)}]"
             out, star = (out, star + part) if star else (out + part, "")
         else:
             part = _MEANING.get(token, re.escape(token))

@@ -27,9 +27,10 @@ from aecore.store import absolute_url, open_files, read_again
 
 REGEX, JSON = "regex:", "json:"
 _SHOWN = 80  # characters of a label in a message
-_ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")  # half a surrogate pair as `_printable` writes it
+_LONE, _STANDS = re.compile("[\ud800-\udfff]"), re.compile("[\U0010d800-\U0010dfff]")  # surrogates; characters of private use for them
+_PLANE = 1 << 20  # between the two
 MAX_CLASSES_BYTES = 1 << 24
-_WORD = r"\pL\pM\pN_"  # in a class of characters
+_WORD = r"\pL\pM\pN_\x{10D800}-\x{10DFFF}"  # in a class of characters; a byte that is no UTF-8 was a letter of another encoding
 _TOKEN = re.compile(r"\\Q.*?(?:\\E|\Z)|\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
 _GROUPS = frozenset(("(", "(?<", "(?P<"))
 _BOUNDARIES = frozenset((r"\b", r"\B"))
@@ -150,7 +151,8 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
             changes |= {"splits": splits, "label_paths": label_paths, "label_names": folders}
         changes["label_rule"] = rule
         if is_expression(rule):
-            changes |= {"label_names": list(paths), "unusable": _without_bad_found(str(rule), listing, paths)}
+            named = dataclasses.replace(listing, **{**changes, "label_names": list(paths)})
+            changes |= {"label_names": named.label_names, "unusable": _without_bad_found(str(rule), named)}
     if not is_expression(rule):
         changes |= _without_bad_labels(changes["label_names"], listing.unusable, leaf=rule == "leaf")
     return dataclasses.replace(listing, **changes)
@@ -185,16 +187,21 @@ def _without_bad_labels(names: list[str] | None, unusable: list[BadSample | None
     return {"label_names": ["" if name in bad else name for name in names], "unusable": marked}
 
 
-def _without_bad_found(rule: str, listing: Listing, paths: Sequence[str]) -> list[BadSample | None] | None:
-    """Return what is unusable, also samples in whose paths the rule finds a label that is not UTF-8."""
+def _without_bad_found(rule: str, listing: Listing) -> list[BadSample | None] | None:
+    """Return what is unusable, also samples in whose paths, the label names of a listing, the rule finds a label that no class can have.
+
+    A label is searched below the split folders or not, as `splits.by` says, which is not known here: so in both ways.
+    """
     found = list[BadSample | None](listing.unusable or [None] * len(listing))
-    rows = [row for row, path in enumerate(paths) if found[row] is None and _printable(path) != path]
+    paths = listing.label_names or []
+    rows = [row for row, path in enumerate(paths) if found[row] is None and bad_label(path) is not None]
     if not rows:
         return listing.unusable
-    names = found_in("source.label", rule, [paths[row] for row in rows], [listing.sources[row] for row in rows])
-    for row, name in zip(rows, names, strict=True):
-        if _ESCAPED.search(name):  # the label as bytes: an escape stands for each that is no text
-            found[row] = bad_label(_ESCAPED.sub(lambda escape: chr(int(escape[1], 16)), name))
+    for splits in (None, listing.splits if listing.label_paths else None):
+        tops = None if splits is None else [splits[row] for row in rows]
+        names, _, _ = _search("source.label", rule, [paths[row] for row in rows], tops, rows=range(len(rows)))
+        for row, name in zip(rows, names, strict=True):
+            found[row] = found[row] or bad_label(name)
     return found if any(found) else listing.unusable
 
 
@@ -274,23 +281,44 @@ def found_in(
     DataError
         If it finds nothing in one of them; some are named by `sources`.
     """
-    expression, whole = Expression(option, rule), [_printable(spelled(path)) for path in paths]
-    below = whole if tops is None else [path[len(spelled(top)) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
-    names = [path.rpartition("/")[2] for path in whole]
-    searched = [names, below, whole] if option == "source.label" else [whole, names]
-    found, left = [""] * len(whole), [row for row in range(len(whole)) if unusable is None or unusable[row] is None]
-    searchable = len(left)
-    for texts, part in [(texts, part) for texts in searched for part in (_stem, str)]:
-        for row, name in zip(left, expression.search([part(texts[row]) for row in left]), strict=True):
-            found[row] = name
-        left = [row for row in left if not found[row]]
+    searchable = [row for row in range(len(paths)) if unusable is None or unusable[row] is None]
+    found, left, searched = _search(option, rule, paths, tops, rows=searchable)
     if left:
-        shown = ", ".join(dict.fromkeys(repr(part(texts[left[0]])) for texts in searched for part in (_stem, str)))
+        shown = ", ".join(dict.fromkeys(repr(_printable(part(texts[left[0]]))) for texts, part in searched))
         raise DataError(
-            f"{option}={rule} finds nothing in {len(left)} of {searchable} samples: {quoted([sources[row] for row in left])} "
+            f"{option}={rule} finds nothing in {len(left)} of {len(searchable)} samples: {quoted([sources[row] for row in left])} "
             f"(it was searched in {shown}): change the expression, or move these samples away"
         )
-    return found
+    return list(map(_printable, found))
+
+
+def _search(
+    option: str, rule: str, paths: Sequence[str], tops: Sequence[str] | None, *, rows: Sequence[int]
+) -> tuple[list[str], Sequence[int], list[tuple[list[str], Callable[[str], str]]]]:
+    """Return what the expression finds in these rows of the paths, lone surrogates included, in which rows nothing, and where it searched.
+
+    That are texts, one for each path, and what is searched of them.
+    """
+    expression, whole = Expression(option, rule), list(map(spelled, paths))
+    below = whole if tops is None else [path[len(spelled(top)) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
+    names = [path.rpartition("/")[2] for path in whole]
+    several = [names, below, whole] if option == "source.label" else [whole, names]
+    searched: list[tuple[list[str], Callable[[str], str]]] = [(texts, part) for texts in several for part in (_stem, str)]
+    found, left = [""] * len(whole), rows
+    for texts, part in searched:
+        for row, name in zip(left, expression.search([_without_lone(part(texts[row])) for row in left]), strict=True):
+            found[row] = _with_lone(name)
+        left = [row for row in left if not found[row]]
+    return found, left, searched
+
+
+def _without_lone(text: str) -> str:
+    """Return a text that RE2 reads: other characters, which are those of words, stand for lone surrogates."""
+    return text if text.isascii() else _LONE.sub(lambda lone: chr(ord(lone[0]) + _PLANE), text)
+
+
+def _with_lone(text: str) -> str:
+    return text if text.isascii() else _STANDS.sub(lambda other: chr(ord(other[0]) - _PLANE), text)
 
 
 def _stem(path: str) -> str:

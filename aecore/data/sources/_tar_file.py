@@ -209,7 +209,7 @@ class TarFile:
             raise self._broken(self.broken)
 
     @contextlib.contextmanager
-    def _unpacked(self, first: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    def _unpacked(self, first: int) -> Iterator[tarfile.TarInfo]:
         """Give the member whose headers begin at `first` to the standard library, which knows all three formats of sparse files.
 
         It reads the headers and the map, as long as that says it is, but at most `MAX_MAP_BYTES`.
@@ -219,11 +219,11 @@ class TarFile:
             info = tar.next()
             if info is None:
                 raise tarfile.ReadError("no member")
-            yield tar, info
+            yield info
 
     def _map(self, first: int) -> tuple[int, list[tuple[int, int]]]:
         """Return the size of a sparse file with its holes, and the place and size of each piece of data in it."""
-        with self._unpacked(first) as (_, info):
+        with self._unpacked(first) as info:
             return info.size, [(int(at), int(length)) for at, length in cast(list[tuple[int, int]], info.sparse)]
 
     def _sparse(self, first: int, stored: int) -> tuple[int, str]:
@@ -242,7 +242,7 @@ class TarFile:
         """Return the bytes of a sparse file with zeros in its holes."""
         pieces, end = list[bytes](), 0  # joined: `extractfile` would hold all bytes three times
         try:
-            with self._unpacked(member.offset) as (_, info):
+            with self._unpacked(member.offset) as info:
                 place = info.offset_data
                 known = [piece for piece in cast(list[tuple[int, int]], info.sparse) if piece[1]]
                 for at, length in [*known, (member.size, 0)]:

@@ -376,9 +376,7 @@ class ArraysSource:
         if not asked:
             return None
         bags = self._label_names(name, self._chosen(known, asked, data, name, "source.group"), array, data)
-        if (bad := next((bag for bag in bags if "\0" in bag), None)) is not None:
-            raise DataError(f"{name} names the bag {bad!r}: names have no NUL in them")
-        return [f"{prefix}/{bag}" for bag in bags]
+        return [f"{prefix}/{_bag(bag, name)}" for bag in bags]
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
         """Return the arrays of an .npz that hold samples: one, or one for each split."""
@@ -450,6 +448,16 @@ class ArraysSource:
 
 def _any(blocks: list[_Block], what: str) -> bool:
     return any(getattr(block, what) for block in blocks)
+
+
+def _bag(name: str, where: str) -> str:
+    """Return the name of a bag with escapes for bytes that are no UTF-8; DataError if it is no text."""
+    try:
+        if "\0" not in name:
+            return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        pass
+    raise DataError(f"{where} names the bag {ascii(name)[:80]}, which has NUL or half a surrogate pair in it: write it without")
 
 
 def _is_label_file(name: str) -> bool:

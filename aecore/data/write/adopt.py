@@ -118,11 +118,11 @@ def require_same_tars(store: Store, parent: DatasetManifest, source: Source, lis
             changed[name] = f"{name!r} has {size} bytes, {known.bytes} when it was adopted"
         elif known is not None and name in growing and _tar_ref(tars.files, name).sha256 != known.sha256:
             changed[name] = f"{name!r} has other bytes than when it was adopted"
-    if {resolve_url(store.url, shard.tar_base_url) for shard in parent.shards if shard.tar_base_url} == {tars.files.url}:
+    home = _home(tars.files.url)
+    if {_home(resolve_url(store.url, shard.tar_base_url)) for shard in parent.shards if shard.tar_base_url} == {home}:
         whole = frozenset[str]() if limited else frozenset(tars.names)  # of several homes a listing does not say whose its names are
         changed = _moved(read_listings(store, parent), listing_table(listing), whole) | changed
     if not is_remote(tars.files.url):
-        home = os.path.realpath(tars.files.url)
         lost = (os.path.relpath(place, home) for place in refs if place.startswith(f"{home}/") and not os.path.exists(place))
         changed |= {name: f"{name!r} is not there any more" for name in lost}
     if changed:
@@ -159,7 +159,11 @@ def _shown_place(source: str) -> str:
 
 def _place(url: str, name: str) -> str:
     """Return where a tar is, whatever links its address leads over."""
-    return f"{url}/{name}" if is_remote(url) else os.path.realpath(f"{url}/{name}")
+    return _home(f"{url}/{name}")
+
+
+def _home(url: str) -> str:
+    return url if is_remote(url) else os.path.realpath(url)
 
 
 def files_of(sources: Sequence[str]) -> list[str]:

@@ -73,7 +73,7 @@ static Facts examine_chunks(const uint8_t *data, int64_t size) {
         const uint8_t *name = data + at + 4;
         if (length > size - at - 12 || crc32(name, length + 4) != number(name + 4 + length, 4)) return none;
         if (memcmp(name, "IDAT", 4) == 0) has_pixels = 1;
-        if (memcmp(name, "PLTE", 4) == 0) colours = length / 3;
+        if (memcmp(name, "PLTE", 4) == 0 && !colours && !has_pixels && length % 3 == 0) colours = length / 3;
         if (memcmp(name, "tRNS", 4) == 0) { /* transparency, where it is in its place and fits the colours */
             int fits = data[25] == 0 ? length == 2 : data[25] == 2 ? length == 6 : data[25] == 3 && length && length <= colours;
             found.detail[2] = 1;

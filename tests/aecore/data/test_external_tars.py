@@ -442,9 +442,12 @@ class TestAdopt:
         assert adopt(tars, out).num_samples() == 6
         assert verify_dataset(open_dataset(str(out)), read_data=True).problems == ()
 
-    @pytest.mark.parametrize("how", ["swapped", "gone", "renamed"])
+    @pytest.mark.parametrize("how", ["swapped", "gone", "renamed", "swapped, by a link"])
     def test_samples_that_moved_in_a_tar_of_equal_size_are_noticed(self, tmp_path: Path, how: str) -> None:
         tars, out = tmp_path / "theirs", tmp_path / "ds"
+        again = tmp_path / "link_to_theirs" if "link" in how else tars
+        how = how.partition(",")[0]
+        (tmp_path / "link_to_theirs").symlink_to(tars)
         files = {name: encoded(np.full((4, 4), number, np.uint8)) for number, name in enumerate("abcd")}
         write_tar(tars / "0.tar", [(f"{name}.png", data) for name, data in files.items()])
         adopt(tars, out)
@@ -462,7 +465,7 @@ class TestAdopt:
             "renamed": "1.tar",
         }
         with pytest.raises(DataError, match=f"[12] tars? of .*theirs changed since .*{what[how]}.*nothing was written"):
-            adopt(tars, out)
+            adopt(again, out)
         assert there == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def test_a_tar_that_changed_is_known_by_another_address_and_one_that_is_gone_is_missed(self, tmp_path: Path) -> None:

@@ -490,6 +490,11 @@ def test_stars_match_as_they_would_with_all_ways_tried(glob: str, path: str) -> 
     assert matcher([glob], "x")(path) == (expected is not None)
 
 
+@pytest.mark.parametrize("glob", ["*[+-9]*", "a[!b]c", "a[+-9]c"])
+def test_a_range_that_has_the_slash_in_it_stays_within_a_name(glob: str) -> None:
+    assert matcher([glob], "x")("a.c") and not matcher([f"x/{glob}"], "x")("x/a/c")
+
+
 def test_a_glob_takes_linear_time() -> None:
     takes = matcher(["*_mask*_*_*.png"], "x")
     started = time.process_time()

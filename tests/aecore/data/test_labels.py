@@ -320,6 +320,40 @@ class TestBytes:
         assert isinstance(made, DatasetManifest)
         assert (made.num_samples(), made.reasons) == (good, {"label": 1} if good == 1 else {})
 
+    @pytest.mark.parametrize("rule", [r"(\w+)_", r"^(\w+)_", r"([^\W_]+)_", r"^(.+)_"])
+    def test_found_in_a_name_is_no_word_of_escapes(self, tmp_path: Path, rule: str) -> None:
+        """`(\\w+)_` found `udce9`, the end of an escape, in the names of both."""
+        pictures(tmp_path / "in", "cat_1.png", f"{self.BAD}_1.png", os.fsdecode(b"th\xe9_1.png"))
+        spec = FolderSpec(url=str(tmp_path / "in"), label=f"regex:{rule}")
+        made = shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.7))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 2})
+
+    @pytest.mark.parametrize("rule", [r"^(\w+)/", r"^([^/]+)/"])
+    @pytest.mark.parametrize("tar", [False, True])
+    def test_found_below_the_folder_of_a_split(self, tmp_path: Path, rule: str, tar: bool) -> None:
+        paths = "train/cat/1.png", f"train/{self.BAD}/2.png", "test/cat/3.png"
+        (tmp_path / "in").mkdir()
+        if tar:
+            tar_of(tmp_path / "in/a.tar", *paths)
+        else:
+            pictures(tmp_path / "in", *paths)
+        spec = (WebdatasetSpec if tar else FolderSpec)(url=str(tmp_path / "in"), label=f"regex:{rule}")
+        made = shard_dataset(spec, str(tmp_path / "out"), SplitSpec(by="folders"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+    def test_found_by_an_expression_has_an_end_too(self, tmp_path: Path) -> None:
+        pictures(tmp_path / "in", "cat/1.png", "/".join(["é" * 120] * 5) + "/2.png")
+        spec = FolderSpec(url=str(tmp_path / "in"), label=r"regex:^(.+)/\d")
+        made = shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+    def test_groups_of_names_that_differ_in_one_stay_apart(self) -> None:
+        names = ["caf\udce9_1.png", "th\udce9_1.png"]
+        assert found_in("source.group", r"regex:(\w+)_", names, names) == [r"caf\udce9", r"th\udce9"]
+
     def test_of_the_name_of_a_tar(self, tmp_path: Path) -> None:
         tar_of(tmp_path / "in/cat.tar", "1.png")
         tar_of(tmp_path / f"in/{self.BAD}.tar", "2.png")

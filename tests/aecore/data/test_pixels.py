@@ -1135,8 +1135,13 @@ class TestChunksOfPngs:
             ([clear, colours], b"", 3),
             ([colours], clear, 3),
             ([colours, png_chunk(b"tRNS", bytes(200))], b"", 3),
+            ([png_chunk(b"PLTE", bytes(33)), colours, png_chunk(b"tRNS", bytes(16))], b"", 3),  # fits the second palette, which is none
+            ([png_chunk(b"PLTE", bytes(34)), colours, png_chunk(b"tRNS", bytes(16))], b"", 4),
         ):
-            assert self.read(self.file(*before, after=after, colour=3, lines=lines)).shape[2] == channels
+            data = self.file(*before, after=after, colour=3, lines=lines)
+            assert self.read(data).shape[2] == channels
+            made = sharded(tmp_path / f"{len(data)} {channels}", {"a.png": data}).sample.shapes
+            assert list(made) == [{4: "13x11x4/PA", 3: "13x11x3/P"}[channels]], "the fast path knows it too"
 
     @pytest.mark.parametrize("decoder", ["imagecodecs", "pillow"])
     def test_what_cannot_be_read_without_more_is_refused_by_both_decoders_with_a_reason(self, decoder):
