@@ -94,13 +94,16 @@ class FilesOfServicesTogether(LoadGroupScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return file if _shares(file) else nodeid
+        return _shared(nodeid.split("::")[0]) or nodeid
 
 
 @functools.cache
-def _shares(file: str) -> bool:
-    return re.search(r'mark\.(ray|prefect)\b|scope="module"', (ROOT / file).read_text()) is not None
+def _shared(file: str) -> str | None:
+    """Return what the tests of a file share: with those of other files one local Ray, else the file; None: nothing."""
+    text = (ROOT / file).read_text()
+    if "two_workers: " in text:
+        return "two_workers"
+    return file if re.search(r'mark\.(ray|prefect)\b|scope="module"', text) else None
 
 
 @pytest.hookimpl(optionalhook=True)  # -p no:xdist
