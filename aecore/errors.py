@@ -67,7 +67,10 @@ def printable(text: str, *, one_line: bool = False) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """The name of a situation for which a command line knows the next command, and the values (URLs) of that command."""
+    """The name of a situation for which a command line knows the next command, and the values (URLs) of that command.
+
+    The value `python` is the part of the message that a command line leaves out, since it names functions of this library.
+    """
 
     name: str
     values: Mapping[str, str] = field(default_factory=dict)

@@ -239,17 +239,23 @@ def lint(args: list[str]) -> int:
 
 
 def test(args: list[str]) -> int:
-    """Run lint, then all tests but the long and the full-size ones, also if lint fails; pytest's summary comes last.
+    """Run all tests but the long and the full-size ones, and lint beside them, whose complaints come last.
 
-    Without arguments in three processes, because tests of services wait more than they compute; all tests of a file that starts
+    Without arguments in four processes, because tests of services wait more than they compute; all tests of a file that starts
     services run in one of them.
     """
     servers([])
     peers([])
-    linted = lint([])
-    options = args or ("-n", "3", "--dist", "loadgroup")
-    # hundreds of processes import the sources: with an empty variable, which counts as none, only the first ones compile them
-    return job("python", "-m", "pytest", *options, PYTHONDONTWRITEBYTECODE="") or linted
+    options = args or ("-n", "4", "--dist", "loadgroup")
+    with tempfile.TemporaryFile("w+") as said:
+        linting = subprocess.Popen([sys.executable, "-P", __file__, "lint"], stdout=said, stderr=subprocess.STDOUT)
+        # hundreds of processes import the sources: with an empty variable, which counts as none, only the first ones compile them
+        tested = job("python", "-m", "pytest", *options, PYTHONDONTWRITEBYTECODE="")
+        linted = linting.wait()
+        if linted:
+            said.seek(0)
+            print(said.read(), end="", flush=True)
+    return tested or linted
 
 
 def quick(args: list[str]) -> int:

@@ -1,7 +1,8 @@
 """What every test shares: one torch thread, private and offline homes for Ray, Prefect and Hugging Face, real data if it is there.
 
 The environment is set when pytest loads this file, before anything imports Ray or Prefect, so that sub-processes inherit it too.
-With `-n 3 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services run in one process.
+With `-n 4 --dist loadgroup` (`make test` without arguments) all tests of a file that starts services, or has a fixture for all its tests,
+run in one process.
 """
 
 import functools
@@ -13,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +75,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mark_quick(items)
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what stays until the end: else it walks all modules and 7,000 tests in a third of the time."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spare the garbage collector what stays until the end: else it walks all modules and 7,000 tests in a third of the time, here too."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 class FilesOfServicesTogether(LoadGroupScheduling):
-    """Give each test to a process of its own choice, but all tests of a file that starts services to one: they share servers and folders.
+    """Give each test to a process of its own choice, but to one those of a file that share servers, folders, or what a fixture makes once.
 
     Groups of xdist 3.8 have no effect with pytest 9.2 (it does not find `Item._nodeid`), so the file decides.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return file if _starts_services(file) else nodeid
+        return _shared(nodeid.split("::")[0]) or nodeid
 
 
 @functools.cache
-def _starts_services(file: str) -> bool:
-    return re.search(r"mark\.(ray|prefect)\b", (ROOT / file).read_text()) is not None
+def _shared(file: str) -> str | None:
+    """Return what the tests of a file share: with those of other files one local Ray, else the file; None: nothing."""
+    text = (ROOT / file).read_text()
+    if "two_workers: " in text:
+        return "two_workers"
+    return file if re.search(r'mark\.(ray|prefect)\b|scope="module"', text) else None
 
 
 @pytest.hookimpl(optionalhook=True)  # -p no:xdist

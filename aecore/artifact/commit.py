@@ -8,16 +8,17 @@ A manifest's number is its parent's plus one, so of two concurrent appends exact
 RunFailed and can run again. Claims have their own numbers (a dead claim leaves a gap); part names carry the claim's number.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aecore.artifact.documents import read_json, sealed, typed
-from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.errors import ConfigError, DataError, Hint, RunFailed
 from aecore.registry import flatten, shown
 from aecore.store import AlreadyExists, FileRef, Store, canonical_json
 
@@ -128,14 +129,23 @@ def require_kind(store: Store, kind: str, names: Sequence[str] | None = None) ->
 
 
 def put_or_adopt(
-    store: Store, name: str, content: bytes | Path, *, role: str, accepts: Callable[[FileRef, bytes], bool]
+    store: Store,
+    name: str,
+    content: bytes | Path,
+    *,
+    role: str,
+    accepts: Callable[[FileRef, bytes], bool] | None = None,
+    sha256: str | None = None,
 ) -> tuple[FileRef, bytes | None]:
     """Commit `content` (bytes, or a file made with `store.stage`) as `name`, or adopt what another attempt committed under that name.
 
     Parameters
     ----------
-    accepts : callable
-        Called only if the name holds other bytes: whether these (reference, bytes) are accepted instead of `content`. It may also raise.
+    accepts : callable, optional
+        Called only if the name holds other bytes: whether these (reference, bytes) are accepted instead of `content`; none are by default.
+        It raises DataError for bytes that are damaged.
+    sha256 : str, optional
+        That of a staged file, if it is known.
 
     Returns
     -------
@@ -147,18 +157,30 @@ def put_or_adopt(
     Raises
     ------
     AlreadyExists
-        If the name holds bytes that are not accepted; nothing is overwritten.
+        If the name holds bytes that are not accepted; nothing is overwritten. Its hint is that of `left_behind`.
     """
     try:
         if isinstance(content, Path):
-            return store.put_staged(name, content, role=role), None
+            return store.put_staged(name, content, role=role, sha256=sha256), None
         return store.put(name, content, role=role), None
-    except AlreadyExists:
+    except AlreadyExists as taken:
+        taken.hint = left_behind(store)
+        if accepts is None:
+            raise
         data = store.read(name)
         there = FileRef(name, len(data), hashlib.sha256(data).hexdigest())
-        if not accepts(there, data):
+        try:
+            accepted = accepts(there, data)
+        except DataError as damage:  # what helps against damage of a finished file does not help here
+            raise taken from damage
+        if not accepted:
             raise
         return there, data
+
+
+def left_behind(store: Store) -> Hint:
+    """Return the hint of an error about a file that an attempt left which did not finish: all that it left can be given up."""
+    return Hint("left-behind", {"url": store.url})
 
 
 def write_record(store: Store, record: PartRecord) -> PartRecord:
@@ -190,8 +212,21 @@ def read_record(store: Store, part: str) -> PartRecord | None:
         record = typed(PartRecord, {**data, "files": tuple(typed(FileRef, ref) for ref in data["files"])})
     except (TypeError, ValueError) as error:
         raise DataError(f"{store.url}/records/{part}.json was not written by aecore ({error}): restore it") from error
-    store.check_all(record.files)
+    with damage_of_part(store, part):
+        store.check_all(record.files)
     return record
+
+
+@contextlib.contextmanager
+def damage_of_part(store: Store, part: str) -> Iterator[None]:
+    """Add to the message of a DataError about a recorded part, of a generation that is not committed, how the part is made again."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(
+            f"{error}. While no manifest names the part, it helps too to remove that file and {store.url}/records/{part}.json: the same "
+            "command makes both again"
+        ) from error
 
 
 def require_counts(store: Store, record: PartRecord, found: Mapping[str, tuple[object, object]]) -> None:

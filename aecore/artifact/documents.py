@@ -41,7 +41,7 @@ class _Kind:
 
     `pattern` is matched against the end of its address; if it has a group, the first is the value of the key `repeats`.
     A file has at most `most` bytes. `keys_v1` are all sets of keys that files of version 1 may have: while that was current, claims got the
-    key `kind`, and those of before have none.
+    key `kind`, and those of before have none. `again` says when the same command writes it again if it is removed.
     """
 
     pattern: str
@@ -50,6 +50,7 @@ class _Kind:
     optional: frozenset[str] = frozenset()
     most: int = SMALL
     keys_v1: tuple[frozenset[str], ...] = ()
+    again: str = ""
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -68,8 +69,14 @@ _GENERATED, _FIGURES = _keys("files identity lineage shape"), _keys("files ident
 _FORMAT = {"format"}
 
 _KINDS = (
-    _Kind(r"run\.(\d{6})\.json", _CLAIM, "claim", keys_v1=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT)),
-    _Kind(r"records/([^/]+)\.json", _RECORD, "part", keys_v1=(_RECORD | _FORMAT,)),
+    _Kind(
+        r"run\.(\d{6})\.json",
+        _CLAIM,
+        "claim",
+        keys_v1=(_CLAIM | _FORMAT, _CLAIM - {"kind"} | _FORMAT),
+        again="while no manifest was committed under it",
+    ),
+    _Kind(r"records/([^/]+)\.json", _RECORD, "part", keys_v1=(_RECORD | _FORMAT,), again="while no manifest names its part"),
     _Kind(
         r"dataset\.(\d{6})\.json",
         _DATASET | {"claim_sha256"},
@@ -233,7 +240,9 @@ def _parsed(store: Store, name: str, content: bytes) -> dict[str, Any]:
     except _Misplaced as error:
         raise DataError(f"{where} is not in its place: {error}; {_remedy(store, name, error.stated)}") from error
     except ValueError as error:
-        raise DataError(f"{where} is damaged: {error}; restore it from a copy, or write to another URL") from error
+        again = _kind_of(store, name)[0].again
+        more = f"; {again}, it may also be removed: the same command writes it again" if again else ""
+        raise DataError(f"{where} is damaged: {error}; restore it from a copy, or write to another URL{more}") from error
     if "sha256" not in data and store.url not in _noted:
         _noted.add(store.url)
         logger.info("%s was written by version 1, whose small files state no hash: a change in them cannot be detected", store.url)

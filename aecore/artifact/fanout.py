@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from aecore.artifact.commit import PartRecord
 from aecore.errors import AecoreError, ConfigError, DataError, Hint, RunFailed, WorkerDied, from_json, from_outside
+from aecore.store import AlreadyExists
 from aecore.threads import submit_ahead
 
 T = TypeVar("T")
@@ -174,7 +175,7 @@ def _failed(failures: list[PartFailure], total: int, what: str) -> AecoreError:
     for reason in reasons[SHOWN:]:
         logger.error("%s", reason)
     more = f"\n  and {len(reasons) - SHOWN} more (see the log)" if len(reasons) > SHOWN else ""
-    first = "put that right, then " if issubclass(kind, DataError) else ""  # the same data would fail again
+    first = "put that right, then " if issubclass(kind, DataError | AlreadyExists) else ""  # the same data would fail again
     last = f"the rest is kept; {first}run the same command again to finish"
     if issubclass(kind, ConfigError):  # the same settings too
         last = "change the settings that are named, and run the command with these"

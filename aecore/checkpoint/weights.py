@@ -236,10 +236,10 @@ def find_model(url: str) -> FoundModel:
             raise other
         if store.size(CLAIM) is not None:
             raise DataError(f"{store.url} is a run that has not finished: run the same train command again, then repeat this one")
+        python = ", or train one (aecore.training.loop.fit)"
         raise DataError(
-            f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder; check the address, "
-            "or train one (aecore.training.loop.fit)",
-            hint=Hint("no-model", {"url": store.url}),
+            f"{store.url} holds no trained model: expected a run with model/{MANIFEST}, or a checkpoint folder; check the address{python}",
+            hint=Hint("no-model", {"url": store.url, "python": python}),
         )
     checkpoint = read_checkpoint(store, name, verify=None)
     if name:

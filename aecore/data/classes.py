@@ -16,6 +16,7 @@ from aecore.errors import DataError
 
 UNKNOWN = -2  # the label of a class that the list does not have; -1 is no label
 SHOWN = 5  # names in a message
+MAX_CLASS_BYTES = 1 << 10  # of a name: a manifest has all of them
 _MARK = "\ufeff"  # some editors begin UTF-8 files with it
 _NUMBER = re.compile(r"[0-9]{1,18}")
 

@@ -185,11 +185,12 @@ def _nothing_here(store: Store) -> DataError:
     if other is not None:
         return other
     if newest_number(store, "run") is None:
-        return DataError(
-            f"{store.url} holds no dataset: write one with aecore.data.write.job.shard_dataset, or check the address; external tars need "
-            "an index (adopt_shards, in the same module), or are read without one with input.reader=webdataset",
-            hint=Hint("no-dataset", {"url": store.url}),
+        python = (
+            ", or write one with aecore.data.write.job.shard_dataset; external tars need an index (adopt_shards, in the same module), or "
+            "are read without one with input.reader=webdataset"
         )
+        hint = Hint("no-dataset", {"url": store.url, "python": python})
+        return DataError(f"{store.url} holds no dataset: check the address{python}", hint=hint)
     parts = sum(name.endswith(".json") for name in store.list("records"))
     return DataError(
         f"{store.url} holds an unfinished run ({parts} parts recorded, no manifest): run the command that wrote it again to finish it"

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import PartRecord, read_record, recorded_parts, require_counts, write_record
+from aecore.artifact.commit import PartRecord, damage_of_part, read_record, recorded_parts, require_counts, write_record
 from aecore.data.dataset import open_dataset
 from aecore.data.manifest import ShardRef
 from aecore.data.read.where import parse_where
@@ -73,12 +73,13 @@ def recorded_part(store: Store, task: EncodeTask, checkpoint_sha256: str, *, cho
     _require_made_of(store, record, task, checkpoint_sha256)
     samples, span = record.rows + record.quarantined, task.row_stop - task.row_start
     said: dict[str, tuple[object, object]] = {"samples": (samples, min(samples, span) if chosen else span)}
-    if store.is_local:  # a footer in a bucket costs the whole part
-        footers = {"data": record.detail.get("footer_sha256")}
-        for name, folder, count in (("rows", "data", record.rows), ("quarantined", "quarantine", record.quarantined)):
-            ref = record.file_in(folder)
-            said[name] = count, 0 if ref is None else read_footer(store, ref, footers.get(folder)).num_rows
-    require_counts(store, record, said)
+    with damage_of_part(store, task.stem):
+        if store.is_local:  # a footer in a bucket costs the whole part
+            footers = {"data": record.detail.get("footer_sha256")}
+            for name, folder, count in (("rows", "data", record.rows), ("quarantined", "quarantine", record.quarantined)):
+                ref = record.file_in(folder)
+                said[name] = count, 0 if ref is None else read_footer(store, ref, footers.get(folder)).num_rows
+        require_counts(store, record, said)
     return record
 
 

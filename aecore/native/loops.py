@@ -26,7 +26,7 @@ _START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0
 _NOTHING = BytesColumn(np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.int64))
 _UNKNOWN = (0, bytes(3), 0, 0)
 _ORIENTATION = 0x0112  # tag of EXIF
-_EXIF_VALUES = {1: "B", 3: "H", 4: "I"}  # type of a field -> its format
+_EXIF_VALUES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # type of a field -> its format
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
@@ -161,7 +161,7 @@ def facts_of(file: memoryview) -> tuple[int, bytes, int, int]:
 
 def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
     """Return the facts of a PNG whose chunks match their checksums up to IEND and include an IDAT."""
-    at, has_pixels, transparent = 8, False, 0
+    at, has_pixels, transparent, colours = 8, False, 0, 0
     if len(file) < 33 or file[:16] != _PNG_START:
         return _UNKNOWN
     while at + 12 <= len(file):
@@ -169,8 +169,13 @@ def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
         if end + 4 > len(file) or zlib.crc32(file[at + 4 : end]) != int.from_bytes(file[end : end + 4], "big"):
             return _UNKNOWN
         name = file[at + 4 : at + 8].tobytes()
+        if name == b"PLTE" and not (colours or has_pixels or (end - at - 8) % 3):
+            colours = (end - at - 8) // 3
+        if name == b"tRNS":
+            transparent, length = 1, end - at - 8
+            if has_pixels or not {0: length == 2, 2: length == 6, 3: 0 < length <= colours}.get(file[25], False):
+                return _UNKNOWN
         has_pixels = has_pixels or name == b"IDAT"
-        transparent = 1 if name == b"tRNS" else transparent
         if name in (b"eXIf", b"acTL"):
             return _UNKNOWN
         if name == b"IEND":
@@ -212,6 +217,8 @@ def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
 
 def exif_orientation(block: bytes) -> int:
     """Return the orientation, 1 to 8, of an EXIF block (a TIFF header and its first directory); 1 where it says none that exists."""
+    while block.startswith(b"Exif\0\0"):  # some write it twice
+        block = block[6:]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     try:
         if order is None:

@@ -13,6 +13,7 @@ Tests kill the process at named fault points: `AECORE_FAULT=record.linked:3` end
 
 from aecore.store._again import cannot_read, read_again
 from aecore.store._base import (
+    LEFT_BEHIND,
     SKEW_S,
     AlreadyExists,
     FileRef,
@@ -30,7 +31,7 @@ from aecore.store._cache import cache_turn, trim_cache
 from aecore.store._cleanup import close_read
 from aecore.store._environment import check_environment, environment_value
 from aecore.store._links import LinkedFolders, leads_nowhere
-from aecore.store._local import LocalFiles, LocalStore
+from aecore.store._local import LocalFiles, LocalStore, remove_staging
 from aecore.store._open import (
     SCHEMES,
     TAR_ENDINGS,
@@ -50,6 +51,7 @@ from aecore.store._scratch import pid_namespace
 from aecore.store._states import STATE_BYTES, Seen, local_seen, local_state, settled_ns
 
 __all__ = [
+    "LEFT_BEHIND",
     "RACERS",
     "ROUNDS",
     "SCHEMES",
@@ -92,6 +94,7 @@ __all__ = [
     "race",
     "read_again",
     "recorded_url",
+    "remove_staging",
     "resolve_url",
     "settled_ns",
     "sha256_file",

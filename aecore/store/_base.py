@@ -17,6 +17,10 @@ from aecore.store._environment import environment_value
 from aecore.store._states import Seen
 
 SKEW_S = 5.0  # between the clocks of the storage and of this machine: more is worth a warning
+LEFT_BEHIND = (  # what to do about a file that blocks the same command
+    "An attempt that did not finish left it, and nothing names it yet. If its bytes were changed since, remove this file while no command "
+    "writes there: the same command makes it again. If the inputs were changed since, restore them, or write to another URL"
+)
 _faults_seen: dict[str, int] = {}
 
 
@@ -211,6 +215,5 @@ def require_at_most(where: object, size: int, limit: int | None) -> None:
 def other_content(where: object, ref: FileRef, found: str) -> AlreadyExists:
     """Return the error about a name that is taken by bytes with the sha256 `found`."""
     return AlreadyExists(
-        f"{where} exists with other content (sha256 {found[:12]}, expected {ref.sha256[:12]}): nothing was overwritten. An earlier "
-        "attempt made it from other inputs: restore what has changed since, or write to another URL"
+        f"{where} exists with other content (sha256 {found[:12]}, expected {ref.sha256[:12]}): nothing was overwritten. {LEFT_BEHIND}"
     )

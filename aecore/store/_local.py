@@ -14,7 +14,7 @@ from typing import IO
 
 from aecore.errors import DataError, disk_error, read_error
 from aecore.store._again import cannot_read, read_again, read_verified
-from aecore.store._base import FileRef, damaged, fault_point, open_regular, other_content, require_at_most, require_size, sha256_file
+from aecore.store._base import FileRef, Store, damaged, fault_point, open_regular, other_content, require_at_most, require_size, sha256_file
 from aecore.store._cleanup import close_read, discard
 from aecore.store._links import LinkedFolders
 from aecore.store._race import races
@@ -55,7 +55,11 @@ class LocalStore:
     def put(self, name: str, data: bytes, *, role: str) -> FileRef:
         with self.stage() as staged:
             with _storage_errors(f"cannot write {name} under {self.url}"):
-                staged.write_bytes(data)
+                try:
+                    staged.write_bytes(data)
+                except FileNotFoundError:  # another process has removed the empty folder since
+                    staged.parent.mkdir(exist_ok=True)
+                    staged.write_bytes(data)
             return self.put_staged(name, staged, role=role, sha256=hashlib.sha256(data).hexdigest())
 
     def put_staged(self, name: str, staged: Path, *, role: str, sha256: str | None = None) -> FileRef:
@@ -169,6 +173,13 @@ class LocalStore:
             return
         with contextlib.suppress(OSError):  # this program made the folder: it is removed with its last file
             path.parent.rmdir()
+
+
+def remove_staging(store: Store) -> None:
+    """Remove the folder of staged files of a local artefact, unless another process has files in it."""
+    if store.is_local:
+        with contextlib.suppress(OSError):
+            os.rmdir(Path(store.url) / ".tmp")
 
 
 def _fsync(path: Path) -> None:

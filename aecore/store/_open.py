@@ -104,6 +104,9 @@ def _path(text: str, what: str) -> str:
         raise ConfigError(f"{what} {text!r} holds a zero byte (%00 in a URL), which no path does: leave it out")
     try:
         path = str(Path(text).expanduser().absolute())
+        if "/../" in f"{path}/":
+            plain = os.path.normpath(path)
+            path = plain if os.path.realpath(plain) == os.path.realpath(path) else path  # a link before the dots leads elsewhere
         return path[1:] if path.startswith("//") else path  # pathlib keeps two slashes, as of what is below the folder /
     except RuntimeError:
         raise ConfigError(f"{what} {text!r}: that user has no home directory here: write the whole path, or ./~... for a folder") from None

@@ -12,13 +12,15 @@ import errno
 import functools
 import itertools
 import os
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from aecore.errors import MASK, AecoreError, ConfigError, StoreError
 from aecore.store._again import pauses
@@ -30,6 +32,7 @@ T = TypeVar("T")
 ATTEMPTS, BUDGET_S = 6, 60.0  # the last attempt begins within the budget
 FIRST_PAUSE_S = 0.2
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 30
+REST_S, CLOSE_S = 2.0, 10.0  # what was cancelled may clean up so long; a client that closes is waited for
 LOOPS = 4  # one event loop carries a quarter of a network of 10 Gbit/s
 _RETRIED_CODES = frozenset(
     {
@@ -65,19 +68,36 @@ class Answered(StoreError):
         self.code = code
 
 
+class _Session(NamedTuple):
+    """An event loop in a thread of its own, the connections that live there, and their sockets."""
+
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    filesystem: "S3FileSystem"
+    sockets: WeakSet[socket.socket]
+
+    def end(self, closed: Future[None]) -> None:
+        """Wait until the connections are closed, then end the loop and its thread."""
+        try:
+            closed.result(CLOSE_S)
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(CLOSE_S)
+
+
 class Client:
     """Sessions of one profile; made once per process (see `client`)."""
 
     def __init__(self, profile: str | None, unsigned: bool = False) -> None:
         self.profile, self.unsigned = profile, unsigned
-        self._sessions: list[tuple[asyncio.AbstractEventLoop, S3FileSystem]] = []
+        self._sessions: list[_Session] = []
         self._next = 0
         self._lock = threading.Lock()
 
     def submit(self, work: "Callable[[S3FileSystem], Coroutine[Any, Any, T]]") -> Future[T]:
         """Start `work(filesystem)` in one of the client's event loops."""
-        loop, filesystem = self._session()
-        return asyncio.run_coroutine_threadsafe(work(filesystem), loop)
+        session = self._session()
+        return asyncio.run_coroutine_threadsafe(work(session.filesystem), session.loop)
 
     def run(self, work: "Callable[[S3FileSystem], Coroutine[Any, Any, T]]") -> T:
         """Return the result of `work(filesystem)`; KeyboardInterrupt cancels it."""
@@ -92,7 +112,7 @@ class Client:
         """Return the response of one S3 call, retried where that can help."""
         return self.run(lambda filesystem: retried(lambda: filesystem._call_s3(method, **arguments), url, doing))
 
-    def _session(self) -> "tuple[asyncio.AbstractEventLoop, S3FileSystem]":
+    def _session(self) -> _Session:
         with self._lock:
             if len(self._sessions) < LOOPS:
                 self._sessions.append(self._connected())
@@ -100,14 +120,15 @@ class Client:
             return self._sessions[self._next]
 
     def close(self) -> None:
-        """Close all connections; a later call opens new ones."""
+        """Cancel the requests that still run and close all connections; a later call opens new ones."""
         with self._lock:
             sessions, self._sessions = self._sessions, []
-        for loop, filesystem in sessions:
-            asyncio.run_coroutine_threadsafe(_close(filesystem), loop).result(10)
-            loop.call_soon_threadsafe(loop.stop)
+        with contextlib.ExitStack() as stack:  # one that fails keeps none of the others open
+            for session in sessions:
+                closing = asyncio.run_coroutine_threadsafe(_close(session.filesystem, session.sockets), session.loop)
+                stack.callback(session.end, closing)
 
-    def _connected(self) -> "tuple[asyncio.AbstractEventLoop, S3FileSystem]":
+    def _connected(self) -> _Session:
         from aiobotocore.session import AioSession
         from botocore.exceptions import ProfileNotFound
         from s3fs import S3FileSystem
@@ -117,8 +138,9 @@ class Client:
             session.register_component("data_loader", _descriptions(session.get_config_variable("data_path")))
         session.register("request-created.s3", _refuse_password)
         session.register("before-send.s3.GetObject", _ask_past_proxies)
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=_serve, args=(loop,), name="aecore-s3", daemon=True).start()
+        loop, sockets = asyncio.new_event_loop(), WeakSet[socket.socket]()
+        thread = threading.Thread(target=_serve, args=(loop,), name="aecore-s3", daemon=True)
+        thread.start()
         filesystem = S3FileSystem(
             session=session,
             loop=loop,
@@ -132,12 +154,13 @@ class Client:
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
                 "max_pool_connections": 64,
+                "connector_args": {"socket_factory": functools.partial(_opened, sockets)},
                 "request_checksum_calculation": "when_required",  # services other than Amazon's know no checksum trailers
                 "response_checksum_validation": "when_required",
             },
         )
         filesystem.retries = 1
-        return loop, filesystem
+        return _Session(loop, thread, filesystem, sockets)
 
 
 @functools.cache
@@ -201,12 +224,37 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-async def _close(filesystem: "S3FileSystem") -> None:
-    opened = getattr(filesystem, "_s3creator", None)
-    if opened is not None:
-        await opened.__aexit__(None, None, None)
-    for _ in range(5):  # turns of the loop in which transports that are closing close their sockets
-        await asyncio.sleep(0)
+def _opened(sockets: WeakSet[socket.socket], address: tuple[Any, ...]) -> socket.socket:  # any: family, type, protocol, name, address
+    """Return a new socket for a connection to an address, which is then one of `sockets`."""
+    made = socket.socket(*address[:3])
+    sockets.add(made)
+    return made
+
+
+async def _close(filesystem: "S3FileSystem", sockets: WeakSet[socket.socket]) -> None:
+    """End what runs in this loop and every connection, whatever it still has to send.
+
+    A connection that is closed, as that of a cancelled request is, first sends what it was given, and aiohttp forgets it at once: at a
+    service that reads nothing any more it would never end, and its socket would stay open without an owner. So sockets are shut down.
+    """
+    running = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in running:
+        if not task.cancelling():  # what was cancelled before may be aborting an upload
+            task.cancel()
+    if running:
+        _, left = await asyncio.wait(running, timeout=REST_S)
+        for task in left:
+            task.cancel()
+    for opened in list(sockets):
+        with contextlib.suppress(OSError):  # it is closed, or no connection yet
+            opened.shutdown(socket.SHUT_RDWR)
+    client = getattr(filesystem, "_s3creator", None)
+    if client is not None:
+        await client.__aexit__(None, None, None)
+    until = time.monotonic() + REST_S
+    while any(opened.fileno() != -1 for opened in list(sockets)) and time.monotonic() < until:
+        await asyncio.sleep(0)  # a turn of the loop, in which transports whose connection has ended close their sockets
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 @atexit.register

@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import put_or_adopt
+from aecore.artifact.commit import left_behind, put_or_adopt
 from aecore.artifact.documents import parse_json
 from aecore.data.format.decode import preprocessing_hash
 from aecore.data.format.form import Form, form_problems
 from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256, column_problems, plain_type
 from aecore.data.format.parquet import footer_sha256, read_metadata, read_parquet, same_footers
 from aecore.errors import DataError, disk_error
-from aecore.store import FileRef, Store, read_again, sha256_json
+from aecore.store import LEFT_BEHIND, AlreadyExists, FileRef, Store, read_again, sha256_json
 from aecore.table.manifest import ALL, METADATA
 
 T = TypeVar("T")
@@ -209,7 +209,10 @@ def seal_of(metadata: Mapping[str, str]) -> str:
 
 
 def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table, path: Path) -> bool:
-    """Return True if `data` of the committed `ref` is `table`, written to `path`, up to producer and values of latents; else DataError."""
+    """Return True if `data` of the committed `ref` is `table`, written to `path`, up to producer and values of latents.
+
+    Else AlreadyExists; DataError if it is damaged.
+    """
     committed = read_part(store, ref)
     new, known = part_metadata(table.schema), part_metadata(committed.schema)
     ignored = [*PRODUCER]
@@ -228,9 +231,10 @@ def _require_same_part(store: Store, ref: FileRef, data: bytes, table: pa.Table,
     if not differing and (problems := form_problems(pa.py_buffer(data), committed, PART_FORM)):
         differing.append(f"form: {'; '.join(problems)}")
     if differing:
-        raise DataError(
-            f"{store.url}/{ref.name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten; "
-            "write to another URL"
+        raise AlreadyExists(
+            f"{store.url}/{ref.name} exists and is another part (differs in {', '.join(differing)}): nothing was overwritten. "
+            f"{LEFT_BEHIND}",
+            hint=left_behind(store),
         )
     return True
 

@@ -345,8 +345,9 @@ def open_table(url: str, number: int | None = None) -> LatentTable:
             raise other
         if newest_number(store, "run") is not None:
             raise DataError(f"{store.url} holds an unfinished encoding: run the same command again to finish it")
-        message = f"{store.url} holds no latent table: write one with aecore.encoding.job.encode_dataset, or check the address"
-        raise DataError(message, hint=Hint("no-table", {"url": store.url}))
+        python = ", or write one with aecore.encoding.job.encode_dataset"
+        message = f"{store.url} holds no latent table: check the address{python}"
+        raise DataError(message, hint=Hint("no-table", {"url": store.url, "python": python}))
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
     return LatentTable(store, read_table_manifest(store, newest if number is None else number), pinned=number is not None)

@@ -21,6 +21,7 @@ from aecore.registry import LARGEST_SIZE, MODELS, absent_values, as_recorded, de
 from aecore.training.optimizer import OptimSpec
 from aecore.training.preflight import require_batch_statistics, require_batches_in_memory
 
+HOW_TO_INDEX = " (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset)"  # for users of the library
 TRAINING_COPIES = 4  # of the weights, in memory: themselves, their gradients, and the optimizer's two moments
 _SPECS = ("model", "backbone", "transform", "optim", "train", "checkpoint", "input", "pairs")  # of a job
 
@@ -101,9 +102,8 @@ def require_streamable(train: TrainSpec, input: InputSpec, source: Any = None) -
     if train.val_split is not None:
         raise ConfigError(
             f"train.val_split={train.val_split} needs an index, which input.reader=webdataset does not have: "
-            "index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset), "
-            "or leave train.val_split out",
-            hint=Hint("needs-index"),
+            f"index the tars without a copy{HOW_TO_INDEX}, or leave train.val_split out",
+            hint=Hint("needs-index", {"python": HOW_TO_INDEX}),
         )
 
 

@@ -54,6 +54,7 @@ from aecore.training.validation import require_finite_samples, validate
 __all__ = ["CheckpointSpec", "OnCheckpoint", "Rank", "RunResult", "TrainJob", "TrainSpec", "fit"]
 
 logger = logging.getLogger(__name__)
+LARGE_LOSS = 1e6  # of a first step: of values that no scale fits
 
 
 OnCheckpoint = Callable[[CheckpointRef | None, Mapping[str, Any]], None]
@@ -232,6 +233,7 @@ class _Training:
         validates = epoch_end and self.val_loader is not None
         hold = validates and not last and self.log.agree_to_stop()  # the next attempt validates: the time to stop in may be short
         row = self.log.flush(self._validate() if validates and not hold else None, commit=due or epoch_end, hold=hold)
+        self._warn_of_scale(row)
         if epoch_end:
             require_equal_parameters(self.rank, self.objective, self.step)
         if epoch_end and not hold:
@@ -244,6 +246,17 @@ class _Training:
                 f"interrupted at step {self.step}: checkpoint step-{self.step:08d} written; the same command goes on from there"
             )
         return epoch_end
+
+    def _warn_of_scale(self, row: Mapping[str, Any]) -> None:
+        """Warn if the loss of the first step says that the samples' values, which are taken as they are, are large."""
+        loss = row.get("loss", 0.0) if row.get("step") == 1 and self.job.transform.scale == "none" else 0.0
+        if loss > LARGE_LOSS and self.rank.rank == 0:
+            logger.warning(
+                "the loss begins at %.2g with transform.scale=none, which takes the values as they are: training of large ones is slow or "
+                "diverges. uint8 and uint16 have transform.scale=unit; save other numbers as floats of about 1 "
+                "(array.astype('float32') / largest)",
+                loss,
+            )
 
     def _checkpoint_due(self, epoch_end: bool) -> bool:
         spec, last = self.job.checkpoint, self.step == self.total_steps

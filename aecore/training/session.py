@@ -6,9 +6,12 @@ the dataset.
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from aecore._base.trainable import Trainable
 from aecore.artifact.commit import claim_generation, newest_of, require_kind, require_same
@@ -18,6 +21,8 @@ from aecore.checkpoint.files import require_own_checkpoints
 from aecore.checkpoint.weights import LoadedModel, load_model
 from aecore.data.classes import quoted
 from aecore.data.dataset import Dataset, TrainingData, open_dataset
+from aecore.data.format.sample_format import common_formats
+from aecore.data.format.transform import Transform, TransformSpec
 from aecore.data.read.bags import BagLoader
 from aecore.data.read.loader import Loader, TrainLoader
 from aecore.data.read.order import TrainingOrder
@@ -27,6 +32,7 @@ from aecore.errors import ConfigError, DataError, Hint
 from aecore.nn import linear_path
 from aecore.store import open_store, sha256_json
 from aecore.training.job import (
+    HOW_TO_INDEX,
     TrainJob,
     build_model,
     model_config,
@@ -64,8 +70,8 @@ def _stream_loaders(dataset: StreamDataset, job: TrainJob, model: Trainable, ord
     if "x_pair" in model.train_inputs:
         raise ConfigError(
             f"model.kind={job.model.kind} trains on pairs, which input.reader=webdataset cannot draw: it has no index. "
-            "Index the tars without a copy (aecore.data.write.job.adopt_shards; compressed ones: shard_dataset)",
-            hint=Hint("needs-index"),
+            f"Index the tars without a copy{HOW_TO_INDEX}",
+            hint=Hint("needs-index", {"python": HOW_TO_INDEX}),
         )
     steps = steps_per_epoch(job, dataset)
     return StreamLoader(dataset, transform=job.transform, order=order, steps_per_epoch=steps, spec=job.input, classes=classes), None
@@ -201,8 +207,28 @@ class Session:
         if self.job.train.init_from is not None and self.claim is None:
             self._loaded = load_model(self.job.train.init_from)
         require_trainable(self.job, self.dataset, self.model, self._loaded, self.rank.world_size)
+        if isinstance(self.dataset, Dataset):
+            transform = Transform(self.job.transform)
+            for dtype in {known.dtype for known in self.dataset.manifest.sample.formats}:
+                transform.scale(torch.from_numpy(np.zeros(1, dtype)))  # DataError for numbers that the scale does not fit
+        for note in self._background_notes():
+            logger.warning(note)
         for note in self.loaders[0].notes:
             logger.info(note)
+
+    def _background_notes(self) -> Iterator[str]:
+        """Yield that `transform.background` does nothing, since the model takes alpha as a channel."""
+        background = self.job.transform.background
+        if background == TransformSpec().background or not isinstance(self.dataset, Dataset):
+            return
+        formats = common_formats(self.dataset.manifest.sample.formats)
+        channels = {known.tensor_shape[0] for known in formats if known.has_alpha}
+        if channels:
+            takes = f"the model takes {' or '.join(map(str, sorted(channels)))} channels, of which the last is alpha"
+            yield (
+                f"transform.background={background} changes nothing: {takes}. To compose alpha over a colour, shard with shards.mode=RGB "
+                f"(or L) and shards.background={background}, and train on that"
+            )
 
     def take(self) -> None:
         """Claim `out` for this job, or continue it.

@@ -27,6 +27,8 @@ from aecore.training.ranks import Rank, all_sum
 # a model, a scaled batch and its number in; out: name -> sums over its rows, any shape
 Terms = Callable[[Trainable, Batch, int], dict[str, Tensor]]
 
+_VERIFY = " (aecore.data.read.verify.verify_dataset)"  # for users of the library
+
 
 def validate(objective: Objective, loader: Loader, *, seed: int, batch: int, rank: Rank) -> dict[str, float]:
     """Return `split_means` as floats: `loss` (at beta 1), the model's own terms, and `mse` at the posterior mean."""
@@ -55,8 +57,8 @@ def split_means(
         dataset, split = loader.rows.dataset.url, loader.rows.split
         raise DataError(
             f"{count} samples of split {split!r} were read, the manifest of {dataset} says {loader.num_samples}: "
-            "verify it with read_data (aecore.data.read.verify.verify_dataset)",
-            hint=Hint("damaged-dataset", {"url": dataset}),
+            f"verify it with read_data{_VERIFY}",
+            hint=Hint("damaged-dataset", {"url": dataset, "python": _VERIFY}),
         )
     return {name: total.reshape(sums[name].shape) / loader.num_samples for name, total in totals.items()}
 
@@ -115,6 +117,6 @@ def _key(rows: SplitRows, ordinal: int) -> str:
         if len(found):
             return str(index["key"][int(found[0])].as_py())
     raise DataError(
-        f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: verify it (aecore.data.read.verify.verify_dataset)",
-        hint=Hint("damaged-dataset", {"url": rows.dataset.url}),
+        f"{rows.dataset.url}: split {rows.split!r} has no sample of ordinal {ordinal}: verify it{_VERIFY}",
+        hint=Hint("damaged-dataset", {"url": rows.dataset.url, "python": _VERIFY}),
     )

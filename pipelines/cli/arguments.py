@@ -60,7 +60,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises usage errors as ConfigError, with the usage of the verb."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = similar(found[1], re.findall(r"[\w-]+", found[2])) if found else []
+        guess = f": did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{message}{guess}\n{self.format_usage().rstrip()}")
 
 
 class _Version(argparse.Action):

@@ -9,7 +9,7 @@ from aecore.errors import ConfigError, did_you_mean
 from aecore.store import absolute_url
 from pipelines.cli import text
 from pipelines.cli.arguments import Args, Result
-from pipelines.cli.overrides import require_no_conflict
+from pipelines.cli.overrides import require_no_conflict, require_not_of_run
 from pipelines.recipe.recipe import SECTIONS, TOP, Recipe, load_recipe, section_type
 from pipelines.recipe.yaml import Tree
 
@@ -39,6 +39,7 @@ def _recipe(section: str, args: Args, base: Mapping[str, Any]) -> Recipe:
             raise ConfigError(f"unknown key {key!r}{did_you_mean(key, names)}: `aepipe {section}` takes these and recipe sections")
     words = [f"{section}.{word}" if word.partition("=")[0] in names else word for word in args.overrides]
     require_no_conflict(base, words)
+    require_not_of_run(section, words)
     recipe = load_recipe(args.recipe, words, base=base)
     if recipe.cluster.kind != "local":
         raise ConfigError(

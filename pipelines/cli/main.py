@@ -32,9 +32,9 @@ from aecore.registry import flatten
 from aecore.store import check_environment, name_torch_cache
 from pipelines.cli import overrides, text
 from pipelines.cli.verbs import VERBS
-from pipelines.cluster.interrupt import end_in_time, write_line
+from pipelines.cluster.interrupt import SIGNALS, end_in_time, write_line
 from pipelines.cluster.outside import known_error
-from pipelines.steps.hints import next_command
+from pipelines.steps.hints import for_users
 from pipelines.steps.logs import log_to_handler
 
 INTERRUPTED = 130
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _failed({"error": "StoreError", "message": str(error), "exit_code": error.exit_code}, as_json=False)
         raise
     except KeyboardInterrupt as interrupt:
+        if argv is None:  # what the command had open is closed when this block ends, where another interrupt would be a traceback
+            _take_signals_as(signal.SIG_IGN)
         message = str(interrupt) or "interrupted; what is finished is kept, the same command goes on from there"
         return _failed({"error": "Interrupted", "message": message, "exit_code": INTERRUPTED}, as_json=as_json)
     except Exception as error:
@@ -73,13 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             _print_bug(type(error), error, error.__traceback__)
-        more = [next_command(known), None if known is error else "--debug shows where it happened"]
-        message = "; ".join([str(known), *filter(None, more)])
+        message = for_users(known, None if known is error else "--debug shows where it happened")
         return _failed({"error": type(known).__name__, "message": message, "exit_code": known.exit_code}, as_json=as_json)
     finally:
         if argv is None:  # the process ends: in its exit handlers an interrupt would be a traceback
-            for how in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(how, signal.SIG_DFL)
+            _take_signals_as(signal.SIG_DFL)
+
+
+def _take_signals_as(effect: signal.Handlers) -> None:
+    for known in SIGNALS:
+        signal.signal(known, effect)
 
 
 def _last_words(error: AecoreError, *, as_json: bool) -> None:

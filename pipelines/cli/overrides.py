@@ -11,6 +11,7 @@ from typing import Any
 from aecore.errors import ConfigError
 from aecore.registry import flatten
 
+OF_A_RUN = ("model", "backbone", "transform")  # sections that a checkpoint holds
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
@@ -25,6 +26,16 @@ def refuse(verb: str, overrides: Sequence[str], why: str) -> None:
         raise ConfigError(
             f"`aepipe {verb}` {why}, so {' '.join(map(repr, overrides))} would change nothing: leave it out "
             f"(options: aepipe {verb} --help; a path with '=' in it is written with ./ in front)"
+        )
+
+
+def require_not_of_run(verb: str, overrides: Sequence[str]) -> None:
+    """ConfigError for overrides of what a trained run fixes: a verb that uses the run would not read them."""
+    fixed = [text for text in overrides if re.split("[.=]", text)[0] in OF_A_RUN]
+    if fixed:
+        raise ConfigError(
+            f"`aepipe {verb}` takes {', '.join(OF_A_RUN[:-1])} and {OF_A_RUN[-1]} of the run as it was trained, so "
+            f"{' '.join(map(repr, fixed))} would change nothing: leave it out, or train another run with it"
         )
 
 

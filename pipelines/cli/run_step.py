@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aecore.errors import ConfigError
 from pipelines.cli.arguments import Args, Result
-from pipelines.cli.overrides import require_no_conflict
+from pipelines.cli.overrides import require_no_conflict, require_not_of_run
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe
@@ -26,6 +26,8 @@ def step(name: str, args: Args, base: Mapping[str, Any]) -> Result:
     from pipelines.steps import pipeline, progress, steps
 
     require_no_conflict(base, args.overrides)
+    if "run" in base:
+        require_not_of_run(name, args.overrides)
     recipe = load_recipe(args.recipe, args.overrides, base=base)
     pipeline.check_address(recipe)
     if os.environ.get("PREFECT_API_URL") and not args.dry_run:

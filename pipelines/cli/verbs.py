@@ -67,9 +67,11 @@ def _source(args: Args) -> dict[str, Any]:  # any: plain values
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
     if any(text.startswith("source.kind=") for text in args.overrides):
         return {"url": word}
-    found = detect_source(word, args.dataset)
-    given = any(text.startswith("source.extensions=") for text in args.overrides)
-    return {"kind": found.kind, "url": word} | ({} if found.extensions is None or given else {"extensions": list(found.extensions)})
+    given = {text.partition("=")[0].removeprefix("source.") for text in args.overrides if text.startswith("source.")}
+    found = detect_source(word, args.dataset, given)
+    return {"kind": found.kind, "url": word} | (
+        {} if found.extensions is None or "extensions" in given else {"extensions": list(found.extensions)}
+    )
 
 
 @VERBS.register(

@@ -7,6 +7,7 @@ here import nothing from the current directory: they have another working direct
 """
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
@@ -45,9 +46,8 @@ _SETTINGS = {
 PASSED_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", TAR_PREFIXES)  # to other machines; they hold no secrets
 _PATHS = ("AECORE_CACHE", "XDG_CACHE_HOME", "PREFECT_HOME", "RAY_TMPDIR", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE")
 _LOCAL_SETTINGS = {
-    # Ray's three metrics ports require no token; two of them stay closed only with an invalid port number
+    # Ray's metrics ports require no token; one of them stays closed only with an invalid port number
     "RAY_enable_metrics_collection": "0",
-    "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
@@ -138,7 +138,7 @@ def _start_local(ray: Any) -> None:
     clear_leftovers(Path(os.environ["RAY_TMPDIR"]))
     make_importable()
     # Ray's processes keep the working directory and the environment that they are started in
-    with contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address():
+    with contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address(), _only_what_is_used():
         ray.init(
             address="local",
             include_dashboard=False,
@@ -176,6 +176,21 @@ def _keep_loopback_address() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _only_what_is_used() -> Iterator[None]:
+    """Keep `ray.init` from starting its autoscaler, which can add no node here, and its log monitor, whose lines no driver of ours reads.
+
+    They take a second of CPU of the seven of a start. `ray start` has options for it, `ray.init` (2.60) has none.
+    """
+    parameter: Any = importlib.import_module("ray._private.parameter")  # any: a class of it is replaced
+    before = parameter.RayParams
+    parameter.RayParams = functools.partial(before, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = before
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def _saved(job: TrainJob) -> str:
 
 def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from pipelines.cluster.rendezvous import FileTorchConfig
 
@@ -167,7 +167,7 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> An
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.timeout_s))
     placing: dict[str, Any] = {"controller_failure_limit": cluster.max_failures}  # Ray's default: try for ever
     best: dict[str, Any] = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"} if job.checkpoint.best else {}
-    return TorchTrainer(
+    return _trainer_type()(
         _rank_loop,
         train_loop_config={"job": job, "threads": cluster.threads_per_worker, "pointers": num_nodes() == 1, "stop": flag},
         torch_config=FileTorchConfig(backend=backend, folder=str(folder)) if is_local() else TorchConfig(backend=backend),
@@ -182,6 +182,26 @@ def _trainer(job: TrainJob, cluster: ClusterSpec, folder: Path, flag: Any) -> An
             callbacks=[_stop_callback()],
         ),
     )
+
+
+def _trainer_type() -> Any:
+    """Return TorchTrainer; on a local Ray without two actors of Ray Train (2.60, no option) that take four seconds of CPU at each start.
+
+    One hands out shards of Ray Data, which there are none of; the other frees what a controller held that was killed, and a local Ray
+    ends with its driver.
+    """
+    from ray.train.torch import TorchTrainer
+
+    if not is_local():
+        return TorchTrainer
+
+    class LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+            every: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees the class of Ray Train v1
+            return [callback for callback in every if type(callback).__name__ not in unused]
+
+    return LocalTrainer
 
 
 def _rank_loop(config: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ _TAG = "tag:yaml.org,2002:"
 _COMMENT = re.compile(r"(?:^|\s)#")
 _SHOWN = 200  # characters of an override that an error shows in quotes
 _PLAIN_ITEM = re.compile(r"[\w./+-][\w./ +-]*")
+_ENDS = (yaml.StreamEndToken, yaml.BlockEndToken, yaml.DocumentEndToken)  # that have no text, or none of a value
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -158,7 +159,8 @@ def read_recipe(name: str) -> Tree:
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """Return path and value of `key.path=value`; the value is read as YAML (`1e-3`, `true`, `[1, 2]`, `null`, text).
 
-    It is one value, without comments: `#204080` and `photos #3` are text. What begins like a list or section has to be one.
+    It is one value, without comments: `#204080` and `photos #3` are text, and a comment after a value in quotes or brackets is an error.
+    What begins like a list or section has to be one. A text of several lines is a piece of a YAML file, comments included.
     """
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
@@ -172,7 +174,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if _COMMENT.search(plain) and "\n" not in plain and not plain.startswith(("'", '"', "[", "{")):
         return path, plain  # YAML would read the rest of it as a comment
     try:
-        return path, _data(value, key)
+        found = _data(value, key)
     except ConfigError as error:
         if "in quotes" not in str(error):
             raise
@@ -182,6 +184,15 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
             return path, value  # a path or URL with special characters of YAML
         example = f", for example {_quoted(key, plain)}" if len(plain) <= _SHOWN else ""
         raise ConfigError(f"the value of {key} is not valid YAML: {error}; put text with special characters in quotes{example}") from None
+    if "\n" not in plain and (comment := _comment(plain)):
+        raise ConfigError(f"the value of {key} has a comment ({comment[:_SHOWN]!r}): leave it out, or put all of the value in quotes")
+    return path, found
+
+
+def _comment(text: str) -> str:
+    """Return what YAML leaves out at the end of a text as a comment, "" if it reads all of it."""
+    read = max((token.end_mark.index for token in yaml.scan(text, yaml.SafeLoader) if not isinstance(token, _ENDS)), default=0)
+    return text[read:].strip()
 
 
 def _quoted(key: str, value: str) -> str:

@@ -17,6 +17,7 @@ HINTS = {
     "is-run": "it is RUN of `aepipe encode RUN DATASET TABLE` and `aepipe evaluate RUN DATASET`",
     "is-samples": "look at it with `aepipe show {url}`",
     "is-table": "look at it with `aepipe show {url}`, which names its dataset and its run",
+    "left-behind": "`aepipe gc {url} --unfinished --older-than 0s` removes all that the unfinished attempt left, its finished parts too",
     "needs-index": "`aepipe adopt SRC DATASET` makes an index without a copy (of compressed tars: `aepipe shard SRC DATASET`)",
     "no-dataset": "`aepipe shard SOURCE {url}` writes a dataset there, `aepipe adopt SOURCE {url}` an index of external tars",
     "no-factors": "`aepipe shard sprites DATASET` makes a dataset with known factors",
@@ -26,6 +27,14 @@ HINTS = {
     "other-checkpoint": "`aepipe show {url}` says which run that is",
     "shard-instead": "the command for that is `aepipe shard SRC DATASET`",
 }
+
+
+def for_users(error: AecoreError, *more: str | None) -> str:
+    """Return the message of an error with the next command in place of what it says to users of the library, and `more` after it."""
+    command, text = next_command(error), str(error)
+    if command is not None and error.hint is not None:
+        text = text.replace(str(error.hint.values.get("python", "")), "", 1)
+    return "; ".join([text, *filter(None, (command, *more))])
 
 
 def next_command(error: AecoreError) -> str | None:

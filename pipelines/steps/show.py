@@ -86,12 +86,24 @@ def _run(store: Store) -> Tree:
         "step": done.step if done else metrics.get("step", 0),
         "total_steps": claim["info"]["total_steps"],
         "model": done.model_url if done else None,
+        "input_shape": _input_shape(store),
         "checkpoint_sha256": done.checkpoint_sha256 if done else None,
         "metrics": metrics or None,
         "checkpoints": [name for _, name in committed_checkpoints(store)],
         "data": claim["info"]["data"],
         "identity": claim["identity"],
     }
+
+
+def _input_shape(store: Store) -> list[int] | None:
+    """Return the shape of a run's samples, images as `[C, H, W]`, as its model or newest checkpoint says; None if it has none yet."""
+    from aecore.checkpoint.files import committed_checkpoints
+
+    for name in ("model", *(name for _, name in committed_checkpoints(store))):
+        if store.size(f"{name}/config.json") is not None:
+            found: list[int] | None = read_json(store, f"{name}/config.json").get("input_shape")
+            return found
+    return None
 
 
 def _checkpoint(store: Store) -> Tree:

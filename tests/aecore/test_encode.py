@@ -37,7 +37,7 @@ from aecore.encoding.job import EncodePlan, EncodeSpec, EncodeWorker, _num_strea
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.nn.mlp import MLPSpec
 from aecore.registry import from_dict
-from aecore.store import open_store
+from aecore.store import AlreadyExists, open_store
 from aecore.store._environment import FAULT_STAGES
 from aecore.table.part import RefusedRow, commit_part, commit_quarantine, fixed_size_list, numpy_view, part_metadata
 from aecore.table.table import LatentTable, open_table
@@ -396,7 +396,7 @@ def test_a_part_name_taken_by_other_rows_is_refused(tmp_path: Path, data: str, r
     name = table.parts[0].file.name
     (tmp_path / "second" / name).parent.mkdir(parents=True)
     pq.write_table(table.read(table.parts[0]).slice(1), tmp_path / "second" / name, write_page_checksum=True)
-    with pytest.raises(DataError, match="is another part \\(differs in keys\\): nothing was overwritten"):
+    with pytest.raises(AlreadyExists, match="is another part \\(differs in keys\\): nothing was overwritten. .* remove this file"):
         encode(run, data, tmp_path / "second")
 
 

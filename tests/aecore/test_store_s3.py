@@ -1,9 +1,14 @@
 """The store in a bucket, against a real S3 server, and through a proxy that spoils what passes."""
 
+import asyncio
+import contextlib
+import gc
 import hashlib
 import os
 import pickle
 import resource
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +24,8 @@ from aecore.store import _scratch as scratch_module
 from aecore.store._environment import FAULT_STAGES
 from aecore.store._s3 import S3Store
 from tests.processes import WARM, run
-from tests.s3 import ACCESS_KEY, SECRET_KEY
+from tests.s3 import ACCESS_KEY, SECRET_KEY, s3_environment
+from tests.s3.proxy import FaultProxy
 
 
 def ref_of(name: str, data: bytes) -> FileRef:
@@ -417,10 +423,78 @@ class TestFaults:
 
 def test_all_sessions_share_what_botocore_reads_of_the_services():
     clients = [client_module.Client(None), client_module.Client(None, unsigned=True)]
-    first, second = (client._session()[1].session.get_component("data_loader") for client in clients)
+    first, second = (client._session().filesystem.session.get_component("data_loader") for client in clients)
     assert first is second
     for client in clients:
         client.close()
+
+
+SENT = 32 << 20  # bytes: more than the buffers of both ends hold
+
+
+def began_to_send(silent: socket.socket) -> socket.socket:
+    """Take a connection, say to go on to who asks, and return it when bytes of a body have come; they are never read."""
+    peer, _ = silent.accept()
+    peer.settimeout(60)
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += peer.recv(1)
+    peer.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert peer.recv(1, socket.MSG_PEEK)
+    return peer
+
+
+def ends(peer: socket.socket) -> bool:
+    """Return whether the other side of a connection is closed, after what it has sent."""
+    peer.settimeout(20)
+    try:
+        while peer.recv(1 << 20):
+            pass
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.fixture
+def silent(monkeypatch, tmp_path):
+    """A service that takes connections and reads no body; the environment has its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(60)
+        for name, value in s3_environment(listening.getsockname()[1], tmp_path / "cache").items():
+            monkeypatch.setenv(name, value)
+        yield listening
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_client_that_is_closed_ends_its_connections_whatever_they_still_have_to_send(silent, cancelled):
+    client = client_module.Client(None)
+    future = client.submit(lambda filesystem: filesystem._call_s3("put_object", Bucket="b", Key="k", Body=bytes(SENT)))
+    loop = client._sessions[0][0]
+    with began_to_send(silent) as peer:
+        if cancelled:
+            future.cancel()
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), loop).result(60)  # aiohttp has let go of the connection
+        started = time.monotonic()
+        client.close()
+        assert time.monotonic() - started < client_module.REST_S
+        assert ends(peer)
+        assert future.cancelled()
+    assert loop.is_closed()
+    gc.collect()  # a socket that nobody has closed is a warning, and so an error
+
+
+def test_a_proxy_that_ends_leaves_no_connection_of_what_it_still_has_to_send(silent):
+    with FaultProxy(silent.getsockname()[1]) as proxy, socket.create_connection(("127.0.0.1", proxy.port)) as asking:
+        asking.sendall(f"PUT /b/k HTTP/1.1\r\ncontent-length: {SENT}\r\n\r\n".encode())
+        asking.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            asking.sendall(bytes(SENT))
+        peer = began_to_send(silent)
+    with peer:
+        assert ends(peer)
+    gc.collect()
 
 
 class TestMistakes:

@@ -19,7 +19,7 @@ from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import read_parquet
 from aecore.encoding.job import EncodeSpec
 from aecore.errors import DataError
-from aecore.store import open_store
+from aecore.store import AlreadyExists, open_store
 from aecore.table.manifest import TableManifest
 from aecore.table.part import commit_part, fixed_size_list, numpy_view, part_table
 from aecore.table.table import LatentTable, open_table
@@ -401,7 +401,7 @@ def test_a_metadata_column_with_the_name_of_ours_is_refused() -> None:
 
 
 def test_no_table_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no latent table: write one with aecore.encoding.job.encode_dataset"):
+    with pytest.raises(DataError, match="no latent table: check the address, or write one with aecore.encoding.job.encode_dataset"):
         open_table(str(tmp_path))
 
 
@@ -430,7 +430,7 @@ def test_a_part_with_a_changed_bit_in_what_its_footer_says_is_not_adopted(
     name = "data/split=train/train-000000.parquet"
     (tmp_path / "other" / name).parent.mkdir(parents=True)
     (tmp_path / "other" / name).write_bytes(data)
-    with pytest.raises(DataError, match=rf"is another part \(differs in .*{what}"):
+    with pytest.raises(AlreadyExists, match=rf"is another part \(differs in .*{what}"):
         commit_part(open_store(tmp_path / "other"), name, rows, compression="none")
     assert (tmp_path / "other" / name).read_bytes() == data
 

@@ -219,7 +219,7 @@ def _noticed_or_harmless(one: Round, noticed: bool, name: str) -> None:
     one.tally.noticed += noticed
 
 
-@fault("bit flip, unfinished", codes=[DAMAGED, NO_STORE])  # the latter: a part without a record has other bytes than are made again
+@fault("bit flip, unfinished", codes=[DAMAGED, NO_STORE])  # the latter: a file that nothing names yet has other bytes than are made
 def _flip_unfinished(one: Round) -> None:
     """A bit changes in what a killed command has left; the same command refuses, or ends with what it should make, or verify notices.
 
@@ -239,8 +239,9 @@ def _flip_unfinished(one: Round) -> None:
         name = one.rng.choice(names)
         one.place.flip(name, one.rng)
         one.tally.injected += 1
-        noticed = _status(one, None, number < flips - 1) != 0
-        _noticed_or_harmless(one, noticed or bool(one.problems()), name)
+        code = _status(one, None, number < flips - 1)
+        one.require_named(code, name)
+        _noticed_or_harmless(one, code != 0 or bool(one.problems()), name)
         one.place.forget(one.out)
         one.place.copy(left, one.out)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aecore.checkpoint import load_model
-from aecore.errors import AecoreError
+from aecore.errors import AecoreError, StoreError
 from pipelines.cli.main import main as aepipe
 from pipelines.steps.logs import log_to_handler
 from pipelines.steps.show import verify
@@ -127,14 +127,17 @@ def _unfinished(bench: Bench, rng: random.Random, count: int) -> Iterator[tuple[
 def _of_unfinished(bench: Bench, work: Work, killed: str, name: str, rng: random.Random) -> str:
     place, kind = bench.place, work.makes[0]
     place.copy(killed, "try")
-    place.flip(name.replace(killed, "try", 1), rng)
+    changed = name.replace(killed, "try", 1)
+    place.flip(changed, rng)
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             code = aepipe(Round(bench, "try", work, rng, "try").command())
         log_to_handler(logging.NullHandler(), logging.WARNING)  # the log of the command ends with it
         if code:
-            return "noticed" if "Traceback" not in log.getvalue() else f"unexplained: {name}: {log.getvalue()}"
+            said = log.getvalue()
+            explained = "Traceback" not in said and (code != StoreError.exit_code or changed in said)
+            return "noticed" if explained else f"unexplained: exit status {code} after a changed bit in {changed}: {said}"
         url = place.url(f"try/{kind}")
         try:
             verify(url, read_data=True)

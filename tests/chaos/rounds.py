@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from aecore.errors import AecoreError
+from aecore.errors import AecoreError, StoreError
 from pipelines.cli.main import main
 from pipelines.steps.logs import log_to_handler
 from pipelines.steps.show import verify
@@ -137,6 +137,7 @@ class Round:
         self.codes = frozenset({0})  # with which its commands may end under the fault that is played
         self.stack = contextlib.ExitStack()  # of what ends with the round
         self.logs = bench.logs / name
+        self.said = ""  # by the command that ended last
         self._commands = self._start = 0
 
     def url(self, name: str) -> str:
@@ -172,10 +173,9 @@ class Round:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{self._commands:02d}.log"
         code = self.bench.run_here(command or self.command(), log)
+        self.said = log.read_text()
         if code not in self.codes:
-            self.tally.unexpected(
-                f"exit status {code} of {command or self.command()}, expected one of {sorted(self.codes)}\n{log.read_text()}"
-            )
+            self.tally.unexpected(f"exit status {code} of {command or self.command()}, expected one of {sorted(self.codes)}\n{self.said}")
         return code
 
     def reach(self, process: Started, parts: int = 1, least: int = 0) -> bool:
@@ -205,11 +205,17 @@ class Round:
                 process.finish(10)
             self.tally.notes.append(f"still running after {limit_s:.0f} s: {process.process.args}\n{process.out[-6000:]}")
             return None
+        self.said = process.out
         if done.returncode not in self.codes | {-how for how in signals}:
             self.tally.unexpected(f"exit status {done.returncode}, expected one of {sorted(self.codes)}\n{process.tail()}")
         elif "Traceback (most recent call last)" in done.stdout or "Fatal Python error" in done.stdout:
             self.tally.unexpected(f"exit status {done.returncode} with a traceback\n{process.tail()}")
         return done.returncode
+
+    def require_named(self, code: int | None, name: str) -> None:
+        """Count a refusal of the storage, which is well, unless it is that of the changed file `name`."""
+        if code == StoreError.exit_code and name not in self.said:
+            self.tally.unexpected(f"exit status {code} after a changed bit in {name}, which is not named\n{self.said}")
 
     def finish(self) -> None:
         """Run the command undisturbed; it must succeed."""

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from tests.prefect_home import prefect_home
-from tests.processes import Started, free_port, run, started
+from tests.processes import WARM, Started, free_port, run, started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -127,8 +127,9 @@ class Prefect:
         return str(self.ask(f"deployments/{found['id']}/create_flow_run", **settings)["id"])
 
     def run(self, *command: object, env: dict[str, str] | None = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        """Run a command as a client of this server, from the project's root."""
-        return run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | self.environment | (env or {}), check=check)
+        """Run a module of ours or Prefect's as a client of this server, from the project's root."""
+        python = WARM if command[0] == "pipelines.cli" else (sys.executable,)
+        return run([*python, "-m", *command], cwd=ROOT, env=os.environ | self.environment | (env or {}), check=check)
 
 
 def _read(url: str, headers: dict[str, str], body: bytes | None = None) -> Any:

@@ -3,6 +3,7 @@
 A page continues where the pages before it ended, so a guide may use what the README made.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,12 +19,14 @@ import pytest
 from PIL import Image
 
 from tests.aecore.data.test_external_tars import samples, write_tar
+from tests.e2e.servers import prefect_server
 from tests.processes import WARM, run, started
 from tests.warm import template
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = ("README.md", "pipelines/README.md", "aecore/README.md")  # those of infra/ and the benchmarks need other machines
 EXTENDS = "aecore/README.md"  # writes new parts into the packages: its commands run in new interpreters, on a copy
+SERVED = "pipelines/README.md"  # its flows run on one Prefect server, where PREFECT_API_URL is; each flow of README.md starts its own
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (aecore/[\w/]+\.py)\n")
 
@@ -75,22 +78,22 @@ def environment(place: Path, commands: str, **more: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{place / commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", **more}
 
 
-def execute(block: Block, place: Path) -> None:
+def execute(block: Block, place: Path, **more: str) -> None:
     """Run a block; AssertionError with its output if a command of it fails."""
-    env = environment(place, "new", PYTHONPATH=str(place / "code")) if block.page == EXTENDS else environment(place, "warm")
+    env = environment(place, "new", PYTHONPATH=str(place / "code")) if block.page == EXTENDS else environment(place, "warm", **more)
     if block.language == "python" and (file := FILE.match(block.text)):
         (place / "code" / file[1]).write_text(block.text)
     elif block.language == "python":
         run([*WARM, "-c", block.text] if block.page != EXTENDS else [sys.executable, "-c", block.text], cwd=place, env=env, check=True)
     elif block.text.startswith("aepipe serve"):
-        serve(block.text.strip(), place)
+        serve(block.text.strip(), environment(place, "new", **more), place)
     else:
         run(["bash", "-euo", "pipefail", "-c", block.text], cwd=place, env=env, timeout_s=900, check=True)
 
 
-def serve(text: str, place: Path) -> None:
+def serve(text: str, env: dict[str, str], place: Path) -> None:
     """Start `aepipe serve ...`, wait until it serves, and interrupt it: it must end by itself."""
-    with started(["bash", "-c", f"exec {text}"], cwd=place, env=environment(place, "new")) as process:
+    with started(["bash", "-c", f"exec {text}"], cwd=place, env=env) as process:
         process.wait_for("aepipe-pipeline")
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the whole group
         assert process.finish().returncode in (0, 130, -signal.SIGINT), process.tail()
@@ -98,15 +101,17 @@ def serve(text: str, place: Path) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_and_snippet_of_a_page_runs(page: str, place: Path) -> None:
+def test_every_command_and_snippet_of_a_page_runs(page: str, place: Path, tmp_path: Path) -> None:
     assert blocks(page), "nothing was found to run"
-    for block in blocks(page):
-        begun = time.monotonic()
-        try:
-            execute(block, place)
-        except AssertionError as error:
-            raise AssertionError(f"{block.page}:{block.line} fails as it is written: {error}") from None
-        print(f"{time.monotonic() - begun:5.1f} s  {block.page}:{block.line}")  # `-s` shows where the time goes
+    with contextlib.ExitStack() as stack:
+        more = stack.enter_context(prefect_server(tmp_path)).environment if page == SERVED else {}
+        for block in blocks(page):
+            begun = time.monotonic()
+            try:
+                execute(block, place, **more)
+            except AssertionError as error:
+                raise AssertionError(f"{block.page}:{block.line} fails as it is written: {error}") from None
+            print(f"{time.monotonic() - begun:5.1f} s  {block.page}:{block.line}")  # `-s` shows where the time goes
     assert list(place.glob("**/table.000001.json"))
 
 

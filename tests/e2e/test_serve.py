@@ -20,7 +20,7 @@ from tests.processes import AEPIPE, Started, run, started, wait_until
 SLOW = ("source.num_samples=600", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1000000")
 TINY = ("source.num_samples=200", "splits.by=hash", "splits.test=0.2", "model.latent_dim=4", "backbone.hidden=[16]", "train.epochs=1")
 HERE = "cluster.num_workers=0"
-POLL_S = 0.5  # each look is a request or two that the server works for
+POLL_S = 1.0  # each look is a request or two that the server works for
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -61,7 +61,7 @@ def test_a_cron_tick_runs_the_pipeline_and_single_verbs_report(server: Prefect, 
     environment = os.environ | server.environment
     out, log = tmp_path / "out", tmp_path / "serve.log"
     with started(
-        [sys.executable, "-m", "pipelines.cli", "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"],
+        [*AEPIPE, "serve", "demo", f"out={out}", *TINY, HERE, "--cron", "* * * * *"],
         env=environment,
         log=log,
         grace_s=60,

@@ -16,7 +16,7 @@ from tests.processes import below
 SMALL = ("source.num_samples=384", "splits.by=hash", "splits.test=0.1", "shards.max_samples=100")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # an idle Ray works too
 def two_workers() -> Iterator[ClusterSpec]:
     """Give a cluster section for two workers of a local Ray that fits on any machine."""
     cluster = ClusterSpec(num_workers=2, resources_per_worker={"CPU": min(1.0, (os.cpu_count() or 1) / 2)})

@@ -179,7 +179,6 @@ def test_an_unknown_recipe_names_the_shipped_ones() -> None:
         ("a#b", "a#b"),
         ("# text", "# text"),
         ("'#204080'", "#204080"),
-        ('"a" # of it', "a"),
         ("['#1', \"x #2\"]", ["#1", "x #2"]),
         ("a: 1  # one\nb: 2", {"a": 1, "b": 2}),
         ("!!str 010", "010"),
@@ -187,6 +186,15 @@ def test_an_unknown_recipe_names_the_shipped_ones() -> None:
 )
 def test_override_values_are_yaml(text: str, value: object) -> None:
     assert apply_overrides({}, [f"a.b={text}"]) == {"a": {"b": value}}
+
+
+@pytest.mark.parametrize("text", ['"a" # of it', "'a # b' # c", "'#1' #2", "[a, b] # c", "{a: 1} # c", "'a'  #"])
+def test_a_comment_after_a_value_is_refused_and_not_dropped(text: str) -> None:
+    comment = text[text.rindex("#") :]
+    with pytest.raises(
+        ConfigError, match=f"^the value of a.b has a comment .'{comment}'.: leave it out, or put all of the value in quotes"
+    ):
+        apply_overrides({}, [f"a.b={text}"])
 
 
 @pytest.mark.parametrize("text", ["yes", "[a, off]", "010", "1:30", "{a: 1:30}", "{1: a}", "{a: 1, a: 2}"])

@@ -71,7 +71,8 @@ def test_a_pipeline_runs_as_one_flow_and_leaves_its_record(tmp_path: Path, capsy
 def test_an_error_in_a_flow_keeps_its_exit_code_and_is_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "raw\x1b[31m").mkdir()
     command = [*AEPIPE, "run", "mnist_vae", f"source.url={tmp_path}/raw\x1b[31m", f"out={tmp_path}/out"]
-    done = run([*command, "cluster.num_workers=0"])
+    with temporary_server() as server:
+        done = run([*command, "cluster.num_workers=0"], env=os.environ | server.settings)
     assert done.returncode == 3
     assert "aepipe: source.url" in done.stderr
     assert r"raw\x1b[31m" in done.stderr and "\x1b" not in done.stderr, "also in what Prefect logs"

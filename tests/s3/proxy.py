@@ -44,7 +44,7 @@ class FaultProxy:
         self.headers: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
-        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+        self._transports: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()  # a writer goes before what it has to send
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
         self.port = 0
@@ -83,7 +83,7 @@ class FaultProxy:
         self._loop.close()
 
     async def _end(self, server: asyncio.Server) -> None:
-        """End all connections, and one that has just come: it takes some turns of the loop to become one, and to be closed."""
+        """End all connections, whatever they have to send, and one that has just come, which takes some turns of the loop to become one."""
         server.close()
         for _ in range(3):
             for _ in range(10):
@@ -92,8 +92,9 @@ class FaultProxy:
             for task in connections:
                 task.cancel()
             await asyncio.gather(*connections, return_exceptions=True)
-            for writer in self._writers:
-                writer.transport.abort()  # a closed one would still wait for bytes to go
+            for transport in list(self._transports):
+                transport.abort()  # one that is closed would still wait for bytes to go
+        await asyncio.sleep(0)  # the turn in which those that were aborted last close their sockets
 
     def _rule_for(self, line: str) -> Rule | None:
         with self._lock:
@@ -110,9 +111,9 @@ class FaultProxy:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream: asyncio.StreamWriter | None = None
         try:
-            self._writers.add(writer)
+            self._transports.add(writer.transport)
             answers, upstream = await asyncio.open_connection("127.0.0.1", self.upstream_port, limit=1 << 20)
-            self._writers.add(upstream)
+            self._transports.add(upstream.transport)
             while await self._exchange(reader, writer, answers, upstream):
                 pass
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):

@@ -41,21 +41,20 @@ def bucket_of_others(server: int, *, requester_pays: bool = False) -> Iterator[t
                 S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", REGION).add_auth(request)
                 headers = {**dict(request.headers.items()), "Host": f"127.0.0.1:{server}"}
             answered.append(f"{self.command} {self.path}")
-            upstream = http.client.HTTPConnection("127.0.0.1", server)
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in headers.items():
-                upstream.putheader(name, value)
-            upstream.endheaders()
-            answer = upstream.getresponse()
-            body = answer.read()
-            self.send_response_only(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-            upstream.close()
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server)) as upstream:  # also if who asked is gone
+                upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in headers.items():
+                    upstream.putheader(name, value)
+                upstream.endheaders()
+                answer = upstream.getresponse()
+                body = answer.read()
+                self.send_response_only(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
         do_HEAD = do_GET
 

@@ -1,4 +1,4 @@
-"""The one error for a sample that cannot be used, whoever finds it: parsers of headers, decoders, sources, sharding."""
+"""Why a sample cannot be used, whoever finds it: parsers of headers, decoders, sources, sharding. It is raised, and listed as a value."""
 
 COMPLEX_REMEDY = "save the real and the imaginary part (or magnitude and phase) as channels"
 
@@ -13,6 +13,10 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
+
+    def bare(self) -> "BadSample":
+        """Return it as a value to keep: the traceback and the cause hold the bytes that were read."""
+        return BadSample(self.reason, self.message)
 
     @classmethod
     def of(cls, error: Exception) -> "BadSample":

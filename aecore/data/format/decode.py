@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import composed
-from aecore.data.format.image import MAX_PIXEL_BYTES, PixelsVersion, image_header
+from aecore.data.format.image import MAX_PIXEL_BYTES, PixelsVersion, image_header, png_to_decode
 from aecore.data.format.jpeg import PROGRESSIVE, has_all_scans
 from aecore.data.format.pillow import READ_FORMATS
 from aecore.data.format.pixels import JPEG_MAGIC, PNG_MAGIC, decode_image, white_level
@@ -111,7 +111,7 @@ class Decoder:
                 if not complete:
                     self._meant(data)
         elif data.startswith(NPY_MAGIC):
-            target[...] = self._array(data)
+            target[...] = self._array(data).reshape(target.shape)
         elif not self.sample_format.image:
             raise BadSample("format", "expected a .npy array, found other bytes")
         elif not (data.startswith(PNG_MAGIC) and self._plain_png(target, data)):
@@ -119,10 +119,10 @@ class Decoder:
 
     def _plain_png(self, target: Pixels, data: bytes) -> bool:
         """Decode a PNG that nothing turns straight into `target`; return whether it fitted."""
-        width, height, depth, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-        if self._codecs is None or b"eXIf" in data or (height, width) != self.sample_format.shape[:2] or (interlaced and depth <= 8):
+        width, height, interlaced = *struct.unpack_from(">II", data, 16), data[28]
+        if self._codecs is None or b"eXIf" in data or (height, width) != self.sample_format.shape[:2] or interlaced:
             return False
-        pixels = self._codecs.png_decode(data)
+        pixels = self._codecs.png_decode(png_to_decode(data))
         if pixels.shape != target.shape or pixels.dtype != target.dtype:
             return False
         target[...] = pixels

@@ -113,8 +113,10 @@ def has_png_meaning(data: bytes) -> bool:
 def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHeader:
     header = _headers_seen.get(data[:33]) or _png_start(data)
     position, size, has_pixels, meaning, animated = 33, len(data), False, dict[bytes, bytes](), _Animation()
+    num_colours = 0
     try:
-        while data[position:] != _PNG_END:  # almost always true at the first IEND; else its own CRC is checked like any other
+        # almost always the first IEND is the end; else its own CRC is checked like any other
+        while size - position != len(_PNG_END) or not data.endswith(_PNG_END):
             length, kind = _chunk_head(data, position)
             end = position + 8 + length
             if zlib.crc32(data[position + 4 : end]) != _chunk_crc(data, end)[0]:
@@ -126,7 +128,11 @@ def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHea
                 break
             elif kind == b"fcTL":
                 animated.held += 1
-            elif kind in _PNG_MEANING and not (kind == b"acTL" and has_pixels):  # that after the pixels is none, as the format has it
+            elif kind == b"PLTE":
+                num_colours = num_colours or _palette_size(length, has_pixels)
+            elif kind == b"tRNS" and not _is_transparency(data[25], length, num_colours):
+                pass
+            elif kind in _PNG_MEANING and not (kind != b"eXIf" and has_pixels):  # those after the pixels are none, as the format has it
                 meaning.setdefault(kind, data[position + 8 : end])
             position = end + 4
     except struct.error:
@@ -135,6 +141,46 @@ def _png_header(data: bytes, pixels: PixelsVersion, max_pixels: int) -> ImageHea
         raise BadSample("format", "PNG without pixel data (no IDAT chunk)")
     require_size(header.width, header.height, max_pixels)
     return _png_meaning(header, meaning, animated) if meaning and pixels == 2 else header
+
+
+def png_to_decode(data: bytes) -> bytes:
+    """Return a PNG of only the chunks that make its pixels.
+
+    Of the others decoders print warnings, take minutes where there are very many, or one refuses what the other overlooks. BadSample for
+    those that no decoder knows but that would be needed.
+    """
+    kept, position, num_colours, has_clear, has_pixels = [data[:33]], 33, 0, False, False
+    while position + 12 <= len(data):
+        length, kind = _chunk_head(data, position)
+        end = position + 12 + length
+        if kind == b"IDAT":
+            has_pixels = True
+        elif kind == b"IEND":
+            break
+        elif kind == b"PLTE" and data[25] == 3 and not num_colours and _palette_size(length, has_pixels):
+            num_colours = _palette_size(length, has_pixels)
+        elif kind == b"tRNS" and not (has_clear or has_pixels) and _is_transparency(data[25], length, num_colours):
+            has_clear = True
+        else:
+            if not kind[0] & 0x20 and kind != b"PLTE":
+                raise BadSample("unsupported", f"PNG with a chunk {kind!r}, without which it cannot be decoded, as it says: save it again")
+            kind = b""
+        if kind:
+            kept.append(data[position:end])
+        position = end
+    if data[25] == 3 and not num_colours:
+        raise BadSample("format", "PNG of palette colours without a palette before its pixels (PLTE)")
+    return b"".join([*kept, _PNG_END])
+
+
+def _palette_size(length: int, has_pixels: bool) -> int:
+    """Return the colours of a PLTE chunk of so many bytes; 0 if it is none: the first one before the pixels is the palette."""
+    return 0 if has_pixels or length % 3 else length // 3
+
+
+def _is_transparency(colour: int, length: int, num_colours: int) -> bool:
+    """Return whether a tRNS chunk of so many bytes fits the kind of colour of its PNG and the palette before it: others are none."""
+    return {0: length == 2, 2: length == 6, 3: 0 < length <= num_colours}.get(colour, False)
 
 
 @dataclass(slots=True)
@@ -167,7 +213,9 @@ def _png_start(data: bytes) -> ImageHeader:
         raise BadSample("format", "PNG signature or IHDR chunk is damaged")
     if zlib.crc32(data[12:29]) != _chunk_crc(data, 29)[0]:
         raise BadSample("checksum", "PNG chunk b'IHDR' at byte 8 does not fit its CRC")
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    width, height, depth, colour, compression, filters, interlace = struct.unpack_from(">IIBBBBB", data, 16)
+    if compression or filters or interlace > 1:
+        raise BadSample("format", f"PNG of compression {compression}, filters {filters} and interlace {interlace}, which do not exist")
     if depth not in _PNG_DEPTHS.get(colour, ()):
         raise BadSample("format", f"PNG with bit depth {depth} and colour type {colour}, which do not exist together")
     mode = {1: "1", 16: "I;16"}.get(depth, "L") if colour == 0 else _PNG_MODES[colour] + (";16" if depth == 16 else "")
@@ -293,7 +341,7 @@ def _meaning(image: Any, header: ImageHeader, size: int) -> ImageHeader:  # any:
 
 def opened_orientation(image: Any) -> int:  # any: as above
     """Return the EXIF orientation of an image that Pillow has opened; a damaged block says none."""
-    return exif_orientation(bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0"))
+    return exif_orientation(bytes(image.info.get("exif", b"")))
 
 
 def _pillow_frames(data: bytes, ext: str) -> int:

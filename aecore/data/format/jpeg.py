@@ -22,9 +22,11 @@ from aecore.native.loops import exif_orientation
 _FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
 _SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
 _REST = 64  # bytes
+_UNSEEN = 16  # more than the missing bits that a scan can state
 _RESTARTS = tuple(bytes([0xFF, 0xD0 + number]) for number in range(8))
 _FREE_BYTES = 1 << 18  # that may be added to the smallest files
 _MARKER = re.compile(rb"(?<!\xff)\xff++[^\x00\xff]", re.DOTALL)  # with the fill bytes before it, of which each is looked at once
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]", re.DOTALL)
 _SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)  # a marker that has a length, SOI or EOI
 SEGMENTS_1 = re.compile(rb"\xff[^\xff]", re.DOTALL)  # as `pixels=1` reads headers: every marker has a length
 _UNUSUAL = frozenset({*range(0xC0), *range(0xD0, 0xDA), 0xFF})  # markers that are no segment, or may be none
@@ -105,7 +107,21 @@ def is_whole_jpeg(data: bytes) -> bool:
     for filler in _FILLERS if len(data) < _SMALL_BYTES else _FILLERS[:2]:
         if not np.array_equal(pixels, imagecodecs.jpeg8_decode(_filled(data, scans[0], filler))):
             return False
-    return has_all_scans(data) and not _has_rest(data, scans[-1], pixels)
+    return has_all_scans(data) and _has_all_restarts(data) and not _has_rest(data, scans[-1], pixels)
+
+
+def _has_all_restarts(data: bytes) -> bool:
+    """Return whether the restart markers of each scan count from 0 to 7 and again: where one is left out an interval is lost with it."""
+    starts, ends = list[int](), list[int]()
+    for marker, at, size in jpeg_segments(data):
+        if len(ends) < len(starts):
+            ends.append(at)
+        if marker == SOS:
+            starts.append(at + size)
+    for start, end in itertools.zip_longest(starts, ends, fillvalue=len(data)):
+        if any(marker[0][-1] != 0xD0 + number % 8 for number, marker in enumerate(_RESTART.finditer(data, start, end))):
+            return False
+    return True
 
 
 def _has_rest(data: bytes, start: int, pixels: NDArray[np.uint8]) -> bool:
@@ -150,7 +166,7 @@ def _filled(data: bytes, start: int, filler: bytes) -> bytes:
 
 
 def has_all_scans(data: bytes) -> bool:
-    """Return whether the scans of a JPEG give all bits of all coefficients: those of a sequential one always do.
+    """Return whether the scans of a JPEG give all bits of all coefficients; those of a sequential one give all bits of its components.
 
     BadSample if they are more than any encoder makes: a scan of a few bytes is decoded over all pixels. Hence this goes before decoding.
     """
@@ -161,23 +177,27 @@ def has_all_scans(data: bytes) -> bool:
         elif marker == SOS:
             scans.append(data[at + 4 : at + size])
             if len(scans) == 1 and frame[1:2] != b"\xc2" and scans[0][:1] == frame[9:10]:  # it has all components: libjpeg reads no other
-                break
+                return True
     height, width = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big")
     most = min(_MOST_SCANS, max(_ALL_SCANS, _SCAN_PIXELS // max(1, width * height)))
     if len(scans) > most:
         where = f"JPEG of {width}x{height} pixels in {len(scans)} scans, at most {most} are read"
         raise BadSample("decode", f"{where}: save it again as a baseline JPEG")
-    return frame[1:2] != b"\xc2" or _give_all(frame, tuple(scans))
+    if frame[1:2] == b"\xc2":
+        return _give_all(frame, tuple(scans))
+    return {component for scan in scans for component in scan[1:-3:2]}.issuperset(frame[10::3])
 
 
 @functools.lru_cache(256)  # encoders have few ways to divide a picture into scans
 def _give_all(frame: bytes, scans: tuple[bytes, ...]) -> bool:
-    missing = {frame[place]: [1] * 64 for place in range(10, 10 + 3 * frame[9], 3)}  # bits of a coefficient; 1: has not been seen
+    missing = {component: [_UNSEEN] * 64 for component in frame[10::3]}  # low bits of each coefficient that were not in a scan
     for scan in scans:
-        first, last, low = scan[-3], scan[-2], scan[-1] & 15
+        first, stop, high, low = scan[-3], scan[-2] + 1, scan[-1] >> 4, scan[-1] & 15
         for component in scan[1:-3:2]:
-            if component in missing:
-                missing[component][first : last + 1] = [low] * (last + 1 - first)
+            bits = missing.get(component, [])
+            if high and any(known != high for known in bits[first:stop]):  # it refines what a scan gave that is lost
+                return False
+            bits[first:stop] = [low] * len(bits[first:stop])
     return not any(map(any, missing.values()))
 
 

@@ -5,9 +5,12 @@ imagecodecs decodes PNG, libjpeg-turbo JPEG (by simplejpeg, else imagecodecs: th
 JPEG for `transform.decoder=pillow`). A JPEG that lacks a part of its pixels is refused, whoever decodes it.
 """
 
+import contextlib
 import copy
 import io
 import struct
+import zlib
+from collections import defaultdict
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,15 +18,26 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
-from aecore.data.format.image import TIFF_STARTS, opened_orientation, require_size
+from aecore.data.format.image import TIFF_STARTS, ImageHeader, opened_orientation, png_to_decode, require_size
 from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
+from aecore.data.format.png import png_chunk
 from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 TOTAL_IMAGES, TOTAL_PER_BYTE = 4, 256  # pixels of a file of several images: images of the largest size, and pixels for each of its bytes
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by the kind of colour
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+)  # top, left, and steps of each pass
 _MOST_WHOLE = 1 << 17
 _whole_seen: set[int] = set()  # hashes of JPEGs that took several decodes to tell that they are whole: training reads them again
 
@@ -77,13 +91,7 @@ class OpenImage:
         if self._total == 0:
             image = self._image
             self._total = self._tiff.total_pixels() if image is None else image.width * image.height * getattr(image, "n_frames", 1)
-        most = TOTAL_IMAGES * max_pixels + TOTAL_PER_BYTE * len(self._data)
-        if self._total > most:
-            raise BadSample(
-                "too_large",
-                f"a file of {len(self._data)} bytes whose pages or frames have {self._total} pixels together, at most {most} are decoded "
-                f"({TOTAL_IMAGES} times shards.max_pixels and {TOTAL_PER_BYTE} a byte): save them as files of their own",
-            )
+        require_total(self._total, len(self._data), max_pixels)
 
     def passed(self, number: int) -> range:
         """Return the frames that decoding this one passes: none of a TIFF, whose pages are read by themselves."""
@@ -112,8 +120,8 @@ class OpenImage:
             self._reopen()
             raise
         require_size(self._image.width, self._image.height, max_pixels)
-        if self._data.startswith(JPEG_MAGIC):
-            has_all_scans(self._data[self._image.offset :])  # not too many
+        if self._data.startswith(JPEG_MAGIC):  # refused as the first one is, if it lacks a part of its pixels
+            return _jpeg(self._data[self._image.offset :], "imagecodecs")
         try:
             return _opened_pillow(self._image, turned=True)
         except Exception:  # the decoder holds what it made of the damage
@@ -123,6 +131,27 @@ class OpenImage:
     def _reopen(self) -> None:
         self._image.close()
         self._image = open_unbounded(self._data)
+
+
+def require_total(total: int, size: int, max_pixels: int) -> None:
+    """Raise BadSample if all pages or frames of a file together have more pixels than one of `size` bytes may cost."""
+    most = TOTAL_IMAGES * max_pixels + TOTAL_PER_BYTE * size
+    if total > most:
+        raise BadSample(
+            "too_large",
+            f"a file of {size} bytes whose pages or frames have {total} pixels together, at most {most} are decoded "
+            f"({TOTAL_IMAGES} times shards.max_pixels and {TOTAL_PER_BYTE} a byte): save them as files of their own",
+        )
+
+
+def require_frames(data: bytes, header: ImageHeader, max_pixels: int) -> None:
+    """Raise BadSample if no frame of a file of several may be decoded: `require_total`, or all are too large (pages differ in size)."""
+    if data.startswith(TIFF_STARTS):
+        with contextlib.closing(OpenImage(data)) as image:
+            image.require_total(max_pixels)
+        return
+    require_size(header.width, header.height, max_pixels)
+    require_total(header.width * header.height * header.frames, len(data), max_pixels)
 
 
 def white_level(data: bytes, dtype: np.dtype[Any]) -> float:  # any: every image has its own dtype
@@ -156,20 +185,55 @@ def image_file(pixels: Pixels) -> tuple[bytes, str]:
     return tiff_file(pixels), "tiff"
 
 
-def _png(data: bytes, decoder: str) -> Picture:
+def _png(file: bytes, decoder: str) -> Picture:
+    data = png_to_decode(file)
     depth, colour, interlaced = data[24], data[25], data[28]
-    # imagecodecs prints a libpng warning for each interlaced file. Pillow gives the same pixels, but of 16 bits only the upper 8, and
-    # compares a colour key of fewer than 8 bits with scaled values
-    by_pillow = depth <= 8 and not (depth < 8 and colour == 0 and b"tRNS" in data)
-    if by_pillow and (interlaced or decoder == "pillow"):
+    # Pillow gives the same pixels, but of 16 bits only the upper 8, compares a colour key of fewer than 8 bits with scaled values, and
+    # overlooks that the last line of an interlaced image is missing
+    by_pillow = depth <= 8 and not (depth < 8 and colour == 0 and b"tRNS" in data) and not interlaced
+    if by_pillow and decoder == "pillow":
         picture = _pillow(data, turned=False)
     else:
-        import imagecodecs
-
-        picture = _with_channels(imagecodecs.png_decode(data))
-    if (found := data.find(b"eXIf")) < 0:
+        picture = _with_channels(_interlaced(data) if interlaced else _png_pixels(data))
+    if (found := file.find(b"eXIf")) < 0:
         return picture
-    return Picture(upright(picture.pixels, _png_orientation(data, found)), picture.has_alpha)
+    return Picture(upright(picture.pixels, _png_orientation(file, found)), picture.has_alpha)
+
+
+def _png_pixels(data: bytes) -> Pixels:
+    import imagecodecs
+
+    pixels: Pixels = imagecodecs.png_decode(data)
+    return pixels
+
+
+def _interlaced(data: bytes) -> Pixels:
+    """Return the pixels of an interlaced PNG (of `png_to_decode`), of which each pass is decoded as a PNG: for whole ones libpng warns."""
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    parts, at = defaultdict[bytes, bytearray](bytearray), 33
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        parts[kind] += data[at + 8 : at + 8 + length]
+        at += 12 + length
+    colours = b"".join(png_chunk(kind, bytes(parts[kind])) for kind in (b"PLTE", b"tRNS") if parts[kind])
+    packed, unpack, out = bytes(parts[b"IDAT"]), zlib.decompressobj(), None
+    for top, left, down, across in _ADAM7:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        if columns < 1 or rows < 1:
+            continue
+        size = rows * (1 + -(-columns * depth * _PNG_SAMPLES[colour] // 8))
+        lines = unpack.decompress(packed, size)
+        packed = unpack.unconsumed_tail
+        if len(lines) < size:
+            raise BadSample("truncated", f"PNG whose {width}x{height} pixels end in the pass of {columns}x{rows} of them")
+        header = struct.pack(">IIBBBBB", columns, rows, depth, colour, 0, 0, 0)
+        chunks = [png_chunk(b"IHDR", header), colours, png_chunk(b"IDAT", zlib.compress(lines, 0)), png_chunk(b"IEND", b"")]
+        found = _png_pixels(PNG_MAGIC + b"".join(chunks))
+        if out is None:
+            out = np.empty((height, width, *found.shape[2:]), found.dtype)
+        out[top::down, left::across] = found
+    assert out is not None, "an image has pixels"
+    return out
 
 
 def _png_orientation(data: bytes, found: int) -> int:

@@ -26,8 +26,8 @@ class StoredPng:
         blocks = [(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
         self._blocks = [(struct.pack("<BHH", stop == size, stop - start, stop - start ^ 0xFFFF), start, stop) for start, stop in blocks]
         length = 2 + 5 * len(blocks) + size + 4  # of zlib's header, those of the blocks, the pixels, their checksum
-        self._start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + length.to_bytes(4, "big")
-        self._end = _chunk(b"IEND", b"")
+        self._start = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + length.to_bytes(4, "big")
+        self._end = png_chunk(b"IEND", b"")
 
     def __call__(self, pixels: NDArray[np.uint8]) -> bytes:
         """Return the PNG of one image."""
@@ -38,5 +38,6 @@ class StoredPng:
         return b"".join([self._start, data, zlib.crc32(data).to_bytes(4, "big"), self._end])
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    """Return a chunk with its length and checksum."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

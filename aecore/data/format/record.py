@@ -204,6 +204,8 @@ def array_header(data: bytes, *, pixels: PixelsVersion = 2, layout: Layout = "au
     if dtype.kind not in ("biufc" if pixels == 1 else "biuf") or dtype.fields is not None:
         remedy = _REMEDIES["V" if dtype.fields is not None else dtype.kind]
         raise BadSample("unsupported", f".npy of dtype {dtype}: only booleans and numbers are read; {remedy}")
+    if dtype.kind == "f" and dtype.itemsize > 8 and pixels == 2:
+        raise BadSample("unsupported", f".npy of dtype {dtype}, which no network takes: save array.astype('float64')")
     if len(shape) > MAX_DIMS:
         raise BadSample("unsupported", f".npy with {len(shape)} dimensions: at most {MAX_DIMS} are read")
     if fortran and pixels == 1:

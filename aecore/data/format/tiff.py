@@ -10,6 +10,7 @@ import io
 import itertools
 import logging
 import math
+import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
 from aecore.data.format.colour import by_blocks, cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
-from aecore.data.format.jpeg import has_all_scans, jpeg_size
+from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, turned_size, upright
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
@@ -29,6 +30,8 @@ _COMPLEX = (5, 6)  # sample formats: of whole numbers, of floats
 _JPEG = 7  # compression that tifffile gives as RGB
 # none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: others have sizes of their own, which only their decoders know
 _READ_COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000)
+_BIG = 43  # version of BigTIFF
+_TILE_BYTES = 1 << 28  # of a tile that is larger than its image
 _REDUCED_OR_MASK = 0b101  # of a page's NewSubfileType
 _MODES = {(1, "u1"): "L", (1, "u2"): "I;16", (3, "u1"): "RGB", (3, "u2"): "RGB;16", (1, "i4"): "I", (1, "f4"): "F"}
 _ALPHA_MODES = {"L": "LA", "I;16": "LA;16", "RGB": "RGBA", "RGB;16": "RGBA;16"}
@@ -61,14 +64,13 @@ def tiff_facts(data: bytes) -> TiffFacts:
     with _images(data) as images:
         page = images[0]
         form = _form(page)
-        needed = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+        needed = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
         frames = _stacked(page) if len(images) == 1 else len(images)
         if len(images) < frames:
             needed = max(needed, page.dataoffsets[0] + frames * page.nbytes)
         if not needed or needed > len(data):
             raise BadSample("truncated", f"TIFF of {len(data)} bytes, its pixels end at byte {needed}")
-        if page.compression == _JPEG:
-            _require_jpeg_sizes(page, data)
+        _require_segments(page, form, data)
         width, height = turned_size(int(page.imagewidth), int(page.imagelength), _orientation(page))
         pixel_bytes = max(form.channels, int(page.samplesperpixel)) * form.dtype.itemsize
         return TiffFacts(width, height, form.mode, form.channels, frames, pixel_bytes)
@@ -115,8 +117,9 @@ class TiffImages:
         data, stacked = self._data, len(self._images) == 1 and frame > 0
         page = self._images[0 if stacked else frame]
         form = _form(page)
+        _require_segments(page, form, data)
         if page.compression == _JPEG:
-            _require_jpeg_sizes(page, data)
+            _require_whole_jpegs(page, data)
         if page.photometric == _YCBCR and page.compression != _JPEG:
             from PIL import Image, TiffImagePlugin  # libtiff's own conversion: chroma may be subsampled
 
@@ -148,7 +151,7 @@ def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any
     """Yield the pages that are images of their own, at least one; with `most` only the first of them."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            pages = (file.pages.get(number) for number in range(len(file.pages)))
+            pages = (file.pages.get(number) for number in range(_num_pages(data, file.tiff)))
             images: Iterator[Any] = (page for page in pages if not getattr(page, "subfiletype", 0) & _REDUCED_OR_MASK)  # any: as above
             yield list(itertools.islice(images, most)) or [file.pages.get(0)]
     except (BadSample, MemoryError):
@@ -157,15 +160,62 @@ def _images(data: bytes, most: int | None = None) -> Iterator[list[Any]]:  # any
         raise BadSample("decode", f"not a readable TIFF ({type(error).__name__}: {error})") from error
 
 
+def _num_pages(data: bytes, tiff: Any) -> int:  # any: tifffile.TiffFormat
+    """Return the pages of a file, those of a circle once; BadSample if one is outside the file: the others after it are lost."""
+    at = struct.unpack_from(tiff.offsetformat, data, 8 if tiff.version == _BIG else 4)[0]
+    seen = dict[int, None]()
+    while at and at not in seen:
+        seen[at] = None
+        try:
+            num_tags = struct.unpack_from(tiff.tagnoformat, data, at)[0]
+            at = struct.unpack_from(tiff.offsetformat, data, at + tiff.tagnosize + num_tags * tiff.tagsize)[0]
+        except struct.error:
+            raise BadSample("truncated", f"TIFF of {len(data)} bytes, its page {len(seen)} is at byte {at}") from None
+    return len(seen)
+
+
+def _require_segments(page: Any, form: _Form, data: bytes) -> None:  # any: as above
+    """Raise BadSample unless a page has all its strips or tiles, of a bounded size. Those at 0 of 0 bytes hold no data (GDAL)."""
+    if page.is_tiled:
+        num_bytes = int(page.tilewidth) * int(page.tilelength) * int(page.samplesperpixel) * form.dtype.itemsize
+        if num_bytes > max(_TILE_BYTES, page.nbytes):
+            where = f"{page.tilewidth}x{page.tilelength} pixels for an image of {page.imagewidth}x{page.imagelength}"
+            raise BadSample("too_large", f"TIFF with tiles of {where}: save it with smaller ones")
+    if not page.is_contiguous:
+        num = math.prod(page.chunked)
+        places = zip(page.dataoffsets[:num], page.databytecounts[:num], strict=False)
+        found = sum((offset > 0) == (count > 0) for offset, count in places)
+        if found < num:
+            raise BadSample("truncated", f"TIFF with {found} of the {num} {'tiles' if page.is_tiled else 'strips'} of its image")
+    if page.compression == _JPEG:
+        _require_jpeg_sizes(page, data)
+
+
 def _require_jpeg_sizes(page: Any, data: bytes) -> None:  # any: as above
     """Raise BadSample if a JPEG inside the file is larger than the strip or tile that it is in, or of too many scans."""
     most = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
     across, down = (-(-int(side) // 16) * 16 for side in most)
-    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        width, height = jpeg_size(jpeg := data[offset : offset + count])
+    for jpeg in _jpegs(page, data):
+        width, height = jpeg_size(jpeg)
         if width > across or height > down:
             raise BadSample("format", f"TIFF with a JPEG of {width}x{height} pixels in a place of {across}x{down}")
         has_all_scans(jpeg)  # not too many
+
+
+def _require_whole_jpegs(page: Any, data: bytes) -> None:  # any: as above
+    """Raise BadSample if a JPEG inside the file lacks a part of its pixels, as one in a file of its own."""
+    for jpeg in _jpegs(page, data):
+        if clean_pixels(jpeg, eighth=True) is None and not is_whole_jpeg(jpeg):
+            width, height = jpeg_size(jpeg)
+            raise BadSample("truncated", f"TIFF with a JPEG of {len(jpeg)} bytes, which do not give all of its {width}x{height} pixels")
+
+
+def _jpegs(page: Any, data: bytes) -> Iterator[bytes]:  # any: as above
+    """Yield the JPEGs of the strips or tiles with the tables that they share."""
+    tables = (page.jpegtables or b"").removesuffix(b"\xff\xd9")
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if jpeg := data[offset : offset + count]:
+            yield tables + jpeg[2:] if tables else jpeg
 
 
 def _stacked(page: Any) -> int:  # any: as above

@@ -87,7 +87,11 @@ class Transform:
             return values
         largest = INTEGER_RANGES.get(stored.dtype)
         if largest is None and not (stored.dtype == torch.bool or (stored.dtype.is_floating_point and self.spec.scale == "unit")):
-            raise DataError(f"{stored.dtype} samples have no known range for transform.scale={self.spec.scale}: use transform.scale=none")
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise DataError(
+                f"{kind} samples have no known range for transform.scale={self.spec.scale}: use transform.scale=none, which takes their "
+                "values as they are, or save floats of about 1 (array.astype('float32') / largest), which transform.scale=unit takes"
+            )
         if largest is not None:
             values = values.div_(largest)
         return values.mul_(2.0).sub_(1.0) if self.spec.scale == "symmetric" else values

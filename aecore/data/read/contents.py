@@ -30,7 +30,7 @@ from aecore.errors import DataError
 from aecore.registry import shown
 from aecore.store import FileRef, canonical_json, sha256_json
 
-_OF_WRITING = ("first_frames", "unsettled")  # known to the writer alone: for its log, and for the next run
+FOR_THE_WRITER = ("first_frames", "unsettled", "value_range")  # of a record's detail: for its log and the next run, and no data tells
 Column = Any  # any: pyarrow's stubs type chunked arrays by their scalars
 
 
@@ -342,7 +342,7 @@ def _document_problems(
         name = f"records/{stem}.json"
         if name in documents:
             stated = {key: value for key, value in documents[name].content.items() if key != "timings"}
-            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in _OF_WRITING}
+            stated["detail"] = {key: value for key, value in stated["detail"].items() if key not in FOR_THE_WRITER}
             expected = {key: value for key, value in dataclasses.asdict(right).items() if key != "timings"}
             if stated != json.loads(canonical_json(expected)):
                 yield f"{dataset.url}/{name} does not say what its files hold: {disagreement(stated, expected)}"

@@ -229,7 +229,8 @@ def _setting_problems(part: ShardRef | RejectedPart, index: pa.Table, identity: 
     if splits.stratify:
         pass  # follows from the classes of all samples that there were at the first generation
     elif shares and part.split in ("train", *shares):  # folders and columns name the other splits, a hash divides train
-        listing = Listing(keys, keys, np.zeros(len(index), np.int64), groups=groups)
+        sources: Any = index["source"].to_pylist()  # any: as above
+        listing = Listing(keys, sources, np.zeros(len(index), np.int64), groups=groups)
         found = assign_splits(listing, dataclasses.replace(splits, by="hash", column=None))
         if found.keys() != {part.split}:
             yield f"its samples belong to {', '.join(found)} by val={splits.val:g}, test={splits.test:g} and seed={splits.seed} of splits"

@@ -15,6 +15,7 @@ What does not hold, unlike with our own shards (`adopt_shards` gives them all ba
   and counted; the run stops when more than `input.max_bad` of the samples that a rank has read are of that kind.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -22,12 +23,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from aecore._base.batch import Batch
-from aecore.data.classes import UNKNOWN, numbers_of, quoted
+from aecore.data.classes import MAX_CLASS_BYTES, UNKNOWN, numbers_of, quoted
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.decode import DecodeError, Decoder, Pixels
 from aecore.data.format.foreign import explained
@@ -37,13 +38,12 @@ from aecore.data.format.sample_format import SampleFormat, common_formats, remed
 from aecore.data.format.transform import TransformSpec
 from aecore.data.read.loader import InputSpec
 from aecore.data.read.order import TrainingOrder
-from aecore.data.sources import Unusable
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._names import split_of
 from aecore.data.sources._npz import only_array
 from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import Member, TarFile
-from aecore.data.sources._tar_samples import ARCHIVED, MAX_CLASS_BYTES, TarReading, stated_class, tar_samples
+from aecore.data.sources._tar_samples import ARCHIVED, TarReading, TarSample, stated_class, tar_samples
 from aecore.errors import ConfigError, DataError, Hint, counted
 from aecore.store import sha256_json
 from aecore.threads import prefetched
@@ -51,7 +51,7 @@ from aecore.threads import prefetched
 logger = logging.getLogger(__name__)
 MAX_DIGITS = 18
 TRIED, TRIED_BYTES = 16, 1 << 24  # samples whose formats are compared when a stream is opened, and their bytes at most after the first one
-MOST_REMEMBERED = 100_000  # different bad samples: these are not read again
+MOST_REMEMBERED = 100_000  # different bad samples, which are not read again, and samples of tars that are not listed again
 LOGGED = 3  # bad samples that are logged one by one
 FEWEST = 1000  # samples that the share of bad ones is of, at least: the first one of ten is no tenth of the data
 StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `ext`, `data`, `cls`, `place` and `bad`
@@ -131,19 +131,20 @@ def _format(tars: ExternalTars, names: list[str], reading: TarReading, pixels: P
     """Return the most frequent format of the first samples that can be read; DataError if none of the first `FEWEST` can."""
     found, nbytes, tried, why = Counter[str](), 0, 0, ""
     for name in names:
-        for sample in _read(tars, name, reading, Skipped()):
-            tried += 1
-            try:
-                text = _format_of(sample, pixels, max_pixels)
-            except BadSample as bad:
-                why = why or f"; the first of them is {sample['__key__']!r} of {sample['__url__']}: {bad}"
-            else:
-                nbytes += len(sample["data"]) if found else 0
-                found[text] += 1
-            if found and (reading.rules == 1 or found.total() >= TRIED or nbytes > TRIED_BYTES):
-                return _most_common(found)
-            if not found and tried >= FEWEST:
-                break
+        with contextlib.closing(TarFile(tars.files, name)) as tar:
+            for listed in _listed(tar, reading, Skipped()):
+                sample, tried = _read(tar, listed, reading), tried + 1
+                try:
+                    text = _format_of(sample, pixels, max_pixels)
+                except BadSample as bad:
+                    why = why or f"; the first of them is {sample['__key__']!r} of {sample['__url__']}: {bad}"
+                else:
+                    nbytes += len(sample["data"]) if found else 0
+                    found[text] += 1
+                if found and (reading.rules == 1 or found.total() >= TRIED or nbytes > TRIED_BYTES):
+                    return _most_common(found)
+                if not found and tried >= FEWEST:
+                    break
         if not found and tried >= FEWEST:
             break
     if not found:
@@ -161,7 +162,7 @@ def _most_common(found: Counter[str]) -> SampleFormat:
 def _format_of(sample: StreamSample, pixels: PixelsVersion, max_pixels: int) -> str:
     """Return the format of a sample; BadSample if it has none that is decoded."""
     if sample["bad"] is not None:
-        raise BadSample(*sample["bad"])
+        raise sample["bad"].bare()
     data, ext = sample["data"], sample["ext"]
     try:
         is_image = ext in IMAGE_EXTENSIONS
@@ -181,33 +182,37 @@ def _format_of(sample: StreamSample, pixels: PixelsVersion, max_pixels: int) -> 
     return header.format_text
 
 
-def _read(
-    tars: ExternalTars, name: str, reading: TarReading, skipped: Skipped, known: Mapping[Place, Unusable] | None = None
-) -> Iterator[StreamSample]:
-    """Yield the samples of one tar, also those that cannot be used (`bad`); `cls` is the class that is stated ("": none).
+def _listed(tar: TarFile, reading: TarReading, skipped: Skipped) -> list[TarSample]:
+    """Return the samples of a tar; DataError if it is broken."""
+    samples, broken = tar_samples(tar, reading, skipped)
+    if broken is not None:
+        remedy = "or use shard_dataset or adopt_shards with source.bad_tars=skip, which put what is known of it into a quarantine"
+        raise DataError(f"{broken}; {remedy}") from broken
+    return samples
 
-    Those that are `known` to be bad are not read.
-    """
-    tar = TarFile(tars.files, name)
-    try:
-        samples, broken = tar_samples(tar, reading, skipped)
-        if broken is not None:
-            remedy = "or use shard_dataset or adopt_shards with source.bad_tars=skip, which put what is known of it into a quarantine"
-            raise DataError(f"{broken}; {remedy}") from broken
-        for sample in samples:
-            place = tar.where, sample.data.name, sample.data.offset
-            bad, data, text = (known or {}).get(place, sample.bad), b"", ""
-            ext = sample.data.name.lower().rpartition(".")[2]
-            if bad is None:
-                try:
-                    text = _class(tar, sample.members.get("cls"), reading)
-                    data = tar.read(sample.data)
-                    ext, data = ("npy", only_array(data)) if ext == ARCHIVED else (ext, data)
-                except BadSample as error:
-                    bad = Unusable(error.reason, error.message)
-            yield {"__key__": sample.key, "__url__": tar.where, "ext": ext, "data": data, "cls": text, "place": place, "bad": bad}
-    finally:
-        tar.close()
+
+def _read(tar: TarFile, sample: TarSample, reading: TarReading) -> StreamSample:
+    """Return a sample with its bytes, unless it cannot be used (`bad`); `cls` is the class that is stated ("": none)."""
+    bad, data, text = sample.bad, b"", ""
+    ext = sample.data.name.lower().rpartition(".")[2]
+    if bad is None:
+        try:
+            text = _class(tar, sample.members.get("cls"), reading)
+            data = tar.read(sample.data)
+            ext, data = ("npy", only_array(data)) if ext == ARCHIVED else (ext, data)
+        except BadSample as error:
+            bad = error.bare()
+    place = _place(tar, sample)
+    return {"__key__": sample.key, "__url__": tar.where, "ext": ext, "data": data, "cls": text, "place": place, "bad": bad}
+
+
+def _with_class(sample: TarSample) -> TarSample:
+    """Return a sample with no other members than are read of it."""
+    return sample._replace(members={ext: member for ext, member in sample.members.items() if ext == "cls"})
+
+
+def _place(tar: TarFile, sample: TarSample) -> Place:
+    return tar.where, sample.data.name, sample.data.offset
 
 
 def _class(tar: TarFile, member: Member | None, reading: TarReading) -> str:
@@ -225,27 +230,41 @@ class _Tally:
     def __init__(self, most: float, expected: SampleFormat) -> None:
         self._most, self._expected = most, expected
         self.judged = self.bad = self.in_pass = 0
-        self.known: dict[Place, Unusable] = {}
+        self.known = set[Place]()
+        self._text = ""  # about the last sample that was found to be bad
         self._damaged, self._formats = False, {expected.without_alpha}  # what the bad samples are: damaged, or of other formats
 
     def add(self, sample: StreamSample, why: BadSample, other: SampleFormat | None = None) -> None:
-        """Count a bad sample, damaged or of an `other` format, also if it is known: log the first, the tenth, the hundredth, ..."""
+        """Count a bad sample, damaged or of an `other` format: log the first, the tenth, the hundredth, ..."""
+        if sample["place"] in self.known:
+            self.again(1)
+            return
         self.judged += 1
         self.bad += 1
-        if sample["place"] in self.known:
-            if not FEWEST <= self.bad == self.judged:
-                return  # it was judged in an earlier pass, and samples of that pass may still be on their way to the decoder
-        else:
-            self._damaged |= other is None
-            self._formats |= set() if other is None else {other}
-            if len(self.known) < MOST_REMEMBERED:
-                self.known[sample["place"]] = Unusable(why.reason, why.message)
-        text = f"{sample['__url__']}: sample {sample['__key__']!r} cannot be trained on ({why})"
-        total = max(self.judged, min(FEWEST, self.in_pass or FEWEST))
-        if self.bad <= self._most * total and not FEWEST <= self.bad == self.judged:
+        self._damaged |= other is None
+        self._formats |= set() if other is None else {other}
+        if len(self.known) < MOST_REMEMBERED:
+            self.known.add(sample["place"])
+        self._text = text = f"{sample['__url__']}: sample {sample['__key__']!r} cannot be trained on ({why})"
+        if self.bad <= self._most * self._total and not FEWEST <= self.bad == self.judged:
             if self.bad <= LOGGED or str(self.bad).strip("0") == "1":
                 logger.warning("%s and is left out: %d of %d samples so far", text, self.bad, self.judged)
             return
+        self._end()
+
+    def again(self, count: int) -> None:
+        """Count bad samples that were judged in an earlier pass, of which samples may still be on their way to the decoder."""
+        self.judged += count
+        self.bad += count
+        if count and FEWEST <= self.bad == self.judged:
+            self._end()
+
+    @property
+    def _total(self) -> int:
+        """The samples that the share of bad ones is of."""
+        return max(self.judged, min(FEWEST, self.in_pass or FEWEST))
+
+    def _end(self) -> NoReturn:
         # twice the share so far, since what has not been read may be worse: advice is not to be refused in the next attempt
         found = max(self.bad / self.judged, len(self.known) / self.in_pass if self.in_pass else 0)
         share = min(1.0, math.ceil(2000 * found) / 1000)
@@ -253,8 +272,9 @@ class _Tally:
         decode = f"shard the tars with shards.check=decode and shards.max_bad={share:g}" if self._damaged else ""
         known = self._expected
         expected = f"{'images' if known.image else 'arrays'} of shape {known.shape} and dtype {known.dtype}"
+        counts = f"{self.bad} of {self._total} samples"
         raise DataError(
-            f"{text}: {self.bad} of {total} samples are bad, more than input.max_bad={self._most:g} allows (expected: {expected}). "
+            f"{self._text}: {counts} are bad, more than input.max_bad={self._most:g} allows (expected: {expected}). "
             f"Set input.max_bad={share:g} to leave them out, or {'; and to have one format: '.join(filter(None, (decode, alike)))}",
             hint=Hint("bad-sample", {"share": f"{share:g}"}) if self._damaged else Hint("shard-instead"),
         )
@@ -393,21 +413,43 @@ class StreamLoader:
             number += 1
 
     def _samples(self, tally: _Tally, drawn: Iterable[tuple[str, int, int]]) -> Iterator[StreamSample]:
+        """Yield the samples of the drawn tars that can be read.
+
+        A tar is listed once, unless it was written again or more samples than `MOST_REMEMBERED` are in others; what was found to be bad is
+        not read again.
+        """
         empty, logged, total, num_tars = 0, set[str](), 0, 0
+        listings = dict[str, tuple[object, int, list[TarSample]]]()  # by tar: its state, how many are bad, the others
+        room = MOST_REMEMBERED
         rank, world_size = self._order.rank, self._order.world_size
         per_pass = len(self._names[rank::world_size]) if len(self._names) >= world_size else len(self._names)
         for name, first, step in drawn:
-            skipped, count = Skipped(), 0
-            for number, sample in enumerate(_read(self._tars, name, self._reading, skipped, tally.known)):
-                if number % step != first:
-                    continue
-                total, count = total + 1, count + 1
-                if sample["bad"] is not None:
-                    tally.add(sample, BadSample(*sample["bad"]))
-                    continue
-                yield sample
+            skipped, good = Skipped(), list[TarSample]()
+            with contextlib.closing(TarFile(self._tars.files, name)) as tar:
+                state, bad, listed = listings.pop(name, (None, 0, []))
+                room += len(listed)
+                if state == tar.stamp:
+                    tally.again(bad)
+                else:
+                    bad, listed = 0, [_with_class(sample) for sample in _listed(tar, self._reading, skipped)[first::step]]
+                count = bad + len(listed)
+                for known in listed:
+                    if _place(tar, known) in tally.known:
+                        tally.again(1)
+                        bad += 1
+                        continue
+                    sample = _read(tar, known, self._reading)
+                    if sample["bad"] is not None:
+                        tally.add(sample, sample["bad"])
+                        bad += 1
+                        continue
+                    good.append(known)
+                    yield sample
+                if len(good) <= room:
+                    listings[name] = tar.stamp, bad, good
+                    room -= len(good)
             self._log_skipped(name, skipped, logged)
-            num_tars += 1
+            num_tars, total = num_tars + 1, total + count
             if num_tars == per_pass:
                 tally.in_pass = total
             empty = 0 if count else empty + 1

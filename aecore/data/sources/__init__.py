@@ -12,23 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.errors import ConfigError, DataError, require_text
 from aecore.store import Seen, absolute_url, read_again, split_tars
 
 T = TypeVar("T")
 NAME_HELP = "name of the source in datasets, instead of its address: set it where the same samples may come from another address later"
-
-
-class Unusable(NamedTuple):
-    """Why a sample cannot be used: a short `reason` that is counted, and a readable `message`."""
-
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,8 @@ class Listing:
     sizes : int64 array
         Bytes of each sample in the source.
     label_names : list of str, optional
-        Class of each sample, "" where it has none. Where `splits` is given these are paths below the source's root, so they
+        Class of each sample, "" where it has none; what is no text (bytes that are no UTF-8 as lone surrogates, NUL) makes its sample
+        unusable. Where `splits` is given these are paths below the source's root, so they
         begin with the top folder (`train/Greek/character01`), and the plan decides whether that is a split or a part of the class.
         If `label_paths` is false they are plain names.
     label_rule : str
@@ -57,7 +52,7 @@ class Listing:
         Further columns for the index (factors, metadata), n values each.
     notes : tuple of str
         Messages for the user (files that were skipped).
-    unusable : list of Unusable or None, optional
+    unusable : list of BadSample or None, optional
         Why a sample cannot be used, None for each that can. Such samples are planned and go to the quarantine unread.
     states : list of str or None, optional
         State of the file of each sample before its bytes were read: a text that is compared for equality only. None: not known, or too
@@ -79,7 +74,7 @@ class Listing:
     label_paths: bool = True
     label_rule: str = "path"
     paths: list[str] | None = None
-    unusable: list[Unusable | None] | None = None
+    unusable: list[BadSample | None] | None = None
     states: list[str | None] | None = None
     origin: str = ""
     all_states: list[str | None] | None = None
@@ -146,7 +141,7 @@ class Listing:
         for name, column in numbers.items():
             digest.update(json.dumps([name, column.tolist()]).encode())
         if self.unusable is not None:
-            digest.update(json.dumps(["unusable", self.unusable]).encode())
+            digest.update(json.dumps(["unusable", [why and why.args for why in self.unusable]]).encode())
         states = self.states if self.all_states is None else self.all_states
         if states is not None and any(states):
             try:
@@ -237,6 +232,11 @@ def read_states(source: Source, names: Sequence[str]) -> Sequence[str | None]:
         return [None] * len(names)
 
 
+def takes_frames(source: Any) -> bool:  # any: every source kind has its own spec class
+    """Return whether the spec of a source takes all pages and frames of a file, each as a sample."""
+    return getattr(source, "frames", "first") == "all"
+
+
 def bound_pixels(source: Source, most: int) -> None:
     """Have a source that decodes (frames of files) decode no image of more pixels."""
     bound: Callable[[int], None] | None = getattr(source, "bound_pixels", None)
@@ -247,15 +247,33 @@ def bound_pixels(source: Source, most: int) -> None:
 def reader(source: Source, names: Sequence[str]) -> Callable[[str], tuple[str, bytes]]:
     """Return a function that reads these samples in this order: `source.prefetch(names)` if the source has it, else `source.read`.
 
-    A read error is retried and then raised as StoreError: it is not a property of the sample.
+    A read error is retried and then raised as StoreError: it is not a property of the sample. DataError if it returns no sample.
     """
     prefetch: Callable[[Sequence[str]], Callable[[str], tuple[str, bytes]]] | None = getattr(source, "prefetch", None)
     first = source.read if prefetch is None else prefetch(names)
 
     def read(name: str) -> tuple[str, bytes]:
         try:
-            return first(name)
+            found = first(name)
         except OSError as error:
-            return read_again(lambda: source.read(name), name, error)
+            found = read_again(lambda: source.read(name), name, error)
+        _require_sample(found, source, name)
+        return found
 
     return read
+
+
+def _require_sample(found: Any, source: Source, name: str) -> None:  # any: sources may be written by users
+    """Raise DataError, which says what `Source.read` returns, if it returned something else."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        what = "bytes without their extension" if isinstance(found, bytes) else f"a value of type {type(found).__name__}"
+    elif not isinstance(found[1], bytes):
+        what = f"the data as {type(found[1]).__name__} (bytes are those of an encoded file, for example `file.getvalue()`)"
+    elif not isinstance(found[0], str) or found[0][:1] == "." or found[0] != found[0].lower():
+        what = f"the extension {found[0]!r}"
+    else:
+        return
+    raise DataError(
+        f"{type(source).__name__}.read({name!r}) returned {what}, expected the extension, lower case and without a dot, and the bytes of "
+        "one sample: return ('png', data)"
+    )

@@ -28,7 +28,7 @@ def require_rows(values: Array, count: int, where: str, of: str) -> Array:
     """Return `values`; DataError unless there are `count` of them, one for each of the samples `of`."""
     if not values.ndim or len(values) != count:
         found = f"{len(values)} rows" if values.ndim else "one number"
-        raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row")
+        raise DataError(f"{where} has {found}, {of} has {count}: they must belong to each other, row by row (or move one of them away)")
     return values
 
 
@@ -44,12 +44,17 @@ def native(values: Array) -> Array:
 
 
 def class_names(values: Array, where: str) -> list[str]:
-    """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`."""
+    """Return the class names of an array of labels: whole numbers or strings, `[N]` or `[N, 1]`.
+
+    Bytes that are no UTF-8 become lone surrogates, of which `_labels.bad_label` says that they name no class.
+    """
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
         raise DataError(f"{where} has shape {values.shape}: labels are one number or name for each sample; one-hot rows need argmax(1)")
+    require_characters(values, where, halves=True)  # a label with half a pair makes its own sample unusable (`bad_label`)
     if values.dtype.kind == "f":
+        values = values.astype(np.promote_types(values.dtype, np.float64))
         if not (np.isfinite(values) & (values == np.floor(values))).all():
             raise DataError(f"{where} holds fractions: labels are whole numbers or names")
         large = np.flatnonzero(np.abs(values) >= 2.0**63)
@@ -59,11 +64,20 @@ def class_names(values: Array, where: str) -> list[str]:
         values = values.astype(np.int64)
     if values.dtype.kind == "c":
         raise DataError(f"{where} holds complex numbers: labels are whole numbers or names")
-    names = [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
-    for row, name in enumerate(names if values.dtype.kind in "SU" else ()):
-        if "\0" in name:
-            raise DataError(f"{where} holds {name!r} in row {row}: the names of classes have no NUL in them")
-    return names
+    if values.dtype.kind == "S":
+        return [value.decode("utf-8", "surrogateescape") for value in values.tolist()]
+    return [str(value) for value in native(values if values.dtype.kind != "b" else values.astype(np.uint8)).tolist()]
+
+
+def require_characters(values: Array, where: str, *, halves: bool = False) -> None:
+    """Raise DataError if a text of an array has what is no character: any number, or (unless `halves` may be) half a surrogate pair."""
+    if values.dtype.kind != "U" or not values.dtype.itemsize or not values.size:
+        return
+    codes = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(len(values), -1).view(np.uint32)
+    wrong = np.argwhere((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF) & (not halves)))
+    if len(wrong):
+        row, at = wrong[0].tolist()
+        raise DataError(f"{where} has {int(codes[row, at]):#x} in row {row}, which is no character: save its texts again (numpy.array)")
 
 
 def require_lengths(values: Array, samples: Array, where: str, of: str) -> Array:

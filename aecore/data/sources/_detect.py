@@ -5,6 +5,7 @@ without images is listed to its end, and again by the source: a million tars or 
 """
 
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.artifact.documents import read_json
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from aecore.data.sources._arrayshapes import Peek
 
 DEFAULT = "folder"
+_OF_ROWS = frozenset({"images", "labels", "factors", "lengths", "store_as"})  # options that only rows have
 PEEKED = 16  # files whose headers are read
 _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
 
@@ -30,13 +32,14 @@ class Detected(NamedTuple):
     extensions: tuple[str, ...] | None = None
 
 
-def detect_source(url: str, dataset: str = "") -> Detected:
+def detect_source(url: str, dataset: str = "", options: Collection[str] = ()) -> Detected:
     """Return arrays or webdataset if all data files at `url` are of that kind, else folder.
 
     A folder, on a disk or in a bucket, is judged by the names of the files below it, up to the first image. One with images or with
     several kinds is a folder of files, and so is a dataset of aecore: sharding its tars again would lose the metadata in its index. In a
     folder of `.npy` or `.npz` files each is one sample (folder) or holds rows that are (arrays): their names and shapes tell, see
-    `_arrayshapes`, unless `dataset`, the address to write to, holds a dataset already, which goes on as it began.
+    `_arrayshapes`, unless `dataset`, the address to write to, holds a dataset already, which goes on as it began, or the names of the
+    `options` that are given say it: those of labels, factors and lengths are about rows.
 
     Raises
     ------
@@ -58,7 +61,7 @@ def detect_source(url: str, dataset: str = "") -> Detected:
         if kind == "arrays":
             arrays.append(name)
     if kinds == {"arrays"}:
-        return _recorded(dataset) or _of_arrays(files, sorted(arrays))
+        return Detected("arrays") if _OF_ROWS & {*options} else _recorded(dataset) or _of_arrays(files, sorted(arrays))
     return Detected(kinds.pop() if len(kinds) == 1 else DEFAULT)
 
 

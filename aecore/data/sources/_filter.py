@@ -55,14 +55,26 @@ def matcher(patterns: Sequence[str], option: str) -> Callable[[str], bool]:
 
 def _expression(glob: str) -> str:
     """Return the regular expression of a glob without braces."""
-    out = ""
+    out, star = "", ""  # `star`: the last one of a name and what follows it
     for token in _TOKEN.findall(glob):
-        if len(token) > 2 and token[0] == "[":
-            inside, negated = (token[2:-1], "^/") if token[1] in "!^" else (token[1:-1], "")
-            out += f"[{negated}{_SPECIAL.sub(_ESCAPED, inside)}]"
+        if token == "*":
+            # what follows an earlier star is taken where it comes first, for good: else a name takes its length to the power of the stars
+            out, star = f"{out}(?>{star})" if star else out, "[^/]*?"
+        elif token in ("/", "**", "**/"):
+            out, star = out + _last(star) + _MEANING.get(token, token), ""
+        elif len(token) > 2 and token[0] == "[":
+            inside, negated = (token[2:-1], "^") if token[1] in "!^" else (token[1:-1], "")
+            part = f"(?!/)[{negated}{_SPECIAL.sub(_ESCAPED, inside)}]"
+            out, star = (out, star + part) if star else (out + part, "")
         else:
-            out += _MEANING.get(token, re.escape(token))
-    return out
+            part = _MEANING.get(token, re.escape(token))
+            out, star = (out, star + part) if star else (out + part, "")
+    return out + _last(star)
+
+
+def _last(star: str) -> str:
+    """Return the last star of a name and what follows it, up to the end of the name."""
+    return star.replace("[^/]*?", "[^/]*", 1)
 
 
 def _tars_of(include: Sequence[str]) -> Callable[[str], bool] | None:

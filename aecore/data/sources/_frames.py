@@ -14,7 +14,7 @@ import numpy as np
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.image import MAX_PIXELS, image_header
-from aecore.data.format.pixels import OpenImage, image_file
+from aecore.data.format.pixels import OpenImage, image_file, require_frames
 from aecore.data.format.record import IMAGE_EXTENSIONS
 from aecore.data.format.tar import MAX_MEMBER_BYTES
 from aecore.data.sources import Listing
@@ -27,25 +27,32 @@ HELD_BYTES = 1 << 28
 _ALONE = frozenset({"bmp"})  # formats that hold one image
 
 
-def with_frames(listing: Listing, read: Read) -> Listing:
-    """Return the listing with a row for each page or frame of its images. StoreError if a file cannot be read."""
+def with_frames(listing: Listing, read: Read, max_pixels: int = MAX_PIXELS) -> Listing:
+    """Return the listing with a row for each page or frame of its images. StoreError if a file cannot be read.
+
+    A file of which no frame may be decoded, since they are too large or too many, is one row: a sample that cannot be used.
+    """
     unread = [size > MAX_MEMBER_BYTES for size in listing.sizes.tolist()]  # these are quarantined unread
     if listing.unusable is not None:
         unread = [large or bad is not None for large, bad in zip(unread, listing.unusable, strict=True)]
-    counts = np.array([1 if bad else _num_frames(name, read) for name, bad in zip(listing.sources, unread, strict=True)], np.int64)
+    found = [(1, None) if bad else _num_frames(name, read, max_pixels) for name, bad in zip(listing.sources, unread, strict=True)]
+    counts = np.array([count for count, _ in found], np.int64)
+    if any(why for _, why in found):
+        whole = [known or why for known, (_, why) in zip(listing.unusable or [None] * len(listing), found, strict=True)]
+        listing = dataclasses.replace(listing, unusable=whole)
     rows = np.repeat(np.arange(len(listing)), counts)
     places = np.concatenate([np.arange(count) for count in counts]) if len(counts) else counts
     names = [f"{place:09d}" if counts[row] > 1 else "" for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
-    found = listing.take(rows)
+    taken = listing.take(rows)
     several = int((counts > 1).sum())
     kind = "with several pages or frames"
     note = f"{counted(several, f'file {kind} is', f'files {kind} are')} {int(counts[counts > 1].sum())} samples"
     return dataclasses.replace(
-        found,
-        keys=[f"{key}/{name}" if name else key for key, name in zip(found.keys, names, strict=True)],
-        sources=[f"{source}#{name}" if name else source for source, name in zip(found.sources, names, strict=True)],
-        sizes=-(-found.sizes // counts[rows]),
-        notes=(*found.notes, f"{note} (source.frames=all)") if several else found.notes,
+        taken,
+        keys=[f"{key}/{name}" if name else key for key, name in zip(taken.keys, names, strict=True)],
+        sources=[f"{source}#{name}" if name else source for source, name in zip(taken.sources, names, strict=True)],
+        sizes=-(-taken.sizes // counts[rows]),
+        notes=(*taken.notes, f"{note} (source.frames=all)") if several else taken.notes,
     )
 
 
@@ -150,11 +157,18 @@ def _decoding(frame: int, name: str) -> Iterator[None]:
         raise BadSample("decode", f"frame {frame} of {name}: {type(error).__name__}: {error}") from error
 
 
-def _num_frames(source: str, read: Read) -> int:
+def _num_frames(source: str, read: Read, max_pixels: int) -> tuple[int, BadSample | None]:
+    """Return the rows of a file, and why none of its frames can be used; what else is wrong with it is found when it is packed."""
     if source.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS - _ALONE:
-        return 1
+        return 1, None
     try:
         ext, data = read_again(lambda: read(source), source)
-        return image_header(data, ext, max_pixels=sys.maxsize).frames  # what is too large is known when it is packed
+        header = image_header(data, ext, max_pixels=sys.maxsize)  # of a single image it is known when it is packed
     except BadSample:
-        return 1  # it goes to the quarantine when it is packed
+        return 1, None
+    try:
+        if header.frames > 1:
+            require_frames(data, header, max_pixels)
+    except BadSample as bad:
+        return 1, bad.bare()
+    return header.frames, None

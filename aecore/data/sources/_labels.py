@@ -18,16 +18,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aecore.artifact.documents import parse_json
-from aecore.data.classes import in_order, quoted, spelled
-from aecore.data.sources import Listing, Unusable
+from aecore.data.classes import MAX_CLASS_BYTES, in_order, quoted, spelled
+from aecore.data.format.bad_sample import BadSample
+from aecore.data.sources import Listing
 from aecore.data.sources._names import file_of, split_of_folder
 from aecore.errors import ConfigError, DataError
 from aecore.store import absolute_url, open_files, read_again
 
 REGEX, JSON = "regex:", "json:"
+_SHOWN = 80  # characters of a label in a message
+_LONE, _STANDS = re.compile("[\ud800-\udfff]"), re.compile("[\U0010d800-\U0010dfff]")  # surrogates; characters of private use for them
+_PLANE = 1 << 20  # between the two
 MAX_CLASSES_BYTES = 1 << 24
-_WORD = r"\pL\pM\pN_"  # in a class of characters
-_TOKEN = re.compile(r"\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
+_WORD = r"\pL\pM\pN_\x{10D800}-\x{10DFFF}"  # in a class of characters; a byte that is no UTF-8 was a letter of another encoding
+_TOKEN = re.compile(r"\\Q.*?(?:\\E|\Z)|\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
+_GROUPS = frozenset(("(", "(?<", "(?P<"))
+_BOUNDARIES = frozenset((r"\b", r"\B"))
 
 
 class Expression:
@@ -37,7 +43,8 @@ class Expression:
     """
 
     def __init__(self, option: str, rule: str) -> None:
-        self._pattern = _one_group(spelled(rule.removeprefix(REGEX)))
+        self._rule, self._pattern = f"{option}={rule}", _one_group(spelled(rule.removeprefix(REGEX)))
+        self._has_boundary = not _BOUNDARIES.isdisjoint(_TOKEN.findall(rule))
         try:
             self.search(["", "x"])
         except (pa.ArrowInvalid, UnicodeEncodeError) as error:
@@ -48,7 +55,15 @@ class Expression:
             ) from error
 
     def search(self, texts: Sequence[str]) -> list[str]:
-        """Return what it finds first in each text, "" where it finds nothing."""
+        """Return what it finds first in each text, "" where it finds nothing.
+
+        ConfigError if it asks for the boundary of a word in a text of other letters than ASCII's: RE2 would find one within a word.
+        """
+        if self._has_boundary and (other := next((text for text in texts if not text.isascii()), None)) is not None:
+            raise ConfigError(
+                rf"{self._rule} has \b or \B, which know words of ASCII letters only, and {other!r} has others: write what is before or "
+                r"after the word instead, for example (?:^|\W)(\w+)"
+            )
         found: Any = pc.extract_regex(pa.array(texts, pa.string()), self._pattern)  # any: the stubs know no structs
         return list(found.field(0).fill_null("").to_pylist())
 
@@ -70,7 +85,7 @@ def _one_group(pattern: str) -> str:
             inside = True
         elif token == "]":
             inside = False
-        elif not inside and (token == "(" or token.endswith("<")):
+        elif not inside and token in _GROUPS:
             groups += 1
             token = token if token != "(" else "(?P<found_>" if groups == 1 else "(?:"
         out.append(token)
@@ -107,7 +122,8 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
     """Return what a source listed, with the groups and what labels are made of as `source.group` and `source.label` say.
 
     Paths in a tar have split folders too, if all of their top folders are named by split words, or all of those in one folder around them.
-    Where the name of a tar says its split, a top folder of the same meaning is no part of a label.
+    Where the name of a tar says its split, a top folder of the same meaning is no part of a label. Samples whose label is no text are
+    unusable (`bad_label`).
 
     Raises
     ------
@@ -119,7 +135,7 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         paths = listing.paths
     else:
         paths = list(map(file_of, listing.sources)) if getattr(source, "frames", "first") == "all" else listing.sources
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"label_names": listing.label_names, "unusable": listing.unusable}
     if is_expression(group):
         found = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
         changes["groups"] = [
@@ -129,17 +145,73 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
         if listing.paths is not None:
-            paths, splits, label_paths = _with_split_folders(listing.paths, listing.splits, listing.unusable)
+            plain = [_plain(path) if "//" in path or "./" in path or path[:1] == "/" else path for path in listing.paths]
+            paths, splits, label_paths = _with_split_folders(plain, listing.splits, listing.unusable)
             folders = [path.rpartition("/")[0] for path in paths]
-            changes |= {"splits": splits, "label_paths": label_paths, "label_names": list(map(_printable, folders))}
-            if not is_expression(rule):
-                changes["unusable"] = _with_bad_names(folders, listing.unusable)
-        changes |= {"label_rule": rule, **({"label_names": list(paths)} if is_expression(rule) else {})}
+            changes |= {"splits": splits, "label_paths": label_paths, "label_names": folders}
+        changes["label_rule"] = rule
+        if is_expression(rule):
+            named = dataclasses.replace(listing, **{**changes, "label_names": list(paths)})
+            changes |= {"label_names": named.label_names, "unusable": _without_bad_found(str(rule), named)}
+    if not is_expression(rule):
+        changes |= _without_bad_labels(changes["label_names"], listing.unusable, leaf=rule == "leaf")
     return dataclasses.replace(listing, **changes)
 
 
+def bad_label(name: str) -> BadSample | None:
+    """Return why no class can have this name, None if one can: it is no text, and written as some, two names could become one.
+
+    The one rule for folders, tars, members of tars, arrays and fields: such a sample goes to the quarantine.
+    """
+    if "\0" in name:
+        return BadSample("label", f"its label {name[:_SHOWN]!r} has NUL in it: write it without")
+    if len(name) > MAX_CLASS_BYTES or len(name.encode("utf-8", "surrogatepass")) > MAX_CLASS_BYTES:
+        return BadSample("label", f"its label {name[:_SHOWN]!r}... has more than {MAX_CLASS_BYTES} bytes: give the name of a class")
+    if _printable(name) == name:
+        return None
+    try:
+        shown = repr(name[:_SHOWN].encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a pair that came from no byte
+        shown = ascii(name[:_SHOWN])
+    return BadSample(
+        "label", f"its label {shown} is not UTF-8: rename the folder, file or tar that it comes from, or save it as UTF-8 text"
+    )
+
+
+def _without_bad_labels(names: list[str] | None, unusable: list[BadSample | None] | None, *, leaf: bool) -> dict[str, Any]:
+    """Return `label_names` without those that no class can have, and `unusable` with their samples."""
+    bad = {name: why for name in set(names or ()) if (why := bad_label(name.rpartition("/")[2] if leaf else name)) is not None}
+    if names is None or not bad:
+        return {}
+    marked = [known or bad.get(name) for known, name in zip(unusable or [None] * len(names), names, strict=True)]
+    return {"label_names": ["" if name in bad else name for name in names], "unusable": marked}
+
+
+def _without_bad_found(rule: str, listing: Listing) -> list[BadSample | None] | None:
+    """Return what is unusable, also samples in whose paths, the label names of a listing, the rule finds a label that no class can have.
+
+    A label is searched below the split folders or not, as `splits.by` says, which is not known here: so in both ways.
+    """
+    found = list[BadSample | None](listing.unusable or [None] * len(listing))
+    paths = listing.label_names or []
+    rows = [row for row, path in enumerate(paths) if found[row] is None and bad_label(path) is not None]
+    if not rows:
+        return listing.unusable
+    for splits in (None, listing.splits if listing.label_paths else None):
+        tops = None if splits is None else [splits[row] for row in rows]
+        names, _, _ = _search("source.label", rule, [paths[row] for row in rows], tops, rows=range(len(rows)))
+        for row, name in zip(rows, names, strict=True):
+            found[row] = found[row] or bad_label(name)
+    return found if any(found) else listing.unusable
+
+
+def _plain(path: str) -> str:
+    """Return a path without empty parts and `.`, which name no folder: `a//b` and `./a/b` are in `a`."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
 def _with_split_folders(
-    paths: list[str], splits: list[str] | None, unusable: Sequence[Unusable | None] | None
+    paths: list[str], splits: list[str] | None, unusable: Sequence[BadSample | None] | None
 ) -> tuple[list[str], list[str] | None, bool]:
     """Return paths, the splits of their samples, and whether the paths begin with these; what is unusable decides nothing."""
     if splits is not None:
@@ -197,7 +269,7 @@ def found_in(
     paths: Sequence[str],
     sources: Sequence[str],
     tops: Sequence[str] | None = None,
-    unusable: Sequence[Unusable | None] | None = None,
+    unusable: Sequence[BadSample | None] | None = None,
 ) -> list[str]:
     """Return what the expression of a rule finds in each path, "" for samples that are unusable, in which nothing is searched.
 
@@ -209,35 +281,44 @@ def found_in(
     DataError
         If it finds nothing in one of them; some are named by `sources`.
     """
-    expression, whole = Expression(option, rule), [_printable(spelled(path)) for path in paths]
-    below = whole if tops is None else [path[len(spelled(top)) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
-    names = [path.rpartition("/")[2] for path in whole]
-    searched = [names, below, whole] if option == "source.label" else [whole, names]
-    found, left = [""] * len(whole), [row for row in range(len(whole)) if unusable is None or unusable[row] is None]
-    searchable = len(left)
-    for texts, part in [(texts, part) for texts in searched for part in (_stem, str)]:
-        for row, name in zip(left, expression.search([part(texts[row]) for row in left]), strict=True):
-            found[row] = name
-        left = [row for row in left if not found[row]]
+    searchable = [row for row in range(len(paths)) if unusable is None or unusable[row] is None]
+    found, left, searched = _search(option, rule, paths, tops, rows=searchable)
     if left:
-        shown = ", ".join(dict.fromkeys(repr(part(texts[left[0]])) for texts in searched for part in (_stem, str)))
+        shown = ", ".join(dict.fromkeys(repr(_printable(part(texts[left[0]]))) for texts, part in searched))
         raise DataError(
-            f"{option}={rule} finds nothing in {len(left)} of {searchable} samples: {quoted([sources[row] for row in left])} "
+            f"{option}={rule} finds nothing in {len(left)} of {len(searchable)} samples: {quoted([sources[row] for row in left])} "
             f"(it was searched in {shown}): change the expression, or move these samples away"
         )
-    return found
+    return list(map(_printable, found))
 
 
-def _with_bad_names(folders: Sequence[str], unusable: list[Unusable | None] | None) -> list[Unusable | None] | None:
-    """Return which samples are unusable, also those in a folder whose name would be a class and is not UTF-8."""
-    bad = {
-        folder: Unusable("name", f"the folder name {os.fsencode(folder)!r} is not UTF-8 and would name a class: pack it with another name")
-        for folder in set(folders)
-        if _printable(folder) != folder
-    }
-    if not bad:
-        return unusable
-    return [why or bad.get(folder) for folder, why in zip(folders, unusable or [None] * len(folders), strict=True)]
+def _search(
+    option: str, rule: str, paths: Sequence[str], tops: Sequence[str] | None, *, rows: Sequence[int]
+) -> tuple[list[str], Sequence[int], list[tuple[list[str], Callable[[str], str]]]]:
+    """Return what the expression finds in these rows of the paths, lone surrogates included, in which rows nothing, and where it searched.
+
+    That are texts, one for each path, and what is searched of them.
+    """
+    expression, whole = Expression(option, rule), list(map(spelled, paths))
+    below = whole if tops is None else [path[len(spelled(top)) + 1 :] if top else path for path, top in zip(whole, tops, strict=True)]
+    names = [path.rpartition("/")[2] for path in whole]
+    several = [names, below, whole] if option == "source.label" else [whole, names]
+    searched: list[tuple[list[str], Callable[[str], str]]] = [(texts, part) for texts in several for part in (_stem, str)]
+    found, left = [""] * len(whole), rows
+    for texts, part in searched:
+        for row, name in zip(left, expression.search([_without_lone(part(texts[row])) for row in left]), strict=True):
+            found[row] = _with_lone(name)
+        left = [row for row in left if not found[row]]
+    return found, left, searched
+
+
+def _without_lone(text: str) -> str:
+    """Return a text that RE2 reads: other characters, which are those of words, stand for lone surrogates."""
+    return text if text.isascii() else _LONE.sub(lambda lone: chr(ord(lone[0]) + _PLANE), text)
+
+
+def _with_lone(text: str) -> str:
+    return text if text.isascii() else _STANDS.sub(lambda other: chr(ord(other[0]) - _PLANE), text)
 
 
 def _stem(path: str) -> str:

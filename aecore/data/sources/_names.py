@@ -14,6 +14,7 @@ _LATER = {
 _WORDS = _SPLITS | _LATER
 _DATA = frozenset({"images", "image", "imgs", "img", "data", "x", "inputs", "features"})
 _LABELS = frozenset({"labels", "label", "targets", "target", "y"})
+_OF_LABELS = frozenset({"class", "classes", "id", "ids", "fine", "coarse", "true", "gt"})  # which labels they are
 _FORMAT = re.compile(r"idx\d|ubyte|npy|npz|gz")
 _WORD = re.compile(r"[^a-z0-9]+")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -110,10 +111,24 @@ def without_split(name: str) -> tuple[str, ...]:
 
 
 def partner(name: str, arrays: Sequence[str], labels: Iterable[str]) -> str | None:
-    """Return the labels of the array `name`, one of `arrays`: those with the same other words in their name, or the only ones."""
-    known = list(labels)
-    same = [other for other in known if subject(other) == subject(name)] or (known if len(arrays) == 1 else [])
+    """Return the labels of the array `name`, one of `arrays`; None if none belong to it by their name, or several do.
+
+    Labels belong to an array if the words of both names are the same but for those that mean images and labels (`x_test` and `y_test`,
+    `cats` and `cats_labels`). The only labels belong to the only array if all of their other words are in its name too (`cats` and
+    `labels`). Words that say which labels they are may be added (`images` and `class_labels`). Everything else names another array:
+    `dogs_labels` are none of `cats`, and `y_test` none of `x_train`.
+    """
+    known, mine = list(labels), subject(name)
+    same = [other for other in known if subject(other) == mine]
+    same = same or [other for other in known if _named_subject(other) == mine]
+    if not same and len(arrays) == len(known) == 1 and set(_named_subject(known[0])) <= {*mine}:
+        same = known
     return same[0] if len(same) == 1 else None
+
+
+def _named_subject(labels: str) -> tuple[str, ...]:
+    """Return the words of the name of labels that may name an array."""
+    return tuple(word for word in subject(labels) if word not in _OF_LABELS)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -18,6 +18,7 @@ from aecore.data.sources._skipped import first_of
 from aecore.errors import DataError
 from aecore.store import open_regular
 
+CHUNK_BYTES = 1 << 20
 try:
     from compression.zstd import ZstdError  # type: ignore[import-not-found,unused-ignore]  # Python 3.14 has it
 except ImportError:
@@ -61,8 +62,11 @@ def _member(archive: zipfile.ZipFile, name: str, packed: int, limit: int, option
     info = archive.getinfo(name)
     if info.file_size > (limit or ALLOWED_BYTES) and info.file_size > (most := InflateLimit.of(packed, limit, option)).most:
         raise BadSample("too_large", f"{name} in the .npz inflates to {info.file_size} bytes, more than {most.why}; or save it as .npy")
+    inflated = BytesIO()  # `read` of all at once, or joined pieces, would hold them twice
     with archive.open(info) as member:
-        found = member.read(info.file_size + 1)
+        while inflated.tell() <= info.file_size and (piece := member.read(CHUNK_BYTES)):
+            inflated.write(piece)
+    found = inflated.getvalue()
     if len(found) != info.file_size:
         raise BadSample("truncated", f"{name} in the .npz has {len(found)} bytes, {info.file_size} were promised: save it again")
     return found

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
@@ -31,11 +32,15 @@ MAX_DIGITS = 20  # of a PAX size
 WINDOW_BYTES, NEAR_BYTES = 1 << 16, 1 << 13  # of small members many are read at once, a tenth of the time
 LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at once
 MAX_HEADERS = 32  # before a sparse member: the standard library recurses for each, and writers need up to 4
+MAX_MAP_BYTES = 1 << 22  # of a sparse member's headers and its map of holes: some 300,000 of them
 _EMPTY, _HOLE = bytes(BLOCK), bytes(1 << 20)
 FILES, _WITHOUT_DATA, _EXTENDING = (
     frozenset(kinds) for kinds in ((b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"x", b"X", b"L", b"K", b"g"))
 )
 _LINKS = frozenset((b"1", b"2"))
+_FIELDS = frozenset(("path", "linkpath", "size", "GNU.sparse.name"))  # of PAX headers
+_OF_MEMBER, _SPARSE, _DIGITS = "member", "GNU.sparse", "digits"  # what else is known of headers: they are of the next member, sparse,
+_MANY_DIGITS = re.compile(rb"(?<![0-9])[0-9]{65}")  # and have such a number, for which the standard library needs time as its square
 _DAMAGED = (tarfile.TarError, ValueError, OverflowError, TypeError, RecursionError)  # what `tarfile` raises for headers that are
 T = TypeVar("T")
 SPARSE, UNREADABLE = b"S", b"S!"  # the second is no type of tar
@@ -80,13 +85,15 @@ class TarFile:
     """An open external tar, compressed or not: `descriptor` to `pread` from, `size` in bytes. `close` it.
 
     A compressed one (by its first bytes) is inflated to an unnamed file first, to at most `limit` bytes, the value of `option` (0: see
-    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could.
+    `InflateLimit`; DataError). `broken` says why it could not be inflated to its end, "" if it could. `stamp` is equal while the file
+    was not written again.
     """
 
     def __init__(self, files: Files, name: str, limit: int = 0, option: str = "") -> None:
         self.where = f"{files.url}/{name}"
         self.compression: str | None = None
         self.broken = ""
+        self.stamp = 0, 0, 0
         self._files, self._name, self._limit, self._option = files, name, limit, option
         self._window, self._end = (b"", 0), 0  # the last bytes read by `_near` and where they begin, where the last piece ended
         self.descriptor = read_again(self._opened, self.where)
@@ -100,6 +107,7 @@ class TarFile:
         try:
             self.compression = compression(os.pread(descriptor, START_BYTES, 0))
             self._found = os.fstat(descriptor)
+            self.stamp = self._found.st_size, self._found.st_mtime_ns, self._found.st_ino
         except BaseException:
             close_read(descriptor)
             raise
@@ -186,47 +194,49 @@ class TarFile:
                 start = self._after_map(start, sparse=block)
             if extended:
                 size = self._extended_size(extended, size, position)
-                name, target = extended.get("path", name), extended.get("linkpath", target)
-                if any(key.startswith("GNU.sparse") for key in extended):
+                name, target = extended.get("path") or name, extended.get("linkpath") or target  # an empty field sets nothing (POSIX)
+                if _SPARSE in extended:
                     name, kind = extended.get("GNU.sparse.name", name), b"S"
-                extended = {}
             if kind in _WITHOUT_DATA:
                 size = 0
             if start + size > self.size:
                 raise self._broken(f"is truncated: {name!r} needs bytes up to {start + size}, the file has {self.size}")
             position = start + size + -size % BLOCK
             if kind == SPARSE:
-                start, (size, target) = first, self._sparse(first, size, headers)
+                why = f"{headers} headers set its name and size, at most {MAX_HEADERS} are read" if headers > MAX_HEADERS else ""
+                why = why or ("its headers have a number of more than 64 digits" if _DIGITS in extended else "")
+                start, (size, target) = first, (0, why) if why else self._sparse(first, size)
                 kind = UNREADABLE if target else SPARSE
-            first, headers = None, 0
+            first, headers, extended = None, 0, {}
             if kind != b"5" and not name.endswith("/"):
                 yield Entry(name.removeprefix("./"), start, size, kind, target, part)
         if self.broken:
             raise self._broken(self.broken)
 
     @contextlib.contextmanager
-    def _unpacked(self, first: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        """Give the member whose headers begin at `first` to the standard library, which knows all three formats of sparse files."""
-        file = cast(IO[bytes], io.BufferedReader(_At(self.descriptor, first)))  # the stubs know fewer files than `tarfile` takes
-        with tarfile.TarFile(fileobj=file) as tar:
+    def _unpacked(self, first: int) -> Iterator[tarfile.TarInfo]:
+        """Give the member whose headers begin at `first` to the standard library, which knows all three formats of sparse files.
+
+        It reads the headers and the map, as long as that says it is, but at most `MAX_MAP_BYTES`.
+        """
+        file = io.BufferedReader(_At(self.descriptor, first, first + MAX_MAP_BYTES))
+        with tarfile.TarFile(fileobj=cast(IO[bytes], file)) as tar:  # the stubs know fewer files than `tarfile` takes
             info = tar.next()
             if info is None:
                 raise tarfile.ReadError("no member")
-            yield tar, info
+            yield info
 
     def _map(self, first: int) -> tuple[int, list[tuple[int, int]]]:
         """Return the size of a sparse file with its holes, and the place and size of each piece of data in it."""
-        with self._unpacked(first) as (_, info):
+        with self._unpacked(first) as info:
             return info.size, [(int(at), int(length)) for at, length in cast(list[tuple[int, int]], info.sparse)]
 
-    def _sparse(self, first: int, stored: int, headers: int) -> tuple[int, str]:
+    def _sparse(self, first: int, stored: int) -> tuple[int, str]:
         """Return the size of a sparse file with its holes (`stored` bytes without), and why it cannot be read ("": it can)."""
-        if headers > MAX_HEADERS:
-            return 0, f"{headers} headers set its name and size, at most {MAX_HEADERS} are read"
         try:
             size, pieces = self._again(lambda: self._map(first))
         except _DAMAGED as error:
-            return 0, str(error)
+            return 0, f"its map of holes is damaged or has more than {MAX_MAP_BYTES} bytes: {error}"
         ends = [0, *(end for at, length in pieces if length for end in (at, at + length)), size]
         if ends != sorted(ends) or sum(length for _, length in pieces) > stored:
             return 0, "its map of holes is damaged"
@@ -237,7 +247,7 @@ class TarFile:
         """Return the bytes of a sparse file with zeros in its holes."""
         pieces, end = list[bytes](), 0  # joined: `extractfile` would hold all bytes three times
         try:
-            with self._unpacked(member.offset) as (_, info):
+            with self._unpacked(member.offset) as info:
                 place = info.offset_data
                 known = [piece for piece in cast(list[tuple[int, int]], info.sparse) if piece[1]]
                 for at, length in [*known, (member.size, 0)]:
@@ -259,7 +269,7 @@ class TarFile:
         """BrokenTar if the tar is cut where it cannot end; a tar without its end blocks is counted."""
         if not self.size:
             raise self._broken("is truncated: it is empty")
-        if extended:
+        if _OF_MEMBER in extended:
             raise self._broken(f"is truncated: it ends at byte {self.size} inside a member's headers")
         if len(block) < BLOCK and not self.broken:  # zeros after a member are its padding or one of the end blocks
             what = "tar(s) without end blocks, whose writer was not closed or was stopped: it is not known whether they are whole"
@@ -284,10 +294,11 @@ class TarFile:
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end, which would be read for minutes
                 return None
-        while piece := self._read(CHUNK_BYTES, position):
+        size = BLOCK  # first: of thousands of joined tars each has few zeros
+        while piece := self._read(size, position):
             if piece.count(0) != len(piece):
                 return position + len(piece) - len(piece.lstrip(b"\0")) & -BLOCK
-            position += len(piece)
+            position, size = position + len(piece), min(2 * size, CHUNK_BYTES)
         return None
 
     def _later_header(self, position: int) -> int | None:
@@ -341,17 +352,23 @@ class TarFile:
             raise self._broken(f"has a header of {size} bytes at byte {start}: it is damaged or truncated")
         data = self._read(size, start)
         if kind in (b"L", b"K"):
-            return {"path" if kind == b"L" else "linkpath": _text(data)}
+            return {_OF_MEMBER: "", "path" if kind == b"L" else "linkpath": _text(data)}
         found = self._pax(data, start)
         if kind == b"g" and {"path", "linkpath", "size"} & found.keys():
             raise BrokenTar(f"{self.where} gives all its members one name or size at byte {start}: it is damaged or hostile")
-        return {} if kind == b"g" else found
+        digits = {_DIGITS: ""} if _MANY_DIGITS.search(data) else {}
+        if kind == b"g":
+            return digits
+        sparse = {_SPARSE: ""} if any(key.startswith(_SPARSE) for key in found) else {}
+        return {_OF_MEMBER: "", **{key: found[key] for key in _FIELDS & found.keys()}, **sparse, **digits}  # others may be of any size
 
     def _extended_size(self, extended: dict[str, str], size: int, position: int) -> int:
         text = extended.get("size", "")
         if len(text) > MAX_DIGITS:
             raise self._broken(f"has a damaged PAX header at byte {position}: it states a size of {len(text)} digits")
-        return int(text) if text.isdecimal() else size
+        if text and not (text.isascii() and text.isdigit()):
+            raise self._broken(f"has a damaged PAX header at byte {position}: it states a size of {text!r}")
+        return int(text) if text else size
 
     def _pax(self, data: bytes, start: int) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -393,8 +410,8 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 class _At(io.RawIOBase):
     """A file at a position of its own, which is not shared with other readers of the descriptor; closing it does not close that."""
 
-    def __init__(self, descriptor: int, position: int) -> None:
-        self._descriptor, self._position = descriptor, position
+    def __init__(self, descriptor: int, position: int, end: int | None = None) -> None:
+        self._descriptor, self._position, self._end = descriptor, position, end
 
     def readable(self) -> bool:
         return True
@@ -410,6 +427,7 @@ class _At(io.RawIOBase):
         return position
 
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]  # of the buffers that `BufferedReader` passes
-        got = os.preadv(self._descriptor, [memoryview(buffer)[:LARGEST_READ]], self._position)
+        most = LARGEST_READ if self._end is None else min(LARGEST_READ, max(0, self._end - self._position))
+        got = os.preadv(self._descriptor, [memoryview(buffer)[:most]], self._position)
         self._position += got
         return got

@@ -12,23 +12,24 @@ A sample that cannot be used is returned with a reason, for the quarantine; what
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import ALLOWED_EXTENSIONS, DATA_EXTENSIONS
-from aecore.data.sources import Unusable
 from aecore.data.sources._inflate import ALLOWED_BYTES
+from aecore.data.sources._labels import bad_label
 from aecore.data.sources._other_files import OF_SYSTEM, is_of_system, kind_of_file
 from aecore.data.sources._skipped import Skipped
 from aecore.data.sources._tar_file import FILES, SPARSE, UNREADABLE, BrokenTar, Entry, Member, TarFile
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot of the last component
 MAX_LINKED = 1_000_000  # members that links to folders add to one tar
-MAX_HOPS = 32  # links that lead to links
+MAX_HOPS, MAX_DETOURS = 32, 20_000  # links that lead to links; all in a tar, but the first two of each: a second
 MAX_NAME_BYTES, MAX_LEVELS = 4096, 128  # of a member's name, as Linux has them for a path
-MAX_CLASS_BYTES = 1 << 10
+LONGEST_TARGET = MAX_NAME_BYTES + 1  # letters that are kept of what a link leads to: a longer one leads nowhere
 ARCHIVED = "npz"  # read like the array in it
 _SIDE_EXTENSIONS = ALLOWED_EXTENSIONS - DATA_EXTENSIONS
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(?:\.[A-Za-z][A-Za-z0-9_-]*)*")
@@ -74,7 +75,7 @@ class TarSample(NamedTuple):
     part: int
     members: Mapping[str, Member]
     data: Member
-    bad: Unusable | None = None
+    bad: BadSample | None = None
 
 
 class TarSamples(NamedTuple):
@@ -86,21 +87,21 @@ class TarSamples(NamedTuple):
 
 def tar_samples(tar: TarFile, reading: TarReading, skipped: Skipped) -> TarSamples:
     """Return the samples of a tar; what is no sample is counted in `skipped`. StoreError if it cannot be read."""
-    entries, broken = list[Entry](), None
+    entries, broken, groups = list[Entry](), None, _Groups(tar, reading, skipped)
     try:
-        for entry in tar.entries(skipped, joined=reading.rules > 1):
-            entries.append(entry)  # those before an error count
+        for entry in tar.entries(skipped, joined=reading.rules > 1):  # those before an error count
+            if reading.rules > 1 and _is_too_long(entry.name):
+                groups.add(entry)  # which keeps the beginning of its name: a thousand of 1 MiB may be in one compressed tar
+            elif reading.rules > 1 and len(entry.target) > LONGEST_TARGET:
+                entries.append(entry._replace(target=entry.target[:LONGEST_TARGET]))
+            else:
+                entries.append(entry)
     except BrokenTar as error:
         broken = error
-    groups = _Groups(tar, reading, skipped)
-    if reading.rules > 1 and (long := {entry.offset for entry in entries if _is_too_long(entry.name)}):
-        for entry in entries:
-            if entry.offset in long:
-                groups.add(entry)
-        entries = [entry for entry in entries if entry.offset not in long]
     if reading.rules > 1 and not {entry.kind for entry in entries}.isdisjoint(_LINKS):
         parts = [list(joined) for _, joined in itertools.groupby(entries, key=lambda entry: entry.part)]
-        entries = [entry for joined in parts for entry in _resolved(joined, groups.unusable)]
+        detours = itertools.repeat(None, MAX_DETOURS)
+        entries = [entry for joined in parts for entry in _resolved(joined, detours, groups.unusable)]
     for entry in entries:
         groups.add(entry)
     found = sorted(groups.samples(), key=lambda sample: sample.data.offset)
@@ -118,7 +119,7 @@ def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
         if sample.bad is None and held + sample.data.size > most:
             why = f"with it, the holes and links of the tar would become {held + sample.data.size} bytes, more than {limit.why}"
             sample = sample._replace(
-                bad=Unusable("member", f"{why}: pack the tar without --sparse (-S), and several links into several tars")
+                bad=BadSample("member", f"{why}: pack the tar without --sparse (-S), and several links into several tars")
             )
         else:
             held += sample.data.size if sample.bad is None else 0
@@ -127,24 +128,28 @@ def _within(samples: list[TarSample], tar: TarFile) -> list[TarSample]:
 
 
 def stated_class(tar: TarFile, member: Member | None) -> str:
-    """Return the class that the text of a member names, "" without a member.
+    """Return the class that the text of a member names, "" without a member; BadSample if it is none, see `stated_text`."""
+    return text_of_class(stated_text(tar, member, MAX_CLASS_BYTES, "label"))
 
-    BadSample if it is too large, or no UTF-8: then two classes could become one. A byte-order mark is no part of it.
+
+def stated_text(tar: TarFile, member: Member | None, limit: int, reason: str) -> str:
+    """Return the text of a member, "" without a member; a byte-order mark is no part of it.
+
+    BadSample if it is too large, or no UTF-8 (for this `reason`): then two texts could become one.
     """
-    data = small_member(tar, member, MAX_CLASS_BYTES)
+    data = small_member(tar, member, limit)
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         shown = repr(data[: error.end][-20:])
-        raise BadSample("label", f"{member.name if member else ''!r} is no UTF-8 (it has {shown}): save the text as UTF-8") from error
-    return text_of_class(text)
+        raise BadSample(reason, f"{member.name if member else ''!r} is no UTF-8 (it has {shown}): save the text as UTF-8") from error
 
 
 def text_of_class(text: str) -> str:
-    """Return a class as it is stored; BadSample if it has what cannot be stored: without that, two could become one."""
+    """Return a class as it is stored; BadSample if it cannot be one (`bad_label`)."""
     text = text.removeprefix("\ufeff").strip()
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise BadSample("label", f"its label {text[:80]!r} has NUL or half a surrogate pair in it: write it without")
+    if (bad := bad_label(text)) is not None:
+        raise bad
     return text
 
 
@@ -169,10 +174,10 @@ class _Groups:
     def __init__(self, tar: TarFile, reading: TarReading, skipped: Skipped) -> None:
         self._tar, self._reading, self._skipped = tar, reading, skipped
         self._found: dict[tuple[int, str], dict[str, Member]] = {}
-        self._bad: dict[tuple[int, str], Unusable] = {}  # by part and name: members that cannot be read, or come twice
+        self._bad: dict[tuple[int, str], BadSample] = {}  # by part and name: members that cannot be read, or come twice
         self._others = list[TarSample]()  # links that are named like no sample, and lead to what may be many
 
-    def unusable(self, entry: Entry, why: Unusable, what: str) -> None:
+    def unusable(self, entry: Entry, why: BadSample, what: str) -> None:
         """Take an entry without bytes of its own as a sample that cannot be used; count it if it is no link and not named like a sample."""
         match = MEMBER_NAME.fullmatch(entry.name)
         if match is not None and not _is_hidden(entry.name) and _is_named_like_a_sample(match[2].lower()) and self._reading.rules > 1:
@@ -194,16 +199,16 @@ class _Groups:
             most = f"at most {MAX_NAME_BYTES} bytes and {MAX_LEVELS} levels are read"
             what = f"{short!r} has a name of {len(name)} characters in {levels} levels, {most}"
             place = Member(short, entry.offset, 0)
-            self._others.append(TarSample(short, entry.part, {}, place, Unusable("name", f"{what}: pack it with a shorter name")))
+            self._others.append(TarSample(short, entry.part, {}, place, BadSample("name", f"{what}: pack it with a shorter name")))
         elif entry.kind == UNREADABLE:
             why = f"{name!r} is a sparse file that cannot be read ({entry.target}): pack it without --sparse (-S)"
-            self.unusable(entry, Unusable("member", why), "sparse file(s) that cannot be read")
+            self.unusable(entry, BadSample("member", why), "sparse file(s) that cannot be read")
         elif not (entry.kind in FILES or (entry.kind == SPARSE and self._reading.rules > 1)):
             what = _KINDS.get(entry.kind, f"member(s) of type {entry.kind!r}")
             why = f"{name!r} is one of the {what.replace('(s)', 's')}, which have no bytes that can be read"
-            self.unusable(entry, Unusable("member", why), what)
+            self.unusable(entry, BadSample("member", why), what)
         elif name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
-            self.unusable(entry, Unusable("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
+            self.unusable(entry, BadSample("name", f"the name {name!r} leaves the archive: pack it with a relative name"), UNSAFE)
         else:
             match = MEMBER_NAME.fullmatch(name)
             is_reserved = name[:2] == "__" and name.endswith("__")
@@ -212,7 +217,7 @@ class _Groups:
             else:
                 self._put(entry, match[1], match[2])
 
-    def _put(self, entry: Entry, key: str, ext: str, bad: Unusable | None = None) -> None:
+    def _put(self, entry: Entry, key: str, ext: str, bad: BadSample | None = None) -> None:
         """Take a member; `bad` says why it cannot be used. Of members with one name the last is listed, and the others are counted."""
         ext = _extension(ext, self._reading.rules)
         members = self._found.get((entry.part, key))
@@ -222,7 +227,7 @@ class _Groups:
             first = members[ext].name
             what = f"{entry.name!r} twice" if first == entry.name else f"both {first!r} and {entry.name!r}"
             why = f"the tar has {what}, and it is not known which one is meant: write the tar again"
-            bad = Unusable("twice", why)
+            bad = BadSample("twice", why)
             if self._reading.rules > 1:
                 self._skipped.add(AGAIN, first)
         members[ext] = Member(entry.name, entry.offset, entry.size, entry.kind == SPARSE)
@@ -265,7 +270,7 @@ class _Groups:
         if not chosen and (reading.rules == 1 or _DOCUMENT.fullmatch(key)):
             self._skipped.add(NO_DATA if reading.rules == 1 else DOCUMENTS, key)
             return
-        bad: Unusable | None = None
+        bad: BadSample | None = None
         if self._bad:
             bad = next((bad for member in members.values() if (bad := self._bad.get((part, member.name)))), None)
         if isinstance(chosen, str):
@@ -287,16 +292,16 @@ def _chosen(members: Mapping[str, Member], reading: TarReading) -> str | list[st
     return found[0] if len(found) == 1 else found
 
 
-def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: TarReading) -> Unusable:
+def _without_data(key: str, members: Mapping[str, Member], found: list[str], reading: TarReading) -> BadSample:
     """Return why a sample with none or several images has no data."""
     if found:
         why = f"sample {key!r} has the images {', '.join(found[:8])}: choose one with {reading.option}=<extension>"
-        return Unusable("ambiguous", why)
+        return BadSample("ambiguous", why)
     held = ", ".join(sorted(members)[:8]) + (", ..." if len(members) > 8 else "")
     asked = f"member .{reading.member}, which {reading.option} asks for" if reading.member else "image or array that is read"
     other = next((member.name for ext, member in members.items() if ext.rpartition(".")[2] not in ALLOWED_EXTENSIONS), None)
     what, remedy = ("", "") if other is None or reading.member else kind_of_file(other)
-    return Unusable("no_data", f"sample {key!r} has no {asked}, only {held}" + (f" ({what}: {remedy})" if remedy else ""))
+    return BadSample("no_data", f"sample {key!r} has no {asked}, only {held}" + (f" ({what}: {remedy})" if remedy else ""))
 
 
 def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> dict[str | None, dict[str, Member]]:
@@ -311,6 +316,7 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
         if "." in ext:
             below[ext.rpartition(".")[0]][ext.rpartition(".")[2]] = member
     apart: dict[str | None, dict[str, Member]] = {None: plain.copy()}
+    rest_has_data = any(map(data_extension, plain))
     for name in sorted(below, key=lambda name: not any(map(data_extension, below[name]))):  # those with an image first
         those = below[name]
         side = bool(_SIDE_EXTENSIONS & those.keys())
@@ -318,11 +324,12 @@ def _by_name(members: dict[str, Member], words: Counter[str], wanted: str) -> di
         if any(map(data_extension, those)):
             is_own = side or not tells_apart
         else:  # labels whose image is missing, unless they are further ones of a sample with an image
-            is_own = side and not tells_apart and not any(map(data_extension, apart[None]))
+            is_own = side and not tells_apart and not rest_has_data
         if is_own and not any(f"{name}.{ext}".lower() == wanted.lower() for ext in those):
             apart[name] = those
         else:
             apart[None] |= {f"{name}.{ext}": member for ext, member in those.items()}
+            rest_has_data |= any(map(data_extension, those))
     return apart if apart[None] else {name: those for name, those in apart.items() if name is not None}
 
 
@@ -340,15 +347,15 @@ def _is_hidden(name: str) -> bool:
     return name[name.rfind("/") + 1 :].startswith(".")
 
 
-def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], None]) -> Iterable[Entry]:
+def _resolved(entries: list[Entry], detours: Iterator[None], unusable: Callable[[Entry, BadSample, str], None]) -> Iterable[Entry]:
     """Yield all entries, links to files and folders of the tar with the place of what they lead to; others are given to `unusable`.
 
     They lead where they do when the tar is unpacked: a hard link to the file that has its target's name when the link is made, whatever
     gets that name later; a symbolic one, which is relative to its folder, to the last file of a name.
     """
     lengths = frozenset(len(path) for entry in entries if entry.kind in _LINKS and (path := _normal(entry.name)) is not None)
-    made, files, links = _unpacked(entries, lengths)
-    targets = {name: _target(link, links, lengths) for name, link in links.items()}
+    made, files, links = _unpacked(entries, lengths, detours)
+    targets = {name: _target(link, links, lengths, detours) for name, link in links.items()}
     for name, link in links.items():  # before those to folders, which may hold them
         if (target := targets[name]) is not None and (there := files.get(target)) is not None:
             files[name] = link._replace(offset=there.offset, size=there.size, kind=there.kind)
@@ -358,7 +365,7 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
             yield entry
             continue
         path, what = _normal(entry.name), _KINDS[entry.kind]
-        target = None if path is None else targets[path] if path in targets else _target(entry, links, lengths)
+        target = None if path is None else targets[path] if path in targets else _target(entry, links, lengths, detours)
         inside: Sequence[str] = ()
         if entry.kind == _SYMBOLIC and target is not None:
             if (there := files.get(target)) is not None:
@@ -371,14 +378,16 @@ def _resolved(entries: list[Entry], unusable: Callable[[Entry, Unusable, str], N
             of_tar = "file that comes before it in this tar" if entry.kind == _HARD else "file or folder of this tar"
             why = "a loop, too long, or out of the archive" if target is None else f"{target!r}, which is no {of_tar}"
             why = f"{entry.name!r} is a link to {entry.target[:MAX_NAME_BYTES]!r}, that is {why}: pack with `tar -h`"
-            unusable(entry, Unusable("link", why), what)
+            unusable(entry, BadSample("link", why), what)
             continue
         for name in inside:
             there = files[name]
             yield there._replace(name=entry.name + name[len(target or "") :], part=entry.part)
 
 
-def _unpacked(entries: Iterable[Entry], lengths: Set[int]) -> tuple[list[Entry], dict[str, Entry], dict[str, Entry]]:
+def _unpacked(
+    entries: Iterable[Entry], lengths: Set[int], detours: Iterator[None]
+) -> tuple[list[Entry], dict[str, Entry], dict[str, Entry]]:
     """Return the entries, and the files and symbolic links that are there by path after all of them: hard links are what they lead to."""
     made, files, links = list[Entry](), dict[str, Entry](), dict[str, Entry]()
     for entry in entries:
@@ -386,7 +395,7 @@ def _unpacked(entries: Iterable[Entry], lengths: Set[int]) -> tuple[list[Entry],
         if entry.kind == _HARD and path is not None:
             if (link := links.get(_normal(entry.target) or "")) is not None:  # a further name of a symbolic link
                 entry = entry._replace(kind=_SYMBOLIC, target=link.target)
-            elif (there := files.get(_target(entry, links, lengths) or "")) is not None:
+            elif (there := files.get(_target(entry, links, lengths, detours) or "")) is not None:
                 entry = entry._replace(offset=there.offset, size=there.size, kind=there.kind)
         made.append(entry)
         if path is None or entry.kind == _HARD:
@@ -419,15 +428,18 @@ def _by_folder(files: Iterable[str], folders: Set[str | None]) -> dict[str, list
     return found
 
 
-def _target(entry: Entry, links: Mapping[str, Entry], lengths: Set[int]) -> str | None:
+def _target(entry: Entry, links: Mapping[str, Entry], lengths: Set[int], detours: Iterator[None]) -> str | None:
     """Return the path in the tar that a link leads to after all links on the way; None if it leaves the tar or leads in a circle.
 
-    `lengths` are those of the names of links: other beginnings of a path need not be looked up.
+    `lengths` are those of the names of links: other beginnings of a path need not be looked up. `detours` has an item for each of the
+    links on the way, after the first two, that are followed in this tar: then a path that needs more is too long.
     """
     path: str | None = entry.target if entry.kind == _HARD else f"{entry.name.rpartition('/')[0]}/{entry.target}".removeprefix("/")
     if entry.kind == _SYMBOLIC and entry.target.startswith("/"):
         return None
-    for _ in range(MAX_HOPS):
+    for hop in range(MAX_HOPS):
+        if hop > 2 and next(detours, True):
+            return None
         path = None if path is None or _is_too_long(path) else _normal(path)
         if path is None:
             return None

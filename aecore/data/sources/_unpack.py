@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from aecore.data.format.file_kinds import BZIP2, GZIP, XZ, ZSTD
 from aecore.data.sources._inflate import InflateLimit
 from aecore.errors import disk_error
 
 CHUNK_BYTES = 1 << 20
 START_BYTES = 6  # that tell how a file is compressed
 MAX_XZ_BYTES = 512 << 20  # of memory: what `xz -9` takes is 65 MiB, and a header may ask for 4 GiB
-_STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_STARTS = {GZIP: "gzip", BZIP2: "bzip2", XZ: "xz", ZSTD: "zstd"}
 _SKIPPABLE = b"\x2a\x4d\x18"  # a zstd stream may begin with a skippable frame: 0x50 to 0x5f before these bytes
 _DAMAGED = (zlib.error, lzma.LZMAError, EOFError, ValueError)
 

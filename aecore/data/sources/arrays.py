@@ -1,5 +1,10 @@
 """Arrays whose rows are samples: `.npy`, `.npz` (with labels and `factor_*`), and idx files as MNIST ships them, also gzip'ed.
 
+Which labels are those of an array is said by names alone (`_names.partner`): among the arrays of an `.npz`, among the other files of a
+folder, and for a single file by the one of its name with labels in the place of images; `source.labels` names others. Labels that belong
+to no array by name, or with others to the same one, are not taken: a line of the log names them. Labels that are taken have a row for each
+of the samples, or the source is refused.
+
 uint8 arrays `[N, H, W]` and `[N, H, W, 1 | 3 | 4]` are images, and are stored as PNG (stored, not deflated: about the bytes of a `.npy`
 member, the same on every machine): so `shards.resize` and `shards.mode` work, networks get `[C, H, W]`, and any reader of
 WebDataset sees pictures. The pixels are those of the array. Everything else, and everything with `source.store_as=npy`, keeps its values
@@ -7,6 +12,7 @@ in `.npy` members of the row's shape. Files are mapped, not loaded: a worker rea
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +25,15 @@ from numpy.typing import NDArray
 from aecore.data.format.record import encode_keys
 from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._arrayfile import Array, ArrayFile
-from aecore.data.sources._arrayvalues import class_names, native, require_lengths, require_rows, require_samples, row_writer
+from aecore.data.sources._arrayvalues import (
+    class_names,
+    native,
+    require_characters,
+    require_lengths,
+    require_rows,
+    require_samples,
+    row_writer,
+)
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._labels import is_expression, require_rule
 from aecore.data.sources._names import (
@@ -31,7 +45,6 @@ from aecore.data.sources._names import (
     split_of,
     split_words,
     stem_of,
-    subject,
     without_split,
 )
 from aecore.data.sources._other_files import is_of_system, skip_file
@@ -40,9 +53,17 @@ from aecore.errors import DataError, counted, did_you_mean
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import Seen, absolute_url, open_files, read_again
 
-_MEMBER = re.compile(r"(.*\.npz)/(.*)", re.DOTALL)
+_ENDS_FILE = re.compile(r"(?<=\.npz)/")
 FACTOR = "factor_"
+MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
+MOST_LOOKED_AT = 10_000  # names for an error
 _CHOOSE_LABELS = "source.labels takes one of them"
+_NAME_ALIKE = "name each like its array (cats.npy and cats_labels.npy, x_test.npy and y_test.npy), or say which with source.labels"
+_NO_LABEL = (
+    "no sample has a label, since no array of labels belongs to the samples by its name (labels or y for the only array, x_test and "
+    "y_test, cats and cats_labels): set source.labels to one, or to regex:<expression>"
+)
+_OF_NPZ = ("lengths", "images", "factors", "group")  # options that name arrays of an .npz
 _CHOOSE = "source.images takes one as samples, source.labels as labels, source.factors as columns"
 
 
@@ -55,8 +76,8 @@ class ArraysSpec:
     images: str = knob("", "array of an .npz that holds the samples; empty: images, x, data, ... or the only one")
     labels: str = knob(
         "",
-        "array of an .npz that holds the labels; regex:<expression> over the keys (cat/000000001 of cat.npy); empty: labels, y, ... if "
-        "there is one",
+        "array of an .npz, or file beside a .npy or idx file (its name, or its path below the source), that holds the labels; "
+        "regex:<expression> over the keys (cat/000000001 of cat.npy); empty: labels, y, ... if there is one",
     )
     factors: tuple[str, ...] = knob((), "arrays of an .npz that become columns, in addition to those named factor_*")
     lengths: str = knob("", "array of an .npz with the number of valid steps of each row; the rest is not stored")
@@ -122,6 +143,7 @@ class ArraysSource:
         self._files = open_files(url.rpartition("/")[0] or "/" if self._file else url)
         self._rows: dict[str, Callable[[int], tuple[str, bytes]]] = {}
         self._found = dict[str, Callable[[], os.stat_result]]()  # by head: what is known of its file after rows were read
+        self._labels: list[str] = []  # the files that `source.labels` names
 
     def listing(self) -> Listing:
         """List every row of every array, file by file.
@@ -145,9 +167,20 @@ class ArraysSource:
         if not blocks:
             raise DataError(f"{self._files.url} holds labels and no samples ({first_of(names)}): add the file of the images")
         taken = {block.label_file for block in blocks}
-        for name in filter(_is_label_file, names):
+        for name in filter(self._holds_labels, names):
             if name not in taken and not self._filter.excludes(name):
-                skipped.add("file(s) of labels that fit no array, or several", name, "name each like its array (x_test, y_test)")
+                if _array(self._spec.labels):
+                    skipped.add("file(s) of labels that source.labels does not name", name)
+                else:
+                    skipped.add("file(s) of labels that fit no array, or several", name, _NAME_ALIKE)
+        if not _any(blocks, "labels") and self._spec.label == "auto":
+            notes = (*notes, _NO_LABEL)
+        if _any(blocks, "labels"):
+            for block in blocks:
+                if block.labels is None:
+                    skipped.add(
+                        "array(s) without labels, as others have", block.head, "name labels like it to label its samples", kept=True
+                    )
         counts = [len(block.array) for block in blocks]
         rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
@@ -189,15 +222,28 @@ class ArraysSource:
 
     def _state(self, head: str) -> str | None:
         found = self._found.get(head)
-        return None if found is None else self._files.state(_file_of(head), found())
+        return None if found is None else self._files.state(self._file_and_array(head)[0], found())
 
     def _open(self, head: str) -> Callable[[int], tuple[str, bytes]]:
-        name, array = _file_of(head), head[len(_file_of(head)) + 1 :]
+        name, array = self._file_and_array(head)
         file = self._array_file(name)
         lengths = self._lengths(file, array, name) if array else None
         rows, self._found[head] = file.rows(array)
         self._rows[head] = found = row_writer(rows, self._spec.store_as, head, lengths)
         return found
+
+    def _file_and_array(self, head: str) -> tuple[str, str]:
+        """Return the file and the array in it ("" in a file of one): folders and arrays may have names that end in .npz too."""
+        found = [(head[: slash.start()], head[slash.end() :]) for slash in _ENDS_FILE.finditer(head)]
+        if array_format(head) is not None:
+            found.append((head, ""))
+        return next((place for place in found if self._is_file(place[0])), found[0]) if len(found) > 1 else found[0]
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return self._files.local(name).is_file()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _sizes(self, block: _Block) -> NDArray[np.int64]:
         """Return the bytes of every row as it is stored."""
@@ -220,6 +266,7 @@ class ArraysSource:
         """Return the names of the files to read, sorted, and notes; of a single file also that of its labels."""
         if self._file:
             names = self._with_labels(self._file)
+            self._labels = self._named_labels(names)
             if self._filter.is_set:
                 size = self._files.local(self._file).stat().st_size
                 self._see_labels(names[1:], names[:1], skipped)
@@ -229,7 +276,8 @@ class ArraysSource:
         names = [name for name in sizes if array_format(name) and not is_of_system(name)]
         for name in sorted(sizes.keys() - {*names}):
             skip_file(skipped, name, pictures="source.kind=folder takes them")
-        labels, data = ([name for name in names if _is_label_file(name) == wanted] for wanted in (True, False))
+        self._labels = self._named_labels(names)
+        labels, data = ([name for name in names if self._holds_labels(name) == wanted] for wanted in (True, False))
         taken = [name for name in data if self._filter.takes(name, sizes[name], skipped)] if self._filter.is_set else data
         self._see_labels(labels, taken, skipped)
         if data or not labels:
@@ -260,8 +308,8 @@ class ArraysSource:
             self._files.local(name).stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"source.url {self._files.url}/{name} cannot be read: {error.strerror or error}; check the address") from error
-        found = [name]
-        for other in _label_files(name):
+        asked, found = _array(self._spec.labels), [name]
+        for other in _label_files(name) if not asked else () if array_format(name) == "npz" else _files_called(asked):
             try:
                 self._files.local(other).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -275,18 +323,51 @@ class ArraysSource:
         stem = stem_of(name)
         if array_format(name) == "npz":
             yield from self._npz_blocks(file, name, stem, skipped)
-        elif self._spec.lengths:
-            raise DataError(f"source.lengths={self._spec.lengths} names an array of an .npz, {name} is none: save both with np.savez")
-        elif not _is_label_file(name):
+        elif not self._holds_labels(name):
+            for option in _OF_NPZ:
+                if asked := getattr(self._spec, option) if option != "group" else _array(self._spec.group):
+                    shown = asked if isinstance(asked, str) else ",".join(asked)
+                    raise DataError(f"source.{option}={shown} names an array of an .npz, {name} is none: save both with np.savez")
             array = require_samples(file.array(""), name)
-            siblings = {_last(stem_of(other)): other for other in names if _folder(other) == _folder(name) and array_format(other) != "npz"}
-            found = partner(_last(stem), [other for other in siblings if not is_labels(other)], filter(is_labels, siblings))
-            if found is None:
-                yield _Block(name, stem, array, split_of(stem))
-                return
-            _see_partner(_last(stem), found, siblings[found], skipped)
-            names_of_classes = self._label_names(siblings[found], "", array, name)
-            yield _Block(name, stem, array, split_of(stem), names_of_classes, label_file=siblings[found])
+            of_labels = self._labels_of(name, names)
+            labels = None if of_labels is None else self._label_names(of_labels, "", array, name)
+            yield _Block(name, stem, array, split_of(stem), labels, label_file=of_labels or "")
+
+    def _holds_labels(self, name: str) -> bool:
+        return _is_label_file(name) or name in self._labels
+
+    def _named_labels(self, names: list[str]) -> list[str]:
+        """Return those of the files that `source.labels` names: by a path below the source, or by a name, with or without its ending."""
+        asked, files = _array(self._spec.labels).removeprefix("./"), [name for name in names if array_format(name) != "npz"]
+        if "/" in asked:
+            return [name for name in files if asked in (name, stem_of(name))]
+        wanted = without_split(stem_of(asked) if array_format(asked) else asked)
+        return [name for name in files if without_split(_last(stem_of(name))) == wanted] if asked else []
+
+    def _labels_of(self, name: str, names: list[str]) -> str | None:
+        """Return the file of labels of a file that is one array; None if there is none, and `source.labels` asks for none."""
+        data = [other for other in names if array_format(other) != "npz" and not self._holds_labels(other)]
+        near, mine = [other for other in data if _folder(other) == _folder(name)], _last(stem_of(name))
+        if asked := _array(self._spec.labels):
+            beside = [other for other in self._labels if _folder(other) == _folder(name)]
+            labels, arrays = (beside, near) if beside else (self._labels, data)
+            alike = [other for other in arrays if split_words(_last(stem_of(other))) == split_words(mine)]
+            found = labels if len(arrays) == 1 else [other for other in labels if split_words(_last(stem_of(other))) == split_words(mine)]
+            if len(found) == len(alike) == 1:
+                return found[0]
+            known = [other if array_format(asked) else stem_of(other) for other in self._known() if other not in data]
+            names_what = f"several files ({first_of(found)})" if len(found) > 1 else "one file" if found else "no file"
+            for_what = f"several arrays ({first_of(alike)})" if len(alike) > 1 else name
+            remedy = "give one, with a row for each sample; of several arrays each needs its own (x_train, classes_train, x_test, ...)"
+            raise DataError(f"source.labels={asked} names {names_what} for {for_what}{did_you_mean(asked, known)}: {remedy}")
+        labels = [other for other in names if _folder(other) == _folder(name) and _is_label_file(other)]
+        stems = [_last(stem_of(other)) for other in labels]  # two files may have one stem
+        found_stem = partner(mine, near, stems)
+        return None if found_stem is None else labels[stems.index(found_stem)]
+
+    def _known(self) -> list[str]:
+        """Return the files of arrays at the source, or next to it if it is a file."""
+        return [name for name in itertools.islice(self._files.names(), MOST_LOOKED_AT) if array_format(name) not in (None, "npz")]
 
     def _npz_blocks(self, file: ArrayFile, name: str, stem: str, skipped: Skipped) -> Iterator[_Block]:
         known, asked = file.names(), _array(self._spec.labels)
@@ -301,14 +382,12 @@ class ArraysSource:
             factors = self._factor_names(known, data, name)
             columns = self._factor_columns(file, factors, data, len(array), name)
             lengths, bags = self._lengths(file, data, name), self._bags(known, name, data, array, prefix)
-            if label is not None and not asked:
-                _see_partner(data, label, f"{name}/{label}", skipped)
             others = [self._chosen(known, other, data, name) for other in (self._spec.lengths, _array(self._spec.group)) if other]
             used |= {*factors, *others, *([] if label is None else [label])}
             yield _Block(f"{name}/{data}", prefix, array, split, labels, columns, lengths, bags)
         for other in (other for other in known if other not in used):
             if is_labels(other):
-                skipped.add("array(s) of labels that fit no samples, or are not the only ones", f"{name}/{other}", _CHOOSE_LABELS)
+                skipped.add("array(s) of labels that fit no samples by name, or are not the only ones", f"{name}/{other}", _CHOOSE_LABELS)
             else:
                 skipped.add("array(s) that nothing takes", f"{name}/{other}", _CHOOSE)
 
@@ -318,7 +397,7 @@ class ArraysSource:
         if not asked:
             return None
         bags = self._label_names(name, self._chosen(known, asked, data, name, "source.group"), array, data)
-        return [f"{prefix}/{bag}" for bag in bags]
+        return [f"{prefix}/{_bag(bag, name)}" for bag in bags]
 
     def _data_names(self, known: list[str], where: str) -> list[str]:
         """Return the arrays of an .npz that hold samples: one, or one for each split."""
@@ -348,7 +427,12 @@ class ArraysSource:
         same = [name for name in found if split_words(name) == split_words(data)]
         same = same or [name for name in found if split_of(name) == split_of(data)]
         if asked in known and not same:
-            return asked
+            if len(self._data_names(known, where)) == 1:
+                return asked
+            raise DataError(
+                f"{where} has one array {asked!r} for several arrays of samples, of which each row belongs to one: save one for each "
+                f"(x_train, y_train, x_test, y_test), or choose the samples with source.images; {key} is {asked!r}"
+            )
         if not same:
             raise DataError(f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set {key} to one of these")
         return same[0]
@@ -369,35 +453,41 @@ class ArraysSource:
         found: dict[str, Array] = {}
         for name in names:
             values = require_rows(file.array(name, verify=True), count, f"{where} (array {name!r})", data)
+            require_characters(values, f"{where} (array {name!r})")
             title = FACTOR + name.removeprefix(FACTOR).removesuffix(f"_{split}")
             if values.ndim == 1:
-                found[title] = native(values)
+                new = {title: native(values)}
             elif values.ndim == 2:
-                found |= {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
+                new = {f"{title}_{column}": native(values[:, column]) for column in range(values.shape[1])}
             else:
                 raise DataError(f"{where} (array {name!r}) has shape {values.shape}: factors are numbers or rows of numbers")
+            if twice := sorted(new.keys() & found.keys()):
+                raise DataError(f"{where} (array {name!r}) gives the column {twice[0]!r}, as another array does: rename one of them")
+            found |= new
         return found
-
-
-def _file_of(head: str) -> str:
-    member = _MEMBER.fullmatch(head)
-    return member[1] if member else head
 
 
 def _any(blocks: list[_Block], what: str) -> bool:
     return any(getattr(block, what) for block in blocks)
 
 
-def _see_partner(data: str, labels: str, where: str, skipped: Skipped) -> None:
-    """Count labels that an array takes only because there are no others: their name has nothing of its name (`cats`, `dogs_labels`)."""
-    mine, others = set(subject(data)), set(subject(labels))
-    if mine and others and not mine & others:
-        what = "array(s) of labels of another name than their array, taken since there are no others"
-        skipped.add(what, f"{where} of {data}", "move them away, or name them like the array, if they are not its labels", kept=True)
+def _bag(name: str, where: str) -> str:
+    """Return the name of a bag with escapes for bytes that are no UTF-8; DataError if it is no text."""
+    try:
+        if "\0" not in name:
+            return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        pass
+    raise DataError(f"{where} names the bag {ascii(name)[:80]}, which has NUL or half a surrogate pair in it: write it without")
 
 
 def _is_label_file(name: str) -> bool:
     return array_format(name) != "npz" and is_labels(_last(stem_of(name)))
+
+
+def _files_called(asked: str) -> list[str]:
+    """Return what a file next to another may be called that `source.labels` names."""
+    return [asked, f"{asked}.npy", *(f"{asked}{ending}" for ending in ("-idx1-ubyte", "-idx1-ubyte.gz"))]
 
 
 def _folder(name: str) -> str:
@@ -412,7 +502,7 @@ def _label_files(name: str) -> list[str]:
     """Return the names that the file of labels may have next to a single file of images."""
     pairs = (("images", "labels"), ("imgs", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"))
     found = [re.sub(rf"(?<![A-Za-z0-9]){old}(?![A-Za-z0-9])", new, name) for old, new in pairs]
-    names = [re.sub(r"idx\d", "idx1", other) for other in found if other != name]
+    names = [other for made in found if made != name and _is_label_file(other := re.sub(r"idx\d", "idx1", made))]
     return [*names, *(other[:-3] if other.endswith(".gz") else f"{other}.gz" for other in names if array_format(name) == "idx")]
 
 
@@ -431,4 +521,17 @@ def _columns(blocks: list[_Block]) -> dict[str, NDArray[Any]]:
         without = [block.head for block in blocks if name not in block.factors]
         if without:
             raise DataError(f"{without[0]} has no array {name!r}, other files have one: add it, or shard the files separately")
-    return {name: np.concatenate([block.factors[name] for block in blocks]) for name in names}
+    return {name: _joined(name, blocks) for name in names}
+
+
+def _joined(name: str, blocks: list[_Block]) -> Array:
+    """Return a column of all blocks; DataError if numbers would become others in it, or texts are among them."""
+    parts = [block.factors[name] for block in blocks]
+    values = np.concatenate(parts)
+    inexact = values.dtype.kind == "f" and any(
+        max(abs(int(part.min())), abs(int(part.max()))) > MAX_EXACT for part in parts if part.dtype.kind in "iu"
+    )
+    if inexact or len({part.dtype == object for part in parts}) > 1:
+        types = first_of([f"{block.head} {part.dtype}" for block, part in zip(blocks, parts, strict=True)])
+        raise DataError(f"the arrays {name!r} are no one column, exactly ({types}): save them with one type")
+    return values

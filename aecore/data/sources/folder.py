@@ -165,7 +165,7 @@ class FolderSource:
             return listing
         from aecore.data.sources._frames import with_frames
 
-        framed = with_frames(listing, self._file)
+        framed = with_frames(listing, self._file, self._frames.max_pixels)
         return with_limit(framed, self._limit, self._group, framed.sources)
 
     def _nothing(self, skipped: Skipped) -> str:
@@ -306,29 +306,29 @@ class FolderSource:
                 continue
             mode = os.lstat(self._prefix + path).st_mode if size < 0 else stat.S_IFREG
             if stat.S_ISLNK(mode):
-                mode, size, seen = self._linked(path, found.settled, skipped)
+                mode, size, seen = self._linked(path, found.settled, skipped)  # of a link to nothing -1
                 if mode == 0:
                     continue
             elif size < 0:
                 size, seen = 0, None
             if stat.S_ISDIR(mode):
                 if self._filter.takes_folder(path, skipped):
-                    folders.append(_class_name(f"{path}/", self._root))
+                    folders.append(f"{path}/")
             elif "." not in name or _extension(name) not in self._extensions:
                 skip_file(skipped, path)
-            elif self._filter.takes(path, size, skipped):
-                found.add(path, size, seen)
+            elif self._filter.takes(path, size if size >= 0 else sys.maxsize, skipped):
+                found.add(path, max(size, 0), seen)
         return folders
 
     def _linked(self, path: str, settled: int, skipped: Skipped) -> tuple[int, int, Seen | None]:
-        """Return the mode and the bytes of what a link leads to, and what is seen of it; mode 0 if it is not followed."""
+        """Return the mode and the bytes of what a link leads to (-1: nothing is there), and what is seen of it; mode 0 if not followed."""
         try:
             state = os.stat(self._prefix + path)
         except OSError as error:
             if leads_nowhere(self._prefix + path, error) is None:
                 raise
             if self._follow and "." in path.rpartition("/")[2] and _extension(path) in self._extensions:
-                return stat.S_IFREG, 0, None  # a sample that cannot be read: its quarantine row says so
+                return stat.S_IFREG, -1, None  # a sample that cannot be read: its quarantine row says so
             skipped.add("symbolic link(s) to nothing", path, FETCH)
             return 0, 0, None
         followed = state.st_mode, state.st_size, local_seen(state, settled)
@@ -515,11 +515,3 @@ def _keys(paths: list[str]) -> list[str]:
         return encode_keys(stems)
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
     return encode_keys([path if stem in shared else stem for path, stem in zip(paths, stems, strict=True)])
-
-
-def _class_name(folder: str, root: Path) -> str:
-    try:
-        folder.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"the folder name {os.fsencode(folder)!r} below {root} is not UTF-8 and would name a class: rename it") from None
-    return folder

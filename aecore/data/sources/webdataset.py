@@ -10,7 +10,9 @@ with the reason, for the quarantine; so is every sample of a tar that is broken,
 """
 
 import contextlib
+import itertools
 import json
+import math
 import re
 import sys
 from collections import Counter, OrderedDict
@@ -21,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.artifact.documents import parse_json
+from aecore.data.classes import MAX_CLASS_BYTES
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.format.record import DATA_EXTENSIONS, encode_keys
-from aecore.data.sources import NAME_HELP, Listing, Unusable, require_name
+from aecore.data.sources import NAME_HELP, Listing, require_name
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._filter import PathFilter, globs, with_limit
 from aecore.data.sources._frames import FrameReader, with_frames
@@ -35,25 +38,27 @@ from aecore.data.sources._skipped import Skipped, of_kind
 from aecore.data.sources._tar_file import BrokenTar, Member, TarFile
 from aecore.data.sources._tar_samples import (
     ARCHIVED,
-    MAX_CLASS_BYTES,
     TarReading,
     TarSample,
     small_member,
     stated_class,
+    stated_text,
     tar_samples,
     text_of_class,
 )
 from aecore.data.sources._unpack import START_BYTES, compression
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
-from aecore.registry import SOURCES, knob, spec
+from aecore.registry import SOURCES, flatten, knob, spec
 from aecore.store import TAR_ENDINGS, Seen, trim_cache
 
 MAX_TEXT_BYTES, MAX_OPEN = 1 << 20, 64
+MOST_PATHS = 1000  # to values of json members, for an error
 MAX_JSON_DEPTH = 500  # so deep JSON can also be written again
 MAX_EXACT = 1 << 53  # whole numbers up to here are exact in float64
 _ENDINGS = "|".join(map(re.escape, sorted(TAR_ENDINGS, key=len, reverse=True)))
 _SOURCE = re.compile(rf"(.*?(?i:{_ENDINGS}))#(\d+)\+(\d+)(s?)#(.*)", re.DOTALL)
 _STEM = re.compile(rf"(?i:{_ENDINGS})$")
+_OF_JSON = "json_"
 Field = str | int | float | bool | None
 
 
@@ -106,6 +111,13 @@ class WebdatasetSpec:
         require_rule("source.label", self.label, ("auto", "cls", "txt", "json:<field>", "tar", "path", "leaf", "none"))
         require_rule("source.group", self.group, ())
         require_name(self.name)
+        twice = [name for name, count in Counter(map(_title, dict.fromkeys(self.columns))).items() if count > 1]
+        if twice:
+            field = twice[0].removeprefix(_OF_JSON)
+            raise ConfigError(
+                f"source.columns has {field!r} and {twice[0]!r}, and both would be the column {twice[0]!r} of the index, which has a "
+                f"column {field!r} of its own: leave one of them out"
+            )
         object.__setattr__(self, "include", globs("source.include", self.include))
         object.__setattr__(self, "exclude", globs("source.exclude", self.exclude))
 
@@ -125,11 +137,12 @@ class _Columns:
         self.keys, self.sources, self.labels, self.splits = list[str](), list[str](), list[str](), list[str]()
         self.tars, self.members = list[str](), list[str]()
         self.sizes, self.states = list[int](), list[Seen | None]()
-        self.unusable = list[Unusable | None]()
+        self.unusable = list[BadSample | None]()
         self.fields: dict[str, list[Field]] = {name: [] for name in fields}
         self.skipped = Skipped()
         self.texts = 0  # samples with a .txt
         self.seen: Counter[str] = Counter()  # fields of the json members
+        self.paths = dict[str, None]()  # to values in those that lack the label's, the first ones
 
 
 @SOURCES.register(WebdatasetSpec)
@@ -200,10 +213,7 @@ class WebdatasetSource:
             np.array(found.sizes, np.int64),
             label_names=found.labels if any(found.labels) else None,
             splits=found.splits if any(found.splits) else None,
-            columns={
-                f"json_{name}" if name in INDEX_SCHEMA.names else name: _column(values, found.unusable, self._spec.tars)
-                for name, values in found.fields.items()
-            },
+            columns={_title(name): _column(values, found.unusable, self._spec.tars) for name, values in found.fields.items()},
             notes=(*found.skipped.lines(), *self._filter.unused(), *self._notes(found)),
             label_paths=False,
             paths=found.members,
@@ -214,7 +224,7 @@ class WebdatasetSource:
         listing = with_limit(listing, self._spec.limit, self._spec.group, names)
         if self._spec.frames != "all":
             return listing
-        framed = with_frames(listing, self._member)
+        framed = with_frames(listing, self._member, self._frame.max_pixels)
         return with_limit(framed, self._spec.limit, self._spec.group, framed.sources)
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -302,6 +312,8 @@ class WebdatasetSource:
             raise
 
     def _list(self, found: _Columns, name: str) -> None:
+        if parse_source(f"{name}#0+0#0.png")[0] != name:
+            raise DataError(f"{self.tars.files.url}/{name!r} has a name like that of a sample in a tar: rename it")
         try:
             seen = self.tars.files.seen(name)
         except OSError:  # `_tar` says so
@@ -319,23 +331,23 @@ class WebdatasetSource:
                 size = self._spec.min_size if sample.bad is not None else sample.data.size
                 if self._filter.is_set and not self._filter.takes(f"{name}/{sample.data.name}", size, found.skipped, sample.data.name):
                     continue
-                bad = sample.bad if broken is None else Unusable("broken_tar", str(broken))
+                bad = sample.bad if broken is None else BadSample("broken_tar", str(broken))
                 self._add(found, sample, tar, place, bad)
             if broken is not None:
-                rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), Unusable("broken_tar", str(broken)))
+                rest = TarSample(name.rpartition("/")[2], 0, {}, Member("", 0, tar.size), BadSample("broken_tar", str(broken)))
                 self._add(found, rest, tar, place, rest.bad)
             found.states += [seen] * (len(found.keys) - len(found.states))
         finally:
             tar.close()
 
-    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, place: _Place, bad: Unusable | None) -> None:
+    def _add(self, found: _Columns, sample: TarSample, tar: TarFile, place: _Place, bad: BadSample | None) -> None:
         fields, label = dict[str, Field](), ""
         if bad is None:
             try:
                 fields = self._fields(found, sample, tar)
                 label = self._label(found, sample, tar, fields)
             except BadSample as error:
-                bad = Unusable(error.reason, error.message)
+                bad = error.bare()
         member = sample.data
         found.texts += "txt" in sample.members
         above = f"{place.stem}+{sample.part}" if sample.part else place.stem  # keys of joined tars may come again
@@ -360,8 +372,13 @@ class WebdatasetSource:
                 found.seen.update(data.keys())
             if self._spec.label.startswith(JSON):
                 fields[self._spec.label] = self._json_label(found, data)
-        if "txt" in self._spec.columns and "txt" in sample.members:
-            fields["txt"] = small_member(tar, sample.members["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace")
+        text = sample.members.get("txt")
+        if "txt" in self._spec.columns and self._spec.tars == 1:
+            fields |= {} if text is None else {"txt": small_member(tar, text, MAX_TEXT_BYTES).decode("utf-8", "replace")}
+        elif "txt" in self._spec.columns:
+            fields["txt"] = None if text is None else stated_text(tar, text, MAX_TEXT_BYTES, "metadata")
+        for name in self._spec.columns if self._spec.tars > 1 else ():
+            _require_text(name, fields.get(name))
         return fields
 
     def _json(self, tar: TarFile, member: Member | None) -> Any:  # any: plain JSON data
@@ -382,6 +399,8 @@ class WebdatasetSource:
         path = self._spec.label.removeprefix(JSON)
         value = json_field(data, path)
         found.seen.update([path] if value is not None else [])
+        if value is None and self._spec.tars > 1 and len(found.paths) < MOST_PATHS:
+            found.paths |= dict.fromkeys(path for path, _ in itertools.islice(flatten(data, lists=True), MOST_PATHS))
         if isinstance(value, dict | list) and self._spec.tars > 1:
             below = next(iter(value), "name") if isinstance(value, dict) else 0
             raise BadSample(
@@ -394,11 +413,14 @@ class WebdatasetSource:
     def _label(self, found: _Columns, sample: TarSample, tar: TarFile, fields: dict[str, Field]) -> str:
         rule = self._spec.label
         if rule == "tar":
-            return _clean(_STEM.sub("", tar.where.rpartition("/")[2]))
+            name = _STEM.sub("", tar.where.rpartition("/")[2])
+            return _clean(name) if self._spec.tars == 1 else name
         if rule not in ("auto", "cls", "txt") and not rule.startswith(JSON):
             return ""  # `by_rules` makes it of the path, or there is none
         if rule.startswith(JSON):
             value = fields.get(rule)
+            if isinstance(value, float) and not math.isfinite(value) and self._spec.tars > 1:
+                raise BadSample("label", f"{rule} is {value}, which may stand for any number: give a whole number or a name")
             text = "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
             text = text if self._spec.tars == 1 else text_of_class(text)
         else:
@@ -444,7 +466,8 @@ class WebdatasetSource:
                     where = f"{first} and {second} of {self.tars.files.url} both have"
                 else:
                     where = f"two of the tars that were joined to {self.tars.files.url}/{first} have"
-                raise DataError(f"{where} the key {key!r}: use source.keys=shard")
+                remedy = "rename one of these tars, since keys have their names without .tar (or .tar.gz, ...) before them"
+                raise DataError(f"{where} the key {key!r}: {remedy if self._spec.keys == 'shard' else 'use source.keys=shard'}")
             while found.keys[row] in taken:
                 again[key] += 1
                 found.keys[row] = f"{key}#{again[key] + 1}"
@@ -454,7 +477,8 @@ class WebdatasetSource:
         asked = {*self._spec.columns} - {"txt"} | ({self._spec.label.removeprefix(JSON)} if self._spec.label.startswith(JSON) else set())
         judged = any(bad is None or bad.reason == "no_label" for bad in found.unusable)
         for name in sorted(asked - found.seen.keys()) if judged else ():
-            raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, found.seen)}")
+            known = found.paths if name == self._spec.label.removeprefix(JSON) else found.seen
+            raise DataError(f"no .json member in {self.tars.files.url} has the field {name!r}{did_you_mean(name, known or found.seen)}")
 
 
 def parse_source(source: str) -> tuple[str, Member]:
@@ -463,6 +487,19 @@ def parse_source(source: str) -> tuple[str, Member]:
     if match is None:
         raise DataError(f"{source!r} is no sample of a tar (like 'a.tar#512+784#0001.png')")
     return match[1], Member(match[5], int(match[2]), int(match[3]), match[4] == "s")
+
+
+def _title(name: str) -> str:
+    """Return the column of the index that a field of the json member becomes."""
+    return f"{_OF_JSON}{name}" if name in INDEX_SCHEMA.names else name
+
+
+def _require_text(name: str, value: Field) -> None:
+    """BadSample if a text has what no column can hold."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("json", f"its field {name!r} is {ascii(value)[:80]}, which has half a surrogate pair: write it without") from error
 
 
 def _clean(text: str) -> str:
@@ -477,7 +514,7 @@ def _field(value: Any, rules: int) -> Field:  # any: plain JSON data
     return None if rules == 1 else json.dumps(value, ensure_ascii=False)
 
 
-def _column(values: list[Field], unusable: list[Unusable | None], rules: int) -> NDArray[Any]:  # any: every column has its own dtype
+def _column(values: list[Field], unusable: list[BadSample | None], rules: int) -> NDArray[Any]:  # any: every column has its own dtype
     """Return whole numbers as int64, numbers as float64 (NaN: none), everything else as text (None: none).
 
     Samples that cannot be used decide nothing: their values are zeros or none.
@@ -498,7 +535,8 @@ def _column(values: list[Field], unusable: list[Unusable | None], rules: int) ->
             return np.array([np.nan if value is None else value for value in values], np.float64)
     except OverflowError:
         pass
-    return np.array([None if value is None else _clean(str(value)) for value in values], dtype=object)
+    text: Callable[[Field], str] = str if rules > 1 else lambda value: _clean(str(value))
+    return np.array([None if value is None else text(value) for value in values], dtype=object)
 
 
 def _are_exact(values: list[Field]) -> bool:

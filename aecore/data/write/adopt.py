@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +19,18 @@ import pyarrow as pa
 
 from aecore.artifact.commit import PartRecord
 from aecore.artifact.fanout import Commit
+from aecore.data.dataset import read_listings
 from aecore.data.format.index import MEMBERS, content_sha256
 from aecore.data.manifest import DatasetManifest
 from aecore.data.sources import Listing, Source
 from aecore.data.sources._tar_samples import ARCHIVED
 from aecore.data.sources.webdataset import WebdatasetSource, WebdatasetSpec, parse_source
+from aecore.data.write.append import listing_table
 from aecore.data.write.pack import ShardWriter
 from aecore.data.write.shard import put_table, record_shard, recorded_shard
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError, DataError, Hint, counted
-from aecore.store import FileRef, Files, Store, cache_turn, open_store, read_again, resolve_url
+from aecore.store import FileRef, Files, Store, cache_turn, is_remote, open_store, read_again, resolve_url
 
 SHOWN = 3  # examples in an error
 
@@ -66,15 +68,17 @@ class AdoptWorker:
 def require_adoptable(source: Any, shards: ShardSpec) -> None:  # any: every source kind has its own spec class
     """Raise ConfigError for other sources than tars, and for options that would change the samples."""
     if not isinstance(source, WebdatasetSpec):
+        python = "; shard_dataset writes the others"
         raise ConfigError(
-            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset); shard_dataset writes the others",
-            hint=Hint("shard-instead"),
+            f"source.kind is {source.kind!r}: only tars are adopted (source.kind=webdataset){python}",
+            hint=Hint("shard-instead", {"python": python}),
         )
     if shards.resize is not None or shards.mode != "keep" or shards.value_range is not None or source.frames == "all":
+        python = ": use shard_dataset with source.kind=webdataset"
         raise ConfigError(
-            "shards.resize, shards.mode, shards.value_range and source.frames=all change samples, and adopting leaves them as they are: "
-            "use shard_dataset with source.kind=webdataset",
-            hint=Hint("shard-instead"),
+            "shards.resize, shards.mode, shards.value_range and source.frames=all change samples, and adopting leaves them as they "
+            f"are{python}",
+            hint=Hint("shard-instead", {"python": python}),
         )
 
 
@@ -93,28 +97,39 @@ def require_readable_by_offset(listing: Listing, source: Source) -> None:
             what = f"{tar} holds {member.name!r}, a sparse file, whose bytes are not in one place: pack it without --sparse (-S)"
         else:
             continue
-        raise DataError(f"{what}, or shard it (shard_dataset)", hint=Hint("shard-instead"))
+        python = " (shard_dataset)"
+        raise DataError(f"{what}, or shard it{python}", hint=Hint("shard-instead", {"python": python}))
 
 
-def require_same_tars(store: Store, parent: DatasetManifest, source: Source, fresh: Listing) -> None:
-    """Raise DataError if tars that the dataset has adopted are others now: its indexes would no longer fit them.
+def require_same_tars(store: Store, parent: DatasetManifest, source: Source, listing: Listing, fresh: Listing, *, limited: bool) -> None:
+    """Raise DataError if tars that the dataset has adopted are others now, or gone: its indexes would no longer fit them.
 
-    All are compared by size, and those in which new samples were found by their bytes.
+    All are compared by size and by the names, places and sizes of their samples, which were listed anyway, and those in which new samples
+    were found by their bytes. Bytes that changed in place are found when they are read, or all of them by verifying the data. A `limited`
+    listing may lack known samples.
     """
     assert isinstance(source, WebdatasetSource)
     tars, growing = source.tars, {parse_source(name)[0] for name in fresh.sources}
-    refs = {f"{resolve_url(store.url, shard.tar_base_url)}/{shard.tar.name}": shard.tar for shard in parent.shards if shard.tar_base_url}
-    changed = list[str]()
+    refs = {_place(resolve_url(store.url, shard.tar_base_url), shard.tar.name): shard.tar for shard in parent.shards if shard.tar_base_url}
+    changed = dict[str, str]()
     for name, size in tars.sizes().items():
-        known = refs.get(f"{tars.files.url}/{name}")
+        known = refs.get(_place(tars.files.url, name))
         if known is not None and size != known.bytes:
-            changed.append(f"{name!r} has {size} bytes, {known.bytes} when it was adopted")
+            changed[name] = f"{name!r} has {size} bytes, {known.bytes} when it was adopted"
         elif known is not None and name in growing and _tar_ref(tars.files, name).sha256 != known.sha256:
-            changed.append(f"{name!r} has other bytes than when it was adopted")
+            changed[name] = f"{name!r} has other bytes than when it was adopted"
+    home = _home(tars.files.url)
+    if {_home(resolve_url(store.url, shard.tar_base_url)) for shard in parent.shards if shard.tar_base_url} == {home}:
+        whole = frozenset[str]() if limited else frozenset(tars.names)  # of several homes a listing does not say whose its names are
+        changed = _moved(read_listings(store, parent), listing_table(listing), whole) | changed
+    if not is_remote(tars.files.url):
+        lost = (os.path.relpath(place, home) for place in refs if place.startswith(f"{home}/") and not os.path.exists(place))
+        changed |= {name: f"{name!r} is not there any more" for name in lost}
     if changed:
+        first = "; ".join([*changed.values()][:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
         raise DataError(
             f"{counted(len(changed), 'tar of', 'tars of')} {tars.files.url} changed since {store.url} indexed what was there: "
-            f"{'; '.join(changed[:SHOWN])}{'; ...' if len(changed) > SHOWN else ''}. Put new samples into new tars and restore these, or "
+            f"{first}. Put new samples into new tars and restore these, or "
             "adopt them as they are now into a new URL; nothing was written"
         )
 
@@ -140,6 +155,38 @@ class AdoptedTars:
 
     def _is(self, name: str, size: int | None, known: FileRef | None) -> bool:
         return known is not None and size == known.bytes and _tar_ref(self._tars.files, name).sha256 == known.sha256
+
+
+def _moved(known: pa.Table, asked: pa.Table, whole: Collection[str]) -> dict[str, str]:
+    """Return which tars have known samples in other places than when they were adopted; of the `whole` ones all are listed again."""
+    places = _sources(known)
+    found = dict[str, list[str]]()
+    for key, place in _sources(asked).items():
+        there = places.pop(key, place)
+        if there != place:
+            found.setdefault(parse_source(place)[0], []).append(f"{key!r} at {_shown_place(place)}, where {_shown_place(there)} was known")
+    for key, there in places.items():
+        if (tar := parse_source(there)[0]) in whole:
+            found.setdefault(tar, []).append(f"no {key!r}, which was at {_shown_place(there)}")
+    return {tar: f"{tar!r} has {counted(len(some), 'other sample', 'other samples')}, for example {some[0]}" for tar, some in found.items()}
+
+
+def _sources(table: Any) -> dict[str, str]:  # any: pyarrow's stubs take every value for one that may be None
+    return dict(zip(table["key"].to_pylist(), table["source"].to_pylist(), strict=True))
+
+
+def _shown_place(source: str) -> str:
+    tar, member = parse_source(source)
+    return f"{tar} byte {member.offset}"
+
+
+def _place(url: str, name: str) -> str:
+    """Return where a tar is, whatever links its address leads over."""
+    return _home(f"{url}/{name}")
+
+
+def _home(url: str) -> str:
+    return url if is_remote(url) else os.path.realpath(url)
 
 
 def files_of(sources: Sequence[str]) -> list[str]:

@@ -150,16 +150,10 @@ def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: Sh
     if len(moved):  # `a.jpg` was added next to `a.png`, so `a` would become `a%2Epng` and be written twice
         raise DataError(_changed(store, listing, moved, "another key than when they were sharded (a file of the same stem was added)"))
     if getattr(source, "frames", "first") == "all":
-        files, there = (pc.replace_substring_regex(table["source"], FRAME_ENDING, "") for table in (asked, known))
-        single, were_single = (pc.equal(names, table["source"]) for names, table in ((files, asked), (there, known)))
-        turned = pc.if_else(
-            single,
-            pc.is_in(files, value_set=there.filter(pc.invert(were_single)).combine_chunks()),
-            pc.is_in(files, value_set=there.filter(were_single).combine_chunks()),
-        )
-        turned = np.flatnonzero(turned.to_numpy() & ~is_known)
+        turned, refused = _other_frames(known, asked, listing, limited=getattr(source, "limit", None) is not None)
         if len(turned):  # a file of one frame is the sample `a`, one of several is `a/000000000`, ...: they would be there twice
             raise DataError(_changed(store, listing, turned, "another number of pages or frames than when they were sharded"))
+        is_known = is_known | np.isin(np.arange(len(listing)), refused)
     limit = getattr(source, "limit", None)
     fresh = np.flatnonzero(~is_known)
     if limit is None or len(known) + len(fresh) <= limit:
@@ -173,6 +167,30 @@ def new_rows(store: Store, parent: DatasetManifest, listing: Listing, shards: Sh
         len(known),
     )
     return fresh[chosen]
+
+
+def _other_frames(known: pa.Table, asked: pa.Table, listing: Listing, *, limited: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of files that have another number of pages or frames than they had, and those that are refused as they were.
+
+    Of a limited listing, which has some frames of a file and not others, only a change between one and several is seen. A file that is
+    refused as a whole is one row; to older versions each of its frames was one, of a share of its bytes.
+    """
+    files, there = (pc.replace_substring_regex(table["source"].combine_chunks(), FRAME_ENDING, "").to_pylist() for table in (asked, known))
+    names, were = (table["source"].to_pylist() for table in (asked, known))
+    were_single = {name: name == source for name, source in zip(there, were, strict=True)}
+    parts = dict(zip(there, known["bytes"].to_pylist(), strict=True))
+    before, now = Counter(there), Counter(files)
+    turned, refused = list[int](), list[int]()
+    for row, name in enumerate(files):
+        if name not in before:
+            continue
+        is_whole = listing.unusable is not None and listing.unusable[row] is not None
+        is_single = name == names[row]
+        if is_whole and is_single and not were_single[name] and -(-int(listing.sizes[row]) // before[name]) == parts[name]:
+            refused.append(row)
+        elif is_single != were_single[name] or (not limited and before[name] != now[name]):
+            turned.append(row)
+    return np.array(turned, np.int64), np.array(refused, np.int64)
 
 
 def require_whole_bags(store: Store, listing: Listing, fresh: NDArray[np.int64]) -> None:

@@ -9,6 +9,7 @@ Equal versions of the libraries give equal bytes.
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,15 +34,18 @@ _JPEG = ("jpg", "jpeg")
 _LARGE = 1e37  # far enough from the largest float32 for sums of them
 
 
-def prepare(data: bytes, ext: str, shards: ShardSpec, frames: Frames = "first") -> tuple[Header, bytes]:
-    """Return header and bytes of the data member to store; BadSample if the bytes are damaged or not of an allowed kind."""
+def prepare(data: bytes, ext: str, shards: ShardSpec, frames: Frames = "first", ranged: Counter[str] | None = None) -> tuple[Header, bytes]:
+    """Return header and bytes of the data member to store; BadSample if the bytes are damaged or not of an allowed kind.
+
+    `ranged` counts the `images` that `shards.value_range` converts, their `values`, and the `cut` ones, which are outside of it.
+    """
     try:
-        return _prepared(data, ext, shards, frames)
+        return _prepared(data, ext, shards, frames, Counter() if ranged is None else ranged)
     except BadSample as bad:
         raise explained(data, ext, bad) from bad
 
 
-def _prepared(data: bytes, ext: str, shards: ShardSpec, frames: Frames) -> tuple[Header, bytes]:
+def _prepared(data: bytes, ext: str, shards: ShardSpec, frames: Frames, ranged: Counter[str]) -> tuple[Header, bytes]:
     if ext not in IMAGE_EXTENSIONS:
         return _prepare_array(data, ext, shards)
     header = image_header(data, ext, pixels=shards.pixels, max_pixels=shards.max_pixels)
@@ -57,7 +61,7 @@ def _prepared(data: bytes, ext: str, shards: ShardSpec, frames: Frames) -> tuple
     fits = shards.resize is None or (header.width == header.height == shards.resize and not _loses_alpha(header, shards))
     if fits and shards.mode in ("keep", header.mode) and not _has_range(header, shards):
         return header, data
-    return (_converted_1 if shards.pixels == 1 else _converted)(data, header, shards)
+    return _converted_1(data, header, shards) if shards.pixels == 1 else _converted(data, header, shards, ranged)
 
 
 def _require_decodable(data: bytes, header: ImageHeader) -> None:
@@ -108,13 +112,13 @@ def _has_range(header: ImageHeader, shards: ShardSpec) -> bool:
     return shards.value_range is not None and SampleFormat.parse(header.format_text).dtype != np.uint8
 
 
-def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Header, bytes]:
+def _converted(data: bytes, header: ImageHeader, shards: ShardSpec, ranged: Counter[str]) -> tuple[Header, bytes]:
     pixels, has_alpha = _decoded(lambda: decode_image(data))
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise BadSample("not_finite", "the image holds NaN or infinity, which cannot be resized or converted")
     white = float(_decoded(lambda: white_level(data, pixels.dtype)))
     if shards.value_range is not None and pixels.dtype != np.uint8:
-        pixels, white = _in_range(pixels, *shards.value_range, white if has_alpha else None), 65535.0
+        pixels, white = _in_range(pixels, *shards.value_range, white if has_alpha else None, ranged), 65535.0
     if has_alpha:
         pixels = composed(pixels, shards.background, white)
     if shards.mode != "keep":
@@ -125,13 +129,17 @@ def _converted(data: bytes, header: ImageHeader, shards: ShardSpec) -> tuple[Hea
     return dataclasses.replace(image_header(changed, ext, max_pixels=shards.max_pixels), frames=header.frames), changed
 
 
-def _in_range(pixels: Pixels, black: float, white: float, opaque: float | None) -> Pixels:
-    """Return 16 bits from black to white; `opaque` is the largest alpha (None: there is none), which keeps its share."""
+def _in_range(pixels: Pixels, black: float, white: float, opaque: float | None, ranged: Counter[str]) -> Pixels:
+    """Return 16 bits from black to white, counted; `opaque` is the largest alpha (None: there is none), which keeps its share."""
+    ranged["images"] += 1
 
     def convert(block: Pixels) -> Pixels:
         shares = (block.astype(np.float64) - black) / (white - black)
         if opaque is not None:
             shares[..., -1] = block[..., -1] / opaque
+        colours = shares if opaque is None else shares[..., :-1]
+        ranged["values"] += colours.size
+        ranged["cut"] += int(np.count_nonzero((colours < 0) | (colours > 1)))
         return np.rint(np.clip(shares, 0, 1) * 65535).astype(np.uint16)
 
     return by_blocks(convert, pixels)

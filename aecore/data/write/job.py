@@ -10,11 +10,12 @@ by it.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +30,15 @@ from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
 from aecore.data.classes import is_spelled
 from aecore.data.dataset import Dataset
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
-from aecore.data.sources import Listing, Source, Unusable, origin_of
+from aecore.data.sources import Listing, Source, bound_pixels, origin_of, takes_frames
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
-from aecore.data.sources._skipped import shown_examples
+from aecore.data.sources._skipped import first_of, shown_examples
 from aecore.data.write.append import (
     SHOWN,
     listing_table,
@@ -56,12 +58,14 @@ from aecore.data.write.remove import live_details, part_of, remove_samples
 from aecore.data.write.reread import is_little, read_again
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
-from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings
+from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of
 from aecore.errors import ConfigError, DataError, counted
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
-from aecore.store import FileRef, Store, absolute_url, open_store, sha256_json
+from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json
 
 logger = logging.getLogger(__name__)
+MOST_EXAMPLES = 1000  # rows of quarantines that are looked at for an error
+LOST = 0.01  # share of values that `shards.value_range` may cut off without a warning
 
 
 class ShardWorker:
@@ -138,13 +142,17 @@ def adopt_shards(
     shards = shards or ShardSpec()
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, fan_out, adopt=True)
-    return _publish(work, fan_out, dry_run, on_part)
+    try:
+        return _publish(work, fan_out, dry_run, on_part)
+    finally:
+        remove_staging(work.store)  # the folder may be that of the tars
 
 
 def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
     if dry_run:
         plan = work.plan(claim=1)
         _warn_of_orphans(work, plan)
+        _warn_of_plan(work, plan)
         return plan.summary(known=len(work.listing) - len(work.fresh), changes=work.shown)
     _require_usable(work)
     if work.parent is not None and work.is_idle:
@@ -218,7 +226,9 @@ class _Work:
             plan = plan_parts(listing, self.placed, self.shards, self.parent, claim, self.source, files, written)
         if self.before_states:
             plan = dataclasses.replace(plan, tasks=tuple(dataclasses.replace(task, source_hashes=False) for task in plan.tasks))
-        chosen = (f"splits.by=auto chose {self.splits.by}",) if self.asked.by == "auto" else ()
+        in_names = self.splits.by == "folders" and self.listing.paths is not None and not self.listing.label_paths
+        where = ": the names of the files say the split" if in_names else ""
+        chosen = (f"splits.by=auto chose {self.splits.by}{where}",) if self.asked.by == "auto" else ()
         return dataclasses.replace(plan, notes=(*chosen, *plan.notes))
 
 
@@ -229,11 +239,12 @@ def _compare(
     names = store.list()
     newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
-    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source))
+    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), shards.max_pixels)
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
-    splits = resolve_splits(listing, asked, (recorded or {}).get("splits"), parent.splits if parent else ())
+    there = None if recorded is None else recorded.get("splits", {})
+    splits = resolve_splits(listing, asked, there, parent.splits if parent else (), frames=takes_frames(source))
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
     if adopt:
@@ -263,7 +274,7 @@ def _grown(work: _Work, parent: DatasetManifest, opened: Source) -> _Work:
     if work.adopt:
         from aecore.data.write.adopt import require_same_tars
 
-        require_same_tars(store, parent, opened, fresh)
+        require_same_tars(store, parent, opened, listing, fresh, limited=work.source.limit is not None)
     require_whole_bags(store, listing, rows)
     return dataclasses.replace(work, fresh=fresh)
 
@@ -277,8 +288,9 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         tars = AdoptedTars(store, parent, opened)
     ledger, known = read_ledger(store, parent), dict[str, str]()
     if work.splits.stratify:
-        rows = ledger.select(["key", "group", "split"]).to_pylist()
-        known = {name: row["split"] for row in rows for name in (row["group"] or row["key"],)}
+        keys, sources, splits = (list[Any](ledger[name].to_pylist()) for name in ("key", "source", "split"))  # any: texts
+        units = units_of(keys, sources, None, work.splits)
+        known = dict(zip((group or unit for group, unit in zip(ledger["group"].to_pylist(), units, strict=True)), splits, strict=True))
     placed = place_samples(listing, work.splits, parent, source, files_of(listing.sources) if work.adopt else None, known)
     rules = Rules(
         url=store.url,
@@ -289,7 +301,7 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         reread=lambda rows: read_again(rows, source, work.shards, fan_out),
         outside=functools.partial(_left_out, source, parent),
         tars=tars,
-        all_frames=getattr(source, "frames", "first") == "all",
+        all_frames=takes_frames(source),
         split_folders=work.splits.by == "folders",
     )
     changes = compare(listing, placed, ledger, rules)
@@ -341,7 +353,7 @@ def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  #
 
 
 def _listed(
-    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any
+    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any, max_pixels: int
 ) -> tuple[Mapping[str, Any] | None, Any, Source, Listing]:  # any: plain JSON data, and every source kind has its own spec class
     """Return the identity of the dataset that this source continues (None: a new one), the source's spec, the source, and its listing.
 
@@ -355,6 +367,7 @@ def _listed(
         if known is not None:
             return known
         opened: Source = SOURCES.build(spec)
+        bound_pixels(opened, max_pixels)
         listing = by_rules(spec, opened.listing())
         listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
@@ -391,6 +404,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     plan = plan if claim == 1 else work.plan(claim)
     take_over(store, claim)
     _warn_of_orphans(work, plan)
+    _warn_of_plan(work, plan)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
     make_worker = functools.partial(_worker_type(work), store.url, work.source)
@@ -422,6 +436,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
         logger.info("%s: %s", store.url, changes)
     for note in _pixel_notes(records, manifest.sample.shapes):
         logger.info("%s: %s", store.url, note)
+    for warning in _range_warnings(records, work.shards):
+        logger.warning("%s: %s", store.url, warning)
     report_formats(store, parent, manifest)
     return manifest
 
@@ -559,6 +575,47 @@ def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> It
         yield f"{arrays} [H, W, C] of {channels} channels (shards.layout=auto; hwc or chw)"
 
 
+def _range_warnings(records: Sequence[PartRecord], shards: ShardSpec) -> Iterator[str]:
+    """Yield what `shards.value_range` lost, or that it did nothing."""
+    if shards.value_range is None or not any(record.rows for record in records):
+        return
+    total = sum((Counter(record.detail.get("value_range", {})) for record in records), Counter[str]())
+    asked = f"shards.value_range=[{shards.value_range[0]:g},{shards.value_range[1]:g}]"
+    if not total["images"]:
+        yield f"{asked} changed nothing: all images have 8 bits, whose range is known"
+    elif total["cut"] > LOST * total["values"]:
+        images = counted(total["images"], "image", "images")
+        yield (
+            f"{asked} cut off {total['cut'] / total['values']:.1%} of the values of {images}, which are black or white now: check the "
+            "range, or write to another URL with a wider one"
+        )
+
+
+def _warn_of_plan(work: _Work, plan: DatasetPlan) -> None:
+    """Log what of the settings has no effect on the new samples."""
+    shards, parent = work.shards, work.parent
+    if shards.background != "white" and shards.resize is None and shards.mode == "keep" and shards.value_range is None:
+        logger.warning(
+            "%s: shards.background=%s changes nothing: without shards.resize, shards.mode or shards.value_range images keep their alpha "
+            "(a model of three channels composes it over transform.background)",
+            work.store.url,
+            shards.background,
+        )
+    filled = {task.split for task in plan.tasks} | {*(parent.splits if parent else ())}
+    for name, share in (("val", work.splits.val), ("test", work.splits.test)):
+        if share and len(work.fresh) and name not in filled:
+            units = "groups of samples" if work.fresh.groups is not None else "samples"
+            logger.warning(
+                "%s: no sample is in the split %s, which splits.%s=%g asks for: of few %s a hash may choose none; try "
+                "splits.stratify=true, another splits.seed or a larger share, before anything is trained on these",
+                work.store.url,
+                name,
+                name,
+                share,
+                units,
+            )
+
+
 def _warn_of_orphans(work: _Work, plan: DatasetPlan) -> None:
     if work.parent is None:
         warn_of_orphans(work.store, {task.stem for task in plan.tasks}, adopted=work.adopt)
@@ -591,7 +648,7 @@ def _require_usable(work: _Work) -> None:
     all_bad = work.parent is None and total == len(rows) > 0
     if len(rows) <= work.shards.max_bad * total and not all_bad:
         return
-    lines = "".join(f"\n  {asked.sources[row]}: {why.reason}: {why.message}" for row in rows[:SHOWN] if (why := unusable[row]))
+    lines = _examples((asked.sources[row], why.reason, why.message) for row in rows if (why := unusable[row]))
     counts = ", ".join(f"{reason} {count}" for reason, count in _reasons(unusable).most_common())
     remedy = f"or accept them with shards.max_bad={_share(len(rows), total)} or more, and"
     if len(rows) == total:
@@ -603,7 +660,16 @@ def _require_usable(work: _Work) -> None:
     )
 
 
-def _reasons(unusable: Sequence[Unusable | None]) -> Counter[str]:
+def _examples(bad: Iterable[tuple[str, str, str]]) -> str:
+    """Return lines of source, reason and message of the first bad samples: one for all those of one message, as of a broken tar."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for source, reason, message in bad:
+        if (reason, message) in found or len(found) < SHOWN:
+            found.setdefault((reason, message), []).append(source)
+    return "".join(f"\n  {first_of(names)}: {reason}: {message}" for (reason, message), names in found.items())
+
+
+def _reasons(unusable: Sequence[BadSample | None]) -> Counter[str]:
     return Counter(why.reason for why in unusable if why is not None)
 
 
@@ -624,19 +690,18 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
     if share <= max_bad * total and not all_bad:
         return
     refs = [ref for record in records for ref in record.files if ref.name.startswith("quarantine/")]
-    rows: list[Mapping[str, Any]] = []  # any: a row of the quarantine table
-    for ref in refs:
-        if len(rows) < SHOWN:
-            rows += read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}").slice(0, SHOWN - len(rows)).to_pylist()
-    lines = "".join(f"\n  {row['source']}: {row['reason']}: {row['message']}" for row in rows)
+    tables = (read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}").to_pylist() for ref in refs)
+    rows = itertools.islice(itertools.chain.from_iterable(tables), MOST_EXAMPLES)
+    lines = _examples((row["source"], row["reason"], row["message"]) for row in rows)
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record.detail.get("reasons", {}))
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(SHOWN))
+    accept = f", or accept them with shards.max_bad={_share(share, total)} or more" if not all_bad else ""
     if not any(record.rows for record in records):
         raise DataError(
             f"all {planned} samples are bad ({counts}): nothing was kept. First of them:{lines}\n"
-            "put them right, or check source.url and source.extensions, and run the command again"
+            f"put them right, or check source.url and source.extensions{accept}, and run the command again"
         )
     known = work.listing.states is not None
     unseen = "" if known else "; files that are repaired without another size need another output URL"  # they would be the same listing
@@ -644,5 +709,5 @@ def _require_good(work: _Work, records: Sequence[PartRecord]) -> None:
         f"{share} of {total} samples are bad, more than shards.max_bad={max_bad:g} allows ({counts}); no manifest was written. First of "
         f"them:{lines}\n"
         f"all are listed in {', '.join(f'{store.url}/{ref.name}' for ref in refs[:SHOWN])}{', ...' if len(refs) > SHOWN else ''}\n"
-        f"repair or remove these files, or accept them with a higher shards.max_bad, and run the command again{unseen}"
+        f"repair or remove these files{accept}, and run the command again{unseen}"
     )

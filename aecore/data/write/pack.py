@@ -50,6 +50,7 @@ class ShardWriter:
         self.hash = StreamHash()  # of the tar
         self.headers: dict[Header, int] = {}  # header -> code: a dataset has few different ones
         self.bad: list[tuple[int, str, str, str, str | None]] = []  # position, stage, reason, message, sha256
+        self.ranged = Counter[str]()  # by `shards.value_range`: see `prepare`
         self._good: list[tuple[Int64s, Int64s, Int64s]] = []  # positions in the task, codes of the headers, sizes
         self._digests: list[NDArray[np.uint8]] = []
         self._known: dict[tuple[bytes, str], Header] = {}  # by facts and extension
@@ -165,7 +166,7 @@ class ShardWriter:
             try:
                 ext, data = read(sources[position])
                 given = data
-                header, data = prepare(data, ext, shards, frames)
+                header, data = prepare(data, ext, shards, frames, self.ranged)
             except BadSample as bad:
                 digest = None if data is None else hashlib.sha256(data).hexdigest()  # None: a sample that has no bytes of its own
                 self.bad.append((position, "check", bad.reason, bad.message, digest))
@@ -262,7 +263,7 @@ class ShardWriter:
             "extensions": dict(extensions),
             "classes": dict(Counter(names)),
             **bags,
-        } | ({"first_frames": several} if several else {})
+        } | {name: value for name, value in (("first_frames", several), ("value_range", dict(self.ranged))) if value}
 
     def quarantine(self) -> pa.Table:
         """Return the table of the bad samples."""

@@ -20,7 +20,7 @@ from aecore.data.classes import UNKNOWN, in_order, numbers_of, require_known
 from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.manifest import DatasetManifest
-from aecore.data.sources import Listing, take
+from aecore.data.sources import Listing, take, takes_frames
 from aecore.data.sources._labels import fixed_classes, label_names
 from aecore.data.sources._skipped import MANY, first_of, shown_examples
 from aecore.data.write.spec import ShardSpec, ShardTask
@@ -136,7 +136,7 @@ def place_samples(
     `known` are the splits of keys and groups that are there already: with `splits.stratify` they keep them.
     """
     require_unique(listing)
-    chosen = resolve_splits(listing, splits)
+    chosen = resolve_splits(listing, splits, frames=takes_frames(source))
     names = label_names(listing, chosen.by == "folders")
     members = assign_splits(listing, chosen, names, parent, known)
     _require_whole_groups(listing, members, chosen, files)

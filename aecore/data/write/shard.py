@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from aecore.artifact.commit import PartRecord, put_or_adopt, read_record, require_counts, write_record
+from aecore.artifact.commit import PartRecord, damage_of_part, put_or_adopt, read_record, require_counts, write_record
 from aecore.artifact.fanout import Commit
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import INDEX_FORM, content_sha256, read_table, table_bytes
@@ -113,14 +113,15 @@ def recorded_shard(store: Store, task: ShardTask) -> PartRecord | None:
             "another version of this package may have written it; write to another URL"
         )
     found: dict[str, tuple[object, object]] = {"planned": (known.detail["planned"], known.rows + known.quarantined)}
-    if store.is_local:  # in a bucket it would be a download for each shard; the record is sealed
-        tables = {ref.name.partition("/")[0]: ref for ref in known.files if ref.name.endswith(".parquet")}
-        rows = {folder: read_table(store.read(ref.name, ref=ref), ref.name) for folder, ref in tables.items()}
-        found["rows"] = known.rows, len(rows.get("shards", ()))
-        found["quarantined"] = known.quarantined, len(rows.get("quarantine", ()))
-        if known.rows:
-            found["content_sha256"] = known.detail.get("content_sha256"), content_sha256(rows["shards"])
-    require_counts(store, known, found)
+    with damage_of_part(store, task.stem):
+        if store.is_local:  # in a bucket it would be a download for each shard; the record is sealed
+            tables = {ref.name.partition("/")[0]: ref for ref in known.files if ref.name.endswith(".parquet")}
+            rows = {folder: read_table(store.read(ref.name, ref=ref), ref.name) for folder, ref in tables.items()}
+            found["rows"] = known.rows, len(rows.get("shards", ()))
+            found["quarantined"] = known.quarantined, len(rows.get("quarantine", ()))
+            if known.rows:
+                found["content_sha256"] = known.detail.get("content_sha256"), content_sha256(rows["shards"])
+        require_counts(store, known, found)
     return known
 
 
@@ -131,10 +132,10 @@ def _put_shard(store: Store, writer: ShardWriter, staged: Path) -> tuple[list[Fi
     """
     stem, sha256 = writer.task.stem, writer.hash.hexdigest()
     with ThreadPoolExecutor(1) as background:
-        committing = background.submit(store.put_staged, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
+        committing = background.submit(put_or_adopt, store, f"shards/{stem}.tar", staged, role="tar", sha256=sha256)
         index = writer.index()
         detail = {"content_sha256": content_sha256(index), **writer.counts()}
-        tar = committing.result()
+        tar, _ = committing.result()
     metadata = {"format": 1, "split": writer.task.split, "stem": stem, "tar_sha256": sha256}
     return [tar, put_table(store, f"shards/{stem}.parquet", index, metadata, "index")], detail
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import background_of
 from aecore.data.format.image import MAX_PIXELS
-from aecore.data.sources import Unusable
 from aecore.errors import ConfigError
 from aecore.registry import knob, spec
 
@@ -20,7 +20,7 @@ class ShardSpec:
 
     max_samples: int = knob(10_000, "samples per shard at most", ge=1)
     max_bytes: int = knob(256 << 20, "source bytes per shard at most (one larger sample gets a shard of its own)", ge=1)
-    resize: int | None = knob(None, "side of the square that images are resized to; null keeps the original bytes", ge=1)
+    resize: int | None = knob(None, "side of the square that images are stretched to; null keeps the original bytes", ge=1)
     mode: Literal["keep", "L", "RGB"] = knob("keep", "pixel mode that images are converted to; keep keeps the original bytes")
     shuffle: bool = knob(True, "shuffle the samples of a split before they are cut into shards")
     seed: int = knob(0, "seed of that shuffle", ge=0)
@@ -101,7 +101,7 @@ class ShardTask:
         Further index columns (factors, metadata).
     shards : ShardSpec
         Resize, mode and check of the shards.
-    unusable : list of Unusable or None
+    unusable : list of BadSample or None
         Why each sample cannot be used, None for those that can; None if all of them can.
     states : list of str or None
         State of each sample's file when it was listed, None for those where it is not known; None if no state is.
@@ -121,7 +121,7 @@ class ShardTask:
     groups: list[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
-    unusable: list[Unusable | None] | None = None
+    unusable: list[BadSample | None] | None = None
     states: list[str | None] | None = None
     source_hashes: bool = True
 

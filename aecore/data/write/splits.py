@@ -1,6 +1,7 @@
 """PURE: assign samples to splits by folders, a column, or a hash.
 
-A hash is of (seed, key), or of the group, so a sample keeps its split when the dataset grows, regardless of the other samples.
+A hash is of (seed, key), or of the group, so a sample keeps its split when the dataset grows, regardless of the other samples. Pages and
+frames of a file (`source.frames=all`) are nearly alike: together they have the key of their file.
 """
 
 import dataclasses
@@ -36,6 +37,12 @@ class SplitSpec:
     test: float = knob(0.0, "share of the training samples that becomes the split test, by hash", ge=0.0, le=1.0)
     seed: int = knob(0, "seed of the hash", ge=0)
     column: str | None = knob(None, "metadata column that names the split (splits.by=column)")
+    files: Literal["auto", "whole", "cut"] = knob(
+        "auto",
+        "pages and frames of a file (source.frames=all); whole: in one split; cut: each by its own hash; auto: whole in new datasets",
+        since=2,
+        absent="cut",
+    )
     stratify: bool = knob(False, "val and test get their share of every class, as near as whole samples or groups allow", since=2)
 
     def __post_init__(self) -> None:
@@ -52,12 +59,20 @@ class SplitSpec:
 
 
 def resolve_splits(
-    listing: Listing, splits: SplitSpec, recorded: Mapping[str, Any] | None = None, known: Collection[str] = ()
-) -> SplitSpec:  # any: plain JSON data
-    """Return `splits` with `auto` resolved for this listing: column, folders, hash or none.
+    listing: Listing,
+    splits: SplitSpec,
+    recorded: Mapping[str, Any] | None = None,  # any: plain JSON data
+    known: Collection[str] = (),
+    *,
+    frames: bool = False,
+) -> SplitSpec:
+    """Return `splits` with `auto` resolved for this listing: column, folders, hash or none; files whole or cut.
 
-    An existing dataset keeps its `recorded` choice wherever that is still possible; `known` are the names of its splits.
+    An existing dataset keeps its `recorded` choice wherever that is still possible; `known` are the names of its splits. `frames` says
+    that a file may be several samples: else its pages need no rule, and the identity none.
     """
+    if splits.files == "auto":
+        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if frames and recorded is None else "cut"))
     if splits.by != "auto":
         return splits
     if splits.column is not None:
@@ -132,13 +147,14 @@ def assign_splits(
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
     kept: dict[str, NDArray[np.int64]] = {}
+    everything = units_of(listing.keys, listing.sources, listing.groups, splits)
     if splits.stratify and known:
-        units = take(listing.groups if listing.groups is not None else listing.keys, train)
+        units = take(everything, train)
         shared = ("train", *_carved(splits))
         places = np.array([shared.index(split) if (split := known.get(unit)) in shared else -1 for unit in units], np.int64)
         kept = {split: train[places == number] for number, split in enumerate(shared)}
         train = train[places < 0]
-    units = take(listing.groups if listing.groups is not None else listing.keys, train)
+    units = take(everything, train)
     if splits.stratify:
         place = _stratified(units, _strata(listing, names, train), splits, parent)
     else:
@@ -152,6 +168,13 @@ def assign_splits(
     rows |= {split: np.sort(np.concatenate([rows[split], there])) for split, there in kept.items()}
     names = [*SPLIT_ORDER, *sorted(name for name in rows if name not in SPLIT_ORDER)]
     return {name: rows[name] for name in names if len(rows.get(name, ()))}
+
+
+def units_of(keys: list[str], sources: list[str], groups: list[str] | None, splits: SplitSpec) -> list[str]:
+    """Return what is hashed of each sample: its group, or its key (with `splits.files=whole` that of the file that it is a frame of)."""
+    if groups is not None or splits.files != "whole":
+        return keys if groups is None else groups
+    return [key if file_of(source) == source else key.rpartition("/")[0] for key, source in zip(keys, sources, strict=True)]
 
 
 def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -> list[str] | None:

@@ -39,6 +39,7 @@ static uint32_t number(const uint8_t *data, int bytes) {
 
 /* Return the orientation, 1 to 8, that an EXIF block says (a TIFF header and its first directory); 1 where it says none. */
 static int exif_orientation(const uint8_t *block, int64_t size) {
+    for (; size >= 6 && memcmp(block, "Exif\0\0", 6) == 0; block += 6, size -= 6) {} /* some write it twice */
     if (size < 8 || (memcmp(block, "II*\0", 4) != 0 && memcmp(block, "MM\0*", 4) != 0)) return 1;
     int little = block[0] == 'I';
 #define TWO(at) (little ? block[at] | block[(at) + 1] << 8 : block[at] << 8 | block[(at) + 1])
@@ -49,9 +50,9 @@ static int exif_orientation(const uint8_t *block, int64_t size) {
         if (TWO(at) != 0x0112) continue;
         int64_t value = 0;
         switch (TWO(at + 2)) {
-            case 1: value = at + 9 <= size ? block[at + 8] : 0; break;
-            case 3: value = at + 10 <= size ? TWO(at + 8) : 0; break;
-            case 4: value = at + 12 > size ? 0 : little ? TWO(at + 8) | (int64_t)TWO(at + 10) << 16 : (int64_t)TWO(at + 8) << 16 | TWO(at + 10);
+            case 1: case 6: value = at + 9 <= size ? block[at + 8] : 0; break;
+            case 3: case 8: value = at + 10 <= size ? TWO(at + 8) : 0; break;
+            case 4: case 9: value = at + 12 > size ? 0 : little ? TWO(at + 8) | (int64_t)TWO(at + 10) << 16 : (int64_t)TWO(at + 8) << 16 | TWO(at + 10);
         }
         return value >= 1 && value <= 8 ? (int)value : 1;
     }
@@ -59,18 +60,25 @@ static int exif_orientation(const uint8_t *block, int64_t size) {
     return 1;
 }
 
-/* A PNG whose chunks match their checksums up to IEND, with an IDAT among them. `kind` is 3 if it is animated or has EXIF. */
+/* A PNG whose chunks match their checksums up to IEND, with an IDAT among them. `kind` is 3 if it is animated, has EXIF or a transparency
+ * that is none. */
 static Facts examine_chunks(const uint8_t *data, int64_t size) {
     static const uint8_t start[16] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n', 0, 0, 0, 13, 'I', 'H', 'D', 'R'};
     Facts none = {0}, found = {.kind = 1};
     int has_pixels = 0;
+    int64_t colours = 0;
     if (size < 33 || memcmp(data, start, sizeof start) != 0) return none;
     for (int64_t at = 8; at + 12 <= size;) {
         int64_t length = number(data + at, 4);
         const uint8_t *name = data + at + 4;
         if (length > size - at - 12 || crc32(name, length + 4) != number(name + 4 + length, 4)) return none;
         if (memcmp(name, "IDAT", 4) == 0) has_pixels = 1;
-        if (memcmp(name, "tRNS", 4) == 0) found.detail[2] = 1; /* transparency */
+        if (memcmp(name, "PLTE", 4) == 0 && !colours && !has_pixels && length % 3 == 0) colours = length / 3;
+        if (memcmp(name, "tRNS", 4) == 0) { /* transparency, where it is in its place and fits the colours */
+            int fits = data[25] == 0 ? length == 2 : data[25] == 2 ? length == 6 : data[25] == 3 && length && length <= colours;
+            found.detail[2] = 1;
+            if (!fits || has_pixels) found.kind = 3;
+        }
         if (memcmp(name, "eXIf", 4) == 0 || memcmp(name, "acTL", 4) == 0) found.kind = 3;
         if (memcmp(name, "IEND", 4) == 0) {
             found.width = number(data + 16, 4);

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aecore.data.dataset import open_dataset
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import array_header
 from aecore.data.sources import _inflate, _npz
@@ -310,3 +311,13 @@ def test_arrays_that_may_be_images_or_sequences_get_one_advice(tmp_path: Path, c
     assert "1 array of 20x16x3 is an image [H, W, C]" in text and "rvae" not in text
     text = said((20, 40), (21, 40))
     assert "sequences of up to 21 steps (2 lengths)" in text and "H, W, C" not in text
+
+
+def test_a_knob_about_rows_says_that_a_folder_of_arrays_holds_rows(tmp_path: Path, capsys) -> None:
+    labels = np.arange(40) % 3
+    save(tmp_path / "in", {"x.npy": values(40, 9, 9), "classes_of_x.npy": labels})
+    argv = ["shard", str(tmp_path / "in"), str(tmp_path / "out"), "source.labels=classes_of_x", "cluster.num_workers=0", "--json"]
+    assert main(argv) == 0
+    made = open_dataset(str(tmp_path / "out")).manifest
+    assert dict(made.statistics["train"].classes) == {str(label): int(count) for label, count in enumerate(np.bincount(labels))}
+    assert detect_source(str(tmp_path / "in"), options={"url"}).kind == "folder"

@@ -5,6 +5,7 @@ import gzip
 import io
 import re
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -400,8 +401,9 @@ class TestWhatIsNotUsed:
         (tmp_path / "pets").mkdir()
         np.save(tmp_path / "pets/cats.npy", PIXELS)
         np.save(tmp_path / "pets/dogs_labels.npy", LABELS)
-        assert "1 array of labels of another name than their array, taken since" in self.notes(tmp_path / "pets")
-        assert listing(tmp_path / "pets").label_names is not None
+        assert "('labels.npy', 'pets/dogs_labels.npy')" in self.notes(tmp_path)
+        assert "('dogs_labels.npy'): name each like its array (cats.npy and cats_labels.npy" in self.notes(tmp_path / "pets")
+        assert listing(tmp_path / "pets").label_names is None
 
     def test_thousands_of_arrays_are_a_count_and_examples(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
@@ -426,7 +428,100 @@ class TestWhatIsNotUsed:
             only_array((tmp_path / "a.npz").read_bytes())
 
 
-@pytest.mark.parametrize("labels", [[1e300, 1e19, 2e19, 5.0], [2.0**63, 0, 1, 2], [-1e19, 0, 1, 2], ["x\0y", "xy", "a", "b"]])
+# names of arrays and of labels, and which labels each array takes
+PARTNERS = [
+    ("cats", "dogs_labels", {}),
+    ("x_train", "y_test", {}),
+    ("train_images", "test_labels", {}),
+    ("cats_images", "cats_dogs_labels", {}),
+    ("images", "dogs_labels", {}),
+    ("x", "y_train", {}),
+    ("cats", "labels", {"cats": "labels"}),
+    ("x_train", "y", {"x_train": "y"}),
+    ("images", "labels", {"images": "labels"}),
+    ("images", "class_labels", {"images": "class_labels"}),
+    ("x_train", "y_train_fine", {"x_train": "y_train_fine"}),
+    ("cats", "cats_labels", {"cats": "cats_labels"}),
+    ("cats dogs", "dogs_labels", {"dogs": "dogs_labels"}),
+    ("x_train x_test", "y", {}),
+    ("x_train x_test", "y_test y_train", {"x_train": "y_train", "x_test": "y_test"}),
+    ("x_train x_val", "y_train y_test", {"x_train": "y_train"}),
+    ("images", "labels cats_labels", {"images": "labels"}),
+    ("cats", "dogs_labels birds_labels", {}),
+    ("x", "y labels", {}),
+]
+
+
+@pytest.mark.parametrize(("arrays", "labels", "taken"), PARTNERS)
+def test_labels_belong_to_the_array_that_their_name_says(tmp_path: Path, arrays: str, labels: str, taken: dict[str, str]) -> None:
+    """The labels of an array are those of its name, in an `.npz` (which finds its samples by name) as among the files of a folder."""
+    numbers = {name: np.full(len(PIXELS), number) for number, name in enumerate(labels.split())}
+    held = {**dict.fromkeys(arrays.split(), PIXELS), **numbers}
+    expected = {name: str(numbers[taken[name]][0]) if name in taken else "" for name in arrays.split()}
+    (tmp_path / "files").mkdir()
+    for name, values in held.items():
+        np.save(tmp_path / f"files/{name}.npy", values)
+    np.savez(tmp_path / "all.npz", **held)
+    found = {"files": listing(tmp_path / "files")} | ({} if arrays == "cats dogs" else {"all.npz": listing(tmp_path / "all.npz")})
+    for where, of in found.items():
+        names = of.label_names or [""] * len(of)
+        arrays_of = [source.rpartition("#")[0].rpartition("/")[2].removesuffix(".npy") for source in of.sources]
+        given = dict(zip(arrays_of, names, strict=True))
+        assert given == expected, where
+        unused = set(labels.split()) - set(taken.values())
+        assert all(any(name in note for note in of.notes) for name in unused), "labels that are not taken are named"
+        assert ("without labels, as others have" in "\n".join(of.notes)) == (0 < len(taken) < len(expected))
+
+
+def test_two_files_of_labels_of_one_stem_are_not_guessed_between(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", PIXELS)
+    np.save(tmp_path / "y.npy", LABELS)
+    (tmp_path / "y-idx1-ubyte").write_bytes(idx(LABELS[::-1].astype(np.uint8)))
+    assert listing(tmp_path).label_names is None
+    assert "skipped 2 files of labels that fit no array, or several" in "\n".join(listing(tmp_path).notes)
+
+
+def test_another_array_of_images_is_no_file_of_labels(tmp_path: Path) -> None:
+    for name in ("x_images", "y_images"):
+        np.save(tmp_path / f"{name}.npy", PIXELS)
+    assert len(listing(tmp_path / "x_images.npy")) == len(PIXELS)
+
+
+def test_labels_for_several_arrays_are_refused_and_so_is_another_number_of_rows(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS, x_test=PIXELS, y_train=LABELS)
+    with pytest.raises(DataError, match=r"a.npz has one array 'y_train' for several arrays of samples.*save one for each"):
+        listing(tmp_path / "a.npz", labels="y_train")
+    np.save(tmp_path / "cats.npy", PIXELS)
+    np.save(tmp_path / "labels.npy", LABELS[:-1])
+    (tmp_path / "a.npz").unlink()
+    with pytest.raises(DataError, match=r"labels.npy has \d+ rows, cats.npy has \d+: they must belong to each other, row by row"):
+        listing(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["S", "U"])
+def test_labels_that_are_no_text_are_quarantined(tmp_path: Path, dtype: str) -> None:
+    names = [b"caf\xe9", b"caf\xe8", "café".encode(), b"x\0y", b"xy"]
+    labels = np.array(names if dtype == "S" else [name.decode("utf-8", "surrogateescape") for name in names])
+    np.savez(tmp_path / "a.npz", images=PIXELS[:5], labels=labels)
+    made = shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.7))
+    assert (made.classes, made.reasons, made.num_samples()) == (("café", "xy"), {"label": 3}, 2)
+    with pytest.raises(DataError, match=r"3 of 5 samples cannot be used.*\n.*label: its label b'caf\\xe9' is not UTF-8: rename"):
+        shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "strict"))
+
+
+def test_bags_whose_names_are_no_text_are_escaped_or_refused(tmp_path: Path) -> None:
+    """Bytes are escaped as in every dataset that has such bags."""
+    spec = ArraysSpec(url=str(tmp_path / "a.npz"), group="bags")
+    np.savez(tmp_path / "a.npz", images=PIXELS[:4], bags=np.array([b"a\xe9", b"a\xe8", b"a\xe9", b"b"]))
+    assert ArraysSource(spec).listing().groups == [r"a/a\xe9", r"a/a\xe8", r"a/a\xe9", "a/b"]
+    assert shard_dataset(spec, str(tmp_path / "out")).num_samples() == 4
+    for name in ("a\ud800", "a\0b"):
+        np.savez(tmp_path / "a.npz", images=PIXELS[:2], bags=np.array([name, "b"]))
+        with pytest.raises(DataError, match=r"a.npz names the bag 'a.*', which has NUL or half a surrogate pair in it: write it without"):
+            ArraysSource(spec).listing()
+
+
+@pytest.mark.parametrize("labels", [[1e300, 1e19, 2e19, 5.0], [2.0**63, 0, 1, 2], [-1e19, 0, 1, 2]])
 def test_labels_that_would_merge_are_refused(tmp_path: Path, labels: list) -> None:
     np.savez(tmp_path / "a.npz", images=PIXELS[:4], labels=np.array(labels))
     with pytest.raises(DataError, match=r"a.npz .*'labels'.* holds .* in row 0"):
@@ -449,3 +544,147 @@ def test_a_shape_below_zero_is_named(tmp_path: Path) -> None:
         listing(tmp_path / "a.npy")
     with pytest.raises(BadSample, match=r"header promises the shape \(-1, 5\)"):
         array_header(header.getvalue())
+
+
+def test_folders_and_arrays_may_have_names_of_npz_files(tmp_path: Path) -> None:
+    (tmp_path / "in/a.npz").mkdir(parents=True)
+    np.save(tmp_path / "in/a.npz/images.npy", PIXELS[:2])
+    np.savez(tmp_path / "in/a.npz/b.npz", **{"x.npz/y": PIXELS[2:4]})
+    np.savez(tmp_path / "in/c.npz", **{"x.npy": PIXELS[4:6]})
+    source = ArraysSource(ArraysSpec(url=str(tmp_path / "in")))
+    found = source.listing()
+    assert len(found) == 6
+    values = [np.asarray(Image.open(io.BytesIO(source.read(name)[1]))) for name in found.sources]
+    assert np.array_equal(sorted(map(np.ndarray.tobytes, values)), sorted(map(np.ndarray.tobytes, PIXELS[:6])))
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 0xFFFFFFFF])
+@pytest.mark.parametrize("order", "<>")
+def test_texts_with_what_is_no_character_are_refused(tmp_path: Path, code: int, order: str) -> None:
+    texts = np.array([[97, 98], [99, code], [97, 98], [97, 98]], f"{order}u4").view(f"{order}U2")[:, 0]
+    for name in ("factor_a", "labels"):
+        np.savez(tmp_path / "a.npz", **{"images": PIXELS[:4], name: texts})
+        if name == "labels" and code <= 0xDFFF:  # the label alone cannot be used, as any other that is no text
+            spec = ArraysSpec(url=str(tmp_path / "a.npz"))
+            assert shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5)).reasons == {"label": 1}
+            break
+        with pytest.raises(DataError, match=f"a.npz .*'{name}'.* has {code:#x} in row 1, which is no character: save"):
+            listing(tmp_path / "a.npz")
+
+
+def test_labels_have_an_end_and_those_of_half_precision_are_numbers(tmp_path: Path) -> None:
+    for long in ("z" * 1025, "é" * 513):
+        np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array(["a", long]))
+        with pytest.raises(DataError, match=r"1 of 2 samples .*\n.*has more than 1024 bytes: give the name of a class"):
+            shard_dataset(ArraysSpec(url=str(tmp_path / "a.npz")), str(tmp_path / "out"))
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array(["\U0001f600" * 256, "é" * 512]))
+    assert len(listing(tmp_path / "a.npz")) == 2
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], labels=np.array([3, 1], np.float16))
+    assert listing(tmp_path / "a.npz").label_names == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    "others", [{"factor_m": np.ones((2, 2)), "factor_m_0": np.ones(2)}, {"factor_a": np.ones(2), "factor_a_train": np.ones(2)}]
+)
+def test_factors_of_one_column_are_refused(tmp_path: Path, others: dict) -> None:
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:2], **others)
+    with pytest.raises(DataError, match=r"gives the column 'factor_(m_0|a)', as another array does: rename one"):
+        listing(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "joined"),
+    [
+        (np.array([2**53 + 1, 1]), np.array([0.5, 1]), None),
+        (np.array([-(2**63), 1]), np.array([1, 2], np.uint64), None),
+        (np.array([1, 2]), np.array(["a", "b"]), None),
+        (np.array([2**53, 1]), np.array([0.5, 1]), [2.0**53, 1.0, 0.5, 1.0]),
+        (np.array([2**53 + 1, 1]), np.array([1, 2], np.int8), [2**53 + 1, 1, 1, 2]),
+        (np.array([True, False]), np.array([1, 2]), [1, 0, 1, 2]),
+    ],
+)
+def test_factors_of_several_files_stay_what_they_are(tmp_path: Path, first: np.ndarray, second: np.ndarray, joined: list | None) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS[:2], factor_a=first)
+    np.savez(tmp_path / "b.npz", images=PIXELS[:2], factor_a=second)
+    if joined is None:
+        with pytest.raises(DataError, match="the arrays 'factor_a' are .* b.npz/images .*: save them with one type"):
+            listing(tmp_path)
+    else:
+        assert listing(tmp_path).columns["factor_a"].tolist() == joined
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_large_npz_is_in_memory_once(tmp_path: Path, compression: int) -> None:
+    data, packed = io.BytesIO(), io.BytesIO()
+    np.save(data, np.zeros((1000, 1000, 10), np.uint8))
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        archive.writestr("a.npy", data.getvalue())
+    tracemalloc.start()
+    found, (_, peak) = only_array(packed.getvalue()), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == data.getvalue() and peak - len(packed.getvalue()) < 1.5 * len(found)
+
+
+def as_files(root: Path, arrays: dict[str, np.ndarray]) -> Path:
+    for name, values in arrays.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".npy"):
+            np.save(root / name, values)
+        else:
+            (root / name).write_bytes(gzip.compress(idx(values)) if name.endswith(".gz") else idx(values))
+    return root
+
+
+OTHER = (LABELS + 3).astype(np.uint8)
+ASKED = [  # the files, source.url, source.labels
+    (["x.npy", "classes_of_x.npy"], "", "classes_of_x"),
+    (["x.npy", "classes_of_x.npy"], "", "classes_of_x.npy"),
+    (["x.npy", "classes_of_x.npy"], "x.npy", "classes_of_x"),
+    (["x.npy", "kinds/of_x.npy"], "", "kinds/of_x.npy"),
+    (["x.npy", "kinds/of_x.npy"], "x.npy", "kinds/of_x"),
+    (["train-images-idx3-ubyte", "kinds-idx1-ubyte"], "", "kinds"),
+    (["train-images-idx3-ubyte", "kinds-idx1-ubyte.gz"], "train-images-idx3-ubyte", "kinds"),
+    (["x_train.npy", "x_test.npy", "kinds_train.npy", "kinds_test.npy"], "", "kinds"),
+    (["a/x.npy", "a/kinds.npy", "b/x.npy", "b/kinds.npy"], "", "kinds"),
+]
+
+
+@pytest.mark.parametrize("decoy", [False, True])
+@pytest.mark.parametrize(("names", "url", "asked"), ASKED)
+def test_labels_are_those_of_the_file_that_the_knob_names(tmp_path: Path, names: list[str], url: str, asked: str, decoy: bool) -> None:
+    held = {name: PIXELS if re.search(r"(^|/)x|images", name) else OTHER for name in names}
+    as_files(tmp_path, held | ({"y.npy": LABELS} if decoy else {}))
+    found = listing(tmp_path / url if url else tmp_path, labels=asked)
+    arrays = sum(values is PIXELS for values in held.values())
+    assert found.label_names == [str(label) for label in OTHER] * arrays
+    assert len(found) == len(PIXELS) * arrays
+    assert ("y.npy" in "\n".join(found.notes)) == (decoy and not url)
+
+
+@pytest.mark.parametrize("url", ["", "x.npy"])
+def test_a_file_of_labels_that_is_not_there_is_refused_with_the_known_ones(tmp_path: Path, url: str) -> None:
+    as_files(tmp_path, {"x.npy": PIXELS, "classes.npy": OTHER, "y.npy": LABELS})
+    with pytest.raises(DataError, match=r"source.labels=clases names no file for x.npy \(did you mean 'classes'\? known: .*y\)"):
+        listing(tmp_path / url if url else tmp_path, labels="clases", **({} if url else {"include": ["x.npy"]}))
+
+
+def test_one_file_of_labels_for_several_arrays_is_refused(tmp_path: Path) -> None:
+    as_files(tmp_path, {"cats.npy": PIXELS, "dogs.npy": PIXELS, "kinds.npy": OTHER})
+    with pytest.raises(DataError, match=r"source.labels=kinds names one file for several arrays \(cats.npy, dogs.npy\)"):
+        listing(tmp_path, labels="kinds")
+
+
+@pytest.mark.parametrize("options", [{"images": "x"}, {"factors": ("shape",)}, {"group": "bags"}, {"lengths": "n"}])
+def test_names_of_arrays_of_an_npz_are_refused_for_files_of_one_array(tmp_path: Path, options: dict) -> None:
+    as_files(tmp_path, {"x.npy": PIXELS})
+    with pytest.raises(DataError, match=rf"source.{next(iter(options))}=\w+ names an array of an .npz, x.npy is none"):
+        listing(tmp_path, **options)
+
+
+def test_the_log_says_that_no_sample_has_a_label(tmp_path: Path) -> None:
+    as_files(tmp_path, {"x.npy": PIXELS})
+    for url in (tmp_path, tmp_path / "x.npy"):
+        assert sum("no sample has a label" in note for note in listing(url).notes) == 1
+    assert "no sample has a label" not in "\n".join(listing(tmp_path, labels="regex:^(x)").notes)
+    as_files(tmp_path, {"y.npy": LABELS})
+    assert "no sample has a label" not in "\n".join(listing(tmp_path).notes)

@@ -18,11 +18,12 @@ import pytest
 
 from aecore.data import as_webdataset
 from aecore.data.dataset import open_dataset
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import MEMBERS
 from aecore.data.manifest import DatasetManifest
 from aecore.data.read.loader import InputSpec, Loader
 from aecore.data.read.verify import verify_dataset
-from aecore.data.sources import Listing, Unusable
+from aecore.data.sources import Listing
 from aecore.data.sources._external_tars import ExternalTars
 from aecore.data.sources._names import expand_braces, split_of
 from aecore.data.sources._skipped import Skipped
@@ -68,11 +69,11 @@ def listing(url: Path | str, **options: Any) -> Listing:
     return WebdatasetSource(WebdatasetSpec(url=str(url), **options)).listing()
 
 
-def unusable(found: Listing) -> list[Unusable | None]:
+def unusable(found: Listing) -> list[BadSample | None]:
     return found.unusable or [None] * len(found)
 
 
-def reason(why: Unusable | None) -> str:
+def reason(why: BadSample | None) -> str:
     return "" if why is None else why.reason
 
 
@@ -442,6 +443,48 @@ class TestAdopt:
         write_tar(tars / "c.tar", samples(200, 2))
         assert adopt(tars, out).num_samples() == 6
         assert verify_dataset(open_dataset(str(out)), read_data=True).problems == ()
+
+    @pytest.mark.parametrize("how", ["swapped", "gone", "renamed", "swapped, by a link"])
+    def test_samples_that_moved_in_a_tar_of_equal_size_are_noticed(self, tmp_path: Path, how: str) -> None:
+        tars, out = tmp_path / "theirs", tmp_path / "ds"
+        again = tmp_path / "link_to_theirs" if "link" in how else tars
+        how = how.partition(",")[0]
+        (tmp_path / "link_to_theirs").symlink_to(tars)
+        files = {name: encoded(np.full((4, 4), number, np.uint8)) for number, name in enumerate("abcd")}
+        write_tar(tars / "0.tar", [(f"{name}.png", data) for name, data in files.items()])
+        adopt(tars, out)
+        there = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        size = (tars / "0.tar").stat().st_size
+        if how == "renamed":
+            (tars / "0.tar").rename(tars / "1.tar")
+        else:
+            order = "dbca" if how == "swapped" else "abc"
+            write_tar(tars / "0.tar", [(f"{name}.png", files[name]) for name in order])
+            os.truncate(tars / "0.tar", size)
+        what = {
+            "swapped": "'0.tar' has 2 other samples, for example '[ad]' at 0.tar byte",
+            "gone": "no 'd', which was at",
+            "renamed": "1.tar",
+        }
+        with pytest.raises(DataError, match=f"[12] tars? of .*theirs changed since .*{what[how]}.*nothing was written"):
+            adopt(again, out)
+        assert there == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def test_a_tar_that_changed_is_known_by_another_address_and_one_that_is_gone_is_missed(self, tmp_path: Path) -> None:
+        tars, out = tmp_path / "theirs", tmp_path / "ds"
+        write_tar(tars / "a.tar", samples(0, 2))
+        write_tar(tars / "b.tar", samples(100, 2))
+        adopt(tars, out)
+        (tmp_path / "link").symlink_to(tars)
+        write_tar(tars / "a.tar", samples(0, 60))
+        with pytest.raises(DataError, match="1 tar of .*link changed since .*'a.tar' has [0-9]+ bytes, [0-9]+ when"):
+            adopt(tmp_path / "link", out)
+        (tars / "a.tar").rename(tars / "z.tar")
+        write_tar(tars / "z.tar", samples(0, 2))
+        with pytest.raises(
+            DataError, match="2 tars of .*theirs changed since .*: 'z.tar' has 2 .* 'a.tar' is not there any more. .*restore these"
+        ):
+            adopt(tars, out)
 
     def test_what_cannot_be_adopted_says_what_to_do(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "in/a.tar.gz", samples(0, 2), "w:gz")

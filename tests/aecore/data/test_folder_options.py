@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from aecore.data.dataset import open_dataset
+from aecore.data.format import pixels
 from aecore.data.format.index import read_table
+from aecore.data.manifest import DatasetManifest
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import _frames
 from aecore.data.sources._filter import matcher
 from aecore.data.sources._masks import mask_notes
 from aecore.data.sources._other_files import kind_of_file
@@ -408,6 +411,53 @@ class TestGrowth:
         self.animated(tmp_path / "in/x/c.gif", 4, 5)
         assert len(self.shard(tmp_path, frames="all")) == len(first) + 2
 
+    @pytest.mark.parametrize(("before", "after"), [(3, 6), (6, 3)])
+    def test_a_file_that_grew_by_frames_of_the_same_bytes_has_changed(self, tmp_path: Path, before: int, after: int) -> None:
+        """The bytes of a frame, which are a share of the file's, stay the same: the number of its frames tells."""
+        pictures(tmp_path, "in/x/b.png")
+        for number in (before, after):
+            self.animated(tmp_path / "in/x/a.gif", *range(number))
+            with (tmp_path / "in/x/a.gif").open("ab") as file:
+                file.truncate(1000 * number)
+            if number == before:
+                first = self.shard(tmp_path, frames="all")
+        with pytest.raises(DataError, match="another number of pages or frames .*'x/a.gif"):
+            self.shard(tmp_path, frames="all")
+        assert keys_of(tmp_path) == first
+
+    @pytest.mark.parametrize("name", ["a.gif", "a.tif", "large.gif"])
+    def test_a_file_of_too_many_frames_is_one_row_of_the_quarantine(self, tmp_path: Path, name: str) -> None:
+        pictures(tmp_path, *(f"in/x/{number}.png" for number in range(3)))
+        side = 40 if name == "large.gif" else 8
+        frames = [Image.fromarray(np.full((side, side), number % 256, np.uint8)) for number in range(9 if side == 40 else 300)]
+        frames[0].save(tmp_path / "in/x" / name, save_all=True, append_images=frames[1:], compression="tiff_lzw")
+        spec = FolderSpec(url=str(tmp_path / "in"), extensions=("png", "gif", "tif"), frames="all")
+        shards = ShardSpec(max_bad=0.3, max_pixels=64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pixels, "TOTAL_PER_BYTE", 0)
+            made = shard_dataset(spec, str(tmp_path / "out"), shards=shards)
+            assert isinstance(made, DatasetManifest)
+            assert (made.num_samples(), made.reasons) == (3, {"too_large": 1})
+            assert shard_dataset(spec, str(tmp_path / "out"), shards=shards) == made, "nothing is new"
+
+    def test_a_dataset_with_a_row_for_each_refused_frame_goes_on(self, tmp_path: Path) -> None:
+        """As they were written before a file of too many frames was one row."""
+        pictures(tmp_path, "in/x/b.png")
+        self.animated(tmp_path / "in/x/a.gif", *range(9))
+        spec = FolderSpec(url=str(tmp_path / "in"), extensions=("png", "gif"), frames="all")
+        shards = ShardSpec(max_bad=0.95, max_pixels=16)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pixels, "TOTAL_PER_BYTE", 0)
+            with pytest.MonkeyPatch.context() as before:
+                before.setattr(_frames, "require_frames", lambda *_: None)
+                made = shard_dataset(spec, str(tmp_path / "out"), shards=shards)
+            assert isinstance(made, DatasetManifest)
+            assert (made.num_samples(), made.reasons) == (1, {"too_large": 9})
+            assert shard_dataset(spec, str(tmp_path / "out"), shards=shards) == made, "nothing is new"
+            self.animated(tmp_path / "in/x/a.gif", *range(20))
+            with pytest.raises(DataError, match="another number of pages or frames"):
+                shard_dataset(spec, str(tmp_path / "out"), shards=shards)
+
     def test_a_limit_is_that_of_the_dataset(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         pictures(tmp_path, *(f"in/x/{number}.png" for number in range(3)))
         first = self.shard(tmp_path, limit=5)
@@ -428,3 +478,29 @@ class TestGrowth:
             tar.add(tmp_path / "in/x", "x")
         assert len(WebdatasetSource(WebdatasetSpec(url=str(tmp_path / "a.tar"), limit=2, frames="all")).listing()) == 2
         assert "0 files" not in notes(pictures(tmp_path / "single", "x/a.png"), frames="all")
+
+
+@given(glob=st.text("ab*?/[]!", min_size=1, max_size=10), path=st.text("ab/", min_size=1, max_size=12))
+def test_stars_match_as_they_would_with_all_ways_tried(glob: str, path: str) -> None:
+    assume(glob.strip("/") and "[" not in glob.replace("[ab]", "").replace("[!a]", ""))
+
+    def plain(token: str) -> str:
+        meaning = {"**/": "(?:[^/]*/)*", "**": ".*", "*": "[^/]*", "?": "[^/]", "[ab]": "[ab]", "[!a]": "[^/a]"}
+        return meaning.get(token, re.escape(token))
+
+    text = glob.rstrip("/")
+    one = "".join(map(plain, re.findall(r"\*\*/|\*\*|\*|\?|\[ab\]|\[!a\]|.", text.removeprefix("/"))))
+    expected = re.fullmatch(f"(?:.*/)?{one}(?:/.*)?" if "/" not in text else f"{one}(?:/.*)?", path)
+    assert matcher([glob], "x")(path) == (expected is not None)
+
+
+@pytest.mark.parametrize("glob", ["*[+-9]*", "a[!b]c", "a[+-9]c"])
+def test_a_range_that_has_the_slash_in_it_stays_within_a_name(glob: str) -> None:
+    assert matcher([glob], "x")("a.c") and not matcher([f"x/{glob}"], "x")("x/a/c")
+
+
+def test_a_glob_takes_linear_time() -> None:
+    takes = matcher(["*_mask*_*_*.png"], "x")
+    started = time.process_time()
+    assert not takes("_mask" * 800) and takes("_mask" * 800 + "__x.png")
+    assert time.process_time() - started < 1, "minutes before"

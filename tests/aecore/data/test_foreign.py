@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import pickle
+import re
 import sqlite3
 import tarfile
 import wave
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.file_kinds import TABLE, remedy_for
 from aecore.data.format.foreign import what_it_is
 from aecore.data.sources._arrayfile import ArrayFile
 from aecore.data.write.convert import prepare
@@ -146,6 +148,32 @@ def test_other_files_under_the_name_of_an_image_are_named(kind: str) -> None:
 def test_other_files_under_the_name_of_an_array_are_named(kind: str) -> None:
     assert NAMED[kind] in bad(written(kind), "npy").message
     assert "a PNG image: name it .png" in bad(encoded(image(1)), "npy").message
+
+
+@pytest.mark.parametrize(
+    "before", [b"\n", b"\r\n\r\n", b"\0" * 700, b"--boundary\r\nContent-Type: image/jpeg\r\n\r\n", bytes(range(1, 200))]
+)
+@pytest.mark.parametrize("kind", ["jpg", "png", "npy"])
+def test_bytes_before_the_beginning_say_how_many_to_cut_off(before: bytes, kind: str) -> None:
+    whole = npy() if kind == "npy" else encoded(image(1, 64), "JPEG" if kind == "jpg" else "PNG")
+    found = bad(before + whole, kind)
+    advice = re.search(r" with (\d+) bytes? before its beginning: cut these off \(`tail -c \+(\d+) NAME > NEW`\)", found.message)
+    assert advice is not None and int(advice[1]) == len(before)
+    assert (before + whole)[int(advice[2]) - 1 :] == whole
+
+
+def test_an_image_inside_a_damaged_one_is_not_taken_for_it() -> None:
+    for start in (b"II*\0", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"BM"):
+        assert "before its beginning" not in bad(start + bytes(50) + encoded(image(1), "JPEG"), "tif").message
+
+
+def test_the_kinds_of_files_are_one_table() -> None:
+    extensions = [ext for kind in TABLE for ext in kind.extensions.split()]
+    assert len(set(extensions)) == len(extensions)
+    for kind in TABLE:
+        assert "{" not in remedy_for(kind, one=True) + remedy_for(kind, one=False)
+        for offset, start, what in kind.starts:
+            assert what_it_is(bytes(offset) + start + bytes(20)).endswith(f"; it is {what}: {remedy_for(kind, one=True)}")
 
 
 def test_a_database_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import functools
 import io
+import itertools
+import re
+import struct
 from collections import Counter
 
 import imagecodecs
@@ -60,6 +63,21 @@ def damaged(random: np.random.Generator, data: bytes) -> bytes:
     return ways[int(random.integers(len(ways)))]()
 
 
+def of_three_scans(kept: int) -> tuple[bytes, np.ndarray]:
+    """A sequential JPEG with a scan for each component, of which so many are kept, and the pixels of the whole file by Pillow."""
+    greys = [saved(Image.fromarray(smooth(np.random.default_rng(seed), 32, 40, 1)[..., 0]), "JPEG", quality=95) for seed in range(3)]
+    segments = [[(marker, grey[at : at + size], at + size) for marker, at, size in jpeg_segments(grey)] for grey in greys]
+    tables = {kind: b"".join(text for marker, text, _ in segments[0] if marker == kind) for kind in (0xE0, 0xDB, 0xC4)}
+    frame = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 32, 40, 3) + b"".join(bytes([component, 0x11, 0]) for component in (1, 2, 3))
+    start = b"\xff\xd8" + tables[0xE0] + tables[0xDB] + frame + tables[0xC4]
+    scans = []
+    for component, grey, parts in zip((1, 2, 3), greys, segments, strict=True):
+        begin = next(end for marker, _, end in parts if marker == 0xDA)
+        scans.append(b"\xff\xda\0\x08\1" + bytes([component, 0, 0, 63, 0]) + grey[begin:-2])
+    whole = start + b"".join(scans) + b"\xff\xd9"
+    return start + b"".join(scans[:kept]) + b"\xff\xd9", np.asarray(Image.open(io.BytesIO(whole)).convert("RGB"))
+
+
 def refused(data: bytes, shards: ShardSpec) -> str:
     """Return the reason why sharding refuses a file, "" if it does not."""
     try:
@@ -108,6 +126,57 @@ class TestLostPixels:
         np.testing.assert_array_equal(decoded(data, sample, "imagecodecs")[..., 0], imagecodecs.jpeg8_decode(data))
         half = data[: len(data) // 2] + b"\xff\xd9"
         assert decoded(half, sample, "imagecodecs") == decoded(half, sample, "pillow") == "truncated"
+
+    @pytest.mark.parametrize("kept", [1, 2, 3])
+    def test_a_sequential_one_needs_a_scan_of_each_component(self, kept):
+        """libjpeg makes components without a scan grey and warns of nothing."""
+        data, values = of_three_scans(kept)
+        sample = SampleFormat.parse(image_header(data, "jpg").format_text)
+        expected = "" if kept == 3 else "truncated"
+        assert refused(data, ShardSpec(check="decode")) == refused(data, ShardSpec(resize=4)) == expected
+        for decoder in ("imagecodecs", "pillow"):
+            found = decoded(data, sample, decoder)
+            assert found == expected if expected else np.array_equal(found, values)
+
+    def test_a_progressive_one_needs_every_scan(self):
+        """The sixth gives what the seventh refines: without it the picture is another, and no bit seems to be missing."""
+        data = saved(Image.fromarray(smooth(np.random.default_rng(3), 64, 80, 3)), "JPEG", progressive=True)
+        starts = [at for marker, at, _ in jpeg_segments(data) if marker == 0xDA] + [len(data) - 2]
+        assert len(starts) == 11 and refused(data, ShardSpec(check="decode")) == ""
+        for start, end in itertools.pairwise(starts):
+            assert refused(data[:start] + data[end:], ShardSpec(check="decode")) in ("truncated", "decode")
+
+    @pytest.mark.parametrize("lost", range(1, 8))
+    def test_a_lost_interval_between_restart_markers_is_found(self, lost):
+        data = saved(Image.fromarray(smooth(np.random.default_rng(4), 64, 80, 3)), "JPEG", restart_marker_blocks=1)
+        marks = [found.start() for found in re.finditer(rb"\xff[\xd0-\xd7]", data)]
+        sample = SampleFormat.parse(image_header(data, "jpg").format_text)
+        for cut in (data[: marks[3]] + data[marks[3 + lost] :], data[: marks[3] + 2] + data[marks[3 + lost] :]):
+            assert decoded(cut, sample, "imagecodecs") == decoded(cut, sample, "pillow") == "truncated"
+
+    def test_the_second_picture_of_a_file_is_judged_as_the_first(self, tmp_path):
+        first, second = (Image.fromarray(smooth(np.random.default_rng(seed), 64, 48, 3)) for seed in (1, 2))
+        data = saved(first, "MPO", save_all=True, append_images=[second])
+        for name, content in (("whole", data), ("cut", data[: -len(saved(second, "JPEG")) // 3])):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "a.jpg").write_bytes(content)
+            source = FolderSpec(url=str(tmp_path / name), extensions=("jpg",), frames="all")
+            manifest = shard_dataset(source, str(tmp_path / f"{name}-out"), shards=ShardSpec(max_bad=1.0))
+            assert manifest.num_samples() == 2 - len(manifest.reasons)
+            assert manifest.reasons == ({"truncated": 1} if name == "cut" else {})
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+    def test_one_inside_a_tiff_is_judged_as_one_in_a_file(self, mode):
+        picture = Image.fromarray(smooth(np.random.default_rng(5), 64, 80, 3)).convert(mode)
+        data = saved(picture, "TIFF", compression="jpeg")
+        assert refused(data, ShardSpec(check="decode")) == ""
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages[0]
+            start, count = page.dataoffsets[0], page.databytecounts[0]
+        half = data[: start + count // 2] + bytes(count - count // 2) + data[start + count :]
+        sample = SampleFormat.parse(image_header(half, "tif").format_text)
+        assert refused(half, ShardSpec(check="decode")) == decoded(half, sample, "imagecodecs") == decoded(half, sample, "pillow")
+        assert refused(half, ShardSpec(check="decode")) == "truncated"
 
     def test_a_half_lost_photo_under_the_default_check_ends_training_with_the_advice(self, tmp_path):
         (tmp_path / "in").mkdir()

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 import tarfile
 import time
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -304,6 +305,71 @@ def test_arrays_take_their_labels_from_the_names_of_their_files(tmp_path: Path) 
     assert {key.rpartition("/")[0]: name for key, name in found.items()} == {"train/cat": "cat", "train/full_bitmap_dog": "dog"}
 
 
+class TestBytes:
+    """A label that is no UTF-8 names no class, wherever it comes from: two of them could become one."""
+
+    BAD: ClassVar[str] = os.fsdecode(b"caf\xe9")
+
+    @pytest.mark.parametrize(
+        ("options", "good"),
+        [({}, 1), ({"label": "leaf"}, 1), ({"label": r"regex:^(.+)/\d"}, 1), ({"label": "none"}, 2), ({"label": r"regex:(\d)\.png"}, 2)],
+    )
+    def test_of_a_folder(self, tmp_path: Path, options: dict[str, str], good: int) -> None:
+        pictures(tmp_path / "in", "cat/1.png", f"{self.BAD}/2.png")
+        made = shard_dataset(FolderSpec(url=str(tmp_path / "in"), **options), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.num_samples(), made.reasons) == (good, {"label": 1} if good == 1 else {})
+
+    @pytest.mark.parametrize("rule", [r"(\w+)_", r"^(\w+)_", r"([^\W_]+)_", r"^(.+)_"])
+    def test_found_in_a_name_is_no_word_of_escapes(self, tmp_path: Path, rule: str) -> None:
+        """`(\\w+)_` found `udce9`, the end of an escape, in the names of both."""
+        pictures(tmp_path / "in", "cat_1.png", f"{self.BAD}_1.png", os.fsdecode(b"th\xe9_1.png"))
+        spec = FolderSpec(url=str(tmp_path / "in"), label=f"regex:{rule}")
+        made = shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.7))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 2})
+
+    @pytest.mark.parametrize("rule", [r"^(\w+)/", r"^([^/]+)/"])
+    @pytest.mark.parametrize("tar", [False, True])
+    def test_found_below_the_folder_of_a_split(self, tmp_path: Path, rule: str, tar: bool) -> None:
+        paths = "train/cat/1.png", f"train/{self.BAD}/2.png", "test/cat/3.png"
+        (tmp_path / "in").mkdir()
+        if tar:
+            tar_of(tmp_path / "in/a.tar", *paths)
+        else:
+            pictures(tmp_path / "in", *paths)
+        spec = (WebdatasetSpec if tar else FolderSpec)(url=str(tmp_path / "in"), label=f"regex:{rule}")
+        made = shard_dataset(spec, str(tmp_path / "out"), SplitSpec(by="folders"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+    def test_found_by_an_expression_has_an_end_too(self, tmp_path: Path) -> None:
+        pictures(tmp_path / "in", "cat/1.png", "/".join(["é" * 120] * 5) + "/2.png")
+        spec = FolderSpec(url=str(tmp_path / "in"), label=r"regex:^(.+)/\d")
+        made = shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+    def test_groups_of_names_that_differ_in_one_stay_apart(self) -> None:
+        names = ["caf\udce9_1.png", "th\udce9_1.png"]
+        assert found_in("source.group", r"regex:(\w+)_", names, names) == [r"caf\udce9", r"th\udce9"]
+
+    def test_of_the_name_of_a_tar(self, tmp_path: Path) -> None:
+        tar_of(tmp_path / "in/cat.tar", "1.png")
+        tar_of(tmp_path / f"in/{self.BAD}.tar", "2.png")
+        spec = WebdatasetSpec(url=str(tmp_path / "in"), label="tar")
+        made = shard_dataset(spec, str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+    @pytest.mark.parametrize("text", [b"caf\xe9", b"caf\xe8", b"a\0b"])
+    def test_of_a_member(self, tmp_path: Path, text: bytes) -> None:
+        write_tar(tmp_path / "in/a.tar", [("1.png", encoded(image(1))), ("1.cls", b"cat"), ("2.png", encoded(image(2))), ("2.cls", text)])
+        made = shard_dataset(WebdatasetSpec(url=str(tmp_path / "in")), str(tmp_path / "out"), shards=ShardSpec(max_bad=0.5))
+        assert isinstance(made, DatasetManifest)
+        assert (made.classes, made.reasons) == (("cat",), {"label": 1})
+
+
 class TestExpressions:
     @pytest.mark.parametrize(
         ("pattern", "wanted"),
@@ -313,6 +379,8 @@ class TestExpressions:
             (r"^([^[:^word:]_]+)", "chérie"),
             (r"^([[:word:]]+)", "chérie_1"),
             (r"([\W]+)", "."),
+            (r"^\Q(\E|<|^(\w)", "c"),
+            (r"(?:<|)(?P<name>c(?:h))(é)", "ch"),
             (r"^(ch[\wx]+)\W", "chérie_1"),
             (unicodedata.normalize("NFD", "^(ch[é]r)"), "chér"),
         ],
@@ -343,6 +411,13 @@ class TestExpressions:
         with pytest.raises(DataError, match="finds nothing"):
             found_in("source.label", f"regex:{pattern}", ["a" * 4000 + "!"] * 100, ["x"] * 100)
         assert time.perf_counter() - started < 20  # Python's take longer than the universe is old
+
+    def test_boundaries_of_words_are_refused_where_they_would_be_within_one(self) -> None:
+        """RE2 finds `a` in both `éa` and `èa`."""
+        assert found_in("source.label", r"regex:\b(\w+?)_", ["ab_1.png"], ["x"]) == ["ab"]
+        with pytest.raises(ConfigError, match=r"has \\b or \\B, which know words of ASCII letters only, and 'éa_1' has others"):
+            found_in("source.label", r"regex:\b(\w+?)_", ["ab_1.png", "éa_1.png"], ["x", "y"])
+        assert found_in("source.label", r"regex:(?:^|\W)(\w+?)_", ["éa_1.png"], ["x"]) == ["éa"]
 
     def test_names_that_are_no_utf8_are_searched_and_shown(self) -> None:
         assert found_in("source.label", r"regex:^(\w+)\.", ["cat.\udcff.png"], ["x"]) == ["cat"]

@@ -168,7 +168,7 @@ def test_opening_takes_the_newest_generation_or_the_one_asked_for(tmp_path):
 
 
 def test_opening_without_a_manifest_says_whether_a_run_is_unfinished(tmp_path):
-    with pytest.raises(DataError, match="holds no dataset: write one with aecore.data.write.job.shard_dataset"):
+    with pytest.raises(DataError, match="holds no dataset: check the address, or write one with aecore.data.write.job.shard_dataset"):
         open_dataset(str(tmp_path / "new"))
     store = open_store(tmp_path)
     claim_generation(store, "dataset", {"a": 1}, {})

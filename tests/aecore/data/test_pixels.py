@@ -45,8 +45,11 @@ from aecore.data.write.convert import _in_range, _resized, _to_mode, prepare
 from aecore.data.write.job import adopt_shards, shard_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError, DataError
+from aecore.native.bytes_column import BytesColumn
+from aecore.native.loops import examine, facts_of
 from tests.aecore.data.forms import FORMS, exif, imagej_stack, noise, png_chunk, png_with, saved, smooth, tiff, upright
 
+DECODERS = ("imagecodecs", "pillow")
 RANDOM = np.random.default_rng(0)
 
 
@@ -247,6 +250,19 @@ class TestOrientation:
         upper[:8] += 50
         data = saved(Image.fromarray(upper).convert("YCbCr"), "TIFF", tiffinfo={274: orientation})
         np.testing.assert_allclose(stored(data, "tif")[1], upright(upper, orientation), atol=3)
+
+    @pytest.mark.parametrize("order", "<>")
+    @pytest.mark.parametrize(("kind", "value"), [(1, "B3x"), (3, "H2x"), (4, "I"), (6, "b3x"), (8, "h2x"), (9, "i")])
+    def test_the_tag_may_have_any_type_of_whole_numbers(self, kind, value, order):
+        pixels = smooth(RANDOM, 16, 24, 3)
+        entry = struct.pack(f"{order}HHI{value}", 274, kind, 1, 6)
+        block = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, 1) + entry + bytes(4)
+        for prefix in (b"Exif\0\0", b"Exif\0\0Exif\0\0"):  # the second as some programs write it
+            for format, ext, options in (("JPEG", "jpg", {"quality": 95}), ("WEBP", "webp", {"lossless": True}), ("PNG", "png", {})):
+                data = saved(Image.fromarray(pixels), format, **options, exif=prefix + block)
+                np.testing.assert_allclose(stored(data, ext, check="decode")[1].astype(int), upright(pixels, 6), atol=30 * (ext == "jpg"))
+            jpeg = BytesColumn.from_bytes([saved(Image.fromarray(pixels), "JPEG", exif=prefix + block)])
+            assert examine(jpeg).tolist() == [facts_of(memoryview(jpeg[0]))]
 
     @pytest.mark.parametrize("block", [b"", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09\x01\x12", b"nonsense"])
     def test_a_damaged_block_turns_nothing(self, block):
@@ -497,8 +513,9 @@ class TestFrames:
         source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=("png",), frames="all"))
         pictures = [Image.new("1", (9000, 9000), number) for number in (0, 1)]  # above the default
         (tmp_path / "in/large.png").write_bytes(saved(pictures[0], "PNG", save_all=True, append_images=pictures[1:]))
-        assert len(source.listing()) == 2
+        assert [why and why.reason for why in source.listing().unusable or ()] == ["too_large"], "one row: no frame can be read"
         source.bound_pixels(1 << 27)
+        assert len(source.listing()) == 2
         assert source.read("large.png#000000001")[0] == "png"
         source.bound_pixels(1 << 26)
         with pytest.raises(BadSample, match="at most 67108864 are read"):
@@ -522,10 +539,12 @@ class TestFrames:
         assert 256 * len(data) < 5_000_000 < frames * side * side
         files = {name: data, "one.png": saved(Image.new("RGB", (side, side)), "PNG")}
         manifest = sharded(tmp_path, files, frames="all", max_pixels=side**2)
-        assert (manifest.num_samples(), manifest.reasons) == (1, {"too_large": frames})
+        assert (manifest.num_samples(), manifest.reasons) == (1, {"too_large": 1}), "one row of the file"
         source = FolderSource(FolderSpec(url=str(tmp_path / "in"), extensions=(name[2:],), frames="all"))
-        source.bound_pixels(side**2)
+        source.bound_pixels(frames * side**2 // 4)
         listed = source.listing().sources
+        source.bound_pixels(side**2)
+        assert name in source.listing().sources
         with pytest.raises(
             BadSample, match=rf"{len(data)} bytes whose pages or frames have 5400000 pixels together, at most \d+ are decoded"
         ):
@@ -967,6 +986,181 @@ class TestOneDecoder:
         prepare(data, "png", ShardSpec())
         with pytest.raises(BadSample, match="decode"):
             prepare(data, "png", ShardSpec(check="decode"))
+
+
+class TestWholeTiffs:
+    """What strips or tiles of a TIFF do not give is not made up: tifffile leaves it 0 and says so in a log."""
+
+    def changed(self, data: bytes, **values: list[int]) -> bytes:
+        """Return a little-endian TIFF of which these tags have other values."""
+        out = bytearray(data)
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            tags = {name: file.pages[0].tags[name] for name in values}
+        for name, found in values.items():
+            place = len(out)
+            out += struct.pack(f"<{len(found)}I", *found)
+            short = found[0] if len(found) == 1 else place
+            struct.pack_into("<HII", out, tags[name].offset + 2, 4, len(found), short)
+        return bytes(out)
+
+    @pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits", "zstd", "lzma"])
+    @pytest.mark.parametrize("form", [{"rowsperstrip": 16}, {"tile": (16, 16)}], ids=["strips", "tiles"])
+    def test_one_that_lacks_some_is_refused(self, form, compression):
+        values = noise(RANDOM, 64, 48, 1)[..., 0]
+        data = tiff(values, compression=compression, **form)
+        names = ("TileOffsets", "TileByteCounts") if "tile" in form else ("StripOffsets", "StripByteCounts")
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            offsets, counts = (list(file.pages[0].tags[name].value) for name in names)
+        lost = [
+            self.changed(data, **{names[0]: offsets[:2], names[1]: counts[:2]}),
+            self.changed(data, **{names[1]: [counts[0], 0, *counts[2:]]}),
+            self.changed(data, **{names[0]: [offsets[0], 0, *offsets[2:]]}),
+            self.changed(data, ImageLength=[128]),
+        ]
+        np.testing.assert_array_equal(stored(data, "tif", check="decode")[1][..., 0], values)
+        for cut in lost:
+            for check in ("header", "decode"):
+                with pytest.raises(
+                    BadSample, match=r"truncated: TIFF (with \d+ of the \d+ (strips|tiles)|of \d+ bytes)|decode: not a readable"
+                ):
+                    prepare(cut, "tif", ShardSpec(check=check))
+        if compression or "tile" in form:  # what GDAL stores of tiles without data
+            sparse = self.changed(data, **{names[0]: [offsets[0], 0, *offsets[2:]], names[1]: [counts[0], 0, *counts[2:]]})
+            assert (stored(sparse, "tif", check="decode")[1] == 0).sum() >= 256
+
+    def test_a_tile_that_is_gigabytes_for_a_small_image_is_refused_by_its_tags(self):
+        data = tiff(np.zeros((16, 16), np.uint8), tile=(16, 16), compression="zlib")
+        prepare(self.changed(data, TileWidth=[4096], TileLength=[4096]), "tif", ShardSpec())
+        large = self.changed(data, TileWidth=[57344], TileLength=[57344])
+        with pytest.raises(BadSample, match="too_large: TIFF with tiles of 57344x57344 pixels for an image of 16x16"):
+            prepare(large, "tif", ShardSpec())
+
+    def pages(self, num: int, last: int) -> bytes:
+        """Return a TIFF whose last page is followed by the page of this number, or by nothing inside the file."""
+        data = tiff(np.zeros((4, 4), np.uint8), software="")
+        at = struct.unpack_from("<I", data, 4)[0]
+        directory = data[at : at + 2 + 12 * struct.unpack_from("<H", data, at)[0]]
+        places = [at, *(len(data) + (len(directory) + 4) * number for number in range(num - 1))]
+        follows = [*places[1:], places[last] if last < num else 1 << 30]
+        out = bytearray(data) + b"".join(directory + struct.pack("<I", place) for place in follows[1:])
+        struct.pack_into("<I", out, at + len(directory), follows[0])
+        return bytes(out)
+
+    @pytest.mark.parametrize("last", [0, 90, 149])
+    def test_pages_in_a_circle_are_each_one(self, last):
+        """Of more than 100 tifffile never found the end: its list of them took the whole memory."""
+        assert image_header(self.pages(150, last), "tif").frames == 150
+
+    def test_pages_that_are_outside_the_file_are_not_left_out(self):
+        with pytest.raises(BadSample, match="truncated: TIFF of .* bytes, its page 4 is at byte 1073741824"):
+            image_header(self.pages(3, 3), "tif")
+
+
+class TestChunksOfPngs:
+    """Decoders get the chunks that make pixels: what they say of others is a line for each image and epoch on standard error."""
+
+    PIXELS = noise(np.random.default_rng(8), 13, 11, 3)
+
+    def file(
+        self, *before: bytes, after: bytes = b"", colour: int = 2, lines: bytes | None = None, interlaced: bool = False, depth: int = 8
+    ):
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 11, 13, depth, colour, 0, 0, interlaced))
+        lines = b"".join(b"\0" + row.tobytes() for row in self.PIXELS) if lines is None else lines
+        return b"".join([b"\x89PNG\r\n\x1a\n", header, *before, png_chunk(b"IDAT", zlib.compress(lines)), after, png_chunk(b"IEND", b"")])
+
+    def read(self, data: bytes) -> np.ndarray:
+        """Return the pixels, which both decoders and a conversion must agree on."""
+        header, kept = prepare(data, "png", ShardSpec(check="decode"))
+        one, other = (Decoder(Reading(decoder), SampleFormat.parse(header.format_text)).batch([kept])[0] for decoder in DECODERS)
+        np.testing.assert_array_equal(one, other)
+        prepare(data, "png", ShardSpec(resize=4))
+        return one
+
+    @pytest.mark.parametrize(
+        ("kind", "content"),
+        [
+            (b"iCCP", b"icc\0\0" + zlib.compress(bytes(200))),
+            (b"sRGB", b"\x09"),
+            (b"sBIT", b"\x20\0\0"),
+            (b"pHYs", b"\0"),
+            (b"tIME", bytes(7)),
+            (b"bKGD", b"\0"),
+            (b"hIST", b"\0\0"),
+            (b"tRNS", b"\0"),
+            (b"zTXt", b"text\0\0" + zlib.compress(bytes(100 << 20))),
+            (b"PLTE", bytes(6)),
+        ],
+    )
+    def test_damaged_ones_that_make_no_pixels_are_no_line_and_no_refusal(self, kind, content, capfd):
+        np.testing.assert_array_equal(self.read(self.file(png_chunk(kind, content))), self.PIXELS)
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+    @pytest.mark.parametrize("colour", [0, 2, 3, 4, 6])
+    def test_interlaced_ones_are_no_line_and_have_their_pixels(self, colour, depth, capfd):
+        if depth not in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}[colour]:
+            pytest.skip("no such PNG")
+        random, samples = np.random.default_rng(depth), {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+        values = random.integers(0, 1 << depth, (13, 11, samples), dtype=np.uint16)
+        colours = noise(random, 1, 1 << min(depth, 8), 3)[0]
+
+        def lines(part: np.ndarray) -> bytes:
+            bits = (part.reshape(len(part), -1, 1) >> np.arange(depth)[::-1] & 1).astype(np.uint8).reshape(len(part), -1)
+            return b"".join(b"\0" + np.packbits(row).tobytes() for row in bits) if part.size else b""
+
+        passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+        data = b"".join(lines(values[top::down, left::across]) for top, left, down, across in passes)
+        wanted = colours[values[..., 0]] if colour == 3 else values.astype(np.uint16 if depth == 16 else np.uint8)
+        wanted = wanted * np.uint8(255 // ((1 << depth) - 1)) if depth < 8 and colour == 0 else wanted
+        before, white = [png_chunk(b"PLTE", colours.tobytes())] if colour == 3 else [], 65535 if depth == 16 else 255
+        np.testing.assert_array_equal(self.read(self.file(*before, colour=colour, depth=depth, lines=data, interlaced=True)), wanted)
+        if colour in (0, 2):
+            key = png_chunk(b"tRNS", struct.pack(f">{samples}H", *values[0, 0].tolist()))
+            found = self.read(self.file(key, colour=colour, depth=depth, lines=data, interlaced=True))
+            clear = (values == values[0, 0]).all(-1, keepdims=True)
+            np.testing.assert_array_equal(found, np.concatenate([wanted, np.where(clear, 0, white).astype(wanted.dtype)], -1))
+        with pytest.raises(BadSample):
+            self.read(self.file(*before, colour=colour, depth=depth, lines=data[:-3], interlaced=True))
+        assert capfd.readouterr() == ("", "")
+
+    def test_transparency_that_is_none_is_no_channel(self, tmp_path):
+        key = png_chunk(b"tRNS", struct.pack(">HHH", *self.PIXELS[0, 0].tolist()))
+        files = {"a.png": self.file(key), "b.png": self.file(png_chunk(b"tRNS", b"\0\0")), "c.png": self.file(after=key)}
+        assert [self.read(data).shape[2] for data in files.values()] == [4, 3, 3]
+        assert sharded(tmp_path, files).sample.shapes == {"13x11x4/RGBA": 1, "13x11x3/RGB": 2}, "the fast path knows it too"
+        colours, clear = png_chunk(b"PLTE", bytes(range(48))), png_chunk(b"tRNS", b"\0\x80")
+        lines = b"".join(b"\0" + bytes(range(11)) for _ in range(13))
+        for before, after, channels in (
+            ([colours, clear], b"", 4),
+            ([clear, colours], b"", 3),
+            ([colours], clear, 3),
+            ([colours, png_chunk(b"tRNS", bytes(200))], b"", 3),
+            ([png_chunk(b"PLTE", bytes(33)), colours, png_chunk(b"tRNS", bytes(16))], b"", 3),  # fits the second palette, which is none
+            ([png_chunk(b"PLTE", bytes(34)), colours, png_chunk(b"tRNS", bytes(16))], b"", 4),
+        ):
+            data = self.file(*before, after=after, colour=3, lines=lines)
+            assert self.read(data).shape[2] == channels
+            made = sharded(tmp_path / f"{len(data)} {channels}", {"a.png": data}).sample.shapes
+            assert list(made) == [{4: "13x11x4/PA", 3: "13x11x3/P"}[channels]], "the fast path knows it too"
+
+    @pytest.mark.parametrize("decoder", ["imagecodecs", "pillow"])
+    def test_what_cannot_be_read_without_more_is_refused_by_both_decoders_with_a_reason(self, decoder):
+        unknown, bare = self.file(png_chunk(b"ABCD", b"\0")), self.file(colour=3, lines=bytes(12 * 13))
+        for data, text in ((unknown, "PNG with a chunk b'ABCD', without which"), (bare, "PNG of palette colours without a palette")):
+            with pytest.raises(BadSample, match=text):
+                prepare(data, "png", ShardSpec(check="decode"))
+            with pytest.raises(DataError, match=text):
+                Decoder(Reading(decoder), SampleFormat.parse(image_header(data, "png").format_text)).batch([data])
+        method = struct.pack(">IIBBBBB", 11, 13, 8, 2, 1, 0, 0)
+        with pytest.raises(BadSample, match="PNG of compression 1, filters 0 and interlace 0, which do not exist"):
+            image_header(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", method) + self.file()[33:], "png")
+
+    def test_very_many_chunks_take_linear_time(self):
+        """A copy of the rest for each of them was minutes for a picture of 15 MB."""
+        data = self.file(png_chunk(b"tEXt", b"a\0b" + bytes(50)) * 100_000)
+        began = time.process_time()
+        np.testing.assert_array_equal(self.read(data), self.PIXELS)
+        assert time.process_time() - began < 20
 
 
 class TestVersions:

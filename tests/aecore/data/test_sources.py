@@ -10,9 +10,9 @@ from PIL import Image
 from aecore import native
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import image_header
-from aecore.data.sources import Listing
+from aecore.data.sources import Listing, reader
 from aecore.data.sources._detect import detect_source
-from aecore.data.sources._labels import with_class_names
+from aecore.data.sources._labels import by_rules, with_class_names
 from aecore.data.sources.folder import FolderSource, FolderSpec
 from aecore.data.sources.sprites import SHAPES, SpritesSource, SpritesSpec
 from aecore.errors import ConfigError, DataError, StoreError
@@ -50,6 +50,39 @@ def test_reading_gives_the_lower_case_extension_and_the_bytes(tmp_path):
     assert folder(tmp_path).read("a/10.PNG") == ("png", b"four")
     with pytest.raises(FileNotFoundError):
         folder(tmp_path).read("a/11.png")
+
+
+@pytest.mark.parametrize(
+    ("found", "what"),
+    [
+        (b"data", "bytes without their extension"),
+        (b"ab", "bytes without their extension"),
+        (None, "a value of type NoneType"),
+        (("png", b"data", 1), "a value of type tuple"),
+        (["png", b"data"], "a value of type list"),
+        ((".png", b"data"), "the extension '.png'"),
+        (("PNG", b"data"), "the extension 'PNG'"),
+        ((None, b"data"), "the extension None"),
+        (("npy", np.zeros(3)), "the data as ndarray .bytes are those of an encoded file"),
+        (("png", io.BytesIO(b"data")), "the data as BytesIO"),
+        ((b"data", "png"), "the data as str"),
+    ],
+)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_source_that_returns_no_sample_hears_what_was_expected(found, what, ahead):
+    class Odd:
+        def read(self, source):
+            return found
+
+    source = Odd()
+    if ahead:
+        source.prefetch = lambda names: source.read  # type: ignore[attr-defined]
+    with pytest.raises(
+        DataError, match=rf"^Odd.read\('a'\) returned {what}.*, expected the extension, lower case .*return \('png', data\)"
+    ):
+        reader(source, ["a"])("a")
+    found = "seg.png", b"data"
+    assert reader(source, ["a"])("a") == found
 
 
 def test_hidden_files_and_other_extensions_are_skipped_and_counted(tmp_path):
@@ -91,8 +124,11 @@ def test_names_that_are_not_utf8_are_samples_but_no_classes(tmp_path):
     assert listing.keys == ["a/1", "a/%FF"]
     assert len(listing.sha256()) == 64
     os.mkdir(os.fsencode(tmp_path) + b"/\xfe")
-    with pytest.raises(DataError, match="rename it"):
-        folder(tmp_path).listing()
+    assert folder(tmp_path).listing().keys == listing.keys
+    tree(tmp_path, os.fsdecode(b"\xfe/2.png"))
+    found = by_rules(FolderSpec(url=str(tmp_path)), folder(tmp_path).listing())
+    assert (found.keys[-1], found.label_names) == ("%FE/2", ["a", "a", ""])
+    assert [why and why.reason for why in found.unusable] == [None, None, "label"]
 
 
 def test_a_missing_folder_an_empty_one_and_an_archive_say_what_to_do(tmp_path):

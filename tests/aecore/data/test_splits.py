@@ -1,18 +1,23 @@
 """Splits that keep the share of every class, and groups that no split cuts."""
 
 import dataclasses
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from aecore.data.dataset import open_dataset
 from aecore.data.manifest import DatasetManifest, SplitStatistics
+from aecore.data.read.verify import verify_dataset
 from aecore.data.sources import Listing
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
@@ -243,3 +248,61 @@ def test_a_column_that_is_named_is_what_auto_chooses() -> None:
     listing = Listing(["a", "b", "c"], ["a", "b", "c"], np.ones(3, np.int64), columns=columns)
     plan = plan_dataset(listing, SplitSpec(column="part"), ShardSpec(), None, 1, FolderSpec())
     assert plan.splits.by == "column" and plan.notes[0] == "splits.by=column: train 2, val 1"
+
+
+def animations(root: Path, names: Sequence[str], frames: int = 4) -> None:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pages = [Image.fromarray(np.full((4, 4), 8 * number + page, np.uint8)) for page in range(frames)]
+        pages[0].save(root / name, save_all=True, append_images=pages[1:])
+
+
+def splits_of_files(url: str) -> dict[str, set[str]]:
+    """Return the splits of the frames of each file, as the indexes say."""
+    dataset, found = open_dataset(url), dict[str, set[str]]()
+    assert not verify_dataset(dataset, read_data=True).problems
+    for shard in dataset.manifest.shards:
+        for source in pq.read_table(f"{url}/{shard.index.name}")["source"].to_pylist():
+            found.setdefault(re.sub("#[0-9]{9}$", "", source), set()).add(shard.split)
+    return found
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_pages_of_one_file_stay_in_one_split(tmp_path: Path, kind: str, stratify: bool) -> None:
+    names = [f"{label}/{number:02}.tif" for label in "ab" for number in range(15)]
+    animations(tmp_path / "in", names)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            tar.add(tmp_path / "in" / name, name)
+    folder = FolderSpec(url=str(tmp_path / "in"), frames="all")
+    source = folder if kind == "folder" else WebdatasetSpec(url=str(tmp_path / "a.tar"), frames="all", label="path")
+    made = shard_dataset(source, str(tmp_path / "out"), SplitSpec(val=0.3, stratify=stratify))
+    found = splits_of_files(str(tmp_path / "out"))
+    assert len(found) == 30 and all(len(splits) == 1 for splits in found.values())
+    assert {split for splits in found.values() for split in splits} == {"train", "val"}
+    assert made.identity["splits"]["files"] == "whole"
+    assert sum(statistics.samples for statistics in made.statistics.values()) == 120
+
+
+def test_a_dataset_that_was_begun_without_the_rule_goes_on_as_it_began(tmp_path: Path) -> None:
+    names = [f"{number:02}.tif" for number in range(12)]
+    animations(tmp_path / "in", names)
+    source, splits = FolderSpec(url=str(tmp_path / "in"), frames="all"), SplitSpec(val=0.3)
+    made = shard_dataset(source, str(tmp_path / "out"), dataclasses.replace(splits, files="cut"))
+    assert "files" not in made.identity["splits"], "as older versions wrote it"
+    animations(tmp_path / "in", [*names, *(f"new{number:02}.tif" for number in range(12))])
+    assert shard_dataset(source, str(tmp_path / "out"), splits).number == 2
+    found = splits_of_files(str(tmp_path / "out"))
+    assert any(len(splits) == 2 for name, splits in found.items() if name.startswith("new")), "each frame has its own hash"
+    with pytest.raises(ConfigError, match=r"splits.files"):
+        shard_dataset(source, str(tmp_path / "out"), dataclasses.replace(splits, files="whole"))
+
+
+@pytest.mark.parametrize("frames", ["first", "all"])
+def test_the_identity_of_a_dataset_without_frames_has_no_rule_for_them(tmp_path: Path, frames: str) -> None:
+    animations(tmp_path / "in", [f"{number:02}.tif" for number in range(12)])
+    made = shard_dataset(FolderSpec(url=str(tmp_path / "in"), frames=frames), str(tmp_path / "out"), SplitSpec(val=0.3))  # type: ignore[arg-type]
+    assert ("files" in made.identity["splits"]) == (frames == "all")
+    animations(tmp_path / "in", [f"{number:02}.tif" for number in range(12, 24)])
+    assert shard_dataset(FolderSpec(url=str(tmp_path / "in"), frames=frames), str(tmp_path / "out"), SplitSpec(val=0.3)).number == 2  # type: ignore[arg-type]

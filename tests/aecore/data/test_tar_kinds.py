@@ -4,6 +4,7 @@ Tars are written by `tarfile`, `tar` and compressors; what is right comes from `
 """
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -361,7 +362,7 @@ class TestLinks:
             tar.addfile(info)
         made = shard(path, tmp_path / "ds", max_bad=0.9, **options)
         is_class = options.get("label") in ("path", "leaf")
-        assert made.reasons == ({"link": 1, "name": 1} if is_class else {"link": 1}) and made.num_samples() == (3 if is_class else 4)
+        assert made.reasons == ({"link": 1, "label": 1} if is_class else {"link": 1}) and made.num_samples() == (3 if is_class else 4)
         if is_class:
             assert made.classes == ("cat", "dog")
             assert any(r"caf\xe9' is not UTF-8" in why for _, why in quarantine(tmp_path / "ds").values())
@@ -525,6 +526,32 @@ class TestArchives:
         (tmp_path / "a.tar").write_bytes(data)
         with pytest.raises(DataError, match=r"a.tar is damaged at byte 4096: .*another member at byte"):
             listing(tmp_path)
+
+    def test_equal_keys_are_never_advised_what_was_done(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "in/a.tar", [("0.png", png(0))])
+        write_tar(tmp_path / "in/a.tar.gz", [("0.png", png(1))], "w:gz")
+        with pytest.raises(DataError, match="both have the key '0': use source.keys=shard"):
+            listing(tmp_path / "in")
+        with pytest.raises(DataError, match="both have the key 'a/0': rename one of these tars"):
+            listing(tmp_path / "in", keys="shard")
+
+    def test_a_tar_named_like_a_sample_is_to_be_renamed(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "a.tar#0+5#x.tar", [("0.png", png(0))])
+        with pytest.raises(DataError, match="'a.tar#0.5#x.tar' has a name like that of a sample in a tar: rename it"):
+            listing(tmp_path)
+
+    def test_fields_of_pax_headers_that_are_empty_or_no_numbers(self, tmp_path: Path) -> None:
+        def tar(**fields: str) -> Path:
+            with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+                info = tarfile.TarInfo("0.png")
+                info.size, info.pax_headers = len(png(0)), fields
+                tar.addfile(info, io.BytesIO(png(0)))
+            return tmp_path / "a.tar"
+
+        assert listing(tar(path="", size="")).sizes.tolist() == [len(png(0))]
+        for size in ("-5", "\u0663", "1_0", " 7", "0x9"):
+            with pytest.raises(DataError, match="damaged PAX header at byte .* a size of "):
+                listing(tar(size=size))
 
     def test_bytes_after_the_end_are_named(self, tmp_path: Path) -> None:
         for name in ("a", "b", "c", "d"):
@@ -768,6 +795,31 @@ class TestAddresses:
 
 
 class TestMetadata:
+    def test_texts_stay_what_they_are_or_are_refused(self, tmp_path: Path) -> None:
+        texts = [b"caf\xe9", b"caf\xe8", b"\xef\xbb\xbfcaf\xc3\xa9", b"a\0b", None]
+        fields = ["xy", "x\0y", "\ud800", "xz", "q"]
+        files = [(f"{n}.png", png(n)) for n in range(5)] + [(f"{n}.txt", text) for n, text in enumerate(texts) if text is not None]
+        path = write_tar(
+            tmp_path / "a.tar", files + [(f"{n}.json", json.dumps({"txt": "no", "t": t}).encode()) for n, t in enumerate(fields)]
+        )
+        found = listing(path, columns=["txt"])
+        assert (list(map(reason, unusable(found))), found.columns["txt"].tolist()[2:]) == (
+            ["metadata"] * 2 + [""] * 3,
+            ["café", "a\0b", None],
+        )
+        found = listing(path, columns=["t"])
+        assert (list(map(reason, unusable(found))), found.columns["t"].tolist()[:2]) == (["", "", "json", "", ""], ["xy", "x\0y"])
+        old = listing(path, columns=["t", "txt"], tars=1).columns
+        assert (old["t"].tolist()[1], old["txt"].tolist()[::4]) == ("xy", ["caf\ufffd", "no"]), "datasets that exist keep their columns"
+        shard(path, tmp_path / "ds", max_bad=0.9, columns=["t", "txt"])
+        index = pa.concat_tables(read_table(file.read_bytes(), str(file)) for file in (tmp_path / "ds/shards").glob("*.parquet"))
+        assert {*zip(index["t"].to_pylist(), index["txt"].to_pylist(), strict=True)} == {("xz", "a\0b"), ("q", None)}
+
+    def test_fields_that_would_be_one_column_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="source.columns has 'label' and 'json_label', and both would be the column 'json_label'"):
+            WebdatasetSpec(columns=("label", "t", "json_label"))
+        WebdatasetSpec(columns=("label", "t", "t", "json_t"))
+
     def test_lists_and_objects_are_json_text(self, tmp_path: Path) -> None:
         fields = [
             {"tags": ["a", "é"], "ann": {"class": n, "box": [1, 2.5]}, "ok": True, "w": 16 + n, "mixed": [1] if n else "b"}
@@ -1111,3 +1163,114 @@ class TestLabelsInTexts:
         assert (list(map(reason, unusable(found))), found.label_names) == (["", "no_label", "metadata"], ["cat", "", ""])
         write_tar(tmp_path / "b/b.tar", [("0.png", png(0))])
         assert "txt" not in "".join(listing(tmp_path / "b").notes)
+
+    def test_labels_that_are_no_names(self, tmp_path: Path) -> None:
+        """Numbers that are none would be one class, and long texts fill the manifest."""
+        texts = ["Infinity", "1e400", "NaN", '"' + "z" * 1025 + '"', '"' + "é" * 513 + '"', '"' + "é" * 512 + '"', "2.0"]
+        files = [file for n, text in enumerate(texts) for file in ((f"{n}.png", png(n)), (f"{n}.json", b'{"a": %s}' % text.encode()))]
+        found = listing(write_tar(tmp_path / "a.tar", files), label="json:a")
+        assert (list(map(reason, unusable(found))), found.label_names) == (["label"] * 5 + [""] * 2, [""] * 5 + ["é" * 512, "2"])
+
+    def test_folders_that_are_one_when_unpacked_are_one_class(self, tmp_path: Path) -> None:
+        names = ["cat/0.png", "cat//1.png", "./cat/2.png", "x/../cat/9.png", "cat/./3.png", "././cat/4.png", "dog/5.png"]
+        path = write_tar(tmp_path / "a.tar", [(name, png(n)) for n, name in enumerate(names)])
+        for rule in ("path", "leaf"):
+            made = shard(path, tmp_path / rule, label=rule, max_bad=0.2)
+            assert made.classes == ("cat", "dog") and made.statistics["train"].classes == {"cat": 5, "dog": 1}
+
+
+class TestWorkIsBounded:
+    """Small tars that asked for minutes or gigabytes."""
+
+    def header(self, name: str, kind: bytes = tarfile.REGTYPE, target: str = "", size: int = 0, above: str = "") -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.size = kind, target, size
+        data = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+        data[345 : 345 + len(above)] = above.encode()
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data)
+        return bytes(data)
+
+    def extended(self, kind: bytes, data: bytes) -> bytes:
+        return self.header("x", kind, size=len(data)) + data + bytes(-len(data) % 512)
+
+    def record(self, key: str, value: str) -> bytes:
+        text = f" {key}={value}\n".encode()
+        size = len(text) + len(str(len(text)))
+        return b"%d" % (size + (len(str(size)) > len(str(len(text))))) + text
+
+    def found(self, path: Path, data: bytes) -> dict[str, int]:
+        """Return how many samples have each reason, "" for those that can be used."""
+        path.write_bytes(tar_bytes([("0.png", png(0))])[:1024] + data + bytes(1024))
+        with contextlib.closing(TarFile(LocalFiles(path.parent), path.name)) as tar:
+            made = tar_samples(tar, TarReading(), Skipped())
+        assert made.broken is None
+        return dict(Counter(reason(sample.bad) for sample in made.samples))
+
+    def found_in_memory(self, path: Path, data: bytes) -> dict[str, int]:
+        tracemalloc.start()
+        found, (_, peak) = self.found(path, data), tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak - len(data) < 24 << 20, f"{peak} bytes"
+        return found
+
+    def found_in_seconds(self, path: Path, data: bytes, most: float = 3) -> dict[str, int]:
+        started = time.process_time()
+        found, took = self.found(path, data), time.process_time() - started
+        assert took < most, f"{took} s"
+        return found
+
+    def test_long_headers_are_not_kept(self, tmp_path: Path) -> None:
+        """Of a thousand of 1 MB, 4 MB as text, a compressed tar of 1 MB needed 4 GB."""
+        wide = "\U0001f600" + "a" * 1_000_000
+        fields = b"".join(self.extended(b"x", self.record(f"k{n}", wide)) for n in range(8))
+        assert self.found_in_memory(tmp_path / "a.tar", fields + self.header("1.png")) == {"": 2}
+        names = [self.extended(b"L", f"{n}{wide}.png".encode()) + self.header("a") for n in range(8)]
+        assert self.found_in_memory(tmp_path / "b.tar", b"".join(names)) == {"": 1, "name": 8}
+        links = [self.extended(b"K", wide.encode()) + self.header(f"{n}.png", tarfile.SYMTYPE) for n in range(1, 9)]
+        assert self.found_in_memory(tmp_path / "c.tar", b"".join(links)) == {"": 1, "link": 8}
+
+    @pytest.mark.parametrize("kind", [b"x", b"g"])
+    def test_a_long_number_in_a_header_of_a_sparse_member(self, tmp_path: Path, kind: bytes) -> None:
+        """The standard library of some versions of Python looks for it in the square of its digits."""
+        number = self.extended(kind, self.record("comment", "1" * 100_000))
+        of_sparse = [("major", "1"), ("minor", "0"), ("name", "s.png"), ("realsize", "512")]
+        fields = self.extended(b"x", b"".join(self.record(f"GNU.sparse.{key}", value) for key, value in of_sparse))
+        member = self.header("s", size=1024) + b"1\n0\n512\n".ljust(512, b"\0") + bytes(512)
+        assert self.found_in_seconds(tmp_path / "a.tar", number + fields + member) == {"": 1, "member": 1}
+        assert self.found(tmp_path / "b.tar", number + self.header("1.png") + fields + member) == {"": 3}
+
+    def test_a_map_of_holes_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A list of all numbers of a map of 300 MB is some gigabytes, and takes minutes."""
+        monkeypatch.setattr("aecore.data.sources._tar_file.MAX_MAP_BYTES", 1 << 16)
+        of_sparse = [("major", "1"), ("minor", "0"), ("name", "s.png"), ("realsize", "512")]
+        fields = self.extended(b"x", b"".join(self.record(f"GNU.sparse.{key}", value) for key, value in of_sparse))
+        for number, reasons in ((10_000, {"": 2}), (40_000, {"": 1, "member": 1})):
+            data = b"%d\n" % number + b"0\n" * 2 * number
+            data += bytes(-len(data) % 512)
+            assert self.found(tmp_path / "a.tar", fields + self.header("s", size=len(data)) + data) == reasons
+
+    def test_links_over_many_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """20,000 of them in a tar of 10 MB took a minute."""
+        chain = [self.header(f"c{n}", tarfile.SYMTYPE, f"c{n + 1}") for n in range(29)]
+        ends = self.header("c29", size=512) + bytes(512)
+        links = [self.header(f"l{n}.png", tarfile.SYMTYPE, "c0") for n in range(600)]
+        assert self.found(tmp_path / "a.tar", b"".join([*chain, *links, ends])) == {"": 601}
+        links = [self.header(f"l{n}.png", tarfile.SYMTYPE, "c27") for n in range(600)]
+        monkeypatch.setattr("aecore.data.sources._tar_samples.MAX_DETOURS", 1000)
+        assert self.found(tmp_path / "b.tar", b"".join([*chain, *links, ends])) == {"": 601}, "the first two do not count"
+        links = [self.header(f"l{n}.png", tarfile.SYMTYPE, "c0") for n in range(600)]
+        found = self.found(tmp_path / "c.tar", b"".join([*chain, *links, ends]))
+        assert found.keys() == {"", "link"} and found["link"] > 550
+
+    def test_thousands_of_joined_tars(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        read = list[int]()
+        pread = os.pread
+        monkeypatch.setattr(os, "pread", lambda descriptor, size, at: (data := pread(descriptor, size, at), read.append(len(data)))[0])
+        parts = b"".join(self.header(f"{n}.png") + bytes(512) for n in range(1, 3000))
+        assert self.found(tmp_path / "a.tar", bytes(1024) + parts) == {"": 3000}
+        assert sum(read) < 40 * len(parts), "1 MiB for each before"
+
+    def test_thousands_of_labels_of_one_key(self, tmp_path: Path) -> None:
+        names = ["x.txt", *(f"x.w{n}.cls" for n in range(4000)), *(f"x.{n}.cls" for n in range(4000))]
+        assert self.found_in_seconds(tmp_path / "a.tar", b"".join(map(self.header, names)), 1.5) == {"": 1, "no_data": 4000}

@@ -7,7 +7,7 @@ import pytest
 from tests.pipelines.cluster.heads import Head, ray_head
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # an idle Ray works too
 def head() -> Iterator[Head]:
     """Give a head on this machine with four logical CPUs and a token of its own."""
     with ray_head() as started:

@@ -127,6 +127,7 @@ def test_a_job_is_there_once_can_be_stopped_and_makes_the_table_that_is_made_her
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long  # a job works the same way on its head's cluster (above); from outside: test_session.py
 def test_a_cluster_that_is_named_makes_the_table_that_is_made_here(head: Head, here: dict[str, str], tmp_path: Path) -> None:
     where = ["cluster.kind=address", f"cluster.address={head.address}", "cluster.num_workers=1"]
     command = [*WARM, "-c", STAGES, f"out={tmp_path}", *TINY, *where]

@@ -46,12 +46,13 @@ def started_slowly():
 cluster = ClusterSpec(num_workers=1)
 tiny = ["model.latent_dim=2", "backbone.hidden=[8]", "train.epochs=9999", "train.global_batch=16"]
 recipe = load_recipe(None, [f"data={sys.argv[1]}", f"out={sys.argv[2]}", "cluster.num_workers=1", "cluster.max_failures=0", *tiny])
-for work in (
-    lambda: call_on_worker(cluster, functools.partial(time.sleep, 60)),
+works = (
     lambda: collect(ray_fan_out(cluster), started_slowly, [Part()]),
+    lambda: call_on_worker(cluster, functools.partial(time.sleep, 60)),
     lambda: collect(ray_fan_out(cluster), Slow, [Part()]),
     lambda: STEPS["train"](recipe),
-):
+)
+for work in works[: int(sys.argv[3])]:
     try:
         work()
     except Exception as error:
@@ -102,17 +103,18 @@ def test_a_flow_does_not_start_a_worker_again_that_its_fan_out_gave_up(tmp_path:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_worker_that_ray_kills_for_its_memory_has_died_like_any_other(sprites: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("works", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_a_worker_that_ray_kills_for_its_memory_has_died_like_any_other(sprites: Path, tmp_path: Path, works: int) -> None:
     memory = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "1000"}  # always exceeded
-    done = run([sys.executable, "-c", OUT_OF_MEMORY, sprites, tmp_path / "run"], env=os.environ | memory)
+    done = run([sys.executable, "-c", OUT_OF_MEMORY, sprites, tmp_path / "run", works], env=os.environ | memory)
     killed = r"\d+ worker\(s\) were killed due to the node running low on memory\. [^<]*"
     patterns = (
-        rf"WorkerDied its worker died {STARTS} times: {killed}; is there enough memory\?",
         rf"ClusterError a worker died while it started: {killed}; is there enough memory\?",
+        rf"WorkerDied its worker died {STARTS} times: {killed}; is there enough memory\?",
         rf"(WorkerDied 1 of 1 parts failed:<line>  part-0: WorkerDied: its worker died {STARTS} times \({killed}\).*"
         rf"|ClusterError a worker died while it started: {killed}; is there enough memory\?)",
         rf"WorkerDied training failed after cluster\.max_failures restarts: {killed} \(is there enough memory\?\); no checkpoint .*",
-    )
+    )[:works]
     lines = done.stdout.splitlines()
     assert len(lines) == len(patterns), (done.stdout, done.stderr)
     for pattern, line in zip(patterns, lines, strict=True):

@@ -19,7 +19,7 @@ from pipelines.doctor import _ray
 from pipelines.doctor._check import run_checks
 from pipelines.recipe.recipe import ClusterSpec
 from tests.pipelines.shadows import folder_of_shadows, that_ran
-from tests.processes import AEPIPE, Started, run, started
+from tests.processes import AEPIPE, Started, below, run, started
 
 SPRITES = ("source.num_samples=60", "shards.max_samples=20", "cluster.num_workers=1", "cluster.timeout_s=60")
 CLUSTER = """
@@ -179,6 +179,7 @@ def test_a_local_ray_has_a_token_of_its_own_without_which_no_client_connects() -
             local = Other(process)
             *modes, token, address = local.says(0).split()
             assert (modes, len(token)) == (["token", "token"], 64)
+            assert not [command for command in below(process.pid).values() if "monitor" in command], "nothing here reads what they say"
             clients = {
                 "with it": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
                 "another": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},

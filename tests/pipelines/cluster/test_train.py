@@ -59,13 +59,14 @@ class Disturbed:
     attempts: set[str]
     steps: int
     listened: set[Listener]
+    actors: set[str]
 
 
 @pytest.fixture(scope="module")
 def disturbed(two_workers: ClusterSpec, sprites: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
     job = job_for(sprites, tmp_path_factory.mktemp("disturbed") / "run", *LONG)
     store = open_store(job.out)
-    sent, killed, seen, listened = list[int](), list[int](), set[str](), set[Listener]()
+    sent, killed, seen, listened, actors = list[int](), list[int](), set[str](), set[Listener](), set[str]()
 
     def attempts() -> set[str]:
         return {name.rsplit("-", 1)[-1] for _, name in committed_checkpoints(store)}
@@ -84,12 +85,13 @@ def disturbed(two_workers: ClusterSpec, sprites: Path, tmp_path_factory: pytest.
         if not killed and seen > before:
             heads = [pid for pid, command in below().items() if "ray start --head" in command]  # clusters of other tests
             listened.update(listeners({os.getpid(), *below()} - {pid for head in heads for pid in (head, *below(head))}))
+            actors.update(command for command in below().values() if command.startswith("ray::"))
             killed.append(next(pid for pid in train_workers() if pid not in ended))
             os.kill(killed[0], signal.SIGKILL)
 
     result = train(job, two_workers, kill_one_worker)
     assert killed, "no worker was there to be killed"
-    return Disturbed(job, str(stopped.value), saved_then, seen | attempts(), result.step, listened)
+    return Disturbed(job, str(stopped.value), saved_then, seen | attempts(), result.step, listened, actors)
 
 
 @pytest.mark.ray
@@ -118,8 +120,15 @@ def test_a_ray_of_ours_and_its_training_listen_on_loopback_alone_and_show_no_met
     assert any("raylet" in one.command for one in seen)
     assert [one for one in seen if not one.is_loopback] == []
     assert not {one.port for one in seen} & {44217, 44227}, "the ports of Ray's metrics"
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "AUTOSCALER_METRIC_PORT")
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "DASHBOARD_METRIC_PORT")
     assert not [name for name in names if name in os.environ], "the next Ray may be one of several machines"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_training_on_a_ray_of_ours_starts_no_actor_that_it_does_not_use(disturbed: Disturbed) -> None:
+    assert any("RayTrainWorker" in actor for actor in disturbed.actors)
+    assert not [actor for actor in disturbed.actors if "DatasetManager" in actor or "PlacementGroupCleaner" in actor]
 
 
 @pytest.mark.ray
