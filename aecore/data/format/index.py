@@ -7,7 +7,7 @@ is made of, so another Parquet version or compression level does not make anothe
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,13 +106,23 @@ def _leaf_names(schema: pa.Schema) -> Iterator[str]:
             yield column.name
 
 
-def read_table(data: bytes, where: str, rows: int | None = None, schema: pa.Schema | None = None, *, more: bool = False) -> pa.Table:
+def read_table(
+    data: bytes,
+    where: str,
+    rows: int | None = None,
+    schema: pa.Schema | None = None,
+    *,
+    more: bool = False,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
     """Return the table of Parquet bytes, page checksums verified; DataError naming `where` if they are damaged.
 
-    DataError too if the table has not these `rows`, or not the columns of `schema` (with `more`: these and further ones).
+    DataError too if the table has not these `rows`, or not the columns of `schema` (with `more`: these and further ones). Of the
+    `columns` that are asked for those are read that it has.
     """
     try:
-        table = read_parquet(pa.py_buffer(data), rows, threads=False)  # a process that ends soon after is aborted by threads (2 of 60 runs)
+        # a process that ends soon after is aborted by threads (2 of 60 runs)
+        table = read_parquet(pa.py_buffer(data), rows, columns, threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
     wrong = [] if schema is None else column_problems(table.schema, schema, more=more)

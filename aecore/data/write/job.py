@@ -50,7 +50,7 @@ from aecore.data.write.append import (
     warn_of_orphans,
 )
 from aecore.data.write.follow import Changes, Rules, compare
-from aecore.data.write.ledger import MOST_LISTINGS, newest_rows, planned_rows, read_ledger, recorded_rows, samples_sha256
+from aecore.data.write.ledger import MOST_LISTINGS, newest_rows, read_ledger, recorded_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_samples, plan_dataset, plan_parts, require_unique
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
@@ -511,9 +511,7 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         return made
 
     def _rows_of(self, record: PartRecord) -> pa.Table:
-        work, shards = self._work, self._work.shards
-        planned = planned_rows(self._tasks[record.part], work.listing.origin)
-        return recorded_rows(work.store, planned, record, converts=shards.converts)
+        return recorded_rows(self._work.store, self._tasks[record.part], self._work.listing.origin, record)
 
     def _known_with(self, new: pa.Table) -> pa.Table:
         """Return the ledger of the generation, which this listing completes."""

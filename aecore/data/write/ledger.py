@@ -146,55 +146,55 @@ def _origin_of_claim(store: Store, claim: int) -> str | None:
     return origin_of_url(url) if isinstance(url, str) and url else ""
 
 
-def planned_rows(task: ShardTask, origin: str) -> pa.Table:
-    """Return what is known of the samples of a task before they are read: rows of a ledger without hashes."""
-    columns = {
+def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord) -> pa.Table:
+    """Return what is known of the samples of a task that is recorded: hashes as its files have them, no state of what changed meanwhile."""
+    count, first = len(task), int(record.detail["first_ordinal"])
+    at, bad = np.full(count, -1), np.zeros(count, np.bool_)
+    texts: dict[str, Any] = {
         "key": task.keys,
         "source": task.sources,
-        "bytes": task.sizes,
-        "split": [task.split] * len(task),
-        "ordinal": task.ordinals,
         "label_name": task.label_names,
         "group": task.groups,
-        "columns": columns_sha256(task.columns, len(task)),
-        "origin": [origin] * len(task),
-        "state": task.states,
-    }
-    return make_table(LEDGER_SCHEMA, columns, len(task))
-
-
-def recorded_rows(store: Store, planned: pa.Table, record: PartRecord, *, converts: bool) -> pa.Table:
-    """Return the rows of a part as its files have them: the planned ones with hashes, and without the state of what changed meanwhile."""
-    count, first = len(planned), int(record.detail["first_ordinal"])
-    at, bad = np.full(count, -1), np.zeros(count, np.bool_)
-    source, sample = list[Any](), list[Any]()  # any: arrays of hashes
+    }  # any: lists, arrays
+    source, sample = list[Column](), list[Column]()
     for ref in sorted(record.files, key=lambda ref: ref.name):
         if not ref.name.endswith(".parquet"):
             continue
-        table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")
+        columns = [*texts, "ordinal", "sha256", SOURCE_SHA256]
+        table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}", columns=columns)
         rows, hashes, none = table["ordinal"].to_numpy() - first, table["sha256"].combine_chunks(), pa.nulls(len(table), pa.string())
         at[rows] = np.arange(len(table)) + sum(map(len, source))
         if ref.name.startswith("quarantine/"):
             bad[rows] = True
             source.append(hashes)
             sample.append(none)
-        else:
-            is_stated = SOURCE_SHA256 in table.column_names
-            source.append(table[SOURCE_SHA256].combine_chunks() if is_stated else none if converts else hashes)
-            sample.append(hashes)
+            continue
+        is_stated = SOURCE_SHA256 in table.column_names
+        source.append(table[SOURCE_SHA256].combine_chunks() if is_stated else none if task.shards.converts else hashes)
+        sample.append(hashes)
+        if np.array_equal(rows, np.arange(count)):  # the same texts, and no longer a Python object each
+            texts = {name: table[name].combine_chunks() for name in texts}
+    unsettled = np.array(record.detail.get("unsettled", []), np.int64) - first
+    states = list[str | None](task.states or ())
+    for row in unsettled.tolist() if states else ():
+        states[row] = None
     places: Column = pa.array(at)
-    unsettled = np.zeros(count, np.bool_)
-    unsettled[np.array(record.detail.get("unsettled", []), np.int64) - first] = True
-    states: Column = planned["state"].combine_chunks()
-    changes = {
-        "sha256": pa.concat_arrays(source).take(places),
-        "sample_sha256": pa.concat_arrays(sample).take(places),
-        "quarantined": pa.array(bad),
-        "state": pc.if_else(pa.array(unsettled), pa.scalar(None, pa.string()), states),
+    hashes_read, hashes_stored = (pa.concat_arrays(hashes) for hashes in (source, sample))
+    if not np.array_equal(at, np.arange(count)):
+        hashes_read, hashes_stored = hashes_read.take(places), hashes_stored.take(places)
+    columns_of = {
+        **texts,
+        "bytes": task.sizes,
+        "split": pa.repeat(pa.scalar(task.split), count),
+        "ordinal": task.ordinals,
+        "columns": columns_sha256(task.columns, count),
+        "sha256": hashes_read,
+        "sample_sha256": hashes_stored,
+        "quarantined": bad,
+        "origin": pa.repeat(pa.scalar(origin), count),
+        "state": states or None,
     }
-    for name, column in changes.items():
-        planned = planned.set_column(LEDGER_SCHEMA.get_field_index(name), name, column)
-    return planned
+    return make_table(LEDGER_SCHEMA, columns_of, count)
 
 
 def columns_sha256(columns: Mapping[str, Any], count: int) -> Column:  # any: arrays of numpy or Arrow
@@ -228,14 +228,16 @@ def samples_sha256(ledger: pa.Table) -> str:
     sha256 over `split NUL key NUL label_name NUL sample_sha256 NUL columns LF` of each sample that is not quarantined, sorted by split
     and key. Sources, ordinals, shards and numbers of classes are not in it.
     """
-    live = ledger.filter(pc.invert(ledger["quarantined"])).select(["split", "key", "label_name", "sample_sha256", "columns"])
+    live = ledger.select(["split", "key", "label_name", "sample_sha256", "columns"])
+    if pc.any(ledger["quarantined"]).as_py():
+        live = live.filter(pc.invert(ledger["quarantined"]))
     order = pc.sort_indices(live, sort_keys=[("split", "ascending"), ("key", "ascending")])
     digest = hashlib.sha256()
     for start in range(0, len(order), _SLICE):
         rows = live.take(order.slice(start, _SLICE)).combine_chunks()
         texts = [pc.fill_null(rows[name].combine_chunks(), "") for name in rows.column_names]
-        lines = pc.binary_join_element_wise(*texts, "\0")
-        lines = pc.binary_join_element_wise(lines, "", "\n")
+        ends = pc.binary_join_element_wise(texts.pop(), "", "\n") if rows["columns"].null_count < len(rows) else "\n"
+        lines = pc.binary_join_element_wise(*texts, ends, "\0")
         offsets = np.frombuffer(lines.buffers()[1], "<i4")[lines.offset : lines.offset + len(lines) + 1]
         digest.update(memoryview(lines.buffers()[2])[offsets[0] : offsets[-1]])
     return digest.hexdigest()
