@@ -166,9 +166,10 @@ def content_sha256(table: pa.Table) -> str:
 def _update(digest: Any, array: Any) -> None:  # any: hashlib's object has no public type, pyarrow's stubs know no flatten
     kind = array.type
     digest.update(type(kind).__name__.encode() if pa.types.is_nested(kind) else str(kind).encode())  # how Parquet names list items varies
-    digest.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
+    complete = array.null_count == 0
+    digest.update(b"\1" * len(array) if complete else array.is_valid().to_numpy(zero_copy_only=False).tobytes())
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        array = array.fill_null("" if pa.types.is_string(kind) else b"")
+        array = array if complete else array.fill_null("" if pa.types.is_string(kind) else b"")
         offsets = np.frombuffer(array.buffers()[1] or b"\0\0\0\0", "<i4")[array.offset : array.offset + len(array) + 1]
         digest.update(np.diff(offsets).astype("<i8").tobytes())
         digest.update(memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]])
@@ -179,7 +180,8 @@ def _update(digest: Any, array: Any) -> None:  # any: hashlib's object has no pu
         for child in array.flatten():
             _update(digest, child)
     elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        values = array.fill_null(False if pa.types.is_boolean(kind) else 0).to_numpy(zero_copy_only=False)
-        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        array = array if complete else array.fill_null(False if pa.types.is_boolean(kind) else 0)
+        values = array.to_numpy(zero_copy_only=False)
+        digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
     elif not pa.types.is_null(kind):
         raise DataError(f"an index column of type {kind} has no canonical form: use strings, booleans or numbers")

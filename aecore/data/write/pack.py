@@ -204,7 +204,8 @@ class ShardWriter:
 
     def unsettled(self) -> list[int]:
         """Return the ordinals of the samples that may have been read in another state than the one that a later listing shows, sorted."""
-        unknown = [position for position, state in enumerate(self.task.states or ()) if state is None]
+        states = self.task.states or ()
+        unknown = [] if all(states) else [position for position, state in enumerate(states) if state is None]
         return sorted(self.task.ordinals[sorted({*self._changed, *unknown})].tolist())
 
     @cached_property
