@@ -136,7 +136,7 @@ def test_wrong_arrays_of_bags_are_refused(tmp_path):
         ArraysSource(ArraysSpec(url=str(tmp_path / "a.npz"), group="bags")).listing()
     np.save(tmp_path / "b.npy", np.zeros((3, 2)))
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)), bags=np.zeros(3))
-    with pytest.raises(DataError, match="b.npy is no array of an .npz, so source.group cannot name bags in it"):
+    with pytest.raises(DataError, match="source.group=bags names an array of an .npz, b.npy is none"):
         ArraysSource(ArraysSpec(url=str(tmp_path), group="bags")).listing()
 
 
