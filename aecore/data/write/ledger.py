@@ -235,8 +235,8 @@ def samples_sha256(ledger: pa.Table) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(order), _SLICE):
         rows = live.take(order.slice(start, _SLICE)).combine_chunks()
-        texts = [pc.fill_null(rows[name].combine_chunks(), "") for name in rows.column_names]
-        ends = pc.binary_join_element_wise(texts.pop(), "", "\n") if rows["columns"].null_count < len(rows) else "\n"
+        *texts, last = (pc.fill_null(rows[name].combine_chunks(), "") for name in rows.column_names)
+        ends = "\n" if rows["columns"].null_count == len(rows) else pc.binary_join_element_wise(last, "", "\n")
         lines = pc.binary_join_element_wise(*texts, ends, "\0")
         offsets = np.frombuffer(lines.buffers()[1], "<i4")[lines.offset : lines.offset + len(lines) + 1]
         digest.update(memoryview(lines.buffers()[2])[offsets[0] : offsets[-1]])
