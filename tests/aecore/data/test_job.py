@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError, RunFailed, StoreError
-from aecore.store import open_store
+from aecore.store import _states, open_store
 from aecore.store._environment import FAULT_STAGES
 from tests.aecore.data.before import grows_only
 from tests.aecore.data.tiny import encoded, image
@@ -364,6 +363,8 @@ import pyarrow
 from aecore.data.write.job import shard_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.spec import ShardSpec
+from aecore.store import _states
+_states.YOUNG_NS = -(10**12)  # no file is too young to have a state
 assert not {"torch", "ray", "prefect", "PIL"} & set(sys.modules)
 pyarrow.array(["x"])  # loads pandas where it is installed, 0.5 s: here once, not in every child
 
@@ -400,10 +401,10 @@ def poll(root, done, wrong):
             wrong += verify_dataset(dataset).problems
 
 
-def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path):
+def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path, monkeypatch):
     source, root = images(tmp_path / "in", range(8), bad=[0, 7]), tmp_path / "killed"
     root.mkdir()
-    time.sleep(2.1)  # younger files have no state yet
+    monkeypatch.setattr(_states, "YOUNG_NS", -(10**12))
     whole = shard(source, tmp_path / "whole", max_samples=3, max_bad=0.5, shuffle=False)
     assert (len(whole.shards), whole.quarantined, sum(part.quarantine is not None for part in whole.shards)) == (3, 2, 2)
     faults = [f"{role}.{stage}:{nth}" for role in ROLES for stage in FAULT_STAGES for nth in (1, 2)]
