@@ -11,6 +11,7 @@ import tarfile
 import time
 import tracemalloc
 import zlib
+from collections import Counter
 from types import SimpleNamespace
 
 import imagecodecs
@@ -772,7 +773,7 @@ class TestLimits:
             "premultiplied": lambda: straight_alpha(values, 65535.0),
             "composed": lambda: composed(values, "white", 255.0),
             "lab": lambda: _meant(lab, three, _Form("LAB", 3, np.dtype("u1"))),
-            "in range": lambda: _in_range(values, 10, 60000, 65535.0),
+            "in range": lambda: _in_range(values, 10, 60000, 65535.0, Counter()),
             "to mode": lambda: _to_mode(three, "RGB", 65535.0),
             "palette": lambda: _meant(page, three[..., :1], _Form("P", 3, np.dtype("u1"))),
         }[kind]
