@@ -17,7 +17,7 @@ from tests.chaos.work import PIPELINE, difference, rows_of
 from tests.processes import run
 
 Disturb = Callable[[Round], None]
-DAMAGED, NO_STORE, NO_SERVICE, OTHER_FIRST, INTERRUPTED = 3, 4, 5, 1, 130  # exit codes: see aecore.errors
+DAMAGED, NO_STORE, OTHER_FIRST, INTERRUPTED = 3, 4, 1, 130  # exit codes: see aecore.errors
 FAULTS: dict[str, dict[str, Fault]] = {"local": {}, "s3": {}}  # store -> class -> fault
 TWO_DAYS_S, PAGE = 2 * 86400, 4096
 REPEATED = {
@@ -110,7 +110,7 @@ def _two(one: Round) -> None:
                 one.ended(process, *((signal.SIGKILL,) if process is victim else ()))
 
 
-@fault("disk full", codes=[NO_STORE, NO_SERVICE])  # the latter: the server of a pipeline has no room for its database either
+@fault("disk full", codes=[NO_STORE])
 def _full(one: Round) -> None:
     """A small disk (a file size limit where none can be mounted, and now and then): for the artefacts, or for cache and staged files."""
     shares, limited = sorted(one.rng.uniform(0.0, 0.8) for _ in range(one.rng.randint(1, 3))), one.rng.random() < 0.3

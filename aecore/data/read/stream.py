@@ -53,6 +53,7 @@ MAX_DIGITS = 18
 TRIED, TRIED_BYTES = 16, 1 << 24  # samples whose formats are compared when a stream is opened, and their bytes at most after the first one
 MOST_REMEMBERED = 100_000  # different bad samples, which are not read again, and samples of tars that are not listed again
 LOGGED = 3  # bad samples that are logged one by one
+PASSES = 20  # of nothing but bad samples end a run whatever share may be bad: tars that are drawn with replacement may miss the good ones
 FEWEST = 1000  # samples that the share of bad ones is of, at least: the first one of ten is no tenth of the data
 StreamSample = dict[str, Any]  # any: webdataset's own sample type: `__key__`, `__url__`, `ext`, `data`, `cls`, `place` and `bad`
 Place = tuple[str, str, int]  # of a sample: the tar, the name and the offset of its data
@@ -230,6 +231,7 @@ class _Tally:
     def __init__(self, most: float, expected: SampleFormat) -> None:
         self._most, self._expected = most, expected
         self.judged = self.bad = self.in_pass = 0
+        self.in_vain = 0  # bad ones since the last one that went on to the decoder
         self.known = set[Place]()
         self._text = ""  # about the last sample that was found to be bad
         self._damaged, self._formats = False, {expected.without_alpha}  # what the bad samples are: damaged, or of other formats
@@ -239,14 +241,13 @@ class _Tally:
         if sample["place"] in self.known:
             self.again(1)
             return
-        self.judged += 1
-        self.bad += 1
+        self._count(1)
         self._damaged |= other is None
         self._formats |= set() if other is None else {other}
         if len(self.known) < MOST_REMEMBERED:
             self.known.add(sample["place"])
         self._text = text = f"{sample['__url__']}: sample {sample['__key__']!r} cannot be trained on ({why})"
-        if self.bad <= self._most * self._total and not FEWEST <= self.bad == self.judged:
+        if self.bad <= self._most * self._total and not self._nothing_else:
             if self.bad <= LOGGED or str(self.bad).strip("0") == "1":
                 logger.warning("%s and is left out: %d of %d samples so far", text, self.bad, self.judged)
             return
@@ -254,10 +255,19 @@ class _Tally:
 
     def again(self, count: int) -> None:
         """Count bad samples that were judged in an earlier pass, of which samples may still be on their way to the decoder."""
-        self.judged += count
-        self.bad += count
-        if count and FEWEST <= self.bad == self.judged:
+        self._count(count)
+        if count and self._nothing_else:
             self._end()
+
+    def _count(self, bad: int) -> None:
+        self.judged += bad
+        self.bad += bad
+        self.in_vain += bad
+
+    @property
+    def _nothing_else(self) -> bool:
+        """Whether passes over all tars found only bad samples: then no next one will come."""
+        return bool(self.in_pass) and self.in_vain >= max(FEWEST, PASSES * self.in_pass)
 
     @property
     def _total(self) -> int:
@@ -272,10 +282,12 @@ class _Tally:
         decode = f"shard the tars with shards.check=decode and shards.max_bad={share:g}" if self._damaged else ""
         known = self._expected
         expected = f"{'images' if known.image else 'arrays'} of shape {known.shape} and dtype {known.dtype}"
-        counts = f"{self.bad} of {self._total} samples"
+        more = f"more than input.max_bad={self._most:g} allows", f"set input.max_bad={share:g} to leave them out"
+        over, leave_out = ("none of a whole pass over the tars can be used", "") if self._nothing_else else more
+        remedies = "; and to have one format: ".join(filter(None, (decode, alike)))
+        remedy = ", or ".join(filter(None, (leave_out, remedies))) or "check that these are the right tars"
         raise DataError(
-            f"{self._text}: {counts} are bad, more than input.max_bad={self._most:g} allows (expected: {expected}). "
-            f"Set input.max_bad={share:g} to leave them out, or {'; and to have one format: '.join(filter(None, (decode, alike)))}",
+            f"{self._text}: {self.bad} of {self._total} samples are bad, {over} (expected: {expected}). {remedy[0].upper()}{remedy[1:]}",
             hint=Hint("bad-sample", {"share": f"{share:g}"}) if self._damaged else Hint("shard-instead"),
         )
 
@@ -444,6 +456,7 @@ class StreamLoader:
                         bad += 1
                         continue
                     good.append(known)
+                    tally.in_vain = 0
                     yield sample
                 if len(good) <= room:
                     listings[name] = tar.stamp, bad, good

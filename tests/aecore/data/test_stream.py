@@ -247,8 +247,15 @@ class TestBadSamples:
         order = TrainingOrder(global_batch=16, lanes=8)
         spec = InputSpec(reader="webdataset", prefetch=0, max_bad=1.0)
         loader = StreamLoader(opened, transform=TransformSpec(), order=order, steps_per_epoch=1, spec=spec)
-        with pytest.raises(DataError, match=r"(10\d\d) of \1 samples are bad"):
+        with pytest.raises(DataError, match=r"(\d{4}) of \1 samples are bad, none of a whole pass .*\)\. Shard the tars with") as raised:
             next(iter(loader.batches()))
+        assert "set input.max_bad" not in str(raised.value).lower(), "it is set"
+
+    @pytest.mark.parametrize("ext", ["png", "txt"])
+    def test_few_good_samples_among_those_without_data_or_damaged_are_enough_where_all_may_be_bad(self, tmp_path: Path, ext: str) -> None:
+        write_tar(tmp_path / "a.tar", [(f"{n}.{ext if n % 2 else 'png'}", b"x" if n % 2 else encoded(image(n))) for n in range(20)])
+        found = batches(tmp_path, 3, max_bad=1.0, shuffle=1000)
+        assert {*numbers(found)} <= {*range(0, 20, 2)} and len(numbers(found)) == 3 * 16
 
     def test_the_first_sample_does_not_decide_the_format(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", [("0.png", encoded(image(0, 9))), ("1.png", b"x"), *samples(2, 30)])
