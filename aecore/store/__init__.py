@@ -47,6 +47,7 @@ from aecore.store._open import (
 )
 from aecore.store._private import keep_torch_cache_private, make_private, name_torch_cache, named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
+from aecore.store._scratch import new_path as scratch_path
 from aecore.store._scratch import pid_namespace
 from aecore.store._states import STATE_BYTES, Seen, local_seen, local_state, settled_ns
 
@@ -96,6 +97,7 @@ __all__ = [
     "recorded_url",
     "remove_staging",
     "resolve_url",
+    "scratch_path",
     "settled_ns",
     "sha256_file",
     "sha256_json",

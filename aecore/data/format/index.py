@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aecore.data.format.form import Form
-from aecore.data.format.parquet import read_parquet
+from aecore.data.format.parquet import open_parquet, read_parquet
+from aecore.data.format.spill import BUCKET, spilled
 from aecore.errors import DataError
+from aecore.native.texts import Texts
 
 MEMBERS = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
 _INDEX_COLUMNS: dict[str, pa.DataType] = {
@@ -79,8 +82,10 @@ def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> 
 
 
 def _array(values: Any, wanted: pa.DataType | None) -> Any:  # any: list, numpy array or arrow array
-    if isinstance(values, pa.Array):
+    if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
+    if isinstance(values, Texts):
+        return values.column()
     try:
         return pa.array(values, wanted)
     except UnicodeEncodeError:  # file names that are no UTF-8 arrive with lone surrogates
@@ -90,12 +95,23 @@ def _array(values: Any, wanted: pa.DataType | None) -> Any:  # any: list, numpy 
 def table_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:  # any: plain JSON data
     """Return the table as Parquet (zstd, page checksums), with `metadata` as JSON under the key `aecore`."""
     sink = pa.BufferOutputStream()
-    described = table.replace_schema_metadata({"aecore": json.dumps(metadata, sort_keys=True)})
+    _write(table, metadata, sink)
+    return bytes(sink.getvalue())
+
+
+def write_table(table: pa.Table, metadata: Mapping[str, Any], path: Path) -> None:  # any: as above
+    """Write the table as `table_bytes` returns it, in row groups of some memory."""
+    with pa.OSFile(str(path), "wb") as sink:
+        _write(table, metadata, sink, BUCKET)
+
+
+def _write(table: pa.Table, metadata: Mapping[str, Any], sink: Any, rows: int | None = None) -> None:  # any: pyarrow's files
+    described = (table if rows else table.combine_chunks()).replace_schema_metadata({"aecore": json.dumps(metadata, sort_keys=True)})
     leaves = set(_leaf_names(table.schema))
     dictionaries: Any = [name for name in _REPEATED if name in leaves]  # any: pyarrow's stubs know only the boolean
     statistics: Any = sorted(INDEX_FORM.statistics or ())  # any: as above
-    pq.write_table(described, sink, compression="zstd", use_dictionary=dictionaries, write_statistics=statistics, write_page_checksum=True)
-    return bytes(sink.getvalue())
+    written: Any = {"use_dictionary": dictionaries, "write_statistics": statistics, "row_group_size": rows}  # any: as above
+    pq.write_table(described, sink, compression="zstd", write_page_checksum=True, **written)
 
 
 def _leaf_names(schema: pa.Schema) -> Iterator[str]:
@@ -129,6 +145,16 @@ def read_table(
     if wrong:
         raise DataError(f"{where} has other columns than aecore writes ({'; '.join(wrong)}): restore it or write the artefact again")
     return table
+
+
+def read_mapped(path: Path, where: str) -> pa.Table:
+    """Return the table of a Parquet file as `read_table` does, in a scratch file that is mapped, a row group at a time."""
+    try:
+        file = open_parquet(path)
+        schema = file.schema_arrow
+        return spilled((file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups)), schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{where} is not a readable Parquet file ({error}): restore it or write the artefact again") from error
 
 
 def column_problems(found: pa.Schema, wanted: pa.Schema, *, more: bool = False) -> list[str]:

@@ -10,15 +10,17 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
+from aecore.data.format.spill import is_large, spilled, take_rows
 from aecore.errors import ConfigError, DataError, require_text
+from aecore.native.texts import BATCH, Texts
 from aecore.store import Seen, absolute_url, read_again, split_tars
 
 T = TypeVar("T")
@@ -29,24 +31,26 @@ NAME_HELP = "name of the source in datasets, instead of its address: set it wher
 class Listing:
     """All samples of a source, by column: n rows in the source's own, stable order; no sample bytes.
 
+    Texts are given as lists or as `Texts`, which they become.
+
     Attributes
     ----------
-    keys, sources : list of str
+    keys, sources : sequence of str
         n encoded keys (see `record.encode_key`), and the n names that `Source.read` takes.
     sizes : int64 array
         Bytes of each sample in the source.
-    label_names : list of str, optional
+    label_names : sequence of str, optional
         Class of each sample, "" where it has none; what is no text (bytes that are no UTF-8 as lone surrogates, NUL) makes its sample
         unusable. Where `splits` is given these are paths below the source's root, so they
         begin with the top folder (`train/Greek/character01`), and the plan decides whether that is a split or a part of the class.
         If `label_paths` is false they are plain names.
     label_rule : str
         What the plan makes of `label_names`: `leaf` the last folder, `regex:...` what the expression finds, else the names as they are.
-    paths : list of str, optional
+    paths : sequence of str, optional
         What rules of labels and groups look at, with `/`, where `sources` are no paths.
-    splits : list of str, optional
+    splits : sequence of str, optional
         Top folder of each sample ("" directly below the root) or the split in its file's name, for sources that have folders.
-    groups : list of str, optional
+    groups : sequence of str, optional
         Bag of each sample: rows of one group stay adjacent, in one shard and one split.
     columns : mapping
         Further columns for the index (factors, metadata), n values each.
@@ -54,76 +58,86 @@ class Listing:
         Messages for the user (files that were skipped).
     unusable : list of BadSample or None, optional
         Why a sample cannot be used, None for each that can. Such samples are planned and go to the quarantine unread.
-    states : list of str or None, optional
+    states : sequence of str or None, optional
         State of the file of each sample before its bytes were read: a text that is compared for equality only. None: not known, or too
         young to be told from a later one; the next run reads such a sample again.
     origin : str
         The address that the samples come from, or the name that stands for it (`origin_of`).
-    all_states : list of str or None, optional
+    all_states : sequence of str or None, optional
         The states with those that are too young, for the hash of a claim: work that was begun goes on as long as they are equal.
     """
 
-    keys: list[str]
-    sources: list[str]
+    keys: Sequence[str]
+    sources: Sequence[str]
     sizes: NDArray[np.int64]
-    label_names: list[str] | None = None
-    splits: list[str] | None = None
-    groups: list[str] | None = None
+    label_names: Sequence[str] | None = None
+    splits: Sequence[str] | None = None
+    groups: Sequence[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     notes: tuple[str, ...] = ()
     label_paths: bool = True
     label_rule: str = "path"
-    paths: list[str] | None = None
+    paths: Sequence[str] | None = None
     unusable: list[BadSample | None] | None = None
-    states: list[str | None] | None = None
+    states: Sequence[str | None] | None = None
     origin: str = ""
-    all_states: list[str | None] | None = None
+    all_states: Sequence[str | None] | None = None
 
     def __post_init__(self) -> None:
-        names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable", "states", "all_states")
+        for name in (*_TEXTS, "states", "all_states"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_texts(values, f"the source lists {name}"))
+        names = (*_TEXTS[1:], "sizes", "unusable", "states", "all_states")
         for name, column in [*((name, getattr(self, name)) for name in names), *self.columns.items()]:
             if column is not None and len(column) != len(self.keys):
                 raise DataError(f"the source lists {len(self.keys)} keys and {len(column)} values of {name}: each column has one a sample")
-        _texts("keys", self.keys[:1])  # the others are looked at with all texts, in `sha256`
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def take(self, rows: NDArray[np.int64]) -> "Listing":
         """Return these rows, in this order."""
-        pick = _picker(rows, len(self))
-        return Listing(
-            pick(self.keys),
-            pick(self.sources),
-            self.sizes[rows],
-            pick(self.label_names),
-            pick(self.splits),
-            pick(self.groups),
-            {name: column[rows] for name, column in self.columns.items()},
-            self.notes,
-            self.label_paths,
-            self.label_rule,
-            pick(self.paths),
-            pick(self.unusable),
-            pick(self.states),
-            self.origin,
-            pick(self.all_states),
-        )
+        if len(rows) == len(self) and (np.diff(rows) == 1).all():
+            return self
+        names = (*_TEXTS, "unusable", "states", "all_states")
+        large = self._plain(names) if is_large(len(self)) else {}
+        taken: dict[str, Any] = {name: take(getattr(self, name), rows) for name in names if name not in large}  # any: as `take`
+        if large:  # in one pass over all of them
+            table = take_rows(pa.table(large), rows)
+            taken |= {name: Texts(table[name]) for name in large}
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return dataclasses.replace(self, sizes=self.sizes[rows], columns=columns, **taken)
+
+    def slice(self, start: int, stop: int) -> "Listing":
+        """Return the rows [start, stop), of which nothing is copied."""
+        names = (*_TEXTS, "unusable", "states", "all_states", "sizes")
+        cut: dict[str, Any] = {name: None if (column := getattr(self, name)) is None else column[start:stop] for name in names}
+        return dataclasses.replace(self, columns={name: column[start:stop] for name, column in self.columns.items()}, **cut)
+
+    def spilled(self) -> "Listing":
+        """Return the listing with its texts in a scratch file, if it is large."""
+        plain = self._plain((*_TEXTS, "states", "all_states")) if is_large(len(self)) else {}
+        if not plain:
+            return self
+        table = pa.table(plain)
+        mapped = spilled([table], table.schema)
+        given: dict[str, Any] = {name: Texts(mapped[name]) for name in plain}  # any: as `take`
+        return dataclasses.replace(self, **given)
+
+    def _plain(self, names: Sequence[str]) -> dict[str, Any]:  # any: columns of Arrow
+        """Return the columns whose texts are there one by one."""
+        found = {name: getattr(self, name) for name in names}
+        return {name: texts.arrow for name, texts in found.items() if isinstance(texts, Texts) and not texts.is_coded}
 
     def with_states(self, seen: Sequence[Seen | None]) -> "Listing":
         """Return the listing with what was seen of the file of each sample (None: nothing)."""
-        states = [None if found is None else found.state for found in seen]
+        states = Texts.of([None if found is None else found.state for found in seen])
         young = [row for row, found in enumerate(seen) if found is not None and found.young]
         return self.with_young(states, young)
 
-    def with_young(self, states: list[str | None], young: Sequence[int]) -> "Listing":
+    def with_young(self, states: Texts, young: Sequence[int] | NDArray[np.int64]) -> "Listing":
         """Return the listing with these states, of which those of the rows `young` are too young."""
-        if not young:
-            return dataclasses.replace(self, states=states, all_states=None)
-        settled = states.copy()
-        for row in young:
-            settled[row] = None
-        return dataclasses.replace(self, states=settled, all_states=states)
+        return dataclasses.replace(self, states=states.without(young), all_states=states if len(young) else None)
 
     def without_states(self) -> "Listing":
         """Return what versions before states listed."""
@@ -132,50 +146,52 @@ class Listing:
     def sha256(self) -> str:
         """Return the hash of everything that the plan depends on: all columns, in order."""
         digest = hashlib.sha256(f"{len(self)} rows".encode())
-        texts = {"keys": self.keys, "sources": self.sources, "label_names": self.label_names, "splits": self.splits, "groups": self.groups}
-        for name, values in texts.items():
-            if values is not None:
-                joined = "\0".join(_texts(name, values)).encode("utf-8", "surrogatepass")  # file names may hold lone surrogates, and no NUL
-                digest.update(f"\n{name} {len(joined)}\n".encode() + joined)
+        for name in _TEXTS[:-1]:
+            _add_texts(digest, name, getattr(self, name))  # file names may hold lone surrogates, and no NUL
         numbers = {"sizes": self.sizes, **{f"columns.{name}": self.columns[name] for name in sorted(self.columns)}}
         for name, column in numbers.items():
-            digest.update(json.dumps([name, column.tolist()]).encode())
+            digest.update(f"[{json.dumps(name)}, [".encode())
+            for start in range(0, len(column), BATCH):
+                digest.update((", " * (start > 0) + json.dumps(column[start : start + BATCH].tolist())[1:-1]).encode())
+            digest.update(b"]]")
         if self.unusable is not None:
             digest.update(json.dumps(["unusable", [why and why.args for why in self.unusable]]).encode())
         states = self.states if self.all_states is None else self.all_states
-        if states is not None and any(states):
-            try:
-                joined = "\0".join(states).encode()  # type: ignore[arg-type]  # nearly always all are texts
-            except TypeError:
-                joined = "\0".join(state or "" for state in states).encode()
-            digest.update(f"\nstates {len(joined)}\n".encode() + joined)
+        if isinstance(states, Texts) and states.num_bytes():
+            _add_texts(digest, "states", states)
         if self.origin:
             digest.update(f"\norigin {self.origin}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
-def _texts(name: str, values: list[str]) -> list[str]:
-    """Return the values; DataError if one of them is no text, as when a source gives class numbers."""
-    others = {*map(type, values)} - {str}
-    if others:
-        wrong = next(value for value in values if type(value) in others)
-        raise DataError(f"the source lists {name} with {wrong!r} ({type(wrong).__name__}), expected text: use str(value)")
-    return values
+_TEXTS = ("keys", "sources", "label_names", "splits", "groups", "paths")  # columns; of the last one nothing is hashed
 
 
-def take(values: list[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None stays None, a list stays a list
-    """Return `values` at `rows` as a list; None if there are no values."""
-    return None if values is None else _picker(rows, len(values))(values)
+def as_texts(values: Sequence[str | None], what: str) -> Texts:
+    """Return a column of texts; DataError, which begins with `what`, if one of them is no text, as when a source gives class numbers."""
+    try:
+        return Texts.of(values)
+    except TypeError as error:
+        wrong = error.args[0]
+        raise DataError(f"{what} with {wrong!r} ({type(wrong).__name__}), expected text: use str(value)") from error
 
 
-def _picker(rows: NDArray[np.int64], count: int) -> Callable[[list[Any] | None], Any]:  # any: as above
-    """Return what takes `rows` of a list of `count` values, None of None."""
-    if len(rows) == count and (np.diff(rows) == 1).all():
-        return lambda values: None if values is None else list(values)
-    if len(rows) < 2:
-        return lambda values: None if values is None else [values[row] for row in rows.tolist()]
-    chosen = itemgetter(*rows.tolist())  # half the time of a loop
-    return lambda values: None if values is None else [*chosen(values)]
+def _add_texts(digest: Any, name: str, values: Texts | None) -> None:  # any: hashlib's object has no public type
+    """Hash texts with NUL between them, and before that how many bytes these are."""
+    if values is None:
+        return
+    digest.update(f"\n{name} {values.num_bytes() + max(0, len(values) - 1)}\n".encode())
+    before = memoryview(b"")
+    for column in values.terminated():
+        digest.update(before)
+        whole = column.data.data[column.begins[0] : column.ends[-1] + 1]
+        digest.update(whole[:-1])
+        before = whole[-1:]
+
+
+def take(values: Sequence[T] | None, rows: NDArray[np.int64]) -> Any:  # any: None stays None, texts stay texts, a list a list
+    """Return `values` at `rows`; None if there are no values."""
+    return values.take(rows) if isinstance(values, Texts) else None if values is None else [values[row] for row in rows.tolist()]
 
 
 class Source(Protocol):

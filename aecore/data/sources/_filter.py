@@ -173,7 +173,7 @@ def with_limit(listing: Listing, limit: int | None, group: str | None, names: Se
         return listing
     groups = listing.groups
     if is_expression(group):
-        paths = list(map(file_of, listing.sources)) if listing.paths is None else listing.paths
+        paths = [*map(file_of, listing.sources)] if listing.paths is None else listing.paths
         groups = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
     rows = _chosen(names, groups, limit)
     if not rows:
@@ -195,8 +195,8 @@ def _chosen(names: Sequence[str], groups: Sequence[str] | None, limit: int) -> l
     With `groups` whole ones are taken as long as they fit. The choice depends neither on the order nor on the machine.
     """
     if groups is None:
-        order = sorted(range(len(names)), key=lambda row: _hash(names[row]))
-        return sorted(order[:limit])
+        hashed = np.frombuffer(b"".join(map(_hash, names)), ">u8")
+        return sorted(np.argsort(hashed, kind="stable")[:limit].tolist())
     rows: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)

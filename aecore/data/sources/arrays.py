@@ -50,6 +50,7 @@ from aecore.data.sources._names import (
 from aecore.data.sources._other_files import is_of_system, skip_file
 from aecore.data.sources._skipped import Skipped, first_of
 from aecore.errors import DataError, counted, did_you_mean
+from aecore.native.texts import Texts, joined, numbered
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import Seen, absolute_url, open_files, read_again
 
@@ -123,7 +124,7 @@ class _Block:
     stem: str
     array: Array
     split: str = ""
-    labels: list[str] | None = None
+    labels: Texts | None = None
     factors: Mapping[str, Array] = field(default_factory=dict)
     lengths: Array | None = None
     groups: list[str] | None = None
@@ -182,16 +183,19 @@ class ArraysSource:
                         "array(s) without labels, as others have", block.head, "name labels like it to label its samples", kept=True
                     )
         counts = [len(block.array) for block in blocks]
-        rows = [(block, row) for block, count in zip(blocks, counts, strict=True) for row in range(count)]
         sizes = [self._sizes(block) for block in blocks]
-        paths = [f"{block.stem}/{row:09d}" for block, row in rows]
-        of_rows = f"{counted(len(rows), 'row', 'rows')} of {counted(len(blocks), 'array', 'arrays')}"
+        paths = joined([numbered(f"{block.stem}/", count, width=9) for block, count in zip(blocks, counts, strict=True)])
+        of_rows = f"{counted(sum(counts), 'row', 'rows')} of {counted(len(blocks), 'array', 'arrays')}"
+
+        def repeated(values: Sequence[str | None]) -> Texts:  # of each block, for each of its rows
+            return Texts.coded(values, np.repeat(np.arange(len(blocks), dtype=np.int32), counts))
+
         listing = Listing(
             encode_keys(paths),
-            [f"{block.head}#{row}" for block, row in rows],
+            joined([numbered(f"{block.head}#", count) for block, count in zip(blocks, counts, strict=True)]),
             np.concatenate(sizes),
-            label_names=[name for block in blocks for name in block.labels or [""] * len(block.array)] if _any(blocks, "labels") else None,
-            splits=[block.split for block, _ in rows] if _any(blocks, "split") else None,
+            label_names=joined([_labels(block) for block in blocks]) if _any(blocks, "labels") else None,
+            splits=repeated([block.split for block in blocks]) if _any(blocks, "split") else None,
             groups=_groups(blocks),
             columns=_columns(blocks),
             notes=(
@@ -202,7 +206,11 @@ class ArraysSource:
             label_paths=False,
             paths=paths,
         )
-        listing = listing.with_states([block.seen for block, _ in rows])
+        states = repeated([None if block.seen is None else block.seen.state for block in blocks])
+        starts = np.cumsum([0, *counts])
+        are_young = [block.seen is not None and block.seen.young for block in blocks]
+        young = [np.arange(starts[at], starts[at + 1]) for at, is_young in enumerate(are_young) if is_young]
+        listing = listing.with_young(states, np.concatenate([np.zeros(0, np.int64), *young]))
         return with_limit(listing, self._spec.limit, self._spec.group, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
@@ -437,7 +445,7 @@ class ArraysSource:
             raise DataError(f"{where} has no array {asked!r}{did_you_mean(asked, known)}: set {key} to one of these")
         return same[0]
 
-    def _label_names(self, name: str, array: str, samples: Array, of: str) -> list[str]:
+    def _label_names(self, name: str, array: str, samples: Array, of: str) -> Texts:
         where = f"{name} (array {array!r})" if array else name
         return class_names(require_rows(self._array_file(name).array(array, verify=True), len(samples), where, of), where)
 
@@ -465,6 +473,10 @@ class ArraysSource:
                 raise DataError(f"{where} (array {name!r}) gives the column {twice[0]!r}, as another array does: rename one of them")
             found |= new
         return found
+
+
+def _labels(block: _Block) -> Texts:
+    return Texts.coded([""], np.zeros(len(block.array), np.int32)) if block.labels is None else block.labels
 
 
 def _any(blocks: list[_Block], what: str) -> bool:

@@ -5,24 +5,21 @@ tree or lead to folders, unless `source.follow_links` is set. Everything else is
 first `.npz`, for the log). What only frames or `.npz` files need is imported for them: it is a tenth of the start of `aepipe shard`.
 """
 
-import bisect
 import contextlib
 import dataclasses
 import errno
-import itertools
-import operator
 import os
 import stat
 import sys
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.record import DATA_EXTENSIONS, IMAGE_EXTENSIONS, encode_keys
@@ -36,6 +33,7 @@ from aecore.data.sources._other_files import kind_of_file, skip_file, skip_unsee
 from aecore.data.sources._skipped import Skipped, shown_examples
 from aecore.errors import ConfigError, DataError, counted, did_you_mean
 from aecore.native.loops import Entries, list_folder
+from aecore.native.texts import Texts, joined, of_folder, of_width
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import (
     LinkedFolders,
@@ -130,28 +128,26 @@ class FolderSource:
         self._require_folder()
         skipped = Skipped()
         found = self._walk(skipped)
-        if not found.paths:
+        if not len(found):
             raise DataError(self._nothing(skipped))
-        found.sort()
-        paths = found.paths
-        labels = _folders(paths)
-        if self._bags and "" in labels:
+        columns = found.columns()
+        paths, labels = columns.paths, columns.folders
+        if self._bags and "" in labels.distinct():
             raise DataError(
                 f"{self._url}/{paths[labels.index('')]} is in no folder, and source.group=parent takes the folder of a file as its bag: "
                 "move it into one, or leave source.group out"
             )
-        known = {folder: sys.intern(_clean(folder)) for folder in set(labels)}
-        names = labels if all(folder == name for folder, name in known.items()) else list(map(known.__getitem__, labels))
-        first = {name: sys.intern(name.partition("/")[0]) for name in known.values()}
-        tops = list(map(first.__getitem__, names))
+        names = labels.mapped(_clean)
+        tops = names.mapped(lambda name: name.partition("/")[0])
         bags = labels if self._bags else None
         if self._bags:
-            names = [name.rpartition("/")[0] for name in names]
-        listing = Listing(_keys(paths), paths, np.array(found.sizes, np.int64), label_names=names, splits=tops, groups=bags)
-        listing = listing.with_young(found.states, sorted(found.young))
+            names = names.mapped(lambda name: name.rpartition("/")[0])
+        listing = Listing(_keys(paths), paths, columns.sizes, label_names=names, splits=tops, groups=bags)
+        listing = listing.with_young(columns.states, columns.young)
         listing = with_limit(listing, self._limit, self._group, paths)
-        if listing.sources is not paths:
-            paths, labels = listing.sources, _folders(listing.sources)
+        if len(listing) < len(paths):
+            paths = Texts.of(listing.sources)
+            labels = Texts.of([path.rpartition("/")[0] for path in paths])
         notes = (*self._says_what_is_a_sample(paths), *mask_notes(paths, labels), *skipped.lines(), *self._filter.unused(), *listing.notes)
         return self._framed(dataclasses.replace(listing, notes=notes))
 
@@ -174,7 +170,7 @@ class FolderSource:
         what = f"source.url {self._url} holds no file with one of the extensions {', '.join(sorted(self._extensions))}"
         return f"{what} that is taken as a sample:{found}" if found else f"{what}, and no other file: check the address"
 
-    def _says_what_is_a_sample(self, paths: list[str]) -> list[str]:
+    def _says_what_is_a_sample(self, paths: Sequence[str]) -> list[str]:
         """Return the note about arrays, whose files could be samples or rows of samples."""
         if not self._extensions & {"npy", "npz"}:
             return []
@@ -288,18 +284,17 @@ class FolderSource:
 
     def _sort_out(self, prefix: str, entries: Entries, found: "_Found", skipped: Skipped) -> list[str]:
         """Add the samples of one folder to `found`; return the folders in it."""
-        names = entries.names
         if (
-            names
+            len(entries.sizes)
             and entries.sizes.min() >= 0
-            and names[0][0] > "."
-            and set(map(_USUAL.get, _endings(names))) <= self._extensions
+            and entries.joined[:1] > b"."
+            and set(map(_USUAL.get, _endings(entries.joined))) <= self._extensions
             and not self._filter.is_set
         ):
             found.add_folder(prefix, entries)  # nearly all folders
             return []
         folders = []
-        for name, size, seen in zip(names, entries.sizes.tolist(), found.seen_in(entries), strict=True):
+        for name, size, seen in zip(entries.names, entries.sizes.tolist(), found.seen_in(entries), strict=True):
             path = prefix + name
             if unseen_part(name) is not None:
                 skip_unseen(skipped, path)
@@ -387,7 +382,7 @@ class BucketSource(FolderSource):
             skip_unseen(skipped, part)
         if skipped:
             sizes = {name: size for name, size in sizes.items() if unseen_part(name) is None}
-        every = not self._filter.is_set and set(map(_USUAL.get, _endings(sizes))) <= self._extensions
+        every = not self._filter.is_set and {_USUAL.get(name[-4:]) for name in sizes} <= self._extensions
         found = _Found()
         for name, size in sizes.items():
             if not every and ("." not in name.rpartition("/")[2] or _extension(name) not in self._extensions):
@@ -397,40 +392,65 @@ class BucketSource(FolderSource):
         return found
 
 
-class _Found:
-    """The files that a walk found: paths, sizes, states, and the rows of those that are young. `settled` is that of `settled_ns`.
+class _Columns(NamedTuple):
+    """The files that a walk found, sorted by path: paths, their folders ("" for those in none), sizes, states, the rows of young ones."""
 
-    Columns of strings and numbers: the garbage collector would traverse tuples again and again.
-    """
+    paths: Texts
+    folders: Texts
+    sizes: NDArray[np.int64]
+    states: Texts
+    young: Sequence[int]
+
+
+class _Found:
+    """The files that a walk finds, folder by folder. `settled` is that of `settled_ns`."""
 
     def __init__(self, settled: int = 0) -> None:
         self.settled = settled
-        self.paths, self.sizes, self.states, self.young = list[str](), list[int](), list[str | None](), set[int]()
+        self._parts = list[_Columns]()
+        self._rows = list[tuple[str, int, Seen | None]]()  # of files that were found one by one
+
+    def __len__(self) -> int:
+        return len(self._rows) + sum(len(part.paths) for part in self._parts)
 
     def add(self, path: str, size: int, seen: Seen | None) -> None:
-        if seen is not None and seen.young:
-            self.young.add(len(self.paths))
-        self.paths.append(path)
-        self.sizes.append(size)
-        self.states.append(None if seen is None else seen.state)
+        self._rows.append((path, size, seen))
 
     def add_folder(self, prefix: str, entries: Entries) -> None:
         """Add everything in a folder: regular files alone."""
-        if entries.changed.max() > self.settled:
-            self.young.update((len(self.paths) + np.flatnonzero(entries.changed > self.settled)).tolist())
-        self.paths += [prefix + name for name in entries.names]
-        self.sizes += entries.sizes.tolist()
-        self.states += entries.states
+        self._finish_rows()
+        young = np.flatnonzero(entries.changed > self.settled)
+        folders = Texts.coded([prefix[:-1]], np.zeros(len(entries.sizes), np.int32))
+        paths, states = of_folder(prefix, entries.joined), of_width(entries.characters[:, :-1])
+        self._parts.append(_Columns(paths, folders, entries.sizes, states, young.tolist()))
 
-    def sort(self) -> None:
-        """Sort by path; mostly they are, as folders are walked in their order."""
-        if all(map(operator.le, self.paths, itertools.islice(self.paths, 1, None))):
+    def _finish_rows(self) -> None:
+        if not self._rows:
             return
-        rows = sorted(range(len(self.paths)), key=self.paths.__getitem__)
-        self.paths = [self.paths[row] for row in rows]
-        self.sizes = [self.sizes[row] for row in rows]
-        self.states = [self.states[row] for row in rows]
-        self.young = {row for row, place in enumerate(rows) if place in self.young} if self.young else self.young
+        paths, sizes, seen = zip(*self._rows, strict=True)
+        folders = [path.rpartition("/")[0] for path in paths]
+        known = {folder: number for number, folder in enumerate(dict.fromkeys(folders))}
+        codes = np.array([known[folder] for folder in folders], np.int32)
+        states = Texts.of([None if state is None else state.state for state in seen])
+        young = [row for row, state in enumerate(seen) if state is not None and state.young]
+        self._parts.append(_Columns(Texts.of(paths), Texts.coded(list(known), codes), np.array(sizes, np.int64), states, young))
+        self._rows = []
+
+    def columns(self) -> _Columns:
+        """Return all files."""
+        self._finish_rows()
+        starts = np.cumsum([0, *(len(part.paths) for part in self._parts)]).tolist()
+        young = [start + row for start, part in zip(starts, self._parts, strict=False) for row in part.young]
+        paths, folders, states = (joined([getattr(part, name) for part in self._parts]) for name in ("paths", "folders", "states"))
+        sizes = np.concatenate([part.sizes for part in self._parts])
+        if paths.is_sorted():  # mostly they are, as folders are walked in their order
+            return _Columns(paths, folders, sizes, states, young)
+        order = paths.order()
+        if young:
+            is_young = np.zeros(len(sizes), np.bool_)
+            is_young[young] = True
+            young = np.flatnonzero(is_young[order]).tolist()
+        return _Columns(paths.take(order), folders.take(order), sizes[order], states.take(order), young)
 
     def seen_in(self, entries: Entries) -> Iterator[Seen | None]:
         return map(Seen, entries.states, (entries.changed > self.settled).tolist())
@@ -459,9 +479,14 @@ def _extension(source: str) -> str:
     return _USUAL.get(source[-4:]) or source.rpartition(".")[2].lower()  # a third of the time for nearly all names
 
 
-def _endings(names: Iterable[str]) -> set[str]:
-    """Return the different last four characters."""
-    return set(map(itemgetter(slice(-4, None)), names))
+def _endings(joined: bytes) -> set[str]:
+    """Return the different last four characters of names, each ended by a zero byte, if these are ASCII; "" for shorter names."""
+    data = np.frombuffer(joined, np.uint8)
+    ends = np.flatnonzero(data == 0)
+    if np.diff(ends, prepend=-1).min(initial=5) < 5:
+        return {""}
+    last = np.unique(data[ends[:, None] + np.arange(-4, 0)].view("<u4"))
+    return {int(ending).to_bytes(4, "little").decode("latin-1") for ending in last}
 
 
 @contextlib.contextmanager
@@ -487,31 +512,15 @@ def _rest(descriptor: int, size: int) -> bytes:
     return b"".join(pieces)
 
 
-def _folders(paths: list[str]) -> list[str]:
-    """Return the folder of each of these sorted paths, "" for those in none."""
-    folders = list[str]()
-    while len(folders) < len(paths):
-        begin = len(folders)
-        folder = sys.intern(paths[begin].rpartition("/")[0])
-        stop = bisect.bisect_left(paths, f"{folder}0", begin) if folder else len(paths)  # 0 follows / in ASCII
-        inside = paths[begin:stop]
-        if folder and "".join(inside).count("/") == len(inside) * (folder.count("/") + 1):  # nothing below it
-            folders += [folder] * len(inside)
-        else:
-            folders += [sys.intern(path.rpartition("/")[0]) for path in inside]
-    return folders
-
-
 def _clean(folder: str) -> str:
     """Return a folder without empty names: `a//b` in a bucket is the class `a/b`."""
     return "/".join(filter(None, folder.split("/"))) if "//" in f"/{folder}/" else folder
 
 
-def _keys(paths: list[str]) -> list[str]:
+def _keys(paths: Texts) -> Texts:
     """Return the key of each path: without its extension, unless two files of one folder differ only in it."""
-    usual = len(endings := _endings(paths)) == 1 and endings.pop() in _USUAL
-    stems = [path[:-4] for path in paths] if usual else [path.rpartition(".")[0] for path in paths]
-    if len(set(stems)) == len(stems):
+    stems = paths.without_ending(4) if paths.ending(4) in _USUAL else Texts.of([path.rpartition(".")[0] for path in paths])
+    if stems.all_different():
         return encode_keys(stems)
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
-    return encode_keys([path if stem in shared else stem for path, stem in zip(paths, stems, strict=True)])
+    return encode_keys(Texts.of([path if stem in shared else stem for path, stem in zip(paths, stems, strict=True)]))

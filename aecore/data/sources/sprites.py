@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aecore.data.format.png import StoredPng
 from aecore.data.sources import Listing
 from aecore.errors import DataError
+from aecore.native.texts import Texts
 from aecore.registry import SOURCES, knob, spec
 
 SUBPIXELS = 4
@@ -69,9 +70,9 @@ class SpritesSource:
         columns = {f"factor_{name}": row.astype(np.int32) for name, row in zip(FACTORS, factors, strict=True)}
         if self._spec.orientations == 1:
             del columns["factor_orientation"]
-        labels = [names[k] for k in factors[0].tolist()]
+        labels = Texts.coded(names, factors[0])
         sizes = np.full(wanted, len(self.read(keys[0])[1]), dtype=np.int64)
-        return Listing(keys, list(keys), sizes, label_names=labels, columns=columns, states=[STATE] * wanted)
+        return Listing(keys, keys, sizes, label_names=labels, columns=columns, states=Texts.coded([STATE], np.zeros(wanted, np.int32)))
 
     def read(self, source: str) -> tuple[str, bytes]:
         """Draw one image; DataError if the name is not one of this grid."""

@@ -6,8 +6,9 @@ Gone are samples that a complete listing lacks (a source that cannot be listed c
 look like a lost disk are refused: nothing is written then.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from aecore.data.format.index import LEDGER_SCHEMA, make_table
+from aecore.data.format.spill import filtered, is_large, narrow, ranges, slices, spilled, take_rows
 from aecore.data.removal import Reason
 from aecore.data.sources import Listing
 from aecore.data.sources._names import FRAME_ENDING
@@ -25,11 +27,14 @@ from aecore.data.write.ledger import columns_sha256
 from aecore.data.write.plan import Placement
 from aecore.data.write.reread import Reread
 from aecore.errors import DataError, counted
+from aecore.native.texts import Texts
 
 pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 EXAMPLES = 5
 FREE = 10  # samples that may be gone whatever their share is
 Mask = NDArray[np.bool_]
+_REASONS: tuple[Reason | None, ...] = (None, "gone", "changed", "relabelled", "moved", "retried")
+_GONE, _CHANGED, _RELABELLED, _MOVED, _RETRIED = range(1, len(_REASONS))
 Column = Any  # any: as above
 
 
@@ -120,11 +125,11 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     """
     asked = _asked(listing, placed)
     own = _mask(pc.fill_null(pc.equal(ledger["origin"], listing.origin), True))  # what has no known origin may be of this one
-    known, others = ledger.filter(pa.array(own)), ledger.filter(pa.array(~own))
+    known, others = filtered(ledger, own), filtered(ledger, ~own)
     _require_free_keys(asked, others, rules, listing.origin)
-    at = _values(pc.fill_null(pc.index_in(asked["key"], value_set=known["key"].combine_chunks()), -1)).astype(np.int64)
-    rows = np.flatnonzero(at >= 0)
-    now, before = asked.take(rows), known.take(at[rows])
+    at, before = _known_rows(asked, known)
+    rows = narrow(np.flatnonzero(at >= 0))
+    now = take_rows(asked, rows)
     tars = None if rules.tars is None else _TarRows(rules.tars, asked, known)
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
     was_bad = _mask(before["quarantined"])
@@ -135,41 +140,42 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
         & ~was_bad
         & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
     )
-    reasons = np.full(len(known), None, object)
+    reasons = np.zeros(len(known), np.int8)  # numbers of `_REASONS`
     for mask, reason in (
         (is_changed & was_bad, "retried"),
         (is_changed & ~was_bad, "changed"),
         (moved, "moved"),
         (relabelled, "relabelled"),
     ):
-        reasons[at[rows[mask]]] = reason
+        reasons[at[rows[mask]]] = _REASONS.index(reason)
     written = at < 0
     written[rows[is_changed | moved | relabelled]] = True
 
-    missing = ~np.isin(np.arange(len(known)), at[rows]) & _mask(pc.is_valid(known["origin"]))
+    missing = _mask(pc.is_valid(known["origin"]))
+    missing[at[rows]] = False
     renamed, reframed = _listed_otherwise(asked, known, missing, rules)
-    reasons[renamed] = "moved"
-    reasons[reframed] = "changed"
+    reasons[renamed] = _MOVED
+    reasons[reframed] = _CHANGED
     missing &= ~(renamed | reframed)
     lost = missing & (np.zeros(len(known), np.bool_) if tars is None else tars.gone)  # their bytes are not there any more
     outside = missing & ~lost
-    outside[outside] = rules.outside(known.filter(pa.array(outside)))
+    outside[outside] = rules.outside(filtered(known, outside)) if outside.any() else False
     gone = missing & ~outside
     if rules.drop or lost.any():
         gone = gone if rules.drop else lost
         _require_few_gone(asked, known, gone, listing, rules)
-        reasons[gone] = "gone"
+        reasons[gone] = _GONE
     if rules.accept_filter:
-        reasons[outside] = "gone"
+        reasons[outside] = _GONE
     whole = _whole_bags(asked, known, others, written, at, reasons, rules)
-    is_removed = np.array([reason is not None for reason in reasons], np.bool_)
+    is_removed = reasons != 0
     renewed = _renewed(now, before, ~is_removed[at[rows]] & settled)
     shown = {
-        "added": (asked, (at < 0) & ~_is_in(asked["source"], known["source"].filter(pa.array(renamed | reframed)))),
-        "changed": (known, reasons == "changed"),
-        "relabelled": (known, (reasons == "relabelled") | (reasons == "moved")),
-        "removed": (known, reasons == "gone"),
-        "retried": (known, reasons == "retried"),
+        "added": (asked, (at < 0) & ~_is_in(asked["source"], filtered(known, renamed | reframed)["source"])),
+        "changed": (known, reasons == _CHANGED),
+        "relabelled": (known, (reasons == _RELABELLED) | (reasons == _MOVED)),
+        "removed": (known, reasons == _GONE),
+        "retried": (known, reasons == _RETRIED),
     } | {
         name: (known, mask)
         for name, mask in (
@@ -179,7 +185,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
         )
         if mask.any()
     }
-    reasons[whole] = "changed"
+    reasons[whole] = _CHANGED
     is_removed |= whole
     return Changes(
         written=written,
@@ -191,27 +197,66 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     )
 
 
+def _known_rows(asked: pa.Table, known: pa.Table) -> tuple[NDArray[Any], pa.Table]:  # any: integers of any width
+    """Return the row of `known` that has the key of each of `asked`, -1 where there is none; and these rows of `known`, in this order.
+
+    Of many keys numbers are compared, and of those that agree the texts.
+    """
+    if not is_large(len(known)):
+        at = _values(pc.fill_null(pc.index_in(asked["key"], value_set=known["key"].combine_chunks()), -1))
+        return at, take_rows(known, at[at >= 0])
+    numbers = Texts(known["key"]).numbers()
+    order = narrow(np.argsort(numbers))
+    numbers = numbers[order]
+    pieces = list[NDArray[Any]]()
+    for (part,) in slices(asked.select(["key"])):
+        wanted = Texts(part["key"]).numbers()
+        places = np.searchsorted(numbers, wanted)
+        places[places == len(numbers)] = 0
+        pieces.append(np.where(numbers[places] == wanted, order[places], order.dtype.type(-1)))
+    del numbers, order
+    at = np.concatenate([np.zeros(0, np.int32), *pieces])
+    before, rows = take_rows(known, at[at >= 0]), np.flatnonzero(at >= 0)
+    wrong = rows[_differ(take_rows(asked.select(["key"]), rows), before, "key")]
+    if len(wrong):  # two keys have one number
+        keys = known["key"].combine_chunks()
+        at[wrong] = _values(pc.fill_null(pc.index_in(take_rows(asked, wrong)["key"], value_set=keys), -1))
+        before = take_rows(known, at[at >= 0])
+    return at, before
+
+
 def _asked(listing: Listing, placed: Placement) -> pa.Table:
     """Return the rows of a listing, with split and class as they are placed, by the columns of a ledger."""
-    splits, codes = [*placed.members], np.zeros(len(listing), np.int64)
+    splits, codes = [*placed.members], np.zeros(len(listing), np.int8)
     for number, split in enumerate(splits):
         codes[placed.members[split]] = number
+    names = placed.names
+
+    def part(start: int, stop: int) -> pa.Table:
+        return _asked_part(listing.slice(start, stop), splits, codes[start:stop], None if names is None else names[start:stop])
+
+    if not is_large(len(listing)):
+        return part(0, len(listing))
+    return spilled(itertools.starmap(part, ranges(len(listing))), LEDGER_SCHEMA)
+
+
+def _asked_part(listing: Listing, splits: Sequence[str], codes: NDArray[np.int8], names: Texts | None) -> pa.Table:
     columns = {
         "key": listing.keys,
         "source": listing.sources,
         "bytes": listing.sizes,
-        "split": pa.array(splits, pa.string()).take(pa.array(codes, pa.int64())),
-        "label_name": placed.names,
+        "split": pa.array(splits, pa.string()).take(pa.array(codes.astype(np.int64))),
+        "label_name": names,
         "group": listing.groups,
         "columns": columns_sha256(listing.columns, len(listing)),
-        "origin": [listing.origin] * len(listing),
+        "origin": pa.repeat(pa.scalar(listing.origin), len(listing)),
         "state": listing.states,
     }
     return make_table(LEDGER_SCHEMA, columns, len(listing))
 
 
 def _content(
-    listing: Listing, rows: NDArray[np.int64], now: pa.Table, before: pa.Table, rules: Rules, tars: "_TarRows | None"
+    listing: Listing, rows: NDArray[Any], now: pa.Table, before: pa.Table, rules: Rules, tars: "_TarRows | None"
 ) -> tuple[Mask, Mask]:
     """Return which of the known samples have other bytes, and of which the listed state is that of the bytes that were compared."""
     stated = pc.and_(pc.is_valid(now["state"]), pc.is_valid(before["state"]))
@@ -225,7 +270,9 @@ def _content(
     doubtful = np.flatnonzero(~same & ~changed)
     if tars is not None:
         return tars.compare(doubtful, rows, now, before), settled
-    found, chosen = rules.reread(listing.take(rows[doubtful])), before.take(doubtful)
+    if not len(doubtful):
+        return changed, settled
+    found, chosen = rules.reread(listing.take(rows[doubtful])), take_rows(before, doubtful)
     stored, bad = pa.array(found.stored, pa.string()), pa.array(found.bad, pa.string())
     as_stored = pc.fill_null(pc.equal(stored, chosen["sample_sha256"]), False)
     as_bad = pc.and_(pc.is_null(stored), pc.equal(pc.fill_null(bad, ""), pc.fill_null(chosen["sha256"], "")))
@@ -255,20 +302,26 @@ class _TarRows:
 
 def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Rules) -> tuple[Mask, Mask]:
     """Return which missing samples are listed under another key, and which are frames of a file that has another number of them."""
-    renamed = missing & _is_in(known["source"], asked["source"])
-    if not rules.all_frames:
-        return renamed, np.zeros(len(known), np.bool_)
-    files, there = (pc.replace_substring_regex(table["source"], FRAME_ENDING, "") for table in (asked, known))
-    return renamed, missing & ~renamed & _is_in(there, files)
+    renamed, reframed = np.zeros((2, len(known)), np.bool_)
+    if not missing.any():
+        return renamed, reframed
+    there = filtered(known, missing)["source"]
+    renamed[missing] = _is_in(there, asked["source"].filter(pa.array(_is_in(asked["source"], there))))
+    if rules.all_frames:
+        files, there = (pc.replace_substring_regex(sources, FRAME_ENDING, "") for sources in (asked["source"], there))
+        reframed[missing] = _is_in(there, files)
+    return renamed, reframed & ~renamed
 
 
 def _whole_bags(
-    asked: pa.Table, known: pa.Table, others: pa.Table, written: Mask, at: NDArray[np.int64], reasons: NDArray[Any], rules: Rules
+    asked: pa.Table, known: pa.Table, others: pa.Table, written: Mask, at: NDArray[Any], reasons: NDArray[np.int8], rules: Rules
 ) -> Mask:
     """Return the known samples that are removed because their bag gains or changes a sample; mark all of such bags as `written`.
 
     A bag is adjacent in one shard, so it is written whole. DataError if some of its samples cannot be read from this source.
     """
+    if asked["group"].null_count == len(asked):
+        return np.zeros(len(known), np.bool_)
     groups = pc.fill_null(asked["group"], "")
     touched = pc.unique(groups.filter(pa.array(written & _mask(pc.not_equal(groups, "")))))
     if not len(touched):
@@ -276,9 +329,9 @@ def _whole_bags(
     inside = _is_in(groups, touched)
     old = np.zeros(len(known), np.bool_)
     old[at[inside & (at >= 0)]] = True
-    old &= np.array([reason is None for reason in reasons], np.bool_)
-    left = _is_in(known["group"], touched) & ~old & np.array([reason is None for reason in reasons], np.bool_)
-    stuck = pa.concat_tables([known.filter(pa.array(left)), others.filter(pa.array(_is_in(others["group"], touched)))])
+    old &= reasons == 0
+    left = _is_in(known["group"], touched) & ~old & (reasons == 0)
+    stuck = pa.concat_tables([filtered(known, left), others.filter(pa.array(_is_in(others["group"], touched)))])
     if len(stuck):
         first = stuck.slice(0, 1).to_pylist()[0]
         where = f"{first['source']!r} of {first['group']!r} (from {first['origin'] or 'an unknown address'})"
@@ -312,7 +365,7 @@ def _require_few_gone(asked: pa.Table, known: pa.Table, gone: Mask, listing: Lis
     count = int(gone.sum())
     if not count or rules.max_removed == 1:
         return
-    whole_ones, lost = list[str](), known.filter(pa.array(gone))
+    whole_ones, lost = list[str](), filtered(known, gone)
     too_many = count > FREE and count > rules.max_removed * len(known)
     in_files = listing.paths is None
     for what, parts in (
@@ -352,26 +405,28 @@ def _folders(sources: Column, depth: int, *, in_files: bool) -> Column:
 def _renewed(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
     """Return the known rows with the state and size that are listed now, where these are others."""
     other = pc.and_(pc.is_valid(now["state"]), pc.fill_null(pc.not_equal(now["state"], before["state"]), True))
-    chosen = pa.array(stays & _mask(pc.or_(other, pc.is_null(before["origin"]))))
-    now, renewed = now.filter(chosen), before.filter(chosen)
+    chosen = stays & _mask(pc.or_(other, pc.is_null(before["origin"])))
+    now, renewed = filtered(now, chosen), filtered(before, chosen)
     origin = pc.fill_null(renewed["origin"], now["origin"])
     for name, column in (("bytes", now["bytes"]), ("state", now["state"]), ("origin", origin)):
         renewed = renewed.set_column(LEDGER_SCHEMA.get_field_index(name), name, column)
     return renewed
 
 
-def _removed(known: pa.Table, reasons: NDArray[Any], is_removed: Mask) -> pa.Table:
-    rows, given = known.filter(pa.array(is_removed)), list[Reason](reasons[is_removed])
-    return rows.select(["split", "ordinal", "key"]).append_column("reason", pa.array(given, pa.string()))
+def _removed(known: pa.Table, reasons: NDArray[np.int8], is_removed: Mask) -> pa.Table:
+    rows, given = filtered(known.select(["split", "ordinal", "key"]), is_removed), pa.array(_REASONS, pa.string())
+    return rows.append_column("reason", given.take(pa.array(reasons[is_removed])))
 
 
 def _shown(table: pa.Table, mask: Mask) -> dict[str, Any]:  # any: plain JSON data
-    rows = table["source"].filter(pa.array(mask))
-    return {"samples": len(rows), "examples": rows.slice(0, EXAMPLES).to_pylist()}
+    rows = np.flatnonzero(mask)
+    return {"samples": len(rows), "examples": [table["source"][row].as_py() for row in rows[:EXAMPLES].tolist()]}
 
 
 def _differ(now: pa.Table, before: pa.Table, name: str) -> Mask:
-    return _mask(pc.not_equal(pc.fill_null(now[name], ""), pc.fill_null(before[name], "")))
+    pairs = slices(now.select([name]), before.select([name]))
+    parts = (_mask(pc.not_equal(*(pc.fill_null(table[name], "") for table in pair))) for pair in pairs)
+    return np.concatenate([np.zeros(0, np.bool_), *parts])
 
 
 def _is_in(values: Column, known: Column) -> Mask:

@@ -33,6 +33,7 @@ from aecore.data.dataset import Dataset
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
+from aecore.data.format.spill import Spill, is_large
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
 from aecore.data.sources import Listing, Source, bound_pixels, origin_of, takes_frames
@@ -56,10 +57,11 @@ from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_sa
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
 from aecore.data.write.remove import live_details, part_of, remove_samples
 from aecore.data.write.reread import is_little, read_again
-from aecore.data.write.shard import pack_shard, put_table
+from aecore.data.write.shard import Handed, pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of
 from aecore.errors import ConfigError, DataError, counted
+from aecore.native.texts import Texts
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json
 
@@ -71,13 +73,13 @@ LOST = 0.01  # share of values that `shards.value_range` may cut off without a w
 class ShardWorker:
     """Writes shards of one dataset: opens the output and the source once, in the process it works in."""
 
-    def __init__(self, out: str, source: Any) -> None:  # any: every source kind has its own spec class
-        self._store = open_store(out)
+    def __init__(self, out: str, source: Any, handed: Handed | None = None) -> None:  # any: every source kind has its own spec class
+        self._store, self._handed = open_store(out), handed
         self._source = SOURCES.build(source)
 
     def __call__(self, task: ShardTask) -> Commit:
         """Pack the shard of `task` and return the call that commits it."""
-        return pack_shard(self._store, task, self._source)
+        return pack_shard(self._store, task, self._source, self._handed)
 
 
 def shard_dataset(
@@ -208,7 +210,7 @@ class _Work:
         """What happens to samples of a dataset that exists, for people."""
         if self.changes is not None:
             return self.changes.shown
-        return {} if self.parent is None else {"added": {"samples": len(self.fresh), "examples": self.fresh.sources[:SHOWN]}}
+        return {} if self.parent is None else {"added": {"samples": len(self.fresh), "examples": [*self.fresh.sources[:SHOWN]]}}
 
     def plan(self, claim: int) -> DatasetPlan:
         """Return the plan of the samples that are written, its notes starting with the choice of `auto`."""
@@ -368,7 +370,7 @@ def _listed(
             return known
         opened: Source = SOURCES.build(spec)
         bound_pixels(opened, max_pixels)
-        listing = by_rules(spec, opened.listing())
+        listing = by_rules(spec, opened.listing()).spilled()
         listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 
@@ -407,8 +409,9 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     _warn_of_plan(work, plan)
     for note in plan.notes:
         logger.info("%s: %s", store.url, note)
-    make_worker = functools.partial(_worker_type(work), store.url, work.source)
-    with _Listing(work, plan, claim) as listing:  # in the background: only the manifest waits for it
+    handed = Handed()
+    make_worker = _make_worker(work, handed)
+    with _Listing(work, plan, claim, handed) as listing:  # in the background: only the manifest waits for it
         try:
             records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=listing.reporting(on_part), on_start=listing.start)
             _require_good(work, records)
@@ -463,7 +466,8 @@ def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
     """Return the identity of the claim: all that decides what the generation holds."""
     parent = work.parent
     generation: dict[str, Any] = {"dataset": work.identity, "listing": work.listing.sha256(), "parent": parent.number if parent else 0}
-    if not all(map(is_spelled, set(work.fresh.label_names or ()))):  # older versions would have written other classes under this claim
+    names = work.fresh.label_names  # older versions would have written other classes under this claim
+    if names is not None and not all(map(is_spelled, Texts.of(names).distinct())):
         generation["names"] = "NFC"
     if work.removal is not None and (parent is not None or work.removal != "drop"):
         generation["removal"] = work.removal
@@ -476,11 +480,14 @@ def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
 class _Listing(contextlib.AbstractContextManager["_Listing"]):
     """The listing of a generation, made in a thread while the shards are written."""
 
-    def __init__(self, work: _Work, plan: DatasetPlan, claim: int) -> None:
-        self._work, self._claim = work, claim
+    def __init__(self, work: _Work, plan: DatasetPlan, claim: int, handed: Handed) -> None:
+        self._work, self._claim, self._handed = work, claim, handed
         self._tasks = {task.stem: task for task in plan.tasks}
         self._background = ThreadPoolExecutor(1, "listing")
         self._rows: dict[str, Future[pa.Table]] = {}
+        large = is_large(sum(map(len, plan.tasks)))
+        self._spill = Spill(LEDGER_SCHEMA) if large else None
+        self._places = dict[str, tuple[int, int]]()  # of parts in the scratch file
         self._grown: Future[FileRef] | None = None
         self._before: Future[str] | None = None
 
@@ -490,6 +497,8 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
     def close(self) -> None:
         """Wait for what was begun."""
         self._background.shutdown()
+        if self._spill is not None:
+            self._spill.close()
 
     def start(self) -> None:
         """Write the whole listing of a dataset that only grows: it depends on no shard. Of another one, hash the ledger of its parent."""
@@ -503,22 +512,28 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         """Return `on_part`, which before that makes the rows of the part."""
 
         def made(record: PartRecord, done: int, total: int) -> None:
+            tables = self._handed.take(record.part)
             if self._work.removal is not None:
-                self._rows[record.part] = self._background.submit(self._rows_of, record)
+                self._rows[record.part] = self._background.submit(self._rows_of, record, tables)
             if on_part is not None:
                 on_part(record, done, total)
 
         return made
 
-    def _rows_of(self, record: PartRecord) -> pa.Table:
-        return recorded_rows(self._work.store, self._tasks[record.part], self._work.listing.origin, record)
+    def _rows_of(self, record: PartRecord, tables: Mapping[str, pa.Table]) -> pa.Table:
+        rows = recorded_rows(self._work.store, self._tasks[record.part], self._work.listing.origin, record, tables)
+        if self._spill is None:
+            return rows
+        self._places[record.part] = self._spill.rows, len(rows)
+        self._spill.add(rows)
+        return LEDGER_SCHEMA.empty_table()
 
     def _known_with(self, new: pa.Table) -> pa.Table:
         """Return the ledger of the generation, which this listing completes."""
         ledger, changes = self._work.ledger, self._work.changes
         if ledger is None or changes is None:
             return new
-        return newest_rows(pa.concat_tables([ledger, new]).combine_chunks(), changes.removed)
+        return newest_rows(pa.concat_tables([ledger, new]), changes.removed)
 
     def put(self, removals: Sequence[PartRecord]) -> tuple[FileRef, Living | None]:
         """Commit the listing; return it, and what else the manifest has of a dataset that follows its source."""
@@ -531,6 +546,9 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
                 f"manifest says {parent.content_sha256}: one of them was changed; restore it (nothing was committed)"
             )
         rows = [self._rows[stem].result() for stem in self._tasks]
+        if self._spill is not None:
+            written = self._spill.table()
+            rows = [written.slice(*self._places[stem]) for stem in self._tasks]
         new = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *([] if work.changes is None else [work.changes.renewed]), *rows])
         ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS
         content = self._background.submit(samples_sha256, ledger)
@@ -541,19 +559,19 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
             ours, theirs = (rows.drop_columns(["bytes", "origin", "state"]) for rows in (ledger, self._known_with(there)))
             return bool(ours.equals(theirs))
 
-        listed = _put_listing(work.store, self._claim, ledger if merged else new.combine_chunks(), knows_the_same)
+        listed = _put_listing(work.store, self._claim, ledger if merged else new, knows_the_same)
         by_part = {part_of(record): record for record in removals}
         details = None if parent is None or not removals else live_details(work.store, parent.parts, by_part)
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
         return listed, Living(work.removal, content.result(), removed, details, merged)
 
 
-def _worker_type(work: _Work) -> Callable[[str, Any], Worker]:  # any: every source kind has its own spec class
+def _make_worker(work: _Work, handed: Handed) -> Callable[[], Worker]:
     if not work.adopt:
-        return ShardWorker
+        return functools.partial(ShardWorker, work.store.url, work.source, handed)
     from aecore.data.write.adopt import AdoptWorker
 
-    return AdoptWorker
+    return functools.partial(AdoptWorker, work.store.url, work.source)
 
 
 def _pixel_notes(records: Sequence[PartRecord], shapes: Mapping[str, int]) -> Iterator[str]:

@@ -25,13 +25,16 @@ from aecore.data.format.index import (
     REMOVED_SCHEMA,
     SOURCE_SHA256,
     make_table,
+    read_mapped,
     read_table,
 )
+from aecore.data.format.spill import filtered, gathered, is_large, narrow, slices, take_rows
 from aecore.data.manifest import DatasetManifest, RejectedPart, ShardRef, claim_of_listing
 from aecore.data.removal import read_removed
 from aecore.data.sources import origin_of_url
 from aecore.data.write.spec import ShardTask
 from aecore.errors import DataError
+from aecore.native.texts import Texts
 from aecore.store import FileRef, Store
 from aecore.threads import map_ordered
 
@@ -44,16 +47,21 @@ _SLICE = 1 << 16  # rows that are hashed at a time
 
 def read_ledger(store: Store, manifest: DatasetManifest) -> pa.Table:
     """Return what is known of every live sample, quarantined ones too, as a table of `LEDGER_SCHEMA`, by split and ordinal; verified."""
-    listings = [*map_ordered(lambda ref: (ref, read_listing(store, ref)), manifest.listings, threads=READERS)]
+    large = is_large(sum(part.planned for part in manifest.parts))
+    listings = [*map_ordered(lambda ref: (ref, read_listing(store, ref, large=large)), manifest.listings, threads=1 if large else READERS)]
     before = [(claim_of_listing(ref), table) for ref, table in listings if table.schema.equals(LISTING_SCHEMA)]
     newer = [table for _, table in listings if table.schema.equals(LEDGER_SCHEMA)]
-    ledger = pa.concat_tables([*([_completed(store, manifest, dict(before))] if before else []), *newer]).combine_chunks()
+    ledger = pa.concat_tables([*([_completed(store, manifest, dict(before))] if before else []), *newer])
     return newest_rows(ledger, removed_rows(store, manifest.parts))
 
 
-def read_listing(store: Store, ref: FileRef) -> pa.Table:
-    """Return a listing of either version, without metadata; DataError if its columns are those of none."""
-    table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")
+def read_listing(store: Store, ref: FileRef, *, large: bool = False) -> pa.Table:
+    """Return a listing of either version, without metadata, mapped if it is `large`; DataError if its columns are those of none."""
+    if large:
+        store.check(ref, verify=True)
+        table = read_mapped(store.local(ref), f"{store.url}/{ref.name}")
+    else:
+        table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}")
     schema = LEDGER_SCHEMA if "ordinal" in table.column_names else LISTING_SCHEMA
     if not table.schema.remove_metadata().equals(schema):
         raise DataError(
@@ -76,18 +84,39 @@ def place_removed(part: ShardRef | RejectedPart, removed: pa.Table) -> pa.Table:
 
 
 def newest_rows(ledger: pa.Table, removed: pa.Table) -> pa.Table:
-    """Return the newest row of each (split, ordinal) that is not among the removed ones, by split and ordinal."""
+    """Return the newest row of each (split, ordinal) that is not among the removed ones, by split and ordinal; many rows as they are."""
     splits = pc.unique(ledger["split"])
     places = _places(ledger, splits)
+    if is_large(len(ledger)):
+        keep = _is_newest(places)
+        if len(removed):
+            keep &= ~np.isin(places, _places(removed, splits))
+        return filtered(ledger, keep)
     last, newest = np.unique(places[::-1], return_index=True)
     keep = ~np.isin(last, _places(removed, splits)) if len(removed) else np.ones(len(last), np.bool_)
-    return ledger.take(len(places) - 1 - newest[keep])
+    return ledger.combine_chunks().take(len(places) - 1 - newest[keep])
+
+
+def _is_newest(places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return whether each place is the last of its number."""
+    ordered, newest = np.sort(places), np.ones(len(places), np.bool_)
+    if len(again := ordered[1:][ordered[1:] == ordered[:-1]]):
+        rows = np.flatnonzero(np.isin(places, again))
+        _, last = np.unique(places[rows][::-1], return_index=True)
+        newest[rows] = False
+        newest[rows[len(rows) - 1 - last]] = True
+    return newest
 
 
 def _places(table: pa.Table, splits: Column) -> NDArray[np.int64]:
     """Return one number for each (split, ordinal); -1 for splits that are none of these."""
-    codes = pc.index_in(table["split"], value_set=splits).fill_null(-1).to_numpy().astype(np.int64)
-    return np.where(codes < 0, -1, (codes << 44) + table["ordinal"].to_numpy())
+    places = np.empty(len(table), np.int64)
+    at = 0
+    for (part,) in slices(table.select(["split", "ordinal"])):
+        codes = pc.index_in(part["split"], value_set=splits).fill_null(-1).to_numpy().astype(np.int64)
+        places[at : at + len(part)] = np.where(codes < 0, -1, (codes << 44) + part["ordinal"].to_numpy())
+        at += len(part)
+    return places
 
 
 def part_rows(
@@ -146,8 +175,11 @@ def _origin_of_claim(store: Store, claim: int) -> str | None:
     return origin_of_url(url) if isinstance(url, str) and url else ""
 
 
-def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord) -> pa.Table:
-    """Return what is known of the samples of a task that is recorded: hashes as its files have them, no state of what changed meanwhile."""
+def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord, tables: Mapping[str, pa.Table]) -> pa.Table:
+    """Return what is known of the samples of a task that is recorded: hashes as its files have them, no state of what changed meanwhile.
+
+    `tables` are those of the files that were written by this process, by their folders; others are read.
+    """
     count, first = len(task), int(record.detail["first_ordinal"])
     at, bad = np.full(count, -1), np.zeros(count, np.bool_)
     texts: dict[str, Any] = {
@@ -160,8 +192,10 @@ def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord
     for ref in sorted(record.files, key=lambda ref: ref.name):
         if not ref.name.endswith(".parquet"):
             continue
-        columns = [*texts, "ordinal", "sha256", SOURCE_SHA256]
-        table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}", columns=columns)
+        table = tables.get(ref.name.partition("/")[0])
+        if table is None:
+            columns = [*texts, "ordinal", "sha256", SOURCE_SHA256]
+            table = read_table(store.read(ref.name, ref=ref), f"{store.url}/{ref.name}", columns=columns)
         rows, hashes, none = table["ordinal"].to_numpy() - first, table["sha256"].combine_chunks(), pa.nulls(len(table), pa.string())
         at[rows] = np.arange(len(table)) + sum(map(len, source))
         if ref.name.startswith("quarantine/"):
@@ -175,9 +209,7 @@ def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord
         if np.array_equal(rows, np.arange(count)):  # the same texts, and no longer a Python object each
             texts = {name: table[name].combine_chunks() for name in texts}
     unsettled = np.array(record.detail.get("unsettled", []), np.int64) - first
-    states = list[str | None](task.states or ())
-    for row in unsettled.tolist() if states else ():
-        states[row] = None
+    states = None if task.states is None else Texts.of(task.states).without(unsettled.tolist())
     places: Column = pa.array(at)
     hashes_read, hashes_stored = (pa.concat_arrays(hashes) for hashes in (source, sample))
     if not np.array_equal(at, np.arange(count)):
@@ -192,7 +224,7 @@ def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord
         "sample_sha256": hashes_stored,
         "quarantined": bad,
         "origin": pa.repeat(pa.scalar(origin), count),
-        "state": states or None,
+        "state": states,
     }
     return make_table(LEDGER_SCHEMA, columns_of, count)
 
@@ -222,6 +254,16 @@ def _canonical(value: Any) -> Any:  # any: a value of a column
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _order(live: pa.Table) -> NDArray[Any]:  # any: as above
+    """Return the rows by split and key."""
+    order = list[NDArray[Any]]()  # any: integers of any width
+    for name in sorted(pc.unique(live["split"]).to_pylist()):
+        rows = narrow(np.flatnonzero(pc.equal(live["split"], name).to_numpy()))
+        keys = live["key"] if len(rows) == len(live) else take_rows(live.select(["key"]), rows)["key"]
+        order.append(rows[np.asarray(pc.array_sort_indices(keys))])
+    return np.concatenate([np.zeros(0, np.int64), *order])
+
+
 def samples_sha256(ledger: pa.Table) -> str:
     """Return the hash of the live samples of a ledger, `content_sha256` of a manifest.
 
@@ -230,11 +272,12 @@ def samples_sha256(ledger: pa.Table) -> str:
     """
     live = ledger.select(["split", "key", "label_name", "sample_sha256", "columns"])
     if pc.any(ledger["quarantined"]).as_py():
-        live = live.filter(pc.invert(ledger["quarantined"]))
-    order = pc.sort_indices(live, sort_keys=[("split", "ascending"), ("key", "ascending")])
-    digest = hashlib.sha256()
-    for start in range(0, len(order), _SLICE):
-        rows = live.take(order.slice(start, _SLICE)).combine_chunks()
+        live = filtered(live, ~ledger["quarantined"].to_numpy())
+    order, digest = _order(live), hashlib.sha256()
+    for part in (
+        gathered(live, order) if is_large(len(live)) else (live.take(order[at : at + _SLICE]) for at in range(0, len(live), _SLICE))
+    ):
+        rows = part.combine_chunks()
         *texts, last = (pc.fill_null(rows[name].combine_chunks(), "") for name in rows.column_names)
         ends = "\n" if rows["columns"].null_count == len(rows) else pc.binary_join_element_wise(last, "", "\n")
         lines = pc.binary_join_element_wise(*texts, ends, "\0")

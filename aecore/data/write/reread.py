@@ -63,7 +63,7 @@ def read_again(listing: Listing, source: Any, shards: ShardSpec, fan_out: FanOut
     if not count:
         return Reread([], [], np.zeros(0, np.bool_))
     limits = (np.arange(count + 1), shards.max_samples), (exclusive_cumsum(listing.sizes), shards.max_bytes)
-    tasks = [_task(listing.take(np.arange(start, stop)), start, source, shards) for start, stop in split_by_limits(*limits)]
+    tasks = [_task(listing.slice(start, stop), start, source, shards) for start, stop in split_by_limits(*limits)]
     fan_out = serial if is_little(count, int(listing.sizes.sum())) else fan_out
     records = collect(fan_out, functools.partial(RereadWorker, source), tasks, what="parts of what is read again")
     unsettled = np.zeros(count, np.bool_)

@@ -1,6 +1,6 @@
-"""The task of a worker that writes one shard: plain lists, arrays and specs, no sample bytes and no open files."""
+"""The task of a worker that writes one shard: columns of its samples and specs, no sample bytes and no open files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import background_of
 from aecore.data.format.image import MAX_PIXELS
+from aecore.data.sources import as_texts
 from aecore.errors import ConfigError
 from aecore.registry import knob, spec
 
@@ -87,15 +88,15 @@ class ShardTask:
         Names of the split and of the part (`train`, `train-000000`).
     source : spec
         Spec of the source that reads the bytes.
-    keys, sources : list of str
+    keys, sources : sequence of str
         n encoded keys, and n names that the source reads from.
     sizes : `[n]` int64
         Bytes of each sample in the source when it was listed.
     ordinals : `[n]` int64
         Planned position of each sample in its split.
-    labels, label_names : `[n]` int32, list of str
+    labels, label_names : `[n]` int32, sequence of str
         Class ids and names, None if the data has no labels.
-    groups : list of str
+    groups : sequence of str
         n names of bags, None if there are none.
     columns : mapping of `[n]` arrays
         Further index columns (factors, metadata).
@@ -103,7 +104,7 @@ class ShardTask:
         Resize, mode and check of the shards.
     unusable : list of BadSample or None
         Why each sample cannot be used, None for those that can; None if all of them can.
-    states : list of str or None
+    states : sequence of str or None
         State of each sample's file when it was listed, None for those where it is not known; None if no state is.
     source_hashes : bool
         Whether an index of converted samples says what the source's bytes were (`source_sha256`): not where a claim of version 1 goes on.
@@ -112,18 +113,23 @@ class ShardTask:
     split: str
     stem: str
     source: Any  # any: every source kind has its own spec class
-    keys: list[str]
-    sources: list[str]
+    keys: Sequence[str]
+    sources: Sequence[str]
     sizes: NDArray[np.int64]
     ordinals: NDArray[np.int64]
     labels: NDArray[np.int32] | None = None
-    label_names: list[str] | None = None
-    groups: list[str] | None = None
+    label_names: Sequence[str] | None = None
+    groups: Sequence[str] | None = None
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
     shards: ShardSpec = field(default_factory=ShardSpec)
     unusable: list[BadSample | None] | None = None
-    states: list[str | None] | None = None
+    states: Sequence[str | None] | None = None
     source_hashes: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "sources", "label_names", "groups", "states"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_texts(values, f"the task {self.stem} has {name}"))
 
     def __len__(self) -> int:
         return len(self.keys)
