@@ -27,11 +27,27 @@ FOLLOWS = (
     argument("dataset", "dataset to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
     *FOLLOWS,
+    argument("--samples", "with --dry-run: also what so many samples of this kind would take (1e9)", metavar="N"),
     writes=True,
 )
 def _shard(args: Args) -> Result:
     base = {"source": _source(args), "out": args.dataset, **_follows(args)}
-    return run_step.step("shard", args, base)
+    if args.samples is None:
+        return run_step.step("shard", args, base)
+    if not args.dry_run:
+        raise ConfigError(f"--samples {args.samples} estimates and writes nothing: add --dry-run, or leave it out to write the dataset")
+    return run_step.step("shard", args, base, samples=_number(args.samples))
+
+
+def _number(text: str) -> int:
+    """Return the number of samples that a text gives; ConfigError if it is no whole number above 0."""
+    try:
+        number = float(text.replace("_", "").replace(",", ""))
+        if 1 <= number <= 1e15 and number.is_integer():
+            return int(number)
+    except ValueError:
+        pass
+    raise ConfigError(f"--samples is {text!r}, expected a whole number of samples such as 1000000 or 1e9")
 
 
 @VERBS.register(

@@ -49,10 +49,10 @@ class Step:
     addresses: tuple[str, ...]
     makes: Literal["dataset", "run", "table"] | None
 
-    def __call__(self, recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
+    def __call__(self, recipe: Recipe, report: Report = silent, *, dry_run: bool = False, **options: Any) -> Tree:  # any: of the step
         """Run the step, with absolute addresses since workers have another working directory."""
         reads = (*self.sections, *self.addresses, "cluster")
-        return self.run(Recipe(with_absolute_urls(recipe, self.addresses)).only(reads), report, dry_run=dry_run)
+        return self.run(Recipe(with_absolute_urls(recipe, self.addresses)).only(reads), report, dry_run=dry_run, **options)
 
 
 def urls_at(recipe: Recipe, addresses: Iterable[str]) -> dict[str, str]:
@@ -70,11 +70,12 @@ def with_absolute_urls(recipe: Recipe, addresses: Iterable[str] | None = None) -
     return tree
 
 
-def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
-    """Write `source` as a dataset to `out`, or make the one that is there follow it."""
+def shard(recipe: Recipe, report: Report = silent, *, dry_run: bool = False, samples: int | None = None) -> Tree:
+    """Write `source` as a dataset to `out`, or make the one that is there follow it. A dry run estimates what `samples` would take."""
     from aecore.data.write.job import shard_dataset
 
-    return _dataset("shard", shard_dataset, recipe, report, dry_run=dry_run)
+    make = shard_dataset if samples is None else functools.partial(shard_dataset, samples=samples)
+    return _dataset("shard", make, recipe, report, dry_run=dry_run)
 
 
 def adopt(recipe: Recipe, report: Report = silent, *, dry_run: bool = False) -> Tree:
@@ -100,7 +101,10 @@ def _dataset(name: str, make: Callable[..., Any], recipe: Recipe, report: Report
         dry_run=dry_run,
         on_part=on_part(name, "shards", report, milestones=workers > 0),
     )
-    facts = dataset_summary(made) if isinstance(made, DatasetManifest) else dataclasses.asdict(made)
+    if isinstance(made, DatasetManifest):
+        facts = dataset_summary(made)
+    else:
+        facts = {name: value for name, value in dataclasses.asdict(made).items() if name != "estimate" or value is not None}
     return {"step": name, "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
 
 

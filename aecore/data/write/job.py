@@ -91,6 +91,7 @@ def shard_dataset(
     fan_out: FanOut = serial,
     dry_run: bool = False,
     on_part: OnPart | None = None,
+    samples: int | None = None,
 ) -> DatasetManifest | PlanSummary:
     """Make the dataset at `out` what `source` is now: its next generation has what is new or changed, and lacks what is gone.
 
@@ -106,6 +107,8 @@ def shard_dataset(
         Return the plan's summary; nothing is written.
     on_part : callable, optional
         `on_part(record, done, total)` after every shard.
+    samples : int, optional
+        With `dry_run`: the summary estimates what so many samples of this kind take, from some that are packed into a scratch folder.
 
     Returns
     -------
@@ -121,8 +124,17 @@ def shard_dataset(
         dataset that only grows changed, or more than `shards.max_bad` of the samples are bad (then there is no new manifest; the shards
         that were written are kept for a rerun).
     """
+    started = time.perf_counter()
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec(), fan_out)
-    return _publish(work, fan_out, dry_run, on_part)
+    if samples is None or not dry_run:
+        return _publish(work, fan_out, dry_run, on_part)
+    from aecore.data.write.estimate import estimate
+
+    plan, summary = work.plan(claim=1), _publish(work, fan_out, dry_run, on_part)
+    assert isinstance(summary, PlanSummary)
+    listing_s = time.perf_counter() - started
+    found = estimate(plan, ShardWorker, work.store.url, work.source, samples, len(work.listing), listing_s, work.shards)
+    return dataclasses.replace(summary, estimate=found)
 
 
 def adopt_shards(

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_s
 from aecore.errors import ConfigError, DataError, counted
 from aecore.native.texts import Texts
 
+if TYPE_CHECKING:
+    from aecore.data.write.estimate import Estimate
+
 __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
 
 
@@ -36,6 +39,7 @@ class PlanSummary:
     """Counts of a plan, as `--dry-run` shows them: samples and shards by split, bytes to read, class names, notes.
 
     `changes` are those of a dataset that exists: what happens to samples -> their number, and examples of their sources.
+    `estimate`: what a source of another size takes, if that was asked.
     """
 
     samples: Mapping[str, int]
@@ -45,6 +49,7 @@ class PlanSummary:
     classes: tuple[str, ...]
     notes: tuple[str, ...]
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # any: a number, a list of texts
+    estimate: "Estimate | None" = None
 
 
 @dataclass(frozen=True, slots=True)
