@@ -200,7 +200,9 @@ class Texts(Sequence[str]):
         """Return the rows of texts that are missing."""
         if not self.arrow.null_count and not self.is_coded:
             return []
-        return [row for row, text in enumerate(self) if text is None]
+        parts = [batch.is_null().to_numpy(zero_copy_only=False) for batch in self.batches()]
+        rows: list[int] = np.flatnonzero(np.concatenate([np.zeros(0, np.bool_), *parts])).tolist()
+        return rows
 
     def is_sorted(self) -> bool:
         """Return whether no text is before the one that precedes it."""

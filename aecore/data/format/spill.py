@@ -85,14 +85,14 @@ def gathered(table: pa.Table, rows: NDArray[Any]) -> Iterator[pa.Table]:
             if not len(places):
                 continue
             places = places[np.argsort(places // BUCKET, kind="stable")]
-            taken = part.combine_chunks().take(pa.array(rows[places] - start)).append_column(_PLACE, pa.array(places))
+            taken = part.combine_chunks().take(pa.array(rows[places] - start, pa.int64())).append_column(_PLACE, pa.array(places))
             bounds = np.searchsorted(places // BUCKET, np.arange(len(buckets) + 1))
             for bucket, first, stop in zip(buckets, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
                 if stop > first:
                     bucket.add(taken.slice(first, stop - first))
         for bucket in buckets:
             found = bucket.table().combine_chunks()
-            yield found.drop_columns([_PLACE]).take(pa.array(np.argsort(found[_PLACE].to_numpy())))
+            yield found.drop_columns([_PLACE]).take(pa.array(np.argsort(found[_PLACE].to_numpy()), pa.int64()))
 
 
 def narrow(rows: NDArray[Any]) -> NDArray[Any]:  # any: integers of any width

@@ -10,8 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from aecore.artifact.fanout import collect, serial
 from aecore.data.format.index import table_bytes
 from aecore.data.write.ledger import recorded_rows
 from aecore.data.write.manifest_build import Living, next_manifest
-from aecore.data.write.plan import DatasetPlan
+from aecore.data.write.plan import DatasetPlan, Estimate
 from aecore.data.write.shard import Handed
 from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.errors import ConfigError
@@ -33,34 +32,6 @@ FEW = 8  # samples of a shard that shows what a shard costs
 PAGE = 1000  # objects in an answer of a bucket that lists
 SHARD_REQUESTS = 6  # of a bucket: tar, index and record are put, and each is seen before the manifest names it
 GENERATION_REQUESTS = 8  # listings of the dataset, claim, listing, manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a source of `samples` takes as a dataset, by one worker on this machine.
-
-    Attributes
-    ----------
-    shards, tar_bytes, index_bytes, listing_bytes, manifest_bytes : int
-        Number of shards, and the bytes of all files of a kind.
-    source_requests, requests : int
-        Requests to the source and to the output; 0 for a local one.
-    hours : float
-        Time of one worker: listing and comparing, packing, committing.
-    measured : mapping
-        The costs of a unit that all of this was computed from: samples that were packed, seconds and bytes.
-    """
-
-    samples: int
-    shards: int
-    tar_bytes: int
-    index_bytes: int
-    listing_bytes: int
-    manifest_bytes: int
-    source_requests: int
-    requests: int
-    hours: float
-    measured: Mapping[str, float]
 
 
 def estimate(

@@ -245,7 +245,7 @@ def _asked_part(listing: Listing, splits: Sequence[str], codes: NDArray[np.int8]
         "key": listing.keys,
         "source": listing.sources,
         "bytes": listing.sizes,
-        "split": pa.array(splits, pa.string()).take(pa.array(codes.astype(np.int64))),
+        "split": pa.array(splits, pa.string()).take(pa.array(codes, pa.int8())),
         "label_name": names,
         "group": listing.groups,
         "columns": columns_sha256(listing.columns, len(listing)),
@@ -415,7 +415,7 @@ def _renewed(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
 
 def _removed(known: pa.Table, reasons: NDArray[np.int8], is_removed: Mask) -> pa.Table:
     rows, given = filtered(known.select(["split", "ordinal", "key"]), is_removed), pa.array(_REASONS, pa.string())
-    return rows.append_column("reason", given.take(pa.array(reasons[is_removed])))
+    return rows.append_column("reason", given.take(pa.array(reasons[is_removed], pa.int8())))
 
 
 def _shown(table: pa.Table, mask: Mask) -> dict[str, Any]:  # any: plain JSON data

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,35 @@ from aecore.data.write.splits import SplitSpec, assign_splits, hashes, resolve_s
 from aecore.errors import ConfigError, DataError, counted
 from aecore.native.texts import Texts
 
-if TYPE_CHECKING:
-    from aecore.data.write.estimate import Estimate
-
 __all__ = ["DatasetPlan", "PlanSummary", "ShardSpec", "SplitSpec", "plan_dataset", "require_unique"]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a source of `samples` takes as a dataset, by one worker on this machine.
+
+    Attributes
+    ----------
+    shards, tar_bytes, index_bytes, listing_bytes, manifest_bytes : int
+        Number of shards, and the bytes of all files of a kind.
+    source_requests, requests : int
+        Requests to the source and to the output; 0 for a local one.
+    hours : float
+        Time of one worker: listing and comparing, packing, committing.
+    measured : mapping
+        The costs of a unit that all of this was computed from: samples that were packed, seconds and bytes.
+    """
+
+    samples: int
+    shards: int
+    tar_bytes: int
+    index_bytes: int
+    listing_bytes: int
+    manifest_bytes: int
+    source_requests: int
+    requests: int
+    hours: float
+    measured: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +74,7 @@ class PlanSummary:
     classes: tuple[str, ...]
     notes: tuple[str, ...]
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # any: a number, a list of texts
-    estimate: "Estimate | None" = None
+    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)

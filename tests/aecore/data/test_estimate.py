@@ -10,7 +10,7 @@ from aecore.data.dataset import open_dataset
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write import estimate
 from aecore.data.write.job import shard_dataset
-from aecore.data.write.plan import PlanSummary
+from aecore.data.write.plan import Estimate, PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.errors import ConfigError
 from pipelines.cli.main import main
@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> FolderSpec:
     return FolderSpec(url=str(root))
 
 
-def asked(source: Any, out: Path, samples: int, **shards: Any) -> estimate.Estimate:
+def asked(source: Any, out: Path, samples: int, **shards: Any) -> Estimate:
     summary = shard_dataset(source, str(out), shards=dataclasses.replace(SHARDS, **shards), dry_run=True, samples=samples)
     assert isinstance(summary, PlanSummary) and summary.estimate is not None
     return summary.estimate
