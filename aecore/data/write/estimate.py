@@ -28,6 +28,7 @@ from aecore.errors import ConfigError
 from aecore.store import FileRef, canonical_json, is_remote, open_store
 
 MOST_SAMPLES, MOST_BYTES = 4000, 128 << 20  # that are measured; one more if the first is larger
+ROUNDS = 3
 FEW = 8  # samples of a shard that shows what a shard costs
 PAGE = 1000  # objects in an answer of a bucket that lists
 SHARD_REQUESTS = 6  # of a bucket: tar, index and record are put, and each is seen before the manifest names it
@@ -53,21 +54,23 @@ def estimate(
     """
     if not plan.tasks:
         raise ConfigError("no sample is new, so none can be measured: give an `out` that does not exist")
-    warm, few, many = (_chosen(plan.tasks, most, number) for number, most in enumerate((FEW, FEW, MOST_SAMPLES)))
     with tempfile.TemporaryDirectory(prefix="aecore-estimate-") as folder:
         store, handed = open_store(folder), Handed()
+        tasks = [_chosen(plan.tasks, most, number) for number, most in enumerate((FEW, *(FEW, MOST_SAMPLES) * ROUNDS))]
         seconds, records, tables = list[float](), list[PartRecord](), list[pa.Table]()
-        for task in (warm, few, many):  # the first one pays for what is loaded once
+        for task in tasks:  # the first one pays for what is loaded once
             begun = time.perf_counter()
             (record,) = collect(serial, functools.partial(make_worker, folder, source, handed), [task], what="measured shards")
             tables.append(recorded_rows(store, task, "", record, handed.take(record.part)))
             seconds.append(time.perf_counter() - begun)
             records.append(record)
-        sample_s = max(seconds[2] - seconds[1], 0.0) / max(len(many) - len(few), 1) if len(many) > len(few) else seconds[2] / len(many)
-        shard_s = max(seconds[1] - len(few) * sample_s, 0.0)
-        sizes = {suffix: [_bytes(record, suffix) for record in records[1:]] for suffix in (".tar", ".parquet")}
-        listing = [len(table_bytes(table, {"claim": 1})) for table in tables[1:]]
-        manifests = [_manifest_bytes(records[1:][:count]) for count in (1, 2)]
+        few, many, few_s, many_s = *tasks[1:3], min(seconds[1::2]), min(seconds[2::2])  # of a machine in use the least is the steadiest
+        records, tables = records[1:3], tables[1:3]
+        sample_s = max(many_s - few_s, 0.0) / (len(many) - len(few)) if len(many) > len(few) else many_s / len(many)
+        shard_s = max(few_s - len(few) * sample_s, 0.0)
+        sizes = {suffix: [_bytes(record, suffix) for record in records] for suffix in (".tar", ".parquet")}
+        listing = [len(table_bytes(table, {"claim": 1})) for table in tables]
+        manifests = [_manifest_bytes(records[:count]) for count in (1, 2)]
     sample_tar, _ = _per_sample(sizes[".tar"], few, many)
     sample_index, shard_index = _per_sample(sizes[".parquet"], few, many)
     sample_listing, _ = _per_sample(listing, few, many)
@@ -88,7 +91,7 @@ def estimate(
         requests=SHARD_REQUESTS * count + GENERATION_REQUESTS if is_remote(out) else 0,
         hours=(samples * (sample_s + listing_unit_s) + count * shard_s) / 3600,
         measured={
-            "samples": len(few) + len(many),
+            "samples": sum(map(len, tasks)),
             "listed": listed,
             "listing_us": 1e6 * listing_unit_s,
             "pack_us": 1e6 * sample_s,
