@@ -93,20 +93,24 @@ class MakeCopyWorker:
         return CopyWorker(self.setup)
 
 
-def live_ranges(store: Store, dataset: Dataset, shard: ShardRef, parts: Sequence[TablePart]) -> list[tuple[int, int]]:
+def live_ranges(store: Store, dataset: Dataset, shard: ShardRef, parts: Sequence[TablePart], size: int) -> list[tuple[int, int]]:
     """Return which live rows of a shard its parts of the parent generation cover now, one range after the other and all of them.
 
-    Several parts of a shard are ranges of rows that were live when they were written: their ordinals tell where each begins now.
+    A shard is cut into ranges of `size` live rows (0: into one) when it is encoded first, and never again: samples that are removed make
+    ranges shorter. The ordinals in a part tell where it begins now; rows before the first one that `encode.where` chose are in its range
+    or in the one before, as `size` allows.
     """
     starts = [0]
     if len(parts) > 1:
         stored = dataset.reader(shard).index["ordinal"].to_numpy()
         live = np.flatnonzero(np.isin(stored, dataset.index(shard)["ordinal"].to_numpy()))
         place = {ordinal: row for row, ordinal in enumerate(stored.tolist())}
-        following = len(stored)
+        firsts, following = list[int](), len(stored)
         for part in reversed(parts[1:]):
             following = _first(store, part, place, following)
-            starts.insert(1, int(np.searchsorted(live, following)))
+            firsts.insert(0, int(np.searchsorted(live, following)))
+        for first in firsts:  # as far as the range before may reach: so it does not matter where the ranges after it begin
+            starts.append(min(first, starts[-1] + size))
     return list(zip(starts, [*starts[1:], shard.live], strict=True))
 
 

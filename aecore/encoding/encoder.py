@@ -35,7 +35,9 @@ class EncodeSpec:
     kl: bool = knob(False, "add kl: KL divergence of the posterior from the prior, in nats per row")
     sample: bool = knob(False, "add z: one sample of the posterior")
     seed: int = knob(0, "seed of the sampled column", ge=0)
-    rows_per_part: int = knob(0, "rows per part, rounded up to a multiple of encode.batch; 0: one part per shard", ge=0)
+    rows_per_part: int = knob(
+        0, "rows per part, rounded up to a multiple of encode.batch; fewer where samples were removed since; 0: one part per shard", ge=0
+    )
     columns: tuple[str, ...] = knob(
         (ALL,),
         "columns of the dataset's index that rows keep beside key, label and group: names (sample_sha256 is the index's sha256), `all`, or "

@@ -244,7 +244,7 @@ def _tasks(store: Store, dataset: Dataset, shards: Sequence[ShardRef], spec: Enc
         if parts is None:
             tasks += part_tasks(shard, spec)
         elif added or any(part.removed_sha256 != removed for part in parts):
-            ranges = live_ranges(store, dataset, shard, parts)
+            ranges = live_ranges(store, dataset, shard, parts, part_size(spec.rows_per_part, spec.batch))
             for part, (start, stop) in zip(parts, ranges, strict=True):
                 tasks.append(EncodeTask(_AGAIN.sub("", part.stem), shard, start, stop, spec.columns, part))
     return tasks

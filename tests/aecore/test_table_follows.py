@@ -17,6 +17,7 @@ from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import footer_sha256
 from aecore.encoding.job import EncodePlan, EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
+from aecore.maintenance.compare import compare
 from aecore.maintenance.gc import DAY_S, collect_garbage
 from aecore.store import FileRef
 from aecore.table.part import part_metadata
@@ -135,6 +136,33 @@ def test_ranges_of_a_shard_follow_too(tmp_path: Path, data: str, run: str) -> No
     (first,) = {part.shard for part in table.parts if part.stem == "train-000000-r000001-t000003"}
     spans = [(part.row_start, part.row_stop) for part in table.parts if part.shard == first]
     assert spans[0] == (0, 1) and spans[1][0] == 1 and spans[-1][1] == open_dataset(data).manifest.split("train")[0].live
+
+
+@pytest.mark.parametrize("where", ["", "ordinal in (6, 17, 18, 39, 43)", "ordinal >= 19", "ordinal < 3 or ordinal = 11"])
+def test_ranges_stay_within_their_size_whatever_was_chosen_of_them(tmp_path: Path, data: str, run: str, where: str) -> None:
+    """A shard is cut once: after that ranges only lose rows, however few of them the predicate chose."""
+    spec = dataclasses.replace(SPEC, batch=4, rows_per_part=4, where=where, split="train", columns=("mode",))
+    known = {part.stem for part in encode(run, data, tmp_path / "table", spec).parts}
+    keys = live_keys(open_dataset(data))
+    for number, gone in enumerate(([keys[1], keys[19], keys[45]], [], [keys[0], *keys[3:9], keys[44]]), 2):
+        spec = spec if gone else dataclasses.replace(spec, add_columns=("width",))
+        remove(data, gone)
+        table = encode(run, data, tmp_path / "table", spec)
+        assert table.manifest.number == number and {part.stem.partition("-t")[0] for part in table.parts} == known
+        assert {part.row_stop - part.row_start for part in table.parts} <= {0, 1, 2, 3, 4}
+        spec = dataclasses.replace(spec, columns=("mode", "width"), add_columns=()) if not gone else spec
+        fresh = tmp_path / f"fresh-{number}"
+        require_as_fresh(table, run, data, fresh, spec)
+        assert compare(table.url, str(fresh))["same_rows"]
+
+
+def test_tables_of_ranges_are_compared_by_key_whatever_was_removed_of_one(tmp_path: Path, data: str, run: str) -> None:
+    spec = dataclasses.replace(SPEC, batch=4, rows_per_part=4)
+    whole = encode(run, data, tmp_path / "whole", spec)
+    remove(data, live_keys(open_dataset(data))[:1])
+    found = compare(whole.url, encode(run, data, tmp_path / "fresh", spec).url)
+    assert [found["keys"][name] for name in ("in_both", "only_in_a", "only_in_b")] == [whole.num_rows - 1, 1, 0]
+    assert not any(column["differing_rows"] for column in found["columns"].values())
 
 
 def test_the_quarantine_goes_with_the_part(tmp_path: Path, run: str) -> None:
