@@ -13,6 +13,7 @@ import functools
 import itertools
 import logging
 import math
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -325,6 +326,9 @@ def _left_out(source: Any, parent: DatasetManifest, rows: pa.Table) -> NDArray[n
     return np.array(left_out(source, parent.identity.get("source", {}), names, sizes), np.bool_)
 
 
+    unread: Any = pc.is_null(rows["sha256"])  # any: the stubs know no types of values
+    for row in np.flatnonzero(unread.to_numpy() & (rows["bytes"].to_numpy() == 0)).tolist():
+        sizes[row] = sys.maxsize  # of a link to nothing, which no source.min_size leaves out
 def _filters_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
     """Return the settings `other` of a source with the filters of `one`."""
     chosen = {name: one[name] for name in FILTERS if name in one}

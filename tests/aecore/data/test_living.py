@@ -408,6 +408,17 @@ class TestFilters:
         assert committed(tmp_path / "out") == before
         require_fresh(narrow, tmp_path / "out", accept_filter=True)
 
+    def test_a_link_to_nothing_has_no_size_that_a_filter_leaves_out(self, tmp_path):
+        source = dataclasses.replace(put(tmp_path / "in", pictures(["a/0.png", "b/1.png"])), follow_links=True)
+        (tmp_path / "in/a/link.png").symlink_to("nothing")
+        assert shard(source, tmp_path / "out").reasons == {"broken_link": 1}
+        narrow = dataclasses.replace(source, min_size=10)
+        assert require_fresh(narrow, tmp_path / "out").number == 1
+        (tmp_path / "in/a/link.png").unlink()
+        made = require_fresh(narrow, tmp_path / "out")
+        assert (made.number, made.quarantined) == (2, 0)
+        assert reasons(made, tmp_path / "out") == {"gone": 1}
+
     def test_other_settings_are_still_refused(self, tmp_path):
         source = put(tmp_path / "in", pictures(["a/0.png"]))
         shard(source, tmp_path / "out")
