@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
+from aecore.artifact.withdrawn import made_of, require_not_withdrawn
 from aecore.data.classes import is_spelled
 from aecore.data.dataset import Dataset
 from aecore.data.format.bad_sample import BadSample
@@ -116,9 +117,9 @@ def shard_dataset(
     ConfigError
         If `out` was written with another source kind or other splits or shards (the differing fields are shown).
     DataError
-        If the source is missing or empty, so many samples are gone that it may be incomplete (`shards.max_removed`), a sample of a
-        dataset that only grows changed, or more than `shards.max_bad` of the samples are bad (then there is no new manifest; the shards
-        that were written are kept for a rerun).
+        If the source is missing or empty, the newest generation was withdrawn, so many samples are gone that the source may be
+        incomplete (`shards.max_removed`), a sample of a dataset that only grows changed, or more than `shards.max_bad` of the samples
+        are bad (then there is no new manifest; the shards that were written are kept for a rerun).
     """
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec(), fan_out)
     return _publish(work, fan_out, dry_run, on_part)
@@ -239,6 +240,8 @@ def _compare(
     store = open_store(out)
     names = store.list()
     newest = newest_of(names, STEM)
+    if newest is not None:  # the next generation would be made of it
+        require_not_withdrawn(store, newest, names, "write the source to another URL")
     parent = None if newest is None else read_manifest(store, newest)
     recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), shards.max_pixels)
     require_unique(listing)
@@ -323,12 +326,12 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
 def _left_out(source: Any, parent: DatasetManifest, rows: pa.Table) -> NDArray[np.bool_]:  # any: every source kind has its own spec class
     """Return which of these samples of a dataset the filter of the source leaves out."""
     names, sizes = list[Any](rows["source"].to_pylist()), list[Any](rows["bytes"].to_pylist())  # any: texts, numbers
-    return np.array(left_out(source, parent.identity.get("source", {}), names, sizes), np.bool_)
-
-
     unread: Any = pc.is_null(rows["sha256"])  # any: the stubs know no types of values
     for row in np.flatnonzero(unread.to_numpy() & (rows["bytes"].to_numpy() == 0)).tolist():
         sizes[row] = sys.maxsize  # of a link to nothing, which no source.min_size leaves out
+    return np.array(left_out(source, parent.identity.get("source", {}), names, sizes), np.bool_)
+
+
 def _filters_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:  # any: plain JSON data
     """Return the settings `other` of a source with the filters of `one`."""
     chosen = {name: one[name] for name in FILTERS if name in one}
@@ -431,7 +434,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     def require_continued(number: int) -> None:
         _require_same(work, read_manifest(store, number))
 
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
+    with made_of(store.url, manifest.parent, f"{store.url}/{STEM}.{manifest.number:06d}.json"):
+        commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
     rows = counted(sum(record.rows for record in records), "new sample", "new samples")
     counts = rows, sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
