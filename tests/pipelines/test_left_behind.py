@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     made = Place(tmp_path_factory.mktemp("left"))
+    time.sleep(2.1)  # until files have states, which are the same whenever a command is run
     assert main(["shard", f"{made.base}/clean", f"{made.base}/learnt", "--recipe", str(made.recipe)]) == 0
     for verb, out in (("shard", "dataset"), ("train", "run"), ("encode", "table")):
         assert main(made.words(verb, made.base / out)) == 0
