@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aecore._base import Batch
+from aecore.checkpoint.config import ModelConfig
 from aecore.checkpoint.weights import load_model
 from aecore.data.format.transform import TransformSpec
 from aecore.encoding.job import EncodeSpec
@@ -21,7 +22,7 @@ from aecore.training.loop import TrainJob, fit
 from aecore.training.optimizer import OptimSpec
 from aecore.variational import RecurrentVAESpec, VAESpec
 from tests.aecore.data.sequences import VOCAB, dataset_of, sentence, wave
-from tests.aecore.encoding import encode
+from tests.aecore.encoding import encode, saved_run
 from tests.aecore.training import fit_on, losses, small_job
 
 TERMS = ("loss", "elbo", "log_likelihood", "kl_divergence", "samples")
@@ -101,6 +102,34 @@ def test_the_bits_of_a_sequence_depend_on_no_other_sequence(waves: str, trained:
     assert 0 < len(some) < len(whole) == 70 and some == {key: whole[key] for key in some}
     for table in tables:  # rows are in the order of the index
         verify_table(table, read_data=True, dataset_url=waves)
+
+
+def frames(number: int) -> Any:
+    """A video `[T, 1, 8, 8]` of 1 to 12 frames."""
+    return np.repeat(wave(number)[:, :1, None, None], 64, 2).reshape(-1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "backbone"),
+    [
+        (wave, RecurrentVAESpec(latent_dim=3), RecurrentSpec(width=16, cell="lstm", layers=2, norm="layer")),
+        (sentence, RecurrentVAESpec(latent_dim=3, likelihood="categorical", num_levels=VOCAB), RecurrentSpec(width=16)),
+        (frames, RecurrentVAESpec(latent_dim=3), HybridSpec(channels=(4,), width=16)),
+    ],
+    ids=["lstm", "tokens", "video"],
+)
+def test_the_bits_of_every_kind_of_sequence_depend_on_no_other(tmp_path: Path, make: Any, model: Any, backbone: Any) -> None:
+    samples = [make(number) for number in range(50)]
+    data = dataset_of(tmp_path, samples, max_samples=40)
+    shape = (0, *samples[0].shape[1:])
+    run = saved_run(tmp_path / "run", ModelConfig(model, backbone, IDS, shape))
+    spec = EncodeSpec(batch=16, reconstruction=True)
+    found = [
+        encode(run, data.url, tmp_path / name, dataclasses.replace(spec, where=where))
+        for name, where in (("a", ""), ("b", "length in (3, 4, 9)"))
+    ]
+    whole, some = ({row["key"]: row for row in table.dataset().to_table().to_pylist()} for table in found)
+    assert 0 < len(some) < len(whole) == 50 and some == {key: whole[key] for key in some}
 
 
 def test_a_sequence_has_the_bits_that_it_has_in_a_dataset_of_one_length(trained: str, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
-def test_no_step_reads_a_withdrawn_generation_or_makes_anything_of_it(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_step_reads_a_withdrawn_generation_or_makes_anything_of_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = files(root)
     for argv in (
         ["shard", "sprites", f"{root}/dataset", *SMALL, HERE],
