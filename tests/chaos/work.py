@@ -27,7 +27,7 @@ FILTERED = 16  # one key of so many is asked for by a filter
 NUM_IMAGES = {"one": 96, "two": 140}  # of the first generation, and of both
 RECIPE = """\
 name: chaos
-source: {{kind: folder, url: {images}}}
+source: {{kind: folder, url: {images}, name: images}}
 splits: {{by: hash, test: 0.2}}
 shards: {{max_samples: 16}}
 model: {{kind: vae, latent_dim: 4, likelihood: bernoulli}}
