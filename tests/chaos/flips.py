@@ -32,8 +32,8 @@ KILLED_AT = {  # two points for each work: little is there, most is there
     "shard": ("record.linked", "listing.linked"),
     "train": ("metrics.linked", "checkpoint.linked:3"),
     "encode": ("part.linked", "record.linked:5"),
-    "append": ("record.linked", "listing.linked"),
-    "encode-append": ("part.linked", "record.linked:2"),
+    "follow": ("record.linked", "listing.linked"),
+    "encode-follow": ("part.linked", "record.linked:2"),
 }
 COLUMNS = ("flips", "noticed", "equal", "wrong", "unexplained")
 

@@ -103,7 +103,7 @@ class Bench:
         """Write data, recipe and library, and run the commands without faults."""
         run(["cc", "-shared", "-fPIC", "-O1", "-o", self.library, ROOT / "tests/chaos/faults.c", "-ldl"], check=True)
         for name, count in NUM_IMAGES.items():
-            write_images(self.base / f"images-{name}", count)
+            write_images(self.base / f"images-{name}", count, later=name == "two")
             self.place.images(f"images-{name}", self.base / f"images-{name}")
         time.sleep(SETTLED_S)
         self.recipe.write_text(RECIPE.format(images=self.place.url("images-one")))
