@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
@@ -40,6 +39,7 @@ from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.decode import preprocessing_hash
+from aecore.data.format.footer import Footer
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import column_problems
 from aecore.data.manifest import ShardRef
@@ -136,7 +136,7 @@ def verify_table(
     chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
     stems = {part.stem for part in chosen}
     sources = _sources(table) if any(part.copied_from is not None for part in chosen) else {}
-    footers: dict[str, pq.FileMetaData] = {}
+    footers: dict[str, Footer] = {}
     for part in table.parts:
         read = part.stem in stems
         try:
@@ -357,7 +357,7 @@ def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[s
         yield f"generation {dataset.manifest.number} of {dataset.url} has dataset_sha256 {found[:12]}, the lineage names {known}"
 
 
-def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, footers: dict[str, pq.FileMetaData]) -> Iterator[str]:
+def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, footers: dict[str, Footer]) -> Iterator[str]:
     """Yield where files and footer of a part contradict the manifest; the footer is added to `footers`."""
     name = part.file.name
     for ref in (part.file, part.quarantine):
@@ -492,7 +492,7 @@ def _same(found: Column, right: Column) -> bool:
     return bool(np.array_equal(found.to_numpy(), right.to_numpy(), equal_nan=True))
 
 
-def _document_problems(table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, pq.FileMetaData]) -> Iterator[str]:
+def _document_problems(table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, Footer]) -> Iterator[str]:
     """Yield where claims, records, manifests and the metadata of parts contradict each other."""
     schemas = {stem: footer.schema.to_arrow_schema() for stem, footer in footers.items()}
     manifests = dict[int, TableManifest]()
