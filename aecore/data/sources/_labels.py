@@ -145,7 +145,9 @@ def require_rule(option: str, rule: str | None, words: Sequence[str]) -> None:
     if is_expression(rule) and rule != REGEX:
         Expression(option, rule)
         return
-    raise ConfigError(rf"{option} is {rule!r}, expected {', '.join(words)} or {REGEX}<expression>, for example {REGEX}^(\w+)\.")
+    raise ConfigError(
+        rf"{option} is {rule!r}, expected {', '.join(words)}{' or ' if words else ''}{REGEX}<expression>, for example {REGEX}^(\w+)\."
+    )
 
 
 def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kind has its own spec class
@@ -169,6 +171,8 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
     if is_expression(group):
         changes["groups"], changes["unusable"] = groups_by(str(group), paths, listing.sources, listing.unusable)
         listing = dataclasses.replace(listing, unusable=changes["unusable"])
+    elif listing.groups is not None:
+        changes["groups"] = _mapped(listing.groups, _printable)
     if rule == "none":
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
