@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.jpeg import APP1, EOI, FRAMES, SEGMENTS_1, SOI, SOS, has_all_scans, jpeg_orientation, jpeg_segments
-from aecore.data.format.orientation import UPRIGHT, turned_size, xmp_orientation
+from aecore.data.format.orientation import turned_size, xmp_orientation
 from aecore.data.format.pillow import PILLOW_FORMATS, open_unbounded
 from aecore.native.loops import exif_orientation
 
@@ -38,7 +38,6 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 _PNG_WITH_ALPHA = {"1": "LA", "L": "LA", "I;16": "LA;16", "P": "PA", "RGB": "RGBA", "RGB;16": "RGBA;16"}  # of a tRNS chunk
 _PNG_MEANING = (b"tRNS", b"eXIf", b"acTL")  # chunks that change what an image is seen as
 _XMP, _RAW_EXIF = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"  # of text chunks that do so
-_TURNING = (b"eXIf", _XMP, _RAW_EXIF)
 _TEXT_BYTES = 1 << 20  # of a packed text
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _JPEG_DEEP_MODES = {1: "I;16", 3: "RGB;16"}  # of 9 to 16 bits
@@ -213,14 +212,20 @@ def _png_meaning(data: bytes, header: ImageHeader, chunks: dict[bytes, bytes], a
 
 
 def may_turn(data: bytes) -> bool:
-    """Return whether a PNG may say an orientation."""
-    return any(kind in data for kind in _TURNING)
+    """Return whether a PNG may say an orientation: a walk over its chunks, which takes less than a search in its bytes."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = _chunk_head(data, position)
+        if kind == b"eXIf" or (kind in _TEXTS and data.startswith((_XMP, _RAW_EXIF), position + 8)):
+            return True
+        if kind == b"IEND":
+            break
+        position += 12 + length
+    return False
 
 
 def png_orientation(data: bytes) -> int:
     """Return the orientation of a PNG that was checked: by its first `eXIf` chunk, else EXIF as a text, else its last text of XMP."""
-    if not may_turn(data):
-        return UPRIGHT
     exif, texts, position = b"", dict[bytes, bytes](), 8
     while position + 12 <= len(data):
         length, kind = _chunk_head(data, position)
