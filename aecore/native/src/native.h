@@ -13,7 +13,7 @@
 #endif
 #define SHARED __attribute__((visibility("hidden")))
 
-enum { VERSION = 12, BLOCK = 512 };
+enum { VERSION = 13, BLOCK = 512 };
 
 typedef struct {
     uint8_t kind, detail[3]; /* 0: for Python, which reports damage and knows more formats; 1 PNG, 2 JPEG */
