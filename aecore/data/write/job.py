@@ -60,7 +60,7 @@ from aecore.data.write.remove import live_details, part_of, remove_samples
 from aecore.data.write.reread import is_little, read_again
 from aecore.data.write.shard import pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
-from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of
+from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of, without_bad_splits
 from aecore.errors import ConfigError, DataError, counted
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
 from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json
@@ -243,7 +243,7 @@ def _compare(
     if newest is not None:  # the next generation would be made of it
         require_not_withdrawn(store, newest, names, "write the source to another URL")
     parent = None if newest is None else read_manifest(store, newest)
-    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), shards.max_pixels)
+    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), asked, shards.max_pixels)
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
@@ -360,11 +360,12 @@ def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  #
 
 
 def _listed(
-    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any, max_pixels: int
+    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any, splits: SplitSpec, max_pixels: int
 ) -> tuple[Mapping[str, Any] | None, Any, Source, Listing]:  # any: plain JSON data, and every source kind has its own spec class
     """Return the identity of the dataset that this source continues (None: a new one), the source's spec, the source, and its listing.
 
     A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
+    `splits` are those that are asked for.
     """
     listed: list[tuple[Any, Source, Listing]] = []  # any: as above
     hashes: list[tuple[str, str]] = []  # as they are, and as versions before states made them
@@ -375,7 +376,7 @@ def _listed(
             return known
         opened: Source = SOURCES.build(spec)
         bound_pixels(opened, max_pixels)
-        listing = by_rules(spec, opened.listing())
+        listing = without_bad_splits(by_rules(spec, opened.listing()), splits)
         listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 

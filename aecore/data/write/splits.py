@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.classes import spelled
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.manifest import SPLIT_ORDER, DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.sources._names import file_of, split_of, split_of_folder
@@ -56,6 +57,31 @@ class SplitSpec:
             raise ConfigError("splits.by=hash needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
         if self.by == "none" and (self.val or self.test):
             raise ConfigError("splits.by=none puts everything into train: set splits.by=hash to use splits.val and splits.test")
+
+
+def without_bad_splits(listing: Listing, splits: SplitSpec) -> Listing:
+    """Return a listing in which samples are unusable (`no_split`) whose column or folder of the split is missing or cannot name one.
+
+    Unless that are all of them: then it is none of splits, which is refused later.
+    """
+    if splits.column is not None and splits.column in listing.columns:
+        what, values = f"splits.column={splits.column}", listing.columns[splits.column].tolist()
+        good = [value is not None and value == value and _SPLIT_NAME.fullmatch(str(value)) is not None for value in values]
+    elif splits.by == "folders" and listing.splits is not None:
+        what, values = "its top folder", listing.splits
+        names = {top: not top or _SPLIT_NAME.fullmatch(split_of_folder(top) or top) is not None for top in set(values)}
+        good = list(map(names.__getitem__, values))
+    else:
+        return listing
+    unusable = list[BadSample | None](listing.unusable or [None] * len(listing))
+    usable = [row for row, why in enumerate(unusable) if why is None]
+    bad = [row for row in usable if not good[row]]
+    if not bad or len(bad) == len(usable):
+        return listing
+    for row in bad:
+        text = f"{what} is {values[row]!r}, which cannot name a split (letters, digits, - and _): write the name of one"
+        unusable[row] = BadSample("no_split", text)
+    return dataclasses.replace(listing, unusable=unusable)
 
 
 def resolve_splits(
@@ -184,6 +210,8 @@ def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -
         names = {top: top if top in known else split_of_folder(top) or top for top in set(listing.splits)}
         names |= {"": "train"} if len(names) > 1 else {}
         values, what = list(map(names.__getitem__, listing.splits)), "the top folder"
+        for row, bad in enumerate(listing.unusable or ()):
+            values[row] = values[row] if bad is None or _SPLIT_NAME.fullmatch(values[row]) else "train"
     elif splits.by == "column":
         column = splits.column or ""
         if column not in listing.columns:
