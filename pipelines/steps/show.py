@@ -90,7 +90,7 @@ def _run(store: Store) -> Tree:
         "metrics": metrics or None,
         "checkpoints": [name for _, name in committed_checkpoints(store)],
         "data": claim["info"]["data"],
-        "dataset_generation": claim["info"]["dataset_number"],
+        "dataset_generation": claim["info"].get("dataset_number"),
         **({"init_from": claim["info"]["init_from"]} if "init_from" in claim["info"] else {}),
         "identity": claim["identity"],
     }

@@ -27,8 +27,10 @@ from pipelines.cli.main import main
 from pipelines.recipe.recipe import Recipe, load_recipe
 from pipelines.steps.pipeline import run_stages, stage
 from pipelines.steps.steps import STEPS, train_job_of
+from pipelines.steps.submit import identity
 from tests.aecore.data.tiny import encoded, image
-from tests.processes import run, started
+from tests.processes import AEPIPE, run, started
+from tests.s3 import S3
 from tests.warm import WARM
 
 WORDS = (
@@ -255,8 +257,7 @@ def process(root: Path, policy: str, fault: str | None = None) -> int:
     return run([*WARM, "-m", "pipelines.steps.job_main", "pipeline", tree], env=environment).returncode
 
 
-@pytest.mark.parametrize("newer", [False, True])
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize(("kill", "newer"), [*((kill, True) for kill in KILLS), ("half of the run", False)])
 def test_a_killed_process_is_continued_by_another_one_first_on_its_own_generation(
     kill: str, newer: bool, source: Path, tmp_path: Path
 ) -> None:
@@ -343,6 +344,50 @@ def test_a_dry_run_says_what_would_be_trained(source: Path, tmp_path: Path, caps
     new = {"run": "run-g000002", "table": "table-g000002", "new_run": True, "starts_from": f"{root}/run"}
     assert [{name: value for name, value in each.items() if name != "why"} for each in wanted["refresh"]["runs"]] == [new]
     assert wanted["stages"]["train"] == f"{root}/run-g000002" and not wanted["train"]["finished"]
+
+
+def test_a_root_in_a_bucket_is_a_root(source: Path, s3: S3, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (f"out={s3.url}/root", f"source.url={source}", *WORDS, "refresh.policy=continue")
+    for change in (keep_identity, add, remove):
+        change(source)
+        run_stages(load_recipe(None, words), lambda name, part: STEPS[name](part))
+    root = open_store(f"{s3.url}/root")
+    assert root.list() == ["dataset", "run", "run-g000002", "run-g000003", "table", "table-g000002", "table-g000003"]
+    assert open_table(root.url).url == f"{root.url}/table-g000003"
+    assert main(["verify", root.url, "--read-data"]) == 0 and main(["status", root.url]) == 0
+    assert "up_to_date: True" in capsys.readouterr().out
+    assert main(["gc", root.url, "--retention", "0s", "--older-than", "0s"]) == 0
+    assert root.list() == ["dataset", "run-g000002", "run-g000003", "table-g000002", "table-g000003"]
+
+
+@pytest.mark.prefect
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_flow_with_ray_workers_does_the_same(source: Path, tmp_path: Path) -> None:
+    flow, alone = tmp_path / "flow", tmp_path / "alone"
+    for root in (flow, alone):
+        tick(root, "continue")
+    add(source)
+    tick(alone, "continue")
+    (tmp_path / "empty.yaml").write_text("name: nightly")
+    changes = ("refresh.policy=continue", "cluster.num_workers=2", "cluster.resources_per_worker={CPU: 0.5}")
+    words = [tmp_path / "empty.yaml", f"out={flow}", f"source.url={source}", *WORDS, *changes]
+    answer = json.loads(run([*AEPIPE, "run", *words, "--json"], check=True).stdout)
+    assert list(answer) == ["shard", "train", "encode", "evaluate"]
+    assert (answer["train"]["run"], answer["train"]["made"], answer["encode"]["made"]) == (f"{flow}/run-g000002", True, True)
+    assert claim(flow / "run-g000002")["info"]["init_from"] == f"{flow}/run"
+    one, two = (load_model(str(root / "run-g000002")).model.state_dict() for root in (flow, alone))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert rows(flow / "table-g000002").keys() == rows(alone / "table-g000002").keys()
+    now = files(flow)
+    assert not tick(flow, "continue")["encode"]["made"] and files(flow) == now
+
+
+def test_the_job_of_a_pipeline_with_the_default_policy_is_that_of_before(tmp_path: Path) -> None:
+    keys = [
+        identity("pipeline", recipe(tmp_path / "root", *words)) for words in ((), ("refresh.policy=keep",), ("refresh.policy=retrain",))
+    ]
+    assert keys[0] == keys[1] and "refresh" not in keys[0] and keys[2]["refresh"] == {"policy": "retrain"}
 
 
 DAY = 86400.0
