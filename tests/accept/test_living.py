@@ -1,20 +1,17 @@
 """Real MNIST as a folder of PNGs that changes under a pipeline: after each run the table is that of a fresh chain, row by row."""
 
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from aecore.data.dataset import open_dataset
-from aecore.table.table import LatentTable, open_table
+from aecore.table.table import open_table
+from tests.pipelines.changing import change_files, columns, pictures, require_rows_of_files
 from tests.processes import AEPIPE, run
 
 pytestmark = [pytest.mark.accept, pytest.mark.prefect]
@@ -30,38 +27,9 @@ def aepipe(*arguments: object) -> dict[str, Any]:
     return answer
 
 
-def pictures(folder: Path, split: str = "*") -> list[Path]:
-    return sorted(folder.glob(f"{split}/*/*.png"))
-
-
-def change(folder: Path, *, relabelled: int, deleted: int, replaced: int, seed: int, spared: Set[Path] = frozenset()) -> None:
-    """Move files to the next class, delete others, and give others the pixels of other digits."""
-    chosen = np.random.default_rng(seed).permutation(np.array([path for path in pictures(folder) if path not in spared], dtype=object))
-    cuts = np.cumsum([relabelled, deleted, replaced, replaced])
-    moved, gone, targets, donors = np.split(chosen, cuts)[:4]
-    bytes_of = [path.read_bytes() for path in donors]
-    for path in moved:
-        path.rename(path.parent.parent / str((int(path.parent.name) + 1) % 10) / f"moved-{path.name}")
-    for path in gone:
-        path.unlink()
-    for path, data in zip(targets, bytes_of, strict=True):
-        path.write_bytes(data)
-
-
-def columns(table: LatentTable) -> pa.Table:
-    """Return all columns but those that say where a row and its class stand, by key."""
-    names = [name for name in table.columns if name not in ("shard", "ordinal", "label")]
-    return pa.table({name: table.arrow(name) for name in names}).sort_by("key")
-
-
 def require_fresh(folder: Path, root: Path, table: str, run_folder: str, scratch: Path) -> int:
     """Compare a table with the files themselves, and with a fresh chain of the same model; return its rows."""
-    found = columns(open_table(str(root / table)))
-    truth = {path.relative_to(folder).as_posix(): path for path in pictures(folder)}
-    assert set(found["source"].to_pylist()) == set(truth) and len(found) == len(truth)
-    for source, label, sha256 in zip(*(found[name].to_pylist() for name in ("source", "label_name", "sample_sha256")), strict=True):
-        assert truth[source].parent.name == label
-        assert hashlib.sha256(truth[source].read_bytes()).hexdigest() == sha256
+    found = require_rows_of_files(folder, open_table(str(root / table)))
     aepipe("shard", folder, scratch / "dataset", "--recipe", "mnist_vae", "cluster.num_workers=0")
     aepipe("encode", root / run_folder, scratch / "dataset", scratch / "table", "--recipe", "mnist_vae", "cluster.num_workers=0")
     assert open_dataset(str(root / "dataset")).manifest.content_sha256 == open_dataset(str(scratch / "dataset")).manifest.content_sha256
@@ -84,7 +52,7 @@ def test_the_pipeline_follows_real_mnist_and_its_table_is_that_of_a_fresh_chain(
     seconds["first"] = time.monotonic() - begun
     assert (first["shard"]["quarantined"], first["encode"]["rows"]) == (3, 69_997)
 
-    change(folder, relabelled=1_000, deleted=500, replaced=200, seed=SEED, spared={*damaged})
+    change_files(folder, relabelled=1_000, deleted=500, replaced=200, seed=SEED, spared={*damaged})
     for path, data in damaged.items():
         path.write_bytes(data)
     begun = time.monotonic()
@@ -95,7 +63,7 @@ def test_the_pipeline_follows_real_mnist_and_its_table_is_that_of_a_fresh_chain(
     again = aepipe(*tick)
     assert not again["encode"]["made"] and again["shard"]["generation"] == 2
 
-    change(folder, relabelled=1_000, deleted=500, replaced=200, seed=SEED + 1)
+    change_files(folder, relabelled=1_000, deleted=500, replaced=200, seed=SEED + 1)
     begun = time.monotonic()
     third = aepipe(*tick, "refresh.policy=continue")
     seconds["third"] = time.monotonic() - begun

@@ -29,6 +29,7 @@ from pipelines.steps.pipeline import run_stages, stage
 from pipelines.steps.steps import STEPS, train_job_of
 from pipelines.steps.submit import identity
 from tests.aecore.data.tiny import encoded, image
+from tests.pipelines.changing import change_files, pictures, require_rows_of_files
 from tests.processes import AEPIPE, run, started
 from tests.s3 import S3
 from tests.warm import WARM
@@ -149,6 +150,25 @@ def at_generation(data: Path, number: int, scratch: Path) -> Path:
         if int(path.name.split(".")[1]) > number:
             path.unlink()
     return copy
+
+
+def test_the_thin_path_on_real_pictures(real_mnist_small: Path, tmp_path: Path) -> None:
+    folder, root = Path(shutil.copytree(real_mnist_small, tmp_path / "in")), tmp_path / "root"
+    damaged = {path: path.read_bytes() for path in pictures(folder, "train")[::1_000]}
+    for path in damaged:
+        path.write_bytes(b"no picture")
+    words = ("shards.max_samples=1000", "train.global_batch=128", "encode.kl=true")
+    first = tick(root, "continue", *words)
+    assert (first["shard"]["quarantined"], first["encode"]["rows"]) == (3, 3_497)
+    change_files(folder, relabelled=50, deleted=25, replaced=10, seed=16, spared={*damaged})
+    for path, data in damaged.items():
+        path.write_bytes(data)
+    for policy, name in (("keep", "run"), ("continue", "run-g000002")):
+        second = tick(root, policy, *words)
+        assert second["train"]["run"] == f"{root}/{name}"
+        assert len(require_rows_of_files(folder, open_table(str(root)))) == second["encode"]["rows"] == 3_475
+    assert second["evaluate"]["elbo"] > first["evaluate"]["elbo"]
+    assert main(["verify", str(root), "--read-data"]) == 0
 
 
 class Killed(Exception):
