@@ -22,7 +22,8 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import claim_of, newest_number
-from aecore.artifact.kinds import other_kind
+from aecore.artifact.kinds import detect_artifact, other_kind
+from aecore.artifact.root import stage_folders
 from aecore.data.format.footer import Footer
 from aecore.errors import DataError, Hint, counted, did_you_mean
 from aecore.store import Store, canonical_json, open_store
@@ -331,14 +332,28 @@ def _may_hold(footer: Footer, key: str) -> bool:
     return False
 
 
+def _newest_of_root(store: Store) -> tuple[Store, int | None]:
+    """Return the newest table of a root that was committed, with its newest generation; the place itself, with None, if there is none."""
+    found = detect_artifact(store)
+    folders = [] if found is None or found.kind != "root" else stage_folders(found.stages, "table")
+    for folder in reversed(folders):
+        table = open_store(f"{store.url}/{folder}")
+        if (newest := newest_number(table, STEM)) is not None:
+            return table, newest
+    return store, None
+
+
 def open_table(url: str, number: int | None = None) -> LatentTable:
     """Open the newest generation of the table at `url`, or generation `number`; reads the manifest and nothing else.
 
+    `url` may be the root of a pipeline: its newest table is opened, of the newest run that has one.
     Only parts that the manifest names are seen; a glob over `data/**` also finds those of unfinished and of replaced generations. Of
     those, garbage collection keeps the last ones for some days: DataError from what is read of one that has expired.
     """
     store = open_store(url)
     newest = newest_number(store, STEM)
+    if newest is None:
+        store, newest = _newest_of_root(store)
     if newest is None:
         other = other_kind(store, "table")
         if other is not None:

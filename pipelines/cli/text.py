@@ -29,8 +29,10 @@ def of_step(summary: Mapping[str, Any]) -> str:
 
 
 def of_pipeline(summaries: Mapping[str, Any]) -> str:
-    """Return the lines of all steps."""
-    return "\n".join(of_step(summary) for summary in summaries.values())
+    """Return the lines of all steps, and whether there was nothing to do."""
+    made = [summary["made"] for summary in summaries.values() if "made" in summary]
+    nothing = [] if any(made) or not made else ["nothing new: no run was trained, and the table is up to date"]
+    return "\n".join([*map(of_step, summaries.values()), *nothing])
 
 
 def of_tree(tree: Mapping[str, Any], indent: str = "") -> str:
@@ -191,6 +193,8 @@ def of_gc(report: Mapping[str, Any]) -> str:
     """Return the output of `aepipe gc`: one line per reason for what was removed, what is kept for now, and what is unknown."""
     if "stages" in report:
         lines = [of_gc(stage) for stage in report["stages"].values()]
+        later = report.get("superseded_later", ())
+        lines += [f"  superseded, kept for now (the retention is not over): {', '.join(later)}"] if later else []
         return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])
     done = "would remove" if report["dry_run"] else "removed"
     lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]

@@ -176,7 +176,11 @@ def _submit(args: Args) -> Result:
     "show",
     "show what is at a URL",
     URL,
-    argument("--files", "of a table: the paths of the Parquet files of its newest generation, one a line", action="store_true"),
+    argument(
+        "--files",
+        "of a table, or the newest one of a root: the paths of the Parquet files of its newest generation, one a line",
+        action="store_true",
+    ),
     argument("--sql", "of a table: SQL for DuckDB that makes a view `latents` of these files", action="store_true"),
     recipe=False,
 )
@@ -187,6 +191,19 @@ def _show(args: Args) -> Result:
     if args.files or args.sql:
         return Result(show.table_files(args.url, sql=args.sql), text.of_files)
     return Result(show.show(args.url), text.of_tree)
+
+
+@VERBS.register(
+    "status",
+    "show which generation of the dataset the runs and tables of a pipeline belong to, and whether the newest is up to date",
+    argument("url", "root of a pipeline"),
+    recipe=False,
+)
+def _status(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import status
+
+    return Result(status.status(args.url), text.of_tree)
 
 
 @VERBS.register(
@@ -230,8 +247,14 @@ def _compare(args: Args) -> Result:
     "remove what killed or superseded attempts left (never what a manifest names)",
     URL,
     argument("--older-than", "keep anything newer than this, which may still be in use, for example 7d", default="1d"),
-    argument("--keep-generations", "of a table: keep the parts that these last generations name", type=int, default=2, metavar="N"),
-    argument("--retention", "of a table: keep parts that were replaced less than this ago, for example 30d", default="7d"),
+    argument(
+        "--keep-generations",
+        "of a table: keep the parts that these last generations name; of a root: so many last runs",
+        type=int,
+        default=2,
+        metavar="N",
+    ),
+    argument("--retention", "keep parts of a table, or runs of a root, that were replaced less than this ago, as 30d", default="7d"),
     argument("--unfinished", "also remove what the same command would continue from", action="store_true"),
     writes=True,
     recipe=False,

@@ -101,6 +101,18 @@ class ClusterSpec:
 
 
 @spec
+class RefreshSpec:
+    """What a pipeline does with its model when its dataset has changed."""
+
+    policy: Literal["keep", "continue", "retrain"] = knob(
+        "keep",
+        "keep: the model that is there encodes the new generation too; continue: a new run starts from the weights of the last one; "
+        "retrain: a new run starts as the first one did. New runs and their tables are run-gNNNNNN/ and table-gNNNNNN/",
+        since=2,
+    )
+
+
+@spec
 class ScheduleSpec:
     """When `aepipe serve` runs the recipe."""
 
@@ -147,6 +159,7 @@ SECTIONS: dict[str, str | Registry] = {
     "sample": "aecore.sampling:SampleSpec",
     "decode": "aecore.sampling:DecodeSpec",
     "cluster": "pipelines.recipe.recipe:ClusterSpec",
+    "refresh": "pipelines.recipe.recipe:RefreshSpec",
     "schedule": "pipelines.recipe.recipe:ScheduleSpec",
 }
 DEFAULT_KINDS = {"source": "folder", "model": "vae", "backbone": "mlp"}
@@ -175,6 +188,7 @@ class Recipe:
         sample: SampleSpec
         decode: DecodeSpec
         cluster: ClusterSpec
+        refresh: RefreshSpec
         schedule: ScheduleSpec
 
     def __init__(self, tree: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`aepipe gc`: removes the garbage of a dataset, run or table, or of all three below a root."""
+"""`aepipe gc`: removes the garbage of a dataset, run or table, or of all below a root, and there runs and tables that are superseded."""
 
 import re
 from typing import Any
@@ -20,8 +20,11 @@ def seconds_of(text: str, option: str = "--older-than") -> float:
 
 
 def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool, keep_generations: int = 2, retention: str = "7d") -> Tree:
-    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files."""
-    from aecore.maintenance.gc import collect_garbage
+    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files.
+
+    Of a root, the last `keep_generations` runs with their tables stay, and earlier ones whose successor is younger than `retention`.
+    """
+    from aecore.maintenance.gc import collect_garbage, superseded_folders
 
     limits: dict[str, Any] = {  # any: arguments of `collect_garbage`
         "older_than_s": seconds_of(older_than),
@@ -34,15 +37,17 @@ def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool, keep_gener
     found = detect_artifact(store)
     if found is None or not found.stages:
         return collect_garbage(store.url, **limits).to_dict()
+    superseded, later = superseded_folders(store.url, keep_generations=keep_generations, retention_s=limits["retention_s"])
+    present = [name for name in found.stages if name not in superseded]
     stages, damaged = {}, []
-    for name in found.stages:  # one that is damaged does not keep the others from being collected
-        try:
-            report = collect_garbage(f"{store.url}/{name}", **limits)
-            stages[name] = report.to_dict()
+    for name in (*(name for name in superseded if detect_artifact(open_store(f"{store.url}/{name}"))), *present):
+        try:  # one that is damaged does not keep the others from being collected
+            stages[name] = collect_garbage(f"{store.url}/{name}", superseded=name in superseded, **limits).to_dict()
         except DataError as error:
             damaged.append(str(error))
     if damaged:
         raise DataError("\n".join(damaged))
     total = {key: sum(stage[key] for stage in stages.values()) for key in ("files", "bytes")}
-    not_ours = [name for name in store.list() if name not in found.stages]
-    return {"kind": "root", "url": store.url, **total, "not_ours": not_ours, "dry_run": dry_run, "stages": stages}
+    not_ours = [name for name in store.list() if name not in stages]
+    facts = {"not_ours": not_ours, **({"superseded_later": later} if later else {}), "dry_run": dry_run}
+    return {"kind": "root", "url": store.url, **total, **facts, "stages": stages}

@@ -65,6 +65,16 @@ def _plan_replaced(plan: Plan, ledger: Ledger) -> None:
         plan.wait("replaced parts", kept, "readers of the last generations may still need them, or they were replaced a short time ago")
 
 
+def files_of_table(plan: Plan, ledger: Ledger) -> list[str]:
+    """Return all files of the parts of a table, also those that no manifest names; other files are recorded in `not_ours`."""
+    store, kind = plan.store, ledger.kind
+    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
+    files = list(_files(store, kind))
+    ours = [name for name in files if name in ledger.files or _claim_of(name, kind, ledger) is not None]
+    plan.not_ours += [name for name in files if name not in ours]
+    return ours
+
+
 def _files(store: Store, kind: str) -> Iterator[str]:
     """Yield every file below the folders of the kind, records first: a part without a record was never finished."""
     for folder in _FOLDERS[kind]:
