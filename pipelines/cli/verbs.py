@@ -230,8 +230,15 @@ def _compare(args: Args) -> Result:
     "remove what killed or superseded attempts left (never what a manifest names)",
     URL,
     argument("--older-than", "keep anything newer than this, which may still be in use, for example 7d", default="1d"),
-    argument("--keep-generations", "of a table: keep the parts that these last generations name", type=int, default=2, metavar="N"),
-    argument("--retention", "of a table: keep parts that were replaced less than this ago, for example 30d", default="7d"),
+    argument("--keep-generations", "keep the parts that these last generations name", type=int, default=2, metavar="N"),
+    argument("--retention", "keep parts that were replaced or retired less than this ago, for example 30d", default="7d"),
+    argument(
+        "--compact",
+        "first write shards of a dataset again of which more than this share was removed, for example 0.5 (0: all that lost samples)",
+        type=float,
+        metavar="SHARE",
+    ),
+    argument("--copy", "with --compact: also copy what is left of adopted tars into tars of the dataset", action="store_true"),
     argument("--unfinished", "also remove what the same command would continue from", action="store_true"),
     writes=True,
     recipe=False,
@@ -241,6 +248,7 @@ def _gc(args: Args) -> Result:
     from pipelines.steps import gc
 
     limits = {"older_than": args.older_than, "keep_generations": args.keep_generations, "retention": args.retention}
+    limits |= {"compact": args.compact, "copy": args.copy}
     return Result(gc.gc(args.url, **limits, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
 
 

@@ -19,9 +19,25 @@ def seconds_of(text: str, option: str = "--older-than") -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool, keep_generations: int = 2, retention: str = "7d") -> Tree:
-    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files."""
+def gc(
+    url: str,
+    *,
+    older_than: str,
+    unfinished: bool,
+    dry_run: bool,
+    keep_generations: int = 2,
+    retention: str = "7d",
+    compact: float | None = None,
+    copy: bool = False,
+) -> Tree:
+    """Remove garbage at `url`; return what was (with `dry_run`: would be) removed, what is kept for now, and unknown files.
+
+    With `compact`, before that the shards of a dataset of which more than this share is removed are written again without it.
+    """
     from aecore.maintenance.gc import collect_garbage
+
+    if copy and compact is None:
+        raise ConfigError("--copy says that adopted tars are compacted too: give --compact SHARE with it, for example --compact 0.5")
 
     limits: dict[str, Any] = {  # any: arguments of `collect_garbage`
         "older_than_s": seconds_of(older_than),
@@ -32,13 +48,24 @@ def gc(url: str, *, older_than: str, unfinished: bool, dry_run: bool, keep_gener
     }
     store = open_store(url)
     found = detect_artifact(store)
+    compaction: Tree = {}
+    if compact is not None:
+        from aecore.data.write.compact import compact_dataset
+
+        if found is None or "dataset" not in (found.kind, *found.stages):
+            what = "nothing of this package" if found is None else found.name
+            raise ConfigError(
+                f"--compact writes shards of a dataset again, and {store.url} is {what}: give a dataset, or a root that has one"
+            )
+        dataset = store.url if found.kind == "dataset" else f"{store.url}/dataset"
+        compaction = {"compaction": compact_dataset(dataset, compact, copy=copy, dry_run=dry_run).to_dict()}
     if found is None or not found.stages:
-        return collect_garbage(store.url, **limits).to_dict()
+        return {**collect_garbage(store.url, **limits).to_dict(), **compaction}
     stages, damaged = {}, []
     for name in found.stages:  # one that is damaged does not keep the others from being collected
         try:
             report = collect_garbage(f"{store.url}/{name}", **limits)
-            stages[name] = report.to_dict()
+            stages[name] = {**report.to_dict(), **(compaction if name == "dataset" else {})}
         except DataError as error:
             damaged.append(str(error))
     if damaged:
