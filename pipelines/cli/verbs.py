@@ -22,8 +22,12 @@ FOLLOWS = (
 
 @VERBS.register(
     "shard",
-    "write images, arrays or tars (or generated `sprites`) as a dataset, or make one that exists follow them",
-    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind; a word that is both means the kind, ./sprites the folder"),
+    "write images, arrays, tars or datasets (or generated `sprites`) as a dataset, or make one that exists follow them",
+    argument(
+        "src",
+        "folder, .npz, .npy, idx or .tar file, one or several datasets, or a source kind; of a word that is both, ./sprites is the folder",
+        nargs="+",
+    ),
     argument("dataset", "dataset to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
     *FOLLOWS,
@@ -55,13 +59,18 @@ def _follows(args: Args) -> dict[str, Any]:  # any: plain values
 
 
 def _source(args: Args) -> dict[str, Any]:  # any: plain values
-    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name."""
-    from aecore.data.sources._detect import detect_source
-    from aecore.registry import SOURCES
+    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name.
 
-    word = args.src
+    Not so for a kind that needs an address, if nothing gives one: `aepipe shard dataset OUT` reads the folder `dataset`.
+    """
+    from aecore.data.sources._detect import detect_source
+    from aecore.registry import SOURCES, field_types
+    from aecore.store import absolute_url
+
+    word = args.src[0] if len(args.src) == 1 else "::".join(absolute_url(word, "SRC") for word in args.src)
     if word.isidentifier():
-        if word in SOURCES.kinds():
+        given_url = args.recipe is not None or any(text.startswith("source.url=") for text in args.overrides)
+        if word in SOURCES.kinds() and (given_url or "url" not in field_types(SOURCES.spec_type(word)) or not os.path.exists(word)):
             return {"kind": word}
         if not os.path.exists(word):
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
+from aecore.artifact.withdrawn import made_of
 from aecore.data.classes import is_spelled
 from aecore.data.dataset import Dataset
 from aecore.data.format.bad_sample import BadSample
@@ -35,7 +36,7 @@ from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
-from aecore.data.sources import Listing, Source, bound_pixels, origin_of, takes_frames
+from aecore.data.sources import Listing, Source, bound_pixels, generations, origin_of, takes_frames
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.sources._skipped import first_of, shown_examples
@@ -61,7 +62,7 @@ from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of
 from aecore.errors import ConfigError, DataError, counted
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
-from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json
+from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json, split_urls
 
 logger = logging.getLogger(__name__)
 MOST_EXAMPLES = 1000  # rows of quarantines that are looked at for an error
@@ -171,7 +172,8 @@ class _Work:
     """The work of one run: the newest generation, everything listed, and the samples of it that are written.
 
     `placed`, `ledger` and `changes` are those of a dataset that follows its source; `removal` is None for one that only grows.
-    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read. `made_of`
+    are the generations of other datasets that were listed.
     """
 
     store: Store
@@ -189,6 +191,7 @@ class _Work:
     ledger: pa.Table | None = None
     changes: Changes | None = None
     before_states: bool = False
+    made_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def is_idle(self) -> bool:
@@ -236,6 +239,8 @@ def _compare(
     source: Any, out: str, asked: SplitSpec, shards: ShardSpec, fan_out: FanOut, *, adopt: bool = False
 ) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
+    if source.kind == "dataset" and store.url in split_urls(source.url):
+        raise ConfigError(f"{store.url} would be written from itself: give another URL for what is made of it")
     names = store.list()
     newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
@@ -253,7 +258,8 @@ def _compare(
         identity["adopted"] = {"by": "offset"}
         require_readable_by_offset(listing, opened)
     removal = shards.removed or ("drop" if parent is None else parent.removal)
-    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal)
+    listed = dict(generations(opened))
+    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal, made_of=listed)
     if parent is None:
         _warn(store, listing, asked, splits)
         return work
@@ -400,7 +406,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
-    claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
+    told = {"source": to_dict(work.source), **({"made_of": work.made_of} if work.made_of else {})}
+    claim = claim_generation(store, "dataset", generation, told)
     plan = plan if claim == 1 else work.plan(claim)
     take_over(store, claim)
     _warn_of_orphans(work, plan)
@@ -427,7 +434,10 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     def require_continued(number: int) -> None:
         _require_same(work, read_manifest(store, number))
 
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
+    with contextlib.ExitStack() as sources:
+        for url, number in work.made_of.items():
+            sources.enter_context(made_of(url, number, f"{store.url}/{STEM}.{manifest.number:06d}.json"))
+        commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
     rows = counted(sum(record.rows for record in records), "new sample", "new samples")
     counts = rows, sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
