@@ -40,7 +40,9 @@ class ExternalTars:
         ConfigError
             If braces do not match each other, or joined addresses are in different places.
         """
-        parts = split_urls(absolute_url(url, what))
+        address = absolute_url(url, what)
+        parts = split_urls(address)
+        parts = parts if all(map(is_tar, parts)) else [address]
         if len(parts) == 1 and not _is_pattern(parts[0]):
             if is_tar(parts[0]) and not os.path.isdir(parts[0]):
                 folder, _, name = parts[0].rpartition("/")

@@ -22,7 +22,7 @@ from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256, data_members, 
 from aecore.data.format.record import encode_key, joined_key
 from aecore.data.manifest import STEM, RejectedPart, ShardRef, read_manifest
 from aecore.data.removal import read_removed
-from aecore.data.sources import NAME_HELP, Listing, require_name
+from aecore.data.sources import NAME_HELP, Listing, Source, require_name
 from aecore.errors import ConfigError, DataError
 from aecore.native.loops import read_pieces, sha256s
 from aecore.registry import SOURCES, knob, spec
@@ -96,6 +96,7 @@ class DatasetSource:
         self._names = _names(self.urls) if len(self.urls) > 1 or datasets.keys == "prefixed" else [""]
         self._known: OrderedDict[str, _Places] = OrderedDict()
         self.generations = dict[str, int]()
+        self.layouts = dict[str, str]()  # by which the arrays of a dataset are read, where it has any
 
     def listing(self) -> Listing:
         """List the live samples of the newest generations, then what is in their quarantines.
@@ -108,6 +109,8 @@ class DatasetSource:
         """
         datasets = [open_dataset(url) for url in self.urls]
         self.generations = {dataset.url: dataset.number for dataset in datasets}
+        settings = {each.url: each.manifest.identity.get("shards", {}) for each in datasets if "npy" in each.manifest.sample.extensions}
+        self.layouts = {url: str(shards.get("layout", "auto")) for url, shards in settings.items()}
         tables = [[*_rows(dataset, name)] for dataset, name in zip(datasets, self._names, strict=True)]
         rows = _united(
             [table for found in tables for table in found], [each for each, found in zip(self.urls, tables, strict=True) for _ in found]
@@ -212,6 +215,19 @@ class DatasetSource:
                 self._known.popitem(last=False)
         self._known.move_to_end(part)
         return self._known[part]
+
+
+def require_writable(source: Source, out: str, layout: str) -> None:
+    """Of a `DatasetSource`: ConfigError if it would be written from itself, or arrays read by another `shards.layout` than theirs."""
+    assert isinstance(source, DatasetSource)
+    if out in source.urls:
+        raise ConfigError(f"{out} would be written from itself: give another URL for what is made of it")
+    for url, known in source.layouts.items():
+        if known != layout:
+            raise ConfigError(
+                f"the arrays of {url} were written with shards.layout={known}, and shards.layout={layout} may take other axes for those of "
+                f"images: set shards.layout={known}"
+            )
 
 
 def _names(urls: Sequence[str]) -> list[str]:

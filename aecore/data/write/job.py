@@ -62,7 +62,7 @@ from aecore.data.write.spec import ShardSpec, ShardTask
 from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of
 from aecore.errors import ConfigError, DataError, counted
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
-from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json, split_urls
+from aecore.store import FileRef, Store, absolute_url, open_store, remove_staging, sha256_json
 
 logger = logging.getLogger(__name__)
 MOST_EXAMPLES = 1000  # rows of quarantines that are looked at for an error
@@ -239,8 +239,6 @@ def _compare(
     source: Any, out: str, asked: SplitSpec, shards: ShardSpec, fan_out: FanOut, *, adopt: bool = False
 ) -> _Work:  # any: every source kind has its own spec class
     store = open_store(out)
-    if source.kind == "dataset" and store.url in split_urls(source.url):
-        raise ConfigError(f"{store.url} would be written from itself: give another URL for what is made of it")
     names = store.list()
     newest = newest_of(names, STEM)
     parent = None if newest is None else read_manifest(store, newest)
@@ -248,6 +246,10 @@ def _compare(
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
+    if source.kind == "dataset":
+        from aecore.data.sources.dataset import require_writable
+
+        require_writable(opened, store.url, shards.layout)
     there = None if recorded is None else recorded.get("splits", {})
     splits = resolve_splits(listing, asked, there, parent.splits if parent else (), frames=takes_frames(source))
     specs = {"source": source, "splits": splits, "shards": shards}

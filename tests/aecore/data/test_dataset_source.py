@@ -68,7 +68,7 @@ def samples(dataset: Dataset) -> dict[str, tuple[Any, ...]]:
     for shard in dataset.manifest.shards:
         index, reader = dataset.index(shard), dataset.reader(shard)
         rows = np.flatnonzero(np.isin(reader.index["ordinal"].to_numpy(), index["ordinal"].to_numpy()))
-        further = [name for name in index.column_names if name not in INDEX_SCHEMA.names]
+        further = [name for name in index.column_names if name not in (*INDEX_SCHEMA.names, "source_sha256")]
         for row, data in zip(index.to_pylist(), reader.read_rows(rows), strict=True):
             values = {name: row[name] for name in further if row[name] is not None}
             found[row["key"]] = (shard.split, row["label_name"], row["group"], row["sha256"], data, values)
@@ -323,3 +323,50 @@ def test_a_lost_dataset_removes_nothing(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no dataset"):
         again(tmp_path / "out", tmp_path / "a", tmp_path / "b")
     assert open_dataset(str(tmp_path / "out")).number == 1
+
+
+def test_arrays_keep_the_layout_by_which_they_are_read(tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / f"arrays/{number}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.full((8, 8, 3), number, np.uint8))
+    spec = FolderSpec(url=str(tmp_path / "arrays"), extensions=("npy",))
+    shard_dataset(spec, str(tmp_path / "data"), shards=ShardSpec(layout="chw"))
+    with pytest.raises(ConfigError, match=f"the arrays of {tmp_path}/data were written with shards.layout=chw, .*set shards.layout=chw"):
+        again(tmp_path / "out", tmp_path / "data")
+    again(tmp_path / "out", tmp_path / "data", layout="chw")
+    same(tmp_path / "out", tmp_path / "data")
+
+
+def test_options_of_a_recipe_change_what_is_stored_as_of_any_source(data: Path, tmp_path: Path) -> None:
+    made = again(tmp_path / "out", data, resize=4)
+    assert {*made.sample.shapes} == {"4x4x1/L"} and problems(tmp_path / "out") == ()
+    index = open_dataset(str(tmp_path / "out")).index(made.shards[0])
+    known = {key: row[3] for key, row in samples(open_dataset(str(data))).items()}
+    assert index["source_sha256"].to_pylist() == [known[key] for key in index["key"].to_pylist()]
+    assert again(tmp_path / "out", data, resize=4).number == 1
+    again(tmp_path / "back", tmp_path / "out")
+    same(tmp_path / "back", tmp_path / "out")
+
+
+def test_bytes_are_read_some_at_a_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = DatasetSource(DatasetSpec(url=str(data)))
+    listing = source.listing()
+    usable = [name for name, bad in zip(listing.sources, listing.unusable or [], strict=True) if bad is None][::3]
+    known = [source.read(name) for name in usable]
+    for bound in ("WINDOW_BYTES", "WINDOW_SAMPLES", "MOST_PLACES"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"aecore.data.sources.dataset.{bound}", 1 if bound != "MOST_PLACES" else 8)
+            other = DatasetSource(DatasetSpec(url=str(data)))
+            read = other.prefetch(usable)
+            assert [read(name) for name in usable] == known
+            assert bound != "MOST_PLACES" or sum(map(len, other._known.values())) <= 8
+
+
+def test_a_dataset_that_version_1_wrote_is_a_source(tmp_path: Path) -> None:
+    url = shutil.copytree(Path(__file__).parents[2] / "fixtures/v1/dataset", tmp_path / "v1")
+    made = again(tmp_path / "out", url)
+    theirs, mine = (samples(open_dataset(str(place))) for place in (url, tmp_path / "out"))
+    assert mine == theirs != {} and problems(tmp_path / "out") == ()
+    assert made.content_sha256 is not None and made.quarantined == open_dataset(str(url)).manifest.quarantined
+    assert compact_dataset(str(url), 0).parts == (), "nothing was ever removed there"
