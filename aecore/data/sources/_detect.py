@@ -23,6 +23,7 @@ DEFAULT = "folder"
 _OF_ROWS = frozenset({"images", "labels", "factors", "lengths", "store_as"})  # options that only rows have
 PEEKED = 16  # files whose headers are read
 _MANIFEST = re.compile(r"dataset\.\d{6}\.json")
+_OF_DATASET = re.compile(r"(?:dataset|run)\.\d{6}\.json")
 
 
 class Detected(NamedTuple):
@@ -52,17 +53,17 @@ def detect_source(url: str, dataset: str = "", options: Collection[str] = ()) ->
     known = _of_name(where)
     if known is not None:
         return Detected(known)
-    parts = split_urls(where)
-    others = [part for part in parts if not _is_dataset(part)]
-    if not others:
-        return Detected("dataset")
-    if len(parts) > 1:
-        raise ConfigError(
-            f"{', '.join(others)} {'holds' if len(others) == 1 else 'hold'} no dataset: only datasets are merged; shard it first"
-        )
+    if len(parts := split_urls(where)) > 1:
+        others = [part for part in parts if not _is_dataset(part)]
+        if not others:
+            return Detected("dataset")
+        what = f"{', '.join(others)} {'holds' if len(others) == 1 else 'hold'} no dataset"
+        raise ConfigError(f"{what}: only datasets are merged; shard it first")
     files, kinds, arrays = open_files(where), set[str](), list[str]()
     for name in files.names():
         kind = _of_name(name)
+        if _OF_DATASET.fullmatch(name) and _is_dataset(where):
+            return Detected("dataset")
         if kind == DEFAULT or _MANIFEST.fullmatch(name.rpartition("/")[2]):
             return Detected(DEFAULT)
         kinds |= {kind} if kind is not None else set()
