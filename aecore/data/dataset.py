@@ -199,7 +199,7 @@ def _require_not_collected(store: Store, manifest: DatasetManifest, newest: int)
             by = retired[part.split, part.stem]
             raise DataError(
                 f"generation {manifest.number} of {store.url} is not complete any more: generation {by} wrote {part.stem} again without "
-                f"removed samples, and {gone[0]} was collected; use {newest}, make what is pinned to this one anew, or restore them"
+                f"removed samples, and {gone[0]} was collected; use generation {newest}, or restore the files"
             )
 
 
