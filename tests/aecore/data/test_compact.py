@@ -62,7 +62,8 @@ def removed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, test = ([dataset.index(each)["key"].to_pylist() for each in dataset.manifest.split(split)] for split in ("train", "test"))
     whole = next(keys for keys in train[1:] if len(keys) == 10)
     few = next(keys for keys in train[1:] if len(keys) > 5 and keys is not whole)
-    names = [images / f"{key}.png" for lost in (train[0][:8], whole, few[:2], test[0][:6]) for key in lost]
+    bad = [keys[-1] for keys in train[1:5] if len(keys) < 10 and keys is not few]  # of shards with a quarantine
+    names = [images / f"{key}.png" for lost in (train[0][:8], whole, few[:2], test[0][:6], bad) for key in lost]
     for path in names:
         path.unlink()
     shard(images, tmp_path / "dataset", max_removed=1.0)
@@ -197,12 +198,12 @@ def test_a_split_and_a_dataset_may_lose_everything(out: Path) -> None:
 @pytest.mark.parametrize("role", ["run", "tar", "index", "quarantine", "record", "listing", "manifest"])
 def test_killed_anywhere_it_goes_on_and_gives_the_same_files(out: Path, role: str, stage: str) -> None:
     whole = Path(shutil.copytree(out, out.with_name("whole")))
-    compact_dataset(str(whole), 0.3)
-    assert died(lambda: compact_dataset(str(out), 0.3), f"{role}.{stage}")
+    compact_dataset(str(whole), 0)
+    assert died(lambda: compact_dataset(str(out), 0), f"{role}.{stage}")
     assert problems(out) == ()
     claimed = any(item.what == "dataset claim 4" for item in collected(out).waiting)
     assert claimed or role in ("run", "manifest")
-    compact_dataset(str(out), 0.3)
+    compact_dataset(str(out), 0)
     assert problems(out) == ()
     theirs = {name: data for name, data in tree(whole).items() if not name.startswith("records/")}
     assert {name: data for name, data in tree(out).items() if not name.startswith("records/")} == theirs
