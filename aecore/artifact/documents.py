@@ -81,7 +81,7 @@ _KINDS = (
         r"dataset\.(\d{6})\.json",
         _DATASET | {"claim_sha256"},
         "number",
-        optional=_keys("removal content_sha256"),
+        optional=_keys("removal content_sha256 retired"),
         most=LARGE,
         keys_v1=(_DATASET | _FORMAT,),
     ),

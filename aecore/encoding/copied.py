@@ -102,20 +102,18 @@ def live_ranges(store: Store, dataset: Dataset, shard: ShardRef, parts: Sequence
     """
     starts = [0]
     if len(parts) > 1:
-        stored = dataset.reader(shard).index["ordinal"].to_numpy()
-        live = np.flatnonzero(np.isin(stored, dataset.index(shard)["ordinal"].to_numpy()))
-        place = {ordinal: row for row, ordinal in enumerate(stored.tolist())}
-        firsts, following = list[int](), len(stored)
+        live, following = dataset.index(shard)["ordinal"].to_numpy(), shard.first_ordinal + shard.planned
+        firsts = list[int]()
         for part in reversed(parts[1:]):
-            following = _first(store, part, place, following)
+            following = _first(store, part, following)
             firsts.insert(0, int(np.searchsorted(live, following)))
         for first in firsts:  # as far as the range before may reach: so it does not matter where the ranges after it begin
             starts.append(min(first, starts[-1] + size))
     return list(zip(starts, [*starts[1:], shard.live], strict=True))
 
 
-def _first(store: Store, part: TablePart, place: dict[int, int], none: int) -> int:
-    """Return the first row of the stored index that a part has or refused; `none` if it has none."""
+def _first(store: Store, part: TablePart, none: int) -> int:
+    """Return the first ordinal that a part has or refused; `none` if it has none."""
     tables = [(part.file, part.rows), *([(part.quarantine, part.quarantined)] if part.quarantine is not None else [])]
-    found = [place[each] for ref, rows in tables for each in read_part(store, ref, ["ordinal"], rows)["ordinal"].to_numpy().tolist()]
+    found = [each for ref, rows in tables for each in read_part(store, ref, ["ordinal"], rows)["ordinal"].to_numpy().tolist()]
     return min(found, default=none)

@@ -59,7 +59,7 @@ class StreamHash:
         self._library.aecore_sha256(self.state, blocks, len(blocks) // _BLOCK, *places, len(messages), digests)
         return digests
 
-    def append(self, stream: bytes) -> None:
+    def append(self, stream: bytes | memoryview) -> None:
         """Append whole blocks to the stream."""
         self.update(stream, _NOTHING)
 

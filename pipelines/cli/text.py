@@ -197,7 +197,8 @@ def of_gc(report: Mapping[str, Any]) -> str:
         lines += [f"  superseded, kept for now (the retention is not over): {', '.join(later)}"] if later else []
         return "\n".join([*lines, *_left_alone(report, "left alone (not dataset/, run/ or table/ of this root)")])
     done = "would remove" if report["dry_run"] else "removed"
-    lines = [f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}"]
+    lines = _of_compaction(report["compaction"]) if "compaction" in report else []
+    lines.append(f"{report['kind']} {report['url']}: {done} {_count(report['files'], 'file')}, {_size(report['bytes'])}")
     for why in dict.fromkeys(item["why"] for item in report["garbage"]):
         items = [item for item in report["garbage"] if item["why"] == why]
         names = ", ".join(item["name"] for item in items[:4]) + (", ..." if len(items) > 4 else "")
@@ -206,6 +207,23 @@ def of_gc(report: Mapping[str, Any]) -> str:
         f"  left: {item['what']}, {_count(item['files'], 'file')}, {_size(item['bytes'])}, {item['why']}" for item in report["waiting"]
     ]
     return "\n".join([*lines, *_left_alone(report, "not ours, left alone")])
+
+
+def _of_compaction(told: Mapping[str, Any]) -> list[str]:
+    """Return a line of what was written again, one for each part, and one of adopted tars that were not."""
+    done, parts = "would write" if told["dry_run"] else "wrote", told["parts"]
+    removed, size = (sum(part[name] for part in parts) for name in ("removed", "bytes"))
+    where = "" if told["dry_run"] or not parts else f" as generation {told['generation']}"
+    lines = [f"dataset {told['url']}: {done} {_count(len(parts), 'part')} again{where}, without {_count(removed, 'removed sample')}"]
+    lines += [
+        f"  {part['part']} -> {part['by'] or 'nothing is left'}, {part['live']:,} of {part['live'] + part['removed']:,}" for part in parts
+    ]
+    if parts:
+        lines.append(f"  the old files ({_size(size)}) stay for readers of older generations: see --retention and --keep-generations")
+    if told["adopted"]:
+        names = ", ".join(told["adopted"][:4]) + (", ..." if len(told["adopted"]) > 4 else "")
+        lines.append(f"  left: {_count(len(told['adopted']), 'part')} of adopted tars ({names}), which --copy copies")
+    return lines
 
 
 def _left_alone(report: Mapping[str, Any], why: str) -> list[str]:

@@ -39,6 +39,7 @@ __all__ = [
     "encode_keys",
     "image_header",
     "is_channel_last",
+    "joined_key",
     "read_npy_header",
     "require_allowed",
 ]
@@ -138,6 +139,12 @@ def encode_key(path: str) -> str:
     if len(components) == 1:
         return key
     return _shorten(key, MAX_KEY_BYTES if _fits_header(key) else 0)
+
+
+def joined_key(above: str, key: str) -> str:
+    """Return the key of a sample below another component; both are keys already."""
+    joined = f"{above}/{key}"
+    return _shorten(joined, MAX_KEY_BYTES if _fits_header(joined) else 0)
 
 
 def encode_keys(paths: list[str]) -> list[str]:

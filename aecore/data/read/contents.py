@@ -180,7 +180,7 @@ def _part_problems(
         where = f"{dataset.url}/{part.index.name}"
     else:
         where, ref = f"{dataset.url}/{part.quarantine.name}", part.quarantine
-        quarantine = read_table(dataset.store.read(ref.name, ref=ref), where, part.planned, QUARANTINE_SCHEMA)
+        quarantine = read_table(dataset.store.read(ref.name, ref=ref), where, part.quarantined, QUARANTINE_SCHEMA)
     require_values(where, index, quarantine)
     for file, table in ((part.index if isinstance(part, ShardRef) else None, index), (part.quarantine, quarantine)):
         if file is not None and table is not None:
@@ -391,11 +391,13 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     if parent is not None and manifest.classes[: len(parent.classes)] != parent.classes:
         yield f"its classes do not begin with those of generation {parent.number}"
     removed = {part.stem: part.removed for part in manifest.parts if part.removed is not None}
+    known_retired = () if parent is None else parent.retired
+    compacted = {part.stem: part.by for part in manifest.retired if part not in known_retired}
     own = {stem: each.record for stem, each in removed.items() if claim_of(each.record) == claim}
     known = [part.stem for part in new] + [*own.values()]
     details = None
-    if removed and parent is not None:  # the counts of all parts before it are needed
-        known += (kept := [own.get(part.stem) or _record_of(part) for part in parent.parts])
+    if (removed or compacted) and parent is not None:  # the counts of all parts before it are needed
+        known += (kept := [own.get(part.stem) or _record_of(part) for part in parent.parts if part.stem not in compacted])
         details = [records[name].detail for name in kept if name in records]
     if any(name not in records for name in known):
         return  # damaged, or not among those that were read
@@ -405,6 +407,7 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
         {stem: removed_of(records[name]) for stem, name in own.items()},
         details,
         merged=parent is not None and manifest.listings[:-1] != parent.listings,
+        compacted=compacted,
     )
     right = next_manifest(
         parent,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.errors import ConfigError, DataError, require_text
-from aecore.store import Seen, absolute_url, read_again, split_tars
+from aecore.store import Seen, absolute_url, read_again, split_urls
 
 T = TypeVar("T")
 NAME_HELP = "name of the source in datasets, instead of its address: set it where the same samples may come from another address later"
@@ -61,6 +61,10 @@ class Listing:
         The address that the samples come from, or the name that stands for it (`origin_of`).
     all_states : list of str or None, optional
         The states with those that are too young, for the hash of a claim: work that was begun goes on as long as they are equal.
+    named_splits : bool
+        Whether `splits` are the names of splits, which stay as they are, and not folders.
+    classes : tuple of str
+        The names of classes in their order, of a source that has one; a new dataset takes it.
     """
 
     keys: list[str]
@@ -69,7 +73,7 @@ class Listing:
     label_names: list[str] | None = None
     splits: list[str] | None = None
     groups: list[str] | None = None
-    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
+    columns: Mapping[str, Any] = field(default_factory=dict)  # any: arrays of numpy or Arrow, each of its own type
     notes: tuple[str, ...] = ()
     label_paths: bool = True
     label_rule: str = "path"
@@ -78,6 +82,8 @@ class Listing:
     states: list[str | None] | None = None
     origin: str = ""
     all_states: list[str | None] | None = None
+    named_splits: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = ("sources", "sizes", "label_names", "splits", "groups", "paths", "unusable", "states", "all_states")
@@ -99,7 +105,7 @@ class Listing:
             pick(self.label_names),
             pick(self.splits),
             pick(self.groups),
-            {name: column[rows] for name, column in self.columns.items()},
+            {name: column.take(rows) for name, column in self.columns.items()},
             self.notes,
             self.label_paths,
             self.label_rule,
@@ -108,6 +114,8 @@ class Listing:
             pick(self.states),
             self.origin,
             pick(self.all_states),
+            self.named_splits,
+            self.classes,
         )
 
     def with_states(self, seen: Sequence[Seen | None]) -> "Listing":
@@ -214,7 +222,7 @@ def origin_of(source: Any) -> str:  # any: every source kind has its own spec cl
 
 def origin_of_url(url: str) -> str:
     """Return what samples from an absolute address (or several) come from."""
-    return "::".join(map(_without_userinfo, split_tars(url)))
+    return "::".join(map(_without_userinfo, split_urls(url)))
 
 
 def _without_userinfo(url: str) -> str:
@@ -230,6 +238,12 @@ def read_states(source: Source, names: Sequence[str]) -> Sequence[str | None]:
         return [None] * len(names) if states is None else states(names)
     except OSError:  # the bytes were read, and nothing says more of the file now
         return [None] * len(names)
+
+
+def generations(source: Source) -> Mapping[str, int]:
+    """Return the datasets that a source has listed, if it reads any, and the generation of each."""
+    found: Mapping[str, int] = getattr(source, "generations", {})
+    return found
 
 
 def takes_frames(source: Any) -> bool:  # any: every source kind has its own spec class

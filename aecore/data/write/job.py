@@ -37,7 +37,7 @@ from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
-from aecore.data.sources import Listing, Source, bound_pixels, origin_of, takes_frames
+from aecore.data.sources import Listing, Source, bound_pixels, generations, origin_of, takes_frames
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.sources._skipped import first_of, shown_examples
@@ -173,7 +173,8 @@ class _Work:
     """The work of one run: the newest generation, everything listed, and the samples of it that are written.
 
     `placed`, `ledger` and `changes` are those of a dataset that follows its source; `removal` is None for one that only grows.
-    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read. `made_of`
+    are the generations of other datasets that were listed.
     """
 
     store: Store
@@ -191,6 +192,7 @@ class _Work:
     ledger: pa.Table | None = None
     changes: Changes | None = None
     before_states: bool = False
+    made_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def is_idle(self) -> bool:
@@ -247,6 +249,10 @@ def _compare(
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
+    if source.kind == "dataset":
+        from aecore.data.sources.dataset import require_writable
+
+        require_writable(opened, store.url, shards.layout)
     there = None if recorded is None else recorded.get("splits", {})
     splits = resolve_splits(listing, asked, there, parent.splits if parent else (), frames=takes_frames(source))
     specs = {"source": source, "splits": splits, "shards": shards}
@@ -257,7 +263,8 @@ def _compare(
         identity["adopted"] = {"by": "offset"}
         require_readable_by_offset(listing, opened)
     removal = shards.removed or ("drop" if parent is None else parent.removal)
-    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal)
+    listed = dict(generations(opened))
+    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal, made_of=listed)
     if parent is None:
         _warn(store, listing, asked, splits)
         return work
@@ -408,7 +415,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
-    claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
+    told = {"source": to_dict(work.source), **({"made_of": work.made_of} if work.made_of else {})}
+    claim = claim_generation(store, "dataset", generation, told)
     plan = plan if claim == 1 else work.plan(claim)
     take_over(store, claim)
     _warn_of_orphans(work, plan)
@@ -435,7 +443,10 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     def require_continued(number: int) -> None:
         _require_same(work, read_manifest(store, number))
 
-    with made_of(store.url, manifest.parent, f"{store.url}/{STEM}.{manifest.number:06d}.json"):
+    made, place = {**work.made_of, store.url: manifest.parent}, f"{store.url}/{STEM}.{manifest.number:06d}.json"
+    with contextlib.ExitStack() as stack:
+        for url, number in made.items():
+            stack.enter_context(made_of(url, number, place))
         commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
     rows = counted(sum(record.rows for record in records), "new sample", "new samples")
     counts = rows, sum(record.quarantined for record in records)

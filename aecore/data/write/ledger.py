@@ -198,19 +198,24 @@ def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord
 
 
 def columns_sha256(columns: Mapping[str, Any], count: int) -> Column:  # any: arrays of numpy or Arrow
-    """Return the hash of the values of all further columns of each of `count` samples; null where there are no columns.
+    """Return the hash of the values of all further columns of each of `count` samples; null where there are none.
 
-    Equal values have equal hashes, whatever the type of their column: 1 is 1.0, and a column's name counts.
+    Equal values have equal hashes, whatever the type of their column: 1 is 1.0, and a column's name counts. A null is no value: a sample
+    has the same hash in a dataset without that column.
     """
     if not columns:
         return pa.nulls(count, pa.string())
     names = sorted(columns)
     values = [map(_canonical, _listed(columns[name])) for name in names]
     digests = [
-        hashlib.sha256(json.dumps(dict(zip(names, row, strict=True)), separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
-        for row in zip(*values, strict=True)
+        _sha256({name: value for name, value in zip(names, row, strict=True) if value is not None}) for row in zip(*values, strict=True)
     ]
     return pa.array(digests, pa.string())
+
+
+def _sha256(values: Mapping[str, Any]) -> str | None:  # any: plain JSON data
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest() if values else None
 
 
 def _listed(column: Any) -> list[Any]:  # any: as above

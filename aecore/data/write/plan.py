@@ -143,7 +143,7 @@ def place_samples(
     fixed = fixed_classes(source)
     if fixed and names is None and parent is None:
         raise ConfigError(f"source.classes names {len(fixed)} classes, and no sample has a label: see source.label")
-    classes = _classes(parent.classes if parent else (), names, fixed)
+    classes = _classes(parent.classes if parent else listing.classes, names, fixed)
     if names is None:
         return Placement(members, None, None, classes, chosen)
     numbers = numbers_of(set(names), classes) | {"": -1}

@@ -119,7 +119,7 @@ class ShardTask:
     labels: NDArray[np.int32] | None = None
     label_names: list[str] | None = None
     groups: list[str] | None = None
-    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
+    columns: Mapping[str, Any] = field(default_factory=dict)  # any: arrays of numpy or Arrow, each of its own type
     shards: ShardSpec = field(default_factory=ShardSpec)
     unusable: list[BadSample | None] | None = None
     states: list[str | None] | None = None

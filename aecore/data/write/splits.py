@@ -104,7 +104,7 @@ def resolve_splits(
     if splits.column is not None:
         return dataclasses.replace(splits, by="column")
     tops = set(listing.splits or ()) - {""}  # files directly in the source's folder change nothing
-    all_known = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
+    all_known = bool(tops) and (listing.named_splits or all(split_of_folder(name) or name in known for name in tops))
     kept = (recorded or {}).get("by")
     if kept in ("none", "hash") or (kept == "folders" and all_known):
         try:
@@ -207,7 +207,8 @@ def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -
     if splits.by == "folders":
         if listing.splits is None:
             raise ConfigError("splits.by=folders: this source has no folders (use hash, column or none)")
-        names = {top: top if top in known else split_of_folder(top) or top for top in set(listing.splits)}
+        is_name = {*listing.splits} if listing.named_splits else known
+        names = {top: top if top in is_name else split_of_folder(top) or top for top in set(listing.splits)}
         names |= {"": "train"} if len(names) > 1 else {}
         values, what = list(map(names.__getitem__, listing.splits)), "the top folder"
         for row, bad in enumerate(listing.unusable or ()):

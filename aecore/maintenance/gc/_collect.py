@@ -59,9 +59,9 @@ def collect_garbage(
     older_than_s : float
         All files of an attempt stay if one of them is younger.
     keep_generations : int
-        Of a table, the parts that these last generations name stay.
+        The parts that these last generations name stay.
     retention_s : float
-        Of a table, parts stay that a generation younger than this has replaced.
+        Parts stay that a generation younger than this has replaced (of a table) or retired (of a dataset).
     unfinished : bool
         Also give up attempts that the same command would continue.
     superseded : bool

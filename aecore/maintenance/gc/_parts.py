@@ -49,7 +49,7 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
 
 
 def _plan_replaced(plan: Plan, ledger: Ledger) -> None:
-    """Plan the parts of a table that no kept generation names and that were replaced long enough ago; the others wait."""
+    """Plan the parts that no kept generation names and that were replaced long enough ago; the others wait."""
     store, kept, young = plan.store, list[str](), dict[int, bool]()
     for name, number in ledger.replaced.items():
         if store.size(name) is None:
