@@ -65,6 +65,7 @@ _TABLE = _keys("columns identity lineage num_rows number parent parent_sha256 pa
 _RECORD = _keys("detail files part quarantined rows timings")
 _CHECKPOINT = _keys("best files info metrics step")
 _CONFIG = _keys("backbone input_shape model transform")
+_REPORT = _keys("contradicting_labels counts duplicates leaks left_out manifest_sha256 number odd pixels seconds tiny")
 _GENERATED, _FIGURES = _keys("files identity lineage shape"), _keys("files identity left_out")
 _FORMAT = {"format"}
 
@@ -85,6 +86,7 @@ _KINDS = (
         most=LARGE,
         keys_v1=(_DATASET | _FORMAT,),
     ),
+    _Kind(r"report/(\d{6})\.json", _REPORT, "number", again="at any time"),
     _Kind(r"table\.(\d{6})\.json", _TABLE | {"claim_sha256"}, "number", most=LARGE, keys_v1=(_TABLE | _FORMAT,)),
     _Kind(rf"{CHECKPOINT_NAME}/checkpoint\.json", _CHECKPOINT, "step", keys_v1=(_CHECKPOINT | _FORMAT,)),
     _Kind(r"checkpoint\.json", _CHECKPOINT, keys_v1=(_CHECKPOINT | _FORMAT,)),

@@ -36,6 +36,7 @@ class Verification:
     parts_read: int = 0
     parts: int = 0
     bytes_read: int = 0
+    report: str = "ok"  # or `missing`, or what is wrong with it: the next run makes it again
 
     @property
     def ok(self) -> bool:
@@ -48,6 +49,8 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
 
     With `only`, the shards of that subset are read (and all listings, which hold the planned keys).
     """
+    from aecore.data.write.report import report_state  # imported late: it needs tables
+
     manifest, parts = dataset.manifest, dataset.manifest.parts
     refs = tuple(dict.fromkeys([*manifest.files, *_named_before(dataset)]))
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
@@ -72,6 +75,7 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
         slice=None if only is None else str(only),
         parts_read=len(chosen),
         parts=len(parts),
+        report=report_state(dataset),
         bytes_read=sum(ref.bytes for part in chosen for ref in _files_of(part)) + sum(ref.bytes for ref in manifest.listings if chosen),
     )
 
@@ -135,7 +139,7 @@ def _new_files(manifest: DatasetManifest) -> Iterator[tuple[str, Sequence[FileRe
         removed = part.removed
         if claim_of(part.stem) == manifest.claim:
             yield part.stem, [ref for ref in part.own_files if removed is None or ref != removed.file]
-        elif removed is not None and claim_of(removed.record) == manifest.claim:
+        if removed is not None and claim_of(removed.record) == manifest.claim:
             yield removed.record, [removed.file]
 
 

@@ -27,7 +27,7 @@ def next_manifest(
     Without `living` nothing is ever removed, as in datasets of before there was removal.
     """
     living = living or Living(None, None)
-    shards = [_shard_of(record) for record in records if record.rows]
+    shards = [living.of(_shard_of(record)) for record in records if record.rows]
     rejected = [
         RejectedPart(record.detail["split"], record.part, record.detail["planned"], record.detail["first_ordinal"], _quarantine_of(record))
         for record in records
@@ -36,7 +36,7 @@ def next_manifest(
     splits = in_order([*(living.of(shard) for shard in (parent.shards if parent else ())), *shards])
     everything = [shard for split in splits.values() for shard in split]
     # counts are never decremented: with removed samples they are made anew from those of all parts
-    before, details = parent, [record.detail for record in records]
+    before, details = parent, [living.counts.get(record.part, record.detail) for record in records]
     if living.details is not None:
         before, details = None, [*living.details, *details]
     return DatasetManifest(
@@ -75,6 +75,8 @@ class Living:
         Of the parts from which this generation removes samples, by stem, what is removed of them now.
     details : sequence of mappings, optional
         Where something is removed: the details of all parts of the parent in its order, as their records have them, of live samples only.
+    counts : mapping
+        Of the new parts from which the generation removes samples at once, by stem, the details of live samples.
     merged : bool
         Whether the listing holds all that those of the parent say, and takes their place.
     """
@@ -83,10 +85,11 @@ class Living:
     content_sha256: str | None
     removed: Mapping[str, Removed] = field(default_factory=dict)
     details: Sequence[Mapping[str, Any]] | None = None  # any: plain JSON data
+    counts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: as above
     merged: bool = False
 
     def of(self, part: Part) -> Part:
-        """Return a part of the parent with what is removed of it now."""
+        """Return a part with what is removed of it now."""
         return part if part.stem not in self.removed else dataclasses.replace(part, removed=self.removed[part.stem])
 
 
