@@ -82,7 +82,7 @@ _KINDS = (
         r"dataset\.(\d{6})\.json",
         _DATASET | {"claim_sha256"},
         "number",
-        optional=_keys("removal content_sha256"),
+        optional=_keys("removal content_sha256 about"),
         most=LARGE,
         keys_v1=(_DATASET | _FORMAT,),
     ),
@@ -311,7 +311,7 @@ def _require_whole(store: Store, name: str, data: Mapping[str, Any]) -> None:
     if version == 1 and keys in kind.keys_v1:
         pass
     elif version == 1 or stated is None:
-        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, kind.keys_v1[0])}")
+        raise ValueError(f"it states no sha256, and its keys are not those of version 1{_shown(keys, (*kind.keys_v1, kind.keys)[0])}")
     elif not kind.keys <= keys - _FORMAT <= kind.keys | kind.optional:
         raise ValueError(f"its keys are not those of this kind of file{_shown(keys - _FORMAT, kind.keys | kind.optional)}")
     if kind.repeats and named is not None and str(data[kind.repeats]) != (str(int(named)) if named.isdigit() else named):

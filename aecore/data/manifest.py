@@ -13,6 +13,7 @@ from typing import Any
 
 from aecore.artifact.commit import claim_of, is_stem_of, require_parent
 from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
+from aecore.data.about import require_stated
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.registry import shown
@@ -22,7 +23,7 @@ STEM = "dataset"
 TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
 SPLIT_ORDER = ("train", "val", "test")
 REMOVAL = ("drop", "keep")  # what becomes of samples whose source is gone
-LATER = ("removal", "content_sha256")  # fields that manifests of before there was removal lack
+LATER = ("removal", "content_sha256", "about")  # fields that are left out where they are None, as in manifests of before
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ class DatasetManifest:
     `parent` is the number of the generation that it follows (0: none). `listings` say what is known of the source of every sample, so that
     the next run knows what is new, changed or gone; the last is this generation's. `reasons` counts the live quarantine. `removal` says
     what becomes of samples whose source is gone (`shards.removed`), and `content_sha256` is the hash of the live samples (see
-    `aecore.data.write.ledger`); both are None in datasets of before there was removal.
+    `aecore.data.write.ledger`); both are None in datasets of before there was removal. `about` is what people say of the dataset.
     """
 
     number: int
@@ -166,6 +167,7 @@ class DatasetManifest:
     dataset_sha256: str
     removal: str | None = None
     content_sha256: str | None = None
+    about: Mapping[str, Any] | None = None  # any: texts, and a boolean
 
     @property
     def shards(self) -> tuple[ShardRef, ...]:
@@ -279,6 +281,7 @@ def _require_names(manifest: DatasetManifest) -> None:
     require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
     if not 1 <= len(manifest.listings) <= manifest.number or (manifest.removal is None and len(manifest.listings) != manifest.number):
         raise ValueError(f"it names {len(manifest.listings)} listings, expected one for each of {manifest.number} generations")
+    require_stated(manifest.about)
     if manifest.removal not in (None, *REMOVAL):
         raise ValueError(f"removal is {shown(manifest.removal)}, expected {' or '.join(REMOVAL)}")
     for part in manifest.parts:

@@ -38,7 +38,7 @@ def identity(name: str, recipe: Recipe) -> Tree:
     """Return what identifies a job, as plain JSON."""
     sections, _ = sections_and_addresses(name, recipe)
     specs = {section: to_dict(getattr(recipe, section), identity_only=True) for section in sections}
-    return {"step": name, "addresses": _addresses(name, recipe), **specs}
+    return {"step": name, "addresses": _addresses(name, recipe), **{section: fields for section, fields in specs.items() if fields}}
 
 
 def _addresses(name: str, recipe: Recipe) -> dict[str, str]:

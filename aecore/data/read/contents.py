@@ -414,6 +414,7 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
         manifest.listings[-1],
         manifest.claim_sha256,
         living,
+        manifest.about,
     )
     if manifest != right:
         yield f"it does not follow from its parts and its parent: {disagreement(manifest.to_json(), right.to_json())}"

@@ -184,6 +184,9 @@ def _groups(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         stored &= ~_mask(rows["quarantined"])
     at = np.flatnonzero(stored)
     words = np.concatenate([np.zeros((0, 2), np.uint64), *map(_words, rows["sample_sha256"].filter(pa.array(stored)).chunks)])
+    first = np.sort(words[:, 0])  # few have that of another, so few are sorted with their rows
+    some = np.flatnonzero(np.isin(words[:, 0], first[1:][first[1:] == first[:-1]]))
+    at, words = at[some], words[some]
     order = np.lexsort((words[:, 1], words[:, 0]))
     words = words[order]
     starts = np.ones(len(at), np.bool_)

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
+from aecore.data.about import About, AboutSpec, stated
 from aecore.data.classes import is_spelled
 from aecore.data.dataset import Dataset
 from aecore.data.format.bad_sample import BadSample
@@ -91,6 +92,7 @@ def shard_dataset(
     fan_out: FanOut = serial,
     dry_run: bool = False,
     on_part: OnPart | None = None,
+    about: AboutSpec | None = None,
 ) -> DatasetManifest | PlanSummary:
     """Make the dataset at `out` what `source` is now: its next generation has what is new or changed, and lacks what is gone.
 
@@ -106,6 +108,8 @@ def shard_dataset(
         Return the plan's summary; nothing is written.
     on_part : callable, optional
         `on_part(record, done, total)` after every shard.
+    about : AboutSpec, optional
+        What is said of the dataset; where that is new, it is a generation even without a new sample.
 
     Returns
     -------
@@ -123,7 +127,7 @@ def shard_dataset(
     """
     started = time.perf_counter()
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec(), fan_out)
-    return _publish(work, fan_out, dry_run, on_part, started)
+    return _publish(work.saying(about), fan_out, dry_run, on_part, started)
 
 
 def adopt_shards(
@@ -135,6 +139,7 @@ def adopt_shards(
     fan_out: FanOut = serial,
     dry_run: bool = False,
     on_part: OnPart | None = None,
+    about: AboutSpec | None = None,
 ) -> DatasetManifest | PlanSummary:
     """Index the tars of a `WebdatasetSpec` in place, as a dataset at `out` or its next generation; see `adopt` and `shard_dataset`.
 
@@ -146,7 +151,7 @@ def adopt_shards(
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, fan_out, adopt=True)
     try:
-        return _publish(work, fan_out, dry_run, on_part, started)
+        return _publish(work.saying(about), fan_out, dry_run, on_part, started)
     finally:
         remove_staging(work.store)  # the folder may be that of the tars
 
@@ -203,6 +208,11 @@ class _Work:
     changes: Changes | None = None
     before_states: bool = False
     contents: list[str] | None = None
+    about: About | None = None
+
+    def saying(self, about: AboutSpec | None) -> "_Work":
+        """Return the work with what the generation says of the dataset."""
+        return dataclasses.replace(self, about=stated(about, None if self.parent is None else self.parent.about))
 
     @property
     def policy(self) -> Policy:
@@ -217,7 +227,7 @@ class _Work:
         """
         if len(self.fresh) or (self.parent is not None and self.removal != self.parent.removal):
             return False
-        if self.parent is not None and self.policy != _policy_of(self.parent):
+        if self.parent is not None and (self.policy != _policy_of(self.parent) or self.about != self.parent.about):
             return False
         if self.changes is None:
             return True
@@ -481,7 +491,7 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None, spent: dict[str
             parts = next_manifest(parent, work.identity, plan.classes, records, FileRef("", 0, ""), None)
             removals = remove_samples(Dataset(store, parts), removed, claim)
         listed, living = listing.put(removals)
-    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living)
+    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living, work.about)
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
     new_files = sorted(new, key=lambda ref: ref.name)
@@ -496,6 +506,8 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None, spent: dict[str
     logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     if changes := ", ".join(f"{name} {found['samples']}" for name, found in work.shown.items() if found["samples"]):
         logger.info("%s: %s", store.url, changes)
+    if left := len(listing.left):
+        logger.info("%s: %s left out, whose content others have", store.url, counted(left, "sample is", "samples are"))
     for note in _pixel_notes(records, manifest.sample.shapes):
         logger.info("%s: %s", store.url, note)
     for warning in _range_warnings(records, work.shards):

@@ -21,6 +21,7 @@ def next_manifest(
     listing: FileRef,
     claim_sha256: str | None,
     living: "Living | None" = None,
+    about: Mapping[str, Any] | None = None,
 ) -> DatasetManifest:
     """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses.
 
@@ -58,6 +59,7 @@ def next_manifest(
         dataset_sha256=shards_sha256(everything, classes),
         removal=living.removal,
         content_sha256=living.content_sha256,
+        about=about,
     )
 
 

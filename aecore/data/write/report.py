@@ -33,6 +33,7 @@ from aecore.data.write.splits import hashes
 from aecore.errors import AecoreError, DataError
 from aecore.native.bytes_column import BytesColumn
 from aecore.native.loops import decode_pngs
+from aecore.registry import shown
 from aecore.store import AlreadyExists, Store, sha256_json
 from aecore.threads import map_ordered
 
@@ -46,6 +47,33 @@ TINY, TINY_SHARE, LONG, RARE = 8, 0.25, 4.0, 0.01
 SHOWN = 5  # examples
 _BLOCK_VALUES, _THREADS = 1 << 22, 2
 _PLAIN = {"L": 1, "RGB": 3}  # modes whose small PNGs are decoded in one call
+
+
+_COUNTS = {str: int}
+_EQUAL = {"samples": int, "contents": int, "examples": [{str: [str]}]}
+_FEW = {"samples": int, "formats": _COUNTS, "examples": [str]}
+_SUMS = {"channels": int, "dtype": str, "samples": int, "values": int, "sum": [float], "squares": [float], "mean": [float], "std": [float]}
+_FORM = {
+    "number": int,
+    "manifest_sha256": str,
+    "counts": {"splits": _COUNTS, "quarantined": _COUNTS, "classes": {str: _COUNTS}, "sizes": _COUNTS, "modes": _COUNTS},
+    "left_out": int,
+    "duplicates": {**_EQUAL, "examples": [[str]]},
+    "leaks": {**_EQUAL, "splits": _COUNTS},
+    "contradicting_labels": _EQUAL,
+    "tiny": _FEW,
+    "odd": _FEW,
+    "pixels": {
+        "samples": int,
+        "of": int,
+        "exact": bool,
+        "chosen_by": str,
+        "formats": [_SUMS],
+        "constant": {"samples": int, "examples": [str]},
+        "unreadable": int,
+    },
+    "seconds": {str: float},
+}
 
 
 def report_name(number: int) -> str:
@@ -66,9 +94,27 @@ def read_report(dataset: Dataset) -> Report | None:
     report, content = read_document(store, name)
     if store.read(_hash_name(number)) != _hash_line(number, content):
         raise DataError(f"{store.url}/{name} is not what {_hash_name(number)} states: one of them was changed")
+    if (wrong := _unlike(report, _FORM)) is not None:
+        raise DataError(f"{store.url}/{name} was not written by aecore: {wrong}")
     if report["manifest_sha256"] != _manifest_sha256(dataset):
         raise DataError(f"{store.url}/{name} is the report of another generation {number}: it was copied from elsewhere")
     return report
+
+
+def _unlike(found: Any, form: Any, where: str = "it") -> str | None:  # any: plain JSON data, and types in its place
+    """Return where plain data is not of a form: types, a list of one form, a mapping by name or (`str`) of any names; None if nowhere."""
+    if isinstance(form, dict):
+        if not isinstance(found, dict) or (str not in form and found.keys() != form.keys()):
+            return f"{where} is {shown(found)}, expected an object" + (f" of {', '.join(form)}" if str not in form else "")
+        inside = [(found[name], form.get(name, form.get(str)), f"{where}.{name}") for name in found]
+    elif isinstance(form, list):
+        if not isinstance(found, list):
+            return f"{where} is {shown(found)}, expected a list"
+        inside = [(each, form[0], f"{where}[{number}]") for number, each in enumerate(found)]
+    else:
+        fits = type(found) in ((int, float) if form is float else (form,))
+        return None if fits else f"{where} is {shown(found)}, expected {form.__name__}"
+    return next((wrong for each in inside if (wrong := _unlike(*each)) is not None), None)
 
 
 def report_state(dataset: Dataset) -> str:

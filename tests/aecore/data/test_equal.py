@@ -1,8 +1,10 @@
 """Equal content: duplicates, leaks, contradicting labels. What a dataset leaves out depends on the samples alone, not on their history."""
 
 import io
+import os
 import random
 import shutil
+import signal
 import tarfile
 import tempfile
 from collections import defaultdict
@@ -313,3 +315,40 @@ class TestSplitsByContent:
             SplitSpec(by="content", val=0.5, files="whole")
         with pytest.raises(ConfigError, match=r"splits\.by=content needs"):
             SplitSpec(by="content")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_killed_anywhere_the_same_command_leaves_out_the_same(tmp_path, monkeypatch, begun):
+    monkeypatch.setattr("aecore.store._states.YOUNG_NS", 0)
+    twice = encoded(image(1))
+    files = {"train/a.png": twice, "train/b.png": twice, "val/c.png": encoded(image(3)), "train/d.png": encoded(image(3))}
+    source, splits = put(tmp_path / "src", files), SplitSpec(leaks="drop")
+    if begun:
+        shard(source, tmp_path / "first", splits, duplicates="drop")
+        put(tmp_path / "src", {"train/e.png": twice, "test/f.png": encoded(image(5)), "train/g.png": encoded(image(5))})
+        (tmp_path / "src/train/a.png").unlink()
+    else:
+        (tmp_path / "first").mkdir()
+    shutil.copytree(tmp_path / "first", tmp_path / "whole")
+    expected = shard(source, tmp_path / "whole", splits, duplicates="drop")
+    names = {name: data for name, (data, _) in committed(tmp_path / "whole").items() if not name.startswith(("records/", "report/"))}
+    for fault in [
+        "record.linked",
+        "removal.synced",
+        "removal.linked",
+        "listing.linked",
+        "manifest.linked",
+        "report.synced",
+        "report.linked",
+    ]:
+        out = tmp_path / fault
+        shutil.copytree(tmp_path / "first", out)
+        child = os.fork()
+        if child == 0:
+            os.environ["AECORE_FAULT"] = fault
+            shard(source, out, splits, duplicates="drop")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, fault
+        assert shard(source, out, splits, duplicates="drop") == expected, fault
+        assert {name: data for name, (data, _) in committed(out).items() if name in names} == names, fault
+        assert verify_dataset(open_dataset(str(out)), read_data=True).report == "ok", fault
