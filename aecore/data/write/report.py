@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from aecore.artifact.documents import read_document, sealed
 from aecore.data.dataset import Dataset
 from aecore.data.format.image import ImageHeader
+from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.format.record import array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef, read_manifest
@@ -43,9 +44,10 @@ Report = dict[str, Any]  # any: plain JSON data
 Int64s = NDArray[np.int64]
 FOLDER = "report"
 MOST_SAMPLES, MOST_VALUES = 4096, 1 << 24  # that are decoded for mean and standard deviation: less than 0.1 s
+MOST_VALUE = 1e100
 TINY, TINY_SHARE, LONG, RARE = 8, 0.25, 4.0, 0.01
 SHOWN = 5  # examples
-_BLOCK_VALUES, _THREADS = 1 << 22, 2
+_BLOCK_VALUES, _SLICE_VALUES, _THREADS = 1 << 22, 1 << 20, 2
 _PLAIN = {"L": 1, "RGB": 3}  # modes whose small PNGs are decoded in one call
 
 
@@ -299,13 +301,15 @@ class _Sums:
         count, size, channels = values.shape
         name = values.dtype.name
         whole = values.dtype.kind in "biu" and values.dtype.itemsize <= 2
-        wide = values.astype(np.int64 if whole else np.float64)
+        same, step = np.ones(count, np.bool_), max(1, _SLICE_VALUES // (count * channels))
         of_format = self.formats.setdefault((channels, name), [0, 0, [0] * channels, [0] * channels])
         of_format[0] += count
         of_format[1] += count * size
-        for at, sums in ((2, wide.sum(axis=(0, 1))), (3, np.einsum("npc,npc->c", wide, wide))):
-            of_format[at] = [known + more for known, more in zip(of_format[at], sums.tolist(), strict=True)]
-        same = (values.min(axis=1) == values.max(axis=1)).all(axis=1) if size else np.zeros(count, np.bool_)
+        for start in range(0, size, step):  # a part of a large image, since sums need eight times its bytes
+            wide = values[:, start : start + step].astype(np.int64 if whole else np.float64)
+            for at, sums in ((2, wide.sum(axis=(0, 1))), (3, np.einsum("npc,npc->c", wide, wide))):
+                of_format[at] = [known + more for known, more in zip(of_format[at], sums.tolist(), strict=True)]
+            same &= (wide == values[:, :1]).all(axis=(1, 2))
         self.num_constant += int(same.sum())
         self.constant |= dict.fromkeys((keys[row] for row in np.flatnonzero(same).tolist()), 1)
 
@@ -427,10 +431,14 @@ def _measured(dataset: Dataset, ordinals: Int64s) -> _Sums:
         reader = dataset.reader(shard)
         try:
             rows = np.flatnonzero(np.isin(reader.index["ordinal"].to_numpy(), ordinals[start:stop]))
-            table = reader.index.select(["key", "width", "height", "mode"]).take(rows)
+            table = reader.index.select(["key", "width", "height", "mode", "members"]).take(rows)
+            members: list[Any] = table["members"].to_pylist()  # any: what pyarrow makes of them
+            sizes = np.array([sum(member["size"] for member in each) for each in members], np.int64)
             for kind, of_kind in _by_format(table):
-                size = max(int(np.prod(kind[:2], dtype=np.int64)) * 4 if None not in kind else 1 << 16, 1)
-                for block in np.array_split(of_kind, -(-len(of_kind) * size // _BLOCK_VALUES)):
+                size = int(np.prod(kind[:2], dtype=np.int64)) if None not in kind else 0
+                limits = (np.arange(len(of_kind) + 1) * size, _BLOCK_VALUES), (exclusive_cumsum(sizes[of_kind]), _BLOCK_VALUES)
+                for first, last in split_by_limits(*limits):
+                    block = of_kind[first:last]
                     keys: list[Any] = table["key"].take(block).to_pylist()  # any: texts
                     _add(sums, dataset, reader.read_members(rows[block]), keys, kind)
         finally:
@@ -464,10 +472,15 @@ def _add(sums: _Sums, dataset: Dataset, members: BytesColumn, keys: Sequence[str
     layout = dataset.manifest.identity.get("shards", {}).get("layout", "auto")
     decoded = map_ordered(lambda row: decoded_values(members[row], layout), left.tolist(), threads=_THREADS)
     for row, values in zip(left.tolist(), decoded, strict=True):
-        if values is None or not values.size:
+        if values is None or not values.size or not _has_sums(values):
             sums.unreadable += 1
         else:
             sums.add(values.reshape(1, -1, values.shape[-1] if values.ndim == 3 else 1), [keys[row]])
+
+
+def _has_sums(values: NDArray[Any]) -> bool:  # any: every dataset has its own dtype
+    """Return whether these are real numbers of which a sum of squares can be stated: no NaN, nothing infinite or nearly so."""
+    return values.dtype.kind in "biu" or (values.dtype.kind == "f" and float(np.abs(values).max()) < MOST_VALUE)
 
 
 def decoded_values(data: bytes, layout: Any = "auto") -> NDArray[Any] | None:  # any: a Literal; every sample has its own dtype

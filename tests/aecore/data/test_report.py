@@ -108,6 +108,20 @@ def test_a_generation_has_the_numbers_of_a_fresh_dataset_and_decodes_what_change
     assert mine == fresh
 
 
+def test_values_that_are_no_numbers_make_no_report_unreadable(tmp_path):
+    (tmp_path / "src").mkdir()
+    for number, value in enumerate((0.5, np.nan, np.inf, 1e200)):
+        np.save(tmp_path / f"src/{number}.npy", np.full((9, 12, 3), value))
+    np.save(tmp_path / "src/big.npy", np.arange(400 * 400 * 12, dtype=np.int16).reshape(400, 400, 12))
+    shard(FolderSpec(url=str(tmp_path / "src"), extensions=("npy",)), tmp_path / "out")
+    pixels = report_of(tmp_path / "out")["pixels"]
+    assert pixels["unreadable"] == 3
+    assert {(each["dtype"], each["samples"]) for each in pixels["formats"]} == {("float64", 1), ("int16", 1)}
+    big = next(each for each in pixels["formats"] if each["dtype"] == "int16")
+    values = np.arange(400 * 400 * 12, dtype=np.int16).reshape(-1, 12).astype(np.int64)
+    assert (big["sum"], big["squares"]) == (values.sum(axis=0).tolist(), (values**2).sum(axis=0).tolist())
+
+
 def test_tiny_and_odd_images_are_found_in_headers_with_examples(tmp_path):
     files = {f"{number}.png": encoded(image(number, 40)) for number in range(120)}
     files |= {"dot.png": encoded(image(200, 2)), "banner.png": encoded(np.arange(20 * 200, dtype=np.uint8).reshape(20, 200))}
