@@ -44,6 +44,7 @@ Report = dict[str, Any]  # any: plain JSON data
 Int64s = NDArray[np.int64]
 FOLDER = "report"
 MOST_SAMPLES, MOST_VALUES = 4096, 1 << 24  # that are decoded for mean and standard deviation: less than 0.1 s
+MOST_EXACT = 1 << 30  # values, of all samples with shards.check=decode: about 10 s, once
 MOST_VALUE = 1e100
 TINY, TINY_SHARE, LONG, RARE = 8, 0.25, 4.0, 0.01
 SHOWN = 5  # examples
@@ -350,8 +351,10 @@ class _Sums:
 def _pixels(dataset: Dataset, ledger: pa.Table, before: pa.Table | None) -> dict[str, Any]:  # any: as above
     """Return mean, standard deviation and constant ones of the chosen training samples."""
     shards = dataset.manifest.identity.get("shards", {})
-    train, is_exact = _training(ledger), shards.get("check") == "decode"
-    most = len(train) if is_exact else min(MOST_SAMPLES, len(train), _most_samples(dataset))
+    train = _training(ledger)
+    most = min(MOST_SAMPLES, len(train), _most_samples(dataset, MOST_VALUES))
+    if shards.get("check") == "decode" and len(train) <= _most_samples(dataset, MOST_EXACT):
+        most = len(train)
     places = _places(dataset, train)
     chosen = _first(places, train["ordinal"].to_numpy(), most)
     sums = None if before is None else _changed_sums(dataset, train, places, chosen, _training(before))
@@ -366,14 +369,14 @@ def _training(ledger: pa.Table) -> pa.Table:
     return rows.select(["key", "ordinal"]).combine_chunks()
 
 
-def _most_samples(dataset: Dataset) -> int:
-    """Return how many average samples have as many values as may be decoded."""
+def _most_samples(dataset: Dataset, values: int) -> int:
+    """Return how many average samples have this many values."""
     shapes = dataset.manifest.sample.shapes
     sizes = [
         (np.prod([int(side) for side in text.partition("/")[0].split("x") if side], dtype=float), count) for text, count in shapes.items()
     ]
     total, count = sum(size * count for size, count in sizes), sum(count for _, count in sizes)
-    return max(1, int(MOST_VALUES * count / total)) if total else MOST_SAMPLES
+    return max(1, int(values * count / total)) if total else MOST_SAMPLES
 
 
 def _salt(dataset: Dataset) -> str:
@@ -405,8 +408,11 @@ def _changed_sums(dataset: Dataset, train: pa.Table, places: NDArray[np.uint64],
 
     None if there is no such report, its sums are no whole numbers, or it were as much work.
     """
-    parent = Dataset(dataset.store, read_manifest(dataset.store, dataset.manifest.parent))
-    if report_state(parent) != "ok" or (there := read_report(parent)) is None or there["pixels"]["chosen_by"] != _salt(dataset):
+    try:
+        there = read_report(Dataset(dataset.store, read_manifest(dataset.store, dataset.manifest.parent)))
+    except DataError:  # damaged, or the parent is not there any more
+        return None
+    if there is None or there["pixels"]["chosen_by"] != _salt(dataset):
         return None
     known = _Sums.of(there["pixels"])
     ordinals, were = train["ordinal"].to_numpy(), before["ordinal"].to_numpy()
