@@ -14,6 +14,7 @@ from typing import Any
 
 from aecore.artifact.commit import claim_of, is_stem_of, require_parent
 from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
+from aecore.data.about import require_stated
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.registry import shown
@@ -23,7 +24,7 @@ STEM = "dataset"
 TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
 SPLIT_ORDER = ("train", "val", "test")
 REMOVAL = ("drop", "keep")  # what becomes of samples whose source is gone
-LATER = ("removal", "content_sha256")  # fields that manifests of before there was removal lack
+LATER = ("removal", "content_sha256", "about")  # fields that are left out where they are None, as in manifests of before
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ class DatasetManifest:
     the next run knows what is new, changed or gone; the last is this generation's. `reasons` counts the live quarantine. `removal` says
     what becomes of samples whose source is gone (`shards.removed`), and `content_sha256` is the hash of the live samples (see
     `aecore.data.write.ledger`); both are None in datasets of before there was removal. `retired` are the parts that compactions took
-    out, the oldest first.
+    out, the oldest first. `about` is what people say of the dataset.
     """
 
     number: int
@@ -203,6 +204,7 @@ class DatasetManifest:
     removal: str | None = None
     content_sha256: str | None = None
     retired: tuple[Retired, ...] = ()
+    about: Mapping[str, Any] | None = None  # any: texts, and a boolean
 
     @property
     def shards(self) -> tuple[ShardRef, ...]:
@@ -327,6 +329,7 @@ def _require_names(manifest: DatasetManifest) -> None:
     require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
     if not 1 <= len(manifest.listings) <= manifest.number or (manifest.removal is None and len(manifest.listings) != manifest.number):
         raise ValueError(f"it names {len(manifest.listings)} listings, expected one for each of {manifest.number} generations")
+    require_stated(manifest.about)
     if manifest.removal not in (None, *REMOVAL):
         raise ValueError(f"removal is {shown(manifest.removal)}, expected {' or '.join(REMOVAL)}")
     for part in manifest.parts:

@@ -199,7 +199,7 @@ def _show(args: Args) -> Result:
 
     if args.files or args.sql:
         return Result(show.table_files(args.url, sql=args.sql), text.of_files)
-    return Result(show.show(args.url), text.of_tree)
+    return Result(show.show(args.url), text.of_show)
 
 
 @VERBS.register(
@@ -242,13 +242,14 @@ def _verify(args: Args) -> Result:
     "show how two runs, tables, datasets or roots differ",
     argument("a", "run, table, dataset, or a root of all three"),
     argument("b", "another one of the same kind"),
+    argument("--values", "of datasets: decode all samples, and compare them whatever files and keys they have", action="store_true"),
     recipe=False,
 )
 def _compare(args: Args) -> Result:
     from aecore.maintenance.compare import compare
     from pipelines.cli import text
 
-    return Result(compare(args.a, args.b), text.of_compare)
+    return Result(compare(args.a, args.b, values=args.values), text.of_compare)
 
 
 @VERBS.register(

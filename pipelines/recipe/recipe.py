@@ -25,6 +25,7 @@ from pipelines.recipe.validate import MissingKey, build_spec
 from pipelines.recipe.yaml import Tree, apply_overrides, read_recipe
 
 if TYPE_CHECKING:
+    from aecore.data.about import AboutSpec
     from aecore.data.format.transform import TransformSpec
     from aecore.data.read.loader import InputSpec
     from aecore.data.read.pairs import PairSpec
@@ -146,6 +147,7 @@ SECTIONS: dict[str, str | Registry] = {
     "source": SOURCES,
     "splits": "aecore.data.write.splits:SplitSpec",
     "shards": "aecore.data.write.spec:ShardSpec",
+    "about": "aecore.data.about:AboutSpec",
     "model": MODELS,
     "backbone": BACKBONES,
     "transform": "aecore.data.format.transform:TransformSpec",
@@ -175,6 +177,7 @@ class Recipe:
         source: Any
         splits: SplitSpec
         shards: ShardSpec
+        about: AboutSpec
         model: Any
         backbone: Any
         transform: TransformSpec

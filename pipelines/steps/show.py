@@ -1,6 +1,7 @@
 """`aepipe show` and `aepipe verify`: any kind of artefact, or a root that holds several. Reads only."""
 
 import dataclasses
+from typing import Any
 
 from aecore.artifact.documents import CLAIM, read_json
 from aecore.artifact.kinds import Artifact, detect_artifact
@@ -48,7 +49,19 @@ def _dataset(store: Store) -> Tree:
         "extensions": dict(manifest.sample.extensions),
         "class_names": list(manifest.classes),
         "identity": dict(manifest.identity),
+        "report": _report(dataset),
     }
+
+
+def _report(dataset: Any) -> Tree:
+    """Return the report of a generation, or the `state` of one that is missing or damaged: the next run of `shard` makes it again."""
+    from aecore.data.write.report import read_report
+
+    try:
+        report = read_report(dataset)
+    except DataError as error:
+        return {"state": f"damaged, the next run of aepipe shard makes it again: {error}"}
+    return {"state": "missing, the next run of aepipe shard makes it"} if report is None else report
 
 
 def _table(store: Store) -> Tree:

@@ -15,7 +15,11 @@ import pytest
 from aecore.artifact.commit import read_record
 from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import footer_sha256
+from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.compact import compact_dataset
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.encoding.job import EncodePlan, EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
 from aecore.maintenance.compare import compare
@@ -573,3 +577,23 @@ def test_a_table_that_names_another_shard_than_its_dataset_retired_does_not_veri
     sources = {source.file.sha256: source}
     assert [*verify_module._copy_problems(table, first, rows, sources, heirs)] == []
     assert "of another shard" in [*verify_module._copy_problems(table, first, rows, sources, wrong)][0]
+
+
+def test_a_table_has_none_of_the_samples_whose_content_others_have(tmp_path: Path, run: str) -> None:
+    images, out = image_folder(tmp_path / "images", "train", range(12)), str(tmp_path / "dataset")
+    first = min(images.rglob("*.png"))
+    for name in ("zz", "zy"):
+        shutil.copyfile(first, first.with_name(f"{name}.png"))
+
+    def follow() -> LatentTable:
+        shard_dataset(FolderSpec(url=str(images)), out, SplitSpec(), ShardSpec(max_samples=8, duplicates="drop"))
+        return encode(run, out, tmp_path / "table", SPEC)
+
+    table = follow()
+    assert (table.num_rows, open_dataset(out).manifest.num_samples()) == (12, 12)
+    require_as_fresh(table, run, out, tmp_path / "fresh-1")
+    first.unlink()
+    table = follow()
+    assert table.num_rows == 12
+    assert [key for key in rows_of(table) if "/z" in key] == [f"train/{first.parent.name}/zy"]
+    require_as_fresh(table, run, out, tmp_path / "fresh-2")

@@ -27,7 +27,7 @@ train: {epochs: 1, global_batch: 16}
 encode: {batch: 8}
 cluster: {num_workers: 0}
 """
-TIMES = (".tmp", "records")  # a record holds seconds
+TIMES = (".tmp", "records", "report")  # they hold seconds
 GIVE_UP = re.compile("`(aepipe gc [^`]+)`")
 
 

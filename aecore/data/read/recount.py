@@ -229,8 +229,8 @@ def _setting_problems(part: ShardRef | RejectedPart, index: pa.Table, identity: 
     keys: Any = index["key"].to_pylist()  # any: pyarrow's stubs make them optional
     groups: Any = index["group"].to_pylist() if index["group"].null_count == 0 else None  # any: as above
     shares = [name for name in ("val", "test") if getattr(splits, name)]
-    if splits.stratify:
-        pass  # follows from the classes of all samples that there were at the first generation
+    if splits.stratify or splits.by == "content":
+        pass  # follows from all samples that there were at the first generation; from bytes that were read before those that are stored
     elif shares and part.split in ("train", *shares):  # folders and columns name the other splits, a hash divides train
         sources: Any = index["source"].to_pylist()  # any: as above
         listing = Listing(keys, sources, np.zeros(len(index), np.int64), groups=groups)

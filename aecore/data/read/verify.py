@@ -38,6 +38,7 @@ class Verification:
     parts_read: int = 0
     parts: int = 0
     bytes_read: int = 0
+    report: str = "ok"  # or `missing`, or what is wrong with it: the next run makes it again
 
     @property
     def ok(self) -> bool:
@@ -50,6 +51,8 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
 
     With `only`, the shards of that subset are read (and all listings, which hold the planned keys).
     """
+    from aecore.data.write.report import report_state  # imported late: it needs tables
+
     manifest, parts = dataset.manifest, dataset.manifest.parts
     before = [*_named_before(dataset)]
     refs = tuple(dict.fromkeys([*manifest.files, *before]))
@@ -79,6 +82,7 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
         slice=None if only is None else str(only),
         parts_read=len(chosen),
         parts=len(parts),
+        report=report_state(dataset),
         bytes_read=sum(ref.bytes for part in chosen for ref in _files_of(part)) + sum(ref.bytes for ref in manifest.listings if chosen),
     )
 
@@ -153,7 +157,7 @@ def _new_files(manifest: DatasetManifest) -> Iterator[tuple[str, Sequence[FileRe
         removed = part.removed
         if claim_of(part.stem) == manifest.claim:
             yield part.stem, [ref for ref in part.own_files if removed is None or ref != removed.file]
-        elif removed is not None and claim_of(removed.record) == manifest.claim:
+        if removed is not None and claim_of(removed.record) == manifest.claim:
             yield removed.record, [removed.file]
 
 

@@ -2,8 +2,9 @@
 
 Ordinals, keys, labels, further columns and the stored bytes of live samples stay, and so does their order; nothing is decoded. A shard of
 which nothing is live has no successor. The old parts stand as `retired` in the manifest, and their files stay for readers of older
-generations until they are collected. The listing of the generation holds all that is known of live samples: nothing names removed ones any
-more. Killed anywhere, the same call finds its claim and continues.
+generations until they are collected. The listing of the generation holds all that is known of live samples, and of those that are left out
+since another one has their content (parts that have such are not compacted): nothing names other ones any more.
+Killed anywhere, the same call finds its claim and continues.
 """
 
 import dataclasses
@@ -27,15 +28,16 @@ from aecore.data.format.index import content_sha256, data_members
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.format.tar import Samples, TarPacker
 from aecore.data.manifest import STEM, RejectedPart, ShardRef
-from aecore.data.removal import read_removed
-from aecore.data.write.ledger import read_ledger, samples_sha256
+from aecore.data.removal import LEFT_OUT, read_removed
+from aecore.data.write.ledger import read_known, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.data.write.pack import members_column
 from aecore.data.write.remove import live_details, live_tables
+from aecore.data.write.report import ensure_report
 from aecore.data.write.shard import put_table
 from aecore.errors import ConfigError, DataError, counted
 from aecore.native.loops import StreamHash
-from aecore.store import FileRef, sha256_json
+from aecore.store import FileRef, Store, sha256_json
 from aecore.store._direct import DiskWriter
 from aecore.threads import map_ordered
 
@@ -59,13 +61,22 @@ class Compacted:
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
-    """What a compaction did (in a dry run: would do); `adopted` are parts of external tars, which only `copy` writes again."""
+    """What a compaction did (in a dry run: would do).
+
+    Attributes
+    ----------
+    adopted
+        Parts of external tars, which only `copy` writes again.
+    left_out
+        Parts with samples that are left out because another one has their content: they are stored, and come back when that one goes.
+    """
 
     url: str
     generation: int
     share: float
     parts: tuple[Compacted, ...]
     adopted: tuple[str, ...]
+    left_out: tuple[str, ...]
     dry_run: bool
 
     def to_dict(self) -> dict[str, Any]:  # any: plain JSON data
@@ -106,9 +117,11 @@ def compact_dataset(url: str, share: float, *, copy: bool = False, dry_run: bool
     chosen = [part for part in parent.parts if _removed(part) > share * (_live(part) + _removed(part))]
     adopted = [part for part in chosen if isinstance(part, ShardRef) and part.tar_base_url is not None and part.live and not copy]
     chosen = [part for part in chosen if part not in adopted]
-    left = tuple(part.stem for part in adopted)
+    with_left_out = {part.stem for part in chosen if _leaves_out(store, part)}
+    chosen = [part for part in chosen if part.stem not in with_left_out]
+    kept = tuple(part.stem for part in adopted), tuple(sorted(with_left_out))
     if dry_run or not chosen:
-        return Compaction(store.url, parent.number, share, _told(chosen, _names(chosen, parent.claim + 1)), left, dry_run)
+        return Compaction(store.url, parent.number, share, _told(chosen, _names(chosen, parent.claim + 1)), *kept, dry_run)
     started = time.perf_counter()
     generation = {
         "dataset": parent.identity,
@@ -120,17 +133,17 @@ def compact_dataset(url: str, share: float, *, copy: bool = False, dry_run: bool
     names = _names(chosen, claim)
     work = [(part, name) for part in chosen if (name := names[part.stem]) is not None]
     records = [*map_ordered(lambda each: _compact(dataset, *each), work, threads=WRITERS)]
-    ledger = read_ledger(store, parent)
+    ledger, left_out = read_known(store, parent)
     content = samples_sha256(ledger)
     if parent.content_sha256 not in (None, content):
         raise DataError(
             f"{store.url}: the listings of generation {parent.number} hold samples of content_sha256 {content}, its manifest says "
             f"{parent.content_sha256}: one of them was changed; restore it (nothing was committed)"
         )
-    listing = put_table(store, f"listings/{claim:06d}.parquet", ledger, {"claim": claim}, "listing")
+    listing = put_table(store, f"listings/{claim:06d}.parquet", pa.concat_tables([ledger, left_out]), {"claim": claim}, "listing")
     details = live_details(store, tuple(part for part in parent.parts if part.stem not in names), {})
     living = Living(parent.removal, content, details=details, merged=True, compacted=names)
-    manifest = next_manifest(parent, parent.identity, parent.classes, records, listing, sha256_json(generation), living)
+    manifest = next_manifest(parent, parent.identity, parent.classes, records, listing, sha256_json(generation), living, parent.about)
     known = {*parent.own_files}
     new, old = ([ref for ref in manifest.own_files if (ref in known) is there] for there in (False, True))
     with made_of(store.url, parent.number, f"{store.url}/{STEM}.{manifest.number:06d}.json"):
@@ -142,7 +155,8 @@ def compact_dataset(url: str, share: float, *, copy: bool = False, dry_run: bool
         counted(len(chosen), "part", "parts"),
         time.perf_counter() - started,
     )
-    return Compaction(store.url, manifest.number, share, _told(chosen, names), left, dry_run)
+    ensure_report(Dataset(store, manifest), {"compact": time.perf_counter() - started}, before=ledger)
+    return Compaction(store.url, manifest.number, share, _told(chosen, names), *kept, dry_run)
 
 
 def _live(part: Part) -> int:
@@ -151,6 +165,11 @@ def _live(part: Part) -> int:
 
 def _removed(part: Part) -> int:
     return 0 if part.removed is None else part.removed.samples + part.removed.quarantined
+
+
+def _leaves_out(store: Store, part: Part) -> bool:
+    removed = read_removed(store, part)
+    return removed is not None and bool(pc.any(pc.is_in(removed["reason"], value_set=pa.array(LEFT_OUT))).as_py())
 
 
 def _names(chosen: Sequence[Part], claim: int) -> dict[str, str | None]:

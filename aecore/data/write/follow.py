@@ -21,6 +21,7 @@ from aecore.data.removal import Reason
 from aecore.data.sources import Listing
 from aecore.data.sources._names import FRAME_ENDING
 from aecore.data.sources._skipped import shown_examples
+from aecore.data.write.equal import CONTENT, Policy, dropped, require_allowed
 from aecore.data.write.ledger import columns_sha256
 from aecore.data.write.plan import Placement
 from aecore.data.write.reread import Reread
@@ -65,6 +66,8 @@ class Rules:
         Whether a file of several frames is several samples.
     split_folders : bool
         Whether the top folders are the splits.
+    policy : Policy
+        What becomes of samples of equal content.
     """
 
     url: str
@@ -77,6 +80,7 @@ class Rules:
     tars: Tars | None = None
     all_frames: bool = False
     split_folders: bool = False
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,12 @@ class Changes:
     removed : table
         Split, ordinal, key and reason of the rows of the ledger that are removed.
     renewed : table
-        Rows of the ledger whose state or origin is another one, with that.
+        Rows of the ledger whose state or origin is another one, with that; and of samples that were left out, of which something is
+        another one, or which are left out no more (without `sample_sha256`).
+    was_left, left : table
+        What was known of samples that the generation before left out, and what is known of those that still are.
+    excess : bool
+        Whether the policy leaves out samples that are there.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -104,26 +113,35 @@ class Changes:
     renewed: pa.Table
     stayed: int
     left_out: bool
+    was_left: pa.Table
+    left: pa.Table
+    excess: bool
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
-def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules) -> Changes:
+def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Table, rules: Rules) -> Changes:
     """Return what is to be done so that the dataset follows its source.
+
+    `left` is what is known of samples that are left out since another one has their content: they are compared as the others are, and
+    written once the policy does not leave them out any more.
 
     Raises
     ------
     DataError
-        If a key is that of a sample of another origin, a bag has samples of several origins, or so many samples are gone that the source
-        may be incomplete.
+        If a key is that of a sample of another origin, a bag has samples of several origins, so many samples are gone that the source may
+        be incomplete, or the policy refuses known samples.
     StoreError
         If a sample that has to be read again cannot be read.
     """
     asked = _asked(listing, placed)
-    own = _mask(pc.fill_null(pc.equal(ledger["origin"], listing.origin), True))  # what has no known origin may be of this one
-    known, others = ledger.filter(pa.array(own)), ledger.filter(pa.array(~own))
+    (known, others), (idle, left_by_others) = (_by_origin(table, listing.origin) for table in (ledger, left))
     _require_free_keys(asked, others, rules, listing.origin)
+    idle = idle.filter(pa.array(~_is_in(idle["key"], ledger["key"])))
+    out = np.repeat([False, True], [len(known), len(idle)])  # of the known ones: left out
+    known = pa.concat_tables([known, idle]) if len(idle) else known
     at = _values(pc.fill_null(pc.index_in(asked["key"], value_set=known["key"].combine_chunks()), -1)).astype(np.int64)
     rows = np.flatnonzero(at >= 0)
+    was_out = out[at[rows]]
     now, before = asked.take(rows), known.take(at[rows])
     tars = None if rules.tars is None else _TarRows(rules.tars, asked, known)
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
@@ -133,6 +151,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
         ~is_changed
         & ~moved
         & ~was_bad
+        & ~was_out
         & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
     )
     reasons = np.full(len(known), None, object)
@@ -146,7 +165,8 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     written = at < 0
     written[rows[is_changed | moved | relabelled]] = True
 
-    missing = ~np.isin(np.arange(len(known)), at[rows]) & _mask(pc.is_valid(known["origin"]))
+    unlisted = ~np.isin(np.arange(len(known)), at[rows])
+    missing = unlisted & ~out & _mask(pc.is_valid(known["origin"]))
     renamed, reframed = _listed_otherwise(asked, known, missing, rules)
     reasons[renamed] = "moved"
     reasons[reframed] = "changed"
@@ -157,15 +177,24 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     gone = missing & ~outside
     if rules.drop or lost.any():
         gone = gone if rules.drop else lost
-        _require_few_gone(asked, known, gone, listing, rules)
+        _require_few_gone(asked, known.filter(pa.array(~out)), gone[~out], listing, rules)
         reasons[gone] = "gone"
     if rules.accept_filter:
         reasons[outside] = "gone"
+    there = ~is_changed & ~_mask(before["quarantined"])  # of the listed ones: their content is known
+    stay = known.filter(pa.array(~out & np.array([reason is None for reason in reasons], np.bool_)))
+    excess, back = _equal_content([stay, others], now, before, there & (moved | relabelled), there & was_out & ~moved, rules)
+    written[rows[back]] = True
+    reasons[out] = "left out"
     whole = _whole_bags(asked, known, others, written, at, reasons, rules)
-    is_removed = np.array([reason is not None for reason in reasons], np.bool_)
-    renewed = _renewed(now, before, ~is_removed[at[rows]] & settled)
+    is_removed = ~out & np.array([reason is not None for reason in reasons], np.bool_)
+    renewed = _renewed(now, before, ~is_removed[at[rows]] & ~was_out & settled)
+    still = was_out & ~written[rows]
+    forgotten = known.filter(pa.array(out & ~_of(at[rows[still]], len(known))))
+    added = at < 0
+    added[rows] = was_out & written[rows]
     shown = {
-        "added": (asked, (at < 0) & ~_is_in(asked["source"], known["source"].filter(pa.array(renamed | reframed)))),
+        "added": (asked, added & ~_is_in(asked["source"], known["source"].filter(pa.array(renamed | reframed)))),
         "changed": (known, reasons == "changed"),
         "relabelled": (known, (reasons == "relabelled") | (reasons == "moved")),
         "removed": (known, reasons == "gone"),
@@ -184,11 +213,68 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     return Changes(
         written=written,
         removed=_removed(known, reasons, is_removed),
-        renewed=renewed,
+        renewed=pa.concat_tables([renewed, _renewed_left(now, before, still & settled), _without_content(forgotten)]),
         stayed=int(np.count_nonzero(_mask(known["quarantined"]) & ~is_removed)),
         left_out=bool((outside & ~is_removed).any()),
+        was_left=left,
+        left=pa.concat_tables([_as_listed(now.filter(pa.array(still)), before.filter(pa.array(still))), left_by_others]),
+        excess=excess,
         shown={name: _shown(*each) for name, each in shown.items()},
     )
+
+
+def _by_origin(table: pa.Table, origin: str) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of an origin, with those that have no known one and may be of this one, and the others."""
+    own = _mask(pc.fill_null(pc.equal(table["origin"], origin), True))
+    return table.filter(pa.array(own)), table.filter(pa.array(~own))
+
+
+def _of(rows: NDArray[np.int64], count: int) -> Mask:
+    mask = np.zeros(count, np.bool_)
+    mask[rows] = True
+    return mask
+
+
+def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[bool, Mask]:
+    """Return whether the policy leaves out samples that are there, and which of the `left` ones it does not leave out any more.
+
+    `stay` are rows that stay; of the listed ones (`now`, as they were `before`) those are `written` again whose content is the same.
+    DataError if the policy refuses what is there.
+    """
+    back = np.zeros(len(now), np.bool_)
+    if rules.policy.is_plain:
+        return False, left
+    at = np.flatnonzero(written), np.flatnonzero(left)
+    listed = now.set_column(now.column_names.index("sample_sha256"), "sample_sha256", before["sample_sha256"])
+    parts = [*(table.select(CONTENT) for table in stay), *(listed.take(each).select(CONTENT) for each in at)]
+    rows = pa.concat_tables(parts)
+    require_allowed(rows, rules.policy, rules.url)
+    why = dropped(rows, rules.policy) != ""
+    back[at[1]] = ~why[len(rows) - len(at[1]) :]
+    return bool(why[: len(rows) - len(at[1])].any()), back
+
+
+def _as_listed(now: pa.Table, before: pa.Table) -> pa.Table:
+    """Return known rows with all that is listed of them now."""
+    for name in ("source", "bytes", "label_name", "group", "columns", "origin", "state"):
+        before = before.set_column(LEDGER_SCHEMA.get_field_index(name), name, now[name])
+    return before
+
+
+def _renewed_left(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
+    """Return the rows of samples that are left out, as they are listed now, where that is something else."""
+    differ = _differ(now, before, "state") & _mask(pc.is_valid(now["state"]))
+    for name in ("label_name", "group", "columns"):
+        differ |= _differ(now, before, name)
+    chosen = pa.array(stays & differ)
+    return _as_listed(now.filter(chosen), before.filter(chosen))
+
+
+def _without_content(rows: pa.Table) -> pa.Table:
+    """Return the rows of samples that are left out no more: gone from the source, or written again."""
+    for name in ("sample_sha256", "state"):
+        rows = rows.set_column(LEDGER_SCHEMA.get_field_index(name), name, pa.nulls(len(rows), pa.string()))
+    return rows
 
 
 def _asked(listing: Listing, placed: Placement) -> pa.Table:

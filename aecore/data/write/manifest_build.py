@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from aecore.artifact.commit import PartRecord
 from aecore.data.manifest import (
@@ -21,6 +21,7 @@ from aecore.data.manifest import (
 from aecore.store import FileRef
 
 Part = ShardRef | RejectedPart
+P = TypeVar("P", bound=Part)
 
 
 def next_manifest(
@@ -31,13 +32,14 @@ def next_manifest(
     listing: FileRef,
     claim_sha256: str | None,
     living: "Living | None" = None,
+    about: Mapping[str, Any] | None = None,
 ) -> DatasetManifest:
     """Return the manifest of `parent` plus these parts (in the order of the plan): a pure function, no times, no addresses.
 
     Without `living` nothing is ever removed, as in datasets of before there was removal.
     """
     living = living or Living(None, None)
-    shards = [_shard_of(record) for record in records if record.rows]
+    shards = [living.less(_shard_of(record)) for record in records if record.rows]
     rejected = [
         RejectedPart(
             record.detail["split"],
@@ -56,7 +58,7 @@ def next_manifest(
     splits = in_order(part for part in parts if isinstance(part, ShardRef))
     everything = [shard for split in splits.values() for shard in split]
     # counts are never decremented: with removed samples they are made anew from those of all parts
-    before, details = parent, [record.detail for record in records]
+    before, details = parent, [living.counts.get(record.part, record.detail) for record in records]
     if living.details is not None:
         before, details = None, [*living.details, *details]
     return DatasetManifest(
@@ -79,6 +81,7 @@ def next_manifest(
         removal=living.removal,
         content_sha256=living.content_sha256,
         retired=() if parent is None else (*parent.retired, *living.retired(parent)),
+        about=about,
     )
 
 
@@ -96,6 +99,8 @@ class Living:
         Of the parts from which this generation removes samples, by stem, what is removed of them now.
     details : sequence of mappings, optional
         Where something is removed: the details of all parts of the parent in its order, as their records have them, of live samples only.
+    counts : mapping
+        Of the new parts from which the generation removes samples at once, by stem, the details of live samples.
     merged : bool
         Whether the listing holds all that those of the parent say, and takes their place.
     compacted : mapping
@@ -106,17 +111,20 @@ class Living:
     content_sha256: str | None
     removed: Mapping[str, Removed] = field(default_factory=dict)
     details: Sequence[Mapping[str, Any]] | None = None  # any: plain JSON data
+    counts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: as above
     merged: bool = False
     compacted: Mapping[str, str | None] = field(default_factory=dict)
+
+    def less(self, part: P) -> P:
+        """Return a part with what is removed of it now."""
+        return part if part.stem not in self.removed else dataclasses.replace(part, removed=self.removed[part.stem])
 
     def of(self, parts: Sequence[Part], heirs: Mapping[str, Part]) -> list[Part]:
         """Return parts of the parent with what is removed of them now; what takes the place of one has its place."""
         found = list[Part]()
         for part in parts:
-            if part.stem in self.removed:
-                part = dataclasses.replace(part, removed=self.removed[part.stem])
             if part.stem not in self.compacted:
-                found.append(part)
+                found.append(self.less(part))
             elif (by := self.compacted[part.stem]) is not None:
                 found.append(heirs[by])
         return found

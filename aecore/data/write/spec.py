@@ -47,6 +47,12 @@ class ShardSpec:
     checksum: bool = knob(
         False, "read all samples and compare their hashes, also where their files look unchanged", identity=False, since=2
     )
+    duplicates: Literal["keep", "drop", "refuse"] | None = knob(
+        None,
+        "samples of equal bytes; drop: the smallest key stays, in whatever splits they are; refuse: no generation with any; null: what the "
+        "dataset has, keep for a new one",
+        since=2,
+    )
     max_pixels: int = knob(
         MAX_PIXELS, "pixels of an image at most; its decoded values may take 16 bytes for each of them", ge=1, le=1 << 32, since=2
     )

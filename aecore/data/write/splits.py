@@ -29,9 +29,10 @@ _SPLIT_NAME = re.compile(r"(?!.*-g\d{6}$)[A-Za-z0-9][A-Za-z0-9_-]*")  # stems ap
 class SplitSpec:
     """Which sample belongs to which split (`splits.*` of a recipe)."""
 
-    by: Literal["auto", "folders", "hash", "column", "none"] = knob(
+    by: Literal["auto", "folders", "hash", "content", "column", "none"] = knob(
         "auto",
         "folders: the top folders, or the words in the names of tars (valid, dev: val; training: train; ...); hash: of the key or group; "
+        "content: of the stored bytes, so equal ones are in one split, and new files are read once before they are written; "
         "auto: column if one is named, else folders if all of them name a split, else hash where val or test is set, else none",
     )
     val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
@@ -45,6 +46,12 @@ class SplitSpec:
         absent="cut",
     )
     stratify: bool = knob(False, "val and test get their share of every class, as near as whole samples or groups allow", since=2)
+    leaks: Literal["warn", "drop", "refuse"] | None = knob(
+        None,
+        "samples of train whose bytes are in val or test too; drop: they leave train; refuse: no generation with equal bytes in two "
+        "splits; null: what the dataset has, warn for a new one",
+        since=2,
+    )
 
     def __post_init__(self) -> None:
         if self.val + self.test >= 1:
@@ -53,8 +60,12 @@ class SplitSpec:
             raise ConfigError(f"splits.by={self.by} with splits.column={self.column}: give both by=column and a column, or neither")
         if self.stratify and not (self.val or self.test):
             raise ConfigError("splits.stratify=true needs splits.val or splits.test above 0: the shares that every class keeps")
-        if self.by == "hash" and not (self.val or self.test):
-            raise ConfigError("splits.by=hash needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by in ("hash", "content") and not (self.val or self.test):
+            raise ConfigError(f"splits.by={self.by} needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by == "content" and self.files == "whole":
+            raise ConfigError(
+                "splits.by=content splits by the bytes of each sample, and splits.files=whole by files: leave one of them out"
+            )
         if self.by == "none" and (self.val or self.test):
             raise ConfigError("splits.by=none puts everything into train: set splits.by=hash to use splits.val and splits.test")
 
@@ -98,7 +109,8 @@ def resolve_splits(
     that a file may be several samples: else its pages need no rule, and the identity none.
     """
     if splits.files == "auto":
-        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if frames and recorded is None else "cut"))
+        whole = frames and recorded is None and splits.by != "content"
+        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if whole else "cut"))
     if splits.by != "auto":
         return splits
     if splits.column is not None:
@@ -106,7 +118,7 @@ def resolve_splits(
     tops = set(listing.splits or ()) - {""}  # files directly in the source's folder change nothing
     all_known = bool(tops) and (listing.named_splits or all(split_of_folder(name) or name in known for name in tops))
     kept = (recorded or {}).get("by")
-    if kept in ("none", "hash") or (kept == "folders" and all_known):
+    if kept in ("none", "hash", "content") or (kept == "folders" and all_known):
         try:
             return dataclasses.replace(splits, by=kept)
         except ConfigError:
@@ -118,7 +130,7 @@ def resolve_splits(
 
 def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
     """Return warnings about resolved `splits`: folders that look like splits and are not used, samples outside the split folders."""
-    if splits.by in ("none", "hash"):
+    if splits.by in ("none", "hash", "content"):
         folders = {key.rpartition("/")[0] for key in listing.keys}
         found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
         if not found:  # train_set and val_set, where a class called test_tube is none
@@ -162,24 +174,30 @@ def assign_splits(
     names: Sequence[str] | None = None,
     parent: DatasetManifest | None = None,
     known: Mapping[str, str] | None = None,
+    contents: list[str] | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
 
     Folders named by a word for a split are stored under its usual name, unless their own name is among the splits of the `parent`.
-    `names` are the classes of the samples, for `splits.stratify`, which completes the shares of the parent: the units (keys or groups)
+    `contents` are what `splits.by=content` hashes. `names` are the classes of the samples, for
+    `splits.stratify`, which completes the shares of the parent: the units (keys, groups or contents)
     that are `known` to be in one of the splits that share the training samples keep it.
     """
     values = _split_values(listing, splits, parent.splits if parent else ())
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
     kept: dict[str, NDArray[np.int64]] = {}
-    everything = units_of(listing.keys, listing.sources, listing.groups, splits)
+    everything = contents if contents is not None else units_of(listing.keys, listing.sources, listing.groups, splits)
     if splits.stratify and known:
         units = take(everything, train)
         shared = ("train", *_carved(splits))
         places = np.array([shared.index(split) if (split := known.get(unit)) in shared else -1 for unit in units], np.int64)
         kept = {split: train[places == number] for number, split in enumerate(shared)}
         train = train[places < 0]
+    if contents is not None and listing.groups is not None:
+        raise ConfigError(
+            "splits.by=content would cut groups of samples (source.group), which stay whole: use splits.by=hash, of the group"
+        )
     units = take(everything, train)
     if splits.stratify:
         place = _stratified(units, _strata(listing, names, train), splits, parent)
