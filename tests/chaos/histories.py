@@ -166,8 +166,9 @@ class History:
         self.keeps = options is None and self.rng.random() < 0.2 and self.options.kind in ("folder", "arrays")
         self.known.drop = not self.keeps
         self.sources = [self._source("a")]
-        self.nights = 20 if self.rng.random() < 0.02 else self.rng.randint(2, 4)
+        self.nights = 20 if self.rng.random() < 0.02 else self.rng.choice((2, 2, 3, 3, 5))
         self.young = self.rng.random() < 0.3
+        self.encoding = [*self.rng.choice(([], [], ["encode.rows_per_part=8"])), *self.rng.choice(([], ["encode.sample=true"]))]
         self.logs = session.bench.logs / name
         self.logs.mkdir()
         self.logs.chmod(0o777)  # also for another user, see `_unlisted`
@@ -263,14 +264,18 @@ class History:
         self.session.ask("rest")  # readers of old generations of a table are told that these have expired
         self.session.beside.send(("watch", self.url("dataset"), self.url("table"), self.options.kind != "adopted"))
         for what in ("dataset", "table"):
-            if newest_number(open_store(self.url(what)), what) is not None:
+            if self.number(what):
                 collect_garbage(self.url(what), older_than_s=0, unfinished=True)
         self.count("event", "gc in the end")
         self.stamps = {"dataset": {}, "table": {}}
         self.check(fresh=False)
-        if newest_number(open_store(self.url("table")), "table") is not None:
+        if self.number("table"):
             self.run(self.encode())
             self.check_table()
+
+    def number(self, what: str = "dataset") -> int:
+        """Return the newest generation; 0 if there is none."""
+        return newest_number(open_store(self.url(what)), what) or 0
 
     def note(self, text: str) -> None:
         self.log.append(f"{time.time():.3f} {text}")
@@ -284,12 +289,12 @@ class History:
         """Return the words of the command that makes the dataset what the source is."""
         verb = "adopt" if self.options.kind == "adopted" else "shard"
         words = [word for word in source.arguments() if verb == "shard" or not word.startswith("source.kind=")]
-        first = ["shards.removed=keep"] if self.keeps and newest_number(open_store(self.url("dataset")), "dataset") is None else []
+        first = ["shards.removed=keep"] if self.keeps and not self.number() else []
         return [verb, source.url, self.url("dataset"), *words, *first, "cluster.num_workers=0", *more]
 
     def encode(self) -> list[str]:
         run = self.session.runs[SIDE // 2 if self.options.resize else SIDE]
-        return ["encode", run, self.url("dataset"), self.url("table"), "encode.batch=8", "cluster.num_workers=0"]
+        return ["encode", run, self.url("dataset"), self.url("table"), "encode.batch=8", "cluster.num_workers=0", *self.encoding]
 
     def run(self, words: list[str], *codes: int) -> int:
         """Run a command in this process; Wrong if its exit status is none of these (0 by default)."""
@@ -499,7 +504,8 @@ class History:
         return self.fresh_one
 
     def _fresh(self) -> Dataset | None:
-        folder = self.fresh_folder
+        folder, first = self.fresh_folder, True
+        out = str(folder / "out") if self.local or self.options.kind != "adopted" else self.url(f"fresh-{self.commands}")
         for source in self.sources:
             if source.name not in self.known.live:
                 continue
@@ -509,13 +515,13 @@ class History:
                 if self.options.kind != "folder" or not self._written(source, live, folder / "seen"):
                     return None
                 words[1] = str(folder / "seen")
-            words[2] = str(folder / "out")
+                words = [word for word in words if not word.startswith(("source.include", "source.exclude"))]
+            words[2] = out
             words = [word for word in words if not word.startswith(("shards.removed", "source.name"))]
-            if not folder.joinpath("out").exists():
-                words.append("shards.removed=drop")
-            self.run(words)
+            self.run([*words, *(["shards.removed=drop"] if first else [])])
             shutil.rmtree(folder / "seen", ignore_errors=True)
-        return open_dataset(str(folder / "out"))
+            first = False
+        return open_dataset(out)
 
     def _written(self, source: Source, live: Live, folder: Path) -> bool:
         """Write the files of samples as they were seen; return whether a source of these alone has the same keys."""
@@ -576,13 +582,20 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def _table_rows(table: LatentTable) -> dict[str, tuple[Any, ...]]:
-    """Return the rows of a table by key, without what says where they are; Wrong if one is there twice."""
+    """Return the rows of a table by key, without what says where they are; Wrong if one is there twice.
+
+    The source of a member of a tar has its place, which may be another one by now.
+    """
     rows = table.dataset().to_table().to_pylist()
     found = {}
     for row in rows:
-        values = {name: value for name, value in row.items() if name not in ("shard", "ordinal", "label", "mu", "log_var", "source")}
-        bits = tuple(np.asarray(row[name], np.float32).tobytes() for name in ("mu", "log_var"))
-        found[row["key"]] = (tuple(sorted(values.items(), key=str)), bits)
+        values = {
+            name: value
+            for name, value in row.items()
+            if name not in ("shard", "ordinal", "label") and not (name == "source" and ".tar#" in value)
+        }
+        bits = {name: np.asarray(value, np.float32).tobytes() for name, value in values.items() if isinstance(value, list | float)}
+        found[row["key"]] = tuple(sorted((values | bits).items()))
     if len(found) != len(rows) or len(rows) != table.num_rows:
         raise Wrong(f"{len(rows)} rows of {len(found)} keys, the manifest says {table.num_rows}")
     return found
@@ -621,11 +634,14 @@ def _dry(one: History, source: Source) -> None:
 def _kill(one: History, source: Source) -> None:
     """Commands are killed; what happens to the source in between, the last one makes good."""
     for _ in range(one.rng.randint(1, 3)):
+        before = one.number()
         one.killed(one.shard(source, "shards.max_removed=1"), "dataset", FAULTS)
         one._old_files("dataset")
+        if one.number() != before:
+            one.made(source)
         if one.rng.random() < 0.4:
             one._live(source, one.rng.randint(1, 3))
-        if one.rng.random() < 0.2 and newest_number(open_store(one.url("dataset")), "dataset") is not None:
+        if one.rng.random() < 0.2 and one.number():
             collect_garbage(one.url("dataset"), older_than_s=0, unfinished=True)
             one.stamps["dataset"] = one._stamps("dataset")
             one.count("event", "gc after a kill")
@@ -638,7 +654,7 @@ def _two(one: History, source: Source) -> None:
     words = one.shard(source, "shards.max_removed=1")
     with one.begun(words) as first:
         time.sleep(one.rng.choice((0.0, one.rng.uniform(0, 0.5))))
-        if one.rng.random() < 0.4:
+        if one.rng.random() < 0.4 and one.known.drop:  # else it matters what was seen
             one._live(source, 2)
         with one.begun(words) as second:
             for process in (first, second):

@@ -164,12 +164,12 @@ class Folder(Source):
             self.put(self._new(CLASSES[number % 3], f"{number:03d}"), picture(self.number()))
 
     def arguments(self) -> list[str]:
-        group = {"parent": ["source.group=parent"], "regex": [r"source.group=regex:^(.*/b\d)/"], "": []}[self.options.bags]
+        group = {"parent": ["source.group=parent"], "regex": [r"source.group=regex:^(.*/\wb\d)/"], "": []}[self.options.bags]
         return ["source.kind=folder", *super().arguments(), *group]
 
     def _new(self, label: str, stem: str, ext: str = "png") -> str:
         top = self.rng.choice(("train/", "train/", "val/")) if self.options.by == "folders" else ""
-        bag = f"b{self.rng.randrange(3)}/" if self.options.bags else ""
+        bag = f"{self.prefix}b{self.rng.randrange(3)}/" if self.options.bags else ""
         return f"{top}{label}/{bag}{self.prefix}{stem}.{ext}"
 
     @property
