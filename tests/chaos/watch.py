@@ -25,7 +25,7 @@ from aecore.data.dataset import Dataset, open_dataset
 from aecore.store import Store, open_store
 from aecore.table.table import LatentTable, open_table
 
-PAUSE_S = 0.15  # between two looks
+PAUSE_S = 0.3  # between two looks
 MOST = 5  # problems that are told of one history
 NO_COLUMNS = {"key", "ordinal", "label", "label_name", "source", "sha256", "members", "width", "height", "mode", "group", "length"}
 

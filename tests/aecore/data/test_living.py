@@ -543,6 +543,21 @@ class TestAdopted:
         (tmp_path / "tars/2.tar").unlink()
         assert self.require_fresh(tmp_path).num_samples() == 6
 
+    def test_a_tar_that_is_gone_cannot_be_kept(self, tmp_path):
+        for number in range(3):
+            self.tar(tmp_path / f"tars/{number}.tar", pictures([f"{number}{each}.png" for each in "abc"], 10 * number))
+        self.adopt(tmp_path / "tars", tmp_path / "out", removed="keep")
+        self.tar(tmp_path / "tars/0.tar", pictures(["0a.png"], 40))  # what is left of a tar can be kept
+        made = self.adopt(tmp_path / "tars", tmp_path / "out")
+        assert (made.removal, made.num_samples()) == ("keep", 7)
+        (tmp_path / "tars/1.tar").unlink()
+        before = committed(tmp_path / "out")
+        with pytest.raises(DataError, match=r"1 tar that .* has adopted \('1.tar'\) is not there any more.*shards.removed=drop") as raised:
+            self.adopt(tmp_path / "tars", tmp_path / "out")
+        assert raised.value.exit_code == 3
+        assert committed(tmp_path / "out") == before
+        assert self.adopt(tmp_path / "tars", tmp_path / "out", removed="drop", max_removed=1.0).num_samples() == 4
+
 
 class TestDryRun:
     def test_it_says_what_would_happen_with_examples_and_writes_nothing(self, tmp_path):
