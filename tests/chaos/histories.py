@@ -681,17 +681,21 @@ def _kill(one: History, source: Source) -> None:
 
 
 def _two(one: History, source: Source) -> None:
-    """Two commands at once; sometimes something happens between their starts."""
-    words = one.shard(source, "shards.max_removed=1")
-    with one.begun(words) as first:
+    """Two commands at once, of one source or of two; sometimes something happens between their starts."""
+    others = [other for other in one.sources if other is not source]
+    other = one.rng.choice([source, *others])
+    one.count("two at once", "of two origins" if others and other is not source else "of one origin")
+    with one.begun(one.shard(source, "shards.max_removed=1")) as first:
         time.sleep(one.rng.choice((0.0, one.rng.uniform(0, 0.5))))
         if one.rng.random() < 0.4 and one.known.drop:  # else it matters what was seen
-            one._live(source, 2)
-        with one.begun(words) as second:
+            one._live(other, 2)
+        with one.begun(one.shard(other, "shards.max_removed=1")) as second:
             for process in (first, second):
                 one.ended(process, 0, 1, *((3, 4) if one.options.kind in ("adopted", "tars", "arrays") else ()))
-    one.run(one.shard(source, "shards.max_removed=1"))
-    one.made(source)
+    for each in dict.fromkeys((source.name, other.name)):
+        which = source if each == source.name else other
+        one.run(one.shard(which, "shards.max_removed=1"))
+        one.made(which)
 
 
 def _written(one: History, source: Source) -> None:
@@ -923,9 +927,21 @@ def _encode_idle(one: History, source: Source) -> None:
     one.untouched("encoding with nothing to do")
 
 
+def _encode_beside(one: History, source: Source) -> None:
+    """The dataset gets its next generation while the table of this one is made."""
+    with one.begun(one.encode()) as process:
+        time.sleep(one.rng.uniform(0, 0.3))
+        one._live(source, one.rng.randint(1, 4))
+        one.follow(source)
+        one.ended(process, 0, *((3,) if one.options.kind == "adopted" else ()))  # a tar of it is another one now
+    one.check(fresh=False)
+    one.run(one.encode())
+
+
 TABLE_EVENTS: dict[str, Event] = {
     "nothing": _encode,
     "run twice": _encode_idle,
     "killed": _encode_killed,
     "two at once": _encode_twice,
+    "the dataset goes on meanwhile": _encode_beside,
 }
