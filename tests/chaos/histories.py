@@ -525,20 +525,20 @@ class History:
     def _fresh(self) -> Dataset | None:
         folder, first = self.fresh_folder, True
         out = str(folder / "out") if self.local or self.options.kind != "adopted" else self.url(f"fresh-{self.commands}")
-        for source in self.sources:
+        for number, source in enumerate(self.sources):
             if source.name not in self.known.live:
                 continue
+            seen = folder / f"seen-{number}"
             live, listed = self.known.live[source.name], source.rows()
             words = self.shard(source)
             if live.keys() != listed.keys() or any(live[key].place() != row.place() for key, row in listed.items()):
-                if self.options.kind != "folder" or not self._written(source, live, folder / "seen"):
+                if self.options.kind != "folder" or not self._written(source, live, seen):
                     return None
-                words[1] = str(folder / "seen")
+                words[1] = str(seen)
                 words = [word for word in words if not word.startswith(("source.include", "source.exclude"))]
             words[2] = out
             words = [word for word in words if not word.startswith(("shards.removed", "source.name"))]
             self.run([*words, *(["shards.removed=drop"] if first else [])])
-            shutil.rmtree(folder / "seen", ignore_errors=True)
             first = False
         return open_dataset(out)
 
