@@ -16,6 +16,7 @@ and the order of what runs at once. `history=N` repeats one, `store=s3` plays on
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -78,9 +79,9 @@ def main(words: list[str]) -> int:
     wrong, begun, played = 0, time.monotonic(), 0
     try:
         with place(options["store"], base) as where, _beside(options["seed"]) as beside:
-            session = Session(base, where, beside)
+            session = Session(base, where, beside, until=begun + float(options["seconds"] or "inf"))
             for number in numbers:
-                if options["seconds"] and time.monotonic() - begun > float(options["seconds"]):
+                if played and time.monotonic() > session.until:
                     break
                 history = History(session, f"h{number:05d}", random.Random(f"{options['seed']}/{options['store']}/{number}"))
                 problem = history.play()
@@ -116,8 +117,9 @@ def _beside(seed: str) -> Iterator[Connection]:
 class Session:
     """What histories share: the place of what they make, the process beside them, and a model."""
 
-    def __init__(self, base: Path, where: Place, beside: Connection) -> None:
+    def __init__(self, base: Path, where: Place, beside: Connection, until: float = math.inf) -> None:
         self.base, self.place, self.beside = base, where, beside
+        self.until = until  # no night begins after that, but the first two of the first history
         self.bench = Bench(base, where)
         self.bench.logs.mkdir()
         self.runs = {side: saved_run(base / f"run-{side}", model_config(shape=(1, side, side))) for side in (SIDE, SIDE // 2)}
@@ -213,6 +215,8 @@ class History:
         try:
             self.count("history", f"{self.options.kind} by {self.options.by}{' in bags' if self.options.bags else ''}")
             for night in range(self.nights):
+                if night > 1 and time.monotonic() > self.session.until:
+                    break
                 self.note(f"-- night {night}")
                 self._night(night)
             self._end()
@@ -362,7 +366,7 @@ class History:
         words = self.shard(source, *more, *(["--accept-filter"] if accept else []))
         expected = self.known.after(source, accept, drop)
         stuck = self.stuck(source, expected)
-        refused = None if limit == 1.0 else self.refusal(source, expected)
+        refused = None if limit == 1.0 else self.refusal(source, self.known.after(source, False, drop))  # an accepted filter is no loss
         allowed = (3,) if stuck else (0,) if refused is False or limit == 1.0 else (3,) if refused else (0, 3)
         code = self.run([*words, *([] if limit == SHARE else [f"shards.max_removed={limit}"])], *allowed)
         if code:
