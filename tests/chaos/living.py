@@ -174,7 +174,7 @@ class Folder(Source):
 
     @property
     def prefix(self) -> str:
-        return self.name.rpartition("/")[2]
+        return self.name.rpartition("/")[2][0]  # also where it moved
 
     def rows(self) -> dict[str, Row]:
         taken = [path for path in sorted(self.files) if self.options.takes(path)]
