@@ -52,7 +52,7 @@ from tests.chaos.rounds import Bench
 from tests.processes import AEPIPE, Started, children, started
 
 DEFAULTS = {"count": "100", "seed": "0", "store": "local", "history": "", "seconds": ""}
-NOBODY = 65534
+NOBODY, INTERRUPTED = 65534, 130
 SETTLED_NS = 20_000_000  # as long as this kernel's clock stands still, several times over; 2 s would let most histories read all
 HANG_S = 240.0
 FREE, SHARE = 10, 0.1  # what may be gone
@@ -84,7 +84,10 @@ def main(words: list[str]) -> int:
                 if played and time.monotonic() > session.until:
                     break
                 history = History(session, f"h{number:05d}", random.Random(f"{options['seed']}/{options['store']}/{number}"))
-                problem = history.play()
+                try:
+                    problem = history.play()
+                except KeyboardInterrupt:
+                    break
                 played += 1
                 for (group, name), found in history.counts.items():
                     counts.setdefault(f"{group}: {name}", Counter())["times"] += found
@@ -316,6 +319,8 @@ class History:
         log = self.logs / f"{self.commands:02d}.log"
         code = self.session.bench.run_here(words, log)
         self.said = log.read_text()
+        if code == INTERRUPTED:  # with this process
+            raise KeyboardInterrupt
         if code not in (codes or (0,)):
             raise Wrong(f"exit status {code}, expected {codes or (0,)}: {' '.join(words)}\n{self.said}")
         self.note(f"{' '.join(words)}: {code}")
