@@ -34,7 +34,7 @@ from aecore.data.write.ledger import MOST_LISTINGS, read_ledger, read_listing
 from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
-from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import _states
 from tests.aecore.data.tiny import encoded, image
@@ -646,6 +646,19 @@ class TestFaults:
 
         shard_dataset(source, str(tmp_path / "out"), fan_out=writing)
         require_fresh(source, tmp_path / "out")
+
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    def test_an_array_that_lost_rows_after_it_was_listed_is_an_error_of_its_storage_and_is_followed_by_the_next_run(self, tmp_path, save):
+        source = ArraysSpec(url=str(tmp_path / "x.npz"))
+        save(tmp_path / "x.npz", x=np.zeros((8, 4, 4), np.uint8))
+
+        def shortening(make_worker, tasks):
+            save(tmp_path / "x.npz", x=np.ones((5, 4, 4), np.uint8))
+            yield from serial(make_worker, tasks)
+
+        with pytest.raises(StoreError, match=r"x.npz.* has no row \d any more: .*run the same command again"):
+            shard_dataset(source, str(tmp_path / "out"), fan_out=shortening)
+        assert require_fresh(source, tmp_path / "out").num_samples() == 5
 
 
 CLASSES = ("a", "b", "c")
