@@ -375,7 +375,7 @@ class History:
         allowed = (3,) if stuck else (0,) if refused is False or limit == 1.0 else (3,) if refused else (0, 3)
         code = self.run([*words, *([] if limit == SHARE else [f"shards.max_removed={limit}"])], *allowed)
         if code:
-            self.untouched("a refused command")
+            self.untouched("a refused command", "dataset")  # a table may be made meanwhile
             if stuck:
                 adopted = self.options.kind == "adopted"
                 self.require_said("not there any more" if adopted else "gained or changed samples")
@@ -441,10 +441,10 @@ class History:
 
     # --- what is there
 
-    def untouched(self, what: str) -> None:
-        """Wrong if a command wrote anything that is committed."""
-        for kind, before in self.stamps.items():
-            after = self._stamps(kind)
+    def untouched(self, what: str, *kinds: str) -> None:
+        """Wrong if a command wrote anything that is committed to these artefacts, by default to both."""
+        for kind in kinds or self.stamps:
+            before, after = self.stamps[kind], self._stamps(kind)
             if after != before:
                 new, lost = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
                 raise Wrong(f"{what} changed the {kind}: new {new}, gone {lost}, others {_others(before, after)}")
