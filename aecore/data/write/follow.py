@@ -175,6 +175,8 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
     outside = missing & ~lost
     outside[outside] = rules.outside(known.filter(pa.array(outside)))
     gone = missing & ~outside
+    if tars is not None and not rules.drop:
+        tars.require_there(gone & ~lost, rules)
     if rules.drop or lost.any():
         gone = gone if rules.drop else lost
         _require_few_gone(asked, known.filter(pa.array(~out)), gone[~out], listing, rules)
@@ -337,6 +339,16 @@ class _TarRows:
         self.gone = np.isin(self._known, [*changed])
         other: Mask = tars_now != tars_before
         return other | np.isin(tars_before, [*changed]) | _differ(now, before, "source")
+
+    def require_there(self, kept: Mask, rules: Rules) -> None:
+        """DataError if samples that are kept, though they are not listed, are in a tar that is gone: they are nowhere else."""
+        lost = sorted(self._tars.changed({*self._known[kept]} - self._there))
+        if lost:
+            raise DataError(
+                f"{counted(len(lost), 'tar', 'tars')} that {rules.url} has adopted ({shown_examples(lost[:EXAMPLES], len(lost))}) "
+                f"{'is' if len(lost) == 1 else 'are'} not there any more, and shards.removed=keep cannot keep samples whose bytes are "
+                "nowhere else: restore what is gone, or drop these samples (shards.removed=drop); nothing was written"
+            )
 
 
 def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Rules) -> tuple[Mask, Mask]:
