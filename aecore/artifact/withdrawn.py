@@ -22,12 +22,15 @@ def is_withdrawn(store: Store, number: int, names: Collection[str] | None = None
     return name in names if names is not None else store.size(name) is not None
 
 
-def require_not_withdrawn(store: Store, number: int, names: Collection[str] | None = None) -> None:
-    """DataError if a generation was withdrawn; see `is_withdrawn`."""
+READ_ANOTHER = "use a generation that was not, and make what was made of this one again"
+
+
+def require_not_withdrawn(store: Store, number: int, names: Collection[str] | None = None, remedy: str = READ_ANOTHER) -> None:
+    """DataError, which ends in the next action, if a generation was withdrawn; see `is_withdrawn`."""
     if is_withdrawn(store, number, names):
         raise DataError(
             f"generation {number} of {store.url} was withdrawn ({withdrawn_name(number)} is there): nothing may be read or made of it any "
-            "more; use a generation that was not, and make what was made of this one again"
+            f"more; {remedy}"
         )
 
 

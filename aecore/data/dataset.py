@@ -167,7 +167,8 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If there is no manifest (it says whether an unfinished run is there), or not that one, or it was withdrawn.
+        If there is no manifest (it says whether an unfinished run is there), or not that one, or it was withdrawn, or shards that only
+        older generations have were collected.
     """
     store = open_store(url)
     names = store.list()
@@ -177,7 +178,29 @@ def open_dataset(url: str, number: int | None = None) -> Dataset:
     require_not_withdrawn(store, newest if number is None else number, names)
     if number is not None and store.size(f"{STEM}.{number:06d}.json") is None:
         raise DataError(f"{store.url} has no generation {number} (the newest is {newest})")
-    return Dataset(store, read_manifest(store, newest if number is None else number))
+    manifest = read_manifest(store, newest if number is None else number)
+    if number is not None and number < newest:
+        _require_not_collected(store, manifest, newest)
+    return Dataset(store, manifest)
+
+
+def _require_not_collected(store: Store, manifest: DatasetManifest, newest: int) -> None:
+    """DataError if a generation names shards that a later one has retired, and that were collected since."""
+    try:
+        retired = {(part.split, part.stem): part.number for part in read_manifest(store, newest).retired}
+    except DataError:  # of that manifest, which is not the one that is opened
+        return
+    named = [part for part in manifest.parts if (part.split, part.stem) in retired]
+    if not named:
+        return
+    there = {f"{folder}/{name}" for folder in ("shards", "quarantine", "removed") for name in store.list(folder)}
+    for part in named:
+        if gone := [ref.name for ref in part.own_files if ref.name not in there and store.size(ref.name) is None]:
+            by = retired[part.split, part.stem]
+            raise DataError(
+                f"generation {manifest.number} of {store.url} is not complete any more: generation {by} wrote {part.stem} again without "
+                f"removed samples, and {gone[0]} was collected; use generation {newest}, or restore the files"
+            )
 
 
 def _nothing_here(store: Store) -> DataError:

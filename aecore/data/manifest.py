@@ -2,7 +2,8 @@
 
 A manifest is a pure function of the part records and of its parent: no times, no addresses, so the same data and config give
 the same bytes. Shards are only added: those of the parent come first in every split, `classes` grows at the end. What is removed later
-stays in its shard, and a removal file beside it says so (`Removed`); samples that are not removed are live, and only they count.
+stays in its shard, and a removal file beside it says so (`Removed`); samples that are not removed are live, and only they count. Compaction
+alone takes parts out: a new one has what was live of such a part, with the same ordinals, and the old one is `Retired`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 
 from aecore.artifact.commit import claim_of, is_stem_of, require_parent
 from aecore.artifact.documents import disagreement, read_json, require_counts_of, require_once, typed
+from aecore.data.about import require_stated
 from aecore.data.format.sample_format import SampleFormat
 from aecore.errors import DataError
 from aecore.registry import shown
@@ -22,7 +24,32 @@ STEM = "dataset"
 TAR_PREFIXES = "AECORE_TAR_PREFIXES"  # addresses below which the tars of adopted datasets may lie
 SPLIT_ORDER = ("train", "val", "test")
 REMOVAL = ("drop", "keep")  # what becomes of samples whose source is gone
-LATER = ("removal", "content_sha256")  # fields that manifests of before there was removal lack
+LATER = ("removal", "content_sha256", "about")  # fields that are left out where they are None, as in manifests of before
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """A part that generation `number` took out because most of it was removed; files and counts are in the manifests before.
+
+    Attributes
+    ----------
+    split, stem, first_ordinal, planned
+        Those of the part.
+    sha256 : str, optional
+        That of its tar, which tables name; None if it had none.
+    number : int
+        The generation that took it out. Readers of older ones need its files until these are collected.
+    by : str, optional
+        The stem of the part that has what was live of it, with the same ordinals; None: nothing was.
+    """
+
+    split: str
+    stem: str
+    first_ordinal: int
+    planned: int
+    sha256: str | None
+    number: int
+    by: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +84,8 @@ class ShardRef:
         Number of bags that the samples form; 0 where the source has none.
     removed : Removed, optional
         What was removed since the shard was written; None: nothing.
+    lost : int
+        Of the planned samples, those that were removed before a compaction wrote this shard, and that no file has any more.
     """
 
     split: str
@@ -72,6 +101,7 @@ class ShardRef:
     tar_base_url: str | None = None
     groups: int = 0
     removed: Removed | None = None
+    lost: int = 0
 
     @property
     def live(self) -> int:
@@ -98,7 +128,7 @@ class ShardRef:
 
 @dataclass(frozen=True, slots=True)
 class RejectedPart:
-    """A planned shard without a single good sample: there is no tar, all `planned` samples are in its quarantine."""
+    """A planned shard without a single good sample: no tar, all `planned` samples but the `lost` ones are in its quarantine."""
 
     split: str
     stem: str
@@ -106,11 +136,17 @@ class RejectedPart:
     first_ordinal: int
     quarantine: FileRef
     removed: Removed | None = None
+    lost: int = 0
+
+    @property
+    def quarantined(self) -> int:
+        """Number of samples in the quarantine."""
+        return self.planned - self.lost
 
     @property
     def live_quarantined(self) -> int:
         """Number of quarantined samples that are not removed."""
-        return self.planned - (self.removed.quarantined if self.removed else 0)
+        return self.quarantined - (self.removed.quarantined if self.removed else 0)
 
     @property
     def own_files(self) -> tuple[FileRef, ...]:
@@ -148,7 +184,8 @@ class DatasetManifest:
     `parent` is the number of the generation that it follows (0: none). `listings` say what is known of the source of every sample, so that
     the next run knows what is new, changed or gone; the last is this generation's. `reasons` counts the live quarantine. `removal` says
     what becomes of samples whose source is gone (`shards.removed`), and `content_sha256` is the hash of the live samples (see
-    `aecore.data.write.ledger`); both are None in datasets of before there was removal.
+    `aecore.data.write.ledger`); both are None in datasets of before there was removal. `retired` are the parts that compactions took
+    out, the oldest first. `about` is what people say of the dataset.
     """
 
     number: int
@@ -166,6 +203,8 @@ class DatasetManifest:
     dataset_sha256: str
     removal: str | None = None
     content_sha256: str | None = None
+    retired: tuple[Retired, ...] = ()
+    about: Mapping[str, Any] | None = None  # any: texts, and a boolean
 
     @property
     def shards(self) -> tuple[ShardRef, ...]:
@@ -223,8 +262,15 @@ class DatasetManifest:
 
     def num_planned(self, split: str) -> int:
         """Return the number of samples ever planned for a split: the ordinal of the next one (0 for a new split)."""
-        rejected = sum(part.planned for part in self.rejected if part.split == split)
-        return rejected + sum(shard.planned for shard in self.splits.get(split, ()))
+        gone = sum(part.planned for part in self.retired if part.split == split and part.by is None)
+        return gone + sum(part.planned for part in self.parts if part.split == split)
+
+    def heirs(self) -> dict[tuple[str, str], str | None]:
+        """Return split and stem of each retired part -> the part that has what is live of it now; None: nothing is."""
+        found: dict[tuple[str, str], str | None] = {}
+        for part in reversed(self.retired):  # the newest first: what took its place may have been retired later
+            found[part.split, part.stem] = None if part.by is None else found.get((part.split, part.by), part.by)
+        return found
 
     def num_groups(self, split: str) -> int:
         """Return the number of bags of a split that have a live sample, 0 if its samples form none."""
@@ -233,8 +279,10 @@ class DatasetManifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data (`from_json` reads it back); shards are one list, since JSON objects have no order."""
-        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "splits"}
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("splits", "retired")}
         data = {name: value for name, value in data.items() if name not in LATER or value is not None}
+        if self.retired:
+            data["retired"] = [dataclasses.asdict(part) for part in self.retired]
         data["classes"] = list(self.classes)
         data["rejected"] = [_part_to_json(part) for part in self.rejected]
         data["listings"] = [dataclasses.asdict(ref) for ref in self.listings]
@@ -261,6 +309,7 @@ class DatasetManifest:
             "statistics": {name: typed(SplitStatistics, counts) for name, counts in data["statistics"].items()},
             "reasons": data["reasons"],
             "dataset_sha256": data["dataset_sha256"],
+            "retired": tuple(typed(Retired, part) for part in data.get("retired", [])),
             **{name: data[name] for name in LATER if name in data},
         }
         manifest = typed(cls, fields)
@@ -270,6 +319,7 @@ class DatasetManifest:
         require_once([(part.split, part.stem) for part in manifest.parts], "a shard")
         require_once([ref.name for ref in manifest.own_files], "a file")
         _require_names(manifest)
+        _require_retired(manifest)
         _require_sums(manifest)
         return manifest
 
@@ -279,6 +329,7 @@ def _require_names(manifest: DatasetManifest) -> None:
     require_parent(manifest.number, manifest.parent, manifest.parent_sha256)
     if not 1 <= len(manifest.listings) <= manifest.number or (manifest.removal is None and len(manifest.listings) != manifest.number):
         raise ValueError(f"it names {len(manifest.listings)} listings, expected one for each of {manifest.number} generations")
+    require_stated(manifest.about)
     if manifest.removal not in (None, *REMOVAL):
         raise ValueError(f"removal is {shown(manifest.removal)}, expected {' or '.join(REMOVAL)}")
     for part in manifest.parts:
@@ -309,14 +360,35 @@ def _require_removed(part: ShardRef | RejectedPart, removal: str | None) -> None
     if re.fullmatch(rf"removed/{re.escape(part.stem)}-g\d{{6}}\.parquet", name) is None:
         raise ValueError(f"the removal file of {part.stem} is {shown(name)}, expected removed/{part.stem}-gNNNNNN.parquet")
     groups = 0
-    samples, quarantined = 0, part.planned
+    samples, quarantined = 0, part.quarantined
     if isinstance(part, ShardRef):
-        samples, quarantined, groups = part.samples, part.quarantined, part.groups
+        samples, groups = part.samples, part.groups
     stated = part.removed.samples, part.removed.quarantined, part.removed.groups
     if any(more > most for more, most in zip(stated, (samples, quarantined, groups), strict=True)) or not sum(stated[:2]):
         raise ValueError(
             f"{stated[0]} samples, {stated[1]} quarantined ones and {stated[2]} bags are removed from {part.stem}, which has {samples}, "
             f"{quarantined} and {groups}"
+        )
+
+
+def _require_retired(manifest: DatasetManifest) -> None:
+    """ValueError unless the retired parts have left what they say, and just these parts have lost samples."""
+    require_once([(part.split, part.stem) for part in (*manifest.parts, *manifest.retired)], "a part")
+    if list(manifest.retired) != sorted(manifest.retired, key=lambda part: part.number) or (manifest.retired and manifest.removal is None):
+        raise ValueError("its retired parts are not in the order of the generations that took them out, or it does not say what removes")
+    there = {(part.split, part.stem): part for part in (*manifest.parts, *manifest.retired)}
+    left = set[tuple[str, str]]()
+    for part in manifest.retired:
+        heir = None if part.by is None else there.get((part.split, part.by))
+        placed = heir is not None and (heir.first_ordinal, heir.planned) == (part.first_ordinal, part.planned)
+        placed &= not isinstance(heir, Retired) or heir.number > part.number
+        if not is_stem_of(part.split, part.stem) or not 1 < part.number <= manifest.number or not (part.by is None or placed):
+            raise ValueError(f"the retired part {shown(part.stem)} has left {shown(part.by)}, which is no part with its ordinals")
+        left |= set() if part.by is None else {(part.split, part.by)}
+    lost = {(part.split, part.stem) for part in manifest.parts if part.lost}
+    if lost != left & {(part.split, part.stem) for part in manifest.parts} or any(part.lost < 0 for part in manifest.parts):
+        raise ValueError(
+            f"the parts that lost samples are {shown(sorted(lost))}, those that took the place of others {shown(sorted(left))}"
         )
 
 
@@ -331,11 +403,14 @@ def _require_part(split: str, stem: str, names: Mapping[str, tuple[str, str]]) -
 def _require_sums(manifest: DatasetManifest) -> None:
     """ValueError unless all counts are the sums of what the parts have, and the parts of a split follow each other."""
     right = {part.split: {"samples": 0, "quarantined": 0, "bytes": 0} for part in manifest.parts}
-    ends = dict.fromkeys(right, 0)
-    for part in sorted(manifest.parts, key=lambda part: part.first_ordinal):
+    gone = [part for part in manifest.retired if part.by is None]
+    ends = dict.fromkeys((part.split for part in (*manifest.parts, *gone)), 0)
+    for part in sorted((*manifest.parts, *gone), key=lambda part: part.first_ordinal):
         if part.first_ordinal != ends[part.split]:
             raise ValueError(f"{part.stem} begins at ordinal {part.first_ordinal}, the part before it ends at {ends[part.split]}")
         ends[part.split] += part.planned
+        if isinstance(part, Retired):
+            continue
         counts = right[part.split]
         if isinstance(part, ShardRef):
             counts["samples"] += part.live
@@ -379,7 +454,8 @@ def claim_problems(manifest: DatasetManifest, name: str, identity: Mapping[str, 
 
 def _part_to_json(part: ShardRef | RejectedPart) -> dict[str, Any]:
     data = dataclasses.asdict(part)
-    optional = {"home": data.pop("tar_base_url", None), "groups": data.pop("groups", 0), "removed": data.pop("removed")}
+    optional = {"home": data.pop("tar_base_url", None), "groups": data.pop("groups", 0)}
+    optional |= {name: data.pop(name) for name in ("removed", "lost")}
     return data | {key: value for key, value in optional.items() if value not in (None, 0)}  # most parts have none of them
 
 

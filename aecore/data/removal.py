@@ -18,6 +18,7 @@ from aecore.store import Store
 
 Reason = Literal["gone", "changed", "relabelled", "moved", "duplicate", "leak", "retried"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+LEFT_OUT: tuple[Reason, ...] = ("duplicate", "leak")  # the source has the sample, and another one its content
 
 
 def removal_name(stem: str, claim: int) -> str:

@@ -93,25 +93,27 @@ class MakeCopyWorker:
         return CopyWorker(self.setup)
 
 
-def live_ranges(store: Store, dataset: Dataset, shard: ShardRef, parts: Sequence[TablePart]) -> list[tuple[int, int]]:
+def live_ranges(store: Store, dataset: Dataset, shard: ShardRef, parts: Sequence[TablePart], size: int) -> list[tuple[int, int]]:
     """Return which live rows of a shard its parts of the parent generation cover now, one range after the other and all of them.
 
-    Several parts of a shard are ranges of rows that were live when they were written: their ordinals tell where each begins now.
+    A shard is cut into ranges of `size` live rows (0: into one) when it is encoded first, and never again: samples that are removed make
+    ranges shorter. The ordinals in a part tell where it begins now; rows before the first one that `encode.where` chose are in its range
+    or in the one before, as `size` allows.
     """
     starts = [0]
     if len(parts) > 1:
-        stored = dataset.reader(shard).index["ordinal"].to_numpy()
-        live = np.flatnonzero(np.isin(stored, dataset.index(shard)["ordinal"].to_numpy()))
-        place = {ordinal: row for row, ordinal in enumerate(stored.tolist())}
-        following = len(stored)
+        live, following = dataset.index(shard)["ordinal"].to_numpy(), shard.first_ordinal + shard.planned
+        firsts = list[int]()
         for part in reversed(parts[1:]):
-            following = _first(store, part, place, following)
-            starts.insert(1, int(np.searchsorted(live, following)))
+            following = _first(store, part, following)
+            firsts.insert(0, int(np.searchsorted(live, following)))
+        for first in firsts:  # as far as the range before may reach: so it does not matter where the ranges after it begin
+            starts.append(min(first, starts[-1] + size))
     return list(zip(starts, [*starts[1:], shard.live], strict=True))
 
 
-def _first(store: Store, part: TablePart, place: dict[int, int], none: int) -> int:
-    """Return the first row of the stored index that a part has or refused; `none` if it has none."""
+def _first(store: Store, part: TablePart, none: int) -> int:
+    """Return the first ordinal that a part has or refused; `none` if it has none."""
     tables = [(part.file, part.rows), *([(part.quarantine, part.quarantined)] if part.quarantine is not None else [])]
-    found = [place[each] for ref, rows in tables for each in read_part(store, ref, ["ordinal"], rows)["ordinal"].to_numpy().tolist()]
+    found = [each for ref, rows in tables for each in read_part(store, ref, ["ordinal"], rows)["ordinal"].to_numpy().tolist()]
     return min(found, default=none)

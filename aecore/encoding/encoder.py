@@ -3,6 +3,7 @@
 It uses only `latents`, `reconstruct` and `noise_shape`, so it works for every model.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from aecore.table.manifest import ALL, METADATA
 
 OPTIONAL_COLUMNS = {"reconstruction": "recon_error", "kl": "kl", "sample": "z"}  # option -> the column that it adds
 CACHED_BYTES = 3 << 20  # of float32 inputs: of 256x256 RGB images four rows take 1.0 ms each, 64 rows 1.4
+SEQUENCES = 64  # in a piece on a CPU: one of few sequences of about one length is filled up to it
 
 
 @spec
@@ -33,7 +35,9 @@ class EncodeSpec:
     kl: bool = knob(False, "add kl: KL divergence of the posterior from the prior, in nats per row")
     sample: bool = knob(False, "add z: one sample of the posterior")
     seed: int = knob(0, "seed of the sampled column", ge=0)
-    rows_per_part: int = knob(0, "rows per part, rounded up to a multiple of encode.batch; 0: one part per shard", ge=0)
+    rows_per_part: int = knob(
+        0, "rows per part, rounded up to a multiple of encode.batch; fewer where samples were removed since; 0: one part per shard", ge=0
+    )
     columns: tuple[str, ...] = knob(
         (ALL,),
         "columns of the dataset's index that rows keep beside key, label and group: names (sample_sha256 is the index's sha256), `all`, or "
@@ -80,25 +84,39 @@ class Encoder:
         self.device = device
         require_posterior(loaded.config.model, spec)
 
-    def pieces(self, batch: Batch, eps: Tensor | None) -> Iterator[tuple[slice, Batch, Tensor | None]]:
+    def pieces(self, batch: Batch, eps: Tensor | None) -> Iterator[tuple[Tensor, Batch, Tensor | None]]:
         """Yield (rows, their part of a stored batch, its noise) that go through the model together.
 
         On a CPU a piece is as large as fits its activations into the cache, by the shape of a row alone. With `encode.bits=2` all pieces
         have the same number of rows, whatever the batch has: the last row of a shorter one is repeated. Matrix products choose their
-        order of sums by the number of rows (10 of 90 rows differed in bits between a short piece and a full one).
+        order of sums by the number of rows (10 of 90 rows differed in bits between a short piece and a full one), of which a sequence has
+        one for each step: so a piece has sequences of about one length, padded to a number of steps that each of them would have alone.
         """
-        num, row_bytes = len(batch), batch.x[0].numel() * torch.finfo(torch.float32).bits // 8
-        most = self.spec.batch if self.spec.bits > 1 else num
-        rows = most if self.device != "cpu" else max(1, CACHED_BYTES // row_bytes)
-        if self.spec.bits > 1:
-            rows = -(-most // -(-most // rows))  # equal pieces: little is repeated
-        for first, piece in zip(range(0, num, rows), batch.split(rows), strict=True):
-            taken = slice(first, min(first + rows, num))
-            noise = None if eps is None else eps[taken]
-            if self.spec.bits > 1 and len(piece) < rows:
-                piece = piece.padded(rows)
-                noise = None if noise is None else torch.cat([noise, noise[-1:].expand(rows - len(noise), *noise.shape[1:])])
-            yield taken, piece, noise
+        bits, most = self.spec.bits, self.spec.batch if self.spec.bits > 1 else len(batch)
+        for number, group in self._of_one_shape(batch) if bits > 1 else [(torch.arange(len(batch)), batch)]:
+            rows, row_bytes = most, group.x[0].numel() * torch.finfo(torch.float32).bits // 8
+            if self.device == "cpu":
+                rows = max(1, CACHED_BYTES // row_bytes)
+                rows = min(rows, SEQUENCES) if bits > 1 and group.lengths is not None else rows
+            if bits > 1:
+                rows = -(-most // -(-most // rows))  # equal pieces: little is repeated
+            for taken, piece in zip(torch.split(number, rows), group.split(rows), strict=True):
+                noise = None if eps is None else eps[taken]
+                if bits > 1 and len(piece) < rows:
+                    piece = piece.padded(rows)
+                    noise = None if noise is None else torch.cat([noise, noise[-1:].expand(rows - len(noise), *noise.shape[1:])])
+                yield taken, piece, noise
+
+    def _of_one_shape(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield (rows, themselves): all, or of a model of sequences of any length those of up to 1, 2, 4, 8, ... steps."""
+        if 0 not in self.input_shape:
+            yield torch.arange(len(batch)), batch
+            return
+        lengths = torch.full((len(batch),), batch.x.shape[1]) if batch.lengths is None else batch.lengths
+        exponents = [(length - 1).bit_length() for length in lengths.tolist()]
+        for exponent in sorted({*exponents}):
+            rows = torch.tensor([row for row, own in enumerate(exponents) if own == exponent])
+            yield rows, dataclasses.replace(batch, lengths=lengths).take(rows).with_steps(1 << exponent)
 
     @torch.inference_mode()
     def columns(self, batch: Batch, eps: Tensor | None) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from aecore.checkpoint.compatibility import check_input_shape, require_known_lab
 from aecore.checkpoint.weights import FoundModel, find_model, load_model
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.transform import TransformSpec
-from aecore.data.manifest import ShardRef
+from aecore.data.manifest import DatasetManifest, ShardRef
 from aecore.data.read.where import parse_where
 from aecore.encoding.copied import MakeCopyWorker, live_ranges
 from aecore.encoding.encoder import OPTIONAL_COLUMNS, Encoder, EncodeSpec
@@ -67,6 +67,7 @@ class EncodePlan:
     make_worker: MakeWorker
     identity: Mapping[str, Any]
     lineage: Mapping[str, Any]
+    manifest: DatasetManifest
     shards: tuple[ShardRef, ...]
     tasks: tuple[EncodeTask, ...]
     parent: TableManifest | None
@@ -140,7 +141,7 @@ def encode_dataset(
     def require_continued(number: int) -> None:
         there = read_table_manifest(store, number)
         _require_same_table(store, plan.identity, there.identity, plan.setup.model_url, spec)
-        _require_descendant(store, plan.shards, dataset, there)
+        _require_descendant(store, plan.manifest, dataset, there)
 
     with made_of(dataset["url"], dataset["number"], f"{store.url}/{STEM}.{manifest.number:06d}.json"):
         commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new, old=old, require_continued=require_continued)
@@ -179,11 +180,11 @@ def plan_encoding(run: str, data: str, out: str, spec: EncodeSpec, *, device: st
     identity = _identity(found, spec, columns)
     _require_same_table(store, identity, there, found.url, spec)
     lineage = _lineage(found, dataset)
-    _require_descendant(store, dataset.manifest.shards, lineage["dataset"], parent)
+    _require_descendant(store, dataset.manifest, lineage["dataset"], parent)
     url, number = dataset.url, dataset.manifest.number
     setup = EncodeSetup(found.url, found.sha256, url, number, store.url, spec, columns, device, threads)
     make_worker = MakeCopyWorker(setup) if loaded is None else MakeEncodeWorker(setup, loaded, recorded, _num_streams(device, threads))
-    plan = EncodePlan(setup, make_worker, identity, lineage, shards, tuple(tasks), parent, parent_sha256, {})
+    plan = EncodePlan(setup, make_worker, identity, lineage, dataset.manifest, shards, tuple(tasks), parent, parent_sha256, {})
     return _under(store, plan, newest_claim + 1, recorded)
 
 
@@ -213,7 +214,8 @@ def _require_known(dataset: Dataset, spec: EncodeSpec) -> None:
     asked = {*spec.columns} - {ALL, METADATA}
     if not spec.where and not asked:
         return
-    first = {claim_of(shard.stem): shard for shard in reversed(manifest.shards)}  # shards of one generation have the same columns
+    # shards of one generation have the same columns, but where it wrote those of others again
+    first = {(claim_of(shard.stem), shard.stem if shard.lost else ""): shard for shard in reversed(manifest.shards)}
     known = {name for shard in first.values() for name in dataset.reader(shard).index.column_names if name != "members"}
     if spec.where:
         parse_where(spec.where).require_known(known)
@@ -233,9 +235,10 @@ def _known_columns(found: FoundModel, spec: EncodeSpec, parent: TableManifest | 
 
 def _tasks(store: Store, dataset: Dataset, shards: Sequence[ShardRef], spec: EncodeSpec, parent: TableManifest | None) -> list[EncodeTask]:
     """Return the parts to make: those of new shards, and those of the parent that its shard has left, or that get more columns."""
-    known: dict[tuple[str, str], list[TablePart]] = {}
+    known: dict[tuple[str, str | None], list[TablePart]] = {}
+    heirs = dataset.manifest.heirs()
     for part in () if parent is None else parent.parts:
-        known.setdefault((part.split, part.shard), []).append(part)
+        known.setdefault((part.split, heirs.get((part.split, part.shard), part.shard)), []).append(part)
     added = parent is not None and parent.index_columns != spec.columns
     tasks = []
     for shard in shards:
@@ -243,10 +246,11 @@ def _tasks(store: Store, dataset: Dataset, shards: Sequence[ShardRef], spec: Enc
         parts = known.get((shard.split, shard.stem))
         if parts is None:
             tasks += part_tasks(shard, spec)
-        elif added or any(part.removed_sha256 != removed for part in parts):
-            ranges = live_ranges(store, dataset, shard, parts)
+        elif added or any((part.shard, part.removed_sha256) != (shard.stem, removed) for part in parts):
+            ranges = live_ranges(store, dataset, shard, parts, part_size(spec.rows_per_part, spec.batch))
             for part, (start, stop) in zip(parts, ranges, strict=True):
-                tasks.append(EncodeTask(_AGAIN.sub("", part.stem), shard, start, stop, spec.columns, part))
+                rows = _AGAIN.sub("", part.stem).removeprefix(part.shard)
+                tasks.append(EncodeTask(f"{shard.stem}{rows}", shard, start, stop, spec.columns, part))
     return tasks
 
 
@@ -369,9 +373,10 @@ def _as_asked(identity: Mapping[str, Any], spec: EncodeSpec, both: Set[str]) -> 
     return {**rest, "encode": asked, "columns": kept}
 
 
-def _require_descendant(store: Store, shards: Sequence[ShardRef], dataset: Mapping[str, Any], parent: TableManifest | None) -> None:
-    """Raise ConfigError unless every shard of the table is a shard of the dataset, whose number and address are given."""
-    there = {(shard.split, shard.stem): shard.tar.sha256 for shard in shards}
+def _require_descendant(store: Store, manifest: DatasetManifest, dataset: Mapping[str, Any], parent: TableManifest | None) -> None:
+    """Raise ConfigError unless every shard of the table is or was a shard of the dataset, whose number and address are given."""
+    there = {(shard.split, shard.stem): shard.tar.sha256 for shard in manifest.shards}
+    there |= {(part.split, part.stem): part.sha256 for part in manifest.retired if part.sha256 is not None}
     for part in () if parent is None else parent.parts:
         if there.get((part.split, part.shard)) != part.shard_sha256:
             raise ConfigError(
@@ -393,10 +398,14 @@ def _claim(store: Store, plan: EncodePlan) -> int:
 
 
 def _manifest(plan: EncodePlan, records: Sequence[PartRecord]) -> TableManifest:
-    """Return the next manifest: recorded parts and those of the parent that none was copied from, in the order of the dataset's shards."""
+    """Return the next manifest: recorded parts and those of the parent that none was copied from, in the order of the dataset's shards.
+
+    Of a shard that was retired with nothing live there is no part any more.
+    """
     new = [TablePart.from_record(record) for record in records]
-    copied = {part.copied_from for part in new}
-    parts = [*(part for part in (() if plan.parent is None else plan.parent.parts) if part.file.sha256 not in copied), *new]
+    copied, gone = {part.copied_from for part in new}, {retired for retired, heir in plan.manifest.heirs().items() if heir is None}
+    old = [part for part in (() if plan.parent is None else plan.parent.parts) if (part.split, part.shard) not in gone]
+    parts = [*(part for part in old if part.file.sha256 not in copied), *new]
     place = {(shard.split, shard.stem): number for number, shard in enumerate(plan.shards)}
     parts.sort(key=lambda part: (place[part.split, part.shard], part.row_start))
     producers = [] if plan.parent is None else list(plan.parent.lineage["encoded_by"])

@@ -94,6 +94,7 @@ class EncodeWorker:
         self.writer.dataset.prefetch(made)
 
     def _commit(self, task: EncodeTask, values: "_PartValues", index: pa.Table, encode_s: float) -> PartRecord:
+        values.in_order()
         values.drop_not_finite()
         rows = values.rows[: values.filled]
         metadata = {**self.metadata, **part_facts(task, self.setup.checkpoint_sha256)}
@@ -135,7 +136,7 @@ class EncodeWorker:
                 own = [names[row] for row in rows.tolist()] if names else []
                 noise = self.encoder.noise(batch, number, task.shard.tar.sha256, own)
                 for taken, piece, eps in self.encoder.pieces(batch, noise):
-                    yield rows[taken], piece, eps
+                    yield rows[taken.numpy()], piece, eps
 
     def _latents(self, piece: _Piece) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         rows, batch, eps = piece
@@ -205,6 +206,14 @@ class _PartValues:
     def filled_columns(self) -> dict[str, NDArray[Any]]:  # any: float32, float16 or int32
         """Return the columns of the filled rows, as views."""
         return {name: column[: self.filled] for name, column in self.columns.items()}
+
+    def in_order(self) -> None:
+        """Put the rows into the shard's order: sequences come by their length."""
+        order = np.argsort(self.rows[: self.filled])
+        if not np.array_equal(order, np.arange(self.filled)):
+            self.rows[: self.filled] = self.rows[order]
+            for column in self.columns.values():
+                column[: self.filled] = column[order]
 
     def drop_not_finite(self) -> None:
         """Move rows with a value that is not finite (in the column's type: float16 ends at 65,504) to the refused ones."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from aecore.store import environment_value
 
-VERSION = 14  # equal to the one in native.h: a library built from another version is not used
+VERSION = 15  # equal to the one in native.h: a library built from another version is not used
 FACTS = np.dtype([("kind", "u1"), ("detail", "V3"), ("width", "u4"), ("height", "u4")])
 
 

@@ -61,7 +61,7 @@ class StreamHash:
         self._library.aecore_sha256(self.state, blocks, len(blocks) // _BLOCK, *places, len(messages), digests)
         return digests
 
-    def append(self, stream: bytes) -> None:
+    def append(self, stream: bytes | memoryview) -> None:
         """Append whole blocks to the stream."""
         self.update(stream, _NOTHING)
 
@@ -199,6 +199,11 @@ def _png_facts(file: memoryview) -> tuple[int, bytes, int, int]:
         has_pixels = has_pixels or name == b"IDAT"
         if name in (b"eXIf", b"acTL"):
             return _UNKNOWN
+        text = file[at + 8 : end].tobytes() if name in (b"iTXt", b"tEXt", b"zTXt") else b""
+        if text.startswith(b"Raw profile type exif\0"):
+            return _UNKNOWN
+        if text.startswith(b"XML:com.adobe.xmp\0") and (text[18:19] != b"\0" or _turns(text)):  # packed, or says it
+            return _UNKNOWN
         if name == b"IEND":
             width, height = (int.from_bytes(file[place : place + 4], "big") for place in (16, 20))
             return (1, bytes([file[24], file[25], transparent]), width, height) if has_pixels else _UNKNOWN
@@ -225,6 +230,8 @@ def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
             return found[0], found[1][:2] + bytes([found[1][2] | (orientation & 15) << 4]), *found[2:]
         if marker == 0xE1 and not orientation and segment.startswith(b"Exif\0\0"):
             orientation = exif_orientation(segment[6:])
+        if marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0") and _turns(segment):
+            return _UNKNOWN
         if marker == 0xE2 and segment.startswith(b"MPF\0"):
             return _UNKNOWN
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -236,14 +243,17 @@ def _jpeg_facts(file: memoryview) -> tuple[int, bytes, int, int]:
     return _UNKNOWN
 
 
-def exif_orientation(block: bytes) -> int:
-    """Return the orientation, 1 to 8, of an EXIF block (a TIFF header and its first directory); 1 where it says none that exists."""
+def exif_orientation(block: bytes, missing: int = 1) -> int:
+    """Return the orientation, 1 to 8, of an EXIF block (a TIFF header and its first directory); 1 where it says one that does not exist.
+
+    `missing` is that of a block that has none, or is damaged before it.
+    """
     while block.startswith(b"Exif\0\0"):  # some write it twice
         block = block[6:]
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     try:
         if order is None:
-            return 1
+            return missing
         at = struct.unpack_from(f"{order}I", block, 4)[0]
         for entry in range(at + 2, at + 2 + 12 * struct.unpack_from(f"{order}H", block, at)[0], 12):
             tag, kind = struct.unpack_from(f"{order}HH", block, entry)
@@ -252,7 +262,20 @@ def exif_orientation(block: bytes) -> int:
                 return int(value) if 1 <= value <= 8 else 1
     except (struct.error, KeyError):  # cut or damaged
         pass
-    return 1
+    return missing
+
+
+def _turns(xmp: bytes) -> bool:
+    """Return whether an XMP packet says an orientation that is not 1, like image.c: which one counts is left to `data.format`."""
+    at = xmp.find(b"tiff:Orientation")
+    while at >= 0:
+        after = xmp[at + 16 : at + 19]
+        if after[:2] == b'="' and after[2:].isdigit():
+            return after[2:] != b"1"
+        if after[:1] == b">" and after[1:2].isdigit():
+            return after[1:2] != b"1"
+        at = xmp.find(b"tiff:Orientation", at + 1)
+    return False
 
 
 def decode_pngs(files: BytesColumn, pixels: Bytes, *, as_stored: bool = False) -> NDArray[np.bool_]:

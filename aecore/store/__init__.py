@@ -43,7 +43,7 @@ from aecore.store._open import (
     open_store,
     recorded_url,
     resolve_url,
-    split_tars,
+    split_urls,
 )
 from aecore.store._private import keep_torch_cache_private, make_private, name_torch_cache, named_folder, own_folder, private_folder
 from aecore.store._race import RACERS, ROUNDS, race
@@ -101,7 +101,7 @@ __all__ = [
     "settled_ns",
     "sha256_file",
     "sha256_json",
-    "split_tars",
+    "split_urls",
     "trim_cache",
     "unchecked_bodies",
 ]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import left_behind, put_or_adopt
 from aecore.artifact.documents import parse_json
 from aecore.data.format.decode import preprocessing_hash
+from aecore.data.format.footer import Footer
 from aecore.data.format.form import Form, form_problems
 from aecore.data.format.index import INDEX_SCHEMA, SOURCE_SHA256, column_problems, plain_type
 from aecore.data.format.parquet import footer_sha256, read_metadata, read_parquet, same_footers
@@ -304,7 +305,7 @@ def damage_named(path: object) -> Iterator[None]:
 
 
 def read_part(
-    store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None, footer: pq.FileMetaData | None = None
+    store: Store, ref: FileRef, columns: Sequence[str] | None = None, rows: int | None = None, footer: Footer | None = None
 ) -> pa.Table:
     """Read columns of a committed part, verifying the checksum of every page; with `footer`, that of the file is not read again.
 
@@ -317,13 +318,13 @@ def read_part(
     return _read(store, ref, read)
 
 
-def read_footer(store: Store, ref: FileRef, sha256: str | None = None) -> pq.FileMetaData:
+def read_footer(store: Store, ref: FileRef, sha256: str | None = None) -> Footer:
     """Read the footer of a committed part: schema, rows, statistics.
 
     DataError if it is damaged (with `sha256`: if it has another hash), StoreError if it cannot be read.
     """
 
-    def read(path: Path) -> pq.FileMetaData:
+    def read(path: Path) -> Footer:
         with path.open("rb") as file:
             return read_metadata(file, sha256)
 

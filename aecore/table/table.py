@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import claim_of, newest_number
-from aecore.artifact.kinds import other_kind
+from aecore.artifact.kinds import detect_artifact, other_kind
+from aecore.artifact.root import stage_folders
+from aecore.data.format.footer import Footer
 from aecore.errors import DataError, Hint, counted, did_you_mean
 from aecore.store import Store, canonical_json, open_store
 from aecore.table.files import PartFiles
@@ -64,7 +65,7 @@ class LatentTable:
         self.manifest = manifest
         self.parts = tuple(part for part in manifest.parts if self.split in (None, part.split))
         self.__dict__.pop("schema", None)
-        self._footers: dict[str, pq.FileMetaData] = {}
+        self._footers: dict[str, Footer] = {}
         self._footer_sha256: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -145,7 +146,7 @@ class LatentTable:
             raise DataError(f"{self.url}: {'; '.join(problems)}: restore the part, or encode to another URL")
         return pa.unify_schemas(schemas) if schemas else pa.schema([])
 
-    def _footer(self, part: TablePart) -> pq.FileMetaData:
+    def _footer(self, part: TablePart) -> Footer:
         """Return the footer of a part, read and compared once; DataError if the file is another part than the manifest names."""
         if part.stem not in self._footers:
             sha256 = part.footer_sha256 or unrecorded_footer_sha256(self.store, part.file)
@@ -282,7 +283,7 @@ class LatentTable:
         raise DataError(f"table {self.url} has no row with the key {key!r}: it may be in quarantine/, or not in the dataset")
 
 
-def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMetaData) -> list[str]:
+def origin_problems(manifest: TableManifest, part: TablePart, footer: Footer) -> list[str]:
     """Return where a part's own metadata contradict the manifest: rows, checkpoint, shard, settings."""
     schema, identity = footer.schema.to_arrow_schema(), manifest.identity
     metadata = part_metadata(schema)
@@ -303,8 +304,8 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: pq.FileMet
         "copied_from": part.copied_from,
     }
     found = [f"it has {counted(footer.num_rows, 'row', 'rows')}, the manifest says {part.rows}"] if footer.num_rows != part.rows else []
-    if footer.num_row_groups > 1:
-        found.append(f"it has {footer.num_row_groups} row groups, expected one")
+    if len(footer.row_groups) > 1:
+        found.append(f"it has {len(footer.row_groups)} row groups, expected one")
     found += schema_problems(schema, manifest.columns)
     return found + [
         f"it has {key} {metadata.get(key)!r}, the manifest {value!r}" for key, value in wanted.items() if metadata.get(key) != value
@@ -323,22 +324,36 @@ def generation_problems(parts: Sequence[TablePart], schemas: Sequence[pa.Schema]
     return problems
 
 
-def _may_hold(footer: pq.FileMetaData, key: str) -> bool:
-    for group in range(footer.num_row_groups):
-        statistics: Any = footer.row_group(group).column(0).statistics  # any: minimum and maximum have the column's type
-        if statistics is None or not statistics.has_min_max or statistics.min <= key <= statistics.max:
+def _may_hold(footer: Footer, key: str) -> bool:
+    for group in footer.row_groups:
+        statistics = group.columns[0].statistics
+        if statistics is None or statistics.min is None or statistics.max is None or statistics.min <= key.encode() <= statistics.max:
             return True
     return False
+
+
+def _newest_of_root(store: Store) -> tuple[Store, int | None]:
+    """Return the newest table of a root that was committed, with its newest generation; the place itself, with None, if there is none."""
+    found = detect_artifact(store)
+    folders = [] if found is None or found.kind != "root" else stage_folders(found.stages, "table")
+    for folder in reversed(folders):
+        table = open_store(f"{store.url}/{folder}")
+        if (newest := newest_number(table, STEM)) is not None:
+            return table, newest
+    return store, None
 
 
 def open_table(url: str, number: int | None = None) -> LatentTable:
     """Open the newest generation of the table at `url`, or generation `number`; reads the manifest and nothing else.
 
+    `url` may be the root of a pipeline: its newest table is opened, of the newest run that has one.
     Only parts that the manifest names are seen; a glob over `data/**` also finds those of unfinished and of replaced generations. Of
     those, garbage collection keeps the last ones for some days: DataError from what is read of one that has expired.
     """
     store = open_store(url)
     newest = newest_number(store, STEM)
+    if newest is None:
+        store, newest = _newest_of_root(store)
     if newest is None:
         other = other_kind(store, "table")
         if other is not None:

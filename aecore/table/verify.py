@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aecore.artifact.commit import newest_number
@@ -40,6 +39,7 @@ from aecore.artifact.subset import VerifySubset
 from aecore.artifact.unnamed import unnamed_problems
 from aecore.data.dataset import Dataset, open_dataset
 from aecore.data.format.decode import preprocessing_hash
+from aecore.data.format.footer import Footer
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import column_problems
 from aecore.data.manifest import ShardRef
@@ -68,6 +68,7 @@ from aecore.table.table import KEYS, LatentTable, generation_problems, origin_pr
 logger = logging.getLogger(__name__)
 SHOWN = 20
 CHECKPOINT = "checkpoint.json"
+Heirs = Mapping[tuple[str, str | None], str | None]  # split and stem of a shard that was retired -> the one that took its place
 KL_TOLERANCE = {"float32": 1e-3, "float16": 2e-2}  # of kl, which is computed in float32 before mu and log_var are rounded
 
 
@@ -136,7 +137,8 @@ def verify_table(
     chosen = [part for part in table.parts if (read_data if only is None else only.takes(part.stem))]
     stems = {part.stem for part in chosen}
     sources = _sources(table) if any(part.copied_from is not None for part in chosen) else {}
-    footers: dict[str, pq.FileMetaData] = {}
+    heirs: Heirs | None = None if dataset is None else {(part.split, part.stem): part.by for part in dataset.manifest.retired}
+    footers: dict[str, Footer] = {}
     for part in table.parts:
         read = part.stem in stems
         try:
@@ -149,7 +151,7 @@ def verify_table(
                 shard = shards.get((part.split, part.shard))
                 problems += guarded(part.file.name, _index_problems(table, part, rows, dataset, shard, read))
             if read:
-                problems += guarded(part.file.name, _copy_problems(table, part, rows, sources))
+                problems += guarded(part.file.name, _copy_problems(table, part, rows, sources, heirs))
         except DataError as error:
             problems.append(str(error))
     problems = [*_foreign(table), *problems, *guarded(table.url, _unnamed_problems(table))]
@@ -158,7 +160,7 @@ def verify_table(
     problems += generation_problems(known, [footers[part.stem].schema.to_arrow_schema() for part in known])
     if read_data:
         documents, damaged = read_all(table.store)
-        problems += [problem for problem in (*damaged, *_document_problems(table, documents, footers)) if problem not in problems]
+        problems += [problem for problem in (*damaged, *_document_problems(table, documents, footers, heirs)) if problem not in problems]
     if chosen and dataset is None:
         logger.warning(
             "%s: there is no dataset at %s, so keys, labels and metadata columns were not compared with the samples: say where it is now",
@@ -258,7 +260,17 @@ def _sources(table: LatentTable) -> dict[str, TablePart]:
     return {part.file.sha256: part for manifest in _manifests(table) if manifest.number < table.manifest.number for part in manifest.parts}
 
 
-def _copy_problems(table: LatentTable, part: TablePart, rows: pa.Table, sources: Mapping[str, TablePart]) -> Iterator[str]:
+def _left_to(part: TablePart, heirs: Heirs | None) -> set[str | None]:
+    """Return the shards that have had what was live of a part's shard (None: nothing was), as far as the dataset says it."""
+    found: list[str | None] = [part.shard]
+    while heirs is not None and (part.split, found[-1]) in heirs:
+        found.append(heirs[part.split, found[-1]])
+    return {*found}
+
+
+def _copy_problems(
+    table: LatentTable, part: TablePart, rows: pa.Table, sources: Mapping[str, TablePart], heirs: Heirs | None
+) -> Iterator[str]:
     """Yield where a part is not what it says it was copied from, as far as that is still there."""
     if part.copied_from is None:
         return
@@ -266,7 +278,7 @@ def _copy_problems(table: LatentTable, part: TablePart, rows: pa.Table, sources:
     if source is None:
         yield f"{name} states that it was copied from a part with the sha256 {part.copied_from[:12]}, which no generation before names"
         return
-    if (source.split, source.shard) != (part.split, part.shard):
+    if source.split != part.split or (heirs is not None and part.shard not in _left_to(source, heirs)):
         yield f"{name} states that it was copied from {source.file.name}, which is of another shard"
         return
     if table.store.size(source.file.name) is None:
@@ -357,7 +369,7 @@ def _lineage_problems(table: LatentTable, dataset: Dataset | None) -> Iterator[s
         yield f"generation {dataset.manifest.number} of {dataset.url} has dataset_sha256 {found[:12]}, the lineage names {known}"
 
 
-def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, footers: dict[str, pq.FileMetaData]) -> Iterator[str]:
+def _footer_problems(table: LatentTable, part: TablePart, read_data: bool, footers: dict[str, Footer]) -> Iterator[str]:
     """Yield where files and footer of a part contradict the manifest; the footer is added to `footers`."""
     name = part.file.name
     for ref in (part.file, part.quarantine):
@@ -492,7 +504,9 @@ def _same(found: Column, right: Column) -> bool:
     return bool(np.array_equal(found.to_numpy(), right.to_numpy(), equal_nan=True))
 
 
-def _document_problems(table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, pq.FileMetaData]) -> Iterator[str]:
+def _document_problems(
+    table: LatentTable, documents: Mapping[str, Document], footers: Mapping[str, Footer], heirs: Heirs | None
+) -> Iterator[str]:
     """Yield where claims, records, manifests and the metadata of parts contradict each other."""
     schemas = {stem: footer.schema.to_arrow_schema() for stem, footer in footers.items()}
     manifests = dict[int, TableManifest]()
@@ -508,7 +522,7 @@ def _document_problems(table: LatentTable, documents: Mapping[str, Document], fo
             manifests[manifest.number] = manifest
             if parent is not None and manifest.parent_sha256 != documents[f"{STEM}.{manifest.parent:06d}.json"].sha256:
                 yield f"{where}: generation {manifest.number} was added to another generation {manifest.parent} than the stored one"
-            found = (f"{where}: {problem}" for problem in _generation_problems(parent, manifest, documents, schemas))
+            found = (f"{where}: {problem}" for problem in _generation_problems(parent, manifest, documents, schemas, heirs))
             yield from guarded(where, found)
     for part in table.parts:
         name = f"records/{part.stem}.json"
@@ -519,7 +533,11 @@ def _document_problems(table: LatentTable, documents: Mapping[str, Document], fo
 
 
 def _generation_problems(
-    parent: TableManifest | None, manifest: TableManifest, documents: Mapping[str, Document], schemas: Mapping[str, pa.Schema]
+    parent: TableManifest | None,
+    manifest: TableManifest,
+    documents: Mapping[str, Document],
+    schemas: Mapping[str, pa.Schema],
+    heirs: Heirs | None,
 ) -> Iterator[str]:
     """Yield where a generation is not its parent's, its claim's or its parts'."""
     old = () if parent is None else parent.parts
@@ -529,7 +547,7 @@ def _generation_problems(
             yield f"its identity is not that of generation {parent.number}: {differences}"
         if lost := [name for name in parent.index_columns if name not in manifest.index_columns and ALL not in manifest.index_columns]:
             yield f"it lacks the columns {', '.join(lost)} of generation {parent.number}"
-    yield from _succession_problems(old, manifest)
+    yield from _succession_problems(old, manifest, heirs)
     run, checkpoint = manifest.lineage["run"], manifest.lineage["checkpoint"]["url"]
     if run != checkpoint.removesuffix("/model"):
         yield f"its lineage names the run {run!r} and a checkpoint at {checkpoint!r}"
@@ -548,13 +566,18 @@ def _generation_problems(
             yield f"its lineage does not name what its parts say they were encoded by: {differences}"
 
 
-def _succession_problems(old: Sequence[TablePart], manifest: TableManifest) -> Iterator[str]:
-    """Yield where a generation neither names a part of its parent nor a copy of it."""
+def _succession_problems(old: Sequence[TablePart], manifest: TableManifest, heirs: Heirs | None) -> Iterator[str]:
+    """Yield where a generation neither names a part of its parent nor a copy of it; of a shard without live samples it need not."""
     copies = {part.copied_from: part for part in manifest.parts}
     named = {part.stem: part for part in manifest.parts}
     for part in old:
         copy = copies.get(part.file.sha256)
-        if named.get(part.stem) != part and (copy is None or (copy.split, copy.shard) != (part.split, part.shard)):
+        if named.get(part.stem) == part:
+            continue
+        left = _left_to(part, heirs)
+        if copy is None and (heirs is None or None in left) and part.shard not in {each.shard for each in manifest.parts}:
+            continue
+        if copy is None or copy.split != part.split or (heirs is not None and copy.shard not in left):
             yield f"it does not name the parts of generation {manifest.parent} as that one does, nor copies of them: {part.stem}"
             return
 

@@ -248,6 +248,7 @@ class Session:
             "dataset_number": self.dataset.number,
             "dataset_sha256": self.dataset.dataset_sha256,
             "total_steps": self.total_steps,
+            **({} if self._loaded is None else {"init_from": self._loaded.url.removesuffix("/model")}),
             **({} if self.classes is None else {"classes": list(self.classes)}),
             "linear": str(linear_path()),
         }

@@ -22,8 +22,12 @@ FOLLOWS = (
 
 @VERBS.register(
     "shard",
-    "write images, arrays or tars (or generated `sprites`) as a dataset, or make one that exists follow them",
-    argument("src", "folder, .npz, .npy, idx or .tar file, or a source kind; a word that is both means the kind, ./sprites the folder"),
+    "write images, arrays, tars or datasets (or generated `sprites`) as a dataset, or make one that exists follow them",
+    argument(
+        "src",
+        "folder, .npz, .npy, idx or .tar file, one or several datasets, or a source kind; of a word that is both, ./sprites is the folder",
+        nargs="+",
+    ),
     argument("dataset", "dataset to create, or to bring up to date"),
     argument("--recipe", "recipe whose other sections are used"),
     *FOLLOWS,
@@ -71,13 +75,18 @@ def _follows(args: Args) -> dict[str, Any]:  # any: plain values
 
 
 def _source(args: Args) -> dict[str, Any]:  # any: plain values
-    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name."""
-    from aecore.data.sources._detect import detect_source
-    from aecore.registry import SOURCES
+    """Return the source section for SRC: a word that is a source kind means the kind, even if a folder has that name.
 
-    word = args.src
+    Not so for a kind that needs an address, if nothing gives one: `aepipe shard dataset OUT` reads the folder `dataset`.
+    """
+    from aecore.data.sources._detect import detect_source
+    from aecore.registry import SOURCES, field_types
+    from aecore.store import absolute_url
+
+    word = args.src[0] if len(args.src) == 1 else "::".join(absolute_url(word, "SRC") for word in args.src)
     if word.isidentifier():
-        if word in SOURCES.kinds():
+        given_url = args.recipe is not None or any(text.startswith("source.url=") for text in args.overrides)
+        if word in SOURCES.kinds() and (given_url or "url" not in field_types(SOURCES.spec_type(word)) or not os.path.exists(word)):
             return {"kind": word}
         if not os.path.exists(word):
             raise ConfigError(f"there is no folder {word!r} here and no source kind of that name{did_you_mean(word, SOURCES.kinds())}")
@@ -192,7 +201,11 @@ def _submit(args: Args) -> Result:
     "show",
     "show what is at a URL",
     URL,
-    argument("--files", "of a table: the paths of the Parquet files of its newest generation, one a line", action="store_true"),
+    argument(
+        "--files",
+        "of a table, or the newest one of a root: the paths of the Parquet files of its newest generation, one a line",
+        action="store_true",
+    ),
     argument("--sql", "of a table: SQL for DuckDB that makes a view `latents` of these files", action="store_true"),
     recipe=False,
 )
@@ -202,7 +215,20 @@ def _show(args: Args) -> Result:
 
     if args.files or args.sql:
         return Result(show.table_files(args.url, sql=args.sql), text.of_files)
-    return Result(show.show(args.url), text.of_tree)
+    return Result(show.show(args.url), text.of_show)
+
+
+@VERBS.register(
+    "status",
+    "show which generation of the dataset the runs and tables of a pipeline belong to, and whether the newest is up to date",
+    argument("url", "root of a pipeline"),
+    recipe=False,
+)
+def _status(args: Args) -> Result:
+    from pipelines.cli import text
+    from pipelines.steps import status
+
+    return Result(status.status(args.url), text.of_tree)
 
 
 @VERBS.register(
@@ -232,13 +258,14 @@ def _verify(args: Args) -> Result:
     "show how two runs, tables, datasets or roots differ",
     argument("a", "run, table, dataset, or a root of all three"),
     argument("b", "another one of the same kind"),
+    argument("--values", "of datasets: decode all samples, and compare them whatever files and keys they have", action="store_true"),
     recipe=False,
 )
 def _compare(args: Args) -> Result:
     from aecore.maintenance.compare import compare
     from pipelines.cli import text
 
-    return Result(compare(args.a, args.b), text.of_compare)
+    return Result(compare(args.a, args.b, values=args.values), text.of_compare)
 
 
 @VERBS.register(
@@ -246,8 +273,21 @@ def _compare(args: Args) -> Result:
     "remove what killed or superseded attempts left (never what a manifest names)",
     URL,
     argument("--older-than", "keep anything newer than this, which may still be in use, for example 7d", default="1d"),
-    argument("--keep-generations", "of a table: keep the parts that these last generations name", type=int, default=2, metavar="N"),
-    argument("--retention", "of a table: keep parts that were replaced less than this ago, for example 30d", default="7d"),
+    argument(
+        "--keep-generations",
+        "of a table or dataset: keep the parts that these last generations name; of a root: so many last runs",
+        type=int,
+        default=2,
+        metavar="N",
+    ),
+    argument("--retention", "keep parts, or runs of a root, that were replaced or retired less than this ago, as 30d", default="7d"),
+    argument(
+        "--compact",
+        "first write shards of a dataset again of which more than this share was removed, for example 0.5 (0: all that lost samples)",
+        type=float,
+        metavar="SHARE",
+    ),
+    argument("--copy", "with --compact: also copy what is left of adopted tars into tars of the dataset", action="store_true"),
     argument("--unfinished", "also remove what the same command would continue from", action="store_true"),
     writes=True,
     recipe=False,
@@ -257,6 +297,7 @@ def _gc(args: Args) -> Result:
     from pipelines.steps import gc
 
     limits = {"older_than": args.older_than, "keep_generations": args.keep_generations, "retention": args.retention}
+    limits |= {"compact": args.compact, "copy": args.copy}
     return Result(gc.gc(args.url, **limits, unfinished=args.unfinished, dry_run=args.dry_run), text.of_gc)
 
 

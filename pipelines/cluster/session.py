@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 << 20  # tasks and records only; samples never pass through it
 LOOPBACK = "127.0.0.1"
 END_S = 15.0  # for the processes of a local Ray to end
+STARTS = 3  # of a local Ray; each may take the 30 s that Ray allows its processes
 LOOK_S = 10.0  # between checks of the nodes while work is done
 _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the source tree to every worker
@@ -108,8 +109,7 @@ def connect(cluster: ClusterSpec) -> None:
         else:
             _start_local(ray)
     except Exception as error:
-        # a start that takes more than 30 s ends with a bare Exception (Ray 2.60, `Node.__init__`)
-        if not (isinstance(error, (OSError, RuntimeError, ValueError)) or type(error) is Exception):
+        if not (isinstance(error, (OSError, RuntimeError, ValueError)) or _came_up_late(error)):
             raise
         raise ClusterError(_cannot_connect(error, address, name)) from error
     _Connection.address = address
@@ -137,20 +137,57 @@ def _cannot_connect(error: Exception, address: str, name: str) -> str:
 def _start_local(ray: Any) -> None:
     clear_leftovers(Path(os.environ["RAY_TMPDIR"]))
     make_importable()
-    # Ray's processes keep the working directory and the environment that they are started in
-    with contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address(), _only_what_is_used():
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            configure_logging=True,
-            job_config=_job_config(),
-            _node_ip_address=LOOPBACK,
-        )
+    for start in range(1, STARTS + 1):
+        # Ray's processes keep the working directory and the environment that they are started in
+        surroundings = (contextlib.chdir("/"), _temporary_defaults(_LOCAL_SETTINGS), _keep_loopback_address(), _only_what_is_used())
+        try:
+            with contextlib.ExitStack() as stack:
+                for each in (*surroundings, _ended_if_it_fails()):
+                    stack.enter_context(each)
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    configure_logging=True,
+                    job_config=_job_config(),
+                    _node_ip_address=LOOPBACK,
+                )
+            break
+        except Exception as error:
+            if start == STARTS or not _came_up_late(error):
+                raise
+            logger.warning("a local Ray was not up after 30 s: this machine is busy; start %d of %d", start + 1, STARTS)
     with contextlib.suppress(OSError):  # without a note the folder is only kept
         note_driver(Path(ray._private.worker.global_worker.node.get_session_dir_path()))
+
+
+def _came_up_late(error: Exception) -> bool:
+    """Return whether Ray gave up on processes that it had started: a bare Exception after 30 s (Ray 2.60, `Node.__init__`)."""
+    return type(error) is Exception
+
+
+@contextlib.contextmanager
+def _ended_if_it_fails() -> Iterator[None]:
+    """End the processes of a Ray that does not come up; `ray.init` (2.60) leaves them until this process ends."""
+    node: Any = importlib.import_module("ray._private.node")  # any: a class of it is replaced
+    before, begun = node.Node, []
+
+    class Node(before):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            begun.append(self)
+            super().__init__(*args, **options)
+
+    node.Node = Node
+    try:
+        yield
+    except BaseException:
+        for each in begun:
+            each.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        raise
+    finally:
+        node.Node = before
 
 
 @contextlib.contextmanager

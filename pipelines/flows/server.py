@@ -10,10 +10,13 @@ A server ends when the last process that uses it has released its lock, however 
 import atexit
 import base64
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -25,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aecore.errors import ClusterError
+from aecore.errors import AecoreError, ClusterError, ServiceLost, StoreError, printable
 from aecore.store import named_folder, private_folder
 from pipelines.cluster.interrupt import patience
+from pipelines.cluster.outside import known_error
 from pipelines.cluster.process import is_alive, process_name
 from pipelines.cluster.session import LOOPBACK, import_environment
 
@@ -36,6 +40,11 @@ START_S, END_S = 120.0, 20.0
 FLOW_END_S = 60.0  # for a flow to end after a signal: its jobs are stopped, its state is reported, its server ends
 PORT = 4200  # Prefect's default; any free one if it is taken
 PROCESS = "AEPIPE_SERVER_PROCESS"
+ROOM_BYTES = 4 << 20  # written to see whether there is room: four times a new database of Prefect
+_TAIL_BYTES = 1 << 16
+_ERROR = re.compile(r"(?m)^(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)\b: .*|^.*(?:[Kk]illed|MemoryError).*$")
+_OF_DATABASE = re.compile(r"(?i)sqlite3?\.|sqlalchemy|asyncpg|database")
+_NO_MEMORY = re.compile(r"(?i)MemoryError|cannot allocate memory|can't start new thread|out of memory")
 _left_running: "list[subprocess.Popen[bytes]]" = []
 
 
@@ -111,12 +120,25 @@ def lasting_server() -> Iterator[tuple[Server, bool]]:
 
 @contextlib.contextmanager
 def temporary_server() -> Iterator[Server]:
-    """Use this process's temporary server, which is started the first time and ends with the process: no page, no scheduler."""
+    """Use this process's temporary server, which is started the first time and ends with the process: no page, no scheduler.
+
+    Raises
+    ------
+    StoreError
+        PREFECT_HOME has no room for its files, or its database cannot be used: at the start, or later.
+    ClusterError
+        It does not start for another reason.
+    """
     server = _Temporary.server
     if server is None or not is_alive(server.process) or not server.answers(10):
         server = _Temporary.server = _start_temporary()
     with _settings(server, has_page=False):
-        yield server
+        try:
+            yield server
+        except Exception as error:  # a server without room answers with status 500, or not any more
+            if isinstance(known_error(error), ServiceLost) and (refused := _refused_in(_home())):
+                raise _no_room("stopped working", refused) from error
+            raise
 
 
 def empty_folder() -> Path:
@@ -192,7 +214,59 @@ def _wait_for_start(server: Server, child: "subprocess.Popen[bytes]", log: Path)
     while time.monotonic() < deadline and child.poll() is None:
         if server.answers(2):  # the socket is open before the server is ready
             return
-    raise ClusterError(f"the Prefect server did not start in {START_S:.0f} s, see {log}; or set PREFECT_API_URL to a running one")
+    raise _not_started(child.poll(), log)
+
+
+def _not_started(status: int | None, log: Path) -> AecoreError:
+    """Return the error about a server that ended with this exit status (negative: a signal), or runs and does not answer."""
+    ended = f"did not start in {START_S:.0f} s" if status is None else "ended while it started"
+    if refused := _refused_in(_home()):  # asked first: on a full disk there is no log either
+        return _no_room(ended, refused)
+    said = _last_error(log)
+    if _NO_MEMORY.search(said) or status == -signal.SIGKILL:
+        return ClusterError(
+            f"the Prefect server {ended}: not enough memory here ({said or 'it was killed'}); use a larger machine, or set "
+            "PREFECT_API_URL to a server on another one"
+        )
+    if _OF_DATABASE.search(said):
+        return StoreError(
+            f"the Prefect server {ended}: its database cannot be used ({said}); end what else uses PREFECT_HOME={_home()}, or set "
+            f"PREFECT_HOME to another folder (log: {log})"
+        )
+    return ClusterError(f"the Prefect server {ended}{f' ({said})' if said else ''}, see {log}; or set PREFECT_API_URL to a running one")
+
+
+def _no_room(ended: str, refused: OSError) -> StoreError:
+    remedy = "raise the limit of file sizes (ulimit -f)" if refused.errno == errno.EFBIG else "free space there"
+    return StoreError(
+        f"the Prefect server {ended}: its files in PREFECT_HOME={_home()} cannot be written ({refused.strerror}); what is finished is "
+        f"kept: {remedy}, or set PREFECT_HOME to a folder that has {ROOM_BYTES >> 20} MB, then run the same command again"
+    )
+
+
+def _refused_in(home: Path) -> OSError | None:
+    """Return why a server cannot write its files into a folder, found by writing one as it does; None if it can."""
+    path = home / f"room-{secrets.token_hex(6)}"
+    try:
+        with open(path, "xb", opener=_private) as file:
+            file.write(bytes(ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return None
+
+
+def _last_error(log: Path) -> str:
+    """Return the last line of a log that names an error, in one line that can be printed; empty if there is none."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        found = _ERROR.findall(file.read().decode(errors="replace"))
+        return printable(found[-1], one_line=True)[:300] if found else ""
+    return ""
 
 
 def _wait_for_end(used: contextlib.ExitStack, record: Path | None, child: "subprocess.Popen[bytes] | None") -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aecore.artifact.documents import parse_json
-from aecore.errors import ConfigError
+from aecore.errors import ConfigError, DataError
 from aecore.store import absolute_url, open_store
 from pipelines.recipe.recipe import SECTIONS, ClusterSpec, Recipe, build_section
 from pipelines.recipe.yaml import Tree, value_at
@@ -100,12 +100,24 @@ def _dataset(name: str, make: Callable[..., Any], recipe: Recipe, report: Report
         fan_out=ray_fan_out(recipe.cluster, *urls_at(recipe, STEPS[name].addresses).values()),
         dry_run=dry_run,
         on_part=on_part(name, "shards", report, milestones=workers > 0),
+        about=recipe.about,
     )
     if isinstance(made, DatasetManifest):
-        facts = dataset_summary(made)
+        facts = {**dataset_summary(made), **_equal_content(out, made)}
     else:
         facts = {name: value for name, value in dataclasses.asdict(made).items() if name != "estimate" or value is not None}
     return {"step": name, "dataset": out, **facts, "dry_run": dry_run, "seconds": _since(started)}
+
+
+def _equal_content(out: str, made: Any) -> Tree:
+    """Return what the report of a generation says of equal content; nothing if it cannot be read: the log says why."""
+    from aecore.data.dataset import Dataset
+    from aecore.data.write.report import read_report
+
+    with contextlib.suppress(DataError):
+        report = read_report(Dataset(open_store(out), made)) or {}
+        return {name: report[name] for name in ("left_out", "duplicates", "leaks", "contradicting_labels") if name in report}
+    return {}
 
 
 def check_source(recipe: Recipe) -> None:
@@ -135,6 +147,7 @@ def dataset_summary(manifest: Any) -> Tree:
         **({} if manifest.removal is None else {"removal": manifest.removal}),
         "dataset_sha256": manifest.dataset_sha256,
         **({} if manifest.content_sha256 is None else {"content_sha256": manifest.content_sha256}),
+        **({} if manifest.about is None else {"about": dict(manifest.about)}),
     }
 
 
@@ -293,13 +306,13 @@ def _evaluate_here(run: str, data: str, spec: Any, cluster: ClusterSpec) -> Tree
 STEPS: dict[str, Step] = {
     "shard": Step(
         run=shard,
-        sections=("source", "splits", "shards"),
+        sections=("source", "splits", "shards", "about"),
         addresses=("source.url", "out"),
         makes="dataset",
     ),
     "adopt": Step(
         run=adopt,
-        sections=("source", "splits", "shards"),
+        sections=("source", "splits", "shards", "about"),
         addresses=("source.url", "out"),
         makes="dataset",
     ),

@@ -389,7 +389,7 @@ def _child(folder: Path, base: Files, mutations: list[Mutation], use: Callable[[
             results.flush()
             changed = _fresh(folder / str(number), base)
             mutate(changed)
-            started = time.monotonic()
+            started = time.process_time()
             try:
                 found = use(changed)
                 same = found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
@@ -399,7 +399,7 @@ def _child(folder: Path, base: Files, mutations: list[Mutation], use: Callable[[
             except BaseException as error:  # what it is about: none may escape
                 outcome = f"RAW {error!r}"
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-            results.write(json.dumps({"name": name, "outcome": outcome, "seconds": time.monotonic() - started, "bytes": grown}) + "\n")
+            results.write(json.dumps({"name": name, "outcome": outcome, "seconds": time.process_time() - started, "bytes": grown}) + "\n")
             shutil.rmtree(changed)
 
 

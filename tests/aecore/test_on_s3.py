@@ -32,7 +32,7 @@ from tests.aecore.training import losses, small_job
 from tests.processes import WARM, run, wait_until
 
 SHARDS = ShardSpec(max_samples=20)
-PER_PLACE = ("records/", "run.", "checkpoints/", "metrics/", ".tmp/")  # they hold times, addresses, names of attempts
+PER_PLACE = ("records/", "report/", "run.", "checkpoints/", "metrics/", ".tmp/")  # they hold times, addresses, names of attempts
 
 
 @pytest.fixture(scope="module")

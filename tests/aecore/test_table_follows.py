@@ -15,10 +15,17 @@ import pytest
 from aecore.artifact.commit import read_record
 from aecore.data.dataset import open_dataset
 from aecore.data.format.parquet import footer_sha256
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.write.compact import compact_dataset
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.encoding.job import EncodePlan, EncodeSpec, encode_dataset
 from aecore.errors import ConfigError, DataError
+from aecore.maintenance.compare import compare
 from aecore.maintenance.gc import DAY_S, collect_garbage
 from aecore.store import FileRef
+from aecore.table import verify as verify_module
 from aecore.table.part import part_metadata
 from aecore.table.table import LatentTable, open_table
 from aecore.table.verify import verify_table
@@ -135,6 +142,33 @@ def test_ranges_of_a_shard_follow_too(tmp_path: Path, data: str, run: str) -> No
     (first,) = {part.shard for part in table.parts if part.stem == "train-000000-r000001-t000003"}
     spans = [(part.row_start, part.row_stop) for part in table.parts if part.shard == first]
     assert spans[0] == (0, 1) and spans[1][0] == 1 and spans[-1][1] == open_dataset(data).manifest.split("train")[0].live
+
+
+@pytest.mark.parametrize("where", ["", "ordinal in (6, 17, 18, 39, 43)", "ordinal >= 19", "ordinal < 3 or ordinal = 11"])
+def test_ranges_stay_within_their_size_whatever_was_chosen_of_them(tmp_path: Path, data: str, run: str, where: str) -> None:
+    """A shard is cut once: after that ranges only lose rows, however few of them the predicate chose."""
+    spec = dataclasses.replace(SPEC, batch=4, rows_per_part=4, where=where, split="train", columns=("mode",))
+    known = {part.stem for part in encode(run, data, tmp_path / "table", spec).parts}
+    keys = live_keys(open_dataset(data))
+    for number, gone in enumerate(([keys[1], keys[19], keys[45]], [], [keys[0], *keys[3:9], keys[44]]), 2):
+        spec = spec if gone else dataclasses.replace(spec, add_columns=("width",))
+        remove(data, gone)
+        table = encode(run, data, tmp_path / "table", spec)
+        assert table.manifest.number == number and {part.stem.partition("-t")[0] for part in table.parts} == known
+        assert {part.row_stop - part.row_start for part in table.parts} <= {0, 1, 2, 3, 4}
+        spec = dataclasses.replace(spec, columns=("mode", "width"), add_columns=()) if not gone else spec
+        fresh = tmp_path / f"fresh-{number}"
+        require_as_fresh(table, run, data, fresh, spec)
+        assert compare(table.url, str(fresh))["same_rows"]
+
+
+def test_tables_of_ranges_are_compared_by_key_whatever_was_removed_of_one(tmp_path: Path, data: str, run: str) -> None:
+    spec = dataclasses.replace(SPEC, batch=4, rows_per_part=4)
+    whole = encode(run, data, tmp_path / "whole", spec)
+    remove(data, live_keys(open_dataset(data))[:1])
+    found = compare(whole.url, encode(run, data, tmp_path / "fresh", spec).url)
+    assert [found["keys"][name] for name in ("in_both", "only_in_a", "only_in_b")] == [whole.num_rows - 1, 1, 0]
+    assert not any(column["differing_rows"] for column in found["columns"].values())
 
 
 def test_the_quarantine_goes_with_the_part(tmp_path: Path, run: str) -> None:
@@ -483,3 +517,83 @@ def test_verify_finds_copied_rows_with_other_values(tmp_path: Path, data: str, r
     table = forged(table, number, file=file, footer_sha256=footer_sha256(io.BytesIO(content)))
     with pytest.raises(DataError, match="the values of mu differ from those in .*, from which it was copied"):
         verify_table(table, read_data=True, dataset_url=data)
+
+
+def test_a_table_follows_a_compaction_to_the_bit_and_without_a_model(
+    tmp_path: Path, data: str, run: str, no_model: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context():
+        no_model.undo()
+        old = encode(run, data, tmp_path / "table", SPEC)
+    keys = live_keys(open_dataset(data))
+    remove(data, [*keys[:15], *keys[20:40], *some(data, 9, "test")])  # most of a shard, and all of one
+    compact_dataset(data, 0.5)
+    remove(data, [keys[16]])
+    compact_dataset(data, 0.1)
+    remove(data, [keys[17]])
+    number = open_dataset(data).number
+    no_model.setattr("aecore.encoding.job.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    new = encode(run, data, tmp_path / "table", SPEC)
+    no_model.undo()
+    shards = open_dataset(data).manifest.shards
+    assert [part.shard for part in new.parts] == [shard.stem for shard in shards], "of a shard of which nothing is left there is no part"
+    assert {part.shard for part in old.parts} - {shard.stem for shard in shards}
+    assert all(part.copied_from is not None for part in new.parts if part.stem.endswith("-t000002")) and new.manifest.number == 2
+    assert {part.stem for part in old.parts} & {part.stem for part in new.parts}, "a shard that lost nothing keeps its part"
+    require_as_fresh(new, run, data, tmp_path / "fresh")
+    assert encode(run, data, tmp_path / "table", SPEC).manifest == new.manifest, "nothing new"
+    collect_garbage(data, keep_generations=1, retention_s=0, older_than_s=0, now=time.time() + DAY_S)
+    verify_table(open_table(new.url), read_data=True)
+    assert rows_of(open_table(new.url)) == rows_of(encode(run, data, tmp_path / "fresh", SPEC))
+    shutil.move(data, tmp_path / "elsewhere")
+    verify_table(open_table(new.url), read_data=True)
+    assert number == open_dataset(str(tmp_path / "elsewhere")).number
+
+
+def test_ranges_of_a_compacted_shard_follow_too(tmp_path: Path, data: str, run: str) -> None:
+    spec = dataclasses.replace(SPEC, batch=4, rows_per_part=4)
+    encode(run, data, tmp_path / "table", spec)
+    keys = live_keys(open_dataset(data))
+    for gone in ([*keys[2:9], keys[11], *keys[20:24], *keys[40:60]], [keys[0], keys[12], keys[25]]):
+        remove(data, gone)
+        compact_dataset(data, 0)
+        table = encode(run, data, tmp_path / "table", spec)
+        require_as_fresh(table, run, data, tmp_path / f"fresh-{len(gone)}", spec)
+    assert {part.stem.rpartition("-t")[2] for part in table.parts if part.copied_from is not None} >= {"000003"}
+
+
+def test_a_table_that_names_another_shard_than_its_dataset_retired_does_not_verify(tmp_path: Path, data: str, run: str) -> None:
+    encode(run, data, tmp_path / "table", SPEC)
+    keys = live_keys(open_dataset(data))
+    remove(data, [*keys[:15], *keys[20:35]])
+    compact_dataset(data, 0.5)
+    table = encode(run, data, tmp_path / "table", SPEC)
+    heirs = open_dataset(data).manifest.heirs()
+    assert len(heirs) == 2
+    wrong = dict(zip(heirs, reversed(heirs.values()), strict=True))
+    (first, *_) = [part for part in table.parts if part.copied_from is not None]
+    (source,) = [part for part in open_table(table.url, number=1).parts if part.file.sha256 == first.copied_from]
+    rows = pq.read_table(tmp_path / "table" / first.file.name)
+    sources = {source.file.sha256: source}
+    assert [*verify_module._copy_problems(table, first, rows, sources, heirs)] == []
+    assert "of another shard" in [*verify_module._copy_problems(table, first, rows, sources, wrong)][0]
+
+
+def test_a_table_has_none_of_the_samples_whose_content_others_have(tmp_path: Path, run: str) -> None:
+    images, out = image_folder(tmp_path / "images", "train", range(12)), str(tmp_path / "dataset")
+    first = min(images.rglob("*.png"))
+    for name in ("zz", "zy"):
+        shutil.copyfile(first, first.with_name(f"{name}.png"))
+
+    def follow() -> LatentTable:
+        shard_dataset(FolderSpec(url=str(images)), out, SplitSpec(), ShardSpec(max_samples=8, duplicates="drop"))
+        return encode(run, out, tmp_path / "table", SPEC)
+
+    table = follow()
+    assert (table.num_rows, open_dataset(out).manifest.num_samples()) == (12, 12)
+    require_as_fresh(table, run, out, tmp_path / "fresh-1")
+    first.unlink()
+    table = follow()
+    assert table.num_rows == 12
+    assert [key for key in rows_of(table) if "/z" in key] == [f"train/{first.parent.name}/zy"]
+    require_as_fresh(table, run, out, tmp_path / "fresh-2")

@@ -11,6 +11,10 @@ import pytest
 from aecore.data import as_webdataset
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources.folder import FolderSpec
+from aecore.data.write.job import shard_dataset
+from aecore.data.write.spec import ShardSpec
+from aecore.data.write.splits import SplitSpec
 from aecore.encoding.job import encode_dataset
 from aecore.errors import DataError
 from aecore.evaluate import EvaluateSpec, evaluate
@@ -63,6 +67,35 @@ def test_every_reader_refuses_a_withdrawn_generation_by_name_and_reads_the_other
         with pytest.raises(DataError, match="generation 2 of .* was withdrawn"):
             read()
     assert not (tmp_path / "table").exists() and not (tmp_path / "other").exists()
+
+
+def images_of(data: str) -> FolderSpec:
+    """The source of `data`, with one more image."""
+    return FolderSpec(url=str(image_folder(Path(data).parent / "images", "train", range(20, 21))))
+
+
+def test_no_generation_is_made_of_a_withdrawn_one(data: str) -> None:
+    source, splits, shards = images_of(data), SplitSpec(by="folders"), ShardSpec(max_samples=8)
+    withdraw(data, 2)
+    before = sorted(Path(data).rglob("*"))
+    for dry_run in (True, False):
+        with pytest.raises(DataError, match="generation 2 of .*/data was withdrawn .*write the source to another URL"):
+            shard_dataset(source, data, splits, shards, dry_run=dry_run)
+    assert sorted(Path(data).rglob("*")) == before
+    withdraw(data, 1)
+    (Path(data) / "withdrawn.000002.json").unlink()  # of an older one nothing is made
+    assert shard_dataset(source, data, splits, shards).number == 3
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_generation_whose_parent_is_withdrawn_while_it_is_committed_says_what_has_to_go(
+    data: str, withdraw_at: Callable[[str, bool], None], before: bool
+) -> None:
+    withdraw_at("records/train-g000003-000000.json" if before else "dataset.000003.json", before)
+    what = "was withdrawn .* nothing may be" if before else r"was withdrawn .* while .*/dataset\.000003\.json was committed.*: remove "
+    with pytest.raises(DataError, match=f"generation 2 of .*/data {what}"):
+        shard_dataset(images_of(data), data, SplitSpec(by="folders"), ShardSpec(max_samples=8))
+    assert (Path(data) / "dataset.000003.json").exists() is not before
 
 
 def test_verify_does_not_miss_a_parent_that_was_withdrawn_and_is_gone(data: str) -> None:

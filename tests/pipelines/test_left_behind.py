@@ -1,9 +1,11 @@
 """What a killed command left and a changed bit damaged is refused with its name and a remedy, and the remedy works."""
 
+import fnmatch
 import os
 import re
 import shlex
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from pipelines.cli.main import main
 from tests.aecore.encoding import image_folder, tree, undecodable_png
 from tests.processes import AEPIPE, run
+from tests.s3 import S3
 
 RECIPE = """\
 name: left
@@ -24,7 +27,7 @@ train: {epochs: 1, global_batch: 16}
 encode: {batch: 8}
 cluster: {num_workers: 0}
 """
-TIMES = (".tmp", "records")  # a record holds seconds
+TIMES = (".tmp", "records", "report")  # they hold seconds
 GIVE_UP = re.compile("`(aepipe gc [^`]+)`")
 
 
@@ -39,7 +42,7 @@ class Place:
         (self.images / "train/square/cut.png").write_bytes(b"no picture")
         (self.images / "train/square/bad.png").write_bytes(undecodable_png())
 
-    def words(self, verb: str, out: Path) -> list[str]:
+    def words(self, verb: str, out: Path | str) -> list[str]:
         last = [str(out), "--recipe", str(self.recipe)]
         if verb == "shard":
             return ["shard", str(self.images), *last]
@@ -51,6 +54,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     made = Place(tmp_path_factory.mktemp("left"))
+    time.sleep(2.1)  # until files have states, which are the same whenever a command is run
     assert main(["shard", f"{made.base}/clean", f"{made.base}/learnt", "--recipe", str(made.recipe)]) == 0
     for verb, out in (("shard", "dataset"), ("train", "run"), ("encode", "table")):
         assert main(made.words(verb, made.base / out)) == 0
@@ -63,17 +67,17 @@ def content(verb: str, out: Path) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name.startswith("model/")} if verb == "train" else files
 
 
-def killed(place: Place, verb: str, point: str, out: Path) -> list[str]:
+def killed(place: Place, verb: str, point: str, out: Path | str) -> list[str]:
     """Run a command that is killed at a point; return its words."""
     words = place.words(verb, out)
     assert run([*AEPIPE, *words], env={**os.environ, "AECORE_FAULT": point}).returncode == -signal.SIGKILL, point
     return words
 
 
-def flip(path: Path, where: Callable[[bytes], int]) -> None:
-    data = bytearray(path.read_bytes())
-    data[where(data)] ^= 4
-    path.write_bytes(data)
+def flipped(data: bytes, where: Callable[[bytes], int]) -> bytes:
+    changed = bytearray(data)
+    changed[where(data)] ^= 4
+    return bytes(changed)
 
 
 def middle(data: bytes) -> int:
@@ -130,7 +134,7 @@ def test_a_changed_file_that_a_killed_command_left_is_named_and_the_command_fini
     out = tmp_path / "out"
     words = killed(place, verb, point, out)
     changed = sorted(out.glob(name))[0]
-    flip(changed, where)
+    changed.write_bytes(flipped(changed.read_bytes(), where))
     before = tree(out)
     capsys.readouterr()
     assert main(words) == status
@@ -153,7 +157,7 @@ def test_the_command_that_gives_up_an_unfinished_attempt_helps_against_all_that_
     out = tmp_path / "out"
     words = killed(place, verb, point, out)
     changed = sorted(out.glob(name))[0]
-    flip(changed, page)
+    changed.write_bytes(flipped(changed.read_bytes(), page))
     capsys.readouterr()
     assert main(words) == 4
     (give_up,) = GIVE_UP.findall(capsys.readouterr().err)
@@ -170,7 +174,7 @@ def test_a_recorded_part_that_was_damaged_before_the_end_is_made_again_when_it_a
     out = tmp_path / "out"
     words = killed(place, verb, "manifest.synced", out)
     changed = sorted(out.glob(f"{folder}/**/*.parquet"))[0]
-    flip(changed, end)
+    changed.write_bytes(flipped(changed.read_bytes(), end))
     capsys.readouterr()
     assert main(words) == 3
     said = capsys.readouterr().err
@@ -180,3 +184,41 @@ def test_a_recorded_part_that_was_damaged_before_the_end_is_made_again_when_it_a
     record.unlink()
     assert main(words) == 0
     assert content(verb, out) == content(verb, place.base / {"shard": "dataset", "encode": "table"}[verb])
+
+
+FEW = (0, 2, 5, 6, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("verb", "point", "name", "where", "status"),
+    [pytest.param(*each, marks=() if number in FEW else pytest.mark.long) for number, each in enumerate(LEFT)],
+)
+def test_the_same_holds_in_a_bucket(
+    place: Place,
+    s3: S3,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    point: str,
+    name: str,
+    where: Callable[[bytes], int],
+    status: int,
+) -> None:
+    """The object is put there again by something that keeps no checksum of ours, such as a restored copy of the bucket."""
+    out = f"{s3.url}/out"
+    words = killed(place, verb, point, out)
+    before = s3.objects("out/")
+    changed = next(key for key in sorted(before) if fnmatch.fnmatch(key, name))
+    before[changed] = flipped(before[changed], where)
+    s3.raw.put_object(Bucket=s3.bucket, Key=f"out/{changed}", Body=before[changed])
+    capsys.readouterr()
+    assert main(words) == status
+    said = capsys.readouterr().err
+    assert f"{out}/{changed}" in said
+    assert ("remove this file" if status == 4 else "it may also be removed: the same command writes it again") in said, said
+    after = s3.objects("out/")
+    assert {key: after[key] for key in before} == before, "nothing was overwritten"
+    s3.raw.delete_object(Bucket=s3.bucket, Key=f"out/{changed}")
+    assert main(words) == 0
+    finished = {key: data for key, data in s3.objects("out/").items() if not key.startswith(TIMES)}
+    right = content(verb, place.base / {"shard": "dataset", "encode": "table", "train": "run"}[verb])
+    assert {key: data for key, data in finished.items() if verb != "train" or key.startswith("model/")} == right

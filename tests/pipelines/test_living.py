@@ -69,3 +69,31 @@ def test_a_lost_folder_is_exit_code_3_with_its_name_and_the_knob(folder, tmp_pat
     error = capsys.readouterr().err
     assert "all samples of the class 'b'" in error and "shards.max_removed=1" in error
     assert main(["shard", str(folder), str(tmp_path / "dataset"), "shards.max_removed=1", *HERE]) == 0
+
+
+def test_datasets_are_merged_and_followed_on_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    for number in range(6):
+        path = tmp_path / "more/c" / f"c{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image(50 + number)))
+    assert main(["shard", str(tmp_path / "more"), str(tmp_path / "other"), *HERE]) == 0
+    monkeypatch.chdir(tmp_path)
+    command = ["shard", "dataset", "other", "both", "shards.max_samples=9", *HERE]
+    assert main([*command, "--dry-run"]) == 0
+    assert "46" in capsys.readouterr().out and not (tmp_path / "both").exists()
+    assert main(command) == 0
+    both = open_dataset(str(tmp_path / "both"))
+    assert both.manifest.num_samples() == 46 and both.classes == ("a", "b", "c")
+    assert max(shard.samples for shard in both.manifest.shards) == 9
+    (folder / "a/00.png").unlink()
+    assert main(["shard", str(folder), "dataset", *HERE]) == 0 == main(command)
+    assert open_dataset(str(tmp_path / "both")).manifest.num_samples() == 45
+    assert main(["verify", "both", "--read-data"]) == 0
+    assert main(["shard", "./dataset", "./small", "shards.max_samples=3", *HERE]) == 0
+    hashes = [open_dataset(str(tmp_path / name)).manifest.content_sha256 for name in ("dataset", "small")]
+    assert hashes[0] == hashes[1] is not None
+    capsys.readouterr()
+    assert main(["shard", "dataset", "in", "wrong", *HERE]) == 2
+    assert f"{tmp_path}/in holds no dataset: only datasets are merged" in capsys.readouterr().err
+    assert main(["shard", "dataset", "dataset", *HERE]) == 2
+    assert "would be written from itself" in capsys.readouterr().err

@@ -41,6 +41,7 @@ class FaultProxy:
         self.rules: list[Rule] = []
         self.log: list[tuple[str, str]] = []
         self.heads: list[str] = []
+        self._delayed = self.most_delayed = 0  # requests that a rule delays: now, and most at once
         self.headers: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -139,7 +140,12 @@ class FaultProxy:
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
         if rule and do == "delay":
-            await asyncio.sleep(rule.seconds)
+            self._delayed += 1
+            self.most_delayed = max(self.most_delayed, self._delayed)
+            try:
+                await asyncio.sleep(rule.seconds)
+            finally:
+                self._delayed -= 1
         if do == "reset":
             writer.transport.abort()
             return False

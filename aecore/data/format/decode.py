@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import composed
-from aecore.data.format.image import MAX_PIXEL_BYTES, PixelsVersion, image_header, png_to_decode
-from aecore.data.format.jpeg import PROGRESSIVE, has_all_scans
+from aecore.data.format.image import MAX_PIXEL_BYTES, PixelsVersion, image_header, may_turn, png_to_decode
+from aecore.data.format.jpeg import PROGRESSIVE, ZEROS, has_all_scans
 from aecore.data.format.pillow import READ_FORMATS
 from aecore.data.format.pixels import JPEG_MAGIC, PNG_MAGIC, decode_image, white_level
 from aecore.data.format.record import ArrayHeader, NpyError, array_header, array_values, read_npy_header
@@ -101,7 +101,7 @@ class Decoder:
         return zip(rows.tolist(), plain_jpegs(found.take(rows), *self.sample_format.shape).tolist(), strict=True)
 
     def _into(self, target: Pixels, data: bytes, frame: int) -> None:
-        if frame and self._colours:
+        if frame and self._colours and not data.endswith(ZEROS):
             complete = frame != PROGRESSIVE or has_all_scans(data)
             try:
                 self._simplejpeg.decode_jpeg(data, self._colours, buffer=target)
@@ -120,7 +120,7 @@ class Decoder:
     def _plain_png(self, target: Pixels, data: bytes) -> bool:
         """Decode a PNG that nothing turns straight into `target`; return whether it fitted."""
         width, height, interlaced = *struct.unpack_from(">II", data, 16), data[28]
-        if self._codecs is None or b"eXIf" in data or (height, width) != self.sample_format.shape[:2] or interlaced:
+        if self._codecs is None or may_turn(data) or (height, width) != self.sample_format.shape[:2] or interlaced:
             return False
         pixels = self._codecs.png_decode(png_to_decode(data))
         if pixels.shape != target.shape or pixels.dtype != target.dtype:

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from aecore.data.format.form import Form
 from aecore.data.format.parquet import open_parquet, read_parquet
+from aecore.data.format.record import DATA_EXTENSIONS
 from aecore.data.format.spill import BUCKET, spilled
 from aecore.errors import DataError
 from aecore.native.texts import Texts
@@ -68,6 +70,14 @@ LEDGER_SCHEMA = pa.schema(_LEDGER_COLUMNS)  # of the listings of datasets that f
 REMOVED_SCHEMA = pa.schema(_REMOVED_COLUMNS)
 INDEX_FORM = Form(frozenset({"ZSTD"}), frozenset({"key", "ordinal"}))  # of indexes, listings and quarantines
 _REPEATED = ["label_name", "mode", "group", "members.list.element.ext", "split", "stage", "reason", "origin"]
+
+
+def data_members(index: pa.Table) -> tuple[Any, NDArray[np.int64], NDArray[np.int64]]:  # any: pyarrow's stubs know no types of values
+    """Return extension, first byte and size of the data member of each row of an index."""
+    members: Any = index["members"].combine_chunks()  # any: as above
+    ext, begins, sizes = members.flatten().flatten()
+    is_data: Any = pc.is_in(ext, value_set=pa.array(sorted(DATA_EXTENSIONS)))  # any: as above
+    return ext.filter(is_data), begins.filter(is_data).to_numpy(), sizes.filter(is_data).to_numpy()
 
 
 def make_table(schema: pa.Schema, columns: Mapping[str, Any], num_rows: int) -> pa.Table:  # any: lists or arrays

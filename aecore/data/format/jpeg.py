@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
-from aecore.data.format.orientation import UPRIGHT
+from aecore.data.format.orientation import UPRIGHT, xmp_orientation
 from aecore.native.loops import exif_orientation
 
 # data without a marker; each begins with other bits, since the end of a cut code may mean the same as the zeros that libjpeg puts there
 _FILLERS = tuple(bytes([first, *((37 * number + first) % 255 for number in range(127))]) for first in (0x5A, 0xA5, 0xFE, 0xC3, 0x7E, 0x99))
 _SMALL_BYTES = 1 << 12  # a file that may lack so little that it takes all of them
 _REST = 64  # bytes
+ZEROS = bytes(16)  # what a transfer that was broken off leaves at the end of a file of the full size
 _UNSEEN = 16  # more than the missing bits that a scan can state
 _RESTARTS = tuple(bytes([0xFF, 0xD0 + number]) for number in range(8))
 _FREE_BYTES = 1 << 18  # that may be added to the smallest files
@@ -31,7 +32,7 @@ _SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]", re.DOTALL)  # a marker t
 SEGMENTS_1 = re.compile(rb"\xff[^\xff]", re.DOTALL)  # as `pixels=1` reads headers: every marker has a length
 _UNUSUAL = frozenset({*range(0xC0), *range(0xD0, 0xDA), 0xFF})  # markers that are no segment, or may be none
 _segment_head = struct.Struct(">BBH").unpack_from
-_EXIF = b"Exif\0\0"
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 SOI, EOI, SOS, APP1, PROGRESSIVE = 0xD8, 0xD9, 0xDA, 0xE1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _COLOURS = {b"\1": "GRAY", b"\3": "RGB", b"\4": "CMYK"}  # of simplejpeg, by components
@@ -80,7 +81,7 @@ def clean_pixels(data: bytes, *, eighth: bool = False) -> NDArray[np.uint8] | No
 
     at = _frame(data)
     colours = _COLOURS.get(data[at + 9 : at + 10])
-    if not has_all_scans(data) or colours is None or data[at + 4] != 8:
+    if not has_all_scans(data) or colours is None or data[at + 4] != 8 or data.endswith(ZEROS):
         return None
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, **(_EIGHTH if eighth and data[at + 1] in _SCALED else {}))
@@ -99,10 +100,15 @@ def is_whole_jpeg(data: bytes) -> bool:
     import imagecodecs
 
     scans = [at + size for marker, at, size in jpeg_segments(data) if marker == SOS]  # where the data of each begin
+    end = next((at + size for marker, at, size in jpeg_segments(data) if marker == EOI and at >= scans[0]), None)
+    if end is not None:
+        data = data[:end]  # what follows is no part of this picture
+    elif data.endswith(ZEROS):  # codes of pixels to a decoder
+        data = data.rstrip(b"\0")
+        data += b"\0" if data.endswith(b"\xff") else b""
     if scans[0] > len(data):
         return False
-    end = next((at + size for marker, at, size in jpeg_segments(data) if marker == EOI and at >= scans[0]), None)
-    data = data + b"\xff\xd9" if end is None else data[:end]  # what follows is no part of this picture
+    data = data if end is not None else data + b"\xff\xd9"
     pixels = imagecodecs.jpeg8_decode(data)
     for filler in _FILLERS if len(data) < _SMALL_BYTES else _FILLERS[:2]:
         if not np.array_equal(pixels, imagecodecs.jpeg8_decode(_filled(data, scans[0], filler))):
@@ -202,13 +208,16 @@ def _give_all(frame: bytes, scans: tuple[bytes, ...]) -> bool:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """Return the EXIF orientation of a JPEG: that of the first such block before its first scan, as Pillow and browsers read it."""
+    """Return the orientation of a JPEG, by what is before its first scan: the first block of EXIF, else the last one of XMP, as Pillow."""
+    exif, xmp = b"", b""
     for marker, at, size in jpeg_segments(data):
         if marker == SOS:
             break
         if marker == APP1 and data.startswith(_EXIF, at + 4):
-            return exif_orientation(data[at + 10 : at + size])
-    return UPRIGHT
+            exif = exif or data[at + 10 : at + size]
+        elif marker == APP1 and data.startswith(_XMP, at + 4):
+            xmp = data[at + 4 + len(_XMP) : at + size]
+    return exif_orientation(exif, xmp_orientation(xmp) if xmp else UPRIGHT)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:

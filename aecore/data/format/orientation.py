@@ -1,10 +1,21 @@
-"""EXIF orientation: how the stored pixels are turned or mirrored before anyone sees them (CIPA DC-008, tag 274)."""
+"""Orientation: how the stored pixels are turned or mirrored before anyone sees them (EXIF, CIPA DC-008, tag 274).
 
+Where EXIF has no such tag, that of XMP counts (`tiff:Orientation`), as in Pillow.
+"""
+
+import re
 from typing import Any
 
 from numpy.typing import NDArray
 
 UPRIGHT = 1
+_IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+
+
+def xmp_orientation(xmp: bytes) -> int:
+    """Return the orientation, 1 to 8, that an XMP packet says first; 1 where it says none that exists."""
+    found = _IN_XMP.search(xmp)
+    return int(found[1]) if found is not None and found[1] in b"12345678" else UPRIGHT
 
 
 def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:

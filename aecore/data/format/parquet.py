@@ -6,15 +6,18 @@ the rows, and texts and lists with the size of the file. All of that is in the f
 without repeating them. Not found: a footer that understates what its own pages take (rows and values are those that Arrow reads).
 """
 
+import base64
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from aecore.data.format.footer import Footer, parse_footer
 
 FREE_BYTES, FREE_ROWS = 64 << 20, 1 << 16  # a file of any size may take so much
 ROWS_PER_BYTE = 8  # a listing of numbered keys and one size takes 0.8 bytes a row
@@ -25,11 +28,12 @@ VALUE_RATIO = 1 << 14
 # items of a list for each row of its file, on average: the members of a sample, of which shards of ours have one or two (the data, `cls`)
 # and those of other writers a few more (`json`, `txt`, depth, masks)
 MAX_ITEMS = 64
+_ARROW_SCHEMA = b"ARROW:schema"  # key of the metadata of a file that Arrow wrote
 _TAIL_BYTES = 1 << 14  # read at once for a footer; that of a part of ours has 6 kB
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 
-def footer_of(file: BinaryIO) -> bytes:
+def footer_of(file: IO[bytes] | pa.NativeFile) -> bytes:
     """Return the footer of a Parquet file, with its length and the magic number: the last bytes of the file. ValueError if it has none."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _TAIL_BYTES))
@@ -43,13 +47,13 @@ def footer_of(file: BinaryIO) -> bytes:
     return tail[-length:]
 
 
-def footer_sha256(file: BinaryIO) -> str:
+def footer_sha256(file: IO[bytes] | pa.NativeFile) -> str:
     """Return the sha256 of `footer_of` a file."""
     return hashlib.sha256(footer_of(file)).hexdigest()
 
 
-def read_metadata(file: BinaryIO, sha256: str | None = None) -> pq.FileMetaData:
-    """Return what the footer of a file says; ValueError if it has none, or with another hash than `sha256`.
+def read_metadata(file: IO[bytes] | pa.NativeFile, sha256: str | None = None) -> Footer:
+    """Return what the footer of a file says; ValueError if it has none that can be read, or with another hash than `sha256`.
 
     No page checksum covers a footer, and a changed bit in one returns wrong rows: a column of nulls where its name changed, no rows where
     the statistics that a filter asks did. What is compared here is what is parsed.
@@ -57,11 +61,11 @@ def read_metadata(file: BinaryIO, sha256: str | None = None) -> pq.FileMetaData:
     footer = footer_of(file)
     if sha256 is not None and (found := hashlib.sha256(footer).hexdigest()) != sha256:
         raise ValueError(f"its footer has the sha256 {found[:12]}, expected {sha256[:12]}")
-    return pq.read_metadata(pa.BufferReader(footer))
+    return parse_footer(footer)
 
 
 def open_parquet(
-    source: Path | pa.Buffer, rows: int | None = None, columns: Sequence[str] | None = None, footer: pq.FileMetaData | None = None
+    source: Path | pa.Buffer, rows: int | None = None, columns: Sequence[str] | None = None, footer: Footer | None = None
 ) -> pq.ParquetFile:
     """Return an open file whose `columns` (None: all) can be read in bounded memory; page checksums are verified when they are.
 
@@ -69,7 +73,7 @@ def open_parquet(
     ----------
     rows : int, optional
         How many rows it must have.
-    footer : pq.FileMetaData, optional
+    footer : Footer, optional
         Its footer, if that is known: the one in the file is not read.
 
     Raises
@@ -77,13 +81,14 @@ def open_parquet(
     ValueError
         If it has other rows, or would take more memory than any file of its size that this package writes.
     """
-    file = _opened(source, footer=footer)
+    footer = footer or _footer_in(source)
+    file = _opened(source, footer)
     num_bytes = source.size if isinstance(source, pa.Buffer) else source.stat().st_size
-    _require_rows(file.metadata, rows, num_bytes)
-    doubtful = _require_columns(file, num_bytes, columns)
+    _require_rows(footer, rows, num_bytes)
+    doubtful = _require_columns(footer, file.schema_arrow, num_bytes, columns)
     if doubtful:
         most = FREE_BYTES + TEXT_RATIO * num_bytes
-        size = sum(_text_bytes(chunk) for name in doubtful for chunk in _texts_of(source, name))
+        size = sum(_text_bytes(chunk) for name in doubtful for chunk in _texts_of(source, footer, name))
         if size > most:
             raise ValueError(f"its texts would take {size} bytes, expected at most {most} in a file of {num_bytes}")
     return file
@@ -93,7 +98,7 @@ def read_parquet(
     source: Path | pa.Buffer,
     rows: int | None = None,
     columns: Sequence[str] | None = None,
-    footer: pq.FileMetaData | None = None,
+    footer: Footer | None = None,
     *,
     threads: bool = True,
 ) -> pa.Table:
@@ -109,44 +114,56 @@ def read_parquet(
     return table
 
 
-def _opened(source: Path | pa.Buffer, dictionaries: Iterable[str] = (), footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+def _footer_in(source: Path | pa.Buffer) -> Footer:
+    with pa.BufferReader(source) if isinstance(source, pa.Buffer) else source.open("rb") as file:
+        return read_metadata(file)
+
+
+def _opened(source: Path | pa.Buffer, footer: Footer, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
     """Open a file without a memory map, in which a read error of the disk, or the end of a file that shrinks, is a SIGBUS and no error.
 
     The price, 70,000 rows in 7 parts of zstd, CPU time of 60 interleaved pairs (AMD EPYC, 2 cores, 2026-11-30): a column of latents 1.02 of
     D = 64 and 1.05 of D = 16, all columns 1.04 and 1.07, keys 0.94.
     """
     file: Any = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source  # any: what pyarrow takes for a file
-    return pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, read_dictionary=list(dictionaries) or None)
+    return pq.ParquetFile(file, metadata=footer.arrow, page_checksum_verification=True, read_dictionary=list(dictionaries) or None)
 
 
 def same_footers(ours: Path | pa.Buffer, theirs: Path | pa.Buffer, ignored: Collection[str] = ()) -> bool:
     """Return whether two files of the same rows also say the same of them in their footers, which a query believes without reading a row.
 
-    No page checksum covers a footer. Compared are the counts, order and statistics of each row group and the metadata, as far as both have
-    them and but for the `ignored` keys. Where pages are and how they are packed, which another version of Parquet does in another way, has
-    been proven by reading all rows. A footer that cannot be read is no other one's.
+    No page checksum covers a footer. Of one version of Parquet, all is compared but the compression of pages and the `ignored` keys
+    of the metadata. Another version says more or less, in another way, but all rows have been read: there counts, order, statistics and
+    metadata are compared, as far as both have them. A footer that cannot be read is no other one's.
     """
     try:
-        own, other = (_opened(source).metadata for source in (ours, theirs))
-        if own.num_row_groups != other.num_row_groups:
-            return False
-        for a, b in zip(map(own.row_group, range(own.num_row_groups)), map(other.row_group, range(own.num_row_groups)), strict=True):
-            if (a.num_rows, a.num_columns, a.sorting_columns) != (b.num_rows, b.num_columns, b.sorting_columns):
-                return False
-            for x, y in zip(map(a.column, range(a.num_columns)), map(b.column, range(b.num_columns)), strict=True):
-                if (x.path_in_schema, x.num_values) != (y.path_in_schema, y.num_values):
-                    return False
-                if x.statistics is not None and y.statistics is not None and x.statistics.to_dict() != y.statistics.to_dict():
-                    return False
-        known = own.metadata or {}
-        free = {"ARROW:schema", *ignored}
-        return all(known.get(name, text) == text for name, text in (other.metadata or {}).items() if name.decode() not in free)
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        own, other = map(_footer_in, (ours, theirs))
+    except (pa.ArrowException, OSError, ValueError):
         return False
+    same_version, free = own.created_by == other.created_by, {_ARROW_SCHEMA, *(name.encode() for name in ignored)}
+    known, found = ({name: text for name, text in footer.metadata.items() if name not in free} for footer in (own, other))
+    if same_version:
+        said = other.metadata.get(_ARROW_SCHEMA)
+        return known == found and said == _arrow_schema(own, other.metadata) and own.statement() == other.statement()
+    if own.counts() != other.counts() or any(known.get(name, text) != text for name, text in found.items()):
+        return False
+    pairs = zip(*([x.statistics for group in footer.row_groups for x in group.columns] for footer in (own, other)), strict=True)
+    return all(a is None or b is None or a == b for a, b in pairs)
 
 
-def _require_rows(footer: pq.FileMetaData, rows: int | None, num_bytes: int) -> None:
-    found = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+def _arrow_schema(footer: Footer, metadata: Mapping[bytes, bytes]) -> bytes | None:
+    """Return how Arrow stores the schema of a file of ours beside other metadata, which it repeats."""
+    stored = footer.metadata.get(_ARROW_SCHEMA)
+    if stored is None:
+        return None
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored)))
+    repeated = {name: text for name, text in metadata.items() if name != _ARROW_SCHEMA}
+    schema = schema.with_metadata(repeated) if repeated else schema.remove_metadata()
+    return base64.b64encode(schema.serialize().to_pybytes())
+
+
+def _require_rows(footer: Footer, rows: int | None, num_bytes: int) -> None:
+    found = [group.num_rows for group in footer.row_groups]
     if min(found, default=0) < 0 or sum(found) != footer.num_rows:
         raise ValueError(f"its footer states {footer.num_rows} rows, its row groups {sum(found)}")
     if rows is not None and footer.num_rows != rows:
@@ -155,32 +172,34 @@ def _require_rows(footer: pq.FileMetaData, rows: int | None, num_bytes: int) -> 
         raise ValueError(f"it states {footer.num_rows} rows in {num_bytes} bytes, expected at most {ROWS_PER_BYTE} in a byte")
 
 
-def _require_columns(file: pq.ParquetFile, num_bytes: int, columns: Sequence[str] | None) -> list[str]:
+def _require_columns(footer: Footer, schema: pa.Schema, num_bytes: int, columns: Sequence[str] | None) -> list[str]:
     """Compare the columns with the rows; return the paths of those whose texts may be far more than their pages.
 
     A row group of Parquet has a column for each leaf of the schema, in the order in which a walk into the depth meets them, and no column
     for a list or a struct; the same walk over Arrow's types meets the same leaves. So the leaf number `at` of `fields` (each with the top
     field that it is in, whose type says how many values a row may have) is column `at` of every row group.
     """
-    footer, fields = file.metadata, [field for field in file.schema_arrow for _ in _leaves(field.type)]
+    fields = [field for field in schema for _ in _leaves(field.type)]
     vectors, texts, repeated = 0, 0, dict[str, int]()
-    for number in range(footer.num_row_groups):
-        group = footer.row_group(number)
-        for at, field in enumerate(fields):
+    for group in footer.row_groups:
+        if len(fields) != len(group.columns):
+            raise ValueError(f"its schema has {len(group.columns)} columns, and {len(fields)} as Arrow reads it")
+        for at, (field, column) in enumerate(zip(fields, group.columns, strict=True)):
             if columns is not None and field.name not in columns:
                 continue
-            column, is_flat = group.column(at), not pa.types.is_nested(field.type)
-            path = column.path_in_schema
+            is_flat = not pa.types.is_nested(field.type)
             items = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1 if is_flat else MAX_ITEMS
             most = group.num_rows * items
             if column.num_values > max(most, 0 if is_flat else FREE_ROWS):
-                raise ValueError(f"its column {path} states {column.num_values} values, expected at most {most} in {group.num_rows} rows")
+                raise ValueError(
+                    f"its column {column.path} states {column.num_values} values, expected at most {most} in {group.num_rows} rows"
+                )
             if column.physical_type != "BYTE_ARRAY":
                 vectors += column.num_values * (_WIDTHS.get(column.physical_type) or footer.schema.column(at).length or 0)
                 continue
-            texts += column.total_uncompressed_size
-            if column.has_dictionary_page or any("DICTIONARY" in encoding for encoding in column.encodings):
-                repeated[path] = repeated.get(path, 0) + column.num_values * column.total_uncompressed_size
+            texts += column.uncompressed_bytes
+            if column.has_dictionary:
+                repeated[column.path] = repeated.get(column.path, 0) + column.num_values * column.uncompressed_bytes
     for what, size, most in (
         ("numbers", vectors, FREE_BYTES + VALUE_RATIO * num_bytes),
         ("texts", texts, FREE_BYTES + TEXT_RATIO * num_bytes),
@@ -199,9 +218,9 @@ def _leaves(kind: Any) -> Iterator[Any]:  # any: pyarrow's stubs do not know the
         yield kind
 
 
-def _texts_of(source: Path | pa.Buffer, path: str) -> list[Any]:  # any: pyarrow's stubs know no nested chunks
+def _texts_of(source: Path | pa.Buffer, footer: Footer, path: str) -> list[Any]:  # any: pyarrow's stubs know no nested chunks
     """Return the chunks of a column with its texts as dictionaries, which repeat nothing."""
-    return _opened(source, [path]).read(columns=[path], use_threads=False).column(0).chunks
+    return _opened(source, footer, [path]).read(columns=[path], use_threads=False).column(0).chunks
 
 
 def _text_bytes(array: Any) -> int:  # any: as above

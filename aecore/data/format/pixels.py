@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.colour import cmyk_to_rgb, white_of
-from aecore.data.format.image import TIFF_STARTS, ImageHeader, opened_orientation, png_to_decode, require_size
+from aecore.data.format.image import TIFF_STARTS, ImageHeader, opened_orientation, png_orientation, png_to_decode, require_size
 from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_orientation, jpeg_precision, jpeg_size
 from aecore.data.format.orientation import UPRIGHT, upright
 from aecore.data.format.pillow import open_unbounded
 from aecore.data.format.png import png_chunk
-from aecore.native.loops import exif_orientation
 
 Pixels = NDArray[Any]  # any: uint8 to float64
 PNG_MAGIC, JPEG_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
@@ -195,9 +194,7 @@ def _png(file: bytes, decoder: str) -> Picture:
         picture = _pillow(data, turned=False)
     else:
         picture = _with_channels(_interlaced(data) if interlaced else _png_pixels(data))
-    if (found := file.find(b"eXIf")) < 0:
-        return picture
-    return Picture(upright(picture.pixels, _png_orientation(file, found)), picture.has_alpha)
+    return Picture(upright(picture.pixels, png_orientation(file)), picture.has_alpha)
 
 
 def _png_pixels(data: bytes) -> Pixels:
@@ -234,19 +231,6 @@ def _interlaced(data: bytes) -> Pixels:
         out[top::down, left::across] = found
     assert out is not None, "an image has pixels"
     return out
-
-
-def _png_orientation(data: bytes, found: int) -> int:
-    """Return the orientation that a PNG says; `found` is where `eXIf` is first seen, which may be inside another chunk."""
-    position = 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"eXIf":
-            return exif_orientation(data[position + 8 : position + 8 + length])
-        if kind == b"IEND":
-            break
-        position += 12 + length
-    return UPRIGHT
 
 
 def _jpeg(data: bytes, decoder: str) -> Picture:

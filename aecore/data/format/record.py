@@ -40,6 +40,7 @@ __all__ = [
     "encode_keys",
     "image_header",
     "is_channel_last",
+    "joined_key",
     "read_npy_header",
     "require_allowed",
 ]
@@ -141,6 +142,12 @@ def encode_key(path: str) -> str:
     if len(components) == 1:
         return key
     return _shorten(key, MAX_KEY_BYTES if _fits_header(key) else 0)
+
+
+def joined_key(above: str, key: str) -> str:
+    """Return the key of a sample below another component; both are keys already."""
+    whole = f"{above}/{key}"
+    return _shorten(whole, MAX_KEY_BYTES if _fits_header(whole) else 0)
 
 
 def encode_keys(paths: Sequence[str]) -> Texts:

@@ -105,6 +105,8 @@ def filtered(table: pa.Table, mask: NDArray[np.bool_]) -> pa.Table:
     count = int(np.count_nonzero(mask))
     if count == len(table):
         return table
+    if not count:
+        return table.schema.empty_table()
     pieces = (table.slice(at, BUCKET).filter(pa.array(mask[at : at + BUCKET])) for at in range(0, len(table), BUCKET))
     return spilled(pieces, table.schema) if is_large(count) else _concat(table, pieces)
 

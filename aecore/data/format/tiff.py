@@ -2,7 +2,8 @@
 
 Values keep their dtype (12 bits in 16 stay 0 to 4095; fewer than 8 bits are scaled to 8). MinIsWhite is inverted; palettes, CMYK, LAB
 and YCbCr become RGB; premultiplied alpha is divided out; bands without a meaning are channels. Pages that are thumbnails or masks of
-others are no images of their own. Every strip must be inside the file; complex values and what tifffile cannot unpack are refused.
+others are no images of their own. Every strip must be inside the file and give all of its rows; complex values and what tifffile cannot
+unpack are refused.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import itertools
 import logging
 import math
 import struct
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,14 +22,16 @@ from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import COMPLEX_REMEDY, BadSample
 from aecore.data.format.colour import by_blocks, cmyk_to_rgb, lab_to_rgb, straight_alpha, white_of
+from aecore.data.format.fax import require_whole_faxes
 from aecore.data.format.jpeg import clean_pixels, has_all_scans, is_whole_jpeg, jpeg_size
-from aecore.data.format.orientation import UPRIGHT, turned_size, upright
+from aecore.data.format.orientation import UPRIGHT, turned_size, upright, xmp_orientation
 
 Pixels = NDArray[Any]  # any: every image has its own dtype
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _SEPARATED, _YCBCR, _CIELAB, _ICCLAB = 0, 1, 2, 3, 4, 5, 6, 8, 9
 _PREMULTIPLIED, _STRAIGHT = 1, 2  # kinds of alpha among the extra samples
 _COMPLEX = (5, 6)  # sample formats: of whole numbers, of floats
 _JPEG = 7  # compression that tifffile gives as RGB
+_FAXES = (2, 3, 4)  # CCITT RLE, Group 3, Group 4
 # none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, Zstandard: others have sizes of their own, which only their decoders know
 _READ_COMPRESSIONS = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000)
 _BIG = 43  # version of BigTIFF
@@ -120,10 +124,14 @@ class TiffImages:
         _require_segments(page, form, data)
         if page.compression == _JPEG:
             _require_whole_jpegs(page, data)
+        elif page.compression in _FAXES:
+            require_whole_faxes(page, data)
         if page.photometric == _YCBCR and page.compression != _JPEG:
+            _require_whole_ycbcr(page, data)
             from PIL import Image, TiffImagePlugin  # libtiff's own conversion: chroma may be subsampled
 
-            with TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:  # Image.open has a limit of its own
+            # Image.open has a limit of its own
+            with warnings.catch_warnings(action="ignore"), TiffImagePlugin.TiffImageFile(io.BytesIO(data)) as image:
                 image.seek(page.index)
                 image.im = Image.new(image.mode, (page.imagewidth, page.imagelength)).im  # where Pillow makes one its own limit counts
                 return np.asarray(image.convert("RGB")), False  # Pillow has turned it
@@ -210,6 +218,24 @@ def _require_whole_jpegs(page: Any, data: bytes) -> None:  # any: as above
             raise BadSample("truncated", f"TIFF with a JPEG of {len(jpeg)} bytes, which do not give all of its {width}x{height} pixels")
 
 
+def _require_whole_ycbcr(page: Any, data: bytes) -> None:  # any: as above
+    """Raise BadSample unless each strip or tile of subsampled colours holds its bytes: Pillow, which converts them, makes up the others."""
+    from imagecodecs import bitorder_decode
+
+    across, down = page.subsampling or (2, 2)  # the default of TIFF 6.0
+    width, length = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+    unpack = tifffile.TIFF.DECOMPRESSORS[page.compression]
+    for number, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=False)):
+        rows = length if page.is_tiled else min(length, page.imagelength - number * length)
+        needed = -(-width // across) * -(-rows // down) * (across * down + 2)
+        segment = data[offset : offset + count]
+        if segment:
+            segment = unpack(bitorder_decode(segment) if page.fillorder == 2 else segment, out=needed)
+        if len(segment) < needed:
+            where = f"{'tile' if page.is_tiled else 'strip'} {number + 1} holds {len(segment)} of its {needed} bytes"
+            raise BadSample("truncated", f"TIFF of YCbCr colours whose {where}: save it again")
+
+
 def _jpegs(page: Any, data: bytes) -> Iterator[bytes]:  # any: as above
     """Yield the JPEGs of the strips or tiles with the tables that they share."""
     tables = (page.jpegtables or b"").removesuffix(b"\xff\xd9")
@@ -226,7 +252,9 @@ def _stacked(page: Any) -> int:  # any: as above
 
 
 def _orientation(page: Any) -> int:  # any: as above
-    value = page.tags.valueof(274, UPRIGHT)
+    value = page.tags.valueof(274)
+    if value is None and (xmp := page.tags.valueof(700)):
+        value = xmp_orientation(xmp if isinstance(xmp, bytes) else str(xmp).encode())
     return int(value) if value in range(1, 9) else UPRIGHT
 
 

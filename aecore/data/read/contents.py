@@ -23,7 +23,7 @@ from aecore.data.format.index import INDEX_FORM, LEDGER_SCHEMA, LISTING_SCHEMA, 
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, Removed, ShardRef, claim_of_listing, claim_problems, manifest_of
 from aecore.data.read.recount import Headers, record_of, removal_problems, removal_record_of, require_values, row_problems
 from aecore.data.removal import read_removal, removed_of
-from aecore.data.sources._filter import FILTERS
+from aecore.data.write.equal import fixed_identity
 from aecore.data.write.ledger import newest_rows, part_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.errors import DataError
@@ -180,7 +180,7 @@ def _part_problems(
         where = f"{dataset.url}/{part.index.name}"
     else:
         where, ref = f"{dataset.url}/{part.quarantine.name}", part.quarantine
-        quarantine = read_table(dataset.store.read(ref.name, ref=ref), where, part.planned, QUARANTINE_SCHEMA)
+        quarantine = read_table(dataset.store.read(ref.name, ref=ref), where, part.quarantined, QUARANTINE_SCHEMA)
     require_values(where, index, quarantine)
     for file, table in ((part.index if isinstance(part, ShardRef) else None, index), (part.quarantine, quarantine)):
         if file is not None and table is not None:
@@ -369,11 +369,10 @@ def _claim_problems(manifest: DatasetManifest, parent: DatasetManifest | None, d
 def _fixed(identity: Mapping[str, Any], *, follows: bool) -> dict[str, Any]:  # any: plain JSON data
     """Return what of an identity never changes.
 
-    `source.classes` may grow at its end (the classes themselves are compared), and filters may change where a dataset follows its source.
+    `source.classes` may grow at its end (the classes themselves are compared).
     """
-    free = ("classes", *FILTERS) if follows else ("classes",)
-    source = {key: value for key, value in identity.get("source", {}).items() if key not in free}
-    return {**identity, "source": source}
+    fixed = fixed_identity(identity, follows=follows)
+    return {**fixed, "source": {key: value for key, value in fixed.get("source", {}).items() if key != "classes"}}
 
 
 def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManifest, records: Mapping[str, PartRecord]) -> Iterator[str]:
@@ -391,11 +390,13 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
     if parent is not None and manifest.classes[: len(parent.classes)] != parent.classes:
         yield f"its classes do not begin with those of generation {parent.number}"
     removed = {part.stem: part.removed for part in manifest.parts if part.removed is not None}
+    known_retired = () if parent is None else parent.retired
+    compacted = {part.stem: part.by for part in manifest.retired if part not in known_retired}
     own = {stem: each.record for stem, each in removed.items() if claim_of(each.record) == claim}
     known = [part.stem for part in new] + [*own.values()]
     details = None
-    if removed and parent is not None:  # the counts of all parts before it are needed
-        known += (kept := [own.get(part.stem) or _record_of(part) for part in parent.parts])
+    if (removed or compacted) and parent is not None:  # the counts of all parts before it are needed
+        known += (kept := [own.get(part.stem) or _record_of(part) for part in parent.parts if part.stem not in compacted])
         details = [records[name].detail for name in kept if name in records]
     if any(name not in records for name in known):
         return  # damaged, or not among those that were read
@@ -404,7 +405,9 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
         manifest.content_sha256,
         {stem: removed_of(records[name]) for stem, name in own.items()},
         details,
+        counts={part.stem: records[own[part.stem]].detail for part in new if part.stem in own},
         merged=parent is not None and manifest.listings[:-1] != parent.listings,
+        compacted=compacted,
     )
     right = next_manifest(
         parent,
@@ -414,6 +417,7 @@ def _generation_problems(parent: DatasetManifest | None, manifest: DatasetManife
         manifest.listings[-1],
         manifest.claim_sha256,
         living,
+        manifest.about,
     )
     if manifest != right:
         yield f"it does not follow from its parts and its parent: {disagreement(manifest.to_json(), right.to_json())}"

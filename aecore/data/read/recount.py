@@ -112,8 +112,9 @@ def record_of(part: ShardRef | RejectedPart, index: pa.Table | None, quarantine:
     """Return the record of a part with this content (without timings)."""
     num, bad = 0 if index is None else len(index), 0 if quarantine is None else len(quarantine)
     ordinals = [table["ordinal"] for table in (index, quarantine) if table is not None]
-    first = min(pc.min(column).as_py() for column in ordinals if len(column))
-    detail: dict[str, Any] = {"split": part.split, "planned": num + bad, "first_ordinal": first, "samples": num, "quarantined": bad}
+    first = part.first_ordinal if part.lost else min(pc.min(column).as_py() for column in ordinals if len(column))
+    detail: dict[str, Any] = {"split": part.split, "planned": num + bad + part.lost, "first_ordinal": first}
+    detail |= {"samples": num, "quarantined": bad} | ({"lost": part.lost} if part.lost else {})
     detail["reasons"] = {} if quarantine is None else _counts(quarantine["reason"])
     files = [part.quarantine]
     if isinstance(part, ShardRef):
@@ -144,7 +145,7 @@ def removal_record_of(
         if part.groups:
             detail["groups"] = pc.count_distinct(index["group"]).as_py()
             groups = part.groups - detail["groups"]
-    detail |= {"removed_samples": lost, "removed_quarantined": part.planned - num - bad - lost, "removed_groups": groups}
+    detail |= {"removed_samples": lost, "removed_quarantined": part.planned - part.lost - num - bad - lost, "removed_groups": groups}
     return PartRecord(removed.record, (removed.file,), num, bad, detail)
 
 
@@ -200,8 +201,10 @@ def row_problems(
     """Yield where rows of index and quarantine are not those of this part: ordinals, split, classes, and the settings (`identity`)."""
     ordinals = [table["ordinal"].to_numpy() for table in (index, quarantine) if table is not None]
     first, stop = part.first_ordinal, part.first_ordinal + part.planned
-    if part.planned != sum(map(len, ordinals)) or not np.array_equal(np.sort(np.concatenate(ordinals)), np.arange(first, stop)):
-        yield f"the ordinals of samples and quarantine are not {first} to {stop - 1}, each once"
+    found = np.sort(np.concatenate(ordinals))
+    placed = len(found) + part.lost == part.planned and (np.diff(found) > 0).all() and (found >= first).all() and (found < stop).all()
+    if not placed:
+        yield f"the ordinals of samples and quarantine are not {first} to {stop - 1}, each once{' but the lost ones' if part.lost else ''}"
     if quarantine is not None and quarantine["split"].unique().to_pylist() != [part.split]:
         yield f"the quarantine has rows of other splits than {part.split}"
     if index is None:
@@ -226,8 +229,8 @@ def _setting_problems(part: ShardRef | RejectedPart, index: pa.Table, identity: 
     keys: Any = index["key"].to_pylist()  # any: pyarrow's stubs make them optional
     groups: Any = index["group"].to_pylist() if index["group"].null_count == 0 else None  # any: as above
     shares = [name for name in ("val", "test") if getattr(splits, name)]
-    if splits.stratify:
-        pass  # follows from the classes of all samples that there were at the first generation
+    if splits.stratify or splits.by == "content":
+        pass  # follows from all samples that there were at the first generation; from bytes that were read before those that are stored
     elif shares and part.split in ("train", *shares):  # folders and columns name the other splits, a hash divides train
         sources: Any = index["source"].to_pylist()  # any: as above
         listing = Listing(keys, sources, np.zeros(len(index), np.int64), groups=groups)

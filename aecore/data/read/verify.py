@@ -21,6 +21,8 @@ from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, ShardRef, 
 from aecore.errors import DataError
 from aecore.store import FileRef, Store
 
+PART_FOLDERS = ("shards", "quarantine", "removed")
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -36,6 +38,7 @@ class Verification:
     parts_read: int = 0
     parts: int = 0
     bytes_read: int = 0
+    report: str = "ok"  # or `missing`, or what is wrong with it: the next run makes it again
 
     @property
     def ok(self) -> bool:
@@ -48,8 +51,11 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
 
     With `only`, the shards of that subset are read (and all listings, which hold the planned keys).
     """
+    from aecore.data.write.report import report_state  # imported late: it needs tables
+
     manifest, parts = dataset.manifest, dataset.manifest.parts
-    refs = tuple(dict.fromkeys([*manifest.files, *_named_before(dataset)]))
+    before = [*_named_before(dataset)]
+    refs = tuple(dict.fromkeys([*manifest.files, *before]))
     chosen = [part for part in parts if (read_data if only is None else only.takes(part.stem))]
     tars = {shard.tar: dataset.tars(shard) for shard in manifest.shards}  # adopted ones are in another store
     problems = [
@@ -62,6 +68,10 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
         from aecore.data.read.contents import content_problems  # imported late: who reads no data needs no tables
 
         problems += [problem for problem in content_problems(dataset, chosen, documents=only is None) if problem not in problems]
+    if read_data and manifest.retired:  # of what no part of this generation has, the bytes
+        own = {ref for part in parts for ref in part.own_files} | {*manifest.listings}
+        files = [ref for ref in dict.fromkeys(before) if ref not in own and not ref.name.startswith("listings/")]
+        problems += [problem for problem in _hashes(dataset.store, files) if problem not in problems]
     return Verification(
         tuple(problems),
         files=len(refs),
@@ -72,6 +82,7 @@ def verify_dataset(dataset: Dataset, *, read_data: bool = False, only: VerifySub
         slice=None if only is None else str(only),
         parts_read=len(chosen),
         parts=len(parts),
+        report=report_state(dataset),
         bytes_read=sum(ref.bytes for part in chosen for ref in _files_of(part)) + sum(ref.bytes for ref in manifest.listings if chosen),
     )
 
@@ -82,14 +93,24 @@ def _files_of(part: ShardRef | RejectedPart) -> list[FileRef]:
 
 
 def _named_before(dataset: Dataset) -> Iterator[FileRef]:
-    """Yield what generations before this one name: runs are pinned to them. What was removed or merged since is not in this one."""
+    """Yield what generations before this one name: runs are pinned to them. What was removed or merged since is not in this one.
+
+    Files of retired parts that were collected are left out.
+    """
     if dataset.manifest.removal is None:
         return
-    names = set(dataset.store.list())
+    names, retired = set(dataset.store.list()), {part.stem for part in dataset.manifest.retired}
+    folders = {folder: {*dataset.store.list(folder)} for folder in (PART_FOLDERS if retired else ())}
     for number in range(1, dataset.number):
         if f"{STEM}.{number:06d}.json" in names:
             with contextlib.suppress(DataError):  # `_structure` and `content_problems` say so
-                yield from read_manifest(dataset.store, number).own_files
+                manifest = read_manifest(dataset.store, number)
+                yield from manifest.listings
+                for part in manifest.parts:
+                    for ref in part.own_files:
+                        folder, _, name = ref.name.rpartition("/")
+                        if part.stem not in retired or name in folders[folder]:
+                            yield ref
 
 
 def _structure(dataset: Dataset) -> Iterator[str]:
@@ -97,8 +118,9 @@ def _structure(dataset: Dataset) -> Iterator[str]:
     if shards_sha256(manifest.shards, manifest.classes) != manifest.dataset_sha256:
         yield f"{dataset.url}: dataset_sha256 does not belong to the shards and classes of the manifest: it was changed by hand"
     for shard in manifest.shards:
-        if shard.samples + shard.quarantined != shard.planned:
-            yield f"{shard.stem}: {shard.samples} samples + {shard.quarantined} quarantined are not the {shard.planned} planned"
+        if shard.samples + shard.quarantined + shard.lost != shard.planned:
+            lost = f" + {shard.lost} lost" if shard.lost else ""
+            yield f"{shard.stem}: {shard.samples} samples + {shard.quarantined} quarantined{lost} are not the {shard.planned} planned"
     if manifest.parent and not is_withdrawn(dataset.store, manifest.parent):  # one that was need not be there any more
         try:
             parent = read_manifest(dataset.store, manifest.parent)
@@ -135,7 +157,7 @@ def _new_files(manifest: DatasetManifest) -> Iterator[tuple[str, Sequence[FileRe
         removed = part.removed
         if claim_of(part.stem) == manifest.claim:
             yield part.stem, [ref for ref in part.own_files if removed is None or ref != removed.file]
-        elif removed is not None and claim_of(removed.record) == manifest.claim:
+        if removed is not None and claim_of(removed.record) == manifest.claim:
             yield removed.record, [removed.file]
 
 
@@ -155,6 +177,14 @@ def _unnamed_problems(dataset: Dataset, named: Sequence[FileRef]) -> Iterator[st
     if any(shard.tar_base_url is not None for shard in manifest.shards):
         del folders["shards"]  # adopted: the folder may be that of the tars' owner
     yield from unnamed_problems(dataset.store, folders, named, is_of_attempt)
+
+
+def _hashes(store: Store, refs: Iterable[FileRef]) -> Iterator[str]:
+    for ref in refs:
+        try:
+            store.check(ref, verify=True)
+        except DataError as error:
+            yield str(error)
 
 
 def _sizes(refs: Iterable[tuple[Store, FileRef]]) -> Iterator[str]:

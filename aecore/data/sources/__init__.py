@@ -21,7 +21,7 @@ from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.spill import is_large, spilled, take_rows
 from aecore.errors import ConfigError, DataError, require_text
 from aecore.native.texts import BATCH, Texts
-from aecore.store import Seen, absolute_url, read_again, split_tars
+from aecore.store import Seen, absolute_url, read_again, split_urls
 
 T = TypeVar("T")
 NAME_HELP = "name of the source in datasets, instead of its address: set it where the same samples may come from another address later"
@@ -65,6 +65,10 @@ class Listing:
         The address that the samples come from, or the name that stands for it (`origin_of`).
     all_states : sequence of str or None, optional
         The states with those that are too young, for the hash of a claim: work that was begun goes on as long as they are equal.
+    named_splits : bool
+        Whether `splits` are the names of splits, which stay as they are, and not folders.
+    classes : tuple of str
+        The names of classes in their order, of a source that has one; a new dataset takes it.
     """
 
     keys: Sequence[str]
@@ -73,7 +77,7 @@ class Listing:
     label_names: Sequence[str] | None = None
     splits: Sequence[str] | None = None
     groups: Sequence[str] | None = None
-    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
+    columns: Mapping[str, Any] = field(default_factory=dict)  # any: arrays of numpy or Arrow, each of its own type
     notes: tuple[str, ...] = ()
     label_paths: bool = True
     label_rule: str = "path"
@@ -82,6 +86,8 @@ class Listing:
     states: Sequence[str | None] | None = None
     origin: str = ""
     all_states: Sequence[str | None] | None = None
+    named_splits: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (*_TEXTS, "states", "all_states"):
@@ -105,7 +111,7 @@ class Listing:
         if large:  # in one pass over all of them
             table = take_rows(pa.table(large), rows)
             taken |= {name: Texts(table[name]) for name in large}
-        columns = {name: column[rows] for name, column in self.columns.items()}
+        columns = {name: column.take(rows) for name, column in self.columns.items()}
         return dataclasses.replace(self, sizes=self.sizes[rows], columns=columns, **taken)
 
     def slice(self, start: int, stop: int) -> "Listing":
@@ -230,7 +236,7 @@ def origin_of(source: Any) -> str:  # any: every source kind has its own spec cl
 
 def origin_of_url(url: str) -> str:
     """Return what samples from an absolute address (or several) come from."""
-    return "::".join(map(_without_userinfo, split_tars(url)))
+    return "::".join(map(_without_userinfo, split_urls(url)))
 
 
 def _without_userinfo(url: str) -> str:
@@ -246,6 +252,12 @@ def read_states(source: Source, names: Sequence[str]) -> Sequence[str | None]:
         return [None] * len(names) if states is None else states(names)
     except OSError:  # the bytes were read, and nothing says more of the file now
         return [None] * len(names)
+
+
+def generations(source: Source) -> Mapping[str, int]:
+    """Return the datasets that a source has listed, if it reads any, and the generation of each."""
+    found: Mapping[str, int] = getattr(source, "generations", {})
+    return found
 
 
 def takes_frames(source: Any) -> bool:  # any: every source kind has its own spec class

@@ -56,8 +56,10 @@ def class_names(values: Array, where: str) -> Texts:
     require_characters(values, where, halves=True)  # a label with half a pair makes its own sample unusable (`bad_label`)
     if values.dtype.kind == "f":
         values = values.astype(np.promote_types(values.dtype, np.float64))
-        if not (np.isfinite(values) & (values == np.floor(values))).all():
-            raise DataError(f"{where} holds fractions: labels are whole numbers or names")
+        other = np.flatnonzero(~(np.isfinite(values) & (values == np.floor(values))))
+        if len(other):
+            row = int(other[0])
+            raise DataError(f"{where} holds {values[row]!s} in row {row}, which is no whole number: labels are whole numbers or names")
         large = np.flatnonzero(np.abs(values) >= 2.0**63)
         if len(large):
             row = int(large[0])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aecore.data.sources import Listing
-from aecore.data.sources._labels import found_in, is_expression
+from aecore.data.sources._labels import groups_by, is_expression
 from aecore.data.sources._names import expand_braces, file_of
 from aecore.data.sources._skipped import EXAMPLES, Skipped
 from aecore.errors import ConfigError, DataError, counted
@@ -174,7 +174,7 @@ def with_limit(listing: Listing, limit: int | None, group: str | None, names: Se
     groups = listing.groups
     if is_expression(group):
         paths = [*map(file_of, listing.sources)] if listing.paths is None else listing.paths
-        groups = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
+        groups, _ = groups_by(str(group), paths, listing.sources, listing.unusable)
     rows = _chosen(names, groups, limit)
     if not rows:
         raise DataError(f"source.limit={limit} is less than the samples of any bag (source.group): raise it")

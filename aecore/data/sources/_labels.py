@@ -2,7 +2,9 @@
 
 `by_rules` is applied to what a source listed; `label_names` makes the labels once it is known whether the top folders are splits.
 Expressions are those of RE2, through Arrow: their time is linear in the text, so no pattern can stall a run; there are no look-aheads and
-no back-references. The word characters are the letters and digits of every script, and names are searched in normal form C.
+no back-references. The word characters are the letters and digits of every script, digits and white space those of every script, as
+Python's, and names are searched in normal form C. RE2 knows the boundaries of ASCII words only: where one is asked for in another name,
+Python searches, after RE2 has found what the expression without boundaries matches (of other names a pattern could take years).
 """
 
 import dataclasses
@@ -36,6 +38,9 @@ _WORD = r"\pL\pM\pN_\x{10D800}-\x{10DFFF}"  # in a class of characters; a byte t
 _TOKEN = re.compile(r"\\Q.*?(?:\\E|\Z)|\\.|\[:\^?\w+:\]|\[\^?\]?|\(\?P?<|\(\?|.", re.DOTALL)
 _GROUPS = frozenset(("(", "(?<", "(?P<"))
 _BOUNDARIES = frozenset((r"\b", r"\B"))
+_SPACE = r"\t-\r\x{1C}-\x{20}\x{85}\pZ"
+_SETS = {"w": _WORD, "d": r"\p{Nd}", "s": _SPACE}  # what RE2 takes for ASCII characters only
+_ONLY_RE2 = re.compile(r"\\[pPQCzx]|\[:|\(\?[a-zA-Z-]*U")  # what Python does not read, or reads otherwise
 
 
 class Expression:
@@ -45,8 +50,11 @@ class Expression:
     """
 
     def __init__(self, option: str, rule: str) -> None:
-        self._rule, self._pattern = f"{option}={rule}", _one_group(spelled(rule.removeprefix(REGEX)))
-        self._has_boundary = not _BOUNDARIES.isdisjoint(_TOKEN.findall(rule))
+        text = spelled(rule.removeprefix(REGEX))
+        self._rule, self._pattern = f"{option}={rule}", _one_group(text)
+        self._has_boundary = not _BOUNDARIES.isdisjoint(_TOKEN.findall(text))
+        self._without = _one_group("".join("(?:)" if token in _BOUNDARIES else token for token in _TOKEN.findall(text)))
+        self._text = text
         try:
             self.search(["", "x"])
         except (pa.ArrowInvalid, UnicodeEncodeError) as error:
@@ -59,30 +67,52 @@ class Expression:
     def search(self, texts: Sequence[str]) -> list[str]:
         """Return what it finds first in each text, "" where it finds nothing.
 
-        ConfigError if it asks for the boundary of a word in a text of other letters than ASCII's: RE2 would find one within a word.
+        ConfigError if it asks for the boundary of a word in a text of other letters than ASCII's in a way that Python does not read.
         """
-        if self._has_boundary and (other := next((text for text in texts if not text.isascii()), None)) is not None:
+        found = _extracted(texts, self._pattern)
+        if self._has_boundary and (others := [row for row, text in enumerate(texts) if not text.isascii()]):
+            possible = _extracted([texts[row] for row in others], self._without, whole=True)
+            for row, may in zip(others, possible, strict=True):
+                found[row] = self._by_python(texts[row]) if may else ""
+        return found
+
+    def _by_python(self, text: str) -> str:
+        match = self._python(text).search(text)
+        return "" if match is None else (match[1 if match.re.groups else 0] or "")
+
+    def _python(self, text: str) -> re.Pattern[str]:
+        """Return the expression as Python reads it; ConfigError, which names `text`, if it does not."""
+        try:
+            if _ONLY_RE2.search(self._text):
+                raise re.error("it has what only RE2 reads")
+            return re.compile(re.sub(r"\(\?<(?=\w)", "(?P<", self._text))
+        except re.error as error:
             raise ConfigError(
-                rf"{self._rule} has \b or \B, which know words of ASCII letters only, and {other!r} has others: write what is before or "
-                r"after the word instead, for example (?:^|\W)(\w+)"
-            )
-        found: Any = pc.extract_regex(pa.array(texts, pa.string()), self._pattern)  # any: the stubs know no structs
-        return list(found.field(0).fill_null("").to_pylist())
+                rf"{self._rule} has \b or \B, which RE2 knows for words of ASCII letters only, {text!r} has others, and Python does not "
+                rf"read the expression ({error}): write what is before or after the word instead, for example (?:^|\W)(\w+)"
+            ) from error
+
+
+def _extracted(texts: Sequence[str], pattern: str, *, whole: bool = False) -> list[Any]:  # any: str, or bool with `whole`
+    """Return what the one group of a pattern finds in each text, "" for nothing; with `whole` whether the pattern matches at all."""
+    found: Any = pc.extract_regex(pa.array(texts, pa.string()), pattern)  # any: the stubs know no structs
+    return list(found.is_valid().to_pylist() if whole else found.field(0).fill_null("").to_pylist())
 
 
 def _one_group(pattern: str) -> str:
     """Return an expression of which the first group, or the whole if it has none, is the first one with a name, as Arrow wants it.
 
-    Its word characters are not those of ASCII alone.
+    Its word characters, digits and white space are not those of ASCII alone.
     """
     inside, groups, out = False, 0, list[str]()
     for token in _TOKEN.findall(pattern):
-        if token in (r"\w", r"\W") and not inside:
-            token = f"[{_WORD}]" if token == r"\w" else f"[^{_WORD}]"
-        elif token in (r"\w", "[:word:]"):
-            token = _WORD
-        elif token in (r"\W", "[:^word:]"):
-            token = _no_word()
+        name = token[1:] if len(token) == 2 and token[0] == "\\" else {"[:word:]": "w", "[:^word:]": "W"}.get(token, "")
+        if name.lower() in _SETS:
+            characters = _SETS[name.lower()]
+            if not inside:
+                token = f"[{characters}]" if name.islower() else f"[^{characters}]"
+            else:
+                token = characters if name.islower() else _others(characters)
         elif token.startswith("[") and not inside:
             inside = True
         elif token == "]":
@@ -96,11 +126,11 @@ def _one_group(pattern: str) -> str:
 
 
 @functools.cache
-def _no_word() -> str:
-    """Return all characters but those of words, as ranges: a class has no way to say of a union of classes that it is left out."""
+def _others(characters: str) -> str:
+    """Return all characters but these, as ranges: a class has no way to say of a union of classes that it is left out."""
     codes = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    is_word: Any = pc.match_substring_regex(pa.array(map(chr, codes), pa.string()), f"[{_WORD}]")  # any: the stubs know no types of values
-    others = (code for code, found in zip(codes, is_word.to_pylist(), strict=True) if not found)
+    is_one: Any = pc.match_substring_regex(pa.array(map(chr, codes), pa.string()), f"[{characters}]")  # any: no types of values
+    others = (code for code, found in zip(codes, is_one.to_pylist(), strict=True) if not found)
     runs = ([code for _, code in run] for _, run in itertools.groupby(enumerate(others), lambda pair: pair[1] - pair[0]))
     return "".join(rf"\x{{{run[0]:X}}}-\x{{{run[-1]:X}}}" for run in runs)
 
@@ -117,7 +147,9 @@ def require_rule(option: str, rule: str | None, words: Sequence[str]) -> None:
     if is_expression(rule) and rule != REGEX:
         Expression(option, rule)
         return
-    raise ConfigError(rf"{option} is {rule!r}, expected {', '.join(words)} or {REGEX}<expression>, for example {REGEX}^(\w+)\.")
+    raise ConfigError(
+        rf"{option} is {rule!r}, expected {', '.join(words)}{' or ' if words else ''}{REGEX}<expression>, for example {REGEX}^(\w+)\."
+    )
 
 
 def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kind has its own spec class
@@ -125,12 +157,12 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
 
     Paths in a tar have split folders too, if all of their top folders are named by split words, or all of those in one folder around them.
     Where the name of a tar says its split, a top folder of the same meaning is no part of a label. Samples whose label is no text are
-    unusable (`bad_label`).
+    unusable (`bad_label`), and those in which an expression finds nothing.
 
     Raises
     ------
     DataError
-        If an expression finds nothing in a sample.
+        If an expression finds nothing in any sample.
     """
     rule, group = getattr(source, "label", None), getattr(source, "group", None)
     if listing.paths is not None:
@@ -139,10 +171,10 @@ def by_rules(source: Any, listing: Listing) -> Listing:  # any: every source kin
         paths = [*map(file_of, listing.sources)] if getattr(source, "frames", "first") == "all" else listing.sources
     changes: dict[str, Any] = {"label_names": listing.label_names, "unusable": listing.unusable}
     if is_expression(group):
-        found = found_in("source.group", str(group), paths, listing.sources, unusable=listing.unusable)
-        changes["groups"] = [
-            name or _printable(source) for name, source in zip(found, listing.sources, strict=True)
-        ]  # what is unusable is in none
+        changes["groups"], changes["unusable"] = groups_by(str(group), paths, listing.sources, listing.unusable)
+        listing = dataclasses.replace(listing, unusable=changes["unusable"])
+    elif listing.groups is not None:
+        changes["groups"] = Texts.of(listing.groups).mapped(_printable)
     if rule == "none":
         changes["label_names"] = None
     elif is_expression(rule) or rule in ("path", "leaf"):
@@ -191,22 +223,42 @@ def _without_bad_labels(names: Sequence[str] | None, unusable: list[BadSample | 
     return {"label_names": ["" if name in bad else name for name in names], "unusable": marked}
 
 
-def _without_bad_found(rule: str, listing: Listing) -> list[BadSample | None] | None:
-    """Return what is unusable, also samples in whose paths, the label names of a listing, the rule finds a label that no class can have.
+def groups_by(
+    rule: str, paths: Sequence[str], sources: Sequence[str], unusable: list[BadSample | None] | None
+) -> tuple[list[str], list[BadSample | None] | None]:
+    """Return the group that an expression finds for each sample, and what is unusable, with those in which it finds nothing.
 
-    A label is searched below the split folders or not, as `splits.by` says, which is not known here: so in both ways.
+    What is unusable is in a group of its own. DataError if it finds nothing in any sample.
     """
-    found = list[BadSample | None](listing.unusable or [None] * len(listing))
+    found, lost = found_in("source.group", rule, paths, sources, unusable=unusable)
+    groups = [name or _printable(source) for name, source in zip(found, sources, strict=True)]
+    return groups, _with_lost(unusable, lost, len(paths))
+
+
+def _with_lost(unusable: list[BadSample | None] | None, lost: Mapping[int, BadSample], num: int) -> list[BadSample | None] | None:
+    return [lost.get(row, known) for row, known in enumerate(unusable or [None] * num)] if lost else unusable
+
+
+def _without_bad_found(rule: str, listing: Listing) -> list[BadSample | None] | None:
+    """Return what is unusable, also samples in whose paths, the label names of a listing, the rule finds no label that a class can have.
+
+    A label is searched below the split folders or not, as `splits.by` says, which is not known here: so in both ways. One that is found
+    in neither way is missing.
+    """
     paths = listing.label_names or []
-    rows = [row for row, path in enumerate(paths) if found[row] is None and bad_label(path) is not None]
+    tops = listing.splits if listing.label_paths else None
+    _, lost = found_in("source.label", rule, paths, listing.sources, tops, listing.unusable)
+    found = _with_lost(listing.unusable, lost, len(paths))
+    rows = [row for row, path in enumerate(paths) if (found is None or found[row] is None) and bad_label(path) is not None]
     if not rows:
-        return listing.unusable
-    for splits in (None, listing.splits if listing.label_paths else None):
-        tops = None if splits is None else [splits[row] for row in rows]
-        names, _, _ = _search("source.label", rule, [paths[row] for row in rows], tops, rows=range(len(rows)))
+        return found
+    judged = list[BadSample | None](found or [None] * len(paths))
+    for splits in (None, tops) if tops else (None,):
+        around = None if splits is None else [splits[row] for row in rows]
+        names, _, _ = _search("source.label", rule, [paths[row] for row in rows], around, rows=range(len(rows)))
         for row, name in zip(rows, names, strict=True):
-            found[row] = found[row] or bad_label(name)
-    return found if any(found) else listing.unusable
+            judged[row] = judged[row] or bad_label(name)
+    return judged if any(judged) else found
 
 
 def _plain(path: str) -> str:
@@ -243,15 +295,17 @@ def label_names(listing: Listing, below_split: bool) -> Texts | None:
     Raises
     ------
     DataError
-        If the expression of the listing's rule finds nothing in a sample, whose label would then be missing.
+        If the expression of the listing's rule finds a label only where `splits.by` says that none is searched.
     """
     if listing.label_names is None:
         return None
     names, rule = Texts.of(listing.label_names), listing.label_rule
     below_top = below_split and listing.splits is not None and listing.label_paths
     if is_expression(rule):
-        tops = listing.splits if below_top else None
-        names = Texts.of(found_in("source.label", rule, names, listing.sources, tops, listing.unusable))
+        found, lost = found_in("source.label", rule, names, listing.sources, listing.splits if below_top else None, listing.unusable)
+        if lost:  # found where `splits.by` says that it is not searched: see `_without_bad_found`
+            raise DataError(f"{next(iter(lost.values())).message}, as splits.by={'folders' if below_split else 'hash or none'} has it")
+        names = Texts.of(found)
     elif below_top:
         names = names.mapped(lambda name: name.partition("/")[2])
     if rule == "leaf":
@@ -269,26 +323,33 @@ def found_in(
     sources: Sequence[str],
     tops: Sequence[str] | None = None,
     unusable: Sequence[BadSample | None] | None = None,
-) -> list[str]:
-    """Return what the expression of a rule finds in each path, "" for samples that are unusable, in which nothing is searched.
+) -> tuple[list[str], dict[int, BadSample]]:
+    """Return what the expression of a rule finds in each path ("": nothing), and the rows of those without it, with the reason.
 
+    Nothing is searched in samples that are unusable.
     A label is searched in the file's name, then in the path below its top folder, if `tops` names one, then in the whole path; a group in
     the key, which is the whole path without its extension, then in the name. Each time without the extension first, then with it.
 
     Raises
     ------
     DataError
-        If it finds nothing in one of them; some are named by `sources`.
+        If it finds nothing in any of them; some are named by `sources`.
     """
     searchable = [row for row in range(len(paths)) if unusable is None or unusable[row] is None]
     found, left, searched = _search(option, rule, paths, tops, rows=searchable)
-    if left:
+    if left and len(left) == len(searchable):
         shown = ", ".join(dict.fromkeys(repr(_printable(part(texts[left[0]]))) for texts, part in searched))
+        what = "the only sample" if len(left) == 1 else f"any of {len(left)} samples"
         raise DataError(
-            f"{option}={rule} finds nothing in {len(left)} of {len(searchable)} samples: {quoted(take(sources, np.array(left)))} "
-            f"(it was searched in {shown}): change the expression, or move these samples away"
+            f"{option}={rule} finds nothing in {what}: {quoted([*map(_printable, take(sources, np.array(left)))])} "
+            f"(it was searched in {shown}): change the expression"
         )
-    return list(map(_printable, found))
+    reason, names = ("no_label", "label") if option == "source.label" else ("no_group", "group")
+    lost = {
+        row: BadSample(reason, f"{option}={rule} finds no {names} in {_printable(sources[row])!r}: change the expression or rename it")
+        for row in left
+    }
+    return list(map(_printable, found)), lost
 
 
 def _search(

@@ -12,6 +12,7 @@ in `.npy` members of the row's shape. Files are mapped, not loaded: a worker rea
 """
 
 import dataclasses
+import errno
 import itertools
 import os
 import re
@@ -214,13 +215,17 @@ class ArraysSource:
         return with_limit(listing, self._spec.limit, self._spec.group, paths)
 
     def read(self, source: str) -> tuple[str, bytes]:
-        """Return extension and bytes of one row; OSError if its file cannot be read (the next read reopens it)."""
+        """Return extension and bytes of one row; OSError if its file cannot be read or has fewer rows by now (the next read reopens it)."""
         head, _, row = source.rpartition("#")
         try:
             return (self._rows.get(head) or self._open(head))(int(row))
         except OSError:
             self._rows.pop(head, None)
             raise
+        except IndexError:
+            self._rows.pop(head, None)
+            gone = f"it has no row {row} any more: it was written again after it was listed, so run the same command again"
+            raise OSError(errno.EIO, gone, head) from None
 
     def read_states(self, sources: Sequence[str]) -> list[str | None]:
         """Return the states of the files of these rows, which were read, as they are now (of compressed ones, when they were inflated)."""

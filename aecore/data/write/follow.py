@@ -23,6 +23,7 @@ from aecore.data.removal import Reason
 from aecore.data.sources import Listing
 from aecore.data.sources._names import FRAME_ENDING
 from aecore.data.sources._skipped import shown_examples
+from aecore.data.write.equal import CONTENT, Policy, dropped, require_allowed
 from aecore.data.write.ledger import columns_sha256
 from aecore.data.write.plan import Placement
 from aecore.data.write.reread import Reread
@@ -35,6 +36,7 @@ FREE = 10  # samples that may be gone whatever their share is
 Mask = NDArray[np.bool_]
 _REASONS: tuple[Reason | None, ...] = (None, "gone", "changed", "relabelled", "moved", "retried")
 _GONE, _CHANGED, _RELABELLED, _MOVED, _RETRIED = range(1, len(_REASONS))
+_LEFT_OUT = len(_REASONS)  # of samples that the dataset leaves out already, which nothing removes
 Column = Any  # any: as above
 
 
@@ -70,6 +72,8 @@ class Rules:
         Whether a file of several frames is several samples.
     split_folders : bool
         Whether the top folders are the splits.
+    policy : Policy
+        What becomes of samples of equal content.
     """
 
     url: str
@@ -82,6 +86,7 @@ class Rules:
     tars: Tars | None = None
     all_frames: bool = False
     split_folders: bool = False
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,12 @@ class Changes:
     removed : table
         Split, ordinal, key and reason of the rows of the ledger that are removed.
     renewed : table
-        Rows of the ledger whose state or origin is another one, with that.
+        Rows of the ledger whose state or origin is another one, with that; and of samples that were left out, of which something is
+        another one, or which are left out no more (without `sample_sha256`).
+    was_left, left : table
+        What was known of samples that the generation before left out, and what is known of those that still are.
+    excess : bool
+        Whether the policy leaves out samples that are there.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -109,26 +119,36 @@ class Changes:
     renewed: pa.Table
     stayed: int
     left_out: bool
+    was_left: pa.Table
+    left: pa.Table
+    excess: bool
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
-def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules) -> Changes:
+def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Table, rules: Rules) -> Changes:
     """Return what is to be done so that the dataset follows its source.
+
+    `left` is what is known of samples that are left out since another one has their content: they are compared as the others are, and
+    written once the policy does not leave them out any more.
 
     Raises
     ------
     DataError
-        If a key is that of a sample of another origin, a bag has samples of several origins, or so many samples are gone that the source
-        may be incomplete.
+        If a key is that of a sample of another origin, a bag has samples of several origins, so many samples are gone that the source may
+        be incomplete, or the policy refuses known samples.
     StoreError
         If a sample that has to be read again cannot be read.
     """
     asked = _asked(listing, placed)
-    own = _mask(pc.fill_null(pc.equal(ledger["origin"], listing.origin), True))  # what has no known origin may be of this one
-    known, others = filtered(ledger, own), filtered(ledger, ~own)
+    (known, others), (idle, left_by_others) = (_by_origin(table, listing.origin) for table in (ledger, left))
     _require_free_keys(asked, others, rules, listing.origin)
+    if len(idle):
+        idle = filtered(idle, ~_is_in(idle["key"], ledger["key"]))
+    out = np.repeat([False, True], [len(known), len(idle)])  # of the known ones: left out
+    known = pa.concat_tables([known, idle]) if len(idle) else known
     at, before = _known_rows(asked, known)
     rows = narrow(np.flatnonzero(at >= 0))
+    was_out = out[at[rows]]
     now = take_rows(asked, rows)
     tars = None if rules.tars is None else _TarRows(rules.tars, asked, known)
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
@@ -138,6 +158,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
         ~is_changed
         & ~moved
         & ~was_bad
+        & ~was_out
         & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
     )
     reasons = np.zeros(len(known), np.int8)  # numbers of `_REASONS`
@@ -151,7 +172,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     written = at < 0
     written[rows[is_changed | moved | relabelled]] = True
 
-    missing = _mask(pc.is_valid(known["origin"]))
+    missing = ~out & _mask(pc.is_valid(known["origin"]))
     missing[at[rows]] = False
     renamed, reframed = _listed_otherwise(asked, known, missing, rules)
     reasons[renamed] = _MOVED
@@ -161,17 +182,30 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     outside = missing & ~lost
     outside[outside] = rules.outside(filtered(known, outside)) if outside.any() else False
     gone = missing & ~outside
+    if tars is not None and not rules.drop:
+        tars.require_there(gone & ~lost, rules)
     if rules.drop or lost.any():
         gone = gone if rules.drop else lost
-        _require_few_gone(asked, known, gone, listing, rules)
+        _require_few_gone(asked, filtered(known, ~out), gone[~out], listing, rules)
         reasons[gone] = _GONE
     if rules.accept_filter:
         reasons[outside] = _GONE
+    excess, back = False, was_out & ~is_changed & ~was_bad & ~moved
+    if not rules.policy.is_plain:
+        again = ~is_changed & ~was_bad & (moved | relabelled)  # with the same content
+        excess, back = _equal_content([filtered(known, ~out & (reasons == 0)), others], now, before, again, back, rules)
+    written[rows[back]] = True
+    reasons[out] = _LEFT_OUT
     whole = _whole_bags(asked, known, others, written, at, reasons, rules)
-    is_removed = reasons != 0
-    renewed = _renewed(now, before, ~is_removed[at[rows]] & settled)
+    is_removed = ~out & (reasons != 0)
+    renewed = _renewed(now, before, ~is_removed[at[rows]] & ~was_out & settled)
+    still = was_out & ~written[rows]
+    forgotten = out.copy()
+    forgotten[at[rows[still]]] = False
+    added = at < 0
+    added[rows] = was_out & written[rows]
     shown = {
-        "added": (asked, (at < 0) & ~_is_in(asked["source"], filtered(known, renamed | reframed)["source"])),
+        "added": (asked, added & ~_is_in(asked["source"], filtered(known, renamed | reframed)["source"])),
         "changed": (known, reasons == _CHANGED),
         "relabelled": (known, (reasons == _RELABELLED) | (reasons == _MOVED)),
         "removed": (known, reasons == _GONE),
@@ -190,9 +224,12 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, rules: Rules)
     return Changes(
         written=written,
         removed=_removed(known, reasons, is_removed),
-        renewed=renewed,
+        renewed=pa.concat_tables([renewed, _renewed_left(now, before, still & settled), _without_content(filtered(known, forgotten))]),
         stayed=int(np.count_nonzero(_mask(known["quarantined"]) & ~is_removed)),
         left_out=bool((outside & ~is_removed).any()),
+        was_left=left,
+        left=pa.concat_tables([_as_listed(filtered(now, still), filtered(before, still)), left_by_others]),
+        excess=excess,
         shown={name: _shown(*each) for name, each in shown.items()},
     )
 
@@ -223,6 +260,51 @@ def _known_rows(asked: pa.Table, known: pa.Table) -> tuple[NDArray[Any], pa.Tabl
         at[wrong] = _values(pc.fill_null(pc.index_in(take_rows(asked, wrong)["key"], value_set=keys), -1))
         before = take_rows(known, at[at >= 0])
     return at, before
+
+
+def _by_origin(table: pa.Table, origin: str) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of an origin, with those that have no known one and may be of this one, and the others."""
+    own = _mask(pc.fill_null(pc.equal(table["origin"], origin), True))
+    return filtered(table, own), filtered(table, ~own)
+
+
+def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[bool, Mask]:
+    """Return whether the policy leaves out samples that are there, and which of the `left` ones it does not leave out any more.
+
+    `stay` are rows that stay; of the listed ones (`now`, as they were `before`) those are `written` again whose content is the same.
+    DataError if the policy refuses what is there.
+    """
+    back = np.zeros(len(now), np.bool_)
+    listed = now.set_column(now.column_names.index("sample_sha256"), "sample_sha256", before["sample_sha256"])
+    parts = [table.select(CONTENT) for table in (*stay, filtered(listed, written), filtered(listed, left))]
+    rows, given = pa.concat_tables(parts), len(parts[-1])
+    require_allowed(rows, rules.policy, rules.url)
+    why = dropped(rows, rules.policy) != ""
+    back[left] = ~why[len(rows) - given :]
+    return bool(why[: len(rows) - given].any()), back
+
+
+def _as_listed(now: pa.Table, before: pa.Table) -> pa.Table:
+    """Return known rows with all that is listed of them now."""
+    for name in ("source", "bytes", "label_name", "group", "columns", "origin", "state"):
+        before = before.set_column(LEDGER_SCHEMA.get_field_index(name), name, now[name])
+    return before
+
+
+def _renewed_left(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
+    """Return the rows of samples that are left out, as they are listed now, where that is something else."""
+    now, before = filtered(now, stays), filtered(before, stays)
+    differ = _differ(now, before, "state") & _mask(pc.is_valid(now["state"]))
+    for name in ("label_name", "group", "columns"):
+        differ |= _differ(now, before, name)
+    return _as_listed(filtered(now, differ), filtered(before, differ))
+
+
+def _without_content(rows: pa.Table) -> pa.Table:
+    """Return the rows of samples that are left out no more: gone from the source, or written again."""
+    for name in ("sample_sha256", "state"):
+        rows = rows.set_column(LEDGER_SCHEMA.get_field_index(name), name, pa.nulls(len(rows), pa.string()))
+    return rows
 
 
 def _asked(listing: Listing, placed: Placement) -> pa.Table:
@@ -298,6 +380,16 @@ class _TarRows:
         self.gone = np.isin(self._known, [*changed])
         other: Mask = tars_now != tars_before
         return other | np.isin(tars_before, [*changed]) | _differ(now, before, "source")
+
+    def require_there(self, kept: Mask, rules: Rules) -> None:
+        """DataError if samples that are kept, though they are not listed, are in a tar that is gone: they are nowhere else."""
+        lost = sorted(self._tars.changed({*self._known[kept]} - self._there))
+        if lost:
+            raise DataError(
+                f"{counted(len(lost), 'tar', 'tars')} that {rules.url} has adopted ({shown_examples(lost[:EXAMPLES], len(lost))}) "
+                f"{'is' if len(lost) == 1 else 'are'} not there any more, and shards.removed=keep cannot keep samples whose bytes are "
+                "nowhere else: restore what is gone, or drop these samples (shards.removed=drop); nothing was written"
+            )
 
 
 def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Rules) -> tuple[Mask, Mask]:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import logging
 import math
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,15 +29,17 @@ from numpy.typing import NDArray
 from aecore.artifact.commit import PartRecord, claim_generation, commit_manifest, find_claim, newest_of, require_same
 from aecore.artifact.documents import read_json
 from aecore.artifact.fanout import Commit, FanOut, OnPart, Worker, collect, serial
+from aecore.artifact.withdrawn import made_of, require_not_withdrawn
+from aecore.data.about import About, AboutSpec, stated
 from aecore.data.classes import is_spelled
 from aecore.data.dataset import Dataset
 from aecore.data.format.bad_sample import BadSample
 from aecore.data.format.index import LEDGER_SCHEMA, content_sha256, read_table
 from aecore.data.format.sample_format import CHANNEL_LAST
-from aecore.data.format.spill import Spill, is_large
+from aecore.data.format.spill import Spill, filtered, is_large
 from aecore.data.manifest import STEM, DatasetManifest, read_manifest
 from aecore.data.removal import removed_of
-from aecore.data.sources import Listing, Source, bound_pixels, origin_of, takes_frames
+from aecore.data.sources import Listing, Source, bound_pixels, generations, origin_of, takes_frames
 from aecore.data.sources._filter import FILTERS, left_out
 from aecore.data.sources._labels import by_rules, fixed_classes, with_class_names
 from aecore.data.sources._skipped import first_of, shown_examples
@@ -50,16 +53,18 @@ from aecore.data.write.append import (
     warn_if_address_changed,
     warn_of_orphans,
 )
+from aecore.data.write.equal import Policy, dropped, fixed_identity, lines_of, require_allowed
 from aecore.data.write.follow import Changes, Rules, compare
-from aecore.data.write.ledger import MOST_LISTINGS, newest_rows, read_ledger, recorded_rows, samples_sha256
+from aecore.data.write.ledger import MOST_LISTINGS, REMOVED_PLACES, newest_rows, read_known, recorded_rows, samples_sha256
 from aecore.data.write.manifest_build import Living, next_manifest
 from aecore.data.write.plan import DatasetPlan, Placement, PlanSummary, place_samples, plan_dataset, plan_parts, require_unique
 from aecore.data.write.refused import leave_refused, remove_refused, take_over
 from aecore.data.write.remove import live_details, part_of, remove_samples
-from aecore.data.write.reread import is_little, read_again
+from aecore.data.write.report import ensure_report
+from aecore.data.write.reread import Contents, Reread, hashes_of, is_little, read_again
 from aecore.data.write.shard import Handed, pack_shard, put_table
 from aecore.data.write.spec import ShardSpec, ShardTask
-from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of
+from aecore.data.write.splits import SplitSpec, resolve_splits, split_warnings, units_of, without_bad_splits
 from aecore.errors import ConfigError, DataError, counted
 from aecore.native.texts import Texts
 from aecore.registry import SOURCES, absent_values, as_recorded, to_dict
@@ -91,6 +96,7 @@ def shard_dataset(
     fan_out: FanOut = serial,
     dry_run: bool = False,
     on_part: OnPart | None = None,
+    about: AboutSpec | None = None,
     samples: int | None = None,
 ) -> DatasetManifest | PlanSummary:
     """Make the dataset at `out` what `source` is now: its next generation has what is new or changed, and lacks what is gone.
@@ -107,6 +113,8 @@ def shard_dataset(
         Return the plan's summary; nothing is written.
     on_part : callable, optional
         `on_part(record, done, total)` after every shard.
+    about : AboutSpec, optional
+        What is said of the dataset; where that is new, it is a generation even without a new sample.
     samples : int, optional
         With `dry_run`: the summary estimates what so many samples of this kind take, from some that are packed into a scratch folder.
 
@@ -120,17 +128,18 @@ def shard_dataset(
     ConfigError
         If `out` was written with another source kind or other splits or shards (the differing fields are shown).
     DataError
-        If the source is missing or empty, so many samples are gone that it may be incomplete (`shards.max_removed`), a sample of a
-        dataset that only grows changed, or more than `shards.max_bad` of the samples are bad (then there is no new manifest; the shards
-        that were written are kept for a rerun).
+        If the source is missing or empty, the newest generation was withdrawn, so many samples are gone that the source may be
+        incomplete (`shards.max_removed`), a sample of a dataset that only grows changed, or more than `shards.max_bad` of the samples
+        are bad (then there is no new manifest; the shards that were written are kept for a rerun).
     """
     started = time.perf_counter()
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards or ShardSpec(), fan_out)
+    work = work.saying(about)
     if samples is None or not dry_run:
-        return _publish(work, fan_out, dry_run, on_part)
+        return _publish(work, fan_out, dry_run, on_part, started)
     from aecore.data.write.estimate import estimate
 
-    plan, summary = work.plan(claim=1), _publish(work, fan_out, dry_run, on_part)
+    plan, summary = work.plan(claim=1), _publish(work, fan_out, dry_run, on_part, started)
     assert isinstance(summary, PlanSummary)
     listing_s = time.perf_counter() - started
     found = estimate(plan, ShardWorker, work.store.url, work.source, samples, len(work.listing), listing_s, work.shards)
@@ -146,6 +155,7 @@ def adopt_shards(
     fan_out: FanOut = serial,
     dry_run: bool = False,
     on_part: OnPart | None = None,
+    about: AboutSpec | None = None,
 ) -> DatasetManifest | PlanSummary:
     """Index the tars of a `WebdatasetSpec` in place, as a dataset at `out` or its next generation; see `adopt` and `shard_dataset`.
 
@@ -153,16 +163,16 @@ def adopt_shards(
     """
     from aecore.data.write.adopt import require_adoptable
 
-    shards = shards or ShardSpec()
+    started, shards = time.perf_counter(), shards or ShardSpec()
     require_adoptable(source, shards)
     work = _compare(_absolute(source), out, splits or SplitSpec(), shards, fan_out, adopt=True)
     try:
-        return _publish(work, fan_out, dry_run, on_part)
+        return _publish(work.saying(about), fan_out, dry_run, on_part, started)
     finally:
         remove_staging(work.store)  # the folder may be that of the tars
 
 
-def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None) -> DatasetManifest | PlanSummary:
+def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | None, started: float) -> DatasetManifest | PlanSummary:
     if dry_run:
         plan = work.plan(claim=1)
         _warn_of_orphans(work, plan)
@@ -176,8 +186,17 @@ def _publish(work: "_Work", fan_out: FanOut, dry_run: bool, on_part: OnPart | No
             counted(len(work.listing), "sample", "samples"),
             work.parent.number,
         )
+        _report(Dataset(work.store, work.parent), {})
         return work.parent
-    return _write(work, fan_out, on_part)
+    return _write(work, fan_out, on_part, {"list and compare": time.perf_counter() - started})
+
+
+def _report(dataset: Dataset, seconds: Mapping[str, float], known: tuple[pa.Table, pa.Table] | None = None, before: Any = None) -> None:
+    """Make the report of a generation unless it is there, and log what it says of equal content."""  # any: a table or None
+    report = ensure_report(dataset, seconds, known, before)
+    for name, line in () if report is None else lines_of(report):
+        log = logger.info if name == "duplicates" else logger.warning
+        log("%s: %s", dataset.url, line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +204,9 @@ class _Work:
     """The work of one run: the newest generation, everything listed, and the samples of it that are written.
 
     `placed`, `ledger` and `changes` are those of a dataset that follows its source; `removal` is None for one that only grows.
-    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read.
+    `before_states`: it goes on with a claim of a version that knew no states, so nothing is known of when its samples were read. `made_of`
+    are the generations of other datasets that were listed. `contents` are the hashes
+    of the listed samples, with `splits.by=content`.
     """
 
     store: Store
@@ -203,6 +224,18 @@ class _Work:
     ledger: pa.Table | None = None
     changes: Changes | None = None
     before_states: bool = False
+    made_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    contents: list[str] | None = None
+    about: About | None = None
+
+    def saying(self, about: AboutSpec | None) -> "_Work":
+        """Return the work with what the generation says of the dataset."""
+        return dataclasses.replace(self, about=stated(about, None if self.parent is None else self.parent.about))
+
+    @property
+    def policy(self) -> Policy:
+        """What becomes of samples of equal content."""
+        return Policy.of(self.shards, self.splits)
 
     @property
     def is_idle(self) -> bool:
@@ -212,10 +245,13 @@ class _Work:
         """
         if len(self.fresh) or (self.parent is not None and self.removal != self.parent.removal):
             return False
+        if self.parent is not None and (self.policy != _policy_of(self.parent) or self.about != self.parent.about):
+            return False
         if self.changes is None:
             return True
         renewed = self.changes.renewed
-        return is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0) and not len(self.changes.removed)
+        little = is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0)
+        return little and not len(self.changes.removed) and not self.changes.excess
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
@@ -233,7 +269,7 @@ class _Work:
 
             files = files_of(listing.sources)
         if self.changes is None:
-            plan = plan_dataset(listing, self.splits, self.shards, self.parent, claim, self.source, files)
+            plan = plan_dataset(listing, self.splits, self.shards, self.parent, claim, self.source, files, self.contents)
         else:
             assert self.placed is not None
             written = self.changes.written
@@ -252,12 +288,19 @@ def _compare(
     store = open_store(out)
     names = store.list()
     newest = newest_of(names, STEM)
+    if newest is not None:  # the next generation would be made of it
+        require_not_withdrawn(store, newest, names, "write the source to another URL")
     parent = None if newest is None else read_manifest(store, newest)
-    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), shards.max_pixels)
+    recorded, source, opened, listing = _listed(store, names, parent, with_class_names(source), asked, shards.max_pixels)
     require_unique(listing)
     if recorded is not None:
         asked, shards = as_recorded(asked, recorded.get("splits", {})), as_recorded(shards, recorded.get("shards", {}))
+    if source.kind == "dataset":
+        from aecore.data.sources.dataset import require_writable
+
+        require_writable(opened, store.url, shards.layout)
     there = None if recorded is None else recorded.get("splits", {})
+    asked, shards = _with_policy(asked, shards, None if parent is None else parent.identity)
     splits = resolve_splits(listing, asked, there, parent.splits if parent else (), frames=takes_frames(source))
     specs = {"source": source, "splits": splits, "shards": shards}
     identity = {name: to_dict(spec, identity_only=True) for name, spec in specs.items()}
@@ -267,8 +310,16 @@ def _compare(
         identity["adopted"] = {"by": "offset"}
         require_readable_by_offset(listing, opened)
     removal = shards.removed or ("drop" if parent is None else parent.removal)
-    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal)
+    listed = dict(generations(opened))
+    work = _Work(store, source, asked, splits, shards, parent, listing, listing, identity, adopt, removal, made_of=listed)
+    if removal is None and not work.policy.is_plain:
+        raise ConfigError(
+            f"{store.url} was begun when datasets only grew, and shards.duplicates={work.policy.duplicates} with "
+            f"splits.leaks={work.policy.leaks} may remove samples: set shards.removed=drop (or keep), which makes it follow its source"
+        )
     if parent is None:
+        if splits.by == "content":
+            work = dataclasses.replace(work, contents=_contents(work, fan_out).of(listing, LEDGER_SCHEMA.empty_table()))
         _warn(store, listing, asked, splits)
         return work
     _require_same(work, parent)
@@ -300,25 +351,32 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         from aecore.data.write.adopt import AdoptedTars, files_of
 
         tars = AdoptedTars(store, parent, opened)
-    ledger, known = read_ledger(store, parent), dict[str, str]()
+    (ledger, left), known, contents = read_known(store, parent), dict[str, str](), None
+    reread: Callable[[Listing], Reread] = functools.partial(read_again, source=source, shards=work.shards, fan_out=fan_out)
+    if work.splits.by == "content":
+        read = _contents(work, fan_out)
+        contents, reread = read.of(listing, pa.concat_tables([ledger, left])), read.again
     if work.splits.stratify:
         keys, sources, splits = (list[Any](ledger[name].to_pylist()) for name in ("key", "source", "split"))  # any: texts
         units = units_of(keys, sources, None, work.splits)
+        if contents is not None:
+            units = hashes_of(ledger).to_pylist()
         known = dict(zip((group or unit for group, unit in zip(ledger["group"].to_pylist(), units, strict=True)), splits, strict=True))
-    placed = place_samples(listing, work.splits, parent, source, files_of(listing.sources) if work.adopt else None, known)
+    placed = place_samples(listing, work.splits, parent, source, files_of(listing.sources) if work.adopt else None, known, contents)
     rules = Rules(
         url=store.url,
         drop=work.removal == "drop",
         max_removed=work.shards.max_removed,
         checksum=work.shards.checksum,
         accept_filter=work.shards.accept_filter,
-        reread=lambda rows: read_again(rows, source, work.shards, fan_out),
+        reread=reread,
         outside=functools.partial(_left_out, source, parent),
         tars=tars,
         all_frames=takes_frames(source),
         split_folders=work.splits.by == "folders",
+        policy=work.policy,
     )
-    changes = compare(listing, placed, ledger, rules)
+    changes = compare(listing, placed, ledger, left, rules)
     identity = work.identity
     if changes.left_out:  # until they are dropped, the filter that has them is that of the dataset
         logger.warning(
@@ -330,12 +388,39 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         )
         identity = {**identity, "source": _filters_of(parent.identity["source"], identity["source"])}
     fresh = listing.take(np.flatnonzero(changes.written))
-    return dataclasses.replace(work, fresh=fresh, identity=identity, placed=placed, ledger=ledger, changes=changes)
+    return dataclasses.replace(work, fresh=fresh, identity=identity, placed=placed, ledger=ledger, changes=changes, contents=contents)
+
+
+def _contents(work: _Work, fan_out: FanOut) -> Contents:
+    """Return what reads the samples of a source for `splits.by=content`."""
+    read = functools.partial(read_again, source=work.source, shards=work.shards, fan_out=fan_out)
+    return Contents(read, checksum=work.shards.checksum)
+
+
+def _with_policy(
+    splits: SplitSpec, shards: ShardSpec, there: Mapping[str, Any] | None
+) -> tuple[SplitSpec, ShardSpec]:  # any: plain JSON data
+    """Return the settings with what becomes of equal content: what is asked for, else what the dataset has; None for the default."""
+    recorded, plain = there or {}, Policy()
+    leaks = splits.leaks or recorded.get("splits", {}).get("leaks")
+    duplicates = shards.duplicates or recorded.get("shards", {}).get("duplicates")
+    return (
+        dataclasses.replace(splits, leaks=None if leaks == plain.leaks else leaks),
+        dataclasses.replace(shards, duplicates=None if duplicates == plain.duplicates else duplicates),
+    )
+
+
+def _policy_of(manifest: DatasetManifest) -> Policy:
+    splits, shards = (manifest.identity.get(name, {}) for name in ("splits", "shards"))
+    return Policy(shards.get("duplicates") or "keep", splits.get("leaks") or "warn")
 
 
 def _left_out(source: Any, parent: DatasetManifest, rows: pa.Table) -> NDArray[np.bool_]:  # any: every source kind has its own spec class
     """Return which of these samples of a dataset the filter of the source leaves out."""
     names, sizes = list[Any](rows["source"].to_pylist()), list[Any](rows["bytes"].to_pylist())  # any: texts, numbers
+    unread: Any = pc.is_null(rows["sha256"])  # any: the stubs know no types of values
+    for row in np.flatnonzero(unread.to_numpy() & (rows["bytes"].to_numpy() == 0)).tolist():
+        sizes[row] = sys.maxsize  # of a link to nothing, which no source.min_size leaves out
     return np.array(left_out(source, parent.identity.get("source", {}), names, sizes), np.bool_)
 
 
@@ -349,12 +434,9 @@ def _require_same(work: _Work, there: DatasetManifest) -> None:
     """Raise ConfigError with the differing fields if the dataset was written with other settings; filters may differ if it follows."""
     specs = {"source": work.source, "splits": work.splits, "shards": work.shards}
     absent = {name: absent_values(spec) for name, spec in specs.items()}
-    asked, recorded = work.identity, _with_classes(there, work.source)
-    if work.removal is not None:
-        asked, recorded, absent = (
-            {**part, "source": {name: value for name, value in part.get("source", {}).items() if name not in FILTERS}}
-            for part in (asked, recorded, absent)
-        )
+    asked, recorded, absent = (
+        fixed_identity(part, follows=work.removal is not None) for part in (work.identity, _with_classes(there, work.source), absent)
+    )
     require_same(work.store.url, "dataset", asked, recorded, absent=absent)
 
 
@@ -367,11 +449,12 @@ def _with_classes(parent: DatasetManifest, source: Any) -> Mapping[str, Any]:  #
 
 
 def _listed(
-    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any, max_pixels: int
+    store: Store, names: Sequence[str], parent: DatasetManifest | None, source: Any, splits: SplitSpec, max_pixels: int
 ) -> tuple[Mapping[str, Any] | None, Any, Source, Listing]:  # any: plain JSON data, and every source kind has its own spec class
     """Return the identity of the dataset that this source continues (None: a new one), the source's spec, the source, and its listing.
 
     A dataset that exists is listed by the rules that it recorded. Before its first manifest that is one with a claim of this listing.
+    `splits` are those that are asked for.
     """
     listed: list[tuple[Any, Source, Listing]] = []  # any: as above
     hashes: list[tuple[str, str]] = []  # as they are, and as versions before states made them
@@ -382,7 +465,7 @@ def _listed(
             return known
         opened: Source = SOURCES.build(spec)
         bound_pixels(opened, max_pixels)
-        listing = by_rules(spec, opened.listing()).spilled()
+        listing = without_bad_splits(by_rules(spec, opened.listing()), splits).spilled()
         listed.append((spec, opened, dataclasses.replace(listing, origin=listing.origin or origin_of(spec))))
         return len(listed) - 1
 
@@ -407,14 +490,15 @@ def _warn(store: Store, listing: Listing, asked: SplitSpec, splits: SplitSpec) -
             logger.warning("%s: %s", store.url, warning)
 
 
-def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManifest:
+def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None, spent: dict[str, float]) -> DatasetManifest:
     started = time.perf_counter()
     store, parent = work.store, work.parent
     generation, work = _as_begun(work, _generation(work))
     plan = work.plan(claim=1)  # before anything is claimed: what cannot be planned leaves nothing behind
     if parent is None:
         remove_refused(store, generation)
-    claim = claim_generation(store, "dataset", generation, {"source": to_dict(work.source)})
+    told = {"source": to_dict(work.source), **({"made_of": work.made_of} if work.made_of else {})}
+    claim = claim_generation(store, "dataset", generation, told)
     plan = plan if claim == 1 else work.plan(claim)
     take_over(store, claim)
     _warn_of_orphans(work, plan)
@@ -426,15 +510,19 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     with _Listing(work, plan, claim, handed) as listing:  # in the background: only the manifest waits for it
         try:
             records = collect(fan_out, make_worker, plan.tasks, what="shards", on_part=listing.reporting(on_part), on_start=listing.start)
+            spent["shards"] = time.perf_counter() - started
             _require_good(work, records)
+            removed = listing.removed()
         except (ConfigError, DataError):
             listing.close()
             leave_refused(store, claim, [task.stem for task in plan.tasks])
             raise
-        removed = None if parent is None or work.changes is None else work.changes.removed
-        removals = [] if removed is None or parent is None else remove_samples(Dataset(store, parent), removed, claim)
+        removals = list[PartRecord]()
+        if len(removed):  # of parts of this generation too, which no manifest names yet
+            parts = next_manifest(parent, work.identity, plan.classes, records, FileRef("", 0, ""), None)
+            removals = remove_samples(Dataset(store, parts), removed, claim)
         listed, living = listing.put(removals)
-    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living)
+    manifest = next_manifest(parent, work.identity, plan.classes, records, listed, sha256_json(generation), living, work.about)
     old = [] if parent is None else parent.own_files
     new = set(manifest.own_files) - set(old)
     new_files = sorted(new, key=lambda ref: ref.name)
@@ -442,18 +530,26 @@ def _write(work: _Work, fan_out: FanOut, on_part: OnPart | None) -> DatasetManif
     def require_continued(number: int) -> None:
         _require_same(work, read_manifest(store, number))
 
-    commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
+    made, place = {**work.made_of, store.url: manifest.parent}, f"{store.url}/{STEM}.{manifest.number:06d}.json"
+    with contextlib.ExitStack() as stack:
+        for url, number in made.items():
+            stack.enter_context(made_of(url, number, place))
+        commit_manifest(store, STEM, manifest.parent, manifest.to_json(), new=new_files, old=old, require_continued=require_continued)
     rows = counted(sum(record.rows for record in records), "new sample", "new samples")
     counts = rows, sum(record.quarantined for record in records)
     seconds = time.perf_counter() - started
     logger.info("%s: generation %d, %s, %d quarantined, %.1f s", store.url, manifest.number, *counts, seconds)
     if changes := ", ".join(f"{name} {found['samples']}" for name, found in work.shown.items() if found["samples"]):
         logger.info("%s: %s", store.url, changes)
+    if left := len(listing.left):
+        logger.info("%s: %s left out, whose content others have", store.url, counted(left, "sample is", "samples are"))
     for note in _pixel_notes(records, manifest.sample.shapes):
         logger.info("%s: %s", store.url, note)
     for warning in _range_warnings(records, work.shards):
         logger.warning("%s: %s", store.url, warning)
     report_formats(store, parent, manifest)
+    spent["commit"] = time.perf_counter() - started - spent["shards"]
+    _report(Dataset(store, manifest), spent, None if listing.ledger is None else (listing.ledger, listing.left), work.ledger)
     return manifest
 
 
@@ -486,6 +582,8 @@ def _generation(work: _Work) -> dict[str, Any]:  # any: plain JSON data
     if parent is not None and work.changes is not None:
         generation["parent_manifest"] = sha256_json(parent.to_json())
         generation["changes"] = {"removed": content_sha256(work.changes.removed), "written": work.fresh.sha256()}
+    if work.contents is not None:
+        generation["contents"] = sha256_json(work.contents)
     return generation
 
 
@@ -502,6 +600,10 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         self._places = dict[str, tuple[int, int]]()  # of parts in the scratch file
         self._grown: Future[FileRef] | None = None
         self._before: Future[str] | None = None
+        self._new = LEDGER_SCHEMA.empty_table()
+        self._removed = REMOVED_PLACES.empty_table()
+        self._left = LEDGER_SCHEMA.empty_table()
+        self.ledger: pa.Table | None = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -542,10 +644,44 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
 
     def _known_with(self, new: pa.Table) -> pa.Table:
         """Return the ledger of the generation, which this listing completes."""
-        ledger, changes = self._work.ledger, self._work.changes
-        if ledger is None or changes is None:
-            return new
-        return newest_rows(pa.concat_tables([ledger, new]), changes.removed)
+        ledger = self._work.ledger
+        if ledger is None:
+            ledger = LEDGER_SCHEMA.empty_table()
+            if not len(self._removed):
+                return new
+        before = [] if self._work.changes is None else [self._work.changes.was_left]  # of which some are renewed
+        removed = pa.concat_tables([table.select(["split", "ordinal"]) for table in (self._removed, *before)])
+        return newest_rows(pa.concat_tables([ledger, new]), removed)
+
+    @property
+    def left(self) -> pa.Table:
+        """What is known of samples that the generation leaves out since another one has their content."""
+        known = [] if self._work.changes is None else [self._work.changes.left]
+        return pa.concat_tables([*known, self._left]).combine_chunks()
+
+    def removed(self) -> pa.Table:
+        """Return split, ordinal, key and reason of all that the generation removes: what changed, and equal content.
+
+        Called when all parts are recorded. DataError if the policy refuses what they hold.
+        """
+        work = self._work
+        if work.removal is None:
+            return self._removed
+        rows = [self._rows[stem].result() for stem in self._tasks]
+        if self._spill is not None:
+            recorded = self._spill.table()
+            rows = [recorded.slice(*self._places[stem]) for stem in self._tasks]
+        changes = [] if work.changes is None else [work.changes.renewed]
+        self._new = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *changes, *rows])
+        self._removed = REMOVED_PLACES.empty_table() if work.changes is None else work.changes.removed
+        if not work.policy.is_plain:
+            ledger = self._known_with(self._new)
+            require_allowed(ledger, work.policy, work.store.url)
+            why = dropped(ledger, work.policy)
+            self._left, given = filtered(ledger, why != ""), list[str](why[why != ""])
+            more = self._left.select(["split", "ordinal", "key"]).append_column("reason", pa.array(given, pa.string()))
+            self._removed = pa.concat_tables([self._removed, more])
+        return self._removed
 
     def put(self, removals: Sequence[PartRecord]) -> tuple[FileRef, Living | None]:
         """Commit the listing; return it, and what else the manifest has of a dataset that follows its source."""
@@ -557,12 +693,9 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
                 f"{work.store.url}: the listings of generation {parent.number} hold samples of content_sha256 {self._before.result()}, its "
                 f"manifest says {parent.content_sha256}: one of them was changed; restore it (nothing was committed)"
             )
-        rows = [self._rows[stem].result() for stem in self._tasks]
-        if self._spill is not None:
-            written = self._spill.table()
-            rows = [written.slice(*self._places[stem]) for stem in self._tasks]
-        new = pa.concat_tables([LEDGER_SCHEMA.empty_table(), *([] if work.changes is None else [work.changes.renewed]), *rows])
+        new = self._new
         ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS
+        self.ledger = ledger
         content = self._background.submit(samples_sha256, ledger)
 
         def knows_the_same(there: pa.Table) -> bool:  # of an attempt that was killed, at which time other states were known
@@ -571,11 +704,12 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
             ours, theirs = (rows.drop_columns(["bytes", "origin", "state"]) for rows in (ledger, self._known_with(there)))
             return bool(ours.equals(theirs))
 
-        listed = _put_listing(work.store, self._claim, ledger if merged else new, knows_the_same)
+        listed = _put_listing(work.store, self._claim, pa.concat_tables([ledger, self.left]) if merged else new, knows_the_same)
         by_part = {part_of(record): record for record in removals}
         details = None if parent is None or not removals else live_details(work.store, parent.parts, by_part)
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
-        return listed, Living(work.removal, content.result(), removed, details, merged)
+        counts = {stem: record.detail for stem, record in by_part.items() if stem in self._tasks}
+        return listed, Living(work.removal, content.result(), removed, details, counts, merged)
 
 
 def _make_worker(work: _Work, handed: Handed) -> Callable[[], Worker]:

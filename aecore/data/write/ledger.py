@@ -30,7 +30,7 @@ from aecore.data.format.index import (
 )
 from aecore.data.format.spill import filtered, gathered, is_large, narrow, slices, take_rows
 from aecore.data.manifest import DatasetManifest, RejectedPart, ShardRef, claim_of_listing
-from aecore.data.removal import read_removed
+from aecore.data.removal import LEFT_OUT, read_removed
 from aecore.data.sources import origin_of_url
 from aecore.data.write.spec import ShardTask
 from aecore.errors import DataError
@@ -42,17 +42,38 @@ pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 Column = Any  # any: as above
 MOST_LISTINGS = 16  # of a manifest; more are merged into the new one
 READERS = 16  # files that are read at a time
+REMOVED_PLACES = REMOVED_SCHEMA.insert(0, pa.field("split", pa.string()))
 _SLICE = 1 << 16  # rows that are hashed at a time
 
 
 def read_ledger(store: Store, manifest: DatasetManifest) -> pa.Table:
     """Return what is known of every live sample, quarantined ones too, as a table of `LEDGER_SCHEMA`, by split and ordinal; verified."""
+    return read_known(store, manifest)[0]
+
+
+def read_known(store: Store, manifest: DatasetManifest) -> tuple[pa.Table, pa.Table]:
+    """Return the ledger, and what is known of the samples that were left out since another one has their content.
+
+    The latter are rows of stored samples that were removed as `duplicate` or `leak`. A later row without `sample_sha256` says of such a one
+    that its source is gone, or that it was written again.
+    """
     large = is_large(sum(part.planned for part in manifest.parts))
     listings = [*map_ordered(lambda ref: (ref, read_listing(store, ref, large=large)), manifest.listings, threads=1 if large else READERS)]
     before = [(claim_of_listing(ref), table) for ref, table in listings if table.schema.equals(LISTING_SCHEMA)]
     newer = [table for _, table in listings if table.schema.equals(LEDGER_SCHEMA)]
     ledger = pa.concat_tables([*([_completed(store, manifest, dict(before))] if before else []), *newer])
-    return newest_rows(ledger, removed_rows(store, manifest.parts))
+    removed = removed_rows(store, manifest.parts)
+    left_out = removed.filter(pc.is_in(removed["reason"], value_set=pa.array(LEFT_OUT)))
+    return newest_rows(ledger, removed), _rows_at(ledger, left_out)
+
+
+def _rows_at(ledger: pa.Table, places: pa.Table) -> pa.Table:
+    """Return the newest row of each of these (split, ordinal) that says what is stored there."""
+    if not len(places):
+        return LEDGER_SCHEMA.empty_table()
+    splits = pc.unique(ledger["split"])
+    rows = newest_rows(filtered(ledger, np.isin(_places(ledger, splits), _places(places, splits))), REMOVED_PLACES.empty_table())
+    return rows.filter(pc.is_valid(rows["sample_sha256"]))
 
 
 def read_listing(store: Store, ref: FileRef, *, large: bool = False) -> pa.Table:
@@ -73,8 +94,7 @@ def read_listing(store: Store, ref: FileRef, *, large: bool = False) -> pa.Table
 def removed_rows(store: Store, parts: Sequence[ShardRef | RejectedPart]) -> pa.Table:
     """Return split, ordinal, key and reason of all that is removed of these parts."""
     tables = [place_removed(part, table) for part in parts if (table := read_removed(store, part)) is not None]
-    schema = REMOVED_SCHEMA.insert(0, pa.field("split", pa.string()))
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+    return pa.concat_tables(tables) if tables else REMOVED_PLACES.empty_table()
 
 
 def place_removed(part: ShardRef | RejectedPart, removed: pa.Table) -> pa.Table:
@@ -230,19 +250,24 @@ def recorded_rows(store: Store, task: ShardTask, origin: str, record: PartRecord
 
 
 def columns_sha256(columns: Mapping[str, Any], count: int) -> Column:  # any: arrays of numpy or Arrow
-    """Return the hash of the values of all further columns of each of `count` samples; null where there are no columns.
+    """Return the hash of the values of all further columns of each of `count` samples; null where there are none.
 
-    Equal values have equal hashes, whatever the type of their column: 1 is 1.0, and a column's name counts.
+    Equal values have equal hashes, whatever the type of their column: 1 is 1.0, and a column's name counts. A null is no value: a sample
+    has the same hash in a dataset without that column.
     """
     if not columns:
         return pa.nulls(count, pa.string())
     names = sorted(columns)
     values = [map(_canonical, _listed(columns[name])) for name in names]
     digests = [
-        hashlib.sha256(json.dumps(dict(zip(names, row, strict=True)), separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
-        for row in zip(*values, strict=True)
+        _sha256({name: value for name, value in zip(names, row, strict=True) if value is not None}) for row in zip(*values, strict=True)
     ]
     return pa.array(digests, pa.string())
+
+
+def _sha256(values: Mapping[str, Any]) -> str | None:  # any: plain JSON data
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest() if values else None
 
 
 def _listed(column: Any) -> list[Any]:  # any: as above

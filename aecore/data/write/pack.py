@@ -238,7 +238,7 @@ class ShardWriter:
             "label_name": _select(task.label_names, rows),
             "source": _select(task.sources, rows),
             "sha256": _split_text(np.concatenate(self._digests).tobytes().hex(), np.full(len(rows), 64)),
-            "members": _members([header.ext for header in headers], codes, sizes, labels),
+            "members": members_column([header.ext for header in headers], codes, sizes, labels),
             "width": pa.array([header.width for header in headers], pa.int32()).take(at),
             "height": pa.array([header.height for header in headers], pa.int32()).take(at),
             "mode": pa.array([header.mode for header in headers], pa.string()).take(at),
@@ -247,7 +247,7 @@ class ShardWriter:
         }
         if self._hashes_source:
             columns[SOURCE_SHA256] = _split_text(b"".join(self._source_digests).hex(), np.full(len(rows), 64))
-        columns |= {name: values[rows] for name, values in task.columns.items()}
+        columns |= {name: values.take(rows) for name, values in task.columns.items()}
         return make_table(INDEX_SCHEMA, columns, len(rows))
 
     def counts(self) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _select(values: Sequence[str] | None, rows: Int64s) -> Texts | None:
     return None if values is None else Texts.of(values) if len(values) == len(rows) else Texts.of(values).take(rows)  # nearly always all
 
 
-def _members(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
+def members_column(exts: list[str], codes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[np.int32] | None) -> Any:
     """Return a list array of ext, offset and size of every member, in the order and at the offsets that `ShardWriter` wrote.
 
     `exts[codes]` are the extensions of the data members.

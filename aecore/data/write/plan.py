@@ -138,10 +138,12 @@ def plan_dataset(
     claim: int,
     source: Any,
     files: Sequence[str] | None = None,
+    contents: list[str] | None = None,
 ) -> DatasetPlan:  # any: every source kind has its own spec class
     """Return the plan for the samples of `listing`, all of them new to `parent`.
 
-    With `files`, the file that holds each sample, shards follow these files, in the order of the listing.
+    With `files`, the file that holds each sample, shards follow these files, in the order of the listing. `contents` are the hashes of the
+    samples for `splits.by=content`.
 
     Raises
     ------
@@ -151,7 +153,8 @@ def plan_dataset(
     ConfigError
         If the source does not have the folders, column or labels that `splits` needs.
     """
-    return plan_parts(listing, place_samples(listing, splits, parent, source, files), shards, parent, claim, source, files)
+    placed = place_samples(listing, splits, parent, source, files, contents=contents)
+    return plan_parts(listing, placed, shards, parent, claim, source, files)
 
 
 def place_samples(
@@ -161,20 +164,22 @@ def place_samples(
     source: Any,
     files: Sequence[str] | None = None,
     known: Mapping[str, str] | None = None,
+    contents: list[str] | None = None,
 ) -> Placement:  # any: as above
     """Return split and class of each sample; raises as `plan_dataset`.
 
+    `contents` are the hashes of the samples for `splits.by=content`.
     `known` are the splits of keys and groups that are there already: with `splits.stratify` they keep them.
     """
     require_unique(listing)
     chosen = resolve_splits(listing, splits, frames=takes_frames(source))
     names = label_names(listing, chosen.by == "folders")
-    members = assign_splits(listing, chosen, names, parent, known)
+    members = assign_splits(listing, chosen, names, parent, known, contents)
     _require_whole_groups(listing, members, chosen, files)
     fixed = fixed_classes(source)
     if fixed and names is None and parent is None:
         raise ConfigError(f"source.classes names {len(fixed)} classes, and no sample has a label: see source.label")
-    classes = _classes(parent.classes if parent else (), names, fixed)
+    classes = _classes(parent.classes if parent else listing.classes, names, fixed)
     if names is None:
         return Placement(members, None, None, classes, chosen)
     codes, different = names.codes()

@@ -12,8 +12,8 @@ from aecore.artifact.commit import PartRecord, write_record
 from aecore.artifact.documents import read_json
 from aecore.data.dataset import Dataset
 from aecore.data.format.image import ImageHeader, image_header
-from aecore.data.format.index import QUARANTINE_SCHEMA, REMOVED_SCHEMA, content_sha256, read_table
-from aecore.data.format.record import DATA_EXTENSIONS, array_header
+from aecore.data.format.index import QUARANTINE_SCHEMA, REMOVED_SCHEMA, content_sha256, data_members, read_table
+from aecore.data.format.record import array_header
 from aecore.data.manifest import RejectedPart, ShardRef
 from aecore.data.removal import read_removed, removal_name
 from aecore.data.write.shard import put_table
@@ -68,14 +68,12 @@ def _remove(dataset: Dataset, part: Part, rows: pa.Table, claim: int) -> PartRec
     name = removal_name(part.stem, claim)
     file = put_table(store, name, table, {"format": 1, "split": part.split, "stem": part.stem}, "removal")
     index, quarantine = _tables(store, part)
-    live, bad = (
-        each.filter(pc.invert(pc.is_in(each["ordinal"], value_set=table["ordinal"].combine_chunks()))) for each in (index, quarantine)
-    )
+    live, bad = _without(table, index, quarantine)
     detail: dict[str, Any] = {"split": part.split, "samples": len(live), "quarantined": len(bad), "reasons": _counts(bad["reason"])}
     groups = 0
     if isinstance(part, ShardRef):
         names = live["label_name"] if live["label_name"].null_count < len(live) else live["label"].cast(pa.string())
-        detail |= {"bytes": part.tar.bytes, "classes": _counts(names), "extensions": _counts(_extensions(live))}
+        detail |= {"bytes": part.tar.bytes, "classes": _counts(names), "extensions": _counts(data_members(live)[0])}
         detail["shapes"] = _shapes(dataset, part, index, live)
         if part.groups:
             detail["groups"] = pc.count_distinct(live["group"]).as_py()
@@ -95,15 +93,19 @@ def _tables(store: Store, part: Part) -> tuple[pa.Table, pa.Table]:
     return no_index if index is None else index, QUARANTINE_SCHEMA.empty_table() if quarantine is None else quarantine
 
 
+def live_tables(store: Store, part: Part, removed: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Return index and quarantine of a part without the removed rows; without rows where there is none."""
+    return _without(removed, *_tables(store, part))
+
+
+def _without(removed: pa.Table, index: pa.Table, quarantine: pa.Table) -> tuple[pa.Table, pa.Table]:
+    gone = removed["ordinal"].combine_chunks()
+    live, bad = (each.filter(pc.invert(pc.is_in(each["ordinal"], value_set=gone))) for each in (index, quarantine))
+    return live, bad
+
+
 def _counts(column: Any) -> dict[str, int]:  # any: as above
     return {str(item["values"]): item["counts"] for item in pc.value_counts(column).to_pylist() if item["values"] is not None}
-
-
-def _extensions(index: pa.Table) -> Any:  # any: as above
-    """Return the extension of the data member of each row."""
-    members: Any = index["members"].combine_chunks()
-    ext = members.flatten().field("ext")
-    return ext.filter(pc.is_in(ext, value_set=pa.array(sorted(DATA_EXTENSIONS))))
 
 
 def _shapes(dataset: Dataset, shard: ShardRef, index: pa.Table, live: pa.Table) -> dict[str, int]:
@@ -141,7 +143,7 @@ def _formats_of_bytes(dataset: Dataset, shard: ShardRef, index: pa.Table, live: 
     finally:
         reader.close()
     found: Counter[str] = Counter()
-    for ext, data in zip(_extensions(live).to_pylist(), read, strict=True):
+    for ext, data in zip(data_members(live)[0].to_pylist(), read, strict=True):
         is_array = ext == "npy"
         header = array_header(data, pixels=pixels, layout=layout) if is_array else image_header(data, ext, pixels=pixels, max_pixels=2**32)
         found[header.format_text] += 1

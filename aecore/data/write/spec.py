@@ -48,6 +48,12 @@ class ShardSpec:
     checksum: bool = knob(
         False, "read all samples and compare their hashes, also where their files look unchanged", identity=False, since=2
     )
+    duplicates: Literal["keep", "drop", "refuse"] | None = knob(
+        None,
+        "samples of equal bytes; drop: the smallest key stays, in whatever splits they are; refuse: no generation with any; null: what the "
+        "dataset has, keep for a new one",
+        since=2,
+    )
     max_pixels: int = knob(
         MAX_PIXELS, "pixels of an image at most; its decoded values may take 16 bytes for each of them", ge=1, le=1 << 32, since=2
     )
@@ -120,7 +126,7 @@ class ShardTask:
     labels: NDArray[np.int32] | None = None
     label_names: Sequence[str] | None = None
     groups: Sequence[str] | None = None
-    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # any: every column has its own dtype
+    columns: Mapping[str, Any] = field(default_factory=dict)  # any: arrays of numpy or Arrow, each of its own type
     shards: ShardSpec = field(default_factory=ShardSpec)
     unusable: list[BadSample | None] | None = None
     states: Sequence[str | None] | None = None

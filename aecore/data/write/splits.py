@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecore.data.classes import spelled
+from aecore.data.format.bad_sample import BadSample
 from aecore.data.manifest import SPLIT_ORDER, DatasetManifest
 from aecore.data.sources import Listing, take
 from aecore.data.sources._names import file_of, split_of, split_of_folder
@@ -28,9 +29,10 @@ _SPLIT_NAME = re.compile(r"(?!.*-g\d{6}$)[A-Za-z0-9][A-Za-z0-9_-]*")  # stems ap
 class SplitSpec:
     """Which sample belongs to which split (`splits.*` of a recipe)."""
 
-    by: Literal["auto", "folders", "hash", "column", "none"] = knob(
+    by: Literal["auto", "folders", "hash", "content", "column", "none"] = knob(
         "auto",
         "folders: the top folders, or the words in the names of tars (valid, dev: val; training: train; ...); hash: of the key or group; "
+        "content: of the stored bytes, so equal ones are in one split, and new files are read once before they are written; "
         "auto: column if one is named, else folders if all of them name a split, else hash where val or test is set, else none",
     )
     val: float = knob(0.0, "share of the training samples that becomes the split val, by hash", ge=0.0, le=1.0)
@@ -44,6 +46,12 @@ class SplitSpec:
         absent="cut",
     )
     stratify: bool = knob(False, "val and test get their share of every class, as near as whole samples or groups allow", since=2)
+    leaks: Literal["warn", "drop", "refuse"] | None = knob(
+        None,
+        "samples of train whose bytes are in val or test too; drop: they leave train; refuse: no generation with equal bytes in two "
+        "splits; null: what the dataset has, warn for a new one",
+        since=2,
+    )
 
     def __post_init__(self) -> None:
         if self.val + self.test >= 1:
@@ -52,10 +60,41 @@ class SplitSpec:
             raise ConfigError(f"splits.by={self.by} with splits.column={self.column}: give both by=column and a column, or neither")
         if self.stratify and not (self.val or self.test):
             raise ConfigError("splits.stratify=true needs splits.val or splits.test above 0: the shares that every class keeps")
-        if self.by == "hash" and not (self.val or self.test):
-            raise ConfigError("splits.by=hash needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by in ("hash", "content") and not (self.val or self.test):
+            raise ConfigError(f"splits.by={self.by} needs splits.val or splits.test above 0 (splits.by=none puts everything into train)")
+        if self.by == "content" and self.files == "whole":
+            raise ConfigError(
+                "splits.by=content splits by the bytes of each sample, and splits.files=whole by files: leave one of them out"
+            )
         if self.by == "none" and (self.val or self.test):
             raise ConfigError("splits.by=none puts everything into train: set splits.by=hash to use splits.val and splits.test")
+
+
+def without_bad_splits(listing: Listing, splits: SplitSpec) -> Listing:
+    """Return a listing in which samples are unusable (`no_split`) whose column or folder of the split is missing or cannot name one.
+
+    Unless that are all of them: then it is none of splits, which is refused later.
+    """
+    if splits.column is not None and splits.column in listing.columns:
+        what, values = f"splits.column={splits.column}", listing.columns[splits.column].tolist()
+        good = [value is not None and value == value and _SPLIT_NAME.fullmatch(str(value)) is not None for value in values]
+        wrong = [row for row, is_good in enumerate(good) if not is_good]
+    elif splits.by == "folders" and listing.splits is not None:
+        what, values = "its top folder", Texts.of(listing.splits)
+        codes, tops = values.codes()
+        names_none = [top != "" and _SPLIT_NAME.fullmatch(split_of_folder(top) or top) is None for top in tops]
+        wrong = np.flatnonzero(np.array(names_none, np.bool_)[codes]).tolist()
+    else:
+        return listing
+    known = listing.unusable
+    bad = [row for row in wrong if known is None or known[row] is None]
+    if not bad or len(bad) == (len(listing) if known is None else known.count(None)):
+        return listing
+    unusable = list[BadSample | None](known or [None] * len(listing))
+    for row in bad:
+        text = f"{what} is {values[row]!r}, which cannot name a split (letters, digits, - and _): write the name of one"
+        unusable[row] = BadSample("no_split", text)
+    return dataclasses.replace(listing, unusable=unusable)
 
 
 def resolve_splits(
@@ -72,16 +111,17 @@ def resolve_splits(
     that a file may be several samples: else its pages need no rule, and the identity none.
     """
     if splits.files == "auto":
-        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if frames and recorded is None else "cut"))
+        whole = frames and recorded is None and splits.by != "content"
+        splits = dataclasses.replace(splits, files=(recorded or {}).get("files", "whole" if whole else "cut"))
     if splits.by != "auto":
         return splits
     if splits.column is not None:
         return dataclasses.replace(splits, by="column")
     # files directly in the source's folder change nothing
     tops = set[str]() if listing.splits is None else {*Texts.of(listing.splits).distinct()} - {""}
-    all_known = bool(tops) and all(split_of_folder(name) or name in known for name in tops)
+    all_known = bool(tops) and (listing.named_splits or all(split_of_folder(name) or name in known for name in tops))
     kept = (recorded or {}).get("by")
-    if kept in ("none", "hash") or (kept == "folders" and all_known):
+    if kept in ("none", "hash", "content") or (kept == "folders" and all_known):
         try:
             return dataclasses.replace(splits, by=kept)
         except ConfigError:
@@ -93,7 +133,7 @@ def resolve_splits(
 
 def split_warnings(listing: Listing, splits: SplitSpec) -> list[str]:
     """Return warnings about resolved `splits`: folders that look like splits and are not used, samples outside the split folders."""
-    if splits.by in ("none", "hash"):
+    if splits.by in ("none", "hash", "content"):
         folders = {folder for keys in Texts.of(listing.keys).slices() for folder in {key.rpartition("/")[0] for key in keys}}
         found = sorted({name for folder in folders for name in folder.split("/") if split_of_folder(name)})
         if not found:  # train_set and val_set, where a class called test_tube is none
@@ -138,24 +178,30 @@ def assign_splits(
     names: Sequence[str] | None = None,
     parent: DatasetManifest | None = None,
     known: Mapping[str, str] | None = None,
+    contents: list[str] | None = None,
 ) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each split (ascending) for resolved `splits`: train, val, test first, other names sorted, none empty.
 
     Folders named by a word for a split are stored under its usual name, unless their own name is among the splits of the `parent`.
-    `names` are the classes of the samples, for `splits.stratify`, which completes the shares of the parent: the units (keys or groups)
+    `contents` are what `splits.by=content` hashes. `names` are the classes of the samples, for
+    `splits.stratify`, which completes the shares of the parent: the units (keys, groups or contents)
     that are `known` to be in one of the splits that share the training samples keep it.
     """
     values = _split_values(listing, splits, parent.splits if parent else ())
     rows = {"train": np.arange(len(listing))} if values is None else _rows_by_value(values)
     train = rows.get("train", np.zeros(0, dtype=np.int64))
     kept: dict[str, NDArray[np.int64]] = {}
-    everything = units_of(listing.keys, listing.sources, listing.groups, splits)
+    everything = contents if contents is not None else units_of(listing.keys, listing.sources, listing.groups, splits)
     if splits.stratify and known:
         units = take(everything, train)
         shared = ("train", *_carved(splits))
         places = np.array([shared.index(split) if (split := known.get(unit)) in shared else -1 for unit in units], np.int64)
         kept = {split: train[places == number] for number, split in enumerate(shared)}
         train = train[places < 0]
+    if contents is not None and listing.groups is not None:
+        raise ConfigError(
+            "splits.by=content would cut groups of samples (source.group), which stay whole: use splits.by=hash, of the group"
+        )
     units = take(everything, train)
     if splits.stratify:
         place = _stratified(units, _strata(listing, names, train), splits, parent)
@@ -184,9 +230,13 @@ def _split_values(listing: Listing, splits: SplitSpec, known: Collection[str]) -
         if listing.splits is None:
             raise ConfigError("splits.by=folders: this source has no folders (use hash, column or none)")
         tops = Texts.of(listing.splits)
-        names = {top: top if top in known else split_of_folder(top) or top for top in tops.distinct()}
+        is_name = {*tops.distinct()} if listing.named_splits else known
+        names = {top: top if top in is_name else split_of_folder(top) or top for top in tops.distinct()}
         names |= {"": "train"} if len(names) > 1 else {}
         values, what = tops.mapped(names.__getitem__), "the top folder"
+        if listing.unusable is not None:
+            pairs = zip(values, listing.unusable, strict=True)
+            values = Texts.of([value if bad is None or _SPLIT_NAME.fullmatch(value) else "train" for value, bad in pairs])
     elif splits.by == "column":
         column = splits.column or ""
         if column not in listing.columns:

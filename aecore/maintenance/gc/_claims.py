@@ -8,11 +8,11 @@ from typing import Any
 
 from aecore.artifact.commit import newest_number
 from aecore.artifact.documents import read_json
-from aecore.data.manifest import SPLIT_ORDER, read_manifest
+from aecore.data.manifest import SPLIT_ORDER, DatasetManifest, read_manifest
 from aecore.data.manifest import STEM as DATASET_STEM
 from aecore.errors import DataError
 from aecore.store import Store, sha256_json
-from aecore.table.manifest import TableManifest, read_table_manifest
+from aecore.table.manifest import TableManifest, TablePart, read_table_manifest
 
 DATASET = DATASET_STEM
 # the name of a part: split, claim, number, rows, table claim that wrote it again; or that of what a claim removes of one
@@ -38,7 +38,7 @@ class Ledger:
     claims: Mapping[int, State]
     splits: frozenset[str]  # parts are named after them
     adopted: bool = False  # its tars are external, wherever they are
-    replaced: Mapping[str, int] = field(default_factory=dict)  # files (and records) of a table -> generation that no longer names them
+    replaced: Mapping[str, int] = field(default_factory=dict)  # files (and records) of parts -> generation that no longer names them
 
     @property
     def highest(self) -> int:
@@ -59,7 +59,7 @@ def read_ledger(store: Store, kind: str) -> Ledger:
         stems = frozenset({part.stem for part in parts} | {part.removed.record for part in parts if part.removed is not None})
         adopted = any("adopted" in manifest.identity for manifest in datasets) or any(_adopts(store, number) for number in claims)
         states = {number: _dataset_state(store, number, newest, files) for number in claims}
-        return Ledger(kind, newest, files, stems, states, _splits(stems), adopted)
+        return Ledger(kind, newest, files, stems, states, _splits(stems), adopted, _replaced(datasets))
     tables = [read_table_manifest(store, number) for number in numbers]
     files = frozenset(ref.name for manifest in tables for ref in manifest.files)
     stems = frozenset(part.stem for manifest in tables for part in manifest.parts)
@@ -67,17 +67,26 @@ def read_ledger(store: Store, kind: str) -> Ledger:
     return Ledger(kind, newest, files, stems, states, _splits(stems), replaced=_replaced(tables))
 
 
-def _replaced(tables: Sequence[TableManifest]) -> dict[str, int]:
-    """Return the files of parts that the newest generation of a table does not name, records first, by the first that did not."""
-    last: dict[str, int] = {}
-    parts = {part.stem: part for manifest in tables for part in manifest.parts}
-    for manifest in tables:
-        last |= dict.fromkeys((part.stem for part in manifest.parts), manifest.number)
+def _replaced(manifests: Sequence[DatasetManifest] | Sequence[TableManifest]) -> dict[str, int]:
+    """Return the files of parts that the newest generation does not name, records first, by the first that did not.
+
+    Of a dataset these are retired parts, with what older generations removed of them.
+    """
+    last, records, files = dict[str, int](), dict[str, list[str]](), dict[str, list[str]]()
+    for manifest in manifests:
+        for part in manifest.parts:
+            last[part.stem] = manifest.number
+            records.setdefault(part.stem, []).append(part.stem)
+            if isinstance(part, TablePart):
+                refs = [part.file, *([] if part.quarantine is None else [part.quarantine])]
+            else:
+                refs = [*part.own_files]
+                records[part.stem] += [] if part.removed is None else [part.removed.record]
+            files.setdefault(part.stem, []).extend(ref.name for ref in refs)
     found = dict[str, int]()
-    for stem, part in parts.items():
-        if last[stem] < tables[-1].number:
-            names = [f"records/{stem}.json", part.file.name, *([part.quarantine.name] if part.quarantine is not None else [])]
-            found |= dict.fromkeys(names, last[stem] + 1)
+    for stem, number in last.items():
+        if number < manifests[-1].number:
+            found |= dict.fromkeys([*(f"records/{name}.json" for name in records[stem]), *files[stem]], number + 1)
     return found
 
 

@@ -19,6 +19,7 @@ _SUFFIXES = {
 }
 _NUMBERED = re.compile(r"(?:run|dataset|table|withdrawn)\.\d{6}\.json")
 _FOLDERS = {"dataset": ("records", "shards", "quarantine", "removed", "listings"), "table": ("records", "data", "quarantine")}
+REPORTS, _REPORT = "report", re.compile(r"report/(\d{6})\.(?:json|sha256)")
 _WHY = {
     State.COMMITTED: "no manifest names it, and its generation is committed",
     State.DEAD: "of an attempt that a newer generation has superseded",
@@ -30,7 +31,10 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
     """Add the garbage of a dataset or a table to the plan; return what its manifests and claims hold."""
     store = plan.store
     ledger = read_ledger(store, kind)
-    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
+    known = (*_FOLDERS[kind], ".tmp", *([REPORTS] if kind == DATASET else []))
+    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in known]
+    if kind == DATASET:
+        _plan_reports(plan, ledger)
     groups: dict[int, list[str]] = {number: [] for number in ledger.claims}
     for name in _files(store, kind):
         is_record = name.startswith("records/")
@@ -49,7 +53,7 @@ def plan_parts(plan: Plan, kind: str) -> Ledger:
 
 
 def _plan_replaced(plan: Plan, ledger: Ledger) -> None:
-    """Plan the parts of a table that no kept generation names and that were replaced long enough ago; the others wait."""
+    """Plan the parts that no kept generation names and that were replaced long enough ago; the others wait."""
     store, kept, young = plan.store, list[str](), dict[int, bool]()
     for name, number in ledger.replaced.items():
         if store.size(name) is None:
@@ -63,6 +67,26 @@ def _plan_replaced(plan: Plan, ledger: Ledger) -> None:
             plan.add([name], f"generation {number} has replaced it, and no kept generation names it")
     if kept:
         plan.wait("replaced parts", kept, "readers of the last generations may still need them, or they were replaced a short time ago")
+
+
+def _plan_reports(plan: Plan, ledger: Ledger) -> None:
+    """Add the reports of generations that are not there; those of the others stay, and what has another name is external."""
+    for name in below(plan.store, REPORTS):
+        match = _REPORT.fullmatch(name)
+        if match is None:
+            plan.not_ours.append(name)
+        elif plan.store.size(f"{DATASET}.{match[1]}.json") is None:
+            plan.remove_or_wait("report", [name], "report of a generation that is not there")
+
+
+def files_of_table(plan: Plan, ledger: Ledger) -> list[str]:
+    """Return all files of the parts of a table, also those that no manifest names; other files are recorded in `not_ours`."""
+    store, kind = plan.store, ledger.kind
+    plan.not_ours += [name for name in store.list() if not _NUMBERED.fullmatch(name) and name not in (*_FOLDERS[kind], ".tmp")]
+    files = list(_files(store, kind))
+    ours = [name for name in files if name in ledger.files or _claim_of(name, kind, ledger) is not None]
+    plan.not_ours += [name for name in files if name not in ours]
+    return ours
 
 
 def _files(store: Store, kind: str) -> Iterator[str]:

@@ -60,6 +60,29 @@ static int exif_orientation(const uint8_t *block, int64_t size) {
     return 1;
 }
 
+/* Return whether an XMP packet says an orientation that is not 1: which one counts is left to `data.format`. */
+static int turns(const uint8_t *xmp, int64_t size) {
+    static const char name[] = "tiff:Orientation";
+    for (int64_t at = 0; at + 18 <= size; at++) {
+        const uint8_t *value = xmp + at + 16;
+        if (xmp[at] != 't' || memcmp(xmp + at, name, 16) != 0) continue;
+        if (value[0] == '=' && value[1] == '"') value++;
+        else if (value[0] != '>') continue;
+        value++;
+        if (value < xmp + size && *value >= '0' && *value <= '9') return *value != '1';
+    }
+    return 0;
+}
+
+/* Return whether a text chunk of a PNG may turn its pixels: EXIF as text, or XMP that is packed or says so. */
+static int turns_png(const uint8_t *name, const uint8_t *text, int64_t length) {
+    static const char raw[] = "Raw profile type exif", xmp[] = "XML:com.adobe.xmp"; /* with the zero after them */
+    if (memcmp(name, "iTXt", 4) != 0 && memcmp(name, "tEXt", 4) != 0 && memcmp(name, "zTXt", 4) != 0) return 0;
+    if (length >= (int64_t)sizeof raw && memcmp(text, raw, sizeof raw) == 0) return 1;
+    if (length < (int64_t)sizeof xmp || memcmp(text, xmp, sizeof xmp) != 0) return 0;
+    return length == (int64_t)sizeof xmp || text[sizeof xmp] || turns(text, length);
+}
+
 /* A PNG whose chunks match their checksums up to IEND, with an IDAT among them. `kind` is 3 if it is animated, has EXIF or a transparency
  * that is none. */
 static Facts examine_chunks(const uint8_t *data, int64_t size) {
@@ -79,7 +102,7 @@ static Facts examine_chunks(const uint8_t *data, int64_t size) {
             found.detail[2] = 1;
             if (!fits || has_pixels) found.kind = 3;
         }
-        if (memcmp(name, "eXIf", 4) == 0 || memcmp(name, "acTL", 4) == 0) found.kind = 3;
+        if (memcmp(name, "eXIf", 4) == 0 || memcmp(name, "acTL", 4) == 0 || turns_png(name, name + 4, length)) found.kind = 3;
         if (memcmp(name, "IEND", 4) == 0) {
             found.width = number(data + 16, 4);
             found.height = number(data + 20, 4);
@@ -120,6 +143,9 @@ static Facts examine_jpeg(const uint8_t *data, int64_t size) {
         }
         if (marker == 0xE1 && !orientation && length >= 8 && at + 10 <= size && memcmp(data + at + 4, "Exif\0\0", 6) == 0)
             orientation = exif_orientation(data + at + 10, (length - 8 < size - at - 10 ? length - 8 : size - at - 10));
+        if (marker == 0xE1 && length >= 31 && at + 2 + length <= size && memcmp(data + at + 4, "http://ns.adobe.com/xap/1.0/", 29) == 0
+            && turns(data + at + 4, length - 2))
+            return none;
         if (marker == 0xE2 && length >= 6 && at + 8 <= size && memcmp(data + at + 4, "MPF", 4) == 0) return none;
         if (marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
             if (found.kind || at + 10 > size || data[at + 9] > 15) return none;
@@ -193,6 +219,7 @@ static int decode_png(Uncompress uncompress, const uint8_t *data, int64_t size, 
     for (int64_t at = 8; memcmp(data + at + 4, "IEND", 4) != 0; at += number(data + at, 4) + 12) {
         if (memcmp(data + at + 4, "IDAT", 4) != 0) {
             if (at != 8 && !is_harmless(data + at + 4, as_stored)) return 0;
+            if (!as_stored && turns_png(data + at + 4, data + at + 8, number(data + at, 4))) return 0;
             continue;
         }
         if (packed) return 0; /* pixels in pieces */

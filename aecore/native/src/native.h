@@ -14,7 +14,7 @@
 #endif
 #define SHARED __attribute__((visibility("hidden")))
 
-enum { VERSION = 14, BLOCK = 512, STATE = 50 };
+enum { VERSION = 15, BLOCK = 512, STATE = 50 };
 
 typedef struct {
     uint8_t kind, detail[3]; /* 0: for Python, which reports damage and knows more formats; 1 PNG, 2 JPEG */

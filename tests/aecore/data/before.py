@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,4 +26,5 @@ def grows_only(out: Path | str) -> DatasetManifest:
         stated: dict[str, Any] = content(path)
         assert stated.pop("removal") == "drop" and stated.pop("content_sha256")
         path.write_bytes(sealed({**stated, "listings": [refs[ref["name"]] for ref in stated["listings"]]}))
+    shutil.rmtree(Path(out) / "report", ignore_errors=True)
     return open_dataset(str(out)).manifest

@@ -98,6 +98,7 @@ def live_content(dataset: Dataset) -> str:
     for shard in dataset.manifest.shards:
         for row in dataset.index(shard).to_pylist():
             further = {name: _plain(row[name]) for name in sorted(row) if name not in (*INDEX_SCHEMA.names, "source_sha256")}
+            further = {name: value for name, value in further.items() if value is not None}
             columns = hashlib.sha256(json.dumps(further, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest() if further else ""
             lines.append(f"{shard.split}\0{row['key']}\0{row['label_name'] or ''}\0{row['sha256']}\0{columns}\n".encode())
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()

@@ -55,7 +55,7 @@ def written(out: Path) -> dict[str, bytes]:
     return {
         name: canonical_json({**content(path), **left_out}) if name.startswith("dataset.") else path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and not (name := path.relative_to(out).as_posix()).startswith(("records/", "listings/", "run."))
+        if path.is_file() and not (name := path.relative_to(out).as_posix()).startswith(("records/", "report/", "listings/", "run."))
     }
 
 

@@ -100,10 +100,10 @@ class TestLinks:
             for name in "xy":
                 os.symlink(f"../{level + 1}", tmp_path / f"{level}/{name}")
         pictures(tmp_path, "40/1.png")
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(DataError, match="more than 50 paths of links lead to one folder"):
             listed(tmp_path / "0", follow_links=True)
-        assert time.monotonic() - started < 60
+        assert time.process_time() - started < 60
 
     def test_a_link_that_leads_nowhere_is_a_row_of_the_quarantine(self, tmp_path: Path) -> None:
         root = pictures(tmp_path / "in", *(f"a/{number}.png" for number in range(9)))

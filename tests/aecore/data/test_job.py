@@ -48,12 +48,14 @@ def shard(source, out, splits=None, fan_out=serial, **shards):
 
 
 def snapshot(root):
-    """Every committed file with its bytes; what the records say of times (also of young states of source files) is left out."""
+    """Every committed file with its bytes; what records and reports say of times (also of young states of source files) is left out."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not name.startswith(".tmp/"):
             data = path.read_bytes()
+            if name.startswith("report/"):
+                data = {**json.loads(data), "seconds": None, "sha256": None} if name.endswith(".json") else b""
             if name.startswith("records/"):
                 data = {**json.loads(data), "timings": None, "sha256": None}
                 data["detail"].pop("unsettled", None)

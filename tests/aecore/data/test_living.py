@@ -34,7 +34,7 @@ from aecore.data.write.ledger import MOST_LISTINGS, read_ledger, read_listing
 from aecore.data.write.plan import PlanSummary
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
-from aecore.errors import ConfigError, DataError, RunFailed
+from aecore.errors import ConfigError, DataError, RunFailed, StoreError
 from aecore.registry import SOURCES, knob, spec
 from aecore.store import _states
 from tests.aecore.data.tiny import encoded, image
@@ -408,6 +408,17 @@ class TestFilters:
         assert committed(tmp_path / "out") == before
         require_fresh(narrow, tmp_path / "out", accept_filter=True)
 
+    def test_a_link_to_nothing_has_no_size_that_a_filter_leaves_out(self, tmp_path):
+        source = dataclasses.replace(put(tmp_path / "in", pictures(["a/0.png", "b/1.png"])), follow_links=True)
+        (tmp_path / "in/a/link.png").symlink_to("nothing")
+        assert shard(source, tmp_path / "out").reasons == {"broken_link": 1}
+        narrow = dataclasses.replace(source, min_size=10)
+        assert require_fresh(narrow, tmp_path / "out").number == 1
+        (tmp_path / "in/a/link.png").unlink()
+        made = require_fresh(narrow, tmp_path / "out")
+        assert (made.number, made.quarantined) == (2, 0)
+        assert reasons(made, tmp_path / "out") == {"gone": 1}
+
     def test_other_settings_are_still_refused(self, tmp_path):
         source = put(tmp_path / "in", pictures(["a/0.png"]))
         shard(source, tmp_path / "out")
@@ -543,6 +554,21 @@ class TestAdopted:
         (tmp_path / "tars/2.tar").unlink()
         assert self.require_fresh(tmp_path).num_samples() == 6
 
+    def test_a_tar_that_is_gone_cannot_be_kept(self, tmp_path):
+        for number in range(3):
+            self.tar(tmp_path / f"tars/{number}.tar", pictures([f"{number}{each}.png" for each in "abc"], 10 * number))
+        self.adopt(tmp_path / "tars", tmp_path / "out", removed="keep")
+        self.tar(tmp_path / "tars/0.tar", pictures(["0a.png"], 40))  # what is left of a tar can be kept
+        made = self.adopt(tmp_path / "tars", tmp_path / "out")
+        assert (made.removal, made.num_samples()) == ("keep", 7)
+        (tmp_path / "tars/1.tar").unlink()
+        before = committed(tmp_path / "out")
+        with pytest.raises(DataError, match=r"1 tar that .* has adopted \('1.tar'\) is not there any more.*shards.removed=drop") as raised:
+            self.adopt(tmp_path / "tars", tmp_path / "out")
+        assert raised.value.exit_code == 3
+        assert committed(tmp_path / "out") == before
+        assert self.adopt(tmp_path / "tars", tmp_path / "out", removed="drop", max_removed=1.0).num_samples() == 4
+
 
 class TestDryRun:
     def test_it_says_what_would_happen_with_examples_and_writes_nothing(self, tmp_path):
@@ -593,7 +619,7 @@ class TestFaults:
         shutil.copytree(tmp_path / "first", tmp_path / "whole")
         expected = shard(source, tmp_path / "whole", max_samples=5)
         assert reasons(expected, tmp_path / "whole") == {"changed": 1, "gone": 1, "retried": 1}
-        names = {name: data for name, (data, _) in committed(tmp_path / "whole").items() if not name.startswith("records/")}
+        names = {name: data for name, (data, _) in committed(tmp_path / "whole").items() if not name.startswith(("records/", "report/"))}
         for fault in [
             f"{role}.{stage}" for role in ("run", "tar", "record", "removal", "listing", "manifest") for stage in ("synced", "linked")
         ]:
@@ -631,6 +657,19 @@ class TestFaults:
 
         shard_dataset(source, str(tmp_path / "out"), fan_out=writing)
         require_fresh(source, tmp_path / "out")
+
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    def test_an_array_that_lost_rows_after_it_was_listed_is_an_error_of_its_storage_and_is_followed_by_the_next_run(self, tmp_path, save):
+        source = ArraysSpec(url=str(tmp_path / "x.npz"))
+        save(tmp_path / "x.npz", x=np.zeros((8, 4, 4), np.uint8))
+
+        def shortening(make_worker, tasks):
+            save(tmp_path / "x.npz", x=np.ones((5, 4, 4), np.uint8))
+            yield from serial(make_worker, tasks)
+
+        with pytest.raises(StoreError, match=r"x.npz.* has no row \d any more: .*run the same command again"):
+            shard_dataset(source, str(tmp_path / "out"), fan_out=shortening)
+        assert require_fresh(source, tmp_path / "out").num_samples() == 5
 
 
 CLASSES = ("a", "b", "c")

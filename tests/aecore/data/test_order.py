@@ -113,11 +113,11 @@ FROZEN = [[2, 8, 14, 1, 5, 11], [3, 7, 12, 0, 6, 13], [4, 10, 15, 9, 16]]
 
 
 def test_an_epoch_of_imagenet_size_costs_seconds_not_minutes() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     order = EpochOrder([10_000] * 1281, "k", TrainingOrder(lanes=64, block=8192, global_batch=4096, rank=3, world_size=8), 0)
     seen = sum(len(order.step(step).indices) for step in range(order.num_steps))
     assert seen == pytest.approx(12_810_000 / 8, abs=16)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_an_epoch_without_samples_has_no_steps() -> None:

@@ -458,6 +458,8 @@ class TestIndexContent:
         pq.write_table(
             first.index, again, compression="zstd", compression_level=9, write_statistics=["key", "ordinal"], write_page_checksum=True
         )
+        version = pa.__version__.encode()
+        again.write_bytes(again.read_bytes().replace(b"arrow version " + version, b"arrow version " + version.translate(SMALLER)))
         assert shard_of(tmp_path / "b", files).shard.index.bytes == again.stat().st_size
         pq.write_table(first.index.slice(1), again)
         (tmp_path / "b/records/train-000000.json").unlink()
@@ -465,6 +467,7 @@ class TestIndexContent:
             shard_of(tmp_path / "b", files)
 
 
+SMALLER = bytes.maketrans(b"123456789", b"012345678")
 KILLED = """
 import sys
 from aecore.data.write.shard import pack_shard

@@ -1,6 +1,7 @@
 """Splits that keep the share of every class, and groups that no split cuts."""
 
 import dataclasses
+import os
 import re
 import tarfile
 from collections import Counter
@@ -27,7 +28,9 @@ from aecore.data.write.plan import plan_dataset
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec, assign_splits
 from aecore.errors import ConfigError, DataError
+from tests.aecore.data.test_external_tars import write_tar
 from tests.aecore.data.test_labels import pictures, stored, tar_of
+from tests.aecore.data.tiny import encoded, image
 
 SHARES = st.sampled_from([(0.1, 0.0), (0.2, 0.1), (0.0, 0.25), (1 / 3, 1 / 3), (0.5, 0.49), (0.07, 0.03)])
 COUNTS = st.dictionaries(st.sampled_from(["", "a", "b", "c", "d", "é"]), st.integers(1, 60), min_size=1)
@@ -213,9 +216,9 @@ class TestGroupsByAnExpression:
             shard(FolderSpec(url=str(root), group=r"regex:(p\d)_"), tmp_path / "out", SplitSpec())
         assert not list((tmp_path / "out").glob("*.json"))
 
-    def test_a_sample_without_a_group_is_refused_by_its_name(self, tmp_path: Path) -> None:
+    def test_a_sample_without_a_group_is_quarantined_and_counts_as_a_bad_one(self, tmp_path: Path) -> None:
         root = pictures(tmp_path / "in", "p1_0.png", "x.png")
-        with pytest.raises(DataError, match=r"source.group=regex:\(p\\d\)_ finds nothing in 1 of 2 samples: 'x.png'"):
+        with pytest.raises(DataError, match=r"no_group.*finds no group in 'x.png'"):
             shard(FolderSpec(url=str(root), group=r"regex:(p\d)_"), tmp_path / "out", SplitSpec())
 
     def test_adopted_tars_keep_their_order_so_groups_must_be_whole_in_it(self, tmp_path: Path) -> None:
@@ -248,6 +251,36 @@ def test_a_column_that_is_named_is_what_auto_chooses() -> None:
     listing = Listing(["a", "b", "c"], ["a", "b", "c"], np.ones(3, np.int64), columns=columns)
     plan = plan_dataset(listing, SplitSpec(column="part"), ShardSpec(), None, 1, FolderSpec())
     assert plan.splits.by == "column" and plan.notes[0] == "splits.by=column: train 2, val 1"
+
+
+def test_a_sample_whose_column_names_no_split_is_quarantined(tmp_path: Path) -> None:
+    """One value refused the whole source, and what was missing became a split called None."""
+    fields = [b'{"part":"train"}', b'{"part":"val"}', b'{"part":null}', b"{}", b'{"part":"a b"}', b'{"part":""}', '{"part":"é"}'.encode()]
+    members = [
+        (f"{number}.{ext}", data) for number, field in enumerate(fields) for ext, data in (("png", encoded(image(number))), ("json", field))
+    ]
+    write_tar(tmp_path / "in/a.tar", members)
+    spec, splits = WebdatasetSpec(url=str(tmp_path / "in"), columns=("part",)), SplitSpec(by="column", column="part")
+    made = shard_dataset(spec, str(tmp_path / "out"), splits, shards=ShardSpec(max_bad=0.8))
+    assert isinstance(made, DatasetManifest)
+    assert (list(made.splits), made.reasons) == (["train", "val"], {"no_split": 5})
+    again = shard_dataset(spec, str(tmp_path / "out"), splits, shards=ShardSpec(max_bad=0.8))
+    assert isinstance(again, DatasetManifest) and again.number == 1
+
+
+def test_a_folder_that_can_name_no_split_is_quarantined_among_others(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "in", "train/a/1.png", "val/a/1.png", "my split/a/1.png", os.fsdecode(b"\xff/a/1.png"))
+    made = shard_dataset(FolderSpec(url=str(root)), str(tmp_path / "out"), SplitSpec(by="folders"), shards=ShardSpec(max_bad=0.6))
+    assert isinstance(made, DatasetManifest)
+    assert (list(made.splits), made.num_samples(), made.quarantined) == (["train", "val"], 2, 2)
+
+
+def test_a_bag_whose_folder_is_no_text_ends_without_a_traceback(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "in", "p1/1.png", "p1/2.png", os.fsdecode(b"p\xff/1.png"))
+    spec = FolderSpec(url=str(root), group="parent", label="none")
+    made = shard_dataset(spec, str(tmp_path / "out"), SplitSpec(by="none"), shards=ShardSpec(max_bad=0.6))
+    assert isinstance(made, DatasetManifest)
+    assert (made.num_samples(), made.num_groups("train")) == (3, 2)
 
 
 def animations(root: Path, names: Sequence[str], frames: int = 4) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import tarfile
 import threading
 import time
@@ -419,7 +420,8 @@ def test_an_object_is_young_by_the_clock_of_its_service(s3, tmp_path, monkeypatc
         found = listed(FolderSpec(url=f"{s3.url}/in"))
     assert found.states == [None, None] and None not in (found.all_states or [None])
     time.sleep(4.1)  # times of objects and of answers are whole seconds
-    assert listed(FolderSpec(url=f"{s3.url}/in")).states == found.all_states
+    aged = listed(FolderSpec(url=f"{s3.url}/in"))
+    assert (aged.states, aged.sha256()) == (found.all_states, found.sha256())
 
 
 def test_pieces_of_tars_that_the_cache_does_not_hold_have_states(s3, tmp_path, monkeypatch, settled):
@@ -489,6 +491,30 @@ def test_a_run_that_was_killed_goes_on_with_equal_states_and_begins_anew_with_ot
     for stem in recorded:  # they were read when all states were young
         record = read_record(open_store(out), stem)
         assert record is not None and len(record.detail["unsettled"]) == 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_while_files_are_young_begins_no_new_claim_when_they_have_aged(tmp_path, monkeypatch, kind):
+    """Of the first generation and of one that follows it, wherever it is killed."""
+    made, shards = KINDS[kind], ShardSpec(max_samples=2)
+    spec = made.write(tmp_path / "in")
+    for fault in ("run.linked", "record.linked", "listing.linked", "manifest.synced"):
+        out = tmp_path / fault
+        for generation in (1, 2):
+            (tmp_path / "in" / made.names[0]).write_bytes(made.content(generation, 0))
+            monkeypatch.setattr(_states, "YOUNG_NS", 10**15)
+            child = os.fork()
+            if child == 0:
+                os.environ["AECORE_FAULT"] = fault
+                shard_dataset(spec, str(out), shards=shards)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            assert [path.name for path in out.glob("dataset.*")] == [f"dataset.{number:06d}.json" for number in range(1, generation)]
+            monkeypatch.setattr(_states, "YOUNG_NS", -(10**12))
+            manifest = shard_dataset(spec, str(out), shards=shards)
+            assert (manifest.number, manifest.claim) == (generation, generation)
+            assert len(list(out.glob("run.*"))) == generation
+        assert verify_dataset(open_dataset(str(out)), read_data=True).ok
 
 
 def test_a_claim_of_before_there_were_states_goes_on_as_it_began(tmp_path, settled):

@@ -80,3 +80,44 @@ def test_the_cache_of_torch_is_named_before_a_process_has_threads(beginning: str
     ((_, threads, loaded),) = json.loads(done.stdout.splitlines()[-1])
     assert (threads, "torch" in loaded) == (1, beginning == "rank"), "pipelines.cluster.train imports torch"
     assert not list(tmp_path.glob("aecore-torch-*")), "it is made when torch needs it"
+
+
+SLOW = """
+import json, logging, os, signal, sys, threading, time
+from pathlib import Path
+logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+
+def children(name):
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                line = (process / "cmdline").read_bytes().split(b"\\0")
+                if line[0].endswith(name) and int((process / "stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                    found.append(int(process.name))
+            except (OSError, ValueError, IndexError):
+                pass
+    return found
+
+stopped = []
+def stop_the_first():
+    while not stopped:
+        for pid in children(b"raylet"):
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+        time.sleep(0.001)
+threading.Thread(target=stop_the_first, daemon=True).start()
+
+from pipelines.cluster import session
+from pipelines.recipe.recipe import ClusterSpec
+session.connect(ClusterSpec(num_workers=1))
+print(json.dumps([stopped, children(b"raylet"), children(b"gcs_server")]))
+session.disconnect()
+"""
+
+
+def test_a_local_ray_that_does_not_come_up_is_ended_and_started_again() -> None:
+    done = run([sys.executable, "-P", "-c", SLOW], check=True, timeout_s=240)
+    stopped, raylets, servers = json.loads(done.stdout.splitlines()[-1])
+    assert len(stopped) == len(raylets) == len(servers) == 1 and stopped != raylets, "those of the first start have ended"
+    assert "a local Ray was not up after 30 s: this machine is busy; start 2 of 3" in done.stderr
