@@ -20,6 +20,7 @@ from aecore.artifact.documents import Document, disagreement, guarded, parse_jso
 from aecore.data.dataset import Dataset
 from aecore.data.format.form import form_problems
 from aecore.data.format.index import INDEX_FORM, LEDGER_SCHEMA, LISTING_SCHEMA, QUARANTINE_SCHEMA, read_table
+from aecore.data.format.spill import take_rows
 from aecore.data.manifest import STEM, DatasetManifest, RejectedPart, Removed, ShardRef, claim_of_listing, claim_problems, manifest_of
 from aecore.data.read.recount import Headers, record_of, removal_problems, removal_record_of, require_values, row_problems
 from aecore.data.removal import read_removal, removed_of
@@ -59,7 +60,7 @@ class _Listings:
         rows = [tables[claim].append_column(_CLAIM, pa.array([claim] * len(tables[claim]), _CLAIM.type)) for claim in self.claims]
         ledger = newest_rows(pa.concat_tables([_LISTED.empty_table(), *rows]).combine_chunks(), _NONE_REMOVED)
         splits: list[Any] = ledger["split"].unique().to_pylist()  # any: pyarrow's stubs make them optional
-        self._rows = {split: ledger.filter(pc.equal(ledger["split"], split)) for split in splits}
+        self._rows = {split: _by_ordinal(ledger.filter(pc.equal(ledger["split"], split))) for split in splits}
         self._unnamed = len(ledger)
 
     def of(self, part: ShardRef | RejectedPart) -> pa.Table:
@@ -73,6 +74,10 @@ class _Listings:
     def unnamed(self) -> int:
         """Number of samples that are listed and belong to none of the parts that `of` was asked for."""
         return self._unnamed
+
+
+def _by_ordinal(rows: pa.Table) -> pa.Table:
+    return take_rows(rows, np.argsort(rows["ordinal"].to_numpy(), kind="stable"))  # the newest rows of many samples are in no order
 
 
 _CLAIM = pa.field("claim", pa.int64())  # of the listing that has the row

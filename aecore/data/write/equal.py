@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
+from aecore.data.format.spill import ranges
 from aecore.data.sources._filter import FILTERS
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
@@ -183,7 +184,9 @@ def _groups(rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if "quarantined" in rows.column_names:
         stored &= ~_mask(rows["quarantined"])
     at = np.flatnonzero(stored)
-    words = np.concatenate([np.zeros((0, 2), np.uint64), *map(_words, rows["sample_sha256"].filter(pa.array(stored)).chunks)])
+    hashes = rows["sample_sha256"]
+    parts = (hashes.slice(start, stop - start).filter(pa.array(stored[start:stop])) for start, stop in ranges(len(rows)))
+    words = np.concatenate([np.zeros((0, 2), np.uint64), *(_words(chunk) for part in parts for chunk in part.chunks if len(chunk))])
     first = np.sort(words[:, 0])  # few have that of another, so few are sorted with their rows
     some = np.flatnonzero(np.isin(words[:, 0], first[1:][first[1:] == first[:-1]]))
     at, words = at[some], words[some]

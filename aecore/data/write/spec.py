@@ -1,10 +1,11 @@
 """The task of a worker that writes one shard: columns of its samples and specs, no sample bytes and no open files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from aecore.data.format.bad_sample import BadSample
@@ -139,3 +140,11 @@ class ShardTask:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getstate__(self) -> list[Any]:  # any: the values of all fields, in order
+        """Return what a worker gets: of a slice of an Arrow array its own rows, where pickle would take the whole array."""
+        own = dict(self.columns)
+        for name, column in own.items():
+            if isinstance(column, pa.Array | pa.ChunkedArray):
+                own[name] = pa.concat_arrays(column.chunks if isinstance(column, pa.ChunkedArray) else [column])
+        return [own if each.name == "columns" else getattr(self, each.name) for each in fields(self)]

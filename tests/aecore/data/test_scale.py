@@ -1,7 +1,9 @@
 """Large datasets: what is in scratch files gives the same as what is in memory, and memory does not grow with the texts of samples."""
 
+import dataclasses
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -14,10 +16,13 @@ import pytest
 from aecore.data.dataset import open_dataset
 from aecore.data.format import spill
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
 from aecore.data.sources.arrays import ArraysSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.job import shard_dataset
-from aecore.data.write.ledger import read_ledger
+from aecore.data.write.ledger import read_known, read_ledger
+from aecore.data.write.plan import plan_dataset
+from aecore.data.write.report import read_report
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.native.texts import Texts
@@ -79,6 +84,39 @@ def test_a_dataset_in_scratch_files_is_the_one_in_memory(tmp_path: Path, request
     assert history(tmp_path / "files", tmp_path / "source", splits) == expected
 
 
+@pytest.mark.parametrize(
+    ("splits", "shards"),
+    [
+        (SplitSpec(by="hash", val=0.4, seed=3), {"duplicates": "drop"}),
+        (SplitSpec(by="hash", val=0.4, seed=3, leaks="drop"), {}),
+        (SplitSpec(by="hash", val=0.4, seed=3, leaks="drop"), {"duplicates": "drop"}),
+        (SplitSpec(by="content", val=0.4), {"duplicates": "drop"}),
+    ],
+    ids=["duplicates", "leaks", "both", "by content"],
+)
+def test_what_is_left_out_in_scratch_files_is_what_is_in_memory(
+    tmp_path: Path, request: pytest.FixtureRequest, splits: SplitSpec, shards: dict[str, Any]
+) -> None:
+    spec = dataclasses.replace(SHARDS, **shards)
+
+    def runs(out: Path) -> list[Any]:
+        found = list[Any]()
+        for files in generations():
+            few = {name: number % 9 if 0 <= number < 100 else number for name, number in files.items()}
+            shard_dataset(put(tmp_path / "source", few), str(out), splits, spec)
+            dataset = open_dataset(str(out))
+            left = read_known(dataset.store, dataset.manifest)[1].drop_columns(["state", "origin"])
+            report = {**(read_report(dataset) or {}), "seconds": 0, "manifest_sha256": ""}
+            found.append((sorted(left.to_pylist(), key=str), report, state_of(out)))
+        assert verify_dataset(open_dataset(str(out)), read_data=True).problems == ()
+        return found
+
+    expected = runs(tmp_path / "memory")
+    assert any(left for left, _, _ in expected)
+    request.getfixturevalue("small_buckets")
+    assert runs(tmp_path / "files") == expected
+
+
 def test_keys_of_one_number_are_told_apart(tmp_path: Path, small_buckets: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of keys are compared before the keys are: all with the same number are the worst that may happen."""
     expected = history(tmp_path / "one", tmp_path / "source", SplitSpec())
@@ -117,10 +155,16 @@ def test_nothing_is_left_in_the_scratch_folder(tmp_path: Path, small_buckets: No
     assert [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()] == []
 
 
-def test_a_task_that_is_sent_has_its_own_rows_alone(tmp_path: Path) -> None:
+def test_a_task_that_is_sent_has_its_own_rows_alone() -> None:
     """A worker gets the rows of its shard: before, and now, a slice of a large column must not bring the whole column."""
     texts = Texts.of([f"{number:0100d}" for number in range(10_000)])
-    assert len(texts[5000:5010].__reduce__()[1][0]) < 5000
+    values = pa.array(texts.tolist())
+    listing = Listing(texts, texts, np.ones(len(texts), np.int64), columns={"name": values, "chunks": pa.chunked_array([values])})
+    plan = plan_dataset(listing, SplitSpec(), ShardSpec(max_samples=10, shuffle=False), None, 1, None)
+    sent = pickle.dumps(plan.tasks[500])
+    assert len(sent) < 20_000
+    task = pickle.loads(sent)
+    assert task.keys == task.columns["name"].to_pylist() == task.columns["chunks"].to_pylist() == texts[5000:5010]
 
 
 MEASURED = """
