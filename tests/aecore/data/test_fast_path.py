@@ -62,6 +62,12 @@ def taken(monkeypatch):
     return found
 
 
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings have the states of young files too, so that two data sets of the same files are equal whenever they are made."""
+    monkeypatch.setattr("aecore.store._states.YOUNG_NS", 0)
+
+
 def encoded(number: int, kind: str = "PNG", side: int = 0) -> bytes:
     file, random = io.BytesIO(), np.random.default_rng(number)
     pixels = random.integers(0, 256, (side or 3 + number % 5, 6, *((3,) if number % 3 == 0 else ())), np.uint8)
