@@ -21,7 +21,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from aecore.artifact.commit import claim_of, newest_number
+from aecore.artifact.commit import newest_number
 from aecore.artifact.kinds import detect_artifact, other_kind
 from aecore.artifact.root import stage_folders
 from aecore.data.format.footer import Footer
@@ -313,11 +313,14 @@ def origin_problems(manifest: TableManifest, part: TablePart, footer: Footer) ->
 
 
 def generation_problems(parts: Sequence[TablePart], schemas: Sequence[pa.Schema]) -> list[str]:
-    """Return which parts have other columns than another part of the same generation of their dataset: all have those of its index."""
-    first: dict[int, tuple[TablePart, pa.Schema]] = {}
+    """Return which parts have other columns than another part of the same shard: both have those of its index.
+
+    Shards that one claim wrote have the same columns too, but where it compacted those of several generations: no table says which did.
+    """
+    first: dict[tuple[str, str], tuple[TablePart, pa.Schema]] = {}
     problems = []
     for part, schema in zip(parts, schemas, strict=True):
-        other, wanted = first.setdefault(claim_of(part.shard), (part, schema))
+        other, wanted = first.setdefault((part.split, part.shard), (part, schema))
         if schema.names != wanted.names:
             differing = ", ".join(sorted({*schema.names} ^ {*wanted.names})) or "their order"
             problems.append(f"{part.file.name} has other columns than {other.file.name} ({differing})")

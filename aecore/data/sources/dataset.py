@@ -95,6 +95,7 @@ class DatasetSource:
             raise ConfigError(f"source.url names a dataset twice ({', '.join(self.urls)}): give each once")
         self._names = _names(self.urls) if len(self.urls) > 1 or datasets.keys == "prefixed" else [""]
         self._known: OrderedDict[str, _Places] = OrderedDict()
+        self._shards = dict[str, dict[str, tuple[Dataset, ShardRef]]]()  # by address and stem, of the generations that were opened
         self.generations = dict[str, int]()
         self.layouts = dict[str, str]()  # by which the arrays of a dataset are read, where it has any
 
@@ -210,11 +211,21 @@ class DatasetSource:
         """Return the places of the samples of a part, `[<name>/]<stem>`."""
         if part not in self._known:
             name, _, stem = part.rpartition("/")
-            self._known[part] = _places_of(*_find(self.urls[self._names.index(name)], stem))
+            self._known[part] = _places_of(*self._find(self.urls[self._names.index(name)], stem))
             while len(self._known) > 1 and sum(map(len, self._known.values())) > MOST_PLACES:
                 self._known.popitem(last=False)
         self._known.move_to_end(part)
         return self._known[part]
+
+    def _find(self, url: str, stem: str) -> tuple[Dataset, ShardRef]:
+        """Return a shard of the newest generation that names it: what was listed may have been retired since.
+
+        A generation is opened once, not once for each of its shards.
+        """
+        known = self._shards.setdefault(url, {})
+        if stem not in known:
+            known.update(_shards_with(url, stem))
+        return known[stem]
 
 
 def require_writable(source: Source, out: str, layout: str) -> None:
@@ -338,16 +349,15 @@ def _places_of(dataset: Dataset, shard: ShardRef) -> _Places:
     return _Places(dataset, shard, begins, sizes, digests, codes.dictionary.to_pylist(), codes.indices.to_numpy().astype(np.int8))
 
 
-def _find(url: str, stem: str) -> tuple[Dataset, ShardRef]:
-    """Return a shard of the newest generation that names it: what was listed may have been retired since."""
-    newest = open_dataset(url)
-    dataset = newest
+def _shards_with(url: str, stem: str) -> dict[str, tuple[Dataset, ShardRef]]:
+    """Return the shards, by their stems, of the newest generation that names this one; DataError if none does."""
+    dataset = newest = open_dataset(url)
     for number in range(newest.number, 0, -1):
         if number < newest.number:
             if newest.store.size(f"{STEM}.{number:06d}.json") is None:
                 break
             dataset = Dataset(newest.store, read_manifest(newest.store, number))
-        for shard in dataset.manifest.shards:
-            if shard.stem == stem:
-                return dataset, shard
+        shards = {shard.stem: (dataset, shard) for shard in dataset.manifest.shards}
+        if stem in shards:
+            return shards
     raise DataError(f"{url} has no shard {stem} any more: run the same command again, which lists its samples anew")

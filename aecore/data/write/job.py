@@ -694,7 +694,7 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
                 f"manifest says {parent.content_sha256}: one of them was changed; restore it (nothing was committed)"
             )
         new = self._new
-        ledger, merged = self._known_with(new), parent is not None and len(parent.listings) >= MOST_LISTINGS
+        ledger, merged = self._known_with(new), parent is not None and _is_merged(parent)
         self.ledger = ledger
         content = self._background.submit(samples_sha256, ledger)
 
@@ -710,6 +710,14 @@ class _Listing(contextlib.AbstractContextManager["_Listing"]):
         removed = {stem: removed_of(record) for stem, record in by_part.items()}
         counts = {stem: record.detail for stem, record in by_part.items() if stem in self._tasks}
         return listed, Living(work.removal, content.result(), removed, details, counts, merged)
+
+
+def _is_merged(parent: DatasetManifest) -> bool:
+    """Return whether the next listing takes the place of all that a manifest names: many, or of before there were states.
+
+    What the latter do not say is read from all indexes, so each run would do so again.
+    """
+    return len(parent.listings) >= MOST_LISTINGS or parent.removal is None
 
 
 def _make_worker(work: _Work, handed: Handed) -> Callable[[], Worker]:

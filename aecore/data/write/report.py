@@ -21,6 +21,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from aecore.artifact.documents import read_document, sealed
+from aecore.artifact.withdrawn import made_of
 from aecore.data.dataset import Dataset
 from aecore.data.format.image import ImageHeader
 from aecore.data.format.limits import exclusive_cumsum, split_by_limits
@@ -156,7 +157,8 @@ def ensure_report(
             started = time.perf_counter()
             report = _made(dataset, read_known(dataset.store, dataset.manifest) if known is None else known, before)
             report["seconds"] = {name: round(spent, 3) for name, spent in {**seconds, "report": time.perf_counter() - started}.items()}
-            _put(dataset.store, dataset.number, report)
+            with made_of(dataset.url, dataset.number, f"{dataset.url}/{report_name(dataset.number)}"):  # examples are keys of samples
+                _put(dataset.store, dataset.number, report)
         return report
     except (
         AecoreError,
@@ -406,7 +408,7 @@ def _first(places: NDArray[np.uint64], ordinals: Int64s, most: int) -> Int64s:
 def _changed_sums(dataset: Dataset, train: pa.Table, places: NDArray[np.uint64], chosen: Int64s, before: pa.Table) -> _Sums | None:
     """Return the sums of the report of the parent without those of samples that are chosen no more, and with those of new ones.
 
-    None if there is no such report, its sums are no whole numbers, or it were as much work.
+    None if there is no such report, its sums are no whole numbers, what went cannot be read any more, or it were as much work.
     """
     try:
         there = read_report(Dataset(dataset.store, read_manifest(dataset.store, dataset.manifest.parent)))
@@ -424,7 +426,11 @@ def _changed_sums(dataset: Dataset, train: pa.Table, places: NDArray[np.uint64],
     came, went = np.setdiff1d(chosen, old), np.setdiff1d(old, chosen)
     if not known.is_exact or len(came) + len(went) > len(chosen):
         return None
-    return known.less(_measured(dataset, went)).plus(_measured(dataset, came))
+    try:
+        lost_sums = _measured(dataset, went)
+    except DataError:  # of an adopted tar that its owner has changed: they are not there any more
+        return None
+    return known.less(lost_sums).plus(_measured(dataset, came))
 
 
 def _measured(dataset: Dataset, ordinals: Int64s) -> _Sums:

@@ -17,6 +17,7 @@ from aecore.data.format.index import INDEX_SCHEMA
 from aecore.data.manifest import DatasetManifest
 from aecore.data.read.verify import verify_dataset
 from aecore.data.sources import Listing, _detect
+from aecore.data.sources import dataset as dataset_source
 from aecore.data.sources.dataset import DatasetSource, DatasetSpec
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.write.compact import compact_dataset
@@ -370,3 +371,15 @@ def test_a_dataset_that_version_1_wrote_is_a_source(tmp_path: Path) -> None:
     assert mine == theirs != {} and problems(tmp_path / "out") == ()
     assert made.content_sha256 is not None and made.quarantined == open_dataset(str(url)).manifest.quarantined
     assert compact_dataset(str(url), 0).parts == (), "nothing was ever removed there"
+
+
+def test_a_dataset_is_opened_once_whatever_number_of_shards_it_has(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_one = list[str](), dataset_source.open_dataset
+
+    def counted(url: str) -> Dataset:
+        opened.append(url)
+        return open_one(url)
+
+    monkeypatch.setattr(dataset_source, "open_dataset", counted)
+    again(tmp_path / "again", data)
+    assert len(open_dataset(str(data)).manifest.shards) > 2 >= len(opened), "once to list it, once by the worker"

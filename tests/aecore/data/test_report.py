@@ -225,6 +225,8 @@ class TestAbout:
     def test_strange_values_are_refused(self, tmp_path):
         with pytest.raises(ConfigError, match=r"about\.owner is 'a\\nb', expected one line"):
             AboutSpec(owner="a\nb")
+        with pytest.raises(ConfigError, match=r"about\.description .* is no text here"):
+            AboutSpec(description="of a name that is no UTF-8: \udcff")
         made = self.say(put(tmp_path / "src", pictures(["a.png"])), tmp_path / "out", owner="me")
         rewrite(tmp_path / "out/dataset.000001.json", about={"owner": 3})
         with pytest.raises(DataError, match="about says owner 3"):
