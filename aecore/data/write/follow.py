@@ -98,8 +98,8 @@ class Changes:
         another one, or which are left out no more (without `sample_sha256`).
     was_left, left : table
         What was known of samples that the generation before left out, and what is known of those that still are.
-    excess : bool
-        Whether the policy leaves out samples that are there.
+    excess : table
+        Samples that are there, and that the policy leaves out.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -115,7 +115,7 @@ class Changes:
     left_out: bool
     was_left: pa.Table
     left: pa.Table
-    excess: bool
+    excess: pa.Table
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
@@ -210,6 +210,8 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         )
         if mask.any()
     }
+    if len(excess):
+        shown["left_out"] = (excess, np.ones(len(excess), np.bool_))
     reasons[whole] = "changed"
     is_removed |= whole
     return Changes(
@@ -237,23 +239,23 @@ def _of(rows: NDArray[np.int64], count: int) -> Mask:
     return mask
 
 
-def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[bool, Mask]:
-    """Return whether the policy leaves out samples that are there, and which of the `left` ones it does not leave out any more.
+def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[pa.Table, Mask]:
+    """Return the samples that are there and that the policy leaves out, and which of the `left` ones it does not leave out any more.
 
     `stay` are rows that stay; of the listed ones (`now`, as they were `before`) those are `written` again whose content is the same.
     DataError if the policy refuses what is there.
     """
-    back = np.zeros(len(now), np.bool_)
+    back, columns = np.zeros(len(now), np.bool_), [*CONTENT, "source"]
     if rules.policy.is_plain:
-        return False, left
+        return now.slice(0, 0).select(columns), left
     at = np.flatnonzero(written), np.flatnonzero(left)
     listed = now.set_column(now.column_names.index("sample_sha256"), "sample_sha256", before["sample_sha256"])
-    parts = [*(table.select(CONTENT) for table in stay), *(listed.take(each).select(CONTENT) for each in at)]
+    parts = [*(table.select(columns) for table in stay), *(listed.take(each).select(columns) for each in at)]
     rows = pa.concat_tables(parts)
     require_allowed(rows, rules.policy, rules.url)
     why = dropped(rows, rules.policy) != ""
     back[at[1]] = ~why[len(rows) - len(at[1]) :]
-    return bool(why[: len(rows) - len(at[1])].any()), back
+    return rows.filter(pa.array(why & (np.arange(len(rows)) < len(rows) - len(at[1])))), back
 
 
 def _as_listed(now: pa.Table, before: pa.Table) -> pa.Table:

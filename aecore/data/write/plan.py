@@ -197,7 +197,7 @@ def plan_parts(
             )
             tasks.append(task)
     counts = [f"{split} {len(rows)}" for split, rows in members.items()]
-    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ("nothing new",)
+    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ()
     chosen = listing if written is None else listing.take(np.flatnonzero(written))
     notes = (*counted, *_unusable_notes(chosen), *listing.notes)
     return DatasetPlan(tuple(tasks), placed.classes, placed.splits, int(chosen.sizes.sum()), notes)
