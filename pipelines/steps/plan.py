@@ -42,5 +42,7 @@ def _next(recipe: Recipe, plans: Tree, todo: list[Round]) -> Tree:
     if shard is None or "nothing new" in shard["notes"]:
         return {}
     if recipe.refresh.policy == "keep":
-        return {"then": f"{todo[-1].run} encodes the new generation"}
-    return {"then": f"a new run if the new generation changes what {todo[-1].run} is trained on, else that encodes it"}
+        then = f"{todo[-1].run} encodes the new generation"
+    else:
+        then = f"a new run if the new generation changes what {todo[-1].run} is trained on, else that encodes it"
+    return {"then": f"{then} (train and encode are checked here with the generation that is there)"}
