@@ -30,6 +30,7 @@ from aecore.store import Store, canonical_json, open_store
 from aecore.table.files import PartFiles
 from aecore.table.manifest import STEM, TableManifest, TablePart, read_table_manifest
 from aecore.table.part import (
+    QUARANTINE_SCHEMA,
     Column,
     fixed_size_list,
     has_gaps,
@@ -98,6 +99,19 @@ class LatentTable:
     def files(self) -> list[str]:
         """Return the paths (or `s3://` addresses) of the parts: exactly the rows of this generation, for any Parquet reader."""
         return [f"{self.url}/{part.file.name}" for part in self.parts]
+
+    def quarantine(self) -> pa.Table:
+        """Return the samples of this generation that have no row, with the reason; `quarantine/` also has those of replaced parts.
+
+        Those that the dataset itself has in quarantine are not among them: see `Dataset.quarantine`.
+        """
+
+        def read() -> pa.Table:
+            refused = [(part.quarantine, part.quarantined) for part in self.parts if part.quarantine is not None]
+            tables = [read_part(self.store, ref, rows=rows).replace_schema_metadata(None) for ref, rows in refused]
+            return pa.concat_tables([QUARANTINE_SCHEMA.remove_metadata().empty_table(), *tables])
+
+        return self._read(read)
 
     def sql(self, name: str = "latents") -> str:
         """Return the SQL (DuckDB) that makes a view `name` of the rows of this generation, with `split` as a column."""

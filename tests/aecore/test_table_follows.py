@@ -185,6 +185,7 @@ def test_the_quarantine_goes_with_the_part(tmp_path: Path, run: str) -> None:
     assert table.manifest.quarantined == 2
     refused = pq.read_table(tmp_path / "table/quarantine/train-000000-t000002.parquet")
     assert sorted(refused["key"].to_pylist()) == ["train/square/bad-2", "train/square/bad-3"]
+    assert table.quarantine().equals(refused), "not that of the part that was replaced too"
     compact_dataset(data, 0)
     table = encode(run, data, tmp_path / "table", SPEC)
     refused = pq.read_table(tmp_path / "table" / table.parts[0].quarantine.name)
@@ -192,6 +193,7 @@ def test_the_quarantine_goes_with_the_part(tmp_path: Path, run: str) -> None:
     require_as_fresh(table, run, data, tmp_path / "fresh")
     remove(data, ["train/square/bad-2", "train/square/bad-3"])
     table = encode(run, data, tmp_path / "table", SPEC)
+    assert table.quarantine().num_rows == 0 and table.quarantine().schema.equals(refused.schema)
     assert table.manifest.quarantined == 0 and not list((tmp_path / "table/quarantine").glob("*-t000004.parquet"))
     require_as_fresh(table, run, data, tmp_path / "fresh-2")
 

@@ -40,6 +40,7 @@ def test_equal_samples_are_reported_by_every_run_and_by_show(folder, tmp_path, c
         assert found["leaks"] == {
             "samples": 2,
             "contents": 1,
+            "remaining": 1,
             "examples": [{"train": ["train/a/0"], "val": ["val/b/0"]}],
             "splits": {"train, val": 1},
         }

@@ -104,8 +104,8 @@ class Changes:
         another one, or which are left out no more (without `sample_sha256`).
     was_left, left : table
         What was known of samples that the generation before left out, and what is known of those that still are.
-    excess : bool
-        Whether the policy leaves out samples that are there.
+    excess : table
+        Samples that are there, and that the policy leaves out.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -121,7 +121,7 @@ class Changes:
     left_out: bool
     was_left: pa.Table
     left: pa.Table
-    excess: bool
+    excess: pa.Table
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
@@ -190,7 +190,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         reasons[gone] = _GONE
     if rules.accept_filter:
         reasons[outside] = _GONE
-    excess, back = False, was_out & ~is_changed & ~was_bad & ~moved
+    excess, back = known.slice(0, 0), was_out & ~is_changed & ~was_bad & ~moved
     if not rules.policy.is_plain:
         again = ~is_changed & ~was_bad & (moved | relabelled)  # with the same content
         excess, back = _equal_content([filtered(known, ~out & (reasons == 0)), others], now, before, again, back, rules)
@@ -219,6 +219,8 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         )
         if mask.any()
     }
+    if len(excess):
+        shown["left_out"] = (excess, np.ones(len(excess), np.bool_))
     reasons[whole] = _CHANGED
     is_removed |= whole
     return Changes(
@@ -268,20 +270,20 @@ def _by_origin(table: pa.Table, origin: str) -> tuple[pa.Table, pa.Table]:
     return filtered(table, own), filtered(table, ~own)
 
 
-def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[bool, Mask]:
-    """Return whether the policy leaves out samples that are there, and which of the `left` ones it does not leave out any more.
+def _equal_content(stay: list[pa.Table], now: pa.Table, before: pa.Table, written: Mask, left: Mask, rules: Rules) -> tuple[pa.Table, Mask]:
+    """Return the samples that are there and that the policy leaves out, and which of the `left` ones it does not leave out any more.
 
     `stay` are rows that stay; of the listed ones (`now`, as they were `before`) those are `written` again whose content is the same.
     DataError if the policy refuses what is there.
     """
-    back = np.zeros(len(now), np.bool_)
+    back, columns = np.zeros(len(now), np.bool_), [*CONTENT, "source"]
     listed = now.set_column(now.column_names.index("sample_sha256"), "sample_sha256", before["sample_sha256"])
-    parts = [table.select(CONTENT) for table in (*stay, filtered(listed, written), filtered(listed, left))]
-    rows, given = pa.concat_tables(parts), len(parts[-1])
+    parts = [table.select(columns) for table in (*stay, filtered(listed, written), filtered(listed, left))]
+    rows, there = pa.concat_tables(parts), sum(map(len, parts[:-1]))
     require_allowed(rows, rules.policy, rules.url)
     why = dropped(rows, rules.policy) != ""
-    back[left] = ~why[len(rows) - given :]
-    return bool(why[: len(rows) - given].any()), back
+    back[left] = ~why[there:]
+    return filtered(rows, why & (np.arange(len(rows)) < there)), back
 
 
 def _as_listed(now: pa.Table, before: pa.Table) -> pa.Table:

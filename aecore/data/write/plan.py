@@ -230,7 +230,7 @@ def plan_parts(
             )
             tasks.append(task)
     counts = [f"{split} {len(rows)}" for split, rows in members.items()]
-    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ("nothing new",)
+    counted = (f"splits.by={placed.splits.by}: {first_of(counts, MANY)}",) if counts else ()
     num_bytes = int((listing.sizes if written is None else listing.sizes[written]).sum())
     notes = (*counted, *_unusable_notes(listing, written), *listing.notes)
     return DatasetPlan(tuple(tasks), placed.classes, placed.splits, num_bytes, notes)

@@ -28,7 +28,7 @@ from aecore.data.format.limits import exclusive_cumsum, split_by_limits
 from aecore.data.format.record import array_header, array_values
 from aecore.data.format.sample_format import SampleFormat
 from aecore.data.manifest import ShardRef, read_manifest
-from aecore.data.write.equal import TRAIN, equal_content
+from aecore.data.write.equal import TRAIN, reported
 from aecore.data.write.ledger import read_known
 from aecore.data.write.remove import live_details
 from aecore.data.write.splits import hashes
@@ -55,7 +55,7 @@ _PLAIN = {"L": 1, "RGB": 3}  # modes whose small PNGs are decoded in one call
 
 
 _COUNTS = {str: int}
-_EQUAL = {"samples": int, "contents": int, "examples": [{str: [str]}]}
+_EQUAL = {"samples": int, "contents": int, "remaining": int, "examples": [{str: [str]}]}
 _FEW = {"samples": int, "formats": _COUNTS, "examples": [str]}
 _SUMS = {"channels": int, "dtype": str, "samples": int, "values": int, "sum": [float], "squares": [float], "mean": [float], "std": [float]}
 _FORM = {
@@ -199,7 +199,7 @@ def _made(dataset: Dataset, known: tuple[pa.Table, pa.Table], before: pa.Table |
         "manifest_sha256": _manifest_sha256(dataset),
         "counts": _counts(dataset),
         "left_out": len(left),
-        **equal_content(pa.concat_tables([ledger, left]) if len(left) else ledger),
+        **reported(ledger, left),
         **_unusual(dataset),
         "pixels": _pixels(dataset, ledger, before),
     }
