@@ -66,6 +66,8 @@ class Rules:
         Whether a file of several frames is several samples.
     split_folders : bool
         Whether the top folders are the splits.
+    named_places : bool
+        Whether `source` is a place that other samples may have later, and no file: a sample that is not listed is gone, whatever is there.
     policy : Policy
         What becomes of samples of equal content.
     """
@@ -80,6 +82,7 @@ class Rules:
     tars: Tars | None = None
     all_frames: bool = False
     split_folders: bool = False
+    named_places: bool = False
     policy: Policy = field(default_factory=Policy)
 
 
@@ -353,7 +356,7 @@ class _TarRows:
 
 def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Rules) -> tuple[Mask, Mask]:
     """Return which missing samples are listed under another key, and which are frames of a file that has another number of them."""
-    renamed = missing & _is_in(known["source"], asked["source"])
+    renamed = missing & _is_in(known["source"], asked["source"]) & (not rules.named_places)
     if not rules.all_frames:
         return renamed, np.zeros(len(known), np.bool_)
     files, there = (pc.replace_substring_regex(table["source"], FRAME_ENDING, "") for table in (asked, known))

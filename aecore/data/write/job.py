@@ -360,6 +360,7 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         tars=tars,
         all_frames=takes_frames(source),
         split_folders=work.splits.by == "folders",
+        named_places=source.kind == "dataset",
         policy=work.policy,
     )
     changes = compare(listing, placed, ledger, left, rules)
