@@ -313,8 +313,8 @@ def _united(tables: Sequence[pa.Table], urls: Sequence[str]) -> pa.Table:
                     united = pa.unify_schemas([pa.schema([(field.name, kind)]), pa.schema([field])], promote_options="permissive")
                 except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
                     raise DataError(
-                        f"the column {field.name.removeprefix(_FURTHER)!r} has values of type {kind} in {there} and {field.type} in {url}: a column has one type; "
-                        "shard one of them again with another name or type for it"
+                        f"the column {field.name.removeprefix(_FURTHER)!r} has values of type {kind} in {there} and {field.type} in {url}: "
+                        "a column has one type; shard one of them again with another name or type for it"
                     ) from error
                 known[field.name] = united.field(0).type, there
         raise
