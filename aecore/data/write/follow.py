@@ -103,6 +103,8 @@ class Changes:
         What was known of samples that the generation before left out, and what is known of those that still are.
     excess : bool
         Whether the policy leaves out samples that are there.
+    noted : bool
+        Whether samples that are left out are gone from the source, or have another class, bag or column: what is said of them changes.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -119,6 +121,7 @@ class Changes:
     was_left: pa.Table
     left: pa.Table
     excess: bool
+    noted: bool
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
@@ -150,13 +153,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
     was_bad = _mask(before["quarantined"])
     moved = ~is_changed & _differ(now, before, "split")
-    relabelled = (
-        ~is_changed
-        & ~moved
-        & ~was_bad
-        & ~was_out
-        & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
-    )
+    relabelled = ~is_changed & ~moved & ~was_bad & ~was_out & _otherwise(now, before)
     reasons = np.full(len(known), None, object)
     for mask, reason in (
         (is_changed & was_bad, "retried"),
@@ -224,6 +221,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         was_left=left,
         left=pa.concat_tables([_as_listed(now.filter(pa.array(still)), before.filter(pa.array(still))), left_by_others]),
         excess=excess,
+        noted=bool(len(forgotten) or (_otherwise(now, before) & still & settled).any()),
         shown={name: _shown(*each) for name, each in shown.items()},
     )
 
@@ -269,9 +267,7 @@ def _as_listed(now: pa.Table, before: pa.Table) -> pa.Table:
 def _renewed_left(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
     """Return the rows of samples that are left out, as they are listed now, where that is something else."""
     differ = _differ(now, before, "state") & _mask(pc.is_valid(now["state"]))
-    for name in ("label_name", "group", "columns"):
-        differ |= _differ(now, before, name)
-    chosen = pa.array(stays & differ)
+    chosen = pa.array(stays & (differ | _otherwise(now, before)))
     return _as_listed(now.filter(chosen), before.filter(chosen))
 
 
@@ -473,6 +469,10 @@ def _shown(table: pa.Table, mask: Mask) -> dict[str, Any]:  # any: plain JSON da
 
 def _differ(now: pa.Table, before: pa.Table, name: str) -> Mask:
     return _mask(pc.not_equal(pc.fill_null(now[name], ""), pc.fill_null(before[name], "")))
+
+
+def _otherwise(now: pa.Table, before: pa.Table) -> Mask:
+    return _differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns")
 
 
 def _is_in(values: Column, known: Column) -> Mask:

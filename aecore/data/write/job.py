@@ -237,7 +237,7 @@ class _Work:
             return True
         renewed = self.changes.renewed
         little = is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0)
-        return little and not len(self.changes.removed) and not self.changes.excess
+        return little and not (len(self.changes.removed) or self.changes.excess or self.changes.noted)
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
