@@ -32,6 +32,7 @@ pc: Any = pyarrow.compute  # any: pyarrow's stubs know no types of values
 WINDOW_SAMPLES, WINDOW_BYTES = 1 << 14, 32 << 20  # that are read ahead, shard by shard
 MOST_PLACES = 4_000_000  # samples whose places are kept in memory (about 50 bytes each)
 _FIRST = ("key", "source", "bytes", "label_name", "split", "group", "state", "reason", "message")  # of a row; further columns follow
+_FURTHER = "column."  # before the name of each of these, which may be one of the others
 
 
 @spec
@@ -135,7 +136,9 @@ class DatasetSource:
         if pc.any(is_bad).as_py():
             why = zip(given["reason"], given["message"], strict=True)
             unusable = [None if reason is None else BadSample(reason, message) for reason, message in why]
-        columns: dict[str, Any] = {name: rows[name].combine_chunks() for name in rows.column_names if name not in _FIRST}  # any: arrays
+        columns: dict[str, Any] = {  # any: arrays
+            name.removeprefix(_FURTHER): rows[name].combine_chunks() for name in rows.column_names if name not in _FIRST
+        }
         return Listing(
             keys,
             given["source"],
@@ -278,7 +281,8 @@ def _rows(dataset: Dataset, name: str) -> Iterator[pa.Table]:
             "state": index["sha256"],
         }
         further = [column for column in index.column_names if column not in INDEX_SCHEMA.names and column != SOURCE_SHA256]
-        yield _table(shard, given | {column: index[column].cast(plain_type(index[column].type)) for column in further}, len(index))
+        given |= {f"{_FURTHER}{column}": index[column].cast(plain_type(index[column].type)) for column in further}
+        yield _table(shard, given, len(index))
     for part in dataset.manifest.parts:
         if part.live_quarantined:
             yield _quarantined(dataset, part, above)
@@ -320,8 +324,8 @@ def _united(tables: Sequence[pa.Table], urls: Sequence[str]) -> pa.Table:
                     united = pa.unify_schemas([pa.schema([(field.name, kind)]), pa.schema([field])], promote_options="permissive")
                 except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
                     raise DataError(
-                        f"the column {field.name!r} has values of type {kind} in {there} and {field.type} in {url}: a column has one type; "
-                        "shard one of them again with another name or type for it"
+                        f"the column {field.name.removeprefix(_FURTHER)!r} has values of type {kind} in {there} and {field.type} in {url}: "
+                        "a column has one type; shard one of them again with another name or type for it"
                     ) from error
                 known[field.name] = united.field(0).type, there
         raise

@@ -72,6 +72,8 @@ class Rules:
         Whether a file of several frames is several samples.
     split_folders : bool
         Whether the top folders are the splits.
+    named_places : bool
+        Whether `source` is a place that other samples may have later, and no file: a sample that is not listed is gone, whatever is there.
     policy : Policy
         What becomes of samples of equal content.
     """
@@ -86,6 +88,7 @@ class Rules:
     tars: Tars | None = None
     all_frames: bool = False
     split_folders: bool = False
+    named_places: bool = False
     policy: Policy = field(default_factory=Policy)
 
 
@@ -106,6 +109,8 @@ class Changes:
         What was known of samples that the generation before left out, and what is known of those that still are.
     excess : table
         Samples that are there, and that the policy leaves out.
+    noted : bool
+        Whether samples that are left out are gone from the source, or have another class, bag or column: what is said of them changes.
     stayed : int
         Quarantined samples of this origin that stay.
     left_out : bool
@@ -122,6 +127,7 @@ class Changes:
     was_left: pa.Table
     left: pa.Table
     excess: pa.Table
+    noted: bool
     shown: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # any: a number, a list of texts
 
 
@@ -154,13 +160,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
     is_changed, settled = _content(listing, rows, now, before, rules, tars)
     was_bad = _mask(before["quarantined"])
     moved = ~is_changed & _differ(now, before, "split")
-    relabelled = (
-        ~is_changed
-        & ~moved
-        & ~was_bad
-        & ~was_out
-        & (_differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns"))
-    )
+    relabelled = ~is_changed & ~moved & ~was_bad & ~was_out & _otherwise(now, before)
     reasons = np.zeros(len(known), np.int8)  # numbers of `_REASONS`
     for mask, reason in (
         (is_changed & was_bad, "retried"),
@@ -232,6 +232,7 @@ def compare(listing: Listing, placed: Placement, ledger: pa.Table, left: pa.Tabl
         was_left=left,
         left=pa.concat_tables([_as_listed(filtered(now, still), filtered(before, still)), left_by_others]),
         excess=excess,
+        noted=bool(forgotten.any() or (_otherwise(now, before) & still & settled).any()),
         shown={name: _shown(*each) for name, each in shown.items()},
     )
 
@@ -297,8 +298,7 @@ def _renewed_left(now: pa.Table, before: pa.Table, stays: Mask) -> pa.Table:
     """Return the rows of samples that are left out, as they are listed now, where that is something else."""
     now, before = filtered(now, stays), filtered(before, stays)
     differ = _differ(now, before, "state") & _mask(pc.is_valid(now["state"]))
-    for name in ("label_name", "group", "columns"):
-        differ |= _differ(now, before, name)
+    differ |= _otherwise(now, before)
     return _as_listed(filtered(now, differ), filtered(before, differ))
 
 
@@ -400,7 +400,8 @@ def _listed_otherwise(asked: pa.Table, known: pa.Table, missing: Mask, rules: Ru
     if not missing.any():
         return renamed, reframed
     there = filtered(known, missing)["source"]
-    renamed[missing] = _is_in(there, asked["source"].filter(pa.array(_is_in(asked["source"], there))))
+    if not rules.named_places:
+        renamed[missing] = _is_in(there, asked["source"].filter(pa.array(_is_in(asked["source"], there))))
     if rules.all_frames:
         files, there = (pc.replace_substring_regex(sources, FRAME_ENDING, "") for sources in (asked["source"], there))
         reframed[missing] = _is_in(there, files)
@@ -521,6 +522,10 @@ def _differ(now: pa.Table, before: pa.Table, name: str) -> Mask:
     pairs = slices(now.select([name]), before.select([name]))
     parts = (_mask(pc.not_equal(*(pc.fill_null(table[name], "") for table in pair))) for pair in pairs)
     return np.concatenate([np.zeros(0, np.bool_), *parts])
+
+
+def _otherwise(now: pa.Table, before: pa.Table) -> Mask:
+    return _differ(now, before, "label_name") | _differ(now, before, "group") | _differ(now, before, "columns")
 
 
 def _is_in(values: Column, known: Column) -> Mask:

@@ -256,7 +256,7 @@ class _Work:
             return True
         renewed = self.changes.renewed
         little = is_little(len(renewed), pc.sum(renewed["bytes"]).as_py() or 0)
-        return little and not len(self.changes.removed) and not len(self.changes.excess)
+        return little and not (len(self.changes.removed) or len(self.changes.excess) or self.changes.noted)
 
     @property
     def shown(self) -> Mapping[str, Mapping[str, Any]]:  # any: a number, a list of texts
@@ -401,6 +401,7 @@ def _followed(work: _Work, parent: DatasetManifest, opened: Source, fan_out: Fan
         tars=tars,
         all_frames=takes_frames(source),
         split_folders=work.splits.by == "folders",
+        named_places=source.kind == "dataset",
         policy=work.policy,
     )
     changes = compare(listing, placed, ledger, left, rules)

@@ -428,7 +428,7 @@ def _changed_sums(dataset: Dataset, train: pa.Table, places: NDArray[np.uint64],
         return None
     try:
         lost_sums = _measured(dataset, went)
-    except DataError:  # of an adopted tar that its owner has changed: they are not there any more
+    except AecoreError:  # of an adopted tar that its owner has changed: they are not there any more
         return None
     return known.less(lost_sums).plus(_measured(dataset, came))
 

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 
 from aecore.data.dataset import open_dataset
 from aecore.data.read.verify import verify_dataset
+from aecore.data.sources import Listing
 from aecore.data.sources.folder import FolderSpec
 from aecore.data.sources.webdataset import WebdatasetSpec
 from aecore.data.write import job
@@ -31,6 +32,7 @@ from aecore.data.write.report import read_report
 from aecore.data.write.spec import ShardSpec
 from aecore.data.write.splits import SplitSpec
 from aecore.errors import ConfigError, DataError
+from tests.aecore.data.rows_source import ROWS, RowsSpec
 from tests.aecore.data.test_living import V1, committed, pictures, put, reasons, require_fresh, rows_of, shard
 from tests.aecore.data.tiny import encoded, image
 
@@ -176,6 +178,24 @@ def test_samples_that_are_left_out_are_not_read_again(tmp_path, monkeypatch):
     put(tmp_path / "src", {"new.png": encoded(image(4))})
     shard(source, tmp_path / "out")
     assert sum(read) == 0
+
+
+def test_what_is_said_of_samples_that_are_left_out_follows_the_source(tmp_path):
+    def run(keys: str, labels: str) -> tuple[int, int, int, int]:
+        sources, count = ["t" if key == "z" else "s" for key in keys], len(keys)
+        ROWS["left out"] = Listing([*keys], sources, np.full(count, 144), label_names=[*labels], states=["1"] * count)
+        made = shard(RowsSpec(rows="left out"), tmp_path / "out", duplicates="drop")
+        report = read_report(open_dataset(str(tmp_path / "out")))
+        assert report is not None and made.num_samples() == 2
+        return made.number, report["left_out"], report["duplicates"]["samples"], report["contradicting_labels"]["samples"]
+
+    assert run("abcz", "xyxx") == (1, 2, 3, 3)
+    assert run("abcz", "xyxx") == (1, 2, 3, 3)
+    assert run("abcz", "xxxx") == (2, 2, 3, 0), "the label was put right"
+    assert run("abz", "xxx") == (3, 1, 2, 0), "one is gone"
+    assert run("abz", "xxx") == (3, 1, 2, 0)
+    assert run("az", "xx") == (4, 0, 0, 0)
+    assert verify_dataset(open_dataset(str(tmp_path / "out")), read_data=True).problems == ()
 
 
 def test_a_leak_leaves_train_and_comes_back_when_the_held_out_one_goes(tmp_path):
