@@ -306,7 +306,7 @@ class _Work:
             yield "about: other statements than before"
         renewed = 0 if self.changes is None else len(self.changes.renewed)
         if renewed and not self.is_idle and not any(found["samples"] for found in self.shown.values()):
-            yield f"of {counted(renewed, 'sample', 'samples')} new times or addresses are recorded: the bytes are the same"
+            yield f"new times or addresses of {counted(renewed, 'sample', 'samples')} are recorded: their bytes are the same"
 
 
 def _compare(

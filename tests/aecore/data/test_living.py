@@ -193,7 +193,7 @@ class TestStates:
         assert "nothing new" in shard_dataset(stated(later), str(tmp_path / "out"), dry_run=True).notes
         monkeypatch.setattr(reread, "LITTLE_SAMPLES", 4)
         notes = shard_dataset(stated(later), str(tmp_path / "out"), dry_run=True).notes
-        assert notes[-2:] == ("no new sample", "of 4 samples new times or addresses are recorded: the bytes are the same")
+        assert notes[-2:] == ("no new sample", "new times or addresses of 4 samples are recorded: their bytes are the same")
         made = shard(stated(later), tmp_path / "out")
         assert (made.number, made.dataset_sha256, made.content_sha256) == (2, first.dataset_sha256, first.content_sha256)
         assert made.shards == first.shards
